@@ -1,0 +1,297 @@
+"""Settings: dataclass defaults, then override files, then command-line flags; the last one wins.
+
+    python train.py configs/mqar_gpt.py --lr 3e-3 --n_layers=2
+
+An override file is plain Python run in an empty namespace; every top-level name it sets is a setting (names that start
+with an underscore are the file's own). A flag is `--key=value` or `--key value`; dashes in a key count as underscores and
+a flag without a value means true. The dataclasses say what exists, of which type, and (in the comment beside each field)
+why; `--help` is made from those comments. Whatever is wrong ends as one ConfigError: where, what, and what to do.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import math
+import os
+import sys
+import tokenize
+import types
+import typing
+from dataclasses import dataclass, field
+
+
+class ConfigError(Exception):
+    """One sentence for the user. `key` names the setting at fault, so that `build` can say where it was set."""
+
+    def __init__(self, message, key=None):
+        super().__init__(message)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One assignment as the user wrote it: the key, its text or Python value, and where it stands ("--lr", "f.py:3")."""
+
+    key: str
+    value: object
+    origin: str
+
+
+def told(default):
+    """A field that another part of the program fills in (data tells the model its vocabulary); users cannot set it."""
+    return field(default=default, metadata={"told": True})
+
+
+# ---- reading: command line and files -> a list of Settings -------------------------------------------------------------
+
+
+def parse(argv):
+    """Split a command line into positional words and a list of Settings, in order. `-h` is `--help`."""
+    words, settings = [], []
+    i = 0
+    while i < len(argv):
+        word = argv[i]
+        i += 1
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not key.replace("-", "_").isidentifier():
+            raise ConfigError(f"{word!r} is not a flag; write --key=value or --key value")
+        if not equals:
+            takes_next = i < len(argv) and not argv[i].startswith("--")
+            value = argv[i] if takes_next else "true"
+            i += takes_next
+        settings.append(Setting(key.replace("-", "_"), value, "--" + key))
+    return words, settings
+
+
+def read_file(path):
+    """Run one override file and return its Settings, each with the line that set it last."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            source = f.read()
+    except (OSError, UnicodeDecodeError, ValueError) as e:
+        raise ConfigError(f"{path}: cannot read this override file ({e})") from None
+    namespace = {}
+    try:
+        tree = ast.parse(source, path)
+        # The file is the user's own program; what it prints belongs on the screen, but not on our standard output.
+        with contextlib.redirect_stdout(sys.stderr):
+            exec(compile(tree, path, "exec"), namespace)
+    except (Exception, SystemExit) as e:
+        line = getattr(e, "lineno", None) or _line_in(e.__traceback__, path)
+        raise ConfigError(f"{path}:{line}: this override file does not run ({type(e).__name__}: {e})") from None
+    lines = _assigned_lines(tree)
+    return [
+        Setting(key, value, f"{path}:{lines.get(key, 1)}")
+        for key, value in namespace.items()
+        if isinstance(key, str) and not key.startswith("_") and not isinstance(value, types.ModuleType)
+    ]
+
+
+def _line_in(traceback, path):
+    line = 1
+    while traceback:
+        if traceback.tb_frame.f_code.co_filename == path:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
+
+
+def _assigned_lines(tree):
+    stores = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    return {n.id: n.lineno for n in sorted(stores, key=lambda n: n.lineno)}
+
+
+# ---- checking: Settings -> dataclass instances -------------------------------------------------------------------------
+
+
+def settable(cls):
+    """The names a user may set on this dataclass."""
+    return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("told")]
+
+
+def check_names(settings, *classes):
+    """Refuse the first setting that none of the dataclasses has, naming the nearest one that exists."""
+    known = [name for cls in classes for name in settable(cls)]
+    for s in settings:
+        if s.key not in known:
+            raise ConfigError(f"{s.origin}: there is no setting {s.key!r}{_nearest(s.key, known)}")
+
+
+def build(cls, settings, **told_values):
+    """One checked instance of `cls` from the settings that belong to it; a key set twice takes its last value.
+
+    A dataclass may have `check()`, which raises ConfigError(message, key) for values that cannot be, and `unused()`,
+    which returns {name: reason} for settings that have no effect beside the others: setting one of those away from its
+    default is refused rather than ignored.
+    """
+    hints = typing.get_type_hints(cls)
+    mine = {s.key: s for s in settings if s.key in settable(cls)}
+    values = {}
+    for key, s in mine.items():
+        try:
+            values[key] = convert(s.value, hints[key])
+        except ValueError as e:
+            raise ConfigError(f"{s.origin}: {key} {e}") from None
+    config = cls(**values, **told_values)
+    try:
+        getattr(config, "check", lambda: None)()
+    except ConfigError as e:
+        raise ConfigError(f"{mine[e.key].origin}: {e}" if e.key in mine else str(e), e.key) from None
+    refuse_unused(config, getattr(config, "unused", dict)(), mine)
+    return config
+
+
+def refuse_unused(config, reasons, mine):
+    """Raise for a setting in `reasons` (name -> why it has no effect) that differs from its default.
+
+    mine: {name: Setting}, to say where it was set.
+    """
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name in reasons and value != f.default:
+            where = f"{mine[f.name].origin}: " if f.name in mine else ""
+            raise ConfigError(f"{where}{f.name}={value!r} has no effect: {reasons[f.name]}; leave it out", f.name)
+
+
+def convert(value, kind):
+    """`value` (text from a flag, or a Python value from a file) as the annotated type; ValueError says what is wrong.
+
+    Types: bool, int, float, str, and tuples of them (`tuple[tuple[int, int], ...]`, written as a Python literal).
+    """
+    if typing.get_origin(kind) is tuple:
+        return _convert_tuple(value, kind)
+    shown = _short(value)
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"takes text, not {shown}")
+        return value
+    if kind is bool:
+        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        word = str(value).lower()
+        if not isinstance(value, (bool, int, str)) or word not in words:
+            raise ValueError(f"takes 0 or 1, not {shown}")
+        return words[word]
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"takes a number, not {shown}")
+    try:
+        number = int(value) if isinstance(value, str) and kind is int else float(value)
+    except (ValueError, OverflowError):
+        try:  # 1e3 is a fine way to write an integer
+            number = float(value)
+        except (ValueError, OverflowError):
+            raise ValueError(f"takes a number, not {shown}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"takes a finite number, not {shown}")
+    if kind is int and number != int(number):
+        raise ValueError(f"takes a whole number, not {shown}")
+    return int(value if isinstance(value, int) else number) if kind is int else float(number)
+
+
+def _convert_tuple(value, kind):
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value.strip() or "()")
+        except Exception:
+            raise ValueError(f"takes a list such as [(2, 200), (4, 60)], not {_short(value)}") from None
+    if not isinstance(value, (tuple, list)):
+        raise ValueError(f"takes a list, not {_short(value)}")
+    kinds = typing.get_args(kind)
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        return tuple(convert(v, kinds[0]) for v in value)
+    if len(value) != len(kinds):
+        raise ValueError(f"takes {len(kinds)} values in each item, not {_short(value)}")
+    return tuple(convert(v, k) for v, k in zip(value, kinds))
+
+
+def _short(value):
+    try:
+        text = repr(value)
+    except Exception:  # a file may hold any object, also one that cannot print itself
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest(name, known):
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else "; --help lists them all"
+
+
+# ---- for check() in the dataclasses ------------------------------------------------------------------------------------
+
+
+def at_least(config, low, *names):
+    """Every named setting is >= low."""
+    for name in names:
+        if getattr(config, name) < low:
+            raise ConfigError(f"{name}={getattr(config, name)} must be at least {low}", name)
+
+
+def within(config, low, high, *names):
+    """Every named setting is in [low, high]."""
+    for name in names:
+        if not low <= getattr(config, name) <= high:
+            raise ConfigError(f"{name}={getattr(config, name)} must be between {low} and {high}", name)
+
+
+def one_of(config, table, *names):
+    """Every named setting is a key of `table`."""
+    for name in names:
+        value = getattr(config, name)
+        if value not in table:
+            close = difflib.get_close_matches(value, list(table), n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(table)}"
+            raise ConfigError(f"{name}={value!r} is unknown; {hint}", name)
+
+
+def require(condition, message, key):
+    """Raise ConfigError(message, key) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message, key)
+
+
+# ---- help and the way out ----------------------------------------------------------------------------------------------
+
+
+def comments(cls):
+    """{field name: the comment beside it}, read from the source of the dataclass."""
+    source = inspect.getsource(cls)
+    by_line = {
+        t.start[0]: t.string.lstrip("# ")
+        for t in tokenize.generate_tokens(io.StringIO(source).readline)
+        if t.type == tokenize.COMMENT
+    }
+    body = ast.parse(inspect.cleandoc(source) if source[0] == " " else source).body[0].body
+    return {n.target.id: by_line.get(n.end_lineno, "") for n in body if isinstance(n, ast.AnnAssign)}
+
+
+def help_text(doc, *classes):
+    """The script's docstring, then every setting with its default and reason, one dataclass after another."""
+    lines = [doc.strip(), ""]
+    for cls in classes:
+        lines.append(f"settings of {os.path.basename(inspect.getsourcefile(cls))}:")
+        reasons = comments(cls)
+        for f in dataclasses.fields(cls):
+            if not f.metadata.get("told"):
+                lines.append(f"  --{f.name + '=' + str(f.default):32s} {reasons[f.name]}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def exit_with_sentence(main):
+    """Run main(); a ConfigError becomes one line on standard error and exit status 2, with no traceback."""
+    try:
+        sys.exit(main())
+    except ConfigError as e:
+        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,242 @@
+"""Measure trained runs.
+
+    python eval.py runs/RUN                       # test accuracy by slice, with 95% intervals
+    python eval.py runs/RUN --split val --checkpoint ckpt
+    python eval.py compare 'runs/*'               # runs side by side: table, accuracy against pairs and against state
+
+The first two write eval_<split>.json, .parquet (one row per label) and .png into the run; compare writes <out>.parquet
+and <out>.png. A run is rebuilt from its own config.json and checkpoint; no override file is run.
+"""
+
+import glob
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+
+import configs
+from configs import ConfigError, one_of, require
+from train import choose_device, load_run, predict, read_json, read_plan, summarise, write_file, write_json
+
+
+@dataclass
+class EvalConfig:
+    split: str = "test"  # test or val
+    checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
+    eval_batch_size: int = 100  # rows in a forward pass
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA
+    out: str = ""  # compare: where to write, without ending; empty: compare beside the first run
+
+    def check(self):
+        configs.at_least(self, 1, "eval_batch_size")
+        one_of(self, ("test", "val"), "split")
+        one_of(self, ("best", "ckpt"), "checkpoint")
+        one_of(self, ("auto", "float32", "bfloat16"), "dtype")
+
+
+def wilson(right, n, z=1.959964):
+    """95% interval of a share right / n (Wilson 1927); it stays inside [0, 1] and works at 0 and n. Labels count as
+    independent; those of one row are not quite, so read it as the noise of sampling labels."""
+    if n == 0:
+        return 0.0, 1.0
+    p, q = right / n, z * z / n
+    middle, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share(right, n):
+    """{"value", "ci95", "n"} of a share."""
+    return {"value": right / n, "ci95": wilson(right, n), "n": n}
+
+
+def table(head, rows):
+    """Columns under each other: first one left, others right."""
+    cells = [[str(x) for x in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))))
+
+
+# ---- one run -----------------------------------------------------------------------------------------------------------
+
+
+def slices(words, config):
+    """Accuracy of one run, whole and by slice."""
+    require(len(words) == 1, "name one run directory: python eval.py runs/RUN", None)
+    folder = words[0]
+    p, data, model, state = load_run(folder, config.checkpoint)
+    device, dtype, line = choose_device(config)
+    print(f"{folder}: {config.checkpoint}.pt of step {state['step']}; {line}")
+    batches = list(predict(model.to(device), data, config.split, config.eval_batch_size, device, dtype, bar=True))
+    result = summarise(batches)
+    metrics = {
+        "accuracy": share(round(result["accuracy"] * result["labels"]), result["labels"]),
+        "row_accuracy": share(round(result["row_accuracy"] * result["rows"]), result["rows"]),
+        "loss": {"value": result["loss"], "n": result["labels"]},
+    }
+    by_slice = {tag: {str(v): share(*cell) for v, cell in cells.items()} for tag, cells in result["by_slice"].items()}
+    about = {
+        "run": folder,
+        "split": config.split,
+        "checkpoint": config.checkpoint,
+        "step": state["step"],
+        "model": p.train.model,
+    }
+    rows = [("all labels", "", *shown(metrics["accuracy"])), ("whole rows", "", *shown(metrics["row_accuracy"]))]
+    rows += [(tag, value, *shown(cell)) for tag, cells in by_slice.items() for value, cell in cells.items()]
+    table(("slice", "value", "n", "accuracy", "95% interval"), rows)
+    path = os.path.join(folder, f"eval_{config.split}")
+    write_json(
+        path + ".json",
+        {"config": about, "metrics": metrics, "by_slice": by_slice, "examples": os.path.basename(path) + ".parquet"},
+    )
+    columns = {tag: np.concatenate([b["tags"][tag] for b in batches]) for tag in batches[0]["tags"]}
+    write_parquet(path + ".parquet", {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit")} | columns)
+    plot_slices(path + ".png", by_slice, f"{os.path.basename(os.path.normpath(folder))}, {config.split}")
+    print(f"wrote {path}.json, .parquet, .png")
+
+
+def shown(cell):
+    low, high = cell["ci95"]
+    return cell["n"], f"{cell['value']:.4f}", f"{low:.4f} - {high:.4f}"
+
+
+def write_parquet(path, columns):
+    """{name: array or list} -> one parquet file, complete or absent."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_file(path, lambda f: pq.write_table(pa.table(columns), f))
+
+
+def figure(*shape, width=4.2):
+    """A figure without a window -> (pyplot, figure, list of axes)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(*shape, figsize=(width * shape[1], 3.2 * shape[0]), squeeze=False, constrained_layout=True)
+    return plt, fig, list(axes.flat)
+
+
+def plot_slices(path, by_slice, title):
+    """One panel per tag: accuracy of each of its values, with intervals. A tag with a single value says nothing: left out."""
+    tags = [t for t in by_slice if len(by_slice[t]) > 1] or list(by_slice)[:1]
+    plt, fig, axes = figure(1, len(tags))
+    for axis, tag in zip(axes, tags):
+        cells = list(by_slice[tag].values())
+        y = np.array([c["value"] for c in cells])
+        low, high = np.array([c["ci95"] for c in cells]).T
+        axis.errorbar(range(len(cells)), y, yerr=[np.maximum(0, y - low), np.maximum(0, high - y)], fmt="o-", ms=4, capsize=3)
+        axis.set_xticks(range(len(cells)), [f"{v}\nn={c['n']}" for v, c in by_slice[tag].items()], fontsize=7)
+        axis.set(xlabel=tag, ylabel="accuracy (95% interval)", ylim=(min(0.98, low.min()) - 0.02, 1.005))
+        axis.grid(alpha=0.3)
+    fig.suptitle(title, fontsize=8)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+# ---- several runs ------------------------------------------------------------------------------------------------------
+
+
+def compare(words, config):
+    """Finished runs side by side."""
+    require(words, "name the runs to compare: python eval.py compare 'runs/*'", None)
+    folders = sorted({f for word in words for f in glob.glob(word) if os.path.isdir(f)})
+    runs, left_out = [], []
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, "config.json")):
+            found = read_result(folder)
+            runs.append(found) if found else left_out.append(folder)
+    if left_out:
+        print(f"left out, without a test result yet: {', '.join(left_out)} (python eval.py RUN makes one)", file=sys.stderr)
+    require(runs, f"no run with a test result matches {' '.join(words)}", None)
+    head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds", "accuracy", "95% interval")
+    names = ("run", "model", "params", "state", "seed", "steps", "seconds")
+    table(head, [(*(r[k] for k in names), *shown(r["all"])[1:]) for r in runs])
+    out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", "compare")
+    flat = [{k: v for k, v in r.items() if k not in ("all", "by_pairs")} | {"accuracy": r["all"]["value"]} for r in runs]
+    write_parquet(out + ".parquet", {k: [r[k] for r in flat] for k in flat[0]})
+    plot_compare(out + ".png", runs)
+    print(f"wrote {out}.parquet, {out}.png")
+
+
+def read_result(folder):
+    """What compare shows of one run, or None if it has no test result."""
+    try:
+        status = read_json(os.path.join(folder, "status.json"))
+        test = status["test"]
+        saved = read_json(os.path.join(folder, "config.json"))
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
+    p = read_plan(folder)
+    sizes = SimpleNamespace(**saved["model"])
+    state = p.model_class.state_bytes(sizes) if hasattr(p.model_class, "state_bytes") else 0
+    shape = f"D{sizes.dim} L{sizes.n_layers}" if hasattr(sizes, "n_layers") else ""
+    return {
+        "run": os.path.basename(os.path.normpath(folder)),
+        "model": p.train.model,
+        "line": f"{p.train.model} {shape}, {saved['parameters']['layers']} params",
+        "params": saved["parameters"]["layers"],
+        "state": state,
+        "seed": p.train.seed,
+        "steps": status["step"],
+        "seconds": round(status["seconds"], 1),
+        "all": share(round(test["accuracy"] * test["labels"]), test["labels"]),
+        "by_pairs": {int(n): share(*cell) for n, cell in test["by_slice"].get("num_kv_pairs", {}).items()},
+    }
+
+
+def plot_compare(path, runs):
+    """Accuracy against pairs (one line per kind of model: mean over its runs, band from lowest to highest) and state."""
+    plt, fig, (left, right) = figure(1, 2)
+    for line in sorted({r["line"] for r in runs}):
+        same = [r for r in runs if r["line"] == line]
+        pairs = sorted({n for r in same for n in r["by_pairs"]})
+        values = [[r["by_pairs"][n]["value"] for r in same if n in r["by_pairs"]] for n in pairs]
+        (drawn,) = left.plot(pairs, [np.mean(v) for v in values], "o-", ms=4, label=f"{line} (runs: {len(same)})")
+        left.fill_between(pairs, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=drawn.get_color())
+        y = [r["all"]["value"] for r in same]
+        ends = np.array([r["all"]["ci95"] for r in same]).T
+        errors = np.maximum(0, [y - ends[0], ends[1] - y])
+        right.errorbar([r["state"] for r in same], y, yerr=errors, fmt="o", ms=4, capsize=3, color=drawn.get_color())
+    left.set(xlabel="key-value pairs", ylabel="test token accuracy (band: lowest to highest run)")
+    left.set_xscale("log", base=2)
+    left.set_xticks(sorted({n for r in runs for n in r["by_pairs"]}))
+    left.xaxis.set_major_formatter("{x:.0f}")
+    left.legend(fontsize=6)
+    right.set(
+        xlabel="state at the longest test row (bytes, float32)", ylabel="test token accuracy (95% interval)", xscale="log"
+    )
+    for axis in (left, right):
+        axis.set_ylim(-0.02, 1.02)
+        axis.grid(alpha=0.3)
+        axis.yaxis.label.set_fontsize(8)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+COMMANDS = {"slices": slices, "compare": compare}  # `python eval.py RUN` is short for `python eval.py slices RUN`
+
+
+def main(argv=None):
+    words, settings = configs.parse(sys.argv[1:] if argv is None else argv)
+    if any(s.key == "help" for s in settings) or not words:
+        print(configs.help_text(__doc__, EvalConfig))
+        if not words and not any(s.key == "help" for s in settings):
+            raise ConfigError("name a run directory or a command")
+        return
+    configs.check_names(settings, EvalConfig)
+    config = configs.build(EvalConfig, settings)
+    command = words.pop(0) if words[0] in COMMANDS else "slices"
+    COMMANDS[command](words, config)
+
+
+if __name__ == "__main__":
+    configs.exit_with_sentence(main)

@@ -1,0 +1,532 @@
+"""GPT and UnifiedKV: one trunk, two kinds of causal softmax attention, every switch of the MQAR experiments.
+
+    python train.py --model gpt --dim 64 --n_heads 2 --dk 48 --dv 48          # keys and values apart
+    python train.py --model unified_kv --dim 64 --n_heads 2 --du 64           # one vector is both
+
+Read from top to bottom: the tables of small functions (feature maps, norms, activations), softmax attention and its naive
+twin, the two attention modules, the block, the trunk. Delta-rule and memory models in other files reuse the trunk and
+replace the block.
+
+Letters: B batch, T tokens, n queried positions, D model width, H query heads, G key/value heads, K key width per head,
+V value width per head, N labelled positions in the batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configs import at_least, one_of, require, told
+
+try:  # an optional extra, CUDA only: pip install flash-attn --no-build-isolation
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+IGNORE = -100  # the target of a position that is not scored
+
+
+@dataclass
+class Config:
+    dim: int = 64  # width of the residual stream
+    n_layers: int = 4  # blocks
+    n_heads: int = 2  # query heads
+    n_kv_heads: int = 0  # key/value heads shared by groups of query heads; 0: as many as n_heads
+    dk: int = 64  # gpt: width of a query or key per head
+    dv: int = 64  # gpt: width of a value per head
+    du: int = 64  # unified_kv: width of the one vector per head that is key and value
+    use_att: bool = True  # a token mixer in every block
+    use_ffn: bool = False  # an MLP in every block; the recall task does not need one
+    ffn_expand_factor: int = 4  # hidden width of the MLP over dim
+    ffn_act: str = "silu"  # activation of the MLP: see ACTIVATIONS
+    q_kernel: str = "none"  # feature map of queries: see KERNELS
+    k_kernel: str = "none"  # feature map of keys
+    v_kernel: str = "none"  # feature map of values
+    q_norm: str = "none"  # norm of each query after its feature map: see NORMS
+    k_norm: str = "none"  # norm of each key after its feature map
+    q_gated: bool = False  # multiply queries by sigmoid(W x), after the norm
+    k_gated: bool = False  # multiply keys by sigmoid(W x), after the norm
+    att_use_output_gate: bool = False  # multiply the mixer's output by act(W x) before its last projection
+    att_output_gate_act: str = "silu"  # activation of that gate: see ACTIVATIONS
+    residual_mul: bool = False  # x + f(norm x) * x instead of x + f(norm x)
+    conv: int = 0  # width of a short causal convolution on queries, keys and values; 0: none
+    pos: str = "rope"  # positions: rope, learned or none
+    tie: bool = False  # the output head shares the embedding's weight
+    init_std: float = 0.02  # standard deviation of every initial weight matrix; 0: torch's own initialisation
+    chunk_size: int = 16  # delta models: tokens per chunk of the parallel form
+    lr_temp: float = 1.0  # delta models: temperature of the write strength, sigmoid(z / lr_temp)
+    vocab_size: int = told(2048)
+    seq_len: int = told(128)
+
+    def check(self):
+        at_least(self, 1, "dim", "n_layers", "n_heads", "dk", "dv", "du", "ffn_expand_factor", "chunk_size")
+        at_least(self, 0, "n_kv_heads", "conv", "init_std")
+        one_of(self, ACTIVATIONS, "ffn_act", "att_output_gate_act")
+        one_of(self, KERNELS, "q_kernel", "k_kernel", "v_kernel")
+        one_of(self, NORMS, "q_norm", "k_norm")
+        one_of(self, ("rope", "learned", "none"), "pos")
+        require(self.lr_temp > 0, "lr_temp must be above 0", "lr_temp")
+        require(self.use_att or self.use_ffn, "use_att=0 needs use_ffn=1: a block must hold something", "use_att")
+        groups = self.n_kv_heads or self.n_heads
+        require(self.n_heads % groups == 0, f"n_heads={self.n_heads} must be a multiple of n_kv_heads={groups}", "n_kv_heads")
+        taylor = "taylor" in (self.q_kernel, self.k_kernel) and self.q_kernel != self.k_kernel
+        require(not taylor, "taylor widens its input, so q_kernel and k_kernel must both be taylor or neither", "q_kernel")
+
+    def unused(self):
+        reasons = {}
+        if not self.use_ffn:
+            reasons |= dict.fromkeys(("ffn_expand_factor", "ffn_act"), "use_ffn is 0")
+        if not self.att_use_output_gate:
+            reasons["att_output_gate_act"] = "att_use_output_gate is 0"
+        if not self.use_att:
+            mixer = "n_heads n_kv_heads dk dv du q_kernel k_kernel v_kernel q_norm k_norm q_gated k_gated conv"
+            reasons |= dict.fromkeys(mixer.split() + ["att_use_output_gate"], "use_att is 0")
+        return reasons
+
+
+# ---- tables of options -------------------------------------------------------------------------------------------------
+
+
+def taylor(x):
+    """exp's second-order Taylor feature map (Based, arXiv 2402.18668): (..., K) -> (..., 1 + K + K^2).
+
+    phi(x).phi(y) = 1 + s + s^2/2 with s = x.y / sqrt(K).
+    """
+    width = x.shape[-1]
+    x = x / width**0.25
+    second = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2)
+    return torch.cat([torch.ones_like(x[..., :1]), x, second], dim=-1)
+
+
+KERNELS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "elu1": lambda x: 1 + F.elu(x),  # linear attention, Katharopoulos et al. 2020
+    "silu": F.silu,
+    "exp": lambda x: (x - x.amax(-1, keepdim=True)).exp(),  # its largest feature is 1; exp alone overflows
+    "softmax": lambda x: x.softmax(-1),  # over features
+    "taylor": taylor,
+}
+
+NORMS = {
+    "none": lambda x: x,
+    "l2": lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6),
+    "l1": lambda x: x / (x.abs().sum(-1, keepdim=True) + 1e-6),  # "sum" norm of Schlag et al. 2021
+    "rms": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+    "layer": lambda x: F.layer_norm(x, x.shape[-1:]),
+}
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def kernel_width(kernel, width):
+    """Width of a feature map's output."""
+    return 1 + width + width**2 if kernel == "taylor" else width
+
+
+# ---- softmax attention -------------------------------------------------------------------------------------------------
+
+
+def softmax_attention(q, k, v, rows=None):
+    """Causal softmax attention: o_t = sum_{s<=t} softmax_s(q_t.k_s / sqrt(K)) v_s. The one function all models call.
+
+    q (B, H, n, K); k (B, G, T, K); v (B, G, T, V) with G dividing H -> (B, H, n, V).
+    rows (B, n) gives the position of each query; None means n == T, in order.
+    flash-attn's varlen kernel where `flash_problem` finds nothing against it, else scaled_dot_product_attention.
+    """
+    if rows is None and flash_problem(q.device, q.dtype, q.shape[-1], v.shape[-1]) is None:
+        return flash_attention(q, k, v)
+    grouped = q.shape[1] != k.shape[1]
+    if rows is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    seen = rows[:, None, :, None] >= torch.arange(k.shape[2], device=k.device)  # (B, 1, n, T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+
+
+def flash_problem(device, dtype, key_width, value_width):
+    """Why flash-attn cannot be used here, as text, or None if it can."""
+    if device.type != "cuda":
+        return "flash-attn runs on CUDA only"
+    if flash_attn_varlen_func is None:
+        return "flash-attn is not installed"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "flash-attn takes bfloat16 or float16 only"
+    if key_width != value_width or key_width > 256:
+        return "flash-attn needs keys and values of one width up to 256"
+    return None
+
+
+def flash_attention(q, k, v):
+    """Causal attention over B rows of T tokens through flash-attn's varlen kernel; shapes as in softmax_attention.
+
+    Deterministic, so that a resumed run repeats the interrupted one.
+    """
+    B, _, T, _ = q.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*T, H or G, width)
+    ends = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+    o = flash_attn_varlen_func(q, k, v, ends, ends, T, T, causal=True, deterministic=True)  # (B*T, H, V)
+    return o.unflatten(0, (B, T)).transpose(1, 2)
+
+
+def naive_attention(q, k, v, rows=None):
+    """softmax_attention one query at a time, written from the definition: the oracle of the tests."""
+    B, H, n, K = q.shape
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    out = []
+    for b in range(B):
+        for i in range(n):
+            t = i if rows is None else int(rows[b, i])
+            scores = (k[b, :, : t + 1] @ q[b, :, i, :, None]).squeeze(-1) / math.sqrt(K)  # (H, t+1)
+            out.append((scores.softmax(-1)[:, :, None] * v[b, :, : t + 1]).sum(1))
+    return torch.stack(out).unflatten(0, (B, n)).transpose(1, 2)
+
+
+# ---- small modules -----------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1]
+        return x * torch.rsqrt(mean_square + 1e-6) * self.weight
+
+
+def rotary_table(width, seq_len):
+    """Rotary positions (Su et al. 2021) as unit complex numbers, (T, K/2): position t turns the j-th pair of neighbouring
+    features by t * 10000^(-2j/K). Stored as (T, K/2, 2) real numbers."""
+    message = f"pos=rope turns features in pairs, so a key's width must be even, not {width}; or set pos=none"
+    require(width % 2 == 0, message, "pos")
+    angle = torch.outer(torch.arange(seq_len), 10000.0 ** (-torch.arange(0, width, 2) / width))
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
+def rotate(x, table, rows=None):
+    """Turn x (B, n, H, K) by its positions: rows (B, n), or None for 0..n-1. A rotation is one complex product."""
+    turn = table[: x.shape[1], None] if rows is None else table[rows].unsqueeze(2)  # (n or B, n, 1, K/2, 2)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2).to(x.dtype)
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution: y_t = sum_j w_j * x_{t-j}, j = 0..width-1, on (B, T, C).
+
+    It lets a token see its predecessor before any attention, which is what binds a key to the value behind it. One
+    convolution serves queries, keys and values side by side, since every channel is on its own. Shifted multiply-adds are
+    faster on a CPU than nn.Conv1d at these sizes.
+    """
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-(width**-0.5), width**-0.5))
+
+    def forward(self, x):
+        y = x * self.weight[0]
+        for j in range(1, min(len(self.weight), x.shape[1])):
+            y = y + F.pad(x[:, :-j], (0, 0, j, 0)) * self.weight[j]
+        return y
+
+
+class FeedForward(nn.Module):
+    """The block's MLP: D -> expand * D -> D."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.up = nn.Linear(c.dim, c.ffn_expand_factor * c.dim, bias=False)
+        self.down = nn.Linear(c.ffn_expand_factor * c.dim, c.dim, bias=False)
+        self.act = c.ffn_act
+
+    def forward(self, x):
+        return self.down(ACTIVATIONS[self.act](self.up(x)))
+
+
+def take(x, rows):
+    """The tokens of x (B, T, C) at positions rows (B, n) -> (B, n, C); all of them if rows is None."""
+    return x if rows is None else x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def project(x, *linears):
+    """Several bias-free projections of the same tokens as one matrix product, which is faster than one after another."""
+    weight = torch.cat([m.weight for m in linears])
+    return F.linear(x, weight).split([m.out_features for m in linears], dim=-1)
+
+
+# ---- attention modules -------------------------------------------------------------------------------------------------
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal softmax attention; queries, keys and values each go
+
+        projection -> short convolution -> heads -> feature map -> norm -> gate -> rotary positions
+
+    where every step but the projection is optional (and values have neither norm, gate nor positions). `rows` asks for
+    the output at some positions only, (B, n): keys and values are still made from every token.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.heads, self.groups = c.n_heads, c.n_kv_heads or c.n_heads
+        self.add_projections(c)
+        key_width, value_width = self.widths(c)
+        self.gate_q = nn.Linear(c.dim, self.heads * key_width, bias=False) if c.q_gated else None
+        self.gate_k = nn.Linear(c.dim, self.groups * key_width, bias=False) if c.k_gated else None
+        self.gate_out = nn.Linear(c.dim, self.heads * value_width, bias=False) if c.att_use_output_gate else None
+        if c.pos == "rope":
+            self.register_buffer("turns", rotary_table(key_width, c.seq_len), persistent=False)
+        self.out_proj = nn.Linear(self.heads * value_width, c.dim, bias=False)
+
+    def add_projections(self, c):
+        self.proj_q = nn.Linear(c.dim, self.heads * c.dk, bias=False)
+        self.proj_k = nn.Linear(c.dim, self.groups * c.dk, bias=False)
+        self.proj_v = nn.Linear(c.dim, self.groups * c.dv, bias=False)
+        self.conv = ShortConv((self.heads + self.groups) * c.dk + self.groups * c.dv, c.conv) if c.conv else None
+
+    @staticmethod
+    def widths(c):
+        """Width per head of a key and of a value, after their feature maps."""
+        return kernel_width(c.k_kernel, c.dk), kernel_width(c.v_kernel, c.dv)
+
+    @classmethod
+    def cached_width(cls, c):
+        """Numbers per token and key/value head that must be kept to read on."""
+        return sum(cls.widths(c))
+
+    def stored(self):
+        """The projections that make what is stored of a token: keys and values."""
+        return self.proj_k, self.proj_v
+
+    def queries_keys_values(self, x, here, rows):
+        """x (B, T, D), here = take(x, rows) -> q (B, n, H * dk), k (B, T, G * dk), v (B, T, G * dv)."""
+        if rows is not None and not self.conv:
+            q, stored = self.proj_q(here), project(x, *self.stored())
+        else:  # a convolution needs the neighbours of the tokens that ask, too
+            y = project(x, self.proj_q, *self.stored())
+            if self.conv:
+                y = self.conv(torch.cat(y, -1)).split([part.shape[-1] for part in y], dim=-1)
+            q, stored = take(y[0], rows), y[1:]
+        return q, stored[0], stored[-1]
+
+    def forward(self, x, rows=None):
+        c = self.config
+        here = take(x, rows)  # (B, n, D), the tokens that ask
+        q, k, v = self.queries_keys_values(x, here, rows)
+        q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, here)  # (B, n, H, K)
+        k = self.feature(k, self.groups, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, G, K)
+        v = self.feature(v, self.groups, c.v_kernel)  # (B, T, G, V)
+        if c.pos == "rope":
+            q, k = rotate(q, self.turns, rows), rotate(k, self.turns)
+        o = softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rows)  # (B, H, n, V)
+        o = o.transpose(1, 2).flatten(2)  # (B, n, H*V)
+        if self.gate_out:
+            o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(here))
+        return self.out_proj(o)
+
+    @staticmethod
+    def feature(x, heads, kernel, norm="none", gate=None, source=None):
+        """(B, T, heads * width) -> (B, T, heads, width'): feature map, then norm, then gate."""
+        x = NORMS[norm](KERNELS[kernel](x.unflatten(-1, (heads, -1))))
+        return x * torch.sigmoid(gate(source)).unflatten(-1, (heads, -1)) if gate else x
+
+
+class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
+    """Attention in which one vector u per head and token is both key and value: o_t = sum_s softmax_s(q_t.u_s) u_s.
+
+    This is a Hopfield-style store with one bank of patterns: the cache is half as large, and a key can only answer with
+    itself. The score uses a copy of u with k_kernel, k_norm, k_gated and rotary positions; the value copy has v_kernel
+    only, so that what is read does not turn with its position. "Updatable Long-Term Memory" prints one projection of
+    H * du, which another reading fits as well: a single key/value head of du + du under H query heads (multi-query
+    attention) has the same parameter count. The one number `du` for key and value decides for the tied reading; the
+    other one is `--model gpt --n_kv_heads 1`.
+    """
+
+    def add_projections(self, c):
+        self.proj_q = nn.Linear(c.dim, self.heads * c.du, bias=False)
+        self.proj_kv = nn.Linear(c.dim, self.groups * c.du, bias=False)
+        self.conv = ShortConv((self.heads + self.groups) * c.du, c.conv) if c.conv else None
+
+    @staticmethod
+    def widths(c):
+        return kernel_width(c.k_kernel, c.du), kernel_width(c.v_kernel, c.du)
+
+    @classmethod
+    def cached_width(cls, c):
+        return c.du  # key and value are both made from u
+
+    def stored(self):
+        return (self.proj_kv,)
+
+
+# ---- blocks and the trunk ----------------------------------------------------------------------------------------------
+
+
+class GPTBlock(nn.Module):
+    """Pre-norm block: x + att(norm x), then x + ffn(norm x), each part optional."""
+
+    attention = CausalSelfAttention
+
+    def __init__(self, c):
+        super().__init__()
+        self.residual_mul = c.residual_mul
+        self.att_norm = RMSNorm(c.dim) if c.use_att else None
+        self.att = self.attention(c) if c.use_att else None
+        self.ffn_norm = RMSNorm(c.dim) if c.use_ffn else None
+        self.ffn = FeedForward(c) if c.use_ffn else None
+
+    def forward(self, x, rows=None):
+        """(B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n)."""
+        y = take(x, rows)
+        if self.att:
+            y = self.add(y, self.att(self.att_norm(x), rows))
+        if self.ffn:
+            y = self.add(y, self.ffn(self.ffn_norm(y)))
+        return y
+
+    def add(self, x, change):
+        return x + change * x if self.residual_mul else x + change
+
+
+class UnifiedKVBlock(GPTBlock):
+    attention = CausalSelfAttentionUnifiedKV
+
+
+@torch.compiler.disable  # sizes depend on the labels, so this part stays eager
+def labelled_rows(targets):
+    """Where the labels are: targets (B, T) -> rows (B, n), flat (N,), answers (N,), all long.
+
+    n is the largest number of labels in a row of the batch; a row with fewer is padded. rows are positions in ascending
+    order, flat picks the real labels from the flattened (B, n), row-major. If at most half of the work would be saved,
+    rows is None and flat picks from (B, T) instead.
+    """
+    mask = targets != IGNORE
+    answers = targets[mask]
+    count = mask.sum(1)
+    n = int(count.max())
+    if 2 * n > targets.shape[1]:
+        return None, mask.flatten().nonzero().squeeze(1), answers
+    rows = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
+    used = torch.arange(n, device=targets.device) < count[:, None]  # (B, n)
+    return rows, used.flatten().nonzero().squeeze(1), answers
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of logits (N, V) float against answers (N,): F.cross_entropy with a leaner backward.
+
+    The gradient is (softmax - one_hot) / N, written in one buffer; torch's own first fills an (N, V) gradient of the log
+    probabilities with zeros. Worth 5% of a training step on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, answers):
+        log_p = logits.log_softmax(-1)
+        ctx.save_for_backward(log_p, answers)
+        return -log_p.gather(1, answers[:, None]).mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        log_p, answers = ctx.saved_tensors
+        p = log_p.exp()
+        p[torch.arange(len(p), device=p.device), answers] -= 1
+        return p.mul_(grad / len(p)), None
+
+
+class GPT(nn.Module):
+    """The trunk: embedding, blocks, norm, output head.
+
+    forward(tokens (B, T), targets (B, T) or None) -> (logits, loss). Without targets, logits are (B, T, vocabulary) and
+    loss is None. With targets, only positions whose target is not -100 are scored: the last block and the head run on
+    those positions alone, logits are (N, vocabulary) in row-major order and loss is their mean cross-entropy.
+    """
+
+    block = GPTBlock
+    ignores = {  # setting: why it has no effect here
+        "du": "only unified_kv has it",
+        "chunk_size": "only delta models have it",
+        "lr_temp": "only delta models have it",
+    }
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.pos_embed = nn.Embedding(c.seq_len, c.dim) if c.pos == "learned" else None
+        self.layers = nn.ModuleList(self.block(c) for _ in range(c.n_layers))
+        self.final_norm = RMSNorm(c.dim)
+        self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
+        if c.init_std:
+            for m in self.modules():
+                if isinstance(m, (nn.Linear, nn.Embedding)):
+                    nn.init.normal_(m.weight, std=c.init_std)
+        if c.tie:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens, targets=None):
+        rows, flat, answers = (None, None, None) if targets is None else labelled_rows(targets)
+        x = self.embed(tokens)  # (B, T, D)
+        if self.pos_embed:
+            x = x + self.pos_embed.weight[: tokens.shape[1]]
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        x = self.layers[-1](x, rows)  # (B, n, D)
+        if targets is None:
+            return self.lm_head(self.final_norm(x)), None
+        logits = self.lm_head(self.final_norm(x.flatten(0, 1)[flat]))  # (N, vocabulary)
+        return logits, CrossEntropy.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)), answers)
+
+    @classmethod
+    def state_bytes(cls, config, tokens=None):
+        """Bytes of float32 that must be kept to read on after `tokens` tokens (default: seq_len): here, the cache."""
+        c = config
+        per_token = cls.block.attention.cached_width(c) * (c.n_kv_heads or c.n_heads)
+        return 4 * c.n_layers * per_token * (tokens or c.seq_len) if c.use_att else 0
+
+    @classmethod
+    def label(cls, c):
+        """The model's part of a run's name: sizes, then kernel, norm and gate of queries and keys, kernel of values."""
+        k, v = (c.du, c.du) if issubclass(cls, UnifiedKV) else (c.dk, c.dv)
+        q_and_k = f"q-{k}-{c.q_kernel}-{c.q_norm}-{int(c.q_gated)}_k-{k}-{c.k_kernel}-{c.k_norm}-{int(c.k_gated)}"
+        blocks = f"L{c.n_layers}-D{c.dim}_FF{int(c.use_ffn)}_OG{int(c.att_use_output_gate)}_H{c.n_heads}"
+        return f"{blocks}_{q_and_k}_v-{v}-{c.v_kernel}"
+
+    @classmethod
+    def kernel_choice(cls, config, device, dtype):
+        """Which attention kernel runs and why, as one line."""
+        problem = flash_problem(device, dtype, *cls.block.attention.widths(config))
+        return "flash-attn varlen" if problem is None else f"scaled_dot_product_attention ({problem})"
+
+
+class UnifiedKV(GPT):
+    """GPT with one vector per head and token as key and value: see CausalSelfAttentionUnifiedKV."""
+
+    block = UnifiedKVBlock
+    ignores = {"dk": "only gpt has it; unified_kv has du", "dv": "only gpt has it; unified_kv has du"} | {
+        k: v for k, v in GPT.ignores.items() if k != "du"
+    }
+
+
+Model = GPT  # what `--model model` names
+
+
+def correct(logits, targets):
+    """Which labelled positions are right: logits (N, vocabulary), targets (B, T) -> (tokens (N,) bool, rows (B,) bool).
+
+    A row is right if all of its labels are: exact match. A row without labels counts as right.
+    """
+    mask = targets != IGNORE
+    hit = torch.ones_like(mask)
+    hit[mask] = logits.argmax(-1) == targets[mask]
+    return hit[mask], hit.all(1)

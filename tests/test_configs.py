@@ -1,0 +1,155 @@
+"""The settings reader: what it takes, what it refuses and in which words, and that nothing else ever escapes it."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+import configs
+import train
+from configs import ConfigError, Setting, build, check_names, parse, read_file
+
+
+@dataclass
+class Toy:
+    lr: float = 1e-3  # learning rate
+    layers: int = 4  # blocks
+    tie: bool = False  # share weights
+    name: str = "a"  # label
+    stages: tuple[tuple[int, int], ...] = ()  # pairs, steps
+    vocab: int = configs.told(7)
+
+    def check(self):
+        configs.at_least(self, 1, "layers")
+
+    def unused(self):
+        return {"name": "tie is 0"} if not self.tie else {}
+
+
+def settings(*words):
+    return parse(list(words))[1]
+
+
+def test_both_forms_of_a_flag_dashes_and_bare_flags():
+    words, found = parse(["a.py", "--lr=1e-2", "--layers", "3", "--num-copies", "-5", "--tie", "--name=x=y"])
+    assert words == ["a.py"]
+    expected = [("lr", "1e-2"), ("layers", "3"), ("num_copies", "-5"), ("tie", "true"), ("name", "x=y")]
+    assert [(s.key, s.value) for s in found] == expected
+
+
+def test_later_wins_and_types_are_converted():
+    toy = build(Toy, settings("--lr", "1", "--lr=2", "--layers=1e1", "--tie", "1", "--stages=[(2, 200), [4, 60]]"))
+    assert toy == Toy(lr=2.0, layers=10, tie=True, stages=((2, 200), (4, 60)))
+    assert isinstance(toy.lr, float) and isinstance(toy.layers, int)
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--lr=fast", "--lr: lr takes a number, not 'fast'"),
+        ("--lr=nan", "finite"),
+        ("--layers=2.5", "whole number"),
+        ("--layers=0", "--layers: layers=0 must be at least 1"),
+        ("--tie=maybe", "0 or 1"),
+        ("--stages=5", "takes a list"),
+        ("--stages=[(1,)]", "takes 2 values"),
+        ("--name=b", "no effect: tie is 0"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(flag, words):
+    with pytest.raises(ConfigError) as error:
+        build(Toy, settings(flag))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_names_point_to_the_nearest():
+    with pytest.raises(ConfigError, match="--layrs: there is no setting 'layrs'; did you mean layers?"):
+        check_names(settings("--layrs=2"), Toy)
+    with pytest.raises(ConfigError, match="there is no setting 'vocab'"):  # told by the data, not by the user
+        check_names(settings("--vocab=2"), Toy)
+
+
+def test_override_file_gives_file_and_line(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text('"""header"""\nimport math\n_private = 1\nlr = math.sqrt(4)\n\nlayers = -1\n')
+    found = read_file(str(path))
+    assert found == [Setting("lr", 2.0, f"{path}:4"), Setting("layers", -1, f"{path}:6")]
+    with pytest.raises(ConfigError, match=f"{path}:6: layers=-1 must be at least 1"):
+        build(Toy, found)
+    path.write_text("a = 1\nb = a / 0\n")
+    with pytest.raises(ConfigError, match=f"{path}:2: .*ZeroDivisionError"):
+        read_file(str(path))
+    path.write_text("a = (\n")
+    with pytest.raises(ConfigError, match="SyntaxError"):
+        read_file(str(path))
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_file(str(tmp_path / "none.py"))
+
+
+def test_help_shows_every_setting_with_its_reason():
+    text = configs.help_text("Title.", train.TrainConfig)
+    assert "Title." in text
+    for name, reason in configs.comments(train.TrainConfig).items():
+        assert len(reason) > 10, f"{name} has no reason beside it"
+        assert f"--{name}=" in text and reason in text
+
+
+KEYS = "lr model data n_layers num_kv_pairs curriculum test_cells path use_ffn q_kernel dk du seed zzz vocab_size seq_len run".split()
+TEXTS = [
+    "",
+    "0",
+    "1",
+    "-1",
+    "1e3",
+    "nan",
+    "inf",
+    "1e999",
+    "9" * 5000,
+    "gpt",
+    "unified_kv",
+    "delta.X",
+    "model",
+    "os",
+    "None",
+    "[]",
+]
+TEXTS += ["[(2,200)]", "((", "[[[[", "{}", "é", "\x00", "../x", "a b", "True", "data_mqar", "silu", "--", "-h=", "=", "0x10"]
+VALUES = (
+    "1 -1 2.5 'x' True None [] [(2,3)] {} 1/0 (1,2) lambda:0 object() 10**400 float('nan') [1]*5 b'x' __import__('os')".split()
+)
+
+
+def random_command_line(r):
+    words = []
+    for _ in range(r.randrange(6)):
+        key = r.choice(KEYS) if r.random() < 0.9 else "".join(r.choices("abc-_=. 1é", k=r.randrange(6)))
+        text = r.choice(TEXTS) if r.random() < 0.8 else "".join(r.choices("0123456789.eE+-()[], ", k=r.randrange(12)))
+        words += r.choice([[f"--{key}={text}"], [f"--{key}", text], [f"--{key}"], [text], [f"-{key}"]])
+    return [w for w in words if w not in ("--help", "-h")]
+
+
+def random_file(r):
+    lines = []
+    for _ in range(r.randrange(5)):
+        line = f"{r.choice(KEYS)} = {r.choice(VALUES)}"
+        lines.append(
+            r.choice([line, line, line, "import os", "raise SystemExit(3)", "x = (", "def f(): pass", "del lr", "\tx=1"])
+        )
+    return "\n".join(lines).encode() + (r.randbytes(r.randrange(8)) if r.random() < 0.1 else b"")
+
+
+def test_only_config_errors_escape_4000_random_command_lines_and_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    r, outcomes = random.Random(0), {"accepted": 0, "refused": 0}
+    for i in range(4000):
+        argv = random_command_line(r)
+        if i % 2:
+            (tmp_path / "c.py").write_bytes(random_file(r))
+            argv.insert(0, "c.py")
+        try:
+            train.read_command_line(argv)
+            outcomes["accepted"] += 1
+        except ConfigError as e:
+            outcomes["refused"] += 1
+            assert str(e).strip()
+    assert min(outcomes.values()) > 100, outcomes  # the fuzz reaches both ends
