@@ -94,7 +94,8 @@ def test_help_shows_every_setting_with_its_reason():
         assert f"--{name}=" in text and reason in text
 
 
-KEYS = "lr model data n_layers num_kv_pairs curriculum test_cells path use_ffn q_kernel dk du seed zzz vocab_size seq_len run".split()
+KEYS = "lr model data n_layers num_kv_pairs curriculum test_cells path use_ffn q_kernel dk du seed zzz vocab_size seq_len"
+KEYS = KEYS.split() + ["run"]
 TEXTS = [
     "",
     "0",

@@ -1,0 +1,127 @@
+"""How fast, as ratios: python tests/bench.py [train] [data] [--rounds 15] [--threads 2]
+
+Each row compares ours with a plain peer. The two take turns, so that a busy machine slows both, and the ratio is the median
+over the rounds. The peak of this machine is a 2048 x 2048 float32 matrix product timed in the same rounds; a training
+step's share of it counts the floating-point operations of matrix products and attention, as torch's counter does.
+Run it with nothing else running: two threads beside a busy process can be many times slower than one.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+
+import data_mqar  # noqa: E402
+import model as M  # noqa: E402
+from test_data_mqar import loop_rows  # noqa: E402
+
+
+def seconds(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def take_turns(functions, rounds):
+    """{name: f} -> {name: [seconds]}, all called once a round; two rounds before the first are not counted."""
+    times = {name: [] for name in functions}
+    for i in range(rounds + 2):
+        for name, f in functions.items():
+            t = seconds(f)
+            if i >= 2:
+                times[name].append(t)
+    return times
+
+
+def ratio(times, ours, peer):
+    return statistics.median(p / o for o, p in zip(times[ours], times[peer]))
+
+
+def make_peak():
+    a, b = torch.randn(2, 2048, 2048)
+    return (lambda: a @ b), 2 * 2048**3
+
+
+def train_rows(rounds):
+    """A training step of configs/mqar_gpt.py on 32 pairs, against a loop that computes all logits."""
+    data = data_mqar.Data(data_mqar.Config(fresh=True))
+    tokens, targets, _ = data.batch("train", 0, data.rows(0, 32))
+
+    def stepper(loss_of, compiled=False):
+        torch.manual_seed(0)
+        model = M.GPT(M.Config(dk=48, dv=48, init_std=0))
+        if compiled:
+            model.compile()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=loss_of is labelled)
+
+        def step():
+            loss_of(model).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def labelled(model):
+        return model(tokens, targets)[1]
+
+    def all_logits(model):
+        return F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    peak, peak_flops = make_peak()
+    steps = {"ours": stepper(labelled), "ours, compiled": stepper(labelled, compiled=True), "all logits, eager": stepper(all_logits)}
+    with FlopCounterMode(display=False) as counter:
+        steps["ours"]()
+    times = take_turns({**steps, "peak": peak}, rounds)
+    peak_rate = peak_flops / statistics.median(times["peak"])
+    for ours in ("ours", "ours, compiled"):
+        rate = counter.get_total_flops() / statistics.median(times[ours])
+        yield "training step, " + ours, times[ours], "all logits, eager", times["all logits, eager"], rate / peak_rate
+    print(f"(peak {peak_rate / 1e9:.0f} GFLOP/s; a step of ours is {counter.get_total_flops() / 1e9:.2f} GFLOP)", file=sys.stderr)
+
+
+def data_rows(rounds):
+    """The 40,000 training rows of the MQAR cell, against a numpy loop over rows with the same law."""
+    c = data_mqar.Config()
+    cell, n = data_mqar.Cell(c.input_seq_len, c.num_kv_pairs, c), c.n_train_examples
+    ours = {"ours": lambda: data_mqar.make_rows(cell, "train", np.arange(n))}
+    peer = {"loop": lambda: loop_rows(cell, n // 10, np.random.default_rng(0))}  # a tenth of the rows, or it takes a minute
+    times = take_turns({**ours, **peer}, min(rounds, 5))
+    yield f"{n} MQAR rows", times["ours"], "numpy loop over rows", [10 * t for t in times["loop"]], None
+
+
+BENCHES = {"train": train_rows, "data": data_rows}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[*BENCHES, []], help="which rows; all if left out")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds, commit {commit}")
+    print(f"{'what':34s} {'ours, ms':>9s}  {'peer':22s} {'peer, ms':>9s} {'ratio':>6s} {'of peak':>8s}")
+    for name in args.what or BENCHES:
+        for what, ours, peer_name, peer, share in BENCHES[name](args.rounds):
+            row = {"ours": ours, "peer": peer}
+            shares = "" if share is None else f"{share:.0%}"
+            print(
+                f"{what:34s} {statistics.median(ours) * 1e3:9.1f}  {peer_name:22s} {statistics.median(peer) * 1e3:9.1f} "
+                f"{ratio(row, 'ours', 'peer'):6.2f} {shares:>8s}"
+            )
+
+
+if __name__ == "__main__":
+    main()

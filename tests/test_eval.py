@@ -1,0 +1,117 @@
+"""eval.py: its intervals by hand, its files, its figures, its mistakes."""
+
+import json
+import os
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import eval as ev
+import train
+from configs import ConfigError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two small finished runs with two test cells, and one that never finished."""
+    folder = tmp_path_factory.mktemp("runs")
+    toy = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv=2 --init_std=0 --lr=1e-2 --max_steps=40 --fresh=1 --threads=1"
+    cells = "--vocab_size=32 --input_seq_len=16 --num_kv_pairs=4 --test_cells=[(16,4),(32,8)]"
+    toy += " --n_val_examples=20 --n_test_examples=30"
+    for seed in (1, 2):
+        train.main([*toy.split(), *cells.split(), f"--seed={seed}", f"--run=r{seed}", f"--log_dir={folder}"])
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "config.json").write_text((folder / "r1" / "config.json").read_text())
+    return folder
+
+
+def test_wilson_by_hand():
+    """8 of 10: (0.8 + 0.19207) / 1.38415 -+ ... = 0.4902 to 0.9433; the ends stay in [0, 1]."""
+    assert ev.wilson(8, 10) == pytest.approx((0.49016, 0.94331), abs=1e-4)
+    low, high = ev.wilson(0, 10)
+    assert low == 0 and high == pytest.approx(0.27753, abs=1e-4)
+    assert ev.wilson(10, 10) == pytest.approx((1 - 0.27753, 1), abs=1e-4)
+    assert ev.wilson(0, 0) == (0, 1)
+
+
+def test_wilson_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    coverage = []
+    for p in (0.02, 0.1, 0.5, 0.9, 0.97):  # it swings about 95% with p, so the mean is held tighter than each
+        hits = [low <= p <= high for low, high in (ev.wilson(int(k), 200) for k in rng.binomial(200, p, 1000))]
+        coverage.append(np.mean(hits))
+    assert 0.91 < min(coverage) and max(coverage) < 0.985 and abs(np.mean(coverage) - 0.95) < 0.015
+
+
+def test_slices_add_up_and_are_saved(runs, capsys):
+    ev.main([str(runs / "r1")])
+    printed = capsys.readouterr().out
+    assert "num_kv_pairs" in printed and "95% interval" in printed
+    saved = json.loads((runs / "r1" / "eval_test.json").read_text())
+    status = json.loads((runs / "r1" / "status.json").read_text())
+    assert saved["metrics"]["accuracy"]["value"] == status["test"]["accuracy"]
+    rows = pq.read_table(runs / "r1" / "eval_test.parquet").to_pandas() if _pandas() else None
+    table = pq.read_table(runs / "r1" / "eval_test.parquet").to_pydict()
+    hit, pairs = np.array(table["hit"]), np.array(table["num_kv_pairs"])
+    assert len(hit) == 30 * 4 + 30 * 8 and set(table["row"]) == set(range(60))
+    for n in (4, 8):
+        cell = saved["by_slice"]["num_kv_pairs"][str(n)]
+        assert cell["n"] == (pairs == n).sum() and cell["value"] == pytest.approx(hit[pairs == n].mean())
+        assert cell["ci95"][0] <= cell["value"] <= cell["ci95"][1]
+    assert (runs / "r1" / "eval_test.png").stat().st_size > 5000
+    assert rows is None or len(rows) == len(hit)
+
+
+def _pandas():
+    try:
+        import pandas  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def test_checkpoint_and_split_can_be_chosen(runs, capsys):
+    ev.main([str(runs / "r1"), "--split", "val", "--checkpoint=ckpt"])
+    assert "ckpt.pt of step 40" in capsys.readouterr().out
+    assert (runs / "r1" / "eval_val.json").exists()
+
+
+def test_compare_puts_runs_side_by_side(runs, capsys):
+    ev.main(["compare", str(runs / "*")])
+    text = capsys.readouterr()
+    assert "r1" in text.out and "r2" in text.out and "left out" in text.err and "unfinished" in text.err
+    table = pq.read_table(runs / "compare.parquet").to_pydict()
+    assert table["run"] == ["r1", "r2"] and table["seed"] == [1, 2]
+    assert table["state"] == [4 * 2 * 2 * (16 + 16) * 32] * 2
+    assert (runs / "compare.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["nowhere"], "not a run directory"),
+        (["compare", "nowhere/*"], "no run with a test result"),
+        (["compare"], "name the runs"),
+        (["a", "b"], "name one run"),
+        (["a", "--splt=val"], "did you mean split"),
+        (["a", "--split=vale"], "did you mean val"),
+        ([], "name a run directory"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        ev.main(words)
+    assert "\n" not in str(error.value)
+
+
+def test_it_reads_config_json_and_runs_no_override_file(runs, tmp_path, script):
+    """A run stays readable when the file that made it is gone or changed."""
+    bomb = tmp_path / "c.py"
+    bomb.write_text("max_steps = 2\nlog_interval = 1\n")
+    words = "--n_layers=1 --dim=8 --dk=4 --dv=4 --input_seq_len=16 --num_kv_pairs=4 --vocab_size=32 --n_test_examples=5"
+    done = script("train.py", bomb, *words.split(), "--n_val_examples=5", "--run=b", f"--log_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    bomb.write_text("raise SystemExit('was run')")
+    done = script("eval.py", os.path.join(tmp_path, "b"))
+    assert done.returncode == 0 and "was run" not in done.stderr

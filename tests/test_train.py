@@ -1,0 +1,323 @@
+"""train.py as a user meets it: runs, stops, kills, resumes, mistakes; and its loop against plain arithmetic."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from configs import ConfigError, Setting, parse
+
+TOY = dict(
+    n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=0, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
+)
+TOY |= dict(schedule="cosine", max_steps=60, eval_interval=20, n_val_examples=50, n_test_examples=50, log_interval=5, threads=1)
+
+
+def flags(folder, name, **changes):
+    return [f"--{k}={v}" for k, v in {**TOY, "log_dir": folder, "run": name, **changes}.items()]
+
+
+def run(folder, name="run", resume=False, **changes):
+    """Train in this process; -> exit status, run directory."""
+    out = os.path.join(folder, name)
+    words = [f"--resume={out}", *(f"--{k}={v}" for k, v in changes.items())] if resume else flags(folder, name, **changes)
+    return train.main(words), out
+
+
+def contents(out):
+    """What must not depend on interruptions: checkpoint without its times, and log without its times."""
+    state = train.load_checkpoint(out, "ckpt")
+    rows = [{k: v for k, v in r.items() if k != "seconds"} for r in train.read_log(out)]
+    return {k: v for k, v in state.items() if k != "seconds"}, rows
+
+
+def assert_same(a, b):
+    """Equal to the last bit, tensors in nested dicts and lists included."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same(a[k], b[k])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys):
+    status, out = run(tmp_path, target=0.9, max_steps=200)
+    printed = capsys.readouterr().out
+    assert status == 0 and "params: " in printed and "### LOGDIR: " in printed and ">>> n_train_steps = 1250" in printed
+    made = {"config.json", "log.jsonl", "ckpt.pt", "ckpt_prev.pt", "best.pt", "status.json", "curves.png"}
+    assert set(os.listdir(out)) == made
+    result = train.read_json(os.path.join(out, "status.json"))
+    assert result["status"] == "finished" and result["test"]["accuracy"] > 0.9
+    assert result["test"]["labels"] == 200 and result["test"]["by_slice"]["num_kv_pairs"]["4"][1] == 200
+    config = train.read_json(os.path.join(out, "config.json"))
+    assert config["set_by"]["lr"] == "--lr" and config["train"]["lr"] == 0.01 and config["model"]["vocab_size"] == 32
+    losses = [r["loss"] for r in train.read_log(out) if r["kind"] == "train"]
+    assert len(losses) == 40 and losses[-1] < 0.5 < losses[0]
+
+
+def test_below_its_target_a_run_fails(tmp_path, capsys):
+    status, out = run(tmp_path, target=0.999, max_steps=2)
+    assert status == 1 and "below target" in capsys.readouterr().err
+    assert train.read_json(os.path.join(out, "status.json"))["status"] == "below target"
+
+
+def test_stop_accuracy_ends_a_run_early(tmp_path):
+    _, out = run(tmp_path, stop_accuracy=0.01)
+    assert train.read_json(os.path.join(out, "status.json"))["step"] == 20
+
+
+def test_the_commands_of_updatable_long_term_memory_print_their_counts(script):
+    common = "--batch_size 32 --dim 64 --n_heads 2 --n_layers 4 --n_epochs 0".split()
+    for words, count in (
+        ("--model gpt --dk 32 --dv 32 --exp_group 29", 65792),
+        ("--model gpt --dk 48 --dv 48 --use_ffn=0", 98560),
+        ("--model unified_kv --du 64 --use_ffn=0", 98560),
+    ):
+        done = script("train.py", *words.split(), *common)
+        assert done.returncode == 0 and f"params: {count} " in done.stdout
+
+
+def test_run_names_follow_the_documents_grammar(monkeypatch):
+    p = train.plan(parse("--exp_group 6 --dk 48 --dv 48".split())[1])
+    data = p.data_module.Data(p.data)
+    name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none_data-128-32-2048_lr0.001"
+    assert train.run_name(p, train.model_config(p, data)) == name
+
+
+# ---- interruptions -----------------------------------------------------------------------------------------------------
+
+
+def start(folder, name, **changes):
+    command = [sys.executable, train.__file__, *flags(folder, name, **changes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(out, step, process):
+    log = os.path.join(out, "log.jsonl")
+    while process.poll() is None and not (os.path.exists(log) and any(r["step"] >= step for r in train.read_log(out))):
+        time.sleep(0.01)
+
+
+def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(tmp_path):
+    settings = dict(curriculum="[(2,15)]", max_steps=120, log_interval=1, weight_decay=0.1)
+    _, whole = run(tmp_path, "whole", **settings)
+    r, out = random.Random(time.time_ns()), str(tmp_path / "killed")
+    process = start(tmp_path, "killed", **settings)
+    for _ in range(2):
+        wait_for_step(out, r.randrange(21, 70), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        with open(os.path.join(out, "log.jsonl"), "a") as f:
+            f.write('{"kind": "train", "st')  # a line that the kill cut off
+        process = subprocess.Popen([sys.executable, train.__file__, "--resume", out], stdout=subprocess.DEVNULL)
+    assert process.wait() == 0
+    assert_same(contents(out), contents(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
+    settings = dict(log_interval=1, max_steps=400, eval_interval=200)
+    process, out = start(tmp_path, "stopped", **settings), str(tmp_path / "stopped")
+    wait_for_step(out, 7, process)
+    process.send_signal(number)
+    text, error = process.communicate()
+    assert process.returncode == 128 + number and "Traceback" not in error
+    assert f"--resume {out}" in text
+    status = train.read_json(os.path.join(out, "status.json"))
+    assert status["status"] == "preempted" and 7 <= status["step"] < 200
+    assert run(tmp_path, "stopped", resume=True)[0] == 0
+    _, whole = run(tmp_path, "whole", **settings)
+    assert_same(contents(out), contents(whole))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    _, out = run(tmp_path)
+    path, r = os.path.join(out, "ckpt.pt"), random.Random(0)
+    whole, raw, fell_back = contents(out)[0], open(path, "rb").read(), 0
+    for _ in range(40):  # one bit anywhere: noticed, or in padding that holds nothing
+        damaged = bytearray(raw)
+        damaged[r.randrange(len(raw))] ^= 1 << r.randrange(8)
+        open(path, "wb").write(damaged)
+        state = train.load_checkpoint(out, "ckpt", "ckpt_prev")
+        if state["step"] == 60:
+            assert_same({k: v for k, v in state.items() if k != "seconds"}, whole)
+        else:
+            fell_back += 1
+            assert state["step"] == 40 and "ckpt.pt is damaged" in capsys.readouterr().err
+    assert fell_back > 20
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        os.truncate(os.path.join(out, name), 1000)
+    with pytest.raises(ConfigError, match="no checkpoint that can be read"):
+        train.load_checkpoint(out, "ckpt", "ckpt_prev")
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    _, out = run(tmp_path)
+    before = open(os.path.join(out, "ckpt.pt"), "rb").read()
+
+    def full_disk(state, f):
+        f.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        train.save_checkpoint(out, "ckpt", {})
+    assert open(os.path.join(out, "ckpt.pt"), "rb").read() == before
+
+
+def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
+    _, out = run(tmp_path)
+    assert run(tmp_path, resume=True, max_steps=70)[0] == 0
+    assert train.read_json(os.path.join(out, "status.json"))["step"] == 70
+    with pytest.raises(ConfigError, match="--lr cannot change"):
+        run(tmp_path, resume=True, lr=1)
+    with pytest.raises(ConfigError, match="exists; continue it with --resume"):
+        run(tmp_path)
+    with pytest.raises(ConfigError, match="has no config.json"):
+        train.main([f"--resume={tmp_path}"])
+
+
+# ---- the loop against arithmetic ---------------------------------------------------------------------------------------
+
+
+def test_accumulation_is_one_large_batch(tmp_path):
+    outs = [run(tmp_path, f"a{n}", accumulate=n, max_steps=3, eval_interval=3)[1] for n in (1, 3)]
+    one, three = (contents(out)[0]["model"] for out in outs)
+    for name in one:
+        torch.testing.assert_close(one[name], three[name], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsys, monkeypatch):
+    broken = train.torch.nn.utils.clip_grad_norm_
+    seen = []
+
+    def sometimes_nan(parameters, limit):
+        seen.append(1)
+        norm = broken(parameters, limit)
+        return norm * math.nan if len(seen) in (2, 3, 5, 6, 7) else norm
+
+    monkeypatch.setattr(train.torch.nn.utils, "clip_grad_norm_", sometimes_nan)
+    status, out = run(tmp_path, nan_limit=3)
+    assert status == 1 and "not finite 3 steps in a row" in capsys.readouterr().out
+    rows = train.read_log(out)
+    assert [r["step"] for r in rows if r["skipped"]] == [2, 3, 5, 6, 7]
+    assert train.read_json(os.path.join(out, "status.json"))["status"] == "failed"
+
+
+def test_learning_rates():
+    def rates(total, **changes):
+        c = train.TrainConfig(lr=2.0, **changes)
+        return [train.learning_rate(c, step, 10, total) for step in (0, 5, 10, 25)]
+
+    assert rates(100, schedule="constant", warmup_steps=10) == [0.2, 1.2, 2.0, 2.0]
+    assert rates(100, lr_gamma=0.5) == [2.0, 2.0, 1.0, 0.5]
+    assert rates(20, schedule="linear", lr_min=0.5) == [2.0, 1.75, 1.5, 1.0]
+    assert rates(20, schedule="cosine")[2] == pytest.approx(1.0) and rates(20, schedule="cosine")[3] == pytest.approx(0)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    decayed, kept = train.parameter_groups(model, 0.1)
+    assert [p.ndim for p in decayed["params"]] == [2] and [p.ndim for p in kept["params"]] == [1, 1, 1]
+    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
+    _, out = run(tmp_path)
+    _, data, model, _ = train.load_run(out)
+    small, large = (train.evaluate(model, data, "test", n, torch.device("cpu")) for n in (7, 50))
+    assert small["by_slice"] == large["by_slice"] and small["row_accuracy"] == large["row_accuracy"]
+    assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
+
+
+# ---- mistakes and forks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--n_heds=2"], "did you mean n_heads"),
+        (["--model=gtp"], "neither one of gpt"),
+        (["--model=unified_kv", "--dk=32"], "--dk: dk=32 has no effect: only gpt has it"),
+        (["--du=32"], "no effect"),
+        (["--lr_temp=2"], "only delta models have it"),
+        (["--ffn_act=relu"], "use_ffn is 0"),
+        (["--data=nothing"], "there is no nothing.py"),
+        (["--input_seq_len=127"], "is odd"),
+        (["--vocab_size=40"], "too small"),
+        (["--input_seq_len=64"], "at least 128 tokens"),
+        (["--path=/nowhere/set"], "holds no data set"),
+        (["--lr=0"], "above 0"),
+        (["--lr_min=0.1"], "schedule is exponential"),
+        (["--device=cuda:77"], "cannot be used on this machine"),
+        (["--run=../x"], "letters, digits"),
+        (["configs/none.py"], "cannot read this override file"),
+        (["mqar_gpt"], "neither an override file"),
+        (["--dk=5"], "must be even"),
+        (["--resume=nowhere"], "no config.json"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words, message, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        train.main([*words, f"--log_dir={tmp_path}"] if "--resume" not in words[0] else words)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_mistake_exits_with_status_2_and_no_traceback(script):
+    done = script("train.py", "--n_heds", "2")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "train.py: --n_heds: there is no setting 'n_heds'; did you mean n_heads?\n"
+    done = script("train.py", "--help")
+    assert done.returncode == 0 and "--lr_gamma" in done.stdout and "--num_kv_pairs" in done.stdout
+
+
+def test_a_fork_is_one_file(tmp_path, monkeypatch):
+    source = open(os.path.join(os.path.dirname(train.__file__), "model.py")).read()
+    (tmp_path / "my_model.py").write_text(
+        source.replace("class GPT(nn.Module)", "class Mine(nn.Module)")
+        .replace("(GPT)", "(Mine)")
+        .replace("GPT.ignores", "Mine.ignores")
+        .replace("Model = GPT", "Model = Mine")
+    )
+    monkeypatch.chdir(tmp_path)
+    status, out = run(tmp_path, model="my_model", max_steps=2)
+    assert status == 0 and train.read_json(os.path.join(out, "config.json"))["train"]["model"] == "my_model"
+    assert train.plan([Setting("model", "my_model.Mine", "--model")]).model_class.__name__ == "Mine"
+    with pytest.raises(ConfigError, match="no Theirs"):
+        train.plan([Setting("model", "my_model.Theirs", "--model")])
+
+
+def test_shipped_configs_state_what_they_are_for():
+    folder = os.path.join(os.path.dirname(train.__file__), "configs")
+    names = [n for n in sorted(os.listdir(folder)) if n.endswith(".py") and n != "__init__.py"]
+    assert "mqar_gpt.py" in names
+    for name in names:
+        p, _ = train.read_command_line([os.path.join(folder, name)])
+        assert p.train.target > 0, name
+        header = open(os.path.join(folder, name)).read().split('"""')[1]
+        assert "min" in header or "second" in header, f"{name} does not say how long it takes"
+
+
+def test_log_lines_are_json(tmp_path):
+    _, out = run(tmp_path, max_steps=5)
+    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    assert {r["kind"] for r in rows} == {"train", "eval"}
