@@ -74,34 +74,31 @@ class Config:
         for name in ("train_cells", "test_cells"):
             for length, pairs in getattr(self, name):
                 Cell(length, pairs, self).check(name)
-        Cell(self.input_seq_len, self.num_kv_pairs, self).check("input_seq_len")
+        if not self.train_cells:
+            Cell(self.input_seq_len, self.num_kv_pairs, self).check("input_seq_len")
         for pairs, steps in self.curriculum:
             require(
-                pairs >= 1 and steps >= 1,
-                f"curriculum stage {(pairs, steps)} needs pairs and steps of at least 1",
-                "curriculum",
+                min(pairs, steps) >= 1, f"curriculum: stage {(pairs, steps)} needs at least 1 pair and 1 step", "curriculum"
             )
             length = shortest(pairs, self)
             Cell(length, pairs, self).check("curriculum")
-            message = f"curriculum stage of {pairs} pairs needs {length} tokens, more than input_seq_len={self.input_seq_len}"
+            message = f"curriculum: {pairs} pairs need {length} tokens, more than input_seq_len={self.input_seq_len}"
             require(length <= self.input_seq_len, message, "curriculum")
         tokens = self.n_train_examples * max(length for length, _ in self.train_cells or [(self.input_seq_len, 0)])
-        fits = self.fresh or tokens <= 2**31
-        require(fits, f"n_train_examples={self.n_train_examples} rows do not fit in memory; use fresh=1", "n_train_examples")
+        message = f"n_train_examples={self.n_train_examples} rows do not fit in memory; use fresh=1"
+        require(self.fresh or tokens <= 2**31, message, "n_train_examples")
 
     def unused(self):
         if self.path:
-            kept = ("path", "seed")
-            return {name: f"the data comes from path={self.path}" for name in asdict(self) if name not in kept}
-        if self.train_cells and self.test_cells and not self.curriculum:
-            return {"num_kv_pairs": "train_cells and test_cells say it"}
-        return {}
+            return {name: f"the data comes from path={self.path}" for name in asdict(self) if name not in ("path", "seed")}
+        return {"num_kv_pairs": "train_cells say it"} if self.train_cells else {}
 
     def label(self):
         """The data's part of a run's name."""
         if self.path:
             return os.path.basename(os.path.normpath(self.path))
-        return f"{self.input_seq_len}-{self.num_kv_pairs}-{self.vocab_size}"
+        cells = self.train_cells or ((self.input_seq_len, self.num_kv_pairs),)
+        return "+".join(f"{length}-{pairs}" for length, pairs in cells) + f"-{self.vocab_size}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +140,7 @@ class Cell:
         smallest = 2 * max(self.alphabet + 1, n + self.updates)
         message = f"vocab_size={V} is too small for {n} pairs: half of it are keys, half values; use at least {smallest}"
         require(V >= smallest, message, "vocab_size")
-        require(V <= 2**30, f"vocab_size={V} is larger than {2**30}", "vocab_size")
+        require(V <= 2**24, f"vocab_size={V} is larger than {2**24}", "vocab_size")
 
 
 def shortest(pairs, config):
@@ -298,7 +295,6 @@ class MadeData:
         self.stages = [(Cell(shortest(n, c), n, c), steps) for n, steps in c.curriculum]
         self.seq_len = max(cell.length for cell in self.train_cells + self.test_cells)
         self.fixed = {}  # cell -> its fixed training set, made at first use
-        self.order = {}  # (cell, pass) -> permutation, the two latest
 
     def stage(self, step):
         """(cell, index of this step among the steps in that cell, is it a fixed set) for a training step."""
@@ -344,19 +340,13 @@ class MadeData:
         if cell not in self.fixed:
             self.fixed[cell] = make_rows(cell, "train", np.arange(n))
         which = np.empty_like(rows)
-        for p in np.unique(rows // n):
-            mine = rows // n == p
-            which[mine] = self.permutation(cell, int(p), n)[rows[mine] % n]
+        for number in np.unique(rows // n):
+            key = stream_key(self.config.seed, len(SPLITS), cell.length, cell.pairs, int(number))
+            order = np.random.Generator(np.random.Philox(key=key)).permutation(n)
+            mine = rows // n == number
+            which[mine] = order[rows[mine] % n]
         tokens, targets, tags = self.fixed[cell]
         return tokens[which], targets[which], {k: v.reshape(n, -1)[which].ravel() for k, v in tags.items()}
-
-    def permutation(self, cell, number, n):
-        if (cell, number) not in self.order:
-            while len(self.order) > 2 * len(self.train_cells):
-                self.order.pop(next(iter(self.order)))
-            key = stream_key(self.config.seed, len(SPLITS), cell.length, cell.pairs, number)
-            self.order[cell, number] = np.random.Generator(np.random.Philox(key=key)).permutation(n)
-        return self.order[cell, number]
 
 
 # ---- the data set on disk ----------------------------------------------------------------------------------------------
@@ -380,14 +370,14 @@ class StoreConfig:
         configs.one_of(self, ("parquet", "jsonl"), "output_format")
         V, block = self.vocab_size, 4 * self.num_kv_pairs
         low = max(block, self.seq_len // block * block)
-        message = (
-            f"seq_len={self.seq_len} must be a multiple of 4 * num_kv_pairs = {block}; the nearest are {low} and {low + block}"
-        )
+        near = f"the nearest are {low} and {low + block}"
+        message = f"seq_len={self.seq_len} must be a multiple of 4 * num_kv_pairs = {block}; {near}"
         require(self.seq_len % block == 0 and self.seq_len > 0, message, "seq_len")
         require(self.seq_len <= 2**20, f"seq_len={self.seq_len} is longer than {2**20}", "seq_len")
         smallest = 2 * (self.num_kv_pairs + 1)
         message = f"vocab_size={V} is too small for {self.num_kv_pairs} pairs; half of it are keys, use at least {smallest}"
-        require(smallest <= V <= 2**30, message, "vocab_size")
+        require(V <= 2**24, f"vocab_size={V} is larger than {2**24}", "vocab_size")
+        require(smallest <= V, message, "vocab_size")
         # Rows of different splits are drawn apart; with so many possible rows, none can come up twice.
         bits = self.seq_len // block * sum(log2_falling(m, self.num_kv_pairs) for m in (V // 2 - 1, V - V // 2))
         chance = 2 * math.log2(3 * self.num_samples) - 1 - bits
@@ -430,8 +420,8 @@ def write_dataset(c, shard_rows=20000):
     """Write train/, validation/ and test/ shards, orders/ and metadata.json; return the metadata.
 
     Everything goes to a temporary directory beside output_dir, which gets its name only when all of it is on disk: a
-    directory of that name is always complete. Memory does not grow with num_samples: a shard is written 1,000 rows at a
-    time, in both formats. Copies of the training split are orders/train.npy, (num_copies, num_samples) row numbers.
+    directory of that name is always complete. Memory does not grow with num_samples: a shard is written half a
+    million tokens at a time, in both formats. Copies of the training split are orders/train.npy, (num_copies, num_samples) row numbers.
     """
     target = os.path.abspath(c.output_dir)
     if os.path.exists(target):
@@ -466,7 +456,8 @@ def write_split(c, work, name, shard_rows):
         for first in range(0, c.num_samples, shard_rows):
             last = min(first + shard_rows, c.num_samples)
             path = os.path.join(work, name, f"part-{len(files):05d}.{c.output_format}")
-            chunks = (range(a, min(a + 1000, last)) for a in range(first, last, 1000))
+            size = max(1, 2**19 // c.seq_len)  # rows in memory at a time
+            chunks = (range(a, min(a + size, last)) for a in range(first, last, size))
             with open(path, "wb") as f:
                 WRITERS[c.output_format](f, c, split, chunks, bar)
                 sync(f)
@@ -511,8 +502,9 @@ def write_orders(c, folder):
     os.mkdir(folder)
     orders = np.lib.format.open_memmap(f"{folder}/train.npy", "w+", np.uint32, (c.num_copies, c.num_samples))
     for copy in range(c.num_copies):
-        key = stream_key(c.seed, len(SPLITS), copy)
-        orders[copy] = np.random.Generator(np.random.Philox(key=key)).permutation(np.arange(c.num_samples, dtype=np.uint32))
+        order = np.arange(c.num_samples, dtype=np.uint32)
+        np.random.Generator(np.random.Philox(key=stream_key(c.seed, len(SPLITS), copy))).shuffle(order)
+        orders[copy] = order
     orders.flush()
 
 

@@ -2,7 +2,7 @@
 
     python eval.py runs/RUN                       # test accuracy by slice, with 95% intervals
     python eval.py runs/RUN --split val --checkpoint ckpt
-    python eval.py compare 'runs/*'               # runs side by side: table, accuracy against pairs and against state
+    python eval.py compare 'runs/*'               # runs side by side: table, accuracy against steps, pairs and state
 
 The first two write eval_<split>.json, .parquet (one row per label) and .png into the run; compare writes <out>.parquet
 and <out>.png. A run is rebuilt from its own config.json and checkpoint; no override file is run.
@@ -20,7 +20,7 @@ import numpy as np
 
 import configs
 from configs import ConfigError, one_of, require
-from train import choose_device, load_run, predict, read_json, read_plan, summarise, write_file, write_json
+from train import choose_device, load_run, predict, read_json, read_log, read_plan, summarise, write_file, write_json
 
 
 @dataclass
@@ -161,7 +161,10 @@ def compare(words, config):
     names = ("run", "model", "params", "state", "seed", "steps", "seconds")
     table(head, [(*(r[k] for k in names), *shown(r["all"])[1:]) for r in runs])
     out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", "compare")
-    flat = [{k: v for k, v in r.items() if k not in ("all", "by_pairs")} | {"accuracy": r["all"]["value"]} for r in runs]
+    flat = [
+        {k: v for k, v in r.items() if k not in ("all", "by_pairs", "curve", "settings")} | {"accuracy": r["all"]["value"]}
+        for r in runs
+    ]
     write_parquet(out + ".parquet", {k: [r[k] for r in flat] for k in flat[0]})
     plot_compare(out + ".png", runs)
     print(f"wrote {out}.parquet, {out}.png")
@@ -175,6 +178,7 @@ def read_result(folder):
         saved = read_json(os.path.join(folder, "config.json"))
     except (OSError, json.JSONDecodeError, KeyError):
         return None
+    own = ("seed", "run", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
     p = read_plan(folder)
     sizes = SimpleNamespace(**saved["model"])
     state = p.model_class.state_bytes(sizes) if hasattr(p.model_class, "state_bytes") else 0
@@ -183,38 +187,45 @@ def read_result(folder):
         "run": os.path.basename(os.path.normpath(folder)),
         "model": p.train.model,
         "line": f"{p.train.model} {shape}, {saved['parameters']['layers']} params",
+        "settings": json.dumps([{k: v for k, v in saved[part].items() if k not in own} for part in ("train", "model", "data")]),
         "params": saved["parameters"]["layers"],
         "state": state,
         "seed": p.train.seed,
         "steps": status["step"],
         "seconds": round(status["seconds"], 1),
         "all": share(round(test["accuracy"] * test["labels"]), test["labels"]),
+        "curve": [(r["step"], r["accuracy"]) for r in read_log(folder) if r["kind"] == "eval"],
         "by_pairs": {int(n): share(*cell) for n, cell in test["by_slice"].get("num_kv_pairs", {}).items()},
     }
 
 
 def plot_compare(path, runs):
-    """Accuracy against pairs (one line per kind of model: mean over its runs, band from lowest to highest) and state."""
-    plt, fig, (left, right) = figure(1, 2)
-    for line in sorted({r["line"] for r in runs}):
-        same = [r for r in runs if r["line"] == line]
+    """Accuracy against steps, pairs and state; runs that differ in their seed only are one colour, with mean and band."""
+    plt, fig, (first, left, right) = figure(1, 3)
+    lines = {
+        settings: [r for r in runs if r["settings"] == settings] for settings in dict.fromkeys(r["settings"] for r in runs)
+    }
+    for same in lines.values():
+        line = same[0]["line"]
+        if sum(line == others[0]["line"] for others in lines.values()) > 1:
+            line += f", {same[0]['run'][-40:]}"  # same model, other settings
         pairs = sorted({n for r in same for n in r["by_pairs"]})
         values = [[r["by_pairs"][n]["value"] for r in same if n in r["by_pairs"]] for n in pairs]
         (drawn,) = left.plot(pairs, [np.mean(v) for v in values], "o-", ms=4, label=f"{line} (runs: {len(same)})")
+        for r in same:
+            first.plot(*zip(*r["curve"]), ".-", ms=4, lw=1, color=drawn.get_color())
         left.fill_between(pairs, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=drawn.get_color())
         y = [r["all"]["value"] for r in same]
         ends = np.array([r["all"]["ci95"] for r in same]).T
         errors = np.maximum(0, [y - ends[0], ends[1] - y])
         right.errorbar([r["state"] for r in same], y, yerr=errors, fmt="o", ms=4, capsize=3, color=drawn.get_color())
-    left.set(xlabel="key-value pairs", ylabel="test token accuracy (band: lowest to highest run)")
-    left.set_xscale("log", base=2)
-    left.set_xticks(sorted({n for r in runs for n in r["by_pairs"]}))
-    left.xaxis.set_major_formatter("{x:.0f}")
-    left.legend(fontsize=6)
-    right.set(
-        xlabel="state at the longest test row (bytes, float32)", ylabel="test token accuracy (95% interval)", xscale="log"
-    )
-    for axis in (left, right):
+    first.set(xlabel="step", ylabel="val token accuracy, each run")
+    left.set(xlabel="key-value pairs", ylabel="test token accuracy, mean and range")
+    right.set(xlabel="state at the longest test row (bytes, float32)", ylabel="test token accuracy, 95% interval")
+    fig.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=2)
+    for axis in (first, left, right):
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
         axis.yaxis.label.set_fontsize(8)

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,21 +72,18 @@ class TrainConfig:
     threads: int = 0  # CPU threads; 0: torch's choice. Sums differ in the last bit between thread counts
 
     def check(self):
-        at_least(
-            self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "eval_interval", "threads", "clip_grad", "seed"
-        )
+        at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "eval_interval", "threads", "clip_grad")
         at_least(self, 1, "batch_size", "accumulate", "nan_limit", "eval_batch_size", "log_interval")
         one_of(self, SCHEDULES, "schedule")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         within(self, 0, 1, "lr_gamma", "lr_min", "stop_accuracy", "target")
+        within(self, 0, 0.99999, "beta1", "beta2")
+        within(self, 0, 2**62, "seed")
         require(self.lr > 0, f"lr={self.lr} must be above 0", "lr")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)", name)
         for name in ("run", "exp_group"):
             message = f"{name}={getattr(self, name)!r} becomes part of a directory name: letters, digits, . _ - only"
             require(re.fullmatch(r"[\w.-]*", getattr(self, name)) and getattr(self, name) not in (".", ".."), message, name)
         require(self.accumulate <= self.batch_size, "accumulate must not exceed batch_size", "accumulate")
-        require(self.seed < 2**63, "seed must be below 2**63", "seed")
 
     def unused(self):
         reasons = {} if self.schedule == "exponential" else {"lr_gamma": f"schedule is {self.schedule}"}
@@ -242,13 +240,12 @@ def make_run_directory(p, config):
 
 def describe_run(p, config, model, device, dtype):
     """config.json: enough to repeat the run, and to rebuild its model and data."""
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
     values = {"train": p.train, "model": config, "data": p.data}
     return {
         **{name: dataclasses.asdict(value) for name, value in values.items()},
         "set_by": {s.key: s.origin for s in p.settings},
         "argv": sys.argv,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git_commit(),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
         "device": str(device),
         "dtype": str(dtype)[6:],
@@ -256,6 +253,12 @@ def describe_run(p, config, model, device, dtype):
         "world_size": 1,
         "parameters": count_parameters(model),
     }
+
+
+def git_commit():
+    if not shutil.which("git"):
+        return None
+    return subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
 
 
 def read_plan(folder, changes=()):
@@ -323,6 +326,7 @@ class Log:
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **row):
+        row = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}  # JSON has no nan
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
@@ -472,8 +476,7 @@ def train(p, folder, data, model, device, dtype, resume=None):
         # log
         bar.update()
         if state["step"] % c.log_interval == 0 or not finite:
-            speed = tokens.numel() * len(parts)
-            row = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item(), "tokens": speed, "skipped": not finite}
+            row = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item(), "skipped": not finite}
             log.write(kind="train", step=state["step"], seconds=time.perf_counter() - began, **row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.1e}")
             if bar.disable:
@@ -529,20 +532,28 @@ def plot_curves(folder, title):
     import matplotlib.pyplot as plt
 
     rows = read_log(folder)
-    trained, measured = ([r for r in rows if r["kind"] == kind] for kind in ("train", "eval"))
+    measured = [r for r in rows if r["kind"] == "eval"]
+    trained = [r for r in rows if r["kind"] == "train" and r["loss"] is not None]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     left.plot([r["step"] for r in trained], [r["loss"] for r in trained], lw=1, label="train batch")
-    left.plot([r["step"] for r in measured], [r["loss"] for r in measured], "o-", ms=3, label="val")
-    left.set(xlabel="step", ylabel="loss (nats per label)", yscale="log")
-    right.plot([r["step"] for r in measured], [r["accuracy"] for r in measured], "o-", ms=3, label="labels (token accuracy)")
-    right.plot(
-        [r["step"] for r in measured], [r["row_accuracy"] for r in measured], "s--", ms=3, label="whole rows (exact match)"
-    )
-    n = f" (n = {measured[-1]['labels']} labels)" if measured else ""
-    right.set(xlabel="step", ylabel="val accuracy" + n, ylim=(-0.02, 1.02), xlim=left.get_xlim())
-    for axis in (left, right):
+    for axis, key, label in (
+        (left, "loss", "val"),
+        (right, "accuracy", "labels (token accuracy)"),
+        (right, "row_accuracy", "whole rows (exact match)"),
+    ):
+        axis.plot([r["step"] for r in measured], [r[key] for r in measured], "o-", ms=3, label=label)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
+    labels, in_rows = measured[-1]["labels"], measured[-1]["rows"]
+    left.set(xlabel="step", ylabel="loss (nats per label)", yscale="log")
+    right.set(
+        xlabel="step",
+        ylabel="val accuracy",
+        ylim=(-0.02, 1.02),
+        xlim=left.get_xlim(),
+        title=f"n = {labels} labels in {in_rows} rows",
+    )
+    right.title.set_fontsize(8)
     figure.suptitle(title, fontsize=8)
     figure.savefig(os.path.join(folder, "curves.png"), dpi=120)
     plt.close(figure)
@@ -594,19 +605,15 @@ def main(argv=None):
         model.load_state_dict(resume["model"])
         saved = read_json(os.path.join(folder, "config.json"))
         if saved["threads"] != torch.get_num_threads():
-            print(
-                f"note: the run began with {saved['threads']} threads; with {torch.get_num_threads()} the last bits will differ"
-            )
+            print(f"note: the run began with {saved['threads']} threads; with another number its last bits will differ")
     else:
         folder = make_run_directory(p, config)
         write_json(os.path.join(folder, "config.json"), describe_run(p, config, model, device, dtype))
     print(f"### LOGDIR: {folder}")
     print({k: v for part in (c, config, p.data) for k, v in dataclasses.asdict(part).items()})
     val_rows = sum(len(s) for s in data.segments("val"))
-    print(
-        f">>> n_train_steps = {data.steps_per_epoch(c.batch_size)}, n_val_steps = {-(-val_rows // c.eval_batch_size)}",
-        flush=True,
-    )
+    steps = data.steps_per_epoch(c.batch_size), -(-val_rows // c.eval_batch_size)
+    print(f">>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}", flush=True)
     model.to(device)
     if c.compile:
         model.compile()
@@ -632,13 +639,13 @@ def finish(p, folder, data, model, device, dtype, resume):
     model.load_state_dict(load_checkpoint(folder, "best", "ckpt")["model"])
     test = evaluate(model, data, "test", p.train.eval_batch_size, device, dtype)
     reached = test["accuracy"] >= p.train.target
-    outcome = "finished" if reached else "below target"
-    write_json(
-        status, {"status": outcome, "step": state["step"], "seconds": state["seconds"], "target": p.train.target, "test": test}
+    ended = {"status": "finished" if reached else "below target", "target": p.train.target, "test": test}
+    write_json(status, {**ended, "step": state["step"], "seconds": state["seconds"]})
+    by_label, by_row = (
+        f"{test['accuracy']:.4f} of {test['labels']} labels",
+        f"{test['row_accuracy']:.4f} of {test['rows']} rows",
     )
-    summary = (
-        f"test accuracy {test['accuracy']:.4f} of {test['labels']} labels, {test['row_accuracy']:.4f} of {test['rows']} rows"
-    )
+    summary = f"test accuracy {by_label}, {by_row}"
     plot_curves(folder, f"{os.path.basename(folder)}\n{summary}")
     print(f"{summary}; {state['step']} steps, {state['seconds']:.0f} s; {folder}")
     if not reached:

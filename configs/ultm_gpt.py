@@ -1,4 +1,4 @@
-"""GPT on MQAR exactly as "Updatable Long-Term Memory" ran it: its argument list, value for value, 400 epochs of 1,250 steps.
+"""GPT on MQAR exactly as "Updatable Long-Term Memory" ran it: its argument list, value for value, 400 epochs.
 
 The document's whole run would take 9 hours on 2 CPU cores; it stops here once 99% of the validation labels are right, after
 about 10 minutes (the schedule has fallen to nothing by epoch 90 anyway: 0.95^90 = 1%). Add --stop_accuracy 0 for all of it.

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
-import data_mqar  # noqa: E402
+import data_mqar  # noqa: E402, I001
 import model as M  # noqa: E402
 from test_data_mqar import loop_rows  # noqa: E402
 
@@ -79,7 +79,11 @@ def train_rows(rounds):
         return F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     peak, peak_flops = make_peak()
-    steps = {"ours": stepper(labelled), "ours, compiled": stepper(labelled, compiled=True), "all logits, eager": stepper(all_logits)}
+    steps = {
+        "ours": stepper(labelled),
+        "ours, compiled": stepper(labelled, compiled=True),
+        "all logits, eager": stepper(all_logits),
+    }
     with FlopCounterMode(display=False) as counter:
         steps["ours"]()
     times = take_turns({**steps, "peak": peak}, rounds)
@@ -87,7 +91,9 @@ def train_rows(rounds):
     for ours in ("ours", "ours, compiled"):
         rate = counter.get_total_flops() / statistics.median(times[ours])
         yield "training step, " + ours, times[ours], "all logits, eager", times["all logits, eager"], rate / peak_rate
-    print(f"(peak {peak_rate / 1e9:.0f} GFLOP/s; a step of ours is {counter.get_total_flops() / 1e9:.2f} GFLOP)", file=sys.stderr)
+    print(
+        f"(peak {peak_rate / 1e9:.0f} GFLOP/s; a step of ours is {counter.get_total_flops() / 1e9:.2f} GFLOP)", file=sys.stderr
+    )
 
 
 def data_rows(rounds):
