@@ -420,8 +420,8 @@ def write_dataset(c, shard_rows=20000):
     """Write train/, validation/ and test/ shards, orders/ and metadata.json; return the metadata.
 
     Everything goes to a temporary directory beside output_dir, which gets its name only when all of it is on disk: a
-    directory of that name is always complete. Memory does not grow with num_samples: a shard is written half a
-    million tokens at a time, in both formats. Copies of the training split are orders/train.npy, (num_copies, num_samples) row numbers.
+    directory of that name is always complete. Memory does not grow with num_samples: half a million tokens are written at
+    a time, in both formats. Copies of the training split are orders/train.npy, (num_copies, num_samples) row numbers.
     """
     target = os.path.abspath(c.output_dir)
     if os.path.exists(target):
