@@ -54,7 +54,7 @@ class Config:
     conv: int = 0  # width of a short causal convolution on queries, keys and values; 0: none
     pos: str = "rope"  # positions: rope, learned or none
     tie: bool = False  # the output head shares the embedding's weight
-    init_std: float = 0.02  # standard deviation of every initial weight matrix; 0: torch's own initialisation
+    init_std: float = 0.02  # standard deviation of the initial embedding; projections start as torch makes them
     chunk_size: int = 16  # delta models: tokens per chunk of the parallel form
     lr_temp: float = 1.0  # delta models: temperature of the write strength, sigmoid(z / lr_temp)
     vocab_size: int = told(2048)
@@ -62,7 +62,8 @@ class Config:
 
     def check(self):
         at_least(self, 1, "dim", "n_layers", "n_heads", "dk", "dv", "du", "ffn_expand_factor", "chunk_size")
-        at_least(self, 0, "n_kv_heads", "conv", "init_std")
+        at_least(self, 0, "n_kv_heads", "conv")
+        require(self.init_std > 0, "init_std must be above 0, or all tokens start the same", "init_std")
         one_of(self, ACTIVATIONS, "ffn_act", "att_output_gate_act")
         one_of(self, KERNELS, "q_kernel", "k_kernel", "v_kernel")
         one_of(self, NORMS, "q_norm", "k_norm")
@@ -467,10 +468,9 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(self.block(c) for _ in range(c.n_layers))
         self.final_norm = RMSNorm(c.dim)
         self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
-        if c.init_std:
-            for m in self.modules():
-                if isinstance(m, (nn.Linear, nn.Embedding)):
-                    nn.init.normal_(m.weight, std=c.init_std)
+        nn.init.normal_(self.embed.weight, std=c.init_std)
+        if self.pos_embed:
+            nn.init.normal_(self.pos_embed.weight, std=c.init_std)
         if c.tie:
             self.lm_head.weight = self.embed.weight
 

@@ -11,7 +11,7 @@ learning rate they allow.
 
 model = "gpt"
 dk = dv = 48
-init_std = 0  # torch's own
+init_std = 1.0
 
 curriculum = [(2, 100), (8, 50)]  # (pairs, steps), then 32
 fresh = True

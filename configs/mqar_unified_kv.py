@@ -6,7 +6,7 @@ Half a minute on 2 CPU cores. Expected: test token accuracy 0.99 or more, with t
 
 model = "unified_kv"
 du = 64
-init_std = 0  # torch's own
+init_std = 1.0
 
 curriculum = [(2, 100), (8, 50)]  # (pairs, steps), then 32
 fresh = True

@@ -59,7 +59,7 @@ def train_rows(rounds):
 
     def stepper(loss_of, compiled=False):
         torch.manual_seed(0)
-        model = M.GPT(M.Config(dk=48, dv=48, init_std=0))
+        model = M.GPT(M.Config(dk=48, dv=48, init_std=1.0))
         if compiled:
             model.compile()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=loss_of is labelled)

@@ -16,7 +16,7 @@ from configs import ConfigError
 def runs(tmp_path_factory):
     """Two small finished runs with two test cells, and one that never finished."""
     folder = tmp_path_factory.mktemp("runs")
-    toy = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv=2 --init_std=0 --lr=1e-2 --max_steps=40 --fresh=1 --threads=1"
+    toy = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv=2 --init_std=1 --lr=1e-2 --max_steps=40 --fresh=1 --threads=1"
     cells = "--vocab_size=32 --input_seq_len=16 --num_kv_pairs=4 --test_cells=[(16,4),(32,8)]"
     toy += " --n_val_examples=20 --n_test_examples=30"
     for seed in (1, 2):

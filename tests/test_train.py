@@ -16,7 +16,7 @@ import train
 from configs import ConfigError, Setting, parse
 
 TOY = dict(
-    n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=0, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
+    n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
 )
 TOY |= dict(schedule="cosine", max_steps=60, eval_interval=20, n_val_examples=50, n_test_examples=50, log_interval=5, threads=1)
 
