@@ -177,7 +177,7 @@ def draw_distinct(u, m):
     """n different numbers of range(m) per row, in random order: u (R, n) uniform -> (R, n). Fisher-Yates on many rows."""
     R, n = u.shape
     out = np.empty((R, n), dtype=np.int32)
-    chunk = max(1, 2**20 // m)  # the pools of a chunk stay in cache
+    chunk = max(1, 2**21 // m)  # the pools of a chunk stay in cache
     fresh_pool = np.tile(np.arange(m, dtype=np.int32), (min(chunk, R), 1))
     for a in range(0, R, chunk):
         part = u[a : a + chunk]

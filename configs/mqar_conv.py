@@ -21,7 +21,6 @@ fresh = True
 lr = 6e-3
 warmup_steps = 30
 schedule = "cosine"
-beta2 = 0.99
 max_steps = 200
 eval_interval = 20
 stop_accuracy = 0.998

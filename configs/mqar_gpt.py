@@ -19,7 +19,6 @@ fresh = True
 lr = 12e-3
 warmup_steps = 30
 schedule = "cosine"
-beta2 = 0.99
 max_steps = 300
 eval_interval = 50
 stop_accuracy = 0.993

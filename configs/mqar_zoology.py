@@ -26,7 +26,6 @@ n_test_examples = 1000
 lr = 6e-3
 warmup_steps = 30
 schedule = "cosine"
-beta2 = 0.99
 max_steps = 300
 eval_interval = 40
 stop_accuracy = 0.9985
