@@ -28,6 +28,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -60,7 +61,7 @@ class Config:
     test_cells: tuple[tuple[int, int], ...] = ()  # cells of val and test, reported one by one; empty: as in training
     updates: int = 0  # so many of the keys are stored again with a new value; the last one counts
     gap: int = 0  # 0..gap random tokens after each stored pair
-    key_len: int = 1  # tokens in a key; longer keys share tokens, so that no single one tells the value
+    key_len: int = 1  # tokens in a key; longer keys are words over a small alphabet, so that they share tokens
     path: str = ""  # a directory that `python data_mqar.py --output-dir` wrote, to train on instead
     seed: int = 0  # of data and model
 
@@ -76,6 +77,14 @@ class Config:
                 Cell(length, pairs, self).check(name)
         if not self.train_cells:
             Cell(self.input_seq_len, self.num_kv_pairs, self).check("input_seq_len")
+        # A cell that came twice would get the same rows twice.
+        stages = [(shortest(pairs, self), pairs) for pairs, _ in self.curriculum if pairs >= 1]
+        cells = self.train_cells or ((self.input_seq_len, self.num_kv_pairs),)
+        twice = [cell for cell in (*stages, *cells) if (*stages, *cells).count(cell) > 1]
+        message = (
+            f"rows of {twice[0]} (tokens, pairs) come twice in curriculum and train_cells; name them once" if twice else ""
+        )
+        require(not twice, message, "train_cells" if set(twice) & set(self.train_cells) else "curriculum")
         for pairs, steps in self.curriculum:
             require(
                 min(pairs, steps) >= 1, f"curriculum: stage {(pairs, steps)} needs at least 1 pair and 1 step", "curriculum"
@@ -86,7 +95,7 @@ class Config:
             require(length <= self.input_seq_len, message, "curriculum")
         tokens = self.n_train_examples * max(length for length, _ in self.train_cells or [(self.input_seq_len, 0)])
         message = f"n_train_examples={self.n_train_examples} rows do not fit in memory; use fresh=1"
-        require(self.fresh or tokens <= 2**31, message, "n_train_examples")
+        require(self.fresh or tokens <= 2**28, message, "n_train_examples")
 
     def unused(self):
         if self.path:
@@ -141,6 +150,8 @@ class Cell:
         message = f"vocab_size={V} is too small for {n} pairs: half of it are keys, half values; use at least {smallest}"
         require(V >= smallest, message, "vocab_size")
         require(V <= 2**24, f"vocab_size={V} is larger than {2**24}", "vocab_size")
+        words = self.alphabet**self.config.key_len if self.config.key_len <= 20 else math.inf
+        require(words <= 2**20, f"key_len={self.config.key_len} is too long: there are more than {2**20} such keys", "key_len")
 
 
 def shortest(pairs, config):
@@ -213,8 +224,8 @@ def skip_over(x, taken):
 def make_rows(cell, split, rows):
     """Rows of one cell: -> tokens (R, L) int32, targets (R, L) int32 (-100: not scored), tags.
 
-    tags: {name: (N,) int64} for the N labelled positions in row-major order: num_kv_pairs, input_seq_len, distance (tokens
-    since the value was stored, rounded down to a power of two), and updated (0 or 1) where the task has updates.
+    tags: {name: (N,)} for the N labelled positions in row-major order: num_kv_pairs, input_seq_len, cell ("128x32"), distance
+    (tokens since the key was stored, rounded down to a power of two), and updated (0 or 1) where the task has updates.
     """
     c, L, n, u = cell.config, cell.length, cell.pairs, cell.updates
     R, key_tokens, half = len(rows), c.vocab_size // 2 - 1, c.vocab_size // 2
@@ -264,6 +275,8 @@ def make_rows(cell, split, rows):
     by_position = np.argsort(ask, axis=1)  # labels in row-major order
     distance = np.take_along_axis(2 ** np.log2(ask - stored_at).astype(np.int64), by_position, 1).ravel()
     tags = {"num_kv_pairs": np.full(R * n, n), "input_seq_len": np.full(R * n, L), "distance": distance}
+    if len(c.test_cells or c.train_cells) > 1:
+        tags["cell"] = np.full(R * n, f"{L}x{n}")
     if c.updates:
         updated = np.zeros((R, n), np.int64)
         updated[r, again] = 1
@@ -311,10 +324,11 @@ class MadeData:
         return range(visit * count, (visit + 1) * count)
 
     def rows_per_step(self, cell, batch_size):
-        """As many tokens a step in every cell: batch_size counts rows of input_seq_len tokens."""
+        """As many tokens a step in every cell: batch_size counts rows of input_seq_len tokens, shorter ones are more."""
         return max(1, batch_size * self.config.input_seq_len // cell.length)
 
     def steps_per_epoch(self, batch_size):
+        """Steps that n_train_examples rows make up. Cells take equal turns, so short ones come round sooner than long ones."""
         share = self.config.n_train_examples / len(self.train_cells)
         return max(1, round(sum(share / self.rows_per_step(cell, batch_size) for cell in self.train_cells)))
 
@@ -379,7 +393,8 @@ class StoreConfig:
         require(V <= 2**24, f"vocab_size={V} is larger than {2**24}", "vocab_size")
         require(smallest <= V, message, "vocab_size")
         # Rows of different splits are drawn apart; with so many possible rows, none can come up twice.
-        bits = self.seq_len // block * sum(log2_falling(m, self.num_kv_pairs) for m in (V // 2 - 1, V - V // 2))
+        B, n = self.seq_len // block, self.num_kv_pairs
+        bits = sum(log2_falling(m, B * n) if B * n <= m else B * log2_falling(m, n) for m in (V // 2 - 1, V - V // 2))
         chance = 2 * math.log2(3 * self.num_samples) - 1 - bits
         message = f"vocab_size={V} and num_kv_pairs={self.num_kv_pairs} allow too few different rows to keep the splits apart"
         require(chance < -40, message + "; raise either, or lower num_samples", "vocab_size")
@@ -433,9 +448,9 @@ def write_dataset(c, shard_rows=20000):
         raise ConfigError(f"cannot write beside {c.output_dir}: {e.strerror}", "output_dir") from None
     try:
         splits = {name: write_split(c, work, name, shard_rows) for name in ("train", "validation", "test")}
-        if c.num_copies > 1:
-            write_orders(c, os.path.join(work, "orders"))
         metadata = describe(c, splits)
+        if c.num_copies > 1:
+            metadata["orders"] = write_orders(c, work)
         with open(os.path.join(work, "metadata.json"), "w") as f:
             json.dump(metadata, f, indent=1)
             sync(f)
@@ -463,6 +478,8 @@ def write_split(c, work, name, shard_rows):
                 sync(f)
             file = {"name": f"{name}/{os.path.basename(path)}", "rows": last - first, "bytes": os.path.getsize(path)}
             files.append(file | {"sha256": file_hash(path)})
+            if bar.disable:
+                print(f"{name}: {last} of {c.num_samples} rows", file=sys.stderr)
     return files
 
 
@@ -498,14 +515,17 @@ def write_jsonl(f, c, split, chunks, bar):
 WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
 
 
-def write_orders(c, folder):
-    os.mkdir(folder)
-    orders = np.lib.format.open_memmap(f"{folder}/train.npy", "w+", np.uint32, (c.num_copies, c.num_samples))
+def write_orders(c, work):
+    """Write orders/train.npy, (num_copies, num_samples): the row numbers of each copy; return {name, sha256}."""
+    os.mkdir(os.path.join(work, "orders"))
+    path = os.path.join(work, "orders", "train.npy")
+    orders = np.lib.format.open_memmap(path, "w+", np.uint32, (c.num_copies, c.num_samples))
     for copy in range(c.num_copies):
         order = np.arange(c.num_samples, dtype=np.uint32)
         np.random.Generator(np.random.Philox(key=stream_key(c.seed, len(SPLITS), copy))).shuffle(order)
         orders[copy] = order
     orders.flush()
+    return {"name": "orders/train.npy", "sha256": file_hash(path)}
 
 
 def describe(c, splits):
@@ -521,7 +541,6 @@ def describe(c, splits):
         "value_vocab_range": [half, c.vocab_size],
         "keys_disjoint_over_row": keys_disjoint(c),
         "labels_shifted": False,
-        "copies": "orders/train.npy: row numbers of each copy" if c.num_copies > 1 else "none",
         "files": splits,
     }
 
@@ -544,19 +563,20 @@ class StoredData:
         self.metadata = m = self.read_metadata()
         self.vocab_size, self.seq_len = m["vocab_size"], m["seq_len"]
         self.splits = {}
-        orders = os.path.join(self.path, "orders", "train.npy")
-        self.orders = np.load(orders, mmap_mode="r") if m["num_copies"] > 1 else np.arange(m["num_samples"])[None]
+        orders = self.checked(m["orders"]) if "orders" in m else None
+        self.orders = np.load(orders, mmap_mode="r") if orders else np.arange(m["num_samples"])[None]
 
     def read_metadata(self):
         try:
             with open(os.path.join(self.path, "metadata.json")) as f:
                 metadata = json.load(f)
-            assert metadata["dataset_type"] == "mqar" and metadata["format_version"] == 1
-            return metadata
+            if metadata["dataset_type"] != "mqar" or metadata["format_version"] != 1:
+                raise ValueError
+            return {k: metadata[k] for k in ("num_samples", "num_kv_pairs", "vocab_size", "seq_len", "files")} | metadata
         except FileNotFoundError:
             make = "`python data_mqar.py --output-dir DIR` makes one"
             raise ConfigError(f"path={self.path} holds no data set (no metadata.json there); {make}", "path") from None
-        except (OSError, ValueError, KeyError, AssertionError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{self.path}/metadata.json is not that of an MQAR data set", "path") from None
 
     def load(self, split):
@@ -574,10 +594,15 @@ class StoredData:
             self.splits[split] = tokens, targets
         return self.splits[split]
 
-    def read_shard(self, file):
+    def checked(self, file):
+        """The path of a file of the data set, once its checksum is right."""
         path = os.path.join(self.path, file["name"])
         if not os.path.isfile(path) or file_hash(path) != file["sha256"]:
             raise ConfigError(f"{path} is missing or damaged (its checksum differs); write the data set again", "path")
+        return path
+
+    def read_shard(self, file):
+        path = self.checked(file)
         if path.endswith(".jsonl"):
             with open(path) as f:
                 rows = [json.loads(line) for line in f]
@@ -630,18 +655,18 @@ def show_stored(config):
 
 
 def main(argv=None):
-    words, settings = configs.parse(sys.argv[1:] if argv is None else argv)
+    words, settings = configs.collect(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in settings):
         print(configs.help_text(__doc__, StoreConfig))
         return
-    for path in words:
-        settings = configs.read_file(path) + settings
+    require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
     configs.check_names(settings, StoreConfig)
     config = configs.build(StoreConfig, settings)
     if not config.output_dir:
         require(not settings, "name the directory to write: --output-dir DIR", "output_dir")
         print(__doc__.strip())
         return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the temporary directory goes
     start = time.perf_counter()
     metadata = write_dataset(config)
     seconds = time.perf_counter() - start

@@ -29,7 +29,7 @@ class EvalConfig:
     checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
     eval_batch_size: int = 100  # rows in a forward pass
     device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA
+    dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
     out: str = ""  # compare: where to write, without ending; empty: compare beside the first run
 
     def check(self):
@@ -70,6 +70,8 @@ def slices(words, config):
     require(len(words) == 1, "name one run directory: python eval.py runs/RUN", None)
     folder = words[0]
     p, data, model, state = load_run(folder, config.checkpoint)
+    if config.dtype == "auto":
+        config.dtype = p.train.dtype
     device, dtype, line = choose_device(config)
     print(f"{folder}: {config.checkpoint}.pt of step {state['step']}; {line}")
     batches = list(predict(model.to(device), data, config.split, config.eval_batch_size, device, dtype, bar=True))
@@ -152,10 +154,12 @@ def compare(words, config):
     runs, left_out = [], []
     for folder in folders:
         if os.path.exists(os.path.join(folder, "config.json")):
-            found = read_result(folder)
-            runs.append(found) if found else left_out.append(folder)
+            try:
+                runs.append(read_result(folder))
+            except (OSError, json.JSONDecodeError, KeyError, ConfigError) as e:
+                left_out.append(f"{folder} ({type(e).__name__}: {e})")
     if left_out:
-        print(f"left out, without a test result yet: {', '.join(left_out)} (python eval.py RUN makes one)", file=sys.stderr)
+        print("left out, because they have no test result that can be read:", *left_out, sep="\n  ", file=sys.stderr)
     require(runs, f"no run with a test result matches {' '.join(words)}", None)
     head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds", "accuracy", "95% interval")
     names = ("run", "model", "params", "state", "seed", "steps", "seconds")
@@ -171,13 +175,9 @@ def compare(words, config):
 
 
 def read_result(folder):
-    """What compare shows of one run, or None if it has no test result."""
-    try:
-        status = read_json(os.path.join(folder, "status.json"))
-        test = status["test"]
-        saved = read_json(os.path.join(folder, "config.json"))
-    except (OSError, json.JSONDecodeError, KeyError):
-        return None
+    """What compare shows of one finished run; KeyError if it has no test result."""
+    status, saved = (read_json(os.path.join(folder, name + ".json")) for name in ("status", "config"))
+    test = status["test"]
     own = ("seed", "run", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
     p = read_plan(folder)
     sizes = SimpleNamespace(**saved["model"])
@@ -234,6 +234,10 @@ def plot_compare(path, runs):
 
 
 COMMANDS = {"slices": slices, "compare": compare}  # `python eval.py RUN` is short for `python eval.py slices RUN`
+IGNORES = {
+    "slices": {"out": "only compare writes there"},
+    "compare": dict.fromkeys(("split", "checkpoint", "eval_batch_size", "device", "dtype"), "compare only reads results"),
+}
 
 
 def main(argv=None):
@@ -246,6 +250,7 @@ def main(argv=None):
     configs.check_names(settings, EvalConfig)
     config = configs.build(EvalConfig, settings)
     command = words.pop(0) if words[0] in COMMANDS else "slices"
+    configs.refuse_unused(config, IGNORES[command], {s.key: s for s in settings})
     COMMANDS[command](words, config)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configs import at_least, one_of, require, told
+from configs import one_of, require, told, within
 
 try:  # an optional extra, CUDA only: pip install flash-attn --no-build-isolation
     from flash_attn import flash_attn_varlen_func
@@ -61,8 +61,8 @@ class Config:
     seq_len: int = told(128)
 
     def check(self):
-        at_least(self, 1, "dim", "n_layers", "n_heads", "dk", "dv", "du", "ffn_expand_factor", "chunk_size")
-        at_least(self, 0, "n_kv_heads", "conv")
+        within(self, 1, 2**20, "dim", "n_layers", "n_heads", "dk", "dv", "du", "ffn_expand_factor", "chunk_size")
+        within(self, 0, 2**20, "n_kv_heads", "conv")
         require(self.init_std > 0, "init_std must be above 0, or all tokens start the same", "init_std")
         one_of(self, ACTIVATIONS, "ffn_act", "att_output_gate_act")
         one_of(self, KERNELS, "q_kernel", "k_kernel", "v_kernel")
@@ -145,6 +145,7 @@ def softmax_attention(q, k, v, rows=None):
     rows (B, n) gives the position of each query; None means n == T, in order.
     flash-attn's varlen kernel where `flash_problem` finds nothing against it, else scaled_dot_product_attention.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast some norms and feature maps return float32
     if rows is None and flash_problem(q.device, q.dtype, q.shape[-1], v.shape[-1]) is None:
         return flash_attention(q, k, v)
     grouped = q.shape[1] != k.shape[1]
@@ -295,7 +296,13 @@ class CausalSelfAttention(nn.Module):
         self.proj_q = nn.Linear(c.dim, self.heads * c.dk, bias=False)
         self.proj_k = nn.Linear(c.dim, self.groups * c.dk, bias=False)
         self.proj_v = nn.Linear(c.dim, self.groups * c.dv, bias=False)
-        self.conv = ShortConv((self.heads + self.groups) * c.dk + self.groups * c.dv, c.conv) if c.conv else None
+        self.conv = ShortConv(self.channels(c), c.conv) if c.conv else None
+
+    @staticmethod
+    def channels(c):
+        """Width of queries, keys and values side by side."""
+        groups = c.n_kv_heads or c.n_heads
+        return (c.n_heads + groups) * c.dk + groups * c.dv
 
     @staticmethod
     def widths(c):
@@ -358,7 +365,11 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
     def add_projections(self, c):
         self.proj_q = nn.Linear(c.dim, self.heads * c.du, bias=False)
         self.proj_kv = nn.Linear(c.dim, self.groups * c.du, bias=False)
-        self.conv = ShortConv((self.heads + self.groups) * c.du, c.conv) if c.conv else None
+        self.conv = ShortConv(self.channels(c), c.conv) if c.conv else None
+
+    @staticmethod
+    def channels(c):
+        return (c.n_heads + (c.n_kv_heads or c.n_heads)) * c.du
 
     @staticmethod
     def widths(c):
@@ -366,7 +377,7 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
 
     @classmethod
     def cached_width(cls, c):
-        return c.du  # key and value are both made from u
+        return c.du + c.k_gated * cls.widths(c)[0]  # key and value are both made from u, but a gated key needs its token
 
     def stored(self):
         return (self.proj_kv,)
@@ -491,8 +502,10 @@ class GPT(nn.Module):
     def state_bytes(cls, config, tokens=None):
         """Bytes of float32 that must be kept to read on after `tokens` tokens (default: seq_len): here, the cache."""
         c = config
-        per_token = cls.block.attention.cached_width(c) * (c.n_kv_heads or c.n_heads)
-        return 4 * c.n_layers * per_token * (tokens or c.seq_len) if c.use_att else 0
+        attention, groups = cls.block.attention, c.n_kv_heads or c.n_heads
+        cache = attention.cached_width(c) * groups * (tokens or c.seq_len)
+        window = max(0, c.conv - 1) * attention.channels(c)  # what the short convolution looks back on
+        return 4 * c.n_layers * (cache + window) if c.use_att else 0
 
     @classmethod
     def label(cls, c):
@@ -506,7 +519,9 @@ class GPT(nn.Module):
     def kernel_choice(cls, config, device, dtype):
         """Which attention kernel runs and why, as one line."""
         problem = flash_problem(device, dtype, *cls.block.attention.widths(config))
-        return "flash-attn varlen" if problem is None else f"scaled_dot_product_attention ({problem})"
+        if problem is None:
+            return "flash-attn varlen; scaled_dot_product_attention for the labelled positions of the last block"
+        return f"scaled_dot_product_attention ({problem})"
 
 
 class UnifiedKV(GPT):

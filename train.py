@@ -44,7 +44,7 @@ class TrainConfig:
     data: str = "data_mqar"  # file with the task
     n_epochs: int = 10  # passes over n_train_examples; 0 prints the model and stops
     max_steps: int = 0  # stop after this many optimiser steps instead; 0: by epochs
-    batch_size: int = 32  # rows in an optimiser step, over all ranks and accumulation steps
+    batch_size: int = 32  # rows in an optimiser step over all accumulation steps; data may trade it for row length
     accumulate: int = 1  # split each batch into so many forward and backward passes, to save memory
     lr: float = 1e-3  # highest learning rate of AdamW
     schedule: str = "exponential"  # exponential (times lr_gamma an epoch), cosine (to lr_min), linear (to lr_min) or constant
@@ -72,7 +72,8 @@ class TrainConfig:
     threads: int = 0  # CPU threads; 0: torch's choice. Sums differ in the last bit between thread counts
 
     def check(self):
-        at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "eval_interval", "threads", "clip_grad")
+        at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "eval_interval", "clip_grad")
+        within(self, 0, 1024, "threads")
         at_least(self, 1, "batch_size", "accumulate", "nan_limit", "eval_batch_size", "log_interval")
         one_of(self, SCHEDULES, "schedule")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
@@ -100,6 +101,7 @@ class Plan:
     """Everything that settings decide: checked configs, the classes to build, and who set what."""
 
     train: TrainConfig
+    model_module: object
     model_class: type
     data_module: object
     data: object  # the data file's Config
@@ -129,9 +131,12 @@ def find_model(name):
     if name not in MODELS and not any(os.path.isfile(os.path.join(d, file + ".py")) for d in (os.getcwd(), HERE)):
         raise ConfigError(f"model={name!r} is neither one of {', '.join(MODELS)} nor a file here", "model")
     cls = cls or "Model"
-    require(cls.isidentifier(), f"model={name!r} must be file or file.Class", "model")
+    require(cls.isidentifier() and cls != "py", f"model={name!r} must be file or file.Class, without .py", "model")
     module = import_file(file, "model", "Config", cls)
-    return module, getattr(module, cls)
+    found = getattr(module, cls)
+    is_model = isinstance(found, type) and issubclass(found, torch.nn.Module)
+    require(is_model, f"model={name!r} is no torch.nn.Module", "model")
+    return module, found
 
 
 def plan(settings):
@@ -145,13 +150,12 @@ def plan(settings):
         raise ConfigError(f"{origin}: {e}" if origin else str(e)) from None
     configs.check_names(settings, TrainConfig, model_module.Config, data_module.Config)
     train = configs.build(TrainConfig, settings)
-    return Plan(train, model_class, data_module, configs.build(data_module.Config, settings), settings)
+    return Plan(train, model_module, model_class, data_module, configs.build(data_module.Config, settings), settings)
 
 
 def model_config(p, data):
     """The model's Config: settings, and what the data tells it."""
-    module = sys.modules[p.model_class.__module__]
-    config = configs.build(module.Config, p.settings, vocab_size=data.vocab_size, seq_len=data.seq_len)
+    config = configs.build(p.model_module.Config, p.settings, vocab_size=data.vocab_size, seq_len=data.seq_len)
     configs.refuse_unused(config, getattr(p.model_class, "ignores", {}), {s.key: s for s in p.settings})
     return config
 
@@ -159,7 +163,12 @@ def model_config(p, data):
 def make_model(p, config):
     """A new model on the CPU, its weights a function of the seed alone."""
     torch.manual_seed(p.train.seed)
-    return p.model_class(config)
+    try:
+        return p.model_class(config)
+    except (MemoryError, RuntimeError) as e:
+        if "alloc" not in str(e):
+            raise
+        raise ConfigError("a model of these sizes does not fit in memory; lower dim, n_layers or vocab_size") from None
 
 
 def count_parameters(model):
@@ -181,9 +190,9 @@ def choose_device(c):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ConfigError(f"device={name!r} cannot be used on this machine; leave it out or use cpu", "device") from None
-    half = c.dtype == "bfloat16" or (c.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    half = c.dtype == "bfloat16" or (c.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False))
     dtype = torch.bfloat16 if half else torch.float32
-    why_dtype = "asked for" if c.dtype != "auto" else "fast on this GPU" if half else "fastest for small models on a CPU"
+    why_dtype = "asked for" if c.dtype != "auto" else "fast on this GPU" if half else "the exact choice"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return device, dtype, f"device: {device} ({why}{threads}), dtype: {str(dtype)[6:]} ({why_dtype})"
 
@@ -277,16 +286,24 @@ def read_plan(folder, changes=()):
 
 
 def save_checkpoint(folder, name, state):
-    """Write state (tensors, numbers, text) as <folder>/<name>.pt; an older ckpt.pt becomes ckpt_prev.pt first."""
-    path = os.path.join(folder, name + ".pt")
-    write_file(path + ".new", lambda f: torch.save(state, f))
+    """Write state (tensors, numbers, text) as <folder>/<name>.pt; an older ckpt.pt stays as ckpt_prev.pt.
+
+    Until the new file has its name, ckpt.pt is the old one: there is no moment without it.
+    """
+    path, previous = (os.path.join(folder, n + ".pt") for n in (name, "ckpt_prev"))
     if name == "ckpt" and os.path.exists(path):
-        os.replace(path, os.path.join(folder, "ckpt_prev.pt"))
-    os.replace(path + ".new", path)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(previous + ".tmp")
+        os.link(path, previous + ".tmp")
+        os.replace(previous + ".tmp", previous)
+    write_file(path, lambda f: torch.save(state, f))
 
 
 def load_checkpoint(folder, *names):
-    """The first of the named checkpoints that is whole; its checksums are verified. Says when it has to fall back."""
+    """The first of the named checkpoints that is whole; its checksums are verified.
+
+    A damaged one is set aside under another name, so that it never replaces a whole one, and the user is told.
+    """
     for name in names:
         path = os.path.join(folder, name + ".pt")
         if not os.path.exists(path):
@@ -297,6 +314,7 @@ def load_checkpoint(folder, *names):
                     raise ValueError("a checksum differs")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:  # damaged files fail in many ways; each means: try the next one
+            os.replace(path, path + ".damaged")
             print(f"{path} is damaged ({type(e).__name__}: {str(e).splitlines()[0]}); trying an older one", file=sys.stderr)
     raise ConfigError(f"{folder} has no checkpoint that can be read ({', '.join(n + '.pt' for n in names)})")
 
@@ -332,7 +350,7 @@ class Log:
 
 
 def read_log(folder):
-    """Rows of log.jsonl; a last line that was cut off is dropped."""
+    """Rows of log.jsonl; a line that a kill cut off is dropped."""
     rows = []
     with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
         for line in f:
@@ -380,7 +398,7 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
 
 
 def evaluate(model, data, split, batch_size, device, dtype=torch.float32):
-    """Token accuracy, row accuracy (exact match), mean loss, and {tag: {value: [right, labels]}} of a split."""
+    """Token accuracy, row accuracy (exact match), mean loss, and {tag: {value: [right, labels]}} over all labels."""
     was_training = model.training
     model.eval()
     batches = list(predict(model, data, split, batch_size, device, dtype, bar=True))
@@ -394,7 +412,7 @@ def summarise(batches):
     by_slice = {}
     for tag in batches[0]["tags"]:
         values = np.concatenate([b["tags"][tag] for b in batches])
-        by_slice[tag] = {int(v): [int(hit[values == v].sum()), int((values == v).sum())] for v in np.unique(values)}
+        by_slice[tag] = {v.item(): [int(hit[values == v].sum()), int((values == v).sum())] for v in np.unique(values)}
     return {
         "accuracy": float(hit.mean()),
         "row_accuracy": float(row_hit.mean()),
@@ -423,7 +441,7 @@ def train(p, folder, data, model, device, dtype, resume=None):
         optimizer.load_state_dict(resume["optimizer"])
         torch.set_rng_state(resume["rng"])
         state = {k: resume[k] for k in state}
-    log, stopped_by = Log(folder, state["step"]), catch_signals()
+    log, (stopped_by, release_signals) = Log(folder, state["step"]), catch_signals()
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not sys.stderr.isatty())
     began = time.perf_counter() - state["seconds"]
 
@@ -491,6 +509,7 @@ def train(p, folder, data, model, device, dtype, resume=None):
             outcome, state["signal"] = "preempted", stopped_by[0]
             break
     bar.close()
+    release_signals()
     return outcome, state
 
 
@@ -504,19 +523,16 @@ def parameter_groups(model, weight_decay):
 
 
 def catch_signals():
-    """A list that gets the signal's number on SIGTERM or SIGINT, so that the loop can end its step and save first.
-
-    A second signal acts at once, as it would without this.
-    """
+    """A list that gets the signal's number on SIGTERM or SIGINT, so that the loop can end its step and save first, and a
+    function that ends this. A second signal acts at once, as it would without."""
     caught = []
 
     def on_signal(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    return caught
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    return caught, lambda: [signal.signal(number, handler) for number, handler in before.items()]
 
 
 def show(bar, text):
@@ -564,23 +580,22 @@ def plot_curves(folder, title):
 
 def read_command_line(argv):
     """-> Plan, and the run directory to resume or ""."""
-    words, flags = configs.parse(argv)
-    if any(s.key == "help" for s in flags):
-        p = plan([s for s in flags if s.key in ("model", "data")])
-        model_module = sys.modules[p.model_class.__module__]
-        print(configs.help_text(__doc__, TrainConfig, model_module.Config, p.data_module.Config))
+    words, settings = configs.collect(argv)
+    if any(s.key == "help" for s in settings):
+        p = plan([s for s in settings if s.key in ("model", "data")])
+        print(configs.help_text(__doc__, TrainConfig, p.model_module.Config, p.data_module.Config))
         sys.exit(0)
-    for word in words:
-        require(word.endswith(".py"), f"{word!r} is neither an override file (.py) nor a flag (--key=value)", None)
-    settings = [s for word in words for s in configs.read_file(word)] + flags
-    folder = next((s.value for s in reversed(settings) if s.key == "resume"), "")
-    if not folder:
+    require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
+    resume = [s for s in settings if s.key == "resume"]
+    if not resume:
         return plan(settings), ""
-    require(not words, f"--resume takes its settings from {folder}/config.json; leave {' '.join(words)} out", "resume")
-    for s in flags:
-        fixed = f"{s.origin} cannot change in the middle of a run (only {', '.join(MIGHT_CHANGE)} can)"
-        require(s.key in ("resume", *MIGHT_CHANGE), fixed, s.key)
-    return read_plan(folder, [s for s in flags if s.key != "resume"]), folder
+    folder = str(resume[-1].value)
+    require(folder, f"{resume[-1].origin}: resume needs a run directory", "resume")
+    changes = [s for s in settings if s.key != "resume"]
+    for s in changes:
+        fixed = f"{s.origin}: {s.key} cannot change in the middle of a run (only {', '.join(MIGHT_CHANGE)} can)"
+        require(s.key in MIGHT_CHANGE, fixed, s.key)
+    return read_plan(folder, changes), folder
 
 
 def main(argv=None):
@@ -601,9 +616,12 @@ def main(argv=None):
     if c.n_epochs == 0:
         return 0
     if folder:
-        resume = load_checkpoint(folder, "ckpt", "ckpt_prev")
-        model.load_state_dict(resume["model"])
+        if os.path.exists(os.path.join(folder, "ckpt.pt")):  # else it was stopped before the first one, and starts again
+            resume = load_checkpoint(folder, "ckpt", "ckpt_prev")
+            model.load_state_dict(resume["model"])
         saved = read_json(os.path.join(folder, "config.json"))
+        changed = {**saved, "train": dataclasses.asdict(c)}
+        write_json(os.path.join(folder, "config.json"), changed)  # n_epochs and a few others may be new
         if saved["threads"] != torch.get_num_threads():
             print(f"note: the run began with {saved['threads']} threads; with another number its last bits will differ")
     else:
@@ -626,21 +644,21 @@ def finish(p, folder, data, model, device, dtype, resume):
     write_json(status, {"status": "running", "pid": os.getpid()})
     try:
         outcome, state = train(p, folder, data, model, device, dtype, resume)
+        result = {"status": outcome, "step": state["step"], "seconds": state["seconds"]}
+        if outcome == "finished":
+            model.load_state_dict(load_checkpoint(folder, "best", "ckpt")["model"])
+            test = evaluate(model, data, "test", p.train.eval_batch_size, device, dtype)
+            reached = test["accuracy"] >= p.train.target
+            result |= {"status": outcome if reached else "below target", "target": p.train.target, "test": test}
     except BaseException as e:
         write_json(status, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
         raise
+    write_json(status, result)
     if outcome == "preempted":
-        write_json(status, {"status": outcome, "step": state["step"]})
         print(f"stopped after step {state['step']} and saved; go on with: python train.py --resume {folder}")
         return 128 + state["signal"]
     if outcome == "failed":
-        write_json(status, {"status": outcome, "step": state["step"], "error": "gradient not finite"})
         return 1
-    model.load_state_dict(load_checkpoint(folder, "best", "ckpt")["model"])
-    test = evaluate(model, data, "test", p.train.eval_batch_size, device, dtype)
-    reached = test["accuracy"] >= p.train.target
-    ended = {"status": "finished" if reached else "below target", "target": p.train.target, "test": test}
-    write_json(status, {**ended, "step": state["step"], "seconds": state["seconds"]})
     by_label, by_row = (
         f"{test['accuracy']:.4f} of {test['labels']} labels",
         f"{test['row_accuracy']:.4f} of {test['rows']} rows",

@@ -71,6 +71,13 @@ def parse(argv):
     return words, settings
 
 
+def collect(argv):
+    """A command line -> words that are no override files, and all Settings in the order in which they win."""
+    words, flags = parse(argv)
+    files = [w for w in words if w.endswith(".py")]
+    return [w for w in words if w not in files], [s for path in files for s in read_file(path)] + flags
+
+
 def read_file(path):
     """Run one override file and return its Settings, each with the line that set it last."""
     try:
@@ -188,7 +195,7 @@ def convert(value, kind):
             number = float(value)
         except (ValueError, OverflowError):
             raise ValueError(f"takes a number, not {shown}") from None
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         raise ValueError(f"takes a finite number, not {shown}")
     if kind is int and number != int(number):
         raise ValueError(f"takes a whole number, not {shown}")

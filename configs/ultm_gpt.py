@@ -33,5 +33,5 @@ lr_gamma = 0.95
 clip_grad = 1.0
 log_interval = 20
 
-stop_accuracy = 0.99
+stop_accuracy = 0.99  # not in the document
 target = 0.985

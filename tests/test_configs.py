@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,13 @@ def test_unknown_names_point_to_the_nearest():
         check_names(settings("--vocab=2"), Toy)
 
 
+def test_files_come_first_and_in_order(tmp_path):
+    for name, lr in (("a.py", 1), ("b.py", 2)):
+        (tmp_path / name).write_text(f"lr = {lr}\nlayers = {lr}")
+    words, found = configs.collect(["--layers=7", str(tmp_path / "a.py"), "x", str(tmp_path / "b.py")])
+    assert words == ["x"] and build(Toy, found) == Toy(lr=2.0, layers=7)
+
+
 def test_override_file_gives_file_and_line(tmp_path):
     path = tmp_path / "c.py"
     path.write_text('"""header"""\nimport math\n_private = 1\nlr = math.sqrt(4)\n\nlayers = -1\n')
@@ -94,8 +102,8 @@ def test_help_shows_every_setting_with_its_reason():
         assert f"--{name}=" in text and reason in text
 
 
-KEYS = "lr model data n_layers num_kv_pairs curriculum test_cells path use_ffn q_kernel dk du seed zzz vocab_size seq_len"
-KEYS = KEYS.split() + ["run"]
+KEYS = "lr model data n_layers num_kv_pairs curriculum test_cells path use_ffn q_kernel k_norm pos conv dim dk du seed zzz"
+KEYS = KEYS.split() + ["run", "vocab_size", "seq_len"]
 TEXTS = [
     "",
     "0",
@@ -106,6 +114,8 @@ TEXTS = [
     "inf",
     "1e999",
     "9" * 5000,
+    "9" * 400,
+    "9" * 4000,
     "gpt",
     "unified_kv",
     "delta.X",
@@ -148,7 +158,8 @@ def test_only_config_errors_escape_4000_random_command_lines_and_files(tmp_path,
             (tmp_path / "c.py").write_bytes(random_file(r))
             argv.insert(0, "c.py")
         try:
-            train.read_command_line(argv)
+            p, _ = train.read_command_line(argv)
+            train.model_config(p, SimpleNamespace(vocab_size=64, seq_len=32))
             outcomes["accepted"] += 1
         except ConfigError as e:
             outcomes["refused"] += 1

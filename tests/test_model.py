@@ -194,11 +194,15 @@ def test_flash_attention_lays_its_arguments_out_as_varlen_expects(monkeypatch):
     torch.testing.assert_close(M.flash_attention(q, k, v), M.softmax_attention(q, k, v))
 
 
-def test_flash_is_chosen_only_where_it_works():
+def test_flash_is_chosen_only_where_it_works(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert "CUDA" in M.flash_problem(cpu, torch.bfloat16, 64, 64)
-    if M.flash_attn_varlen_func is None:
-        assert "not installed" in M.flash_problem(cuda, torch.bfloat16, 64, 64)
+    monkeypatch.setattr(M, "flash_attn_varlen_func", None)
+    assert "not installed" in M.flash_problem(cuda, torch.bfloat16, 64, 64)
+    monkeypatch.setattr(M, "flash_attn_varlen_func", object())
+    assert "bfloat16" in M.flash_problem(cuda, torch.float32, 64, 64)
+    assert "one width" in M.flash_problem(cuda, torch.bfloat16, 64, 32) and M.flash_problem(cuda, torch.bfloat16, 512, 512)
+    assert M.flash_problem(cuda, torch.bfloat16, 64, 64) is None
 
 
 # ---- small parts -------------------------------------------------------------------------------------------------------
@@ -291,6 +295,8 @@ def test_correct_counts_tokens_and_whole_rows():
 def test_state_bytes_counts_the_cache():
     assert M.GPT.state_bytes(config(), 10) == 4 * 2 * 2 * (6 + 4) * 10
     assert M.UnifiedKV.state_bytes(config()) == 4 * 2 * 2 * 6 * T
+    assert M.UnifiedKV.state_bytes(config(k_gated=True), 1) == 4 * 2 * 2 * (6 + 6)
+    assert M.GPT.state_bytes(config(conv=3), 10) == 4 * 2 * (2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4))
     assert M.GPT.state_bytes(config(n_kv_heads=1, k_kernel="taylor"), 1) == 4 * 2 * ((1 + 6 + 36) + 4)
 
 

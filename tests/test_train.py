@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -85,13 +86,12 @@ def test_stop_accuracy_ends_a_run_early(tmp_path):
 
 
 def test_the_commands_of_updatable_long_term_memory_print_their_counts(script):
-    common = "--batch_size 32 --dim 64 --n_heads 2 --n_layers 4 --n_epochs 0".split()
     for words, count in (
-        ("--model gpt --dk 32 --dv 32 --exp_group 29", 65792),
-        ("--model gpt --dk 48 --dv 48 --use_ffn=0", 98560),
-        ("--model unified_kv --du 64 --use_ffn=0", 98560),
+        ("--model gpt --batch_size 32 --dim 64 --dk 32 --dv 32 --n_heads 2 --n_layers 4 --exp_group 29", 65792),
+        ("--model gpt --batch_size 32 --dim 64 --dk 48 --dv 48 --n_heads 2 --n_layers 4 --use_ffn=0 --n_epochs=400", 98560),
+        ("--model unified_kv --batch_size 32 --dim 64 --du 64 --n_heads 2 --n_layers 4 --use_ffn=0 --n_epochs=400", 98560),
     ):
-        done = script("train.py", *words.split(), *common)
+        done = script("train.py", *words.split(), "--n_epochs=0")
         assert done.returncode == 0 and f"params: {count} " in done.stdout
 
 
@@ -121,8 +121,8 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(tm
     _, whole = run(tmp_path, "whole", **settings)
     r, out = random.Random(time.time_ns()), str(tmp_path / "killed")
     process = start(tmp_path, "killed", **settings)
-    for _ in range(2):
-        wait_for_step(out, r.randrange(21, 70), process)
+    for low, high in ((1, 19), (20, 110)):  # before the first checkpoint, and after
+        wait_for_step(out, r.randrange(low, high), process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         with open(os.path.join(out, "log.jsonl"), "a") as f:
@@ -162,7 +162,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
         else:
             fell_back += 1
             assert state["step"] == 40 and "ckpt.pt is damaged" in capsys.readouterr().err
+            assert os.path.exists(path + ".damaged")
     assert fell_back > 20
+    open(path, "wb").write(raw)
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         os.truncate(os.path.join(out, name), 1000)
     with pytest.raises(ConfigError, match="no checkpoint that can be read"):
@@ -187,7 +189,10 @@ def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
     _, out = run(tmp_path)
     assert run(tmp_path, resume=True, max_steps=70)[0] == 0
     assert train.read_json(os.path.join(out, "status.json"))["step"] == 70
-    with pytest.raises(ConfigError, match="--lr cannot change"):
+    assert train.read_json(os.path.join(out, "config.json"))["train"]["max_steps"] == 70
+    with pytest.raises(ConfigError, match="--resume: resume needs a run directory"):
+        train.main(["--resume="])
+    with pytest.raises(ConfigError, match="--lr: lr cannot change"):
         run(tmp_path, resume=True, lr=1)
     with pytest.raises(ConfigError, match="exists; continue it with --resume"):
         run(tmp_path)
@@ -256,6 +261,10 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
     [
         (["--n_heds=2"], "did you mean n_heads"),
         (["--model=gtp"], "neither one of gpt"),
+        (["--model=model.py"], "without .py"),
+        (["--model=model.Config"], "no torch.nn.Module"),
+        (["--dim=1000000", "--dk=100000"], "does not fit in memory"),
+        (["--threads=1e12"], "between 0 and 1024"),
         (["--model=unified_kv", "--dk=32"], "--dk: dk=32 has no effect: only gpt has it"),
         (["--du=32"], "no effect"),
         (["--lr_temp=2"], "only delta models have it"),
@@ -314,7 +323,8 @@ def test_shipped_configs_state_what_they_are_for():
         p, _ = train.read_command_line([os.path.join(folder, name)])
         assert p.train.target > 0, name
         header = open(os.path.join(folder, name)).read().split('"""')[1]
-        assert "min" in header or "second" in header, f"{name} does not say how long it takes"
+        assert re.search(r"\b(minutes?|seconds?|hours?)\b", header) and "CPU cores" in header, f"{name}: how long, on what?"
+        assert re.search(r"Expected: .*0\.99", header, re.S), f"{name}: what to expect?"
 
 
 def test_log_lines_are_json(tmp_path):

@@ -1,0 +1,70 @@
+"""The README's commands are read by the programs they name, and its tables name files that exist."""
+
+import os
+import re
+import shlex
+
+import pytest
+
+import configs
+import data_mqar
+import eval as ev
+import train
+
+ROOT = os.path.dirname(train.__file__)
+README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+
+
+def commands():
+    """Every `python ...` command of the README: of its code blocks, and between backticks."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    lines = [part for line in blocks.splitlines() for part in line.split("&&")] + re.findall(r"`(python [^`]+)`", README)
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words and re.fullmatch(r"(.*/)?python", words[0]):
+            yield words[1:]
+
+
+COMMANDS = list(commands())
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 10 and {"train.py", "eval.py", "data_mqar.py", "-m", "tests/bench.py"} <= {c[0] for c in COMMANDS}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_is_understood(words, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    script, rest = words[0], words[1:]
+    if script == "-m":
+        assert rest[0] == "pytest" and all(os.path.exists(w) for w in rest[1:] if not w.startswith("-"))
+        return
+    assert os.path.isfile(script)
+    positional, settings = configs.parse(rest)
+    if script == "train.py" and not {"resume", "path", "help"} & {s.key for s in settings} and "mine" not in rest:
+        assert train.read_command_line(rest)[0].train.log_dir == "runs"
+    elif script == "train.py":
+        configs.check_names([s for s in settings if s.key != "help"], train.TrainConfig, data_mqar.Config)
+    elif script == "eval.py":
+        configs.check_names(settings, ev.EvalConfig)
+        assert all(w in ev.COMMANDS or w.startswith("runs/") for w in positional)
+    elif script == "data_mqar.py" and settings:
+        assert configs.build(data_mqar.StoreConfig, settings).num_copies == 100
+
+
+def test_the_ci_script_runs_the_readmes_test_command():
+    script = open(os.path.join(ROOT, ".ci", "run")).read()
+    assert "grep -m1 -e '-m pytest' README.md" in script
+    line = next(line for line in README.splitlines() if "-m pytest" in line)
+    assert line.startswith("python3 -m venv .venv && ") and "requirements.txt" in line
+
+
+def test_files_and_configs_in_tables_exist():
+    named = re.findall(r"^\| `([\w./]+\.py)`", README, re.M)
+    assert {f for f in os.listdir(ROOT) if f.endswith(".py")} <= set(named)
+    named += re.findall(r"configs/\w+\.py", README)
+    missing = [f for f in named if not os.path.isfile(os.path.join(ROOT, f))]
+    assert missing == []
+    shipped = {f"configs/{f}" for f in os.listdir(os.path.join(ROOT, "configs")) if f.endswith(".py")} - {"configs/__init__.py"}
+    assert shipped <= set(named), "a config has no row in the README"
+    assert all(os.path.isfile(os.path.join(ROOT, f)) for f in re.findall(r"\]\(([\w/.]+\.png)\)", README))
