@@ -53,8 +53,8 @@ class Config:
     power_a: float = 0.01  # query slot s has weight s^(a-1): 1 is uniform, small asks early pairs early
     random_non_queries: bool = False  # fill blanks with random tokens, never with one of the row's keys
     n_train_examples: int = 40000  # rows in the training set, and in an epoch
-    n_val_examples: int = 1000  # rows per cell of the split that training watches
-    n_test_examples: int = 3000  # rows per cell of the split that is measured once, at the end
+    n_val_examples: int = 1000  # rows per cell of the split that training watches; of a path, at most so many
+    n_test_examples: int = 3000  # rows per cell of the split that is measured once, at the end; likewise
     fresh: bool = False  # new training rows for ever, instead of a fixed set seen again each epoch
     curriculum: tuple[tuple[int, int], ...] = ()  # first, stages (pairs, steps) of short fresh rows; same tokens a step
     train_cells: tuple[tuple[int, int], ...] = ()  # cells (length, pairs) that steps take turns in; empty: the one above
@@ -99,7 +99,8 @@ class Config:
 
     def unused(self):
         if self.path:
-            return {name: f"the data comes from path={self.path}" for name in asdict(self) if name not in ("path", "seed")}
+            used = ("path", "seed", "n_val_examples", "n_test_examples")
+            return {name: f"the data comes from path={self.path}" for name in asdict(self) if name not in used}
         return {"num_kv_pairs": "train_cells say it"} if self.train_cells else {}
 
     def label(self):
@@ -559,7 +560,8 @@ class StoredData:
     """A directory that write_dataset wrote, read into memory and checked against its checksums."""
 
     def __init__(self, config):
-        self.path, self.seed = config.path, config.seed
+        self.path = config.path
+        self.limit = {"val": config.n_val_examples, "test": config.n_test_examples}  # evaluating 100,000 rows takes minutes
         self.metadata = m = self.read_metadata()
         self.vocab_size, self.seq_len = m["vocab_size"], m["seq_len"]
         self.splits = {}
@@ -619,7 +621,7 @@ class StoredData:
         return max(1, self.orders.size // batch_size)
 
     def segments(self, split):
-        return [range(len(self.load(split)[0]))]
+        return [range(min(self.metadata["num_samples"], self.limit[split]))]
 
     def batch(self, split, step, rows):
         rows, (tokens, targets) = np.asarray(rows, dtype=np.int64), self.load(split)

@@ -267,6 +267,7 @@ def test_training_reads_what_was_written(tmp_path):
         assert x == rows[order[r]]["input_ids"] and y == rows[order[r]]["labels"][1:] + [IGNORE]
     assert all(len(v) == (targets != IGNORE).sum() for v in tags.values())
     assert data.segments("test") == [range(60)]
+    assert D.Data(config("--path", str(folder), "--n_test_examples=7")).segments("test") == [range(7)]
     with pytest.raises(ConfigError, match="no effect: the data comes from"):
         config("--path", str(folder), "--num_kv_pairs", "4")
 
