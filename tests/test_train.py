@@ -210,21 +210,23 @@ def test_accumulation_is_one_large_batch(tmp_path):
         torch.testing.assert_close(one[name], three[name], rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, capsys, monkeypatch):
-    broken = train.torch.nn.utils.clip_grad_norm_
-    seen = []
+@pytest.mark.parametrize("bad_steps, ends", [((2, 3, 5), "finished"), ((2, 3, 5, 6, 7), "failed")])
+def test_gradients_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_path, capsys, monkeypatch, bad_steps, ends):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def sometimes_nan(parameters, limit):
-        seen.append(1)
-        norm = broken(parameters, limit)
-        return norm * math.nan if len(seen) in (2, 3, 5, 6, 7) else norm
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) in bad_steps:
+            parameters[0].grad.fill_(math.nan)
+        return clip(parameters, limit)
 
-    monkeypatch.setattr(train.torch.nn.utils, "clip_grad_norm_", sometimes_nan)
-    status, out = run(tmp_path, nan_limit=3)
-    assert status == 1 and "not finite 3 steps in a row" in capsys.readouterr().out
-    rows = train.read_log(out)
-    assert [r["step"] for r in rows if r["skipped"]] == [2, 3, 5, 6, 7]
-    assert train.read_json(os.path.join(out, "status.json"))["status"] == "failed"
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", sometimes_nan)
+    status, out = run(tmp_path, nan_limit=3, max_steps=10, eval_interval=1)
+    assert train.read_json(os.path.join(out, "status.json"))["status"] == ends and status == (ends == "failed")
+    assert ("not finite 3 steps in a row" in capsys.readouterr().out) == (ends == "failed")
+    assert [r["step"] for r in train.read_log(out) if r.get("skipped")] == list(bad_steps)
+    assert all(torch.isfinite(w).all() for w in contents(out)[0]["model"].values())
 
 
 def test_learning_rates():
