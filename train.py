@@ -380,7 +380,7 @@ def autocast(device, dtype):
 
 
 @torch.no_grad()
-def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=False):
+def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=False, stop=()):
     """Yield, batch by batch over a whole split, a dict of
 
     hit (N,) bool, loss (a sum over labels), tags {name: (N,)}, row (N,) the row of each label, row_hit (B,) bool.
@@ -389,6 +389,8 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
     correct = getattr(from_model, "correct", None) or import_file("model", "model").correct
     batches = [s[i : i + batch_size] for s in data.segments(split) for i in range(0, len(s), batch_size)]
     for rows in tqdm(batches, desc=split, disable=not (bar and sys.stderr.isatty()), leave=False):
+        if stop:
+            return
         tokens, targets, tags = data.batch(split, 0, rows)
         with autocast(device, dtype):
             logits, loss = model(tokens.to(device), targets.to(device))
@@ -397,13 +399,16 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
         yield {"hit": hit.numpy(), "loss": loss.item() * len(hit), "tags": tags, "row": row, "row_hit": row_hit.numpy()}
 
 
-def evaluate(model, data, split, batch_size, device, dtype=torch.float32):
-    """Token accuracy, row accuracy (exact match), mean loss, and {tag: {value: [right, labels]}} over all labels."""
+def evaluate(model, data, split, batch_size, device, dtype=torch.float32, stop=()):
+    """Token accuracy, row accuracy (exact match), mean loss, and {tag: {value: [right, labels]}} over all labels.
+
+    None if `stop` (a list that a signal fills) is not empty before the end.
+    """
     was_training = model.training
     model.eval()
-    batches = list(predict(model, data, split, batch_size, device, dtype, bar=True))
+    batches = list(predict(model, data, split, batch_size, device, dtype, bar=True, stop=stop))
     model.train(was_training)
-    return summarise(batches)
+    return None if stop else summarise(batches)
 
 
 def summarise(batches):
@@ -460,7 +465,11 @@ def train(p, folder, data, model, device, dtype, resume=None):
         # eval and save
         last = step >= total
         if last or (step % every == 0 and step > 0):
-            result = evaluate(model, data, "val", c.eval_batch_size, device, dtype)
+            result = evaluate(model, data, "val", c.eval_batch_size, device, dtype, stopped_by)
+            if result is None:  # cut short by a signal: done again after a resume
+                save()
+                outcome, state["signal"] = "preempted", stopped_by[0]
+                break
             log.write(kind="eval", step=step, split="val", seconds=time.perf_counter() - began, **result)
             accuracy, exact = result["accuracy"], result["row_accuracy"]
             show(bar, f"step {step}: val accuracy {accuracy:.4f}, rows {exact:.4f}, loss {result['loss']:.4f}")

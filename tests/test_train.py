@@ -148,6 +148,26 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
     assert_same(contents(out), contents(whole))
 
 
+def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch):
+    """It is done again after the resume, so nothing is lost and nothing waits for 100,000 rows."""
+    settings = dict(max_steps=30, eval_interval=10, eval_batch_size=10)
+    _, whole = run(tmp_path, "whole", **settings)
+    made, batch = [], train.plan([]).data_module.MadeData.batch
+
+    def signal_in_second_evaluation(self, split, step, rows):
+        made.append(split)
+        if made.count("val") == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, split, step, rows)
+
+    monkeypatch.setattr(train.plan([]).data_module.MadeData, "batch", signal_in_second_evaluation)
+    status, out = run(tmp_path, "cut", **settings)
+    assert status == 128 + signal.SIGTERM and made.count("val") == 7
+    assert train.read_json(os.path.join(out, "status.json"))["step"] == 20
+    assert run(tmp_path, "cut", resume=True)[0] == 0
+    assert_same(contents(out), contents(whole))
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     _, out = run(tmp_path)
     path, r = os.path.join(out, "ckpt.pt"), random.Random(0)
