@@ -294,7 +294,10 @@ def save_checkpoint(folder, name, state):
     if name == "ckpt" and os.path.exists(path):
         with contextlib.suppress(FileNotFoundError):
             os.remove(previous + ".tmp")
-        os.link(path, previous + ".tmp")
+        try:
+            os.link(path, previous + ".tmp")
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, previous + ".tmp")
         os.replace(previous + ".tmp", previous)
     write_file(path, lambda f: torch.save(state, f))
 
@@ -313,6 +316,8 @@ def load_checkpoint(folder, *names):
                 if z.testzip() is not None:
                     raise ValueError("a checksum differs")
             return torch.load(path, map_location="cpu", weights_only=True)
+        except (MemoryError, PermissionError):  # says nothing about the file
+            raise
         except Exception as e:  # damaged files fail in many ways; each means: try the next one
             os.replace(path, path + ".damaged")
             print(f"{path} is damaged ({type(e).__name__}: {str(e).splitlines()[0]}); trying an older one", file=sys.stderr)
@@ -625,7 +630,8 @@ def main(argv=None):
     if c.n_epochs == 0:
         return 0
     if folder:
-        if os.path.exists(os.path.join(folder, "ckpt.pt")):  # else it was stopped before the first one, and starts again
+        # Without any, not even a damaged one, the run was stopped before its first checkpoint and starts again.
+        if any(name.startswith("ckpt") and not name.endswith(".tmp") for name in os.listdir(folder)):
             resume = load_checkpoint(folder, "ckpt", "ckpt_prev")
             model.load_state_dict(resume["model"])
         saved = read_json(os.path.join(folder, "config.json"))

@@ -191,6 +191,21 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
         train.load_checkpoint(out, "ckpt", "ckpt_prev")
 
 
+def test_with_a_checkpoint_set_aside_a_run_does_not_begin_again(tmp_path):
+    """As after falling back once and being killed before the next save: ckpt.pt is gone, ckpt_prev.pt is whole."""
+    _, out = run(tmp_path)
+    before, whole = train.read_log(out), contents(out)
+    os.replace(os.path.join(out, "ckpt.pt"), os.path.join(out, "ckpt.pt.damaged"))
+    assert run(tmp_path, resume=True)[0] == 0
+    kept = [r for r in before if r["step"] < 40]
+    assert train.read_log(out)[: len(kept)] == kept  # their times too: these steps were not run again
+    assert_same(contents(out), whole)
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        os.remove(os.path.join(out, name))
+    with pytest.raises(ConfigError, match="no checkpoint that can be read"):
+        run(tmp_path, resume=True)
+
+
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     _, out = run(tmp_path)
     before = open(os.path.join(out, "ckpt.pt"), "rb").read()
