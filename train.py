@@ -34,13 +34,18 @@ import configs
 from configs import ConfigError, Setting, at_least, one_of, require, within
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-MODELS = {"gpt": "model.GPT", "unified_kv": "model.UnifiedKV"}  # short names; anything else is file or file.Class
+MODELS = {  # short names; anything else is file or file.Class
+    "gpt": "model.GPT",
+    "unified_kv": "model.UnifiedKV",
+    "delta": "delta.DeltaNet",
+    "gated_delta": "delta.GatedDeltaNet",
+}
 MIGHT_CHANGE = "n_epochs max_steps stop_accuracy target log_interval eval_interval device threads compile".split()  # on resume
 
 
 @dataclass
 class TrainConfig:
-    model: str = "gpt"  # gpt, unified_kv, or file or file.Class for your own model file
+    model: str = "gpt"  # gpt, unified_kv, delta, gated_delta, or file or file.Class for your own model file
     data: str = "data_mqar"  # file with the task
     n_epochs: int = 10  # passes over n_train_examples; 0 prints the model and stops
     max_steps: int = 0  # stop after this many optimiser steps instead; 0: by epochs
@@ -626,7 +631,9 @@ def main(argv=None):
     print(f"params: {counts['layers']} in the layers, {counts['total']} with embedding, last norm and head")
     print(device_line)
     if hasattr(p.model_class, "kernel_choice"):
-        print(f"attention: {p.model_class.kernel_choice(config, device, dtype)}")
+        print(f"mixer: {p.model_class.kernel_choice(config, device, dtype)}")
+    if hasattr(p.model_class, "state_bytes"):
+        print(f"state: {p.model_class.state_bytes(config)} bytes to read on after {config.seq_len} tokens, in float32")
     if c.n_epochs == 0:
         return 0
     if folder:

@@ -268,7 +268,8 @@ def require(condition, message, key):
 
 
 def comments(cls):
-    """{field name: the comment beside it}, read from the source of the dataclass."""
+    """{field name: the comment beside it}, read from the source of the dataclass and of those it extends."""
+    inherited = {} if cls.__base__ is object else comments(cls.__base__)
     source = inspect.getsource(cls)
     by_line = {
         t.start[0]: t.string.lstrip("# ")
@@ -276,7 +277,7 @@ def comments(cls):
         if t.type == tokenize.COMMENT
     }
     body = ast.parse(inspect.cleandoc(source) if source[0] == " " else source).body[0].body
-    return {n.target.id: by_line.get(n.end_lineno, "") for n in body if isinstance(n, ast.AnnAssign)}
+    return inherited | {n.target.id: by_line.get(n.end_lineno, "") for n in body if isinstance(n, ast.AnnAssign)}
 
 
 def help_text(doc, *classes):

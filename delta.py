@@ -1,0 +1,470 @@
+"""The delta rule three ways (token by token, in chunks, a GPU kernel) and DeltaNet, a language model on model.py's trunk.
+
+    python train.py --model delta --dim 64 --n_heads 2 --dk 48 --dv 48         # DeltaNet
+    python train.py --model gated_delta --dim 64 --n_heads 2 --dk 48 --dv 48   # and its state decays
+
+The memory of one head is a matrix S (K, V) that maps keys to values. Each token reads what S holds under its key, and
+corrects it towards its value by the write strength beta in [0, 1] (Schlag et al. 2021, arXiv 2102.11174; Widrow and
+Hoff's rule of 1960):
+
+    u_t = beta_t (v_t - S_{t-1}^T k_t)        the error, times the write strength
+    S_t = S_{t-1} + k_t u_t^T                 = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+    o_t = S_t^T q_t / sqrt(K)
+
+Storing a key again replaces its value, where linear attention would add the two. Gated DeltaNet (Yang et al. 2024, arXiv
+2412.06464) lets S decay first: S_{t-1} above becomes exp(g_t) S_{t-1}, with g_t <= 0 a number per head. It is stable if
+beta_t |k_t|^2 <= 2, hence keys of length 1; beta in (1, 2) overshoots, which gives the transition a negative
+eigenvalue and lets the state flip signs (Grazzi et al. 2024, arXiv 2411.12537).
+
+Token by token this is T small steps one after another. In chunks of C tokens (Yang et al. 2024, arXiv 2406.06484: the WY
+or UT form) nearly all of it is matrix products. Let S be the state before a chunk, G_i = g_1 + ... + g_i within the chunk
+(0 without decay), and D_ij = exp(G_i - G_j) for j <= i, the decay from j to i, else 0. Putting the steps into each other,
+
+    u_i + sum_{j<i} beta_i D_ij (k_i.k_j) u_j = beta_i (v_i - exp(G_i) S^T k_i)      for all i of the chunk, so with
+    A = tril(diag(beta) K K^T * D, -1), P = tril(Q K^T * D)
+    U = (I + A)^-1 diag(beta) V - (I + A)^-1 diag(beta exp(G)) K S =: U' - W S       errors of the chunk, (C, V)
+    O = diag(exp(G)) Q S + P U
+    S <- exp(G_C) S + (diag(exp(G_C - G)) K)^T U
+
+Only the lines with S wait for the chunk before; the rest is done for all chunks at once. Cost per head and chunk, in
+multiply-adds: C^2 (3 K + 2 V) + 3 C K V, so linear in T. Solving with the triangular matrix is safe where the series
+(I - A)(I + A^2)(I + A^4)... is not: for keys that resemble each other its terms overflow.
+
+Letters: B batch, T tokens, H heads, K key width, V value width, C tokens in a chunk, R all chunks of all heads and
+sequences, C and D above; D is also the width of the model where shapes say (B, T, D).
+"""
+
+import importlib.util
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+import model
+from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm, take
+
+# ---- the rule, token by token ------------------------------------------------------------------------------------------
+
+
+def delta_loop(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
+    """The recurrence as it is written: the oracle of the tests, and one step of decoding.
+
+    q, k (B, H, T, K); v (B, H, T, V); beta (B, H, T); log_decay (B, H, T), at most 0, or None for no decay;
+    state (B, H, K, V) before the first token, or None for zeros. -> o (B, H, T, V) in v's dtype, and the state after the
+    last token. It computes in float32 or, if q is float64, in that.
+
+    cu_seqlens (documents + 1,): rows of several documents end to end. Then B must be 1, document d is tokens
+    cu_seqlens[d] to cu_seqlens[d + 1], each begins with its own state, and states are (documents, H, K, V).
+    """
+    check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    if cu_seqlens is not None:
+        return loop_over_documents(q, k, v, beta, log_decay, state, cu_seqlens)
+    kind = computing_dtype(q)
+    S = new_state(q, v) if state is None else state.to(kind)
+    outputs = []
+    for t in range(q.shape[2]):
+        q_t, k_t, v_t, beta_t = (x[:, :, t].to(kind) for x in (q, k, v, beta))
+        if log_decay is not None:
+            S = S * log_decay[:, :, t, None, None].to(kind).exp()
+        u_t = beta_t[..., None] * (v_t - (S * k_t[..., None]).sum(-2))  # (B, H, V)
+        S = S + k_t[..., None] * u_t[..., None, :]
+        outputs.append((S * q_t[..., None]).sum(-2) / math.sqrt(q.shape[-1]))
+    return torch.stack(outputs, dim=2).to(v.dtype), S
+
+
+def loop_over_documents(q, k, v, beta, log_decay, state, cu_seqlens):
+    ends, results = cu_seqlens.tolist(), []
+    for d, (start, end) in enumerate(zip(ends[:-1], ends[1:])):
+        parts = [None if x is None else x[:, :, start:end] for x in (q, k, v, beta, log_decay)]
+        before = new_state(q, v) if state is None else state[d : d + 1]
+        results.append(delta_loop(*parts, before) if end > start else (v[:, :, :0], before.to(computing_dtype(q))))
+    o, states = zip(*results)
+    return torch.cat(o, dim=2), torch.cat(states)
+
+
+def computing_dtype(q):
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def new_state(q, v, n=None):
+    """Zeros (n or B, H, K, V)."""
+    return q.new_zeros(n or len(q), q.shape[1], q.shape[-1], v.shape[-1], dtype=computing_dtype(q))
+
+
+def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
+    """ValueError in one sentence if shapes do not fit together."""
+    B, H, T, K = q.shape
+    sequences = B
+    expected = {"k": (k, (B, H, T, K)), "v": (v, (B, H, T, v.shape[-1])), "beta": (beta, (B, H, T))}
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        if B != 1 or ends[0] != 0 or ends[-1] != T or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens must rise from 0 to T={T} over one row of tokens; got {ends} for {B} rows")
+        sequences = len(ends) - 1
+    expected |= {"log_decay": (log_decay, (B, H, T)), "state": (state, (sequences, H, K, v.shape[-1]))}
+    for name, (x, shape) in expected.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} beside q of {tuple(q.shape)}, not {tuple(x.shape)}")
+
+
+# ---- the rule, in chunks -----------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable  # tracing the scan over chunks takes a minute and gains a tenth
+def delta_chunked(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
+    """delta_loop by matrix products over chunks of chunk_size tokens: same arguments, same results, any T.
+
+    Best on a CPU: 16 tokens for short rows and narrow heads, 32 for T >= 1024 or K = 64.
+    """
+    check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    if cu_seqlens is None:
+        chunks = BatchChunks(*q.shape[:3], chunk_size)
+    else:
+        chunks = DocumentChunks(cu_seqlens, q.shape[1], chunk_size)
+    kind = computing_dtype(q)
+    with torch.autocast(q.device.type, enabled=False):  # a triangular solve has no half precision
+        S = new_state(q, v, chunks.sequences) if state is None else state.to(kind)
+        G = None if log_decay is None else chunks.cut(log_decay[..., None].to(kind)).cumsum(1)
+        parts = [chunks.cut(x.to(kind)) for x in (q / math.sqrt(q.shape[-1]), k, v, beta[..., None])]
+        o, S = ChunkedDeltaRule.apply(*parts, G, chunks.sort(S).flatten(0, 1), chunks.sizes)
+        return chunks.join(o).to(v.dtype), chunks.unsort(S.unflatten(0, (-1, q.shape[1])))
+
+
+class BatchChunks:
+    """How B rows of T tokens are cut into chunks: all rows' first chunks, then all second ones, and so on.
+
+    So a step of the scan finds its chunks side by side in memory: sizes[n] of them in step n, each (C, width). Rows are
+    padded at the end with zeros, which change neither outputs nor state: a key of zeros writes nothing.
+    """
+
+    def __init__(self, B, H, T, C):
+        self.sequences, self.heads, self.tokens, self.chunk = B, H, T, C
+        self.steps = -(-T // C)
+        self.sizes = [B * H] * self.steps
+
+    def cut(self, x):
+        """(B, H, T, width) -> (R, C, width)"""
+        missing = self.steps * self.chunk - self.tokens
+        x = F.pad(x, (0, 0, 0, missing)) if missing else x
+        return x.unflatten(2, (self.steps, self.chunk)).permute(2, 0, 1, 3, 4).flatten(0, 2).contiguous()
+
+    def join(self, x):
+        """(R, C, width) -> (B, H, T, width)"""
+        x = x.unflatten(0, (self.steps, self.sequences, self.heads)).permute(1, 2, 0, 3, 4)
+        return x.flatten(2, 3)[:, :, : self.tokens]
+
+    def sort(self, S):
+        return S
+
+    def unsort(self, S):
+        return S
+
+
+class DocumentChunks:
+    """As BatchChunks, for documents end to end in one row. Each is cut on its own, the one with the most chunks comes
+    first, so those that still go on in step n are the first sizes[n] / H ones."""
+
+    def __init__(self, cu_seqlens, H, C):
+        device, starts, lengths = cu_seqlens.device, cu_seqlens[:-1], cu_seqlens.diff()
+        counts = (lengths + C - 1) // C  # chunks of each document
+        self.sequences, self.heads = len(lengths), H
+        self.order = counts.argsort(descending=True, stable=True)
+        active = [int((counts > n).sum()) for n in range(int(counts.max()) if len(counts) else 0)]  # documents in step n
+        self.sizes = [m * H for m in active]
+        step = torch.repeat_interleave(torch.arange(len(active), device=device), torch.tensor(active, device=device))
+        which = torch.cat([self.order[:m] for m in active]) if active else self.order[:0]  # (R / H,) document of each chunk
+        inside = step[:, None] * C + torch.arange(C, device=device)  # (R / H, C) position in its document
+        padding = inside >= lengths[which][:, None]
+        self.token = (starts[which][:, None] + inside).masked_fill(padding, int(cu_seqlens[-1]))  # one past the end: zeros
+        self.place = torch.empty(int(cu_seqlens[-1]) + 1, dtype=torch.long, device=device)  # token -> where cut puts it
+        self.place[self.token.flatten()] = torch.arange(self.token.numel(), device=device)
+
+    def cut(self, x):
+        """(1, H, T, width) -> (R, C, width)"""
+        x = F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, 0, 1))  # (T + 1, H, width)
+        return x[self.token].transpose(1, 2).flatten(0, 1).contiguous()
+
+    def join(self, x):
+        """(R, C, width) -> (1, H, T, width)"""
+        x = x.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(0, 1)  # (R / H * C, H, width)
+        return x[self.place[:-1]].transpose(0, 1)[None]
+
+    def sort(self, S):
+        return S[self.order]
+
+    def unsort(self, S):
+        return S[self.order.argsort()]
+
+
+def times(x, scale):
+    """x * scale, where None stands for 1: without decay nothing is multiplied."""
+    return x if scale is None else x * scale
+
+
+def scan(sizes):
+    """[(the chunks of step n as a slice of all R, how many)] in order."""
+    ends = list(itertools.accumulate(sizes))
+    return [(slice(end - m, end), m) for end, m in zip(ends, sizes)]
+
+
+class ChunkedDeltaRule(torch.autograd.Function):
+    """The chunk form of the module's docstring, with its backward written out: half the time of autograd's.
+
+    q, k (R, C, K); v (R, C, V); beta (R, C, 1); G (R, C, 1), the running sum of log decays within each chunk, or None;
+    S (M, K, V), the states before the first chunks; sizes: chunks in each step, at most M, never rising.
+    -> o (R, C, V) and the states after the last chunks. All of one dtype, float32 or float64.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, beta, G, S, sizes):
+        D = since_start = to_end = whole = None
+        if G is not None:
+            D = (G - G.mT).exp().tril()  # (R, C, C), decay from token j to token i
+            since_start, to_end, whole = G.exp(), (G[:, -1:] - G).exp(), G[:, -1:].exp()  # (R, C, 1) twice, (R, 1, 1)
+        P = times(torch.bmm(q, k.mT), D).tril_()
+        A = times(torch.bmm(k, k.mT), D).tril_(-1).mul_(beta)
+        eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device).expand_as(A)
+        inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)  # (I + A)^-1
+        solve_beta = inverse * beta.mT  # (I + A)^-1 diag(beta)
+        U, W = torch.bmm(solve_beta, v), torch.bmm(solve_beta, times(k, since_start))
+        k_out = times(k, to_end)
+        before = q.new_empty(len(q), *S.shape[1:])  # (R, K, V), the state before each chunk
+        S = S.clone()
+        for rows, m in scan(sizes):
+            before[rows] = S[:m]
+            U[rows].baddbmm_(W[rows], S[:m], alpha=-1)
+            if whole is not None:
+                S[:m] *= whole[rows]
+            S[:m].baddbmm_(k_out[rows].mT, U[rows])
+        o = torch.bmm(times(q, since_start), before).baddbmm_(P, U)
+        ctx.save_for_backward(q, k, v, beta, D, since_start, to_end, whole, P, inverse, U, W, before)
+        ctx.sizes = sizes
+        return o, S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dS):
+        q, k, v, beta, D, since_start, to_end, whole, P, inverse, U, W, before = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            do, dS = do.contiguous(), dS.clone()
+            # The scan backwards. Keys have two parts to play: as `k` they are written, as `r` they read the state and the
+            # keys before them; dk collects the first, dr the second.
+            dU, dk = torch.bmm(P.mT, do), torch.empty_like(k)
+            q_in, k_out, carried = times(q, since_start), times(k, to_end), q.new_empty(len(q))
+            for rows, m in reversed(scan(ctx.sizes)):
+                torch.bmm(U[rows], dS[:m].mT, out=dk[rows])
+                dU[rows].baddbmm_(k_out[rows], dS[:m])
+                if whole is not None:
+                    dS[:m] *= whole[rows]
+                    carried[rows] = (before[rows] * dS[:m]).sum((1, 2))
+                dS[:m].baddbmm_(q_in[rows].mT, do[rows]).baddbmm_(W[rows].mT, dU[rows], alpha=-1)
+            # U solves (I + A) U = diag(beta) E with E = V - diag(exp(G)) K S: dE below is without beta.
+            dE = torch.bmm(inverse.mT, dU)  # gradient of diag(beta) E
+            dP = times(torch.bmm(do, U.mT), D).tril_()
+            dA = times(torch.bmm(dE, U.mT), D).tril_(-1)  # of -A, over beta
+            dq = times(torch.bmm(do, before.mT), since_start).baddbmm_(dP, k)
+            dr = times(torch.bmm(dE, before.mT), since_start).baddbmm_(dA, k)  # of -r, over beta
+            dk = times(dk, to_end)
+            if whole is not None:
+                carried += (k * dk).sum((1, 2))
+            dk.baddbmm_(dP.mT, q).baddbmm_((dA * beta).mT, k, alpha=-1)
+            dbeta = ((v * dE).sum(-1) - (k * dr).sum(-1))[..., None]
+            dr *= beta
+            dG = None
+            if whole is not None:
+                # What reads at i carries exp(G_i), what is written at j exp(-G_j), the state at the end exp(G_C).
+                dG = ((q * dq).sum(-1) - (k * dr).sum(-1) - (k * dk).sum(-1))[..., None]
+                dG[:, -1, 0] += carried
+            return dq, dk.sub_(dr), dE.mul_(beta), dbeta, dG, dS, None
+
+
+# ---- the rule on a GPU, and which of the three runs ----------------------------------------------------------------------
+
+
+def fla_problem(device, dtype):
+    """Why flash-linear-attention's kernel cannot be used here, as text, or None if it can."""
+    if device.type != "cuda":
+        return "flash-linear-attention runs on CUDA only"
+    if importlib.util.find_spec("fla") is None or importlib.util.find_spec("triton") is None:
+        return "flash-linear-attention is not installed"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "flash-linear-attention takes bfloat16 or float16 only"
+    return None
+
+
+def delta_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
+    """delta_loop through flash-linear-attention's Triton kernels (pip install "fla-core[cuda]")."""
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    q, k, v, beta = (x.transpose(1, 2).contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, beta.to(v.dtype)))
+    options = dict(initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)  # the kernels scale by 1 / sqrt(K)
+    if log_decay is None:
+        o, state = chunk_delta_rule(q, k, v, beta, **options)
+    else:
+        o, state = chunk_gated_delta_rule(q, k, v, g=log_decay.transpose(1, 2).float(), beta=beta, **options)
+    return o.transpose(1, 2), state
+
+
+def delta_rule(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
+    """The fastest form for these inputs; arguments and results as in delta_loop."""
+    if fla_problem(v.device, v.dtype) is None:
+        return delta_fla(q, k, v, beta, log_decay, state, cu_seqlens)
+    if q.shape[2] == 1:
+        return delta_loop(q, k, v, beta, log_decay, state, cu_seqlens)
+    return delta_chunked(q, k, v, beta, log_decay, state, cu_seqlens, chunk_size)
+
+
+# ---- DeltaNet ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config(model.Config):
+    q_kernel: str = "silu"  # feature map of queries: none relu relu2 elu1 silu exp softmax taylor
+    k_kernel: str = "silu"  # feature map of keys, as for queries
+    v_kernel: str = "silu"  # feature map of values, as for queries
+    q_norm: str = "l2"  # norm of each query after its feature map: none l2 l1 rms layer
+    k_norm: str = "l2"  # norm of each key, as for queries; keys longer than 1 make the state grow without bound
+    conv: int = 4  # width of a short causal convolution on queries, keys and values; 0: none
+    pos: str = "none"  # the recurrence knows the order; nothing is added
+    use_beta: bool = True  # write with strength sigmoid(z / lr_temp), z a projection of the token; 0: with strength 1
+    allow_neg_eigval: bool = False  # twice that strength, in (0, 2)
+    use_out_norm: bool = True  # RMSNorm of each head's output
+
+    def unused(self):
+        reasons = super().unused()
+        if not self.use_beta:
+            reasons |= dict.fromkeys(("lr_temp", "allow_neg_eigval"), "use_beta is 0")
+        if not self.use_att:
+            reasons |= dict.fromkeys(("chunk_size", "lr_temp", "use_beta", "allow_neg_eigval", "use_out_norm"), "use_att is 0")
+        return reasons
+
+
+class DeltaMixer(CausalSelfAttention):
+    """The delta rule in attention's place (the DeltaNet layer of arXiv 2406.06484). Queries, keys and values go
+
+        projection -> short convolution -> heads -> feature map -> norm -> gate
+
+    as in CausalSelfAttention, beta = sigmoid(W x / lr_temp) per head, and the output goes
+
+        delta rule -> RMSNorm per head -> output gate -> last projection.
+    """
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.proj_beta = nn.Linear(c.dim, c.n_heads, bias=False) if c.use_beta else None
+        self.out_norm = RMSNorm(self.widths(c)[1]) if c.use_out_norm else None
+
+    def forward(self, x, rows=None, memory=None):
+        """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n): the recurrence still needs every token.
+
+        memory: {} before the first token, then what was left there by earlier calls, of constant size: "S" (B, H, K, V)
+        and "window", what the convolution looks back on. It is brought up to date in place.
+        """
+        c = self.config
+        q, k, v = self.queries_keys_values(x, x, None, memory)
+        q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, x)  # (B, T, H, K)
+        k = self.feature(k, self.heads, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, H, K)
+        v = self.feature(v, self.heads, c.v_kernel)  # (B, T, H, V)
+        q, k, v, beta = (y.transpose(1, 2) for y in (q, k, v, self.write_strength(x)))
+        state = memory.get("S") if memory else None
+        o, state = delta_rule(q, k, v, beta, self.log_decay(x), state, chunk_size=c.chunk_size)  # (B, H, T, V)
+        if memory is not None:
+            memory["S"] = state
+        o = take(o.transpose(1, 2).flatten(2), rows)  # (B, n, H*V)
+        if self.out_norm:
+            o = self.out_norm(o.unflatten(-1, (self.heads, -1))).flatten(2)
+        if self.gate_out:
+            o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(take(x, rows)))
+        return self.out_proj(o)
+
+    def write_strength(self, x):
+        """beta (B, T, H)"""
+        c = self.config
+        if not c.use_beta:
+            return x.new_ones(*x.shape[:2], self.heads)
+        beta = torch.sigmoid(self.proj_beta(x) / c.lr_temp)
+        return 2 * beta if c.allow_neg_eigval else beta
+
+    def log_decay(self, x):
+        """g (B, H, T), or None: no decay"""
+        return None
+
+
+class GatedDeltaMixer(DeltaMixer):
+    """DeltaMixer whose state decays by alpha = exp(-exp(A_log) softplus(W x + dt_bias)) per head before each token, the
+    parametrisation and initial values of Gated DeltaNet and Mamba2. The paper's output gate is att_use_output_gate=1."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.proj_decay = nn.Linear(c.dim, c.n_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(c.n_heads).uniform_(0, 16).log())
+        dt = torch.empty(c.n_heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+
+    def log_decay(self, x):
+        z = self.proj_decay(x) + self.dt_bias
+        rate = F.softplus(z.to(computing_dtype(z)))  # (B, T, H)
+        return -(self.A_log.exp() * rate).transpose(1, 2)
+
+
+class DeltaBlock(GPTBlock):
+    attention = DeltaMixer
+
+
+class GatedDeltaBlock(GPTBlock):
+    attention = GatedDeltaMixer
+
+
+class DeltaNet(GPT):
+    """The trunk of model.py with the delta rule in place of attention. `forward` is GPT's; `read` goes on from a state."""
+
+    block = DeltaBlock
+    ignores = {
+        "du": "only unified_kv has it",
+        "n_kv_heads": "each head of the delta rule has keys and values of its own",
+        "pos": "the recurrence knows the order of its tokens",
+    }
+
+    def read(self, tokens, memory=None):
+        """Read on: tokens (B, T) after everything `memory` has seen -> logits (B, T, vocabulary), new memory.
+
+        memory is None before the first token; else what an earlier call returned, which stays as it was, so that
+        several continuations can start from it. Its size does not depend on how much was read (state_bytes); T may
+        be 1 (decoding) or a whole prompt, and the logits are those of one forward pass over all tokens.
+        """
+        memory = [{} for _ in self.layers] if memory is None else [dict(m) for m in memory]
+        x = self.embed(tokens)  # (B, T, D)
+        for layer, m in zip(self.layers, memory):
+            x = layer(x, memory=m)
+        return self.lm_head(self.final_norm(x)), memory
+
+    @classmethod
+    def state_bytes(cls, config, tokens=None):
+        """Bytes of float32 that must be kept to read on: the same after any number of tokens."""
+        c, mixer = config, cls.block.attention
+        key_width, value_width = mixer.widths(c)
+        window = max(0, c.conv - 1) * mixer.channels(c)
+        return 4 * c.n_layers * (c.n_heads * key_width * value_width + window) if c.use_att else 0
+
+    @classmethod
+    def kernel_choice(cls, config, device, dtype):
+        """Which form of the delta rule runs and why, as one line."""
+        problem = fla_problem(device, dtype)
+        choice = f"chunks of {config.chunk_size} tokens ({problem})" if problem else "flash-linear-attention"
+        bounded = config.k_norm in ("l2", "l1") or config.k_kernel == "softmax"
+        note = "" if bounded else f"; note: with k_norm={config.k_norm} keys may be longer than 1, and the state then grows"
+        return f"delta rule, {choice}{note}"
+
+
+class GatedDeltaNet(DeltaNet):
+    """DeltaNet whose state decays: see GatedDeltaMixer."""
+
+    block = GatedDeltaBlock
+
+
+Model = DeltaNet  # what `--model delta` names

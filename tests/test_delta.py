@@ -1,0 +1,413 @@
+"""delta.py: the three forms of the rule against each other and against its definition; DeltaNet against a naive twin."""
+
+import importlib.metadata
+import importlib.util
+import math
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import delta as D
+import model as M
+import train
+from configs import ConfigError
+from test_model import naive_feature
+
+H, K, V = 2, 6, 5
+DOCUMENTS = [0, 5, 5, 30, 37, 69, 70]  # one is empty, one is a single token
+
+
+def inputs(T=70, documents=False, gated=False, dtype=torch.float64, B=2, beta_max=2.0, seed=0):
+    """q, k, v, beta, log_decay, state, cu_seqlens with keys of length 1 and a random initial state; all want gradients."""
+    g = torch.Generator().manual_seed(seed)
+    B = 1 if documents else B
+    q, k, v = (torch.randn(B, H, T, width, generator=g, dtype=dtype) for width in (K, K, V))
+    beta = beta_max * torch.rand(B, H, T, generator=g, dtype=dtype)
+    decay = -3 * torch.rand(B, H, T, generator=g, dtype=dtype) ** 3 if gated else None
+    state = torch.randn(len(DOCUMENTS) - 1 if documents else B, H, K, V, generator=g, dtype=dtype)
+    arguments = [q, F.normalize(k, dim=-1), v, beta, decay, state]
+    return [x if x is None else x.requires_grad_() for x in arguments] + [torch.tensor(DOCUMENTS) if documents else None]
+
+
+def outputs_and_gradients(rule, arguments, **options):
+    """[o, state, gradient of every input that has one] for one fixed gradient of o and state."""
+    wanted = [x for x in arguments if x is not None and x.requires_grad]
+    results = rule(*arguments, **options)
+    g = torch.Generator().manual_seed(7)
+    grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in results]
+    return [x.detach() for x in results] + list(torch.autograd.grad(results, wanted, grads))
+
+
+def assert_all_close(ours, expected, tolerance):
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---- the rule ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_is_the_definition():
+    """S_t = exp(g) (I - beta k k^T) S_{t-1} + beta k v^T; o = S^T q / sqrt(K), as matrices."""
+    q, k, v, beta, g, S, _ = (x if x is None else x.detach() for x in inputs(T=9, gated=True))
+    o, last = D.delta_loop(q, k, v, beta, g, S)
+    for b in range(2):
+        for h in range(H):
+            state = S[b, h]
+            for t in range(9):
+                kt = k[b, h, t][:, None]
+                forget = torch.eye(K, dtype=torch.float64) - beta[b, h, t] * kt @ kt.T
+                state = g[b, h, t].exp() * forget @ state + beta[b, h, t] * kt @ v[b, h, t][None]
+                torch.testing.assert_close(o[b, h, t], state.T @ q[b, h, t] / K**0.5)
+            torch.testing.assert_close(last[b, h], state)
+
+
+@pytest.mark.parametrize("rule", [D.delta_loop, D.delta_chunked, D.delta_rule])
+def test_a_key_stored_again_answers_with_its_last_value(rule):
+    keys = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    stored = torch.cat([keys, keys[:3], keys[:1]])[None, None]
+    v = torch.randn(1, 1, 12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    _, S = rule(torch.zeros_like(stored), stored, v, torch.ones(1, 1, 12, dtype=torch.float64))
+    read = (keys @ S[0, 0]).detach()
+    expected = torch.cat([v[0, 0, 11:12], v[0, 0, 9:11], v[0, 0, 3:8]])
+    torch.testing.assert_close(read, expected)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
+@pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
+def test_chunked_equals_loop_for_every_chunk_size(documents, gated):
+    arguments = inputs(documents=documents, gated=gated)
+    expected = outputs_and_gradients(D.delta_loop, arguments)
+    for C in range(1, 129):
+        assert_all_close(outputs_and_gradients(D.delta_chunked, arguments, chunk_size=C), expected, 1e-10)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
+@pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
+def test_chunked_equals_loop_in_float32(documents, gated):
+    exact = outputs_and_gradients(D.delta_loop, inputs(documents=documents, gated=gated, beta_max=1.0))
+    arguments = [x if x is None or not x.is_floating_point() else x.detach().float().requires_grad_() for x in
+                 inputs(documents=documents, gated=gated, beta_max=1.0)]  # fmt: skip
+    for C in (1, 7, 16, 32, 64, 128):
+        for a, b in zip(outputs_and_gradients(D.delta_chunked, arguments, chunk_size=C), exact, strict=True):
+            assert a.dtype == torch.float32
+            assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17])
+def test_no_initial_state_is_zeros(T):
+    q, k, v, beta, g, S, _ = inputs(T=T, gated=True)
+    zeros = torch.zeros_like(S)
+    for rule in (D.delta_loop, D.delta_chunked, D.delta_rule):
+        assert_all_close(rule(q, k, v, beta, g), D.delta_loop(q, k, v, beta, g, zeros), 1e-12)
+
+
+def test_documents_do_not_mix():
+    q, k, v, beta, g, S, ends = inputs(documents=True, gated=True)
+    whole, states = D.delta_chunked(q, k, v, beta, g, S, ends)
+    for d, (a, b) in enumerate(zip(DOCUMENTS[:-1], DOCUMENTS[1:])):
+        if a == b:
+            torch.testing.assert_close(states[d], S[d])
+            continue
+        o, state = D.delta_loop(*(x[:, :, a:b] for x in (q, k, v, beta, g)), S[d : d + 1])
+        torch.testing.assert_close(whole[:, :, a:b], o)
+        torch.testing.assert_close(states[d], state[0])
+
+
+def error(ours, exact):
+    return ((ours.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
+def test_long_rows_of_nearly_parallel_keys_stay_exact(gated):
+    """T = 4,096, beta near 1, keys within 0.06 radians of each other: the solve must not amplify rounding."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 4096, 16, generator=g, dtype=torch.float64) for _ in range(3))
+    k = F.normalize(torch.ones(16, dtype=torch.float64) + 0.06 * k, dim=-1)
+    q = F.normalize(q, dim=-1)
+    beta = 1 - 0.01 * torch.rand(1, 1, 4096, generator=g, dtype=torch.float64)
+    decay = -0.01 * torch.rand(1, 1, 4096, generator=g, dtype=torch.float64) if gated else None
+    exact, state = D.delta_loop(q, k, v, beta, decay)
+    for C in (16, 64):
+        half = None if decay is None else decay.float()
+        o, S = D.delta_chunked(q.float(), k.float(), v.float(), beta.float(), half, chunk_size=C)
+        assert error(o, exact) < 1e-5 and error(S, state) < 1e-5
+        o, S = D.delta_chunked(q.bfloat16(), k.bfloat16(), v.bfloat16(), beta.bfloat16(), half, chunk_size=C)
+        assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
+        assert error(o, exact) < 0.05 and error(S, state) < 0.05
+    single = [x.float().requires_grad_() for x in (q, k, v, beta)]
+    grads = torch.autograd.grad(D.delta_chunked(*single, half)[0].square().sum(), single)
+    assert all(torch.isfinite(x).all() for x in grads)
+
+
+def test_strong_decay_neither_overflows_nor_gives_nan():
+    q, k, v, beta, _, S, _ = inputs(T=40, dtype=torch.float32)
+    decay = torch.full((2, H, 40), -60.0, requires_grad=True)  # exp(60 * 16) would overflow
+    ours = outputs_and_gradients(D.delta_chunked, [q, k, v, beta, decay, S, None])
+    assert_all_close(ours, outputs_and_gradients(D.delta_loop, [q, k, v, beta, decay, S, None]), 1e-5)
+
+
+def test_autocast_changes_nothing_inside():
+    arguments = inputs(dtype=torch.float32, gated=True)
+    expected = outputs_and_gradients(D.delta_chunked, arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = outputs_and_gradients(D.delta_chunked, arguments)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name():
+    q, k, v, beta, g, S, _ = inputs()
+    for rule in (D.delta_loop, D.delta_chunked):
+        with pytest.raises(ValueError, match="beta must have shape"):
+            rule(q, k, v, beta[..., None])
+        with pytest.raises(ValueError, match="state must have shape"):
+            rule(q, k, v, beta, None, S.mT)
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T=70"):
+            rule(q[:1], k[:1], v[:1], beta[:1], None, None, torch.tensor([0, 30, 60]))
+        with pytest.raises(ValueError, match="one row"):
+            rule(q, k, v, beta, None, None, torch.tensor([0, 70]))
+
+
+# ---- flash-linear-attention: its naive form as a second opinion, its kernels through a stand-in -----------------------------
+
+
+def fla_naive(name):
+    """fla's pure PyTorch file, loaded by its path: importing the package would need triton."""
+    pytest.importorskip("einops")
+    try:
+        path = importlib.metadata.distribution("fla-core").locate_file(f"fla/ops/{name}/naive.py")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("fla-core is not installed (pip install --no-deps fla-core einops)")
+    spec = importlib.util.spec_from_file_location(f"fla_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_equals_the_naive_forms_of_flash_linear_attention():
+    q, k, v, beta, g, S, _ = inputs(T=64, gated=True, dtype=torch.float32, beta_max=1.0)
+    theirs = fla_naive("delta_rule")
+    plain = [q, k, v, beta]
+
+    def swap(x):
+        return x.transpose(1, 2)
+
+    def gated(q, k, v, beta, g, S):
+        layout = [swap(x) for x in (q, k, v, beta, g)]
+        o, state = fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule(*layout, None, S, True)
+        return swap(o), state
+
+    expected = outputs_and_gradients(theirs.delta_rule_recurrence, [*plain, S])
+    no_state = outputs_and_gradients(theirs.delta_rule_chunkwise, plain)
+    expected_gated = outputs_and_gradients(gated, [*plain, g, S])
+    for rule in (D.delta_loop, D.delta_chunked):
+        ours = outputs_and_gradients(lambda *x, rule=rule: rule(*x[:4], None, *x[4:]), [*plain, S])
+        assert_all_close(ours, expected, 2e-5)
+        assert_all_close(outputs_and_gradients(rule, plain), no_state, 2e-5)
+        assert_all_close(outputs_and_gradients(rule, [*plain, g, S]), expected_gated, 2e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
+@pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
+def test_kernels_get_their_arguments_in_their_layout(monkeypatch, gated, documents):
+    """The kernels need a GPU. Stand-ins with the signatures of fla-core 0.6.0 and their documented meaning check the call."""
+    arguments = inputs(gated=gated, documents=documents, dtype=torch.float32)
+
+    def check(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
+        T = arguments[0].shape[2]
+        assert q.shape[1:] == k.shape[1:] == (T, H, K) and v.shape[1:] == (T, H, V) and beta.shape[1:] == (T, H)
+        assert all(x.is_contiguous() for x in (q, k, v, beta)) and q.dtype == k.dtype == v.dtype
+        assert scale is None and output_final_state and (cu_seqlens is not None) == documents
+        layout = [x.transpose(1, 2) for x in (q, k, v, beta)]
+        o, state = D.delta_loop(*layout, None if g is None else g.transpose(1, 2), initial_state, cu_seqlens)
+        return o.transpose(1, 2), state
+
+    def chunk_delta_rule(q, k, v, beta, scale=None, initial_state=None, output_final_state=False,
+                         use_qk_l2norm_in_kernel=False, cu_seqlens=None, cu_seqlens_cpu=None, **kwargs):  # fmt: skip
+        assert not use_qk_l2norm_in_kernel and not kwargs
+        return check(q, k, v, None, beta, scale, initial_state, output_final_state, cu_seqlens)
+
+    def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
+                               use_qk_l2norm_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False,
+                               state_v_first=False, cu_seqlens=None, **kwargs):  # fmt: skip
+        assert not use_qk_l2norm_in_kernel and not use_beta_sigmoid_in_kernel and not state_v_first and not kwargs
+        return check(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens)
+
+    for name, kernel in (("delta_rule", chunk_delta_rule), ("gated_delta_rule", chunk_gated_delta_rule)):
+        module = types.SimpleNamespace(**{kernel.__name__: kernel})
+        monkeypatch.setitem(sys.modules, f"fla.ops.{name}", module)
+    assert_all_close(outputs_and_gradients(D.delta_fla, arguments), outputs_and_gradients(D.delta_loop, arguments), 1e-5)
+
+
+def test_the_kernel_is_chosen_only_where_it_works(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert "CUDA" in D.fla_problem(cpu, torch.bfloat16)
+    monkeypatch.setattr(D.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in D.fla_problem(cuda, torch.bfloat16)
+    monkeypatch.setattr(D.importlib.util, "find_spec", lambda name: object())
+    assert "bfloat16" in D.fla_problem(cuda, torch.float32)
+    assert D.fla_problem(cuda, torch.bfloat16) is None
+
+
+# ---- DeltaNet ------------------------------------------------------------------------------------------------------------
+
+
+def config(**changes):
+    sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, vocab_size=19, seq_len=12, init_std=0.3, chunk_size=4)
+    return D.Config(**{**sizes, **changes})
+
+
+def build(cls=D.DeltaNet, **changes):
+    torch.manual_seed(0)
+    c = config(**changes)
+    c.check()
+    return cls(c).double()
+
+
+def naive_mixer(m, x):
+    """DeltaMixer and GatedDeltaMixer one vector at a time, from the weights alone."""
+    c, out = m.config, []
+    for b in range(len(x)):
+        key_width, value_width = m.widths(c)
+        states = [torch.zeros(key_width, value_width, dtype=x.dtype) for _ in range(c.n_heads)]
+        for t in range(x.shape[1]):
+            parts, first = {}, 0
+            for name, kernel, norm, gate in (("q", c.q_kernel, c.q_norm, m.gate_q), ("k", c.k_kernel, c.k_norm, m.gate_k),
+                                             ("v", c.v_kernel, "none", None)):  # fmt: skip
+                weight = getattr(m, f"proj_{name}").weight
+                y = weight @ x[b, t]
+                if m.conv:
+                    taps = m.conv.weight[:, first : first + len(weight)]
+                    y = sum(taps[j] * (weight @ x[b, t - j]) for j in range(len(taps)) if t - j >= 0)
+                first += len(weight)
+                y = torch.stack([naive_feature(part, kernel, norm) for part in y.view(c.n_heads, -1)])
+                if gate is not None:
+                    y = y / (1 + torch.exp(-(gate.weight @ x[b, t]))).view(y.shape)
+                parts[name] = y
+            heads = []
+            for h in range(c.n_heads):
+                q, k, v = (parts[name][h] for name in "qkv")
+                beta = torch.ones((), dtype=x.dtype)
+                if c.use_beta:
+                    beta = 1 / (1 + torch.exp(-(m.proj_beta.weight[h] @ x[b, t]) / c.lr_temp))
+                    beta = 2 * beta if c.allow_neg_eigval else beta
+                if isinstance(m, D.GatedDeltaMixer):
+                    rate = torch.log(1 + torch.exp(m.proj_decay.weight[h] @ x[b, t] + m.dt_bias[h]))
+                    states[h] = states[h] * torch.exp(-torch.exp(m.A_log[h]) * rate)
+                states[h] = states[h] + beta * torch.outer(k, v - states[h].T @ k)
+                o = states[h].T @ q / math.sqrt(len(q))
+                if m.out_norm:
+                    o = o / torch.sqrt((o**2).mean() + 1e-6) * m.out_norm.weight
+                heads.append(o)
+            o = torch.cat(heads)
+            if m.gate_out:
+                z = m.gate_out.weight @ x[b, t]
+                o = o * {"silu": z / (1 + torch.exp(-z)), "sigmoid": 1 / (1 + torch.exp(-z))}[c.att_output_gate_act]
+            out.append(m.out_proj.weight @ o)
+    return torch.stack(out).view(x.shape)
+
+
+SWITCHES = [
+    dict(),
+    dict(conv=0, q_kernel="relu", k_kernel="elu1", v_kernel="none"),
+    dict(q_kernel="taylor", k_kernel="taylor", k_norm="l2"),
+    dict(k_norm="l1", q_norm="rms", k_kernel="softmax"),
+    dict(q_gated=True, k_gated=True),
+    dict(att_use_output_gate=True),
+    dict(att_use_output_gate=True, att_output_gate_act="sigmoid", use_out_norm=False),
+    dict(use_beta=False),
+    dict(lr_temp=0.3, allow_neg_eigval=True),
+]
+
+
+@pytest.mark.parametrize("cls", [D.DeltaMixer, D.GatedDeltaMixer])
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_mixer_equals_naive_in_outputs_and_gradients(cls, switches):
+    torch.manual_seed(0)
+    mixer = cls(config(**switches)).double()
+    x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
+    parameters = [x, *mixer.parameters()]
+    ours, naive = mixer(x), naive_mixer(mixer, x)
+    torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-11)
+    grad = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, parameters, grad), torch.autograd.grad(naive, parameters, grad)):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    rows = torch.tensor([[1, 4], [0, 6]])
+    picked = torch.stack([ours[0, [1, 4]], ours[1, [0, 6]]])
+    torch.testing.assert_close(mixer(x, rows), picked)
+
+
+VARIANTS = [dict(), dict(conv=0, use_ffn=True, residual_mul=True), dict(att_use_output_gate=True, tie=True, conv=1)]
+
+
+@pytest.mark.parametrize("cls", [D.DeltaNet, D.GatedDeltaNet])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_reading_in_pieces_equals_one_forward_pass(cls, changes):
+    model = build(cls, **changes)
+    tokens = torch.randint(19, (3, 12), generator=torch.Generator().manual_seed(0))
+    expected, _ = model(tokens)
+    for pieces in ([1] * 12, [12], [5, 1, 1, 5], [2, 10]):
+        memory, logits = None, []
+        for piece in tokens.split(pieces, dim=1):
+            part, memory = model.read(piece, memory)
+            logits.append(part)
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-9, atol=1e-10)
+    _, prompt = model.read(tokens[:, :6])
+    first, _ = model.read(tokens[:, 6:], prompt)
+    model.read(tokens[:, :6].flip(1), prompt)  # another continuation leaves the prompt's memory as it was
+    torch.testing.assert_close(model.read(tokens[:, 6:], prompt)[0], first)
+
+
+@pytest.mark.parametrize("cls", [D.DeltaNet, D.GatedDeltaNet])
+@pytest.mark.parametrize("changes", [*VARIANTS, dict(q_kernel="taylor", k_kernel="taylor"), dict(conv=3)], ids=str)
+def test_state_bytes_is_the_size_of_what_is_kept(cls, changes):
+    model = build(cls, **changes).float()
+    for T in (1, 2, 12):
+        _, memory = model.read(torch.zeros(1, T, dtype=torch.long))
+        kept = sum(x.numel() * x.element_size() for m in memory for x in m.values())
+        assert kept == cls.state_bytes(model.config) == cls.state_bytes(model.config, 10**6) > 0
+    assert cls.state_bytes(config(use_att=False, use_ffn=True)) == 0
+
+
+@pytest.mark.parametrize("cls", [D.DeltaNet, D.GatedDeltaNet])
+def test_chunk_size_changes_nothing(cls):
+    tokens = torch.randint(19, (3, 12), generator=torch.Generator().manual_seed(0))
+    models = [build(cls, chunk_size=C) for C in (1, 5, 16)]
+    for model in models[1:]:
+        torch.testing.assert_close(model(tokens, tokens)[1], models[0](tokens, tokens)[1], rtol=1e-10, atol=1e-12)
+
+
+def test_decay_starts_in_the_range_of_the_paper_and_is_not_decayed_itself():
+    mixer = D.GatedDeltaMixer(config(n_heads=200))
+    dt = F.softplus(mixer.dt_bias)
+    assert 1e-3 <= dt.min() and dt.max() <= 0.1 and mixer.A_log.max() <= math.log(16) and mixer.A_log.exp().max() > 8
+    decays, stays = train.parameter_groups(mixer, 0.1)
+    assert {id(mixer.A_log), id(mixer.dt_bias)} <= {id(p) for p in stays["params"]} and stays["weight_decay"] == 0
+    assert decays["weight_decay"] == 0.1
+
+
+def test_short_convolution_and_l2_norm_have_the_right_gradients():
+    torch.manual_seed(0)
+    for T in (1, 2, 6):
+        x, w = torch.randn(2, T, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+        torch.autograd.gradcheck(M.CausalConvolution.apply, (x.requires_grad_(), w.requires_grad_()))
+        torch.autograd.gradcheck(M.L2Norm.apply, (x,))
+
+
+def test_settings_without_effect_are_refused():
+    def plan(*flags):
+        p, _ = train.read_command_line(["--model", "delta", *flags])
+        return train.model_config(p, p.data_module.Data(p.data))
+
+    assert plan().conv == 4 and plan().k_norm == "l2"
+    with pytest.raises(ConfigError, match="pos='rope' has no effect: the recurrence knows"):
+        plan("--pos", "rope")
+    with pytest.raises(ConfigError, match="n_kv_heads"):
+        plan("--n_kv_heads", "1")
+    with pytest.raises(ConfigError, match="use_beta is 0"):
+        plan("--use_beta", "0", "--allow_neg_eigval", "1")
+    line = D.DeltaNet.kernel_choice(plan("--k_norm", "none"), torch.device("cpu"), torch.float32)
+    assert "keys may be longer than 1" in line
+    assert "keys may" not in D.DeltaNet.kernel_choice(plan(), torch.device("cpu"), torch.float32)
