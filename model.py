@@ -32,7 +32,7 @@ IGNORE = -100  # the target of a position that is not scored
 @dataclass
 class Config:
     dim: int = 64  # width of the residual stream
-    n_layers: int = 4  # blocks
+    n_layers: int = 4  # number of blocks
     n_heads: int = 2  # query heads
     n_kv_heads: int = 0  # key/value heads shared by groups of query heads; 0: as many as n_heads
     dk: int = 64  # gpt, delta: width of a query or key per head

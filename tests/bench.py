@@ -1,4 +1,4 @@
-"""How fast, as ratios: python tests/bench.py [train] [data] [--rounds 15] [--threads 2]
+"""How fast, as ratios: python tests/bench.py [train] [data] [delta] [lengths] [--rounds 15] [--threads 2]
 
 Each row compares ours with a plain peer. The two take turns, so that a busy machine slows both, and the ratio is the median
 over the rounds. The peak of this machine is a 2048 x 2048 float32 matrix product timed in the same rounds; a training
@@ -22,9 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
-import data_mqar  # noqa: E402, I001
+import data_mqar  # noqa: E402
+import delta as D  # noqa: E402
 import model as M  # noqa: E402
 from test_data_mqar import loop_rows  # noqa: E402
+from test_delta import fla_naive  # noqa: E402
 
 
 def seconds(f):
@@ -53,6 +55,19 @@ def make_peak():
     return (lambda: a @ b), 2 * 2048**3
 
 
+def make_stepper(model, loss_of, fused=True):
+    """A whole optimiser step of a model as a function: forward, backward, clip, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+
+    def step():
+        loss_of(model).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def train_rows(rounds):
     """A training step of configs/mqar_gpt.py on 32 pairs, against a loop that computes all logits."""
     data = data_mqar.Data(data_mqar.Config(fresh=True))
@@ -63,15 +78,7 @@ def train_rows(rounds):
         model = M.GPT(M.Config(dk=48, dv=48, init_std=1.0))
         if compiled:
             model.compile()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=loss_of is labelled)
-
-        def step():
-            loss_of(model).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
+        return make_stepper(model, loss_of, fused=loss_of is labelled)
 
     def labelled(model):
         return model(tokens, targets)[1]
@@ -108,7 +115,60 @@ def data_rows(rounds):
     yield f"{n} MQAR rows", times["ours"], "numpy loop over rows", [10 * t for t in times["loop"]], None
 
 
-BENCHES = {"train": train_rows, "data": data_rows}
+def delta_inputs(B, T, H, width):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, H, T, width, generator=g) for _ in range(3))
+    return [x.requires_grad_() for x in (q, F.normalize(k, dim=-1), v, torch.rand(B, H, T, generator=g))]
+
+
+def forward_and_backward(rule, inputs, **options):
+    def f():
+        o = rule(*inputs, **options)[0]
+        torch.autograd.grad(o, inputs, torch.ones_like(o))
+
+    return f
+
+
+def delta_rows(rounds):
+    """The chunked delta rule, forward and backward, against fla's naive chunkwise form; and whether time is linear in T."""
+    naive = fla_naive("delta_rule")
+    if naive is None:
+        print("(no comparison with fla's naive form: pip install fla-core)", file=sys.stderr)
+    peak, peak_flops = make_peak()
+    for B, T, H, width, C in ((32, 128, 2, 32, 16), (32, 128, 2, 48, 16), (8, 1024, 4, 64, 32)) if naive else ():
+        inputs = delta_inputs(B, T, H, width)
+        functions = {"ours": forward_and_backward(D.delta_chunked, inputs, chunk_size=C), "peak": peak}
+        for peer in (16, 32, 64):
+            functions[peer] = forward_and_backward(naive.delta_rule_chunkwise, inputs, chunk_size=peer)
+        times = take_turns(functions, rounds)
+        # Multiply-adds as in delta.py: C^2 (3 K + 2 V) + 3 C K V forward, C^2 (4 K + 4 V) + 6 C K V backward.
+        flops = 2 * B * H * (T // C) * (13 * C**2 * width + 9 * C * width**2)
+        share = flops / statistics.median(times["ours"]) / (peak_flops / statistics.median(times["peak"]))
+        best = min((16, 32, 64), key=lambda peer: statistics.median(times[peer]))
+        what = f"delta rule, {B} x {T}, {H} heads of {width}"
+        yield what, times["ours"], "fla naive, its default", times[32], share
+        yield what, times["ours"], f"fla naive, best chunk {best}", times[best], share
+    lengths = (256, 1024, 8192)
+    rules = {T: forward_and_backward(D.delta_chunked, delta_inputs(4, T, 2, 48), chunk_size=16) for T in lengths}
+    times = take_turns(rules, rounds)
+    for T in lengths[1:]:
+        yield f"delta rule, 4 x {T}", times[T], f"{T // 256} times 4 x 256", [t * (T // 256) for t in times[256]], None
+
+
+def length_rows(rounds):
+    """A training step of DeltaNet against GPT of the same size: with the same convolution, and with neither."""
+    for T in (128, 256, 512, 1024, 2048):
+        data = data_mqar.Data(data_mqar.Config(fresh=True, input_seq_len=T))
+        tokens, targets, _ = data.batch("train", 0, data.rows(0, 4096 // T))
+        for conv in (4, 0) if T == 128 else (4,):
+            sizes = dict(dk=48, dv=48, conv=conv, seq_len=T)
+            models = {"ours": D.DeltaNet(D.Config(**sizes)), "gpt": M.GPT(M.Config(**sizes))}
+            steps = {name: make_stepper(m, lambda m: m(tokens, targets)[1]) for name, m in models.items()}
+            times = take_turns(steps, rounds)
+            yield f"DeltaNet step, {4096 // T} x {T}, conv {conv}", times["ours"], f"GPT, conv {conv}", times["gpt"], None
+
+
+BENCHES = {"train": train_rows, "data": data_rows, "delta": delta_rows, "lengths": length_rows}
 
 
 def main():
@@ -120,13 +180,13 @@ def main():
     torch.set_num_threads(args.threads)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds, commit {commit}")
-    print(f"{'what':34s} {'ours, ms':>9s}  {'peer':22s} {'peer, ms':>9s} {'ratio':>6s} {'of peak':>8s}")
+    print(f"{'what':36s} {'ours, ms':>9s}  {'peer':25s} {'peer, ms':>9s} {'ratio':>6s} {'of peak':>8s}")
     for name in args.what or BENCHES:
         for what, ours, peer_name, peer, share in BENCHES[name](args.rounds):
             row = {"ours": ours, "peer": peer}
             shares = "" if share is None else f"{share:.0%}"
             print(
-                f"{what:34s} {statistics.median(ours) * 1e3:9.1f}  {peer_name:22s} {statistics.median(peer) * 1e3:9.1f} "
+                f"{what:36s} {statistics.median(ours) * 1e3:9.1f}  {peer_name:25s} {statistics.median(peer) * 1e3:9.1f} "
                 f"{ratio(row, 'ours', 'peer'):6.2f} {shares:>8s}"
             )
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import configs
+import delta
 import train
 from configs import ConfigError, Setting, build, check_names, parse, read_file
 
@@ -94,12 +95,14 @@ def test_override_file_gives_file_and_line(tmp_path):
         read_file(str(tmp_path / "none.py"))
 
 
-def test_help_shows_every_setting_with_its_reason():
-    text = configs.help_text("Title.", train.TrainConfig)
-    assert "Title." in text
-    for name, reason in configs.comments(train.TrainConfig).items():
-        assert len(reason) > 10, f"{name} has no reason beside it"
-        assert f"--{name}=" in text and reason in text
+@pytest.mark.parametrize("cls", [train.TrainConfig, delta.Config], ids=["train", "delta"])  # one extends another
+def test_help_shows_every_setting_with_its_reason(cls):
+    text = configs.help_text("Title.", cls)
+    reasons = configs.comments(cls)
+    assert "Title." in text and set(configs.settable(cls)) <= set(reasons)
+    for name in configs.settable(cls):
+        assert len(reasons[name]) > 10, f"{name} has no reason beside it"
+        assert f"--{name}=" in text and reasons[name] in text
 
 
 KEYS = "lr model data n_layers num_kv_pairs curriculum test_cells path use_ffn q_kernel k_norm pos conv dim dk du seed zzz"
@@ -118,6 +121,7 @@ TEXTS = [
     "9" * 4000,
     "gpt",
     "unified_kv",
+    "gated_delta",
     "delta.X",
     "model",
     "os",

@@ -59,10 +59,17 @@ def assert_same(a, b):
 # ---- whole runs --------------------------------------------------------------------------------------------------------
 
 
-def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys):
-    status, out = run(tmp_path, target=0.9, max_steps=200)
+@pytest.mark.parametrize("model", ["gpt", "delta", "gated_delta"])
+def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys, model):
+    status, out = run(tmp_path, model=model, target=0.9, max_steps=200)
     printed = capsys.readouterr().out
-    assert status == 0 and "params: " in printed and "### LOGDIR: " in printed and ">>> n_train_steps = 1250" in printed
+    assert (
+        status == 0
+        and "params: " in printed
+        and "state: " in printed
+        and "### LOGDIR: " in printed
+        and ">>> n_train_steps = 1250" in printed
+    )
     made = {"config.json", "log.jsonl", "ckpt.pt", "ckpt_prev.pt", "best.pt", "status.json", "curves.png"}
     assert set(os.listdir(out)) == made
     result = train.read_json(os.path.join(out, "status.json"))
@@ -191,9 +198,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
         train.load_checkpoint(out, "ckpt", "ckpt_prev")
 
 
-def test_with_a_checkpoint_set_aside_a_run_does_not_begin_again(tmp_path):
+@pytest.mark.parametrize("model", ["gpt", "delta", "gated_delta"])
+def test_with_a_checkpoint_set_aside_a_run_does_not_begin_again(tmp_path, model):
     """As after falling back once and being killed before the next save: ckpt.pt is gone, ckpt_prev.pt is whole."""
-    _, out = run(tmp_path)
+    _, out = run(tmp_path, model=model)
     before, whole = train.read_log(out), contents(out)
     os.replace(os.path.join(out, "ckpt.pt"), os.path.join(out, "ckpt.pt.damaged"))
     assert run(tmp_path, resume=True)[0] == 0
