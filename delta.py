@@ -11,14 +11,15 @@ Hoff's rule of 1960):
     S_t = S_{t-1} + k_t u_t^T                 = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
     o_t = S_t^T q_t / sqrt(K)
 
-Storing a key again replaces its value, where linear attention would add the two. Gated DeltaNet (Yang et al. 2024, arXiv
-2412.06464) lets S decay first: S_{t-1} above becomes exp(g_t) S_{t-1}, with g_t <= 0 a number per head. It is stable if
-beta_t |k_t|^2 <= 2, hence keys of length 1; beta in (1, 2) overshoots, which gives the transition a negative
-eigenvalue and lets the state flip signs (Grazzi et al. 2024, arXiv 2411.12537).
+Storing a key again replaces its value (wholly if beta = 1 and |k| = 1), where linear attention would add the two. Gated
+DeltaNet (Yang et al. 2024, arXiv 2412.06464) lets S decay first: S_{t-1} above becomes exp(g_t) S_{t-1}, with g_t <= 0 a
+number per head. The recurrence is stable if beta_t |k_t|^2 <= 2, hence keys of length 1; beta in (1, 2) overshoots, which
+gives the transition a negative eigenvalue and lets the state flip signs (Grazzi et al. 2024, arXiv 2411.12537).
 
 Token by token this is T small steps one after another. In chunks of C tokens (Yang et al. 2024, arXiv 2406.06484: the WY
 or UT form) nearly all of it is matrix products. Let S be the state before a chunk, G_i = g_1 + ... + g_i within the chunk
-(0 without decay), and D_ij = exp(G_i - G_j) for j <= i, the decay from j to i, else 0. Putting the steps into each other,
+(0 without decay), and D_ij = exp(g_{j+1} + ... + g_i) for j <= i, the decay from j to i, else 0. Inserting one step into
+the next,
 
     u_i + sum_{j<i} beta_i D_ij (k_i.k_j) u_j = beta_i (v_i - exp(G_i) S^T k_i)      for all i of the chunk, so with
     A = tril(diag(beta) K K^T * D, -1), P = tril(Q K^T * D)
@@ -27,14 +28,14 @@ or UT form) nearly all of it is matrix products. Let S be the state before a chu
     S <- exp(G_C) S + (diag(exp(G_C - G)) K)^T U
 
 Only the lines with S wait for the chunk before; the rest is done for all chunks at once. Cost per head and chunk, in
-multiply-adds: C^2 (3 K + 2 V) + 3 C K V, so linear in T. Solving with the triangular matrix is safe where the series
-(I - A)(I + A^2)(I + A^4)... is not: for keys that resemble each other its terms overflow.
+multiply-adds: C^2 (3 K + 2 V) + 3 C K V, and C^3 / 2 for the inverse, so linear in T. Solving with the triangular matrix
+is safe where the product (I - A)(I + A^2)(I + A^4)... is not: for keys that resemble each other its factors overflow.
 
-Letters: B batch, T tokens, H heads, K key width, V value width, C tokens in a chunk, R all chunks of all heads and
-sequences, C and D above; D is also the width of the model where shapes say (B, T, D).
+Letters: B batch, T tokens, H heads, K key width, V value width, C tokens in a chunk, M sequences times heads, R all their
+chunks. In shapes of the model, D is the width of the residual stream; what is D above is `decay` in the code.
 """
 
-import importlib.util
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def delta_loop(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
         u_t = beta_t[..., None] * (v_t - (S * k_t[..., None]).sum(-2))  # (B, H, V)
         S = S + k_t[..., None] * u_t[..., None, :]
         outputs.append((S * q_t[..., None]).sum(-2) / math.sqrt(q.shape[-1]))
-    return torch.stack(outputs, dim=2).to(v.dtype), S
+    return torch.stack(outputs, dim=2).to(v.dtype) if outputs else v, S
 
 
 def loop_over_documents(q, k, v, beta, log_decay, state, cu_seqlens):
@@ -81,7 +82,7 @@ def loop_over_documents(q, k, v, beta, log_decay, state, cu_seqlens):
     for d, (start, end) in enumerate(zip(ends[:-1], ends[1:])):
         parts = [None if x is None else x[:, :, start:end] for x in (q, k, v, beta, log_decay)]
         before = new_state(q, v) if state is None else state[d : d + 1]
-        results.append(delta_loop(*parts, before) if end > start else (v[:, :, :0], before.to(computing_dtype(q))))
+        results.append(delta_loop(*parts, before))
     o, states = zip(*results)
     return torch.cat(o, dim=2), torch.cat(states)
 
@@ -102,7 +103,7 @@ def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
     expected = {"k": (k, (B, H, T, K)), "v": (v, (B, H, T, v.shape[-1])), "beta": (beta, (B, H, T))}
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
-        if B != 1 or ends[0] != 0 or ends[-1] != T or ends != sorted(ends):
+        if B != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != T or ends != sorted(ends):
             raise ValueError(f"cu_seqlens must rise from 0 to T={T} over one row of tokens; got {ends} for {B} rows")
         sequences = len(ends) - 1
     expected |= {"log_decay": (log_decay, (B, H, T)), "state": (state, (sequences, H, K, v.shape[-1]))}
@@ -121,6 +122,7 @@ def delta_chunked(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, ch
     Best on a CPU: 16 tokens for short rows and narrow heads, 32 for T >= 1024 or K = 64.
     """
     check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    chunk_size = max(1, min(chunk_size, q.shape[2]))
     if cu_seqlens is None:
         chunks = BatchChunks(*q.shape[:3], chunk_size)
     else:
@@ -128,9 +130,10 @@ def delta_chunked(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, ch
     kind = computing_dtype(q)
     with torch.autocast(q.device.type, enabled=False):  # a triangular solve has no half precision
         S = new_state(q, v, chunks.sequences) if state is None else state.to(kind)
-        G = None if log_decay is None else chunks.cut(log_decay[..., None].to(kind)).cumsum(1)
-        parts = [chunks.cut(x.to(kind)) for x in (q / math.sqrt(q.shape[-1]), k, v, beta[..., None])]
-        o, S = ChunkedDeltaRule.apply(*parts, G, chunks.sort(S).flatten(0, 1), chunks.sizes)
+        g = None if log_decay is None else chunks.cut(log_decay[..., None].to(kind))
+        scaled = q.to(kind) / math.sqrt(q.shape[-1])
+        parts = [chunks.cut(x.to(kind)) for x in (scaled, k, v, beta[..., None])]
+        o, S = ChunkedDeltaRule.apply(*parts, g, chunks.sort(S).flatten(0, 1), chunks.sizes)
         return chunks.join(o).to(v.dtype), chunks.unsort(S.unflatten(0, (-1, q.shape[1])))
 
 
@@ -175,7 +178,9 @@ class DocumentChunks:
         self.order = counts.argsort(descending=True, stable=True)
         active = [int((counts > n).sum()) for n in range(int(counts.max()) if len(counts) else 0)]  # documents in step n
         self.sizes = [m * H for m in active]
-        step = torch.repeat_interleave(torch.arange(len(active), device=device), torch.tensor(active, device=device))
+        step = torch.repeat_interleave(
+            torch.arange(len(active), device=device), torch.tensor(active, device=device, dtype=torch.long)
+        )
         which = torch.cat([self.order[:m] for m in active]) if active else self.order[:0]  # (R / H,) document of each chunk
         inside = step[:, None] * C + torch.arange(C, device=device)  # (R / H, C) position in its document
         padding = inside >= lengths[which][:, None]
@@ -212,21 +217,23 @@ def scan(sizes):
 
 
 class ChunkedDeltaRule(torch.autograd.Function):
-    """The chunk form of the module's docstring, with its backward written out: half the time of autograd's.
+    """The chunk form of the module's docstring, with its backward written out: a quarter less time than autograd's.
 
-    q, k (R, C, K); v (R, C, V); beta (R, C, 1); G (R, C, 1), the running sum of log decays within each chunk, or None;
-    S (M, K, V), the states before the first chunks; sizes: chunks in each step, at most M, never rising.
-    -> o (R, C, V) and the states after the last chunks. All of one dtype, float32 or float64.
+    q, k (R, C, K); v (R, C, V); beta (R, C, 1); g (R, C, 1), the log decays, or None; S (M, K, V), the states before the
+    first chunks; sizes: chunks in each step, at most M, never rising. -> o (R, C, V) and the states after the last
+    chunks. All of one dtype, float32 or float64. First derivatives only.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, beta, G, S, sizes):
-        D = since_start = to_end = whole = None
-        if G is not None:
-            D = (G - G.mT).exp().tril()  # (R, C, C), decay from token j to token i
-            since_start, to_end, whole = G.exp(), (G[:, -1:] - G).exp(), G[:, -1:].exp()  # (R, C, 1) twice, (R, 1, 1)
-        P = times(torch.bmm(q, k.mT), D).tril_()
-        A = times(torch.bmm(k, k.mT), D).tril_(-1).mul_(beta)
+    def forward(ctx, q, k, v, beta, g, S, sizes):
+        decay = since_start = to_end = whole = None
+        if g is not None:
+            # Sums over the tokens between j and i, not differences of two long sums, which would cancel.
+            decay = g.expand(-1, -1, g.shape[1]).tril(-1).cumsum(1).exp()  # (R, C, C), [i, j]; only j <= i has a meaning
+            since_start, to_end = g.cumsum(1).exp(), decay[:, -1:].mT  # (R, C, 1): exp(G_i) and exp(G_C - G_j)
+            whole = since_start[:, -1:]  # (R, 1, 1)
+        P = times(torch.bmm(q, k.mT), decay).tril_()
+        A = times(torch.bmm(k, k.mT), decay).tril_(-1).mul_(beta)
         eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device).expand_as(A)
         inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)  # (I + A)^-1
         solve_beta = inverse * beta.mT  # (I + A)^-1 diag(beta)
@@ -241,14 +248,14 @@ class ChunkedDeltaRule(torch.autograd.Function):
                 S[:m] *= whole[rows]
             S[:m].baddbmm_(k_out[rows].mT, U[rows])
         o = torch.bmm(times(q, since_start), before).baddbmm_(P, U)
-        ctx.save_for_backward(q, k, v, beta, D, since_start, to_end, whole, P, inverse, U, W, before)
+        ctx.save_for_backward(q, k, v, beta, decay, since_start, to_end, whole, P, inverse, U, W, before)
         ctx.sizes = sizes
         return o, S
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dS):
-        q, k, v, beta, D, since_start, to_end, whole, P, inverse, U, W, before = ctx.saved_tensors
+        q, k, v, beta, decay, since_start, to_end, whole, P, inverse, U, W, before = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             do, dS = do.contiguous(), dS.clone()
             # The scan backwards. Keys have two parts to play: as `k` they are written, as `r` they read the state and the
@@ -264,8 +271,8 @@ class ChunkedDeltaRule(torch.autograd.Function):
                 dS[:m].baddbmm_(q_in[rows].mT, do[rows]).baddbmm_(W[rows].mT, dU[rows], alpha=-1)
             # U solves (I + A) U = diag(beta) E with E = V - diag(exp(G)) K S: dE below is without beta.
             dE = torch.bmm(inverse.mT, dU)  # gradient of diag(beta) E
-            dP = times(torch.bmm(do, U.mT), D).tril_()
-            dA = times(torch.bmm(dE, U.mT), D).tril_(-1)  # of -A, over beta
+            dP = times(torch.bmm(do, U.mT), decay).tril_()
+            dA = times(torch.bmm(dE, U.mT), decay).tril_(-1)  # of -A, over beta
             dq = times(torch.bmm(do, before.mT), since_start).baddbmm_(dP, k)
             dr = times(torch.bmm(dE, before.mT), since_start).baddbmm_(dA, k)  # of -r, over beta
             dk = times(dk, to_end)
@@ -274,45 +281,57 @@ class ChunkedDeltaRule(torch.autograd.Function):
             dk.baddbmm_(dP.mT, q).baddbmm_((dA * beta).mT, k, alpha=-1)
             dbeta = ((v * dE).sum(-1) - (k * dr).sum(-1))[..., None]
             dr *= beta
-            dG = None
+            dg = None
             if whole is not None:
-                # What reads at i carries exp(G_i), what is written at j exp(-G_j), the state at the end exp(G_C).
-                dG = ((q * dq).sum(-1) - (k * dr).sum(-1) - (k * dk).sum(-1))[..., None]
-                dG[:, -1, 0] += carried
-            return dq, dk.sub_(dr), dE.mul_(beta), dbeta, dG, dS, None
+                # What reads at i carries exp(G_i), what is written at j exp(-G_j), the state at the end exp(G_C); g_t is
+                # in all G_i from t on.
+                dG = (q * dq).sum(-1) - (k * dr).sum(-1) - (k * dk).sum(-1)  # (R, C)
+                dG[:, -1] += carried
+                dg = dG.flip(1).cumsum(1).flip(1)[..., None]
+            return dq, dk.sub_(dr), dE.mul_(beta), dbeta, dg, dS, None
 
 
 # ---- the rule on a GPU, and which of the three runs ----------------------------------------------------------------------
 
 
-def fla_problem(device, dtype):
+@functools.cache
+def load_fla():
+    """flash-linear-attention's two kernels (an optional extra, CUDA only: pip install "fla-core[cuda]"), or why not."""
+    try:
+        from fla.ops.delta_rule import chunk_delta_rule
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except Exception as e:  # without triton or a driver for it this fails in many ways
+        return f"flash-linear-attention cannot be imported: {e}"
+    return chunk_delta_rule, chunk_gated_delta_rule
+
+
+def fla_problem(device, dtype, key_width):
     """Why flash-linear-attention's kernel cannot be used here, as text, or None if it can."""
     if device.type != "cuda":
         return "flash-linear-attention runs on CUDA only"
-    if importlib.util.find_spec("fla") is None or importlib.util.find_spec("triton") is None:
-        return "flash-linear-attention is not installed"
     if dtype not in (torch.bfloat16, torch.float16):
         return "flash-linear-attention takes bfloat16 or float16 only"
-    return None
+    if key_width > 256:
+        return "flash-linear-attention takes keys of a width up to 256"
+    return load_fla() if isinstance(load_fla(), str) else None
 
 
 def delta_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
-    """delta_loop through flash-linear-attention's Triton kernels (pip install "fla-core[cuda]")."""
-    from fla.ops.delta_rule import chunk_delta_rule
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
+    """delta_loop through flash-linear-attention's Triton kernels; q, k and beta are rounded to v's dtype."""
+    check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    plain, gated = load_fla()
     q, k, v, beta = (x.transpose(1, 2).contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, beta.to(v.dtype)))
     options = dict(initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)  # the kernels scale by 1 / sqrt(K)
     if log_decay is None:
-        o, state = chunk_delta_rule(q, k, v, beta, **options)
+        o, state = plain(q, k, v, beta, **options)
     else:
-        o, state = chunk_gated_delta_rule(q, k, v, g=log_decay.transpose(1, 2).float(), beta=beta, **options)
+        o, state = gated(q, k, v, g=log_decay.transpose(1, 2).float(), beta=beta, **options)
     return o.transpose(1, 2), state
 
 
 def delta_rule(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
     """The fastest form for these inputs; arguments and results as in delta_loop."""
-    if fla_problem(v.device, v.dtype) is None:
+    if fla_problem(v.device, v.dtype, k.shape[-1]) is None:
         return delta_fla(q, k, v, beta, log_decay, state, cu_seqlens)
     if q.shape[2] == 1:
         return delta_loop(q, k, v, beta, log_decay, state, cu_seqlens)
@@ -328,7 +347,7 @@ class Config(model.Config):
     k_kernel: str = "silu"  # feature map of keys, as for queries
     v_kernel: str = "silu"  # feature map of values, as for queries
     q_norm: str = "l2"  # norm of each query after its feature map: none l2 l1 rms layer
-    k_norm: str = "l2"  # norm of each key, as for queries; keys longer than 1 make the state grow without bound
+    k_norm: str = "l2"  # norm of each key, as for queries; keys longer than 1 may make the state grow without bound
     conv: int = 4  # width of a short causal convolution on queries, keys and values; 0: none
     pos: str = "none"  # the recurrence knows the order; nothing is added
     use_beta: bool = True  # write with strength sigmoid(z / lr_temp), z a projection of the token; 0: with strength 1
@@ -369,7 +388,7 @@ class DeltaMixer(CausalSelfAttention):
         q, k, v = self.queries_keys_values(x, x, None, memory)
         q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, x)  # (B, T, H, K)
         k = self.feature(k, self.heads, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, H, K)
-        v = self.feature(v, self.heads, c.v_kernel)  # (B, T, H, V)
+        v = self.feature(v, self.heads, c.v_kernel).to(v.dtype)  # (B, T, H, V)
         q, k, v, beta = (y.transpose(1, 2) for y in (q, k, v, self.write_strength(x)))
         state = memory.get("S") if memory else None
         o, state = delta_rule(q, k, v, beta, self.log_decay(x), state, chunk_size=c.chunk_size)  # (B, H, T, V)
@@ -397,7 +416,7 @@ class DeltaMixer(CausalSelfAttention):
 
 class GatedDeltaMixer(DeltaMixer):
     """DeltaMixer whose state decays by alpha = exp(-exp(A_log) softplus(W x + dt_bias)) per head before each token, the
-    parametrisation and initial values of Gated DeltaNet and Mamba2. The paper's output gate is att_use_output_gate=1."""
+    parametrisation and initial values of Gated DeltaNet. The paper's output gate is att_use_output_gate=1."""
 
     def __init__(self, c):
         super().__init__(c)
@@ -430,8 +449,9 @@ class DeltaNet(GPT):
         "pos": "the recurrence knows the order of its tokens",
     }
 
+    @torch.no_grad()
     def read(self, tokens, memory=None):
-        """Read on: tokens (B, T) after everything `memory` has seen -> logits (B, T, vocabulary), new memory.
+        """Read on: tokens (B, T) after everything `memory` has seen -> logits (B, T, vocabulary), new memory; no gradients.
 
         memory is None before the first token; else what an earlier call returned, which stays as it was, so that
         several continuations can start from it. Its size does not depend on how much was read (state_bytes); T may
@@ -454,9 +474,11 @@ class DeltaNet(GPT):
     @classmethod
     def kernel_choice(cls, config, device, dtype):
         """Which form of the delta rule runs and why, as one line."""
-        problem = fla_problem(device, dtype)
-        choice = f"chunks of {config.chunk_size} tokens ({problem})" if problem else "flash-linear-attention"
-        bounded = config.k_norm in ("l2", "l1") or config.k_kernel == "softmax"
+        if not config.use_att:
+            return "none (use_att is 0)"
+        problem = fla_problem(device, dtype, cls.block.attention.widths(config)[0])
+        choice = f"chunks of {config.chunk_size} tokens ({problem})" if problem else "flash-linear-attention, its own chunks"
+        bounded = config.k_norm in ("l2", "l1") or (config.k_norm == "none" and config.k_kernel == "softmax")
         note = "" if bounded else f"; note: with k_norm={config.k_norm} keys may be longer than 1, and the state then grows"
         return f"delta rule, {choice}{note}"
 

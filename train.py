@@ -301,9 +301,10 @@ def save_checkpoint(folder, name, state):
             os.remove(previous + ".tmp")
         try:
             os.link(path, previous + ".tmp")
+            os.replace(previous + ".tmp", previous)
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, previous + ".tmp")
-        os.replace(previous + ".tmp", previous)
+            with open(path, "rb") as old:
+                write_file(previous, lambda f: shutil.copyfileobj(old, f))
     write_file(path, lambda f: torch.save(state, f))
 
 

@@ -214,6 +214,17 @@ def test_with_a_checkpoint_set_aside_a_run_does_not_begin_again(tmp_path, model)
         run(tmp_path, resume=True)
 
 
+def test_without_hard_links_the_older_checkpoint_is_a_copy(tmp_path, monkeypatch):
+    def no_links(*paths):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    for step in (1, 2, 3):
+        train.save_checkpoint(tmp_path, "ckpt", {"step": step})
+    assert [train.load_checkpoint(tmp_path, name)["step"] for name in ("ckpt", "ckpt_prev")] == [3, 2]
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
+
+
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     _, out = run(tmp_path)
     before = open(os.path.join(out, "ckpt.pt"), "rb").read()
@@ -308,7 +319,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
         (["--model=gtp"], "neither one of gpt"),
         (["--model=model.py"], "without .py"),
         (["--model=model.Config"], "no torch.nn.Module"),
-        (["--dim=1000000", "--dk=100000"], "does not fit in memory"),
+        (["--dim=1000000", "--vocab_size=10000000"], "does not fit in memory"),
         (["--threads=1e12"], "between 0 and 1024"),
         (["--model=unified_kv", "--dk=32"], "--dk: dk=32 has no effect: only gpt has it"),
         (["--du=32"], "no effect"),

@@ -1,0 +1,22 @@
+"""MQAR with Gated DeltaNet: the cell and recipe of configs/mqar_delta.py; dv 42 pays for the decay's projection.
+
+Two minutes on 2 CPU cores. Expected: test token accuracy 0.98 or more. Nothing here is worth forgetting, so the decay has to
+be unlearnt first, and this model stays a little below DeltaNet.
+"""
+
+model = "gated_delta"
+dk = 48
+dv = 42
+
+curriculum = [(2, 60), (8, 40)]  # (pairs, steps), then 32
+fresh = True
+
+lr = 1e-2
+beta2 = 0.99
+warmup_steps = 30
+schedule = "cosine"
+max_steps = 600
+eval_interval = 50
+stop_accuracy = 0.993
+
+target = 0.98
