@@ -19,7 +19,7 @@ fresh = True
 lr = 1e-2
 warmup_steps = 30
 schedule = "cosine"
-max_steps = 500
+max_steps = 600
 eval_interval = 50
 stop_accuracy = 0.993
 

@@ -156,16 +156,22 @@ def delta_rows(rounds):
 
 
 def length_rows(rounds):
-    """A training step of DeltaNet against GPT of the same size: with the same convolution, and with neither."""
+    """A training step of DeltaNet against GPT of the same sizes: with the same convolution, with none, and as shipped."""
     for T in (128, 256, 512, 1024, 2048):
         data = data_mqar.Data(data_mqar.Config(fresh=True, input_seq_len=T))
         tokens, targets, _ = data.batch("train", 0, data.rows(0, 4096 // T))
-        for conv in (4, 0) if T == 128 else (4,):
-            sizes = dict(dk=48, dv=48, conv=conv, seq_len=T)
-            models = {"ours": D.DeltaNet(D.Config(**sizes)), "gpt": M.GPT(M.Config(**sizes))}
-            steps = {name: make_stepper(m, lambda m: m(tokens, targets)[1]) for name, m in models.items()}
-            times = take_turns(steps, rounds)
-            yield f"DeltaNet step, {4096 // T} x {T}, conv {conv}", times["ours"], f"GPT, conv {conv}", times["gpt"], None
+        sizes = dict(dk=48, dv=48, seq_len=T)
+        models = {f"DeltaNet, conv {conv}": D.DeltaNet(D.Config(conv=conv, **sizes)) for conv in (4, 0)}
+        models |= {f"GPT, conv {conv}": M.GPT(M.Config(conv=conv, **sizes)) for conv in (4, 0)}
+        times = take_turns({name: make_stepper(m, lambda m: m(tokens, targets)[1]) for name, m in models.items()}, rounds)
+        for ours, peer in ((4, 4), (0, 0), (4, 0)) if T == 128 else ((4, 4),):
+            yield (
+                f"step, {4096 // T} x {T}, DeltaNet, conv {ours}",
+                times[f"DeltaNet, conv {ours}"],
+                f"GPT, conv {peer}",
+                times[f"GPT, conv {peer}"],
+                None,
+            )
 
 
 BENCHES = {"train": train_rows, "data": data_rows, "delta": delta_rows, "lengths": length_rows}
