@@ -380,7 +380,8 @@ def test_shipped_configs_state_what_they_are_for():
         assert p.train.target > 0, name
         header = open(os.path.join(folder, name)).read().split('"""')[1]
         assert re.search(r"\b(minutes?|seconds?|hours?)\b", header) and "CPU cores" in header, f"{name}: how long, on what?"
-        assert re.search(r"Expected: .*0\.99", header, re.S), f"{name}: what to expect?"
+        expected = [float(x) for x in re.findall(r"0\.9\d*", header.partition("Expected: ")[2])]
+        assert expected and max(expected) >= p.train.target, f"{name}: what to expect?"
 
 
 def test_log_lines_are_json(tmp_path):
