@@ -176,7 +176,7 @@ class DocumentChunks:
         counts = (lengths + C - 1) // C  # chunks of each document
         self.sequences, self.heads = len(lengths), H
         self.order = counts.argsort(descending=True, stable=True)
-        active = [int((counts > n).sum()) for n in range(int(counts.max()) if len(counts) else 0)]  # documents in step n
+        active = [int((counts > n).sum()) for n in range(int(counts.max()))]  # documents in step n
         self.sizes = [m * H for m in active]
         step = torch.repeat_interleave(
             torch.arange(len(active), device=device), torch.tensor(active, device=device, dtype=torch.long)
@@ -269,8 +269,8 @@ class ChunkedDeltaRule(torch.autograd.Function):
                     dS[:m] *= whole[rows]
                     carried[rows] = (before[rows] * dS[:m]).sum((1, 2))
                 dS[:m].baddbmm_(q_in[rows].mT, do[rows]).baddbmm_(W[rows].mT, dU[rows], alpha=-1)
-            # U solves (I + A) U = diag(beta) E with E = V - diag(exp(G)) K S: dE below is without beta.
-            dE = torch.bmm(inverse.mT, dU)  # gradient of diag(beta) E
+            # U solves (I + A) U = diag(beta) E with E = V - diag(exp(G)) K S.
+            dE = torch.bmm(inverse.mT, dU)  # of E, over beta
             dP = times(torch.bmm(do, U.mT), decay).tril_()
             dA = times(torch.bmm(dE, U.mT), decay).tril_(-1)  # of -A, over beta
             dq = times(torch.bmm(do, before.mT), since_start).baddbmm_(dP, k)
@@ -331,10 +331,10 @@ def delta_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
 
 def delta_rule(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
     """The fastest form for these inputs; arguments and results as in delta_loop."""
-    if fla_problem(v.device, v.dtype, k.shape[-1]) is None:
-        return delta_fla(q, k, v, beta, log_decay, state, cu_seqlens)
     if q.shape[2] == 1:
         return delta_loop(q, k, v, beta, log_decay, state, cu_seqlens)
+    if fla_problem(v.device, v.dtype, k.shape[-1]) is None:
+        return delta_fla(q, k, v, beta, log_decay, state, cu_seqlens)
     return delta_chunked(q, k, v, beta, log_decay, state, cu_seqlens, chunk_size)
 
 
