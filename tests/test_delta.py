@@ -480,6 +480,7 @@ def test_bfloat16_autocast_is_close_to_float32():
     assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max() and state[0]["S"].dtype == torch.float32
     for a, b in zip(torch.autograd.grad(half_loss, list(model.parameters())), grads):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
+    assert M.ShortConv(3, 4)(torch.zeros(1, 5, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
     x = 300 * torch.ones(2, 12).to(torch.float16)  # its square overflows float16
     with torch.autocast("cpu", torch.bfloat16):
         assert (M.NORMS["l2"](x).norm(dim=-1) - 1).abs().max() < 1e-5
