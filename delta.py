@@ -479,11 +479,7 @@ class DeltaNet(GPT):
         problem = fla_problem(device, dtype, cls.block.attention.widths(config)[0])
         choice = f"chunks of {config.chunk_size} tokens ({problem})" if problem else "flash-linear-attention, its own chunks"
         bounded = config.k_norm in ("l2", "l1") or (config.k_norm == "none" and config.k_kernel == "softmax")
-        note = (
-            ""
-            if bounded
-            else f"; note: with k_norm={config.k_norm} keys may be longer than 1, and the state then grow without bound"
-        )
+        note = "" if bounded else f"; note: with k_norm={config.k_norm} long keys may make the state grow without bound"
         return f"delta rule, {choice}{note}"
 
 
