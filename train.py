@@ -13,6 +13,7 @@ resume), best.pt (highest validation accuracy), status.json, curves.png. Exit st
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib
 import json
 import math
@@ -637,28 +638,52 @@ def main(argv=None):
         print(f"state: {p.model_class.state_bytes(config)} bytes to read on after {config.seq_len} tokens, in float32")
     if c.n_epochs == 0:
         return 0
-    if folder:
-        # Without any, not even a damaged one, the run was stopped before its first checkpoint and starts again.
-        if any(name.startswith("ckpt") and not name.endswith(".tmp") for name in os.listdir(folder)):
-            resume = load_checkpoint(folder, "ckpt", "ckpt_prev")
-            model.load_state_dict(resume["model"])
-        saved = read_json(os.path.join(folder, "config.json"))
-        changed = {**saved, "train": dataclasses.asdict(c)}
-        write_json(os.path.join(folder, "config.json"), changed)  # n_epochs and a few others may be new
-        if saved["threads"] != torch.get_num_threads():
-            print(f"note: the run began with {saved['threads']} threads; with another number its last bits will differ")
-    else:
-        folder = make_run_directory(p, config)
-        write_json(os.path.join(folder, "config.json"), describe_run(p, config, model, device, dtype))
-    print(f"### LOGDIR: {folder}")
-    print({k: v for part in (c, config, p.data) for k, v in dataclasses.asdict(part).items()})
-    val_rows = sum(len(s) for s in data.segments("val"))
-    steps = data.steps_per_epoch(c.batch_size), -(-val_rows // c.eval_batch_size)
-    print(f">>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}", flush=True)
-    model.to(device)
-    if c.compile:
-        model.compile()
-    return finish(p, folder, data, model, device, dtype, resume)
+    resumed, folder = bool(folder), folder or make_run_directory(p, config)
+    with only_process_in(folder):
+        if resumed:
+            resume = take_up(folder, model, c)
+        else:
+            write_json(os.path.join(folder, "config.json"), describe_run(p, config, model, device, dtype))
+        print(f"### LOGDIR: {folder}")
+        print({k: v for part in (c, config, p.data) for k, v in dataclasses.asdict(part).items()})
+        val_rows = sum(len(s) for s in data.segments("val"))
+        steps = data.steps_per_epoch(c.batch_size), -(-val_rows // c.eval_batch_size)
+        print(f">>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}", flush=True)
+        model.to(device)
+        if c.compile:
+            model.compile()
+        return finish(p, folder, data, model, device, dtype, resume)
+
+
+@contextlib.contextmanager
+def only_process_in(folder):
+    """Refuse a second process that writes into a run directory. The system ends the lock with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(f"{folder}: another process is writing this run; wait for it, or stop it first", "resume") from None
+    except OSError:  # a file system without locks
+        print(f"note: {folder} cannot be locked here; start no second process in it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def take_up(folder, model, c):
+    """Load the weights of a run's last whole checkpoint into model -> the checkpoint, or None if the run has none yet."""
+    resume, path = None, os.path.join(folder, "config.json")
+    # Without any, not even a damaged one, the run was stopped before its first checkpoint and starts again.
+    if any(name.startswith("ckpt") and not name.endswith(".tmp") for name in os.listdir(folder)):
+        resume = load_checkpoint(folder, "ckpt", "ckpt_prev")
+        model.load_state_dict(resume["model"])
+    saved = read_json(path)
+    write_json(path, {**saved, "train": dataclasses.asdict(c)})  # n_epochs and a few others may be new
+    if saved["threads"] != torch.get_num_threads():
+        print(f"note: the run began with {saved['threads']} threads; with another number its last bits will differ")
+    return resume
 
 
 def finish(p, folder, data, model, device, dtype, resume):

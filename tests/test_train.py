@@ -214,6 +214,23 @@ def test_with_a_checkpoint_set_aside_a_run_does_not_begin_again(tmp_path, model)
         run(tmp_path, resume=True)
 
 
+def test_two_processes_never_write_one_run(tmp_path, capsys, monkeypatch):
+    process = start(tmp_path, "run", max_steps=100000)
+    out = os.path.join(tmp_path, "run")
+    wait_for_step(out, 20, process)
+    with pytest.raises(ConfigError, match="another process is writing this run"):
+        run(tmp_path, resume=True)
+    process.kill()
+    process.communicate()
+    assert run(tmp_path, resume=True, max_steps=40)[0] == 0  # killed, it holds the directory no longer
+
+    def no_locks(*arguments):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(train.fcntl, "flock", no_locks)
+    assert run(tmp_path, resume=True, max_steps=60)[0] == 0 and "cannot be locked" in capsys.readouterr().err
+
+
 def test_without_hard_links_the_older_checkpoint_is_a_copy(tmp_path, monkeypatch):
     def no_links(*paths):
         raise OSError("not supported")
