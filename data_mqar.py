@@ -81,10 +81,11 @@ class Config:
         stages = [(shortest(pairs, self), pairs) for pairs, _ in self.curriculum if pairs >= 1]
         cells = self.train_cells or ((self.input_seq_len, self.num_kv_pairs),)
         twice = [cell for cell in (*stages, *cells) if (*stages, *cells).count(cell) > 1]
-        message = (
-            f"rows of {twice[0]} (tokens, pairs) come twice in curriculum and train_cells; name them once" if twice else ""
-        )
-        require(not twice, message, "train_cells" if set(twice) & set(self.train_cells) else "curriculum")
+        if twice:
+            key = "train_cells" if set(twice) & set(self.train_cells) else "curriculum"
+            raise ConfigError(
+                f"rows of {twice[0]} (tokens, pairs) come twice in curriculum and train_cells; name them once", key
+            )
         for pairs, steps in self.curriculum:
             require(
                 min(pairs, steps) >= 1, f"curriculum: stage {(pairs, steps)} needs at least 1 pair and 1 step", "curriculum"

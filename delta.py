@@ -46,7 +46,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 import model
-from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm, take
+from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm, computing_dtype, take
 
 # ---- the rule, token by token ------------------------------------------------------------------------------------------
 
@@ -87,10 +87,6 @@ def loop_over_documents(q, k, v, beta, log_decay, state, cu_seqlens):
     return torch.cat(o, dim=2), torch.cat(states)
 
 
-def computing_dtype(q):
-    return torch.promote_types(q.dtype, torch.float32)
-
-
 def new_state(q, v, n=None):
     """Zeros (n or B, H, K, V)."""
     return q.new_zeros(n or len(q), q.shape[1], q.shape[-1], v.shape[-1], dtype=computing_dtype(q))
@@ -115,7 +111,7 @@ def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
 # ---- the rule, in chunks -----------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # tracing the scan over chunks takes a minute and gains a tenth
+@torch.compiler.disable  # traced, the scan would be unrolled into a copy for each chunk
 def delta_chunked(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
     """delta_loop by matrix products over chunks of chunk_size tokens: same arguments, same results, any T.
 
@@ -217,7 +213,7 @@ def scan(sizes):
 
 
 class ChunkedDeltaRule(torch.autograd.Function):
-    """The chunk form of the module's docstring, with its backward written out: a quarter less time than autograd's.
+    """The chunk form of the module's docstring, with its backward written out for speed.
 
     q, k (R, C, K); v (R, C, V); beta (R, C, 1); g (R, C, 1), the log decays, or None; S (M, K, V), the states before the
     first chunks; sizes: chunks in each step, at most M, never rising. -> o (R, C, V) and the states after the last
@@ -378,6 +374,21 @@ class DeltaMixer(CausalSelfAttention):
         self.proj_beta = nn.Linear(c.dim, c.n_heads, bias=False) if c.use_beta else None
         self.out_norm = RMSNorm(self.widths(c)[1]) if c.use_out_norm else None
 
+    @classmethod
+    def state_size(cls, c, tokens):
+        """Numbers per row that must be kept to read on: one matrix per head, after any number of tokens."""
+        key_width, value_width = cls.widths(c)
+        return c.n_heads * key_width * value_width
+
+    @classmethod
+    def kernel_choice(cls, c, device, dtype):
+        """Which form of the delta rule runs and why, as one line."""
+        problem = fla_problem(device, dtype, cls.widths(c)[0])
+        choice = f"chunks of {c.chunk_size} tokens ({problem})" if problem else "flash-linear-attention, its own chunks"
+        bounded = c.k_norm in ("l2", "l1") or (c.k_norm == "none" and c.k_kernel == "softmax")
+        note = "" if bounded else f"; note: with k_norm={c.k_norm} long keys may make the state grow without bound"
+        return f"delta rule, {choice}{note}"
+
     def forward(self, x, rows=None, memory=None):
         """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n): the recurrence still needs every token.
 
@@ -462,25 +473,6 @@ class DeltaNet(GPT):
         for layer, m in zip(self.layers, memory):
             x = layer(x, memory=m)
         return self.lm_head(self.final_norm(x)), memory
-
-    @classmethod
-    def state_bytes(cls, config, tokens=None):
-        """Bytes of float32 that must be kept to read on: the same after any number of tokens."""
-        c, mixer = config, cls.block.attention
-        key_width, value_width = mixer.widths(c)
-        window = max(0, c.conv - 1) * mixer.channels(c)
-        return 4 * c.n_layers * (c.n_heads * key_width * value_width + window) if c.use_att else 0
-
-    @classmethod
-    def kernel_choice(cls, config, device, dtype):
-        """Which form of the delta rule runs and why, as one line."""
-        if not config.use_att:
-            return "none (use_att is 0)"
-        problem = fla_problem(device, dtype, cls.block.attention.widths(config)[0])
-        choice = f"chunks of {config.chunk_size} tokens ({problem})" if problem else "flash-linear-attention, its own chunks"
-        bounded = config.k_norm in ("l2", "l1") or (config.k_norm == "none" and config.k_kernel == "softmax")
-        note = "" if bounded else f"; note: with k_norm={config.k_norm} long keys may make the state grow without bound"
-        return f"delta rule, {choice}{note}"
 
 
 class GatedDeltaNet(DeltaNet):

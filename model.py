@@ -102,9 +102,14 @@ def taylor(x):
     return torch.cat([torch.ones_like(x[..., :1]), x, second], dim=-1)
 
 
+def computing_dtype(x):
+    """What sums over x are taken in: float32 for half precision, else x's own dtype."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def inner(x, y):
     """x.y over the last axis, which is kept; in float32 at least, under autocast too: (..., K) -> (..., 1)."""
-    kind = torch.promote_types(x.dtype, torch.float32)
+    kind = computing_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         return torch.linalg.vecdot(x.to(kind), y.to(kind)).unsqueeze(-1)
 
@@ -373,6 +378,19 @@ class CausalSelfAttention(nn.Module):
         """Numbers per token and key/value head that must be kept to read on."""
         return sum(cls.widths(c))
 
+    @classmethod
+    def state_size(cls, c, tokens):
+        """Numbers per row that must be kept of `tokens` tokens to read on: here, the cache."""
+        return cls.cached_width(c) * (c.n_kv_heads or c.n_heads) * tokens
+
+    @classmethod
+    def kernel_choice(cls, c, device, dtype):
+        """Which kernel runs and why, as one line."""
+        problem = flash_problem(device, dtype, *cls.widths(c))
+        if problem is None:
+            return "flash-attn varlen; scaled_dot_product_attention for the labelled positions of the last block"
+        return f"scaled_dot_product_attention ({problem})"
+
     def stored(self):
         """The projections that make what is stored of a token: keys and values."""
         return self.proj_k, self.proj_v
@@ -557,16 +575,14 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(self.final_norm(x)), None
         logits = self.lm_head(self.final_norm(x.flatten(0, 1)[flat]))  # (N, vocabulary)
-        return logits, CrossEntropy.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)), answers)
+        return logits, CrossEntropy.apply(logits.to(computing_dtype(logits)), answers)
 
     @classmethod
     def state_bytes(cls, config, tokens=None):
-        """Bytes of float32 that must be kept to read on after `tokens` tokens (default: seq_len): here, the cache."""
-        c = config
-        attention, groups = cls.block.attention, c.n_kv_heads or c.n_heads
-        cache = attention.cached_width(c) * groups * (tokens or c.seq_len)
-        window = max(0, c.conv - 1) * attention.channels(c)  # what the short convolution looks back on
-        return 4 * c.n_layers * (cache + window) if c.use_att else 0
+        """Bytes of float32 per row that must be kept to read on after `tokens` tokens (default: seq_len)."""
+        c, mixer = config, cls.block.attention
+        window = max(0, c.conv - 1) * mixer.channels(c)  # what the short convolution looks back on
+        return 4 * c.n_layers * (mixer.state_size(c, tokens or c.seq_len) + window) if c.use_att else 0
 
     @classmethod
     def label(cls, c):
@@ -578,13 +594,8 @@ class GPT(nn.Module):
 
     @classmethod
     def kernel_choice(cls, config, device, dtype):
-        """Which attention kernel runs and why, as one line."""
-        if not config.use_att:
-            return "none (use_att is 0)"
-        problem = flash_problem(device, dtype, *cls.block.attention.widths(config))
-        if problem is None:
-            return "flash-attn varlen; scaled_dot_product_attention for the labelled positions of the last block"
-        return f"scaled_dot_product_attention ({problem})"
+        """Which kernel the mixer runs and why, as one line."""
+        return cls.block.attention.kernel_choice(config, device, dtype) if config.use_att else "none (use_att is 0)"
 
 
 class UnifiedKV(GPT):

@@ -206,7 +206,7 @@ def _convert_tuple(value, kind):
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value.strip() or "()")
-        except Exception:
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
             raise ValueError(f"takes a list such as [(2, 200), (4, 60)], not {_short(value)}") from None
     if not isinstance(value, (tuple, list)):
         raise ValueError(f"takes a list, not {_short(value)}")
