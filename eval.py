@@ -19,8 +19,11 @@ from types import SimpleNamespace
 import numpy as np
 
 import configs
+from checkpoint import read_json, read_log, write_file, write_json
 from configs import ConfigError, one_of, require
-from train import choose_device, load_run, predict, read_json, read_log, read_plan, summarise, write_file, write_json
+from measure import figure, predict, summarise
+from parallel import choose_device
+from train import load_run, read_plan
 
 
 @dataclass
@@ -116,17 +119,6 @@ def write_parquet(path, columns):
     write_file(path, lambda f: pq.write_table(pa.table(columns), f))
 
 
-def figure(*shape, width=4.2):
-    """A figure without a window -> (pyplot, figure, list of axes)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(*shape, figsize=(width * shape[1], 3.2 * shape[0]), squeeze=False, constrained_layout=True)
-    return plt, fig, list(axes.flat)
-
-
 def plot_slices(path, by_slice, title):
     """One panel per tag: accuracy of each of its values, with intervals. A tag with a single value says nothing: left out."""
     tags = [t for t in by_slice if len(by_slice[t]) > 1] or list(by_slice)[:1]
@@ -178,7 +170,7 @@ def read_result(folder):
     """What compare shows of one finished run; KeyError if it has no test result."""
     status, saved = (read_json(os.path.join(folder, name + ".json")) for name in ("status", "config"))
     test = status["test"]
-    own = ("seed", "run", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
+    own = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
     p = read_plan(folder)
     sizes = SimpleNamespace(**saved["model"])
     state = p.model_class.state_bytes(sizes) if hasattr(p.model_class, "state_bytes") else 0

@@ -506,7 +506,7 @@ def labelled_rows(targets):
     mask = targets != IGNORE
     answers = targets[mask]
     count = mask.sum(1)
-    n = int(count.max())
+    n = max(1, int(count.max()))  # a batch without labels has a loss of 0
     if 2 * n > targets.shape[1]:
         return None, mask.flatten().nonzero().squeeze(1), answers
     rows = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
@@ -525,14 +525,14 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, answers):
         log_p = logits.log_softmax(-1)
         ctx.save_for_backward(log_p, answers)
-        return -log_p.gather(1, answers[:, None]).mean()
+        return -log_p.gather(1, answers[:, None]).sum() / max(1, len(answers))
 
     @staticmethod
     def backward(ctx, grad):
         log_p, answers = ctx.saved_tensors
         p = log_p.exp()
         p[torch.arange(len(p), device=p.device), answers] -= 1
-        return p.mul_(grad / len(p)), None
+        return p.mul_(grad / max(1, len(p))), None
 
 
 class GPT(nn.Module):

@@ -4,18 +4,20 @@
     python train.py configs/mqar_gpt.py --lr 1e-3 --seed 2       # flags win over files, later over earlier
     python train.py --model gpt --dim 64 --dk 48 --dv 48 --n_heads 2 --n_layers 4 --n_epochs 10
     python train.py --resume runs/RUN                            # go on after Ctrl-C, SIGTERM or a crash
+    torchrun --standalone --nproc_per_node=4 train.py configs/mqar_gpt.py                 # 4 GPUs, or 4 CPU processes
+    sbatch train.slurm configs/mqar_gpt.py                       # one or many nodes; see parallel.py, train.slurm
     python train.py configs/mqar_gpt.py --n_epochs 0             # print the model and its parameter counts, and stop
 
 It writes <log_dir>/<run>/: config.json (every setting and where it came from), log.jsonl, ckpt.pt and ckpt_prev.pt (to
-resume), best.pt (highest validation accuracy), status.json, curves.png. Exit status: 0 if the run ended at or above
-`target`, 1 if below it or if it failed, 2 for a mistake in the settings, 128 + signal number if it was stopped.
+resume), best.pt (highest validation accuracy), status.json, curves.png; checkpoint.py says how they are kept whole. Exit
+status: 0 if the run ended at or above `target`, 1 if below it or if it failed, 2 for a mistake in the settings, 128 +
+signal number if it was stopped.
 """
 
 import contextlib
 import dataclasses
-import fcntl
+import glob
 import importlib
-import json
 import math
 import os
 import re
@@ -24,7 +26,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,26 @@ import torch
 from tqdm import tqdm
 
 import configs
-from configs import ConfigError, Setting, at_least, one_of, require, within
+from checkpoint import Log, find_checkpoint, load_checkpoint, lock, part, read_checkpoint, read_json, write_json
+from configs import ConfigError, RunFailed, Setting, at_least, one_of, require, within
+from measure import autocast, evaluate, plot_curves
+from parallel import (
+    FORMS,
+    PARALLEL,
+    World,
+    choose_device,
+    collect_tensors,
+    describe_split,
+    exchange,
+    is_sharded,
+    joined,
+    restore_tensors,
+    rewrite_checkpoints,
+    split_batch,
+    spread,
+    whole,
+    write_checkpoint,
+)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MODELS = {  # short names; anything else is file or file.Class
@@ -41,7 +61,10 @@ MODELS = {  # short names; anything else is file or file.Class
     "delta": "delta.DeltaNet",
     "gated_delta": "delta.GatedDeltaNet",
 }
-MIGHT_CHANGE = "n_epochs max_steps stop_accuracy target log_interval eval_interval device threads compile".split()  # on resume
+MIGHT_CHANGE = (  # on resume
+    "n_epochs max_steps stop_accuracy target log_interval eval_interval save_every nan_limit "
+    "accumulate parallel export device threads compile"
+).split()
 
 
 @dataclass
@@ -50,8 +73,9 @@ class TrainConfig:
     data: str = "data_mqar"  # file with the task
     n_epochs: int = 10  # passes over n_train_examples; 0 prints the model and stops
     max_steps: int = 0  # stop after this many optimiser steps instead; 0: by epochs
-    batch_size: int = 32  # rows in an optimiser step over all accumulation steps; data may trade it for row length
-    accumulate: int = 1  # split each batch into so many forward and backward passes, to save memory
+    batch_size: int = 32  # rows in an optimiser step over all ranks and passes; data may trade it for row length
+    accumulate: int = 1  # split each rank's share of the batch into so many forward and backward passes, to save memory
+    parallel: str = "ddp"  # under torchrun: ddp (a copy of the model on every rank) or fsdp (a share of it)
     lr: float = 1e-3  # highest learning rate of AdamW
     schedule: str = "exponential"  # exponential (times lr_gamma an epoch), cosine (to lr_min), linear (to lr_min) or constant
     lr_gamma: float = 0.95  # factor an epoch of the exponential schedule
@@ -62,15 +86,17 @@ class TrainConfig:
     beta2: float = 0.999  # AdamW's decay of the mean squared gradient
     clip_grad: float = 1.0  # scale gradients down to this norm; 0: never
     nan_limit: int = 5  # give up after so many steps in a row whose gradient is not finite (each is skipped)
-    eval_interval: int = 0  # steps between evaluations on the val split, and between checkpoints; 0: an epoch
+    eval_interval: int = 0  # steps between evaluations on the val split; 0: an epoch
+    save_every: int = 0  # steps between checkpoints, beside those at each evaluation; 0: only those
     eval_batch_size: int = 100  # rows in a forward pass of an evaluation
     log_interval: int = 20  # steps between rows of log.jsonl
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
     target: float = 0.0  # exit with status 1 if test token accuracy ends below this
     log_dir: str = "runs"  # where run directories go
     exp_group: str = "0"  # label in the run's name
-    run: str = ""  # name of the run directory; empty: made from the settings and the time
+    run_name: str = ""  # name of the run directory; empty: made from the settings and the time
     resume: str = ""  # a run directory to continue; its config.json holds the settings
+    export: str = ""  # with resume: rewrite the run's checkpoints as one `file` each or as `shards`, and stop
     seed: int = 0  # of the initial weights and of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
@@ -78,16 +104,18 @@ class TrainConfig:
     threads: int = 0  # CPU threads; 0: torch's choice. Sums differ in the last bit between thread counts
 
     def check(self):
-        at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "eval_interval", "clip_grad")
+        at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "eval_interval", "save_every", "clip_grad")
         within(self, 0, 1024, "threads")
         at_least(self, 1, "batch_size", "accumulate", "nan_limit", "eval_batch_size", "log_interval")
         one_of(self, SCHEDULES, "schedule")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
+        one_of(self, PARALLEL, "parallel")
+        one_of(self, ("", *FORMS), "export")
         within(self, 0, 1, "lr_gamma", "lr_min", "stop_accuracy", "target")
         within(self, 0, 0.99999, "beta1", "beta2")
         within(self, 0, 2**62, "seed")
         require(self.lr > 0, f"lr={self.lr} must be above 0", "lr")
-        for name in ("run", "exp_group"):
+        for name in ("run_name", "exp_group"):
             message = f"{name}={getattr(self, name)!r} becomes part of a directory name: letters, digits, . _ - only"
             require(re.fullmatch(r"[\w.-]*", getattr(self, name)) and getattr(self, name) not in (".", ".."), message, name)
         require(self.accumulate <= self.batch_size, "accumulate must not exceed batch_size", "accumulate")
@@ -183,51 +211,10 @@ def count_parameters(model):
     return {name: sum(q.numel() for q in m.parameters()) for name, m in (("layers", layers), ("total", model))}
 
 
-def choose_device(c):
-    """-> torch.device, compute dtype, and one line that says why."""
-    if c.device == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        why = "found" if name != "cpu" else "no GPU found"
-    else:
-        name, why = c.device, "asked for"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ConfigError(f"device={name!r} cannot be used on this machine; leave it out or use cpu", "device") from None
-    half = c.dtype == "bfloat16" or (c.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False))
-    dtype = torch.bfloat16 if half else torch.float32
-    why_dtype = "asked for" if c.dtype != "auto" else "fast on this GPU" if half else "the exact choice"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return device, dtype, f"device: {device} ({why}{threads}), dtype: {str(dtype)[6:]} ({why_dtype})"
+# ---- the run directory -------------------------------------------------------------------------------------------------
 
 
-# ---- run directory: config.json, log.jsonl, status.json, checkpoints ---------------------------------------------------
-
-
-def write_file(path, write):
-    """Call write(f) on a temporary file, bring it to disk, then give it its name: readers see all of it or none."""
-    with open(path + ".tmp", "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
-def write_json(path, value):
-    write_file(path, lambda f: f.write(json.dumps(value, indent=1).encode() + b"\n"))
-
-
-def read_json(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
-
-
-def run_name(p, config):
+def label(p, config):
     """`exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_..._lr0.001`, as the ULTM experiments name their runs."""
     parts = [f"exp{p.train.exp_group}", p.train.model]
     if hasattr(p.model_class, "label"):
@@ -237,23 +224,23 @@ def run_name(p, config):
 
 
 def make_run_directory(p, config):
-    """Create and return <log_dir>/<run>. Without `run`, the name ends in the Unix time, raised until it is free."""
+    """Create and return <log_dir>/<run>. Without `run_name`, it ends in the Unix time, raised until it is free."""
     c, now = p.train, int(time.time())
     while True:
-        folder = os.path.join(c.log_dir, c.run or f"{run_name(p, config)}_{now}")
+        folder = os.path.join(c.log_dir, c.run_name or f"{label(p, config)}_{now}")
         try:
             os.makedirs(folder)
             return folder
         except FileExistsError:
-            if c.run:
-                message = f"{folder} exists; continue it with --resume {folder}, or give another --run"
-                raise ConfigError(message, "run") from None
+            if c.run_name:
+                message = f"{folder} exists; continue it with --resume {folder}, or give another --run_name"
+                raise ConfigError(message, "run_name") from None
             now += 1
         except OSError as e:
             raise ConfigError(f"cannot make the run directory {folder}: {e.strerror}", "log_dir") from None
 
 
-def describe_run(p, config, model, device, dtype):
+def describe_run(p, config, model, device, dtype, world):
     """config.json: enough to repeat the run, and to rebuild its model and data."""
     values = {"train": p.train, "model": config, "data": p.data}
     return {
@@ -265,9 +252,24 @@ def describe_run(p, config, model, device, dtype):
         "device": str(device),
         "dtype": str(dtype)[6:],
         "threads": torch.get_num_threads(),
-        "world_size": 1,
+        "world_size": world.size,
+        "launch": launch(),
         "parameters": count_parameters(model),
     }
+
+
+def launch():
+    """torchrun's name for the processes that it started together, the same when it starts them again; "" without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name
+
+
+def restarted_run(log_dir):
+    """The run directory of this very launch, if torchrun has started it again after a rank died; else ""."""
+    if not launch() or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return ""
+    found = sorted(glob.glob(os.path.join(glob.escape(log_dir), "*", "config.json")), key=os.path.getmtime, reverse=True)
+    return next((os.path.dirname(path) for path in found if read_json(path).get("launch") == launch()), "")
 
 
 def git_commit():
@@ -291,46 +293,6 @@ def read_plan(folder, changes=()):
     return plan(settings + list(changes))
 
 
-def save_checkpoint(folder, name, state):
-    """Write state (tensors, numbers, text) as <folder>/<name>.pt; an older ckpt.pt stays as ckpt_prev.pt.
-
-    Until the new file has its name, ckpt.pt is the old one: there is no moment without it.
-    """
-    path, previous = (os.path.join(folder, n + ".pt") for n in (name, "ckpt_prev"))
-    if name == "ckpt" and os.path.exists(path):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(previous + ".tmp")
-        try:
-            os.link(path, previous + ".tmp")
-            os.replace(previous + ".tmp", previous)
-        except OSError:  # a file system without hard links
-            with open(path, "rb") as old:
-                write_file(previous, lambda f: shutil.copyfileobj(old, f))
-    write_file(path, lambda f: torch.save(state, f))
-
-
-def load_checkpoint(folder, *names):
-    """The first of the named checkpoints that is whole; its checksums are verified.
-
-    A damaged one is set aside under another name, so that it never replaces a whole one, and the user is told.
-    """
-    for name in names:
-        path = os.path.join(folder, name + ".pt")
-        if not os.path.exists(path):
-            continue
-        try:
-            with zipfile.ZipFile(path) as z:  # torch's own reader skips the zip's checksums
-                if z.testzip() is not None:
-                    raise ValueError("a checksum differs")
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (MemoryError, PermissionError):  # says nothing about the file
-            raise
-        except Exception as e:  # damaged files fail in many ways; each means: try the next one
-            os.replace(path, path + ".damaged")
-            print(f"{path} is damaged ({type(e).__name__}: {str(e).splitlines()[0]}); trying an older one", file=sys.stderr)
-    raise ConfigError(f"{folder} has no checkpoint that can be read ({', '.join(n + '.pt' for n in names)})")
-
-
 def load_run(folder, which="best"):
     """A trained run, ready to look at: -> (Plan, data, model in eval mode on the CPU, checkpoint).
 
@@ -340,38 +302,11 @@ def load_run(folder, which="best"):
     data = p.data_module.Data(p.data)
     model = make_model(p, model_config(p, data))
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
-    model.load_state_dict(state["model"])
+    model.load_state_dict(part(state["tensors"], "model"))
     return p, data, model.eval(), state
 
 
-class Log:
-    """log.jsonl: one JSON object per line, {"kind": "train" | "eval", "step": ..., ...}."""
-
-    def __init__(self, folder, step):
-        """Open for appending; rows of a lost stretch after `step` are cut, so that none stands there twice."""
-        self.path = os.path.join(folder, "log.jsonl")
-        rows = read_log(folder) if os.path.exists(self.path) else []
-        kept = [r for r in rows if r["step"] < step or (r["step"] == step and r["kind"] == "train")]
-        write_file(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
-        self.file = open(self.path, "a", encoding="utf-8")
-
-    def write(self, **row):
-        row = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}  # JSON has no nan
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-
-def read_log(folder):
-    """Rows of log.jsonl; a line that a kill cut off is dropped."""
-    rows = []
-    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
-        for line in f:
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
-
-
-# ---- learning rate and evaluation --------------------------------------------------------------------------------------
+# ---- learning rate -----------------------------------------------------------------------------------------------------
 
 SCHEDULES = {  # share of lr at a step: f(config, epoch, progress in [0, 1])
     "exponential": lambda c, epoch, progress: c.lr_gamma**epoch,
@@ -387,86 +322,47 @@ def learning_rate(c, step, steps_per_epoch, total_steps):
     return c.lr * warm * SCHEDULES[c.schedule](c, step // steps_per_epoch, min(1.0, step / max(1, total_steps)))
 
 
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-
-
-@torch.no_grad()
-def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=False, stop=()):
-    """Yield, batch by batch over a whole split, a dict of
-
-    hit (N,) bool, loss (a sum over labels), tags {name: (N,)}, row (N,) the row of each label, row_hit (B,) bool.
-    """
-    from_model = sys.modules[type(model).__module__]
-    correct = getattr(from_model, "correct", None) or import_file("model", "model").correct
-    batches = [s[i : i + batch_size] for s in data.segments(split) for i in range(0, len(s), batch_size)]
-    for rows in tqdm(batches, desc=split, disable=not (bar and sys.stderr.isatty()), leave=False):
-        if stop:
-            return
-        tokens, targets, tags = data.batch(split, 0, rows)
-        with autocast(device, dtype):
-            logits, loss = model(tokens.to(device), targets.to(device))
-        hit, row_hit = correct(logits.cpu(), targets)
-        row = np.repeat(np.asarray(rows), (targets != -100).sum(1).numpy())
-        yield {"hit": hit.numpy(), "loss": loss.item() * len(hit), "tags": tags, "row": row, "row_hit": row_hit.numpy()}
-
-
-def evaluate(model, data, split, batch_size, device, dtype=torch.float32, stop=()):
-    """Token accuracy, row accuracy (exact match), mean loss, and {tag: {value: [right, labels]}} over all labels.
-
-    None if `stop` (a list that a signal fills) is not empty before the end.
-    """
-    was_training = model.training
-    model.eval()
-    batches = list(predict(model, data, split, batch_size, device, dtype, bar=True, stop=stop))
-    model.train(was_training)
-    return None if stop else summarise(batches)
-
-
-def summarise(batches):
-    """What predict yielded -> accuracies, mean loss, their counts, and {tag: {value: [right, labels]}}."""
-    hit, row_hit = (np.concatenate([b[k] for b in batches]) for k in ("hit", "row_hit"))
-    by_slice = {}
-    for tag in batches[0]["tags"]:
-        values = np.concatenate([b["tags"][tag] for b in batches])
-        by_slice[tag] = {v.item(): [int(hit[values == v].sum()), int((values == v).sum())] for v in np.unique(values)}
-    return {
-        "accuracy": float(hit.mean()),
-        "row_accuracy": float(row_hit.mean()),
-        "loss": sum(b["loss"] for b in batches) / len(hit),
-        "labels": len(hit),
-        "rows": len(row_hit),
-        "by_slice": by_slice,
-    }
-
-
 # ---- the loop ----------------------------------------------------------------------------------------------------------
 
 
-def train(p, folder, data, model, device, dtype, resume=None):
+@dataclass
+class Run:
+    """A plan made real: what every rank of a run has."""
+
+    plan: Plan
+    folder: str
+    world: World
+    device: torch.device
+    dtype: torch.dtype
+    data: object
+    model: torch.nn.Module
+    wrapped: torch.nn.Module  # the same as a training step calls it: see parallel.spread
+
+
+def train(run, resume=None):
     """Run the loop until the last step, stop_accuracy or a signal; -> ("finished", "failed" or "preempted"), state.
 
     resume: the checkpoint to go on from. Everything the loop remembers is in `state`, which is what is saved.
     """
-    c = p.train
+    c, data, model, world = run.plan.train, run.data, run.model, run.world
     steps_per_epoch = data.steps_per_epoch(c.batch_size)
     total = c.max_steps or c.n_epochs * steps_per_epoch
     every = c.eval_interval or steps_per_epoch
     optimizer = torch.optim.AdamW(parameter_groups(model, c.weight_decay), betas=(c.beta1, c.beta2), fused=True)
     state = {"step": 0, "best": -1.0, "bad_steps": 0, "seconds": 0.0}
     if resume:
-        optimizer.load_state_dict(resume["optimizer"])
-        torch.set_rng_state(resume["rng"])
+        restore_tensors(run.folder, resume, model, optimizer)
         state = {k: resume[k] for k in state}
-    log, (stopped_by, release_signals) = Log(folder, state["step"]), catch_signals()
-    bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=not sys.stderr.isatty())
+    log = world.together(lambda: Log(run.folder, state["step"]), first_only=True)
+    stopped_by, release_signals = catch_signals(world)
+    hidden = not (world.first and sys.stderr.isatty())
+    bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=hidden)
     began = time.perf_counter() - state["seconds"]
 
     def save(name="ckpt"):
         state["seconds"] = time.perf_counter() - began
-        weights = {k: v.cpu() for k, v in model.state_dict().items()}
-        extra = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()} if name == "ckpt" else {}
-        save_checkpoint(folder, name, {"model": weights, **state, **extra})
+        tensors = collect_tensors(model, optimizer if name == "ckpt" else None)
+        write_checkpoint(run.folder, name, state, tensors, is_sharded(model), world)
 
     while True:
         step = state["step"]
@@ -477,14 +373,15 @@ def train(p, folder, data, model, device, dtype, resume=None):
         # eval and save
         last = step >= total
         if last or (step % every == 0 and step > 0):
-            result = evaluate(model, data, "val", c.eval_batch_size, device, dtype, stopped_by)
+            result = evaluate(model, data, "val", c.eval_batch_size, run.device, run.dtype, stopped_by, world)
             if result is None:  # cut short by a signal: done again after a resume
                 save()
-                outcome, state["signal"] = "preempted", stopped_by[0]
+                outcome = "preempted"
                 break
-            log.write(kind="eval", step=step, split="val", seconds=time.perf_counter() - began, **result)
             accuracy, exact = result["accuracy"], result["row_accuracy"]
-            show(bar, f"step {step}: val accuracy {accuracy:.4f}, rows {exact:.4f}, loss {result['loss']:.4f}")
+            if world.first:
+                log.write(kind="eval", step=step, split="val", seconds=time.perf_counter() - began, **result)
+                show(bar, f"step {step}: val accuracy {accuracy:.4f}, rows {exact:.4f}, loss {result['loss']:.4f}")
             if accuracy > state["best"]:
                 state["best"] = accuracy
                 save("best")
@@ -492,19 +389,12 @@ def train(p, folder, data, model, device, dtype, resume=None):
             if last or (c.stop_accuracy and accuracy >= c.stop_accuracy):
                 outcome = "finished"
                 break
-        # accumulate: every part counts by its share of the batch's labels, so the sum is the mean over the batch
-        rows = np.asarray(data.rows(step, c.batch_size))
-        parts = [data.batch("train", step, r)[:2] for r in np.array_split(rows, c.accumulate) if len(r)]
-        counts = [(targets != -100).sum().item() for _, targets in parts]
-        loss = 0.0
-        for (tokens, targets), count in zip(parts, counts):
-            with autocast(device, dtype):
-                logits, part_loss = model(tokens.to(device), targets.to(device))
-            part_loss = part_loss * (count / sum(counts))
-            part_loss.backward()
-            loss = loss + part_loss.detach()
-        # guard: a gradient that is not finite is not applied
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_grad or math.inf)
+        elif c.save_every and step % c.save_every == 0 and step > 0:
+            save()
+        # accumulate
+        loss, stop = backward(run, step, stopped_by)
+        # guard: a gradient that is not finite is not applied; it is a sum over ranks, so all of them see it
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_grad or math.inf))
         finite = bool(torch.isfinite(norm))
         state["bad_steps"] = 0 if finite else state["bad_steps"] + 1
         # step
@@ -515,23 +405,57 @@ def train(p, folder, data, model, device, dtype, resume=None):
         # log
         bar.update()
         if state["step"] % c.log_interval == 0 or not finite:
-            row = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item(), "skipped": not finite}
-            log.write(kind="train", step=state["step"], seconds=time.perf_counter() - began, **row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.1e}")
-            if bar.disable:
-                print(f"step {state['step']}/{total}: loss {row['loss']:.4f}, lr {lr:.2e}", flush=True)
+            loss = world.table(loss.item()).sum().item()
+            if world.first:
+                row = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "skipped": not finite}
+                log.write(kind="train", step=state["step"], seconds=time.perf_counter() - began, **row)
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+                if hidden:
+                    print(f"step {state['step']}/{total}: loss {loss:.4f}, lr {lr:.2e}", flush=True)
         # stop
         if state["bad_steps"] >= c.nan_limit:
-            show(bar, f"stopped: the gradient was not finite {c.nan_limit} steps in a row; lower lr or raise warmup_steps")
+            if world.first:
+                show(bar, f"stopped: the gradient was not finite {c.nan_limit} steps in a row; lower lr or raise warmup_steps")
             outcome = "failed"
             break
-        if stopped_by:
+        if stop:
             save()
-            outcome, state["signal"] = "preempted", stopped_by[0]
+            outcome = "preempted"
             break
     bar.close()
     release_signals()
+    state["signal"] = stopped_by[0] if stopped_by else signal.SIGTERM
     return outcome, state
+
+
+def backward(run, step, stopped_by):
+    """Gradients of the mean loss over all labels of a global batch: -> (this rank's share of the loss, stop?).
+
+    Every part counts by its share of the batch's labels, so the sum over parts and ranks is the mean over the batch. The
+    ranks also agree here whether one of them has been told to stop (`stopped_by`).
+    """
+    c, world = run.plan.train, run.world
+    rows = np.asarray(run.data.rows(step, c.batch_size))
+    parts = []
+    for number, mine in split_batch(rows, world, c.accumulate):
+        tokens, targets = run.data.batch("train", step, mine if len(mine) else rows[:1])[:2]  # none left: run one along
+        parts.append((number, tokens, targets, (targets != -100).sum().item() if len(mine) else 0))
+    labels, stops = world.table(sum(n for *_, n in parts), len(stopped_by)).sum(0).tolist()
+    loss = 0.0
+    for i, (number, tokens, targets, n) in enumerate(parts):
+        torch.manual_seed(part_seed(c.seed, step, number))
+        with exchange(run.wrapped, now=i == len(parts) - 1):
+            with autocast(run.device, run.dtype):
+                _, part_loss = run.wrapped(tokens.to(run.device), targets.to(run.device))
+            part_loss = part_loss * (n / max(1, labels))
+            part_loss.backward()
+        loss = loss + part_loss.detach()
+    return loss, stops > 0
+
+
+def part_seed(*words):
+    """A seed for what is random in a part of a step (dropout): a function of where it stands, so that nothing needs saving."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 def parameter_groups(model, weight_decay):
@@ -543,57 +467,25 @@ def parameter_groups(model, weight_decay):
     ]
 
 
-def catch_signals():
-    """A list that gets the signal's number on SIGTERM or SIGINT, so that the loop can end its step and save first, and a
-    function that ends this. A second signal acts at once, as it would without."""
+def catch_signals(world):
+    """A list that gets the signal's number on SIGTERM, SIGINT, SIGHUP or SIGUSR1, so that the loop can end its step and save
+    first, and a function that ends this. A second signal acts at once, as it would without; under torchrun, which passes
+    on what the system has sent to each rank already, it is the same one again and means nothing new."""
     caught = []
 
     def on_signal(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if world.size == 1:
+            signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = {n: signal.signal(n, on_signal) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # nohup ignores one
     return caught, lambda: [signal.signal(number, handler) for number, handler in before.items()]
 
 
 def show(bar, text):
     """Print a line without breaking the progress bar."""
     tqdm.write(text) if not bar.disable else print(text, flush=True)
-
-
-def plot_curves(folder, title):
-    """curves.png: loss and validation accuracy against steps, from log.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_log(folder)
-    measured = [r for r in rows if r["kind"] == "eval"]
-    trained = [r for r in rows if r["kind"] == "train" and r["loss"] is not None]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
-    left.plot([r["step"] for r in trained], [r["loss"] for r in trained], lw=1, label="train batch")
-    for axis, key, label in (
-        (left, "loss", "val"),
-        (right, "accuracy", "labels (token accuracy)"),
-        (right, "row_accuracy", "whole rows (exact match)"),
-    ):
-        axis.plot([r["step"] for r in measured], [r[key] for r in measured], "o-", ms=3, label=label)
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    labels, in_rows = measured[-1]["labels"], measured[-1]["rows"]
-    left.set(xlabel="step", ylabel="loss (nats per label)", yscale="log")
-    right.set(
-        xlabel="step",
-        ylabel="val accuracy",
-        ylim=(-0.02, 1.02),
-        xlim=left.get_xlim(),
-        title=f"n = {labels} labels in {in_rows} rows",
-    )
-    right.title.set_fontsize(8)
-    figure.suptitle(title, fontsize=8)
-    figure.savefig(os.path.join(folder, "curves.png"), dpi=120)
-    plt.close(figure)
 
 
 # ---- command line ------------------------------------------------------------------------------------------------------
@@ -609,7 +501,9 @@ def read_command_line(argv):
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
     resume = [s for s in settings if s.key == "resume"]
     if not resume:
-        return plan(settings), ""
+        p = plan(settings)
+        require(not p.train.export, "--export rewrites the checkpoints of a run: name it with --resume", "export")
+        return p, ""
     folder = str(resume[-1].value)
     require(folder, f"{resume[-1].origin}: resume needs a run directory", "resume")
     changes = [s for s in settings if s.key != "resume"]
@@ -621,89 +515,109 @@ def read_command_line(argv):
 
 def main(argv=None):
     p, folder = read_command_line(sys.argv[1:] if argv is None else argv)
-    c, resume = p.train, None
+    with joined(p.train.device) as world:
+        restarted = world.first_does(lambda: restarted_run(p.train.log_dir))
+        if restarted and not folder:
+            world.say(f"started again by torchrun: going on with {restarted}")
+            p, folder = read_plan(restarted), restarted
+        if p.train.export:
+            handle = lock(folder)
+            rewrite_checkpoints(folder, p.train.export, world)
+            os.close(handle)
+            return 0
+        return start(p, folder, world)
+
+
+def start(p, folder, world):
+    """Build what the plan says, and train it in a new run directory or, if `folder` names one, go on there."""
+    c = p.train
     if c.threads:
         torch.set_num_threads(c.threads)
-    device, dtype, device_line = choose_device(c)
-    data = p.data_module.Data(p.data)
+    device, dtype, device_line = world.together(lambda: choose_device(c, world))
+    split_line = describe_split(c.batch_size, world, c.accumulate)
+    data = world.together(lambda: p.data_module.Data(p.data))
     config = model_config(p, data)
-    model = make_model(p, config)
+    model = world.together(lambda: make_model(p, config))
     counts = count_parameters(model)
-    print(model)
-    print(f"params: {counts['layers']} in the layers, {counts['total']} with embedding, last norm and head")
-    print(device_line)
+    world.say(model)
+    world.say(f"params: {counts['layers']} in the layers, {counts['total']} with embedding, last norm and head")
+    world.say(device_line)
     if hasattr(p.model_class, "kernel_choice"):
-        print(f"mixer: {p.model_class.kernel_choice(config, device, dtype)}")
+        world.say(f"mixer: {p.model_class.kernel_choice(config, device, dtype)}")
     if hasattr(p.model_class, "state_bytes"):
-        print(f"state: {p.model_class.state_bytes(config)} bytes to read on after {config.seq_len} tokens, in float32")
+        world.say(f"state: {p.model_class.state_bytes(config)} bytes to read on after {config.seq_len} tokens, in float32")
     if c.n_epochs == 0:
         return 0
-    resumed, folder = bool(folder), folder or make_run_directory(p, config)
-    with only_process_in(folder):
-        if resumed:
-            resume = take_up(folder, model, c)
-        else:
-            write_json(os.path.join(folder, "config.json"), describe_run(p, config, model, device, dtype))
-        print(f"### LOGDIR: {folder}")
-        print({k: v for part in (c, config, p.data) for k, v in dataclasses.asdict(part).items()})
-        val_rows = sum(len(s) for s in data.segments("val"))
-        steps = data.steps_per_epoch(c.batch_size), -(-val_rows // c.eval_batch_size)
-        print(f">>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}", flush=True)
-        model.to(device)
-        if c.compile:
-            model.compile()
-        return finish(p, folder, data, model, device, dtype, resume)
+    resumed = bool(folder)
+    folder = folder or world.first_does(lambda: make_run_directory(p, config))
+    held = world.first_does(lambda: lock(folder))
+    if resumed:
+        resume = take_up(p, folder, world)
+    else:
+        resume = None
+        about = describe_run(p, config, model, device, dtype, world)
+        world.first_does(lambda: write_json(os.path.join(folder, "config.json"), about))
+    world.say(f"### LOGDIR: {folder}")
+    world.say({k: v for part in (c, config, p.data) for k, v in dataclasses.asdict(part).items()})
+    val_rows = sum(len(s) for s in data.segments("val"))
+    steps = data.steps_per_epoch(c.batch_size), -(-val_rows // c.eval_batch_size)
+    world.say(f"{split_line}\n>>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}")
+    model.to(device)
+    if c.compile:
+        model.compile()
+    status = finish(Run(p, folder, world, device, dtype, data, model, spread(model, c.parallel, device)), resume)
+    if world.first:
+        os.close(held)
+    return status
 
 
-@contextlib.contextmanager
-def only_process_in(folder):
-    """Refuse a second process that writes into a run directory. The system ends the lock with the process, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ConfigError(f"{folder}: another process is writing this run; wait for it, or stop it first", "resume") from None
-    except OSError:  # a file system without locks
-        print(f"note: {folder} cannot be locked here; start no second process in it", file=sys.stderr)
-    try:
-        yield
-    finally:
-        os.close(handle)
+def take_up(p, folder, world):
+    """The last whole checkpoint of a run, or None if the run has none yet; config.json learns what is new."""
 
+    def find():
+        # Without any, not even a damaged one, the run was stopped before its first checkpoint and starts again.
+        if any(name.startswith("ckpt") and not name.endswith(".tmp") for name in os.listdir(folder)):
+            return find_checkpoint(folder, "ckpt", "ckpt_prev")
 
-def take_up(folder, model, c):
-    """Load the weights of a run's last whole checkpoint into model -> the checkpoint, or None if the run has none yet."""
-    resume, path = None, os.path.join(folder, "config.json")
-    # Without any, not even a damaged one, the run was stopped before its first checkpoint and starts again.
-    if any(name.startswith("ckpt") and not name.endswith(".tmp") for name in os.listdir(folder)):
-        resume = load_checkpoint(folder, "ckpt", "ckpt_prev")
-        model.load_state_dict(resume["model"])
-    saved = read_json(path)
-    write_json(path, {**saved, "train": dataclasses.asdict(c)})  # n_epochs and a few others may be new
-    if saved["threads"] != torch.get_num_threads():
-        print(f"note: the run began with {saved['threads']} threads; with another number its last bits will differ")
+    name = world.first_does(find)
+    resume = read_checkpoint(folder, name) if name else None
+    path = os.path.join(folder, "config.json")
+    saved = world.first_does(lambda: read_json(path))
+    began = (saved["world_size"], saved["threads"])
+    if began != (world.size, torch.get_num_threads()):
+        what = f"{began[0]} ranks of {began[1]} threads"
+        world.say(f"note: the run began with {what}; with other numbers its last bits will differ")
+    again = {"step": resume["step"] if resume else 0, "world_size": world.size, "launch": launch(), "argv": sys.argv}
+    saved |= {"train": dataclasses.asdict(p.train), "launch": launch(), "resumed": [*saved.get("resumed", []), again]}
+    world.first_does(lambda: write_json(path, saved))  # n_epochs and a few others may be new
     return resume
 
 
-def finish(p, folder, data, model, device, dtype, resume):
+def finish(run, resume):
     """Train, measure the best weights on the test split, write status.json and curves.png; -> exit status."""
-    status = os.path.join(folder, "status.json")
-    write_json(status, {"status": "running", "pid": os.getpid()})
+    p, folder, world = run.plan, run.folder, run.world
+
+    def write_status(**values):
+        world.first_does(lambda: write_json(os.path.join(folder, "status.json"), values))
+
+    write_status(status="running", pid=os.getpid())
     try:
-        outcome, state = train(p, folder, data, model, device, dtype, resume)
+        outcome, state = train(run, resume)
         result = {"status": outcome, "step": state["step"], "seconds": state["seconds"]}
         if outcome == "finished":
-            model.load_state_dict(load_checkpoint(folder, "best", "ckpt")["model"])
-            test = evaluate(model, data, "test", p.train.eval_batch_size, device, dtype)
+            name = world.first_does(lambda: find_checkpoint(folder, "best", "ckpt"))
+            restore_tensors(folder, read_checkpoint(folder, name), run.model)
+            test = evaluate(run.model, run.data, "test", p.train.eval_batch_size, run.device, run.dtype, world=world)
             reached = test["accuracy"] >= p.train.target
             result |= {"status": outcome if reached else "below target", "target": p.train.target, "test": test}
     except BaseException as e:
-        write_json(status, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
+        if world.first:
+            with contextlib.suppress(RunFailed):  # what failed may be the disk
+                write_json(os.path.join(folder, "status.json"), {"status": "failed", "error": f"{type(e).__name__}: {e}"})
         raise
-    write_json(status, result)
+    write_status(**result)
     if outcome == "preempted":
-        print(f"stopped after step {state['step']} and saved; go on with: python train.py --resume {folder}")
+        world.say(f"stopped after step {state['step']} and saved; go on with: python train.py --resume {folder}")
         return 128 + state["signal"]
     if outcome == "failed":
         return 1
@@ -712,9 +626,10 @@ def finish(p, folder, data, model, device, dtype, resume):
         f"{test['row_accuracy']:.4f} of {test['rows']} rows",
     )
     summary = f"test accuracy {by_label}, {by_row}"
-    plot_curves(folder, f"{os.path.basename(folder)}\n{summary}")
-    print(f"{summary}; {state['step']} steps, {state['seconds']:.0f} s; {folder}")
-    if not reached:
+    if world.first:
+        plot_curves(folder, f"{os.path.basename(folder)}\n{summary}")
+    world.say(f"{summary}; {state['step']} steps, {state['seconds']:.0f} s; {folder}")
+    if not reached and world.first:
         print(f"below target: {test['accuracy']:.4f} < {p.train.target}", file=sys.stderr)
     return 0 if reached else 1
 

@@ -31,6 +31,10 @@ class ConfigError(Exception):
         self.key = key
 
 
+class RunFailed(Exception):
+    """One sentence about a run that cannot go on although its settings are right: disk full, a rank lost."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One assignment as the user wrote it: the key, its text or Python value, and where it stands ("--lr", "f.py:3")."""
@@ -294,12 +298,16 @@ def help_text(doc, *classes):
 
 
 def exit_with_sentence(main):
-    """Run main(); a ConfigError becomes one line on standard error and exit status 2, with no traceback."""
+    """Run main(); a ConfigError becomes one line on standard error and exit status 2, a RunFailed one and exit status 1.
+
+    Of the ranks under torchrun, the first one speaks.
+    """
     try:
         sys.exit(main())
-    except ConfigError as e:
-        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
-        sys.exit(2)
+    except (ConfigError, RunFailed) as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, ConfigError) else 1)
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         sys.exit(130)

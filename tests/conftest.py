@@ -28,3 +28,47 @@ def script():
         return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, timeout=300, **kwargs)
 
     return run
+
+
+@pytest.fixture
+def on_ranks():
+    """on_ranks(n, work): run work(rank) in n forked processes with the environment that torchrun would give them.
+
+    -> their exit statuses: what work returned, 1 or 2 for the sentences of RunFailed and ConfigError (the first rank prints
+    its one), 99 for a traceback, -9 after kill -9. Forking spares the seconds that importing torch takes.
+    """
+    import socket
+    import traceback
+
+    from configs import exit_with_sentence
+
+    def child(rank, size, port, work):
+        status = 99
+        try:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+            exit_with_sentence(lambda: work(rank))
+        except SystemExit as e:
+            status = e.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def run(size, work):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pids = []
+        for rank in range(size):
+            pid = os.fork()
+            if pid == 0:
+                child(rank, size, port, work)
+            pids.append(pid)
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+    return run

@@ -106,7 +106,7 @@ def test_help_shows_every_setting_with_its_reason(cls):
 
 
 KEYS = "lr model data n_layers num_kv_pairs curriculum test_cells path use_ffn q_kernel k_norm pos conv dim dk du seed zzz"
-KEYS = KEYS.split() + ["run", "vocab_size", "seq_len"]
+KEYS = KEYS.split() + ["run_name", "vocab_size", "seq_len"]
 TEXTS = [
     "",
     "0",

@@ -20,7 +20,7 @@ def runs(tmp_path_factory):
     cells = "--vocab_size=32 --input_seq_len=16 --num_kv_pairs=4 --test_cells=[(16,4),(32,8)]"
     toy += " --n_val_examples=20 --n_test_examples=30"
     for seed in (1, 2):
-        train.main([*toy.split(), *cells.split(), f"--seed={seed}", f"--run=r{seed}", f"--log_dir={folder}"])
+        train.main([*toy.split(), *cells.split(), f"--seed={seed}", f"--run_name=r{seed}", f"--log_dir={folder}"])
     (folder / "unfinished").mkdir()
     (folder / "unfinished" / "config.json").write_text((folder / "r1" / "config.json").read_text())
     return folder
@@ -103,7 +103,7 @@ def test_it_reads_config_json_and_runs_no_override_file(runs, tmp_path, script):
     bomb = tmp_path / "c.py"
     bomb.write_text("max_steps = 2\nlog_interval = 1\n")
     words = "--n_layers=1 --dim=8 --dk=4 --dv=4 --input_seq_len=16 --num_kv_pairs=4 --vocab_size=32 --n_test_examples=5"
-    done = script("train.py", bomb, *words.split(), "--n_val_examples=5", "--run=b", f"--log_dir={tmp_path}")
+    done = script("train.py", bomb, *words.split(), "--n_val_examples=5", "--run_name=b", f"--log_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     bomb.write_text("raise SystemExit('was run')")
     done = script("eval.py", os.path.join(tmp_path, "b"))

@@ -13,8 +13,10 @@ import time
 import pytest
 import torch
 
+import checkpoint
+import measure
 import train
-from configs import ConfigError, Setting, parse
+from configs import ConfigError, RunFailed, Setting, parse
 
 TOY = dict(
     n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
@@ -23,7 +25,8 @@ TOY |= dict(schedule="cosine", max_steps=60, eval_interval=20, n_val_examples=50
 
 
 def flags(folder, name, **changes):
-    return [f"--{k}={v}" for k, v in {**TOY, "log_dir": folder, "run": name, **changes}.items()]
+    """The toy run's, with changes; None leaves one out."""
+    return [f"--{k}={v}" for k, v in {**TOY, "log_dir": folder, "run_name": name, **changes}.items() if v is not None]
 
 
 def run(folder, name="run", resume=False, **changes):
@@ -35,8 +38,8 @@ def run(folder, name="run", resume=False, **changes):
 
 def contents(out):
     """What must not depend on interruptions: checkpoint without its times, and log without its times."""
-    state = train.load_checkpoint(out, "ckpt")
-    rows = [{k: v for k, v in r.items() if k != "seconds"} for r in train.read_log(out)]
+    state = checkpoint.load_checkpoint(out, "ckpt")
+    rows = [{k: v for k, v in r.items() if k != "seconds"} for r in checkpoint.read_log(out)]
     return {k: v for k, v in state.items() if k != "seconds"}, rows
 
 
@@ -72,24 +75,24 @@ def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys, mode
     )
     made = {"config.json", "log.jsonl", "ckpt.pt", "ckpt_prev.pt", "best.pt", "status.json", "curves.png"}
     assert set(os.listdir(out)) == made
-    result = train.read_json(os.path.join(out, "status.json"))
+    result = checkpoint.read_json(os.path.join(out, "status.json"))
     assert result["status"] == "finished" and result["test"]["accuracy"] > 0.9
     assert result["test"]["labels"] == 200 and result["test"]["by_slice"]["num_kv_pairs"]["4"][1] == 200
-    config = train.read_json(os.path.join(out, "config.json"))
+    config = checkpoint.read_json(os.path.join(out, "config.json"))
     assert config["set_by"]["lr"] == "--lr" and config["train"]["lr"] == 0.01 and config["model"]["vocab_size"] == 32
-    losses = [r["loss"] for r in train.read_log(out) if r["kind"] == "train"]
+    losses = [r["loss"] for r in checkpoint.read_log(out) if r["kind"] == "train"]
     assert len(losses) == 40 and losses[-1] < 0.5 < losses[0]
 
 
 def test_below_its_target_a_run_fails(tmp_path, capsys):
     status, out = run(tmp_path, target=0.999, max_steps=2)
     assert status == 1 and "below target" in capsys.readouterr().err
-    assert train.read_json(os.path.join(out, "status.json"))["status"] == "below target"
+    assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == "below target"
 
 
 def test_stop_accuracy_ends_a_run_early(tmp_path):
     _, out = run(tmp_path, stop_accuracy=0.01)
-    assert train.read_json(os.path.join(out, "status.json"))["step"] == 20
+    assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 20
 
 
 def test_the_commands_of_updatable_long_term_memory_print_their_counts(script):
@@ -106,7 +109,7 @@ def test_run_names_follow_the_documents_grammar(monkeypatch):
     p = train.plan(parse("--exp_group 6 --dk 48 --dv 48".split())[1])
     data = p.data_module.Data(p.data)
     name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none_data-128-32-2048_lr0.001"
-    assert train.run_name(p, train.model_config(p, data)) == name
+    assert train.label(p, train.model_config(p, data)) == name
 
 
 # ---- interruptions -----------------------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ def start(folder, name, **changes):
 
 def wait_for_step(out, step, process):
     log = os.path.join(out, "log.jsonl")
-    while process.poll() is None and not (os.path.exists(log) and any(r["step"] >= step for r in train.read_log(out))):
+    while process.poll() is None and not (os.path.exists(log) and any(r["step"] >= step for r in checkpoint.read_log(out))):
         time.sleep(0.01)
 
 
@@ -148,7 +151,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
     text, error = process.communicate()
     assert process.returncode == 128 + number and "Traceback" not in error
     assert f"--resume {out}" in text
-    status = train.read_json(os.path.join(out, "status.json"))
+    status = checkpoint.read_json(os.path.join(out, "status.json"))
     assert status["status"] == "preempted" and 7 <= status["step"] < 200
     assert run(tmp_path, "stopped", resume=True)[0] == 0
     _, whole = run(tmp_path, "whole", **settings)
@@ -170,7 +173,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch):
     monkeypatch.setattr(train.plan([]).data_module.MadeData, "batch", signal_in_second_evaluation)
     status, out = run(tmp_path, "cut", **settings)
     assert status == 128 + signal.SIGTERM and made.count("val") == 7
-    assert train.read_json(os.path.join(out, "status.json"))["step"] == 20
+    assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 20
     assert run(tmp_path, "cut", resume=True)[0] == 0
     assert_same(contents(out), contents(whole))
 
@@ -183,7 +186,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
         damaged = bytearray(raw)
         damaged[r.randrange(len(raw))] ^= 1 << r.randrange(8)
         open(path, "wb").write(damaged)
-        state = train.load_checkpoint(out, "ckpt", "ckpt_prev")
+        state = checkpoint.load_checkpoint(out, "ckpt", "ckpt_prev")
         if state["step"] == 60:
             assert_same({k: v for k, v in state.items() if k != "seconds"}, whole)
         else:
@@ -195,18 +198,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         os.truncate(os.path.join(out, name), 1000)
     with pytest.raises(ConfigError, match="no checkpoint that can be read"):
-        train.load_checkpoint(out, "ckpt", "ckpt_prev")
+        checkpoint.load_checkpoint(out, "ckpt", "ckpt_prev")
 
 
 @pytest.mark.parametrize("model", ["gpt", "delta", "gated_delta"])
 def test_with_a_checkpoint_set_aside_a_run_does_not_begin_again(tmp_path, model):
     """As after falling back once and being killed before the next save: ckpt.pt is gone, ckpt_prev.pt is whole."""
     _, out = run(tmp_path, model=model)
-    before, whole = train.read_log(out), contents(out)
+    before, whole = checkpoint.read_log(out), contents(out)
     os.replace(os.path.join(out, "ckpt.pt"), os.path.join(out, "ckpt.pt.damaged"))
     assert run(tmp_path, resume=True)[0] == 0
     kept = [r for r in before if r["step"] < 40]
-    assert train.read_log(out)[: len(kept)] == kept  # their times too: these steps were not run again
+    assert checkpoint.read_log(out)[: len(kept)] == kept  # their times too: these steps were not run again
     assert_same(contents(out), whole)
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         os.remove(os.path.join(out, name))
@@ -227,7 +230,7 @@ def test_two_processes_never_write_one_run(tmp_path, capsys, monkeypatch):
     def no_locks(*arguments):
         raise OSError("not supported")
 
-    monkeypatch.setattr(train.fcntl, "flock", no_locks)
+    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
     assert run(tmp_path, resume=True, max_steps=60)[0] == 0 and "cannot be locked" in capsys.readouterr().err
 
 
@@ -237,8 +240,8 @@ def test_without_hard_links_the_older_checkpoint_is_a_copy(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "link", no_links)
     for step in (1, 2, 3):
-        train.save_checkpoint(tmp_path, "ckpt", {"step": step})
-    assert [train.load_checkpoint(tmp_path, name)["step"] for name in ("ckpt", "ckpt_prev")] == [3, 2]
+        checkpoint.save_checkpoint(tmp_path, "ckpt", {"step": step})
+    assert [checkpoint.load_checkpoint(tmp_path, name)["step"] for name in ("ckpt", "ckpt_prev")] == [3, 2]
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
 
 
@@ -251,16 +254,16 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
-        train.save_checkpoint(out, "ckpt", {})
+    with pytest.raises(RunFailed, match="No space left on device"):
+        checkpoint.save_checkpoint(out, "ckpt", {})
     assert open(os.path.join(out, "ckpt.pt"), "rb").read() == before
 
 
 def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
     _, out = run(tmp_path)
     assert run(tmp_path, resume=True, max_steps=70)[0] == 0
-    assert train.read_json(os.path.join(out, "status.json"))["step"] == 70
-    assert train.read_json(os.path.join(out, "config.json"))["train"]["max_steps"] == 70
+    assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 70
+    assert checkpoint.read_json(os.path.join(out, "config.json"))["train"]["max_steps"] == 70
     with pytest.raises(ConfigError, match="--resume: resume needs a run directory"):
         train.main(["--resume="])
     with pytest.raises(ConfigError, match="--lr: lr cannot change"):
@@ -275,10 +278,10 @@ def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
 
 
 def test_accumulation_is_one_large_batch(tmp_path):
-    outs = [run(tmp_path, f"a{n}", accumulate=n, max_steps=3, eval_interval=3)[1] for n in (1, 3)]
-    one, three = (contents(out)[0]["model"] for out in outs)
+    outs = [run(tmp_path, f"a{n}", accumulate=n, max_steps=3, eval_interval=3)[1] for n in (1, 4)]
+    one, four = (contents(out)[0]["tensors"] for out in outs)
     for name in one:
-        torch.testing.assert_close(one[name], three[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one[name], four[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad_steps, ends", [((2, 3, 5), "finished"), ((2, 3, 5, 6, 7), "failed")])
@@ -294,10 +297,10 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", sometimes_nan)
     status, out = run(tmp_path, nan_limit=3, max_steps=10, eval_interval=1)
-    assert train.read_json(os.path.join(out, "status.json"))["status"] == ends and status == (ends == "failed")
+    assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == ends and status == (ends == "failed")
     assert ("not finite 3 steps in a row" in capsys.readouterr().out) == (ends == "failed")
-    assert [r["step"] for r in train.read_log(out) if r.get("skipped")] == list(bad_steps)
-    assert all(torch.isfinite(w).all() for w in contents(out)[0]["model"].values())
+    assert [r["step"] for r in checkpoint.read_log(out) if r.get("skipped")] == list(bad_steps)
+    assert all(torch.isfinite(w).all() for w in contents(out)[0]["tensors"].values())
 
 
 def test_learning_rates():
@@ -321,7 +324,7 @@ def test_matrices_decay_and_vectors_do_not():
 def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
     _, out = run(tmp_path)
     _, data, model, _ = train.load_run(out)
-    small, large = (train.evaluate(model, data, "test", n, torch.device("cpu")) for n in (7, 50))
+    small, large = (measure.evaluate(model, data, "test", n, torch.device("cpu")) for n in (7, 50))
     assert small["by_slice"] == large["by_slice"] and small["row_accuracy"] == large["row_accuracy"]
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
 
@@ -350,7 +353,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
         (["--lr=0"], "above 0"),
         (["--lr_min=0.1"], "schedule is exponential"),
         (["--device=cuda:77"], "cannot be used on this machine"),
-        (["--run=../x"], "letters, digits"),
+        (["--run_name=../x"], "letters, digits"),
         (["configs/none.py"], "cannot read this override file"),
         (["mqar_gpt"], "neither an override file"),
         (["--dk=5"], "must be even"),
@@ -382,7 +385,7 @@ def test_a_fork_is_one_file(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     status, out = run(tmp_path, model="my_model", max_steps=2)
-    assert status == 0 and train.read_json(os.path.join(out, "config.json"))["train"]["model"] == "my_model"
+    assert status == 0 and checkpoint.read_json(os.path.join(out, "config.json"))["train"]["model"] == "my_model"
     assert train.plan([Setting("model", "my_model.Mine", "--model")]).model_class.__name__ == "Mine"
     with pytest.raises(ConfigError, match="no Theirs"):
         train.plan([Setting("model", "my_model.Theirs", "--model")])

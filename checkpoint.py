@@ -1,0 +1,304 @@
+"""The run directory: files that a crash, a full disk or a second process cannot spoil.
+
+    python train.py --resume runs/RUN --export file      # rewrite the checkpoints of a run as one file each
+    python train.py --resume runs/RUN --export shards    # or with their tensors in shards; every script reads either
+
+<log_dir>/<run>/ holds config.json, log.jsonl, status.json and the checkpoints ckpt.pt (latest), ckpt_prev.pt (the one
+before) and best.pt. A checkpoint is a dict of numbers and text and, under "tensors", a flat dict of tensors, named
+"model.<parameter>" and "optimizer.<parameter>.exp_avg"; the names are those of the bare model, whatever wrapped it. It is
+what torch.save writes, with the SHA-256 of all that stands before as the comment of the zip: torch.load reads it, and no
+changed byte goes unnoticed. A model spread over ranks (FSDP) writes its tensors with torch.distributed.checkpoint into
+shards/<name>-<step>/, and the small file names them with their checksums; one rename makes both count.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from configs import ConfigError, RunFailed
+
+# ---- files that are whole or absent ------------------------------------------------------------------------------------
+
+
+def write_file(path, write, before=lambda: None):
+    """Call write(f) on a temporary file, bring it to disk, call before(), then give it its name: readers see all or nothing.
+
+    RunFailed if that fails (disk full, read-only, ...); then path is as it was.
+    """
+    try:
+        with open(path + ".tmp", "w+b") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        before()
+        os.replace(path + ".tmp", path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides it in a RuntimeError
+        if isinstance(e, (OSError, RuntimeError)) and isinstance(cause, OSError):
+            raise RunFailed(f"cannot write {path}: {cause.strerror}; what stood there before is whole") from None
+        raise
+
+
+def write_json(path, value):
+    write_file(path, lambda f: f.write(json.dumps(value, indent=1).encode() + b"\n"))
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def lock(folder):
+    """Refuse a second process that writes into a run directory. The lock ends with this process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(f"{folder}: another process is writing this run; wait for it, or stop it first", "resume") from None
+    except OSError:  # a file system without locks
+        print(f"note: {folder} cannot be locked here; start no second process in it", file=sys.stderr)
+    return handle
+
+
+class Log:
+    """log.jsonl: one JSON object per line, {"kind": "train" | "eval", "step": ..., ...}."""
+
+    def __init__(self, folder, step):
+        """Open for appending; rows of a lost stretch after `step` are cut, so that none stands there twice."""
+        self.path = os.path.join(folder, "log.jsonl")
+        rows = read_log(folder) if os.path.exists(self.path) else []
+        kept = [r for r in rows if r["step"] < step or (r["step"] == step and r["kind"] == "train")]
+        write_file(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, **row):
+        row = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}  # JSON has no nan
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as e:
+            raise RunFailed(f"cannot write {self.path}: {e.strerror}; the checkpoints are whole") from None
+
+
+def read_log(folder):
+    """Rows of log.jsonl; a line that a kill cut off is dropped."""
+    rows = []
+    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
+        for line in f:
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+# ---- checkpoints in one file -------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder, name, state):
+    """Write state (tensors, numbers, text) as <folder>/<name>.pt; an older ckpt.pt stays as ckpt_prev.pt.
+
+    Until the new file has its name, ckpt.pt is the old one: there is no moment without it.
+    """
+    path, previous = (os.path.join(folder, n + ".pt") for n in (name, "ckpt_prev"))
+
+    def write(f):
+        torch.save(state, f)
+        seal(f)
+
+    write_file(path, write, before=(lambda: keep(path, previous)) if name == "ckpt" else lambda: None)
+
+
+def keep(path, previous):
+    """Let `previous` name the present file `path` too, if there is one."""
+    if not os.path.isfile(path):
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(previous + ".tmp")
+    try:
+        os.link(path, previous + ".tmp")
+        os.replace(previous + ".tmp", previous)
+    except OSError:  # a file system without hard links
+        with open(path, "rb") as old:
+            write_file(previous, lambda f: shutil.copyfileobj(old, f))
+
+
+def seal(f):
+    """Put the SHA-256 of a zip file (open for reading and writing, without a comment) into its comment."""
+    f.seek(-2, os.SEEK_END)
+    f.write((64).to_bytes(2, "little"))  # a zip ends with the length of its comment, then the comment
+    f.seek(0)
+    digest = hashlib.file_digest(f, "sha256").hexdigest()
+    f.write(digest.encode())
+
+
+def check_seal(path):
+    """ValueError unless the file is as `seal` left it."""
+    with open(path, "rb") as f:
+        left, digest = os.fstat(f.fileno()).st_size - 64, hashlib.sha256()
+        while left > 0:
+            block = f.read(min(left, 2**20))
+            digest.update(block)
+            left -= len(block)
+        if left < 0 or f.read() != digest.hexdigest().encode():
+            raise ValueError("its checksum differs")
+
+
+def find_checkpoint(folder, *names):
+    """The first of the named checkpoints that is whole, shards included.
+
+    A damaged one is set aside under another name, so that it never replaces a whole one, and the user is told.
+    """
+    for name in names:
+        path = os.path.join(folder, name + ".pt")
+        if not os.path.lexists(path):
+            continue
+        try:
+            check_seal(path)
+            check_shards(folder, read_checkpoint(folder, name))
+            return name
+        except (MemoryError, PermissionError) as e:  # says nothing about the file
+            raise RunFailed(f"cannot read {path}: {e.strerror if isinstance(e, OSError) else 'out of memory'}") from None
+        except Exception as e:  # damaged files fail in many ways; each means: try the next one
+            why = str(e).splitlines()[0] if str(e) else type(e).__name__
+            print(f"{path} is damaged ({why}); trying an older one", file=sys.stderr)
+            set_aside(path)
+    raise ConfigError(f"{folder} has no checkpoint that can be read ({', '.join(n + '.pt' for n in names)})")
+
+
+def set_aside(path):
+    """Rename a damaged file (or whatever stands in its place); one damaged before makes room."""
+    with contextlib.suppress(OSError):  # read-only: then it cannot be overwritten either
+        if os.path.isdir(path + ".damaged"):
+            shutil.rmtree(path + ".damaged")
+        os.replace(path, path + ".damaged")
+
+
+def read_checkpoint(folder, name):
+    """What stands in <folder>/<name>.pt, unchecked; tensors stay on disk until they are used."""
+    return torch.load(os.path.join(folder, name + ".pt"), map_location="cpu", weights_only=True, mmap=True)
+
+
+def load_checkpoint(folder, *names):
+    """The first of the named checkpoints that is whole, with all tensors, from whichever form it has."""
+    state = read_checkpoint(folder, find_checkpoint(folder, *names))
+    if "shards" in state:
+        state["tensors"] = read_shards(folder, state["shards"])
+    return state
+
+
+def part(tensors, prefix):
+    """{"model.a": x, "optimizer.b": y}, "model" -> {"a": x}."""
+    return {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+# ---- checkpoints in shards ---------------------------------------------------------------------------------------------
+
+
+def save_shards(folder, label, tensors, world):
+    """Every rank writes its part of the tensors (DTensors too) under <folder>/shards/<label>; -> what names them.
+
+    It does not count until a checkpoint that holds the returned value is saved.
+    """
+    label = world.first_does(lambda: free_label(folder, label))
+    place = os.path.join(folder, "shards", label)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is one process
+            dcp.save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
+    except (OSError, dcp.CheckpointException) as e:
+        raise RunFailed(f"cannot write {place} ({str(e).splitlines()[-1]}); the checkpoints before it are whole") from None
+    mine = [f for f in os.listdir(place) if f.startswith(f"__{world.rank}_") or (world.first and f == ".metadata")]
+    sums = world.gather({f: file_hash(os.path.join(place, f)) for f in mine})
+    return {"folder": label, "files": {f: h for part in sums for f, h in part.items()}}
+
+
+def free_label(folder, label):
+    """label, or with a number behind it: shards that are there may be in use, or half written."""
+    taken = set(os.listdir(os.path.join(folder, "shards"))) if os.path.isdir(os.path.join(folder, "shards")) else set()
+    return next(name for name in (label, *(f"{label}-{i}" for i in range(1, len(taken) + 2))) if name not in taken)
+
+
+def shard_index(folder, shards):
+    """{name: shape and type} of the tensors in shards."""
+    return SafeReader(os.path.join(folder, "shards", shards["folder"])).read_metadata().state_dict_metadata
+
+
+def read_shards(folder, shards, into=None):
+    """Fill the tensors of `into` {name: tensor or DTensor} from shards, of however many ranks; without it, all, whole."""
+    if into is None:
+        into = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in shard_index(folder, shards).items()}
+    reader = SafeReader(os.path.join(folder, "shards", shards["folder"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process
+        dcp.load(into, storage_reader=reader, no_dist=not dist.is_initialized())
+    return into
+
+
+class SafeReader(dcp.FileSystemReader):
+    """torch's own, but its index is a pickle: only the classes that describe tensors may come out of it."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(os.path.join(self.path, ".metadata"), "rb") as f:
+            metadata = IndexUnpickler(f).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class IndexUnpickler(pickle.Unpickler):
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": {
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
+            *("TensorProperties", "_MEM_FORMAT_ENCODING"),
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
+        "pathlib": {"PosixPath"},
+    }
+
+    def find_class(self, module, name):
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
+        return super().find_class(module, name)
+
+
+def check_shards(folder, state):
+    """ValueError unless the files that a checkpoint names are there, unchanged."""
+    for file, digest in state.get("shards", {"files": {}})["files"].items():
+        path = os.path.join(folder, "shards", state["shards"]["folder"], file)
+        if not os.path.isfile(path) or file_hash(path) != digest:
+            raise ValueError(f"{path} is missing or its checksum differs")
+
+
+def remove_old_shards(folder):
+    """Delete shards that no checkpoint names."""
+    place, used = os.path.join(folder, "shards"), set()
+    for name in ("ckpt", "ckpt_prev", "best"):
+        with contextlib.suppress(Exception):  # absent or damaged: it names nothing that could be used
+            used.add(read_checkpoint(folder, name)["shards"]["folder"])
+    for label in os.listdir(place) if os.path.isdir(place) else ():
+        if label not in used:
+            shutil.rmtree(os.path.join(place, label), ignore_errors=True)
+    if os.path.isdir(place) and not os.listdir(place):
+        os.rmdir(place)
+
+
+def file_hash(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
