@@ -37,6 +37,7 @@ def write_file(path, write, before=lambda: None):
     RunFailed if that fails (disk full, read-only, ...); then path is as it was.
     """
     try:
+        remove(path + ".tmp")  # it may be another name of a whole file: see keep
         with open(path + ".tmp", "w+b") as f:
             write(f)
             f.flush()
@@ -48,11 +49,19 @@ def write_file(path, write, before=lambda: None):
         os.close(folder)
     except BaseException as e:
         with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
+            remove(path + ".tmp")
         cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides it in a RuntimeError
         if isinstance(e, (OSError, RuntimeError)) and isinstance(cause, OSError):
             raise RunFailed(f"cannot write {path}: {cause.strerror}; what stood there before is whole") from None
         raise
+
+
+def remove(path):
+    """Delete what stands there, if anything does."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
 
 
 def write_json(path, value):
@@ -128,9 +137,8 @@ def keep(path, previous):
     """Let `previous` name the present file `path` too, if there is one."""
     if not os.path.isfile(path):
         return
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(previous + ".tmp")
     try:
+        remove(previous + ".tmp")
         os.link(path, previous + ".tmp")
         os.replace(previous + ".tmp", previous)
     except OSError:  # a file system without hard links
@@ -184,8 +192,7 @@ def find_checkpoint(folder, *names):
 def set_aside(path):
     """Rename a damaged file (or whatever stands in its place); one damaged before makes room."""
     with contextlib.suppress(OSError):  # read-only: then it cannot be overwritten either
-        if os.path.isdir(path + ".damaged"):
-            shutil.rmtree(path + ".damaged")
+        remove(path + ".damaged")
         os.replace(path, path + ".damaged")
 
 

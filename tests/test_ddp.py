@@ -19,7 +19,8 @@ import measure
 import parallel
 import train
 from configs import ConfigError
-from test_train import assert_same, contents, flags, run, wait_for_step
+from test_faults import wait_for_step
+from test_train import assert_same, contents, flags, run
 
 SHORT = dict(max_steps=20, eval_interval=10, log_interval=1, lr=1e-3)
 

@@ -3,12 +3,7 @@
 import json
 import math
 import os
-import random
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -16,7 +11,7 @@ import torch
 import checkpoint
 import measure
 import train
-from configs import ConfigError, RunFailed, Setting, parse
+from configs import ConfigError, Setting, parse
 
 TOY = dict(
     n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
@@ -110,153 +105,6 @@ def test_run_names_follow_the_documents_grammar(monkeypatch):
     data = p.data_module.Data(p.data)
     name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none_data-128-32-2048_lr0.001"
     assert train.label(p, train.model_config(p, data)) == name
-
-
-# ---- interruptions -----------------------------------------------------------------------------------------------------
-
-
-def start(folder, name, **changes):
-    command = [sys.executable, train.__file__, *flags(folder, name, **changes)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(out, step, process):
-    log = os.path.join(out, "log.jsonl")
-    while process.poll() is None and not (os.path.exists(log) and any(r["step"] >= step for r in checkpoint.read_log(out))):
-        time.sleep(0.01)
-
-
-def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(tmp_path):
-    settings = dict(curriculum="[(2,15)]", max_steps=120, log_interval=1, weight_decay=0.1)
-    _, whole = run(tmp_path, "whole", **settings)
-    r, out = random.Random(time.time_ns()), str(tmp_path / "killed")
-    process = start(tmp_path, "killed", **settings)
-    for low, high in ((1, 19), (20, 110)):  # before the first checkpoint, and after
-        wait_for_step(out, r.randrange(low, high), process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        with open(os.path.join(out, "log.jsonl"), "a") as f:
-            f.write('{"kind": "train", "st')  # a line that the kill cut off
-        process = subprocess.Popen([sys.executable, train.__file__, "--resume", out], stdout=subprocess.DEVNULL)
-    assert process.wait() == 0
-    assert_same(contents(out), contents(whole))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
-    settings = dict(log_interval=1, max_steps=400, eval_interval=200)
-    process, out = start(tmp_path, "stopped", **settings), str(tmp_path / "stopped")
-    wait_for_step(out, 7, process)
-    process.send_signal(number)
-    text, error = process.communicate()
-    assert process.returncode == 128 + number and "Traceback" not in error
-    assert f"--resume {out}" in text
-    status = checkpoint.read_json(os.path.join(out, "status.json"))
-    assert status["status"] == "preempted" and 7 <= status["step"] < 200
-    assert run(tmp_path, "stopped", resume=True)[0] == 0
-    _, whole = run(tmp_path, "whole", **settings)
-    assert_same(contents(out), contents(whole))
-
-
-def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch):
-    """It is done again after the resume, so nothing is lost and nothing waits for 100,000 rows."""
-    settings = dict(max_steps=30, eval_interval=10, eval_batch_size=10)
-    _, whole = run(tmp_path, "whole", **settings)
-    made, batch = [], train.plan([]).data_module.MadeData.batch
-
-    def signal_in_second_evaluation(self, split, step, rows):
-        made.append(split)
-        if made.count("val") == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch(self, split, step, rows)
-
-    monkeypatch.setattr(train.plan([]).data_module.MadeData, "batch", signal_in_second_evaluation)
-    status, out = run(tmp_path, "cut", **settings)
-    assert status == 128 + signal.SIGTERM and made.count("val") == 7
-    assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 20
-    assert run(tmp_path, "cut", resume=True)[0] == 0
-    assert_same(contents(out), contents(whole))
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
-    _, out = run(tmp_path)
-    path, r = os.path.join(out, "ckpt.pt"), random.Random(0)
-    whole, raw, fell_back = contents(out)[0], open(path, "rb").read(), 0
-    for _ in range(40):  # one bit anywhere: noticed, or in padding that holds nothing
-        damaged = bytearray(raw)
-        damaged[r.randrange(len(raw))] ^= 1 << r.randrange(8)
-        open(path, "wb").write(damaged)
-        state = checkpoint.load_checkpoint(out, "ckpt", "ckpt_prev")
-        if state["step"] == 60:
-            assert_same({k: v for k, v in state.items() if k != "seconds"}, whole)
-        else:
-            fell_back += 1
-            assert state["step"] == 40 and "ckpt.pt is damaged" in capsys.readouterr().err
-            assert os.path.exists(path + ".damaged")
-    assert fell_back > 20
-    open(path, "wb").write(raw)
-    for name in ("ckpt.pt", "ckpt_prev.pt"):
-        os.truncate(os.path.join(out, name), 1000)
-    with pytest.raises(ConfigError, match="no checkpoint that can be read"):
-        checkpoint.load_checkpoint(out, "ckpt", "ckpt_prev")
-
-
-@pytest.mark.parametrize("model", ["gpt", "delta", "gated_delta"])
-def test_with_a_checkpoint_set_aside_a_run_does_not_begin_again(tmp_path, model):
-    """As after falling back once and being killed before the next save: ckpt.pt is gone, ckpt_prev.pt is whole."""
-    _, out = run(tmp_path, model=model)
-    before, whole = checkpoint.read_log(out), contents(out)
-    os.replace(os.path.join(out, "ckpt.pt"), os.path.join(out, "ckpt.pt.damaged"))
-    assert run(tmp_path, resume=True)[0] == 0
-    kept = [r for r in before if r["step"] < 40]
-    assert checkpoint.read_log(out)[: len(kept)] == kept  # their times too: these steps were not run again
-    assert_same(contents(out), whole)
-    for name in ("ckpt.pt", "ckpt_prev.pt"):
-        os.remove(os.path.join(out, name))
-    with pytest.raises(ConfigError, match="no checkpoint that can be read"):
-        run(tmp_path, resume=True)
-
-
-def test_two_processes_never_write_one_run(tmp_path, capsys, monkeypatch):
-    process = start(tmp_path, "run", max_steps=100000)
-    out = os.path.join(tmp_path, "run")
-    wait_for_step(out, 20, process)
-    with pytest.raises(ConfigError, match="another process is writing this run"):
-        run(tmp_path, resume=True)
-    process.kill()
-    process.communicate()
-    assert run(tmp_path, resume=True, max_steps=40)[0] == 0  # killed, it holds the directory no longer
-
-    def no_locks(*arguments):
-        raise OSError("not supported")
-
-    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
-    assert run(tmp_path, resume=True, max_steps=60)[0] == 0 and "cannot be locked" in capsys.readouterr().err
-
-
-def test_without_hard_links_the_older_checkpoint_is_a_copy(tmp_path, monkeypatch):
-    def no_links(*paths):
-        raise OSError("not supported")
-
-    monkeypatch.setattr(os, "link", no_links)
-    for step in (1, 2, 3):
-        checkpoint.save_checkpoint(tmp_path, "ckpt", {"step": step})
-    assert [checkpoint.load_checkpoint(tmp_path, name)["step"] for name in ("ckpt", "ckpt_prev")] == [3, 2]
-    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
-
-
-def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    _, out = run(tmp_path)
-    before = open(os.path.join(out, "ckpt.pt"), "rb").read()
-
-    def full_disk(state, f):
-        f.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(RunFailed, match="No space left on device"):
-        checkpoint.save_checkpoint(out, "ckpt", {})
-    assert open(os.path.join(out, "ckpt.pt"), "rb").read() == before
 
 
 def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):

@@ -1,0 +1,352 @@
+"""What can happen to a run: kill -9 at any moment, signals, damaged files, a full disk, two processes, a cluster's queue."""
+
+import builtins
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from configs import ConfigError, RunFailed
+from test_train import assert_same, contents, flags, run
+
+
+def start(folder, name, **changes):
+    command = [sys.executable, train.__file__, *flags(folder, name, **changes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(out, step, process):
+    log = os.path.join(out, "log.jsonl")
+    while process.poll() is None and not (os.path.exists(log) and any(r["step"] >= step for r in checkpoint.read_log(out))):
+        time.sleep(0.01)
+
+
+def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(tmp_path):
+    settings = dict(curriculum="[(2,15)]", max_steps=120, log_interval=1, weight_decay=0.1)
+    _, whole = run(tmp_path, "whole", **settings)
+    r, out = random.Random(time.time_ns()), str(tmp_path / "killed")
+    process = start(tmp_path, "killed", **settings)
+    for low, high in ((1, 19), (20, 110)):  # before the first checkpoint, and after
+        wait_for_step(out, r.randrange(low, high), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        with open(os.path.join(out, "log.jsonl"), "a") as f:
+            f.write('{"kind": "train", "st')  # a line that the kill cut off
+        process = subprocess.Popen([sys.executable, train.__file__, "--resume", out], stdout=subprocess.DEVNULL)
+    assert process.wait() == 0
+    assert_same(contents(out), contents(whole))
+
+
+def test_killed_a_hundred_times_while_saving_it_always_has_a_checkpoint(tmp_path):
+    """At least as far as the last row of the log, less the steps between two saves."""
+    out, r, reached = str(tmp_path / "run"), random.Random(time.time_ns()), 0
+    words = flags(tmp_path, "run", max_steps=10**6, eval_interval=10**5, save_every=3, log_interval=1, n_val_examples=8)
+    for _ in range(100):
+        pid = os.fork()
+        if pid == 0:  # a process of its own, without the seconds that importing torch takes
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            try:
+                train.main([f"--resume={out}"] if os.path.exists(out) else words)
+            finally:
+                os._exit(99)
+        while os.waitpid(pid, os.WNOHANG) == (0, 0) and steps_logged(out) < reached + 6:
+            time.sleep(0.001)
+        time.sleep(r.random() * 0.05)
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        step = checkpoint.load_checkpoint(out, "ckpt")["step"]
+        assert step > reached and step >= steps_logged(out) - 3
+        assert checkpoint.load_checkpoint(out, "ckpt_prev")["step"] >= step - 3
+        reached = step
+    assert not [name for name in os.listdir(out) if "damaged" in name]
+
+
+def steps_logged(out):
+    return max((r["step"] for r in checkpoint.read_log(out)), default=0) if os.path.exists(f"{out}/log.jsonl") else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
+    settings = dict(log_interval=1, max_steps=400, eval_interval=200)
+    process, out = start(tmp_path, "stopped", **settings), str(tmp_path / "stopped")
+    wait_for_step(out, 7, process)
+    process.send_signal(number)
+    text, error = process.communicate()
+    assert process.returncode == 128 + number and "Traceback" not in error
+    assert f"--resume {out}" in text
+    status = checkpoint.read_json(os.path.join(out, "status.json"))
+    assert status["status"] == "preempted" and 7 <= status["step"] < 200
+    assert run(tmp_path, "stopped", resume=True)[0] == 0
+    _, whole = run(tmp_path, "whole", **settings)
+    assert_same(contents(out), contents(whole))
+
+
+def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch):
+    """It is done again after the resume, so nothing is lost and nothing waits for 100,000 rows."""
+    settings = dict(max_steps=30, eval_interval=10, eval_batch_size=10)
+    _, whole = run(tmp_path, "whole", **settings)
+    made, batch = [], train.plan([]).data_module.MadeData.batch
+
+    def signal_in_second_evaluation(self, split, step, rows):
+        made.append(split)
+        if made.count("val") == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, split, step, rows)
+
+    monkeypatch.setattr(train.plan([]).data_module.MadeData, "batch", signal_in_second_evaluation)
+    status, out = run(tmp_path, "cut", **settings)
+    assert status == 128 + signal.SIGTERM and made.count("val") == 7
+    assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 20
+    assert run(tmp_path, "cut", resume=True)[0] == 0
+    assert_same(contents(out), contents(whole))
+
+
+class Bomb:
+    """A pickle that runs a command when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def damages(raw, fuse):
+    """Every way to spoil a checkpoint: a name, and what writes it to a path."""
+    r = random.Random(0)
+
+    def write(data):
+        return lambda path: path.write_bytes(data)
+
+    for _ in range(200):
+        flipped = bytearray(raw)
+        flipped[r.randrange(len(raw))] ^= r.randrange(1, 256)
+        yield write(bytes(flipped))
+    for _ in range(20):
+        yield write(raw[: r.randrange(len(raw))])
+    yield write(b"")
+    yield write(raw + b"x")
+    yield lambda path: path.mkdir()
+    yield write(pickle.dumps(Bomb(fuse)))
+    yield lambda path: torch.save({"step": 1, "tensors": Bomb(fuse)}, path)
+    yield lambda path: checkpoint.save_checkpoint(str(path.parent), path.stem, {"step": 1, "tensors": Bomb(fuse)})  # and sealed
+
+
+def test_every_damage_is_noticed_and_the_checkpoint_before_taken(tmp_path, capsys):
+    _, out = run(tmp_path)
+    path, fuse = tmp_path / "run" / "ckpt.pt", tmp_path / "fuse"
+    raw, previous = path.read_bytes(), (tmp_path / "run" / "ckpt_prev.pt").read_bytes()
+    ways = list(damages(raw, fuse))
+    capsys.readouterr()
+    for spoil in ways:
+        path.unlink(missing_ok=True)
+        spoil(path)
+        (tmp_path / "run" / "ckpt_prev.pt").write_bytes(previous)  # a sealed bomb was saved as a user would save it
+        state = checkpoint.load_checkpoint(out, "ckpt", "ckpt_prev")
+        error = capsys.readouterr().err
+        assert state["step"] == 40 and error.count("\n") == 1 and "ckpt.pt is damaged (" in error, spoil
+        assert os.path.lexists(f"{path}.damaged") and not os.path.lexists(path)
+    assert len(ways) == 226 and not fuse.exists()
+    path.write_bytes(raw)
+    assert checkpoint.load_checkpoint(out, "ckpt")["step"] == 60
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        os.truncate(os.path.join(out, name), 1000)
+    with pytest.raises(ConfigError, match="no checkpoint that can be read"):
+        checkpoint.load_checkpoint(out, "ckpt", "ckpt_prev")
+
+
+def test_damaged_shards_are_noticed_too(tmp_path, capsys):
+    _, out = run(tmp_path)
+    assert train.main([f"--resume={out}", "--export=shards"]) == 0
+    fuse, bomb = tmp_path / "fuse", pickle.dumps(Bomb(tmp_path / "fuse"))
+    for i, file in enumerate((".metadata", "__0_0.distcp") * 10):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        copy = shutil.copytree(out, tmp_path / "copy")
+        path = copy / "shards" / "ckpt-60" / file
+        raw = bytearray(path.read_bytes())
+        raw[i * 997 % len(raw)] ^= 1
+        path.unlink() if i == 0 else path.write_bytes(bomb if i == 1 else raw)
+        state = checkpoint.load_checkpoint(str(copy), "ckpt", "ckpt_prev")
+        assert state["shards"]["folder"] == "ckpt_prev-60" and f"{file} is missing or its checksum" in capsys.readouterr().err
+    # An index that is a bomb with the right checksum does not go off either.
+    place = os.path.join(out, "shards", "ckpt-60", ".metadata")
+    with open(place, "wb") as f:
+        f.write(bomb)
+    state = checkpoint.read_checkpoint(out, "ckpt")
+    state["shards"]["files"][".metadata"] = checkpoint.file_hash(place)
+    checkpoint.save_checkpoint(out, "best", state)
+    with pytest.raises(pickle.UnpicklingError, match="system has no place"):
+        checkpoint.load_checkpoint(out, "best")
+    assert not fuse.exists()
+
+
+def test_a_resume_from_shards_that_were_left_half_written(tmp_path):
+    """A save that was cut off leaves shards that nothing names; they are neither used nor in the way."""
+    _, out = run(tmp_path)
+    train.main([f"--resume={out}", "--export=shards"])
+    os.makedirs(os.path.join(out, "shards", "ckpt-70"))
+    train.main([f"--resume={out}", "--export=shards"])
+    assert checkpoint.load_checkpoint(out, "ckpt")["step"] == 60
+    assert (
+        sorted(os.listdir(os.path.join(out, "shards"))) == ["best-40-1", "ckpt-60-1", "ckpt_prev-60-1"]
+        or len(os.listdir(os.path.join(out, "shards"))) == 3
+    )
+
+
+@pytest.mark.parametrize("model", ["gpt", "delta", "gated_delta"])
+def test_with_a_checkpoint_set_aside_a_run_does_not_begin_again(tmp_path, model):
+    """As after falling back once and being killed before the next save: ckpt.pt is gone, ckpt_prev.pt is whole."""
+    _, out = run(tmp_path, model=model)
+    before, whole = checkpoint.read_log(out), contents(out)
+    os.replace(os.path.join(out, "ckpt.pt"), os.path.join(out, "ckpt.pt.damaged"))
+    assert run(tmp_path, resume=True)[0] == 0
+    kept = [r for r in before if r["step"] < 40]
+    assert checkpoint.read_log(out)[: len(kept)] == kept  # their times too: these steps were not run again
+    assert_same(contents(out), whole)
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        os.remove(os.path.join(out, name))
+    with pytest.raises(ConfigError, match="no checkpoint that can be read"):
+        run(tmp_path, resume=True)
+
+
+def test_two_processes_never_write_one_run(tmp_path, capsys, monkeypatch):
+    process = start(tmp_path, "run", max_steps=100000)
+    out = os.path.join(tmp_path, "run")
+    wait_for_step(out, 20, process)
+    with pytest.raises(ConfigError, match="another process is writing this run"):
+        run(tmp_path, resume=True)
+    process.kill()
+    process.communicate()
+    assert run(tmp_path, resume=True, max_steps=40)[0] == 0  # killed, it holds the directory no longer
+
+    def no_locks(*arguments):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
+    assert run(tmp_path, resume=True, max_steps=60)[0] == 0 and "cannot be locked" in capsys.readouterr().err
+
+
+def test_without_hard_links_the_older_checkpoint_is_a_copy(tmp_path, monkeypatch):
+    def no_links(*paths):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    for step in (1, 2, 3):
+        checkpoint.save_checkpoint(tmp_path, "ckpt", {"step": step})
+    assert [checkpoint.load_checkpoint(tmp_path, name)["step"] for name in ("ckpt", "ckpt_prev")] == [3, 2]
+    kept = set(os.listdir(os.path.join(out, "shards")))
+    assert len(kept) == 3 and "ckpt-70" not in kept
+
+
+@pytest.mark.parametrize("at", ["open", "save", "fsync", "link", "replace"])
+def test_a_disk_that_refuses_leaves_the_old_checkpoint(tmp_path, monkeypatch, at):
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, "ckpt", {"step": step})
+
+    def refuse(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    def full(state, f):
+        f.write(b"half of it")
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904, as torch.save does
+
+    places = {"open": (builtins, "open"), "save": (torch, "save"), "link": (shutil, "copyfileobj")}
+    monkeypatch.setattr(*places.get(at, (os, at)), full if at == "save" else refuse)
+    if at == "link":
+        monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(RunFailed, match=r"cannot write .*ckpt(_prev)?\.pt: (No space|Read-only)"):
+        checkpoint.save_checkpoint(tmp_path, "ckpt", {"step": 3})
+    monkeypatch.undo()
+    assert checkpoint.load_checkpoint(tmp_path, "ckpt")["step"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
+
+
+@pytest.mark.parametrize("how", ["one process", "ddp", "fsdp"])
+def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(on_ranks, tmp_path, capfd, how):
+    size, parallel = (1, "ddp") if how == "one process" else (2, how)
+    words = flags(tmp_path, "run", parallel=parallel, max_steps=20)
+    assert on_ranks(size, lambda rank: train.main(words)) == [0] * size
+    out, largest = str(tmp_path / "run"), 60000 if how != "fsdp" else 20000
+    before = checkpoint.load_checkpoint(out, "ckpt")
+    capfd.readouterr()
+
+    def on_a_small_disk(rank):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # files end there, as on a full disk
+        return train.main([f"--resume={out}", "--max_steps=40"])
+
+    assert on_ranks(size, on_a_small_disk) == [1] * size
+    error = capfd.readouterr().err
+    assert error.count("cannot write") == 1 and "File too large" in error and "Traceback" not in error
+    assert checkpoint.read_json(f"{out}/status.json")["status"] == "failed"
+    assert not [name for name in os.listdir(out) if name.endswith((".tmp", ".damaged"))]
+    assert_same(checkpoint.load_checkpoint(out, "ckpt"), before)
+    assert on_ranks(size, lambda rank: train.main([f"--resume={out}", "--max_steps=40"])) == [0] * size
+    assert checkpoint.load_checkpoint(out, "ckpt")["step"] == 40
+
+
+# ---- the queue of a cluster --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Commands by the names of SLURM's on PATH: sbatch runs the script's body here, srun its command, scontrol takes notes."""
+    scripts = {
+        "sbatch": 'script="$1"; shift; exec bash "$script" "$@"',
+        "srun": 'exec "$@"',
+        "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$@" >> {tmp_path}/asked; fi',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in scripts.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    here, python = os.path.dirname(train.__file__), os.path.dirname(sys.executable)
+    job = random.Random(time.time_ns()).randrange(10**6)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{python}:{os.environ['PATH']}")
+    names = dict(SLURM_JOB_NAME="t", SLURM_JOB_ID=str(job), SLURM_JOB_NODELIST="localhost", SLURM_JOB_NUM_NODES="1", RANKS="2")
+    for name, value in {**names, "SLURM_SUBMIT_DIR": str(tmp_path / "repo")}.items():
+        monkeypatch.setenv(name, value)
+    shutil.copytree(here, tmp_path / "repo", ignore=shutil.ignore_patterns("runs", ".git", "tests", ".venv", "__pycache__"))
+    return str(tmp_path / "repo" / "runs" / f"t-{job}"), tmp_path / "asked", job
+
+
+def test_the_slurm_script_stops_in_time_queues_again_and_goes_on(tmp_path, slurm):
+    out, asked, job = slurm
+    assert subprocess.run(["bash", "-n", "train.slurm"], cwd=tmp_path / "repo").returncode == 0
+    words = [w for w in flags("", None, max_steps=600, eval_interval=600, log_interval=1) if "log_dir" not in w]
+    command = ["sbatch", "train.slurm", *words]
+    process = subprocess.Popen(command, cwd=tmp_path / "repo", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(out, 5, process)
+    (torchrun,) = [p for p in descendants(process.pid) if "torchrun" in open(f"/proc/{p}/cmdline").read()]
+    for pid in [torchrun, *descendants(torchrun)]:  # SLURM signals every process of the step
+        os.kill(pid, signal.SIGTERM)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert asked.read_text() == f"requeue {job}\n"
+    step = checkpoint.read_json(f"{out}/status.json")["step"]
+    assert checkpoint.read_json(f"{out}/status.json")["status"] == "preempted" and 5 <= step < 600
+    done = subprocess.run(command, cwd=tmp_path / "repo", capture_output=True, text=True)
+    assert done.returncode == 0 and "32 = 2 ranks x 1 micro x 16 rows" in done.stdout, done.stderr
+    assert asked.read_text() == f"requeue {job}\n"  # once
+    assert checkpoint.read_json(f"{out}/status.json")["status"] == "finished"
+    assert checkpoint.read_json(f"{out}/config.json")["resumed"][0]["step"] == step
+
+
+def descendants(pid):
+    found = []
+    with open(f"/proc/{pid}/task/{pid}/children") as f:
+        for child in f.read().split():
+            found += [int(child), *descendants(child)]
+    return found
