@@ -1,4 +1,4 @@
-"""How fast, as ratios: python tests/bench.py [train] [data] [delta] [lengths] [--rounds 15] [--threads 2]
+"""How fast, as ratios: python tests/bench.py [train] [data] [delta] [lengths] [ranks] [--rounds 15] [--threads 2]
 
 Each row compares ours with a plain peer. The two take turns, so that a busy machine slows both, and the ratio is the median
 over the rounds. The peak of this machine is a 2048 x 2048 float32 matrix product timed in the same rounds; a training
@@ -8,6 +8,7 @@ Run it with nothing else running: two threads beside a busy process can be many 
 
 import argparse
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,8 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import data_mqar  # noqa: E402
 import delta as D  # noqa: E402
 import model as M  # noqa: E402
+import parallel  # noqa: E402
+import train  # noqa: E402
 from test_data_mqar import loop_rows  # noqa: E402
 from test_delta import fla_naive  # noqa: E402
 
@@ -174,7 +177,63 @@ def length_rows(rounds):
             )
 
 
-BENCHES = {"train": train_rows, "data": data_rows, "delta": delta_rows, "lengths": length_rows}
+STEPS = 5  # in a turn of the ranks
+
+
+def rank_loop(rank, size, threads, port, orders):
+    """One of `size` ranks: take orders from a pipe ("step", "step without exchange" or None) until the last one."""
+    torch.set_num_threads(threads)
+    if size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), GLOO_SOCKET_IFNAME="lo")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with parallel.joined() as world:
+        p, _ = train.read_command_line([os.path.join(ROOT, "configs", "mqar_gpt.py"), "--curriculum=[]"])
+        data, device = p.data_module.Data(p.data), torch.device("cpu")
+        model = train.make_model(p, train.model_config(p, data))
+        parts = {"step": parallel.spread(model, "ddp", device), "step without exchange": model}
+        runs = {k: train.Run(p, "", world, device, torch.float32, data, model, m) for k, m in parts.items()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        number = 0
+        while order := orders.recv():
+            for _ in range(STEPS):
+                train.backward(runs[order], number, [])
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                number += 1
+            orders.send("done")
+
+
+def rank_rows(rounds):
+    """Steps of configs/mqar_gpt.py on one process with two threads, and on two ranks with one each; the same global batch."""
+    context, groups = torch.multiprocessing.get_context("spawn"), {}
+    for size, threads in ((1, 2), (1, 1), (2, 1)):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        pipes = [context.Pipe() for _ in range(size)]
+        for rank, (_, theirs) in enumerate(pipes):
+            context.Process(target=rank_loop, args=(rank, size, threads, port, theirs), daemon=True).start()
+        groups[size, threads] = [ours for ours, _ in pipes]
+
+    def turn(group, order):
+        for pipe in groups[group]:
+            pipe.send(order)
+        for pipe in groups[group]:
+            pipe.recv()
+
+    orders = {group: lambda group=group: turn(group, "step") for group in groups}
+    orders["alone"] = lambda: turn((2, 1), "step without exchange")
+    times = {name: [t / STEPS for t in ts] for name, ts in take_turns(orders, rounds).items()}
+    for group in groups:
+        for pipe in groups[group]:
+            pipe.send(None)
+    yield "step of 32 rows, 2 ranks", times[2, 1], "1 process, 2 threads", times[1, 2], None
+    yield "step of 32 rows, 2 ranks", times[2, 1], "1 process, 1 thread", times[1, 1], None
+    yield "the same, no exchange of gradients", times["alone"], "2 ranks", times[2, 1], None
+
+
+BENCHES = {"train": train_rows, "data": data_rows, "delta": delta_rows, "lengths": length_rows, "ranks": rank_rows}
 
 
 def main():
