@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import data_mqar as D
+import draws
+import mqar_files as S
 from configs import ConfigError, build, parse
 
 IGNORE = D.IGNORE
@@ -129,8 +131,8 @@ def test_the_law_is_that_of_a_per_row_loop(power_a):
 
 
 def test_uniform_without_replacement():
-    u = D.uniforms(D.stream_key(3), np.arange(60000), 3)
-    seen = np.bincount(D.draw_distinct(u, 5) @ [25, 5, 1], minlength=125)
+    u = draws.uniforms(draws.stream_key(3), np.arange(60000), 3)
+    seen = np.bincount(draws.draw_distinct(u, 5) @ [25, 5, 1], minlength=125)
     seen = seen[seen > 0]
     assert len(seen) == 5 * 4 * 3 and np.abs(seen - 1000).max() < 5 * 1000**0.5
 
@@ -161,7 +163,7 @@ def test_a_row_is_a_function_of_seed_split_step_and_row(extra):
 def test_splits_share_no_row_and_passes_cover_the_set_in_new_orders():
     c = config(input_seq_len=32, num_kv_pairs=4, vocab_size=512, n_train_examples=300, n_val_examples=300, n_test_examples=300)
     data = D.Data(c)
-    sets = {s: {r.tobytes() for r in data.batch(s, 0, range(300))[0].numpy()} for s in D.SPLITS}
+    sets = {s: {r.tobytes() for r in data.batch(s, 0, range(300))[0].numpy()} for s in draws.SPLITS}
     assert all(len(rows) == 300 for rows in sets.values()) and len(set.union(*sets.values())) == 900
     first, second = (data.batch("train", 0, range(a, a + 300))[0].numpy() for a in (0, 300))
     assert {r.tobytes() for r in first} == {r.tobytes() for r in second} == sets["train"]
@@ -197,9 +199,9 @@ STORE = dict(num_samples=60, seq_len=48, num_kv_pairs=4, vocab_size=200, num_cop
 
 
 def write(tmp_path, name="set", **changes):
-    c = D.StoreConfig(output_dir=str(tmp_path / name), **{**STORE, **changes})
+    c = S.StoreConfig(output_dir=str(tmp_path / name), **{**STORE, **changes})
     c.check()
-    D.write_dataset(c, shard_rows=25)
+    S.write_dataset(c, shard_rows=25)
     return tmp_path / name
 
 
@@ -238,8 +240,8 @@ def test_stored_rows_are_solved_by_a_dict_and_splits_are_apart(tmp_path, form):
 
 def test_the_latest_pairs_are_asked_first_when_power_a_is_small():
     def first_asked(power_a):
-        c = D.StoreConfig(seq_len=64, num_kv_pairs=16, vocab_size=200, power_a=power_a)
-        ids, _ = D.make_stored_rows(c, "train", np.arange(4000))
+        c = S.StoreConfig(seq_len=64, num_kv_pairs=16, vocab_size=200, power_a=power_a)
+        ids, _ = S.make_stored_rows(c, "train", np.arange(4000))
         return np.bincount(np.argmax(ids[:, :32:2] == ids[:, 32:33], axis=1), minlength=16) / 4000
 
     skewed, uniform = first_asked(0.01), first_asked(1.0)
@@ -342,7 +344,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     """Peak memory of a writer of 15,000 long rows stays near that of one of 1,500."""
 
     def peak(samples):
-        code = f"import data_mqar as D, resource\nD.write_dataset(D.StoreConfig(output_dir={str(tmp_path / str(samples))!r},"
+        code = f"import mqar_files as S, resource\nS.write_dataset(S.StoreConfig(output_dir={str(tmp_path / str(samples))!r},"
         code += f"num_samples={samples}, num_copies=4))\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(D.__file__))
         return int(done.stdout) / 1024

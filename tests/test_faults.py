@@ -111,6 +111,50 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch):
     assert_same(contents(out), contents(whole))
 
 
+def test_the_leftovers_of_a_kill_between_two_names_spoil_nothing(tmp_path):
+    """ckpt_prev.pt.tmp may be another name of ckpt.pt: writing into it would be writing into ckpt.pt."""
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, "ckpt", {"step": step})
+    os.link(tmp_path / "ckpt.pt", tmp_path / "ckpt_prev.pt.tmp")
+    checkpoint.save_checkpoint(tmp_path, "ckpt_prev", {"step": 0})
+    assert [checkpoint.load_checkpoint(tmp_path, name)["step"] for name in ("ckpt", "ckpt_prev")] == [2, 0]
+
+
+def test_two_ranks_killed_while_they_write_shards_go_on_from_the_last_whole_ones(on_ranks, tmp_path):
+    out, r, reached = str(tmp_path / "run"), random.Random(time.time_ns()), 0
+    words = flags(tmp_path, "run", parallel="fsdp", max_steps=10**6, eval_interval=10**5, save_every=2, log_interval=1)
+
+    def until_killed(rank):
+        limit = reached + 4 + 10 * r.random()  # the same on both
+        if rank == 0:
+            write, calls = checkpoint.torch.save, []
+
+            def killed_here(*args, **kwargs):
+                calls.append(1)
+                if steps_logged(out) > limit:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return write(*args, **kwargs)
+
+            checkpoint.torch.save = killed_here
+        else:
+            save = checkpoint.dcp.save
+
+            def killed_there(*args, **kwargs):
+                if steps_logged(out) > limit + 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return save(*args, **kwargs)
+
+            checkpoint.dcp.save = killed_there
+        return train.main([f"--resume={out}"] if reached else words)
+
+    for _ in range(6):
+        assert -signal.SIGKILL in on_ranks(2, until_killed)
+        state = checkpoint.load_checkpoint(out, "ckpt")
+        assert state["step"] > reached and state["step"] >= steps_logged(out) - 2 and state["tensors"]
+        reached = state["step"]
+    assert len(os.listdir(os.path.join(out, "shards"))) <= 4  # ckpt, ckpt_prev, and what one kill left
+
+
 class Bomb:
     """A pickle that runs a command when it is loaded."""
 

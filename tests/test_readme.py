@@ -9,6 +9,7 @@ import pytest
 import configs
 import data_mqar
 import eval as ev
+import mqar_files
 import train
 
 ROOT = os.path.dirname(train.__file__)
@@ -16,11 +17,13 @@ README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 
 
 def commands():
-    """Every `python ...` command of the README: of its code blocks, and between backticks."""
+    """Every `python ...` command of the README: of its code blocks, and between backticks; train.py's under torchrun too."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
     lines = [part for line in blocks.splitlines() for part in line.split("&&")] + re.findall(r"`(python [^`]+)`", README)
     for line in lines:
         words = shlex.split(line, comments=True)
+        if words[:1] in (["torchrun"], ["sbatch"]):
+            words = ["python", "train.py", *words[1 + next(i for i, w in enumerate(words) if w.startswith("train.")) :]]
         if words and re.fullmatch(r"(.*/)?python", words[0]):
             yield words[1:]
 
@@ -49,7 +52,7 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
         configs.check_names(settings, ev.EvalConfig)
         assert all(w in ev.COMMANDS or w.startswith("runs/") for w in positional)
     elif script == "data_mqar.py" and settings:
-        assert configs.build(data_mqar.StoreConfig, settings).num_copies == 100
+        assert configs.build(mqar_files.StoreConfig, settings).num_copies == 100
 
 
 def test_the_ci_script_runs_the_readmes_test_command():

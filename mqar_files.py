@@ -1,0 +1,287 @@
+"""The MQAR data set on disk, parquet or jsonl with checksums: data_mqar.py writes it and trains on it.
+
+Letters: R rows, L tokens in a row, B blocks in a row, n pairs in a block, V vocabulary.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import configs
+from configs import ConfigError, at_least, require
+from draws import IGNORE, SPLITS, draw_distinct, draw_slots, stream_key, uniforms
+
+
+@dataclass
+class StoreConfig:
+    output_dir: str = ""  # directory to write; it must not exist yet
+    num_samples: int = 10000  # different rows in each of train, validation and test
+    seq_len: int = 512  # tokens in a row, a multiple of 4 * num_kv_pairs: blocks of storage and queries
+    num_kv_pairs: int = 8  # pairs in a block
+    vocab_size: int = 10000  # token 0 is never used, keys are 1..V/2-1, values V/2..V-1
+    power_a: float = 0.01  # the d-th latest pair is asked next with weight d^(a-1): small asks recent first
+    num_copies: int = 1  # passes over the training rows, each in its own order, stored as row numbers
+    output_format: str = "parquet"  # parquet or jsonl
+    seed: int = 42  # same seed, same bytes
+
+    def check(self):
+        at_least(self, 1, "num_samples", "num_kv_pairs", "num_copies")
+        at_least(self, 0, "power_a", "seed")
+        configs.one_of(self, ("parquet", "jsonl"), "output_format")
+        V, block = self.vocab_size, 4 * self.num_kv_pairs
+        low = max(block, self.seq_len // block * block)
+        near = f"the nearest are {low} and {low + block}"
+        message = f"seq_len={self.seq_len} must be a multiple of 4 * num_kv_pairs = {block}; {near}"
+        require(self.seq_len % block == 0 and self.seq_len > 0, message, "seq_len")
+        require(self.seq_len <= 2**20, f"seq_len={self.seq_len} is longer than {2**20}", "seq_len")
+        smallest = 2 * (self.num_kv_pairs + 1)
+        message = f"vocab_size={V} is too small for {self.num_kv_pairs} pairs; half of it are keys, use at least {smallest}"
+        require(V <= 2**24, f"vocab_size={V} is larger than {2**24}", "vocab_size")
+        require(smallest <= V, message, "vocab_size")
+        # Rows of different splits are drawn apart; with so many possible rows, none can come up twice.
+        B, n = self.seq_len // block, self.num_kv_pairs
+        bits = sum(log2_falling(m, B * n) if B * n <= m else B * log2_falling(m, n) for m in (V // 2 - 1, V - V // 2))
+        chance = 2 * math.log2(3 * self.num_samples) - 1 - bits
+        message = f"vocab_size={V} and num_kv_pairs={self.num_kv_pairs} allow too few different rows to keep the splits apart"
+        require(chance < -40, message + "; raise either, or lower num_samples", "vocab_size")
+
+
+def log2_falling(m, n):
+    """log2 of m (m-1) ... (m-n+1)."""
+    return (math.lgamma(m + 1) - math.lgamma(m - n + 1)) / math.log(2)
+
+
+def keys_disjoint(c):
+    """Are the keys of a row different across its blocks too? Only if there are enough of them."""
+    return c.seq_len // 4 <= c.vocab_size // 2 - 1
+
+
+def make_stored_rows(c, split, rows):
+    """input_ids (R, L) int32 and labels (R, L) int32 of StoreConfig c, L = B blocks of [n pairs | the n pairs, reordered]."""
+    n, B, R = c.num_kv_pairs, c.seq_len // (4 * c.num_kv_pairs), len(rows)
+    u = uniforms(stream_key(c.seed, SPLITS[split], c.seq_len, n), rows, 3 * B * n)
+    u_keys, u_values, u_order = np.split(u, 3, axis=1)  # each (R, B*n)
+
+    def draw(u, m, disjoint):
+        return (draw_distinct(u, m) if disjoint else draw_distinct(u.reshape(R * B, n), m)).reshape(R, B, n)
+
+    half, last = c.vocab_size // 2, c.vocab_size - c.vocab_size // 2
+    keys = 1 + draw(u_keys, half - 1, keys_disjoint(c))
+    values = half + draw(u_values, last, B * n <= last)
+    pairs = np.stack([keys, values], axis=-1)  # (R, B, n, 2)
+    # slot s of draw_slots has weight s^(a-1): let slot 1 be the pair stored last
+    order = n - 1 - draw_slots(u_order.reshape(R * B, n), c.power_a).reshape(R, B, n)
+    queries = np.take_along_axis(pairs, order[..., None], axis=2)
+    labels = np.full((R, B, 2, n, 2), IGNORE, np.int32)
+    labels[:, :, 1, :, 1] = queries[..., 1]
+    return np.stack([pairs, queries], axis=2).reshape(R, c.seq_len), labels.reshape(R, c.seq_len)
+
+
+def write_dataset(c, shard_rows=20000):
+    """Write train/, validation/ and test/ shards, orders/ and metadata.json; return the metadata.
+
+    Everything goes to a temporary directory beside output_dir, which gets its name only when all of it is on disk: a
+    directory of that name is always complete. Memory does not grow with num_samples: half a million tokens are written at
+    a time, in both formats. Copies of the training split are orders/train.npy, (num_copies, num_samples) row numbers.
+    """
+    target = os.path.abspath(c.output_dir)
+    if os.path.exists(target):
+        raise ConfigError(f"{c.output_dir} exists already; name another --output-dir or delete it first", "output_dir")
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        work = tempfile.mkdtemp(prefix=os.path.basename(target) + ".partial-", dir=os.path.dirname(target))
+    except OSError as e:
+        raise ConfigError(f"cannot write beside {c.output_dir}: {e.strerror}", "output_dir") from None
+    try:
+        splits = {name: write_split(c, work, name, shard_rows) for name in ("train", "validation", "test")}
+        metadata = describe(c, splits)
+        if c.num_copies > 1:
+            metadata["orders"] = write_orders(c, work)
+        with open(os.path.join(work, "metadata.json"), "w") as f:
+            json.dump(metadata, f, indent=1)
+            sync(f)
+        os.chmod(work, 0o755)  # mkdtemp made it private
+        os.rename(work, target)
+    except OSError as e:
+        raise ConfigError(f"writing {c.output_dir} failed ({e.strerror or e}); nothing was left behind") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return metadata
+
+
+def write_split(c, work, name, shard_rows):
+    """Write one split as shards; return [{name, rows, bytes, sha256}]."""
+    os.mkdir(os.path.join(work, name))
+    split, files = {"validation": "val"}.get(name, name), []
+    with tqdm(total=c.num_samples, desc=name, unit="row", disable=not sys.stderr.isatty()) as bar:
+        for first in range(0, c.num_samples, shard_rows):
+            last = min(first + shard_rows, c.num_samples)
+            path = os.path.join(work, name, f"part-{len(files):05d}.{c.output_format}")
+            size = max(1, 2**19 // c.seq_len)  # rows in memory at a time
+            chunks = (range(a, min(a + size, last)) for a in range(first, last, size))
+            with open(path, "wb") as f:
+                WRITERS[c.output_format](f, c, split, chunks, bar)
+                sync(f)
+            file = {"name": f"{name}/{os.path.basename(path)}", "rows": last - first, "bytes": os.path.getsize(path)}
+            files.append(file | {"sha256": file_hash(path)})
+            if bar.disable:
+                print(f"{name}: {last} of {c.num_samples} rows", file=sys.stderr)
+    return files
+
+
+def write_parquet(f, c, split, chunks, bar):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids, mask = pa.list_(pa.int32()), pa.list_(pa.int8())
+    schema = pa.schema([("input_ids", ids), ("labels", ids), ("attention_mask", mask)])
+    # Random tokens do not repeat, so a dictionary of them only costs time; labels and mask are nearly constant.
+    columns = ["labels.list.element", "attention_mask.list.element"]
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": columns, "write_page_checksum": True}
+    with pq.ParquetWriter(f, schema, **options) as writer:
+        for rows in chunks:
+            tokens, labels = make_stored_rows(c, split, np.arange(rows.start, rows.stop))
+            ends = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * c.seq_len)
+            flat = (tokens, labels, np.ones(tokens.shape, np.int8))
+            lists = [pa.ListArray.from_arrays(ends, pa.array(x.ravel())) for x in flat]
+            writer.write_table(pa.Table.from_arrays(lists, schema=schema))
+            bar.update(len(rows))
+
+
+def write_jsonl(f, c, split, chunks, bar):
+    ones = [1] * c.seq_len
+    for rows in chunks:
+        tokens, labels = make_stored_rows(c, split, np.arange(rows.start, rows.stop))
+        for ids, label in zip(tokens.tolist(), labels.tolist()):
+            row = {"input_ids": ids, "labels": label, "attention_mask": ones}
+            f.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
+        bar.update(len(rows))
+
+
+WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
+
+
+def write_orders(c, work):
+    """Write orders/train.npy, (num_copies, num_samples): the row numbers of each copy; return {name, sha256}."""
+    os.mkdir(os.path.join(work, "orders"))
+    path = os.path.join(work, "orders", "train.npy")
+    orders = np.lib.format.open_memmap(path, "w+", np.uint32, (c.num_copies, c.num_samples))
+    for copy in range(c.num_copies):
+        order = np.arange(c.num_samples, dtype=np.uint32)
+        np.random.Generator(np.random.Philox(key=stream_key(c.seed, len(SPLITS), copy))).shuffle(order)
+        orders[copy] = order
+    orders.flush()
+    return {"name": "orders/train.npy", "sha256": file_hash(path)}
+
+
+def describe(c, splits):
+    half = c.vocab_size // 2
+    return {
+        "dataset_type": "mqar",
+        "format_version": 1,
+        **{k: v for k, v in asdict(c).items() if k != "output_dir"},
+        "example_length": 4 * c.num_kv_pairs,
+        "examples_per_sequence": c.seq_len // (4 * c.num_kv_pairs),
+        "total_examples": {"train": c.num_samples * c.num_copies, "validation": c.num_samples, "test": c.num_samples},
+        "key_vocab_range": [1, half],
+        "value_vocab_range": [half, c.vocab_size],
+        "keys_disjoint_over_row": keys_disjoint(c),
+        "labels_shifted": False,
+        "files": splits,
+    }
+
+
+def sync(f):
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def file_hash(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class StoredData:
+    """A directory that write_dataset wrote, read into memory and checked against its checksums."""
+
+    def __init__(self, config):
+        self.path = config.path
+        self.limit = {"val": config.n_val_examples, "test": config.n_test_examples}  # evaluating 100,000 rows takes minutes
+        self.metadata = m = self.read_metadata()
+        self.vocab_size, self.seq_len = m["vocab_size"], m["seq_len"]
+        self.splits = {}
+        orders = self.checked(m["orders"]) if "orders" in m else None
+        self.orders = np.load(orders, mmap_mode="r") if orders else np.arange(m["num_samples"])[None]
+
+    def read_metadata(self):
+        try:
+            with open(os.path.join(self.path, "metadata.json")) as f:
+                metadata = json.load(f)
+            if metadata["dataset_type"] != "mqar" or metadata["format_version"] != 1:
+                raise ValueError
+            return {k: metadata[k] for k in ("num_samples", "num_kv_pairs", "vocab_size", "seq_len", "files")} | metadata
+        except FileNotFoundError:
+            make = "`python data_mqar.py --output-dir DIR` makes one"
+            raise ConfigError(f"path={self.path} holds no data set (no metadata.json there); {make}", "path") from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"{self.path}/metadata.json is not that of an MQAR data set", "path") from None
+
+    def load(self, split):
+        """-> tokens (rows, L) int32, targets (rows, L) int32 with labels shifted onto the position that predicts them."""
+        if split not in self.splits:
+            name = {"val": "validation"}.get(split, split)
+            files = self.metadata["files"][name]
+            size = sum(f["rows"] for f in files), self.seq_len
+            tokens, targets, first = np.empty(size, np.int32), np.full(size, IGNORE, np.int32), 0
+            for file in tqdm(files, desc=f"read {name}", disable=not sys.stderr.isatty()):
+                ids, labels = self.read_shard(file)
+                tokens[first : first + len(ids)] = ids
+                targets[first : first + len(ids), :-1] = labels[:, 1:]
+                first += len(ids)
+            self.splits[split] = tokens, targets
+        return self.splits[split]
+
+    def checked(self, file):
+        """The path of a file of the data set, once its checksum is right."""
+        path = os.path.join(self.path, file["name"])
+        if not os.path.isfile(path) or file_hash(path) != file["sha256"]:
+            raise ConfigError(f"{path} is missing or damaged (its checksum differs); write the data set again", "path")
+        return path
+
+    def read_shard(self, file):
+        path = self.checked(file)
+        if path.endswith(".jsonl"):
+            with open(path) as f:
+                rows = [json.loads(line) for line in f]
+            return [np.array([r[k] for r in rows], np.int32) for k in ("input_ids", "labels")]
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path, columns=["input_ids", "labels"], page_checksum_verification=True)
+        return [c.combine_chunks().flatten().to_numpy().reshape(-1, self.seq_len) for c in table.columns]
+
+    def rows(self, step, batch_size):
+        return range(step * batch_size, (step + 1) * batch_size)
+
+    def steps_per_epoch(self, batch_size):
+        return max(1, self.orders.size // batch_size)
+
+    def segments(self, split):
+        return [range(min(self.metadata["num_samples"], self.limit[split]))]
+
+    def batch(self, split, step, rows):
+        rows, (tokens, targets) = np.asarray(rows, dtype=np.int64), self.load(split)
+        if split == "train":  # row r of training: the copies one after another, then from the start again
+            rows = self.orders.reshape(-1)[rows % self.orders.size].astype(np.int64)
+        n, labels = self.metadata["num_kv_pairs"], self.seq_len // 4
+        tags = {"num_kv_pairs": np.full(len(rows) * labels, n), "input_seq_len": np.full(len(rows) * labels, self.seq_len)}
+        tags["query"] = np.tile(np.arange(labels) % n, len(rows))  # 0: the first query of its block
+        return torch.from_numpy(tokens[rows]).long(), torch.from_numpy(targets[rows]).long(), tags
