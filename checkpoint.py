@@ -107,13 +107,13 @@ class Log:
 
 
 def read_log(folder):
-    """Rows of log.jsonl; a line that a kill cut off is dropped."""
+    """Rows of log.jsonl; a line that a kill cut off, or that is no row, is dropped."""
     rows = []
-    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
+    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8", errors="replace") as f:
         for line in f:
             with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
-    return rows
+    return [r for r in rows if isinstance(r, dict) and {"kind", "step"} <= r.keys()]
 
 
 # ---- checkpoints in one file -------------------------------------------------------------------------------------------
@@ -228,7 +228,9 @@ def save_shards(folder, label, tensors, world):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there is one process
             dcp.save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
-    except (OSError, dcp.CheckpointException) as e:
+    except (OSError, dcp.CheckpointException) as e:  # on all ranks, once all have stopped writing
+        if world.first:
+            shutil.rmtree(place, ignore_errors=True)
         raise RunFailed(f"cannot write {place} ({str(e).splitlines()[-1]}); the checkpoints before it are whole") from None
     mine = [f for f in os.listdir(place) if f.startswith(f"__{world.rank}_") or (world.first and f == ".metadata")]
     sums = world.gather({f: file_hash(os.path.join(place, f)) for f in mine})

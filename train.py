@@ -269,7 +269,11 @@ def restarted_run(log_dir):
     if not launch() or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return ""
     found = sorted(glob.glob(os.path.join(glob.escape(log_dir), "*", "config.json")), key=os.path.getmtime, reverse=True)
-    return next((os.path.dirname(path) for path in found if read_json(path).get("launch") == launch()), "")
+    for path in found:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # another run's may be damaged
+            if read_json(path).get("launch") == launch():
+                return os.path.dirname(path)
+    return ""
 
 
 def git_commit():
