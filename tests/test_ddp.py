@@ -80,6 +80,8 @@ def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
     ddp, fsdp = (train_on(on_ranks, 2, tmp_path, how, parallel=how, **changes) for how in ("ddp", "fsdp"))
     assert_close(tensors(ddp), tensors(fsdp))
     assert_close(tensors(ddp, "best"), tensors(fsdp, "best"))
+    a, b = ([r["grad_norm"] for r in contents(out)[1] if r["kind"] == "train"] for out in (ddp, fsdp))
+    assert a == pytest.approx(b, rel=1e-4) and len(a) == 20
     assert len([f for f in os.listdir(os.path.join(fsdp, "shards", "ckpt-20")) if f.endswith(".distcp")]) == 2
     a, b = (measure.evaluate(m, d, "test", 7, torch.device("cpu")) for _, d, m, _ in map(train.load_run, (ddp, fsdp)))
     assert a["by_slice"] == b["by_slice"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -147,6 +149,30 @@ def test_dropout_and_frozen_weights(on_ranks, tmp_path, monkeypatch, how):
     sure = {**SHORT, **changes, "model": "mine.Sure"}
     without = tensors(run(tmp_path, "sure", **sure)[1])
     assert not torch.equal(without["model.lm_head.weight"], tensors(one)["model.lm_head.weight"])
+
+
+def test_each_part_of_each_step_has_a_seed_of_its_own(tmp_path, monkeypatch):
+    seed, seeds = torch.manual_seed, []
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
+    run(tmp_path, "run", accumulate=4, **SHORT)
+    assert len(seeds) == len(set(seeds)) == 1 + 20 * 4  # the first one is of the weights
+
+
+def test_gradients_are_exchanged_once_a_step(on_ranks, tmp_path, monkeypatch):
+    """However many parts the step has."""
+    calls, orders = [], []
+    reduce, order = torch.distributed.all_reduce, parallel.FSDPModule.set_requires_gradient_sync
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: calls.append(1) or reduce(*args, **kwargs))
+    monkeypatch.setattr(parallel.FSDPModule, "set_requires_gradient_sync", lambda m, now: orders.append(now) or order(m, now))
+
+    def work(rank):
+        for how in ("ddp", "fsdp"):
+            calls.clear(), orders.clear()
+            assert train.main(flags(tmp_path, how, parallel=how, accumulate=4, **SHORT)) == 0
+            assert len(calls) == 20 if how == "ddp" else orders == [False, False, False, True] * 20
+        return 0
+
+    assert on_ranks(2, work) == [0, 0]
 
 
 @pytest.mark.parametrize("labels", [0, 1])

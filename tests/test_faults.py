@@ -380,6 +380,7 @@ def test_the_slurm_script_stops_in_time_queues_again_and_goes_on(tmp_path, slurm
     assert checkpoint.read_json(f"{out}/status.json")["status"] == "preempted" and 5 <= step < 600
     done = subprocess.run(command, cwd=tmp_path / "repo", capture_output=True, text=True)
     assert done.returncode == 0 and "32 = 2 ranks x 1 micro x 16 rows" in done.stdout, done.stderr
+    assert "started again by torchrun" not in done.stdout  # it knew at once where to go on
     assert asked.read_text() == f"requeue {job}\n"  # once
     assert checkpoint.read_json(f"{out}/status.json")["status"] == "finished"
     assert checkpoint.read_json(f"{out}/config.json")["resumed"][0]["step"] == step
