@@ -343,10 +343,11 @@ class Run:
     wrapped: torch.nn.Module  # the same as a training step calls it: see parallel.spread
 
 
-def train(run, resume=None):
+def train(run, resume=None, stopped_by=()):
     """Run the loop until the last step, stop_accuracy or a signal; -> ("finished", "failed" or "preempted"), state.
 
     resume: the checkpoint to go on from. Everything the loop remembers is in `state`, which is what is saved.
+    stopped_by: what catch_signals fills.
     """
     c, data, model, world = run.plan.train, run.data, run.model, run.world
     steps_per_epoch = data.steps_per_epoch(c.batch_size)
@@ -358,7 +359,6 @@ def train(run, resume=None):
         restore_tensors(run.folder, resume, model, optimizer)
         state = {k: resume[k] for k in state}
     log = world.together(lambda: Log(run.folder, state["step"]), first_only=True)
-    stopped_by, release_signals = catch_signals(world)
     hidden = not (world.first and sys.stderr.isatty())
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=hidden)
     began = time.perf_counter() - state["seconds"]
@@ -427,8 +427,6 @@ def train(run, resume=None):
             outcome = "preempted"
             break
     bar.close()
-    release_signals()
-    state["signal"] = stopped_by[0] if stopped_by else signal.SIGTERM
     return outcome, state
 
 
@@ -605,13 +603,17 @@ def finish(run, resume):
         world.first_does(lambda: write_json(os.path.join(folder, "status.json"), values))
 
     write_status(status="running", pid=os.getpid())
+    stopped_by, release_signals = catch_signals(world)
     try:
-        outcome, state = train(run, resume)
-        result = {"status": outcome, "step": state["step"], "seconds": state["seconds"]}
+        outcome, state = train(run, resume, stopped_by)
         if outcome == "finished":
             name = world.first_does(lambda: find_checkpoint(folder, "best", "ckpt"))
             restore_tensors(folder, read_checkpoint(folder, name), run.model)
-            test = evaluate(run.model, run.data, "test", p.train.eval_batch_size, run.device, run.dtype, world=world)
+            size = p.train.eval_batch_size
+            test = evaluate(run.model, run.data, "test", size, run.device, run.dtype, stopped_by, world)
+            outcome = "preempted" if test is None else outcome
+        result = {"status": outcome, "step": state["step"], "seconds": state["seconds"]}
+        if outcome == "finished":
             reached = test["accuracy"] >= p.train.target
             result |= {"status": outcome if reached else "below target", "target": p.train.target, "test": test}
     except BaseException as e:
@@ -620,9 +622,10 @@ def finish(run, resume):
                 write_json(os.path.join(folder, "status.json"), {"status": "failed", "error": f"{type(e).__name__}: {e}"})
         raise
     write_status(**result)
-    if outcome == "preempted":
+    if outcome == "preempted":  # signals stay caught: torchrun may repeat them until this process has ended
         world.say(f"stopped after step {state['step']} and saved; go on with: python train.py --resume {folder}")
-        return 128 + state["signal"]
+        return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)
+    release_signals()
     if outcome == "failed":
         return 1
     by_label, by_row = (

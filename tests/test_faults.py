@@ -91,7 +91,33 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
     assert_same(contents(out), contents(whole))
 
 
-def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch):
+@pytest.fixture
+def signals():
+    """A run in this process that a signal stopped leaves its handlers behind."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def test_a_signal_cuts_the_last_evaluation_short_too(tmp_path, monkeypatch, signals):
+    batch = train.plan([]).data_module.MadeData.batch
+
+    def signal_in_test(self, split, step, rows):
+        if split == "test":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, split, step, rows)
+
+    monkeypatch.setattr(train.plan([]).data_module.MadeData, "batch", signal_in_test)
+    status, out = run(tmp_path, eval_batch_size=10)
+    assert status == 128 + signal.SIGTERM
+    assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == "preempted"
+    monkeypatch.undo()
+    assert run(tmp_path, resume=True)[0] == 0
+
+
+def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
     """It is done again after the resume, so nothing is lost and nothing waits for 100,000 rows."""
     settings = dict(max_steps=30, eval_interval=10, eval_batch_size=10)
     _, whole = run(tmp_path, "whole", **settings)
