@@ -10,6 +10,7 @@ ranks decide alike.
 """
 
 import contextlib
+import gc
 import inspect
 import os
 from dataclasses import dataclass
@@ -115,7 +116,10 @@ def joined(device="auto"):
 
 
 def leave():
+    """End the connection. No wrapped model may outlive it: if DDP's reducer is the last to hold the process group, it waits
+    for gloo's thread while it has Python's lock, which that thread waits for (torch 2.13)."""
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -621,6 +621,8 @@ def finish(run, resume):
             with contextlib.suppress(RunFailed):  # what failed may be the disk
                 write_json(os.path.join(folder, "status.json"), {"status": "failed", "error": f"{type(e).__name__}: {e}"})
         raise
+    finally:
+        run.wrapped = None  # even where an error holds on to the run: see parallel.leave
     write_status(**result)
     if outcome == "preempted":  # signals stay caught: torchrun may repeat them until this process has ended
         world.say(f"stopped after step {state['step']} and saved; go on with: python train.py --resume {folder}")

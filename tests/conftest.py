@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -9,8 +10,10 @@ sys.path.insert(0, ROOT)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # its own is shared by forked processes: one killed while it has it would stop them all
 
 
 def pytest_addoption(parser):
@@ -37,6 +40,7 @@ def on_ranks():
     -> their exit statuses: what work returned, 1 or 2 for the sentences of RunFailed and ConfigError (the first rank prints
     its one), 99 for a traceback, -9 after kill -9. Forking spares the seconds that importing torch takes.
     """
+    import signal
     import socket
     import traceback
 
@@ -44,6 +48,7 @@ def on_ranks():
 
     def child(rank, size, port, work):
         status = 99
+        signal.alarm(240)  # a rank that hangs is killed, and its test fails
         try:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
