@@ -24,7 +24,8 @@ from test_train import assert_same, contents, flags, run
 
 def start(folder, name, **changes):
     command = [sys.executable, train.__file__, *flags(folder, name, **changes)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, tests start with it ignored
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 def wait_for_step(out, step, process):
