@@ -389,20 +389,22 @@ class DeltaMixer(CausalSelfAttention):
         note = "" if bounded else f"; note: with k_norm={c.k_norm} long keys may make the state grow without bound"
         return f"delta rule, {choice}{note}"
 
-    def forward(self, x, rows=None, memory=None):
+    def forward(self, x, rows=None, memory=None, documents=None):
         """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n): the recurrence still needs every token.
 
-        memory: {} before the first token, then what was left there by earlier calls, of constant size: "S" (B, H, K, V)
-        and "window", what the convolution looks back on. It is brought up to date in place.
+        memory: {"seen": 0} before the first token, then what was left there by earlier calls, of constant size: "S"
+        (B, H, K, V) and "window", what the convolution looks back on. It is brought up to date in place.
+        documents (attention.Documents): each begins with an empty state.
         """
         c = self.config
-        q, k, v = self.queries_keys_values(x, x, None, memory)
+        q, k, v = self.queries_keys_values(x, x, None, memory, documents)
         q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, x)  # (B, T, H, K)
         k = self.feature(k, self.heads, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, H, K)
         v = self.feature(v, self.heads, c.v_kernel).to(v.dtype)  # (B, T, H, V)
         q, k, v, beta = (y.transpose(1, 2) for y in (q, k, v, self.write_strength(x)))
         state = memory.get("S") if memory else None
-        o, state = delta_rule(q, k, v, beta, self.log_decay(x), state, chunk_size=c.chunk_size)  # (B, H, T, V)
+        ends = documents.ends if documents else None
+        o, state = delta_rule(q, k, v, beta, self.log_decay(x), state, ends, c.chunk_size)  # (B, H, T, V)
         if memory is not None:
             memory["S"] = state
         o = take(o.transpose(1, 2).flatten(2), rows)  # (B, n, H*V)
@@ -451,7 +453,7 @@ class GatedDeltaBlock(GPTBlock):
 
 
 class DeltaNet(GPT):
-    """The trunk of model.py with the delta rule in place of attention. `forward` is GPT's; `read` goes on from a state."""
+    """The trunk of model.py with the delta rule in place of attention. What `read` keeps does not grow (state_bytes)."""
 
     block = DeltaBlock
     ignores = {
@@ -459,20 +461,6 @@ class DeltaNet(GPT):
         "n_kv_heads": "each head of the delta rule has keys and values of its own",
         "pos": "the recurrence knows the order of its tokens",
     }
-
-    @torch.no_grad()
-    def read(self, tokens, memory=None):
-        """Read on: tokens (B, T) after everything `memory` has seen -> logits (B, T, vocabulary), new memory; no gradients.
-
-        memory is None before the first token; else what an earlier call returned, which stays as it was, so that
-        several continuations can start from it. Its size does not depend on how much was read (state_bytes); T may
-        be 1 (decoding) or a whole prompt, and the logits are those of one forward pass over all tokens.
-        """
-        memory = [{} for _ in self.layers] if memory is None else [dict(m) for m in memory]
-        x = self.embed(tokens)  # (B, T, D)
-        for layer, m in zip(self.layers, memory):
-            x = layer(x, memory=m)
-        return self.lm_head(self.final_norm(x)), memory
 
 
 class GatedDeltaNet(DeltaNet):

@@ -19,12 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from attention import Documents, flash_problem, rotary_table, rotate, softmax_attention
 from configs import one_of, require, told, within
-
-try:  # an optional extra, CUDA only: pip install flash-attn --no-build-isolation
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
 
 IGNORE = -100  # the target of a position that is not scored
 
@@ -167,64 +163,6 @@ def kernel_width(kernel, width):
     return 1 + width + width**2 if kernel == "taylor" else width
 
 
-# ---- softmax attention -------------------------------------------------------------------------------------------------
-
-
-def softmax_attention(q, k, v, rows=None):
-    """Causal softmax attention: o_t = sum_{s<=t} softmax_s(q_t.k_s / sqrt(K)) v_s. The one function all models call.
-
-    q (B, H, n, K); k (B, G, T, K); v (B, G, T, V) with G dividing H -> (B, H, n, V).
-    rows (B, n) gives the position of each query; None means n == T, in order.
-    flash-attn's varlen kernel where `flash_problem` finds nothing against it, else scaled_dot_product_attention.
-    """
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast some norms and feature maps return float32
-    if rows is None and flash_problem(q.device, q.dtype, q.shape[-1], v.shape[-1]) is None:
-        return flash_attention(q, k, v)
-    grouped = q.shape[1] != k.shape[1]
-    if rows is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    seen = rows[:, None, :, None] >= torch.arange(k.shape[2], device=k.device)  # (B, 1, n, T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
-
-
-def flash_problem(device, dtype, key_width, value_width):
-    """Why flash-attn cannot be used here, as text, or None if it can."""
-    if device.type != "cuda":
-        return "flash-attn runs on CUDA only"
-    if flash_attn_varlen_func is None:
-        return "flash-attn is not installed"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "flash-attn takes bfloat16 or float16 only"
-    if key_width != value_width or key_width > 256:
-        return "flash-attn needs keys and values of one width up to 256"
-    return None
-
-
-def flash_attention(q, k, v):
-    """Causal attention over B rows of T tokens through flash-attn's varlen kernel; shapes as in softmax_attention.
-
-    Deterministic, so that a resumed run repeats the interrupted one.
-    """
-    B, _, T, _ = q.shape
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*T, H or G, width)
-    ends = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
-    o = flash_attn_varlen_func(q, k, v, ends, ends, T, T, causal=True, deterministic=True)  # (B*T, H, V)
-    return o.unflatten(0, (B, T)).transpose(1, 2)
-
-
-def naive_attention(q, k, v, rows=None):
-    """softmax_attention one query at a time, written from the definition: the oracle of the tests."""
-    B, H, n, K = q.shape
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    out = []
-    for b in range(B):
-        for i in range(n):
-            t = i if rows is None else int(rows[b, i])
-            scores = (k[b, :, : t + 1] @ q[b, :, i, :, None]).squeeze(-1) / math.sqrt(K)  # (H, t+1)
-            out.append((scores.softmax(-1)[:, :, None] * v[b, :, : t + 1]).sum(1))
-    return torch.stack(out).unflatten(0, (B, n)).transpose(1, 2)
-
-
 # ---- small modules -----------------------------------------------------------------------------------------------------
 
 
@@ -237,22 +175,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return x * torch.rsqrt(inner(x, x) / x.shape[-1] + 1e-6) * self.weight
-
-
-def rotary_table(width, seq_len):
-    """Rotary positions (Su et al. 2021) as unit complex numbers, (T, K/2): position t turns the j-th pair of neighbouring
-    features by t * 10000^(-2j/K). Stored as (T, K/2, 2) real numbers."""
-    message = f"pos=rope turns features in pairs, so a key's width must be even, not {width}; or set pos=none"
-    require(width % 2 == 0, message, "pos")
-    angle = torch.outer(torch.arange(seq_len), 10000.0 ** (-torch.arange(0, width, 2) / width))
-    return torch.stack([angle.cos(), angle.sin()], dim=-1)
-
-
-def rotate(x, table, rows=None):
-    """Turn x (B, n, H, K) by its positions: rows (B, n), or None for 0..n-1. A rotation is one complex product."""
-    turn = table[: x.shape[1], None] if rows is None else table[rows].unsqueeze(2)  # (n or B, n, 1, K/2, 2)
-    pairs = x.float().unflatten(-1, (-1, 2))
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2).to(x.dtype)
 
 
 class CausalConvolution(torch.autograd.Function):
@@ -293,9 +215,11 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-(width**-0.5), width**-0.5))
 
-    def forward(self, x, memory=None):
+    def forward(self, x, memory=None, documents=None):
         """x (B, T, C) -> (B, T, C). memory, a dict, holds the tokens just before x from call to call, (B, width-1, C)."""
         weight = self.weight.to(x.dtype)
+        if documents:
+            return documents.join(CausalConvolution.apply(documents.split(x), weight))
         if memory is None:
             return CausalConvolution.apply(x, weight)
         before = memory.get("window", x.new_zeros(len(x), len(weight) - 1, x.shape[-1]))
@@ -329,6 +253,15 @@ def project(x, *linears, then=lambda y: y):
     """
     weight = torch.cat([m.weight for m in linears])
     return then(F.linear(x, weight)).split([m.out_features for m in linears], dim=-1)
+
+
+def positions(x, memory=None, documents=None):
+    """Where the tokens of x (B, T, D) stand in their documents, (B, T); None: at 0..T-1."""
+    if documents:
+        return documents.position[None]
+    if memory and memory["seen"]:
+        return torch.arange(memory["seen"], memory["seen"] + x.shape[1], device=x.device).expand(len(x), -1)
+    return None
 
 
 # ---- attention modules -------------------------------------------------------------------------------------------------
@@ -395,32 +328,43 @@ class CausalSelfAttention(nn.Module):
         """The projections that make what is stored of a token: keys and values."""
         return self.proj_k, self.proj_v
 
-    def queries_keys_values(self, x, here, rows, memory=None):
+    def queries_keys_values(self, x, here, rows, memory=None, documents=None):
         """x (B, T, D), here = take(x, rows) -> q (B, n, H * dk), k (B, T, G * dk), v (B, T, G * dv).
 
-        memory: see ShortConv.
+        memory, documents: see ShortConv.
         """
         if rows is not None and not self.conv:
             q, stored = self.proj_q(here), project(x, *self.stored())
         else:  # a convolution needs the neighbours of the tokens that ask, too
-            conv = (lambda y: self.conv(y, memory)) if self.conv else (lambda y: y)
+            conv = (lambda y: self.conv(y, memory, documents)) if self.conv else (lambda y: y)
             q, *stored = project(x, self.proj_q, *self.stored(), then=conv)
             q = take(q, rows)
         return q, stored[0], stored[-1]
 
-    def forward(self, x, rows=None):
+    def forward(self, x, rows=None, memory=None, documents=None):
+        """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n).
+
+        memory: {"seen": 0} before the first token, then what was left there by earlier calls: keys "k" and values "v" of all
+        tokens seen, ready for use, and "window", what the convolution looks back on. It is brought up to date in place.
+        documents: see softmax_attention; all of their tokens ask, and rows are picked afterwards.
+        """
         c = self.config
-        here = take(x, rows)  # (B, n, D), the tokens that ask
-        q, k, v = self.queries_keys_values(x, here, rows)
+        asking = None if documents else rows
+        here = take(x, asking)  # (B, n, D), the tokens that ask
+        q, k, v = self.queries_keys_values(x, here, asking, memory, documents)
         q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, here)  # (B, n, H, K)
         k = self.feature(k, self.groups, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, G, K)
         v = self.feature(v, self.groups, c.v_kernel).to(v.dtype)  # (B, T, G, V); exp and softmax widen bfloat16
+        at = positions(x, memory, documents)
         if c.pos == "rope":
-            q, k = rotate(q, self.turns, rows), rotate(k, self.turns)
-        o = softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rows)  # (B, H, n, V)
-        o = o.transpose(1, 2).flatten(2)  # (B, n, H*V)
+            q, k = rotate(q, self.turns, at if asking is None else asking), rotate(k, self.turns, at)
+        if memory is not None:
+            k, v = (torch.cat([memory[name], new], dim=1) if name in memory else new for name, new in (("k", k), ("v", v)))
+            memory["k"], memory["v"], asking = k, v, at
+        o = softmax_attention(*(y.transpose(1, 2) for y in (q, k, v)), asking, documents)  # (B, H, n, V)
+        o = take(o.transpose(1, 2).flatten(2), rows if documents else None)  # (B, n, H*V)
         if self.gate_out:
-            o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(here))
+            o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(take(x, rows)))
         return self.out_proj(o)
 
     @staticmethod
@@ -541,6 +485,7 @@ class GPT(nn.Module):
     forward(tokens (B, T), targets (B, T) or None) -> (logits, loss). Without targets, logits are (B, T, vocabulary) and
     loss is None. With targets, only positions whose target is not -100 are scored: the last block and the head run on
     those positions alone, logits are (N, vocabulary) in row-major order and loss is their mean cross-entropy.
+    With cu_seqlens (R + 1,), B is 1 and the row holds R documents end to end, which know nothing of each other.
     """
 
     block = GPTBlock
@@ -564,18 +509,44 @@ class GPT(nn.Module):
         if c.tie:
             self.lm_head.weight = self.embed.weight
 
-    def forward(self, tokens, targets=None):
+    def forward(self, tokens, targets=None, cu_seqlens=None):
         rows, flat, answers = (None, None, None) if targets is None else labelled_rows(targets)
-        x = self.embed(tokens)  # (B, T, D)
-        if self.pos_embed:
-            x = x + self.pos_embed.weight[: tokens.shape[1]]
+        extra = {} if cu_seqlens is None else {"documents": Documents(cu_seqlens)}
+        x = self.embedded(tokens, **extra)  # (B, T, D)
         for layer in self.layers[:-1]:
-            x = layer(x)
-        x = self.layers[-1](x, rows)  # (B, n, D)
+            x = layer(x, **extra)
+        x = self.layers[-1](x, rows, **extra)  # (B, n, D)
         if targets is None:
             return self.lm_head(self.final_norm(x)), None
         logits = self.lm_head(self.final_norm(x.flatten(0, 1)[flat]))  # (N, vocabulary)
         return logits, CrossEntropy.apply(logits.to(computing_dtype(logits)), answers)
+
+    def embedded(self, tokens, memory=None, documents=None):
+        """tokens (B, T) -> (B, T, D), with learned positions if it has them"""
+        x = self.embed(tokens)
+        if self.pos_embed:
+            at = positions(x, memory, documents)
+            x = x + (self.pos_embed.weight[: tokens.shape[1]] if at is None else self.pos_embed(at))
+        return x
+
+    @torch.no_grad()
+    def read(self, tokens, memory=None):
+        """Read on: tokens (B, T) after everything `memory` has seen -> logits (B, T, vocabulary), new memory; no gradients.
+
+        memory is None before the first token; else what an earlier call returned, which stays as it was, so that
+        several continuations can start from it. T may be 1 (decoding) or a whole prompt, and the logits are those of one
+        forward pass over all tokens. ValueError beyond seq_len, where a model has positions.
+        """
+        c = self.config
+        memory = [{"seen": 0} for _ in self.layers] if memory is None else [dict(m) for m in memory]
+        end = memory[0]["seen"] + tokens.shape[1]
+        if end > c.seq_len and c.pos != "none":
+            raise ValueError(f"the model has positions for {c.seq_len} tokens, not for {end}")
+        x = self.embedded(tokens, memory[0])
+        for layer, m in zip(self.layers, memory):
+            x = layer(x, memory=m)
+            m["seen"] = end
+        return self.lm_head(self.final_norm(x)), memory
 
     @classmethod
     def state_bytes(cls, config, tokens=None):
@@ -608,6 +579,16 @@ class UnifiedKV(GPT):
 
 
 Model = GPT  # what `--model model` names
+
+
+def greedy(model, tokens, count):
+    """The `count` tokens that follow tokens (B, T), each the most likely one after all before it -> (B, count)."""
+    logits, memory = model.read(tokens)
+    out = [logits[:, -1:].argmax(-1)]  # (B, 1)
+    while len(out) < count:
+        logits, memory = model.read(out[-1], memory)
+        out.append(logits.argmax(-1))
+    return torch.cat(out, dim=1)
 
 
 def correct(logits, targets):

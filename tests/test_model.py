@@ -68,22 +68,6 @@ def test_parameter_counts_and_tree_of_updatable_long_term_memory():
 # ---- attention against its definition ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("some_rows", [False, True])
-def test_softmax_attention_equals_naive(groups, some_rows):
-    torch.manual_seed(0)
-    rows = torch.tensor([[0, 3, 11], [2, 2, 5]]) if some_rows else None
-    inputs = [
-        torch.randn(2, h, t, w, dtype=torch.float64, requires_grad=True)
-        for h, t, w in ((4, 3 if some_rows else T, 6), (groups, T, 6), (groups, T, 5))
-    ]
-    ours, naive = M.softmax_attention(*inputs, rows), M.naive_attention(*inputs, rows)
-    torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
-    grad = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(naive, inputs, grad)):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-
-
 def naive_feature(x, kernel, norm):
     """Feature map and norm of one vector, spelled out."""
     n = len(x)
@@ -180,43 +164,7 @@ def test_attention_module_equals_naive_in_outputs_and_gradients(cls, switches):
     torch.testing.assert_close(att(x, rows), ours[:, [1, 4]], rtol=1e-6, atol=1e-8)
 
 
-def test_flash_attention_lays_its_arguments_out_as_varlen_expects(monkeypatch):
-    """The kernel itself needs a GPU; here a stand-in with its documented semantics checks the thin call."""
-
-    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, causal, deterministic):
-        assert causal and deterministic and cu_q.dtype == torch.int32 and max_q == max_k == T
-        assert q.shape == (2 * T, 4, 6) and k.shape == v.shape == (2 * T, 2, 6) and cu_q.tolist() == [0, T, 2 * T]
-        pieces = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in zip(cu_q[:-1], cu_q[1:])]
-        return torch.cat([M.naive_attention(*piece)[0].transpose(0, 1) for piece in pieces])
-
-    monkeypatch.setattr(M, "flash_attn_varlen_func", stand_in)
-    q, k, v = (torch.randn(2, h, T, 6) for h in (4, 2, 2))
-    torch.testing.assert_close(M.flash_attention(q, k, v), M.softmax_attention(q, k, v))
-
-
-def test_flash_is_chosen_only_where_it_works(monkeypatch):
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert "CUDA" in M.flash_problem(cpu, torch.bfloat16, 64, 64)
-    monkeypatch.setattr(M, "flash_attn_varlen_func", None)
-    assert "not installed" in M.flash_problem(cuda, torch.bfloat16, 64, 64)
-    monkeypatch.setattr(M, "flash_attn_varlen_func", object())
-    assert "bfloat16" in M.flash_problem(cuda, torch.float32, 64, 64)
-    assert "one width" in M.flash_problem(cuda, torch.bfloat16, 64, 32) and M.flash_problem(cuda, torch.bfloat16, 512, 512)
-    assert M.flash_problem(cuda, torch.bfloat16, 64, 64) is None
-
-
 # ---- small parts -------------------------------------------------------------------------------------------------------
-
-
-def test_rotary_scores_depend_on_distance_only():
-    table = M.rotary_table(6, 32)
-    q, k = torch.randn(2, 6)
-    turned = [M.rotate(x.expand(1, 32, 1, 6), table)[0, :, 0] for x in (q, k)]
-    scores = turned[0] @ turned[1].T  # (32, 32)
-    for distance in range(32):
-        diagonal = scores.diagonal(-distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)
-    assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-2
 
 
 def test_taylor_features_are_a_second_order_exponential():

@@ -1,0 +1,146 @@
+"""attention.py against definitions written out naively: rows, documents end to end, the cache of decoding, positions."""
+
+import pytest
+import torch
+
+import attention as A
+import delta as D
+import model as M
+from test_model import T, V, build
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("some_rows", [False, True])
+def test_softmax_attention_equals_naive(groups, some_rows):
+    torch.manual_seed(0)
+    rows = torch.tensor([[0, 3, 11], [2, 2, 5]]) if some_rows else None
+    inputs = [
+        torch.randn(2, h, t, w, dtype=torch.float64, requires_grad=True)
+        for h, t, w in ((4, 3 if some_rows else T, 6), (groups, T, 6), (groups, T, 5))
+    ]
+    ours, naive = A.softmax_attention(*inputs, rows), A.naive_attention(*inputs, rows)
+    torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
+    grad = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(naive, inputs, grad)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_flash_attention_lays_its_arguments_out_as_varlen_expects(monkeypatch):
+    """The kernel itself needs a GPU; here a stand-in with its documented semantics checks the thin call."""
+
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, causal, deterministic):
+        assert causal and deterministic and cu_q.dtype == torch.int32 and max_q == max_k == T
+        assert q.shape == (2 * T, 4, 6) and k.shape == v.shape == (2 * T, 2, 6) and cu_q.tolist() == [0, T, 2 * T]
+        pieces = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in zip(cu_q[:-1], cu_q[1:])]
+        return torch.cat([A.naive_attention(*piece)[0].transpose(0, 1) for piece in pieces])
+
+    monkeypatch.setattr(A, "flash_attn_varlen_func", stand_in)
+    q, k, v = (torch.randn(2, h, T, 6) for h in (4, 2, 2))
+    torch.testing.assert_close(A.flash_attention(q, k, v), A.softmax_attention(q, k, v))
+
+
+def test_flash_is_chosen_only_where_it_works(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert "CUDA" in A.flash_problem(cpu, torch.bfloat16, 64, 64)
+    monkeypatch.setattr(A, "flash_attn_varlen_func", None)
+    assert "not installed" in A.flash_problem(cuda, torch.bfloat16, 64, 64)
+    monkeypatch.setattr(A, "flash_attn_varlen_func", object())
+    assert "bfloat16" in A.flash_problem(cuda, torch.float32, 64, 64)
+    assert "one width" in A.flash_problem(cuda, torch.bfloat16, 64, 32) and A.flash_problem(cuda, torch.bfloat16, 512, 512)
+    assert A.flash_problem(cuda, torch.bfloat16, 64, 64) is None
+
+
+def test_rotary_scores_depend_on_distance_only():
+    table = A.rotary_table(6, 32)
+    q, k = torch.randn(2, 6)
+    turned = [A.rotate(x.expand(1, 32, 1, 6), table)[0, :, 0] for x in (q, k)]
+    scores = turned[0] @ turned[1].T  # (32, 32)
+    for distance in range(32):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)
+    assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-2
+
+
+# ---- documents end to end ----------------------------------------------------------------------------------------------
+
+KINDS = {
+    "gpt": (M.GPT, dict(n_kv_heads=1)),
+    "gpt, learned positions, gates": (M.GPT, dict(pos="learned", q_gated=True, k_gated=True, att_use_output_gate=True)),
+    "unified_kv, conv, mlp": (M.UnifiedKV, dict(conv=3, use_ffn=True)),
+    "delta": (D.DeltaNet, {}),
+    "gated_delta": (D.GatedDeltaNet, dict(att_use_output_gate=True)),
+}
+
+
+def build_kind(kind, **changes):
+    cls, options = KINDS[kind]
+    if not issubclass(cls, D.DeltaNet):
+        return build(cls, **{**options, **changes})
+    torch.manual_seed(0)
+    sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, vocab_size=V, seq_len=T, init_std=0.3)
+    return cls(D.Config(**{**sizes, **options, **changes})).double()
+
+
+def outcome(model, *inputs):
+    """[logits, loss, gradients]"""
+    logits, loss = model(*inputs)
+    return [logits, loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [(7, 1, 12, 5), (6, 6, 6), (1, 1)], ids=str)
+@pytest.mark.parametrize("share", [0.3, 1.0])  # of tokens with a label: few enough for the last block to skip some, or all
+def test_packed_equals_a_row_for_each_document(kind, lengths, share):
+    model, g = build_kind(kind, seq_len=30), torch.Generator().manual_seed(0)
+    tokens = torch.randint(V, (len(lengths), max(lengths)), generator=g)
+    inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    targets = torch.where((torch.rand(tokens.shape, generator=g) < share) & inside, tokens.flip(1), M.IGNORE)
+    targets[0, 0] = 3  # one at least
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    packed = outcome(model, tokens[inside][None], targets[inside][None], ends)
+    for a, b in zip(packed, outcome(model, tokens, targets)):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    if len(lengths) > 2:  # and the check would notice: as one long document it is another thing
+        assert (model(tokens[inside][None], targets[inside][None])[1] - packed[1]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_logits_without_targets_and_an_empty_document(kind):
+    model = build_kind(kind)
+    tokens = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(0))
+    logits = model(tokens, None, torch.tensor([0, 4, 4, 12], dtype=torch.int32))[0]
+    apart = torch.cat([model(tokens[:, :4])[0], model(tokens[:, 4:])[0]], dim=1)
+    torch.testing.assert_close(logits, apart, rtol=1e-6, atol=1e-7)
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_on_from_the_cache_equals_one_forward_pass(kind):
+    model = build_kind(kind)
+    tokens = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(0))
+    expected, _ = model(tokens)
+    for pieces in ([1] * T, [T], [5, 1, 1, 5]):
+        memory, logits = None, []
+        for piece in tokens.split(pieces, dim=1):
+            part, memory = model.read(piece, memory)
+            logits.append(part)
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_the_argmax_of_whole_rows(kind):
+    model = build_kind(kind)
+    tokens = torch.randint(V, (3, 4), generator=torch.Generator().manual_seed(0))
+    out = M.greedy(model, tokens, T - 4)
+    assert out.shape == (3, T - 4)
+    whole = torch.cat([tokens, out], dim=1)
+    assert torch.equal(model(whole)[0][:, 3:-1].argmax(-1), out)
+    assert torch.equal(M.greedy(model, tokens, 1), out[:, :1])
+
+
+def test_reading_beyond_the_positions_is_refused():
+    with pytest.raises(ValueError, match="positions for 12 tokens, not for 13"):
+        build().read(torch.zeros(1, T + 1, dtype=torch.long))
+    build(pos="none", conv=2).read(torch.zeros(1, T + 1, dtype=torch.long))
