@@ -20,6 +20,7 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 import warnings
 
 import torch
@@ -54,6 +55,29 @@ def write_file(path, write, before=lambda: None):
         if isinstance(e, (OSError, RuntimeError)) and isinstance(cause, OSError):
             raise RunFailed(f"cannot write {path}: {cause.strerror}; what stood there before is whole") from None
         raise
+
+
+@contextlib.contextmanager
+def new_directory(path):
+    """A temporary directory beside `path` to fill; it gets the name when the block ends: a directory of that name is always
+    complete. ConfigError in one sentence if there is one already or the disk refuses; then nothing is left behind."""
+    target = os.path.abspath(path)
+    if os.path.exists(target):
+        raise ConfigError(f"{path} exists already; name another --output-dir or delete it first", "output_dir")
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        work = tempfile.mkdtemp(prefix=os.path.basename(target) + ".partial-", dir=os.path.dirname(target))
+    except OSError as e:
+        raise ConfigError(f"cannot write beside {path}: {e.strerror}", "output_dir") from None
+    try:
+        yield work
+        os.chmod(work, 0o755)  # mkdtemp made it private
+        os.rename(work, target)
+    except (OSError, RunFailed) as e:
+        cause = e if isinstance(e, OSError) else e.__context__  # see write_file
+        raise ConfigError(f"writing {path} failed ({cause.strerror or cause}); nothing was left behind") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def remove(path):

@@ -3,13 +3,10 @@
 Letters: R rows, L tokens in a row, B blocks in a row, n pairs in a block, V vocabulary.
 """
 
-import hashlib
 import json
 import math
 import os
-import shutil
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import configs
+from checkpoint import file_hash, new_directory, write_file, write_json
 from configs import ConfigError, at_least, require
 from draws import IGNORE, SPLITS, draw_distinct, draw_slots, stream_key, uniforms
 
@@ -89,32 +87,16 @@ def make_stored_rows(c, split, rows):
 def write_dataset(c, shard_rows=20000):
     """Write train/, validation/ and test/ shards, orders/ and metadata.json; return the metadata.
 
-    Everything goes to a temporary directory beside output_dir, which gets its name only when all of it is on disk: a
-    directory of that name is always complete. Memory does not grow with num_samples: half a million tokens are written at
-    a time, in both formats. Copies of the training split are orders/train.npy, (num_copies, num_samples) row numbers.
+    A directory of that name is always complete (checkpoint.new_directory). Memory does not grow with num_samples: half a
+    million tokens are written at a time, in both formats. Copies of the training split are orders/train.npy, (num_copies,
+    num_samples) row numbers.
     """
-    target = os.path.abspath(c.output_dir)
-    if os.path.exists(target):
-        raise ConfigError(f"{c.output_dir} exists already; name another --output-dir or delete it first", "output_dir")
-    try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        work = tempfile.mkdtemp(prefix=os.path.basename(target) + ".partial-", dir=os.path.dirname(target))
-    except OSError as e:
-        raise ConfigError(f"cannot write beside {c.output_dir}: {e.strerror}", "output_dir") from None
-    try:
+    with new_directory(c.output_dir) as work:
         splits = {name: write_split(c, work, name, shard_rows) for name in ("train", "validation", "test")}
         metadata = describe(c, splits)
         if c.num_copies > 1:
             metadata["orders"] = write_orders(c, work)
-        with open(os.path.join(work, "metadata.json"), "w") as f:
-            json.dump(metadata, f, indent=1)
-            sync(f)
-        os.chmod(work, 0o755)  # mkdtemp made it private
-        os.rename(work, target)
-    except OSError as e:
-        raise ConfigError(f"writing {c.output_dir} failed ({e.strerror or e}); nothing was left behind") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        write_json(os.path.join(work, "metadata.json"), metadata)
     return metadata
 
 
@@ -128,9 +110,7 @@ def write_split(c, work, name, shard_rows):
             path = os.path.join(work, name, f"part-{len(files):05d}.{c.output_format}")
             size = max(1, 2**19 // c.seq_len)  # rows in memory at a time
             chunks = (range(a, min(a + size, last)) for a in range(first, last, size))
-            with open(path, "wb") as f:
-                WRITERS[c.output_format](f, c, split, chunks, bar)
-                sync(f)
+            write_file(path, lambda f: WRITERS[c.output_format](f, c, split, chunks, bar))
             file = {"name": f"{name}/{os.path.basename(path)}", "rows": last - first, "bytes": os.path.getsize(path)}
             files.append(file | {"sha256": file_hash(path)})
             if bar.disable:
@@ -198,16 +178,6 @@ def describe(c, splits):
         "labels_shifted": False,
         "files": splits,
     }
-
-
-def sync(f):
-    f.flush()
-    os.fsync(f.fileno())
-
-
-def file_hash(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class StoredData:
