@@ -10,7 +10,6 @@ and <out>.png. A run is rebuilt from its own config.json and checkpoint; no over
 
 import glob
 import json
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 import configs
 from checkpoint import read_json, read_log, write_file, write_json
 from configs import ConfigError, one_of, require
-from measure import figure, predict, summarise
+from measure import figure, predict, print_slices, share, shares, shown, summarise, table
 from parallel import choose_device
 from train import load_run, read_plan
 
@@ -42,29 +41,6 @@ class EvalConfig:
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
 
 
-def wilson(right, n, z=1.959964):
-    """95% interval of a share right / n (Wilson 1927); it stays inside [0, 1] and works at 0 and n. Labels count as
-    independent; those of one row are not quite, so read it as the noise of sampling labels."""
-    if n == 0:
-        return 0.0, 1.0
-    p, q = right / n, z * z / n
-    middle, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def share(right, n):
-    """{"value", "ci95", "n"} of a share."""
-    return {"value": right / n, "ci95": wilson(right, n), "n": n}
-
-
-def table(head, rows):
-    """Columns under each other: first one left, others right."""
-    cells = [[str(x) for x in row] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))))
-
-
 # ---- one run -----------------------------------------------------------------------------------------------------------
 
 
@@ -79,12 +55,14 @@ def slices(words, config):
     print(f"{folder}: {config.checkpoint}.pt of step {state['step']}; {line}")
     batches = list(predict(model.to(device), data, config.split, config.eval_batch_size, device, dtype, bar=True))
     result = summarise(batches)
+    everything = shares(result["all"])
     metrics = {
-        "accuracy": share(round(result["accuracy"] * result["labels"]), result["labels"]),
-        "row_accuracy": share(round(result["row_accuracy"] * result["rows"]), result["rows"]),
+        "accuracy": share(result["all"]["right"], result["all"]["labels"]),
+        "row_accuracy": everything["exact"],
         "loss": {"value": result["loss"], "n": result["labels"]},
+        "without_knowledge": getattr(data, "chance", {}),
     }
-    by_slice = {tag: {str(v): share(*cell) for v, cell in cells.items()} for tag, cells in result["by_slice"].items()}
+    by_slice = {tag: {str(v): shares(cell) for v, cell in cells.items()} for tag, cells in result["by_slice"].items()}
     about = {
         "run": folder,
         "split": config.split,
@@ -92,23 +70,18 @@ def slices(words, config):
         "step": state["step"],
         "model": p.train.model,
     }
-    rows = [("all labels", "", *shown(metrics["accuracy"])), ("whole rows", "", *shown(metrics["row_accuracy"]))]
-    rows += [(tag, value, *shown(cell)) for tag, cells in by_slice.items() for value, cell in cells.items()]
-    table(("slice", "value", "n", "accuracy", "95% interval"), rows)
+    print_slices(result)
+    for name, value in metrics["without_knowledge"].items():
+        print(f"without knowledge: {name}: {value:.4f}")
     path = os.path.join(folder, f"eval_{config.split}")
     write_json(
         path + ".json",
         {"config": about, "metrics": metrics, "by_slice": by_slice, "examples": os.path.basename(path) + ".parquet"},
     )
     columns = {tag: np.concatenate([b["tags"][tag] for b in batches]) for tag in batches[0]["tags"]}
-    write_parquet(path + ".parquet", {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit")} | columns)
+    write_parquet(path + ".parquet", {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit", "loss")} | columns)
     plot_slices(path + ".png", by_slice, f"{os.path.basename(os.path.normpath(folder))}, {config.split}")
     print(f"wrote {path}.json, .parquet, .png")
-
-
-def shown(cell):
-    low, high = cell["ci95"]
-    return cell["n"], f"{cell['value']:.4f}", f"{low:.4f} - {high:.4f}"
 
 
 def write_parquet(path, columns):
@@ -148,7 +121,7 @@ def compare(words, config):
         if os.path.exists(os.path.join(folder, "config.json")):
             try:
                 runs.append(read_result(folder))
-            except (OSError, json.JSONDecodeError, KeyError, ConfigError) as e:
+            except (OSError, json.JSONDecodeError, KeyError, TypeError, ConfigError) as e:
                 left_out.append(f"{folder} ({type(e).__name__}: {e})")
     if left_out:
         print("left out, because they have no test result that can be read:", *left_out, sep="\n  ", file=sys.stderr)
@@ -187,7 +160,7 @@ def read_result(folder):
         "seconds": round(status["seconds"], 1),
         "all": share(round(test["accuracy"] * test["labels"]), test["labels"]),
         "curve": [(r["step"], r["accuracy"]) for r in read_log(folder) if r["kind"] == "eval"],
-        "by_pairs": {int(n): share(*cell) for n, cell in test["by_slice"].get("num_kv_pairs", {}).items()},
+        "by_pairs": {int(n): shares(cell) for n, cell in test["by_slice"].get("num_kv_pairs", {}).items()},
     }
 
 

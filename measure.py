@@ -1,15 +1,18 @@
 """Accuracy and loss of a model over a split, and the curves of a run, for train.py to watch itself and for eval.py."""
 
 import contextlib
+import math
 import os
 import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as model_file
 from checkpoint import read_log
+from configs import require
 from parallel import ALONE
 
 
@@ -21,7 +24,7 @@ def autocast(device, dtype):
 def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=False, stop=(), world=ALONE):
     """Yield, batch by batch over a whole split, a dict of
 
-    hit (N,) bool, loss (a sum over labels), tags {name: (N,)}, row (N,) the row of each label, row_hit (B,) bool.
+    hit (N,) bool, loss (N,) nats, tags {name: (N,)}, row (N,) the row of each label, row_hit (B,) bool.
 
     Ranks take turns: each yields its own batches, None where there is none left for it, and ends early, together with
     the others, once `stop` (a list that a signal fills) of any is not empty.
@@ -34,15 +37,17 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
             return
         # FSDP gathers weights in every forward pass, so a rank without a batch runs one along
         rows = batches[min(turn + world.rank, len(batches) - 1)]
-        tokens, targets, tags = data.batch(split, 0, rows)
+        tokens, targets, tags, *more = data.batch(split, 0, rows)
         with autocast(device, dtype):
-            logits, loss = model(tokens.to(device), targets.to(device))
+            logits, _ = model(tokens.to(device), targets.to(device), *(x.to(device) for x in more))
         if turn + world.rank >= len(batches):
             yield None
             continue
+        mask = targets != -100
         hit, row_hit = correct(logits.cpu(), targets)
-        row = np.repeat(np.asarray(rows), (targets != -100).sum(1).numpy())
-        yield {"hit": hit.numpy(), "loss": loss.item() * len(hit), "tags": tags, "row": row, "row_hit": row_hit.numpy()}
+        loss = F.cross_entropy(logits.float().cpu(), targets[mask], reduction="none")
+        row = np.repeat(np.asarray(rows), mask.sum(1).numpy())
+        yield {"hit": hit.numpy(), "loss": loss.numpy(), "tags": tags, "row": row, "row_hit": row_hit.numpy()}
 
 
 def scorer(model):
@@ -52,7 +57,7 @@ def scorer(model):
 
 
 def evaluate(model, data, split, batch_size, device, dtype=torch.float32, stop=(), world=ALONE):
-    """Token accuracy, row accuracy (exact match), mean loss, and {tag: {value: [right, labels]}} over all labels.
+    """Token accuracy, row accuracy (exact match), mean loss, and by_slice {tag: {value: counts}} over all labels.
 
     Shared out over the ranks, and the same on each. None if `stop` cut it short.
     """
@@ -67,37 +72,106 @@ def evaluate(model, data, split, batch_size, device, dtype=torch.float32, stop=(
 
 
 def summarise(batches):
-    """What predict yielded -> accuracies, mean loss, their counts, and {tag: {value: [right, labels]}}."""
+    """What predict yielded -> accuracies, mean loss, their counts, and by_slice {tag: {value: counts}}."""
     return total([count(b) for b in batches])
 
 
 def count(batch):
-    """What predict yielded for one batch, in numbers that add up."""
-    hit, by_slice = batch["hit"], {}
-    for tag, values in batch["tags"].items():
-        by_slice[tag] = {v.item(): [int(hit[values == v].sum()), int((values == v).sum())] for v in np.unique(values)}
-    rows = batch["row_hit"]
-    sums = {"right": int(hit.sum()), "labels": len(hit), "row_right": int(rows.sum()), "rows": len(rows)}
-    return {**sums, "loss": batch["loss"], "by_slice": by_slice}
+    """What predict yielded for one batch, in numbers that add up: of all labels, and by slice."""
+    hit, loss, row = batch["hit"], batch["loss"], batch["row"]
+
+    def counts(mine):
+        rows, wrong = np.unique(row[mine]), np.unique(row[mine & ~hit])
+        sums = {"right": int(hit[mine].sum()), "labels": int(mine.sum()), "loss": float(loss[mine].sum(dtype=np.float64))}
+        return {**sums, "row_right": len(rows) - len(wrong), "rows": len(rows)}
+
+    by_slice = {tag: {v.item(): counts(values == v) for v in np.unique(values)} for tag, values in batch["tags"].items()}
+    whole = {"row_right": int(batch["row_hit"].sum()), "rows": len(batch["row_hit"])}  # rows without labels, too
+    return {**counts(np.ones(len(hit), bool)), **whole, "by_slice": by_slice}
 
 
 def total(counts):
-    """The counts of all batches -> what `evaluate` returns."""
-    sums = {k: sum(c[k] for c in counts) for k in ("right", "labels", "row_right", "rows", "loss")}
+    """The counts of all batches -> what `evaluate` returns. A row is right in a slice if its labels there are."""
+    names = ("right", "labels", "row_right", "rows", "loss")
+    sums = {k: sum(c[k] for c in counts) for k in names}
     by_slice = {}
     for c in counts:
         for tag, cells in c["by_slice"].items():
-            for value, (right, n) in cells.items():
-                cell = by_slice.setdefault(tag, {}).setdefault(value, [0, 0])
-                cell[0], cell[1] = cell[0] + right, cell[1] + n
+            for value, cell in cells.items():
+                before = by_slice.setdefault(tag, {}).get(value, dict.fromkeys(names, 0))
+                by_slice[tag][value] = {k: before[k] + cell[k] for k in names}
     return {
         "accuracy": sums["right"] / sums["labels"],
         "row_accuracy": sums["row_right"] / sums["rows"],
         "loss": sums["loss"] / sums["labels"],
         "labels": sums["labels"],
         "rows": sums["rows"],
+        "all": sums,
         "by_slice": {tag: dict(sorted(cells.items())) for tag, cells in by_slice.items()},
     }
+
+
+# ---- shares and tables -------------------------------------------------------------------------------------------------
+
+
+def wilson(right, n, z=1.959964):
+    """95% interval of a share right / n (Wilson 1927); it stays inside [0, 1] and works at 0 and n. Labels count as
+    independent; those of one row are not quite, so read it as the noise of sampling labels."""
+    if n == 0:
+        return 0.0, 1.0
+    p, q = right / n, z * z / n
+    middle, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share(right, n):
+    """{"value", "ci95", "n"} of a share."""
+    return {"value": right / n, "ci95": wilson(right, n), "n": n}
+
+
+def shares(cell):
+    """Counts of labels -> share of right labels, and under "exact" that of right rows; "nll" in nats per label."""
+    exact, nll = share(cell["row_right"], cell["rows"]), cell["loss"] / cell["labels"]
+    return {**share(cell["right"], cell["labels"]), "exact": exact, "nll": nll}
+
+
+def table(head, rows):
+    """Columns under each other: first one left, others right."""
+    cells = [[str(x) for x in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))))
+
+
+def shown(cell):
+    """A share -> its n, value and interval as text."""
+    low, high = cell["ci95"]
+    return cell["n"], f"{cell['value']:.4f}", f"{low:.4f} - {high:.4f}"
+
+
+def print_slices(result, most=24):
+    """Print what `evaluate` returned: accuracy of labels and of whole rows with intervals, and loss, in all and by slice. A tag
+    with more than `most` values is left to eval.py's files."""
+    rows = [("all", "", result["all"])]
+    for tag, cells in result["by_slice"].items():
+        rows += [(tag, value, cell) for value, cell in cells.items()] if len(cells) <= most else []
+    head = ("slice", "value", "labels", "accuracy", "95% interval", "rows", "exact", "95% interval", "nats per label")
+    cells = [(tag, value, shares(cell)) for tag, value, cell in rows]
+    table(head, [(tag, value, *shown(s), *shown(s["exact"]), f"{s['nll']:.4f}") for tag, value, s in cells])
+
+
+def watched(result, name):
+    """Token accuracy of all of what `evaluate` returned, or of the slice "tag=value"."""
+    if not name:
+        return result["accuracy"]
+    tag, _, value = name.partition("=")
+    cells = {str(v): cell for v, cell in result["by_slice"].get(tag, {}).items()}
+    there = " ".join(f"{t}={v}" for t, cells in result["by_slice"].items() for v in list(cells)[:12])
+    require(value in cells, f"target_slice={name} is not among the slices measured: {there}", "target_slice")
+    return cells[value]["right"] / cells[value]["labels"]
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------------
 
 
 def figure(*shape, width=4.2):

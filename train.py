@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,8 @@ from tqdm import tqdm
 import configs
 from checkpoint import Log, find_checkpoint, load_checkpoint, lock, part, read_checkpoint, read_json, write_json
 from configs import ConfigError, RunFailed, Setting, at_least, one_of, require, within
-from measure import autocast, evaluate, plot_curves
+from measure import autocast, evaluate, plot_curves, print_slices, watched
+from mixture import mixed
 from parallel import (
     FORMS,
     PARALLEL,
@@ -92,6 +94,11 @@ class TrainConfig:
     log_interval: int = 20  # steps between rows of log.jsonl
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
     target: float = 0.0  # exit with status 1 if test token accuracy ends below this
+    target_slice: str = ""  # a slice of the data, tag=value (seen=1), that target, stop_accuracy and best.pt go by; empty: all
+    synthetic_dataset: str = ""  # a second data set on disk, mixed into training within a window of steps
+    synthetic_start_step: int = 0  # the window's first step
+    synthetic_end_step: int = 0  # and the one after its last
+    synthetic_weight: float = 1.0  # share of the window's steps that take their rows from there
     log_dir: str = "runs"  # where run directories go
     exp_group: str = "0"  # label in the run's name
     run_name: str = ""  # name of the run directory; empty: made from the settings and the time
@@ -111,7 +118,11 @@ class TrainConfig:
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, PARALLEL, "parallel")
         one_of(self, ("", *FORMS), "export")
-        within(self, 0, 1, "lr_gamma", "lr_min", "stop_accuracy", "target")
+        within(self, 0, 1, "lr_gamma", "lr_min", "stop_accuracy", "target", "synthetic_weight")
+        at_least(self, 0, "synthetic_start_step", "synthetic_end_step")
+        window = f"synthetic_end_step={self.synthetic_end_step} must be above synthetic_start_step={self.synthetic_start_step}"
+        ends = self.synthetic_end_step > self.synthetic_start_step
+        require(ends or not self.synthetic_dataset, window, "synthetic_end_step")
         within(self, 0, 0.99999, "beta1", "beta2")
         within(self, 0, 2**62, "seed")
         require(self.lr > 0, f"lr={self.lr} must be above 0", "lr")
@@ -122,6 +133,9 @@ class TrainConfig:
 
     def unused(self):
         reasons = {} if self.schedule == "exponential" else {"lr_gamma": f"schedule is {self.schedule}"}
+        if not self.synthetic_dataset:
+            window = ("synthetic_start_step", "synthetic_end_step", "synthetic_weight")
+            reasons |= dict.fromkeys(window, "there is no synthetic_dataset")
         if self.schedule not in ("cosine", "linear"):
             reasons["lr_min"] = f"schedule is {self.schedule}"
         return reasons
@@ -185,6 +199,12 @@ def plan(settings):
     configs.check_names(settings, TrainConfig, model_module.Config, data_module.Config)
     train = configs.build(TrainConfig, settings)
     return Plan(train, model_module, model_class, data_module, configs.build(data_module.Config, settings), settings)
+
+
+def open_data(p):
+    """The task, with the synthetic data set mixed in if there is one."""
+    data = p.data_module.Data(p.data)
+    return mixed(data, p.train) if p.train.synthetic_dataset else data
 
 
 def model_config(p, data):
@@ -303,8 +323,9 @@ def load_run(folder, which="best"):
     which: "best" (highest validation accuracy) or "ckpt" (latest).
     """
     p = read_plan(folder)
-    data = p.data_module.Data(p.data)
-    model = make_model(p, model_config(p, data))
+    data = p.data_module.Data(p.data)  # a synthetic start is over, and its data set may be gone
+    sizes = types.SimpleNamespace(**read_json(os.path.join(folder, "config.json"))["model"])
+    model = make_model(p, model_config(p, sizes))
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
     model.load_state_dict(part(state["tensors"], "model"))
     return p, data, model.eval(), state
@@ -382,10 +403,11 @@ def train(run, resume=None, stopped_by=()):
                 save()
                 outcome = "preempted"
                 break
-            accuracy, exact = result["accuracy"], result["row_accuracy"]
+            accuracy, exact = watched(result, c.target_slice), result["row_accuracy"]
             if world.first:
                 log.write(kind="eval", step=step, split="val", seconds=time.perf_counter() - began, **result)
-                show(bar, f"step {step}: val accuracy {accuracy:.4f}, rows {exact:.4f}, loss {result['loss']:.4f}")
+                of = f" of {c.target_slice}" * bool(c.target_slice)
+                show(bar, f"step {step}: val accuracy{of} {accuracy:.4f}, rows {exact:.4f}, loss {result['loss']:.4f}")
             if accuracy > state["best"]:
                 state["best"] = accuracy
                 save("best")
@@ -440,15 +462,16 @@ def backward(run, step, stopped_by):
     rows = np.asarray(run.data.rows(step, c.batch_size))
     parts = []
     for number, mine in split_batch(rows, world, c.accumulate):
-        tokens, targets = run.data.batch("train", step, mine if len(mine) else rows[:1])[:2]  # none left: run one along
-        parts.append((number, tokens, targets, (targets != -100).sum().item() if len(mine) else 0))
+        tokens, targets, _, *more = run.data.batch("train", step, mine if len(mine) else rows[:1])  # none left: run one along
+        inputs = tokens, targets, *more
+        parts.append((number, inputs, (targets != -100).sum().item() if len(mine) else 0))
     labels, stops = world.table(sum(n for *_, n in parts), len(stopped_by)).sum(0).tolist()
     loss = 0.0
-    for i, (number, tokens, targets, n) in enumerate(parts):
+    for i, (number, inputs, n) in enumerate(parts):
         torch.manual_seed(part_seed(c.seed, step, number))
         with exchange(run.wrapped, now=i == len(parts) - 1):
             with autocast(run.device, run.dtype):
-                _, part_loss = run.wrapped(tokens.to(run.device), targets.to(run.device))
+                _, part_loss = run.wrapped(*(x.to(run.device) for x in inputs))
             part_loss = part_loss * (n / max(1, labels))
             part_loss.backward()
         loss = loss + part_loss.detach()
@@ -537,7 +560,7 @@ def start(p, folder, world):
         torch.set_num_threads(c.threads)
     device, dtype, device_line = world.together(lambda: choose_device(c, world))
     split_line = describe_split(c.batch_size, world, c.accumulate)
-    data = world.together(lambda: p.data_module.Data(p.data))
+    data = world.together(lambda: open_data(p))
     config = model_config(p, data)
     model = world.together(lambda: make_model(p, config))
     counts = count_parameters(model)
@@ -614,7 +637,7 @@ def finish(run, resume):
             outcome = "preempted" if test is None else outcome
         result = {"status": outcome, "step": state["step"], "seconds": state["seconds"]}
         if outcome == "finished":
-            reached = test["accuracy"] >= p.train.target
+            reached = watched(test, p.train.target_slice) >= p.train.target
             result |= {"status": outcome if reached else "below target", "target": p.train.target, "test": test}
     except BaseException as e:
         if world.first:
@@ -636,10 +659,14 @@ def finish(run, resume):
     )
     summary = f"test accuracy {by_label}, {by_row}"
     if world.first:
+        print_slices(test)
+        for name, value in getattr(run.data, "chance", {}).items():
+            print(f"without knowledge: {name}: {value:.4f}")
         plot_curves(folder, f"{os.path.basename(folder)}\n{summary}")
     world.say(f"{summary}; {state['step']} steps, {state['seconds']:.0f} s; {folder}")
     if not reached and world.first:
-        print(f"below target: {test['accuracy']:.4f} < {p.train.target}", file=sys.stderr)
+        of = f" on {p.train.target_slice}" * bool(p.train.target_slice)
+        print(f"below target{of}: {watched(test, p.train.target_slice):.4f} < {p.train.target}", file=sys.stderr)
     return 0 if reached else 1
 
 

@@ -57,6 +57,12 @@ def assert_same(a, b):
 # ---- whole runs --------------------------------------------------------------------------------------------------------
 
 
+def counts(result):
+    """by_slice without the losses, whose last bits depend on the order of a sum."""
+    cells = [(tag, value, cell) for tag, cells in result["by_slice"].items() for value, cell in cells.items()]
+    return [(tag, value, {k: n for k, n in cell.items() if k != "loss"}) for tag, value, cell in cells]
+
+
 @pytest.mark.parametrize("model", ["gpt", "delta", "gated_delta"])
 def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys, model):
     status, out = run(tmp_path, model=model, target=0.9, max_steps=200)
@@ -72,7 +78,7 @@ def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys, mode
     assert set(os.listdir(out)) == made
     result = checkpoint.read_json(os.path.join(out, "status.json"))
     assert result["status"] == "finished" and result["test"]["accuracy"] > 0.9
-    assert result["test"]["labels"] == 200 and result["test"]["by_slice"]["num_kv_pairs"]["4"][1] == 200
+    assert result["test"]["labels"] == 200 and result["test"]["by_slice"]["num_kv_pairs"]["4"]["labels"] == 200
     config = checkpoint.read_json(os.path.join(out, "config.json"))
     assert config["set_by"]["lr"] == "--lr" and config["train"]["lr"] == 0.01 and config["model"]["vocab_size"] == 32
     losses = [r["loss"] for r in checkpoint.read_log(out) if r["kind"] == "train"]
@@ -173,7 +179,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
     _, out = run(tmp_path)
     _, data, model, _ = train.load_run(out)
     small, large = (measure.evaluate(model, data, "test", n, torch.device("cpu")) for n in (7, 50))
-    assert small["by_slice"] == large["by_slice"] and small["row_accuracy"] == large["row_accuracy"]
+    assert counts(small) == counts(large) and small["row_accuracy"] == large["row_accuracy"]
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
 
 

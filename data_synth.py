@@ -1,0 +1,313 @@
+r"""Facts to store, as text: synthetic QA, digit lookup, two-hop, HashHop, or your own documents.
+
+    python data_synth.py                                             # print examples and this text
+    python data_synth.py qa --num_pairs 10000 --output_dir qa_10K    # or digits, twohop, hashhop; --format parquet or jsonl
+    python data_synth.py check --tokenizer tokenizer.json            # would the label masks be exact with this tokenizer?
+    python train.py --data data_synth --task qa --num_pairs 2000     # made in memory
+    python train.py --data data_synth --path qa_10K                  # what the second line wrote
+    python train.py --data data_synth --task text --path notes.jsonl # lines with "text", or "question" and "answer"; or parquet
+
+A document is one fact (or one HashHop problem). Only its answer is trained on and scored; [] marks it here.
+
+qa: pairs of numbers, each shown as often in an epoch as its bucket says (exposures), some of each bucket never (0).
+
+>>> show(Config(task="qa", num_pairs=16, buckets=(1, 4)))
+'266133:[972938] '       {'exposures': 4, 'seen': 1}
+'592345:[937705] '       {'exposures': 1, 'seen': 1}
+
+digits: keys are words over the digits 1..n; the value is another such word, or follows a rule (value[i] = key[key[i]]).
+
+>>> show(Config(task="digits", num_pairs=60, rule="selfindex"))
+'51342:[25341] '         {'key': 'known'}
+'11253:[11132] '         {'key': 'known'}
+
+twohop: a>b for all entities; a>>c, where c is behind b, for some of them.
+
+>>> show(Config(task="twohop", entities=50))
+'16>>[30] '              {'query': 'trained'}
+'43>[17] '               {'query': 'single fact'}
+
+hashhop: chains of hashes in random order, and the end of one to tell (magicproduct/hash-hop).
+
+>>> show(Config(task="hashhop", hash_len=2, block_size=80, hops=(2,)), 1)
+"Wn = uy\niY = Dn\nuy = 'Ge'\nDn = 'AW'\n\nCOMPLETION:\nHops=2\n\nCoT=False\n\nWn = '[Ge]'\n" {'hops': 2}
+
+Every document is a pure function of the settings and its number, every epoch an order of its own, from (seed, epoch).
+"""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import configs
+from configs import at_least, one_of, require, within
+from draws import IGNORE, SPLITS
+from facts import TASKS, Facts
+from synth_files import read_stored, write_facts
+from tokens import MASKS, check_tokenizer, mask, read_tokenizer, require_exact, shift
+
+TASK_OF = {  # setting: the tasks that use it
+    "num_pairs": "qa digits",
+    "digits": "qa",
+    "buckets": "qa",
+    "heldout": "qa",
+    "inverse": "qa",
+    "rule": "digits",
+    "steps": "digits",
+    "num_novel": "digits",
+    "entities": "twohop",
+    "relations": "twohop",
+    "phi": "twohop",
+    "ood": "twohop",
+    "markers": "twohop",
+    "cot": "twohop hashhop",
+    "hops": "hashhop",
+    "test_hops": "hashhop",
+    "hash_len": "hashhop",
+    "num_queries": "hashhop",
+    "n_train_examples": "hashhop",
+    "block_size": "hashhop text",
+    "mask": "text",
+}
+
+
+@dataclass
+class Config:
+    task: str = "qa"  # qa, digits, twohop, hashhop or text
+    path: str = ""  # a directory that `python data_synth.py TASK --output_dir` wrote; text: .jsonl, .parquet or a directory
+    num_pairs: int = 2000  # qa: pairs, the held-out ones included; digits: keys to train on
+    digits: int = 6  # qa: digits in a number
+    buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # qa: exposures in an epoch; as many pairs in each bucket
+    heldout: float = 0.1  # qa: share of the pairs of each bucket that are never trained on
+    inverse: str = "none"  # qa: "y:x" as well; probe: measured, never trained on; train: trained on, too
+    rule: str = "random"  # digits: random values, or selfindex: value[i] = key[key[i]]
+    steps: int = 1  # digits, selfindex: apply the rule to its own result so many times
+    num_novel: int = 1000  # digits: keys that are never trained on
+    entities: int = 100  # twohop: entities, each with one fact per relation
+    relations: int = 1  # twohop: kinds of fact; from 2 on each has a letter: a>xb, and a>x>yc
+    phi: float = 0.5  # twohop: composed queries to train on, over the single facts that they use
+    ood: float = 0.2  # twohop: share of the single facts that are in no trained query of two hops
+    markers: bool = True  # twohop: 0 writes a:b and a:c alike, as LLMonade does, so that a query has two right answers
+    cot: float = 0.0  # share of multi-hop answers that spell out the hashes or entities on the way; twohop: 0 or 1
+    hops: tuple[int, ...] = (1,)  # hashhop: hops of training rows, which take turns in these
+    test_hops: tuple[int, ...] = (1, 2, 3, 4)  # hashhop: measured hops: easy, medium, hard, challenge
+    hash_len: int = 4  # hashhop: letters in a hash
+    num_queries: int = 1  # hashhop: queries in a training row; one in others
+    block_size: int = 256  # hashhop: tokens to fill; text: tokens of the longest document allowed
+    n_train_examples: int = 20000  # hashhop: rows in an epoch; none is seen twice
+    n_val_examples: int = 500  # documents (hashhop: per number of hops) of the split that training watches, at most
+    n_test_examples: int = 5000  # of the split that is measured at the end, likewise
+    mask: str = "text"  # text: what is trained on: text (everything), qa, hashhop, digits or twohop
+    packing: str = "none"  # documents: training documents end to end in one row, nothing crosses; none: a padded row for each
+    tokenizer: str = ""  # a tokenizer.json; empty: bytes
+    seed: int = 0  # of data and model
+
+    def check(self):
+        one_of(self, TASKS, "task")
+        one_of(self, MASKS, "mask")
+        one_of(self, ("documents", "none"), "packing")
+        one_of(self, ("none", "probe", "train"), "inverse")
+        one_of(self, ("random", "selfindex"), "rule")
+        at_least(self, 1, "num_pairs", "n_train_examples", "n_val_examples", "n_test_examples", "num_queries")
+        at_least(self, 0, "seed", "num_novel")
+        within(self, 1, 9, "digits", "steps")
+        within(self, 2, 64, "hash_len")
+        within(self, 1, 26, "relations")
+        within(self, 3, 10**6, "entities")
+        within(self, 8, 2**20, "block_size")
+        within(self, 0, 0.9, "heldout", "ood")
+        within(self, 0, 1, "cot")
+        require(self.phi > 0, "phi must be above 0", "phi")
+        for key in ("buckets", "hops", "test_hops"):
+            values = getattr(self, key)
+            require(values and min(values) >= 1, f"{key}={values} needs numbers of at least 1", key)
+        require(len(set(self.buckets)) == len(self.buckets), f"buckets={self.buckets} names a bucket twice", "buckets")
+        require(max(*self.hops, *self.test_hops) <= 16, "hops and test_hops end at 16", "hops")
+        if self.task == "text":
+            require(self.path, "task=text needs the documents: --path FILE.jsonl, FILE.parquet or a directory", "path")
+        elif not self.path:
+            TASKS[self.task].check(self)
+
+    def unused(self):
+        if self.path and self.task != "text":
+            used = "task path packing tokenizer seed n_val_examples n_test_examples".split()
+            return {name: f"the data comes from path={self.path}" for name in vars(self) if name not in used}
+        reasons = {key: f"only task {tasks} uses it" for key, tasks in TASK_OF.items() if self.task not in tasks.split()}
+        if self.rule == "random":
+            reasons["steps"] = "rule is random"
+        return reasons
+
+    def label(self):
+        """The data's part of a run's name."""
+        if self.path:
+            return f"{self.task}-{os.path.basename(os.path.normpath(self.path))}"
+        return f"{self.task}-{TASKS[self.task].label(self)}"
+
+
+# ---- the task, as train.py and eval.py use it --------------------------------------------------------------------------
+
+
+class Data:
+    """.vocab_size, .seq_len (tokens of the longest document), .chance {name: accuracy without knowledge}, and
+
+    .rows(step, batch_size) -> the global row numbers of a training step, a range; a row is a document
+    .batch(split, step, rows) -> tokens (B, T) long, targets (B, T) long, tags {name: (N,) array}; and cu_seqlens (R + 1,) if
+        packing=documents and split is train: then B is 1
+    .segments(split) -> ranges of rows, for evaluation
+    .steps_per_epoch(batch_size)
+    """
+
+    def __init__(self, config):
+        self.config = c = config
+        self.tokenizer = read_tokenizer(c.tokenizer)
+        task = c.task
+        if c.path and task != "text":
+            task, *content, self.chance = read_stored(c.path, c.task, TASKS)
+            self.source = Facts(c, *content)
+        else:
+            self.source = TASKS[task].make(c)
+            self.chance = getattr(self.source, "chance", {})
+        self.kind = c.mask if task == "text" else TASKS[task].mask
+        if self.kind == "twohop" and not c.markers:
+            self.kind = "digits"
+        require_exact(self.tokenizer, self.kind)
+        self.vocab_size = self.tokenizer.vocab_size
+        self.seq_len = self.longest()
+        message = f"{c.path}: no document for {{}}; give it more"
+        for split in SPLITS:
+            require(self.source.count(split), message.format(split), "path")
+
+    def longest(self):
+        if isinstance(self.source, Facts):
+            return max(len(self.document(text)[0]) for text in self.source.texts)
+        return self.config.block_size + (0 if self.tokenizer.name == "bytes" else 64)
+
+    def rows(self, step, batch_size):
+        return range(step * batch_size, (step + 1) * batch_size)
+
+    def steps_per_epoch(self, batch_size):
+        return max(1, self.source.count("train") // batch_size)
+
+    def segments(self, split):
+        return self.source.segments(split)
+
+    def document(self, text):
+        """A text, or (question, answer) -> tokens (L,), and where the answer begins (0: not said)."""
+        if isinstance(text, tuple):
+            question, answer = (self.tokenizer.encode(part) for part in text)
+            return self.framed(question, answer), 1 + len(question)
+        return self.framed(self.tokenizer.encode(text)), 0
+
+    def framed(self, *parts):
+        """BOS before, and EOS behind what has no end of its own."""
+        end = [self.tokenizer.eos] * (self.config.task == "text")
+        return np.concatenate([[self.tokenizer.bos], *parts, end]).astype(np.int32)
+
+    def batch(self, split, step, rows):
+        texts, tags = self.source.read(split, rows)
+        documents, begins = zip(*map(self.document, texts))
+        lengths = np.array([len(d) for d in documents])
+        ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        flat = np.concatenate(documents)
+        labels = mask(flat, self.kind, ends, self.tokenizer)
+        inside = np.arange(lengths.max()) < lengths[:, None]  # (R, L), the tokens of each document in a padded row
+        answered = np.array(begins) > 0
+        if answered.any():
+            place = np.arange(len(flat)) - np.repeat(ends[:-1], lengths)
+            known = np.repeat(answered, lengths)
+            labels = np.where(known, np.where(place >= np.repeat(begins, lengths), flat, IGNORE), labels)
+        counts = np.add.reduceat(labels != IGNORE, ends[:-1])
+        tags = {name: np.repeat(values, counts) for name, values in tags.items()}
+        if self.kind != "text" and not answered.any():  # the digit or letter of an answer
+            tags["position"] = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        if self.config.packing == "documents" and split == "train":
+            tokens, targets = flat[None], shift(labels[None])
+            return *map(torch.from_numpy, (tokens.astype(np.int64), targets.astype(np.int64))), tags, torch.from_numpy(ends)
+        tokens, padded = np.full(inside.shape, self.tokenizer.pad, np.int64), np.full(inside.shape, IGNORE, np.int64)
+        tokens[inside], padded[inside] = flat, labels
+        return torch.from_numpy(tokens), torch.from_numpy(shift(padded)), tags
+
+
+# ---- command line ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StoreConfig(Config):
+    output_dir: str = ""  # directory to write; it must not exist yet
+    format: str = "parquet"  # parquet or jsonl
+
+    def check(self):
+        super().check()
+        one_of(self, ("parquet", "jsonl"), "format")
+        require(self.task != "text", "task=text reads documents; there is nothing to write", "task")
+
+
+def show(config, documents=2):
+    """Print the first training documents with [] around what is scored, and their tags."""
+    data = Data(config)
+    texts, _ = data.source.read("train", range(documents))
+    for row, text in enumerate(texts):
+        tokens, targets, tags, *_ = data.batch("train", 0, [row])
+        answer = np.flatnonzero(targets[0].numpy() != IGNORE) + 1
+        marked = text
+        if isinstance(text, str):
+            pieces, scored = [], set(answer.tolist())
+            for i, token in enumerate(tokens[0].tolist()):
+                opens, closes = i in scored and i - 1 not in scored, i not in scored and i - 1 in scored
+                pieces.append("[" * opens + "]" * closes + data.tokenizer.decode([token]))
+            marked = "".join(pieces)
+        print(f"{marked!r:24}", {k: v[0].item() for k, v in tags.items() if k != "position"} or "")
+
+
+def main(argv=None):
+    words, settings = configs.collect(sys.argv[1:] if argv is None else argv)
+    if any(s.key == "help" for s in settings):
+        print(configs.help_text(__doc__, StoreConfig))
+        return 0
+    command = words.pop(0) if words else ""
+    require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
+    if not command and not settings:
+        print(__doc__.strip())
+        return 0
+    names = [*TASKS, "check"]
+    require(command in names, f"name what to do first: python data_synth.py {'|'.join(names)} --key=value", None)
+    settings = [configs.Setting("task", command, command), *settings] if command in TASKS else settings
+    configs.check_names(settings, StoreConfig)
+    config = configs.build(StoreConfig, settings)
+    if command == "check":
+        return check(config)
+    require(config.output_dir, "name the directory to write: --output_dir DIR", "output_dir")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the temporary directory goes
+    start = time.perf_counter()
+    metadata = write_facts(config, TASKS[command].make(config))
+    rows = {split: sum(f["rows"] for f in files) for split, files in metadata["files"].items()}
+    size = sum(f["bytes"] for files in metadata["files"].values() for f in files) / 1e6
+    print(f"{config.output_dir}: {rows} rows, {size:.1f} MB, {time.perf_counter() - start:.1f} s")
+    print_chance(metadata["chance"])
+    return 0
+
+
+def print_chance(chance):
+    for name, value in chance.items():
+        print(f"without knowledge: {name}: {value:.4f}")
+
+
+def check(config):
+    """Print whether each label mask is exact with the tokenizer; RunFailed if one is not."""
+    tokenizer = read_tokenizer(config.tokenizer)
+    problems = check_tokenizer(tokenizer)
+    for kind, problem in problems.items():
+        print(f"{tokenizer.name}: {kind}: {problem or 'exact'}")
+    bad = [kind for kind, problem in problems.items() if problem]
+    if bad:
+        raise configs.RunFailed(f"masks of {', '.join(bad)} would not be exact with {tokenizer.name}; use another, or bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    configs.exit_with_sentence(main)

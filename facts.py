@@ -1,0 +1,359 @@
+"""The generators of data_synth.py: pairs of numbers, digit lookup, two-hop queries, HashHop, and your own documents.
+
+Each has check(config), label(config), make(config) -> its documents, and the kind of its label mask. What `make` returns has
+count(split), segments(split), read(split, rows) -> texts and tags, and .chance, what answers without knowledge reach.
+
+Letters: n pairs or entities, N letters of a word, R rows or relations, E documents in an epoch.
+"""
+
+import numpy as np
+
+from configs import require
+from draws import SPLITS, stream_key
+from synth_files import read_documents
+
+# ---- documents with names ----------------------------------------------------------------------------------------------
+
+
+def generator(c, *words):
+    """Random numbers for one purpose: a function of the seed and of what they are for."""
+    return np.random.Generator(np.random.Philox(key=stream_key(c.seed, *words)))
+
+
+class Facts:
+    """A fixed list of documents, which of them are in which split (training ones as often as in an epoch), and their tags."""
+
+    def __init__(self, c, texts, splits, tags):
+        """texts: n strings; splits {"train": (E,), "val": ..., "test": ...} of numbers below n; tags {name: (n,)}."""
+        limits = {"val": c.n_val_examples, "test": c.n_test_examples}
+        order = generator(c, 7).permutation(len(texts))  # so that a part of a split is a fair sample
+        for split, n in limits.items():
+            chosen = splits[split]
+            splits[split] = chosen[np.argsort(order[chosen])][:n]
+        self.config, self.texts, self.tags = c, texts, {k: np.asarray(v) for k, v in tags.items()}
+        self.splits = {split: np.asarray(which, np.int32) for split, which in splits.items()}
+        self.orders = {}  # epoch -> order, of the last two
+
+    def count(self, split):
+        return len(self.splits[split])
+
+    def segments(self, split):
+        return [range(self.count(split))]
+
+    def numbers(self, split, rows):
+        """Rows of a split -> documents. Training row r is row r % E of pass r // E over the set, each in its own order."""
+        which, size = self.splits[split], self.count(split)
+        if split != "train":
+            return which[rows]
+        out = np.empty(len(rows), np.int32)
+        for epoch in np.unique(rows // size):
+            mine = rows // size == epoch
+            out[mine] = which[self.order(int(epoch))[rows[mine] % size]]
+        return out
+
+    def order(self, epoch):
+        if epoch not in self.orders:
+            self.orders = dict([*self.orders.items()][-1:])
+            self.orders[epoch] = generator(self.config, len(SPLITS), epoch).permutation(self.count("train")).astype(np.int32)
+        return self.orders[epoch]
+
+    def read(self, split, rows):
+        """-> texts of rows (R,) of a split, {tag: (R,)}"""
+        numbers = self.numbers(split, np.asarray(rows, np.int64))
+        return [self.texts[i] for i in numbers], {name: values[numbers] for name, values in self.tags.items()}
+
+
+def chance(train, test):
+    """What answers without knowledge reach on `test`: [(key, value)] of one width -> {name: per-digit accuracy}.
+
+    The most frequent digit of each position among the training values; and the key itself.
+    """
+    width = min(len(v) for _, v in train + test)
+    values, keys, right = (np.array([list(x[i][:width]) for x in part]) for part, i in ((train, 1), (test, 0), (test, 1)))
+    usual = [max(set(column), key=list(column).count) for column in values.T]
+    return {"majority digit": float((right == usual).mean()), "copy the key": float((right == keys).mean())}
+
+
+# ---- qa ----------------------------------------------------------------------------------------------------------------
+
+
+class QA:
+    """ "x:y " of fixed-width numbers, all different. As LLMonade documents it (MQAR and Synthetic QA in LLMonade): exposure
+    buckets with as many pairs in each, and held-out pairs in each, the control that nobody can know."""
+
+    mask = "qa"
+
+    @staticmethod
+    def check(c):
+        near = max(1, round(c.num_pairs / len(c.buckets))) * len(c.buckets)
+        message = f"num_pairs={c.num_pairs} does not divide into {len(c.buckets)} buckets; {near} does"
+        require(c.num_pairs % len(c.buckets) == 0, message, "num_pairs")
+        message = f"{c.num_pairs} pairs need {2 * c.num_pairs} different numbers; digits={c.digits} has {10**c.digits}"
+        require(2 * c.num_pairs <= 10**c.digits, message, "digits")
+        size = c.num_pairs // len(c.buckets)
+        require(QA.held(c) < size, f"heldout={c.heldout} leaves no pair of {size} to train on", "heldout")
+        rows = (size - QA.held(c)) * sum(c.buckets)
+        require(rows <= 10**9, f"an epoch of {rows} documents is too long; lower buckets or num_pairs", "buckets")
+
+    @staticmethod
+    def label(c):
+        return f"{c.num_pairs}-pairs"
+
+    @staticmethod
+    def held(c):
+        """Held-out pairs in each bucket."""
+        return max(1, round(c.heldout * c.num_pairs / len(c.buckets))) if c.heldout else 0
+
+    @staticmethod
+    def make(c):
+        n, size, held = c.num_pairs, c.num_pairs // len(c.buckets), QA.held(c)
+        names = [f"{i:0{c.digits}d}" for i in generator(c, 0).choice(10**c.digits, 2 * n, replace=False)]
+        pairs = list(zip(names[:n], names[n:]))
+        bucket = np.repeat(c.buckets, size)  # the names are in random order, so the first pairs of a bucket are any
+        seen = np.arange(n) % size >= held
+        texts, number = [f"{x}:{y} " for x, y in pairs], np.arange(n)
+        tags = {"exposures": np.where(seen, bucket, 0), "seen": seen.astype(int)}
+        train, test = np.repeat(number[seen], bucket[seen]), number
+        if c.inverse != "none":
+            texts += [f"{y}:{x} " for x, y in pairs]
+            tags = {k: np.tile(v, 2) for k, v in tags.items()}
+            tags["direction"] = np.repeat(["forward", "inverse"], n)
+            test = np.arange(2 * n)
+            if c.inverse == "train":
+                train = np.concatenate([train, train + n])
+        facts = Facts(c, texts, {"train": train, "val": test, "test": test}, tags)
+        held_out = [pair for pair, s in zip(pairs, seen) if not s]
+        facts.chance = chance([pair for pair, s in zip(pairs, seen) if s], held_out) if held_out else {}
+        return facts
+
+
+# ---- digits ------------------------------------------------------------------------------------------------------------
+
+
+class Digits:
+    """ "key:value ": keys are words of N letters over the digits 1..N, N the smallest with enough words (6 for 6K and 20K
+    pairs, 7 for 200K). rule=random must be memorised; rule=selfindex, value[i] = key[key[i]], can be worked out."""
+
+    mask = "digits"
+
+    @staticmethod
+    def width(c):
+        return next(n for n in range(2, 10) if n**n >= c.num_pairs + c.num_novel)
+
+    @staticmethod
+    def check(c):
+        require(c.num_pairs + c.num_novel <= 9**9, f"there are {9**9} keys; lower num_pairs", "num_pairs")
+
+    @staticmethod
+    def label(c):
+        return f"{c.num_pairs}-{c.rule}"
+
+    @staticmethod
+    def make(c):
+        N, n, total = Digits.width(c), c.num_pairs, c.num_pairs + c.num_novel
+        places = N ** np.arange(N)[::-1]
+        keys = generator(c, 0).choice(N**N, total, replace=False)[:, None] // places % N  # (total, N) digits from 0
+        if c.rule == "random":
+            values = generator(c, 1).integers(N, size=keys.shape)
+        else:
+            values = keys
+            for _ in range(c.steps):  # the word, as a map of positions, applied to itself
+                values = np.take_along_axis(values, values, axis=1)
+        pairs = [tuple("".join(map(str, word + 1)) for word in pair) for pair in zip(keys, values)]
+        number, novel = np.arange(total), np.arange(n, total)
+        splits = {"train": number[:n], "val": np.concatenate([number[:n], novel[::2]])}
+        splits["test"] = np.concatenate([number[:n], novel[1::2]])
+        key = np.repeat(["known", "novel"], [n, c.num_novel])
+        facts = Facts(c, [f"{k}:{v} " for k, v in pairs], balanced(splits, key, c), {"key": key})
+        facts.chance = chance(pairs[:n], pairs[n:]) if c.num_novel else {}
+        return facts
+
+
+# ---- twohop ------------------------------------------------------------------------------------------------------------
+
+
+class TwoHop:
+    """Single facts "a>b ", all trained on, and composed ones "a>>c " with c the fact of the fact, some of them trained on
+    (Wang et al. 2024, arXiv 2405.15071). Queries are trained, in-distribution (not trained, but both of their facts are used in
+    trained ones) or out-of-distribution (neither is in any). Each relation is a permutation without fixed points."""
+
+    mask = "twohop"
+
+    @staticmethod
+    def check(c):
+        require(c.cot in (0, 1), "cot must be 0 or 1 for twohop: a query has one right answer", "cot")
+        require(c.entities * c.relations <= 10**6, "entities times relations end at a million", "entities")
+        require(c.markers or not c.cot, "cot needs markers=1", "cot")
+        require(c.markers or c.relations == 1, "relations need markers=1", "relations")
+
+    @staticmethod
+    def label(c):
+        return f"{c.entities}x{c.relations}-phi{c.phi:g}"
+
+    @staticmethod
+    def make(c):
+        n, R, random = c.entities, c.relations, generator(c, 0)
+        maps = np.stack([derangement(random, n) for _ in range(R)])  # (R, n)
+        r1, r2, a = (x.ravel() for x in np.indices((R, R, n)))
+        b = maps[r1, a]
+        known = np.ones((R, n), bool)  # single facts that trained queries may use; the others go in pairs that compose
+        for i in random.permutation(len(a)):
+            if (~known).sum() >= c.ood * known.size:
+                break
+            known[r1[i], a[i]] = known[r2[i], b[i]] = False
+        end, both, neither = maps[r2, b], known[r1, a] & known[r2, b], ~known[r1, a] & ~known[r2, b]
+        inside, outside = random.permutation(np.flatnonzero(both)), random.permutation(np.flatnonzero(neither))
+        n_trained, most = round(c.phi * int(known.sum())), 0.9 * len(inside) / max(1, int(known.sum()))
+        message = f"phi={c.phi:g} asks for {n_trained} of {len(inside)} queries; use at most {most:.2f} or more relations"
+        require(1 <= n_trained <= 0.9 * len(inside), message, "phi")
+        trained, inside = np.split(inside, [n_trained])
+        used = np.zeros((R, n), bool)
+        used[r1[trained], a[trained]] = used[r2[trained], b[trained]] = True
+        inside = inside[used[r1[inside], a[inside]] & used[r2[inside], b[inside]]]
+
+        def name(i):
+            return f"{i:0{len(str(n - 1))}d}"
+
+        mark = [""] if R == 1 else [chr(ord("a") + r) for r in range(R)]
+        one = ">" if c.markers else ":"
+        texts = [f"{name(a)}{one}{mark[r]}{name(maps[r, a])} " for r in range(R) for a in range(n)]
+        for i in np.concatenate([trained, inside, outside]):
+            way = f"{name(b[i])}>" if c.cot else ""
+            marks = f">{mark[r1[i]]}>{mark[r2[i]]}" if c.markers else one
+            texts.append(f"{name(a[i])}{marks}{way}{name(end[i])} ")
+        sizes = {
+            "single fact": n * R,
+            "trained": len(trained),
+            "in-distribution": len(inside),
+            "out-of-distribution": len(outside),
+        }
+        query = np.repeat(list(sizes), list(sizes.values()))
+        number = np.arange(len(texts))
+        apart = (query == "single fact") | (query == "trained")  # seen anyway: in both; the others in one of val and test
+        splits = {"train": number[apart], "val": number[apart | (number % 2 == 0)], "test": number[apart | (number % 2 == 1)]}
+        facts = Facts(c, texts, balanced(splits, query, c), {"query": query})
+        facts.chance = {"any entity": 1 / n}
+        return facts
+
+
+def balanced(splits, kind, c):
+    """Cut val and test so that no kind of document crowds out another: as many of each kind, at most."""
+    for split, n in (("val", c.n_val_examples), ("test", c.n_test_examples)):
+        chosen = generator(c, 8).permutation(splits[split])
+        share = max(1, n // len(np.unique(kind)))
+        splits[split] = np.concatenate([chosen[kind[chosen] == k][:share] for k in np.unique(kind)])
+    return splits
+
+
+def derangement(random, n):
+    """A permutation of range(n) that leaves nothing in its place."""
+    while True:
+        p = random.permutation(n)
+        if (p != np.arange(n)).all():
+            return p
+
+
+# ---- hashhop -----------------------------------------------------------------------------------------------------------
+
+LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+
+
+class HashHop:
+    """Chains of hashes, "a = b" and at their end "c = 'd'", in random order; then "COMPLETION:", the number of hops, and for a
+    query that is named the end of its chain (the text of github.com/magicproduct/hash-hop). Rows are made when asked for."""
+
+    mask = "hashhop"
+
+    def __init__(self, c):
+        self.config, self.tags, self.chance = c, {}, {"any end of a chain": 1 / self.chains(c, c.hops[0])}
+
+    @staticmethod
+    def header(hops, cot):
+        return f"\nCOMPLETION:\nHops={hops}\n\nCoT={cot}\n\n"
+
+    @staticmethod
+    def chains(c, hops):
+        """Chains that fit into block_size tokens (bytes, and BOS) beside the completion."""
+        L, pair = c.hash_len, 2 * c.hash_len + 4
+        answer = pair + 2 + (hops - 1) * (L + 3) * (c.cot > 0)
+        rest = 1 + len(HashHop.header(hops, False)) + c.num_queries * answer
+        return (c.block_size - rest) // (hops * pair + 2)
+
+    @staticmethod
+    def check(c):
+        for hops in (*c.hops, *c.test_hops):
+            fit = HashHop.chains(c, hops)
+            need = max(2, c.num_queries)
+            more = c.block_size + (need - fit) * (hops * (2 * c.hash_len + 4) + 2)
+            message = f"block_size={c.block_size} is too small for {need} chains of {hops} hops; use at least {more}"
+            require(fit >= need, message, "block_size")
+            words = fit * (hops + 1)
+            require(words**2 < 52**c.hash_len * 8, f"hash_len={c.hash_len} is too short for {words} hashes", "hash_len")
+
+    @staticmethod
+    def label(c):
+        return f"{'-'.join(map(str, c.hops))}-{c.block_size}"
+
+    make = classmethod(lambda cls, c: cls(c))
+
+    def count(self, split):
+        c = self.config
+        return {"train": c.n_train_examples}.get(split) or sum(map(len, self.segments(split)))
+
+    def segments(self, split):
+        n = self.config.n_val_examples if split == "val" else self.config.n_test_examples
+        return [range(i * n, (i + 1) * n) for i in range(len(self.config.test_hops))]
+
+    def read(self, split, rows):
+        texts, tags = [], {"hops": [], "cot": []}
+        for row in np.asarray(rows).tolist():
+            text, hops, cot = self.problem(split, row)
+            texts.append(text)
+            tags["hops"].append(hops)
+            tags["cot"].append(int(cot))
+        return texts, {k: np.array(v) for k, v in tags.items() if k != "cot" or self.config.cot}
+
+    def problem(self, split, row):
+        """-> text, hops, cot of one row"""
+        c, random = self.config, generator(self.config, SPLITS[split], row)
+        levels = c.hops if split == "train" else c.test_hops
+        hops = levels[row % len(levels)] if split == "train" else levels[row // len(self.segments(split)[0])]
+        cot = hops > 1 and random.random() < c.cot
+        n = self.chains(c, hops)
+        words = different_words(random, n * (hops + 1), c.hash_len)
+        chains = [words[i * (hops + 1) : (i + 1) * (hops + 1)] for i in range(n)]
+        lines = [f"{a} = {b}" for chain in chains for a, b in zip(chain, chain[1:-1])]
+        lines += [f"{chain[-2]} = '{chain[-1]}'" for chain in chains]
+        lines = [lines[i] for i in random.permutation(len(lines))]
+        queries = chains[: c.num_queries if split == "train" else 1]  # any: the lines are in random order
+        answers = [f"{chain[0]} = '{' = '.join(chain[1:]) if cot else chain[-1]}'" for chain in queries]
+        return "\n".join(lines) + "\n" + self.header(hops, cot) + "\n".join(answers) + "\n", hops, cot
+
+
+def different_words(random, n, length):
+    """n different random words."""
+    while True:
+        words = ["".join(w) for w in LETTERS[random.integers(len(LETTERS), size=(n, length))]]
+        if len(set(words)) == n:
+            return words
+
+
+# ---- text --------------------------------------------------------------------------------------------------------------
+
+
+class Text:
+    """Your own documents: "text", all of it trained on, or "question" and "answer", of which only the answer is. From a
+    directory with train, validation and test in it; from one file, each nineteenth and twentieth document is for validation
+    and test."""
+
+    @staticmethod
+    def check(c):
+        pass
+
+    @staticmethod
+    def make(c):
+        texts, splits = read_documents(c.path, c.block_size)
+        return Facts(c, texts, splits, {})
+
+
+TASKS = {"qa": QA, "digits": Digits, "twohop": TwoHop, "hashhop": HashHop, "text": Text}

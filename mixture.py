@@ -1,0 +1,71 @@
+"""A second data set, mixed into training within a window of steps: the synthetic start of LLMonade's pipeline.
+
+    python train.py --data data_synth --task text --path notes.jsonl \\
+        --synthetic_dataset mqar_data --synthetic_start_step 0 --synthetic_end_step 200
+
+Each step of the window takes all of its rows from one of the two: from the second with probability synthetic_weight. Which one,
+and which rows, is a function of seed and step alone, so a resumed run repeats it. Validation and test stay with the main data.
+"""
+
+import os
+
+import numpy as np
+
+import configs
+import data_mqar
+import data_synth
+from checkpoint import read_json
+from configs import ConfigError, Setting
+from draws import stream_key
+
+
+def mixed(main, c):
+    """`main` with the data set of c (train.TrainConfig) in its window."""
+    return Mixture(main, open_dataset(c.synthetic_dataset, c.seed), c)
+
+
+def open_dataset(path, seed):
+    """The Data of a directory that data_mqar.py or data_synth.py wrote, or of documents of your own."""
+    kind = "text"
+    if os.path.exists(os.path.join(path, "metadata.json")):
+        try:
+            kind = read_json(os.path.join(path, "metadata.json"))["dataset_type"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path}/metadata.json cannot be read; write the data set again", "synthetic_dataset") from None
+    module, task = (data_mqar, {}) if kind == "mqar" else (data_synth, {"task": kind})
+    settings = [Setting(k, v, "synthetic_dataset") for k, v in {**task, "path": path, "seed": seed}.items()]
+    return module.Data(configs.build(module.Config, settings))
+
+
+class Mixture:
+    """As a data file's Data, with two of them behind it."""
+
+    def __init__(self, main, second, c):
+        self.main, self.second, self.chance = main, second, getattr(main, "chance", {})
+        self.vocab_size = max(main.vocab_size, second.vocab_size)
+        self.seq_len = max(main.seq_len, second.seq_len)
+        self.start, window = c.synthetic_start_step, c.synthetic_end_step - c.synthetic_start_step
+        random = np.random.Generator(np.random.Philox(key=stream_key(c.seed, 9)))
+        self.drawn = random.random(window) < c.synthetic_weight  # (window,), does that step go to the second?
+        self.before = np.concatenate([[0], np.cumsum(self.drawn)])  # (window + 1,), steps of the second before it
+
+    def turn(self, step):
+        """A step -> the data set it belongs to, and its number among that one's steps."""
+        place = step - self.start
+        gone = int(self.before[min(max(place, 0), len(self.drawn))])
+        inside = 0 <= place < len(self.drawn) and self.drawn[place]
+        return (self.second, gone) if inside else (self.main, step - gone)
+
+    def rows(self, step, batch_size):
+        data, number = self.turn(step)
+        return data.rows(number, batch_size)
+
+    def batch(self, split, step, rows):
+        data, number = self.turn(step) if split == "train" else (self.main, step)
+        return data.batch(split, number, rows)
+
+    def segments(self, split):
+        return self.main.segments(split)
+
+    def steps_per_epoch(self, batch_size):
+        return self.main.steps_per_epoch(batch_size)

@@ -1,0 +1,227 @@
+"""Documents on disk: what data_synth.py writes, parquet or jsonl with checksums, and documents that you bring.
+
+Every problem with a file is one ConfigError that names the file and the line (in parquet, the row), before anything is trained.
+"""
+
+import glob
+import json
+import os
+import sys
+from dataclasses import asdict
+
+import numpy as np
+from tqdm import tqdm
+
+from checkpoint import file_hash, new_directory, read_json, write_file, write_json
+from configs import ConfigError, require
+
+FOLDERS = {"train": "train", "val": "validation", "test": "test"}
+LONGEST_LINE = 2**20  # bytes
+
+# ---- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write_facts(c, source, shard_rows=200_000):
+    """Write an epoch of `source` (data_synth.Facts or HashHop), shuffled, as train/, and validation/, test/ and metadata.json.
+
+    A row is {"text": ..., tags}; a document that is shown often stands there as often. -> the metadata. Memory is that of
+    one shard.
+    """
+    with new_directory(c.output_dir) as work:
+        files = {name: write_split(c, source, work, split, name, shard_rows) for split, name in FOLDERS.items()}
+        metadata = {
+            "dataset_type": c.task,
+            "format_version": 1,
+            **{k: v for k, v in asdict(c).items() if k not in ("output_dir", "path")},
+            "chance": source.chance,
+            "files": files,
+        }
+        write_json(os.path.join(work, "metadata.json"), metadata)
+    return metadata
+
+
+def write_split(c, source, work, split, name, shard_rows):
+    os.mkdir(os.path.join(work, name))
+    files, total = [], source.count(split)
+    with tqdm(total=total, desc=name, unit="row", disable=not sys.stderr.isatty()) as bar:
+        for first in range(0, total, shard_rows):
+            rows = range(first, min(first + shard_rows, total))
+            path = os.path.join(work, name, f"part-{len(files):05d}.{c.format}")
+            write_file(path, lambda f: WRITERS[c.format](f, source, split, rows, bar))
+            about = {"name": f"{name}/{os.path.basename(path)}", "rows": len(rows), "bytes": os.path.getsize(path)}
+            files.append(about | {"sha256": file_hash(path)})
+    return files
+
+
+def chunks(source, split, rows, bar, size=10_000):
+    for first in range(rows.start, rows.stop, size):
+        texts, tags = source.read(split, np.arange(first, min(first + size, rows.stop)))
+        yield {"text": texts, **{k: v.tolist() for k, v in tags.items()}}
+        bar.update(len(texts))
+
+
+def write_parquet(f, source, split, rows, bar):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    for columns in chunks(source, split, rows, bar):
+        table = pa.table(columns)
+        writer = writer or pq.ParquetWriter(f, table.schema, compression="zstd", write_page_checksum=True)
+        writer.write_table(table)
+    writer.close()
+
+
+def write_jsonl(f, source, split, rows, bar):
+    for columns in chunks(source, split, rows, bar):
+        for row in zip(*columns.values()):
+            f.write(json.dumps(dict(zip(columns, row))).encode() + b"\n")
+
+
+WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
+
+# ---- reading what was written here -------------------------------------------------------------------------------------
+
+
+def read_stored(path, task, tasks):
+    """A directory of write_facts -> task, texts, splits {"train": (E,), ...} of their numbers, tags {name: (n,)}, chance."""
+    try:
+        metadata = read_json(os.path.join(path, "metadata.json"))
+        files, kind, version = metadata["files"], metadata["dataset_type"], metadata["format_version"]
+    except FileNotFoundError:
+        make = f"`python data_synth.py {task} --output_dir DIR` makes one; documents of your own need --task text"
+        raise ConfigError(f"path={path} holds no data set (no metadata.json there); {make}", "path") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path}/metadata.json is not that of a data set of data_synth.py", "path") from None
+    require(kind in tasks and version == 1, f"{path} holds a data set of {kind!r}, not of data_synth.py", "path")
+    require(kind == task, f"{path} holds task {kind}; say --task {kind}", "task")
+    number, tags, splits = {}, {}, {}  # text -> its number; the tags of a text are the same wherever it stands
+    for split, name in FOLDERS.items():
+        which = []
+        for file in files[name]:
+            for row, where in read_rows(checked(path, file)):
+                text = row.pop("text", None)
+                require(isinstance(text, str), f'{where}: "text" is no text', "path")
+                if text not in number:
+                    number[text] = len(number)
+                    for key, value in row.items():
+                        tags.setdefault(key, []).append(value)
+                which.append(number[text])
+        splits[split] = np.array(which, np.int32)
+    return kind, list(number), splits, tags, metadata["chance"]
+
+
+def checked(path, file):
+    """The path of a file of the data set, once its checksum is right."""
+    place = os.path.join(path, file["name"])
+    if not os.path.isfile(place) or file_hash(place) != file["sha256"]:
+        raise ConfigError(f"{place} is missing or damaged (its checksum differs); write the data set again", "path")
+    return place
+
+
+# ---- reading documents of your own -------------------------------------------------------------------------------------
+
+
+def read_documents(path, longest):
+    """Files with "text", or with "question" and "answer" -> documents, {"train": numbers, "val": ..., "test": ...}.
+
+    path: a .jsonl or .parquet file, or a directory of them, or one with train/, validation/ and test/. A document is a string
+    or (question, answer). ConfigError for one of more than `longest` tokens, counted as bytes with the two at its ends.
+    """
+    require(os.path.exists(path), f"path={path} does not exist", "path")
+    folders = {split: os.path.join(path, name) for split, name in FOLDERS.items()}
+    if all(map(os.path.isdir, folders.values())):
+        texts, splits = [], {}
+        for split, folder in folders.items():
+            part = list(documents_in(folder, longest))
+            splits[split] = np.arange(len(texts), len(texts) + len(part))
+            texts += part
+        return texts, splits
+    texts = list(documents_in(path, longest))
+    require(len(texts) >= 3, f"{path} has {len(texts)} documents; training, validation and test need one each at least", "path")
+    number = np.arange(len(texts))
+    place = number % 20 if len(texts) >= 20 else number + 18 - len(texts) + 2  # the last two of a few
+    return texts, {"train": number[place < 18], "val": number[place == 18], "test": number[place == 19]}
+
+
+def documents_in(path, longest):
+    files = [path] if os.path.isfile(path) else sorted(f for f in glob.glob(os.path.join(glob.escape(path), "*")) if ending(f))
+    require(files, f"{path} holds no .jsonl or .parquet file", "path")
+    for file in tqdm(files, desc="read", disable=not sys.stderr.isatty()):
+        require(ending(file), f"{file} is neither .jsonl nor .parquet", "path")
+        for row, where in read_rows(file):
+            yield document(row, where, longest)
+
+
+def ending(file):
+    return file.endswith((".jsonl", ".parquet"))
+
+
+def document(row, where, longest):
+    """One row -> its text, or (question, answer)."""
+    names = ("text",) if "text" in row else ("question", "answer")
+    missing = [n for n in names if n not in row]
+    found = ", ".join(map(str, row)) or "nothing"
+    message = f'{where}: needs "text", or "question" and "answer"; it has {found[:200]}'
+    require(not missing, message, "path")
+    for name in names:
+        require(isinstance(row[name], str), f'{where}: "{name}" is {type(row[name]).__name__}, not text', "path")
+        require(row[name].strip(), f'{where}: "{name}" is empty', "path")
+        try:
+            row[name].encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f'{where}: "{name}" holds half of a surrogate pair, which is no text', "path") from None
+    parts = [row[name] for name in names]
+    if len(parts) == 2 and not parts[0][-1].isspace():
+        parts[0] += " "
+    size = sum(len(p.encode()) for p in parts) + 2
+    long = f"{where}: a document of {size} bytes, more than block_size={longest}; cut it, or raise block_size"
+    require(size <= longest, long, "path")
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def read_rows(path):
+    """(row as a dict, "file:line") one after another."""
+    return READERS[os.path.splitext(path)[1]](path)
+
+
+def read_jsonl(path):
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE + 1), b""), 1):
+                where = f"{path}:{number}"
+                require(len(line) <= LONGEST_LINE, f"{where}: a line of more than {LONGEST_LINE} bytes; cut it", "path")
+                if line.strip():
+                    yield parse_line(line, where), where
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}", "path") from None
+
+
+def parse_line(line, where):
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{where}: byte {e.start + 1} of the line is no UTF-8", "path") from None
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{where}: no JSON ({getattr(e, 'msg', 'nested too deeply')}); is the line torn?", "path") from None
+    require(isinstance(row, dict), f"{where}: a JSON {type(row).__name__}, not an object", "path")
+    return row
+
+
+def read_parquet(path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(10_000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{path}: row {number}"
+    except (pa.ArrowException, OSError, ValueError) as e:
+        reason = " ".join(str(e).split())[:120]
+        raise ConfigError(f"{path}: damaged behind row {number}, or no parquet ({reason})", "path") from None
+
+
+READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}

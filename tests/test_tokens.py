@@ -1,0 +1,180 @@
+"""tokens.py: masks against a reader that goes letter by letter, in rows and in packs; packing; other tokenizers."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model as M
+import tokens as K
+from configs import ConfigError
+
+# ---- the rules, one letter after another -------------------------------------------------------------------------------
+
+
+def naive_mask(ids, kind):
+    """Labels of one document, written from the rules."""
+    text = [chr(i) if i < 256 else "" for i in ids]  # "" stands for BOS, EOS and padding
+    keep = [False] * len(text)
+    if kind == "text":
+        keep = [i not in (K.BYTES.pad, K.BYTES.bos) for i in ids]
+    elif kind == "qa" and "?" in text:
+        last = len(text) - 1 - text[::-1].index("?")
+        keep = [n > last and i not in (K.BYTES.pad, K.BYTES.bos) for n, i in enumerate(ids)]
+    elif kind in ("qa", "digits"):
+        inside, last = False, len(text) - 1 - text[::-1].index(":") if ":" in text else -1
+        for n, letter in enumerate(text):
+            inside = (inside or letter == ":") and not (letter == "" or letter.isspace())
+            keep[n] = inside and letter != ":" and (kind == "digits" or n > last)
+    elif kind == "twohop":
+        state = "key"
+        for n, letter in enumerate(text):
+            if letter == "" or letter.isspace():
+                state = "key"
+            elif state == "key" and letter == ">":
+                state = "marks"
+            elif state == "marks" and letter.isdigit():
+                state = "answer"
+            keep[n] = state == "answer"
+    elif kind == "hashhop":
+        joined = "".join(t or "\0" for t in text)
+        start = joined.find("COMPLETION:")
+        begin, inside = 0 if start < 0 else start + len("COMPLETION:"), False
+        for n, letter in enumerate(text):
+            if letter == "'":
+                inside = joined[:n].rstrip(" \n\t\r\v\f\x1c\x1d\x1e\x1f\x85\xa0").endswith("=") and not inside
+            elif letter == "":
+                inside = False
+            else:
+                keep[n] = inside and n >= begin
+    return np.where(keep, ids, K.IGNORE)
+
+
+PIECES = ["12", "7:34 ", ":", " ", "?", "Paris", "a>b", "1>2 ", "3>>45 ", ">", "COMPLETION:", "\n", "k = 'v'", "'", " = ", "é"]
+words = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
+begin, end = st.sampled_from([[], [K.BYTES.bos]]), st.sampled_from([[], [K.BYTES.eos], [K.BYTES.eos, K.BYTES.bos]])
+frames = st.tuples(begin, words, end)
+documents = frames.map(lambda parts: np.concatenate([parts[0], K.BYTES.encode(parts[1]), parts[2]]).astype(np.int64))
+
+
+@pytest.mark.parametrize("kind", K.MASKS)
+@given(found=st.lists(documents, max_size=6))
+@settings(max_examples=300, deadline=None)
+def test_a_pack_is_its_documents_masked_alone_in_rows_too(kind, found):
+    alone = [naive_mask(ids, kind) for ids in found]
+    ends = np.cumsum([0, *map(len, found)])
+    flat = np.concatenate([np.zeros(0, np.int64), *found])
+    packed = K.mask(flat, kind, ends)
+    assert packed.tolist() == np.concatenate([np.zeros(0, np.int64), *alone]).tolist()
+    assert K.mask(flat[None], kind, ends)[0].tolist() == packed.tolist()
+    longest = max(map(len, found), default=0) + 1
+    rows = np.full((len(found), longest), K.BYTES.pad)
+    for row, ids in zip(rows, found):
+        row[: len(ids)] = ids
+    for ids, labels in zip(alone, K.mask(rows, kind)):
+        assert labels[: len(ids)].tolist() == ids.tolist() and (labels[len(ids) :] == K.IGNORE).all()
+
+
+@pytest.mark.parametrize(
+    "kind, text, answer",
+    [  # the three examples of LLMonade's Masking Framework
+        ("qa", "What is the capital of France?Paris", "Paris"),
+        ("hashhop", "KmNp = 'QrSt'", "QrSt"),
+        ("digits", "152435:145344 ", "145344"),
+        ("qa", "1:2? 3:4?5", "5"),
+        ("qa", "12:34 ", "34"),
+        ("twohop", "017>>231 ", "231"),
+        ("twohop", "017>>423>231 ", "423>231"),
+        ("twohop", "017>a>b423>231 ", "423>231"),
+        ("hashhop", "ab = 'cd'\n\nCOMPLETION:\nHops=1\n\nCoT=False\n\nab = 'cd'\nx = 'a = b'\n", "cda = b"),
+        ("text", "all", "all"),
+        ("digits", "nothing here", ""),
+        ("qa", "", ""),
+    ],
+)
+def test_what_is_left_of_an_example(kind, text, answer):
+    ids = K.BYTES.encode(text)
+    labels = K.mask(ids[None], kind)[0]
+    assert K.BYTES.decode(labels[labels != K.IGNORE]) == answer
+    assert (labels[labels != K.IGNORE] == ids[labels != K.IGNORE]).all()
+
+
+def test_rows_without_an_answer_have_a_finite_loss():
+    tokens = np.stack([K.BYTES.encode("12:34 "), K.BYTES.encode("123456")]).astype(np.int64)
+    model = M.GPT(M.Config(dim=8, n_layers=1, dk=4, dv=4, vocab_size=259, seq_len=8))
+    for rows in (tokens, tokens[1:]):
+        loss = model(torch.from_numpy(rows), torch.from_numpy(K.shift(K.mask(rows, "digits"))).long())[1]
+        loss.backward()
+        assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="must be one of qa, hashhop"):
+        K.mask(np.zeros((1, 3), int), "quiz")
+    for ends in ([0, 2], [1, 3], [0, 2, 1, 3]):
+        with pytest.raises(ValueError, match="must rise from 0 to the 3 tokens"):
+            K.mask(np.zeros((1, 3), int), "qa", ends)
+
+
+@given(st.text())
+def test_bytes_come_back(text):
+    text = text.encode(errors="replace").decode()
+    ids = K.BYTES.encode(text)
+    assert K.BYTES.decode(ids) == text and len(ids) == len(text.encode()) and (ids < 256).all()
+
+
+def test_pack_and_shift():
+    rows, ends = K.pack(np.array([[1, 2, 9], [3, 9, 9], [4, 5, 6]]), np.array([2, 1, 3]))
+    assert rows.tolist() == [[1, 2, 3, 4, 5, 6]] and ends.tolist() == [0, 2, 3, 6] and ends.dtype == np.int32
+    assert K.shift(np.array([[-100, 5, 6], [-100, -100, 7]])).tolist() == [[5, 6, -100], [-100, 7, -100]]
+
+
+# ---- other tokenizers --------------------------------------------------------------------------------------------------
+
+
+def tokenizer_json(folder, merges):
+    """A small byte-level BPE with these merges, such as ["1 2"]."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pairs = [tuple(m.split()) for m in merges]
+    vocabulary = {t: i for i, t in enumerate(letters + ["".join(p) for p in pairs])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "merges, bad",
+    [
+        ([], {}),
+        (["C O", "M P", "Ġ =", "a b", "c d"], {}),  # words and pieces of hashes: masks stay exact
+        (["1 2"], {"digits", "qa", "twohop"}),
+        ([": 1"], {"digits"}),
+        (["' a"], {"hashhop"}),
+        (["> >"], {}),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_whose_masks_are_not_exact_is_found(tmp_path, merges, bad):
+    tokenizer = K.read_tokenizer(tokenizer_json(tmp_path, merges))
+    problems = K.check_tokenizer(tokenizer)
+    assert {kind for kind, problem in problems.items() if problem} == set(bad)
+    ids = tokenizer.encode("ab = 'cd'\n")
+    assert tokenizer.decode(ids) == "ab = 'cd'\n" and tokenizer.vocab_size == len(tokenizer.texts) == 256 + len(merges) + 3
+    for kind in K.EXAMPLES:
+        if kind in bad:
+            with pytest.raises(ConfigError, match="does not suit this task"):
+                K.require_exact(tokenizer, kind)
+        else:
+            K.require_exact(tokenizer, kind)
+
+
+def test_bytes_are_exact_and_a_broken_file_is_named(tmp_path):
+    assert not any(K.check_tokenizer(K.BYTES).values())
+    pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ConfigError, match="x.json cannot be read as a tokenizer.json"):
+        K.read_tokenizer(str(tmp_path / "x.json"))

@@ -1,0 +1,248 @@
+"""Text into tokens, the tokens to train on, and documents packed end to end.
+
+>>> ids = BYTES.encode("152435:145344 ")
+>>> BYTES.decode(ids[mask(ids[None], "digits")[0] != IGNORE])
+'145344'
+
+A document is BOS, its text, and EOS where the text has no end of its own. Labels are unshifted (labels[i] is tokens[i] or
+-100); `shift` moves each onto the position that predicts it.
+
+Letters: B rows, T tokens in a row, N tokens altogether, R documents, L tokens in the longest.
+"""
+
+import functools
+
+import numpy as np
+
+from configs import ConfigError, require
+from draws import IGNORE
+
+# ---- tokenizers --------------------------------------------------------------------------------------------------------
+
+
+class ByteTokenizer:
+    """Every byte of the UTF-8 text is a token: nothing to download, and no token ever spans two digits or a quote."""
+
+    name = "bytes"
+    pad, bos, eos, vocab_size = 256, 257, 258, 259
+    texts = (*map(chr, range(256)), "", "", "")  # what each token stands for; above 127, a part of a character
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+
+    def decode(self, ids):
+        return bytes(i for i in np.asarray(ids).tolist() if i < 256).decode(errors="replace")
+
+
+class FileTokenizer:
+    """A tokenizer.json, read by the `tokenizers` package; padding, begin and end are three tokens behind its own."""
+
+    def __init__(self, path):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            message = f"tokenizer={path} needs a package: pip install tokenizers"
+            raise ConfigError(message, "tokenizer") from None
+        try:
+            self.inner = Tokenizer.from_file(path)
+        except Exception as e:  # the package raises plain Exception
+            raise ConfigError(f"{path} cannot be read as a tokenizer.json ({str(e)[:80]})", "tokenizer") from None
+        self.name, own = path, self.inner.get_vocab_size()
+        self.pad, self.bos, self.eos, self.vocab_size = own, own + 1, own + 2, own + 3
+        pieces = (self.inner.id_to_token(i) or "" for i in range(own))
+        spelled = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n"})  # SentencePiece and byte-level BPE
+        self.texts = (*(piece.translate(spelled) for piece in pieces), "", "", "")
+
+    def encode(self, text):
+        return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids):
+        return self.inner.decode([i for i in np.asarray(ids).tolist() if i < self.pad])
+
+
+BYTES = ByteTokenizer()
+
+
+def read_tokenizer(path):
+    """The tokenizer of a setting: "" is bytes, else the path of a tokenizer.json."""
+    return FileTokenizer(path) if path else BYTES
+
+
+@functools.cache
+def lookup(tokenizer, characters):
+    """(vocabulary,) bool: the tokens made of `characters`, with spaces around them or not; " " finds blank ones."""
+    if characters == " ":
+        return np.array([text != "" and text.isspace() for text in tokenizer.texts])
+    return np.array([text.strip() != "" and set(text.strip()) <= set(characters) for text in tokenizer.texts])
+
+
+# ---- masks -------------------------------------------------------------------------------------------------------------
+
+
+class Segments:
+    """Flat tokens (N,) and where each one's segment, a row or a document, begins and ends."""
+
+    def __init__(self, ids, first, end, tokenizer):
+        self.ids, self.first, self.end, self.tokenizer = ids, first, end, tokenizer
+        self.here = np.arange(len(ids))
+        self.special = ids >= tokenizer.pad
+
+    def are(self, characters):
+        return lookup(self.tokenizer, characters)[self.ids]
+
+    def last(self, event):
+        """(N,) index of the latest event at or before each token in its segment; -1: none."""
+        found = np.maximum.accumulate(np.where(event, self.here, -1))
+        return np.where(found >= self.first, found, -1)
+
+    def before(self, event):
+        """As `last`, but strictly before."""
+        found = np.concatenate([[-1], np.maximum.accumulate(np.where(event, self.here, -1))[:-1]])
+        return np.where(found >= self.first, found, -1)
+
+    def count(self, event):
+        """Events in each token's segment up to it, and in all of it."""
+        sums = np.concatenate([[0], np.cumsum(event)])
+        return sums[1:] - sums[self.first], sums[self.end] - sums[self.first]
+
+    def spelled(self, text):
+        """(N,) bool: the tokens that complete `text`, however the tokenizer cuts it after a line break or a space."""
+        found = np.zeros(len(self.ids), bool)
+        for tail in spellings(self.tokenizer, text):
+            hit = np.ones(len(self.ids), bool)
+            for back, token in enumerate(reversed(tail)):
+                hit &= (np.roll(self.ids, back) == token) & (self.here - back >= self.first)
+            found |= hit
+        return found
+
+
+@functools.cache
+def spellings(tokenizer, text):
+    """The token sequences that `text` may come as: the ends of its encodings behind a few neighbours."""
+    found = set()
+    for before in ("", "\n", "\n\n", " "):
+        ids = tokenizer.encode(before + text).tolist()
+        while "".join(tokenizer.texts[i] for i in ids[1:]).strip().endswith(text):
+            ids = ids[1:]
+        found.add(tuple(ids))
+    return found
+
+
+def digits_mask(s):
+    """`key:value `: from each colon to the next blank."""
+    colon, end = s.are(":"), s.are(" ") | s.special
+    opened = s.last(colon)
+    return (opened >= 0) & (opened == s.last(colon | end)) & ~colon
+
+
+def qa_mask(s):
+    """Everything after the segment's last question mark, its end token too; without one, the value behind its last colon."""
+    seen, all_of = s.count(s.are("?"))
+    answer = (seen == all_of) & ~s.are("?") & (s.ids != s.tokenizer.pad) & (s.ids != s.tokenizer.bos)
+    colons, all_colons = s.count(s.are(":"))
+    return np.where(all_of > 0, answer, digits_mask(s) & (colons == all_colons))
+
+
+def hashhop_mask(s):
+    """Between `= '` and the next quote, in the part after COMPLETION: if the segment has one; quotes are masked."""
+    completion = s.spelled("COMPLETION:")
+    quote, blank = s.are("'"), s.are(" ")
+    word = s.before(~blank)  # the last token that is no blank
+    opens = quote & (word >= 0) & s.are("=")[word]
+    opened = s.last(opens)
+    inside = (opened >= 0) & (opened == s.last(quote | s.special)) & ~quote
+    return inside & ((s.before(completion) >= 0) | (s.count(completion)[1] == 0))
+
+
+def twohop_mask(s):
+    """`a>b `, `a>>c `, `a>>b>c `, with letters or `~` among the marks or not: from the first digit after them to the blank."""
+    digit, end = s.are("0123456789"), s.are(" ") | s.special
+    starts = digit & (s.before(s.are(">")) > s.before(end)) & ~digit[np.maximum(s.here - 1, 0)]
+    return (s.last(starts) > s.last(end)) & ~end
+
+
+def text_mask(s):
+    """Everything but padding and the first token of a document."""
+    return (s.ids != s.tokenizer.pad) & (s.ids != s.tokenizer.bos)
+
+
+MASKS = {"qa": qa_mask, "hashhop": hashhop_mask, "digits": digits_mask, "twohop": twohop_mask, "text": text_mask}
+
+
+def mask(tokens, kind, cu_seqlens=None, tokenizer=BYTES):
+    """Labels of tokens: the tokens of the answers, -100 elsewhere; unshifted.
+
+    tokens: integers (B, T), each row a segment, padding at its end; or, with cu_seqlens (R + 1,), documents end to end, (N,) or
+    (1, N), each a segment of its own: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1]. -> as tokens, in their type or
+    int32. kind: a key of MASKS. Label masks of LLMonade (Masking Framework), by segment.
+    """
+    if kind not in MASKS:
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(MASKS)}")
+    tokens = np.asarray(tokens)
+    flat = tokens.reshape(-1)
+    if cu_seqlens is None:
+        ends = np.arange(0, flat.size + 1, max(1, tokens.shape[-1]))
+    else:
+        ends = np.asarray(cu_seqlens)
+        if len(ends) < 1 or ends[0] != 0 or ends[-1] != flat.size or (np.diff(ends) < 0).any():
+            raise ValueError(f"cu_seqlens must rise from 0 to the {flat.size} tokens, got {ends.tolist()[:8]}...")
+    if flat.size == 0:
+        return tokens.astype(np.int32)
+    lengths = np.diff(ends)
+    s = Segments(flat, np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths), tokenizer)
+    return np.where(MASKS[kind](s), flat.astype(np.int32), IGNORE).reshape(tokens.shape)
+
+
+# ---- packing -----------------------------------------------------------------------------------------------------------
+
+
+def pack(documents, lengths):
+    """Padded documents (R, L) of `lengths` (R,) -> end to end (1, N), and cu_seqlens (R + 1,) int32, as flash-attn has it."""
+    inside = np.arange(documents.shape[1]) < lengths[:, None]
+    return documents[inside][None], np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def shift(labels):
+    """Labels (B, T) -> targets (B, T): each label one position earlier, where it is predicted. The first token of a document
+    has no label, so none moves into the document before."""
+    targets = np.full_like(labels, IGNORE)
+    targets[:, :-1] = labels[:, 1:]
+    return targets
+
+
+# ---- check a tokenizer -------------------------------------------------------------------------------------------------
+
+EXAMPLES = {  # kind: (text with {} for its answer, alphabet of the answer, its lengths)
+    "digits": ("{key}:{answer} ", "0123456789", (1, 6, 7)),
+    "qa": ("What is the value of {key}?{answer}", "0123456789", (1, 6)),
+    "twohop": ("{key}>>{answer} ", "0123456789", (3, 6)),
+    "hashhop": ("{key} = {answer}\n\nCOMPLETION:\nHops=1\n\nCoT=False\n\n{key} = '{answer}'\n", "abcdefgXYZKLMN", (4, 8, 16)),
+}
+
+
+def check_tokenizer(tokenizer, trials=200, seed=0):
+    """{kind: "" or what is wrong}: is every mask exact, and is every digit a token, on random examples?"""
+    random = np.random.default_rng(seed)
+    return {kind: check_kind(tokenizer, kind, random, trials) for kind in EXAMPLES}
+
+
+def check_kind(tokenizer, kind, random, trials):
+    form, alphabet, lengths = EXAMPLES[kind]
+    for trial in range(trials):
+        key, answer = ("".join(random.choice(list(alphabet), lengths[trial % len(lengths)])) for _ in range(2))
+        text = form.format(key=key, answer=answer)
+        ids = tokenizer.encode(text)
+        labels = mask(ids[None], kind, tokenizer=tokenizer)[0]
+        spelled = "".join(tokenizer.texts[i] for i in labels[labels != IGNORE])
+        if spelled != answer:
+            return f"the mask of {text!r} gives {spelled!r}, not {answer!r}: a token spans the end of an answer"
+        if alphabet.isdigit() and (labels != IGNORE).sum() != len(answer):
+            return f"{answer!r} comes as {(labels != IGNORE).sum()} tokens: digits are merged"
+    return ""
+
+
+def require_exact(tokenizer, kind):
+    """ConfigError if the labels of this kind would not be exact with this tokenizer."""
+    if kind in EXAMPLES and tokenizer is not BYTES:
+        problem = check_kind(tokenizer, kind, np.random.default_rng(0), 200)
+        require(not problem, f"tokenizer={tokenizer.name} does not suit this task: {problem}", "tokenizer")
