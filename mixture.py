@@ -33,6 +33,7 @@ def open_dataset(path, seed):
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{path}/metadata.json cannot be read; write the data set again", "synthetic_dataset") from None
     module, task = (data_mqar, {}) if kind == "mqar" else (data_synth, {"task": kind})
+    task |= {"block_size": 2**20} if kind == "text" else {}  # documents of any length
     settings = [Setting(k, v, "synthetic_dataset") for k, v in {**task, "path": path, "seed": seed}.items()]
     return module.Data(configs.build(module.Config, settings))
 
