@@ -2,6 +2,7 @@
 
     python eval.py runs/RUN                       # test accuracy by slice, with 95% intervals
     python eval.py runs/RUN --split val --checkpoint ckpt
+    python eval.py runs/RUN --examples 8          # and what the model answers to eight rows
     python eval.py compare 'runs/*'               # runs side by side: table, accuracy against steps, pairs and state
 
 The first two write eval_<split>.json, .parquet (one row per label) and .png into the run; compare writes <out>.parquet
@@ -21,6 +22,7 @@ import configs
 from checkpoint import read_json, read_log, write_file, write_json
 from configs import ConfigError, one_of, require
 from measure import figure, predict, print_slices, share, shares, shown, summarise, table
+from model import greedy
 from parallel import choose_device
 from train import load_run, read_plan
 
@@ -30,12 +32,14 @@ class EvalConfig:
     split: str = "test"  # test or val
     checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
     eval_batch_size: int = 100  # rows in a forward pass
+    examples: int = 0  # print so many rows with the answers that the model gives, token by token
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
     out: str = ""  # compare: where to write, without ending; empty: compare beside the first run
 
     def check(self):
         configs.at_least(self, 1, "eval_batch_size")
+        configs.at_least(self, 0, "examples")
         one_of(self, ("test", "val"), "split")
         one_of(self, ("best", "ckpt"), "checkpoint")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
@@ -49,6 +53,8 @@ def slices(words, config):
     require(len(words) == 1, "name one run directory: python eval.py runs/RUN", None)
     folder = words[0]
     p, data, model, state = load_run(folder, config.checkpoint)
+    text = config.examples == 0 or hasattr(data, "tokenizer")
+    require(text, f"examples={config.examples} prints text, and {p.train.data} has none; leave it out", "examples")
     if config.dtype == "auto":
         config.dtype = p.train.dtype
     device, dtype, line = choose_device(config)
@@ -82,6 +88,24 @@ def slices(words, config):
     write_parquet(path + ".parquet", {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit", "loss")} | columns)
     plot_slices(path + ".png", by_slice, f"{os.path.basename(os.path.normpath(folder))}, {config.split}")
     print(f"wrote {path}.json, .parquet, .png")
+    for example in answers(model, data, config.split, config.examples, device):
+        print(*example, sep="\n  ")
+
+
+def answers(model, data, split, count, device):
+    """Yield, for rows spread over a split, the text before the answer, the answer, and what the model writes there.
+
+    It reads the text and decodes greedily, its own tokens fed back, so from its first error on it may differ from what the
+    accuracy of labels counts; whole rows that are right are right both ways.
+    """
+    rows = np.concatenate([list(s) for s in data.segments(split)])
+    for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
+        tokens, targets, *_ = data.batch(split, 0, [row])
+        at = np.flatnonzero(targets[0] != -100)
+        at = at[at - np.arange(len(at)) == at[0]]  # the first answer of the row
+        written = greedy(model, tokens[:, : at[0] + 1].to(device), len(at))
+        texts = (tokens[0, : at[0] + 1], targets[0, at], written[0].cpu())
+        yield [f"{name:8} {data.tokenizer.decode(ids)!r}" for name, ids in zip(("prompt", "answer", "model"), texts)]
 
 
 def write_parquet(path, columns):
@@ -201,7 +225,7 @@ def plot_compare(path, runs):
 COMMANDS = {"slices": slices, "compare": compare}  # `python eval.py RUN` is short for `python eval.py slices RUN`
 IGNORES = {
     "slices": {"out": "only compare writes there"},
-    "compare": dict.fromkeys(("split", "checkpoint", "eval_batch_size", "device", "dtype"), "compare only reads results"),
+    "compare": dict.fromkeys(("split", "checkpoint", "eval_batch_size", "examples", "device", "dtype"), "compare only reads results"),
 }
 
 

@@ -305,13 +305,11 @@ class HashHop:
         return [range(i * n, (i + 1) * n) for i in range(len(self.config.test_hops))]
 
     def read(self, split, rows):
-        texts, tags = [], {"hops": [], "cot": []}
-        for row in np.asarray(rows).tolist():
-            text, hops, cot = self.problem(split, row)
-            texts.append(text)
-            tags["hops"].append(hops)
-            tags["cot"].append(int(cot))
-        return texts, {k: np.array(v) for k, v in tags.items() if k != "cot" or self.config.cot}
+        texts, hops, cot = zip(*(self.problem(split, row) for row in np.asarray(rows).tolist()))
+        tags = {"hops": np.array(hops)}
+        if self.config.cot:
+            tags["hops_cot"] = np.array([f"{h} cot" if spelled else f"{h}" for h, spelled in zip(hops, cot)])
+        return list(texts), tags
 
     def problem(self, split, row):
         """-> text, hops, cot of one row"""

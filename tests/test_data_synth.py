@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import data_synth as D
 import delta
+import eval as ev
 import facts as F
 import model as M
 import tokens as K
@@ -212,9 +213,11 @@ def follow(text):
 def test_hash_chains_followed_by_hand():
     c = D.Config(task="hashhop", hops=(1, 2, 3, 4), num_queries=3, cot=0.3, block_size=500)
     data, seen = D.Data(c), collections.Counter()
-    for text in texts(data, "train", range(10000)):
+    rows, tags = data.source.read("train", range(10000))
+    for text, *tag in zip(rows, tags["hops"], tags["hops_cot"]):
         hops, cot, found = follow(text)
         seen[hops, cot] += 1
+        assert tag == [hops, f"{hops}{' cot' * cot}"]
         assert len({key for key, *_ in found}) == 3 and c.block_size - 40 - 14 * hops < len(text) + 1 <= c.block_size
     assert {hops: seen[hops, True] + seen[hops, False] for hops in c.hops} == dict.fromkeys(c.hops, 2500)
     assert seen[1, True] == 0 and all(650 < seen[h, True] < 850 for h in (2, 3, 4))
@@ -292,6 +295,11 @@ def test_a_run_on_a_slice(tmp_path, capsys):
     assert re.search(r"^exposures +8 .* 1\.0000", printed, re.M) and "val accuracy of exposures=8" in printed
     test = checkpoint.read_json(str(tmp_path / "a" / "status.json"))["test"]["by_slice"]
     assert test["seen"]["0"]["right"] < 0.6 * test["seen"]["0"]["labels"]
+    ev.main([str(tmp_path / "a"), "--examples=72"])  # all rows
+    examples = re.findall(r"prompt +'(.*)'\n +answer +'(.*)'\n +model +'(.*)'", capsys.readouterr().out)
+    rows = checkpoint.read_json(str(tmp_path / "a" / "eval_test.json"))["metrics"]["row_accuracy"]
+    assert len(examples) == rows["n"] and all(re.fullmatch(r"\d{6}:", prompt) for prompt, *_ in examples)
+    assert sum(answer == model for _, answer, model in examples) == round(rows["value"] * rows["n"])
     with pytest.raises(ConfigError, match="target_slice=exposures=9 is not among the slices measured: exposures=0 exposures=1"):
         train.main(flags(tmp_path, "b", **options, target_slice="exposures=9"))
 

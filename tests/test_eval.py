@@ -53,12 +53,16 @@ def test_slices_add_up_and_are_saved(runs, capsys):
     status = json.loads((runs / "r1" / "status.json").read_text())
     assert saved["metrics"]["accuracy"]["value"] == status["test"]["accuracy"]
     table = pq.read_table(runs / "r1" / "eval_test.parquet").to_pydict()
-    hit, pairs = np.array(table["hit"]), np.array(table["num_kv_pairs"])
+    hit, pairs, row = (np.array(table[name]) for name in ("hit", "num_kv_pairs", "row"))
     assert len(hit) == 30 * 4 + 30 * 8 and set(table["row"]) == set(range(60))
     for n in (4, 8):
         cell = saved["by_slice"]["num_kv_pairs"][str(n)]
         assert cell["n"] == (pairs == n).sum() and cell["value"] == pytest.approx(hit[pairs == n].mean())
         assert cell["ci95"][0] <= cell["value"] <= cell["ci95"][1]
+        rows = [hit[(pairs == n) & (row == r)].all() for r in set(row[pairs == n])]
+        assert cell["exact"]["n"] == len(rows) == 30 and cell["exact"]["value"] == pytest.approx(np.mean(rows))
+        assert cell["nll"] == pytest.approx(np.array(table["loss"])[pairs == n].mean(), rel=1e-5)
+    assert saved["metrics"]["loss"]["value"] == pytest.approx(np.mean(table["loss"]), rel=1e-5)
     assert (runs / "r1" / "eval_test.png").stat().st_size > 5000
     assert set(saved["by_slice"]["cell"]) == {"16x4", "32x8"} == set(table["cell"])
 
@@ -66,6 +70,8 @@ def test_slices_add_up_and_are_saved(runs, capsys):
 def test_checkpoint_and_split_can_be_chosen(runs, capsys):
     ev.main([str(runs / "r1"), "--split", "val", "--checkpoint=ckpt"])
     assert "ckpt.pt of step 40" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="examples=2 prints text, and data_mqar has none"):
+        ev.main([str(runs / "r1"), "--examples=2"])
     assert (runs / "r1" / "eval_val.json").exists()
 
 
@@ -89,6 +95,7 @@ def test_compare_puts_runs_side_by_side(runs, capsys):
         (["a", "--splt=val"], "did you mean split"),
         (["a", "--split=vale"], "did you mean val"),
         (["compare", "a", "--split=val"], "no effect: compare only reads"),
+        (["compare", "a", "--examples=2"], "no effect: compare only reads"),
         (["a", "--out=b"], "no effect: only compare"),
         ([], "name a run directory"),
     ],
