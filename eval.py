@@ -225,7 +225,7 @@ def plot_compare(path, runs):
 COMMANDS = {"slices": slices, "compare": compare}  # `python eval.py RUN` is short for `python eval.py slices RUN`
 IGNORES = {
     "slices": {"out": "only compare writes there"},
-    "compare": dict.fromkeys(("split", "checkpoint", "eval_batch_size", "examples", "device", "dtype"), "compare only reads results"),
+    "compare": dict.fromkeys(set(EvalConfig.__dataclass_fields__) - {"out"}, "compare only reads results"),
 }
 
 
