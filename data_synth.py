@@ -100,8 +100,8 @@ class Config:
     num_queries: int = 1  # hashhop: queries in a training row; one in others
     block_size: int = 256  # hashhop: tokens to fill; text: tokens of the longest document allowed
     n_train_examples: int = 20000  # hashhop: rows in an epoch; none is seen twice
-    n_val_examples: int = 500  # documents (hashhop: per number of hops) of the split that training watches, at most
-    n_test_examples: int = 5000  # of the split that is measured at the end, likewise
+    n_val_examples: int = 500  # documents of the split that training watches, at most; hashhop: per number of hops; 0: all
+    n_test_examples: int = 5000  # of the split that is measured at the end, likewise; 0: all (hashhop: 500)
     mask: str = "text"  # text: what is trained on: text (everything), qa, hashhop, digits or twohop
     packing: str = "none"  # documents: training documents end to end in one row, nothing crosses; none: a padded row for each
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
@@ -113,8 +113,8 @@ class Config:
         one_of(self, ("documents", "none"), "packing")
         one_of(self, ("none", "probe", "train"), "inverse")
         one_of(self, ("random", "selfindex"), "rule")
-        at_least(self, 1, "num_pairs", "n_train_examples", "n_val_examples", "n_test_examples", "num_queries")
-        at_least(self, 0, "seed", "num_novel")
+        at_least(self, 1, "num_pairs", "n_train_examples", "num_queries")
+        at_least(self, 0, "seed", "num_novel", "n_val_examples", "n_test_examples")
         within(self, 1, 9, "digits", "steps")
         within(self, 2, 64, "hash_len")
         within(self, 1, 26, "relations")
@@ -238,13 +238,17 @@ class Data:
 
 @dataclass
 class StoreConfig(Config):
-    output_dir: str = ""  # directory to write; it must not exist yet
+    output_dir: str = ""  # directory to write; it must not exist yet; empty: qa-2000-pairs and the like
     format: str = "parquet"  # parquet or jsonl
+    n_val_examples: int = 0  # documents of validation at most; 0: all (hashhop: 500 per number of hops)
+    n_test_examples: int = 0  # likewise
 
     def check(self):
         super().check()
         one_of(self, ("parquet", "jsonl"), "format")
         require(self.task != "text", "task=text reads documents; there is nothing to write", "task")
+        require(not self.path, f"path={self.path} is a data set already; leave it out to write another", "path")
+        self.output_dir = self.output_dir or self.label()
 
 
 def show(config, documents=2):
@@ -281,7 +285,6 @@ def main(argv=None):
     config = configs.build(StoreConfig, settings)
     if command == "check":
         return check(config)
-    require(config.output_dir, "name the directory to write: --output_dir DIR", "output_dir")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the temporary directory goes
     start = time.perf_counter()
     metadata = write_facts(config, TASKS[command].make(config))

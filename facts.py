@@ -24,13 +24,17 @@ class Facts:
     """A fixed list of documents, which of them are in which split (training ones as often as in an epoch), and their tags."""
 
     def __init__(self, c, texts, splits, tags):
-        """texts: n strings; splits {"train": (E,), "val": ..., "test": ...} of numbers below n; tags {name: (n,)}."""
-        limits = {"val": c.n_val_examples, "test": c.n_test_examples}
-        order = generator(c, 7).permutation(len(texts))  # so that a part of a split is a fair sample
-        for split, n in limits.items():
-            chosen = splits[split]
-            splits[split] = chosen[np.argsort(order[chosen])][:n]
+        """texts: n strings; splits {"train": (E,), "val": ..., "test": ...} of numbers below n; tags {name: (n,)}, of which
+        the first tells the kinds apart that validation and test should have in equal numbers."""
         self.config, self.texts, self.tags = c, texts, {k: np.asarray(v) for k, v in tags.items()}
+        kind = next(iter(self.tags.values()), np.zeros(len(texts), int))
+        order = generator(c, 7).permutation(len(texts))  # so that a part of a split is a fair sample
+        for split, n in (("val", c.n_val_examples), ("test", c.n_test_examples)):
+            chosen = splits[split][np.argsort(order[splits[split]])]
+            if 0 < n < len(chosen):  # as many of each kind at most, so that none crowds out another
+                share = max(1, n // len(np.unique(kind[chosen])))
+                chosen = np.concatenate([chosen[kind[chosen] == k][:share] for k in np.unique(kind[chosen])])
+            splits[split] = chosen
         self.splits = {split: np.asarray(which, np.int32) for split, which in splits.items()}
         self.orders = {}  # epoch -> order, of the last two
 
@@ -164,7 +168,7 @@ class Digits:
         splits = {"train": number[:n], "val": np.concatenate([number[:n], novel[::2]])}
         splits["test"] = np.concatenate([number[:n], novel[1::2]])
         key = np.repeat(["known", "novel"], [n, c.num_novel])
-        facts = Facts(c, [f"{k}:{v} " for k, v in pairs], balanced(splits, key, c), {"key": key})
+        facts = Facts(c, [f"{k}:{v} " for k, v in pairs], splits, {"key": key})
         facts.chance = chance(pairs[:n], pairs[n:]) if c.num_novel else {}
         return facts
 
@@ -231,18 +235,9 @@ class TwoHop:
         number = np.arange(len(texts))
         apart = (query == "single fact") | (query == "trained")  # seen anyway: in both; the others in one of val and test
         splits = {"train": number[apart], "val": number[apart | (number % 2 == 0)], "test": number[apart | (number % 2 == 1)]}
-        facts = Facts(c, texts, balanced(splits, query, c), {"query": query})
+        facts = Facts(c, texts, splits, {"query": query})
         facts.chance = {"any entity": 1 / n}
         return facts
-
-
-def balanced(splits, kind, c):
-    """Cut val and test so that no kind of document crowds out another: as many of each kind, at most."""
-    for split, n in (("val", c.n_val_examples), ("test", c.n_test_examples)):
-        chosen = generator(c, 8).permutation(splits[split])
-        share = max(1, n // len(np.unique(kind)))
-        splits[split] = np.concatenate([chosen[kind[chosen] == k][:share] for k in np.unique(kind)])
-    return splits
 
 
 def derangement(random, n):
@@ -262,7 +257,7 @@ class HashHop:
     """Chains of hashes, "a = b" and at their end "c = 'd'", in random order; then "COMPLETION:", the number of hops, and for a
     query that is named the end of its chain (the text of github.com/magicproduct/hash-hop). Rows are made when asked for."""
 
-    mask = "hashhop"
+    mask, default = "hashhop", 500  # rows per number of hops in validation and test
 
     def __init__(self, c):
         self.config, self.tags, self.chance = c, {}, {"any end of a chain": 1 / self.chains(c, c.hops[0])}
@@ -301,7 +296,7 @@ class HashHop:
         return {"train": c.n_train_examples}.get(split) or sum(map(len, self.segments(split)))
 
     def segments(self, split):
-        n = self.config.n_val_examples if split == "val" else self.config.n_test_examples
+        n = {"val": self.config.n_val_examples, "test": self.config.n_test_examples}[split] or self.default
         return [range(i * n, (i + 1) * n) for i in range(len(self.config.test_hops))]
 
     def read(self, split, rows):

@@ -454,7 +454,7 @@ def test_paths_that_hold_nothing(tmp_path):
     "words, message",
     [
         (["quiz", "--output_dir=x"], "name what to do first"),
-        (["qa"], "name the directory to write"),
+        (["qa", "--path=x"], "path=x is a data set already"),
         (["qa", "--output_dir=x", "--num_pairs=15"], "num_pairs=15 does not divide into 8 buckets; 16 does"),
         (["qa", "--output_dir=x", "--digits=2", "--num_pairs=800"], "800 pairs need 1600 different numbers"),
         (["digits", "--output_dir=x", "--buckets=[1,2]"], "only task qa uses it"),

@@ -1,0 +1,25 @@
+"""Synthetic QA, 50,000 pairs: which facts does GPT store, by how often it saw them?
+
+TIME. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+"""
+
+data = "data_synth"
+task = "qa"
+num_pairs = 50000
+
+dim = 256
+dk = dv = 64
+n_heads = 4
+n_layers = 2
+use_ffn = True
+init_std = 0.5
+
+lr = 3e-3
+warmup_steps = 50
+schedule = "cosine"
+batch_size = 512
+max_steps = 2000
+eval_interval = 500
+
+target_slice = "exposures=128"
+target = 0.99
