@@ -260,25 +260,24 @@ class HashHop:
     mask, default = "hashhop", 500  # rows per number of hops in validation and test
 
     def __init__(self, c):
-        self.config, self.tags, self.chance = c, {}, {"any end of a chain": 1 / self.chains(c, c.hops[0])}
+        self.config, self.tags, self.chance = c, {}, {"any end of a chain": 1 / self.chains(c, c.test_hops[0], 1)}
 
     @staticmethod
     def header(hops, cot):
         return f"\nCOMPLETION:\nHops={hops}\n\nCoT={cot}\n\n"
 
     @staticmethod
-    def chains(c, hops):
+    def chains(c, hops, queries):
         """Chains that fit into block_size tokens (bytes, and BOS) beside the completion."""
         L, pair = c.hash_len, 2 * c.hash_len + 4
         answer = pair + 2 + (hops - 1) * (L + 3) * (c.cot > 0)
-        rest = 1 + len(HashHop.header(hops, False)) + c.num_queries * answer
+        rest = 1 + len(HashHop.header(hops, False)) + queries * answer
         return (c.block_size - rest) // (hops * pair + 2)
 
     @staticmethod
     def check(c):
-        for hops in (*c.hops, *c.test_hops):
-            fit = HashHop.chains(c, hops)
-            need = max(2, c.num_queries)
+        for hops, queries in (*((h, c.num_queries) for h in c.hops), *((h, 1) for h in c.test_hops)):
+            fit, need = HashHop.chains(c, hops, queries), max(2, queries)
             more = c.block_size + (need - fit) * (hops * (2 * c.hash_len + 4) + 2)
             message = f"block_size={c.block_size} is too small for {need} chains of {hops} hops; use at least {more}"
             require(fit >= need, message, "block_size")
@@ -312,14 +311,15 @@ class HashHop:
         levels = c.hops if split == "train" else c.test_hops
         hops = levels[row % len(levels)] if split == "train" else levels[row // len(self.segments(split)[0])]
         cot = hops > 1 and random.random() < c.cot
-        n = self.chains(c, hops)
+        queries = c.num_queries if split == "train" else 1
+        n = self.chains(c, hops, queries)
         words = different_words(random, n * (hops + 1), c.hash_len)
         chains = [words[i * (hops + 1) : (i + 1) * (hops + 1)] for i in range(n)]
         lines = [f"{a} = {b}" for chain in chains for a, b in zip(chain, chain[1:-1])]
         lines += [f"{chain[-2]} = '{chain[-1]}'" for chain in chains]
         lines = [lines[i] for i in random.permutation(len(lines))]
-        queries = chains[: c.num_queries if split == "train" else 1]  # any: the lines are in random order
-        answers = [f"{chain[0]} = '{' = '.join(chain[1:]) if cot else chain[-1]}'" for chain in queries]
+        asked = chains[:queries]  # any: the lines are in random order
+        answers = [f"{chain[0]} = '{' = '.join(chain[1:]) if cot else chain[-1]}'" for chain in asked]
         return "\n".join(lines) + "\n" + self.header(hops, cot) + "\n".join(answers) + "\n", hops, cot
 
 

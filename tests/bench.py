@@ -1,4 +1,4 @@
-"""How fast, as ratios: python tests/bench.py [train] [data] [delta] [lengths] [ranks] [--rounds 15] [--threads 2]
+"""How fast, as ratios: python tests/bench.py [train] [data] [masks] [delta] [lengths] [ranks] [--rounds 15] [--threads 2]
 
 Each row compares ours with a plain peer. The two take turns, so that a busy machine slows both, and the ratio is the median
 over the rounds. The peak of this machine is a 2048 x 2048 float32 matrix product timed in the same rounds; a training
@@ -24,12 +24,16 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
 import data_mqar  # noqa: E402
+import data_synth  # noqa: E402
 import delta as D  # noqa: E402
 import model as M  # noqa: E402
 import parallel  # noqa: E402
+import tokens  # noqa: E402
 import train  # noqa: E402
+from facts import TASKS  # noqa: E402
 from test_data_mqar import loop_rows  # noqa: E402
 from test_delta import fla_naive  # noqa: E402
+from test_tokens import naive_mask  # noqa: E402
 
 
 def seconds(f):
@@ -116,6 +120,19 @@ def data_rows(rounds):
     peer = {"loop": lambda: loop_rows(cell, n // 10, np.random.default_rng(0))}  # a tenth of the rows, or it takes a minute
     times = take_turns({**ours, **peer}, min(rounds, 5))
     yield f"{n} MQAR rows", times["ours"], "numpy loop over rows", [10 * t for t in times["loop"]], None
+
+
+def mask_rows(rounds):
+    """Label masks of 1,000,000 tokens of documents end to end, against the same rules letter by letter."""
+    for kind, task in (("qa", {}), ("digits", {}), ("twohop", {}), ("hashhop", {"hops": (1, 2), "cot": 0.5})):
+        c = data_synth.Config(task=kind, packing="documents", **task)
+        texts, _ = TASKS[kind].make(c).read("train", range(1000))
+        documents = [tokens.BYTES.encode(text) for text in texts]
+        copies = 10**6 // sum(map(len, documents)) + 1
+        flat, ends = np.concatenate(documents * copies), np.cumsum([0, *map(len, documents * copies)])
+        ours = {"ours": lambda: tokens.mask(flat, kind, ends)}
+        times = take_turns(ours | {"loop": lambda: [naive_mask(d, kind) for d in documents]}, min(rounds, 5))
+        yield f"{kind} mask of {len(flat)} tokens", times["ours"], "loop over tokens", [copies * t for t in times["loop"]], None
 
 
 def delta_inputs(B, T, H, width):
@@ -233,7 +250,14 @@ def rank_rows(rounds):
     yield "the same, no exchange of gradients", times["alone"], "2 ranks", times[2, 1], None
 
 
-BENCHES = {"train": train_rows, "data": data_rows, "delta": delta_rows, "lengths": length_rows, "ranks": rank_rows}
+BENCHES = {
+    "train": train_rows,
+    "data": data_rows,
+    "masks": mask_rows,
+    "delta": delta_rows,
+    "lengths": length_rows,
+    "ranks": rank_rows,
+}
 
 
 def main():

@@ -116,6 +116,15 @@ def test_digit_lookup_keys(num_pairs, width):
     assert len(val) == len(test) == 50 and not val & test
 
 
+def test_what_is_measured_has_as_many_of_each_kind():
+    data = D.Data(D.Config(task="digits", num_pairs=900, num_novel=100, n_val_examples=60, n_test_examples=0))
+    for split, known, novel in (("val", 30, 30), ("test", 900, 50)):
+        (rows,) = data.segments(split)
+        assert collections.Counter(data.source.read(split, rows)[1]["key"]) == {"known": known, "novel": novel}
+    val = texts(data, "val")
+    assert sorted(val) != val and len({*val}) == 60
+
+
 def test_the_rule_of_selfindex():
     for steps in (1, 2):
         source = F.Digits.make(D.Config(task="digits", num_pairs=10000, rule="selfindex", steps=steps))
@@ -221,6 +230,8 @@ def test_hash_chains_followed_by_hand():
         assert len({key for key, *_ in found}) == 3 and c.block_size - 40 - 14 * hops < len(text) + 1 <= c.block_size
     assert {hops: seen[hops, True] + seen[hops, False] for hops in c.hops} == dict.fromkeys(c.hops, 2500)
     assert seen[1, True] == 0 and all(650 < seen[h, True] < 850 for h in (2, 3, 4))
+    every = [{*texts(data, split, range(400))} for split in ("train", "val", "test")]
+    assert len(set.union(*every)) == 1200  # no row stands in two splits
     for split in ("val", "test"):
         for level, segment in zip(c.test_hops, data.segments(split)):
             assert all(follow(t)[0] == level and len(follow(t)[2]) == 1 for t in texts(data, split, list(segment)[:5]))
@@ -420,11 +431,11 @@ def test_bad_parquet_is_named(tmp_path):
     path = tmp_path / "x.parquet"
     generator = np.random.default_rng(0)
     table = pa.table({"text": ["".join(map(chr, generator.integers(97, 122, 40))) for _ in range(2000)]})
-    pq.write_table(table, path, write_page_checksum=True, use_dictionary=False)
+    pq.write_table(table, path, write_page_checksum=True, use_dictionary=False, compression="none")
     whole, noticed = path.read_bytes(), 0
     for place in np.linspace(0, len(whole) - 1, 60).astype(int):
         damaged = bytearray(whole)
-        damaged[place] ^= 0xFF
+        damaged[place] ^= 1  # another letter, mostly: nothing but the checksum tells
         path.write_bytes(damaged)
         try:
             D.Data(D.Config(task="text", path=str(path)))

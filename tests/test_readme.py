@@ -8,6 +8,7 @@ import pytest
 
 import configs
 import data_mqar
+import data_synth
 import eval as ev
 import mqar_files
 import train
@@ -32,7 +33,7 @@ COMMANDS = list(commands())
 
 
 def test_there_are_commands_to_check():
-    assert len(COMMANDS) >= 10 and {"train.py", "eval.py", "data_mqar.py", "-m", "tests/bench.py"} <= {c[0] for c in COMMANDS}
+    assert len(COMMANDS) >= 10 and {"train.py", "eval.py", "data_mqar.py", "data_synth.py", "-m", "tests/bench.py"} <= {c[0] for c in COMMANDS}
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -47,10 +48,14 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
     if script == "train.py" and not {"resume", "path", "help"} & {s.key for s in settings} and "mine" not in rest:
         assert train.read_command_line(rest)[0].train.log_dir == "runs"
     elif script == "train.py":
-        configs.check_names([s for s in settings if s.key != "help"], train.TrainConfig, data_mqar.Config)
+        data = data_synth if ("data", "data_synth") in {(s.key, s.value) for s in settings} else data_mqar
+        configs.check_names([s for s in settings if s.key != "help"], train.TrainConfig, data.Config)
     elif script == "eval.py":
         configs.check_names(settings, ev.EvalConfig)
         assert all(w in ev.COMMANDS or w.startswith("runs/") for w in positional)
+    elif script == "data_synth.py" and positional:
+        task = [] if positional == ["check"] else [configs.Setting("task", *positional, "task")]
+        assert configs.build(data_synth.StoreConfig, [*task, *settings]).output_dir
     elif script == "data_mqar.py" and settings:
         assert configs.build(mqar_files.StoreConfig, settings).num_copies == 100
 

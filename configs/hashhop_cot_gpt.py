@@ -1,0 +1,31 @@
+"""HashHop, trained on one and two hops with the hashes on the way spelled out: "a = 'b = c'".
+
+TIME. Expected: letter accuracy 0.97 or more on two hops; three and four, longer than any in training, fail.
+"""
+
+data = "data_synth"
+task = "hashhop"
+block_size = 224
+hash_len = 3
+hops = (1, 2)
+cot = 1.0
+num_queries = 4
+n_val_examples = 50
+n_test_examples = 250
+
+dim = 128
+dk = dv = 32
+n_heads = 4
+n_layers = 2
+conv = 8
+pos = "none"
+
+lr = 8e-3
+warmup_steps = 50
+schedule = "cosine"
+batch_size = 32
+max_steps = 800
+eval_interval = 200
+
+target_slice = "hops=2"
+target = 0.97

@@ -1,0 +1,30 @@
+"""HashHop, trained on one hop: read a chain of hashes in the row itself.
+
+TIME. Expected: letter accuracy 0.99 or more on one hop; next to nothing on two, three and four.
+
+The short convolution of width 8 sees a hash, its " = '" and the quote at once. configs/hashhop_cot_gpt.py follows longer chains.
+"""
+
+data = "data_synth"
+task = "hashhop"
+block_size = 218
+num_queries = 4
+n_val_examples = 50
+n_test_examples = 250
+
+dim = 128
+dk = dv = 32
+n_heads = 4
+n_layers = 2
+conv = 8
+pos = "none"
+
+lr = 6e-3
+warmup_steps = 50
+schedule = "cosine"
+batch_size = 32
+max_steps = 400
+eval_interval = 100
+
+target_slice = "hops=1"
+target = 0.99

@@ -1,0 +1,30 @@
+"""Two-hop queries over 400 facts, answered with the entity in between: "a>x>yb>c".
+
+TIME. Expected: 0.99 or more of the digits on in-distribution queries, which are not trained on though both of their facts
+are used in trained ones; on out-of-distribution queries the second fact is not found.
+"""
+
+data = "data_synth"
+task = "twohop"
+entities = 25
+relations = 16
+phi = 8
+cot = 1
+
+dim = 64
+dk = dv = 16
+n_heads = 4
+n_layers = 3
+use_ffn = True
+init_std = 0.3
+
+lr = 4e-3
+weight_decay = 0.1
+warmup_steps = 50
+schedule = "cosine"
+batch_size = 512
+max_steps = 600
+eval_interval = 200
+
+target_slice = "query=in-distribution"
+target = 0.99

@@ -1,0 +1,31 @@
+"""Two-hop queries over 400 facts (25 entities, 16 relations): are two stored facts put together?
+
+TIME. Expected: 0.99 or more on trained queries. In-distribution ones (both facts are used in trained queries)
+and out-of-distribution ones stay near chance: the model stores each trained query as one more fact.
+
+That it composes at all takes spelling out the entity in between: configs/twohop_cot_gpt.py.
+"""
+
+data = "data_synth"
+task = "twohop"
+entities = 25
+relations = 16
+phi = 8
+
+dim = 64
+dk = dv = 16
+n_heads = 4
+n_layers = 3
+use_ffn = True
+init_std = 0.3
+
+lr = 4e-3
+weight_decay = 0.1
+warmup_steps = 50
+schedule = "cosine"
+batch_size = 512
+max_steps = 800
+eval_interval = 200
+
+target_slice = "query=trained"
+target = 0.99
