@@ -20,12 +20,19 @@ except ImportError:
 class Documents:
     """Documents end to end in one row (1, T, ...), and the same with a row for each, padded with zeros (R, L, ...)."""
 
-    def __init__(self, cu_seqlens):
-        """cu_seqlens (R + 1,) int32: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1]."""
-        self.ends, lengths = cu_seqlens, cu_seqlens.diff().long()
+    def __init__(self, cu_seqlens, tokens):
+        """cu_seqlens (R + 1,) integers: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1] of tokens (1, T).
+
+        ValueError if they do not rise from 0 to T.
+        """
+        ends, (B, T) = cu_seqlens.tolist(), tokens.shape
+        if B != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != T or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens must rise from 0 to T={T} over one row of tokens; got {ends[:9]} for {B} rows")
+        self.ends = cu_seqlens.to(tokens.device, torch.int32)
+        lengths = self.ends.diff().long()
         self.count, self.longest = len(lengths), int(lengths.max())
         number = torch.arange(self.count, device=lengths.device).repeat_interleave(lengths)  # (T,)
-        self.position = torch.arange(len(number), device=lengths.device) - cu_seqlens[:-1].long()[number]  # (T,), from 0
+        self.position = torch.arange(len(number), device=lengths.device) - self.ends[:-1].long()[number]  # (T,), from 0
         self.place = None if int(lengths.min()) == self.longest else number * self.longest + self.position
 
     def split(self, x):

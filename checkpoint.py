@@ -13,6 +13,7 @@ shards/<name>-<step>/, and the small file names them with their checksums; one r
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -78,6 +79,17 @@ def new_directory(path):
         raise ConfigError(f"writing {path} failed ({cause.strerror or cause}); nothing was left behind") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def data_hash(path):
+    """SHA-256 of a data set: of its metadata.json, which has the sums of its files, or else of the file or files there."""
+    if os.path.isfile(os.path.join(path, "metadata.json")):
+        return file_hash(os.path.join(path, "metadata.json"))
+    if os.path.isfile(path):
+        return file_hash(path)
+    found = sorted(f for f in glob.glob(os.path.join(glob.escape(path), "**"), recursive=True) if os.path.isfile(f))
+    sums = [(os.path.relpath(f, path), file_hash(f)) for f in found]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def remove(path):

@@ -49,7 +49,7 @@ from configs import at_least, one_of, require, within
 from draws import IGNORE, SPLITS
 from facts import TASKS, Facts
 from synth_files import read_stored, write_facts
-from tokens import MASKS, check_tokenizer, mask, read_tokenizer, require_exact, shift
+from tokens import BYTES, MASKS, mask, mismatch, read_tokenizer, shift
 
 TASK_OF = {  # setting: the tasks that use it
     "num_pairs": "qa digits",
@@ -98,11 +98,11 @@ class Config:
     test_hops: tuple[int, ...] = (1, 2, 3, 4)  # hashhop: measured hops: easy, medium, hard, challenge
     hash_len: int = 4  # hashhop: letters in a hash
     num_queries: int = 1  # hashhop: queries in a training row; one in others
-    block_size: int = 256  # hashhop: tokens to fill; text: tokens of the longest document allowed
+    block_size: int = 256  # hashhop: bytes to fill; text: bytes of the longest document allowed
     n_train_examples: int = 20000  # hashhop: rows in an epoch; none is seen twice
-    n_val_examples: int = 500  # documents of the split that training watches, at most; hashhop: per number of hops; 0: all
-    n_test_examples: int = 5000  # of the split that is measured at the end, likewise; 0: all (hashhop: 500)
-    mask: str = "text"  # text: what is trained on: text (everything), qa, hashhop, digits or twohop
+    n_val_examples: int = 500  # documents to watch, shared out evenly over their groups; hashhop: per number of hops; 0: all
+    n_test_examples: int = 5000  # documents to measure at the end, likewise; 0: all (hashhop: 500)
+    mask: str = "text"  # text: what is trained on of "text": text (everything), qa, hashhop, digits or twohop
     packing: str = "none"  # documents: training documents end to end in one row, nothing crosses; none: a padded row for each
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
     seed: int = 0  # of data and model
@@ -165,22 +165,28 @@ class Data:
     def __init__(self, config):
         self.config = c = config
         self.tokenizer = read_tokenizer(c.tokenizer)
-        task = c.task
-        if c.path and task != "text":
-            task, *content, self.chance = read_stored(c.path, c.task, TASKS)
-            self.source = Facts(c, *content)
-        else:
-            self.source = TASKS[task].make(c)
-            self.chance = getattr(self.source, "chance", {})
-        self.kind = c.mask if task == "text" else TASKS[task].mask
-        if self.kind == "twohop" and not c.markers:
-            self.kind = "digits"
-        require_exact(self.tokenizer, self.kind)
-        self.vocab_size = self.tokenizer.vocab_size
+        stored = c.path and c.task != "text"
+        self.source = Facts(c, *read_stored(c.path, c.task, TASKS)) if stored else TASKS[c.task].make(c)
+        self.kind, self.chance, self.vocab_size = self.source.kind, self.source.chance, self.tokenizer.vocab_size
         self.seq_len = self.longest()
-        message = f"{c.path}: no document for {{}}; give it more"
+        # where in its answer a digit or letter stands is a tag, unless every answer is a sentence
+        self.has_positions = self.kind != "text" and any(isinstance(t, str) for t in getattr(self.source, "texts", [""]))
+        self.require_answers()
+
+    def require_answers(self):
+        """ConfigError if a split has nothing to score, or if the labels would not be exact with this tokenizer."""
+        c, plain = self.config, []  # the documents whose answers the mask has to find
         for split in SPLITS:
-            require(self.source.count(split), message.format(split), "path")
+            rows = range(min(self.source.count(split), 1000))
+            require(rows, f"no document is left for {split}; give it more of them", "path")
+            texts, _ = self.source.read(split, rows)
+            plain += [text for text in texts if isinstance(text, str)]
+            message = f"mask={self.kind} finds no answer in the first {len(rows)} documents of {split}"
+            require((self.batch(split, 0, rows)[1] != IGNORE).any(), message, "mask")
+        require(plain or c.mask == "text", f"mask={c.mask} has no effect: the documents say what their answers are", "mask")
+        if self.tokenizer is not BYTES and self.kind != "text":
+            problem = mismatch(self.tokenizer, self.kind, plain[:300])
+            require(not problem, f"tokenizer={c.tokenizer} does not suit these documents: {problem}", "tokenizer")
 
     def longest(self):
         if isinstance(self.source, Facts):
@@ -223,7 +229,7 @@ class Data:
             labels = np.where(known, np.where(place >= np.repeat(begins, lengths), flat, IGNORE), labels)
         counts = np.add.reduceat(labels != IGNORE, ends[:-1])
         tags = {name: np.repeat(values, counts) for name, values in tags.items()}
-        if self.kind != "text" and not answered.any():  # the digit or letter of an answer
+        if self.has_positions:
             tags["position"] = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         if self.config.packing == "documents" and split == "train":
             tokens, targets = flat[None], shift(labels[None])
@@ -242,6 +248,9 @@ class StoreConfig(Config):
     format: str = "parquet"  # parquet or jsonl
     n_val_examples: int = 0  # documents of validation at most; 0: all (hashhop: 500 per number of hops)
     n_test_examples: int = 0  # likewise
+
+    def unused(self):
+        return super().unused() | dict.fromkeys(("packing", "tokenizer"), "what is written is text")
 
     def check(self):
         super().check()
@@ -280,14 +289,15 @@ def main(argv=None):
         return 0
     names = [*TASKS, "check"]
     require(command in names, f"name what to do first: python data_synth.py {'|'.join(names)} --key=value", None)
-    settings = [configs.Setting("task", command, command), *settings] if command in TASKS else settings
-    configs.check_names(settings, StoreConfig)
-    config = configs.build(StoreConfig, settings)
     if command == "check":
-        return check(config)
+        configs.check_names(settings, CheckConfig)
+        return check(configs.build(CheckConfig, settings).tokenizer)
+    configs.check_names(settings, StoreConfig)
+    require("task" not in {s.key for s in settings}, f"the task is {command} already; leave out --task", None)
+    config = configs.build(StoreConfig, [configs.Setting("task", command, command), *settings])
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the temporary directory goes
     start = time.perf_counter()
-    metadata = write_facts(config, TASKS[command].make(config))
+    metadata = write_facts(config, TASKS[config.task].make(config))
     rows = {split: sum(f["rows"] for f in files) for split, files in metadata["files"].items()}
     size = sum(f["bytes"] for files in metadata["files"].values() for f in files) / 1e6
     print(f"{config.output_dir}: {rows} rows, {size:.1f} MB, {time.perf_counter() - start:.1f} s")
@@ -300,13 +310,28 @@ def print_chance(chance):
         print(f"without knowledge: {name}: {value:.4f}")
 
 
-def check(config):
+@dataclass
+class CheckConfig:
+    tokenizer: str = ""  # a tokenizer.json; empty: bytes
+
+
+CHECKED = {  # kind of mask: settings whose documents are tried
+    "digits": [dict(task="digits"), dict(task="twohop", markers=False)],
+    "qa": [dict(task="qa")],
+    "twohop": [dict(task="twohop"), dict(task="twohop", relations=4), dict(task="twohop", relations=4, cot=1)],
+    "hashhop": [dict(task="hashhop", hops=(1, 2, 3), cot=0.5), dict(task="hashhop", hash_len=16, block_size=512)],
+}
+
+
+def check(path):
     """Print whether each label mask is exact with the tokenizer; RunFailed if one is not."""
-    tokenizer = read_tokenizer(config.tokenizer)
-    problems = check_tokenizer(tokenizer)
-    for kind, problem in problems.items():
+    tokenizer, bad = read_tokenizer(path), []
+    for kind, settings in CHECKED.items():
+        texts = [t for s in settings for t in TASKS[s["task"]].make(Config(**s)).read("train", range(300))[0]]
+        asked = [f"What is the value of {t[:6]}?{t[7:13]}" for t in texts] if kind == "qa" else []
+        problem = mismatch(tokenizer, kind, texts + asked)
         print(f"{tokenizer.name}: {kind}: {problem or 'exact'}")
-    bad = [kind for kind, problem in problems.items() if problem]
+        bad += [kind] if problem else []
     if bad:
         raise configs.RunFailed(f"masks of {', '.join(bad)} would not be exact with {tokenizer.name}; use another, or bytes")
     return 0

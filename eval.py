@@ -86,7 +86,9 @@ def slices(words, config):
     )
     columns = {tag: np.concatenate([b["tags"][tag] for b in batches]) for tag in batches[0]["tags"]}
     write_parquet(path + ".parquet", {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit", "loss")} | columns)
-    plot_slices(path + ".png", by_slice, f"{os.path.basename(os.path.normpath(folder))}, {config.split}")
+    plot_slices(
+        path + ".png", by_slice or {"all": {"all": everything}}, f"{os.path.basename(os.path.normpath(folder))}, {config.split}"
+    )
     print(f"wrote {path}.json, .parquet, .png")
     for example in answers(model, data, config.split, config.examples, device):
         print(*example, sep="\n  ")
@@ -102,6 +104,9 @@ def answers(model, data, split, count, device):
     for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
         tokens, targets, *_ = data.batch(split, 0, [row])
         at = np.flatnonzero(targets[0] != -100)
+        if len(at) == 0:
+            yield [f"row {row} has no answer"]
+            continue
         at = at[at - np.arange(len(at)) == at[0]]  # the first answer of the row
         written = greedy(model, tokens[:, : at[0] + 1].to(device), len(at))
         texts = (tokens[0, : at[0] + 1], targets[0, at], written[0].cpu())
@@ -155,7 +160,7 @@ def compare(words, config):
     table(head, [(*(r[k] for k in names), *shown(r["all"])[1:]) for r in runs])
     out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", "compare")
     flat = [
-        {k: v for k, v in r.items() if k not in ("all", "by_pairs", "curve", "settings")} | {"accuracy": r["all"]["value"]}
+        {k: v for k, v in r.items() if k not in ("all", "by_slice", "curve", "settings")} | {"accuracy": r["all"]["value"]}
         for r in runs
     ]
     write_parquet(out + ".parquet", {k: [r[k] for r in flat] for k in flat[0]})
@@ -184,12 +189,19 @@ def read_result(folder):
         "seconds": round(status["seconds"], 1),
         "all": share(round(test["accuracy"] * test["labels"]), test["labels"]),
         "curve": [(r["step"], r["accuracy"]) for r in read_log(folder) if r["kind"] == "eval"],
-        "by_pairs": {int(n): shares(cell) for n, cell in test["by_slice"].get("num_kv_pairs", {}).items()},
+        "by_slice": {tag: {v: shares(c)["value"] for v, c in cells.items()} for tag, cells in test["by_slice"].items()},
     }
 
 
 def plot_compare(path, runs):
-    """Accuracy against steps, pairs and state; runs that differ in their seed only are one colour, with mean and band."""
+    """Accuracy against steps, the first slices that all runs have, and state.
+
+    Runs that differ in their seed only are one colour, with mean and range.
+    """
+    common = [tag for tag in runs[0]["by_slice"] if all(tag in r["by_slice"] for r in runs)]
+    tag = common[0] if common else None
+    names = list(dict.fromkeys(v for r in runs for v in r["by_slice"].get(tag, {})))
+    names = sorted(names, key=int) if all(v.isdigit() for v in names) else names
     plt, fig, (first, left, right) = figure(1, 3)
     lines = {
         settings: [r for r in runs if r["settings"] == settings] for settings in dict.fromkeys(r["settings"] for r in runs)
@@ -198,23 +210,26 @@ def plot_compare(path, runs):
         line = same[0]["line"]
         if sum(line == others[0]["line"] for others in lines.values()) > 1:
             line += f", {same[0]['run'][-40:]}"  # same model, other settings
-        pairs = sorted({n for r in same for n in r["by_pairs"]})
-        values = [[r["by_pairs"][n]["value"] for r in same if n in r["by_pairs"]] for n in pairs]
-        (drawn,) = left.plot(pairs, [np.mean(v) for v in values], "o-", ms=4, label=f"{line} (runs: {len(same)})")
+        values = [[r["by_slice"][tag][v] for r in same if v in r["by_slice"][tag]] for v in names]
+        at = [i for i, found in enumerate(values) if found]
+        mean, low, high = ([f(values[i]) for i in at] for f in (np.mean, min, max))
+        (drawn,) = left.plot(at, mean, "o-", ms=4, label=f"{line} (runs: {len(same)})")
+        left.fill_between(at, low, high, alpha=0.2, color=drawn.get_color())
         for r in same:
             first.plot(*zip(*r["curve"]), ".-", ms=4, lw=1, color=drawn.get_color())
-        left.fill_between(pairs, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=drawn.get_color())
         y = [r["all"]["value"] for r in same]
         ends = np.array([r["all"]["ci95"] for r in same]).T
         errors = np.maximum(0, [y - ends[0], ends[1] - y])
         right.errorbar([r["state"] for r in same], y, yerr=errors, fmt="o", ms=4, capsize=3, color=drawn.get_color())
     first.set(xlabel="step", ylabel="val token accuracy, each run")
-    left.set(xlabel="key-value pairs", ylabel="test token accuracy, mean and range")
+    left.set(xlabel=tag or "(no slices that all runs have)", ylabel="test token accuracy, mean and range")
+    left.set_xticks(range(len(names)), names, fontsize=7)
     right.set(xlabel="state at the longest test row (bytes, float32)", ylabel="test token accuracy, 95% interval")
     fig.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=2)
-    for axis in (first, left, right):
+    for axis in (first, right):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
+    for axis in (first, left, right):
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
         axis.yaxis.label.set_fontsize(8)

@@ -1,7 +1,7 @@
 """The generators of data_synth.py: pairs of numbers, digit lookup, two-hop queries, HashHop, and your own documents.
 
-Each has check(config), label(config), make(config) -> its documents, and the kind of its label mask. What `make` returns has
-count(split), segments(split), read(split, rows) -> texts and tags, and .chance, what answers without knowledge reach.
+Each has check(config), label(config) and make(config) -> its documents. What `make` returns has count(split), segments(split),
+read(split, rows) -> texts and tags, .kind, the kind of its label mask, and .chance, what answers without knowledge reach.
 
 Letters: n pairs or entities, N letters of a word, R rows or relations, E documents in an epoch.
 """
@@ -23,17 +23,19 @@ def generator(c, *words):
 class Facts:
     """A fixed list of documents, which of them are in which split (training ones as often as in an epoch), and their tags."""
 
-    def __init__(self, c, texts, splits, tags):
-        """texts: n strings; splits {"train": (E,), "val": ..., "test": ...} of numbers below n; tags {name: (n,)}, of which
-        the first tells the kinds apart that validation and test should have in equal numbers."""
-        self.config, self.texts, self.tags = c, texts, {k: np.asarray(v) for k, v in tags.items()}
-        kind = next(iter(self.tags.values()), np.zeros(len(texts), int))
+    def __init__(self, c, kind, texts, splits, tags, chance=None):
+        """kind: a key of tokens.MASKS; texts: n strings; splits {"train": (E,), "val": ..., "test": ...} of numbers below n;
+        tags {name: (n,)}, of which the first names the groups that val and test should have in equal numbers."""
+        self.config, self.kind, self.texts, self.chance = c, kind, texts, chance or {}
+        self.tags = {k: np.asarray(v) for k, v in tags.items()}
+        group = next(iter(self.tags.values()), np.zeros(len(texts), int))
         order = generator(c, 7).permutation(len(texts))  # so that a part of a split is a fair sample
         for split, n in (("val", c.n_val_examples), ("test", c.n_test_examples)):
             chosen = splits[split][np.argsort(order[splits[split]])]
-            if 0 < n < len(chosen):  # as many of each kind at most, so that none crowds out another
-                share = max(1, n // len(np.unique(kind[chosen])))
-                chosen = np.concatenate([chosen[kind[chosen] == k][:share] for k in np.unique(kind[chosen])])
+            if n and len(chosen):  # as many of each group at most, so that none crowds out another
+                groups = np.unique(group[chosen])
+                share = n if c.task == "hashhop" else max(1, n // len(groups))
+                chosen = np.concatenate([chosen[group[chosen] == g][:share] for g in groups])
             splits[split] = chosen
         self.splits = {split: np.asarray(which, np.int32) for split, which in splits.items()}
         self.orders = {}  # epoch -> order, of the last two
@@ -68,10 +70,12 @@ class Facts:
 
 
 def chance(train, test):
-    """What answers without knowledge reach on `test`: [(key, value)] of one width -> {name: per-digit accuracy}.
+    """What answers without knowledge reach on `test`: [(key, value)] of one width -> {name: accuracy per digit}.
 
     The most frequent digit of each position among the training values; and the key itself.
     """
+    if not train or not test:
+        return {}
     width = min(len(v) for _, v in train + test)
     values, keys, right = (np.array([list(x[i][:width]) for x in part]) for part, i in ((train, 1), (test, 0), (test, 1)))
     usual = [max(set(column), key=list(column).count) for column in values.T]
@@ -85,8 +89,6 @@ class QA:
     """ "x:y " of fixed-width numbers, all different. As LLMonade documents it (MQAR and Synthetic QA in LLMonade): exposure
     buckets with as many pairs in each, and held-out pairs in each, the control that nobody can know."""
 
-    mask = "qa"
-
     @staticmethod
     def check(c):
         near = max(1, round(c.num_pairs / len(c.buckets))) * len(c.buckets)
@@ -97,7 +99,7 @@ class QA:
         size = c.num_pairs // len(c.buckets)
         require(QA.held(c) < size, f"heldout={c.heldout} leaves no pair of {size} to train on", "heldout")
         rows = (size - QA.held(c)) * sum(c.buckets)
-        require(rows <= 10**9, f"an epoch of {rows} documents is too long; lower buckets or num_pairs", "buckets")
+        require(rows <= 10**8, f"an epoch of {rows} documents is too long; lower buckets or num_pairs", "buckets")
 
     @staticmethod
     def label(c):
@@ -117,7 +119,7 @@ class QA:
         seen = np.arange(n) % size >= held
         texts, number = [f"{x}:{y} " for x, y in pairs], np.arange(n)
         tags = {"exposures": np.where(seen, bucket, 0), "seen": seen.astype(int)}
-        train, test = np.repeat(number[seen], bucket[seen]), number
+        train, test = np.repeat(number[seen].astype(np.int32), bucket[seen]), number
         if c.inverse != "none":
             texts += [f"{y}:{x} " for x, y in pairs]
             tags = {k: np.tile(v, 2) for k, v in tags.items()}
@@ -125,10 +127,9 @@ class QA:
             test = np.arange(2 * n)
             if c.inverse == "train":
                 train = np.concatenate([train, train + n])
-        facts = Facts(c, texts, {"train": train, "val": test, "test": test}, tags)
         held_out = [pair for pair, s in zip(pairs, seen) if not s]
-        facts.chance = chance([pair for pair, s in zip(pairs, seen) if s], held_out) if held_out else {}
-        return facts
+        guess = chance([pair for pair, s in zip(pairs, seen) if s], held_out)
+        return Facts(c, "qa", texts, {"train": train, "val": test, "test": test}, tags, guess)
 
 
 # ---- digits ------------------------------------------------------------------------------------------------------------
@@ -137,8 +138,6 @@ class QA:
 class Digits:
     """ "key:value ": keys are words of N letters over the digits 1..N, N the smallest with enough words (6 for 6K and 20K
     pairs, 7 for 200K). rule=random must be memorised; rule=selfindex, value[i] = key[key[i]], can be worked out."""
-
-    mask = "digits"
 
     @staticmethod
     def width(c):
@@ -168,9 +167,8 @@ class Digits:
         splits = {"train": number[:n], "val": np.concatenate([number[:n], novel[::2]])}
         splits["test"] = np.concatenate([number[:n], novel[1::2]])
         key = np.repeat(["known", "novel"], [n, c.num_novel])
-        facts = Facts(c, [f"{k}:{v} " for k, v in pairs], splits, {"key": key})
-        facts.chance = chance(pairs[:n], pairs[n:]) if c.num_novel else {}
-        return facts
+        guess = chance(pairs[:n], pairs[n:])
+        return Facts(c, "digits", [f"{k}:{v} " for k, v in pairs], splits, {"key": key}, guess)
 
 
 # ---- twohop ------------------------------------------------------------------------------------------------------------
@@ -181,12 +179,11 @@ class TwoHop:
     (Wang et al. 2024, arXiv 2405.15071). Queries are trained, in-distribution (not trained, but both of their facts are used in
     trained ones) or out-of-distribution (neither is in any). Each relation is a permutation without fixed points."""
 
-    mask = "twohop"
-
     @staticmethod
     def check(c):
         require(c.cot in (0, 1), "cot must be 0 or 1 for twohop: a query has one right answer", "cot")
-        require(c.entities * c.relations <= 10**6, "entities times relations end at a million", "entities")
+        n = c.entities * c.relations**2
+        require(n <= 10**6, f"{n} queries of two hops are too many; lower entities or relations", "relations")
         require(c.markers or not c.cot, "cot needs markers=1", "cot")
         require(c.markers or c.relations == 1, "relations need markers=1", "relations")
 
@@ -207,7 +204,7 @@ class TwoHop:
             known[r1[i], a[i]] = known[r2[i], b[i]] = False
         end, both, neither = maps[r2, b], known[r1, a] & known[r2, b], ~known[r1, a] & ~known[r2, b]
         inside, outside = random.permutation(np.flatnonzero(both)), random.permutation(np.flatnonzero(neither))
-        n_trained, most = round(c.phi * int(known.sum())), 0.9 * len(inside) / max(1, int(known.sum()))
+        n_trained, most = round(c.phi * int(known.sum())), int(90 * len(inside) / max(1, int(known.sum()))) / 100
         message = f"phi={c.phi:g} asks for {n_trained} of {len(inside)} queries; use at most {most:.2f} or more relations"
         require(1 <= n_trained <= 0.9 * len(inside), message, "phi")
         trained, inside = np.split(inside, [n_trained])
@@ -233,11 +230,12 @@ class TwoHop:
         }
         query = np.repeat(list(sizes), list(sizes.values()))
         number = np.arange(len(texts))
-        apart = (query == "single fact") | (query == "trained")  # seen anyway: in both; the others in one of val and test
-        splits = {"train": number[apart], "val": number[apart | (number % 2 == 0)], "test": number[apart | (number % 2 == 1)]}
-        facts = Facts(c, texts, splits, {"query": query})
-        facts.chance = {"any entity": 1 / n}
-        return facts
+        all_of = (query == "single fact") | (query == "trained")  # in all splits; the others in one of val and test
+        even = number % 2 == 0
+        splits = {"train": number[all_of], "val": number[all_of | even], "test": number[all_of | ~even]}
+        answers = [(name(a[i]), name(end[i])) for i in np.concatenate([trained, inside])]
+        guess = {f"{k} of the last entity": v for k, v in chance(answers[: len(trained)], answers[len(trained) :]).items()}
+        return Facts(c, "twohop" if c.markers else "digits", texts, splits, {"query": query}, guess)
 
 
 def derangement(random, n):
@@ -257,10 +255,11 @@ class HashHop:
     """Chains of hashes, "a = b" and at their end "c = 'd'", in random order; then "COMPLETION:", the number of hops, and for a
     query that is named the end of its chain (the text of github.com/magicproduct/hash-hop). Rows are made when asked for."""
 
-    mask, default = "hashhop", 500  # rows per number of hops in validation and test
+    kind, default = "hashhop", 500  # rows per number of hops in validation and test
 
     def __init__(self, c):
-        self.config, self.tags, self.chance = c, {}, {"any end of a chain": 1 / self.chains(c, c.test_hops[0], 1)}
+        self.config = c
+        self.chance = {f"any end of a chain, whole answers, hops={h}": 1 / self.chains(c, h, 1) for h in c.test_hops}
 
     @staticmethod
     def header(hops, cot):
@@ -340,13 +339,9 @@ class Text:
     and test."""
 
     @staticmethod
-    def check(c):
-        pass
-
-    @staticmethod
     def make(c):
         texts, splits = read_documents(c.path, c.block_size)
-        return Facts(c, texts, splits, {})
+        return Facts(c, c.mask, texts, splits, {})
 
 
 TASKS = {"qa": QA, "digits": Digits, "twohop": TwoHop, "hashhop": HashHop, "text": Text}

@@ -165,10 +165,23 @@ def watched(result, name):
     if not name:
         return result["accuracy"]
     tag, _, value = name.partition("=")
-    cells = {str(v): cell for v, cell in result["by_slice"].get(tag, {}).items()}
-    there = " ".join(f"{t}={v}" for t, cells in result["by_slice"].items() for v in list(cells)[:12])
-    require(value in cells, f"target_slice={name} is not among the slices measured: {there}", "target_slice")
-    return cells[value]["right"] / cells[value]["labels"]
+    cell = next(cell for v, cell in result["by_slice"][tag].items() if str(v) == value)
+    return cell["right"] / cell["labels"]
+
+
+def require_slice(data, name, batch_size):
+    """ConfigError unless the slice "tag=value" is among those of validation and of test."""
+    for split in ("val", "test"):
+        there = {}
+        for segment in data.segments(split):
+            for first in range(0, len(segment), batch_size):
+                for tag, values in data.batch(split, 0, segment[first : first + batch_size])[2].items():
+                    there.setdefault(tag, set()).update(map(str, np.unique(values)))
+        tag, _, value = name.partition("=")
+        slices = " ".join(f"{t}={v}" for t, values in there.items() for v in sorted(values)[:12])
+        require(
+            value in there.get(tag, ()), f"target_slice={name} is not among the slices of {split}: {slices}", "target_slice"
+        )
 
 
 # ---- figures -----------------------------------------------------------------------------------------------------------

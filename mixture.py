@@ -5,6 +5,7 @@
 
 Each step of the window takes all of its rows from one of the two: from the second with probability synthetic_weight. Which one,
 and which rows, is a function of seed and step alone, so a resumed run repeats it. Validation and test stay with the main data.
+Text is read with the main data's tokenizer. Tokens of MQAR are numbers, which share their embeddings with those of text.
 """
 
 import os
@@ -15,16 +16,22 @@ import configs
 import data_mqar
 import data_synth
 from checkpoint import read_json
-from configs import ConfigError, Setting
+from configs import ConfigError, Setting, require
 from draws import stream_key
+from synth_files import LONGEST_LINE
 
 
 def mixed(main, c):
     """`main` with the data set of c (train.TrainConfig) in its window."""
-    return Mixture(main, open_dataset(c.synthetic_dataset, c.seed), c)
+    path, tokenizer = c.synthetic_dataset, getattr(getattr(main, "config", None), "tokenizer", "")
+    try:
+        second = open_dataset(path, c.seed, tokenizer)
+    except ConfigError as e:
+        raise ConfigError(f"synthetic_dataset={path}: {e}", "synthetic_dataset") from None
+    return Mixture(main, second, c)
 
 
-def open_dataset(path, seed):
+def open_dataset(path, seed, tokenizer=""):
     """The Data of a directory that data_mqar.py or data_synth.py wrote, or of documents of your own."""
     kind = "text"
     if os.path.exists(os.path.join(path, "metadata.json")):
@@ -32,8 +39,8 @@ def open_dataset(path, seed):
             kind = read_json(os.path.join(path, "metadata.json"))["dataset_type"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{path}/metadata.json cannot be read; write the data set again", "synthetic_dataset") from None
-    module, task = (data_mqar, {}) if kind == "mqar" else (data_synth, {"task": kind})
-    task |= {"block_size": 2**20} if kind == "text" else {}  # documents of any length
+    module, task = (data_mqar, {}) if kind == "mqar" else (data_synth, {"task": kind, "tokenizer": tokenizer})
+    task |= {"block_size": LONGEST_LINE} if kind == "text" else {}
     settings = [Setting(k, v, "synthetic_dataset") for k, v in {**task, "path": path, "seed": seed}.items()]
     return module.Data(configs.build(module.Config, settings))
 
@@ -45,7 +52,10 @@ class Mixture:
         self.main, self.second, self.chance = main, second, getattr(main, "chance", {})
         self.vocab_size = max(main.vocab_size, second.vocab_size)
         self.seq_len = max(main.seq_len, second.seq_len)
-        self.start, window = c.synthetic_start_step, c.synthetic_end_step - c.synthetic_start_step
+        steps = c.max_steps or c.n_epochs * main.steps_per_epoch(c.batch_size)
+        late = f"synthetic_start_step={c.synthetic_start_step} lies behind the last of {steps} steps"
+        require(c.synthetic_start_step < steps or not c.n_epochs, late, "synthetic_start_step")
+        self.start, window = c.synthetic_start_step, max(0, min(c.synthetic_end_step, steps) - c.synthetic_start_step)
         random = np.random.Generator(np.random.Philox(key=stream_key(c.seed, 9)))
         self.drawn = random.random(window) < c.synthetic_weight  # (window,), does that step go to the second?
         self.before = np.concatenate([[0], np.cumsum(self.drawn)])  # (window + 1,), steps of the second before it

@@ -485,7 +485,7 @@ class GPT(nn.Module):
     forward(tokens (B, T), targets (B, T) or None) -> (logits, loss). Without targets, logits are (B, T, vocabulary) and
     loss is None. With targets, only positions whose target is not -100 are scored: the last block and the head run on
     those positions alone, logits are (N, vocabulary) in row-major order and loss is their mean cross-entropy.
-    With cu_seqlens (R + 1,), B is 1 and the row holds R documents end to end, which know nothing of each other.
+    With cu_seqlens (R + 1,) integers, B is 1 and the row holds R documents end to end, which know nothing of each other.
     """
 
     block = GPTBlock
@@ -511,7 +511,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens, targets=None, cu_seqlens=None):
         rows, flat, answers = (None, None, None) if targets is None else labelled_rows(targets)
-        extra = {} if cu_seqlens is None else {"documents": Documents(cu_seqlens)}
+        extra = {} if cu_seqlens is None else {"documents": Documents(cu_seqlens, tokens)}
         x = self.embedded(tokens, **extra)  # (B, T, D)
         for layer in self.layers[:-1]:
             x = layer(x, **extra)
@@ -582,7 +582,7 @@ Model = GPT  # what `--model model` names
 
 
 def greedy(model, tokens, count):
-    """The `count` tokens that follow tokens (B, T), each the most likely one after all before it -> (B, count)."""
+    """The count >= 1 tokens that follow tokens (B, T), each the most likely one after all before it -> (B, count)."""
     logits, memory = model.read(tokens)
     out = [logits[:, -1:].argmax(-1)]  # (B, 1)
     while len(out) < count:

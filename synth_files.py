@@ -32,7 +32,8 @@ def write_facts(c, source, shard_rows=200_000):
         metadata = {
             "dataset_type": c.task,
             "format_version": 1,
-            **{k: v for k, v in asdict(c).items() if k not in ("output_dir", "path")},
+            **{k: v for k, v in asdict(c).items() if k not in ("output_dir", "path", "packing", "tokenizer")},
+            "mask": source.kind,
             "chance": source.chance,
             "files": files,
         }
@@ -84,22 +85,24 @@ WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
 
 
 def read_stored(path, task, tasks):
-    """A directory of write_facts -> task, texts, splits {"train": (E,), ...} of their numbers, tags {name: (n,)}, chance."""
+    """A directory of write_facts -> what data_synth.Facts is made of: kind of mask, texts, splits, tags, chance."""
     try:
         metadata = read_json(os.path.join(path, "metadata.json"))
-        files, kind, version = metadata["files"], metadata["dataset_type"], metadata["format_version"]
-    except FileNotFoundError:
+        kind, version, mask, chance = (metadata[k] for k in ("dataset_type", "format_version", "mask", "chance"))
+        files = {name: [(str(f["name"]), f["sha256"]) for f in metadata["files"][name]] for name in FOLDERS.values()}
+        known = kind in tasks
+    except (FileNotFoundError, NotADirectoryError):
         make = f"`python data_synth.py {task} --output_dir DIR` makes one; documents of your own need --task text"
         raise ConfigError(f"path={path} holds no data set (no metadata.json there); {make}", "path") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path}/metadata.json is not that of a data set of data_synth.py", "path") from None
-    require(kind in tasks and version == 1, f"{path} holds a data set of {kind!r}, not of data_synth.py", "path")
+    require(known and version == 1, f"{path} holds a data set of {kind!r}, not of data_synth.py", "path")
     require(kind == task, f"{path} holds task {kind}; say --task {kind}", "task")
     number, tags, splits = {}, {}, {}  # text -> its number; the tags of a text are the same wherever it stands
     for split, name in FOLDERS.items():
         which = []
         for file in files[name]:
-            for row, where in read_rows(checked(path, file)):
+            for row, where in read_rows(checked(path, *file)):
                 text = row.pop("text", None)
                 require(isinstance(text, str), f'{where}: "text" is no text', "path")
                 if text not in number:
@@ -108,13 +111,13 @@ def read_stored(path, task, tasks):
                         tags.setdefault(key, []).append(value)
                 which.append(number[text])
         splits[split] = np.array(which, np.int32)
-    return kind, list(number), splits, tags, metadata["chance"]
+    return mask, list(number), splits, tags, chance
 
 
-def checked(path, file):
+def checked(path, name, sha256):
     """The path of a file of the data set, once its checksum is right."""
-    place = os.path.join(path, file["name"])
-    if not os.path.isfile(place) or file_hash(place) != file["sha256"]:
+    place = os.path.join(path, name)
+    if not os.path.isfile(place) or file_hash(place) != sha256:
         raise ConfigError(f"{place} is missing or damaged (its checksum differs); write the data set again", "path")
     return place
 
@@ -137,6 +140,8 @@ def read_documents(path, longest):
             splits[split] = np.arange(len(texts), len(texts) + len(part))
             texts += part
         return texts, splits
+    there = [name for name in ("train", "val", *FOLDERS.values()) if os.path.isdir(os.path.join(path, name))]
+    require(not there, f"{path} has {', '.join(there)}; name all three: {', '.join(FOLDERS.values())}", "path")
     texts = list(documents_in(path, longest))
     require(len(texts) >= 3, f"{path} has {len(texts)} documents; training, validation and test need one each at least", "path")
     number = np.arange(len(texts))

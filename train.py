@@ -34,9 +34,9 @@ import torch
 from tqdm import tqdm
 
 import configs
-from checkpoint import Log, find_checkpoint, load_checkpoint, lock, part, read_checkpoint, read_json, write_json
+from checkpoint import Log, data_hash, find_checkpoint, load_checkpoint, lock, part, read_checkpoint, read_json, write_json
 from configs import ConfigError, RunFailed, Setting, at_least, one_of, require, within
-from measure import autocast, evaluate, plot_curves, print_slices, watched
+from measure import autocast, evaluate, plot_curves, print_slices, require_slice, watched
 from mixture import mixed
 from parallel import (
     FORMS,
@@ -263,6 +263,7 @@ def make_run_directory(p, config):
 def describe_run(p, config, model, device, dtype, world):
     """config.json: enough to repeat the run, and to rebuild its model and data."""
     values = {"train": p.train, "model": config, "data": p.data}
+    path = getattr(p.data, "path", "")
     return {
         **{name: dataclasses.asdict(value) for name, value in values.items()},
         "set_by": {s.key: s.origin for s in p.settings},
@@ -275,7 +276,15 @@ def describe_run(p, config, model, device, dtype, world):
         "world_size": world.size,
         "launch": launch(),
         "parameters": count_parameters(model),
+        "data_sha256": data_hash(path) if path else "",
     }
+
+
+def require_same_data(folder, p):
+    """ConfigError if the data set on disk is another one than when the run began."""
+    path, began = getattr(p.data, "path", ""), read_json(os.path.join(folder, "config.json")).get("data_sha256")
+    message = f"path={path} holds other documents than those that {folder} was trained on; put them back, or start a new run"
+    require(not path or not began or data_hash(path) == began, message, "path")
 
 
 def launch():
@@ -323,6 +332,7 @@ def load_run(folder, which="best"):
     which: "best" (highest validation accuracy) or "ckpt" (latest).
     """
     p = read_plan(folder)
+    require_same_data(folder, p)
     data = p.data_module.Data(p.data)  # a synthetic start is over, and its data set may be gone
     sizes = types.SimpleNamespace(**read_json(os.path.join(folder, "config.json"))["model"])
     model = make_model(p, model_config(p, sizes))
@@ -560,7 +570,11 @@ def start(p, folder, world):
         torch.set_num_threads(c.threads)
     device, dtype, device_line = world.together(lambda: choose_device(c, world))
     split_line = describe_split(c.batch_size, world, c.accumulate)
+    if folder:
+        world.first_does(lambda: require_same_data(folder, p))
     data = world.together(lambda: open_data(p))
+    if c.target_slice:
+        world.together(lambda: require_slice(data, c.target_slice, c.eval_batch_size))
     config = model_config(p, data)
     model = world.together(lambda: make_model(p, config))
     counts = count_parameters(model)

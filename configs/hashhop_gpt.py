@@ -2,7 +2,7 @@
 
 TIME. Expected: letter accuracy 0.99 or more on one hop; next to nothing on two, three and four.
 
-The short convolution of width 8 sees a hash, its " = '" and the quote at once. configs/hashhop_cot_gpt.py follows longer chains.
+The short convolution of width 8 sees a hash, its " = '" and the quote at once. For longer chains: configs/hashhop_cot_gpt.py.
 """
 
 data = "data_synth"

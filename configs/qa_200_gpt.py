@@ -12,6 +12,7 @@ dk = dv = 16
 n_heads = 4
 n_layers = 2
 use_ffn = True
+conv = 8
 init_std = 0.5
 
 lr = 3e-3

@@ -7,18 +7,19 @@ data = "data_synth"
 task = "qa"
 num_pairs = 50000
 
-dim = 256
-dk = dv = 64
+dim = 192
+dk = dv = 48
 n_heads = 4
 n_layers = 2
 use_ffn = True
+conv = 8
 init_std = 0.5
 
-lr = 3e-3
+lr = 4e-3
 warmup_steps = 50
 schedule = "cosine"
 batch_size = 512
-max_steps = 2000
+max_steps = 3000
 eval_interval = 500
 
 target_slice = "exposures=128"

@@ -144,3 +144,13 @@ def test_reading_beyond_the_positions_is_refused():
     with pytest.raises(ValueError, match="positions for 12 tokens, not for 13"):
         build().read(torch.zeros(1, T + 1, dtype=torch.long))
     build(pos="none", conv=2).read(torch.zeros(1, T + 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("ends", [[0, 2, 4], [1, 3, 6], [0, 4, 2, 6], [0], [0, 6, 7]])
+@pytest.mark.parametrize("cls", [M.GPT, delta.DeltaNet])
+def test_ends_that_do_not_fit_the_row_are_refused(cls, ends):
+    model = cls(M.Config(dim=8, n_layers=1, dk=4, dv=4, vocab_size=9, seq_len=8))
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T=6 over one row of tokens"):
+        model(torch.zeros(1, 6, dtype=torch.long), cu_seqlens=torch.tensor(ends))
+    with pytest.raises(ValueError, match="for 2 rows"):
+        model(torch.zeros(2, 6, dtype=torch.long), cu_seqlens=torch.tensor([0, 6]))

@@ -296,7 +296,7 @@ def test_runs_with_packing_equal_runs_without(tmp_path, model, capsys):
     a, b = (checkpoint.load_checkpoint(str(tmp_path / name), "ckpt")["tensors"] for name in "ab")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
-    assert "without knowledge: any entity" in capsys.readouterr().out
+    assert "without knowledge: majority digit of the last entity" in capsys.readouterr().out
 
 
 def test_a_run_on_a_slice(tmp_path, capsys):
@@ -311,20 +311,53 @@ def test_a_run_on_a_slice(tmp_path, capsys):
     rows = checkpoint.read_json(str(tmp_path / "a" / "eval_test.json"))["metrics"]["row_accuracy"]
     assert len(examples) == rows["n"] and all(re.fullmatch(r"\d{6}:", prompt) for prompt, *_ in examples)
     assert sum(answer == model for _, answer, model in examples) == round(rows["value"] * rows["n"])
-    with pytest.raises(ConfigError, match="target_slice=exposures=9 is not among the slices measured: exposures=0 exposures=1"):
+    with pytest.raises(ConfigError, match="target_slice=exposures=9 is not among the slices of val: exposures=0 exposures=1"):
         train.main(flags(tmp_path, "b", **options, target_slice="exposures=9"))
+    assert not (tmp_path / "b").exists()
+    ev.main(["compare", str(tmp_path / "*")])
+    assert (tmp_path / "compare.png").stat().st_size > 5000
 
 
 # ---- on disk -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_on_text_is_measured_and_knows_its_documents(tmp_path, capsys):
+    path = write_lines(tmp_path / "t.jsonl", [{"text": f"note {i}"} for i in range(30)])
+    assert train.main(flags(tmp_path, "a", task="text", path=path, max_steps=4)) == 0
+    ev.main([str(tmp_path / "a"), "--examples=1"])
+    assert (tmp_path / "a" / "eval_test.png").stat().st_size > 3000 and "model " in capsys.readouterr().out
+    write_lines(tmp_path / "t.jsonl", [{"text": f"Note {i}"} for i in range(30)])
+    for again in (lambda: train.main([f"--resume={tmp_path / 'a'}", "--max_steps=8"]), lambda: ev.main([str(tmp_path / "a")])):
+        with pytest.raises(ConfigError, match="t.jsonl holds other documents than those that .*a was trained on"):
+            again()
+
+
+def test_what_a_mask_cannot_find_is_said_before_training(tmp_path):
+    path = write_lines(tmp_path / "t{a}.jsonl", [{"text": f"note {i}"} for i in range(30)])
+    with pytest.raises(ConfigError, match="mask=digits finds no answer in the first 28 documents of train"):
+        D.Data(D.Config(task="text", path=path, mask="digits"))
+    write_lines(tmp_path / "t{a}.jsonl", [{"question": "a?", "answer": f"note {i}"} for i in range(30)])
+    with pytest.raises(ConfigError, match="mask=digits has no effect: the documents say what their answers are"):
+        D.Data(D.Config(task="text", path=path, mask="digits"))
+
+
+VARIANTS = {
+    **{task: (task, {}) for task in SMALL},
+    "inverse": ("qa", dict(inverse="probe")),
+    "no markers": ("twohop", dict(markers=0)),
+    "cot": ("twohop", dict(relations=3, cot=1)),
+}
+
+
 @pytest.mark.parametrize("format", ["parquet", "jsonl"])
-@pytest.mark.parametrize("task", SMALL)
-def test_what_is_written_is_the_task_in_memory(tmp_path, task, format, capsys, monkeypatch):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_written_is_the_task_in_memory(tmp_path, variant, format, capsys, monkeypatch):
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
-    words = [f"--{k}={v}" for k, v in SMALL[task].items()] + ["--n_train_examples=30"] * (task == "hashhop")
+    task, changes = VARIANTS[variant]
+    options = {**SMALL[task], **changes}
+    words = [f"--{k}={v}" for k, v in options.items()] + ["--n_train_examples=30"] * (task == "hashhop")
     assert D.main([task, "--output_dir", str(tmp_path / "a"), "--format", format, *words]) == 0
-    made, stored = D.Data(small(task)), D.Data(D.Config(task=task, path=str(tmp_path / "a"), n_test_examples=10**6))
+    made, stored = D.Data(small(task, **changes)), D.Data(D.Config(task=task, path=str(tmp_path / "a"), n_test_examples=10**6))
     count = 30 if task == "hashhop" else made.source.count("train")
     assert sorted(texts(stored, "train")) == sorted(texts(made, "train", range(count)))
     for split in ("val", "test"):
@@ -335,6 +368,7 @@ def test_what_is_written_is_the_task_in_memory(tmp_path, task, format, capsys, m
     frame = kind(tmp_path / "a" / "train" / f"part-00000.{format}", **{"lines": True} if format == "jsonl" else {})
     assert frame["text"].tolist() == texts(made, "train", range(count))  # in the order of the first epoch
     tags = [data.batch("test", 0, [0])[2].keys() for data in (stored, made)]
+    assert (stored.batch("test", 0, range(8))[1] != K.IGNORE).any()
     assert stored.kind == made.kind and stored.chance == made.chance and tags[0] == tags[1]
     assert D.main([task, "--output_dir", str(tmp_path / "b"), "--format", format, *words]) == 0
     for file in sorted(p for p in (tmp_path / "a").rglob("*.*") if p.name != "metadata.json"):
@@ -465,6 +499,9 @@ def test_paths_that_hold_nothing(tmp_path):
     "words, message",
     [
         (["quiz", "--output_dir=x"], "name what to do first"),
+        (["qa", "--task=digits"], "the task is qa already"),
+        (["qa", "--packing=documents"], "what is written is text"),
+        (["check", "--num_pairs=8"], "there is no setting 'num_pairs'"),
         (["qa", "--path=x"], "path=x is a data set already"),
         (["qa", "--output_dir=x", "--num_pairs=15"], "num_pairs=15 does not divide into 8 buckets; 16 does"),
         (["qa", "--output_dir=x", "--digits=2", "--num_pairs=800"], "800 pairs need 1600 different numbers"),
@@ -489,13 +526,14 @@ def test_the_advice_of_a_refusal_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = [f"--n_{split}_examples=3" for split in ("train", "val", "test")]
     commands = {"block_size": ["hashhop", *few, "--block_size=60"], "num_pairs": ["qa", "--num_pairs=15"]}
+    commands |= {"phi": ["twohop", "--phi=3"]}
     for number, (advice, words) in enumerate(commands.items()):
         for _ in range(5):  # one setting may ask for more than once: each number of hops needs its own size
             try:
                 assert D.main([*words, f"--output_dir=d{number}"]) == 0
                 break
             except ConfigError as e:
-                better = re.search(r"(?:use at least|buckets;) (\d+)", str(e))[1]
+                better = re.search(r"(?:use at least|use at most|buckets;) ([\d.]+)", str(e))[1]
                 words = [*words[:-1], f"--{advice}={better}"]
         assert os.path.isdir(f"d{number}")
 

@@ -19,7 +19,14 @@ from test_train import assert_same, contents
 
 def settings(path, start, end, weight=1.0):
     return SimpleNamespace(
-        synthetic_dataset=str(path), synthetic_start_step=start, synthetic_end_step=end, synthetic_weight=weight, seed=3
+        synthetic_dataset=str(path),
+        synthetic_start_step=start,
+        synthetic_end_step=end,
+        synthetic_weight=weight,
+        seed=3,
+        n_epochs=10,
+        max_steps=2000,
+        batch_size=8,
     )
 
 
@@ -68,6 +75,15 @@ def test_a_weight_shares_out_the_window(stored, main_data):
     assert not np.array_equal(both.drawn, mixture.mixed(main_data, other).drawn)
 
 
+def test_a_window_may_be_for_ever_and_text_is_read_with_the_same_tokenizer(stored, tmp_path):
+    from test_tokens import tokenizer_json
+
+    path = tokenizer_json(tmp_path, ["n o"])
+    main = data_synth.Data(data_synth.Config(task="twohop", entities=30, tokenizer=path))
+    both = mixture.mixed(main, settings(stored / "notes.jsonl", 0, 10**12))
+    assert len(both.drawn) == 2000 and both.second.tokenizer.name == path
+
+
 def flags(folder, name, stored, **changes):
     toy = dict(data="data_synth", task="twohop", entities=30, n_val_examples=20, n_layers=1, dim=16, n_heads=1, dk=16, dv=16)
     toy |= dict(batch_size=8, eval_interval=4, max_steps=20, log_interval=1, threads=1, synthetic_dataset=stored / "digits")
@@ -102,7 +118,11 @@ def test_a_finished_run_is_measured_without_the_second_data_set(tmp_path, stored
         ({"synthetic_dataset": None}, "synthetic_start_step=2 has no effect: there is no synthetic_dataset"),
         ({"synthetic_end_step": 2}, "synthetic_end_step=2 must be above synthetic_start_step=2"),
         ({"synthetic_weight": 1.5}, "synthetic_weight=1.5"),
-        ({"synthetic_dataset": "nowhere"}, "path=nowhere does not exist"),
+        ({"synthetic_dataset": "nowhere"}, "synthetic_dataset=nowhere: path=nowhere does not exist"),
+        (
+            {"synthetic_start_step": 20, "synthetic_end_step": 10**12},
+            "synthetic_start_step=20 lies behind the last of 20 steps",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, stored, changes, message):

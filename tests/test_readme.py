@@ -33,7 +33,9 @@ COMMANDS = list(commands())
 
 
 def test_there_are_commands_to_check():
-    assert len(COMMANDS) >= 10 and {"train.py", "eval.py", "data_mqar.py", "data_synth.py", "-m", "tests/bench.py"} <= {c[0] for c in COMMANDS}
+    assert len(COMMANDS) >= 10 and {"train.py", "eval.py", "data_mqar.py", "data_synth.py", "-m", "tests/bench.py"} <= {
+        c[0] for c in COMMANDS
+    }
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
