@@ -147,9 +147,9 @@ def test_reading_beyond_the_positions_is_refused():
 
 
 @pytest.mark.parametrize("ends", [[0, 2, 4], [1, 3, 6], [0, 4, 2, 6], [0], [0, 6, 7]])
-@pytest.mark.parametrize("cls", [M.GPT, delta.DeltaNet])
+@pytest.mark.parametrize("cls", [M.GPT, D.DeltaNet])
 def test_ends_that_do_not_fit_the_row_are_refused(cls, ends):
-    model = cls(M.Config(dim=8, n_layers=1, dk=4, dv=4, vocab_size=9, seq_len=8))
+    model = cls((D if cls is D.DeltaNet else M).Config(dim=8, n_layers=1, dk=4, dv=4, vocab_size=9, seq_len=8))
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T=6 over one row of tokens"):
         model(torch.zeros(1, 6, dtype=torch.long), cu_seqlens=torch.tensor(ends))
     with pytest.raises(ValueError, match="for 2 rows"):
