@@ -509,10 +509,12 @@ class GPT(nn.Module):
         if c.tie:
             self.lm_head.weight = self.embed.weight
 
-    def forward(self, tokens, targets=None, cu_seqlens=None):
+    def forward(self, tokens, targets=None, cu_seqlens=None, **extra):
+        """extra is handed on to the blocks."""
         rows, flat, answers = (None, None, None) if targets is None else labelled_rows(targets)
-        extra = {} if cu_seqlens is None else {"documents": Documents(cu_seqlens, tokens)}
-        x = self.embedded(tokens, **extra)  # (B, T, D)
+        documents = None if cu_seqlens is None else Documents(cu_seqlens, tokens)
+        x = self.embedded(tokens, documents=documents)  # (B, T, D)
+        extra |= {"documents": documents} if documents else {}
         for layer in self.layers[:-1]:
             x = layer(x, **extra)
         x = self.layers[-1](x, rows, **extra)  # (B, n, D)

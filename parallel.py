@@ -13,6 +13,7 @@ import contextlib
 import gc
 import inspect
 import os
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -196,7 +197,10 @@ def use_fsdp(model, device):
     """Every rank keeps a share of each parameter, gradient and optimizer state; a block's weights are gathered just before
     it runs and dropped after (Zhao et al. 2023; torch.distributed.fsdp.fully_shard). Names and classes stay."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*getattr(model, "layers", ()), model):
+    layers = list(getattr(model, "layers", ()))
+    seen = Counter(q for layer in layers for q in layer.parameters())
+    alone = [layer for layer in layers if all(seen[q] == 1 for q in layer.parameters())]  # the others stay with the rest
+    for module in (*alone, model):
         fully_shard(module, mesh=mesh)
         module.set_force_sum_reduction_for_comms(True)  # sums, as with DDP
         module.set_gradient_divide_factor(1.0)

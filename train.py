@@ -62,6 +62,8 @@ MODELS = {  # short names; anything else is file or file.Class
     "unified_kv": "model.UnifiedKV",
     "delta": "delta.DeltaNet",
     "gated_delta": "delta.GatedDeltaNet",
+    "memory": "memory.Memory",
+    "memory_router": "memory.MemoryRouter",
 }
 MIGHT_CHANGE = (  # on resume
     "n_epochs max_steps stop_accuracy target log_interval eval_interval save_every nan_limit "
@@ -71,7 +73,7 @@ MIGHT_CHANGE = (  # on resume
 
 @dataclass
 class TrainConfig:
-    model: str = "gpt"  # gpt, unified_kv, delta, gated_delta, or file or file.Class for your own model file
+    model: str = "gpt"  # gpt, unified_kv, delta, gated_delta, memory, memory_router, or file or file.Class of your own
     data: str = "data_mqar"  # file with the task
     n_epochs: int = 10  # passes over n_train_examples; 0 prints the model and stops
     max_steps: int = 0  # stop after this many optimiser steps instead; 0: by epochs
@@ -92,6 +94,7 @@ class TrainConfig:
     save_every: int = 0  # steps between checkpoints, beside those at each evaluation; 0: only those
     eval_batch_size: int = 100  # rows in a forward pass of an evaluation
     log_interval: int = 20  # steps between rows of log.jsonl
+    mem_stats_every: int = 0  # memory models: steps between rows of log.jsonl with the use of the slots; 0: none
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
     target: float = 0.0  # exit with status 1 if test token accuracy ends below this
     target_slice: str = ""  # a slice of the data, tag=value (seen=1), that target, stop_accuracy and best.pt go by; empty: all
@@ -112,6 +115,7 @@ class TrainConfig:
 
     def check(self):
         at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "eval_interval", "save_every", "clip_grad")
+        at_least(self, 0, "mem_stats_every")
         within(self, 0, 1024, "threads")
         at_least(self, 1, "batch_size", "accumulate", "nan_limit", "eval_batch_size", "log_interval")
         one_of(self, SCHEDULES, "schedule")
@@ -198,6 +202,8 @@ def plan(settings):
         raise ConfigError(f"{origin}: {e}" if origin else str(e)) from None
     configs.check_names(settings, TrainConfig, model_module.Config, data_module.Config)
     train = configs.build(TrainConfig, settings)
+    message = f"mem_stats_every={train.mem_stats_every} has no effect: {train.model} has no memory layers"
+    require(not train.mem_stats_every or hasattr(model_class, "after_step"), message, "mem_stats_every")
     return Plan(train, model_module, model_class, data_module, configs.build(data_module.Config, settings), settings)
 
 
@@ -404,7 +410,7 @@ def train(run, resume=None, stopped_by=()):
         # learning rate
         lr = learning_rate(c, step, steps_per_epoch, total)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         # eval and save
         last = step >= total
         if last or (step % every == 0 and step > 0):
@@ -438,6 +444,10 @@ def train(run, resume=None, stopped_by=()):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state["step"] = step + 1
+        if hasattr(model, "after_step"):
+            report = model.after_step(report=c.mem_stats_every > 0 and state["step"] % c.mem_stats_every == 0)
+            if report and world.first:
+                log.write(kind="memory", step=state["step"], layers=report)
         # log
         bar.update()
         if state["step"] % c.log_interval == 0 or not finite:
@@ -494,12 +504,17 @@ def part_seed(*words):
 
 
 def parameter_groups(model, weight_decay):
-    """Matrices decay, vectors (norm weights, biases) do not."""
-    trained = [q for q in model.parameters() if q.requires_grad]
-    return [
-        {"params": [q for q in trained if q.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [q for q in trained if q.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Matrices decay, vectors (norm weights, biases) do not; a model's `learning_rates` may name parameters with their own
+    share of the learning rate ("rate"), which do not decay either."""
+    own, groups = getattr(model, "learning_rates", dict)(), {}
+    for name, q in model.named_parameters():
+        if q.requires_grad:
+            rate = next((rate for end, rate in own.items() if name.endswith(end)), None)
+            decay = weight_decay if q.ndim >= 2 and rate is None else 0.0
+            kind = (rate is not None, q.ndim >= 2)
+            groups.setdefault(kind, {"params": [], "weight_decay": decay, "rate": 1.0 if rate is None else rate})
+            groups[kind]["params"].append(q)
+    return list(groups.values())
 
 
 def catch_signals(world):

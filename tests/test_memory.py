@@ -1,0 +1,268 @@
+"""memory.py: product keys against all slots, the layer by hand, sharing, balance, routing, use of the slots, runs with it."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import memory as Mem
+import train
+from configs import ConfigError, parse
+from test_train import assert_same, contents, run
+
+SMALL = dict(dim=16, n_layers=2, n_heads=2, dk=8, dv=8, mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
+
+
+def model(cls=Mem.Memory, seed=0, **changes):
+    torch.manual_seed(seed)
+    return cls(Mem.Config(**{**SMALL, "vocab_size": 11, "seq_len": 12, **changes}))
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(11, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- lookup ------------------------------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(1, 9), heads=st.integers(1, 3), data=st.data(), seed=st.integers(0, 2**20), biased=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_product_keys_find_the_best_of_all_slots(n, heads, data, seed, biased):
+    k = data.draw(st.integers(1, n))
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(4, heads, 2, 3, dtype=torch.double, generator=g).requires_grad_()
+    keys = torch.randn(heads, 2, n, 3, dtype=torch.double, generator=g).requires_grad_()
+    bias = torch.randn(heads, 2, n, dtype=torch.double, generator=g) if biased else None
+    outcomes = []
+    for find in (Mem.lookup, Mem.naive_lookup):
+        scores, slots = find(q, keys, k, bias)
+        order = slots.argsort(-1)
+        scores, slots = scores.gather(-1, order), slots.gather(-1, order)
+        weight = torch.linspace(1, 2, k, dtype=torch.double)
+        outcomes.append((slots, scores, *torch.autograd.grad((scores.softmax(-1) * weight).sum() + scores.sum(), (q, keys))))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    for a, b in zip(outcomes[0][1:], outcomes[1][1:]):
+        torch.testing.assert_close(a, b)
+
+
+def test_values_are_read_as_one_by_one():
+    values = torch.randn(20, 4, dtype=torch.double, requires_grad=True)
+    slots, weights = torch.randint(20, (7, 6)), torch.randn(7, 6, dtype=torch.double, requires_grad=True)
+    outcomes = []
+    for read in (Mem.read_values, Mem.naive_read_values):
+        y = read(values, slots, weights)
+        outcomes.append((y, *torch.autograd.grad(y.square().sum(), (values, weights))))
+    for a, b in zip(*outcomes):
+        torch.testing.assert_close(a, b)
+
+
+# ---- the layer ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", Mem.SCORES)
+@pytest.mark.parametrize("gated, width", [(False, 0), (False, 4), (True, 0), (True, 4)])
+def test_a_layer_by_hand(score, gated, width):
+    m = model(mem_score=score, mem_gated=gated, mem_v_dim=width).layers[1].memory
+    x = torch.randn(2, 3, 16)
+    y, found = m(x)
+    for b in range(2):
+        for t in range(3):
+            total = torch.zeros(m.values.shape[1])
+            q = m.query(x[b, t]).view(2, 2, 3)
+            q = (q - q.mean(-1, keepdim=True)) / (q.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            for h in range(2):
+                scores = [float(q[h, 0] @ m.keys[h, 0, i] + q[h, 1] @ m.keys[h, 1, j]) for i in range(5) for j in range(5)]
+                best = sorted(range(25), key=scores.__getitem__, reverse=True)[:3]
+                assert best == found["slots"][b, t, h].tolist()
+                s = torch.tensor([scores[slot] for slot in best])
+                w = s.softmax(0) if score == "softmax" else s.sigmoid()
+                torch.testing.assert_close(found["weights"][b, t, h], w, rtol=1e-4, atol=1e-5)
+                total = total + sum(share * m.values[slot] for share, slot in zip(w, best))
+            torch.testing.assert_close(found["read"][b, t], total, rtol=1e-4, atol=1e-5)
+            total = total * F.silu(m.gate(x[b, t])) if gated else total
+            torch.testing.assert_close(y[b, t], m.out(total) if m.out else total, rtol=1e-4, atol=1e-5)
+
+
+def test_one_table_inside_a_model_and_none_between_two():
+    a, b = (model(memory_layers=(0, 1)) for _ in range(2))
+    first, second = a.memories().values()
+    assert first.values is second.values and first.keys is not second.keys
+    assert b.layers[0].memory.values is not first.values
+    with torch.no_grad():
+        first.values.add_(1)
+    assert not torch.equal(first.values, b.layers[0].memory.values)
+    apart = model(memory_layers=(0, 1), mem_share_values=False)
+    assert apart.layers[0].memory.values is not apart.layers[1].memory.values
+    names = {name for name, _ in a.named_parameters(remove_duplicate=False)}
+    assert {"layers.0.memory.keys", "layers.0.memory.values", "layers.1.memory.values"} <= names
+
+
+def test_softmax_over_one_slot_is_refused_and_two_teach_the_keys():
+    with pytest.raises(ConfigError, match="no gradient would reach queries and keys; use sigmoid or mem_knn=2"):
+        Mem.Config(mem_knn=1).check()
+    for options in (dict(mem_knn=1, mem_score="sigmoid"), dict(mem_knn=2)):
+        Mem.Config(**options).check()
+        m = model(**options)
+        m(tokens(2, 6), tokens(2, 6, seed=1))[1].backward()
+        assert m.layers[1].memory.keys.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--mem_knn 33", "mem_knn=33 is more than mem_n_keys=32"),
+        ("--mem_k_dim 7", "must be even"),
+        ("--memory_layers [4]", r"must lie in 0 to 3"),
+        ("--memory_layers [1,1]", "once each"),
+        ("--memory_layers []", "must name blocks"),
+        ("--use_ffn 0", "use_ffn=1"),
+        ("--mem_hard 1", "only memory_router chooses"),
+        ("--mem_score tanh", "softmax, sigmoid"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    p = train.plan(parse(["--model=memory"])[1])
+    with pytest.raises(ConfigError, match=message):
+        p = train.plan(parse(["--model=memory", *words.split()])[1])
+        train.model_config(p, p.data_module.Data(p.data))
+    with pytest.raises(ConfigError, match="mem_stats_every=5 has no effect: gpt has no memory layers"):
+        train.plan(parse(["--mem_stats_every=5"])[1])
+
+
+# ---- looking inside and reaching in ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [Mem.Memory, Mem.MemoryRouter])
+def test_a_trace_tells_what_was_read_and_changes_nothing(cls):
+    m, x, y = model(cls, memory_layers=(0, 1)).eval(), tokens(2, 6), tokens(2, 6, seed=1)
+    y[:, :4] = -100
+    logits, loss, found = m(x, trace=True)
+    assert loss is None and torch.equal(logits, m(x)[0]) and len(found) == 2
+    for f in found:
+        assert f["slots"].shape == f["weights"].shape == (2, 6, 2, 3) and f["read"].shape == (2, 6, 16)
+        torch.testing.assert_close(f["weights"].sum(-1), torch.ones(2, 6, 2))
+        assert (f["slots"] >= 0).all() and (f["slots"] < 25).all() and ("route" in f) == (cls is Mem.MemoryRouter)
+    scored, loss, at_labels = m(x, y, trace=True)
+    torch.testing.assert_close(scored, logits[y != -100], rtol=1e-4, atol=1e-5)
+    assert torch.equal(at_labels[1]["slots"], found[1]["slots"][:, 4:])
+
+
+def test_interventions_reach_one_layer_and_only_what_they_name():
+    m, x = model(memory_layers=(0, 1)).eval(), tokens(2, 6)
+    clean, _, found = m(x, trace=True)
+    unchanged, _ = m(x, intervene={1: lambda f: f})
+    assert torch.equal(unchanged, clean)
+
+    def silence(f):
+        return {**f, "weights": torch.zeros_like(f["weights"])}
+
+    without = {**found[1], "read": torch.zeros_like(found[1]["read"])}
+    assert torch.equal(m(x, intervene={1: silence})[0], m(x, intervene={1: lambda f: without})[0])
+    traced = m(x, intervene={1: silence}, trace=True)[2]
+    assert torch.equal(traced[0]["read"], found[0]["read"]) and not traced[1]["read"].any()
+    unread = next(s for s in range(25) if s not in found[1]["slots"])
+
+    def swap(f):  # a slot that nobody reads, set to another that nobody reads
+        return {**f, "slots": torch.where(f["slots"] == unread, 0, f["slots"])}
+
+    assert torch.equal(m(x, intervene={1: swap})[0], clean)
+
+
+def test_a_router_is_a_weighted_sum_or_one_of_two():
+    m, x = model(Mem.MemoryRouter).eval(), torch.randn(2, 3, 16)
+    block = m.layers[1]
+    share = block.router(x).softmax(-1)
+    mlp, read = block.ffn(x), block.memory(x)[0]
+    torch.testing.assert_close(block.feed(x, None, None), share[..., :1] * mlp + share[..., 1:] * read)
+    block.hard = True
+    first = (share[..., :1] > share[..., 1:]).float()
+    torch.testing.assert_close(block.feed(x, None, None), first * share[..., :1] * mlp + (1 - first) * share[..., 1:] * read)
+    assert m.layers[0].memory is None and m.layers[0].router is None
+
+
+# ---- use of the slots --------------------------------------------------------------------------------------------------
+
+
+def test_usage_by_hand():
+    found = Mem.usage(torch.tensor([4, 0, 2, 2]), top=2)
+    assert found["used"] == 0.75 and found["dead"] == 1 and found["top"] == [(0, 0.5), (2, 0.25)]
+    assert found["kl"] == pytest.approx(math.log(4) - 1.5 * math.log(2))  # log(slots) - entropy
+    assert Mem.usage(torch.tensor([3, 3]))["kl"] == 0 and Mem.usage(torch.tensor([0, 9, 0]))["kl"] == pytest.approx(math.log(3))
+
+
+def test_a_step_counts_its_reads_and_forgets_them():
+    m = model(memory_layers=(0, 1)).train()
+    _, _, found = m(tokens(2, 6), trace=True)
+    report = m.after_step(report=True)
+    for i in (0, 1):
+        slots = found[i]["slots"]
+        assert report[str(i)]["used"] == len(slots.unique()) / 25
+        assert report[str(i)]["top"][0][1] == pytest.approx(slots.flatten().bincount().max().item() / slots.numel())
+        assert not m.layers[i].memory.reads.any()
+    m.eval()
+    m(tokens(2, 6))
+    assert not any(memory.reads.any() for memory in m.memories().values())
+
+
+def test_balance_moves_the_reads_towards_even_use():
+    m = model(mem_n_keys=8, mem_balance=0.02).train()
+    memory = m.layers[1].memory
+    with torch.no_grad():
+        memory.keys[:, :, 0] += 2  # one sub-key wins nearly always
+        memory.query.bias.fill_(1.0)
+    spread = []
+    for _ in range(200):
+        m(tokens(8, 12))
+        first = memory.reads.view(2, 8, 8).sum(2).float()
+        spread.append(float((first.max(-1).values / first.mean(-1)).mean()))
+        m.after_step()
+    assert np.mean(spread[-10:]) < 0.75 * np.mean(spread[:10])
+    assert memory.bias.abs().max() > 0 and "layers.1.memory.bias" in m.state_dict()
+
+
+def test_values_have_their_own_learning_rate_and_do_not_decay():
+    groups = train.parameter_groups(model(mem_value_lr=3.0), 0.1)
+    values = [g for g in groups if g["rate"] == 3.0]
+    assert len(values) == 1 and values[0]["weight_decay"] == 0 and [p.shape for p in values[0]["params"]] == [(25, 16)]
+    assert all(g["weight_decay"] == (0.1 if g["params"][0].ndim >= 2 else 0) for g in groups if g["rate"] == 1)
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------------
+
+TOY = dict(mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8, memory_layers="[0,1]", mem_stats_every=5)
+
+
+@pytest.mark.parametrize("name, changes", [("memory", {"mem_balance": 0.01}), ("memory_router", {"mem_hard": 1})])
+def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
+    options = {**TOY, "model": name, **changes, "schedule": "constant", "eval_interval": 60}
+    status, whole = run(tmp_path, "whole", target=0.8, max_steps=120, **options)
+    assert status == 0
+    rows = [r for r in checkpoint.read_log(whole) if r["kind"] == "memory"]
+    assert len(rows) == 24 and set(rows[0]["layers"]) == {"0", "1"} and 0 < rows[0]["layers"]["0"]["used"] <= 1
+    run(tmp_path, "cut", max_steps=60, **options)
+    run(tmp_path, "cut", resume=True, max_steps=120)
+    outcomes = [contents(os.path.join(tmp_path, n)) for n in ("cut", "whole")]
+    assert_same(*(state["tensors"] for state, _ in outcomes))
+    assert_same(*([r for r in log if r["kind"] == "memory"] for _, log in outcomes))
+
+
+def test_ranks_agree(tmp_path, on_ranks):
+    options = dict(TOY, model="memory", mem_balance=0.01, max_steps=10, eval_interval=10, mem_stats_every=2)
+
+    def work(parallel):
+        return lambda rank: run(tmp_path, parallel, parallel=parallel, **options)[0]
+
+    run(tmp_path, "one", accumulate=2, **options)
+    alone, log = contents(os.path.join(tmp_path, "one"))
+    for parallel in ("ddp", "fsdp"):
+        assert on_ranks(2, work(parallel)) == [0, 0]
+        state, rows = contents(os.path.join(tmp_path, parallel))
+        for key, x in alone["tensors"].items():
+            torch.testing.assert_close(state["tensors"][key], x, rtol=1e-5, atol=1e-6)
+        assert [r for r in rows if r["kind"] == "memory"] == [r for r in log if r["kind"] == "memory"]
