@@ -123,13 +123,13 @@ def lock(folder):
 
 
 class Log:
-    """log.jsonl: one JSON object per line, {"kind": "train" | "eval", "step": ..., ...}."""
+    """log.jsonl: one JSON object per line, {"kind": "train" | "eval" | "memory", "step": ..., ...}."""
 
     def __init__(self, folder, step):
         """Open for appending; rows of a lost stretch after `step` are cut, so that none stands there twice."""
         self.path = os.path.join(folder, "log.jsonl")
         rows = read_log(folder) if os.path.exists(self.path) else []
-        kept = [r for r in rows if r["step"] < step or (r["step"] == step and r["kind"] == "train")]
+        kept = [r for r in rows if r["step"] < step or (r["step"] == step and r["kind"] != "eval")]
         write_file(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
         self.file = open(self.path, "a", encoding="utf-8")
 

@@ -8,8 +8,8 @@ the first and the j-th of the second. The best k of all n * n slots are among th
 lookup costs n and k * k where flat keys would cost n * n (Lample et al. 2019, arXiv 1907.05242; Berges et al. 2024, arXiv
 2412.09764, put it in place of MLPs). Memory layers as LLMonade's experiments and pipeline documents them.
 
-Letters: N tokens, D width of the residual stream, H heads, n sub-keys in a half, n * n slots, k slots read by a head, Q width of
-a query, V width of a value.
+Letters: N tokens, D width of the residual stream, H heads, n sub-keys in a half, n * n slots, k slots read by a head,
+Q width of a query, V width of a value.
 """
 
 from dataclasses import dataclass
