@@ -253,7 +253,7 @@ class Memory(GPT):
         for i, memory in self.memories().items():
             if dist.is_initialized() and (report or self.config.mem_balance):
                 dist.all_reduce(memory.reads)
-            if self.config.mem_balance:
+            if self.config.mem_balance and memory.keys.requires_grad:
                 memory.balance()
             if report:
                 found[str(i)] = usage(memory.reads.sum(0))

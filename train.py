@@ -55,6 +55,7 @@ from parallel import (
     whole,
     write_checkpoint,
 )
+from transfer import freeze, load_parts
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MODELS = {  # short names; anything else is file or file.Class
@@ -98,6 +99,10 @@ class TrainConfig:
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
     target: float = 0.0  # exit with status 1 if test token accuracy ends below this
     target_slice: str = ""  # a slice of the data, tag=value (seen=1), that target, stop_accuracy and best.pt go by; empty: all
+    init_from: str = ""  # begin with weights of this run, checkpoint file or folder of torch.distributed.checkpoint
+    init_step: int = -1  # which of its steps; -1: the latest
+    init_map: configs.Structure = ""  # JSON {source: target} of blocks ("0-5": "0-5"), names or patterns; empty: all weights
+    freeze: configs.Structure = ""  # names or patterns of parameters to hold still (*.att,embed), a JSON list or dict
     synthetic_dataset: str = ""  # a second data set on disk, mixed into training within a window of steps
     synthetic_start_step: int = 0  # the window's first step
     synthetic_end_step: int = 0  # and the one after its last
@@ -137,6 +142,8 @@ class TrainConfig:
 
     def unused(self):
         reasons = {} if self.schedule == "exponential" else {"lr_gamma": f"schedule is {self.schedule}"}
+        if not self.init_from:
+            reasons |= dict.fromkeys(("init_step", "init_map"), "there is no init_from")
         if not self.synthetic_dataset:
             window = ("synthetic_start_step", "synthetic_end_step", "synthetic_weight")
             reasons |= dict.fromkeys(window, "there is no synthetic_dataset")
@@ -592,9 +599,12 @@ def start(p, folder, world):
         world.together(lambda: require_slice(data, c.target_slice, c.eval_batch_size))
     config = model_config(p, data)
     model = world.together(lambda: make_model(p, config))
+    notes = world.together(lambda: prepare(model, c, resumed=bool(folder)))
     counts = count_parameters(model)
     world.say(model)
     world.say(f"params: {counts['layers']} in the layers, {counts['total']} with embedding, last norm and head")
+    for note in notes:
+        world.say(note)
     world.say(device_line)
     if hasattr(p.model_class, "kernel_choice"):
         world.say(f"mixer: {p.model_class.kernel_choice(config, device, dtype)}")
@@ -623,6 +633,17 @@ def start(p, folder, world):
     if world.first:
         os.close(held)
     return status
+
+
+def prepare(model, c, resumed):
+    """Load and freeze what the settings name -> lines about it. A resumed run has its weights from its own checkpoint."""
+    notes = []
+    if c.init_from and not resumed:
+        require(isinstance(c.init_map, dict) or not c.init_map, f"init_map={c.init_map!r} is no JSON dict", "init_map")
+        notes.append(load_parts(model, c.init_from, c.init_step, c.init_map))
+    if c.freeze:
+        notes.append(freeze(model, c.freeze))
+    return notes
 
 
 def take_up(p, folder, world):

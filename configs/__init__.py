@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import math
 import os
 import sys
@@ -172,11 +173,16 @@ def refuse_unused(config, reasons, mine):
             raise ConfigError(f"{where}{f.name}={value!r} has no effect: {reasons[f.name]}; leave it out", f.name)
 
 
+Structure = dict | list | str  # the type of a setting that takes JSON
+
+
 def convert(value, kind):
     """`value` (text from a flag, or a Python value from a file) as the annotated type; ValueError says what is wrong.
 
-    Types: bool, int, float, str, and tuples of them (`tuple[tuple[int, int], ...]`, written as a Python literal).
+    Types: bool, int, float, str, tuples of them (`tuple[tuple[int, int], ...]`, written as a Python literal), and Structure.
     """
+    if kind == Structure:
+        return _convert_structure(value)
     if typing.get_origin(kind) is tuple:
         return _convert_tuple(value, kind)
     shown = _short(value)
@@ -204,6 +210,19 @@ def convert(value, kind):
     if kind is int and number != int(number):
         raise ValueError(f"takes a whole number, not {shown}")
     return int(value if isinstance(value, int) else number) if kind is int else float(number)
+
+
+def _convert_structure(value):
+    if isinstance(value, (dict, list, tuple)):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"takes text, a list or a dict, not {_short(value)}")
+    if value.strip()[:1] not in ("{", "["):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return read(value.strip())
+    raise ValueError(f"is no JSON: {_short(value)}")
 
 
 def _convert_tuple(value, kind):
