@@ -1,6 +1,6 @@
 """Synthetic QA, 10,000 pairs: which facts does GPT store, by how often it saw them?
 
-TIME. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+6 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
 """
 
 data = "data_synth"

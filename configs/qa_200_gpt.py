@@ -1,6 +1,6 @@
 """Synthetic QA, 200 pairs: which facts does GPT store, by how often it saw them?
 
-TIME. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+20 seconds on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
 """
 
 data = "data_synth"

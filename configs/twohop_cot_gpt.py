@@ -1,7 +1,7 @@
 """Two-hop queries over 400 facts, answered with the entity in between: "a>x>yb>c".
 
-TIME. Expected: 0.99 or more of the digits on in-distribution queries, which are not trained on though both of their facts
-are used in trained ones; on out-of-distribution queries the second fact is not found.
+2 minutes on one of 2 CPU cores. Expected: 0.98 or more of the digits on in-distribution queries, which are not trained on
+though both of their facts are used in trained ones; on out-of-distribution queries the second fact is not found.
 """
 
 data = "data_synth"
@@ -27,4 +27,4 @@ max_steps = 600
 eval_interval = 200
 
 target_slice = "query=in-distribution"
-target = 0.99
+target = 0.98

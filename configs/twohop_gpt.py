@@ -1,7 +1,7 @@
 """Two-hop queries over 400 facts (25 entities, 16 relations): are two stored facts put together?
 
-TIME. Expected: 0.99 or more on trained queries. In-distribution ones (both facts are used in trained queries)
-and out-of-distribution ones stay near chance: the model stores each trained query as one more fact.
+3 minutes on one of 2 CPU cores. Expected: 0.99 or more on trained queries. In-distribution ones (both facts are used in
+trained queries) and out-of-distribution ones stay near chance: the model stores each trained query as one more fact.
 
 That it composes at all takes spelling out the entity in between: configs/twohop_cot_gpt.py.
 """

@@ -55,9 +55,10 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
     elif script == "eval.py":
         configs.check_names(settings, ev.EvalConfig)
         assert all(w in ev.COMMANDS or w.startswith("runs/") for w in positional)
+    elif script == "data_synth.py" and positional == ["check"]:
+        configs.check_names(settings, data_synth.CheckConfig)
     elif script == "data_synth.py" and positional:
-        task = [] if positional == ["check"] else [configs.Setting("task", *positional, "task")]
-        assert configs.build(data_synth.StoreConfig, [*task, *settings]).output_dir
+        assert configs.build(data_synth.StoreConfig, [configs.Setting("task", *positional, "task"), *settings]).output_dir
     elif script == "data_mqar.py" and settings:
         assert configs.build(mqar_files.StoreConfig, settings).num_copies == 100
 
