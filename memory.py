@@ -2,6 +2,9 @@
 
     python train.py configs/qa_2k_memory.py              # --model memory: in place of the MLP of the blocks in memory_layers
     python train.py configs/qa_2k_router.py              # --model memory_router: both, and a choice between them for each token
+    python memory.py params configs/qa_2k_memory.py      # parameters, in all and active for a token
+    python memory.py inspect runs/A runs/B               # names and shapes of weights, and where two differ
+    python memory.py convert runs/A x.pt --to memory_router
 
 A query is cut into two halves; each is compared with n sub-keys, and the slot (i, j) of n * n has the sum of the i-th score of
 the first and the j-th of the second. The best k of all n * n slots are among the k * k sums of the best k of either half, so a
@@ -12,6 +15,8 @@ Letters: N tokens, D width of the residual stream, H heads, n sub-keys in a half
 Q width of a query, V width of a value.
 """
 
+import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +24,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+import configs
 import model as M
+from checkpoint import write_file
 from configs import at_least, one_of, require, within
+from measure import table as print_table
 from model import GPT, NORMS, GPTBlock, take
+from transfer import ours, read_weights
 
 
 @dataclass
@@ -271,3 +280,212 @@ class MemoryRouter(Memory):
 
     keeps_mlp = True
     ignores = GPT.ignores
+
+
+# ---- changing facts without gradients ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
+    """Change rows of the last block's values so that the model answers `targets` -> what `undo` needs to take it back.
+
+    tokens, targets: (B, T), labels as in training; each prompt is read with its new answer before it. Two closed forms, no
+    gradient. First, at each label, the smallest change of the last hidden state that lifts the answer's logit by `margin`
+    above its strongest rivals. Then the smallest change of value rows that adds these to what is read there, least squares
+    with a ridge; with keep, a tensor (slots, slots) from `reading_statistics`, the one that changes least what was read in
+    those texts (as MEMIT does in MLPs, Meng et al. 2023, arXiv 2210.07229, eq. 14).
+    ValueError if the last block has no memory layer, or one with a gate.
+    """
+    memory = model.layers[-1].memory
+    if memory is None or memory.gate is not None or model.layers[-1].residual_mul:
+        raise ValueError("write needs a memory layer without gate in the last block, and no residual_mul")
+    slots, weights, hidden, logits, answers = last_reading(model.eval(), tokens, targets)
+    head = model.lm_head.weight * model.final_norm.weight  # (tokens, D): logits are head @ hidden, times a scale per position
+    reach = head if memory.out is None else head @ memory.out.weight  # (tokens, V): and change so with what is read
+    change = lift(reach, hidden, logits, answers, margin)  # (N, V)
+    read, at = slots.unique(return_inverse=True)  # (S,), (N, H * k)
+    A = hidden.new_zeros(len(slots), len(read)).scatter_add_(1, at.view_as(slots), weights)  # (N, S): read = A @ values
+    flat = A if keep is None else torch.linalg.solve(ridged(keep[read][:, read].to(A), ridge), A.T).T  # (N, S)
+    rows = flat.T @ torch.linalg.solve(ridged(A @ flat.T, ridge), change)  # (S, V)
+    record = {"slots": read, "values": memory.values[read].clone()}
+    memory.values[read] += rows
+    return record
+
+
+@torch.no_grad()
+def undo(model, record):
+    """Take a `write` back, to the last bit; several in reverse order."""
+    model.layers[-1].memory.values[record["slots"]] = record["values"]
+
+
+def last_reading(model, tokens, targets):
+    """At each of the N labels -> slots (N, H * k) and weights (N, H * k) that the last block reads (weights times the router's
+    share), the last hidden state (N, D) before the final norm, logits (N, V), answers (N,)."""
+    caught = []
+    hook = model.final_norm.register_forward_hook(lambda module, inputs, output: caught.append(inputs[0]))
+    logits, _, found = model(tokens, targets, trace=True)
+    hook.remove()
+    _, flat, answers = M.labelled_rows(targets)
+    last = found[-1]
+    slots, weights = (last[name].flatten(-2).flatten(0, 1)[flat] for name in ("slots", "weights"))
+    if "route" in last:
+        weights = weights * last["route"].flatten(0, 1)[flat][:, 1:]
+    return slots, weights.to(caught[0].dtype), caught[0], logits, answers
+
+
+def ridged(matrix, ridge):
+    """matrix + ridge * its mean diagonal * I"""
+    return matrix + ridge * matrix.diagonal().mean() * torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
+
+
+def lift(reach, hidden, logits, answers, margin, rivals=32):
+    """The smallest changes (N, V) of what is read after which each answer leads its strongest rivals by `margin` logits, if
+    the final norm kept its scale. The rivals' own logits stay. reach (tokens, V): logits by what is read, before that scale."""
+    scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+    wins = logits.gather(1, answers[:, None])
+    others = logits.scatter(1, answers[:, None], -torch.inf)
+    best, rival = others.topk(min(rivals, reach.shape[1] - 1, reach.shape[0] - 1))
+    need = (best[:, :1] + margin - wins).clamp(min=0) / scale  # (N, 1)
+    system = reach[torch.cat([answers[:, None], rival], dim=1)]  # (N, 1 + rivals, V)
+    wanted = torch.cat([need, torch.zeros_like(best)], dim=1).unsqueeze(-1)
+    return (torch.linalg.pinv(system, rtol=1e-4) @ wanted).squeeze(-1)
+
+
+@torch.no_grad()
+def reading_statistics(model, batches):
+    """Sum over labels of (tokens, targets) batches of w w^T, w the weights of all slots that the last block reads: `keep`."""
+    size = len(model.layers[-1].memory.values)
+    total = torch.zeros(size, size)
+    for tokens, targets in batches:
+        slots, weights, *_ = last_reading(model.eval(), tokens, targets)
+        A = torch.zeros(len(slots), size).scatter_add_(1, slots, weights.float())
+        total += A.T @ A
+    return total
+
+
+# ---- counting, inspecting, converting ----------------------------------------------------------------------------------
+
+
+def count(model):
+    """[(module, parameters, of these active for one token, floating-point operations for one token)], shared ones once.
+
+    All sub-keys are compared with every query, so all are active; of a table of values, heads * k rows are; of an embedding,
+    one. A multiplication and an addition for each active number of a matrix; attention over other tokens is not counted.
+    """
+    rows, seen = [], set()
+    for name, q in model.named_parameters():
+        if id(q) in seen:
+            continue
+        seen.add(id(q))
+        c, active, operations = model.config, q.numel(), 2 * q.numel() if q.ndim >= 2 else 0
+        if name.endswith("memory.values"):
+            uses = len(c.memory_layers) if c.mem_share_values else 1
+            active = min(q.numel(), uses * c.mem_heads * c.mem_knn * q.shape[1])
+            operations = 2 * active
+        elif name.startswith(("embed", "pos_embed")) and q is not model.lm_head.weight:
+            active, operations = q.shape[1], 0
+        rows.append((name, q.numel(), active, operations))
+    return rows
+
+
+def params(words):
+    """Parameters of a config: in all, active for each token, and what reading them costs."""
+    import train
+
+    p, _ = train.read_command_line(words)
+    model = train.make_model(p, train.model_config(p, p.data_module.Data(p.data)))
+    modules = {}
+    for name, *numbers in count(model):
+        module = name.rsplit(".", 1)[0] if name.endswith(("weight", "bias")) else name
+        modules[module] = [a + b for a, b in zip(modules.get(module, [0, 0, 0]), numbers)]
+    rows = [(module, *numbers, 4 * numbers[1]) for module, numbers in modules.items()]
+    total = [sum(column) for column in list(zip(*rows))[1:]]
+    print_table(("module", "parameters", "active a token", "flop a token", "bytes a token"), [*rows, ("all", *total)])
+
+
+def inspect(words):
+    """Names, shapes and sizes of the weights in one run or file; of two, where they differ."""
+    require(1 <= len(words) <= 2, "name one or two runs or files: python memory.py inspect A [B]", None)
+    found = [{ours(n): t for n, t in read_weights(path)[0].items()} for path in words]
+    rows = []
+    for name in dict.fromkeys(n for weights in found for n in weights):
+        tensors = [weights.get(name) for weights in found]
+        shapes = [str(tuple(t.shape)) if t is not None else "-" for t in tensors]
+        note = ""
+        if len(words) == 2:
+            same = None not in tensors and shapes[0] == shapes[1]
+            note = f"{(tensors[0].double() - tensors[1].double()).abs().max():.3g}" if same else hint(name, *shapes)
+        size = [t.numel() for t in tensors if t is not None][0]
+        rows.append((name, *shapes, size, f"{next(t for t in tensors if t is not None).double().std(correction=0):.3g}", note))
+    heads = ("name", *(["shape"] if len(words) == 1 else ["shape in A", "shape in B"]), "numbers", "std", "largest difference")
+    print_table(heads, rows)
+
+
+def hint(name, a, b):
+    """Which setting makes two shapes differ, as far as the name tells."""
+    settings = {
+        "memory.values": "mem_n_keys (rows) or mem_v_dim (columns)",
+        "memory.keys": "mem_heads, mem_n_keys or mem_k_dim",
+        "memory.query": "mem_heads or mem_k_dim",
+        "embed": "vocab_size or dim",
+        "lm_head": "vocab_size or dim",
+        "ffn": "dim or ffn_expand_factor",
+        "att.": "n_heads, dk, dv or dim",
+    }
+    if "-" in (a, b):
+        return "only in A" if b == "-" else "only in B"
+    return "differ: " + next((text for part, text in settings.items() if part in name), "dim")
+
+
+def convert(words, to):
+    """The weights of a run as those of the other kind of model, in a new file for --init_from.
+
+    To memory_router: MLPs and routers are added, each router so sure of memory that the model answers as before. To memory:
+    MLPs beside memory layers and routers are left out; train on after that.
+    """
+    import train
+
+    require(
+        len(words) == 2, "name a run and the file to write: python memory.py convert runs/RUN x.pt --to memory_router", None
+    )
+    folder, path = words
+    require(not os.path.exists(path), f"{path} exists already; name another file or delete it first", None)
+    p, data, model, _ = train.load_run(folder, "ckpt")
+    kinds = {"memory": Memory, "memory_router": MemoryRouter}
+    require(to in kinds, f"--to must be memory or memory_router, not {to!r}", None)
+    require(type(model) in kinds.values() and type(model) is not kinds[to], f"{folder} holds a {p.train.model} already", None)
+    new = kinds[to](model.config)
+    weights = model.state_dict()
+    for name, t in new.state_dict().items():
+        if name in weights:
+            t.copy_(weights[name])
+        elif name.endswith("router.bias"):
+            t.copy_(torch.tensor([-30.0, 30.0]))
+        elif name.endswith("router.weight"):
+            t.zero_()
+    write_file(path, lambda f: torch.save({"model": new.state_dict()}, f))
+    after = new.state_dict()
+    added, left = (", ".join(n for n in a if n not in b) or "none" for a, b in ((after, weights), (weights, after)))
+    print(f"{path}: {to} with {len(after)} tensors; new: {added}; left out: {left}")
+
+
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0
+    command, rest = words[0], words[1:]
+    require(command in ("params", "inspect", "convert"), f"{command!r} is none of params, inspect and convert", None)
+    if command == "params":
+        params(rest)
+        return 0
+    rest, settings = configs.parse(rest)
+    allowed = {"to"} if command == "convert" else set()
+    unknown = [s.origin for s in settings if s.key not in allowed]
+    require(not unknown, f"{command} takes no {' '.join(unknown)}", None)
+    inspect(rest) if command == "inspect" else convert(rest, next((s.value for s in settings), ""))
+    return 0
+
+
+if __name__ == "__main__":
+    configs.exit_with_sentence(main)

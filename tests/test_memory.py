@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import checkpoint
 import memory as Mem
 import train
 from configs import ConfigError, parse
+from test_train import TOY as TOY_RUN
 from test_train import assert_same, contents, run
 
 SMALL = dict(dim=16, n_layers=2, n_heads=2, dk=8, dv=8, mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
@@ -235,7 +237,7 @@ def test_values_have_their_own_learning_rate_and_do_not_decay():
 
 # ---- runs --------------------------------------------------------------------------------------------------------------
 
-TOY = dict(mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8, memory_layers="[0,1]", mem_stats_every=5)
+TOY = MEMORY_FLAGS = dict(mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8, memory_layers="[0,1]", mem_stats_every=5)
 
 
 @pytest.mark.parametrize("name, changes", [("memory", {"mem_balance": 0.01}), ("memory_router", {"mem_hard": 1})])
@@ -266,3 +268,92 @@ def test_ranks_agree(tmp_path, on_ranks):
         for key, x in alone["tensors"].items():
             torch.testing.assert_close(state["tensors"][key], x, rtol=1e-5, atol=1e-6)
         assert [r for r in rows if r["kind"] == "memory"] == [r for r in log if r["kind"] == "memory"]
+
+
+# ---- changing facts without gradients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls, options", [(Mem.Memory, {}), (Mem.Memory, {"mem_v_dim": 24}), (Mem.MemoryRouter, {})])
+def test_what_is_written_is_answered_and_taken_back_to_the_bit(cls, options):
+    m = model(cls, mem_n_keys=16, dim=32, **options).eval()
+    x, y = tokens(5, 6, seed=3), torch.full((5, 6), -100)
+    y[:, 3:] = tokens(5, 3, seed=4)
+    x[:, 4:] = y[:, 3:5]  # each answer is read before the next of its letters
+    before = {n: t.clone() for n, t in m.state_dict().items()}
+    assert (m(x, y)[0].argmax(-1) != y[y != -100]).any()
+    record = Mem.write(m, x, y)
+    assert torch.equal(m(x, y)[0].argmax(-1), y[y != -100])
+    changed = [n for n, t in m.state_dict().items() if not torch.equal(t, before[n])]
+    assert changed == ["layers.1.memory.values"]
+    Mem.undo(m, record)
+    assert all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
+
+
+def test_what_is_to_be_kept_changes_less():
+    m = model(mem_n_keys=6, dim=32).eval()
+    x, y, others = tokens(2, 4, seed=3), torch.full((2, 4), -100), tokens(30, 4, seed=5)
+    y[:, 3] = torch.tensor([1, 2])
+    labels = torch.where(torch.arange(4) == 3, others, -100)
+    keep = Mem.reading_statistics(m, [(others[:15], labels[:15]), (others[15:], labels[15:])])
+    torch.testing.assert_close(keep, Mem.reading_statistics(m, [(others, labels)]))
+    clean, moved = m(others, labels)[0], []
+    for k in (None, keep):
+        record = Mem.write(m, x, y, keep=k)
+        assert m(x, y)[0].argmax(-1).tolist() == [1, 2]
+        moved.append((m(others, labels)[0] - clean).square().sum().item())
+        Mem.undo(m, record)
+    assert moved[1] < 0.8 * moved[0]
+
+
+def test_write_needs_a_memory_layer_it_can_reach():
+    for options in (dict(memory_layers=(0,)), dict(mem_gated=True)):
+        with pytest.raises(ValueError, match="write needs a memory layer without gate in the last block"):
+            Mem.write(model(**options), tokens(1, 4), tokens(1, 4))
+
+
+# ---- counting, inspecting, converting ----------------------------------------------------------------------------------
+
+
+def test_parameters_by_hand():
+    """16 wide, 2 blocks: block 0 with an MLP of 64, block 1 with 25 slots read 2 * 3 at a time."""
+    rows = {name: numbers for name, *numbers in Mem.count(model())}
+    assert rows["layers.1.memory.values"] == [25 * 16, 6 * 16, 2 * 6 * 16]
+    assert rows["layers.1.memory.keys"] == [2 * 2 * 5 * 3] * 2 + [2 * 60] and rows["layers.0.ffn.up.weight"][0] == 64 * 16
+    assert rows["embed.weight"] == [11 * 16, 16, 0] and rows["lm_head.weight"][2] == 2 * 11 * 16
+    for options in ({}, dict(memory_layers=(0, 1)), dict(tie=True)):
+        m = model(**options)
+        assert sum(total for _, total, *_ in Mem.count(m)) == sum(q.numel() for q in m.parameters())
+    assert dict((n, a) for n, _, a, _ in Mem.count(model(memory_layers=(0, 1))))["layers.0.memory.values"] == 2 * 6 * 16
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    options = {**MEMORY_FLAGS, "max_steps": 2}
+    run(tmp_path, "a", model="memory", **options)
+    run(tmp_path, "b", model="memory", **{**options, "mem_n_keys": 6, "seed": 1})
+    a, b, out = str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "x.pt")
+    capsys.readouterr()
+    assert Mem.main(["params", "--model=memory", "--mem_n_keys=16"]) == 0
+    assert re.search(r"layers.1.memory.values +16384 +2048 +4096 +8192", capsys.readouterr().out)
+    assert Mem.main(["inspect", a, b]) == 0
+    printed = capsys.readouterr().out
+    assert "layers.0.memory.values" in printed and "differ: mem_n_keys (rows) or mem_v_dim (columns)" in printed
+    assert Mem.main(["convert", a, out, "--to", "memory_router"]) == 0
+    assert "new: layers.0.ffn.up.weight" in capsys.readouterr().out
+    router = dict(options, model="memory_router", init_from=out)
+    p = train.read_command_line([f"--{k}={v}" for k, v in {**TOY_RUN, **router, "log_dir": tmp_path}.items()])[0]
+    m = train.make_model(p, train.model_config(p, p.data_module.Data(p.data)))
+    train.prepare(m, p.train, resumed=False)
+    _, data, before, _ = train.load_run(a, "ckpt")
+    x = data.batch("test", 0, range(4))[0]
+    torch.testing.assert_close(m.eval()(x)[0], before(x)[0])  # it answers as before
+    for words, message in (
+        (["convert", a, out, "--to=memory_router"], "exists already"),
+        (["convert", a, out + "2", "--to=memory"], "holds a memory already"),
+        (["convert", a, out + "2", "--to=gpt"], "must be memory or memory_router"),
+        (["convert", a], "name a run and the file"),
+        (["inspect"], "name one or two"),
+        (["inspect", a, "--to=b"], "inspect takes no --to"),
+        (["look", a], "'look' is none of params"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Mem.main(words)
