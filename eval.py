@@ -67,6 +67,7 @@ def slices(words, config):
         "row_accuracy": everything["exact"],
         "loss": {"value": result["loss"], "n": result["labels"]},
         "without_knowledge": getattr(data, "chance", {}),
+        "stored": stored_bits(batches, data, model),
     }
     by_slice = {tag: {str(v): shares(cell) for v, cell in cells.items()} for tag, cells in result["by_slice"].items()}
     about = {
@@ -79,6 +80,8 @@ def slices(words, config):
     print_slices(result)
     for name, value in metrics["without_knowledge"].items():
         print(f"without knowledge: {name}: {value:.4f}")
+    for name, value in metrics["stored"].items():
+        print(f"{name}: {value['value']:.4g} (95% interval {value['ci95'][0]:.4g} - {value['ci95'][1]:.4g})")
     path = os.path.join(folder, f"eval_{config.split}")
     write_json(
         path + ".json",
@@ -92,6 +95,35 @@ def slices(words, config):
     print(f"wrote {path}.json, .parquet, .png")
     for example in answers(model, data, config.split, config.examples, device):
         print(*example, sep="\n  ")
+
+
+def stored_bits(batches, data, model):
+    """Bits of the trained facts that the model stores, as {name: {"value", "ci95", "n"}}; {} where answers follow from others.
+
+    Of each fact the bits of its answer less its loss, at least 0 (Allen-Zhu and Li 2024, arXiv 2404.05405), here with the facts
+    that were measured, times the number of all; the interval is that of the mean over facts.
+    """
+    knowledge = getattr(getattr(data, "source", None), "knowledge", {})
+    if not knowledge:
+        return {}
+    tag, value = knowledge["slice"].split("=")
+    row, loss, kind = (
+        np.concatenate([b[k] if k != "tag" else b["tags"][tag] for b in batches]) for k in ("row", "loss", "tag")
+    )
+    mine = kind.astype(str) == value
+    _, which = np.unique(row[mine], return_inverse=True)
+    labels, nats = np.bincount(which), np.bincount(which, loss[mine])
+    bits = np.maximum(0, labels * knowledge["bits"] - nats / np.log(2))  # of each fact
+    mean, half = bits.mean(), 1.96 * bits.std(ddof=1) / np.sqrt(len(bits))
+    every = sum(q.numel() for q in model.parameters())
+    values = {id(q): q.numel() for name, q in model.named_parameters() if name.endswith("memory.values")}
+    sizes = {"bits stored": 1, "bits stored per parameter": every, "bits stored per memory value": sum(values.values())}
+    ends = np.array([mean, mean - half, mean + half]) * knowledge["facts"]
+    return {
+        name: {"value": ends[0] / size, "ci95": [ends[1] / size, ends[2] / size], "n": len(bits)}
+        for name, size in sizes.items()
+        if size
+    }
 
 
 def answers(model, data, split, count, device):

@@ -6,6 +6,8 @@ read(split, rows) -> texts and tags, .kind, the kind of its label mask, and .cha
 Letters: n pairs or entities, N letters of a word, R rows or relations, E documents in an epoch.
 """
 
+import math
+
 import numpy as np
 
 from configs import require
@@ -23,10 +25,13 @@ def generator(c, *words):
 class Facts:
     """A fixed list of documents, which of them are in which split (training ones as often as in an epoch), and their tags."""
 
-    def __init__(self, c, kind, texts, splits, tags, chance=None):
-        """kind: a key of tokens.MASKS; texts: n strings; splits {"train": (E,), "val": ..., "test": ...} of numbers below n;
-        tags {name: (n,)}, of which the first names the groups that val and test should have in equal numbers."""
-        self.config, self.kind, self.texts, self.chance = c, kind, texts, chance or {}
+    def __init__(self, c, kind, texts, splits, tags, chance=None, knowledge=None):
+        """kind: a key of tokens.MASKS; texts: n strings; splits {"train": (E,), "val": ..., "test": ...} of numbers below n.
+
+        tags {name: (n,)}: the first names the groups that val and test should have in equal numbers. knowledge, where answers
+        can only be known: {"slice": "tag=value" of those trained on, "facts": their number, "bits": of a digit not known}.
+        """
+        self.config, self.kind, self.texts, self.chance, self.knowledge = c, kind, texts, chance or {}, knowledge or {}
         self.tags = {k: np.asarray(v) for k, v in tags.items()}
         group = next(iter(self.tags.values()), np.zeros(len(texts), int))
         order = generator(c, 7).permutation(len(texts))  # so that a part of a split is a fair sample
@@ -129,7 +134,9 @@ class QA:
                 train = np.concatenate([train, train + n])
         held_out = [pair for pair, s in zip(pairs, seen) if not s]
         guess = chance([pair for pair, s in zip(pairs, seen) if s], held_out)
-        return Facts(c, "qa", texts, {"train": train, "val": test, "test": test}, tags, guess)
+        facts = int(seen.sum()) * (2 if c.inverse == "train" else 1)
+        knowledge = {"slice": "seen=1", "facts": facts, "bits": math.log2(10)} if c.inverse != "probe" else {}
+        return Facts(c, "qa", texts, {"train": train, "val": test, "test": test}, tags, guess, knowledge)
 
 
 # ---- digits ------------------------------------------------------------------------------------------------------------
@@ -168,7 +175,8 @@ class Digits:
         splits["test"] = np.concatenate([number[:n], novel[1::2]])
         key = np.repeat(["known", "novel"], [n, c.num_novel])
         guess = chance(pairs[:n], pairs[n:])
-        return Facts(c, "digits", [f"{k}:{v} " for k, v in pairs], splits, {"key": key}, guess)
+        knowledge = {"slice": "key=known", "facts": n, "bits": math.log2(N)} if c.rule == "random" else {}
+        return Facts(c, "digits", [f"{k}:{v} " for k, v in pairs], splits, {"key": key}, guess, knowledge)
 
 
 # ---- twohop ------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def write_facts(c, source, shard_rows=200_000):
             **{k: v for k, v in asdict(c).items() if k not in ("output_dir", "path", "packing", "tokenizer")},
             "mask": source.kind,
             "chance": source.chance,
+            "knowledge": getattr(source, "knowledge", {}),
             "files": files,
         }
         write_json(os.path.join(work, "metadata.json"), metadata)
@@ -85,10 +86,10 @@ WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
 
 
 def read_stored(path, task, tasks):
-    """A directory of write_facts -> what data_synth.Facts is made of: kind of mask, texts, splits, tags, chance."""
+    """A directory of write_facts -> what data_synth.Facts is made of: kind of mask, texts, splits, tags, chance, knowledge."""
     try:
         metadata = read_json(os.path.join(path, "metadata.json"))
-        kind, version, mask, chance = (metadata[k] for k in ("dataset_type", "format_version", "mask", "chance"))
+        kind, version, *about = (metadata[k] for k in ("dataset_type", "format_version", "mask", "chance", "knowledge"))
         files = {name: [(str(f["name"]), f["sha256"]) for f in metadata["files"][name]] for name in FOLDERS.values()}
         known = kind in tasks
     except (FileNotFoundError, NotADirectoryError):
@@ -111,7 +112,8 @@ def read_stored(path, task, tasks):
                         tags.setdefault(key, []).append(value)
                 which.append(number[text])
         splits[split] = np.array(which, np.int32)
-    return mask, list(number), splits, tags, chance
+    mask, *guess_and_knowledge = about
+    return mask, list(number), splits, tags, *guess_and_knowledge
 
 
 def checked(path, name, sha256):

@@ -311,6 +311,14 @@ def test_a_run_on_a_slice(tmp_path, capsys):
     rows = checkpoint.read_json(str(tmp_path / "a" / "eval_test.json"))["metrics"]["row_accuracy"]
     assert len(examples) == rows["n"] and all(re.fullmatch(r"\d{6}:", prompt) for prompt, *_ in examples)
     assert sum(answer == model for _, answer, model in examples) == round(rows["value"] * rows["n"])
+    stored = checkpoint.read_json(str(tmp_path / "a" / "eval_test.json"))["metrics"]["stored"]
+    table = pq.read_table(tmp_path / "a" / "eval_test.parquet").to_pydict()
+    nats = collections.Counter()
+    for row, loss, seen in zip(table["row"], table["loss"], table["seen"]):
+        nats[row] += loss if seen else 0
+    bits = [max(0.0, 6 * np.log2(10) - n / np.log(2)) for n in nats.values() if n]
+    assert len(bits) == 6 and stored["bits stored"]["value"] == pytest.approx(sum(bits), rel=1e-5)
+    assert stored["bits stored"]["ci95"][0] < sum(bits) < stored["bits stored"]["ci95"][1]
     with pytest.raises(ConfigError, match="target_slice=exposures=9 is not among the slices of val: exposures=0 exposures=1"):
         train.main(flags(tmp_path, "b", **options, target_slice="exposures=9"))
     assert not (tmp_path / "b").exists()
@@ -370,6 +378,8 @@ def test_what_is_written_is_the_task_in_memory(tmp_path, variant, format, capsys
     tags = [data.batch("test", 0, [0])[2].keys() for data in (stored, made)]
     assert (stored.batch("test", 0, range(8))[1] != K.IGNORE).any()
     assert stored.kind == made.kind and stored.chance == made.chance and tags[0] == tags[1]
+    assert stored.source.knowledge == getattr(made.source, "knowledge", {})
+    assert bool(stored.source.knowledge) == (variant in ("qa", "digits"))
     assert D.main([task, "--output_dir", str(tmp_path / "b"), "--format", format, *words]) == 0
     for file in sorted(p for p in (tmp_path / "a").rglob("*.*") if p.name != "metadata.json"):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()  # same seed, same bytes
