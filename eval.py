@@ -4,8 +4,9 @@
     python eval.py runs/RUN --split val --checkpoint ckpt
     python eval.py runs/RUN --examples 8          # and what the model answers to eight rows
     python eval.py compare 'runs/*'               # runs side by side: table, accuracy against steps, pairs and state
+    python eval.py edit runs/RUN                  # rewrite stored facts without gradients (memory.write), beside fine-tuning
 
-The first two write eval_<split>.json, .parquet (one row per label) and .png into the run; compare writes <out>.parquet
+The first three write eval_<split>.json, .parquet (one row per label) and .png into the run; compare writes <out>.parquet
 and <out>.png. A run is rebuilt from its own config.json and checkpoint; no override file is run.
 """
 
@@ -13,17 +14,22 @@ import glob
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 import configs
+import model as model_file
 from checkpoint import read_json, read_log, write_file, write_json
 from configs import ConfigError, one_of, require
 from measure import figure, predict, print_slices, share, shares, shown, summarise, table
+from memory import reading_statistics, write, write_problem
 from model import greedy
 from parallel import choose_device
+from tokens import mask, shift
 from train import load_run, read_plan
 
 
@@ -35,11 +41,13 @@ class EvalConfig:
     examples: int = 0  # print so many rows with the answers that the model gives, token by token
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
+    edits: tuple[int, ...] = (1, 10, 100)  # edit: how many facts to rewrite at once
     out: str = ""  # compare: where to write, without ending; empty: compare beside the first run
 
     def check(self):
         configs.at_least(self, 1, "eval_batch_size")
         configs.at_least(self, 0, "examples")
+        require(self.edits and min(self.edits) >= 1, f"edits={self.edits} needs numbers of at least 1", "edits")
         one_of(self, ("test", "val"), "split")
         one_of(self, ("best", "ckpt"), "checkpoint")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
@@ -170,6 +178,117 @@ def plot_slices(path, by_slice, title):
     plt.close(fig)
 
 
+# ---- rewriting facts ---------------------------------------------------------------------------------------------------
+
+
+def edit(words, config):
+    """Rewrite facts that a memory model knows: are they answered anew, and the others as before?"""
+    require(len(words) == 1, "name one run directory: python eval.py edit runs/RUN", None)
+    folder = words[0]
+    p, data, model, _ = load_run(folder, config.checkpoint)
+    require(hasattr(model, "memories"), f"edit rewrites memory layers, and {p.train.model} has none", None)
+    problem = write_problem(model)
+    require(not problem, f"{folder} cannot be edited: {problem}", None)
+    require(getattr(data, "kind", "") in ("qa", "digits"), f"edit rewrites key:value facts, not those of {p.train.data}", None)
+    batches = list(predict(model, data, config.split, config.eval_batch_size, torch.device("cpu"), bar=True))
+    rows = np.unique(np.concatenate([b["row"] for b in batches]))
+    known = rows[np.concatenate([b["row_hit"] for b in batches])]
+    need = max(config.edits) + 10
+    require(len(known) >= need, f"{folder} answers {len(known)} facts rightly; edits={config.edits} needs {need}", "edits")
+    random = np.random.default_rng(p.train.seed)
+    texts = [data.source.read(config.split, [row])[0][0] for row in random.permutation(known)]
+    first = {n: t.clone() for n, t in model.state_dict().items()}
+    results = []
+    for n in config.edits:
+        new, others = encode(data, [other_answer(t, random) for t in texts[:n]]), encode(data, texts[n : n + 1000])
+        for name, method in EDITORS.items():
+            start = time.perf_counter()
+            method(model, *new, others)
+            seconds = time.perf_counter() - start
+            efficacy, specificity = (share(answered(model, *x), len(x[0])) for x in (new, others))
+            results.append({"method": name, "edits": n, "efficacy": efficacy, "specificity": specificity, "seconds": seconds})
+            model.load_state_dict(first)
+    head = ("method", "edits", "answered anew", "95% interval", "others as before", "95% interval", "seconds")
+    cells = [(shown(r["efficacy"])[1:], shown(r["specificity"])[1:]) for r in results]
+    table(head, [(r["method"], r["edits"], *a, *b, f"{r['seconds']:.2f}") for r, (a, b) in zip(results, cells)])
+    path = os.path.join(folder, "eval_edit")
+    write_json(path + ".json", {"config": {"run": folder, "edits": config.edits}, "results": results})
+    flat = [{k: v["value"] if isinstance(v, dict) else v for k, v in r.items()} for r in results]
+    write_parquet(path + ".parquet", {k: [r[k] for r in flat] for k in flat[0]})
+    plot_edits(path + ".png", results, os.path.basename(os.path.normpath(folder)))
+    print(f"wrote {path}.json, .parquet, .png")
+
+
+def other_answer(text, random):
+    """The fact "key:value " with another value: every digit is another one of those in the value's alphabet."""
+    key, value = text.strip().split(":")
+    digits = sorted(set("123456") | set(value)) if set(value) <= set("1234567") else list("0123456789")
+    return f"{key}:{''.join(random.choice([d for d in digits if d != v]) for v in value)} "
+
+
+def encode(data, texts):
+    """Facts of one length -> tokens and targets (R, T)."""
+    ids = np.stack([data.document(text)[0] for text in texts])
+    targets = shift(mask(ids, data.kind, tokenizer=data.tokenizer))
+    return torch.from_numpy(ids).long(), torch.from_numpy(targets).long()
+
+
+@torch.no_grad()
+def answered(model, tokens, targets):
+    """How many rows are right as a whole."""
+    return int(model_file.correct(model.eval()(tokens, targets)[0], targets)[1].sum())
+
+
+def fine_tune(lr, names):
+    """An editor that trains the parameters with one of `names` in theirs on the new facts alone, until all are answered."""
+
+    def method(model, tokens, targets, others):
+        mine = [q for name, q in model.named_parameters() if any(n in name for n in names)]
+        optimizer = torch.optim.Adam(mine, lr=lr)
+        for _ in range(200):
+            model.zero_grad()
+            model(tokens, targets)[1].backward()
+            optimizer.step()
+            if answered(model, tokens, targets) == len(tokens):
+                break
+
+    return method
+
+
+EDITORS = {  # what changes the model so that it answers (tokens, targets); others (tokens, targets) should stay
+    "write": lambda model, tokens, targets, others: write(model, tokens, targets),
+    "write, keeping others": lambda model, tokens, targets, others: write(
+        model, tokens, targets, keep=reading_statistics(model, [others])
+    ),
+    "fine-tune the values": fine_tune(1e-2, ["memory.values"]),
+    "fine-tune everything": fine_tune(1e-3, [""]),
+}
+
+
+def plot_edits(path, results, title):
+    """Efficacy and specificity of each method against the number of facts rewritten."""
+    plt, fig, (left, right) = figure(1, 2)
+    for name in EDITORS:
+        mine = [r for r in results if r["method"] == name]
+        for axis, key in ((left, "efficacy"), (right, "specificity")):
+            y = np.array([r[key]["value"] for r in mine])
+            low, high = np.array([r[key]["ci95"] for r in mine]).T
+            errors = np.maximum(0, [y - low, high - y])
+            axis.errorbar([r["edits"] for r in mine], y, yerr=errors, fmt="o-", ms=4, capsize=3, label=name)
+    for axis, label in (
+        (left, "rewritten facts answered anew"),
+        (right, f"other facts as before (n = {mine[-1]['specificity']['n']})"),
+    ):
+        axis.set(
+            xscale="log", xlabel="facts rewritten at once", ylabel=label + "\nwhole answers, 95% interval", ylim=(-0.02, 1.02)
+        )
+        axis.grid(alpha=0.3)
+    fig.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=2)
+    fig.suptitle(title, fontsize=8, y=0.02, va="bottom")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
 # ---- several runs ------------------------------------------------------------------------------------------------------
 
 
@@ -269,9 +388,10 @@ def plot_compare(path, runs):
     plt.close(fig)
 
 
-COMMANDS = {"slices": slices, "compare": compare}  # `python eval.py RUN` is short for `python eval.py slices RUN`
+COMMANDS = {"slices": slices, "edit": edit, "compare": compare}  # `python eval.py RUN` is short for `python eval.py slices RUN`
 IGNORES = {
-    "slices": {"out": "only compare writes there"},
+    "slices": {"out": "only compare writes there", "edits": "only edit rewrites facts"},
+    "edit": {"out": "only compare writes there", "examples": "only the slices of a run come with examples"},
     "compare": dict.fromkeys(set(EvalConfig.__dataclass_fields__) - {"out"}, "compare only reads results"),
 }
 

@@ -290,15 +290,14 @@ def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     """Change rows of the last block's values so that the model answers `targets` -> what `undo` needs to take it back.
 
     tokens, targets: (B, T), labels as in training; each prompt is read with its new answer before it. Two closed forms, no
-    gradient. First, at each label, the smallest change of the last hidden state that lifts the answer's logit by `margin`
-    above its strongest rivals. Then the smallest change of value rows that adds these to what is read there, least squares
-    with a ridge; with keep, a tensor (slots, slots) from `reading_statistics`, the one that changes least what was read in
-    those texts (as MEMIT does in MLPs, Meng et al. 2023, arXiv 2210.07229, eq. 14).
-    ValueError if the last block has no memory layer, or one with a gate.
+    gradient. First, at each label, a change of what is read that lifts the answer's logit by `margin` above all others. Then
+    the smallest change of value rows that adds these to what is read there, least squares with a ridge; with keep, a tensor
+    (slots, slots) from `reading_statistics`, the one that changes least what was read in those texts (as MEMIT does in MLPs,
+    Meng et al. 2023, arXiv 2210.07229, eq. 14). ValueError if the last block's memory layer cannot be written so.
     """
+    if write_problem(model):
+        raise ValueError(write_problem(model))
     memory = model.layers[-1].memory
-    if memory is None or memory.gate is not None or model.layers[-1].residual_mul:
-        raise ValueError("write needs a memory layer without gate in the last block, and no residual_mul")
     slots, weights, hidden, logits, answers = last_reading(model.eval(), tokens, targets)
     head = model.lm_head.weight * model.final_norm.weight  # (tokens, D): logits are head @ hidden, times a scale per position
     reach = head if memory.out is None else head @ memory.out.weight  # (tokens, V): and change so with what is read
@@ -310,6 +309,16 @@ def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     record = {"slots": read, "values": memory.values[read].clone()}
     memory.values[read] += rows
     return record
+
+
+def write_problem(model):
+    """Why `write` cannot reach this model's answers, or ""."""
+    memory = model.layers[-1].memory
+    if memory is None or memory.gate is not None or model.layers[-1].residual_mul:
+        return "write needs a memory layer without gate in the last block, and no residual_mul"
+    if sum(m.values is memory.values for m in model.memories().values()) > 1:
+        return "write needs values of the last block's own, as with mem_share_values=0: earlier blocks would change"
+    return ""
 
 
 @torch.no_grad()
@@ -338,17 +347,23 @@ def ridged(matrix, ridge):
     return matrix + ridge * matrix.diagonal().mean() * torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
 
 
-def lift(reach, hidden, logits, answers, margin, rivals=32):
-    """The smallest changes (N, V) of what is read after which each answer leads its strongest rivals by `margin` logits, if
-    the final norm kept its scale. The rivals' own logits stay. reach (tokens, V): logits by what is read, before that scale."""
-    scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
-    wins = logits.gather(1, answers[:, None])
-    others = logits.scatter(1, answers[:, None], -torch.inf)
-    best, rival = others.topk(min(rivals, reach.shape[1] - 1, reach.shape[0] - 1))
-    need = (best[:, :1] + margin - wins).clamp(min=0) / scale  # (N, 1)
-    system = reach[torch.cat([answers[:, None], rival], dim=1)]  # (N, 1 + rivals, V)
-    wanted = torch.cat([need, torch.zeros_like(best)], dim=1).unsqueeze(-1)
-    return (torch.linalg.pinv(system, rtol=1e-4) @ wanted).squeeze(-1)
+def lift(reach, hidden, logits, answers, margin, rounds=100):
+    """Small changes (N, V) of what is read after which each answer leads all other tokens by `margin` logits, if the final norm
+    kept its scale. reach (tokens, V): logits by what is read, before that scale.
+
+    Each round projects onto the half-space in which the answer leads its strongest rival, which is a closed form.
+    """
+    scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)  # (N, 1)
+    start, change = logits / scale, hidden.new_zeros(len(hidden), reach.shape[1])
+    for _ in range(rounds):
+        now = start + change @ reach.T  # (N, tokens)
+        lead, rival = now.scatter(1, answers[:, None], -torch.inf).max(1, keepdim=True)
+        need = lead + margin / scale - now.gather(1, answers[:, None])  # (N, 1)
+        if (need <= 1e-3 / scale).all():
+            break
+        direction = reach[answers] - reach[rival.squeeze(1)]
+        change = change + need.clamp(min=0) * direction / direction.square().sum(-1, keepdim=True)
+    return change
 
 
 @torch.no_grad()

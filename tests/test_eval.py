@@ -116,3 +116,36 @@ def test_it_reads_config_json_and_runs_no_override_file(runs, tmp_path, script):
     bomb.write_text("raise SystemExit('was run')")
     done = script("eval.py", os.path.join(tmp_path, "b"))
     assert done.returncode == 0 and "was run" not in done.stderr
+
+
+# ---- rewriting facts ---------------------------------------------------------------------------------------------------
+
+
+def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
+    toy = (
+        "--data=data_synth --task=qa --num_pairs=40 --buckets=[16] --n_layers=2 --dim=32 --dk=16 --dv=16 --conv=8 --init_std=1"
+    )
+    toy += (
+        " --model=memory --memory_layers=[0,1] --mem_share_values=0 --mem_n_keys=16 --mem_k_dim=16 --lr=1e-2 --mem_value_lr=4"
+    )
+    toy += " --max_steps=250"
+    train.main([*toy.split(), "--batch_size=64", "--threads=1", f"--log_dir={tmp_path}", "--run_name=a", "--eval_interval=250"])
+    folder = str(tmp_path / "a")
+    capsys.readouterr()
+    ev.main(["edit", folder, "--edits=[1,5]"])
+    printed = capsys.readouterr().out
+    results = {(r["method"], r["edits"]): r for r in json.loads((tmp_path / "a" / "eval_edit.json").read_text())["results"]}
+    assert len(results) == 8 and "fine-tune everything" in printed and (tmp_path / "a" / "eval_edit.png").stat().st_size > 5000
+    for n in (1, 5):
+        written, kept = results["write", n], results["write, keeping others", n]
+        assert written["efficacy"]["value"] >= 0.8 and written["efficacy"]["n"] == n
+        assert kept["specificity"]["value"] >= written["specificity"]["value"] - 0.1
+        assert results["fine-tune everything", n]["efficacy"]["value"] == 1
+    for words, message in (
+        (["edit", folder, "--edits=[1000]"], "edits=.* needs 1010"),
+        (["edit", folder, "--out=x"], "only compare writes there"),
+        ([folder, "--edits=[2]"], "only edit rewrites facts"),
+        (["edit", folder, "--edits=[0]"], "numbers of at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ev.main(words)

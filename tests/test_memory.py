@@ -309,6 +309,8 @@ def test_write_needs_a_memory_layer_it_can_reach():
     for options in (dict(memory_layers=(0,)), dict(mem_gated=True)):
         with pytest.raises(ValueError, match="write needs a memory layer without gate in the last block"):
             Mem.write(model(**options), tokens(1, 4), tokens(1, 4))
+    with pytest.raises(ValueError, match="values of the last block's own, as with mem_share_values=0"):
+        Mem.write(model(memory_layers=(0, 1)), tokens(1, 4), tokens(1, 4))
 
 
 # ---- counting, inspecting, converting ----------------------------------------------------------------------------------
@@ -323,7 +325,7 @@ def test_parameters_by_hand():
     for options in ({}, dict(memory_layers=(0, 1)), dict(tie=True)):
         m = model(**options)
         assert sum(total for _, total, *_ in Mem.count(m)) == sum(q.numel() for q in m.parameters())
-    assert dict((n, a) for n, _, a, _ in Mem.count(model(memory_layers=(0, 1))))["layers.0.memory.values"] == 2 * 6 * 16
+    assert {n: a for n, _, a, _ in Mem.count(model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):
