@@ -521,7 +521,7 @@ def parameter_groups(model, weight_decay):
             kind = (rate is not None, q.ndim >= 2)
             groups.setdefault(kind, {"params": [], "weight_decay": decay, "rate": 1.0 if rate is None else rate})
             groups[kind]["params"].append(q)
-    return list(groups.values())
+    return [groups[kind] for kind in sorted(groups, key=lambda kind: (kind[0], not kind[1]))]  # matrices first
 
 
 def catch_signals(world):

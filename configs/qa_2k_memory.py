@@ -3,7 +3,7 @@
 TIME. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
 
 The table is near its limit: 1,800 pairs of 19.9 bits are 35,880 bits for 65,536 values. `python eval.py runs/RUN` prints
-how many bits are stored; `python eval.py edit runs/RUN` rewrites facts without gradients.
+how many bits are stored.
 """
 
 model = "memory"

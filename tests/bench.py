@@ -1,4 +1,4 @@
-"""How fast, as ratios: python tests/bench.py [train] [data] [masks] [delta] [lengths] [ranks] [--rounds 15] [--threads 2]
+"""How fast, as ratios: python tests/bench.py [ROW ...] [--rounds 15] [--threads 2]; --help names the rows.
 
 Each row compares ours with a plain peer. The two take turns, so that a busy machine slows both, and the ratio is the median
 over the rounds. The peak of this machine is a 2048 x 2048 float32 matrix product timed in the same rounds; a training
@@ -26,6 +26,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import data_mqar  # noqa: E402
 import data_synth  # noqa: E402
 import delta as D  # noqa: E402
+import memory  # noqa: E402
 import model as M  # noqa: E402
 import parallel  # noqa: E402
 import tokens  # noqa: E402
@@ -133,6 +134,30 @@ def mask_rows(rounds):
         ours = {"ours": lambda: tokens.mask(flat, kind, ends)}
         times = take_turns(ours | {"loop": lambda: [naive_mask(d, kind) for d in documents]}, min(rounds, 5))
         yield f"{kind} mask of {len(flat)} tokens", times["ours"], "loop over tokens", [copies * t for t in times["loop"]], None
+
+
+def memory_rows(rounds, T=256, H=4, Q=128, V=256, k=8):
+    """Lookup and reading of a memory layer by number of slots, against flat keys, and against values gathered row by row."""
+    g = torch.Generator().manual_seed(0)
+    for n in (64, 128, 256, 512):
+        q, keys = torch.randn(T, H, 2, Q // 2, generator=g), torch.randn(H, 2, n, Q // 2, generator=g)
+        values, flat = torch.randn(n * n, V, generator=g), torch.randn(H, n * n, Q, generator=g) if n <= 256 else None
+
+        def read(reader, q=q, keys=keys, values=values):
+            scores, slots = memory.lookup(q, keys, k)
+            return reader(values, slots.flatten(1), scores.softmax(-1).flatten(1))
+
+        def flat_keys(q=q, flat=flat, values=values):
+            scores, slots = torch.einsum("nhse,hce->nhc", q.flatten(-2).unsqueeze(2), flat).topk(k)
+            return memory.read_values(values, slots.flatten(1), scores.softmax(-1).flatten(1))
+
+        functions = {"ours": lambda read=read: read(memory.read_values)}
+        functions |= {"values one by one": lambda read=read: read(memory.naive_read_values)}
+        functions |= {"flat keys": flat_keys} if n <= 256 else {}
+        with torch.no_grad():
+            times = take_turns(functions, rounds)
+        for peer in list(functions)[1:]:
+            yield f"memory, {n * n} slots, {T} tokens", times["ours"], peer, times[peer], None
 
 
 def delta_inputs(B, T, H, width):
@@ -254,6 +279,7 @@ BENCHES = {
     "train": train_rows,
     "data": data_rows,
     "masks": mask_rows,
+    "memory": memory_rows,
     "delta": delta_rows,
     "lengths": length_rows,
     "ranks": rank_rows,
