@@ -55,6 +55,8 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
     elif script == "eval.py":
         configs.check_names(settings, ev.EvalConfig)
         assert all(w in ev.COMMANDS or w.startswith("runs/") for w in positional)
+    elif script == "memory.py":
+        assert positional[0] in ("params", "inspect", "convert") and {s.key for s in settings} <= {"to"}
     elif script == "data_synth.py" and positional == ["check"]:
         configs.check_names(settings, data_synth.CheckConfig)
     elif script == "data_synth.py" and positional:
