@@ -306,7 +306,7 @@ def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     A = hidden.new_zeros(len(slots), len(read)).scatter_add_(1, at.view_as(slots), weights)  # (N, S): read = A @ values
     flat = A if keep is None else torch.linalg.solve(ridged(keep[read][:, read].to(A), ridge), A.T).T  # (N, S)
     rows = flat.T @ torch.linalg.solve(ridged(A @ flat.T, ridge), change)  # (S, V)
-    record = {"slots": read, "values": memory.values[read].clone()}
+    record = {"slots": read, "values": memory.values[read]}
     memory.values[read] += rows
     return record
 

@@ -24,7 +24,11 @@ from test_train import assert_same, contents, flags, run
 
 def start(folder, name, **changes):
     command = [sys.executable, train.__file__, *flags(folder, name, **changes)]
-    heed = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, tests start with it ignored
+
+    def heed():  # started with nohup, tests have SIGHUP ignored; by a script in the background, SIGINT
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
