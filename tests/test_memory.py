@@ -254,6 +254,15 @@ def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
     assert_same(*([r for r in log if r["kind"] == "memory"] for _, log in outcomes))
 
 
+def test_values_that_learn_at_rate_0_stay(tmp_path):
+    for rate in (0, 1):
+        _, out = run(tmp_path, f"rate{rate}", model="memory", **TOY, mem_value_lr=rate, max_steps=2)
+        p = train.read_plan(out)
+        first = train.make_model(p, train.model_config(p, p.data_module.Data(p.data))).state_dict()["layers.0.memory.values"]
+        last = checkpoint.load_checkpoint(out, "ckpt")["tensors"]["model.layers.0.memory.values"]
+        assert torch.equal(first, last) == (rate == 0)
+
+
 def test_ranks_agree(tmp_path, on_ranks):
     options = dict(TOY, model="memory", mem_balance=0.01, max_steps=10, eval_interval=10, mem_stats_every=2)
 
