@@ -31,7 +31,7 @@ class Documents:
         self.ends = cu_seqlens.to(tokens.device, torch.int32)
         lengths = self.ends.diff().long()
         self.count, self.longest = len(lengths), int(lengths.max())
-        number = torch.arange(self.count, device=lengths.device).repeat_interleave(lengths)  # (T,)
+        self.number = number = torch.arange(self.count, device=lengths.device).repeat_interleave(lengths)  # (T,)
         self.position = torch.arange(len(number), device=lengths.device) - self.ends[:-1].long()[number]  # (T,), from 0
         self.place = None if int(lengths.min()) == self.longest else number * self.longest + self.position
 
@@ -112,6 +112,17 @@ def naive_attention(q, k, v, rows=None):
             scores = (k[b, :, : t + 1] @ q[b, :, i, :, None]).squeeze(-1) / math.sqrt(K)  # (H, t+1)
             out.append((scores.softmax(-1)[:, :, None] * v[b, :, : t + 1]).sum(1))
     return torch.stack(out).unflatten(0, (B, n)).transpose(1, 2)
+
+
+def attention_weights(q, k, documents=None):
+    """The weights in softmax_attention, as a matrix: q (B, H, T, K), k (B, G, T, K) -> (B, H, T, T), row t over s <= t."""
+    H, T, K = q.shape[1:]
+    k = k.repeat_interleave(H // k.shape[1], dim=1)
+    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    if documents:
+        seen &= documents.number[:, None] == documents.number
+    scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(K)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
 
 # ---- rotary positions --------------------------------------------------------------------------------------------------

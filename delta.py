@@ -369,6 +369,8 @@ class DeltaMixer(CausalSelfAttention):
         delta rule -> RMSNorm per head -> output gate -> last projection.
     """
 
+    attend = None  # there are no attention weights to look at
+
     def __init__(self, c):
         super().__init__(c)
         self.proj_beta = nn.Linear(c.dim, c.n_heads, bias=False) if c.use_beta else None

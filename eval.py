@@ -1,36 +1,48 @@
-"""Measure trained runs.
+"""Measure trained runs and look inside them.
 
     python eval.py runs/RUN                       # test accuracy by slice, with 95% intervals
-    python eval.py runs/RUN --split val --checkpoint ckpt
-    python eval.py runs/RUN --examples 8          # and what the model answers to eight rows
-    python eval.py compare 'runs/*'               # runs side by side: table, accuracy against steps, pairs and state
-    python eval.py edit runs/RUN                  # rewrite stored facts without gradients (memory.write), beside fine-tuning
+    python eval.py runs/RUN --examples 8          # and what the model answers to eight rows; --example 3 shows row 3 whole
+    python eval.py hashhop runs/RUN               # the same, for runs of one task: mqar, qa, digits, twohop, hashhop, text
+    python eval.py all runs/RUN                   # everything that fits the run, in one report.md with its figures
+    torchrun --standalone --nproc_per_node=2 eval.py all runs/RUN
 
-The first three write eval_<split>.json, .parquet (one row per label) and .png into the run; compare writes <out>.parquet
-and <out>.png. A run is rebuilt from its own config.json and checkpoint; no override file is run.
+    python eval.py logits runs/RUN                # rank and probability of every token of the answers, calibration
+    python eval.py activations | norms | track | routing runs/RUN     # memory layers: slots, lengths, tokens, choices
+    python eval.py attention runs/RUN             # a map per head, and what it does
+    python eval.py edit runs/RUN                  # rewrite stored facts without gradients, beside fine-tuning
+    python eval.py stats runs/A [runs/B]          # intervals and tests, of one run or of two on the same rows
+    python eval.py compare 'runs/*'               # runs side by side, seeds as bands
+    python eval.py repair results.jsonl           # every complete record of a cut file
+
+Each writes eval_<what>.json {config, metrics, by_slice, examples}, .parquet and .png into the run and prints a short table.
+A run is rebuilt from its own config.json and checkpoint; no override file is run.
 """
 
-import glob
-import json
+import contextlib
+import io
 import os
 import sys
 import time
+from collections import namedtuple
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
-import torch
 
+import attention_maps
 import configs
-import model as model_file
-from checkpoint import read_json, read_log, write_file, write_json
+import edits
+from checkpoint import write_file
+from compare import compare
 from configs import ConfigError, one_of, require
+from logits import logits
+from look import open_look, save, sweep
 from measure import figure, predict, print_slices, share, shares, shown, summarise, table
-from memory import reading_statistics, write, write_problem
 from model import greedy
-from parallel import choose_device
-from tokens import mask, shift
-from train import load_run, read_plan
+from parallel import joined
+from routing import routing
+from slots import activations, norms, track
+from slots import problem as no_memory
+from stats import repair, stats
 
 
 @dataclass
@@ -39,35 +51,39 @@ class EvalConfig:
     checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
     eval_batch_size: int = 100  # rows in a forward pass
     examples: int = 0  # print so many rows with the answers that the model gives, token by token
+    example: int = -1  # print this row whole (attention: draw it); -1: none (attention: the first)
+    rows: int = 1000  # what looks inside: rows to look at, as many of each part of the split; 0: all
+    data: str = ""  # routing: texts of a .jsonl or .parquet file instead of the run's own rows
+    edits: tuple[int, ...] = (1, 10, 100)  # edit: how many facts to rewrite at once
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
-    edits: tuple[int, ...] = (1, 10, 100)  # edit: how many facts to rewrite at once
     out: str = ""  # compare: where to write, without ending; empty: compare beside the first run
 
     def check(self):
         configs.at_least(self, 1, "eval_batch_size")
-        configs.at_least(self, 0, "examples")
+        configs.at_least(self, 0, "examples", "rows")
+        configs.at_least(self, -1, "example")
         require(self.edits and min(self.edits) >= 1, f"edits={self.edits} needs numbers of at least 1", "edits")
         one_of(self, ("test", "val"), "split")
         one_of(self, ("best", "ckpt"), "checkpoint")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
 
 
-# ---- one run -----------------------------------------------------------------------------------------------------------
+# ---- accuracy by slice -------------------------------------------------------------------------------------------------
 
 
-def slices(words, config):
-    """Accuracy of one run, whole and by slice."""
-    require(len(words) == 1, "name one run directory: python eval.py runs/RUN", None)
-    folder = words[0]
-    p, data, model, state = load_run(folder, config.checkpoint)
-    text = config.examples == 0 or hasattr(data, "tokenizer")
-    require(text, f"examples={config.examples} prints text, and {p.train.data} has none; leave it out", "examples")
-    if config.dtype == "auto":
-        config.dtype = p.train.dtype
-    device, dtype, line = choose_device(config)
-    print(f"{folder}: {config.checkpoint}.pt of step {state['step']}; {line}")
-    batches = list(predict(model.to(device), data, config.split, config.eval_batch_size, device, dtype, bar=True))
+def slices(look):
+    """Accuracy of one run, whole and by slice, and what facts it stores."""
+    c, data, model, world = look.config, look.data, look.model, look.world
+    asks = "examples" if c.examples else "example"
+    needs_text = f"{asks}={getattr(c, asks)} prints text, and {look.plan.train.data} has none; leave it out"
+    require(hasattr(data, "tokenizer") or (c.examples == 0 and c.example < 0), needs_text, asks)
+    last = data.segments(c.split)[-1][-1]
+    require(c.example <= last, f"example={c.example} is no row of {c.split}; the last is {last}", "example")
+    mine = predict(model, data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True, world=world)
+    batches = [b for turn in zip(*world.gather(list(mine))) for b in turn if b]  # in the order that one process would take
+    if not world.first:
+        return
     result = summarise(batches)
     everything = shares(result["all"])
     metrics = {
@@ -78,31 +94,22 @@ def slices(words, config):
         "stored": stored_bits(batches, data, model),
     }
     by_slice = {tag: {str(v): shares(cell) for v, cell in cells.items()} for tag, cells in result["by_slice"].items()}
-    about = {
-        "run": folder,
-        "split": config.split,
-        "checkpoint": config.checkpoint,
-        "step": state["step"],
-        "model": p.train.model,
-    }
     print_slices(result)
     for name, value in metrics["without_knowledge"].items():
         print(f"without knowledge: {name}: {value:.4f}")
     for name, value in metrics["stored"].items():
         print(f"{name}: {value['value']:.4g} (95% interval {value['ci95'][0]:.4g} - {value['ci95'][1]:.4g})")
-    path = os.path.join(folder, f"eval_{config.split}")
-    write_json(
-        path + ".json",
-        {"config": about, "metrics": metrics, "by_slice": by_slice, "examples": os.path.basename(path) + ".parquet"},
-    )
-    columns = {tag: np.concatenate([b["tags"][tag] for b in batches]) for tag in batches[0]["tags"]}
-    write_parquet(path + ".parquet", {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit", "loss")} | columns)
-    plot_slices(
-        path + ".png", by_slice or {"all": {"all": everything}}, f"{os.path.basename(os.path.normpath(folder))}, {config.split}"
-    )
-    print(f"wrote {path}.json, .parquet, .png")
-    for example in answers(model, data, config.split, config.examples, device):
-        print(*example, sep="\n  ")
+    columns = {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit", "loss")}
+    columns |= {tag: np.concatenate([b["tags"][tag] for b in batches]) for tag in batches[0]["tags"]}
+    rows = np.concatenate([list(s) for s in data.segments(c.split)])
+    some = rows[np.linspace(0, len(rows) - 1, min(c.examples, len(rows))).astype(int)] if c.examples else []
+    shown_rows = [*some, *([c.example] if c.example >= 0 else [])]
+    examples = [answer(look, row) for row in shown_rows]
+    title = f"{look.name}, {c.split}"
+    plot = lambda path: plot_slices(path, by_slice or {"all": {"all": everything}}, title)
+    save(look, c.split, metrics, by_slice, examples, columns, plot)
+    for row, example in zip(shown_rows, examples):
+        print(f"row {row}", *(f"  {name:8} {value!r}" for name, value in example.items() if name != "row"), sep="\n")
 
 
 def stored_bits(batches, data, model):
@@ -134,31 +141,20 @@ def stored_bits(batches, data, model):
     }
 
 
-def answers(model, data, split, count, device):
-    """Yield, for rows spread over a split, the text before the answer, the answer, and what the model writes there.
+def answer(look, row):
+    """One row of text -> {"prompt", "answer", "model"}: what is asked, what is right, and what the model writes there.
 
     It reads the text and decodes greedily, its own tokens fed back, so from its first error on it may differ from what the
     accuracy of labels counts; whole rows that are right are right both ways.
     """
-    rows = np.concatenate([list(s) for s in data.segments(split)])
-    for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
-        tokens, targets, *_ = data.batch(split, 0, [row])
-        at = np.flatnonzero(targets[0] != -100)
-        if len(at) == 0:
-            yield [f"row {row} has no answer"]
-            continue
-        at = at[at - np.arange(len(at)) == at[0]]  # the first answer of the row
-        written = greedy(model, tokens[:, : at[0] + 1].to(device), len(at))
-        texts = (tokens[0, : at[0] + 1], targets[0, at], written[0].cpu())
-        yield [f"{name:8} {data.tokenizer.decode(ids)!r}" for name, ids in zip(("prompt", "answer", "model"), texts)]
-
-
-def write_parquet(path, columns):
-    """{name: array or list} -> one parquet file, complete or absent."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    write_file(path, lambda f: pq.write_table(pa.table(columns), f))
+    tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
+    at = np.flatnonzero(targets[0] != -100)
+    if len(at) == 0:
+        return {"row": int(row), "prompt": look.text(tokens[0]), "answer": "", "model": "(this row asks for nothing)"}
+    at = at[at - np.arange(len(at)) == at[0]]  # the first answer of the row
+    written = greedy(look.model, tokens[:, : at[0] + 1].to(look.device), len(at))
+    texts = (tokens[0, : at[0] + 1], targets[0, at], written[0].cpu())
+    return {"row": int(row), **{name: look.text(ids) for name, ids in zip(("prompt", "answer", "model"), texts)}}
 
 
 def plot_slices(path, by_slice, title):
@@ -178,221 +174,168 @@ def plot_slices(path, by_slice, title):
     plt.close(fig)
 
 
-# ---- rewriting facts ---------------------------------------------------------------------------------------------------
+# ---- hashhop: what kind of mistake -------------------------------------------------------------------------------------
+
+MISTAKES = ("right", "another hop of its chain", "another hash of the row", "not in the row", "malformed")
 
 
-def edit(words, config):
-    """Rewrite facts that a memory model knows: are they answered anew, and the others as before?"""
-    require(len(words) == 1, "name one run directory: python eval.py edit runs/RUN", None)
-    folder = words[0]
-    p, data, model, _ = load_run(folder, config.checkpoint)
-    require(hasattr(model, "memories"), f"edit rewrites memory layers, and {p.train.model} has none", None)
-    problem = write_problem(model)
-    require(not problem, f"{folder} cannot be edited: {problem}", None)
-    require(getattr(data, "kind", "") in ("qa", "digits"), f"edit rewrites key:value facts, not those of {p.train.data}", None)
-    batches = list(predict(model, data, config.split, config.eval_batch_size, torch.device("cpu"), bar=True))
-    rows = np.unique(np.concatenate([b["row"] for b in batches]))
-    known = rows[np.concatenate([b["row_hit"] for b in batches])]
-    need = max(config.edits) + 10
-    require(len(known) >= need, f"{folder} answers {len(known)} facts rightly; edits={config.edits} needs {need}", "edits")
-    random = np.random.default_rng(p.train.seed)
-    texts = [data.source.read(config.split, [row])[0][0] for row in random.permutation(known)]
-    first = {n: t.clone() for n, t in model.state_dict().items()}
-    results = []
-    for n in config.edits:
-        new, others = encode(data, [other_answer(t, random) for t in texts[:n]]), encode(data, texts[n : n + 1000])
-        for name, method in EDITORS.items():
-            start = time.perf_counter()
-            method(model, *new, others)
-            seconds = time.perf_counter() - start
-            efficacy, specificity = (share(answered(model, *x), len(x[0])) for x in (new, others))
-            results.append({"method": name, "edits": n, "efficacy": efficacy, "specificity": specificity, "seconds": seconds})
-            model.load_state_dict(first)
-    head = ("method", "edits", "answered anew", "95% interval", "others as before", "95% interval", "seconds")
-    cells = [(shown(r["efficacy"])[1:], shown(r["specificity"])[1:]) for r in results]
-    table(head, [(r["method"], r["edits"], *a, *b, f"{r['seconds']:.2f}") for r, (a, b) in zip(results, cells)])
-    path = os.path.join(folder, "eval_edit")
-    write_json(path + ".json", {"config": {"run": folder, "edits": config.edits}, "results": results})
-    flat = [{k: v["value"] if isinstance(v, dict) else v for k, v in r.items()} for r in results]
-    write_parquet(path + ".parquet", {k: [r[k] for r in flat] for k in flat[0]})
-    plot_edits(path + ".png", results, os.path.basename(os.path.normpath(folder)))
-    print(f"wrote {path}.json, .parquet, .png")
+def mistake(text, written):
+    """What a model wrote behind the last "= '" of a HashHop row -> one of MISTAKES.
 
+    The closing quote is no label, so no model learns to write it: what counts is as many letters as the right answer has.
 
-def other_answer(text, random):
-    """The fact "key:value " with another value: every digit is another one of those in the value's alphabet."""
-    key, value = text.strip().split(":")
-    digits = sorted(set("123456") | set(value)) if set(value) <= set("1234567") else list("0123456789")
-    return f"{key}:{''.join(random.choice([d for d in digits if d != v]) for v in value)} "
-
-
-def encode(data, texts):
-    """Facts of one length -> tokens and targets (R, T)."""
-    ids = np.stack([data.document(text)[0] for text in texts])
-    targets = shift(mask(ids, data.kind, tokenizer=data.tokenizer))
-    return torch.from_numpy(ids).long(), torch.from_numpy(targets).long()
-
-
-@torch.no_grad()
-def answered(model, tokens, targets):
-    """How many rows are right as a whole."""
-    return int(model_file.correct(model.eval()(tokens, targets)[0], targets)[1].sum())
-
-
-def fine_tune(lr, names):
-    """An editor that trains the parameters with one of `names` in theirs on the new facts alone, until all are answered."""
-
-    def method(model, tokens, targets, others):
-        mine = [q for name, q in model.named_parameters() if any(n in name for n in names)]
-        optimizer = torch.optim.Adam(mine, lr=lr)
-        for _ in range(200):
-            model.zero_grad()
-            model(tokens, targets)[1].backward()
-            optimizer.step()
-            if answered(model, tokens, targets) == len(tokens):
-                break
-
-    return method
-
-
-EDITORS = {  # what changes the model so that it answers (tokens, targets); others (tokens, targets) should stay
-    "write": lambda model, tokens, targets, others: write(model, tokens, targets),
-    "write, keeping others": lambda model, tokens, targets, others: write(
-        model, tokens, targets, keep=reading_statistics(model, [others])
-    ),
-    "fine-tune the values": fine_tune(1e-2, ["memory.values"]),
-    "fine-tune everything": fine_tune(1e-3, [""]),
-}
-
-
-def plot_edits(path, results, title):
-    """Efficacy and specificity of each method against the number of facts rewritten."""
-    plt, fig, (left, right) = figure(1, 2)
-    for name in EDITORS:
-        mine = [r for r in results if r["method"] == name]
-        for axis, key in ((left, "efficacy"), (right, "specificity")):
-            y = np.array([r[key]["value"] for r in mine])
-            low, high = np.array([r[key]["ci95"] for r in mine]).T
-            errors = np.maximum(0, [y - low, high - y])
-            axis.errorbar([r["edits"] for r in mine], y, yerr=errors, fmt="o-", ms=4, capsize=3, label=name)
-    for axis, label in (
-        (left, "rewritten facts answered anew"),
-        (right, f"other facts as before (n = {mine[-1]['specificity']['n']})"),
-    ):
-        axis.set(
-            xscale="log", xlabel="facts rewritten at once", ylabel=label + "\nwhole answers, 95% interval", ylim=(-0.02, 1.02)
-        )
-        axis.grid(alpha=0.3)
-    fig.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=2)
-    fig.suptitle(title, fontsize=8, y=0.02, va="bottom")
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-
-
-# ---- several runs ------------------------------------------------------------------------------------------------------
-
-
-def compare(words, config):
-    """Finished runs side by side."""
-    require(words, "name the runs to compare: python eval.py compare 'runs/*'", None)
-    folders = sorted({f for word in words for f in glob.glob(word) if os.path.isdir(f)})
-    runs, left_out = [], []
-    for folder in folders:
-        if os.path.exists(os.path.join(folder, "config.json")):
-            try:
-                runs.append(read_result(folder))
-            except (OSError, json.JSONDecodeError, KeyError, TypeError, ConfigError) as e:
-                left_out.append(f"{folder} ({type(e).__name__}: {e})")
-    if left_out:
-        print("left out, because they have no test result that can be read:", *left_out, sep="\n  ", file=sys.stderr)
-    require(runs, f"no run with a test result matches {' '.join(words)}", None)
-    head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds", "accuracy", "95% interval")
-    names = ("run", "model", "params", "state", "seed", "steps", "seconds")
-    table(head, [(*(r[k] for k in names), *shown(r["all"])[1:]) for r in runs])
-    out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", "compare")
-    flat = [
-        {k: v for k, v in r.items() if k not in ("all", "by_slice", "curve", "settings")} | {"accuracy": r["all"]["value"]}
-        for r in runs
-    ]
-    write_parquet(out + ".parquet", {k: [r[k] for r in flat] for k in flat[0]})
-    plot_compare(out + ".png", runs)
-    print(f"wrote {out}.parquet, {out}.png")
-
-
-def read_result(folder):
-    """What compare shows of one finished run; KeyError if it has no test result."""
-    status, saved = (read_json(os.path.join(folder, name + ".json")) for name in ("status", "config"))
-    test = status["test"]
-    own = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
-    p = read_plan(folder)
-    sizes = SimpleNamespace(**saved["model"])
-    state = p.model_class.state_bytes(sizes) if hasattr(p.model_class, "state_bytes") else 0
-    shape = f"D{sizes.dim} L{sizes.n_layers}" if hasattr(sizes, "n_layers") else ""
-    return {
-        "run": os.path.basename(os.path.normpath(folder)),
-        "model": p.train.model,
-        "line": f"{p.train.model} {shape}, {saved['parameters']['layers']} params",
-        "settings": json.dumps([{k: v for k, v in saved[part].items() if k not in own} for part in ("train", "model", "data")]),
-        "params": saved["parameters"]["layers"],
-        "state": state,
-        "seed": p.train.seed,
-        "steps": status["step"],
-        "seconds": round(status["seconds"], 1),
-        "all": share(round(test["accuracy"] * test["labels"]), test["labels"]),
-        "curve": [(r["step"], r["accuracy"]) for r in read_log(folder) if r["kind"] == "eval"],
-        "by_slice": {tag: {v: shares(c)["value"] for v, c in cells.items()} for tag, cells in test["by_slice"].items()},
-    }
-
-
-def plot_compare(path, runs):
-    """Accuracy against steps, the first slices that all runs have, and state.
-
-    Runs that differ in their seed only are one colour, with mean and range.
+    >>> text = "ab = cd\\ncd = 'ef'\\ngh = 'ij'\\n\\nCOMPLETION:\\nHops=2\\n\\nCoT=False\\n\\nab = 'ef'\\n"
+    >>> [mistake(text, w) for w in ("ef", "cd", "ij", "xy", "e=")]
+    ['right', 'another hop of its chain', 'another hash of the row', 'not in the row', 'malformed']
     """
-    common = [tag for tag in runs[0]["by_slice"] if all(tag in r["by_slice"] for r in runs)]
-    tag = common[0] if common else None
-    names = list(dict.fromkeys(v for r in runs for v in r["by_slice"].get(tag, {})))
-    names = sorted(names, key=int) if all(v.isdigit() for v in names) else names
-    plt, fig, (first, left, right) = figure(1, 3)
-    lines = {
-        settings: [r for r in runs if r["settings"] == settings] for settings in dict.fromkeys(r["settings"] for r in runs)
-    }
-    for same in lines.values():
-        line = same[0]["line"]
-        if sum(line == others[0]["line"] for others in lines.values()) > 1:
-            line += f", {same[0]['run'][-40:]}"  # same model, other settings
-        values = [[r["by_slice"][tag][v] for r in same if v in r["by_slice"][tag]] for v in names]
-        at = [i for i, found in enumerate(values) if found]
-        mean, low, high = ([f(values[i]) for i in at] for f in (np.mean, min, max))
-        (drawn,) = left.plot(at, mean, "o-", ms=4, label=f"{line} (runs: {len(same)})")
-        left.fill_between(at, low, high, alpha=0.2, color=drawn.get_color())
-        for r in same:
-            first.plot(*zip(*r["curve"]), ".-", ms=4, lw=1, color=drawn.get_color())
-        y = [r["all"]["value"] for r in same]
-        ends = np.array([r["all"]["ci95"] for r in same]).T
-        errors = np.maximum(0, [y - ends[0], ends[1] - y])
-        right.errorbar([r["state"] for r in same], y, yerr=errors, fmt="o", ms=4, capsize=3, color=drawn.get_color())
-    first.set(xlabel="step", ylabel="val token accuracy, each run")
-    left.set(xlabel=tag or "(no slices that all runs have)", ylabel="test token accuracy, mean and range")
-    left.set_xticks(range(len(names)), names, fontsize=7)
-    right.set(xlabel="state at the longest test row (bytes, float32)", ylabel="test token accuracy, 95% interval")
-    fig.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=2)
-    for axis in (first, right):
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
-    for axis in (first, left, right):
-        axis.set_ylim(-0.02, 1.02)
-        axis.grid(alpha=0.3)
-        axis.yaxis.label.set_fontsize(8)
+    head, completion = text.split("COMPLETION:")
+    key, right = completion.strip().rsplit("\n", 1)[-1].replace("'", "").split(" = ", 1)
+    after, last = dict(line.replace("'", "").split(" = ") for line in head.strip().split("\n")), written.rsplit(" = ", 1)[-1]
+    if written == right:
+        return "right"
+    if len(last) != len(key) or not last.isalnum():
+        return "malformed"
+    chain = [key]
+    while chain[-1] in after:
+        chain.append(after[chain[-1]])
+    if last in chain:
+        return "another hop of its chain"
+    return "another hash of the row" if last in after or last in after.values() else "not in the row"
+
+
+def hashhop(look):
+    """Accuracy by hops, and what the wrong answers are, decoded token by token."""
+    slices(look)
+    data, split = look.data, look.config.split
+
+    def work(batch):
+        texts, tags = data.source.read(split, batch.rows)
+        cuts = [text.index("'", text.index("COMPLETION:")) + 1 for text in texts]
+        prompts = [data.framed(data.tokenizer.encode(text[:cut])) for text, cut in zip(texts, cuts)]
+        answers = [data.tokenizer.encode(text[cut:].rstrip().rstrip("'")) for text, cut in zip(texts, cuts)]
+        kinds, sizes = np.empty(len(texts), "U24"), np.array([(len(p), len(a)) for p, a in zip(prompts, answers)])
+        for size in np.unique(sizes, axis=0):  # prompts and answers of one length are decoded together
+            mine = np.flatnonzero((sizes == size).all(1))
+            written = greedy(look.model, look.tensor(np.stack([prompts[i] for i in mine])), int(size[1])).cpu()
+            for i, ids in zip(mine, written):
+                kinds[i] = mistake(texts[i], look.text(ids))
+        return {"row": batch.rows, "hops": tags.get("hops_cot", tags["hops"]).astype("U8"), "answer": kinds}
+
+    found = sweep(look, work)
+    by_slice = {"hops": {}}
+    for level in np.unique(found["hops"]):
+        mine = found["answer"][found["hops"] == level]
+        by_slice["hops"][level] = {kind: share(int((mine == kind).sum()), len(mine)) for kind in MISTAKES}
+    if look.world.first:
+        lines = [(h, kind, *shown(cell)) for h, cells in by_slice["hops"].items() for kind, cell in cells.items()]
+        table(("hops", "answer", "rows", "share", "95% interval"), lines)
+    save(look, "hashhop", {}, by_slice, (), found, lambda path: plot_mistakes(path, by_slice["hops"], look.name))
+
+
+def plot_mistakes(path, cells, title):
+    """One bar for each number of hops, cut by what was answered."""
+    plt, fig, (axis,) = figure(1, 1, width=6)
+    bottom, numbers = np.zeros(len(cells)), [next(iter(c.values()))["n"] for c in cells.values()]
+    for kind in MISTAKES:
+        height = np.array([c[kind]["value"] for c in cells.values()])
+        axis.bar(range(len(cells)), height, bottom=bottom, label=kind, width=0.6)
+        bottom += height
+    axis.set_xticks(range(len(cells)), [f"{h}\nn={n}" for h, n in zip(cells, numbers)], fontsize=8)
+    axis.set(xlabel="hops", ylabel="share of rows", ylim=(0, 1))
+    fig.legend(*axis.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
+    fig.suptitle(title, fontsize=8)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-COMMANDS = {"slices": slices, "edit": edit, "compare": compare}  # `python eval.py RUN` is short for `python eval.py slices RUN`
-IGNORES = {
-    "slices": {"out": "only compare writes there", "edits": "only edit rewrites facts"},
-    "edit": {"out": "only compare writes there", "examples": "only the slices of a run come with examples"},
-    "compare": dict.fromkeys(set(EvalConfig.__dataclass_fields__) - {"out"}, "compare only reads results"),
+# ---- everything in one report ------------------------------------------------------------------------------------------
+
+
+def task_of(look):
+    """The name of the run's task: mqar, qa, ...; of a data file of your own, "slices"."""
+    return getattr(look.plan.data, "task", "mqar" if look.plan.train.data == "data_mqar" else "slices")
+
+
+def everything(look):
+    """Run each command that fits and write report.md into the run: what was printed, the figures, how long it took."""
+    size, start = sum(q.numel() for q in look.model.parameters()), time.perf_counter()
+    about = ", ".join(f"{k} {v}" for k, v in look.about().items())
+    report = f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n"
+    path = os.path.join(look.folder, "report.md")
+    for name in (task_of(look), "stats", "logits", "attention", "activations", "norms", "track", "routing", "edit"):
+        report += f"\n## {name}\n\n" + chapter(look, name)
+        if look.world.first:
+            write_file(path, lambda f: f.write(report.encode()))
+    look.world.say(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
+
+
+def chapter(look, name):
+    """Run one command -> its part of the report."""
+    command, start, figures, printed = COMMANDS[name], time.perf_counter(), len(look.figures), io.StringIO()
+    problem = command.problem(look)
+    look.world.say(f"\n{name}: " + (f"left out, {problem}" if problem else command.shows))
+    if problem:
+        return f"Left out: {problem}.\n"
+    try:
+        with contextlib.redirect_stdout(printed):
+            if command.looks:
+                command.work(look)
+            elif look.world.first:
+                look.figures.append(command.work([look.folder], look.config))
+    except ConfigError as e:
+        look.world.say(f"left out: {e}")
+        return f"Left out: {e}.\n"
+    print(printed.getvalue(), end="", flush=True)
+    body = "\n".join(line for line in printed.getvalue().split("\n") if not line.startswith("wrote ")).strip()
+    pictures = "".join(f"![{name}]({os.path.basename(path)})\n" for path in look.figures[figures:])
+    took = f"`python eval.py {name} {look.folder}`, {time.perf_counter() - start:.1f} s"
+    return f"{command.shows}\n{took}\n\n```\n{body}\n```\n\n{pictures}"
+
+
+def of_task(name):
+    """The command for runs of one task."""
+
+    def work(look):
+        message = f"{look.folder} is a run of {task_of(look)}, not of {name}: python eval.py {task_of(look)} {look.folder}"
+        require(task_of(look) == name, message, None)
+        (hashhop if name == "hashhop" else slices)(look)
+
+    return work
+
+
+def fits(look):
+    return ""
+
+
+# work(look), or work(words, config) if it looks at no model; uses: its settings; problem(look): why it does not fit, or ""
+Command = namedtuple("Command", "work looks uses problem shows")
+MODEL = "split checkpoint eval_batch_size device dtype"
+RIGHT = "How many labels and whole rows are right."
+
+
+def looks(work, uses, shows, problem=fits):
+    return Command(work, True, f"{MODEL} {uses}", problem, shows)
+
+
+COMMANDS = {
+    "slices": looks(slices, "examples example", RIGHT),
+    **{name: looks(of_task(name), "examples example", RIGHT) for name in ("mqar", "qa", "digits", "twohop", "hashhop", "text")},
+    "logits": looks(logits, "rows", "How probable the right tokens are, and whether that confidence is right."),
+    "attention": looks(
+        attention_maps.attention,
+        "rows example",
+        "Where each head looks: one row's maps, and the pattern that has most of its attention over all rows.",
+        lambda look: attention_maps.problem(look.model),
+    ),
+    "activations": looks(activations, "rows", "Which slots are read, and how evenly.", no_memory),
+    "norms": looks(norms, "rows", "How long the value rows are, and what is read from them.", no_memory),
+    "track": looks(track, "rows", "At which tokens each slot is read, and the use of slots while training.", no_memory),
+    "routing": looks(routing, "rows data", "MLP or memory, or which slots, by kind of token, place and layer.", no_memory),
+    "edit": looks(edits.edit, "edits", "Facts rewritten without gradients, beside fine-tuning.", edits.problem),
+    "stats": Command(stats, False, "split", fits, "Intervals of every slice, and what goes with the loss."),
+    "compare": Command(compare, False, "out", fits, "Runs side by side."),
+    "repair": Command(repair, False, "", fits, "Every complete record of a cut file."),
+    "all": looks(everything, "rows example examples edits", "Everything that fits the run."),
 }
 
 
@@ -405,9 +348,17 @@ def main(argv=None):
         return
     configs.check_names(settings, EvalConfig)
     config = configs.build(EvalConfig, settings)
-    command = words.pop(0) if words[0] in COMMANDS else "slices"
-    configs.refuse_unused(config, IGNORES[command], {s.key: s for s in settings})
-    COMMANDS[command](words, config)
+    name = words.pop(0) if words[0] in COMMANDS else "slices"
+    command = COMMANDS[name]
+    users = {s: ", ".join(n for n, c in COMMANDS.items() if s in c.uses.split()) for s in EvalConfig.__dataclass_fields__}
+    idle = {s: f"{name} does not use it, only {by}" for s, by in users.items() if s not in command.uses.split()}
+    configs.refuse_unused(config, idle, {s.key: s for s in settings})
+    if not command.looks:
+        return command.work(words, config)
+    require(len(words) == 1, f"name one run directory: python eval.py {name} runs/RUN", None)
+    with joined(config.device) as world:
+        look = world.together(lambda: open_look(words[0], config, world))
+        command.work(look)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,13 @@ def share(right, n):
     return {"value": right / n, "ci95": wilson(right, n), "n": n}
 
 
+def mean(x):
+    """{"value", "ci95", "n"} of a mean of measurements (n,): 1.96 standard errors either way, which count as independent."""
+    x = np.asarray(x, float)
+    half = 1.959964 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.inf
+    return {"value": float(x.mean()), "ci95": [float(x.mean() - half), float(x.mean() + half)], "n": len(x)}
+
+
 def shares(cell):
     """Counts of labels -> share of right labels, and under "exact" that of right rows; "nll" in nats per label."""
     exact, nll = share(cell["row_right"], cell["rows"]), cell["loss"] / cell["labels"]
@@ -225,4 +232,17 @@ def plot_curves(folder, title):
     right.title.set_fontsize(8)
     fig.suptitle(title, fontsize=8)
     fig.savefig(os.path.join(folder, "curves.png"), dpi=120)
+    plt.close(fig)
+
+
+def draw(axis, x, cells, **kwargs):
+    """Points with intervals: cells of {"value", "ci95"}."""
+    y, (low, high) = np.array([c["value"] for c in cells]), np.array([c["ci95"] for c in cells]).T
+    axis.errorbar(x, y, yerr=np.maximum(0, [y - low, high - y]), fmt="o-", ms=4, capsize=3, **kwargs)
+    axis.grid(alpha=0.3)
+
+
+def finish(fig, plt, path, title):
+    fig.suptitle(title, fontsize=8)
+    fig.savefig(path, dpi=120)
     plt.close(fig)

@@ -94,9 +94,9 @@ def test_compare_puts_runs_side_by_side(runs, capsys):
         (["a", "b"], "name one run"),
         (["a", "--splt=val"], "did you mean split"),
         (["a", "--split=vale"], "did you mean val"),
-        (["compare", "a", "--split=val"], "no effect: compare only reads"),
-        (["compare", "a", "--examples=2"], "no effect: compare only reads"),
-        (["a", "--out=b"], "no effect: only compare"),
+        (["compare", "a", "--split=val"], "no effect: compare does not use it"),
+        (["compare", "a", "--examples=2"], "no effect: compare does not use it"),
+        (["a", "--out=b"], "no effect: slices does not use it, only compare"),
         ([], "name a run directory"),
     ],
 )
@@ -134,7 +134,8 @@ def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
     capsys.readouterr()
     ev.main(["edit", folder, "--edits=[1,5]"])
     printed = capsys.readouterr().out
-    results = {(r["method"], r["edits"]): r for r in json.loads((tmp_path / "a" / "eval_edit.json").read_text())["results"]}
+    cells = json.loads((tmp_path / "a" / "eval_edit.json").read_text())["by_slice"]["method and edits"]
+    results = {(r["method"], r["edits"]): r for r in cells.values()}
     assert len(results) == 8 and "fine-tune everything" in printed and (tmp_path / "a" / "eval_edit.png").stat().st_size > 5000
     for n in (1, 5):
         written, kept = results["write", n], results["write, keeping others", n]
@@ -143,8 +144,8 @@ def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
         assert results["fine-tune everything", n]["efficacy"]["value"] == 1
     for words, message in (
         (["edit", folder, "--edits=[1000]"], "edits=.* needs 1010"),
-        (["edit", folder, "--out=x"], "only compare writes there"),
-        ([folder, "--edits=[2]"], "only edit rewrites facts"),
+        (["edit", folder, "--out=x"], "only compare"),
+        ([folder, "--edits=[2]"], "slices does not use it, only edit, all"),
         (["edit", folder, "--edits=[0]"], "numbers of at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):

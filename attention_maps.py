@@ -1,0 +1,191 @@
+"""Where the heads of a model look: their maps, and in a word what each one does.
+
+    python eval.py attention runs/RUN                # a map per head for one row, and what each head does on average
+    python eval.py attention runs/RUN --example 3
+
+Letters: B rows, T tokens, H heads, R rows looked at.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+from attention import attention_weights
+from configs import require
+from look import batches, save, sweep
+from measure import figure, mean, table
+
+PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (T, 1), s (1, T)) -> (B, T, T) or (T, T) bool
+    "previous token": lambda ids, t, s: s == t - 1,
+    "2 to 8 back": lambda ids, t, s: (s < t - 1) & (s >= t - 8),
+    "itself": lambda ids, t, s: s == t,
+    "first token": lambda ids, t, s: (s == 0) & (t > 1),
+    # the token behind an earlier one like this: copies what followed (Olsson et al. 2022, arXiv 2209.11895)
+    "induction": lambda ids, t, s: (shifted(ids)[:, None, :] == ids[:, :, None]) & (s < t + 1) & (s > 0) & (s != t),
+    "same token": lambda ids, t, s: (ids[:, None, :] == ids[:, :, None]) & (s < t),
+}
+
+
+def shifted(ids):
+    """Each place holds the token before it; -1 before the first."""
+    return torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
+
+
+@torch.no_grad()
+def maps(model, tokens, cu_seqlens=None):
+    """Attention weights: tokens (B, T) -> {block: (B, H, T, T)}. ValueError if a block has no softmax attention."""
+    if problem(model):
+        raise ValueError(problem(model))
+    caught = {}
+
+    def watching(i, attend):
+        def attend_and_keep(q, k, v, rows=None, documents=None):
+            caught[i] = attention_weights(q, k, documents)
+            return attend(q, k, v, rows, documents)
+
+        return attend_and_keep
+
+    mixers = [layer.att for layer in model.layers]
+    try:
+        for i, mixer in enumerate(mixers):
+            mixer.attend = watching(i, mixer.attend)
+        model(tokens, None, cu_seqlens)
+    finally:
+        for mixer in mixers:
+            mixer.__dict__.pop("attend", None)
+    return caught
+
+
+def mean_of(x):
+    """Mean and interval of what is not nan; None if all is."""
+    return mean(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
+
+
+def problem(model):
+    """Why a model has no maps, or ""."""
+    layers = getattr(model, "layers", ())
+    if len(layers) and all(getattr(getattr(layer, "att", None), "attend", None) for layer in layers):
+        return ""
+    return "attention maps need softmax attention in every block, as in gpt, unified_kv and memory"
+
+
+def scores(weights, ids, real):
+    """What share of its attention a head gives to each pattern, averaged over the tokens of a row that could do it.
+
+    weights (B, H, T, T), ids (B, T), real (B, T) bool: no padding -> {pattern: (B, H)}, nan where no token could; and "entropy"
+    over that of even attention, 1 for a head that looks everywhere alike.
+    """
+    t = torch.arange(ids.shape[1], device=ids.device)
+    found = {}
+    for name, pattern in PATTERNS.items():
+        hit = pattern(ids, t[:, None], t[None]).expand(len(ids), -1, -1)  # (B, T, T)
+        could = hit.any(-1) & real & (t > 0)  # at the first token there is nothing to choose
+        given = (weights * hit[:, None]).sum(-1)  # (B, H, T)
+        found[name] = (given * could[:, None]).sum(-1) / could.sum(-1)[:, None]
+    entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)[:, :, 1:] / (t[1:] + 1.0).log()  # (B, H, T - 1)
+    there = real[:, None, 1:]
+    found["entropy"] = (entropy * there).sum(-1) / there.sum(-1)
+    return found
+
+
+def describe(cell):
+    """{pattern: mean} of one head -> what it does, in a word: the strongest pattern, if it has 40% of the attention and that is
+    not just what even attention would give."""
+    best = max((name for name in PATTERNS if not np.isnan(cell[name])), key=lambda name: cell[name])
+    if cell["entropy"] >= 0.85:
+        return "diffuse"
+    if cell[best] >= 0.4:
+        return best
+    return f"mixed, most to: {best}" if cell[best] >= 0.2 else "mixed"
+
+
+def attention(look):
+    """Maps of one row, and what each head does over all rows looked at."""
+    require(not problem(look.model), f"{look.folder}: {problem(look.model)}", None)
+
+    def work(batch):
+        real, parts = batch.tokens != look.pad, []
+        for layer, weights in maps(look.model, batch.tokens).items():
+            B, H = weights.shape[:2]
+            about = {"row": np.repeat(batch.rows, H), "layer": np.full(B * H, layer), "head": np.tile(np.arange(H), B)}
+            measured = scores(weights, batch.tokens, real)
+            parts.append(about | {name: x.flatten().cpu().numpy() for name, x in measured.items()})
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    found = sweep(look, work)
+    by_head = {}
+    for layer, head in sorted({*zip(found["layer"].tolist(), found["head"].tolist())}):
+        mine = (found["layer"] == layer) & (found["head"] == head)
+        cell = {name: mean_of(found[name][mine]) for name in [*PATTERNS, "entropy"]}
+        means = {name: c["value"] if c else np.nan for name, c in cell.items()}
+        by_head[f"layer {layer}, head {head}"] = {"does": describe(means), **cell}
+    row = example_row(look)
+    tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
+    tokens = tokens[:, : int((tokens[0] != look.pad).sum())].to(look.device)
+    drawn = {layer: w[0].cpu().numpy() for layer, w in maps(look.model, tokens).items()}
+    texts = [look.token(i) for i in tokens[0].tolist()]
+    if look.world.first:
+        numbers = ([f"{c[p]['value']:.3f}" if c[p] else "-" for p in [*PATTERNS, "entropy"]] for c in by_head.values())
+        lines = [(name, c["does"], *n) for (name, c), n in zip(by_head.items(), numbers)]
+        table(("head", "does", *PATTERNS, "entropy (1: even)"), lines)
+    weights = {f"layer_{layer}": {f"head_{h}": np.round(m, 4).tolist() for h, m in enumerate(w)} for layer, w in drawn.items()}
+    example = {"row": int(row), "tokens": texts, "weights": weights}
+    n = len(np.unique(found["row"]))
+    title = f"{look.name}: maps of row {row}; what heads do, over {n} rows"
+    plot = lambda path: plot_grid(path, drawn, texts, by_head, title)
+    save(look, "attention", {"rows": n}, {"head": by_head}, [example], found, plot)
+    if look.world.first:
+        plot_heads(os.path.join(look.folder, "attention"), drawn, texts, by_head)
+
+
+def example_row(look):
+    """The row that --example names, or the first one looked at."""
+    if look.config.example < 0:
+        return int(batches(look)[0][0])
+    last = look.data.segments(look.config.split)[-1][-1]
+    message = f"example={look.config.example} is no row of {look.config.split}; the last is {last}"
+    require(look.config.example <= last, message, "example")
+    return look.config.example
+
+
+def draw_map(axis, weights, texts, title):
+    """One head's map; every token is named where there is room."""
+    drawn = axis.imshow(weights, vmin=0, vmax=1, cmap="Blues")
+    axis.set_title(title, fontsize=7)
+    if len(texts) <= 40:
+        shown = [{" ": "␣", "\n": "\\n"}.get(t, t) for t in texts]
+        axis.set_xticks(range(len(texts)), shown, fontsize=5, rotation=90)
+        axis.set_yticks(range(len(texts)), shown, fontsize=5)
+    return drawn
+
+
+def plot_grid(path, maps, texts, by_head, title):
+    """A row of maps for each layer."""
+    plt, fig, axes = figure(len(maps), max(len(w) for w in maps.values()), width=3.0)
+    cells = [(layer, h, m) for layer, w in maps.items() for h, m in enumerate(w)]
+    for axis, (layer, h, m) in zip(axes, cells):
+        drawn = draw_map(axis, m, texts, f"layer {layer}, head {h}: {by_head[f'layer {layer}, head {h}']['does']}")
+    for axis in axes[len(cells) :]:
+        axis.axis("off")
+    fig.colorbar(drawn, ax=axes, shrink=0.6, label="attention weight")
+    fig.supxlabel("token looked at", fontsize=8)
+    fig.supylabel("token that looks", fontsize=8)
+    fig.suptitle(title, fontsize=8)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def plot_heads(folder, maps, texts, by_head):
+    """A large map for each head: attention/layer_0_head_1.png and so on."""
+    os.makedirs(folder, exist_ok=True)
+    for layer, weights in maps.items():
+        for h, m in enumerate(weights):
+            plt, fig, (axis,) = figure(1, 1, width=6)
+            fig.set_size_inches(6.4, 5.6)
+            drawn = draw_map(axis, m, texts, f"layer {layer}, head {h}: {by_head[f'layer {layer}, head {h}']['does']}")
+            axis.set(xlabel="token looked at", ylabel="token that looks")
+            fig.colorbar(drawn, ax=axis, label="attention weight")
+            fig.savefig(os.path.join(folder, f"layer_{layer}_head_{h}.png"), dpi=120)
+            plt.close(fig)
+    print(f"wrote {folder}/layer_*_head_*.png")

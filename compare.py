@@ -1,0 +1,129 @@
+"""Finished runs side by side: one table, and how each learned, with the mean and range of runs that differ in their seed only.
+
+python eval.py compare 'runs/*' [--out figures/mine]
+"""
+
+import glob
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+
+from checkpoint import read_json, read_log
+from configs import ConfigError, require
+from look import write_parquet
+from measure import figure, share, shares, shown, table
+from train import read_plan
+
+
+def compare(words, config):
+    """Finished runs side by side."""
+    require(words, "name the runs to compare: python eval.py compare 'runs/*'", None)
+    folders = sorted({f for word in words for f in glob.glob(word) if os.path.isdir(f)})
+    runs, left_out = [], []
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, "config.json")):
+            try:
+                runs.append(read_result(folder))
+            except (OSError, json.JSONDecodeError, KeyError, TypeError, ConfigError) as e:
+                left_out.append(f"{folder} ({type(e).__name__}: {e})")
+    if left_out:
+        print("left out, because they have no test result that can be read:", *left_out, sep="\n  ", file=sys.stderr)
+    require(runs, f"no run with a test result matches {' '.join(words)}", None)
+    head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds", "accuracy", "95% interval")
+    names = ("run", "model", "params", "state", "seed", "steps", "seconds")
+    table(head, [(*(r[k] for k in names), *shown(r["all"])[1:]) for r in runs])
+    out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", "compare")
+    flat = [
+        {k: v for k, v in r.items() if k not in ("all", "by_slice", "curve", "settings")} | {"accuracy": r["all"]["value"]}
+        for r in runs
+    ]
+    write_parquet(out + ".parquet", {k: [r[k] for r in flat] for k in flat[0]})
+    plot_compare(out + ".png", runs)
+    print(f"wrote {out}.parquet, {out}.png")
+
+
+def read_result(folder):
+    """What compare shows of one finished run; KeyError if it has no test result."""
+    status, saved = (read_json(os.path.join(folder, name + ".json")) for name in ("status", "config"))
+    test = status["test"]
+    own = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
+    p = read_plan(folder)
+    sizes = SimpleNamespace(**saved["model"])
+    state = p.model_class.state_bytes(sizes) if hasattr(p.model_class, "state_bytes") else 0
+    shape = f"D{sizes.dim} L{sizes.n_layers}" if hasattr(sizes, "n_layers") else ""
+    return {
+        "run": os.path.basename(os.path.normpath(folder)),
+        "model": p.train.model,
+        "line": f"{p.train.model} {shape}, {saved['parameters']['layers']} params",
+        "settings": json.dumps([{k: v for k, v in saved[part].items() if k not in own} for part in ("train", "model", "data")]),
+        "params": saved["parameters"]["layers"],
+        "state": state,
+        "seed": p.train.seed,
+        "steps": status["step"],
+        "seconds": round(status["seconds"], 1),
+        "all": share(round(test["accuracy"] * test["labels"]), test["labels"]),
+        "curve": [(r["step"], r["loss"], r["accuracy"]) for r in read_log(folder) if r["kind"] == "eval"],
+        "by_slice": {tag: {v: shares(c)["value"] for v, c in cells.items()} for tag, cells in test["by_slice"].items()},
+    }
+
+
+def plot_compare(path, runs):
+    """Loss and accuracy against steps, the first slices that all runs have, and accuracy against what differs: state, or size.
+
+    Runs that differ in their seed only are one colour, with mean and range.
+    """
+    common = [tag for tag in runs[0]["by_slice"] if all(tag in r["by_slice"] for r in runs)]
+    tag = common[0] if common else None
+    names = list(dict.fromkeys(v for r in runs for v in r["by_slice"].get(tag, {})))
+    names = sorted(names, key=int) if all(v.isdigit() for v in names) else names
+    by_state = len({r["state"] for r in runs}) > 1
+    plt, fig, (losses, accuracies, slices, sizes) = figure(2, 2)
+    for label, same in lines(runs).items():
+        steps = [s for s in (r[0] for r in same[0]["curve"]) if all(s in {x[0] for x in r["curve"]} for r in same)]
+        color = None
+        for axis, at in ((losses, 1), (accuracies, 2)):
+            curves = np.array([[x[at] for x in r["curve"] if x[0] in steps] for r in same])
+            color = band(axis, steps, curves, color)
+        at = [i for i, v in enumerate(names) if all(v in r["by_slice"].get(tag, {}) for r in same)]
+        values = np.array([[r["by_slice"][tag][names[i]] for i in at] for r in same])
+        band(slices, at, values, color, f"{label} (runs: {len(same)})")
+        y, ends = [r["all"]["value"] for r in same], np.array([r["all"]["ci95"] for r in same]).T
+        errors = np.maximum(0, [y - ends[0], ends[1] - y])
+        sizes.errorbar(
+            [r["state" if by_state else "params"] for r in same], y, yerr=errors, fmt="o", ms=4, capsize=3, color=color
+        )
+    losses.set(xlabel="step", ylabel="val loss (nats per label)", yscale="log", xscale="log")
+    accuracies.set(xlabel="step", ylabel="val token accuracy", xscale="log")
+    slices.set(xlabel=tag or "(no slices that all runs have)", ylabel="test token accuracy")
+    slices.set_xticks(range(len(names)), names, fontsize=7)
+    size = "state at the longest test row (bytes, float32)" if by_state else "parameters without embedding and head"
+    sizes.set(xlabel=size, ylabel="test token accuracy, 95% interval", xscale="log")
+    fig.legend(*slices.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=1 + (len(lines(runs)) > 4))
+    fig.supxlabel("lines: mean over seeds; bands: lowest to highest", fontsize=7)
+    for axis in (losses, accuracies, slices, sizes):
+        axis.grid(alpha=0.3)
+        axis.yaxis.label.set_fontsize(8)
+    for axis in (accuracies, slices, sizes):
+        axis.set_ylim(-0.02, 1.02)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def lines(runs):
+    """{label: runs that differ in their seed only}"""
+    by_settings = {}
+    for r in runs:
+        by_settings.setdefault(r["settings"], []).append(r)
+    named = [same[0]["line"] for same in by_settings.values()]
+    label = lambda r: r["line"] if named.count(r["line"]) == 1 else f"{r['line']}, {r['run'][-40:]}"
+    return {label(same[0]): same for same in by_settings.values()}
+
+
+def band(axis, x, values, color=None, label=None):
+    """Mean of values (runs, points) with a band from lowest to highest -> its colour."""
+    (drawn,) = axis.plot(x, values.mean(0), "o-", ms=3, lw=1, color=color, label=label)
+    axis.fill_between(x, values.min(0), values.max(0), alpha=0.2, color=drawn.get_color())
+    return drawn.get_color()

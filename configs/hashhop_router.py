@@ -1,0 +1,34 @@
+"""HashHop with a memory layer beside the MLP of the last block: its answers stand in the row, attention finds them.
+
+3 minutes on one of 2 CPU cores. Expected: letter accuracy 0.99 or more on one hop.
+"""
+
+model = "memory_router"
+memory_layers = (1,)
+mem_n_keys = 16
+mem_value_lr = 4.0
+mem_stats_every = 100
+
+data = "data_synth"
+task = "hashhop"
+block_size = 218
+num_queries = 4
+n_val_examples = 50
+n_test_examples = 250
+
+dim = 128
+dk = dv = 32
+n_heads = 4
+n_layers = 2
+conv = 8
+pos = "none"
+
+lr = 6e-3
+warmup_steps = 50
+schedule = "cosine"
+batch_size = 32
+max_steps = 400
+eval_interval = 100
+
+target_slice = "hops=1"
+target = 0.99

@@ -1,0 +1,31 @@
+"""Synthetic QA, 10,000 pairs, in one memory layer, in the last block: 2,304 slots of 64 numbers.
+
+6 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+"""
+
+model = "memory"
+memory_layers = (1,)
+mem_n_keys = 48
+mem_value_lr = 4.0
+mem_stats_every = 100
+
+data = "data_synth"
+task = "qa"
+num_pairs = 10000
+
+dim = 64
+dk = dv = 16
+n_heads = 4
+n_layers = 2
+conv = 8
+init_std = 0.5
+
+lr = 4e-3
+warmup_steps = 50
+schedule = "cosine"
+batch_size = 512
+max_steps = 1200
+eval_interval = 200
+
+target_slice = "exposures=128"
+target = 0.99

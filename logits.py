@@ -1,0 +1,123 @@
+"""How sure a model is of its answers: rank, probability and perplexity of every answer token, and calibration.
+
+    python eval.py logits runs/RUN
+
+Letters: N labels, V vocabulary.
+"""
+
+import numpy as np
+import torch
+
+from look import labels, save, sweep
+from measure import draw, figure, finish, mean, share, shown, table
+
+
+def answer_tokens(look, batch, top=5):
+    """Of each label: rank and probability of the right token, the best `top` tokens, how sure the model is (entropy)."""
+    logits, _ = look.model(batch.tokens, batch.targets)
+    rows, _, place, answer = labels(batch)
+    log_p = logits.float().cpu().log_softmax(-1)  # (N, V)
+    mine = log_p.gather(1, torch.from_numpy(answer)[:, None])  # (N, 1)
+    best = log_p.topk(min(top, log_p.shape[1]), dim=-1)
+    return {
+        "row": rows,
+        "place": place,
+        "answer": answer,
+        "rank": (1 + (log_p > mine).sum(1)).numpy(),
+        "nll": -mine.squeeze(1).numpy(),
+        "probability": mine.exp().squeeze(1).numpy(),
+        "entropy": -(log_p.exp() * log_p.clamp(min=-1e9)).sum(1).numpy(),
+        "confidence": best.values[:, 0].exp().numpy(),
+        "top": best.indices.numpy(),  # (N, 5)
+        "top_probability": best.values.exp().numpy(),
+        **{f"tag {name}": values for name, values in batch.tags.items()},
+    }
+
+
+def logits(look):
+    """Rank, probability and perplexity of every answer token, by slice, and whether the model's confidence can be believed."""
+    found = sweep(look, lambda batch: answer_tokens(look, batch))
+    tags = {name[4:]: v for name, v in found.items() if name.startswith("tag ")}
+    everything = summary(found, np.ones(len(found["rank"]), bool))
+    by_slice = {
+        tag: {str(v): summary(found, values == v) for v in np.unique(values)}
+        for tag, values in tags.items()
+        if len(np.unique(values)) <= 24
+    }
+    bins, error = calibration(found["confidence"], found["rank"] == 1)
+    if look.world.first:
+        cells = [("all", everything)] + [(f"{tag}={v}", c) for tag, cs in by_slice.items() for v, c in cs.items()]
+        head = ("slice", "labels", "accuracy", "95% interval", "probability", "95% interval", "mean rank", "perplexity")
+        lines = [(*shown(c["accuracy"]), *shown(c["probability"])[1:], f"{c['rank']['value']:.2f}") for _, c in cells]
+        table(head, [(n, *x, f"{c['perplexity']['value']:.3f}") for (n, c), x in zip(cells, lines)])
+        print(f"expected calibration error: {error:.4f} (mean distance of confidence from accuracy, ten bins)")
+    metrics = {**everything, "rows with all ranks 1": row_share(found), "calibration error": error, "calibration": bins}
+    numbers = {k: v for k, v in found.items() if v.ndim == 1 and not k.startswith("tag ")}
+    columns = {**numbers, **tags} | {f"top{i + 1}": found["top"][:, i] for i in range(found["top"].shape[1])}
+    plot = lambda path: plot_logits(path, by_slice, bins, error, look.name)
+    save(look, "logits", metrics, by_slice, logit_examples(look, found), columns, plot)
+
+
+def summary(found, mine):
+    nll = mean(found["nll"][mine])
+    perplexity = {"value": float(np.exp(nll["value"])), "ci95": np.exp(nll["ci95"]).tolist(), "n": nll["n"]}
+    hit = found["rank"][mine] == 1
+    return {
+        "accuracy": share(int(hit.sum()), len(hit)),
+        "probability": mean(found["probability"][mine]),
+        "rank": mean(found["rank"][mine]),
+        "perplexity": perplexity,
+    }
+
+
+def row_share(found):
+    _, which = np.unique(found["row"], return_inverse=True)
+    wrong = np.bincount(which, found["rank"] > 1)
+    return share(int((wrong == 0).sum()), len(wrong))
+
+
+def calibration(confidence, hit):
+    """[(bin's mean confidence, accuracy with interval)] of ten bins of equal width, and the mean distance between the two."""
+    which, bins, error = np.minimum((confidence * 10).astype(int), 9), [], 0.0
+    for b in np.unique(which):
+        mine = which == b
+        cell = {"confidence": float(confidence[mine].mean()), **share(int(hit[mine].sum()), int(mine.sum()))}
+        error += abs(cell["confidence"] - cell["value"]) * mine.mean()
+        bins.append(cell)
+    return bins, float(error)
+
+
+def logit_examples(look, found, count=8):
+    """A few rows in full: what was asked, what each token of the answer got, and the best five instead."""
+    rows = np.unique(found["row"])
+    for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
+        mine = np.flatnonzero(found["row"] == row)
+        tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
+        first = int(np.flatnonzero(targets[0] != -100)[0])
+        yield {
+            "row": int(row),
+            "prompt": look.text(tokens[0, : first + 1])[-200:],
+            "answer": look.text(found["answer"][mine]),
+            "ranks": found["rank"][mine].tolist(),
+            "probabilities": [round(float(p), 6) for p in found["probability"][mine]],
+            "perplexity": float(np.exp(found["nll"][mine].mean())),
+            "top_5": [
+                [(look.token(t), round(float(p), 6)) for t, p in zip(found["top"][i], found["top_probability"][i])]
+                for i in mine
+            ],
+        }
+
+
+def plot_logits(path, by_slice, bins, error, title):
+    """Probability of the right token by slice; accuracy against confidence."""
+    plt, fig, axes = figure(1, max(1, len(by_slice)) + 1)
+    for axis, (tag, cells) in zip(axes, by_slice.items()):
+        p = [c["probability"] for c in cells.values()]
+        draw(axis, range(len(p)), p)
+        axis.set_xticks(range(len(p)), [f"{v}\nn={c['n']}" for v, c in zip(cells, p)], fontsize=7)
+        axis.set(xlabel=tag, ylabel="probability of the right token (95%)", ylim=(-0.02, 1.02))
+    draw(axes[-1], [b["confidence"] for b in bins], bins, label=f"calibration error {error:.3f}")
+    axes[-1].plot([0, 1], [0, 1], "--", color="gray", lw=1, label="confidence is right")
+    axes[-1].set(xlabel="probability of the likeliest token", ylabel="is it right? (95% interval)", ylim=(-0.02, 1.02))
+    axes[-1].legend(fontsize=7)
+    finish(fig, plt, path, title)

@@ -1,0 +1,139 @@
+"""A trained run, opened for a look inside: some of its rows in batches, shared out over the ranks, and one form of results.
+
+    look = open_look("runs/RUN", config)
+    found = sweep(look, lambda batch: {"row": batch.rows, ...})      # arrays of all batches, end to end
+
+A result is eval_<what>.json, {config, metrics, by_slice, examples}, with every measured number as {"value", "ci95", "n"};
+eval_<what>.parquet, the measurements; and eval_<what>.png.
+
+Letters: B rows in a batch, T tokens in a row, N labels in a batch.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import write_file, write_json
+from measure import autocast
+from parallel import ALONE, choose_device
+from train import load_run
+
+
+@dataclass
+class Look:
+    folder: str
+    plan: object
+    data: object
+    model: torch.nn.Module
+    step: int  # of the checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    config: object  # the command's settings: split, checkpoint, rows, eval_batch_size
+    world: object = ALONE
+    figures: list = field(default_factory=list)  # that were written
+
+    @property
+    def name(self):
+        return os.path.basename(os.path.normpath(self.folder))
+
+    @property
+    def pad(self):
+        """The token behind the end of short rows; -1: there is none."""
+        return self.data.tokenizer.pad if hasattr(self.data, "tokenizer") else -1
+
+    def about(self):
+        """What every result says of where it comes from."""
+        c, model = self.config, self.plan.train.model
+        return {"run": self.folder, "split": c.split, "checkpoint": c.checkpoint, "step": self.step, "model": model}
+
+    def tensor(self, ids):
+        return torch.from_numpy(np.asarray(ids, np.int64)).to(self.device)
+
+    def text(self, ids):
+        """Tokens as a reader knows them: text, or numbers where the data has no letters."""
+        ids = np.atleast_1d(np.asarray(ids))
+        return self.data.tokenizer.decode(ids) if hasattr(self.data, "tokenizer") else " ".join(map(str, ids.tolist()))
+
+    def token(self, i):
+        """One token as text, whatever it is."""
+        if not hasattr(self.data, "tokenizer"):
+            return str(int(i))
+        names = {self.pad: "PAD", self.pad + 1: "BOS", self.pad + 2: "EOS"}
+        return names.get(int(i)) or self.data.tokenizer.texts[int(i)]
+
+
+def open_look(folder, config, world=ALONE):
+    """The run in `folder`, its model on the device and in the dtype that the settings name."""
+    p, data, model, state = load_run(folder, config.checkpoint)
+    wanted = SimpleNamespace(device=config.device, dtype=p.train.dtype if config.dtype == "auto" else config.dtype)
+    device, dtype, line = choose_device(wanted, world)
+    world.say(f"{folder}: {config.checkpoint}.pt of step {state['step']}; {line}")
+    return Look(folder, p, data, model.to(device), state["step"], device, dtype, config, world)
+
+
+def batches(look):
+    """Row numbers in batches: all of the split, or look.config.rows of them, as many from each of its segments."""
+    c, segments = look.config, look.data.segments(look.config.split)
+    each = -(-c.rows // len(segments)) if c.rows else 0
+    some = [s if not each or each >= len(s) else [s[i * len(s) // each] for i in range(each)] for s in segments]
+    return [np.asarray(s[i : i + c.eval_batch_size]) for s in some for i in range(0, len(s), c.eval_batch_size)]
+
+
+@torch.no_grad()
+def sweep(look, work, rows=None, read=None):
+    """Run work(batch) -> {name: array} over batches of rows, each rank its own -> {name: arrays of all batches, end to end}.
+
+    A batch has tokens (B, T), targets (B, T), rows (B,) and tags {name: (N,)}. Every rank gets the whole. rows: batches of
+    row numbers, or those of `batches`; read(rows) -> tokens, targets, tags, or the run's own data.
+    """
+    todo, world, mine = batches(look) if rows is None else rows, look.world, []
+    read = read or (lambda rows: look.data.batch(look.config.split, 0, rows))
+    hidden = not (world.first and sys.stderr.isatty())
+    for i in tqdm(range(world.rank, len(todo), world.size), desc=look.config.split, disable=hidden, leave=False):
+        tokens, targets, tags, *_ = read(todo[i])
+        batch = SimpleNamespace(tokens=tokens.to(look.device), targets=targets.to(look.device), rows=todo[i], tags=tags)
+        with autocast(look.device, look.dtype):
+            mine.append(work(batch))
+    gathered = world.gather(mine)
+    parts = [gathered[i % world.size][i // world.size] for i in range(len(todo))]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def labels(batch):
+    """Where the labels are: rows (N,), positions (N,), place in the row's answers (N,), the token asked for (N,)."""
+    targets = batch.targets.cpu().numpy()
+    b, t = np.nonzero(targets != -100)
+    counts = (targets != -100).sum(1)
+    place = np.arange(len(b)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return batch.rows[b], t, place, targets[b, t]
+
+
+def write_parquet(path, columns):
+    """{name: array or list} -> one parquet file, complete or absent."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_file(path, lambda f: pq.write_table(pa.table(columns), f))
+
+
+def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
+    """Write a result and its figure into the run; plot(path) draws it. Only the first rank writes."""
+    if not look.world.first:
+        return
+    path = os.path.join(look.folder, f"eval_{what}" + ("" if look.config.split in ("test", what) else f"_{look.config.split}"))
+    result = {"config": look.about(), "metrics": metrics, "by_slice": by_slice or {}, "examples": list(examples)}
+    write_json(path + ".json", result)
+    endings = [".json"]
+    if columns:
+        write_parquet(path + ".parquet", columns)
+        endings.append(".parquet")
+    if plot:
+        plot(path + ".png")
+        look.figures.append(path + ".png")
+        endings.append(".png")
+    print(f"wrote {path}{', '.join(endings)}")

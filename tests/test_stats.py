@@ -1,0 +1,135 @@
+"""stats.py: by hand, against scipy, and by simulation; repaired files."""
+
+import json
+
+import numpy as np
+import pytest
+
+import eval as ev
+import measure
+import stats
+from configs import ConfigError
+
+
+def test_mcnemar_by_hand():
+    """Of 11 examples that only one answers, 1 is a's and 10 are b's: 2 (1 + 11) / 2^11; examples alike do not count."""
+    a = np.array([1] * 1 + [0] * 10 + [1] * 30 + [0] * 7) == 1
+    b = np.array([0] * 1 + [1] * 10 + [1] * 30 + [0] * 7) == 1
+    assert stats.mcnemar(a, b) == {"only_a": 1, "only_b": 10, "p": pytest.approx(2 * 12 / 2**11)}
+    assert stats.mcnemar(a, a)["p"] == 1
+
+
+def test_holm_by_hand():
+    assert stats.holm([0.01, 0.02, 0.5, 0.04]) == pytest.approx([0.04, 0.06, 0.5, 0.08])
+    assert stats.holm([0.3, 0.001]) == pytest.approx([0.3, 0.002]) and stats.holm([]) == []
+
+
+def test_ranks_share_ties():
+    assert stats.ranks(np.array([10, 20, 10, 5])).tolist() == [2.5, 4, 2.5, 1]
+
+
+def test_against_scipy():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    random = np.random.default_rng(0)
+    x = random.integers(0, 8, 60)
+    y = x + random.normal(0, 4, 60)
+    for kind, theirs in (("pearson", scipy_stats.pearsonr), ("spearman", scipy_stats.spearmanr)):
+        ours = stats.correlation(x, y, kind, draws=4000)
+        expected = theirs(x, y)
+        assert ours["value"] == pytest.approx(expected.statistic, abs=1e-12)
+        assert ours["p"] == pytest.approx(expected.pvalue, abs=0.01)
+        assert ours["ci95"][0] < ours["value"] < ours["ci95"][1]
+    for only_a, only_b in ((3, 9), (0, 6), (5, 5), (20, 31)):
+        a, b = np.repeat([True, False], [only_a, only_b]), np.repeat([False, True], [only_a, only_b])
+        assert stats.mcnemar(a, b)["p"] == pytest.approx(scipy_stats.binomtest(only_a, only_a + only_b).pvalue)
+    t = scipy_stats.bootstrap((y,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1))
+    ours = stats.paired_bootstrap(y, draws=4000)["ci95"]
+    assert ours == pytest.approx([t.confidence_interval.low, t.confidence_interval.high], abs=0.15)
+
+
+def covers(interval, truth):
+    return interval["ci95"][0] <= truth <= interval["ci95"][1]
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """1,000 draws each; 3 standard errors of 95% in 1,000 are 2%, and a bootstrap of 60 examples is a bit narrow."""
+    random = np.random.default_rng(0)
+    plain = np.mean([covers(measure.mean(random.exponential(1, 80)), 1) for _ in range(1000)])
+    drawn = np.mean([covers(stats.paired_bootstrap(random.normal(0.3, 1, 60), draws=300), 0.3) for _ in range(1000)])
+    assert 0.91 < plain < 0.97 and 0.915 < drawn < 0.97
+
+
+def test_rows_are_what_is_resampled():
+    """Ten labels of one row move together: the interval is that of rows, three times as wide as that of independent labels."""
+    random = np.random.default_rng(0)
+    rows = random.normal(0, 1, 200)
+    width = lambda cell: cell["ci95"][1] - cell["ci95"][0]
+    weighted = stats.paired_bootstrap(rows, np.full(200, 10))
+    assert width(weighted) / width(stats.paired_bootstrap(np.repeat(rows, 10))) == pytest.approx(np.sqrt(10), rel=0.15)
+    assert stats.paired_bootstrap([0.0, 1.0], [3, 1])["value"] == 0.25
+
+
+def test_permutation_p_values_are_even_where_nothing_goes_together():
+    random = np.random.default_rng(0)
+    p = [stats.correlation(random.normal(size=12), random.normal(size=12), draws=99)["p"] for _ in range(1000)]
+    assert abs(np.mean(np.array(p) <= 0.05) - 0.05) < 0.02 and abs(np.mean(np.array(p) <= 0.5) - 0.5) < 0.05
+
+
+def test_a_constant_goes_with_nothing():
+    found = stats.correlation([1, 1, 1], [1, 2, 3])
+    assert np.isnan(found["value"]) and np.isnan(found["p"])
+
+
+# ---- cut files ---------------------------------------------------------------------------------------------------------
+
+RECORDS = [{"row": i, "text": 'a "b", [c] {d} ü\n', "more": [1.5, None, True, {"x": []}]} for i in range(4)]
+
+
+def test_json_lines_cut_at_any_byte_keep_every_complete_record(tmp_path):
+    whole = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()
+    ends = np.cumsum([len(line) + 1 for line in whole.split(b"\n")[:-1]])
+    for cut in range(len(whole)):
+        records, lost = stats.complete_lines(whole[:cut].decode(errors="ignore"))
+        complete = sum(cut >= end - 1 for end in ends)  # the record is whole without its line's end
+        assert records == RECORDS[:complete] and lost == (cut > ([0, *ends][complete]))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_cut_at_any_byte_keeps_every_complete_record(indent):
+    whole = json.dumps(RECORDS, indent=indent)
+    assert stats.complete_json(whole) == (RECORDS, True)
+    kept = []
+    for cut in range(1, len(whole)):
+        value, was_whole = stats.complete_json(whole[:cut])
+        assert not was_whole and value == RECORDS[: len(value)] and len(value) in (len(kept), len(kept) + 1)
+        kept = value
+    assert kept == RECORDS
+
+
+def test_a_result_cut_at_any_byte_keeps_its_head_and_whole_examples():
+    result = {"config": {"run": "a", "step": 12}, "metrics": {"accuracy": {"value": 0.5, "n": 34}}, "examples": RECORDS}
+    whole = json.dumps(result, indent=1)
+    for cut in range(1, len(whole)):
+        value, _ = stats.complete_json(whole[:cut])
+        assert list(value) == list(result)[: len(value)]
+        assert value.get("examples", []) == RECORDS[: len(value.get("examples", []))]
+        if cut >= whole.index('"metrics"'):
+            assert value["config"] == result["config"]
+        if 0 < cut - whole.index("34") < 2:
+            assert "n" not in value["metrics"]["accuracy"]  # 3 is not what it said
+
+
+def test_repair_writes_a_new_file_and_says_what_it_kept(tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in RECORDS)[:-20])
+    ev.main(["repair", str(path)])
+    assert "3 records kept, 1 lines lost" in capsys.readouterr().out
+    assert [json.loads(line) for line in (tmp_path / "r.repaired.jsonl").read_text().splitlines()] == RECORDS[:3]
+    for words, message in (
+        (["repair", str(path)], "exists already"),
+        (["repair", str(tmp_path / "no.json")], "cannot be read: No such file"),
+        (["repair", "x.txt"], "neither .json nor .jsonl"),
+        (["repair", str(path), "--split=val"], "repair does not use it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ev.main(words)
