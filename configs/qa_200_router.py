@@ -1,6 +1,6 @@
 """Synthetic QA, 200 pairs, in memory layers beside MLPs: 256 slots of 64 numbers, shared by both blocks.
 
-20 seconds on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+30 seconds on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
 """
 
 model = "memory_router"

@@ -26,6 +26,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import data_mqar  # noqa: E402
 import data_synth  # noqa: E402
 import delta as D  # noqa: E402
+import measure  # noqa: E402
 import memory  # noqa: E402
 import model as M  # noqa: E402
 import parallel  # noqa: E402
@@ -302,12 +303,27 @@ def rank_rows(rounds):
     yield "the same, no exchange of gradients", times["alone"], "2 ranks", times[2, 1], None
 
 
+def eval_rows(rounds):
+    """Evaluation of 200 rows of synthetic QA (configs/qa_2k_memory.py), 100 rows at once against one at a time."""
+    p, _ = train.read_command_line([os.path.join(ROOT, "configs", "qa_2k_memory.py"), "--n_test_examples=180"])
+    data = p.data_module.Data(p.data)
+    torch.manual_seed(0)
+    model = train.make_model(p, train.model_config(p, data)).eval()
+
+    def all_rows(batch_size):
+        return lambda: list(measure.predict(model, data, "test", batch_size, torch.device("cpu")))
+
+    times = take_turns({"ours": all_rows(100), "one at a time": all_rows(1)}, max(1, rounds // 3))
+    yield "evaluation of 180 rows", times["ours"], "one at a time", times["one at a time"], None
+
+
 BENCHES = {
     "train": train_rows,
     "data": data_rows,
     "masks": mask_rows,
     "memory": memory_rows,
     "optimizer": optimizer_rows,
+    "eval": eval_rows,
     "delta": delta_rows,
     "lengths": length_rows,
     "ranks": rank_rows,

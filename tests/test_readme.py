@@ -54,7 +54,10 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
         configs.check_names([s for s in settings if s.key != "help"], train.TrainConfig, data.Config)
     elif script == "eval.py":
         configs.check_names(settings, ev.EvalConfig)
-        assert all(w in ev.COMMANDS or w.startswith("runs/") for w in positional)
+        assert positional[0].startswith("runs/") or all(w.startswith(("runs/", "results.")) for w in positional[1:])
+        name = positional[0] if positional[0] in ev.COMMANDS else "slices"
+        assert name == positional[0] or positional[0].startswith("runs/")
+        assert {s.key for s in settings} <= {*ev.COMMANDS[name].uses.split()}
     elif script == "memory.py":
         assert positional[0] in ("params", "inspect", "convert") and {s.key for s in settings} <= {"to"}
     elif script == "data_synth.py" and positional == ["check"]:
