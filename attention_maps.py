@@ -102,7 +102,6 @@ def describe(cell):
 
 def attention(look):
     """Maps of one row, and what each head does over all rows looked at."""
-    require(not problem(look.model), f"{look.folder}: {problem(look.model)}", None)
 
     def work(batch):
         real, parts = batch.tokens != look.pad, []
@@ -154,9 +153,8 @@ def draw_map(axis, weights, texts, title):
     drawn = axis.imshow(weights, vmin=0, vmax=1, cmap="Blues")
     axis.set_title(title, fontsize=7)
     if len(texts) <= 40:
-        shown = [{" ": "␣", "\n": "\\n"}.get(t, t) for t in texts]
-        axis.set_xticks(range(len(texts)), shown, fontsize=5, rotation=90)
-        axis.set_yticks(range(len(texts)), shown, fontsize=5)
+        axis.set_xticks(range(len(texts)), texts, fontsize=5, rotation=90)
+        axis.set_yticks(range(len(texts)), texts, fontsize=5)
     return drawn
 
 

@@ -20,7 +20,6 @@ from tokens import mask, shift
 def edit(look):
     """Rewrite so many facts at once, with every method, and measure both sides."""
     data, model, config = look.data, look.model, look.config
-    require(not problem(look), f"{look.folder} cannot be edited: {problem(look)}", None)
     require(look.world.size == 1, "edit is the work of one process; run it without torchrun", None)
     batches = list(predict(model, data, config.split, config.eval_batch_size, look.device, look.dtype, bar=True))
     rows = np.unique(np.concatenate([b["row"] for b in batches]))

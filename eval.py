@@ -18,12 +18,6 @@ Each writes eval_<what>.json {config, metrics, by_slice, examples}, .parquet and
 A run is rebuilt from its own config.json and checkpoint; no override file is run.
 """
 
-import contextlib
-import io
-import os
-import sys
-import time
-from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,14 +25,13 @@ import numpy as np
 import attention_maps
 import configs
 import edits
-from checkpoint import write_file
+from commands import Command, fits, looks, report, run_command
 from compare import compare
-from configs import ConfigError, one_of, require
+from configs import one_of, require
 from logits import logits
-from look import open_look, save, sweep
+from look import save, sweep
 from measure import figure, predict, print_slices, share, shares, shown, summarise, table
 from model import greedy
-from parallel import joined
 from routing import routing
 from slots import activations, norms, track
 from slots import problem as no_memory
@@ -257,39 +250,9 @@ def task_of(look):
 
 
 def everything(look):
-    """Run each command that fits and write report.md into the run: what was printed, the figures, how long it took."""
-    size, start = sum(q.numel() for q in look.model.parameters()), time.perf_counter()
-    about = ", ".join(f"{k} {v}" for k, v in look.about().items())
-    report = f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n"
-    path = os.path.join(look.folder, "report.md")
-    for name in (task_of(look), "stats", "logits", "attention", "activations", "norms", "track", "routing", "edit"):
-        report += f"\n## {name}\n\n" + chapter(look, name)
-        if look.world.first:
-            write_file(path, lambda f: f.write(report.encode()))
-    look.world.say(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
-
-
-def chapter(look, name):
-    """Run one command -> its part of the report."""
-    command, start, figures, printed = COMMANDS[name], time.perf_counter(), len(look.figures), io.StringIO()
-    problem = command.problem(look)
-    look.world.say(f"\n{name}: " + (f"left out, {problem}" if problem else command.shows))
-    if problem:
-        return f"Left out: {problem}.\n"
-    try:
-        with contextlib.redirect_stdout(printed):
-            if command.looks:
-                command.work(look)
-            elif look.world.first:
-                look.figures.append(command.work([look.folder], look.config))
-    except ConfigError as e:
-        look.world.say(f"left out: {e}")
-        return f"Left out: {e}.\n"
-    print(printed.getvalue(), end="", flush=True)
-    body = "\n".join(line for line in printed.getvalue().split("\n") if not line.startswith("wrote ")).strip()
-    pictures = "".join(f"![{name}]({os.path.basename(path)})\n" for path in look.figures[figures:])
-    took = f"`python eval.py {name} {look.folder}`, {time.perf_counter() - start:.1f} s"
-    return f"{command.shows}\n{took}\n\n```\n{body}\n```\n\n{pictures}"
+    """Each command that fits, and report.md."""
+    names = (task_of(look), "stats", "logits", "attention", "activations", "norms", "track", "routing", "edit")
+    report(look, "eval.py", COMMANDS, names, "report.md")
 
 
 def of_task(name):
@@ -303,19 +266,7 @@ def of_task(name):
     return work
 
 
-def fits(look):
-    return ""
-
-
-# work(look), or work(words, config) if it looks at no model; uses: its settings; problem(look): why it does not fit, or ""
-Command = namedtuple("Command", "work looks uses problem shows")
-MODEL = "split checkpoint eval_batch_size device dtype"
 RIGHT = "How many labels and whole rows are right."
-
-
-def looks(work, uses, shows, problem=fits):
-    return Command(work, True, f"{MODEL} {uses}", problem, shows)
-
 
 COMMANDS = {
     "slices": looks(slices, "examples example", RIGHT),
@@ -340,25 +291,7 @@ COMMANDS = {
 
 
 def main(argv=None):
-    words, settings = configs.parse(sys.argv[1:] if argv is None else argv)
-    if any(s.key == "help" for s in settings) or not words:
-        print(configs.help_text(__doc__, EvalConfig))
-        if not words and not any(s.key == "help" for s in settings):
-            raise ConfigError("name a run directory or a command")
-        return
-    configs.check_names(settings, EvalConfig)
-    config = configs.build(EvalConfig, settings)
-    name = words.pop(0) if words[0] in COMMANDS else "slices"
-    command = COMMANDS[name]
-    users = {s: ", ".join(n for n, c in COMMANDS.items() if s in c.uses.split()) for s in EvalConfig.__dataclass_fields__}
-    idle = {s: f"{name} does not use it, only {by}" for s, by in users.items() if s not in command.uses.split()}
-    configs.refuse_unused(config, idle, {s.key: s for s in settings})
-    if not command.looks:
-        return command.work(words, config)
-    require(len(words) == 1, f"name one run directory: python eval.py {name} runs/RUN", None)
-    with joined(config.device) as world:
-        look = world.together(lambda: open_look(words[0], config, world))
-        command.work(look)
+    run_command(__doc__, COMMANDS, EvalConfig, argv, default="slices")
 
 
 if __name__ == "__main__":

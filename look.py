@@ -3,7 +3,8 @@
     look = open_look("runs/RUN", config)
     found = sweep(look, lambda batch: {"row": batch.rows, ...})      # arrays of all batches, end to end
 
-A result is eval_<what>.json, {config, metrics, by_slice, examples}, with every measured number as {"value", "ci95", "n"};
+A result is eval_<what>.json (ablate_<what>.json of ablate.py), {config, metrics, by_slice, examples}, with every measured
+number as {"value", "ci95", "n"};
 eval_<what>.parquet, the measurements; and eval_<what>.png.
 
 Letters: B rows in a batch, T tokens in a row, N labels in a batch.
@@ -35,6 +36,7 @@ class Look:
     dtype: torch.dtype
     config: object  # the command's settings: split, checkpoint, rows, eval_batch_size
     world: object = ALONE
+    prefix: str = "eval"  # of the names of result files
     figures: list = field(default_factory=list)  # that were written
 
     @property
@@ -64,7 +66,8 @@ class Look:
         if not hasattr(self.data, "tokenizer"):
             return str(int(i))
         names = {self.pad: "PAD", self.pad + 1: "BOS", self.pad + 2: "EOS"}
-        return names.get(int(i)) or self.data.tokenizer.texts[int(i)]
+        text = names.get(int(i)) or self.data.tokenizer.texts[int(i)]
+        return "␣" if text == " " else text if text.isprintable() else repr(text)[1:-1]
 
 
 def open_look(folder, config, world=ALONE):
@@ -125,7 +128,9 @@ def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=Non
     """Write a result and its figure into the run; plot(path) draws it. Only the first rank writes."""
     if not look.world.first:
         return
-    path = os.path.join(look.folder, f"eval_{what}" + ("" if look.config.split in ("test", what) else f"_{look.config.split}"))
+    path = os.path.join(
+        look.folder, f"{look.prefix}_{what}" + ("" if look.config.split in ("test", what) else f"_{look.config.split}")
+    )
     result = {"config": look.about(), "metrics": metrics, "by_slice": by_slice or {}, "examples": list(examples)}
     write_json(path + ".json", result)
     endings = [".json"]

@@ -138,22 +138,30 @@ class MemoryLayer(nn.Module):
         self.register_buffer("bias", torch.zeros(H, 2, n) if c.mem_balance else None)
         self.register_buffer("reads", torch.zeros(H, n * n, dtype=torch.long), persistent=False)  # of this training step
 
-    def forward(self, x, intervene=None):
-        """-> (..., D), and what was found: {"slots": (..., H, k) long, "weights": (..., H, k), "read": (..., V)}.
-
-        intervene: a function of slots and weights that returns others, and with "read" the vectors to take instead.
-        """
+    def search(self, x, k):
+        """x (..., D) -> scores and slots (..., H, k) of each head's k best slots."""
         c, shape = self.config, x.shape[:-1]
         q = self.query(x.flatten(0, -2)).unflatten(-1, (c.mem_heads, 2, -1))  # (N, H, 2, Q/2)
         q = NORMS[c.mem_query_norm](q)
-        scores, slots = lookup(q, self.keys.to(q.dtype), c.mem_knn, self.bias)
-        if self.training:
-            self.count(slots)
-        found = {"slots": slots.unflatten(0, shape), "weights": SCORES[c.mem_score](scores).unflatten(0, shape)}
+        return [y.unflatten(0, shape) for y in lookup(q, self.keys.to(q.dtype), k, self.bias)]
+
+    def forward(self, x, intervene=None, found=None):
+        """-> (..., D), and what was found: {"slots": (..., H, k) long, "weights": (..., H, k), "read": (..., V)}.
+
+        intervene: a function of slots and weights that returns others, and with "read" the vectors to take instead.
+        found: slots and weights known already; nothing is searched for then.
+        """
+        c = self.config
+        if found is None:
+            scores, slots = self.search(x, c.mem_knn)
+            if self.training:
+                self.count(slots.flatten(0, -3))
+            found = {"slots": slots, "weights": SCORES[c.mem_score](scores)}
         found = intervene(found) if intervene else found
         if "read" not in found:
             slots, weights = (found[name].flatten(0, -3).flatten(1) for name in ("slots", "weights"))  # (N, H * k)
-            found["read"] = read_values(self.values, slots, weights.to(self.values.dtype)).unflatten(0, shape)
+            read = read_values(self.values, slots, weights.to(self.values.dtype)).unflatten(0, x.shape[:-1])
+            found = {**found, "read": read}
         y = found["read"]
         if self.gate:
             y = y * F.silu(self.gate(x))
@@ -203,10 +211,11 @@ class MemoryBlock(GPTBlock):
             y = self.add(y, self.att(self.att_norm(x), rows, **extra))
         return self.add(y, self.feed(self.ffn_norm(y), trace, (intervene or {}).get(self.number)))
 
-    def feed(self, x, trace, intervene):
+    def feed(self, x, trace=None, intervene=None, found=None):
+        """What takes the MLP's place: (..., D) -> (..., D)."""
         if self.memory is None:
             return self.ffn(x)
-        y, found = self.memory(x, intervene)
+        y, found = self.memory(x, intervene, found)
         if self.router:
             share = self.router(x).softmax(-1)  # (..., 2): of the MLP, of memory
             if self.hard:  # the likelier one alone, times its probability, so that the router learns (Switch Transformer)

@@ -14,7 +14,7 @@ import torch
 from configs import require
 from look import save, sweep
 from measure import draw, figure, finish, mean, shown, table
-from slots import problem, use
+from slots import use
 from synth_files import documents_in
 
 FUNCTION_WORDS = set(
@@ -99,7 +99,6 @@ def routed(look, batch):
 
 def routing(look):
     """MLP or memory by kind of token, place in the row and layer; without a router, how the slots of kinds differ."""
-    require(not problem(look), f"{look.folder}: {problem(look)}", None)
     if look.config.data:
         found = sweep_texts(look, look.config.data)
     else:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from checkpoint import read_log
-from configs import require
 from look import save, sweep
 from measure import draw, figure, finish, mean, shown, table
 
@@ -59,7 +58,6 @@ def use(slots, size):
 
 def activations(look):
     """Which slots each row reads, by layer, position and head."""
-    require(not problem(look), f"{look.folder}: {problem(look)}", None)
     found = sweep(look, lambda batch: reads(look, batch))
     size = look.model.config.mem_n_keys**2
     layers = np.unique(found["layer"])
@@ -126,7 +124,6 @@ def plot_activations(path, found, by_slice, size, title):
 
 def norms(look):
     """Lengths of the value rows, of slots read and never read, and of what is read at each position."""
-    require(not problem(look), f"{look.folder}: {problem(look)}", None)
 
     def work(batch):
         *_, found = look.model(batch.tokens, trace=True)
@@ -192,7 +189,6 @@ def plot_norms(path, tables, by_slice, title):
 
 def track(look):
     """The tokens at which each slot is read, and how the use of slots grew in training (log.jsonl, mem_stats_every)."""
-    require(not problem(look), f"{look.folder}: {problem(look)}", None)
     found = sweep(
         look, lambda batch: {k: v for k, v in reads(look, batch).items() if k in ("layer", "slot", "token", "weight")}
     )

@@ -110,8 +110,8 @@ def read_labels(path, split):
 
 
 def per_row(labels):
-    """{column: (N,)} -> {"row", "right" (all labels), "labels", "hits", "loss" (sum)}, (R,) each, and the tags that all labels of
-    a row share."""
+    """{column: (N,)} -> {"row", "right" (all labels), "labels", "hits", "loss" (sum)}, (R,) each, and the
+    tags that all labels of a row share."""
     row, first, which = np.unique(labels["row"], return_index=True, return_inverse=True)
     counts, hits = np.bincount(which), np.bincount(which, labels["hit"])
     tags = {name: v[first] for name, v in labels.items() if name not in ("row", "hit", "loss") and (v == v[first][which]).all()}

@@ -1,6 +1,6 @@
 """Synthetic QA, 10,000 pairs, in one memory layer, in the last block: 2,304 slots of 64 numbers.
 
-6 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+4 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
 """
 
 model = "memory"

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,9 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
+import ablate  # noqa: E402
 import data_mqar  # noqa: E402
 import data_synth  # noqa: E402
 import delta as D  # noqa: E402
+import interventions  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
 import model as M  # noqa: E402
@@ -317,6 +320,29 @@ def eval_rows(rounds):
     yield "evaluation of 180 rows", times["ours"], "one at a time", times["one at a time"], None
 
 
+def ablate_rows(rounds):
+    """Every slot of ten rows of synthetic QA removed (configs/qa_2k_memory.py), many at once from the memory layer on, against a
+    whole forward pass for each; per (row, slot)."""
+    p, _ = train.read_command_line([os.path.join(ROOT, "configs", "qa_2k_memory.py")])
+    data = p.data_module.Data(p.data)
+    torch.manual_seed(0)
+    model = train.make_model(p, train.model_config(p, data)).eval()
+    look = SimpleNamespace(data=data, config=SimpleNamespace(split="test"), pad=data.tokenizer.pad, device="cpu")
+    cases, _ = interventions.read_cases(look, np.arange(10))
+    slots = interventions.clean_run(model, cases).found[0]["slots"]
+    counted = len(ablate.remove_slots(model, cases, ["zero"])["fall"]) // cases.at.shape[1]
+
+    @torch.no_grad()
+    def one_by_one():
+        for slot in slots[0].unique().tolist()[:20]:
+            silence = lambda f, slot=slot: {"slots": f["slots"], "weights": f["weights"].masked_fill(f["slots"] == slot, 0)}
+            model(cases.tokens[:1], cases.answers.new_full((1, cases.tokens.shape[1]), -100), intervene={0: silence})
+
+    times = take_turns({"ours": lambda: ablate.remove_slots(model, cases, ["zero"]), "naive": one_by_one}, max(1, rounds // 3))
+    ours, naive = [t / counted for t in times["ours"]], [t / 20 for t in times["naive"]]
+    yield "a slot removed from a row", ours, "a forward pass each", naive, None
+
+
 BENCHES = {
     "train": train_rows,
     "data": data_rows,
@@ -324,6 +350,7 @@ BENCHES = {
     "memory": memory_rows,
     "optimizer": optimizer_rows,
     "eval": eval_rows,
+    "ablate": ablate_rows,
     "delta": delta_rows,
     "lengths": length_rows,
     "ranks": rank_rows,

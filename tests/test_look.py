@@ -391,7 +391,7 @@ def test_a_report_of_everything(runs, name, capsys):
         (["activations", "mqar"], "gpt has no memory layers"),
         (["routing", "mqar"], "gpt has no memory layers"),
         (["logits", "memory", "--examples=3"], "logits does not use it, only"),
-        (["logits"], "name one run directory: python eval.py logits runs/RUN"),
+        (["logits"], "name one run directory, as in: logits runs/RUN"),
         (["stats", "mqar", "memory"], "were not measured on the same rows"),
         (["memory", "--example=99"], "example=99 is no row of test; the last is 39"),
         (["routing", "memory", "--rows=-1"], "rows=-1 must be at least 0"),

@@ -1,0 +1,344 @@
+"""Take a trained run apart: remove, replace and exchange what it reads inside, and see which answers change.
+
+    python ablate.py all runs/RUN                    # everything that fits the run, in ablate_report.md with its figures
+    python ablate.py keys runs/RUN --modes zero      # each slot that a row reads, removed: importance of every slot
+    python ablate.py layer runs/RUN                  # whole blocks: memory, its values, its keys, MLP, mixer
+    python ablate.py heads runs/RUN                  # each head, before the last projection
+    python ablate.py force | inject | replace | swap runs/RUN     # another row's slot, output, value or slots in this row
+    python ablate.py swap-matrix | swap-pred runs/RUN             # which digits can stand in for which, token by token, too
+    python ablate.py patch runs/RUN                  # causal tracing: one run's activations in another, block by position
+    python ablate.py impact | keystats | occurrences | position | repeats runs/RUN     # read what keys wrote
+    python ablate.py corr runs/RUN                   # ablation against swap
+
+Each writes ablate_<what>.json, .parquet and .png into the run. Rows are those that the model answers rightly, as many of each
+group (exposures) as there are. Removing a slot with weight 0 leaves the layer in a state it never was in (off-distribution), so
+`keys` also drops it (the next best slot comes in), and puts the mean value, a random one or another row's in its place.
+
+Letters: B rows, M changed copies of rows, T tokens, n labels of a row, H heads, k slots that a head reads.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import configs
+import exchange
+import impact
+from commands import fits, looks, report, run_command
+from configs import one_of, require
+from interventions import (
+    MODES,
+    Removal,
+    at_labels,
+    changed_output,
+    clean_run,
+    go_on,
+    joined_parts,
+    known_cases,
+    margin,
+    row_mean,
+    run_changed,
+    sites,
+    without_head,
+)
+from look import save
+from measure import figure, finish, share, shown, table
+from slots import problem as no_memory
+
+
+@dataclass
+class AblateConfig:
+    rows: int = 100  # rows to take apart, of those that the model answers rightly; 0: all of them
+    modes: str = "zero drop mean random resample"  # keys: how a slot is removed
+    pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of rows; 0: every pair
+    type: str = (
+        "any"  # swap and its kin: any, less_less, more_more, less_more, more_less (exposures of the row and of the other)
+    )
+    chunk: int = 512  # changed copies of rows in one forward pass
+    seed: int = 0  # of what is drawn: pairs, random slots
+    split: str = "test"  # test or val
+    checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
+    eval_batch_size: int = 100  # rows in a forward pass of the untouched model
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "float32"  # effects are small: float32 or bfloat16
+
+    def check(self):
+        configs.at_least(self, 0, "rows", "pairs", "seed")
+        configs.at_least(self, 1, "chunk", "eval_batch_size")
+        for mode in self.modes.split():
+            require(mode in MODES, f"modes={self.modes!r} must be some of {', '.join(MODES)}", "modes")
+        require(self.modes.split(), f"modes is empty; choose some of {', '.join(MODES)}", "modes")
+        one_of(self, exchange.TYPES, "type")
+        one_of(self, ("test", "val"), "split")
+        one_of(self, ("best", "ckpt"), "checkpoint")
+        one_of(self, ("float32", "bfloat16"), "dtype")
+
+
+# ---- keys --------------------------------------------------------------------------------------------------------------
+
+
+def keys(look):
+    """Remove each slot from each row that reads it, in every mode: how far does the right answer's lead fall?"""
+    cases, modes = known_cases(look), look.config.modes.split()
+    found = remove_slots(look.model, cases, modes, look.config.chunk, look.config.seed)
+    case = found.pop("case")
+    columns = {"row": cases.rows[case], **{name: v[case] for name, v in cases.tags.items()}, **found}
+    effects = effects_by_mode(columns)
+    lines = [(*k, c["n"], *shown(c["fall"])[1:], f"{c['strongest']:.3f}", *shown(c["flip"])[1:]) for k, c in effects.items()]
+    table(("mode", "block", "measured", "mean fall of the lead", "95% interval", "top 1%", "flips", "95% interval"), lines)
+    print("zero is off-distribution: no row was trained with less weight. control: slots that the row does not read.")
+    by_slice = {"mode, block": {f"{mode}, {block}": cell for (mode, block), cell in effects.items()}}
+    plot = lambda path: impact.plot_keys(path, columns, look.name)
+    save(look, "keys", {"rows": len(cases), "modes": modes}, by_slice, (), columns, plot)
+
+
+def remove_slots(model, cases, modes, chunk=512, seed=0):
+    """Every (row, block, slot) of which the row reads the slot, and a slot that it does not read as control, in every mode
+
+    -> {name: (M * n,)}: case (index of the row), block, slot, mode, control, reads and weight of the slot in the row, place,
+    answer, fall (of the lead, in logits), p_clean, p, flip (right before, wrong now).
+    Of the last block, only what is read at the labels counts.
+    """
+    clean, random, parts = clean_run(model, cases), np.random.default_rng(seed), []
+    lead, p_clean, right = margin(clean.logits, cases.answers)  # (B, n)
+    for block, memory in model.memories().items():
+        stream, found, at = clean.stream[block], {k: clean.found[block][k] for k in ("slots", "weights")}, cases.at
+        if block == len(model.layers) - 1:  # what other positions read there, no answer sees
+            stream, found = at_labels(stream, at), {k: at_labels(v, at) for k, v in found.items()}
+            at = torch.arange(at.shape[1], device=at.device).expand(len(at), -1)
+        size = len(memory.values)
+        more = memory.search(model.layers[block].ffn_norm(stream), model.config.mem_knn + 1) if "drop" in modes else None
+        case, slot, reads, weight = with_unread(*read_in_rows(found, size), size, random)
+        other, borrowed = random.integers(size, size=len(case)), random.permutation(slot)
+        for mode in modes:
+            for first in range(0, len(case), chunk):
+                mine = slice(first, first + chunk)
+                i, target, *replacements = (torch.as_tensor(x[mine], device=at.device) for x in (case, slot, other, borrowed))
+                copies, best = {k: v[i] for k, v in found.items()}, None if more is None else tuple(x[i] for x in more)
+                removal = Removal(memory, copies, target, best, *replacements)
+                now, p, still = margin(go_on(model, block, stream[i], MODES[mode](removal), at[i]), cases.answers[i])  # (M, n)
+                n = now.shape[1]
+                known = {"case": case, "slot": slot, "control": reads == 0, "reads": reads, "weight": weight}
+                parts.append({name: np.repeat(x[mine], n) for name, x in known.items()})
+                parts[-1] |= {"block": np.full(len(i) * n, block), "mode": np.full(len(i) * n, mode, "U8")}
+                measured = {"answer": cases.answers[i], "fall": lead[i] - now, "p_clean": p_clean[i], "p": p}
+                measured["flip"] = right[i] & ~still
+                parts[-1] |= {"place": np.tile(np.arange(n), len(i))} | {
+                    k: v.flatten().cpu().numpy() for k, v in measured.items()
+                }
+    return joined_parts(parts)
+
+
+def with_unread(case, slot, reads, weight, size, random):
+    """Add to (row, slot) pairs one slot for each row that it does not read, with 0 reads, if there is one."""
+    unread = [(b, np.setdiff1d(np.arange(size), slot[case == b])) for b in np.unique(case)]
+    more = np.array([(b, random.choice(free)) for b, free in unread if len(free)], np.int64).reshape(-1, 2)
+    nothing = np.zeros(len(more), int)
+    return np.append(case, more[:, 0]), np.append(slot, more[:, 1]), np.append(reads, nothing), np.append(weight, nothing)
+
+
+def read_in_rows(found, size):
+    """{"slots", "weights" (B, T, H, k)} -> case, slot, times read, sum of weights, (P,) each: the slots of each row."""
+    slots, weights = (found[name].flatten(1).cpu().numpy() for name in ("slots", "weights"))
+    at, which, reads = np.unique(slots + size * np.arange(len(slots))[:, None], return_inverse=True, return_counts=True)
+    return at // size, at % size, reads, np.bincount(which.ravel(), weights.ravel())
+
+
+def effects_by_mode(columns):
+    """{(mode, block or "control"): {"fall", "flip"}}, over rows."""
+    cells = {}
+    for mode in dict.fromkeys(columns["mode"].tolist()):
+        groups = [(str(b), (columns["block"] == b) & ~columns["control"]) for b in np.unique(columns["block"])]
+        for name, mine in [*groups, ("control", columns["control"])]:
+            mine = mine & (columns["mode"] == mode)
+            if mine.any():
+                fall, flip = (row_mean(columns[k][mine].astype(float), columns["row"][mine]) for k in ("fall", "flip"))
+                strongest = np.sort(columns["fall"][mine])[-max(1, mine.sum() // 100) :].mean()
+                cells[mode, name] = {"fall": fall, "flip": flip, "strongest": float(strongest), "n": int(mine.sum())}
+    return cells
+
+
+# ---- layers and heads --------------------------------------------------------------------------------------------------
+
+
+def whole_block_changes(model, seed=0):
+    """{(block, what): (hooks, intervene)}: what a block adds is taken out; of a memory layer also, its values are exchanged
+    among the slots (what is read where stays), or its slots are drawn at random (the values stay)."""
+    changes, g = {}, torch.Generator().manual_seed(seed)
+    for name, blocks in sites(model).items():
+        for i, module in blocks.items() if name != "stream" else ():
+            changes[i, "memory, full" if name == "memory" else name] = ([changed_output(name, module, torch.zeros_like)], None)
+    for i, memory in model.memories().items() if hasattr(model, "memories") else ():
+        changes[i, "memory, values"] = ([], {i: other_values(torch.randperm(len(memory.values), generator=g))})
+        changes[i, "memory, keys"] = ([], {i: random_slots(len(memory.values), g)})
+    return dict(sorted(changes.items()))
+
+
+def other_values(order):
+    return lambda found: {"slots": order.to(found["slots"].device)[found["slots"]], "weights": found["weights"]}
+
+
+def random_slots(size, g):
+    def change(found):
+        slots = torch.randint(size, found["slots"].shape, generator=g).to(found["slots"].device)
+        return {"slots": slots, "weights": found["weights"]}
+
+    return change
+
+
+def layer(look):
+    """Take out what each block adds: attention or another mixer, MLP, memory; of memory also values or keys alone."""
+    cases = known_cases(look)
+    lead, _, _ = margin(clean_run(look.model, cases).logits, cases.answers)
+    parts = []
+    for (block, what), (hooks, intervene) in whole_block_changes(look.model, look.config.seed).items():
+        now, p, right = margin(run_changed(look.model, cases, hooks, intervene), cases.answers)
+        parts.append(measured(cases, {"block": block, "what": what}, lead - now, p, right))
+    columns = joined_parts(parts)
+    by_slice = {"block, what": {}, "block, what, place": {}}
+    for block, what in dict.fromkeys(zip(columns["block"].tolist(), columns["what"].tolist())):
+        mine = (columns["block"] == block) & (columns["what"] == what)
+        by_slice["block, what"][f"{block}, {what}"] = effect(columns, mine)
+        for place in np.unique(columns["place"]):
+            here = mine & (columns["place"] == place)
+            by_slice["block, what, place"][f"{block}, {what}, {place}"] = effect(columns, here)
+    print_effects("block, without its", by_slice["block, what"])
+    save(look, "layer", {"rows": len(cases)}, by_slice, (), columns, lambda path: plot_effects(path, by_slice, look.name))
+
+
+def measured(cases, about, fall, p, right):
+    """Effects (B, n) -> columns (B * n,)"""
+    B, n = fall.shape
+    each = {name: np.full(B * n, v) for name, v in about.items()}
+    tags = {name: np.repeat(v, n) for name, v in cases.tags.items()}
+    place, answer = np.tile(np.arange(n), B), cases.answers.flatten().cpu().numpy()
+    numbers = {"fall": fall, "p": p, "right": right}
+    return {**each, "row": np.repeat(cases.rows, n), **tags, "place": place, "answer": answer} | {
+        name: x.flatten().float().cpu().numpy() for name, x in numbers.items()
+    }
+
+
+def effect(columns, mine):
+    """Of some measurements: accuracy that is left, with the interval of labels, and the mean fall of the lead over rows."""
+    right = columns["right"][mine] > 0
+    return {"accuracy": share(int(right.sum()), len(right)), "fall": row_mean(columns["fall"][mine], columns["row"][mine])}
+
+
+def print_effects(head, cells):
+    lines = [(name, *shown(c["accuracy"]), *shown(c["fall"])[1:]) for name, c in cells.items()]
+    table((head, "labels", "accuracy left", "95% interval", "mean fall of the lead", "95% interval"), lines)
+
+
+def plot_effects(path, by_slice, title):
+    """Accuracy that is left without each part; the fall of the lead by place in the answer."""
+    whole, by_place = by_slice.values()
+    plt, fig, (left, right) = figure(1, 2, width=5.5)
+    fig.set_size_inches(11, max(3.2, 0.6 + 0.24 * len(whole)))
+    cells, at = [c["accuracy"] for c in whole.values()], np.arange(len(whole))[::-1]
+    y, (low, high) = np.array([c["value"] for c in cells]), np.array([c["ci95"] for c in cells]).T
+    left.errorbar(y, at, xerr=np.maximum(0, [y - low, high - y]), fmt="o", ms=4, capsize=3)
+    left.set_yticks(at, list(whole), fontsize=7)
+    left.set(xlabel=f"accuracy left (95%, n = {cells[0]['n']} labels)", xlim=(-0.02, 1.02), ylabel=next(iter(by_slice)))
+    left.grid(alpha=0.3)
+    places = sorted({int(k.rsplit(", ", 1)[1]) for k in by_place})
+    grid = np.array([[by_place[f"{name}, {p}"]["fall"]["value"] for p in places] for name in whole])
+    drawn = right.imshow(grid, aspect="auto", cmap="magma_r", vmin=0)
+    right.set_xticks(range(len(places)), places, fontsize=7)
+    right.set_yticks(range(len(whole)), list(whole), fontsize=7)
+    right.set_xlabel("place in the answer")
+    fig.colorbar(drawn, ax=right, label="mean fall of the lead (logits)")
+    finish(fig, plt, path, title)
+
+
+def heads(look):
+    """Take out each head: how far does the lead fall, at which place of the answer, for which digit?"""
+    cases = known_cases(look)
+    lead, _, _ = margin(clean_run(look.model, cases).logits, cases.answers)
+    parts = []
+    for block, mixer in sites(look.model).get("mixer", {}).items():
+        for head in range(mixer.heads):
+            hooks = [without_head(mixer.out_proj, mixer.heads, head)]
+            now, p, right = margin(run_changed(look.model, cases, hooks), cases.answers)
+            parts.append(measured(cases, {"block": block, "head": head}, lead - now, p, right))
+    columns = joined_parts(parts)
+    columns["name"] = np.array([f"L{b}H{h}" for b, h in zip(columns["block"], columns["head"])])
+    by_slice, digits = {"head": {}, "head, place": {}}, {}
+    for name in dict.fromkeys(columns["name"].tolist()):
+        mine = columns["name"] == name
+        by_slice["head"][name] = effect(columns, mine)
+        for place in np.unique(columns["place"]):
+            by_slice["head, place"][f"{name}, {place}"] = effect(columns, mine & (columns["place"] == place))
+        for answer in np.unique(columns["answer"]) if len(np.unique(columns["answer"])) <= 24 else ():
+            here = mine & (columns["answer"] == answer)
+            digits.setdefault(look.token(answer), {})[name] = effect(columns, here)
+    print_effects("without head", by_slice["head"])
+    hurt = {digit: max(cells, key=lambda name: cells[name]["fall"]["value"]) for digit, cells in digits.items()}
+    if hurt:
+        print("the head that each answer needs most:", ", ".join(f"{d!r}: {name}" for d, name in hurt.items()))
+    by_slice["answer, head"] = {f"{d!r}, {name}": c for d, cells in digits.items() for name, c in cells.items()}
+    two = {k: by_slice[k] for k in ("head", "head, place")}
+    metrics = {"rows": len(cases), "head of each answer": hurt}
+    save(look, "heads", metrics, by_slice, (), columns, lambda path: plot_effects(path, two, look.name))
+
+
+# ---- all ---------------------------------------------------------------------------------------------------------------
+
+
+def everything(look):
+    """Each command that fits, and ablate_report.md."""
+    report(look, "ablate.py", COMMANDS, [name for name in COMMANDS if name != "all"], "ablate_report.md")
+
+
+def no_digits(look):
+    """Why answers are not digits behind a key, read from memory, or ""."""
+    if no_memory(look):
+        return no_memory(look)
+    return "" if getattr(look.data, "kind", "") in ("qa", "digits") else "it takes answers of digits, as in task=qa and digits"
+
+
+def no_pairs(look):
+    """Why rows cannot be set beside others of the same form with another answer, or ""."""
+    kind = getattr(look.data, "kind", "mqar" if look.plan.train.data == "data_mqar" else "")
+    return "" if kind in ("qa", "digits", "mqar") else "it needs rows of one form, as in task=qa, digits or MQAR"
+
+
+PAIRS = "rows pairs type chunk seed"
+COMMANDS = {
+    "keys": looks(
+        keys, "rows modes chunk seed", "Every slot that a row reads, removed: which matter, and how much.", no_memory
+    ),
+    "impact": looks(impact.impact, "", "Which slots matter, by how much more than a random one, for which facts.", no_memory),
+    "keystats": looks(impact.keystats, "seed", "How often slots are read, how their effects vary, which are alike.", no_memory),
+    "occurrences": looks(
+        impact.occurrences, "", "How reads spread over the slots: unused ones, Gini's coefficient.", no_memory
+    ),
+    "position": looks(impact.position, "", "At which places of the answer removal costs most.", no_memory),
+    "repeats": looks(impact.repeats, "seed", "Are keys with repeated digits easier to remove?", no_digits),
+    "layer": looks(layer, "rows seed", "Whole parts of blocks, taken out.", fits),
+    "heads": looks(heads, "rows seed", "Heads, taken out one by one: which are needed, where, for which digit.", fits),
+    **{
+        name: looks(lambda look, name=name: exchange.exchange(look, name), PAIRS, shows, no_digits)
+        for name, shows in (
+            ("force", "One head reads another row's strongest slot alone."),
+            ("inject", "Everything that another row reads at its label, in one block."),
+            ("replace", "The strongest slot's value, overwritten with that of another row's strongest slot."),
+            ("swap", "Another row's slots under the row's own weights, by how often both were shown."),
+        )
+    },
+    "swap-matrix": looks(
+        exchange.swap_matrix, PAIRS, "All that another row reads: which digits stand in for which.", no_digits
+    ),
+    "swap-pred": looks(impact.swap_predictions, "", "What each digit turns into after the exchange.", no_digits),
+    "corr": looks(impact.correlate, "seed", "Do rows that suffer from removal take another row's answer?", no_digits),
+    "patch": looks(exchange.patch, "rows seed", "Causal tracing: where the answer is decided.", no_pairs),
+    "all": looks(everything, "rows modes pairs type chunk seed", "Everything that fits the run.", fits),
+}
+
+
+def main(argv=None):
+    run_command(__doc__, COMMANDS, AblateConfig, argv, prefix="ablate")
+
+
+if __name__ == "__main__":
+    configs.exit_with_sentence(main)

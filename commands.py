@@ -1,0 +1,98 @@
+"""The commands of a script that looks at trained runs: which there are, what each may be told, and one report of all.
+
+python eval.py logits runs/RUN --rows 100
+python ablate.py all runs/RUN
+"""
+
+import contextlib
+import io
+import os
+import sys
+import time
+from collections import namedtuple
+
+import configs
+from checkpoint import write_file
+from configs import ConfigError, require
+from look import open_look
+from parallel import joined
+
+MODEL = "split checkpoint eval_batch_size device dtype"  # settings of whatever runs a model
+
+# work(look), or work(words, config) if it looks at no model; uses: its settings; problem(look): why it does not fit, or "";
+# shows: what a reader learns from it
+Command = namedtuple("Command", "work looks uses problem shows")
+
+
+def fits(look):
+    return ""
+
+
+def looks(work, uses, shows, problem=fits):
+    """A command that looks at one run."""
+    return Command(work, True, f"{MODEL} {uses}", problem, shows)
+
+
+def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
+    """Read a command line, refuse what the command does not use, and run it. kind: the dataclass of settings; prefix: of the
+    names of result files."""
+    words, settings = configs.parse(sys.argv[1:] if argv is None else argv)
+    asked = any(s.key == "help" for s in settings)
+    if asked or not words:
+        print(configs.help_text(doc, kind))
+        require(asked, "name a run directory or a command" if default else "name a command and a run directory", None)
+        return
+    configs.check_names(settings, kind)
+    config = configs.build(kind, settings)
+    require(words[0] in commands or default, f"{words[0]!r} is no command; choose from {', '.join(commands)}", None)
+    name = words.pop(0) if words[0] in commands else default
+    command = commands[name]
+    users = {s: ", ".join(n for n, c in commands.items() if s in c.uses.split()) for s in kind.__dataclass_fields__}
+    idle = {s: f"{name} does not use it, only {by}" for s, by in users.items() if s not in command.uses.split()}
+    configs.refuse_unused(config, idle, {s.key: s for s in settings})
+    if not command.looks:
+        command.work(words, config)
+        return
+    require(len(words) == 1, f"name one run directory, as in: {name} runs/RUN", None)
+    with joined(config.device) as world:
+        look = world.together(lambda: open_look(words[0], config, world))
+        look.prefix = prefix
+        problem = command.problem(look)
+        require(not problem, f"{look.folder}: {problem}", None)
+        command.work(look)
+
+
+def report(look, script, commands, names, file):
+    """Run commands one after another and write a report into the run: what was printed, the figures, how long it took."""
+    size, start = sum(q.numel() for q in look.model.parameters()), time.perf_counter()
+    about = ", ".join(f"{k} {v}" for k, v in look.about().items())
+    text = f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n"
+    path = os.path.join(look.folder, file)
+    for name in names:
+        text += f"\n## {name}\n\n" + chapter(look, script, name, commands[name])
+        if look.world.first:
+            write_file(path, lambda f: f.write(text.encode()))
+    look.world.say(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
+
+
+def chapter(look, script, name, command):
+    """Run one command -> its part of the report."""
+    start, figures, printed = time.perf_counter(), len(look.figures), io.StringIO()
+    problem = command.problem(look)
+    look.world.say(f"\n{name}: " + (f"left out, {problem}" if problem else command.shows))
+    if problem:
+        return f"Left out: {problem}.\n"
+    try:
+        with contextlib.redirect_stdout(printed):
+            if command.looks:
+                command.work(look)
+            elif look.world.first:
+                look.figures.append(command.work([look.folder], look.config))
+    except ConfigError as e:
+        look.world.say(f"left out: {e}")
+        return f"Left out: {e}.\n"
+    print(printed.getvalue(), end="", flush=True)
+    body = "\n".join(line for line in printed.getvalue().split("\n") if not line.startswith("wrote ")).strip()
+    pictures = "".join(f"![{name}]({os.path.basename(path)})\n" for path in look.figures[figures:])
+    took = f"`python {script} {name} {look.folder}`, {time.perf_counter() - start:.1f} s"
+    return f"{command.shows}\n{took}\n\n```\n{body}\n```\n\n{pictures}"

@@ -1,0 +1,551 @@
+"""Read what `ablate.py keys` measured: which slots matter, where, for which rows. Nothing here runs the model on text.
+
+    python ablate.py keys runs/RUN
+    python ablate.py impact | keystats | occurrences | position | repeats | corr | swap-pred runs/RUN
+
+Letters: N measurements, S slots, C clusters, V width of a value.
+"""
+
+import os
+
+import numpy as np
+
+from checkpoint import read_json
+from configs import ConfigError, require
+from look import save
+from measure import draw, figure, finish, mean, share, shown, table
+from stats import correlation, holm
+
+
+def read_columns(look, what):
+    """The parquet file that `ablate.py <what>` wrote into the run -> {column: (N,)}"""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ending = "" if look.config.split == "test" else f"_{look.config.split}"
+    path = os.path.join(look.folder, f"ablate_{what}{ending}.parquet")
+    require(
+        os.path.exists(path), f"{path} does not exist; python ablate.py {what.replace('_', '-')} {look.folder} writes it", None
+    )
+    try:
+        columns = {name: np.array(v) for name, v in pq.read_table(path).to_pydict().items()}
+        step = read_json(path[: -len("parquet")] + "json")["config"]["step"]
+    except (pa.ArrowException, OSError, ValueError, KeyError) as e:
+        raise ConfigError(f"{path} cannot be read ({' '.join(str(e).split())[:80]}); measure again") from None
+    message = f"{path} is of step {step}, the checkpoint of step {look.step}; measure again"
+    require(step == look.step, message, "checkpoint")
+    return columns
+
+
+def chosen(columns):
+    """Measurements of read slots in the first mode measured (zero, unless --modes says otherwise), and its name."""
+    mode = str(columns["mode"][0])
+    mine = (columns["mode"] == mode) & ~columns["control"]
+    return {name: v[mine] for name, v in columns.items()}, mode
+
+
+def slot_table(columns):
+    """One row for each block and slot: rows that read it, times, mean, median, largest and spread of the fall, flips."""
+    key = columns["block"].astype(np.int64) * 10**9 + columns["slot"]
+    slots, which = np.unique(key, return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    parts = np.split(order, np.cumsum(np.bincount(which))[:-1])
+    fall = [columns["fall"][p] for p in parts]
+    return {
+        "block": slots // 10**9,
+        "slot": slots % 10**9,
+        "rows": np.array([len(np.unique(columns["row"][p])) for p in parts]),
+        "mean": np.array([f.mean() for f in fall]),
+        "median": np.array([np.median(f) for f in fall]),
+        "max": np.array([f.max() for f in fall]),
+        "std": np.array([f.std() for f in fall]),
+        "flips": np.array([columns["flip"][p].mean() for p in parts]),
+    }
+
+
+# ---- impact ------------------------------------------------------------------------------------------------------------
+
+
+def impact(look, alpha=0.1):
+    """Per block: mean, median, largest and spread of the fall of the lead, how much more the best slots cost than a random one,
+    and how many cost next to nothing (less than alpha / 10 logits)."""
+    everything = read_columns(look, "keys")
+    columns, mode = chosen(everything)
+    slots, by_slice = slot_table(columns), {"block": {}}
+    for block in np.unique(slots["block"]):
+        mine = columns["block"] == block
+        pairs = np.abs(columns["fall"][mine])
+        per_slot = slots["mean"][slots["block"] == block]
+        best = np.sort(per_slot)[::-1][: max(1, len(per_slot) // 20)]
+        by_slice["block"][str(block)] = {
+            "fall": mean(per_slot),
+            "median": float(np.median(columns["fall"][mine])),
+            "largest": float(columns["fall"][mine].max()),
+            "std": float(columns["fall"][mine].std()),
+            "next to nothing": share(int((pairs < alpha / 10).sum()), len(pairs)),
+            "flips": share(int(columns["flip"][mine].sum()), int(mine.sum())),
+            "best 5% of slots": mean(best),
+            "ratio to a random slot": float(best.mean() / max(1e-9, per_slot.mean())),
+        }
+    control = everything["fall"][everything["control"]]
+    cells = by_slice["block"]
+    head = ("block", "slots", "mean fall", "95% interval", "median", "largest", "next to nothing", "best 5% / mean", "flips")
+    lines = [
+        (
+            b,
+            *shown(c["fall"]),
+            f"{c['median']:.4f}",
+            f"{c['largest']:.2f}",
+            f"{c['next to nothing']['value']:.1%}",
+            f"{c['ratio to a random slot']:.1f}",
+            f"{c['flips']['value']:.3%}",
+        )
+        for b, c in cells.items()
+    ]
+    table(head, lines)
+    print(
+        f"mode {mode}; slots that a row does not read: largest change {np.abs(control).max() if len(control) else 0:.1e} logits"
+    )
+    rare = frequent_or_rare(columns)
+    if rare:
+        print("rare facts (fewer exposures than the median) against frequent ones:")
+        table(
+            ("measure", "rare", "95% interval", "frequent", "95% interval"),
+            [(k, *shown(a)[1:], *shown(b)[1:]) for k, (a, b) in rare.items()],
+        )
+        by_slice["rare, frequent"] = {k: {"rare": a, "frequent": b} for k, (a, b) in rare.items()}
+    metrics = {"mode": mode, "largest change by an unread slot": float(np.abs(control).max()) if len(control) else None}
+    save(look, "impact", metrics, by_slice, (), slots, lambda path: plot_impact(path, columns, slots, look, mode))
+
+
+def frequent_or_rare(columns):
+    """How rows of rare and of frequent facts depend on slots: {measure: (rare, frequent)}, means over rows."""
+    if "exposures" not in columns or len(np.unique(columns["exposures"])) < 2:
+        return {}
+    rows, first, which = np.unique(columns["row"], return_index=True, return_inverse=True)
+    exposures, out = columns["exposures"][first], {}
+    high = exposures > np.median(exposures)
+    if high.all() or not high.any():
+        return {}
+    total = np.bincount(which, np.maximum(0, columns["fall"]))
+    squares = np.bincount(which, np.maximum(0, columns["fall"]) ** 2)
+    measures = {
+        "mean fall of the lead": np.bincount(which, columns["fall"]) / np.bincount(which),
+        "largest fall": np.array([columns["fall"][which == i].max() for i in range(len(rows))]),
+        "slots that carry the fall (effective number)": total**2 / np.maximum(1e-12, squares),
+        "share of removals that flip an answer": np.bincount(which, columns["flip"]) / np.bincount(which),
+    }
+    for name, x in measures.items():
+        out[name] = (mean(x[~high]), mean(x[high]))
+    return out
+
+
+def plot_keys(path, columns, title):
+    """Every mode: how the fall is spread over (row, slot) pairs, by block, and control."""
+    modes, blocks = dict.fromkeys(columns["mode"].tolist()), np.unique(columns["block"])
+    plt, fig, axes = figure(1, len(blocks) + 1)
+    for axis, block in zip(axes, blocks):
+        for mode in modes:
+            mine = (columns["mode"] == mode) & (columns["block"] == block) & ~columns["control"]
+            fall = np.sort(columns["fall"][mine])[::-1]
+            axis.plot(np.linspace(0, 1, len(fall)), fall, lw=1, label=f"{mode}, n = {len(fall)}")
+        axis.set(
+            xlabel="(row, slot, label), largest first",
+            ylabel="fall of the right answer's lead (logits)",
+            xscale="symlog",
+            title=f"block {block}",
+        )
+        axis.set_xscale("symlog", linthresh=1e-3)
+        axis.set_xlim(0, 1)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    flips = [
+        share(int(columns["flip"][m].sum()), int(m.sum()))
+        for m in ((columns["mode"] == mode) & ~columns["control"] for mode in modes)
+    ]
+    draw(axes[-1], range(len(modes)), flips, ls="none")
+    axes[-1].set_xticks(range(len(modes)), [f"{m}\nn={c['n']}" for m, c in zip(modes, flips)], fontsize=7)
+    axes[-1].set(ylabel="share of removals that flip an answer (95%)", ylim=(0, None))
+    finish(fig, plt, path, title)
+
+
+def plot_impact(path, columns, slots, look, mode, most=60):
+    """The importance matrix: rows (examples) by the slots that matter most; and every slot's mean fall, sorted."""
+    blocks = np.unique(slots["block"])
+    plt, fig, axes = figure(1, 1 + len(blocks), width=5.2)
+    for block in blocks:
+        mine = slots["block"] == block
+        axes[0].plot(np.sort(slots["mean"][mine])[::-1], lw=1, label=f"block {block}: {mine.sum()} slots")
+        axes[0].axhline(slots["mean"][mine].mean(), ls="--", lw=1, color="gray")
+    axes[0].set(xlabel="slots, most important first", ylabel=f"fall of the lead (logits), {mode}")
+    axes[0].legend(fontsize=7, title="dashed: a random slot of a block", title_fontsize=7)
+    axes[0].grid(alpha=0.3)
+    rows = np.unique(columns["row"])[:most]
+    for axis, block in zip(axes[1:], blocks):
+        best = slots["slot"][slots["block"] == block][
+            np.argsort(-slots["mean"][slots["block"] == block] * slots["rows"][slots["block"] == block])
+        ][:most]
+        grid = np.full((len(rows), len(best)), np.nan)
+        mine = (columns["block"] == block) & np.isin(columns["row"], rows) & np.isin(columns["slot"], best)
+        place_of = {s: i for i, s in enumerate(best.tolist())}
+        sums, counts = np.zeros_like(grid), np.zeros_like(grid)
+        at = np.searchsorted(rows, columns["row"][mine]), np.array([place_of[s] for s in columns["slot"][mine].tolist()], int)
+        np.add.at(sums, at, columns["fall"][mine])
+        np.add.at(counts, at, 1)
+        grid[counts > 0] = (sums / np.maximum(1, counts))[counts > 0]
+        drawn = axis.imshow(grid, aspect="auto", cmap="magma_r", vmin=0, vmax=np.nanquantile(grid, 0.99))
+        axis.set(xlabel=f"the {len(best)} slots with the largest effect", ylabel="row", title=f"block {block}; white: not read")
+        axis.title.set_fontsize(8)
+        fig.colorbar(drawn, ax=axis, label="mean fall of the lead (logits)")
+    finish(fig, plt, path, f"{look.name}: {len(np.unique(columns['row']))} rows")
+
+
+# ---- slots -------------------------------------------------------------------------------------------------------------
+
+
+def keystats(look, clusters=8):
+    """Of each slot: how many rows read it, how its effect varies; and groups of slots with alike values (k-means on the
+    directions of the value rows), with the silhouette that says whether there are groups at all."""
+    columns, mode = chosen(read_columns(look, "keys"))
+    slots = slot_table(columns)
+    found, by_slice = {**slots, "cluster": np.zeros(len(slots["slot"]), int)}, {"block": {}}
+    for block in np.unique(slots["block"]):
+        mine = np.flatnonzero(slots["block"] == block)
+        values = look.model.memories()[int(block)].values.detach().float().cpu().numpy()[slots["slot"][mine]]
+        group, quality = spherical_k_means(values, min(clusters, len(values) // 2 or 1), look.config.seed)
+        by_chance = np.mean(
+            [spherical_k_means(shuffled(values, s), min(clusters, len(values) // 2 or 1), s)[1] for s in range(5)]
+        )
+        found["cluster"][mine] = group
+        often = correlation(slots["rows"][mine], slots["mean"][mine], seed=look.config.seed)
+        by_slice["block"][str(block)] = {
+            "rows that read a slot": mean(slots["rows"][mine]),
+            "variance of effect": mean(slots["std"][mine] ** 2),
+            "silhouette": quality,
+            "silhouette of shuffled values": float(by_chance),
+            "reads against effect (Spearman)": often,
+        }
+    head = (
+        "block",
+        "slots",
+        "rows a slot",
+        "variance of effect",
+        "silhouette",
+        "of shuffled values",
+        "reads ~ effect",
+        "95% interval",
+        "p",
+    )
+    lines = []
+    for b, c in by_slice["block"].items():
+        r, often = c["rows that read a slot"], c["reads against effect (Spearman)"]
+        numbers = (f"{r['value']:.1f}", f"{c['variance of effect']['value']:.4f}", f"{c['silhouette']:.3f}")
+        lines.append((b, r["n"], *numbers, f"{c['silhouette of shuffled values']:.3f}", *shown(often)[1:], f"{often['p']:.4f}"))
+    table(head, lines)
+    save(look, "keystats", {"mode": mode}, by_slice, (), found, lambda path: plot_keystats(path, slots, look.name))
+
+
+def shuffled(values, seed):
+    """Each column in another order: what is left is chance."""
+    random = np.random.default_rng(seed)
+    return np.stack([random.permutation(column) for column in values.T], axis=1)
+
+
+def spherical_k_means(values, clusters, seed=0, rounds=50):
+    """Rows (S, V) by direction into groups -> group (S,), mean silhouette in cosine distance (1: far apart, 0: no groups)."""
+    x = values / np.maximum(1e-12, np.linalg.norm(values, axis=1, keepdims=True))
+    random = np.random.default_rng(seed)
+    centres = x[random.choice(len(x), clusters, replace=False)]
+    for _ in range(rounds):
+        group = (x @ centres.T).argmax(1)
+        sums = np.stack([x[group == c].sum(0) if (group == c).any() else centres[c] for c in range(clusters)])
+        centres = sums / np.maximum(1e-12, np.linalg.norm(sums, axis=1, keepdims=True))
+    group = (x @ centres.T).argmax(1)
+    if len(np.unique(group)) < 2:
+        return group, 0.0
+    distance, sizes = 1 - x @ x.T, np.bincount(group, minlength=clusters)
+    sums = np.stack([distance[:, group == c].sum(1) for c in range(clusters)], 1)  # (S, C)
+    own = sums[np.arange(len(x)), group] / np.maximum(1, sizes[group] - 1)
+    others = np.where(sizes > 0, sums / np.maximum(1, sizes), np.inf)
+    others[np.arange(len(x)), group] = np.inf
+    nearest = others.min(1)
+    quality = np.where(sizes[group] > 1, (nearest - own) / np.maximum(1e-12, np.maximum(nearest, own)), 0)
+    return group, float(quality.mean())
+
+
+def plot_keystats(path, slots, title):
+    plt, fig, axes = figure(1, 2)
+    for block in np.unique(slots["block"]):
+        mine = slots["block"] == block
+        axes[0].plot(slots["rows"][mine], slots["mean"][mine], ".", ms=3, alpha=0.6, label=f"block {block}: {mine.sum()} slots")
+        axes[1].plot(slots["mean"][mine], slots["std"][mine], ".", ms=3, alpha=0.6, label=f"block {block}")
+    axes[0].set(xlabel="rows that read the slot", ylabel="mean fall of the lead (logits)", xscale="log")
+    axes[1].set(xlabel="mean fall of the lead (logits)", ylabel="standard deviation over rows and labels")
+    for axis in axes:
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    finish(fig, plt, path, title)
+
+
+def occurrences(look):
+    """How the reads of the rows taken apart spread over the table: slots by times read, unused ones, Gini's coefficient, KL."""
+    columns, _ = chosen(read_columns(look, "keys"))
+    first = columns["place"] == 0
+    by_slice, counts = {"block": {}}, {}
+    for block, memory in look.model.memories().items():
+        mine = first & (columns["block"] == block)
+        times = np.bincount(columns["slot"][mine], columns["reads"][mine], minlength=len(memory.values))
+        p = times / times.sum()
+        counts[block] = times
+        by_slice["block"][str(block)] = {
+            "unused": share(int((times == 0).sum()), len(times)),
+            "gini": gini(times),
+            "kl": float((p[p > 0] * np.log(p[p > 0] * len(p))).sum()),
+            "reads": int(times.sum()),
+        }
+    head = ("block", "slots", "unused", "95% interval", "Gini", "KL from even (nats)", "reads")
+    table(
+        head, [(b, *shown(c["unused"]), f"{c['gini']:.3f}", f"{c['kl']:.3f}", c["reads"]) for b, c in by_slice["block"].items()]
+    )
+    flat = {
+        "block": np.repeat(list(counts), [len(t) for t in counts.values()]),
+        "slot": np.concatenate([np.arange(len(t)) for t in counts.values()]),
+    }
+    save(
+        look,
+        "occurrences",
+        {},
+        by_slice,
+        (),
+        flat | {"times": np.concatenate(list(counts.values()))},
+        lambda path: plot_occurrences(path, counts, look.name),
+    )
+
+
+def gini(times):
+    """0: all slots are read alike; near 1: one has all reads.
+
+    >>> gini(np.array([1.0, 1.0])), gini(np.array([0.0, 0.0, 0.0, 4.0]))
+    (0.0, 0.75)
+    """
+    times = np.sort(times)
+    n = len(times)
+    return float((2 * np.arange(1, n + 1) - n - 1) @ times / (n * times.sum()))
+
+
+def plot_occurrences(path, counts, title):
+    plt, fig, (axis,) = figure(1, 1, width=5)
+    top = max(t.max() for t in counts.values())
+    edges = np.concatenate([[0, 1], np.unique(np.geomspace(1, top + 1, 24).round())[1:]])
+    for block, times in counts.items():
+        axis.hist(times, edges, alpha=0.5, label=f"block {block}: {(times == 0).sum()} of {len(times)} slots never read")
+    axis.set(xlabel="times read by the rows taken apart", ylabel="slots", xscale="symlog")
+    axis.legend(fontsize=7)
+    finish(fig, plt, path, title)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------------
+
+
+def position(look):
+    """The fall of the lead by place in the answer and block. p: is a place unlike the others of its block (permutations of the
+    places within rows, Holm over all)?"""
+    columns, mode = chosen(read_columns(look, "keys"))
+    by_slice, p_values = {"block, place": {}}, []
+    for block in np.unique(columns["block"]):
+        mine = columns["block"] == block
+        rows, which = np.unique(columns["row"][mine], return_inverse=True)
+        places = np.unique(columns["place"][mine])
+        sums = np.zeros((len(rows), len(places)))
+        np.add.at(sums, (which, columns["place"][mine]), columns["fall"][mine])
+        counts = np.zeros_like(sums)
+        np.add.at(counts, (which, columns["place"][mine]), 1)
+        by_row = sums / np.maximum(1, counts)  # (rows, places)
+        p_values += unlike_others(by_row).tolist()
+        for i, place in enumerate(places):
+            flips = columns["flip"][mine & (columns["place"] == place)]
+            by_slice["block, place"][f"{block}, {place}"] = {
+                "fall": mean(by_row[:, i]),
+                "flips": share(int(flips.sum()), len(flips)),
+            }
+    for cell, p in zip(by_slice["block, place"].values(), holm(p_values)):
+        cell["p_holm"] = p
+    lines = [
+        (k, *shown(c["fall"]), f"{c['flips']['value']:.3%}", f"{c['p_holm']:.4f}") for k, c in by_slice["block, place"].items()
+    ]
+    table(("block, place in the answer", "rows", "mean fall", "95% interval", "flips", "p (Holm)"), lines)
+    save(
+        look,
+        "position",
+        {"mode": mode},
+        by_slice,
+        (),
+        None,
+        lambda path: plot_position(path, by_slice["block, place"], look.name, mode),
+    )
+
+
+def unlike_others(by_row, draws=2000, seed=0):
+    """p for each column of (rows, places): is its mean as far from the rest when places change at random within rows?"""
+    random = np.random.default_rng(seed)
+    away = lambda x: np.abs(x.mean(0) - x.mean())
+    real, extreme = away(by_row), np.ones(by_row.shape[1])
+    for _ in range(draws):
+        extreme += away(random.permuted(by_row, axis=1)) >= real - 1e-12
+    return extreme / (draws + 1)
+
+
+def plot_position(path, cells, title, mode):
+    plt, fig, (axis,) = figure(1, 1, width=5)
+    for block in dict.fromkeys(k.split(", ")[0] for k in cells):
+        mine = {int(k.split(", ")[1]): c["fall"] for k, c in cells.items() if k.split(", ")[0] == block}
+        draw(axis, list(mine), list(mine.values()), label=f"block {block}, n = {next(iter(mine.values()))['n']} rows")
+    axis.set(xlabel="place in the answer", ylabel=f"fall of the lead, {mode} (95%)", ylim=(0, None))
+    axis.legend(fontsize=7)
+    finish(fig, plt, path, title)
+
+
+def by_rows(columns, rows):
+    """Mean fall of the lead of each row: (rows,)"""
+    at, which = np.unique(columns["row"], return_inverse=True)
+    means = dict(zip(at.tolist(), (np.bincount(which, columns["fall"]) / np.bincount(which)).tolist()))
+    return np.array([means[r] for r in rows.tolist()])
+
+
+def repeats(look):
+    """Does it matter whether a key has repeated digits (111111 has five)? Spearman's correlation with the fall of the lead."""
+    columns, mode = chosen(read_columns(look, "keys"))
+    rows = np.unique(columns["row"])
+    texts = look.data.source.read(look.config.split, rows)[0]
+    count = lambda word: len(word) - len(set(word))
+    fall, found = by_rows(columns, rows), {}
+    measures = {
+        "repeated digits of the key": [count(t.split(":")[0]) for t in texts],
+        "repeated digits of the value": [count(t.strip().split(":")[1]) for t in texts],
+        "digits that key and value share": [len(set(t.split(":")[0]) & set(t.strip().split(":")[1])) for t in texts],
+    }
+    for name, x in measures.items():
+        found[name] = correlation(x, fall, seed=look.config.seed)
+    for cell, p in zip(found.values(), holm([c["p"] for c in found.values()])):
+        cell["p_holm"] = p
+    lines = [(k, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in found.items()]
+    table(("Spearman's correlation with the fall", "rows", "value", "95% interval", "p (permutations)", "Holm"), lines)
+    columns = {"row": rows, "fall": fall, **{k: np.array(v) for k, v in measures.items()}}
+    save(
+        look,
+        "repeats",
+        {"mode": mode, "correlation": found},
+        {},
+        (),
+        columns,
+        lambda path: plot_repeats(path, measures, fall, found, look.name),
+    )
+
+
+def plot_repeats(path, measures, fall, found, title):
+    plt, fig, axes = figure(1, len(measures))
+    for axis, (name, x) in zip(axes, measures.items()):
+        x = np.array(x)
+        draw(
+            axis,
+            np.unique(x),
+            [
+                mean(fall[x == v]) if (x == v).sum() > 1 else {"value": fall[x == v][0], "ci95": [fall[x == v][0]] * 2}
+                for v in np.unique(x)
+            ],
+        )
+        axis.plot(x + np.random.default_rng(0).uniform(-0.15, 0.15, len(x)), fall, ".", ms=2, alpha=0.5, color="gray")
+        axis.set(xlabel=name, ylabel="mean fall of the lead (95%)")
+        axis.set_title(f"rho = {found[name]['value']:.2f}, p = {found[name]['p']:.3f}, n = {len(x)}", fontsize=8)
+    finish(fig, plt, path, title)
+
+
+def correlate(look):
+    """Row by row: does removal of slots cost more where another row's slots (swap) bring the other's answer?"""
+    removed, mode = chosen(read_columns(look, "keys"))
+    swapped = read_columns(look, "swap")
+    by_slice, kept = {"block, measure": {}}, []
+    for block in np.unique(removed["block"]):
+        a, b = ({k: v[c["block"] == block] for k, v in c.items()} for c in (removed, swapped))
+        rows = np.intersect1d(a["row"], b["row"])
+        require(
+            len(rows) >= 5, "fewer than 5 rows are in both files; measure keys and swap with the same --rows and --seed", None
+        )
+        x, y = (by_rows(c, rows) for c in (a, b))
+        taken = by_rows({"row": b["row"], "fall": b["other's"].astype(float)}, rows)
+        for name, other in (("fall by swap", y), ("other's answer by swap", taken)):
+            for kind in ("pearson", "spearman"):
+                by_slice["block, measure"][f"{block}, {name}, {kind}"] = correlation(x, other, kind, seed=look.config.seed)
+        kept.append({"block": np.full(len(rows), block), "row": rows, "removal": x, "swap": y, "other's": taken})
+    cells = by_slice["block, measure"]
+    for cell, p in zip(cells.values(), holm([c["p"] for c in cells.values()])):
+        cell["p_holm"] = p
+    lines = [(k, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in cells.items()]
+    table((f"fall by removal ({mode}) against", "rows", "correlation", "95% interval", "p (permutations)", "Holm"), lines)
+    columns = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]}
+    save(look, "corr", {"mode": mode}, by_slice, (), columns, lambda path: plot_corr(path, columns, look.name))
+
+
+def plot_corr(path, columns, title):
+    plt, fig, axes = figure(1, 2)
+    for block in np.unique(columns["block"]):
+        mine = columns["block"] == block
+        for axis, name in zip(axes, ("swap", "other's")):
+            axis.plot(
+                columns["removal"][mine],
+                columns[name][mine],
+                ".",
+                ms=4,
+                alpha=0.7,
+                label=f"block {block}, n = {mine.sum()} rows",
+            )
+    axes[0].set(xlabel="mean fall of the lead by removal", ylabel="mean fall of the lead by swap")
+    axes[1].set(xlabel="mean fall of the lead by removal", ylabel="share of the other's answers by swap")
+    for axis in axes:
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    finish(fig, plt, path, title)
+
+
+def swap_predictions(look):
+    """What each digit turns into when two rows exchange all they read, from the file of swap-matrix."""
+    columns = read_columns(look, "swap_matrix")
+    digits, by_slice = np.unique(columns["answer"]), {}
+    differ = columns["answer"] != columns["other answer"]
+    for how in ("teacher-forced", "token by token"):
+        now, cells = columns[how], {}
+        outcomes = {
+            "its own digit": now == columns["answer"],
+            "the other row's digit": now == columns["other answer"],
+            "a third digit": (now != columns["answer"]) & (now != columns["other answer"]),
+        }
+        cells = {name: share(int(hit[differ].sum()), int(differ.sum())) for name, hit in outcomes.items()}
+        by_slice[how] = cells
+        by_slice[f"{how}, digit"] = {
+            f"{look.token(x)} to {look.token(y)}": share(
+                int((now[differ & (columns["answer"] == x)] == y).sum()), int((differ & (columns["answer"] == x)).sum())
+            )
+            for x in digits
+            for y in np.unique(now)
+            if (differ & (columns["answer"] == x)).any()
+        }
+    table(
+        ("a digit turns into", "how", "digits", "share", "95% interval"),
+        [(k, how, *shown(c)) for how in ("teacher-forced", "token by token") for k, c in by_slice[how].items()],
+    )
+    save(look, "swap_pred", {}, by_slice, (), None, lambda path: plot_swap_predictions(path, columns, digits, look))
+
+
+def plot_swap_predictions(path, columns, digits, look):
+    plt, fig, axes = figure(1, 2, width=4.8)
+    differ = columns["answer"] != columns["other answer"]
+    for axis, how in zip(axes, ("teacher-forced", "token by token")):
+        now = np.unique(columns[how])
+        counts = np.array([[(differ & (columns["answer"] == x) & (columns[how] == y)).sum() for y in now] for x in digits])
+        drawn = axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="viridis", vmin=0)
+        axis.set_xticks(range(len(now)), [look.token(y) for y in now], fontsize=7)
+        axis.set_yticks(range(len(digits)), [look.token(x) for x in digits], fontsize=7)
+        axis.set(xlabel="answer after the exchange", ylabel="answer before", title=f"{how}, n = {differ.sum()}")
+        axis.title.set_fontsize(8)
+        fig.colorbar(drawn, ax=axis, label="share", shrink=0.8)
+    finish(fig, plt, path, look.name)
