@@ -95,14 +95,17 @@ def plot_compare(path, runs):
         sizes.errorbar(
             [r["state" if by_state else "params"] for r in same], y, yerr=errors, fmt="o", ms=4, capsize=3, color=color
         )
-    losses.set(xlabel="step", ylabel="val loss (nats per label)", yscale="log", xscale="log")
-    accuracies.set(xlabel="step", ylabel="val token accuracy", xscale="log")
+    losses.set(xlabel="step", ylabel="val loss (nats per label)", yscale="log")
+    accuracies.set(xlabel="step", ylabel="val token accuracy")
     slices.set(xlabel=tag or "(no slices that all runs have)", ylabel="test token accuracy")
     slices.set_xticks(range(len(names)), names, fontsize=7)
     size = "state at the longest test row (bytes, float32)" if by_state else "parameters without embedding and head"
-    sizes.set(xlabel=size, ylabel="test token accuracy, 95% interval", xscale="log")
+    sizes.set(xlabel=size, ylabel="test token accuracy, 95% interval")
     fig.legend(*slices.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=1 + (len(lines(runs)) > 4))
     fig.supxlabel("lines: mean over seeds; bands: lowest to highest", fontsize=7)
+    for axis in (losses, accuracies, sizes):
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
     for axis in (losses, accuracies, slices, sizes):
         axis.grid(alpha=0.3)
         axis.yaxis.label.set_fontsize(8)

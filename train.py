@@ -431,8 +431,8 @@ def train(run, resume=None, stopped_by=()):
                 log.write(kind="eval", step=step, split="val", seconds=time.perf_counter() - began, **result)
                 of = f" of {c.target_slice}" * bool(c.target_slice)
                 show(bar, f"step {step}: val accuracy{of} {accuracy:.4f}, rows {exact:.4f}, loss {result['loss']:.4f}")
-            if accuracy > state["best"]:
-                state["best"] = accuracy
+            if (accuracy, result["accuracy"]) > (state["best"], state.get("best_of_all", -1.0)):  # a slice may stay at 1
+                state |= {"best": accuracy, "best_of_all": result["accuracy"]}
                 save("best")
             save()
             if last or (c.stop_accuracy and accuracy >= c.stop_accuracy):

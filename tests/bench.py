@@ -321,8 +321,8 @@ def eval_rows(rounds):
 
 
 def ablate_rows(rounds):
-    """Every slot of ten rows of synthetic QA removed (configs/qa_2k_memory.py), many at once from the memory layer on, against a
-    whole forward pass for each; per (row, slot)."""
+    """Every slot of ten rows of synthetic QA removed (configs/qa_2k_memory.py), many at once from the memory layer on, against
+    a whole forward pass for each; per (row, slot)."""
     p, _ = train.read_command_line([os.path.join(ROOT, "configs", "qa_2k_memory.py")])
     data = p.data_module.Data(p.data)
     torch.manual_seed(0)
@@ -336,7 +336,7 @@ def ablate_rows(rounds):
     def one_by_one():
         for slot in slots[0].unique().tolist()[:20]:
             silence = lambda f, slot=slot: {"slots": f["slots"], "weights": f["weights"].masked_fill(f["slots"] == slot, 0)}
-            model(cases.tokens[:1], cases.answers.new_full((1, cases.tokens.shape[1]), -100), intervene={0: silence})
+            model(cases.tokens[:1], intervene={0: silence})
 
     times = take_turns({"ours": lambda: ablate.remove_slots(model, cases, ["zero"]), "naive": one_by_one}, max(1, rounds // 3))
     ours, naive = [t / counted for t in times["ours"]], [t / 20 for t in times["naive"]]

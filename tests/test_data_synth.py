@@ -16,6 +16,7 @@ import checkpoint
 import data_synth as D
 import delta
 import eval as ev
+import measure
 import facts as F
 import model as M
 import tokens as K
@@ -300,8 +301,12 @@ def test_runs_with_packing_equal_runs_without(tmp_path, model, capsys):
 
 
 def test_a_run_on_a_slice(tmp_path, capsys):
-    options = dict(task="qa", num_pairs=8, buckets="(1,8)", max_steps=150, lr=1e-2, init_std=1, use_ffn=1)
+    options = dict(task="qa", num_pairs=8, buckets="(1,8)", max_steps=150, lr=1e-2, init_std=1, use_ffn=1, eval_interval=50)
     assert train.main(flags(tmp_path, "a", **options, target_slice="exposures=8", target=0.9)) == 0
+    measured = [r for r in checkpoint.read_log(str(tmp_path / "a")) if r["kind"] == "eval"]
+    watched = [(measure.watched(r, "exposures=8"), r["accuracy"]) for r in measured]
+    assert sum(w[0] == 1 for w in watched) >= 2  # the slice is at 1 more than once: the best of these is the best of all rows
+    assert checkpoint.load_checkpoint(str(tmp_path / "a"), "best")["step"] == measured[watched.index(max(watched))]["step"]
     printed = capsys.readouterr().out
     assert re.search(r"^exposures +8 .* 1\.0000", printed, re.M) and "val accuracy of exposures=8" in printed
     test = checkpoint.read_json(str(tmp_path / "a" / "status.json"))["test"]["by_slice"]

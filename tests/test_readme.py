@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+import ablate
 import configs
 import data_mqar
 import data_synth
@@ -58,6 +59,9 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
         name = positional[0] if positional[0] in ev.COMMANDS else "slices"
         assert name == positional[0] or positional[0].startswith("runs/")
         assert {s.key for s in settings} <= {*ev.COMMANDS[name].uses.split()}
+    elif script == "ablate.py":
+        assert positional[0] in ablate.COMMANDS and all(w.startswith("runs/") for w in positional[1:])
+        assert {s.key for s in settings} <= {*ablate.COMMANDS[positional[0]].uses.split()}
     elif script == "memory.py":
         assert positional[0] in ("params", "inspect", "convert") and {s.key for s in settings} <= {"to"}
     elif script == "data_synth.py" and positional == ["check"]:
