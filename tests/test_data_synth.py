@@ -16,8 +16,8 @@ import checkpoint
 import data_synth as D
 import delta
 import eval as ev
-import measure
 import facts as F
+import measure
 import model as M
 import tokens as K
 import train
