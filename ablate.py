@@ -43,7 +43,7 @@ from interventions import (
     without_head,
 )
 from look import save
-from measure import figure, finish, share, shown, table
+from measure import figure, finish, share_over_rows, shown, table
 from slots import problem as no_memory
 
 
@@ -220,9 +220,9 @@ def measured(cases, about, fall, p, right):
 
 
 def effect(columns, mine):
-    """Of some measurements: accuracy that is left, with the interval of labels, and the mean fall of the lead over rows."""
-    right = columns["right"][mine] > 0
-    return {"accuracy": share(int(right.sum()), len(right)), "fall": row_mean(columns["fall"][mine], columns["row"][mine])}
+    """Of some measurements: accuracy that is left, and the mean fall of the lead; intervals over rows."""
+    right = share_over_rows(columns["right"][mine] > 0, columns["row"][mine])
+    return {"accuracy": right, "fall": row_mean(columns["fall"][mine], columns["row"][mine])}
 
 
 def print_effects(head, cells):

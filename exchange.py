@@ -24,7 +24,7 @@ from interventions import (
     sites,
 )
 from look import save
-from measure import draw, figure, finish, mean, share, shown, table
+from measure import draw, figure, finish, mean, share_over_rows, shown, table
 
 TYPES = {  # is this pair of exposures wanted? f(of the row is high, of the other is high)
     "any": lambda a, b: np.ones_like(a),
@@ -115,7 +115,7 @@ def became_by(columns, *names):
     found = {}
     for key in dict.fromkeys(keys.tolist()):
         mine = keys == key
-        found[key] = {outcome: share(int(columns[outcome][mine].sum()), int(mine.sum())) for outcome in OUTCOMES}
+        found[key] = {outcome: share_over_rows(columns[outcome][mine], columns["row"][mine]) for outcome in OUTCOMES}
     return dict(sorted(found.items()))
 
 
@@ -292,7 +292,7 @@ def matches(columns, how, which, by):
     hit, differ, found = columns[how] == columns[which], columns["answer"] != columns["other answer"], {}
     for value in np.unique(columns[by][differ]):
         mine = differ & (columns[by] == value)
-        found[str(value)] = share(int(hit[mine].sum()), int(mine.sum()))
+        found[str(value)] = share_over_rows(hit[mine], columns["row"][mine])
     return found
 
 
@@ -300,7 +300,7 @@ def digit_pairs(columns, how, look):
     hit, found = columns[how] == columns["other answer"], {}
     for x, y in sorted({*zip(columns["answer"].tolist(), columns["other answer"].tolist())}):
         mine = (columns["answer"] == x) & (columns["other answer"] == y)
-        cell = share(int(hit[mine].sum()), int(mine.sum()))
+        cell = share_over_rows(hit[mine], columns["row"][mine])
         found[f"{look.token(x)}, {look.token(y)}"] = {**cell, "probability": float(columns["p other"][mine].mean())}
     return found
 

@@ -13,7 +13,7 @@ import numpy as np
 from checkpoint import read_json
 from configs import ConfigError, require
 from look import save
-from measure import draw, figure, finish, mean, share, shown, table
+from measure import draw, figure, finish, mean, share, share_over_rows, shown, table
 from stats import correlation, holm
 
 
@@ -82,8 +82,8 @@ def impact(look, alpha=0.1):
             "median": float(np.median(columns["fall"][mine])),
             "largest": float(columns["fall"][mine].max()),
             "std": float(columns["fall"][mine].std()),
-            "next to nothing": share(int((pairs < alpha / 10).sum()), len(pairs)),
-            "flips": share(int(columns["flip"][mine].sum()), int(mine.sum())),
+            "next to nothing": share_over_rows(pairs < alpha / 10, columns["row"][mine]),
+            "flips": share_over_rows(columns["flip"][mine], columns["row"][mine]),
             "best 5% of slots": mean(best),
             "ratio to a random slot": float(best.mean() / max(1e-9, per_slot.mean())),
         }
@@ -160,7 +160,7 @@ def plot_keys(path, columns, title):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     flips = [
-        share(int(columns["flip"][m].sum()), int(m.sum()))
+        share_over_rows(columns["flip"][m], columns["row"][m])
         for m in ((columns["mode"] == mode) & ~columns["control"] for mode in modes)
     ]
     draw(axes[-1], range(len(modes)), flips, ls="none")
@@ -363,10 +363,10 @@ def position(look):
         by_row = sums / np.maximum(1, counts)  # (rows, places)
         p_values += unlike_others(by_row).tolist()
         for i, place in enumerate(places):
-            flips = columns["flip"][mine & (columns["place"] == place)]
+            here = mine & (columns["place"] == place)
             by_slice["block, place"][f"{block}, {place}"] = {
                 "fall": mean(by_row[:, i]),
-                "flips": share(int(flips.sum()), len(flips)),
+                "flips": share_over_rows(columns["flip"][here], columns["row"][here]),
             }
     for cell, p in zip(by_slice["block, place"].values(), holm(p_values)):
         cell["p_holm"] = p
@@ -513,22 +513,19 @@ def swap_predictions(look):
     digits, by_slice = np.unique(columns["answer"]), {}
     differ = columns["answer"] != columns["other answer"]
     for how in ("teacher-forced", "token by token"):
-        now, cells = columns[how], {}
+        now = columns[how]
         outcomes = {
             "its own digit": now == columns["answer"],
             "the other row's digit": now == columns["other answer"],
             "a third digit": (now != columns["answer"]) & (now != columns["other answer"]),
         }
-        cells = {name: share(int(hit[differ].sum()), int(differ.sum())) for name, hit in outcomes.items()}
-        by_slice[how] = cells
-        by_slice[f"{how}, digit"] = {
-            f"{look.token(x)} to {look.token(y)}": share(
-                int((now[differ & (columns["answer"] == x)] == y).sum()), int((differ & (columns["answer"] == x)).sum())
-            )
-            for x in digits
-            for y in np.unique(now)
-            if (differ & (columns["answer"] == x)).any()
-        }
+        by_slice[how] = {name: share_over_rows(hit[differ], columns["row"][differ]) for name, hit in outcomes.items()}
+        turned = by_slice[f"{how}, digit"] = {}
+        for x in digits:
+            mine = differ & (columns["answer"] == x)
+            for y in np.unique(now[mine]):
+                cell = share_over_rows(now[mine] == y, columns["row"][mine])
+                turned[f"{look.token(x)} to {look.token(y)}"] = cell
     table(
         ("a digit turns into", "how", "digits", "share", "95% interval"),
         [(k, how, *shown(c)) for how in ("teacher-forced", "token by token") for k, c in by_slice[how].items()],

@@ -129,6 +129,18 @@ def share(right, n):
     return {"value": right / n, "ci95": wilson(right, n), "n": n}
 
 
+def share_over_rows(hit, row):
+    """A share of hits (N,) bool whose measurements come in rows (N,), several of each: Wilson's interval for as many
+    independent ones as would vary as the rows do (design effect, at least 1); where all are alike, for the number of rows."""
+    hit, (rows, which) = np.asarray(hit, float), np.unique(row, return_inverse=True)
+    n, p, G = len(hit), float(hit.mean()), len(rows)
+    effective = G
+    if 0 < p < 1 and G > 1:
+        sums = np.bincount(which, hit - p)
+        effective = n / max(1.0, float((sums**2).sum()) * G / (G - 1) / (n * p * (1 - p)))
+    return {"value": p, "ci95": wilson(p * effective, effective), "n": n}
+
+
 def mean(x):
     """{"value", "ci95", "n"} of a mean of measurements (n,): 1.96 standard errors either way, which count as independent."""
     x = np.asarray(x, float)

@@ -69,6 +69,23 @@ def test_rows_are_what_is_resampled():
     assert stats.paired_bootstrap([0.0, 1.0], [3, 1])["value"] == 0.25
 
 
+def test_a_share_over_rows_knows_that_rows_hang_together():
+    """Ten alike labels in a row count as one; independent ones as ten; coverage by simulation, rows of unequal difficulty."""
+    random = np.random.default_rng(0)
+    rows = np.repeat(np.arange(100), 10)
+    alike = measure.share_over_rows(np.repeat(random.random(100) < 0.3, 10), rows)
+    assert alike["ci95"] == pytest.approx(measure.wilson(100 * alike["value"], 100), abs=0.01)
+    apart = measure.share_over_rows(random.random(1000) < 0.3, rows)
+    assert apart["ci95"] == pytest.approx(measure.wilson(1000 * apart["value"], 1000), abs=0.01)
+    assert measure.share_over_rows(np.ones(1000), rows)["ci95"] == pytest.approx(measure.wilson(100, 100))
+    found = []
+    for _ in range(1000):
+        hard = random.beta(1, 2, 60).repeat(6)
+        cell = measure.share_over_rows(random.random(360) < hard, np.arange(360) // 6)
+        found.append(covers(cell, 1 / 3))
+    assert 0.92 < np.mean(found) < 0.975
+
+
 def test_permutation_p_values_are_even_where_nothing_goes_together():
     random = np.random.default_rng(0)
     p = [stats.correlation(random.normal(size=12), random.normal(size=12), draws=99)["p"] for _ in range(1000)]
