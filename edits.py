@@ -53,7 +53,7 @@ def problem(look):
     if not hasattr(look.model, "memories"):
         return f"it rewrites memory layers, and {look.plan.train.model} has none"
     if getattr(look.data, "kind", "") not in ("qa", "digits"):
-        return f"it rewrites key:value facts, not those of {look.plan.train.data}"
+        return f"it rewrites key:value facts, not {getattr(look.plan.data, 'task', look.plan.train.data)}"
     return write_problem(look.model)
 
 

@@ -248,7 +248,9 @@ def plot_curves(folder, title):
 
 
 def draw(axis, x, cells, **kwargs):
-    """Points with intervals: cells of {"value", "ci95"}."""
+    """Points with intervals: cells of {"value", "ci95"}; nothing, if there are none."""
+    if not len(cells):
+        return
     y, (low, high) = np.array([c["value"] for c in cells]), np.array([c["ci95"] for c in cells]).T
     axis.errorbar(x, y, yerr=np.maximum(0, [y - low, high - y]), marker="o", ms=4, capsize=3, **kwargs)
     axis.grid(alpha=0.3)

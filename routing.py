@@ -135,6 +135,7 @@ def sweep_texts(look, path):
         texts.append(text if isinstance(text, str) else "".join(text))
         if c.rows and len(texts) == c.rows:
             break
+    require(texts, f"{path} holds no documents", "data")
     ids = [np.concatenate([[tokenizer.bos], tokenizer.encode(t)])[: look.data.seq_len].astype(np.int64) for t in texts]
 
     def read(rows):
@@ -220,7 +221,8 @@ def plot_routing(path, found, by_slice, alike, steady, router, title):
         draw(axes[2], range(len(cells)), [c["slots in common"] for c in cells.values()], label=f"layer {layer}")
         axes[2].set_xticks(range(len(cells)), list(cells))
     axes[2].set(xlabel="two tokens of two rows", ylabel="slots in common (Jaccard, 95%)", ylim=(-0.02, 1.02))
-    axes[2].legend(fontsize=7)
+    if any(steady.values()):
+        axes[2].legend(fontsize=7)
     for axis, layer in zip(axes[3:], layers):
         kinds, cosine = alike[layer]
         drawn = axis.imshow(cosine, vmin=0, vmax=1, cmap="viridis")
