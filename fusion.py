@@ -188,8 +188,18 @@ def encode_packed(model, prefix, rows, attention=None):
 
 
 def encode(model, prefix, rows):
-    """encode_rows, or on CUDA encode_packed: the same keys and values."""
-    return (encode_packed if model.turns.device.type == "cuda" else encode_rows)(model, prefix, rows)
+    """encode_packed on CUDA; else encode_rows for rows of about one length at a time, so that little of the work is padding."""
+    if model.turns.device.type == "cuda":
+        return encode_packed(model, prefix, rows)
+    sizes = [len(ids).bit_length() for ids, _ in rows]
+    L, parts, order = max(len(ids) for ids, _ in rows), [], []
+    for size in sorted(set(sizes)):
+        mine = [r for r, s in enumerate(sizes) if s == size]
+        order += mine
+        kept = encode_rows(model, prefix, [rows[r] for r in mine])
+        parts.append([tuple(F.pad(x, (0, 0, 0, L - x.shape[2])) for x in layer) for layer in kept])
+    back = torch.tensor(order).argsort().to(model.turns.device)
+    return [tuple(torch.cat(side)[back] for side in zip(*layers)) for layers in zip(*parts)]
 
 
 @torch.no_grad()

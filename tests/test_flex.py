@@ -39,7 +39,7 @@ def question(random, n=4, cue=7, manual=2, same_length=False):
 NEVER = fusion.Stop(torch.tensor([], dtype=torch.long), *torch.zeros(2, 256, dtype=torch.bool))
 
 
-def fused(model, prefix_ids, questions, scheme, positions, bias=0.0, most=6, encode=fusion.encode_rows):
+def fused(model, prefix_ids, questions, scheme, positions, bias=0.0, most=6, encode=fusion.encode):
     """As flex_generate does: prefix once, rows in a batch, caches, decoding."""
     prefix, rows, places, at = fusion.encode_prefix(model, prefix_ids), [], [], []
     for q in questions:
