@@ -456,9 +456,9 @@ def test_rare_and_frequent_facts_are_told_apart():
 # ---- commands ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, left_out", [("two", 0), ("one", 0), ("gpt", 13), ("delta", 13)])
+@pytest.mark.parametrize("name, left_out", [("two", 0), ("gpt", 13), ("delta", 13)])
 def test_a_report_of_everything(runs, name, left_out, capsys):
-    ablate.main(["all", str(runs / name), "--rows=12", "--pairs=40", "--modes=zero drop"])
+    ablate.main(["all", str(runs / name), "--rows=8", "--pairs=20", "--modes=zero drop"])
     report = (runs / name / "ablate_report.md").read_text()
     assert report.count("Left out") == left_out
     figures = [line.split("(")[1][:-1] for line in report.splitlines() if line.startswith("![")]

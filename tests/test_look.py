@@ -1,5 +1,7 @@
 """Looking inside a run: logits, slots, routing, attention maps, the report; each against a slow way or a planted truth."""
 
+import doctest
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -55,6 +57,12 @@ def saved(runs, name, what):
     assert set(result) == {"config", "metrics", "by_slice", "examples"}
     assert (folder / f"eval_{what}.png").stat().st_size > 5000
     return result, {k: np.array(v) for k, v in pq.read_table(folder / f"eval_{what}.parquet").to_pydict().items()}
+
+
+@pytest.mark.parametrize("file", ["stats", "routing", "eval", "impact", "prompts"])
+def test_the_examples_in_docstrings(file):
+    result = doctest.testmod(importlib.import_module(file))
+    assert result.attempted > 0 and result.failed == 0
 
 
 # ---- rows, batches, ranks ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ def test_mcnemar_by_hand():
 
 def test_holm_by_hand():
     assert stats.holm([0.01, 0.02, 0.5, 0.04]) == pytest.approx([0.04, 0.06, 0.5, 0.08])
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # never below one with a smaller p
     assert stats.holm([0.3, 0.001]) == pytest.approx([0.3, 0.002]) and stats.holm([]) == []
 
 
