@@ -176,6 +176,32 @@ def flex(scheme):
     return work
 
 
+def flex_adaptive(batch):
+    """The half of the templates of which the model is surest, each alone, in one cache."""
+    per_prompt(batch)
+    rows, kept = batch.alone()
+    n, half = batch.n, (batch.n + 1) // 2
+    best = batch.confidence.topk(half, dim=1).indices.sort(dim=1).values.tolist()
+    places = [[i * n + j for j in mine] for i, mine in enumerate(best)]
+    at = [batch.prefix_tokens + max(len(rows[r][0]) for r in mine) for mine in places]
+    return batch.decode(fusion.assemble(batch.prefix, rows, kept, places, at, batch.run.config.score_bias * np.log(half)))[0]
+
+
+def hybrid(batch):
+    """Attention and logits: the fused prompt's log probabilities, averaged with those of the single prompts."""
+    rows, kept = batch.alone()
+    n, P, fused = batch.n, batch.prefix_tokens, batch.run.config.score_bias * np.log(batch.n)
+    places, at, bias = [], [], []
+    for i in range(0, len(rows), n):
+        mine = range(i, i + n)
+        places += [*([r] for r in mine), mine]
+        at += [P + len(rows[r][0]) for r in mine] + [P + max(len(rows[r][0]) for r in mine)]
+        bias += [0.0] * n + [fused]
+    combine = lambda logits: logits[:, :n].log_softmax(-1).mean(1) + logits[:, n].log_softmax(-1)
+    cache = fusion.assemble(batch.prefix, rows, kept, places, at, torch.tensor(bias))
+    return batch.decode(cache, fusion.together(n + 1, combine))[0][:: n + 1]
+
+
 def flex_myriadlama(batch):
     """Manual and automatic templates in one cache; manual ones see each other if that is allowed."""
     return flex("manual_cross" if batch.run.config.allow_manual_cross_attention else "isolated")(batch)
@@ -189,6 +215,8 @@ METHODS = {  # work(batch) -> the text generated for each question (per_prompt: 
     "weighted_avg": (ensemble("weighted_avg"), "all", "logits, by confidence"),
     "weighted_max": (ensemble("weighted_max"), "all", "the most confident one"),
     "flex": (flex("isolated"), "all", "attention"),
+    "flex_adaptive": (flex_adaptive, "half", "attention, the most confident half"),
+    "hybrid": (hybrid, "all", "attention and logits"),
     "flex_full": (flex("full"), "all", "attention, all see all before"),
     "flex_myriadlama": (flex_myriadlama, "manual + auto", "attention"),
     "flex_myriadlama_xattn": (flex("manual_cross"), "manual + auto", "attention, manual see manual"),
@@ -414,6 +442,7 @@ def summary(method, records):
     hits = [prompts.right(p, a) for p, a in zip(columns["prediction"], columns["answers"])]
     counts = sorted({len(r["templates"]) for r in records})
     n = "1" if METHODS[method][1].startswith("1") else "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    n = f"half of {n}" if METHODS[method][1] == "half" else n
     return {
         "accuracy": share(sum(hits), len(hits)),
         "templates": n,

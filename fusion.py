@@ -222,7 +222,7 @@ def assemble(prefix, rows, encoded, places, next_at, bias=0.0):
 
     k, v = ([gather(layer[i], old[i]) for layer, old in zip(encoded, prefix)] for i in (0, 1))
     there = torch.arange(at.shape[1], device=device) < lengths[:, None]
-    bias = torch.as_tensor(bias, device=device, dtype=k[0].dtype).expand(len(at))[:, None]
+    bias = torch.as_tensor(bias, dtype=k[0].dtype).to(device).expand(len(at))[:, None]
     scores = torch.where(there, bias, -torch.inf)
     scores = torch.cat([scores.new_zeros(len(at), P), scores], dim=1)[:, None, None]
     return Cache(k, v, scores, torch.as_tensor(next_at, device=device))

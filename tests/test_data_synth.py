@@ -301,7 +301,7 @@ def test_runs_with_packing_equal_runs_without(tmp_path, model, capsys):
 
 
 def test_a_run_on_a_slice(tmp_path, capsys):
-    options = dict(task="qa", num_pairs=8, buckets="(1,8)", max_steps=150, lr=1e-2, init_std=1, use_ffn=1, eval_interval=50)
+    options = dict(task="qa", num_pairs=8, buckets="(1,8)", max_steps=150, lr=1e-2, init_std=1, use_ffn=1, eval_interval=10)
     assert train.main(flags(tmp_path, "a", **options, target_slice="exposures=8", target=0.9)) == 0
     measured = [r for r in checkpoint.read_log(str(tmp_path / "a")) if r["kind"] == "eval"]
     watched = [(measure.watched(r, "exposures=8"), r["accuracy"]) for r in measured]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.feather as feather
@@ -288,6 +289,31 @@ def test_ensembles_by_hand():
     assert scores["weighted_max"].tolist() == [0.0, 2.0, 1.5]
     flat = fusion.together(2, fusion.ENSEMBLES["avg"](None))(logits.flatten(0, 1))
     assert flat.tolist() == [2, 2]
+
+
+def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
+    """The first token: the fused prompt's log probabilities and the mean of the single prompts', without a cache."""
+    model, random = small(), np.random.default_rng(0)
+    prefix, made = random.integers(10, V, 7).tolist(), [question(random, n=3) for _ in range(4)]
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    run = SimpleNamespace(model=model, config=flex.Config(max_new_tokens=2), stop=NEVER, tokenizer=tokenizer)
+    batch = flex.Batch(run, made, fusion.encode_prefix(model, prefix))
+    for q, text in zip(made, flex.hybrid(batch)):
+        alone = [fusion.Question([s], q.manual[:1], q.cue, q.between) for s in q.segments]
+        single = torch.stack([naive(ours(model), prefix, x, "isolated", "restart")[1].log_softmax(-1) for x in alone]).mean(0)
+        together = naive(ours(model), prefix, q, "isolated", "restart", bias=-np.log(3))[1].log_softmax(-1)
+        assert text.split()[0] == str(int((single + together).argmax()))
+
+
+def test_adaptive_takes_the_templates_that_are_surest():
+    model, random = small(), np.random.default_rng(1)
+    prefix, made = random.integers(10, V, 7).tolist(), [question(random, n=4)]
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    run = SimpleNamespace(model=model, config=flex.Config(max_new_tokens=3), stop=NEVER, tokenizer=tokenizer)
+    batch = flex.Batch(run, made, fusion.encode_prefix(model, prefix))
+    (text,), best = flex.flex_adaptive(batch), batch.confidence[0].topk(2).indices.sort().values.tolist()
+    half = fusion.Question([made[0].segments[i] for i in best], made[0].manual[:2], made[0].cue, made[0].between)
+    assert text.split() == list(map(str, naive(ours(model), prefix, half, "isolated", "restart", bias=-np.log(2), most=3)[0]))
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------------
