@@ -356,7 +356,12 @@ def test_manual_templates_never_fill_up_automatic_ones():
 
 def test_right_and_wrong():
     assert prompts.right("Paris,", ["Paris"]) and prompts.right("cities", ["city"]) == prompts.right("city", ["cities"])
-    assert not prompts.right("", ["no"]) and not prompts.right("Parisian", ["Paris"]) and not prompts.right("New", ["New York"])
+    assert (
+        not prompts.right("word", [" "])
+        and not prompts.right("", ["no"])
+        and not prompts.right("Parisian", ["Paris"])
+        and not prompts.right("New", ["New York"])
+    )
     assert prompts.right("New York", ["York"]) and prompts.first_word("  \n ") == "" and prompts.first_word("New York") == "New"
     facts = [{"relation": "r", "answers": [a]} for a in ("x", "x", "y")]
     assert prompts.majority({}, facts) == [True, True, False]
@@ -428,6 +433,9 @@ def test_a_killed_run_goes_on_and_nothing_is_lost_or_doubled(tiny, tmp_path, cap
     (folder / "progress.0.jsonl").write_text("\n".join(kept) + "\n" + lines[20][:30])  # cut in the middle of a record
     flex.main(command(tiny, tmp_path))
     assert {f.name: feather.read_table(f).to_pydict() for f in folder.glob("*.feather")} == whole
+    records = [json.loads(line) for line in (folder / "progress.0.jsonl").read_text().splitlines() if line.endswith("}")]
+    seen = [(r["uuid"], r["method"]) for r in records if "uuid" in r]
+    assert len(seen) == len(set(seen)) == 4 * len(flex.METHODS)
     capsys.readouterr()
     flex.main(command(tiny, tmp_path))
     assert "parameters" not in capsys.readouterr().out  # all is there: no model is loaded
