@@ -80,7 +80,10 @@ class AblateConfig:
 
 def keys(look):
     """Remove each slot from each row that reads it, in every mode: how far does the right answer's lead fall?"""
-    cases, modes = known_cases(look), look.config.modes.split()
+    c, modes = look.model.config, look.config.modes.split()
+    message = f"modes=drop needs a slot more than mem_knn={c.mem_knn} of mem_n_keys={c.mem_n_keys}; leave drop out"
+    require("drop" not in modes or c.mem_knn < c.mem_n_keys, message, "modes")
+    cases = known_cases(look)
     found = remove_slots(look.model, cases, modes, look.config.chunk, look.config.seed)
     case = found.pop("case")
     columns = {"row": cases.rows[case], **{name: v[case] for name, v in cases.tags.items()}, **found}
@@ -93,6 +96,7 @@ def keys(look):
     save(look, "keys", {"rows": len(cases), "modes": modes}, by_slice, (), columns, plot)
 
 
+@torch.no_grad()
 def remove_slots(model, cases, modes, chunk=512, seed=0):
     """Every (row, block, slot) of which the row reads the slot, and a slot that it does not read as control, in every mode
 

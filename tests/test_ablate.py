@@ -529,6 +529,15 @@ def test_rows_are_as_many_of_each_group(runs):
     assert (logits.argmax(-1) == cases.answers).all()
 
 
+def test_dropping_needs_a_next_best_slot(runs):
+    from look import open_look
+
+    look = open_look(str(runs / "one"), ablate.AblateConfig(rows=4, modes="zero drop"))
+    look.model.config.mem_knn = look.model.config.mem_n_keys
+    with pytest.raises(ConfigError, match="modes=drop needs a slot more than mem_knn=8 of mem_n_keys=8"):
+        ablate.keys(look)
+
+
 def test_rows_of_the_most_frequent_shape():
     data = SimpleNamespace()
     tokens = torch.tensor([[1, 2, 3, 9], [1, 2, 3, 4], [4, 3, 2, 1]])
