@@ -7,7 +7,7 @@ manual_templates, auto_templates); or questions (question, paraphrases, answers)
 
 >>> fill("[X] plays the [Y].", "Marty Ehrlich")
 'Marty Ehrlich plays the [MASK].'
->>> right("saxophones,", ["saxophone", "sax"]), right("", ["saxophone"]), right("Saxophone player", ["sax"])
+>>> right("Saxophone,", ["saxophone", "sax"]), right("", ["saxophone"]), right("Saxophone player", ["sax"])
 (True, False, False)
 """
 
