@@ -20,6 +20,7 @@ mixed up; nothing falls back silently to another attention; all methods have one
 
 import json
 import os
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -187,6 +188,18 @@ def flex_adaptive(batch):
     return batch.decode(fusion.assemble(batch.prefix, rows, kept, places, at, batch.run.config.score_bias * np.log(half)))[0]
 
 
+def flex_weighted(batch):
+    """All templates in one cache; attention to a template is multiplied by how sure the model is of it alone, mean 1."""
+    per_prompt(batch)
+    rows, kept = batch.alone()
+    n, c = batch.n, batch.run.config
+    places = [range(i, i + n) for i in range(0, len(rows), n)]
+    at = [batch.prefix_tokens + max(len(rows[r][0]) for r in mine) for mine in places]
+    weights = batch.confidence / batch.confidence.mean(1, keepdim=True)
+    bias = c.score_bias * np.log(n) + weights.log().clamp(min=-30).numpy(force=True)  # (B, n)
+    return batch.decode(fusion.assemble(batch.prefix, rows, kept, places, at, bias))[0]
+
+
 def hybrid(batch):
     """Attention and logits: the fused prompt's log probabilities, averaged with those of the single prompts."""
     rows, kept = batch.alone()
@@ -198,7 +211,7 @@ def hybrid(batch):
         at += [P + len(rows[r][0]) for r in mine] + [P + max(len(rows[r][0]) for r in mine)]
         bias += [0.0] * n + [fused]
     combine = lambda logits: logits[:, :n].log_softmax(-1).mean(1) + logits[:, n].log_softmax(-1)
-    cache = fusion.assemble(batch.prefix, rows, kept, places, at, torch.tensor(bias))
+    cache = fusion.assemble(batch.prefix, rows, kept, places, at, bias)
     return batch.decode(cache, fusion.together(n + 1, combine))[0][:: n + 1]
 
 
@@ -216,6 +229,7 @@ METHODS = {  # work(batch) -> the text generated for each question (per_prompt: 
     "weighted_max": (ensemble("weighted_max"), "all", "the most confident one"),
     "flex": (flex("isolated"), "all", "attention"),
     "flex_adaptive": (flex_adaptive, "half", "attention, the most confident half"),
+    "flex_weighted": (flex_weighted, "all", "attention, by confidence"),
     "hybrid": (hybrid, "all", "attention and logits"),
     "flex_full": (flex("full"), "all", "attention, all see all before"),
     "flex_myriadlama": (flex_myriadlama, "manual + auto", "attention"),
@@ -363,8 +377,17 @@ def generate(c, world):
         run = Run(c, model, tokenizer, stop, folder, methods)
         world.first_does(lambda: os.makedirs(folder, exist_ok=True))
         answer_all(run, left, shots, have, world)
+        world.say(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
     if world.first:
         write_results(c, folder, facts, shots, methods)
+
+
+def peak_memory(device):
+    """Most bytes held so far: of the GPU, or of this process (model, libraries and all)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def answer_all(run, facts, shots, have, world):

@@ -207,7 +207,7 @@ def assemble(prefix, rows, encoded, places, next_at, bias=0.0):
     """What B caches hold: the prefix, then the tokens of some rows -> Cache.
 
     rows [(ids, positions)], encoded: their keys and values; places: for each cache the numbers of its rows; next_at (B,): the
-    position of the next token; bias (B,) or a number: on the scores of the rows' tokens.
+    position of the next token; bias: on the scores of the rows' tokens, a number, one for each cache, or for each row of each.
     """
     device, P = encoded[0][0].device, prefix[0][0].shape[2]
     L = encoded[0][0].shape[2]
@@ -222,8 +222,11 @@ def assemble(prefix, rows, encoded, places, next_at, bias=0.0):
 
     k, v = ([gather(layer[i], old[i]) for layer, old in zip(encoded, prefix)] for i in (0, 1))
     there = torch.arange(at.shape[1], device=device) < lengths[:, None]
-    bias = torch.as_tensor(bias, dtype=k[0].dtype).to(device).expand(len(at))[:, None]
-    scores = torch.where(there, bias, -torch.inf)
+    bias = [bias] * len(places) if np.ndim(bias) == 0 else bias
+    of_rows = [np.broadcast_to(b, len(mine)).tolist() for b, mine in zip(bias, places)]
+    of_tokens = [[b for b, r in zip(bs, mine) for _ in rows[r][0]] for bs, mine in zip(of_rows, places)]
+    of_tokens = [torch.tensor(b, dtype=k[0].dtype, device=device) for b in of_tokens]
+    scores = torch.where(there, torch.nn.utils.rnn.pad_sequence(of_tokens, batch_first=True), -torch.inf)
     scores = torch.cat([scores.new_zeros(len(at), P), scores], dim=1)[:, None, None]
     return Cache(k, v, scores, torch.as_tensor(next_at, device=device))
 

@@ -7,6 +7,7 @@ Run it with nothing else running: two threads beside a busy process can be many 
 """
 
 import argparse
+import importlib
 import os
 import socket
 import statistics
@@ -58,6 +59,14 @@ def take_turns(functions, rounds):
             if i >= 2:
                 times[name].append(t)
     return times
+
+
+def imported(name):
+    """A package, or None with a note if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        print(f"(no comparison with {name}: pip install {name})", file=sys.stderr)
 
 
 def ratio(times, ours, peer):
@@ -345,36 +354,80 @@ def ablate_rows(rounds):
     yield "a slot removed from a row", ours, "a forward pass each", naive, None
 
 
-def flex_rows(rounds):
-    """One question in 5 + 5 templates behind 5 shots, fused (random Llama of SmolLM2's shape, 10 layers): ours against the
-    documented way, in which every template brings its own shots, each token a new mask, and nothing is cached."""
+def small_llama():
+    """A random Llama of SmolLM2's shape, 10 layers instead of 30, and the shared prefix of its questions: 5 examples."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=49152, dim=576, n_layers=10, n_heads=9, n_kv_heads=3, head_width=64, ffn_width=1536)
-    model, random = llama.Llama(llama.Config(**sizes)).eval().requires_grad_(False), np.random.default_rng(0)
-    prefix, questions = random.integers(10, 49152, 104).tolist(), []
-    for _ in range(8):
-        segments = [random.integers(10, 49152, 15).tolist() for _ in range(10)]
-        questions.append(fusion.Question(segments, torch.arange(10) < 5, 7, [3]))
+    prefix = np.random.default_rng(0).integers(10, 49152, 104).tolist()
+    return llama.Llama(llama.Config(**sizes)).eval().requires_grad_(False), prefix
+
+
+def fuse(model, prefix, questions, n, new_tokens=4):
+    """Encode the prefix once and each of n templates of 15 tokens once, fuse them, decode: for so many questions at once."""
+    random = np.random.default_rng(1)
+    segments = random.integers(10, 49152, (questions * n, 15)).tolist()
     never = fusion.Stop(torch.tensor([], dtype=torch.long), *torch.zeros(2, 49152, dtype=torch.bool))
 
-    def ours():
+    def f():
         shared = fusion.encode_prefix(model, prefix)
-        rows = [(s, range(104, 104 + len(s))) for q in questions for s in q.segments]
-        places, at = [range(i, i + 10) for i in range(0, 80, 10)], [119] * 8
-        cache = fusion.assemble(shared, rows, fusion.encode(model, shared, rows), places, at)
-        fusion.decode(model, cache, 7, fusion.each, never, most=4)
+        rows = [(s, range(104, 119)) for s in segments]
+        places = [range(i, i + n) for i in range(0, len(rows), n)]
+        cache = fusion.assemble(shared, rows, fusion.encode(model, shared, rows), places, [119] * questions)
+        fusion.decode(model, cache, 7, fusion.each, never, most=new_tokens)
+
+    return f, segments
+
+
+def flex_rows(rounds):
+    """One question in 5 + 5 templates behind 5 shots, fused: ours, 8 questions at once, against the documented way, in which
+    every template brings its own shots, each token a new mask, and nothing is cached; and against transformers' generate,
+    which caches, on the same tokens under its causal mask, 8 rows at once."""
+    model, prefix = small_llama()
+    ours, segments = fuse(model, prefix, 8, 10)
+    manual = torch.arange(10) < 5
 
     def documented():
-        ids = [t for s in questions[0].segments for t in [*prefix, *s, 7, 3]]
-        segment = [i for i, s in enumerate(questions[0].segments) for _ in range(len(prefix) + len(s) + 2)]
+        ids = [t for s in segments[:10] for t in [*prefix, *s, 7, 3]]
+        segment = [i for i, s in enumerate(segments[:10]) for _ in range(len(prefix) + len(s) + 2)]
         for _ in range(4):
-            seen = fusion.visible("isolated", torch.tensor(segment), questions[0].manual)
+            seen = fusion.visible("isolated", torch.tensor(segment), manual)
             attend = lambda layer, q, k, v, seen=seen: F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
             x = model(torch.tensor([ids]), torch.arange(len(ids))[None], attend)
             ids, segment = [*ids, int(model.logits(x[:, -1]).argmax())], [*segment, fusion.FUSED]
 
-    times = take_turns({"ours": ours, "documented": documented}, max(1, rounds // 5))
-    yield "a question fused, 4 tokens", [t / 8 for t in times["ours"]], "no cache, own shots each", times["documented"], None
+    functions = {"ours": ours, "no cache, own shots each": documented}
+    if transformers := imported("transformers"):
+        sizes = dict(vocab_size=49152, hidden_size=576, num_hidden_layers=10, num_attention_heads=9, num_key_value_heads=3)
+        config = transformers.LlamaConfig(**sizes, intermediate_size=1536, tie_word_embeddings=True, eos_token_id=None)
+        peer = transformers.LlamaForCausalLM(config).eval()
+        ids = torch.tensor([[*prefix, *sum(segments[i : i + 10], []), 7] for i in range(0, 80, 10)])
+        words = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids))
+        functions["transformers generate"] = lambda: peer.generate(ids, **words)
+    times = take_turns(functions, max(1, rounds // 5))
+    yield (
+        "a question fused, 4 tokens",
+        [t / 8 for t in times["ours"]],
+        "no cache, own shots each",
+        times["no cache, own shots each"],
+        None,
+    )
+    if transformers:
+        each = {name: [t / 8 for t in times[name]] for name in ("ours", "transformers generate")}
+        yield "a question fused, 4 tokens", each["ours"], "transformers generate", each["transformers generate"], None
+
+
+def template_rows(rounds):
+    """Fused questions by number of templates, of questions at once, of new tokens: against as many times the smallest."""
+    model, prefix = small_llama()
+    for what, sizes in (
+        ("templates", {n: (4, n, 4) for n in (2, 5, 10, 20)}),
+        ("questions at once", {b: (b, 5, 4) for b in (1, 4, 16)}),
+        ("new tokens", {t: (4, 5, t) for t in (4, 16, 64)}),
+    ):
+        functions = {n: fuse(model, prefix, *size)[0] for n, size in sizes.items()}
+        times, first = take_turns(functions, max(1, rounds // 5)), min(sizes)
+        for n in list(sizes)[1:]:
+            yield f"fused, {n} {what}", times[n], f"{n / first:g} times {first}", [t * n / first for t in times[first]], None
 
 
 BENCHES = {
@@ -386,6 +439,7 @@ BENCHES = {
     "eval": eval_rows,
     "ablate": ablate_rows,
     "flex": flex_rows,
+    "templates": template_rows,
     "delta": delta_rows,
     "lengths": length_rows,
     "ranks": rank_rows,

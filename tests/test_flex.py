@@ -316,6 +316,22 @@ def test_adaptive_takes_the_templates_that_are_surest():
     assert text.split() == list(map(str, naive(ours(model), prefix, half, "isolated", "restart", bias=-np.log(2), most=3)[0]))
 
 
+def test_weighted_attention_by_hand(monkeypatch):
+    """Attention to a template's tokens, times how sure the model is of it alone; equal weights change nothing."""
+    model, random, caches = small(), np.random.default_rng(2), []
+    prefix, q = random.integers(10, V, 7).tolist(), question(random, n=3)
+    batch = flex.Batch(SimpleNamespace(model=model, config=flex.Config()), [q], fusion.encode_prefix(model, prefix))
+    batch.decode = lambda cache: (caches.append(cache), None)
+    for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
+        monkeypatch.setattr(flex, "per_prompt", lambda b, c=confidence: setattr(b, "confidence", torch.tensor([c])))
+        flex.flex_weighted(batch)
+    weighted, even = (cache.bias[0, 0, 0] for cache in caches)
+    factors = torch.tensor([1.0, 1.5, 0.5]).repeat_interleave(torch.tensor([len(s) for s in q.segments]))
+    torch.testing.assert_close(weighted[7:].exp(), factors / 3)
+    torch.testing.assert_close(even[7:].exp(), torch.full_like(factors, 1 / 3))
+    assert weighted[:7].eq(0).all() and even[:7].eq(0).all()
+
+
 # ---- prompts -----------------------------------------------------------------------------------------------------------
 
 

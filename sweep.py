@@ -1,0 +1,398 @@
+"""The README's figures, one command each: runs that differ in a few settings and in their seed, and one picture of them.
+
+    python sweep.py                        # which figures there are, of how many runs, and what is still to do
+    python sweep.py lr                     # train what is missing, then draw figures/lr.png
+    python sweep.py lr width --jobs 2      # two runs at once, of one thread each
+    python sweep.py all --draw 1           # draw what is there, train nothing
+
+Every point is a run directory in runs/sweep, to look at with eval.py; figures share runs. What has finished is not run again,
+what was stopped goes on.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+import configs
+from checkpoint import read_json, read_log
+from compare import band, read_result
+from configs import RunFailed, at_least, require
+from measure import figure, finish, shares, table
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+@dataclass
+class Config:
+    jobs: int = 1  # runs at once, of one thread each
+    seeds: int = 3  # runs of each point: seeds 0, 1, ...
+    log_dir: str = "runs/sweep"  # where the runs go
+    out: str = "figures"  # where the pictures go
+    draw: bool = False  # draw what is there and run nothing
+    more: str = ""  # flags added to every training, such as "--max_steps 5" for a try; give another log_dir, too
+
+    def check(self):
+        at_least(self, 1, "jobs", "seeds")
+
+
+# A point of a figure: the line it belongs to, where on that line, the name of its run without the seed, how it is trained, and
+# what looks at the run then, and the file that this makes. Words are those of a command line, {run} the run directory.
+Point = namedtuple("Point", "line x name train then makes", defaults=("", ""))
+
+
+# ---- in context: what MQAR takes ---------------------------------------------------------------------------------------
+
+MIXERS = {  # 2 layers, 2 heads, a short convolution and no positions in all; parameters of the layers within 3%
+    "gpt": "--model gpt --dk {w} --dv {w} --conv 4 --pos none",
+    "unified_kv": "--model unified_kv --du {dim} --conv 4 --pos none",
+    "delta": "--model delta --dk {w} --dv {w}",
+    "gated_delta": "--model gated_delta --dk {w} --dv {w}",
+}
+BEST_LR = {"gpt": 0.01, "unified_kv": 0.01, "delta": 0.01, "gated_delta": 0.01}  # of the figure lr
+START = {8: [(2, 60)], 16: [(2, 60), (8, 40)], 32: [(2, 60), (8, 40)], 64: [(2, 60), (8, 40), (32, 40)]}  # (pairs, steps)
+
+
+def recall(model, x, pairs=32, dim=64, lr=0.0):
+    """A point of MQAR: 300 steps of 4,096 tokens in rows of 256."""
+    lr = lr or BEST_LR[model]
+    words = MIXERS[model].format(dim=dim, w=dim * 3 // 4) + f" --dim {dim} --lr {lr} --num_kv_pairs {pairs}"
+    words += f' --curriculum "{START[pairs]}" --n_layers 2 --input_seq_len 256 --batch_size 16 --fresh 1 --warmup_steps 30'
+    words += " --schedule cosine --max_steps 300 --eval_interval 100 --n_val_examples 200 --n_test_examples 1000"
+    return Point(model, x, f"{model}_pairs{pairs}_dim{dim}_lr{lr}", words)
+
+
+def lr_points():
+    return [recall(model, lr, lr=lr) for model in MIXERS for lr in (0.001, 0.003, 0.01, 0.03)]
+
+
+def pairs_points():
+    return [recall(model, pairs, pairs=pairs) for model in MIXERS for pairs in (8, 16, 32, 64)]
+
+
+def width_points():
+    return [recall(model, dim, dim=dim) for model in MIXERS for dim in (16, 32, 64, 96)]
+
+
+def accuracy(result):
+    return result["all"]["value"]
+
+
+def draw_lr(found):
+    plt, fig, (axis,) = figure(1, 1, width=5)
+    lines(axis, found, accuracy)
+    axis.set(xscale="log", xlabel="highest learning rate", ylabel="test token accuracy", ylim=(-0.02, 1.02))
+    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers of width 64, 300 steps"
+
+
+def draw_pairs(found):
+    plt, fig, (axis,) = figure(1, 1, width=5)
+    lines(axis, found, accuracy)
+    axis.set(xscale="log", xlabel="pairs in 256 tokens", ylabel="test token accuracy", ylim=(-0.02, 1.02))
+    axis.set_xticks([8, 16, 32, 64], [8, 16, 32, 64])
+    axis.minorticks_off()
+    return plt, fig, "MQAR, 2 layers of width 64, 300 steps"
+
+
+def draw_width(found):
+    plt, fig, (left, right) = figure(1, 2, width=4.5)
+    lines(left, found, accuracy)
+    lines(right, found, accuracy, at=lambda results: results[0]["state"])
+    left.set(xscale="log", xlabel="model width", ylabel="test token accuracy", ylim=(-0.02, 1.02))
+    left.set_xticks([16, 32, 64, 96], [16, 32, 64, 96])
+    left.minorticks_off()
+    right.set(xscale="log", xlabel="state after 256 tokens (bytes, float32)", ylim=(-0.02, 1.02))
+    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers, 300 steps"
+
+
+# ---- in context: how long it takes -------------------------------------------------------------------------------------
+
+FAST = ("mqar_gpt", "mqar_unified_kv", "mqar_conv", "mqar_delta", "mqar_gated_delta")
+
+
+def time_points():
+    every = "--eval_interval 20 --n_val_examples 200 --stop_accuracy 0.993 --target 0"
+    return [Point(name, 0, f"time_{name}", f"configs/{name}.py {every}") for name in FAST]
+
+
+def to_99(result):
+    """Seconds until the first evaluation with 99% of the labels right; infinite if there was none."""
+    return next((row["seconds"] for row in result["evals"] if row["accuracy"] >= 0.99), float("inf"))
+
+
+def draw_time(found):
+    plt, fig, (left, right) = figure(1, 2, width=4.5)
+    for number, (line, cells) in enumerate(found.items()):
+        for i, result in enumerate(cells[0]):
+            x, y = zip(*[(row["seconds"], row["accuracy"]) for row in result["evals"]])
+            left.plot(x, y, lw=1, color=f"C{number}", label=line if i == 0 else None)
+        values = [to_99(result) for result in cells[0]]
+        right.barh(number, np.mean(values), color=f"C{number}", alpha=0.4)
+        right.plot(values, [number] * len(values), "k.", ms=4)
+    left.set(xscale="log", xlabel="seconds of training, one thread", ylabel="val token accuracy", ylim=(-0.02, 1.02))
+    left.grid(alpha=0.3)
+    right.set_yticks(range(len(found)), found)
+    right.invert_yaxis()
+    right.set(xlabel="seconds to 99% (bar: mean; points: seeds)")
+    return plt, fig, "MQAR, 32 pairs in 128 tokens: the cell of Updatable Long-Term Memory"
+
+
+# ---- in the weights ----------------------------------------------------------------------------------------------------
+
+FACTS = {"MLP": "qa_2k_gpt", "memory": "qa_2k_memory", "memory beside an MLP": "qa_2k_router"}
+
+
+def exposure_points():
+    return [Point(line, 0, name, f"configs/{name}.py --target 0") for line, name in FACTS.items()]
+
+
+def draw_exposures(found):
+    plt, fig, axes = figure(1, 2, width=4.5)
+    shown = list(next(iter(found.values()))[0][0]["cells"]["exposures"])
+    for axis, of, label in zip(axes, (lambda cell: cell, lambda cell: cell["exact"]), ("digits", "whole answers")):
+        for line, cells in found.items():
+            values = [[of(r["cells"]["exposures"][v])["value"] for v in shown] for r in cells[0]]
+            band(axis, range(len(shown)), np.array(values), None, line)
+        axis.set_xticks(range(len(shown)), shown)
+        axis.set(xlabel="times shown in an epoch (0: held out)", ylabel=f"{label} right", ylim=(-0.02, 1.02))
+        axis.grid(alpha=0.3)
+    return plt, fig, "Synthetic QA, 2,000 pairs, 300 steps: 225 pairs at each number of exposures, 200 held out"
+
+
+def table_points():
+    words = "configs/qa_2k_memory.py --target 0 --mem_n_keys {n}"
+    return [
+        Point("memory", n * n, f"qa_2k_memory_keys{n}", words.format(n=n), "eval.py {run}", "eval_test.json")
+        for n in (8, 16, 32, 64)
+    ]
+
+
+def stored(name):
+    return lambda result: result["made"]["metrics"]["stored"][name]["value"]
+
+
+def draw_table(found):
+    plt, fig, axes = figure(1, 2, width=4.5)
+    for name, label in (("bits stored per parameter", "of all"), ("bits stored per memory value", "of the table")):
+        lines(axes[1], {label: found["memory"]}, stored(name))
+    lines(axes[0], found, stored("bits stored"))
+    axes[0].set(ylabel="bits stored, of 35,880")
+    axes[1].set(ylabel="bits stored per parameter", yscale="log")
+    for axis in axes:
+        axis.set(xscale="log", xlabel="slots in the table")
+        axis.set_xticks(list(found["memory"]), [f"{n:,}" for n in found["memory"]])
+        axis.minorticks_off()
+    return plt, fig, "Synthetic QA, 1,800 trained pairs, memory layers, 300 steps"
+
+
+EDITS = (1, 3, 10, 30, 100)
+
+
+def edit_points():
+    words = f'eval.py edit {{run}} --edits "{list(EDITS)}"'
+    return [Point("memory", 0, "qa_2k_memory1", "configs/qa_2k_memory1.py --target 0", words, "eval_edit.json")]
+
+
+def draw_edits(found):
+    plt, fig, axes = figure(1, 2, width=4.5)
+    runs = [result["made"]["by_slice"]["method and edits"] for result in found["memory"][0]]
+    methods = list(dict.fromkeys(cell["method"] for cell in runs[0].values()))
+    for axis, key, label in zip(axes, ("efficacy", "specificity"), ("rewritten facts answered anew", "other facts as before")):
+        for method in methods:
+            values = np.array([[run[f"{method}, {n}"][key]["value"] for n in EDITS] for run in runs])
+            band(axis, EDITS, values, None, method)
+        axis.set(xscale="log", xlabel="facts rewritten at once", ylabel=label, ylim=(-0.02, 1.02))
+        axis.set_xticks(EDITS, EDITS)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    return plt, fig, "Facts of a memory model rewritten without training it again (whole answers)"
+
+
+HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "hashhop_gpt", "hashhop_cot_gpt")
+
+
+def hop_points():
+    return [Point(name, 0, name, f"configs/{name}.py --target 0") for name in HOPS]
+
+
+def draw_hops(found):
+    plt, fig, axes = figure(1, 2, width=5)
+    for axis, task, tag in zip(axes, ("twohop", "hashhop"), ("query", "hops")):
+        mine = {line: cells[0] for line, cells in found.items() if line.startswith(task)}
+        shown = list(dict.fromkeys(v for results in mine.values() for r in results for v in r["cells"][tag]))
+        for number, (line, results) in enumerate(mine.items()):
+            at = [i for i, v in enumerate(shown) if v in results[0]["cells"][tag]]
+            values = np.array([[r["cells"][tag][shown[i]]["exact"]["value"] for i in at] for r in results])
+            x, mean = np.array(at) + (number - 1) * 0.27, values.mean(0)
+            axis.bar(x, mean, 0.25, label=line)
+            axis.errorbar(x, mean, [mean - values.min(0), values.max(0) - mean], fmt="none", ecolor="k")
+        axis.set_xticks(range(len(shown)), shown)
+        axis.set(xlabel=tag, ylabel="whole answers right", ylim=(0, 1.02))
+        axis.legend(fontsize=7)
+    return plt, fig, "Two facts in the weights put together; hashes followed in the row (bars: mean of seeds)"
+
+
+# ---- across prompts ----------------------------------------------------------------------------------------------------
+
+
+COUNTS = ((1, 0), (1, 1), (2, 2), (5, 5))  # manual and automatic templates of a question
+
+
+def template_points():
+    def point(method, m, a):
+        words = f"--num_manual {m} --num_auto {a} --method {method}"
+        command = f"flex_generate.py --max_samples 100 --seed {{seed}} --out_dir {{run}} {words}"
+        return Point(method, m + a, f"templates{m + a}_{method}", "", command, "smollm2_135m_it/table.json")
+
+    return [point(method, m, a) for method in ("avg", "flex") for m, a in COUNTS]
+
+
+def draw_templates(found):
+    plt, fig, (axis,) = figure(1, 1, width=5)
+    metrics = lambda result: next(v for name, v in result["made"]["metrics"].items() if name != "majority")
+    lines(axis, found, lambda result: metrics(result)["accuracy"]["value"])
+    axis.set(xscale="log", xlabel="templates of a question, half of them manual", ylabel="first word right", ylim=(-0.02, 1.02))
+    axis.set_xticks([1, 2, 4, 10], [1, 2, 4, 10])
+    axis.minorticks_off()
+    return plt, fig, "SmolLM2-135M-Instruct, 100 questions of 12 relations (seeds: other questions and examples)"
+
+
+FIGURES = {  # points, how they are drawn, what a reader learns
+    "lr": (lr_points, draw_lr, "MQAR: how much the learning rate decides, for each model"),
+    "pairs": (pairs_points, draw_pairs, "MQAR: accuracy by number of pairs"),
+    "width": (width_points, draw_width, "MQAR: accuracy by model width, and by what must be kept to read on"),
+    "time": (time_points, draw_time, "MQAR: seconds until 99% of the answers are right"),
+    "exposures": (exposure_points, draw_exposures, "synthetic QA: recall by how often a fact was shown"),
+    "table": (table_points, draw_table, "synthetic QA: bits stored by size of the memory table"),
+    "edits": (edit_points, draw_edits, "facts rewritten: what is answered anew, what stays"),
+    "hops": (hop_points, draw_hops, "two-hop in and out of distribution, HashHop by hops"),
+    "templates": (template_points, draw_templates, "one answer from many templates: accuracy by their number"),
+}
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------------
+
+
+def folder_of(point, seed, c):
+    return os.path.join(c.log_dir, f"{point.name}_seed{seed}")
+
+
+def finished(point, folder):
+    """Has this run been trained, and looked at?"""
+    path = os.path.join(folder, "status.json")
+    trained = not point.train or (os.path.exists(path) and read_json(path)["status"] == "finished")
+    return trained and (not point.makes or os.path.exists(os.path.join(folder, point.makes)))
+
+
+def commands(point, seed, c):
+    """The command lines that are still missing for one run."""
+    folder, out = folder_of(point, seed, c), []
+    if not finished(point._replace(makes=""), folder):
+        there = os.path.exists(os.path.join(folder, "config.json"))
+        new = f"{point.train} {c.more} --seed {seed} --threads 1 --log_dir {c.log_dir} --run_name {os.path.basename(folder)}"
+        out.append("train.py " + (f"--resume {folder}" if there else new))
+    return out + ([point.then.format(run=folder, seed=seed)] if point.then else [])
+
+
+def work(point, seed, c):
+    """Run what is missing for one run -> "" or, if a command failed, that command and its last words."""
+    for line in commands(point, seed, c):
+        words = [os.path.join(HERE, w) if w.endswith(".py") else w for w in shlex.split(line)]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        run = subprocess.run([sys.executable, *words], env=one_thread, text=True, capture_output=True)
+        if run.returncode:
+            return f"python {line}\n{run.stderr.strip()[-500:]}"
+    return ""
+
+
+def run_all(points, c):
+    """Every run of the points that is missing, `jobs` at once."""
+    todo = {folder_of(p, seed, c): (p, seed) for seed in range(c.seeds) for p in points}
+    todo = [(p, seed) for folder, (p, seed) in todo.items() if not finished(p, folder)]
+    with ThreadPoolExecutor(c.jobs) as pool:
+        pending = [pool.submit(work, p, seed, c) for p, seed in todo]
+        try:
+            failed = [f.result() for f in tqdm(pending, desc="runs", disable=not sys.stderr.isatty())]
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # the runs themselves got the signal, too, and save
+            raise
+    if any(failed):
+        message = f"{sum(map(bool, failed))} runs failed; the others are kept, and the same command goes on:"
+        raise RunFailed("\n".join([message, *filter(None, failed)]))
+
+
+# ---- results -----------------------------------------------------------------------------------------------------------
+
+
+def read(point, folder):
+    """What the pictures show of one run."""
+    result = read_result(folder) if point.train else {}
+    if point.train:
+        cells = read_json(os.path.join(folder, "status.json"))["test"]["by_slice"]
+        result["cells"] = {tag: {v: shares(cell) for v, cell in values.items()} for tag, values in cells.items()}
+        result["evals"] = [r for r in read_log(folder) if r["kind"] == "eval"]
+    return result | ({"made": read_json(os.path.join(folder, point.makes))} if point.makes else {})
+
+
+def collect(points, c):
+    """{line: {x: [result of each seed]}}"""
+    found = {}
+    for p in points:
+        folders = [folder_of(p, seed, c) for seed in range(c.seeds)]
+        missing = [f for f in folders if not finished(p, f)]
+        require(not missing, f"{len(missing)} runs are missing, {' '.join(missing[:1])} for one; leave --draw out", "draw")
+        found.setdefault(p.line, {})[p.x] = [read(p, f) for f in folders]
+    return found
+
+
+def lines(axis, found, value, at=None):
+    """A line for each model: mean over seeds of value(result), with a band from lowest to highest."""
+    for line, cells in found.items():
+        x = [at(results) if at else key for key, results in cells.items()]
+        band(axis, x, np.array([[value(r) for r in results] for results in cells.values()]).T, None, line)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+
+
+def save_figure(name, found, draw, c):
+    plt, fig, title = draw(found)
+    if not any(axis.get_legend() for axis in fig.axes):
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=3)
+    fig.supxlabel(f"mean of {c.seeds} seeds; bands or points: each seed, lowest to highest", fontsize=7)
+    os.makedirs(c.out, exist_ok=True)
+    path = os.path.join(c.out, name + ".png")
+    finish(fig, plt, path, title)
+    print(f"wrote {path}")
+
+
+def main(argv=None):
+    words, given = configs.parse(sys.argv[1:] if argv is None else argv)
+    if any(s.key == "help" for s in given):
+        print(configs.help_text(__doc__, Config))
+        return
+    configs.check_names(given, Config)
+    c = configs.build(Config, given)
+    names = list(FIGURES) if words == ["all"] else words
+    unknown = [w for w in names if w not in FIGURES]
+    require(not unknown, f"there is no figure {' '.join(unknown)}; choose from {', '.join(FIGURES)}, or all", None)
+    if not names:
+        rows = []
+        for name, (points, _, shows) in FIGURES.items():
+            done = [finished(p, folder_of(p, seed, c)) for p in points() for seed in range(c.seeds)]
+            rows.append((name, len(done), done.count(False), shows))
+        return table(("figure", "runs", "to do", "shows"), rows)
+    if not c.draw:
+        run_all([p for name in names for p in FIGURES[name][0]()], c)
+    for name in names:
+        points, draw, _ = FIGURES[name]
+        save_figure(name, collect(points(), c), draw, c)
+
+
+if __name__ == "__main__":
+    configs.exit_with_sentence(main)
