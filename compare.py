@@ -15,7 +15,7 @@ from checkpoint import read_json, read_log
 from configs import ConfigError, require
 from look import write_parquet
 from measure import figure, share, shares, shown, table
-from train import read_plan
+from plan import read_plan
 
 
 def compare(words, config):

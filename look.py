@@ -23,7 +23,7 @@ from tqdm import tqdm
 from checkpoint import write_file, write_json
 from measure import autocast
 from parallel import ALONE, choose_device
-from train import load_run
+from plan import load_run
 
 
 @dataclass

@@ -467,14 +467,14 @@ def convert(words, to):
     To memory_router: MLPs and routers are added, each router so sure of memory that the model answers as before. To memory:
     MLPs beside memory layers and routers are left out; train on after that.
     """
-    import train
+    from plan import load_run
 
     require(
         len(words) == 2, "name a run and the file to write: python memory.py convert runs/RUN x.pt --to memory_router", None
     )
     folder, path = words
     require(not os.path.exists(path), f"{path} exists already; name another file or delete it first", None)
-    p, data, model, _ = train.load_run(folder, "ckpt")
+    p, data, model, _ = load_run(folder, "ckpt")
     kinds = {"memory": Memory, "memory_router": MemoryRouter}
     require(to in kinds, f"--to must be memory or memory_router, not {to!r}", None)
     require(type(model) in kinds.values() and type(model) is not kinds[to], f"{folder} holds a {p.train.model} already", None)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import train
 from configs import Setting, build
+from plan import MODELS, find_model, import_file
 
 SMALL = {
     "vocab_size": 64,
@@ -24,14 +25,14 @@ SMALL = {
 def pytest_generate_tests(metafunc):
     models, datas = metafunc.config.getoption("--model"), metafunc.config.getoption("--data")
     if "model_name" in metafunc.fixturenames:
-        metafunc.parametrize("model_name", models or ([] if datas else list(train.MODELS)))
+        metafunc.parametrize("model_name", models or ([] if datas else list(MODELS)))
     if "data_name" in metafunc.fixturenames:
         metafunc.parametrize("data_name", datas or ([] if models else ["data_mqar"]))
 
 
 @pytest.fixture
 def model(model_name):
-    module, cls = train.find_model(model_name)
+    module, cls = find_model(model_name)
     torch.manual_seed(0)
     return cls(build(module.Config, [], vocab_size=64, seq_len=32)).eval()
 
@@ -80,7 +81,7 @@ def test_weights_are_a_function_of_the_seed(model_name):
 
 @pytest.fixture
 def data(data_name):
-    module = train.import_file(data_name, "data", "Config", "Data")
+    module = import_file(data_name, "data", "Config", "Data")
     names = set(module.Config.__dataclass_fields__)
     return module.Data(build(module.Config, [Setting(k, v, k) for k, v in SMALL.items() if k in names]))
 

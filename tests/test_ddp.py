@@ -19,6 +19,7 @@ import measure
 import parallel
 import train
 from configs import ConfigError
+from plan import load_run
 from test_faults import wait_for_step
 from test_train import assert_same, contents, counts, flags, run
 
@@ -83,7 +84,7 @@ def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
     a, b = ([r["grad_norm"] for r in contents(out)[1] if r["kind"] == "train"] for out in (ddp, fsdp))
     assert a == pytest.approx(b, rel=1e-4) and len(a) == 20
     assert len([f for f in os.listdir(os.path.join(fsdp, "shards", "ckpt-20")) if f.endswith(".distcp")]) == 2
-    a, b = (measure.evaluate(m, d, "test", 7, torch.device("cpu")) for _, d, m, _ in map(train.load_run, (ddp, fsdp)))
+    a, b = (measure.evaluate(m, d, "test", 7, torch.device("cpu")) for _, d, m, _ in map(load_run, (ddp, fsdp)))
     assert counts(a) == counts(b) and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
@@ -188,7 +189,7 @@ def test_a_batch_of_few_labels(labels):
 def test_evaluation_is_shared_out_and_adds_up(on_ranks, tmp_path):
     """7 batches on 3 ranks: the sums are those of one process, in its order."""
     _, out = run(tmp_path, "run", **SHORT)
-    _, data, model, _ = train.load_run(out)
+    _, data, model, _ = load_run(out)
     whole = measure.evaluate(model, data, "test", 8, torch.device("cpu"))
 
     def work(rank):
@@ -249,7 +250,7 @@ def test_one_rank_then_two_then_one_see_the_same_rows(on_ranks, tmp_path, monkey
 def test_shards_of_two_ranks_load_on_one_and_three(on_ranks, tmp_path):
     out = train_on(on_ranks, 2, tmp_path, "two", parallel="fsdp", batch_size=24)
     saved = tensors(out)
-    p, data, model, _ = train.load_run(out, "ckpt")
+    p, data, model, _ = load_run(out, "ckpt")
 
     def work(rank):
         with parallel.joined() as world:

@@ -15,6 +15,7 @@ import checkpoint
 import memory as Mem
 import train
 from configs import ConfigError, parse
+from plan import load_run
 from test_train import TOY as TOY_RUN
 from test_train import assert_same, contents, run
 
@@ -354,7 +355,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     p = train.read_command_line([f"--{k}={v}" for k, v in {**TOY_RUN, **router, "log_dir": tmp_path}.items()])[0]
     m = train.make_model(p, train.model_config(p, p.data_module.Data(p.data)))
     train.prepare(m, p.train, resumed=False)
-    _, data, before, _ = train.load_run(a, "ckpt")
+    _, data, before, _ = load_run(a, "ckpt")
     x = data.batch("test", 0, range(4))[0]
     torch.testing.assert_close(m.eval()(x)[0], before(x)[0])  # it answers as before
     for words, message in (

@@ -12,6 +12,7 @@ import checkpoint
 import measure
 import train
 from configs import ConfigError, Setting, parse
+from plan import label, load_run
 
 TOY = dict(
     n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
@@ -110,7 +111,7 @@ def test_run_names_follow_the_documents_grammar(monkeypatch):
     p = train.plan(parse("--exp_group 6 --dk 48 --dv 48".split())[1])
     data = p.data_module.Data(p.data)
     name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none_data-128-32-2048_lr0.001"
-    assert train.label(p, train.model_config(p, data)) == name
+    assert label(p, train.model_config(p, data)) == name
 
 
 def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
@@ -177,7 +178,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
     _, out = run(tmp_path)
-    _, data, model, _ = train.load_run(out)
+    _, data, model, _ = load_run(out)
     small, large = (measure.evaluate(model, data, "test", n, torch.device("cpu")) for n in (7, 50))
     assert counts(small) == counts(large) and small["row_accuracy"] == large["row_accuracy"]
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
