@@ -1,5 +1,9 @@
 """The README's commands are read by the programs they name, and its tables name files that exist."""
 
+import contextlib
+import dataclasses
+import importlib
+import json
 import os
 import re
 import shlex
@@ -73,6 +77,75 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
         assert configs.build(data_synth.StoreConfig, [configs.Setting("task", *positional, "task"), *settings]).output_dir
     elif script == "data_mqar.py" and settings:
         assert configs.build(mqar_files.StoreConfig, settings).num_copies == 100
+
+
+# ---- and they work, at toy size ----------------------------------------------------------------------------------------
+
+TOY = "--max_steps 1 --eval_interval 1 --eval_batch_size 20 --target 0 --stop_accuracy 0 --threads 1 --log_dir made --run_name"
+FACTS = (
+    "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=2 --model=memory --memory_layers=[1] "
+    "--mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2 --mem_value_lr=4 --dim=32 --dk=16 --dv=16 --conv=8 --init_std=1 --lr=1e-2 "
+    "--batch_size=64 --max_steps=150 --eval_interval=150 --threads=1 --mem_stats_every=50"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder as the README's reader may have it: trained runs, data sets on disk, documents."""
+    folder = tmp_path_factory.mktemp("place")
+    with contextlib.chdir(folder):
+        for name in ("RUN", "A", "B", "long_1"):
+            train.main([*FACTS.split(), f"--run_name={name}", f"--seed={ord(name[0])}"])
+        for name in ("A", "B"):
+            ev.main([f"runs/{name}"])
+        data_mqar.main("--output-dir mqar_data --num-samples 300 --seq-len 16 --num-kv-pairs 4 --vocab-size 1024".split())
+        data_synth.main("qa --num_pairs 80 --output_dir synthetic_qa_data_10K".split())
+        for name in ("notes", "gsm8k", "results"):
+            with open(name + ".jsonl", "w") as f:
+                f.writelines(json.dumps({"question": f"What is {i}+{i}?", "answer": f"{2 * i}"}) + "\n" for i in range(60))
+    return folder
+
+
+def to_run():
+    """The README's commands that take no package or machine of their own; each once."""
+    seen = []
+    for words in COMMANDS:
+        other = (
+            words[0] in ("-m", "tests/bench.py", "flex_generate.py", "sweep.py") or "mine" in words or "tokenizer.json" in words
+        )
+        if not other and words not in seen:
+            seen.append(words)
+    return seen
+
+
+@pytest.mark.parametrize("words", to_run(), ids=" ".join)
+def test_a_command_works(words, place, monkeypatch, capsys):
+    script, rest = words[0].removesuffix(".py"), list(words[1:])
+    main = importlib.import_module(script).main
+    monkeypatch.chdir(place)
+    rest = [os.path.join(ROOT, w) if w.startswith("configs/") else w for w in rest]
+    if "--help" in rest:
+        with pytest.raises(SystemExit, match="0"):
+            main(rest)
+        assert "--lr" in capsys.readouterr().out
+        return
+    if script == "train" and "--resume" not in rest:
+        rest += [*FACTS.split(), "--target_slice="] if "--init_from" in rest else []  # of the same sizes
+        rest += f"{TOY} {len(os.listdir(place / 'made')) if (place / 'made').exists() else 0}".split()
+        p = train.plan(configs.collect(rest)[1])
+        small = {"n_val_examples": 8, "n_test_examples": 8, "num_pairs": 80, "num_queries": 2, "n_train_examples": 400}
+        used = {f.name: f.default for f in dataclasses.fields(p.data)}
+        smaller = {k: v for k, v in small.items() if k in used and k not in p.data.unused()} if not p.data.path else {}
+        rest += [f"--{k}={v}" for k, v in smaller.items()]
+    elif script == "data_mqar" and rest:
+        rest += ["--num-samples=40", "--num-copies=2", "--output-dir=made_mqar"]
+    elif script == "data_synth" and "--num_pairs" in rest:
+        rest += ["--num_pairs=80", f"--output_dir=made{len(os.listdir(place))}"]
+    elif script == "eval" and "edit" in rest:
+        rest += ["--edits=[1,2]"]
+    elif script == "memory" and "convert" in rest:
+        rest[2] = f"x{len(os.listdir(place))}.pt"
+    assert not main(rest)
 
 
 def test_the_ci_script_runs_the_readmes_test_command():
