@@ -83,9 +83,10 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
 
 TOY = "--max_steps 1 --eval_interval 1 --eval_batch_size 20 --target 0 --stop_accuracy 0 --threads 1 --log_dir made --run_name"
 FACTS = (
-    "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=2 --model=memory --memory_layers=[1] "
-    "--mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2 --mem_value_lr=4 --dim=32 --dk=16 --dv=16 --conv=8 --init_std=1 --lr=1e-2 "
-    "--batch_size=64 --max_steps=150 --eval_interval=150 --threads=1 --mem_stats_every=50"
+    "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=2 --n_heads=2 --dim=32 --dk=16 --dv=16 --conv=8 "
+    "--model=memory --memory_layers=[0,1] --mem_share_values=0 --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2 "
+    "--mem_value_lr=4 --init_std=1 --lr=1e-2 --batch_size=64 --max_steps=150 --eval_interval=150 --threads=1 "
+    "--mem_stats_every=50"
 )
 
 
