@@ -55,7 +55,7 @@ MIXERS = {  # 2 layers, 2 heads, a short convolution and no positions in all; pa
     "delta": "--model delta --dk {w} --dv {w}",
     "gated_delta": "--model gated_delta --dk {w} --dv {w}",
 }
-BEST_LR = {"gpt": 0.01, "unified_kv": 0.01, "delta": 0.01, "gated_delta": 0.01}  # of the figure lr
+BEST_LR = {"gpt": 0.01, "unified_kv": 0.01, "delta": 0.01, "gated_delta": 0.01}  # by the figure lr
 START = {8: [(2, 60)], 32: [(2, 60), (8, 40)], 64: [(2, 60), (8, 40), (32, 40)]}  # (pairs, steps)
 
 
@@ -148,8 +148,11 @@ def draw_time(found):
 FACTS = {"MLP": "qa_2k_gpt", "memory": "qa_2k_memory", "memory beside an MLP": "qa_2k_router"}
 
 
+MEASURED = ("eval.py {run}", "eval_test.json")
+
+
 def exposure_points():
-    return [Point(line, 0, name, f"configs/{name}.py --target 0") for line, name in FACTS.items()]
+    return [Point(line, 0, name, f"configs/{name}.py --target 0", *MEASURED) for line, name in FACTS.items()]
 
 
 def draw_exposures(found):
@@ -166,11 +169,11 @@ def draw_exposures(found):
 
 
 def table_points():
-    words = "configs/qa_2k_memory.py --target 0 --mem_n_keys {n}"
-    return [
-        Point("memory", n * n, f"qa_2k_memory_keys{n}", words.format(n=n), "eval.py {run}", "eval_test.json")
-        for n in (8, 16, 32, 64)
-    ]
+    def point(keys):
+        name, other = ("qa_2k_memory", "") if keys == 32 else (f"qa_2k_memory_keys{keys}", f" --mem_n_keys {keys}")
+        return Point("memory", keys**2, name, f"configs/qa_2k_memory.py --target 0{other}", *MEASURED)
+
+    return [point(keys) for keys in (8, 16, 32, 64)]
 
 
 def stored(name):
@@ -290,19 +293,21 @@ def finished(point, folder):
     return trained and (not point.makes or os.path.exists(os.path.join(folder, point.makes)))
 
 
-def commands(point, seed, c):
-    """The command lines that are still missing for one run."""
-    folder, out = folder_of(point, seed, c), []
-    if not finished(point._replace(makes=""), folder):
-        there = os.path.exists(os.path.join(folder, "config.json"))
-        new = f"{point.train} {c.more} --seed {seed} --threads 1 --log_dir {c.log_dir} --run_name {os.path.basename(folder)}"
-        out.append("train.py " + (f"--resume {folder}" if there else new))
-    return out + ([point.then.format(run=folder, seed=seed)] if point.then else [])
+def training(point, seed, c):
+    """The command line that trains a run."""
+    folder = folder_of(point, seed, c)
+    return (
+        f"train.py {point.train} {c.more} --seed {seed} --threads 1 --log_dir {c.log_dir} --run_name {os.path.basename(folder)}"
+    )
 
 
 def work(point, seed, c):
     """Run what is missing for one run -> "" or, if a command failed, that command and its last words."""
-    for line in commands(point, seed, c):
+    folder, commands = folder_of(point, seed, c), []
+    if not finished(point._replace(makes=""), folder):
+        begun = os.path.exists(os.path.join(folder, "config.json"))
+        commands.append(f"train.py --resume {folder}" if begun else training(point, seed, c))
+    for line in commands + ([point.then.format(run=folder, seed=seed)] if point.then else []):
         words = [os.path.join(HERE, w) if w.endswith(".py") else w for w in shlex.split(line)]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         run = subprocess.run([sys.executable, *words], env=one_thread, text=True, capture_output=True)
@@ -342,11 +347,15 @@ def read(point, folder):
 
 def collect(points, c):
     """{line: {x: [result of each seed]}}"""
-    found = {}
-    for p in points:
-        folders = [folder_of(p, seed, c) for seed in range(c.seeds)]
-        missing = [f for f in folders if not finished(p, f)]
-        require(not missing, f"{len(missing)} runs are missing, {' '.join(missing[:1])} for one; leave --draw out", "draw")
+    found, folders_of = {}, {p: [folder_of(p, seed, c) for seed in range(c.seeds)] for p in points}
+    missing = [f for p, folders in folders_of.items() for f in folders if not finished(p, f)]
+    require(not missing, f"{len(missing)} runs are missing, {' '.join(missing[:1])} for one; leave --draw out", "draw")
+    for p, folders in folders_of.items():
+        for seed, folder in enumerate(folders if p.train else ()):
+            began = [os.path.basename(w) for w in read_json(os.path.join(folder, "config.json"))["argv"]]
+            wanted = [os.path.basename(w) for w in shlex.split(training(p, seed, c))]
+            message = f"{folder} was trained with other settings: {' '.join(began)}; delete it, or give another --log_dir"
+            require(began == wanted, message, "log_dir")
         found.setdefault(p.line, {})[p.x] = [read(p, f) for f in folders]
     return found
 
