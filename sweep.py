@@ -77,7 +77,7 @@ def pairs_points():
 
 
 def width_points():
-    return [recall(model, dim, dim=dim) for model in MIXERS for dim in (16, 32, 64, 96)]
+    return [recall(model, dim, dim=dim) for model in MIXERS for dim in (16, 32, 64)]
 
 
 def accuracy(result):
@@ -105,7 +105,7 @@ def draw_width(found):
     lines(left, found, accuracy)
     lines(right, found, accuracy, at=lambda results: results[0]["state"])
     left.set(xscale="log", xlabel="model width", ylabel="test token accuracy", ylim=(-0.02, 1.02))
-    left.set_xticks([16, 32, 64, 96], [16, 32, 64, 96])
+    left.set_xticks([16, 32, 64], [16, 32, 64])
     left.minorticks_off()
     right.set(xscale="log", xlabel="state after 256 tokens (bytes, float32)", ylim=(-0.02, 1.02))
     return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers, 300 steps"

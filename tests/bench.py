@@ -91,6 +91,14 @@ def make_stepper(model, loss_of, fused=True):
     return step
 
 
+def count_flops(step):
+    """Floating-point operations of the matrix products of a step. The counter knows no fused CPU attention, so the same
+    products are counted unfused: whole T x T scores, no recomputation."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def train_rows(rounds):
     """A training step of configs/mqar_gpt.py on 32 pairs, against a loop that computes all logits."""
     data = data_mqar.Data(data_mqar.Config(fresh=True))
@@ -115,17 +123,13 @@ def train_rows(rounds):
         "ours, compiled": stepper(labelled, compiled=True),
         "all logits, eager": stepper(all_logits),
     }
-    # The counter knows no fused CPU attention, so count the same products unfused: whole T x T scores, no recomputation.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        steps["ours"]()
+    flops = count_flops(steps["ours"])
     times = take_turns({**steps, "peak": peak}, rounds)
     peak_rate = peak_flops / statistics.median(times["peak"])
     for ours in ("ours", "ours, compiled"):
-        rate = counter.get_total_flops() / statistics.median(times[ours])
+        rate = flops / statistics.median(times[ours])
         yield "training step, " + ours, times[ours], "all logits, eager", times["all logits, eager"], rate / peak_rate
-    print(
-        f"(peak {peak_rate / 1e9:.0f} GFLOP/s; a step of ours is {counter.get_total_flops() / 1e9:.2f} GFLOP)", file=sys.stderr
-    )
+    print(f"(peak {peak_rate / 1e9:.0f} GFLOP/s; a step of ours is {flops / 1e9:.2f} GFLOP)", file=sys.stderr)
 
 
 def data_rows(rounds):
@@ -244,21 +248,20 @@ def delta_rows(rounds):
 
 def length_rows(rounds):
     """A training step of DeltaNet against GPT of the same sizes: with the same convolution, with none, and as shipped."""
-    for T in (128, 256, 512, 1024, 2048):
+    peak, peak_flops = make_peak()
+    for T in (128, 512, 2048) if rounds < 5 else (128, 256, 512, 1024, 2048):
         data = data_mqar.Data(data_mqar.Config(fresh=True, input_seq_len=T))
         tokens, targets, _ = data.batch("train", 0, data.rows(0, 4096 // T))
         sizes = dict(dk=48, dv=48, seq_len=T)
         models = {f"DeltaNet, conv {conv}": D.DeltaNet(D.Config(conv=conv, **sizes)) for conv in (4, 0)}
         models |= {f"GPT, conv {conv}": M.GPT(M.Config(conv=conv, **sizes)) for conv in (4, 0)}
-        times = take_turns({name: make_stepper(m, lambda m: m(tokens, targets)[1]) for name, m in models.items()}, rounds)
+        steps = {name: make_stepper(m, lambda m: m(tokens, targets)[1]) for name, m in models.items()}
+        times = take_turns(steps | {"peak": peak}, rounds)
         for ours, peer in ((4, 4), (0, 0), (4, 0)) if T == 128 else ((4, 4),):
-            yield (
-                f"step, {4096 // T} x {T}, DeltaNet, conv {ours}",
-                times[f"DeltaNet, conv {ours}"],
-                f"GPT, conv {peer}",
-                times[f"GPT, conv {peer}"],
-                None,
-            )
+            name, other = f"DeltaNet, conv {ours}", f"GPT, conv {peer}"
+            rate = count_flops(steps[name]) / statistics.median(times[name])
+            of_peak = rate * statistics.median(times["peak"]) / peak_flops
+            yield f"step, {4096 // T} x {T}, {name}", times[name], other, times[other], of_peak
 
 
 STEPS = 5  # in a turn of the ranks
@@ -451,7 +454,9 @@ def main():
     parser.add_argument("what", nargs="*", choices=[*BENCHES, []], help="which rows; all if left out")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a few rounds of everything, in under 3 minutes")
     args = parser.parse_args()
+    args.rounds = 3 if args.quick else args.rounds
     torch.set_num_threads(args.threads)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds, commit {commit}")
