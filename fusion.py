@@ -3,7 +3,8 @@
 A prompt has a prefix (instruction and examples), segments (one wording each), and a cue, the last token, ":" of "A:". Segments
 see the prefix and, by the scheme, themselves or each other; the cue and everything that is generated see all of them, so the
 first token of the answer is fused already. Positions: "sequential", segments one behind the other, or "restart", each begins
-right behind the prefix, so that none is further from the answer than another.
+right behind the prefix, so that none is further from the answer than another and its keys serve alone and fused. Turning keys
+to other positions afterwards would not do: behind a shared prefix the values depend on the distance to it, too.
 
 Letters: B questions, n segments of a question, R rows, P tokens of the prefix, L tokens in the longest segment, S tokens of a
 question in all, H query heads, G key/value heads, K width of a head, V vocabulary.

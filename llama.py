@@ -137,10 +137,6 @@ class Llama(nn.Module):
         """(..., D) -> (..., vocabulary)"""
         return self.lm_head(self.norm(x))
 
-    def moved(self, k, by):
-        """Keys (B, G, S, K) turned on by so many positions (B,): as if their tokens had stood there from the start."""
-        return rotate(k.transpose(1, 2), self.turns, by[:, None].expand(-1, k.shape[2])).transpose(1, 2)
-
 
 def plain(layer, q, k, v):
     """Every token sees those up to itself; nothing is kept."""

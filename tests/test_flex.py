@@ -226,20 +226,6 @@ def test_the_first_token_sees_every_template():
         assert (naive(ours(model), prefix, changed, "isolated", "restart")[1] - first).abs().max() > 1e-3
 
 
-def test_keys_may_be_moved():
-    """A prompt encoded at 0 and turned on by d has the keys of one encoded at d."""
-    model, device = small(), torch.device("cpu")
-    ids, kept = torch.randint(10, V, (2, 6)), []
-
-    def attend(layer, q, k, v):
-        kept.append(k)
-        return llama.plain(layer, q, k, v)
-
-    for start in (0, 11):
-        model(ids, torch.arange(start, start + 6, device=device).expand(2, -1), attend)
-    torch.testing.assert_close(model.moved(kept[1], torch.tensor([11, 11])), kept[3], atol=1e-4, rtol=1e-4)
-
-
 def test_who_sees_whom():
     manual = torch.tensor([True, True, False])
     segment = torch.tensor([fusion.PREFIX, 0, 1, 2, 2, fusion.FUSED])
