@@ -320,10 +320,14 @@ def run_all(points, c):
     """Every run of the points that is missing, `jobs` at once."""
     todo = {folder_of(p, seed, c): (p, seed) for seed in range(c.seeds) for p in points}
     todo = [(p, seed) for folder, (p, seed) in todo.items() if not finished(p, folder)]
+    shown, failed = sys.stderr.isatty(), []
     with ThreadPoolExecutor(c.jobs) as pool:
         pending = [pool.submit(work, p, seed, c) for p, seed in todo]
         try:
-            failed = [f.result() for f in tqdm(pending, desc="runs", disable=not sys.stderr.isatty())]
+            for i, f in enumerate(tqdm(pending, desc="runs", disable=not shown)):
+                failed.append(f.result())
+                if not shown:
+                    print(f"{i + 1}/{len(todo)} {folder_of(*todo[i], c)}", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)  # the runs themselves got the signal, too, and save
             raise
