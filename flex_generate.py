@@ -312,8 +312,8 @@ def make_questions(run, batch):
     return made
 
 
-def answer(run, batch, shots, prefixes):
-    """Every method on one batch -> one record for each question and method. prefixes {relation: encoded}, of the last one."""
+def answer(run, batch, methods, shots, prefixes):
+    """Methods on one batch -> one record for each question and method. prefixes {relation: encoded}, of the last one."""
     relation = batch[0][0]["relation"]
     if relation not in prefixes:
         text = prompts.prefix_text(shots[relation], not batch[0][0]["subject"])
@@ -321,7 +321,7 @@ def answer(run, batch, shots, prefixes):
         prefixes.clear()
         prefixes[relation] = fusion.encode_prefix(run.model, ids)
     work, records = Batch(run, make_questions(run, batch), prefixes[relation]), []
-    for method in run.methods:
+    for method in methods:
         start, work.cost = time.perf_counter(), Cost()
         generated = METHODS[method][0](work)
         seconds = time.perf_counter() - start + work.cost.seconds
@@ -398,7 +398,8 @@ def answer_all(run, facts, shots, have, world):
         f.write("\n" + json.dumps({"settings": settings(run.config)}) + "\n")  # a line of its own, also behind a cut one
         bar = tqdm(mine, desc="questions", disable=hidden)
         for batch in bar:
-            for record in answer(run, batch, shots, prefixes):
+            lacking = [m for m in run.methods if any((fact["uuid"], m) not in have for fact, _, _ in batch)]
+            for record in answer(run, batch, lacking, shots, prefixes):
                 if (record["uuid"], record["method"]) not in have:
                     f.write(json.dumps(record) + "\n")
             f.flush()

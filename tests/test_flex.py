@@ -445,6 +445,14 @@ def test_a_killed_run_goes_on_and_nothing_is_lost_or_doubled(tiny, tmp_path, cap
         flex.main(command(tiny, tmp_path, "--num_auto=1"))
 
 
+def test_a_method_that_is_there_is_not_run_again(tiny, tmp_path, monkeypatch):
+    flex.main(command(tiny, tmp_path, "--method=origin"))
+    again = lambda work: pytest.fail("origin was there")
+    monkeypatch.setitem(flex.METHODS, "origin", (again, *flex.METHODS["origin"][1:]))
+    flex.main(command(tiny, tmp_path))
+    assert len(feather.read_table(tmp_path / "out" / "plain" / "myriadlama_hybrid.feather")["uuid"]) == 4
+
+
 def test_ranks_share_the_questions(tiny, tmp_path, on_ranks):
     assert on_ranks(2, lambda rank: flex.main(command(tiny, tmp_path))) == [0, 0]
     two = {f.name: feather.read_table(f).to_pydict() for f in (tmp_path / "out" / "plain").glob("*.feather")}
