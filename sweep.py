@@ -42,6 +42,8 @@ class Config:
         at_least(self, 1, "jobs", "seeds")
 
 
+RANGE = "\nmean of {seeds} seeds; bands: lowest to highest"  # under a picture, the number filled in by save_figure
+
 # A point of a figure: the line it belongs to, where on that line, the name of its run without the seed, how it is trained, and
 # what looks at the run then, and the file that this makes. Words are those of a command line, {run} the run directory.
 Point = namedtuple("Point", "line x name train then makes", defaults=("", ""))
@@ -88,16 +90,16 @@ def draw_lr(found):
     plt, fig, (axis,) = figure(1, 1, width=5)
     lines(axis, found, accuracy)
     axis.set(xscale="log", xlabel="highest learning rate", ylabel="test token accuracy", ylim=(-0.02, 1.02))
-    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers of width 64, 300 steps"
+    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers of width 64, 300 steps" + RANGE
 
 
 def draw_pairs(found):
     plt, fig, (axis,) = figure(1, 1, width=5)
     lines(axis, found, accuracy)
-    axis.set(xscale="log", xlabel="pairs in 256 tokens", ylabel="test token accuracy", ylim=(-0.02, 1.02))
+    axis.set(xscale="log", xlabel="pairs in 256 tokens", ylabel="test token accuracy (axis cut)")
     axis.set_xticks([8, 32, 64], [8, 32, 64])
     axis.minorticks_off()
-    return plt, fig, "MQAR, 2 layers of width 64, 300 steps"
+    return plt, fig, "MQAR, 2 layers of width 64, 300 steps" + RANGE
 
 
 def draw_width(found):
@@ -108,7 +110,7 @@ def draw_width(found):
     left.set_xticks([16, 32, 64], [16, 32, 64])
     left.minorticks_off()
     right.set(xscale="log", xlabel="state after 256 tokens (bytes, float32)", ylim=(-0.02, 1.02))
-    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers, 300 steps"
+    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers, 300 steps" + RANGE
 
 
 # ---- in context: how long it takes -------------------------------------------------------------------------------------
@@ -132,22 +134,22 @@ def draw_time(found):
         for i, result in enumerate(cells[0]):
             x, y = zip(*[(row["seconds"], row["accuracy"]) for row in result["evals"]])
             left.plot(x, y, lw=1, color=f"C{number}", label=line if i == 0 else None)
-        values = [to_99(result) for result in cells[0]]
-        right.barh(number, np.mean(values), color=f"C{number}", alpha=0.4)
-        right.plot(values, [number] * len(values), "k.", ms=4)
+        ends = [(result["evals"][-1]["seconds"], to_99(result)) for result in cells[0]]
+        right.plot([there for _, there in ends if there < np.inf], [number] * sum(t < np.inf for _, t in ends), f"C{number}o")
+        right.plot([end for end, there in ends if there == np.inf], [number] * sum(t == np.inf for _, t in ends), f"C{number}x")
     left.set(xscale="log", xlabel="seconds of training, one thread", ylabel="val token accuracy", ylim=(-0.02, 1.02))
-    left.grid(alpha=0.3)
     right.set_yticks(range(len(found)), found)
     right.invert_yaxis()
-    right.set(xlabel="seconds to 99% (bar: mean; points: seeds)")
-    return plt, fig, "MQAR, 32 pairs in 128 tokens: the cell of Updatable Long-Term Memory"
+    right.set(xlabel="seconds to 99% (cross: ended without)", xlim=(0, None))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    title = "MQAR, 32 pairs in 128 tokens: the cell of Updatable Long-Term Memory"
+    return plt, fig, title + "\nlines and points: each of {seeds} seeds"
 
 
 # ---- in the weights ----------------------------------------------------------------------------------------------------
 
 FACTS = {"MLP": "qa_2k_gpt", "memory": "qa_2k_memory", "memory beside an MLP": "qa_2k_router"}
-
-
 MEASURED = ("eval.py {run}", "eval_test.json")
 
 
@@ -165,7 +167,7 @@ def draw_exposures(found):
         axis.set_xticks(range(len(shown)), shown)
         axis.set(xlabel="times shown in an epoch (0: held out)", ylabel=f"{label} right", ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
-    return plt, fig, "Synthetic QA, 2,000 pairs, 300 steps: 225 pairs at each number of exposures, 200 held out"
+    return plt, fig, "Synthetic QA, 2,000 pairs, 300 steps: 225 pairs at each number of exposures, 200 held out" + RANGE
 
 
 def table_points():
@@ -187,11 +189,12 @@ def draw_table(found):
     lines(axes[0], found, stored("bits stored"))
     axes[0].set(ylabel="bits stored, of 35,880")
     axes[1].set(ylabel="bits stored per parameter", yscale="log")
+    axes[1].legend(fontsize=7)
     for axis in axes:
         axis.set(xscale="log", xlabel="slots in the table")
         axis.set_xticks(list(found["memory"]), [f"{n:,}" for n in found["memory"]])
         axis.minorticks_off()
-    return plt, fig, "Synthetic QA, 1,800 trained pairs, memory layers, 300 steps"
+    return plt, fig, "Synthetic QA, 1,800 trained pairs, memory layers, 300 steps" + RANGE
 
 
 EDITS = (1, 3, 10, 30, 100)
@@ -214,7 +217,7 @@ def draw_edits(found):
         axis.set_xticks(EDITS, EDITS)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    return plt, fig, "Facts of a memory model rewritten without training it again (whole answers)"
+    return plt, fig, "Facts of a memory model rewritten without training it again (whole answers)" + RANGE
 
 
 HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "hashhop_gpt", "hashhop_cot_gpt")
@@ -232,17 +235,17 @@ def draw_hops(found):
         for number, (line, results) in enumerate(mine.items()):
             at = [i for i, v in enumerate(shown) if v in results[0]["cells"][tag]]
             values = np.array([[r["cells"][tag][shown[i]]["exact"]["value"] for i in at] for r in results])
-            x, mean = np.array(at) + (number - 1) * 0.27, values.mean(0)
-            axis.bar(x, mean, 0.25, label=line)
-            axis.errorbar(x, mean, [mean - values.min(0), values.max(0) - mean], fmt="none", ecolor="k")
-        axis.set_xticks(range(len(shown)), shown)
+            x, mean = np.array(at) + (number - (len(mine) - 1) / 2) * 0.27, values.mean(0)
+            axis.bar(x, mean, 0.25, label=line, alpha=0.5)
+            axis.plot(x, values.T, "k.", ms=4)
+        axis.set_xticks(range(len(shown)), [v.replace("-distribution", "-\ndistribution") for v in shown])
         axis.set(xlabel=tag, ylabel="whole answers right", ylim=(0, 1.02))
-        axis.legend(fontsize=7)
-    return plt, fig, "Two facts in the weights put together; hashes followed in the row (bars: mean of seeds)"
+        axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    title = "Two facts in the weights put together; hashes followed in the row"
+    return plt, fig, title + "\nbars: mean of {seeds} seeds; points: each"
 
 
 # ---- across prompts ----------------------------------------------------------------------------------------------------
-
 
 COUNTS = ((1, 0), (1, 1), (2, 2), (5, 5))  # manual and automatic templates of a question
 
@@ -260,10 +263,10 @@ def draw_templates(found):
     plt, fig, (axis,) = figure(1, 1, width=5)
     metrics = lambda result: next(v for name, v in result["made"]["metrics"].items() if name != "majority")
     lines(axis, found, lambda result: metrics(result)["accuracy"]["value"])
-    axis.set(xscale="log", xlabel="templates of a question, half of them manual", ylabel="first word right", ylim=(-0.02, 1.02))
+    axis.set(xscale="log", xlabel="templates of a question, half of them manual", ylabel="first word right", ylim=(0, 1))
     axis.set_xticks([1, 2, 4, 10], [1, 2, 4, 10])
     axis.minorticks_off()
-    return plt, fig, "SmolLM2-135M-Instruct, 100 questions of 12 relations (seeds: other questions and examples)"
+    return plt, fig, "SmolLM2-135M-Instruct, 100 questions; each seed draws its own, and examples" + RANGE
 
 
 FIGURES = {  # points, how they are drawn, what a reader learns
@@ -370,17 +373,16 @@ def lines(axis, found, value, at=None):
         x = [at(results) if at else key for key, results in cells.items()]
         band(axis, x, np.array([[value(r) for r in results] for results in cells.values()]).T, None, line)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
 
 
 def save_figure(name, found, draw, c):
     plt, fig, title = draw(found)
     if not any(axis.get_legend() for axis in fig.axes):
-        fig.legend(*fig.axes[0].get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=3)
-    fig.supxlabel(f"mean of {c.seeds} seeds; bands or points: each seed, lowest to highest", fontsize=7)
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=5)
+    fig.supxlabel(title.format(seeds=c.seeds), fontsize=7)
     os.makedirs(c.out, exist_ok=True)
     path = os.path.join(c.out, name + ".png")
-    finish(fig, plt, path, title)
+    finish(fig, plt, path, "")
     print(f"wrote {path}")
 
 

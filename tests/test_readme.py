@@ -17,6 +17,7 @@ import data_synth
 import eval as ev
 import flex_generate
 import mqar_files
+import sweep
 import train
 
 ROOT = os.path.dirname(train.__file__)
@@ -66,6 +67,8 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
         assert {s.key for s in settings} <= {*ev.COMMANDS[name].uses.split()}
     elif script == "flex_generate.py":
         configs.build(flex_generate.Config, settings)
+    elif script == "sweep.py":
+        assert configs.build(sweep.Config, settings) and set(positional) <= {*sweep.FIGURES, "all"}
     elif script == "ablate.py":
         assert positional[0] in ablate.COMMANDS and all(w.startswith("runs/") for w in positional[1:])
         assert {s.key for s in settings} <= {*ablate.COMMANDS[positional[0]].uses.split()}
@@ -147,6 +150,12 @@ def test_a_command_works(words, place, monkeypatch, capsys):
     elif script == "memory" and "convert" in rest:
         rest[2] = f"x{len(os.listdir(place))}.pt"
     assert not main(rest)
+
+
+def test_every_figure_is_shown():
+    assert {f"figures/{name}.png" for name in sweep.FIGURES} <= set(re.findall(r"\]\(([\w/.]+\.png)\)", README))
+    shown = {os.path.join("figures", f) for f in os.listdir(os.path.join(ROOT, "figures"))}
+    assert shown <= set(re.findall(r"\]\(([\w/.]+\.png)\)", README)), "a figure that nobody sees"
 
 
 def test_the_ci_script_runs_the_readmes_test_command():
