@@ -100,8 +100,17 @@ def remove(path):
         os.remove(path)
 
 
+def finite(value):
+    """The same with null for numbers that JSON does not know: the interval of one measurement, the loss of a run gone wrong."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value):
-    write_file(path, lambda f: f.write(json.dumps(value, indent=1).encode() + b"\n"))
+    write_file(path, lambda f: f.write(json.dumps(finite(value), indent=1).encode() + b"\n"))
 
 
 def read_json(path):
@@ -126,7 +135,7 @@ class Log:
     """log.jsonl: one JSON object per line, {"kind": "train" | "eval" | "memory", "step": ..., ...}."""
 
     def __init__(self, folder, step):
-        """Open for appending; rows of a lost stretch after `step` are cut, so that none stands there twice."""
+        """Open for appending. Rows logged after `step`, the checkpoint's, are dropped, so that no step is logged twice."""
         self.path = os.path.join(folder, "log.jsonl")
         rows = read_log(folder) if os.path.exists(self.path) else []
         kept = [r for r in rows if r["step"] < step or (r["step"] == step and r["kind"] != "eval")]
@@ -134,9 +143,8 @@ class Log:
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **row):
-        row = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}  # JSON has no nan
         try:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(finite(row)) + "\n")
             self.file.flush()
         except OSError as e:
             raise RunFailed(f"cannot write {self.path}: {e.strerror}; the checkpoints are whole") from None
@@ -155,8 +163,8 @@ def read_log(folder):
 # ---- checkpoints in one file -------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder, name, state):
-    """Write state (tensors, numbers, text) as <folder>/<name>.pt; an older ckpt.pt stays as ckpt_prev.pt.
+def save_checkpoint(folder, name, state, keep_old=True):
+    """Write state (tensors, numbers, text) as <folder>/<name>.pt; an older ckpt.pt stays as ckpt_prev.pt if keep_old.
 
     Until the new file has its name, ckpt.pt is the old one: there is no moment without it.
     """
@@ -166,7 +174,7 @@ def save_checkpoint(folder, name, state):
         torch.save(state, f)
         seal(f)
 
-    write_file(path, write, before=(lambda: keep(path, previous)) if name == "ckpt" else lambda: None)
+    write_file(path, write, before=(lambda: keep(path, previous)) if keep_old and name == "ckpt" else lambda: None)
 
 
 def keep(path, previous):
@@ -241,7 +249,7 @@ def load_checkpoint(folder, *names):
     """The first of the named checkpoints that is whole, with all tensors, from whichever form it has."""
     state = read_checkpoint(folder, find_checkpoint(folder, *names))
     if "shards" in state:
-        state["tensors"] = read_shards(folder, state["shards"])
+        state["tensors"] = read_shards(shards_of(folder, state))
     return state
 
 
@@ -279,16 +287,22 @@ def free_label(folder, label):
     return next(name for name in (label, *(f"{label}-{i}" for i in range(1, len(taken) + 2))) if name not in taken)
 
 
-def shard_index(folder, shards):
-    """{name: shape and type} of the tensors in shards."""
-    return SafeReader(os.path.join(folder, "shards", shards["folder"])).read_metadata().state_dict_metadata
+def shards_of(folder, state):
+    """The directory with the shards of a checkpoint of a run."""
+    return os.path.join(folder, "shards", state["shards"]["folder"])
 
 
-def read_shards(folder, shards, into=None):
+def shard_index(place):
+    """{name: shape and type} of the tensors in a directory of torch.distributed.checkpoint."""
+    found = SafeReader(place).read_metadata().state_dict_metadata
+    return {name: about for name, about in found.items() if hasattr(about, "size")}  # a trainer's own state has none
+
+
+def read_shards(place, into=None):
     """Fill the tensors of `into` {name: tensor or DTensor} from shards, of however many ranks; without it, all, whole."""
     if into is None:
-        into = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in shard_index(folder, shards).items()}
-    reader = SafeReader(os.path.join(folder, "shards", shards["folder"]))
+        into = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in shard_index(place).items()}
+    reader = SafeReader(place)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process
         dcp.load(into, storage_reader=reader, no_dist=not dist.is_initialized())
@@ -309,7 +323,7 @@ class IndexUnpickler(pickle.Unpickler):
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": {
             *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
-            *("TensorProperties", "_MEM_FORMAT_ENCODING"),
+            *("TensorProperties", "_MEM_FORMAT_ENCODING", "BytesStorageMetadata"),
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch.serialization": {"_get_layout"},
@@ -326,21 +340,27 @@ class IndexUnpickler(pickle.Unpickler):
 def check_shards(folder, state):
     """ValueError unless the files that a checkpoint names are there, unchanged."""
     for file, digest in state.get("shards", {"files": {}})["files"].items():
-        path = os.path.join(folder, "shards", state["shards"]["folder"], file)
+        path = os.path.join(shards_of(folder, state), file)
         if not os.path.isfile(path) or file_hash(path) != digest:
             raise ValueError(f"{path} is missing or its checksum differs")
 
 
 def remove_old_shards(folder):
-    """Delete shards that no checkpoint names."""
+    """Delete shards that no checkpoint names; none, while a checkpoint is there that cannot be read."""
     place, used = os.path.join(folder, "shards"), set()
+    if not os.path.isdir(place):
+        return
     for name in ("ckpt", "ckpt_prev", "best"):
-        with contextlib.suppress(Exception):  # absent or damaged: it names nothing that could be used
+        try:
             used.add(read_checkpoint(folder, name)["shards"]["folder"])
-    for label in os.listdir(place) if os.path.isdir(place) else ():
+        except (FileNotFoundError, KeyError):  # absent, or one file
+            continue
+        except Exception:  # a disk that does not answer says nothing about what the checkpoint needs
+            return
+    for label in os.listdir(place):
         if label not in used:
             shutil.rmtree(os.path.join(place, label), ignore_errors=True)
-    if os.path.isdir(place) and not os.listdir(place):
+    if not os.listdir(place):
         os.rmdir(place)
 
 

@@ -64,8 +64,9 @@ class Config:
         at_least(self, 1, "n_train_examples", "n_val_examples", "n_test_examples", "key_len", "num_kv_pairs")
         if self.path:
             return
-        message = f"updates={self.updates} exceeds num_kv_pairs={self.num_kv_pairs}: a pair is stored again once at most"
-        require(self.updates <= self.num_kv_pairs, message, "updates")
+        most = max(pairs for _, pairs in self.train_cells or ((0, self.num_kv_pairs),))
+        message = f"updates={self.updates} exceeds the {most} pairs of a row: a pair is stored again once at most"
+        require(self.updates <= most, message, "updates")
         for name in ("train_cells", "test_cells"):
             for length, pairs in getattr(self, name):
                 Cell(length, pairs, self).check(name)

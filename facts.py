@@ -83,8 +83,14 @@ def chance(train, test):
         return {}
     width = min(len(v) for _, v in train + test)
     values, keys, right = (np.array([list(x[i][:width]) for x in part]) for part, i in ((train, 1), (test, 0), (test, 1)))
-    usual = [max(set(column), key=list(column).count) for column in values.T]
+    usual = [most_frequent(column) for column in values.T]
     return {"majority digit": float((right == usual).mean()), "copy the key": float((right == keys).mean())}
+
+
+def most_frequent(column):
+    """The first in order of those that occur most often."""
+    found, times = np.unique(column, return_counts=True)
+    return found[times.argmax()]
 
 
 # ---- qa ----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ eval_<what>.parquet, the measurements; and eval_<what>.png.
 Letters: B rows in a batch, T tokens in a row, N labels in a batch.
 """
 
-import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -125,15 +124,6 @@ def write_parquet(path, columns):
     write_file(path, lambda f: pq.write_table(pa.table(columns), f))
 
 
-def finite(value):
-    """The same with null for numbers that JSON does not know: the interval of one measurement, a correlation of nothing."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
     """Write a result and its figure into the run; plot(path) draws it. Only the first rank writes."""
     if not look.world.first:
@@ -142,7 +132,7 @@ def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=Non
         look.folder, f"{look.prefix}_{what}" + ("" if look.config.split in ("test", what) else f"_{look.config.split}")
     )
     result = {"config": look.about(), "metrics": metrics, "by_slice": by_slice or {}, "examples": list(examples)}
-    write_json(path + ".json", finite(result))
+    write_json(path + ".json", result)
     endings = [".json"]
     if columns:
         write_parquet(path + ".parquet", columns)

@@ -30,6 +30,7 @@ from checkpoint import write_file
 from configs import at_least, one_of, require, within
 from measure import table as print_table
 from model import GPT, NORMS, GPTBlock, take
+from plan import find_model, load_run, make_model, model_config
 from transfer import ours, read_weights
 
 
@@ -390,17 +391,14 @@ def reading_statistics(model, batches):
 # ---- counting, inspecting, converting ----------------------------------------------------------------------------------
 
 
-def count(model):
-    """[(module, parameters, of these active for one token, floating-point operations for one token)], shared ones once.
+def count_active(model):
+    """[(name, parameters, of these active for one token, floating-point operations for one token)], shared ones once.
 
     All sub-keys are compared with every query, so all are active; of a table of values, heads * k rows are; of an embedding,
     one. A multiplication and an addition for each active number of a matrix; attention over other tokens is not counted.
     """
-    rows, seen = [], set()
+    rows = []
     for name, q in model.named_parameters():
-        if id(q) in seen:
-            continue
-        seen.add(id(q))
         c, active, operations = model.config, q.numel(), 2 * q.numel() if q.ndim >= 2 else 0
         if name.endswith("memory.values"):
             uses = len(c.memory_layers) if c.mem_share_values else 1
@@ -414,12 +412,12 @@ def count(model):
 
 def params(words):
     """Parameters of a config: in all, active for each token, and what reading them costs."""
-    import train
+    from train import read_command_line  # not above: train.py builds its model from this file
 
-    p, _ = train.read_command_line(words)
-    model = train.make_model(p, train.model_config(p, p.data_module.Data(p.data)))
+    p, _ = read_command_line(words)
+    model = make_model(p, model_config(p, p.data_module.Data(p.data)))
     modules = {}
-    for name, *numbers in count(model):
+    for name, *numbers in count_active(model):
         module = name.rsplit(".", 1)[0] if name.endswith(("weight", "bias")) else name
         modules[module] = [a + b for a, b in zip(modules.get(module, [0, 0, 0]), numbers)]
     rows = [(module, *numbers, 4 * numbers[1]) for module, numbers in modules.items()]
@@ -467,18 +465,16 @@ def convert(words, to):
     To memory_router: MLPs and routers are added, each router so sure of memory that the model answers as before. To memory:
     MLPs beside memory layers and routers are left out; train on after that.
     """
-    from plan import load_run
-
-    require(
-        len(words) == 2, "name a run and the file to write: python memory.py convert runs/RUN x.pt --to memory_router", None
-    )
+    message = "name a run and the file to write: python memory.py convert runs/RUN x.pt --to memory_router"
+    require(len(words) == 2, message, None)
     folder, path = words
     require(not os.path.exists(path), f"{path} exists already; name another file or delete it first", None)
     p, data, model, _ = load_run(folder, "ckpt")
-    kinds = {"memory": Memory, "memory_router": MemoryRouter}
+    kind, kinds = p.train.model, ("memory", "memory_router")
     require(to in kinds, f"--to must be memory or memory_router, not {to!r}", None)
-    require(type(model) in kinds.values() and type(model) is not kinds[to], f"{folder} holds a {p.train.model} already", None)
-    new = kinds[to](model.config)
+    require(kind in kinds, f"{folder} holds a {kind}; only memory and memory_router can be converted", None)
+    require(kind != to, f"{folder} holds a {to} already", None)
+    new = find_model(to)[1](model.config)
     weights = model.state_dict()
     for name, t in new.state_dict().items():
         if name in weights:

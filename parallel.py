@@ -24,7 +24,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import load_checkpoint, part, read_shards, remove_old_shards, save_checkpoint, save_shards, shard_index
+from checkpoint import (
+    load_checkpoint,
+    part,
+    read_shards,
+    remove_old_shards,
+    save_checkpoint,
+    save_shards,
+    shard_index,
+    shards_of,
+)
 from configs import ConfigError, RunFailed, require
 
 # ---- ranks -------------------------------------------------------------------------------------------------------------
@@ -117,8 +126,8 @@ def joined(device="auto"):
 
 
 def leave():
-    """End the connection. No wrapped model may outlive it: if DDP's reducer is the last to hold the process group, it waits
-    for gloo's thread while it has Python's lock, which that thread waits for (torch 2.13)."""
+    """End the process group. No wrapped model may outlive it: if DDP's reducer holds the last reference, it joins gloo's
+    thread while it holds the GIL, which that thread needs: a deadlock (torch 2.13)."""
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
@@ -174,15 +183,14 @@ def choose_device(c, world=ALONE):
 # ---- models ------------------------------------------------------------------------------------------------------------
 
 
-# torch 2.13 has renamed it
-KEEP_BUFFERS = {"forward_sync_buffers", "broadcast_buffers"} & inspect.signature(DistributedDataParallel).parameters.keys()
-KEEP_BUFFERS = max(KEEP_BUFFERS)
+DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"  # torch 2.13 renamed it
 
 
 def use_ddp(model, device):
     """Every rank has all of the model; gradients are summed while the backward pass goes on (Li et al. 2020)."""
     devices = [device] if device.type == "cuda" else None
-    buffers = {KEEP_BUFFERS: False}  # they are constants
+    buffers = {BUFFERS: False}  # each rank's are its own: what it read of a memory, until after_step has summed it
     wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **buffers)
     wrapped.register_comm_hook(None, sum_gradients)
     return wrapped
@@ -249,7 +257,7 @@ def restore_tensors(folder, state, model, optimizer=None):
     """Give model and optimizer the tensors of a checkpoint (read_checkpoint's dict), in one file or shards of any number
     of ranks; every rank takes its share."""
     sharded = "shards" in state
-    saved = shard_index(folder, state["shards"]) if sharded else state["tensors"]
+    saved = shard_index(shards_of(folder, state)) if sharded else state["tensors"]
     sizes = {name: torch.Size(t.size if sharded else t.shape) for name, t in saved.items()}
     into = collect_tensors(model)
     same = {name: t.shape for name, t in into.items()} == {n: size for n, size in sizes.items() if n.startswith("model.")}
@@ -263,7 +271,7 @@ def restore_tensors(folder, state, model, optimizer=None):
         into[f"optimizer.{name}"] = optimizer.state[p][key] = fresh.detach()
     with torch.no_grad():
         if sharded:
-            read_shards(folder, state["shards"], into)
+            read_shards(shards_of(folder, state), into)
             return
         for name, t in into.items():
             source = state["tensors"][name]
@@ -272,14 +280,15 @@ def restore_tensors(folder, state, model, optimizer=None):
             t.copy_(source)
 
 
-def write_checkpoint(folder, name, state, tensors, sharded, world):
-    """Save state and tensors as <name>.pt: one file, written by the first rank, or with a shard per rank beside it."""
+def write_checkpoint(folder, name, state, tensors, sharded, world, keep_old=True):
+    """Save state and tensors as <name>.pt: one file, written by the first rank, or with a shard per rank beside it. keep_old:
+    an older ckpt.pt stays as ckpt_prev.pt."""
     if sharded:
         state = {**state, "shards": save_shards(folder, f"{name}-{state['step']}", tensors, world)}
 
     def write():
         held = {} if sharded else {"tensors": {k: t.cpu() for k, t in tensors.items()}}
-        save_checkpoint(folder, name, {**state, **held})
+        save_checkpoint(folder, name, {**state, **held}, keep_old)
         remove_old_shards(folder)
 
     world.first_does(write)
@@ -289,12 +298,11 @@ FORMS = {"file": False, "shards": True}
 
 
 def rewrite_checkpoints(folder, form, world):
-    """Give the checkpoints of a run, whatever their form, the one named (a key of FORMS)."""
-    require(world.size == 1, "export is the work of one process; run it without torchrun", "export")
-    for name in ("ckpt", "ckpt_prev", "best"):  # the second is by now the old form of the first
+    """Rewrite the checkpoints of a run in the given form, `file` or `shards`."""
+    for name in ("ckpt", "ckpt_prev", "best"):
         if os.path.exists(os.path.join(folder, name + ".pt")):
             state = load_checkpoint(folder, name)
             tensors = state.pop("tensors")
             state.pop("shards", None)
-            write_checkpoint(folder, name, state, tensors, FORMS[form], world)
+            write_checkpoint(folder, name, state, tensors, FORMS[form], world, keep_old=False)
             world.say(f"rewrote {os.path.join(folder, name)}.pt, step {state['step']}, as {form}")

@@ -51,21 +51,21 @@ SCHEDULES = {  # share of lr at a step: f(config, epoch, progress in [0, 1])
 class TrainConfig:
     model: str = "gpt"  # gpt, unified_kv, delta, gated_delta, memory, memory_router, or file or file.Class of your own
     data: str = "data_mqar"  # file with the task
-    n_epochs: int = 10  # passes over n_train_examples; 0 prints the model and stops
-    max_steps: int = 0  # stop after this many optimiser steps instead; 0: by epochs
-    batch_size: int = 32  # rows in an optimiser step over all ranks and passes; data may trade it for row length
-    accumulate: int = 1  # split each rank's share of the batch into so many forward and backward passes, to save memory
+    n_epochs: int = 10  # passes over the training set, as long as the data file says; 0 prints the model and stops
+    max_steps: int = 0  # stop after this many optimizer steps instead; 0: by epochs
+    batch_size: int = 32  # rows per optimizer step, over all ranks and micro-batches; more where a task has shorter rows
+    accumulate: int = 1  # micro-batches that each rank's share of the batch is split into, to save memory
     parallel: str = "ddp"  # under torchrun: ddp (a copy of the model on every rank) or fsdp (a share of it)
     lr: float = 1e-3  # highest learning rate of AdamW
     schedule: str = "exponential"  # exponential (times lr_gamma an epoch), cosine (to lr_min), linear (to lr_min) or constant
     lr_gamma: float = 0.95  # factor an epoch of the exponential schedule
     lr_min: float = 0.0  # cosine, linear: share of lr at the last step
-    warmup_steps: int = 0  # raise the learning rate from 0 over so many steps
+    warmup_steps: int = 0  # raise the learning rate from 0 over this many steps
     weight_decay: float = 0.0  # AdamW's, on matrices only
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.999  # AdamW's decay of the mean squared gradient
     clip_grad: float = 1.0  # scale gradients down to this norm; 0: never
-    nan_limit: int = 5  # give up after so many steps in a row whose gradient is not finite (each is skipped)
+    nan_limit: int = 5  # give up after this many steps in a row whose gradient is not finite (each is skipped)
     eval_interval: int = 0  # steps between evaluations on the val split; 0: an epoch
     save_every: int = 0  # steps between checkpoints, beside those at each evaluation; 0: only those
     eval_batch_size: int = 100  # rows in a forward pass of an evaluation
@@ -142,16 +142,20 @@ class Plan:
     settings: list  # in the order in which they win
 
 
-def import_file(name, key, *needed):
-    """Import NAME.py from the current directory or this repo; it must define the names in `needed`."""
+def import_file(name, key, *needed, folders=None):
+    """Import NAME.py from the first of `folders` (the current directory, then this repo) that has it; it must define the names
+    in `needed`."""
     require(re.fullmatch(r"[A-Za-z_]\w*", name), f"{key}={name!r} must be the name of a Python file, without .py", key)
-    for folder in (os.getcwd(), HERE):
-        if os.path.isfile(os.path.join(folder, name + ".py")):
+    for folder in folders or (os.getcwd(), HERE):
+        path = os.path.join(folder, name + ".py")
+        if os.path.isfile(path):
             sys.path.insert(0, folder)
             try:
                 module = importlib.import_module(name)
             finally:
                 sys.path.remove(folder)
+            other = not os.path.samefile(module.__file__, path)
+            require(not other, f"{path} cannot be taken: {name} is a file of this repo, too; give yours another name", key)
             missing = [n for n in needed if not hasattr(module, n)]
             require(not missing, f"{name}.py has no {' and no '.join(missing)}, so it is no file for {key}", key)
             return module
@@ -166,7 +170,7 @@ def find_model(name):
         raise ConfigError(f"model={name!r} is neither one of {', '.join(MODELS)} nor a file here", "model")
     cls = cls or "Model"
     require(cls.isidentifier() and cls != "py", f"model={name!r} must be file or file.Class, without .py", "model")
-    module = import_file(file, "model", "Config", cls)
+    module = import_file(file, "model", "Config", cls, folders=(HERE,) if name in MODELS else None)
     found = getattr(module, cls)
     is_model = isinstance(found, type) and issubclass(found, torch.nn.Module)
     require(is_model, f"model={name!r} is no torch.nn.Module", "model")
@@ -208,9 +212,14 @@ def make_model(p, config):
     try:
         return p.model_class(config)
     except (MemoryError, RuntimeError) as e:
-        if "alloc" not in str(e):
+        if not out_of_memory(e):
             raise
         raise ConfigError("a model of these sizes does not fit in memory; lower dim, n_layers or vocab_size") from None
+
+
+def out_of_memory(error):
+    """Does this error of torch, numpy or Python mean that memory is full?"""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def count_parameters(model):
@@ -251,7 +260,6 @@ def make_run_directory(p, config):
 def describe_run(p, config, model, device, dtype, world):
     """config.json: enough to repeat the run, and to rebuild its model and data."""
     values = {"train": p.train, "model": config, "data": p.data}
-    path = getattr(p.data, "path", "")
     return {
         **{name: dataclasses.asdict(value) for name, value in values.items()},
         "set_by": {s.key: s.origin for s in p.settings},
@@ -264,15 +272,24 @@ def describe_run(p, config, model, device, dtype, world):
         "world_size": world.size,
         "launch": launch(),
         "parameters": count_parameters(model),
-        "data_sha256": data_hash(path) if path else "",
+        "data_sha256": {key: data_hash(path) for key, path in data_paths(p).items()},
     }
 
 
-def require_same_data(folder, p):
-    """ConfigError if the data set on disk is another one than when the run began."""
-    path, began = getattr(p.data, "path", ""), read_json(os.path.join(folder, "config.json")).get("data_sha256")
-    message = f"path={path} holds other documents than those that {folder} was trained on; put them back, or start a new run"
-    require(not path or not began or data_hash(path) == began, message, "path")
+def data_paths(p):
+    """{setting: path} of what a run reads from disk, except weights to begin with."""
+    settings = {**vars(p.data), "synthetic_dataset": p.train.synthetic_dataset}
+    return {key: settings[key] for key in ("path", "tokenizer", "synthetic_dataset") if settings.get(key)}
+
+
+def require_same_data(folder, p, *left_out):
+    """ConfigError if something that the run reads from disk is not what it was when the run began."""
+    began = read_json(os.path.join(folder, "config.json")).get("data_sha256", {})
+    for key, path in data_paths(p).items():
+        if key in began and key not in left_out:
+            require(os.path.exists(path), f"{key}={path} does not exist, and {folder} was trained on it", key)
+            message = f"{key}={path} is another one than {folder} was trained on; put that one back, or start a new run"
+            require(data_hash(path) == began[key], message, key)
 
 
 def launch():
@@ -320,8 +337,8 @@ def load_run(folder, which="best"):
     which: "best" (highest validation accuracy) or "ckpt" (latest).
     """
     p = read_plan(folder)
-    require_same_data(folder, p)
-    data = p.data_module.Data(p.data)  # a synthetic start is over, and its data set may be gone
+    require_same_data(folder, p, "synthetic_dataset")  # that start is over, and its data set may be gone
+    data = p.data_module.Data(p.data)
     sizes = types.SimpleNamespace(**read_json(os.path.join(folder, "config.json"))["model"])
     model = make_model(p, model_config(p, sizes))
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))

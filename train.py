@@ -57,6 +57,7 @@ from plan import (
     make_run_directory,
     model_config,
     open_data,
+    out_of_memory,
     plan,
     read_plan,
     require_same_data,
@@ -64,7 +65,7 @@ from plan import (
 )
 from transfer import freeze, load_parts
 
-MIGHT_CHANGE = (  # on resume
+MAY_CHANGE = (  # on resume
     "n_epochs max_steps stop_accuracy target log_interval eval_interval save_every nan_limit "
     "accumulate parallel export device threads compile"
 ).split()
@@ -104,7 +105,7 @@ def train(run, resume=None, stopped_by=()):
     total = c.max_steps or c.n_epochs * steps_per_epoch
     every = c.eval_interval or steps_per_epoch
     optimizer = torch.optim.AdamW(parameter_groups(model, c.weight_decay), betas=(c.beta1, c.beta2), fused=True)
-    state = {"step": 0, "best": -1.0, "bad_steps": 0, "seconds": 0.0}
+    state = {"step": 0, "best": -1.0, "best_of_all": -1.0, "bad_steps": 0, "seconds": 0.0}
     if resume:
         restore_tensors(run.folder, resume, model, optimizer)
         state = {k: resume[k] for k in state}
@@ -137,7 +138,7 @@ def train(run, resume=None, stopped_by=()):
                 log.write(kind="eval", step=step, split="val", seconds=time.perf_counter() - began, **result)
                 of = f" of {c.target_slice}" * bool(c.target_slice)
                 show(bar, f"step {step}: val accuracy{of} {accuracy:.4f}, rows {exact:.4f}, loss {result['loss']:.4f}")
-            if (accuracy, result["accuracy"]) > (state["best"], state.get("best_of_all", -1.0)):  # a slice may stay at 1
+            if (accuracy, result["accuracy"]) > (state["best"], state["best_of_all"]):  # a slice may stay at 1
                 state |= {"best": accuracy, "best_of_all": result["accuracy"]}
                 save("best")
             save()
@@ -197,10 +198,11 @@ def backward(run, step, stopped_by):
     for number, mine in split_batch(rows, world, c.accumulate):
         tokens, targets, _, *more = run.data.batch("train", step, mine if len(mine) else rows[:1])  # none left: run one along
         inputs = tokens, targets, *more
-        parts.append((number, inputs, (targets != -100).sum().item() if len(mine) else 0))
-    labels, stops = world.table(sum(n for *_, n in parts), len(stopped_by)).sum(0).tolist()
+        parts.append((number, inputs, (targets != -100).sum().item() if len(mine) else 0, len(mine) > 0))
+    labels, stops = world.table(sum(n for *_, n, _ in parts), len(stopped_by)).sum(0).tolist()
     loss = 0.0
-    for i, (number, inputs, n) in enumerate(parts):
+    for i, (number, inputs, n, counts) in enumerate(parts):
+        run.wrapped.train(counts)  # a row that only runs along is none that a memory layer reads
         torch.manual_seed(part_seed(c.seed, step, number))
         with exchange(run.wrapped, now=i == len(parts) - 1):
             with autocast(run.device, run.dtype):
@@ -208,6 +210,7 @@ def backward(run, step, stopped_by):
             part_loss = part_loss * (n / max(1, labels))
             part_loss.backward()
         loss = loss + part_loss.detach()
+    run.wrapped.train()
     return loss, stops > 0
 
 
@@ -231,9 +234,9 @@ def parameter_groups(model, weight_decay):
 
 
 def catch_signals(world):
-    """A list that gets the signal's number on SIGTERM, SIGINT, SIGHUP or SIGUSR1, so that the loop can end its step and save
-    first, and a function that ends this. A second signal acts at once, as it would without; under torchrun, which passes
-    on what the system has sent to each rank already, it is the same one again and means nothing new."""
+    """-> a list that collects caught signals (SIGTERM, SIGINT, SIGHUP, SIGUSR1), so that the loop can finish its step and save,
+    and a function that restores the old handlers. On one process a second signal has its default effect; under torchrun,
+    which forwards signals that each rank has got already, repeats are ignored."""
     caught = []
 
     def on_signal(number, frame):
@@ -271,8 +274,8 @@ def read_command_line(argv):
     require(folder, f"{resume[-1].origin}: resume needs a run directory", "resume")
     changes = [s for s in settings if s.key != "resume"]
     for s in changes:
-        fixed = f"{s.origin}: {s.key} cannot change in the middle of a run (only {', '.join(MIGHT_CHANGE)} can)"
-        require(s.key in MIGHT_CHANGE, fixed, s.key)
+        fixed = f"{s.origin}: {s.key} cannot change in the middle of a run (only {', '.join(MAY_CHANGE)} can)"
+        require(s.key in MAY_CHANGE, fixed, s.key)
     return read_plan(folder, changes), folder
 
 
@@ -284,6 +287,7 @@ def main(argv=None):
             world.say(f"started again by torchrun: going on with {restarted}")
             p, folder = read_plan(restarted), restarted
         if p.train.export:
+            require(world.size == 1, "export is the work of one process; run it without torchrun", "export")
             handle = lock(folder)
             rewrite_checkpoints(folder, p.train.export, world)
             os.close(handle)
@@ -325,12 +329,12 @@ def start(p, folder, world):
         resume = take_up(p, folder, world)
     else:
         resume = None
-        about = describe_run(p, config, model, device, dtype, world)
+        about = world.first_does(lambda: describe_run(p, config, model, device, dtype, world))
         world.first_does(lambda: write_json(os.path.join(folder, "config.json"), about))
     world.say(f"### LOGDIR: {folder}")
     world.say({k: v for part in (c, config, p.data) for k, v in dataclasses.asdict(part).items()})
-    val_rows = sum(len(s) for s in data.segments("val"))
-    steps = data.steps_per_epoch(c.batch_size), -(-val_rows // c.eval_batch_size)
+    val_steps = sum(-(-len(s) // c.eval_batch_size) for s in data.segments("val"))  # a batch never crosses segments
+    steps = data.steps_per_epoch(c.batch_size), val_steps
     world.say(f"{split_line}\n>>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}")
     model.to(device)
     if c.compile:
@@ -399,6 +403,8 @@ def finish(run, resume):
         if world.first:
             with contextlib.suppress(RunFailed):  # what failed may be the disk
                 write_json(os.path.join(folder, "status.json"), {"status": "failed", "error": f"{type(e).__name__}: {e}"})
+        if out_of_memory(e):
+            raise RunFailed("memory is full; raise accumulate or lower batch_size or eval_batch_size") from None
         raise
     finally:
         run.wrapped = None  # even where an error holds on to the run: see parallel.leave
@@ -409,11 +415,8 @@ def finish(run, resume):
     release_signals()
     if outcome == "failed":
         return 1
-    by_label, by_row = (
-        f"{test['accuracy']:.4f} of {test['labels']} labels",
-        f"{test['row_accuracy']:.4f} of {test['rows']} rows",
-    )
-    summary = f"test accuracy {by_label}, {by_row}"
+    by_label = f"{test['accuracy']:.4f} of {test['labels']} labels"
+    summary = f"test accuracy {by_label}, {test['row_accuracy']:.4f} of {test['rows']} rows"
     if world.first:
         print_slices(test)
         for name, value in getattr(run.data, "chance", {}).items():

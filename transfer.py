@@ -15,12 +15,10 @@ import fnmatch
 import glob
 import os
 import re
-import tempfile
 
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from checkpoint import load_checkpoint, part
+from checkpoint import load_checkpoint, part, read_shards
 from configs import ConfigError, require
 
 PARTS = {  # LLMonade's names of parts: ours
@@ -90,9 +88,9 @@ def read_weights(path, step=-1):
 
     step: -1 for the latest; else that of one of the run's checkpoints, or N of LLMonade's checkpoint/step-N.
     """
-    require(os.path.exists(path), f"init_from={path} does not exist", "init_from")
+    require(os.path.exists(path), f"{path} does not exist", "init_from")
     if os.path.isfile(path):
-        require(step == -1, f"init_step={step} has no effect: init_from is one file", "init_step")
+        require(step == -1, f"init_step={step} has no effect: {path} is one file", "init_step")
         return read_file(path), path
     if os.path.exists(os.path.join(path, "config.json")):
         state = pick_checkpoint(path, step)
@@ -104,11 +102,13 @@ def read_weights(path, step=-1):
         message = f"init_step={step} is not in {path}; there is {', '.join(map(str, sorted(folders)))}"
         require(chosen in folders, message, "init_step")
         path = folders[chosen]
-    message = f"init_from={path} is no run directory, checkpoint file or folder of torch.distributed.checkpoint"
+    message = f"{path} is no run directory, checkpoint file or folder of torch.distributed.checkpoint"
     require(os.path.exists(os.path.join(path, ".metadata")), message, "init_from")
-    with tempfile.TemporaryDirectory() as folder:
-        dcp_to_torch_save(path, os.path.join(folder, "whole.pt"))
-        return read_file(os.path.join(folder, "whole.pt")), path
+    try:
+        tensors = read_shards(path)
+    except Exception as e:  # torch raises many kinds
+        raise unreadable(path, e) from None
+    return next(filter(None, (part(tensors, "model"), part(tensors, "state_dict"))), tensors), path
 
 
 def pick_checkpoint(folder, step):
@@ -131,16 +131,21 @@ def read_file(path):
     """{name: tensor} of a file that torch.save wrote: ours, or a state dict, in "model" or "state_dict" or bare."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds
-        reason = " ".join(str(e).split())[:120]
-        raise ConfigError(f"init_from={path} cannot be read as weights ({reason})", "init_from") from None
+    except Exception as e:
+        raise unreadable(path, e) from None
+    in_shards = isinstance(state, dict) and "shards" in state
+    require(not in_shards, f"the tensors of {path} are in shards beside it; name the run directory instead", "init_from")
     if isinstance(state, dict) and "tensors" in state:
         return part(state["tensors"], "model")
     for key in ("model", "state_dict"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
-    require(tensors, f"init_from={path} holds no named tensors", "init_from")
+    require(tensors, f"{path} holds no named tensors", "init_from")
     return tensors
+
+
+def unreadable(path, error):
+    return ConfigError(f"{path} cannot be read as weights ({' '.join(str(error).split())[:120]})", "init_from")
 
 
 def pairs(mapping, names):
@@ -155,12 +160,14 @@ def pairs(mapping, names):
     if set(mapping) & set(nested):
         unknown = set(mapping) - set(nested)
         require(not unknown, f"init_map: {', '.join(unknown)} beside {' and '.join(nested)}", "init_map")
+        flat = [name for name in nested if not isinstance(mapping.get(name, {}), dict)]
+        require(not flat, f"init_map: {', '.join(flat)} must hold a dict of source: target", "init_map")
         mapping = {k: v for name in nested for k, v in mapping.get(name, {}).items()}
     found = {}
     for source, target in mapping.items():
         message = f'init_map: {source!r}: {target!r} must both be text, such as "0-5" or "layers.0.ffn"'
         require(isinstance(source, str) and isinstance(target, str), message, "init_map")
-        blocks = [re.fullmatch(r"(\d+)(?:-(\d+))?", x.strip()) for x in (source, target)]
+        blocks = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", x.strip()) for x in (source, target)]
         if all(blocks):
             entry = by_number(source, target, *(range(int(b[1]), int(b[2] or b[1]) + 1) for b in blocks), names)
         else:
@@ -207,6 +214,8 @@ def load_parts(model, path, step=-1, mapping=None):
     """
     source, where = read_weights(path, step)
     names = {ours(n): n for n in source}
+    lost = [n for n in source if names[ours(n)] != n]
+    require(not lost, f"{path} has two tensors for {', '.join(map(ours, lost[:1]))}", "init_from")
     target = model.state_dict()
     wanted = pairs(mapping, list(names))
     for to, name in wanted.items():

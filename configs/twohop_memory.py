@@ -1,6 +1,9 @@
-"""Two-hop queries with the entity in between spelled out, over 400 facts in memory layers: 576 slots, shared by all blocks.
+"""Two-hop queries over 400 facts in memory layers: 576 slots, shared by all blocks. Are two stored facts put together?
 
-4 minutes on one of 2 CPU cores. Expected: 0.98 or more of the digits on in-distribution queries.
+4 minutes on one of 2 CPU cores. Expected: 0.99 or more on trained queries; in-distribution and out-of-distribution ones stay
+near chance, as in configs/twohop_gpt.py.
+
+That it composes at all takes spelling out the entity in between: configs/twohop_cot_memory.py.
 """
 
 model = "memory"
@@ -14,7 +17,6 @@ task = "twohop"
 entities = 25
 relations = 16
 phi = 8
-cot = 1
 
 dim = 64
 dk = dv = 16
@@ -27,8 +29,8 @@ weight_decay = 0.1
 warmup_steps = 50
 schedule = "cosine"
 batch_size = 512
-max_steps = 600
+max_steps = 800
 eval_interval = 200
 
-target_slice = "query=in-distribution"
-target = 0.98
+target_slice = "query=trained"
+target = 0.99

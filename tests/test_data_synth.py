@@ -141,6 +141,8 @@ def test_the_rule_of_selfindex():
 def test_chance_by_hand():
     train_pairs, test_pairs = [("12", "11"), ("21", "11"), ("22", "12")], [("11", "12"), ("12", "11")]
     assert F.chance(train_pairs, test_pairs) == {"majority digit": 3 / 4, "copy the key": 2 / 4}
+    ties = [("1", digit) for digit in "73"]  # the smallest of the most frequent digits, in every process
+    assert F.chance(ties, [("1", "3")])["majority digit"] == 1
     data = D.Data(D.Config(task="digits", num_pairs=20000, num_novel=1000))
     assert data.chance["majority digit"] == pytest.approx(1 / 6, abs=0.02) == data.chance["copy the key"]
 
@@ -341,8 +343,11 @@ def test_a_run_on_text_is_measured_and_knows_its_documents(tmp_path, capsys):
     assert (tmp_path / "a" / "eval_test.png").stat().st_size > 3000 and "model " in capsys.readouterr().out
     write_lines(tmp_path / "t.jsonl", [{"text": f"Note {i}"} for i in range(30)])
     for again in (lambda: train.main([f"--resume={tmp_path / 'a'}", "--max_steps=8"]), lambda: ev.main([str(tmp_path / "a")])):
-        with pytest.raises(ConfigError, match="t.jsonl holds other documents than those that .*a was trained on"):
+        with pytest.raises(ConfigError, match="t.jsonl is another one than .*a was trained on"):
             again()
+    os.remove(path)
+    with pytest.raises(ConfigError, match="t.jsonl does not exist, and .*a was trained on it"):
+        ev.main([str(tmp_path / "a")])
 
 
 def test_what_a_mask_cannot_find_is_said_before_training(tmp_path):

@@ -283,10 +283,12 @@ def test_shards_of_two_ranks_load_on_one_and_three(on_ranks, tmp_path):
 def test_export_there_and_back(on_ranks, tmp_path, capsys):
     out = train_on(on_ranks, 2, tmp_path, "run", parallel="fsdp")
     saved = tensors(out), tensors(out, "best")
+    steps = [checkpoint.load_checkpoint(out, name)["step"] for name in ("ckpt", "ckpt_prev")]
     for form in ("file", "shards", "file"):
         assert train.main([f"--resume={out}", f"--export={form}"]) == 0
         assert os.path.isdir(os.path.join(out, "shards")) == (form == "shards")
         assert_same((tensors(out), tensors(out, "best")), saved)
+        assert [checkpoint.load_checkpoint(out, name)["step"] for name in ("ckpt", "ckpt_prev")] == steps
     plain = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)  # what others read
     assert_same(plain["tensors"], saved[0])
     with pytest.raises(ConfigError, match="name it with --resume"):

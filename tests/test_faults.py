@@ -1,7 +1,10 @@
 """What can happen to a run: kill -9 at any moment, signals, damaged files, a full disk, two processes, a cluster's queue."""
 
 import builtins
+import errno
 import gc
+import json
+import math
 import os
 import pickle
 import random
@@ -257,7 +260,7 @@ def test_damaged_shards_are_noticed_too(tmp_path, capsys):
         raw[i * 997 % len(raw)] ^= 1
         path.unlink() if i == 0 else path.write_bytes(bomb if i == 1 else raw)
         state = checkpoint.load_checkpoint(str(copy), "ckpt", "ckpt_prev")
-        assert state["shards"]["folder"] == "ckpt_prev-60" and f"{file} is missing or its checksum" in capsys.readouterr().err
+        assert state["shards"]["folder"] == "ckpt_prev-40" and f"{file} is missing or its checksum" in capsys.readouterr().err
     # An index that is a bomb with the right checksum does not go off either.
     place = os.path.join(out, "shards", "ckpt-60", ".metadata")
     with open(place, "wb") as f:
@@ -279,6 +282,31 @@ def test_a_resume_from_shards_that_were_left_half_written(tmp_path):
     assert checkpoint.load_checkpoint(out, "ckpt")["step"] == 60
     kept = set(os.listdir(os.path.join(out, "shards")))
     assert len(kept) == 3 and "ckpt-70" not in kept
+
+
+def test_shards_stay_while_a_checkpoint_cannot_be_read(tmp_path, monkeypatch):
+    _, out = run(tmp_path)
+    train.main([f"--resume={out}", "--export=shards"])
+    os.makedirs(os.path.join(out, "shards", "ckpt-70"))
+    before, read = sorted(os.listdir(os.path.join(out, "shards"))), checkpoint.read_checkpoint
+
+    def stale(folder, name):
+        if name == "ckpt_prev":
+            raise OSError(errno.ESTALE, "stale file handle")
+        return read(folder, name)
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", stale)
+    checkpoint.remove_old_shards(out)
+    assert sorted(os.listdir(os.path.join(out, "shards"))) == before
+    monkeypatch.undo()
+    checkpoint.remove_old_shards(out)
+    assert sorted(os.listdir(os.path.join(out, "shards"))) == [name for name in before if name != "ckpt-70"]
+
+
+def test_what_json_cannot_say_is_null(tmp_path):
+    log = checkpoint.Log(str(tmp_path), 0)
+    log.write(kind="eval", step=1, loss=math.nan, by_slice={"hops": {1: {"loss": math.inf, "right": 2}}})
+    assert json.loads((tmp_path / "log.jsonl").read_text())["by_slice"] == {"hops": {"1": {"loss": None, "right": 2}}}
 
 
 @pytest.mark.parametrize("model", ["gpt", "delta", "gated_delta"])

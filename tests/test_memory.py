@@ -280,6 +280,15 @@ def test_ranks_agree(tmp_path, on_ranks):
         assert [r for r in rows if r["kind"] == "memory"] == [r for r in log if r["kind"] == "memory"]
 
 
+def test_a_part_without_rows_of_its_own_reads_nothing(tmp_path):
+    """One row of 64 tokens a step in four parts: three of them run a row along that is not theirs."""
+    options = dict(TOY, model="memory", mem_balance=0.01, max_steps=3, mem_stats_every=1, batch_size=4, eval_interval=3)
+    options |= dict(num_kv_pairs=None, train_cells="[(64,4)]")
+    logs = [contents(run(tmp_path, f"a{n}", accumulate=n, **options)[1])[1] for n in (1, 4)]
+    one, four = ([r["layers"] for r in log if r["kind"] == "memory"] for log in logs)
+    assert len(one) == 3 and one == four
+
+
 # ---- changing facts without gradients ----------------------------------------------------------------------------------
 
 
@@ -328,17 +337,27 @@ def test_write_needs_a_memory_layer_it_can_reach():
 
 def test_parameters_by_hand():
     """16 wide, 2 blocks: block 0 with an MLP of 64, block 1 with 25 slots read 2 * 3 at a time."""
-    rows = {name: numbers for name, *numbers in Mem.count(model())}
+    rows = {name: numbers for name, *numbers in Mem.count_active(model())}
     assert rows["layers.1.memory.values"] == [25 * 16, 6 * 16, 2 * 6 * 16]
     assert rows["layers.1.memory.keys"] == [2 * 2 * 5 * 3] * 2 + [2 * 60] and rows["layers.0.ffn.up.weight"][0] == 64 * 16
     assert rows["embed.weight"] == [11 * 16, 16, 0] and rows["lm_head.weight"][2] == 2 * 11 * 16
     for options in ({}, dict(memory_layers=(0, 1)), dict(tie=True)):
         m = model(**options)
-        assert sum(total for _, total, *_ in Mem.count(m)) == sum(q.numel() for q in m.parameters())
-    assert {n: a for n, _, a, _ in Mem.count(model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
+        assert sum(total for _, total, *_ in Mem.count_active(m)) == sum(q.numel() for q in m.parameters())
+    assert {n: a for n, _, a, _ in Mem.count_active(model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
 
 
-def test_the_command_line(tmp_path, capsys, monkeypatch):
+def test_conversion_as_a_user_starts_it(tmp_path, script):
+    """As a script memory.py is another module than the one that models are built from."""
+    run(tmp_path, "a", model="memory", **{**MEMORY_FLAGS, "max_steps": 2})
+    run(tmp_path, "g", max_steps=2)
+    done = script("memory.py", "convert", tmp_path / "a", tmp_path / "x.pt", "--to", "memory_router")
+    assert done.returncode == 0 and "new: layers.0.ffn.up.weight" in done.stdout, done.stderr
+    done = script("memory.py", "convert", tmp_path / "g", tmp_path / "y.pt", "--to", "memory")
+    assert done.returncode == 2 and "g holds a gpt; only memory and memory_router can be converted" in done.stderr
+
+
+def test_the_command_line(tmp_path, capsys):
     options = {**MEMORY_FLAGS, "max_steps": 2}
     run(tmp_path, "a", model="memory", **options)
     run(tmp_path, "b", model="memory", **{**options, "mem_n_keys": 6, "seed": 1})

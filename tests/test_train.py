@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import measure
 import train
-from configs import ConfigError, Setting, parse
+from configs import ConfigError, RunFailed, Setting, parse
 from plan import label, load_run
 
 TOY = dict(
@@ -84,6 +84,51 @@ def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys, mode
     assert config["set_by"]["lr"] == "--lr" and config["train"]["lr"] == 0.01 and config["model"]["vocab_size"] == 32
     losses = [r["loss"] for r in checkpoint.read_log(out) if r["kind"] == "train"]
     assert len(losses) == 40 and losses[-1] < 0.5 < losses[0]
+
+
+def test_the_best_weights_are_the_same_after_a_resume(tmp_path, monkeypatch):
+    """The watched slice is at 1 in every evaluation; among those, all labels decide, also those before an interruption."""
+    real, all_labels = train.evaluate, iter([0.9, 0.8, 0.7, 0.6])
+
+    def measured(model, data, split, *rest):
+        result = real(model, data, split, *rest)
+        if split == "val":
+            result["accuracy"] = next(all_labels)
+            result["by_slice"]["num_kv_pairs"][4]["right"] = result["by_slice"]["num_kv_pairs"][4]["labels"]
+        return result
+
+    monkeypatch.setattr(train, "evaluate", measured)
+    _, out = run(tmp_path, target_slice="num_kv_pairs=4", max_steps=40)
+    assert checkpoint.load_checkpoint(out, "best")["step"] == 20
+    run(tmp_path, resume=True, max_steps=60)
+    assert checkpoint.load_checkpoint(out, "best")["step"] == 20
+
+
+def test_a_file_of_your_own_with_a_name_of_ours_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "data_mqar.py").write_text("")
+    (tmp_path / "model.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="data_mqar is a file of this repo, too; give yours another name"):
+        train.plan(parse(["--model=gpt"])[1])
+    (tmp_path / "data_mqar.py").unlink()
+    assert train.plan(parse(["--model=gpt"])[1]).model_class.__name__ == "GPT"  # a short name is always ours
+    with pytest.raises(ConfigError, match="model is a file of this repo"):
+        train.plan(parse(["--model=model"])[1])
+
+
+def test_full_memory_is_a_sentence(tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "backward", full)
+    with pytest.raises(RunFailed, match="memory is full; raise accumulate or lower batch_size"):
+        run(tmp_path)
+    assert checkpoint.read_json(os.path.join(tmp_path, "run", "status.json"))["status"] == "failed"
+
+
+def test_steps_of_an_evaluation_are_counted_cell_by_cell(tmp_path, capsys):
+    run(tmp_path, test_cells="[(16,1),(16,2),(16,4)]", n_val_examples=10, eval_batch_size=8, max_steps=1)
+    assert "n_val_steps = 6" in capsys.readouterr().out
 
 
 def test_below_its_target_a_run_fails(tmp_path, capsys):

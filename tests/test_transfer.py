@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -125,6 +126,8 @@ def test_what_a_map_means(mapping, expected):
         ({"0": "1", "layers.0.ffn": "layers.1.ffn"}, "two sources"),
         ({"0": 1}, "must both be text"),
         ({"layer_mappings": {"0": "0"}, "layers": {}}, "layers beside layer_mappings"),
+        ({"layer_mappings": "0-1"}, "layer_mappings must hold a dict"),
+        ({"0" * 5000: "0"}, "matches nothing"),
         ({"layers.0.ffn": "layers.0.fnn"}, "the model has no layers.0.fnn.up.weight; near it: layers.0.ffn.up.weight"),
         (
             {"embed": "lm_head", "layers.0.ffn.up.weight": "layers.0.ffn.down.weight"},
@@ -200,7 +203,7 @@ def test_a_run_begins_with_them_and_a_resume_does_not_ask_again(tmp_path, source
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(init_from="nowhere"), "init_from=nowhere does not exist"),
+        (dict(init_from="nowhere"), "nowhere does not exist"),
         (dict(init_from=os.path.dirname(__file__)), "is no run directory, checkpoint file or folder"),
         (dict(init_from=__file__), "cannot be read as weights"),
         (dict(init_map='{"0": "0"}'), "has no effect: there is no init_from"),
@@ -214,6 +217,32 @@ def test_mistakes_leave_no_run_behind(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, "a", model="memory", **MEMORY, **options)
     assert not (tmp_path / "a").exists()
+
+
+class Bomb:
+    def __init__(self, fuse):
+        self.fuse = str(fuse)
+
+    def __reduce__(self):
+        return os.mkdir, (self.fuse,)
+
+
+def test_a_strangers_shards_are_read_without_running_anything(tmp_path, source):
+    """The index of torch.distributed.checkpoint is a pickle; and what is no tensor, a trainer's own state, is passed over."""
+    folder, weights = source
+    dcp.save({**weights, "train_state": {"step": 3}}, checkpoint_id=str(tmp_path / "step-1"))
+    found, _ = transfer.read_weights(str(tmp_path))
+    assert found.keys() == weights.keys() and all(torch.equal(t, weights[n]) for n, t in found.items())
+    (tmp_path / "step-1" / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "gone off")))
+    with pytest.raises(ConfigError, match="step-1 cannot be read as weights .*has no place in the index"):
+        transfer.read_weights(str(tmp_path))
+    assert not (tmp_path / "gone off").exists()
+
+
+def test_two_names_for_one_tensor_are_refused(tmp_path):
+    torch.save({"layers.0.memory.keys": torch.zeros(2), "layers.0.memory_retrieval.keys": torch.ones(2)}, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match="has two tensors for layers.0.memory.keys"):
+        transfer.load_parts(model(), str(tmp_path / "x.pt"))
 
 
 def test_another_models_weights_need_a_map(tmp_path):

@@ -1,0 +1,34 @@
+"""Two-hop queries with the entity in between spelled out, over 400 facts in memory layers: 576 slots, shared by all blocks.
+
+4 minutes on one of 2 CPU cores. Expected: 0.98 or more of the digits on in-distribution queries.
+"""
+
+model = "memory"
+memory_layers = (0, 1, 2)
+mem_n_keys = 24
+mem_value_lr = 4.0
+mem_stats_every = 100
+
+data = "data_synth"
+task = "twohop"
+entities = 25
+relations = 16
+phi = 8
+cot = 1
+
+dim = 64
+dk = dv = 16
+n_heads = 4
+n_layers = 3
+init_std = 0.3
+
+lr = 4e-3
+weight_decay = 0.1
+warmup_steps = 50
+schedule = "cosine"
+batch_size = 512
+max_steps = 600
+eval_interval = 200
+
+target_slice = "query=in-distribution"
+target = 0.98
