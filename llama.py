@@ -122,10 +122,10 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens, at, attend):
-        """tokens (B, T) at positions (B, T) -> the stream behind the last block (B, T, D), of which `logits` makes logits.
+        """tokens (B, T) at positions (B, T) -> the residual stream after the last block (B, T, D); `logits` takes it on.
 
         attend(layer, q (B, H, T, K), k (B, G, T, K), v) -> (B, H, T, K): keeps keys and values, if they will be needed again,
-        and says who sees whom; `plain` is the usual one.
+        and says which tokens attend to which; `plain` is the usual one.
         """
         x = self.embed(tokens)
         for i, layer in enumerate(self.layers):
@@ -151,27 +151,28 @@ def load(name, device="cpu", dtype=torch.float32):
 
     ConfigError says what is missing and where to get it.
     """
-    need("tokenizers", "tokenizers")
+    need("tokenizers", "this model needs a package: pip install tokenizers")
     path = find(name)
     read = read_gguf if path.endswith(".gguf") else read_directory
     c, weights, tokenizer = read(path)
     with torch.device("meta"):
-        expected = {n: tuple(w.shape) for n, w in Llama(c).named_parameters()}
-    found = {n: tuple(w.shape) for n, w in weights.items()}
-    for n, shape in expected.items():
-        require(n in found, f"{path} has no weights for {n}; is a file missing?", "model")
-        require(found[n] == shape, f"{path}: {n} has shape {found[n]}, not {shape}", "model")
-    with torch.device("meta"):
         model = Llama(c)
-    model.turns = turns(c)
+    found = {n: tuple(w.shape) for n, w in weights.items()}
+    for n, w in model.named_parameters():
+        require(n in found, f"{path} has no weights for {n}; is a file missing?", "model")
+        require(found[n] == tuple(w.shape), f"{path}: {n} has shape {found[n]}, not {tuple(w.shape)}", "model")
     model.load_state_dict(weights, strict=False, assign=True)  # no second copy is made
     if c.tied:
         model.lm_head.weight = model.embed.weight
-    return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
+    model.turns = turns(c)
+    model = model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    model.turns = turns(c).to(device)  # angles stay in float32
+    return model, tokenizer
 
 
-def need(package, install):
-    require(importlib.util.find_spec(package) is not None, f"this model needs a package: pip install {install}", "model")
+def need(package, sentence):
+    """ConfigError with the sentence unless a package is installed."""
+    require(importlib.util.find_spec(package) is not None, sentence, "model")
 
 
 def find(name):
@@ -190,7 +191,7 @@ def find(name):
 
 def read_gguf(path):
     """A GGUF file of architecture llama with a byte-level BPE tokenizer -> Config, {our name: tensor}, tokenizer."""
-    need("gguf", "gguf")
+    need("gguf", "this model needs a package: pip install gguf")
     from gguf import GGUFReader, dequantize
 
     try:
@@ -256,7 +257,7 @@ def gguf_tokenizer(fields, path):
 
 def read_directory(path):
     """A Hugging Face directory of a Llama -> Config, {our name: tensor}, tokenizer."""
-    need("safetensors", "safetensors")
+    need("safetensors", "this model needs a package: pip install safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     from tokenizers import Tokenizer

