@@ -1,6 +1,6 @@
 """Take a trained run apart: remove, replace and exchange what it reads inside, and see which answers change.
 
-    python ablate.py all runs/RUN                    # everything that fits the run, in ablate_report.md with its figures
+    python ablate.py all runs/RUN                    # everything that fits_all the run, in ablate_report.md with its figures
     python ablate.py keys runs/RUN --modes zero      # each slot that a row reads, removed: importance of every slot
     python ablate.py layer runs/RUN                  # whole blocks: memory, its values, its keys, MLP, mixer
     python ablate.py heads runs/RUN                  # each head, before the last projection
@@ -25,8 +25,9 @@ import torch
 import configs
 import exchange
 import impact
-from commands import fits, looks, report, run_command
+from commands import fits_all, looks, report, run_command
 from configs import one_of, require
+from edits import why_not_facts
 from interventions import (
     MODES,
     Removal,
@@ -34,17 +35,15 @@ from interventions import (
     changed_output,
     clean_run,
     go_on,
-    joined_parts,
     known_cases,
     margin,
-    row_mean,
     run_changed,
     sites,
     without_head,
 )
-from look import save
-from measure import figure, finish, share_over_rows, shown, table
-from slots import problem as no_memory
+from look import end_to_end, save
+from measure import figure, finish, mean_over_rows, share_over_rows, shown, table
+from slots import why_not_slots
 
 
 @dataclass
@@ -52,16 +51,13 @@ class AblateConfig:
     rows: int = 100  # rows to take apart, of those that the model answers rightly; 0: all of them
     modes: str = "zero drop mean random resample"  # keys: how a slot is removed
     pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of rows; 0: every pair
-    type: str = (
-        "any"  # swap and its kin: any, less_less, more_more, less_more, more_less (exposures of the row and of the other)
-    )
+    type: str = "any"  # swap and its kin: any, less_less, more_more, less_more, more_less (exposures of row and other row)
     chunk: int = 512  # changed copies of rows in one forward pass
     seed: int = 0  # of what is drawn: pairs, random slots
     split: str = "test"  # test or val
     checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
     eval_batch_size: int = 100  # rows in a forward pass of the untouched model
     device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # effects are small: float32 or bfloat16
 
     def check(self):
         configs.at_least(self, 0, "rows", "pairs", "seed")
@@ -72,7 +68,6 @@ class AblateConfig:
         one_of(self, exchange.TYPES, "type")
         one_of(self, ("test", "val"), "split")
         one_of(self, ("best", "ckpt"), "checkpoint")
-        one_of(self, ("float32", "bfloat16"), "dtype")
 
 
 # ---- keys --------------------------------------------------------------------------------------------------------------
@@ -90,7 +85,8 @@ def keys(look):
     effects = effects_by_mode(columns)
     lines = [(*k, c["n"], *shown(c["fall"])[1:], f"{c['strongest']:.3f}", *shown(c["flip"])[1:]) for k, c in effects.items()]
     table(("mode", "block", "measured", "mean fall of the lead", "95% interval", "top 1%", "flips", "95% interval"), lines)
-    print("zero is off-distribution: no row was trained with less weight. control: slots that the row does not read.")
+    off = "zero is off-distribution: no row was trained with less weight. " * ("zero" in modes)
+    print(off + "control: slots that the row does not read.")
     by_slice = {"mode, block": {f"{mode}, {block}": cell for (mode, block), cell in effects.items()}}
     plot = lambda path: impact.plot_keys(path, columns, look.name)
     save(look, "keys", {"rows": len(cases), "modes": modes}, by_slice, (), columns, plot)
@@ -131,7 +127,7 @@ def remove_slots(model, cases, modes, chunk=512, seed=0):
                 parts[-1] |= {"place": np.tile(np.arange(n), len(i))} | {
                     k: v.flatten().cpu().numpy() for k, v in measured.items()
                 }
-    return joined_parts(parts)
+    return end_to_end(parts)
 
 
 def with_unread(case, slot, reads, weight, size, random):
@@ -157,7 +153,7 @@ def effects_by_mode(columns):
         for name, mine in [*groups, ("control", columns["control"])]:
             mine = mine & (columns["mode"] == mode)
             if mine.any():
-                fall, flip = (row_mean(columns[k][mine].astype(float), columns["row"][mine]) for k in ("fall", "flip"))
+                fall, flip = (mean_over_rows(columns[k][mine].astype(float), columns["row"][mine]) for k in ("fall", "flip"))
                 strongest = np.sort(columns["fall"][mine])[-max(1, mine.sum() // 100) :].mean()
                 cells[mode, name] = {"fall": fall, "flip": flip, "strongest": float(strongest), "n": int(mine.sum())}
     return cells
@@ -199,7 +195,7 @@ def layer(look):
     for (block, what), (hooks, intervene) in whole_block_changes(look.model, look.config.seed).items():
         now, p, right = margin(run_changed(look.model, cases, hooks, intervene), cases.answers)
         parts.append(measured(cases, {"block": block, "what": what}, lead - now, p, right))
-    columns = joined_parts(parts)
+    columns = end_to_end(parts)
     by_slice = {"block, what": {}, "block, what, place": {}}
     for block, what in dict.fromkeys(zip(columns["block"].tolist(), columns["what"].tolist())):
         mine = (columns["block"] == block) & (columns["what"] == what)
@@ -226,7 +222,7 @@ def measured(cases, about, fall, p, right):
 def effect(columns, mine):
     """Of some measurements: accuracy that is left, and the mean fall of the lead; intervals over rows."""
     right = share_over_rows(columns["right"][mine] > 0, columns["row"][mine])
-    return {"accuracy": right, "fall": row_mean(columns["fall"][mine], columns["row"][mine])}
+    return {"accuracy": right, "fall": mean_over_rows(columns["fall"][mine], columns["row"][mine])}
 
 
 def print_effects(head, cells):
@@ -265,7 +261,7 @@ def heads(look):
             hooks = [without_head(mixer.out_proj, mixer.heads, head)]
             now, p, right = margin(run_changed(look.model, cases, hooks), cases.answers)
             parts.append(measured(cases, {"block": block, "head": head}, lead - now, p, right))
-    columns = joined_parts(parts)
+    columns = end_to_end(parts)
     columns["name"] = np.array([f"L{b}H{h}" for b, h in zip(columns["block"], columns["head"])])
     by_slice, digits = {"head": {}, "head, place": {}}, {}
     for name in dict.fromkeys(columns["name"].tolist()):
@@ -290,39 +286,50 @@ def heads(look):
 
 
 def everything(look):
-    """Each command that fits, and ablate_report.md."""
+    """Each command that fits_all, and ablate_report.md."""
     report(look, "ablate.py", COMMANDS, [name for name in COMMANDS if name != "all"], "ablate_report.md")
 
 
-def no_digits(look):
-    """Why answers are not digits behind a key, read from memory, or ""."""
-    if no_memory(look):
-        return no_memory(look)
-    return "" if getattr(look.data, "kind", "") in ("qa", "digits") else "it takes answers of digits, as in task=qa and digits"
+def why_not_memory(look):
+    """Why answers are not digits after a key, read from memory, or ""."""
+    return why_not_slots(look) or why_not_facts(look)
 
 
-def no_pairs(look):
+def why_not_blocks(look):
+    """Why blocks cannot be taken apart, or ""."""
+    needed = ("embedded", "layers", "final_norm", "lm_head")
+    return "" if all(hasattr(look.model, name) for name in needed) else f"it needs a model with {', '.join(needed)}"
+
+
+def why_not_heads(look):
+    return why_not_blocks(look) or ("" if "mixer" in sites(look.model) else "its blocks have no mixer (use_att=0)")
+
+
+def why_not_pairs(look):
     """Why rows cannot be set beside others of the same form with another answer, or ""."""
-    kind = getattr(look.data, "kind", "mqar" if look.plan.train.data == "data_mqar" else "")
-    return "" if kind in ("qa", "digits", "mqar") else "it needs rows of one form, as in task=qa, digits or MQAR"
+    return why_not_blocks(look) or ("" if look.plan.train.data == "data_mqar" else why_not_facts(look))
 
 
 PAIRS = "rows pairs type chunk seed"
 COMMANDS = {
     "keys": looks(
-        keys, "rows modes chunk seed", "Every slot that a row reads, removed: which matter, and how much.", no_memory
+        keys, "rows modes chunk seed", "Every slot that a row reads, removed: which matter, and how much.", why_not_slots
     ),
-    "impact": looks(impact.impact, "", "Which slots matter, by how much more than a random one, for which facts.", no_memory),
-    "keystats": looks(impact.keystats, "seed", "How often slots are read, how their effects vary, which are alike.", no_memory),
+    "impact": looks(
+        impact.impact, "", "Which slots matter, by how much more than a random one, for which facts.", why_not_slots
+    ),
+    "keystats": looks(
+        impact.keystats, "seed", "How often slots are read, how their effects vary, which are alike.", why_not_slots
+    ),
     "occurrences": looks(
-        impact.occurrences, "", "How reads spread over the slots: unused ones, Gini's coefficient.", no_memory
+        impact.occurrences, "", "How reads spread over the slots: unused ones, Gini's coefficient.", why_not_slots
     ),
-    "position": looks(impact.position, "", "At which places of the answer removal costs most.", no_memory),
-    "repeats": looks(impact.repeats, "seed", "Are keys with repeated digits easier to remove?", no_digits),
-    "layer": looks(layer, "rows seed", "Whole parts of blocks, taken out.", fits),
-    "heads": looks(heads, "rows seed", "Heads, taken out one by one: which are needed, where, for which digit.", fits),
+    "position": looks(impact.position, "", "At which places of the answer removal costs most.", why_not_slots),
+    "repeats": looks(impact.repeats, "seed", "Are keys with repeated digits easier to remove?", why_not_memory),
+    "layer": looks(layer, "rows seed", "Whole parts of blocks, taken out.", why_not_blocks),
+    "heads": looks(heads, "rows seed", "Heads, taken out one by one: which are needed, where, for which digit.", why_not_heads),
     **{
-        name: looks(lambda look, name=name: exchange.exchange(look, name), PAIRS, shows, no_digits)
+        name: looks(lambda look, name=name: exchange.exchange(look, name), PAIRS, shows, why_not_memory)
         for name, shows in (
             ("force", "One head reads another row's strongest slot alone."),
             ("inject", "Everything that another row reads at its label, in one block."),
@@ -331,12 +338,12 @@ COMMANDS = {
         )
     },
     "swap-matrix": looks(
-        exchange.swap_matrix, PAIRS, "All that another row reads: which digits stand in for which.", no_digits
+        exchange.swap_matrix, PAIRS, "All that another row reads: which digits stand in for which.", why_not_memory
     ),
-    "swap-pred": looks(impact.swap_predictions, "", "What each digit turns into after the exchange.", no_digits),
-    "corr": looks(impact.correlate, "seed", "Do rows that suffer from removal take another row's answer?", no_digits),
-    "patch": looks(exchange.patch, "rows seed", "Causal tracing: where the answer is decided.", no_pairs),
-    "all": looks(everything, "rows modes pairs type chunk seed", "Everything that fits the run.", fits),
+    "swap-pred": looks(impact.swap_predictions, "", "What each digit turns into after the exchange.", why_not_memory),
+    "corr": looks(impact.correlate, "seed", "Do rows that suffer from removal take another row's answer?", why_not_memory),
+    "patch": looks(exchange.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs),
+    "all": looks(everything, "rows modes pairs type chunk seed", "Everything that fits_all the run.", fits_all),
 }
 
 

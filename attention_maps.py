@@ -13,7 +13,7 @@ import torch
 
 from attention import attention_weights
 from configs import require
-from look import batches, save, sweep
+from look import batches, end_to_end, save, sweep
 from measure import figure, mean, table
 
 PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (T, 1), s (1, T)) -> (B, T, T) or (T, T) bool
@@ -35,8 +35,8 @@ def shifted(ids):
 @torch.no_grad()
 def maps(model, tokens, cu_seqlens=None):
     """Attention weights: tokens (B, T) -> {block: (B, H, T, T)}. ValueError if a block has no softmax attention."""
-    if problem(model):
-        raise ValueError(problem(model))
+    if why_not_maps(model):
+        raise ValueError(why_not_maps(model))
     caught = {}
 
     def watching(i, attend):
@@ -57,12 +57,12 @@ def maps(model, tokens, cu_seqlens=None):
     return caught
 
 
-def mean_of(x):
+def mean_of_known(x):
     """Mean and interval of what is not nan; None if all is."""
     return mean(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
 
 
-def problem(model):
+def why_not_maps(model):
     """Why a model has no maps, or ""."""
     layers = getattr(model, "layers", ())
     if len(layers) and all(getattr(getattr(layer, "att", None), "attend", None) for layer in layers):
@@ -110,13 +110,13 @@ def attention(look):
             about = {"row": np.repeat(batch.rows, H), "layer": np.full(B * H, layer), "head": np.tile(np.arange(H), B)}
             measured = scores(weights, batch.tokens, real)
             parts.append(about | {name: x.flatten().cpu().numpy() for name, x in measured.items()})
-        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return end_to_end(parts)
 
     found = sweep(look, work)
     by_head = {}
     for layer, head in sorted({*zip(found["layer"].tolist(), found["head"].tolist())}):
         mine = (found["layer"] == layer) & (found["head"] == head)
-        cell = {name: mean_of(found[name][mine]) for name in [*PATTERNS, "entropy"]}
+        cell = {name: mean_of_known(found[name][mine]) for name in [*PATTERNS, "entropy"]}
         means = {name: c["value"] if c else np.nan for name, c in cell.items()}
         by_head[f"layer {layer}, head {head}"] = {"does": describe(means), **cell}
     row = example_row(look)

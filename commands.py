@@ -1,10 +1,11 @@
-"""The commands of a script that looks at trained runs: which there are, what each may be told, and one report of all.
+"""The command table of eval.py and ablate.py: parsing, checks, and one report of all commands.
 
 python eval.py logits runs/RUN --rows 100
 python ablate.py all runs/RUN
 """
 
 import contextlib
+import difflib
 import io
 import os
 import sys
@@ -19,18 +20,18 @@ from parallel import joined
 
 MODEL = "split checkpoint eval_batch_size device dtype"  # settings of whatever runs a model
 
-# work(look), or work(words, config) if it looks at no model; uses: its settings; problem(look): why it does not fit, or "";
+# work(look), or work(words, config) if it looks at no model; uses: its settings; why_not(look): why it does not fit, or "";
 # shows: what a reader learns from it
-Command = namedtuple("Command", "work looks uses problem shows")
+Command = namedtuple("Command", "work looks uses why_not shows")
 
 
-def fits(look):
+def fits_all(look):
     return ""
 
 
-def looks(work, uses, shows, problem=fits):
+def looks(work, uses, shows, why_not=fits_all):
     """A command that looks at one run."""
-    return Command(work, True, f"{MODEL} {uses}", problem, shows)
+    return Command(work, True, f"{MODEL} {uses}", why_not, shows)
 
 
 def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
@@ -44,7 +45,10 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
         return
     configs.check_names(settings, kind)
     config = configs.build(kind, settings)
-    require(words[0] in commands or default, f"{words[0]!r} is no command; choose from {', '.join(commands)}", None)
+    near = difflib.get_close_matches(words[0], commands, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(commands)}"
+    is_run = default and (len(words) == 1 or os.path.isdir(words[0]))
+    require(words[0] in commands or is_run, f"{words[0]!r} is no command; {hint}", None)
     name = words.pop(0) if words[0] in commands else default
     command = commands[name]
     users = {s: ", ".join(n for n, c in commands.items() if s in c.uses.split()) for s in kind.__dataclass_fields__}
@@ -57,8 +61,8 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     with joined(config.device) as world:
         look = world.together(lambda: open_look(words[0], config, world))
         look.prefix = prefix
-        problem = command.problem(look)
-        require(not problem, f"{look.folder}: {problem}", None)
+        why_not = command.why_not(look)
+        require(not why_not, f"{look.folder}: {why_not}", None)
         command.work(look)
 
 
@@ -78,10 +82,10 @@ def report(look, script, commands, names, file):
 def chapter(look, script, name, command):
     """Run one command -> its part of the report."""
     start, figures, printed = time.perf_counter(), len(look.figures), io.StringIO()
-    problem = command.problem(look)
-    look.world.say(f"\n{name}: " + (f"left out, {problem}" if problem else command.shows))
-    if problem:
-        return f"Left out: {problem}.\n"
+    why_not = command.why_not(look)
+    look.world.say(f"\n{name}: " + (f"left out, {why_not}" if why_not else command.shows))
+    if why_not:
+        return f"Left out: {why_not}.\n"
     try:
         with contextlib.redirect_stdout(printed):
             if command.looks:

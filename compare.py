@@ -14,7 +14,7 @@ import numpy as np
 from checkpoint import read_json, read_log
 from configs import ConfigError, require
 from look import write_parquet
-from measure import figure, share, shares, shown, table
+from measure import draw, figure, finish, shares, shown, table
 from plan import read_plan
 
 
@@ -28,9 +28,10 @@ def compare(words, config):
             try:
                 runs.append(read_result(folder))
             except (OSError, json.JSONDecodeError, KeyError, TypeError, ConfigError) as e:
-                left_out.append(f"{folder} ({type(e).__name__}: {e})")
+                unfinished = isinstance(e, KeyError) and e.args == ("test",)
+                left_out.append(f"{folder} ({'it has not finished' if unfinished else f'{type(e).__name__}: {e}'})")
     if left_out:
-        print("left out, because they have no test result that can be read:", *left_out, sep="\n  ", file=sys.stderr)
+        print("left out, for want of a test result:", *left_out, sep="\n  ", file=sys.stderr)
     require(runs, f"no run with a test result matches {' '.join(words)}", None)
     head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds", "accuracy", "95% interval")
     names = ("run", "model", "params", "state", "seed", "steps", "seconds")
@@ -64,7 +65,7 @@ def read_result(folder):
         "seed": p.train.seed,
         "steps": status["step"],
         "seconds": round(status["seconds"], 1),
-        "all": share(round(test["accuracy"] * test["labels"]), test["labels"]),
+        "all": shares(test["all"]),
         "curve": [(r["step"], r["loss"], r["accuracy"]) for r in read_log(folder) if r["kind"] == "eval"],
         "by_slice": {tag: {v: shares(c)["value"] for v, c in cells.items()} for tag, cells in test["by_slice"].items()},
     }
@@ -90,11 +91,7 @@ def plot_compare(path, runs):
         at = [i for i, v in enumerate(names) if all(v in r["by_slice"].get(tag, {}) for r in same)]
         values = np.array([[r["by_slice"][tag][names[i]] for i in at] for r in same])
         band(slices, at, values, color, f"{label} (runs: {len(same)})")
-        y, ends = [r["all"]["value"] for r in same], np.array([r["all"]["ci95"] for r in same]).T
-        errors = np.maximum(0, [y - ends[0], ends[1] - y])
-        sizes.errorbar(
-            [r["state" if by_state else "params"] for r in same], y, yerr=errors, fmt="o", ms=4, capsize=3, color=color
-        )
+        draw(sizes, [r["state" if by_state else "params"] for r in same], [r["all"] for r in same], ls="none", color=color)
     losses.set(xlabel="step", ylabel="val loss (nats per label)", yscale="log")
     accuracies.set(xlabel="step", ylabel="val token accuracy")
     slices.set(xlabel=tag or "(no slices that all runs have)", ylabel="test token accuracy")
@@ -103,16 +100,19 @@ def plot_compare(path, runs):
     sizes.set(xlabel=size, ylabel="test token accuracy, 95% interval")
     fig.legend(*slices.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=1 + (len(lines(runs)) > 4))
     fig.supxlabel("lines: mean over seeds; bands: lowest to highest", fontsize=7)
-    for axis in (losses, accuracies, sizes):
+    for axis in (losses, accuracies):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
+    there = sorted({r["state" if by_state else "params"] for r in runs})
+    sizes.set_xscale("log")
+    sizes.set_xticks(there, [f"{n:,}" for n in there], rotation=20, ha="right", fontsize=7)
+    sizes.minorticks_off()
     for axis in (losses, accuracies, slices, sizes):
         axis.grid(alpha=0.3)
         axis.yaxis.label.set_fontsize(8)
     for axis in (accuracies, slices, sizes):
         axis.set_ylim(-0.02, 1.02)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    finish(fig, plt, path, "")
 
 
 def lines(runs):

@@ -14,7 +14,8 @@
     python eval.py compare 'runs/*'               # runs side by side, seeds as bands
     python eval.py repair results.jsonl           # every complete record of a cut file
 
-Each writes eval_<what>.json {config, metrics, by_slice, examples}, .parquet and .png into the run and prints a short table.
+Each writes eval_<what>.json {config, metrics, by_slice, examples}, .parquet and .png into the run (maps into attention/) and
+prints a short table.
 A run is rebuilt from its own config.json and checkpoint; no override file is run.
 """
 
@@ -25,16 +26,28 @@ import numpy as np
 import attention_maps
 import configs
 import edits
-from commands import Command, fits, looks, report, run_command
+from commands import Command, fits_all, looks, report, run_command
 from compare import compare
 from configs import one_of, require
 from logits import logits
 from look import save, sweep
-from measure import figure, predict, print_slices, share, shares, shown, summarise, table
+from measure import (
+    draw,
+    figure,
+    finish,
+    label_share,
+    mean,
+    predict,
+    print_slices,
+    share,
+    shares,
+    shown,
+    summarise,
+    table,
+)
 from model import greedy
 from routing import routing
-from slots import activations, norms, track
-from slots import problem as no_memory
+from slots import activations, norms, track, why_not_slots
 from stats import repair, stats
 
 
@@ -47,7 +60,7 @@ class EvalConfig:
     example: int = -1  # print this row whole (attention: draw it); -1: none (attention: the first)
     rows: int = 1000  # what looks inside: rows to look at, as many of each part of the split; 0: all
     data: str = ""  # routing: texts of a .jsonl or .parquet file instead of the run's own rows
-    edits: tuple[int, ...] = (1, 10, 100)  # edit: how many facts to rewrite at once
+    edits: tuple[int, ...] = (1, 3, 10, 30, 100)  # edit: how many facts to rewrite at once
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
     out: str = ""  # compare: where to write, without ending; empty: compare beside the first run
@@ -68,9 +81,8 @@ class EvalConfig:
 def slices(look):
     """Accuracy of one run, whole and by slice, and what facts it stores."""
     c, data, model, world = look.config, look.data, look.model, look.world
-    asks = "examples" if c.examples else "example"
-    needs_text = f"{asks}={getattr(c, asks)} prints text, and {look.plan.train.data} has none; leave it out"
-    require(hasattr(data, "tokenizer") or (c.examples == 0 and c.example < 0), needs_text, asks)
+    can_decode = hasattr(model, "read") or (c.examples == 0 and c.example < 0)
+    require(can_decode, "examples are decoded, for which the model needs a method `read` as in model.py", "examples")
     last = data.segments(c.split)[-1][-1]
     require(c.example <= last, f"example={c.example} is no row of {c.split}; the last is {last}", "example")
     mine = predict(model, data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True, world=world)
@@ -80,7 +92,7 @@ def slices(look):
     result = summarise(batches)
     everything = shares(result["all"])
     metrics = {
-        "accuracy": share(result["all"]["right"], result["all"]["labels"]),
+        "accuracy": label_share(result["all"]),
         "row_accuracy": everything["exact"],
         "loss": {"value": result["loss"], "n": result["labels"]},
         "without_knowledge": getattr(data, "chance", {}),
@@ -122,16 +134,11 @@ def stored_bits(batches, data, model):
     _, which = np.unique(row[mine], return_inverse=True)
     labels, nats = np.bincount(which), np.bincount(which, loss[mine])
     bits = np.maximum(0, labels * knowledge["bits"] - nats / np.log(2))  # of each fact
-    mean, half = bits.mean(), 1.96 * bits.std(ddof=1) / np.sqrt(len(bits))
     every = sum(q.numel() for q in model.parameters())
     values = {id(q): q.numel() for name, q in model.named_parameters() if name.endswith("memory.values")}
     sizes = {"bits stored": 1, "bits stored per parameter": every, "bits stored per memory value": sum(values.values())}
-    ends = np.array([mean, mean - half, mean + half]) * knowledge["facts"]
-    return {
-        name: {"value": ends[0] / size, "ci95": [ends[1] / size, ends[2] / size], "n": len(bits)}
-        for name, size in sizes.items()
-        if size
-    }
+    of_all = {name: knowledge["facts"] / size for name, size in sizes.items() if size}
+    return {name: mean(bits * facts) for name, facts in of_all.items()}
 
 
 def answer(look, row):
@@ -156,20 +163,18 @@ def plot_slices(path, by_slice, title):
     plt, fig, axes = figure(1, len(tags))
     for axis, tag in zip(axes, tags):
         cells = list(by_slice[tag].values())
-        y = np.array([c["value"] for c in cells])
-        low, high = np.array([c["ci95"] for c in cells]).T
-        axis.errorbar(range(len(cells)), y, yerr=[np.maximum(0, y - low), np.maximum(0, high - y)], fmt="o-", ms=4, capsize=3)
+        draw(axis, range(len(cells)), cells)
         axis.set_xticks(range(len(cells)), [f"{v}\nn={c['n']}" for v, c in by_slice[tag].items()], fontsize=7)
-        axis.set(xlabel=tag, ylabel="accuracy (95% interval)", ylim=(min(0.98, low.min()) - 0.02, 1.005))
-        axis.grid(alpha=0.3)
-    fig.suptitle(title, fontsize=8)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+        lowest = min(c["ci95"][0] for c in cells)
+        axis.set(xlabel=tag, ylabel="accuracy (95% interval)", ylim=(min(0.98, lowest) - 0.02, 1.005))
+    finish(fig, plt, path, title)
 
 
 # ---- hashhop: what kind of mistake -------------------------------------------------------------------------------------
 
-MISTAKES = ("right", "another hop of its chain", "another hash of the row", "not in the row", "malformed")
+MISTAKES = (
+    *("right", "right end, wrong way", "another hop of its chain", "another hash of the row", "not in the row", "malformed"),
+)
 
 
 def mistake(text, written):
@@ -178,14 +183,16 @@ def mistake(text, written):
     The closing quote is no label, so no model learns to write it: what counts is as many letters as the right answer has.
 
     >>> text = "ab = cd\\ncd = 'ef'\\ngh = 'ij'\\n\\nCOMPLETION:\\nHops=2\\n\\nCoT=False\\n\\nab = 'ef'\\n"
-    >>> [mistake(text, w) for w in ("ef", "cd", "ij", "xy", "e=")]
-    ['right', 'another hop of its chain', 'another hash of the row', 'not in the row', 'malformed']
+    >>> [mistake(text, w) for w in ("ef", "xx = ef", "cd", "ij", "xy", "e=")]  # doctest: +NORMALIZE_WHITESPACE
+    ['right', 'right end, wrong way', 'another hop of its chain', 'another hash of the row', 'not in the row', 'malformed']
     """
     head, completion = text.split("COMPLETION:")
     key, right = completion.strip().rsplit("\n", 1)[-1].replace("'", "").split(" = ", 1)
     after, last = dict(line.replace("'", "").split(" = ") for line in head.strip().split("\n")), written.rsplit(" = ", 1)[-1]
     if written == right:
         return "right"
+    if last == right.rsplit(" = ", 1)[-1]:
+        return "right end, wrong way"
     if len(last) != len(key) or not last.isalnum():
         return "malformed"
     chain = [key]
@@ -216,7 +223,7 @@ def hashhop(look):
 
     found = sweep(look, work)
     by_slice = {"hops": {}}
-    for level in np.unique(found["hops"]):
+    for level in sorted(np.unique(found["hops"]), key=lambda level: (int(level.split()[0]), level)):
         mine = found["answer"][found["hops"] == level]
         by_slice["hops"][level] = {kind: share(int((mine == kind).sum()), len(mine)) for kind in MISTAKES}
     if look.world.first:
@@ -236,9 +243,7 @@ def plot_mistakes(path, cells, title):
     axis.set_xticks(range(len(cells)), [f"{h}\nn={n}" for h, n in zip(cells, numbers)], fontsize=8)
     axis.set(xlabel="hops", ylabel="share of rows", ylim=(0, 1))
     fig.legend(*axis.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    fig.suptitle(title, fontsize=8)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    finish(fig, plt, path, title)
 
 
 # ---- everything in one report ------------------------------------------------------------------------------------------
@@ -246,7 +251,8 @@ def plot_mistakes(path, cells, title):
 
 def task_of(look):
     """The name of the run's task: mqar, qa, ...; of a data file of your own, "slices"."""
-    return getattr(look.plan.data, "task", "mqar" if look.plan.train.data == "data_mqar" else "slices")
+    task = getattr(look.plan.data, "task", "mqar" if look.plan.train.data == "data_mqar" else "slices")
+    return task if task in COMMANDS else "slices"
 
 
 def everything(look):
@@ -261,7 +267,7 @@ def of_task(name):
     def work(look):
         message = f"{look.folder} is a run of {task_of(look)}, not of {name}: python eval.py {task_of(look)} {look.folder}"
         require(task_of(look) == name, message, None)
-        (hashhop if name == "hashhop" else slices)(look)
+        (hashhop if name == "hashhop" and hasattr(look.model, "read") else slices)(look)
 
     return work
 
@@ -276,16 +282,16 @@ COMMANDS = {
         attention_maps.attention,
         "rows example",
         "Where each head looks: one row's maps, and the pattern that has most of its attention over all rows.",
-        lambda look: attention_maps.problem(look.model),
+        lambda look: attention_maps.why_not_maps(look.model),
     ),
-    "activations": looks(activations, "rows", "Which slots are read, and how evenly.", no_memory),
-    "norms": looks(norms, "rows", "How long the value rows are, and what is read from them.", no_memory),
-    "track": looks(track, "rows", "At which tokens each slot is read, and the use of slots while training.", no_memory),
-    "routing": looks(routing, "rows data", "MLP or memory, or which slots, by kind of token, place and layer.", no_memory),
-    "edit": looks(edits.edit, "edits", "Facts rewritten without gradients, beside fine-tuning.", edits.problem),
-    "stats": Command(stats, False, "split", fits, "Intervals of every slice, and what goes with the loss."),
-    "compare": Command(compare, False, "out", fits, "Runs side by side."),
-    "repair": Command(repair, False, "", fits, "Every complete record of a cut file."),
+    "activations": looks(activations, "rows", "Which slots are read, and how evenly.", why_not_slots),
+    "norms": looks(norms, "rows", "How long the value rows are, and what is read from them.", why_not_slots),
+    "track": looks(track, "rows", "At which tokens each slot is read, and the use of slots while training.", why_not_slots),
+    "routing": looks(routing, "rows data", "MLP or memory, or which slots, by kind of token, place and layer.", why_not_slots),
+    "edit": looks(edits.edit, "edits", "Facts rewritten without gradients, beside fine-tuning.", edits.why_not_edit),
+    "stats": Command(stats, False, "split", fits_all, "Intervals of every slice, and what correlates with the loss."),
+    "compare": Command(compare, False, "out", fits_all, "Runs side by side."),
+    "repair": Command(repair, False, "", fits_all, "Every complete record of a cut file."),
     "all": looks(everything, "rows example examples edits", "Everything that fits the run."),
 }
 

@@ -15,7 +15,6 @@ from interventions import (
     changed_output,
     clean_run,
     go_on,
-    joined_parts,
     known_cases,
     logits_at,
     margin,
@@ -23,7 +22,7 @@ from interventions import (
     run_changed,
     sites,
 )
-from look import save
+from look import end_to_end, save
 from measure import draw, figure, finish, mean, share_over_rows, shown, table
 
 TYPES = {  # is this pair of exposures wanted? f(of the row is high, of the other is high)
@@ -160,7 +159,7 @@ def exchanged(model, cases, a, b, name, chunk=512, seed=0):
             parts[-1]["placebo"] = parts[-1]["now"] == x
             if "exposures" in cases.tags:
                 parts[-1]["type"] = pair_types(cases.tags["exposures"], a[i], b[i])
-    return joined_parts(parts)
+    return end_to_end(parts)
 
 
 def third_answers(own, theirs, alphabet, seed):
@@ -276,7 +275,7 @@ def swap_matrix(look):
             "place": np.tile(np.arange(n), len(i)),
         }
         parts.append(rows | {k: v.flatten().cpu().numpy() for k, v in tensors.items()})
-    columns = joined_parts(parts)
+    columns = end_to_end(parts)
     by_slice = {}
     for how in HOW:
         by_slice[f"{how}, place"] = matches(columns, how, "other answer", "place")

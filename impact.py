@@ -6,32 +6,27 @@
 Letters: N measurements, S slots, C clusters, V width of a value.
 """
 
+import math
 import os
 
 import numpy as np
 
 from checkpoint import read_json
 from configs import ConfigError, require
-from look import save
+from look import read_parquet, save
 from measure import draw, figure, finish, mean, share, share_over_rows, shown, table
 from stats import correlation, holm
 
 
 def read_columns(look, what):
     """The parquet file that `ablate.py <what>` wrote into the run -> {column: (N,)}"""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     ending = "" if look.config.split == "test" else f"_{look.config.split}"
     path = os.path.join(look.folder, f"ablate_{what}{ending}.parquet")
-    require(
-        os.path.exists(path), f"{path} does not exist; python ablate.py {what.replace('_', '-')} {look.folder} writes it", None
-    )
+    columns = read_parquet(path, f"python ablate.py {what.replace('_', '-')} {look.folder} writes it")
     try:
-        columns = {name: np.array(v) for name, v in pq.read_table(path).to_pydict().items()}
         step = read_json(path[: -len("parquet")] + "json")["config"]["step"]
-    except (pa.ArrowException, OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"{path} cannot be read ({' '.join(str(e).split())[:80]}); measure again") from None
+    except (OSError, ValueError, KeyError) as e:
+        raise ConfigError(f"the json beside {path} cannot be read ({' '.join(str(e).split())[:80]}); measure again") from None
     message = f"{path} is of step {step}, the checkpoint of step {look.step}; measure again"
     require(step == look.step, message, "checkpoint")
     return columns
@@ -66,9 +61,25 @@ def slot_table(columns):
 # ---- impact ------------------------------------------------------------------------------------------------------------
 
 
-def impact(look, alpha=0.1):
+NEXT_TO_NOTHING = 0.01  # logits
+
+
+def best_and_any(columns):
+    """What the best 5% of slots cost, and what any slot does: falls of the lead by slot, two arrays. The best are chosen on one
+    half of the rows and measured on the other, both ways: where they were chosen, they are the best by luck, too."""
+    rows, best, every = np.unique(columns["row"]), [], []
+    half = np.isin(columns["row"], rows[::2])
+    for mine in (half, ~half):
+        chosen_on, measured_on = (slot_table({name: v[m] for name, v in columns.items()}) for m in (mine, ~mine))
+        order = np.argsort(-chosen_on["mean"])[: max(1, len(chosen_on["mean"]) // 20)]
+        best.append(measured_on["mean"][np.isin(measured_on["slot"], chosen_on["slot"][order])])
+        every.append(measured_on["mean"])
+    return np.concatenate(best), np.concatenate(every)
+
+
+def impact(look):
     """Per block: mean, median, largest and spread of the fall of the lead, how much more the best slots cost than a random one,
-    and how many cost next to nothing (less than alpha / 10 logits)."""
+    and how many cost next to nothing."""
     everything = read_columns(look, "keys")
     columns, mode = chosen(everything)
     slots, by_slice = slot_table(columns), {"block": {}}
@@ -76,16 +87,16 @@ def impact(look, alpha=0.1):
         mine = columns["block"] == block
         pairs = np.abs(columns["fall"][mine])
         per_slot = slots["mean"][slots["block"] == block]
-        best = np.sort(per_slot)[::-1][: max(1, len(per_slot) // 20)]
+        best, every = best_and_any({name: v[mine] for name, v in columns.items()})
         by_slice["block"][str(block)] = {
             "fall": mean(per_slot),
             "median": float(np.median(columns["fall"][mine])),
             "largest": float(columns["fall"][mine].max()),
             "std": float(columns["fall"][mine].std()),
-            "next to nothing": share_over_rows(pairs < alpha / 10, columns["row"][mine]),
+            "next to nothing": share_over_rows(pairs < NEXT_TO_NOTHING, columns["row"][mine]),
             "flips": share_over_rows(columns["flip"][mine], columns["row"][mine]),
-            "best 5% of slots": mean(best),
-            "ratio to a random slot": float(best.mean() / max(1e-9, per_slot.mean())),
+            "best 5% of slots": mean(best) if len(best) else None,  # none of them is read in both halves
+            "ratio to a random slot": float(best.mean() / max(1e-9, every.mean())) if len(best) else math.nan,
         }
     control = everything["fall"][everything["control"]]
     cells = by_slice["block"]
@@ -152,7 +163,6 @@ def plot_keys(path, columns, title):
         axis.set(
             xlabel="(row, slot, label), largest first",
             ylabel="fall of the right answer's lead (logits)",
-            xscale="symlog",
             title=f"block {block}",
         )
         axis.set_xscale("symlog", linthresh=1e-3)

@@ -5,7 +5,7 @@ what comes after the change. `replaced` puts functions behind (or before) any mo
 Nothing stays in the model afterwards.
 
 Letters: B rows or changed copies of rows, T tokens, n labels of a row, H heads, k slots that a head reads, D width of the
-stream, V width of a value, L labels asked for.
+residual stream, V width of a value.
 """
 
 import contextlib
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from configs import require
-from measure import mean as mean_of
-from measure import predict
+from look import known_rows
 from memory import SCORES, read_values
 from model import take
 
@@ -31,7 +30,7 @@ class Cases:
     tokens: torch.Tensor  # (B, T)
     at: torch.Tensor  # (B, n) positions of the labels
     answers: torch.Tensor  # (B, n) tokens asked for
-    tags: dict  # {name: (B,)}, those of a row's first label
+    tags: dict  # {name: (B,)}, those that all labels of a row share
 
     def __len__(self):
         return len(self.rows)
@@ -51,11 +50,12 @@ def read_cases(look, rows):
     mine = which == size.argmax()
     n, T = shapes[size.argmax()].tolist()
     at = (targets[mine] != -100).nonzero()[:, 1].view(-1, n)
-    first = (counts.cumsum(0) - counts)[mine].numpy()
+    first, row = (counts.cumsum(0) - counts).numpy(), np.repeat(np.arange(len(counts)), counts)
+    tags = {name: v[first[mine]] for name, v in tags.items() if (v == v[first][row]).all()}
     tokens, targets = tokens[mine][:, :T], targets[mine]
     answers = targets.gather(1, at)
     here = (x.to(look.device) for x in (tokens, at, answers))
-    cases = Cases(np.asarray(rows)[mine.numpy()], *here, {name: v[first] for name, v in tags.items()})
+    cases = Cases(np.asarray(rows)[mine.numpy()], *here, tags)
     return cases, len(rows) - len(cases)
 
 
@@ -63,11 +63,9 @@ def known_cases(look):
     """Rows that the model answers rightly, as Cases: look.config.rows of them, as many of each group as there are."""
     c = look.config
     require(look.world.size == 1, "ablate.py is the work of one process; run it without torchrun", None)
-    batches = list(predict(look.model, look.data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True))
-    rows = np.concatenate([np.setdiff1d(b["row"], b["row"][~b["hit"]]) for b in batches])
-    require(
-        len(rows) >= 4, f"{look.folder} answers {len(rows)} rows of {c.split} rightly; there is nothing to take apart", None
-    )
+    rows = known_rows(look)
+    few = f"{look.folder} answers {len(rows)} rows of {c.split} rightly; there is nothing to take apart"
+    require(len(rows) >= 4, few, None)
     order = np.random.default_rng(c.seed).permutation(len(rows))
     if c.rows and c.rows < len(rows):
         cases, _ = read_cases(look, rows[order])
@@ -89,16 +87,6 @@ def margin(logits, answers):
     mine = logits.gather(-1, answers.unsqueeze(-1))
     rival = logits.scatter(-1, answers.unsqueeze(-1), -torch.inf).amax(-1)
     return mine.squeeze(-1) - rival, logits.softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1), mine.squeeze(-1) > rival
-
-
-def row_mean(values, rows):
-    """Mean and interval over rows: measurements (N,) of rows (N,) are averaged within each row first."""
-    _, which = np.unique(rows, return_inverse=True)
-    return mean_of(np.bincount(which, values) / np.bincount(which))
-
-
-def joined_parts(parts):
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
 # ---- from a block's memory on ------------------------------------------------------------------------------------------
@@ -179,11 +167,11 @@ def zero(r):
 
 
 def drop(r):
-    """As if it were not in the table: the next best takes its place, and weights are made anew."""
+    """As if it were not in the table: the next best takes its place, and weights are made anew. (Best as lookup orders them,
+    which with a bias is not by score.)"""
     scores, slots = r.more
-    scores = scores.masked_fill(slots == r.target[:, None, None, None], -torch.inf)
-    scores, place = scores.topk(r.found["slots"].shape[-1], dim=-1)
-    return {"slots": slots.gather(-1, place), "weights": SCORES[r.memory.config.mem_score](scores)}
+    place = (slots == r.target[:, None, None, None]).int().argsort(dim=-1, stable=True)[..., : r.found["slots"].shape[-1]]
+    return {"slots": slots.gather(-1, place), "weights": SCORES[r.memory.config.mem_score](scores.gather(-1, place))}
 
 
 def random(r):

@@ -9,20 +9,22 @@ import numpy as np
 import torch
 
 from look import labels, save, sweep
-from measure import draw, figure, finish, mean, share, shown, table
+from measure import draw, figure, finish, mean_over_rows, row_counts, share, share_over_rows, shown, table
 
 
-def answer_tokens(look, batch, top=5):
-    """Of each label: rank and probability of the right token, the best `top` tokens, how sure the model is (entropy)."""
+def answer_tokens(look, batch):
+    """Of each label: is it right (likeliest, the first of equals, as in eval.py), rank (1: none is likelier) and probability of
+    the right token, the best 5 tokens, how sure the model is (entropy)."""
     logits, _ = look.model(batch.tokens, batch.targets)
     rows, _, place, answer = labels(batch)
     log_p = logits.float().cpu().log_softmax(-1)  # (N, V)
     mine = log_p.gather(1, torch.from_numpy(answer)[:, None])  # (N, 1)
-    best = log_p.topk(min(top, log_p.shape[1]), dim=-1)
+    best = log_p.topk(min(5, log_p.shape[1]), dim=-1)
     return {
         "row": rows,
         "place": place,
         "answer": answer,
+        "hit": log_p.argmax(-1).numpy() == answer,
         "rank": (1 + (log_p > mine).sum(1)).numpy(),
         "nll": -mine.squeeze(1).numpy(),
         "probability": mine.exp().squeeze(1).numpy(),
@@ -44,14 +46,14 @@ def logits(look):
         for tag, values in tags.items()
         if len(np.unique(values)) <= 24
     }
-    bins, error = calibration(found["confidence"], found["rank"] == 1)
+    bins, error = calibration(found["confidence"], found["hit"], found["row"])
     if look.world.first:
         cells = [("all", everything)] + [(f"{tag}={v}", c) for tag, cs in by_slice.items() for v, c in cs.items()]
         head = ("slice", "labels", "accuracy", "95% interval", "probability", "95% interval", "mean rank", "perplexity")
         lines = [(*shown(c["accuracy"]), *shown(c["probability"])[1:], f"{c['rank']['value']:.2f}") for _, c in cells]
         table(head, [(n, *x, f"{c['perplexity']['value']:.3f}") for (n, c), x in zip(cells, lines)])
         print(f"expected calibration error: {error:.4f} (mean distance of confidence from accuracy, ten bins)")
-    metrics = {**everything, "rows with all ranks 1": row_share(found), "calibration error": error, "calibration": bins}
+    metrics = {**everything, "row_accuracy": row_share(found), "calibration error": error, "calibration": bins}
     numbers = {k: v for k, v in found.items() if v.ndim == 1 and not k.startswith("tag ")}
     columns = {**numbers, **tags} | {f"top{i + 1}": found["top"][:, i] for i in range(found["top"].shape[1])}
     plot = lambda path: plot_logits(path, by_slice, bins, error, look.name)
@@ -59,29 +61,28 @@ def logits(look):
 
 
 def summary(found, mine):
-    nll = mean(found["nll"][mine])
+    row = found["row"][mine]
+    nll = mean_over_rows(found["nll"][mine], row)
     perplexity = {"value": float(np.exp(nll["value"])), "ci95": np.exp(nll["ci95"]).tolist(), "n": nll["n"]}
-    hit = found["rank"][mine] == 1
     return {
-        "accuracy": share(int(hit.sum()), len(hit)),
-        "probability": mean(found["probability"][mine]),
-        "rank": mean(found["rank"][mine]),
+        "accuracy": share_over_rows(found["hit"][mine], row),
+        "probability": mean_over_rows(found["probability"][mine], row),
+        "rank": mean_over_rows(found["rank"][mine], row),
         "perplexity": perplexity,
     }
 
 
 def row_share(found):
-    _, which = np.unique(found["row"], return_inverse=True)
-    wrong = np.bincount(which, found["rank"] > 1)
-    return share(int((wrong == 0).sum()), len(wrong))
+    counts = row_counts(found["hit"], found["row"])
+    return share(counts["row_right"], counts["rows"])
 
 
-def calibration(confidence, hit):
+def calibration(confidence, hit, row):
     """[(bin's mean confidence, accuracy with interval)] of ten bins of equal width, and the mean distance between the two."""
     which, bins, error = np.minimum((confidence * 10).astype(int), 9), [], 0.0
     for b in np.unique(which):
         mine = which == b
-        cell = {"confidence": float(confidence[mine].mean()), **share(int(hit[mine].sum()), int(mine.sum()))}
+        cell = {"confidence": float(confidence[mine].mean()), **share_over_rows(hit[mine], row[mine])}
         error += abs(cell["confidence"] - cell["value"]) * mine.mean()
         bins.append(cell)
     return bins, float(error)

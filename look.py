@@ -3,9 +3,8 @@
     look = open_look("runs/RUN", config)
     found = sweep(look, lambda batch: {"row": batch.rows, ...})      # arrays of all batches, end to end
 
-A result is eval_<what>.json (ablate_<what>.json of ablate.py), {config, metrics, by_slice, examples}, with every measured
-number as {"value", "ci95", "n"};
-eval_<what>.parquet, the measurements; and eval_<what>.png.
+A result is eval_<what>.json (of ablate.py, ablate_<what>.json), {config, metrics, by_slice, examples}, with every measured
+number as {"value", "ci95", "n"}; eval_<what>.parquet, the measurements; and eval_<what>.png.
 
 Letters: B rows in a batch, T tokens in a row, N labels in a batch.
 """
@@ -20,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import write_file, write_json
-from measure import autocast
+from configs import ConfigError, require
+from measure import autocast, predict
 from parallel import ALONE, choose_device
 from plan import load_run
 
@@ -73,7 +73,8 @@ class Look:
 def open_look(folder, config, world=ALONE):
     """The run in `folder`, its model on the device and in the dtype that the settings name."""
     p, data, model, state = load_run(folder, config.checkpoint)
-    wanted = SimpleNamespace(device=config.device, dtype=p.train.dtype if config.dtype == "auto" else config.dtype)
+    asked = getattr(config, "dtype", "float32")  # of ablate.py there is no other: effects are small
+    wanted = SimpleNamespace(device=config.device, dtype=p.train.dtype if asked == "auto" else asked)
     device, dtype, line = choose_device(wanted, world)
     world.say(f"{folder}: {config.checkpoint}.pt of step {state['step']}; {line}")
     return Look(folder, p, data, model.to(device), state["step"], device, dtype, config, world)
@@ -104,7 +105,19 @@ def sweep(look, work, rows=None, read=None):
             mine.append(work(batch))
     gathered = world.gather(mine)
     parts = [gathered[i % world.size][i // world.size] for i in range(len(todo))]
+    return end_to_end(parts)
+
+
+def end_to_end(parts):
+    """[{name: array}] -> {name: the arrays of all parts}"""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def known_rows(look):
+    """Numbers of the split's rows that the model answers rightly, every label of them."""
+    c = look.config
+    found = list(predict(look.model, look.data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True))
+    return np.concatenate([np.setdiff1d(b["row"], b["row"][~b["hit"]]) for b in found])
 
 
 def labels(batch):
@@ -122,6 +135,18 @@ def write_parquet(path, columns):
     import pyarrow.parquet as pq
 
     write_file(path, lambda f: pq.write_table(pa.table(columns), f))
+
+
+def read_parquet(path, advice):
+    """What write_parquet wrote -> {name: array}; ConfigError with advice if it is not there or torn."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    require(os.path.exists(path), f"{path} does not exist; {advice}", None)
+    try:
+        return {name: np.array(values) for name, values in pq.read_table(path).to_pydict().items()}
+    except (pa.ArrowException, OSError) as e:
+        raise ConfigError(f"{path} cannot be read as parquet ({' '.join(str(e).split())[:80]}); {advice}") from None
 
 
 def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=None):

@@ -81,18 +81,30 @@ def count(batch):
     hit, loss, row = batch["hit"], batch["loss"], batch["row"]
 
     def counts(mine):
-        rows, wrong = np.unique(row[mine]), np.unique(row[mine & ~hit])
-        sums = {"right": int(hit[mine].sum()), "labels": int(mine.sum()), "loss": float(loss[mine].sum(dtype=np.float64))}
-        return {**sums, "row_right": len(rows) - len(wrong), "rows": len(rows)}
+        return {**row_counts(hit[mine], row[mine]), "loss": float(loss[mine].sum(dtype=np.float64))}
 
     by_slice = {tag: {v.item(): counts(values == v) for v in np.unique(values)} for tag, values in batch["tags"].items()}
     whole = {"row_right": int(batch["row_hit"].sum()), "rows": len(batch["row_hit"])}  # rows without labels, too
     return {**counts(np.ones(len(hit), bool)), **whole, "by_slice": by_slice}
 
 
+def row_counts(hit, row):
+    """sums_of_rows of hits (N,) bool in rows (N,)."""
+    _, which = np.unique(row, return_inverse=True)
+    return sums_of_rows(np.bincount(which), np.bincount(which, hit).astype(int))
+
+
+def sums_of_rows(n, right):
+    """Labels and right labels of each row (R,) -> what adds up over rows: labels, right ones, rows, right ones (all of whose
+    labels are), and the sums of squares by which `effective` sees how alike the labels of a row are."""
+    sums = {"right": right, "labels": n, "row_right": right == n, "rows": np.ones_like(n)}
+    squares = {"right_right": right * right, "right_labels": right * n, "labels_labels": n * n}
+    return {name: int(x.sum()) for name, x in {**sums, **squares}.items()}
+
+
 def total(counts):
     """The counts of all batches -> what `evaluate` returns. A row is right in a slice if its labels there are."""
-    names = ("right", "labels", "row_right", "rows", "loss")
+    names = counts[0].keys() - {"by_slice"}
     sums = {k: sum(c[k] for c in counts) for k in names}
     by_slice = {}
     for c in counts:
@@ -115,8 +127,7 @@ def total(counts):
 
 
 def wilson(right, n, z=1.959964):
-    """95% interval of a share right / n (Wilson 1927); it stays inside [0, 1] and works at 0 and n. Labels count as
-    independent; those of one row are not quite, so read it as the noise of sampling labels."""
+    """95% interval of a share right / n of independent measurements (Wilson 1927); it stays in [0, 1], works at 0 and n."""
     if n == 0:
         return 0.0, 1.0
     p, q = right / n, z * z / n
@@ -129,16 +140,25 @@ def share(right, n):
     return {"value": right / n, "ci95": wilson(right, n), "n": n}
 
 
+def effective(cell):
+    """How many independent measurements would vary as the rows of a cell (see sums_of_rows) do: labels over the design effect,
+    which is at least 1 (Kish 1965); where all labels are alike, the number of rows."""
+    n, G, p = cell["labels"], cell["rows"], cell["right"] / cell["labels"]
+    if not 0 < p < 1 or G < 2:
+        return G
+    spread = cell["right_right"] - 2 * p * cell["right_labels"] + p * p * cell["labels_labels"]  # sum of (right - p n)^2
+    return n / max(1.0, spread * G / (G - 1) / (n * p * (1 - p)))
+
+
+def label_share(cell):
+    """A share of labels that come in rows, several of each (sums_of_rows): Wilson's interval for `effective` labels."""
+    p, n = cell["right"] / cell["labels"], effective(cell)
+    return {"value": p, "ci95": wilson(p * n, n), "n": cell["labels"]}
+
+
 def share_over_rows(hit, row):
-    """A share of hits (N,) bool whose measurements come in rows (N,), several of each: Wilson's interval for as many
-    independent ones as would vary as the rows do (design effect, at least 1); where all are alike, for the number of rows."""
-    hit, (rows, which) = np.asarray(hit, float), np.unique(row, return_inverse=True)
-    n, p, G = len(hit), float(hit.mean()), len(rows)
-    effective = G
-    if 0 < p < 1 and G > 1:
-        sums = np.bincount(which, hit - p)
-        effective = n / max(1.0, float((sums**2).sum()) * G / (G - 1) / (n * p * (1 - p)))
-    return {"value": p, "ci95": wilson(p * effective, effective), "n": n}
+    """label_share of hits (N,) bool in rows (N,)."""
+    return label_share(row_counts(np.asarray(hit, bool), row))
 
 
 def mean(x):
@@ -148,10 +168,16 @@ def mean(x):
     return {"value": float(x.mean()), "ci95": [float(x.mean() - half), float(x.mean() + half)], "n": len(x)}
 
 
+def mean_over_rows(x, row):
+    """`mean` over rows: measurements (N,) of rows (N,), several of each, are averaged within each row first."""
+    _, which = np.unique(row, return_inverse=True)
+    return mean(np.bincount(which, x) / np.bincount(which))
+
+
 def shares(cell):
     """Counts of labels -> share of right labels, and under "exact" that of right rows; "nll" in nats per label."""
     exact, nll = share(cell["row_right"], cell["rows"]), cell["loss"] / cell["labels"]
-    return {**share(cell["right"], cell["labels"]), "exact": exact, "nll": nll}
+    return {**label_share(cell), "exact": exact, "nll": nll}
 
 
 def table(head, rows):
@@ -242,9 +268,7 @@ def plot_curves(folder, title):
         title=f"n = {labels} labels in {in_rows} rows",
     )
     right.title.set_fontsize(8)
-    fig.suptitle(title, fontsize=8)
-    fig.savefig(os.path.join(folder, "curves.png"), dpi=120)
-    plt.close(fig)
+    finish(fig, plt, os.path.join(folder, "curves.png"), title)
 
 
 def draw(axis, x, cells, **kwargs):
@@ -257,6 +281,7 @@ def draw(axis, x, cells, **kwargs):
 
 
 def finish(fig, plt, path, title):
+    """Write a figure with its title and forget it."""
     fig.suptitle(title, fontsize=8)
     fig.savefig(path, dpi=120)
     plt.close(fig)

@@ -185,14 +185,14 @@ class MemoryLayer(nn.Module):
         self.bias += self.config.mem_balance * torch.sign(halves.mean(-1, keepdim=True) - halves).to(self.bias.dtype)
 
 
-def usage(reads, top=5):
-    """Times that each slot was read (slots,) -> share of slots read at all, their number, KL divergence from even use in
-    nats (0: even; log of the number of slots: always the same one), and the slots read most with their shares."""
+def usage(reads):
+    """Times that each slot was read (slots,) -> share of slots read at all, number of the others, KL divergence from even use
+    in nats (0: even; log of the number of slots: always the same one), and the five slots read most with their shares."""
     p = reads.double() / reads.sum().clamp(min=1)
     kl = float((p[p > 0] * (p[p > 0] * len(p)).log()).sum())
-    best, at = p.topk(min(top, len(p)))
+    best, at = p.topk(min(5, len(p)))
     used = int((reads > 0).sum())
-    return {"used": used / len(p), "dead": len(p) - used, "kl": kl, "top": [*zip(at.tolist(), best.tolist())]}
+    return {"share": used / len(p), "dead": len(p) - used, "kl": kl, "top": [*zip(at.tolist(), best.tolist())]}
 
 
 # ---- models ------------------------------------------------------------------------------------------------------------
@@ -305,8 +305,8 @@ def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     (slots, slots) from `reading_statistics`, the one that changes least what was read in those texts (as MEMIT does in MLPs,
     Meng et al. 2023, arXiv 2210.07229, eq. 14). ValueError if the last block's memory layer cannot be written so.
     """
-    if write_problem(model):
-        raise ValueError(write_problem(model))
+    if why_not_write(model):
+        raise ValueError(why_not_write(model))
     memory = model.layers[-1].memory
     slots, weights, hidden, logits, answers = last_reading(model.eval(), tokens, targets)
     head = model.lm_head.weight * model.final_norm.weight  # (tokens, D): logits are head @ hidden, times a scale per position
@@ -321,7 +321,7 @@ def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     return record
 
 
-def write_problem(model):
+def why_not_write(model):
     """Why `write` cannot reach this model's answers, or ""."""
     memory = model.layers[-1].memory
     if memory is None or memory.gate is not None or model.layers[-1].residual_mul:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from configs import require
-from look import save, sweep
+from look import end_to_end, save, sweep
 from measure import draw, figure, finish, mean, shown, table
 from slots import use
 from synth_files import documents_in
@@ -94,7 +94,7 @@ def routed(look, batch):
             route = f["route"][b, :, 1].float().cpu().numpy()[real[b]] if "route" in f else np.full(n, np.nan, np.float32)
             cells = {"row": np.full(n, batch.rows[b]), "layer": np.full(n, layer), "position": np.arange(n), "token": mine}
             parts.append({**cells, "kind": kinds.astype("U16"), "decile": decile, "memory": route, "slots": slots})
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    return end_to_end(parts)
 
 
 def routing(look):
@@ -103,7 +103,7 @@ def routing(look):
         found = sweep_texts(look, look.config.data)
     else:
         found = sweep(look, lambda batch: routed(look, batch))
-    router = hasattr(look.model.layers[next(iter(look.model.memories()))], "router") and not np.isnan(found["memory"]).all()
+    router = not np.isnan(found["memory"]).all()
     size = look.model.config.mem_n_keys**2
     measured = (lambda mine: mean(found["memory"][mine])) if router else (lambda mine: use(found["slots"][mine].ravel(), size))
     by_slice = {name: {} for name in ("layer and kind", "layer and decile")}
@@ -113,8 +113,8 @@ def routing(look):
                 mine = (found["layer"] == layer) & (found[column] == value)
                 if mine.any():
                     by_slice[name][f"{layer}, {value}"] = {**measured(mine), "n": int(mine.sum())}
-    alike = {str(layer): kinds_alike(found, layer, size) for layer in np.unique(found["layer"])}
-    steady = consistency(look, found)
+    alike = {str(layer): similarity_of_kinds(found, layer, size) for layer in np.unique(found["layer"])}
+    steady = consistency(found)
     if look.world.first:
         print_routing(by_slice, steady, router, size)
     metrics = {
@@ -136,7 +136,11 @@ def sweep_texts(look, path):
         if c.rows and len(texts) == c.rows:
             break
     require(texts, f"{path} holds no documents", "data")
-    ids = [np.concatenate([[tokenizer.bos], tokenizer.encode(t)])[: look.data.seq_len].astype(np.int64) for t in texts]
+    whole = [np.concatenate([[tokenizer.bos], tokenizer.encode(t)]).astype(np.int64) for t in texts]
+    ids = [x[: look.data.seq_len] for x in whole]
+    read, there = (sum(map(len, some)) for some in (ids, whole))
+    if read < there:
+        look.world.say(f"{path}: {read} of {there} tokens are read, the first {look.data.seq_len} of each text (seq_len)")
 
     def read(rows):
         tokens = torch.full((len(rows), max(len(ids[i]) for i in rows)), look.pad)
@@ -148,9 +152,11 @@ def sweep_texts(look, path):
     return sweep(look, lambda batch: routed(look, batch), rows, read)
 
 
-def kinds_alike(found, layer, size):
-    """Cosine between the slots that two kinds of tokens read: (kinds, kinds), and their names."""
+def similarity_of_kinds(found, layer, size):
+    """Names of kinds of tokens, and the cosine between the slots that two of them read, (kinds, kinds)."""
     kinds = [k for k in np.unique(found["kind"]) if ((found["kind"] == k) & (found["layer"] == layer)).sum() >= 5]
+    if not kinds:
+        return [], np.zeros((0, 0))
     counts = np.array(
         [np.bincount(found["slots"][(found["kind"] == k) & (found["layer"] == layer)].ravel(), minlength=size) for k in kinds],
         float,
@@ -159,7 +165,7 @@ def kinds_alike(found, layer, size):
     return kinds, counts @ counts.T
 
 
-def consistency(look, found, pairs=2000):
+def consistency(found, pairs=2000):
     """Do similar tokens take the same way?
 
     -> {layer: {pair: {"slots in common": Jaccard's share, "difference of shares" (of memory, with a router)}}}, where a pair is

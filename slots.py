@@ -7,15 +7,18 @@
 Letters: B rows, T tokens in a row, H heads, k slots that a head reads.
 """
 
+import math
+
 import numpy as np
 import torch
 
 from checkpoint import read_log
 from look import save, sweep
 from measure import draw, figure, finish, mean, shown, table
+from memory import usage
 
 
-def problem(look):
+def why_not_slots(look):
     """Why there are no slots to look at, or ""."""
     return "" if hasattr(look.model, "memories") else f"{look.plan.train.model} has no memory layers"
 
@@ -46,14 +49,8 @@ def reads(look, batch):
 def use(slots, size):
     """How reads (n,) spread over a table: slots used, their share, the number of equally used ones that would be as uncertain
     (exp of the entropy), and the KL divergence from even use in nats."""
-    p = np.bincount(slots, minlength=size) / max(1, len(slots))
-    entropy = float(-(p[p > 0] * np.log(p[p > 0])).sum())
-    return {
-        "used": int((p > 0).sum()),
-        "share": float((p > 0).mean()),
-        "effective": float(np.exp(entropy)),
-        "kl": float(np.log(size)) - entropy,
-    }
+    u = usage(torch.from_numpy(np.bincount(slots, minlength=size)))
+    return {"used": size - u["dead"], "share": u["share"], "effective": size / math.exp(u["kl"]), "kl": u["kl"]}
 
 
 def activations(look):
@@ -227,7 +224,7 @@ def plot_track(path, log, purity, layer, title):
         right.hist(purity[layer == n], np.linspace(0, 1, 21), alpha=0.5, label=f"layer {n}: {(layer == n).sum()} slots read")
     right.set(xlabel="share of its most frequent token", ylabel="slots")
     for n in log[0]["layers"] if log else ():
-        for axis, name in ((left, "used"), (middle, "kl")):
+        for axis, name in ((left, "share"), (middle, "kl")):
             axis.plot([r["step"] for r in log], [r["layers"][n][name] for r in log], "o-", ms=3, label=f"layer {n}")
     left.set(xlabel="step", ylabel="share of slots read in a step", ylim=(0, 1.02))
     middle.set(xlabel="step", ylabel="KL divergence from even use (nats)", ylim=(0, None))

@@ -1,6 +1,6 @@
 """What a difference is worth: intervals, tests, and the repair of result files that were cut.
 
-    python eval.py stats runs/A                  # intervals of its test results; what goes with the loss
+    python eval.py stats runs/A                  # intervals of its test results; what correlates with the loss
     python eval.py stats runs/A runs/B           # the same rows, two models: McNemar, paired bootstrap
     python eval.py repair results.jsonl          # keep every complete record of a cut file
 
@@ -9,7 +9,7 @@
 >>> holm([0.01, 0.04, 0.03])
 [0.03, 0.06, 0.06]
 
-Letters: n examples, D draws.
+Letters: n examples, N labels, R rows.
 """
 
 import json
@@ -18,9 +18,10 @@ import os
 
 import numpy as np
 
-from checkpoint import write_file, write_json
+from checkpoint import read_json, write_file, write_json
 from configs import ConfigError, require
-from measure import figure, mean, share, shown, table
+from look import read_parquet
+from measure import figure, finish, label_share, mean, share, shown, sums_of_rows, table
 
 # ---- tests -------------------------------------------------------------------------------------------------------------
 
@@ -95,15 +96,8 @@ def holm(p):
 
 def read_labels(path, split):
     """A run, or eval_<split>.json or .parquet in it -> {column: (N,) array}, a value for each label, sorted by row."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     place = os.path.join(path, f"eval_{split}.parquet") if os.path.isdir(path) else os.path.splitext(path)[0] + ".parquet"
-    require(os.path.exists(place), f"{place} does not exist; python eval.py {path} --split {split} writes it", None)
-    try:
-        columns = {name: np.array(values) for name, values in pq.read_table(place).to_pydict().items()}
-    except (pa.ArrowException, OSError) as e:
-        raise ConfigError(f"{place} cannot be read as parquet ({' '.join(str(e).split())[:80]})") from None
+    columns = read_parquet(place, f"python eval.py {path} --split {split} writes it")
     require({"row", "hit", "loss"} <= columns.keys(), f"{place} is not what eval.py writes of a split", None)
     order = np.argsort(columns["row"], kind="stable")
     return {name: values[order] for name, values in columns.items()}
@@ -126,34 +120,47 @@ def stats(words, config):
     rows = [per_row(labels) for labels in found]
     tags = [name for name in rows[0] if name not in ("row", "right", "labels", "hits", "loss")]
     if len(words) == 1:
-        result = one_run(found[0], rows[0], tags)
+        result = one_run(rows[0], tags)
     else:
         same = found[0].keys() == found[1].keys() and all(
             np.array_equal(found[0][k], found[1][k]) for k in found[0] if k not in ("hit", "loss")
         )
-        require(same, f"{words[0]} and {words[1]} were not measured on the same rows; give both the same data and split", None)
+        same &= data_of(words[0]) == data_of(words[1])
+        advice = "give both the same data, seed and split"
+        require(same, f"{words[0]} and {words[1]} were not measured on the same rows; {advice}", None)
         result = two_runs(rows, tags)
-    folder = words[-1] if os.path.isdir(words[-1]) else os.path.dirname(words[-1])
-    path = os.path.join(folder, "eval_stats")
+    names = [os.path.basename(os.path.splitext(os.path.normpath(w))[0]) for w in words]
+    of_split = "" if config.split == "test" else f"_{config.split}"
+    name = f"eval_stats{of_split}" + (f"_against_{names[0]}" if len(words) == 2 else "")
+    path = os.path.join(words[-1] if os.path.isdir(words[-1]) else os.path.dirname(words[-1]), name)
     write_json(path + ".json", {"config": {"runs": words, "split": config.split}, **result, "examples": []})
     plot_stats(path + ".png", result, words)
     print(f"wrote {path}.json, .png")
     return path + ".png"
 
 
-def slices_of(rows, tags, most=24):
-    """("tag=value", (R,) bool) for every slice of tags with at most `most` values; first all rows."""
+def data_of(path):
+    """What decides which rows a run was measured on: the data in its config.json, or None for results without one."""
+    path = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    saved = read_json(path) if os.path.exists(path) else {}
+    not_rows = ("curriculum", "train_cells", "fresh", "n_train_examples")  # of training alone
+    data = {k: v for k, v in saved.get("data", {}).items() if k not in not_rows}
+    return (data, saved.get("data_sha256")) if data else None
+
+
+def slices_of(rows, tags):
+    """("tag=value", (R,) bool) for every slice of tags with at most 24 values; first all rows."""
     yield "all", np.ones(len(rows["row"]), bool)
     for tag in tags:
         values = np.unique(rows[tag])
-        if 1 < len(values) <= most:
+        if 1 < len(values) <= 24:
             yield from ((f"{tag}={v}", rows[tag] == v) for v in values)
 
 
-def one_run(labels, rows, tags):
+def one_run(rows, tags):
     by_slice = {
         name: {
-            **share(int(rows["hits"][mine].sum()), int(rows["labels"][mine].sum())),
+            **label_share(sums_of_rows(rows["labels"][mine], rows["hits"][mine])),
             "exact": share(int(rows["right"][mine].sum()), int(mine.sum())),
             "nll": mean(rows["loss"][mine] / rows["labels"][mine]),
         }
@@ -207,15 +214,12 @@ def plot_stats(path, result, words):
     low, high = np.array([c["ci95"] for c in cells]).T
     axis.errorbar(y, at, xerr=np.maximum(0, [y - low, high - y]), fmt="o", ms=4, capsize=3)
     axis.set_yticks(at, [f"{name}, n = {c['n']}" for name, c in zip(rows, cells)], fontsize=7)
-    names = [os.path.basename(os.path.normpath(w)) for w in words]
-    two = len(words) == 2
+    names, two = [os.path.basename(os.path.normpath(w)) for w in words], len(words) == 2
     axis.set_xlabel((f"accuracy of labels, {names[1]} less {names[0]}" if two else "accuracy of labels") + " (95% interval)")
     if two:
         axis.axvline(0, color="gray", lw=1)
-    axis.set_title(" against ".join(names), fontsize=8)
     axis.grid(alpha=0.3)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    finish(fig, plt, path, " against ".join(names))
 
 
 # ---- cut files ---------------------------------------------------------------------------------------------------------
@@ -240,7 +244,7 @@ def repair(words, config):
         says = f"{len(records)} records kept, {lost} lines lost"
     else:
         value, whole = complete_json(text)
-        require(value is not None, f"{path} holds no complete record", None)
+        require(isinstance(value, (dict, list)), f"{path} holds no complete record", None)
         body, says = json.dumps(value, indent=1) + "\n", "it was whole" if whole else f"{len(value)} records kept"
     write_file(out, lambda f: f.write(body.encode()))
     print(f"{out}: {says}")
@@ -273,16 +277,15 @@ def complete_json(text):
 
 
 def beginning(text, at):
-    """The value that begins at text[at] -> its complete part (None: nothing), and the place behind it (None: it was cut)."""
+    """The value that begins at text[at] -> its complete part (None: nothing), and the place after it (None: it was cut)."""
     if text[at : at + 1] not in ("[", "{"):
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
         except ValueError:
             return None, None
-        # a number at the very end may go on behind the cut
+        # a number at the very end may go on after the cut
         return (value, end) if end < len(text) or isinstance(value, (str, bool)) or value is None else (None, None)
-    closing, pairs = "]" if text[at] == "[" else "}", []
-    found = [] if text[at] == "[" else {}
+    closing, found = ("]", []) if text[at] == "[" else ("}", {})
     at = skip_blanks(text, at + 1)
     while text[at : at + 1] != closing:
         name = None
@@ -294,8 +297,7 @@ def beginning(text, at):
             at = skip_blanks(text, at + 1)
         value, end = beginning(text, at)
         if end is not None or name is not None and isinstance(value, (list, dict)) and value:
-            pairs.append((name, value))
-            found = [v for _, v in pairs] if name is None else dict(pairs)
+            found.append(value) if name is None else found.update({name: value})
         if end is None:
             return found, None
         at = skip_blanks(text, end)

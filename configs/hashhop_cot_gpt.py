@@ -1,6 +1,6 @@
 """HashHop, trained on one and two hops with the hashes on the way spelled out: "a = 'b = c'".
 
-6 minutes on one of 2 CPU cores. Expected: letter accuracy 0.97 or more on two hops; three and four, longer than any in
+3 minutes on one of 2 CPU cores. Expected: letter accuracy 0.97 or more on two hops; three and four, longer than any in
 training, fail.
 """
 
@@ -18,14 +18,14 @@ dim = 128
 dk = dv = 32
 n_heads = 4
 n_layers = 2
-conv = 8
+conv = 12
 pos = "none"
 
 lr = 8e-3
 warmup_steps = 50
 schedule = "cosine"
 batch_size = 32
-max_steps = 800
+max_steps = 600
 eval_interval = 200
 
 target_slice = "hops=2"

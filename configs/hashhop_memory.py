@@ -20,7 +20,7 @@ dim = 128
 dk = dv = 32
 n_heads = 4
 n_layers = 2
-conv = 8
+conv = 12
 pos = "none"
 
 lr = 6e-3

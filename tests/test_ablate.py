@@ -16,6 +16,7 @@ import memory
 import model as M
 import train
 from configs import ConfigError
+from measure import mean_over_rows
 
 SIZES = dict(dim=16, n_layers=3, n_heads=2, dk=8, dv=8, conv=2, vocab_size=11, seq_len=9)
 SLOTS = dict(memory_layers=(0, 2), mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
@@ -23,7 +24,11 @@ SLOTS = dict(memory_layers=(0, 2), mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_d
 
 def make(cls=memory.Memory, seed=0, **changes):
     torch.manual_seed(seed)
-    return cls(memory.Config(**{**SIZES, **SLOTS, **changes})).eval()
+    made = cls(memory.Config(**{**SIZES, **SLOTS, **changes})).eval()
+    for layer in made.memories().values():
+        if layer.bias is not None:
+            torch.nn.init.normal_(layer.bias, std=0.5)
+    return made
 
 
 def some_cases(B=6, T=9, n=3, seed=1):
@@ -38,6 +43,7 @@ MODELS = [
     ("apart", dict(mem_share_values=False)),
     ("gated", dict(mem_gated=True, mem_v_dim=4)),
     ("sigmoid", dict(mem_score="sigmoid", residual_mul=True)),
+    ("biased", dict(mem_balance=0.01)),  # slots are chosen in another order than that of their scores
 ]
 
 
@@ -116,10 +122,11 @@ def drop_naively(model, block, slot, tokens):
         layer, x = model.memories()[block], caught[0]
         q = M.NORMS[layer.config.mem_query_norm](layer.query(x).unflatten(-1, (layer.config.mem_heads, 2, -1)))
         halves = torch.einsum("bthse,hske->bthsk", q, layer.keys)
-        scores = (halves[..., 0, :, None] + halves[..., 1, None, :]).flatten(-2)
-        scores[..., slot] = -torch.inf
-        best = scores.topk(layer.config.mem_knn, dim=-1)
-        return {"slots": best.indices, "weights": memory.SCORES[layer.config.mem_score](best.values)}
+        biased = halves if layer.bias is None else halves + layer.bias
+        scores, chosen_by = ((h[..., 0, :, None] + h[..., 1, None, :]).flatten(-2) for h in (halves, biased))
+        chosen_by[..., slot] = -torch.inf
+        slots = chosen_by.topk(layer.config.mem_knn, dim=-1).indices
+        return {"slots": slots, "weights": memory.SCORES[layer.config.mem_score](scores.gather(-1, slots))}
 
     caught = []
     hook = model.layers[block].ffn_norm.register_forward_hook(lambda module, inputs, output: caught.append(output))
@@ -417,7 +424,7 @@ def test_tables_by_hand():
     assert slots["slot"].tolist() == [4, 5] and slots["rows"].tolist() == [2, 1] and slots["mean"].tolist() == [2.5, 7]
     assert slots["median"].tolist() == [2.5, 7] and slots["max"].tolist() == [4, 7] and slots["flips"].tolist() == [0.25, 0]
     assert impact.by_rows(columns, np.array([2, 0])).tolist() == [7, 1.5]
-    assert I.row_mean(columns["fall"], columns["row"])["value"] == pytest.approx((1.5 + 3.5 + 7) / 3)
+    assert mean_over_rows(columns["fall"], columns["row"])["value"] == pytest.approx((1.5 + 3.5 + 7) / 3)
 
 
 def test_groups_of_values_are_found_and_noise_is_none():
@@ -486,7 +493,7 @@ def result_labels(columns):
     "words, message",
     [
         (["keys"], "name one run directory, as in: keys runs/RUN"),
-        (["keyz", "two"], "'keyz' is no command; choose from keys"),
+        (["keyz", "two"], "'keyz' is no command; did you mean keys?"),
         (["keys", "two", "--modes=zero,drop"], "must be some of zero, drop"),
         (["keys", "two", "--type=more_more"], "keys does not use it, only force"),
         (["swap", "two", "--type=less"], "type='less' is unknown"),

@@ -70,8 +70,9 @@ def test_slices_add_up_and_are_saved(runs, capsys):
 def test_checkpoint_and_split_can_be_chosen(runs, capsys):
     ev.main([str(runs / "r1"), "--split", "val", "--checkpoint=ckpt"])
     assert "ckpt.pt of step 40" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="examples=2 prints text, and data_mqar has none"):
-        ev.main([str(runs / "r1"), "--examples=2"])
+    ev.main([str(runs / "r1"), "--example=3"])  # of numbers, not of letters
+    example = json.loads((runs / "r1" / "eval_test.json").read_text())["examples"][0]
+    assert example["row"] == 3 and example["prompt"].split()[-1].isdigit() and 16 <= int(example["answer"]) < 32
     assert (runs / "r1" / "eval_val.json").exists()
 
 
@@ -91,7 +92,9 @@ def test_compare_puts_runs_side_by_side(runs, capsys):
         (["nowhere"], "not a run directory"),
         (["compare", "nowhere/*"], "no run with a test result"),
         (["compare"], "name the runs"),
-        (["a", "b"], "name one run"),
+        (["xxxx", "b"], "'xxxx' is no command; choose from slices"),
+        (["lgits", "b"], "'lgits' is no command; did you mean logits?"),
+        (["logits", "a", "b"], "name one run"),
         (["a", "--splt=val"], "did you mean split"),
         (["a", "--split=vale"], "did you mean val"),
         (["compare", "a", "--split=val"], "no effect: compare does not use it"),
@@ -129,6 +132,7 @@ def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
         " --model=memory --memory_layers=[0,1] --mem_share_values=0 --mem_n_keys=16 --mem_k_dim=16 --lr=1e-2 --mem_value_lr=4"
     )
     toy += " --max_steps=250"
+    toy_text = "--data=data_synth --task=text --mask=qa --model=memory --mem_n_keys=8 --mem_k_dim=8 --mem_share_values=0"
     train.main([*toy.split(), "--batch_size=64", "--threads=1", f"--log_dir={tmp_path}", "--run_name=a", "--eval_interval=250"])
     folder = str(tmp_path / "a")
     capsys.readouterr()
@@ -136,13 +140,19 @@ def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
     printed = capsys.readouterr().out
     cells = json.loads((tmp_path / "a" / "eval_edit.json").read_text())["by_slice"]["method and edits"]
     results = {(r["method"], r["edits"]): r for r in cells.values()}
-    assert len(results) == 8 and "fine-tune everything" in printed and (tmp_path / "a" / "eval_edit.png").stat().st_size > 5000
+    assert len(results) == 10 and "fine-tune everything" in printed and (tmp_path / "a" / "eval_edit.png").stat().st_size > 5000
     for n in (1, 5):
         written, kept = results["write", n], results["write, keeping others", n]
         assert written["efficacy"]["value"] >= 0.8 and written["efficacy"]["n"] == n
+        assert abs(written["kept"]["n"] - written["specificity"]["n"]) <= 1 and kept["kept"]["value"] >= 0.8
         assert kept["specificity"]["value"] >= written["specificity"]["value"] - 0.1
         assert results["fine-tune everything", n]["efficacy"]["value"] == 1
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(f'{{"text": "{i}:{i} "}}\n' for i in range(40)))
+    toy_text += f" --path={path} --log_dir={tmp_path} --run_name=t --max_steps=1 --eval_interval=1 --threads=1"
+    train.main(toy_text.split())
     for words, message in (
+        (["edit", str(tmp_path / "t")], "it needs facts of digits, task=qa or digits, not text"),
         (["edit", folder, "--edits=[1000]"], "edits=.* needs 1010"),
         (["edit", folder, "--out=x"], "only compare"),
         ([folder, "--edits=[2]"], "slices does not use it, only edit, all"),
@@ -150,6 +160,16 @@ def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
     ):
         with pytest.raises(ConfigError, match=message):
             ev.main(words)
+
+
+def test_another_answer_is_made_of_the_letters_that_answers_have():
+    import edits
+
+    random, letters = np.random.default_rng(0), list("12345")
+    for _ in range(50):
+        other = edits.other_answer("34512:51234 ", letters, random)
+        key, value = other.strip().split(":")
+        assert key == "34512" and set(value) <= set(letters) and all(a != b for a, b in zip(value, "51234"))
 
 
 def test_bits_stored_by_hand():

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,10 +115,14 @@ def test_logits_by_hand(runs):
     batch = SimpleNamespace(
         tokens=None, targets=torch.tensor([[-100, 2, 0]]), rows=np.array([7]), tags={"kind": np.array([1, 2])}
     )
-    found = logits_file.answer_tokens(look, batch, top=2)
+    found = logits_file.answer_tokens(look, batch)
     total = np.exp([0, 1, 2, 3]).sum()
     assert found["rank"].tolist() == [2, 1] and found["row"].tolist() == [7, 7] and found["place"].tolist() == [0, 1]
-    assert found["probability"][0] == pytest.approx(np.exp(2) / total) and found["top"].tolist()[0] == [3, 2]
+    assert (
+        found["probability"][0] == pytest.approx(np.exp(2) / total)
+        and found["top"].tolist()[0] == [3, 2, 1, 0]
+        and found["hit"].tolist() == [False, True]
+    )
     p = np.exp([0, 1, 2, 3]) / total
     assert found["entropy"][0] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
 
@@ -125,7 +130,7 @@ def test_logits_by_hand(runs):
 def test_calibration_by_hand():
     """Ten labels at 0.85 of which 6 are right, ten at 0.25 of which 5 are: both 0.25 off."""
     confidence = np.repeat([0.85, 0.25], 10)
-    bins, error = logits_file.calibration(confidence, np.array([1] * 6 + [0] * 4 + [1] * 5 + [0] * 5) == 1)
+    bins, error = logits_file.calibration(confidence, np.array([1] * 6 + [0] * 4 + [1] * 5 + [0] * 5) == 1, np.arange(20))
     assert error == pytest.approx(0.25) and [b["value"] for b in bins] == [0.5, 0.6]
 
 
@@ -136,7 +141,7 @@ def test_logits_agree_with_slices(runs):
     plain = json.loads((runs / "memory" / "eval_test.json").read_text())
     assert found["metrics"]["accuracy"] == plain["metrics"]["accuracy"]
     assert np.log(found["metrics"]["perplexity"]["value"]) == pytest.approx(plain["metrics"]["loss"]["value"], rel=1e-4)
-    assert found["metrics"]["rows with all ranks 1"]["value"] == plain["metrics"]["row_accuracy"]["value"]
+    assert found["metrics"]["row_accuracy"]["value"] == plain["metrics"]["row_accuracy"]["value"]
     for tag, cells in plain["by_slice"].items():
         for value, cell in cells.items():
             assert found["by_slice"][tag][value]["accuracy"]["value"] == cell["value"]
@@ -193,7 +198,7 @@ def test_activations_norms_and_track(runs, capsys):
         (reads["layer"] == tokens["layer"][i]) & (reads["slot"] == tokens["slot"][i]) & (reads["token"] == tokens["token"][i])
     )
     assert mine.sum() == tokens["times"][i] and reads["weight"][mine].sum() == pytest.approx(tokens["weight"][i], rel=1e-5)
-    assert result["metrics"]["while training"]["0"]["used"] <= 1
+    assert result["metrics"]["while training"]["0"]["share"] <= 1
     result, norms = saved(runs, "memory", "norms")
     model = open_look(runs, "memory").model
     lengths = model.memories()[0].values.norm(dim=1)
@@ -234,10 +239,10 @@ def test_same_tokens_take_the_same_slots_where_only_the_token_counts(runs):
     for layer in look.model.layers:
         layer.att = None
     found = look_file.sweep(look, lambda batch: routing.routed(look, batch))
-    cells = routing.consistency(look, found)["1"]
+    cells = routing.consistency(found)["1"]
     assert cells["same token"]["slots in common"]["value"] == 1
     assert cells["other kind"]["slots in common"]["value"] < 0.9
-    kinds, alike = routing.kinds_alike(found, 1, 64)
+    kinds, alike = routing.similarity_of_kinds(found, 1, 64)
     np.testing.assert_allclose(np.diag(alike), 1)
 
 
@@ -395,6 +400,7 @@ def test_a_report_of_everything(runs, name, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["stats", "mqar", "other"], "were not measured on the same rows; give both the same data, seed and split"),
         (["twohop", "memory"], "is a run of qa, not of twohop: python eval.py qa"),
         (["activations", "mqar"], "gpt has no memory layers"),
         (["routing", "mqar"], "gpt has no memory layers"),
@@ -408,7 +414,12 @@ def test_a_report_of_everything(runs, name, capsys):
 def test_mistakes_are_one_sentence(runs, words, message):
     for name in ("mqar", "memory"):
         ev.main([str(runs / name)])
-    words = [str(runs / w) if w in ("memory", "mqar") else w for w in words]
+    words = [str(runs / w) if w in ("memory", "mqar", "other") else w for w in words]
+    if "other" in " ".join(words) and not (runs / "other").exists():  # the same rows by their tags, another seed
+        shutil.copytree(runs / "mqar", runs / "other")
+        config = json.loads((runs / "other" / "config.json").read_text())
+        config["data"]["seed"] += 1
+        (runs / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message) as error:
         ev.main(words)
     assert "\n" not in str(error.value)
@@ -420,7 +431,7 @@ def test_two_runs_on_the_same_rows_are_compared(runs, capsys):
     capsys.readouterr()
     ev.main(["stats", str(runs / "memory"), str(runs / "router")])
     assert "McNemar" in capsys.readouterr().out
-    result = json.loads((runs / "router" / "eval_stats.json").read_text())
+    result = json.loads((runs / "router" / "eval_stats_against_memory.json").read_text())
     a, b = (pq.read_table(runs / n / "eval_test.parquet").to_pydict() for n in ("memory", "router"))
     difference = np.mean(b["hit"]) - np.mean(a["hit"])
     assert result["metrics"]["all"]["accuracy difference"]["value"] == pytest.approx(difference)

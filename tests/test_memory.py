@@ -193,8 +193,8 @@ def test_a_router_is_a_weighted_sum_or_one_of_two():
 
 
 def test_usage_by_hand():
-    found = Mem.usage(torch.tensor([4, 0, 2, 2]), top=2)
-    assert found["used"] == 0.75 and found["dead"] == 1 and found["top"] == [(0, 0.5), (2, 0.25)]
+    found = Mem.usage(torch.tensor([4, 0, 2, 2]))
+    assert found["share"] == 0.75 and found["dead"] == 1 and found["top"][0] == (0, 0.5) and found["top"][1][1] == 0.25
     assert found["kl"] == pytest.approx(math.log(4) - 1.5 * math.log(2))  # log(slots) - entropy
     assert Mem.usage(torch.tensor([3, 3]))["kl"] == 0 and Mem.usage(torch.tensor([0, 9, 0]))["kl"] == pytest.approx(math.log(3))
 
@@ -205,7 +205,7 @@ def test_a_step_counts_its_reads_and_forgets_them():
     report = m.after_step(report=True)
     for i in (0, 1):
         slots = found[i]["slots"]
-        assert report[str(i)]["used"] == len(slots.unique()) / 25
+        assert report[str(i)]["share"] == len(slots.unique()) / 25
         assert report[str(i)]["top"][0][1] == pytest.approx(slots.flatten().bincount().max().item() / slots.numel())
         assert not m.layers[i].memory.reads.any()
     m.eval()
@@ -247,7 +247,7 @@ def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
     status, whole = run(tmp_path, "whole", target=0.8, max_steps=120, **options)
     assert status == 0
     rows = [r for r in checkpoint.read_log(whole) if r["kind"] == "memory"]
-    assert len(rows) == 24 and set(rows[0]["layers"]) == {"0", "1"} and 0 < rows[0]["layers"]["0"]["used"] <= 1
+    assert len(rows) == 24 and set(rows[0]["layers"]) == {"0", "1"} and 0 < rows[0]["layers"]["0"]["share"] <= 1
     run(tmp_path, "cut", max_steps=60, **options)
     run(tmp_path, "cut", resume=True, max_steps=120)
     outcomes = [contents(os.path.join(tmp_path, n)) for n in ("cut", "whole")]

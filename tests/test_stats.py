@@ -87,6 +87,20 @@ def test_a_share_over_rows_knows_that_rows_hang_together():
     assert 0.92 < np.mean(found) < 0.975
 
 
+def test_counts_of_batches_add_up_to_the_interval_of_all_rows():
+    """What evaluation adds up batch by batch is share_over_rows of the whole; six digits of a fact are no six facts."""
+    random = np.random.default_rng(1)
+    row = np.repeat(np.arange(200), random.integers(1, 9, 200))
+    hit = random.random(len(row)) < random.beta(0.3, 0.3, 200)[row]
+    batches = [(hit[row % 7 == i], row[row % 7 == i]) for i in range(7)]
+    counts = [{**measure.row_counts(*b), "loss": 0.0, "by_slice": {}} for b in batches]
+    cell = measure.shares(measure.total(counts)["all"])
+    whole = measure.share_over_rows(hit, row)
+    assert cell["value"] == whole["value"] and cell["ci95"] == pytest.approx(whole["ci95"]) and cell["n"] == len(hit)
+    width = lambda c: c["ci95"][1] - c["ci95"][0]
+    assert width(cell) > 1.5 * width(measure.share(int(hit.sum()), len(hit)))
+
+
 def test_permutation_p_values_are_even_where_nothing_goes_together():
     random = np.random.default_rng(0)
     p = [stats.correlation(random.normal(size=12), random.normal(size=12), draws=99)["p"] for _ in range(1000)]
@@ -137,17 +151,26 @@ def test_a_result_cut_at_any_byte_keeps_its_head_and_whole_examples():
             assert "n" not in value["metrics"]["accuracy"]  # 3 is not what it said
 
 
+@pytest.mark.parametrize("text", ["12 x", "true x", '"abc" x', "", "nul"])
+def test_what_is_no_record_is_none(text):
+    value, whole = stats.complete_json(text)
+    assert not isinstance(value, (dict, list)) and not whole
+
+
 def test_repair_writes_a_new_file_and_says_what_it_kept(tmp_path, capsys):
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in RECORDS)[:-20])
     ev.main(["repair", str(path)])
     assert "3 records kept, 1 lines lost" in capsys.readouterr().out
     assert [json.loads(line) for line in (tmp_path / "r.repaired.jsonl").read_text().splitlines()] == RECORDS[:3]
+    other = tmp_path / "o.json"
+    other.write_text('"abc" x')
     for words, message in (
         (["repair", str(path)], "exists already"),
         (["repair", str(tmp_path / "no.json")], "cannot be read: No such file"),
         (["repair", "x.txt"], "neither .json nor .jsonl"),
         (["repair", str(path), "--split=val"], "repair does not use it"),
+        (["repair", str(other)], "holds no complete record"),
     ):
         with pytest.raises(ConfigError, match=message):
             ev.main(words)
