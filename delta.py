@@ -391,24 +391,24 @@ class DeltaMixer(CausalSelfAttention):
         note = "" if bounded else f"; note: with k_norm={c.k_norm} long keys may make the state grow without bound"
         return f"delta rule, {choice}{note}"
 
-    def forward(self, x, rows=None, memory=None, documents=None):
+    def forward(self, x, rows=None, cache=None, documents=None):
         """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n): the recurrence still needs every token.
 
-        memory: {"seen": 0} before the first token, then what was left there by earlier calls, of constant size: "S"
+        cache: {"seen": 0} before the first token, then what was left there by earlier calls, of constant size: "S"
         (B, H, K, V) and "window", what the convolution looks back on. It is brought up to date in place.
         documents (attention.Documents): each begins with an empty state.
         """
         c = self.config
-        q, k, v = self.queries_keys_values(x, x, None, memory, documents)
+        q, k, v = self.queries_keys_values(x, x, None, cache, documents)
         q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, x)  # (B, T, H, K)
         k = self.feature(k, self.heads, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, H, K)
         v = self.feature(v, self.heads, c.v_kernel).to(v.dtype)  # (B, T, H, V)
         q, k, v, beta = (y.transpose(1, 2) for y in (q, k, v, self.write_strength(x)))
-        state = memory.get("S") if memory else None
+        state = cache.get("S") if cache else None
         ends = documents.ends if documents else None
         o, state = delta_rule(q, k, v, beta, self.log_decay(x), state, ends, c.chunk_size)  # (B, H, T, V)
-        if memory is not None:
-            memory["S"] = state
+        if cache is not None:
+            cache["S"] = state
         o = take(o.transpose(1, 2).flatten(2), rows)  # (B, n, H*V)
         if self.out_norm:
             o = self.out_norm(o.unflatten(-1, (self.heads, -1))).flatten(2)

@@ -3,9 +3,9 @@
     python train.py --model gpt --dim 64 --n_heads 2 --dk 48 --dv 48          # keys and values apart
     python train.py --model unified_kv --dim 64 --n_heads 2 --du 64           # one vector is both
 
-Read from top to bottom: the tables of small functions (feature maps, norms, activations), softmax attention and its naive
-twin, the two attention modules, the block, the trunk. Delta-rule and memory models in other files reuse the trunk and
-replace the block.
+Read from top to bottom: tables of small functions (feature maps, norms, activations), small modules, the two attention
+modules, the block, the trunk. softmax_attention itself is in attention.py. Delta-rule and memory models in other files reuse
+the trunk and replace the block.
 
 Letters: B batch, T tokens, n queried positions, D model width, H query heads, G key/value heads, K key width per head,
 V value width per head, N labelled positions in the batch, C channels of the short convolution.
@@ -215,16 +215,16 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-(width**-0.5), width**-0.5))
 
-    def forward(self, x, memory=None, documents=None):
-        """x (B, T, C) -> (B, T, C). memory, a dict, holds the tokens just before x from call to call, (B, width-1, C)."""
+    def forward(self, x, cache=None, documents=None):
+        """x (B, T, C) -> (B, T, C). cache, a dict, holds the tokens just before x from call to call, (B, width-1, C)."""
         weight = self.weight.to(x.dtype)
         if documents:
             return documents.join(CausalConvolution.apply(documents.split(x), weight))
-        if memory is None:
+        if cache is None:
             return CausalConvolution.apply(x, weight)
-        before = memory.get("window", x.new_zeros(len(x), len(weight) - 1, x.shape[-1]))
+        before = cache.get("window", x.new_zeros(len(x), len(weight) - 1, x.shape[-1]))
         x = torch.cat([before, x], dim=1)
-        memory["window"] = x[:, x.shape[1] - before.shape[1] :].clone()  # a view would keep all of x
+        cache["window"] = x[:, x.shape[1] - before.shape[1] :].clone()  # a view would keep all of x
         return CausalConvolution.apply(x, weight)[:, before.shape[1] :]
 
 
@@ -255,12 +255,12 @@ def project(x, *linears, then=lambda y: y):
     return then(F.linear(x, weight)).split([m.out_features for m in linears], dim=-1)
 
 
-def positions(x, memory=None, documents=None):
+def positions(x, cache=None, documents=None):
     """Where the tokens of x (B, T, D) stand in their documents, (B, T); None: at 0..T-1."""
     if documents:
         return documents.position[None]
-    if memory and memory["seen"]:
-        return torch.arange(memory["seen"], memory["seen"] + x.shape[1], device=x.device).expand(len(x), -1)
+    if cache and cache["seen"]:
+        return torch.arange(cache["seen"], cache["seen"] + x.shape[1], device=x.device).expand(len(x), -1)
     return None
 
 
@@ -330,40 +330,41 @@ class CausalSelfAttention(nn.Module):
         """The projections that make what is stored of a token: keys and values."""
         return self.proj_k, self.proj_v
 
-    def queries_keys_values(self, x, here, rows, memory=None, documents=None):
-        """x (B, T, D), here = take(x, rows) -> q (B, n, H * dk), k (B, T, G * dk), v (B, T, G * dv).
+    def queries_keys_values(self, x, query_x, rows, cache=None, documents=None):
+        """x (B, T, D), query_x = take(x, rows) -> q (B, n, H * dk), k (B, T, G * dk), v (B, T, G * dv).
 
-        memory, documents: see ShortConv.
+        cache, documents: see ShortConv.
         """
         if rows is not None and not self.conv:
-            q, stored = self.proj_q(here), project(x, *self.stored())
-        else:  # a convolution needs the neighbours of the tokens that ask, too
-            conv = (lambda y: self.conv(y, memory, documents)) if self.conv else (lambda y: y)
+            q, stored = self.proj_q(query_x), project(x, *self.stored())
+        else:  # a convolution needs the neighbours of the queries' tokens, too
+            conv = (lambda y: self.conv(y, cache, documents)) if self.conv else (lambda y: y)
             q, *stored = project(x, self.proj_q, *self.stored(), then=conv)
             q = take(q, rows)
         return q, stored[0], stored[-1]
 
-    def forward(self, x, rows=None, memory=None, documents=None):
+    def forward(self, x, rows=None, cache=None, documents=None):
         """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n).
 
-        memory: {"seen": 0} before the first token, then what was left there by earlier calls: keys "k" and values "v" of all
+        cache: {"seen": 0} before the first token, then what was left there by earlier calls: keys "k" and values "v" of all
         tokens seen, ready for use, and "window", what the convolution looks back on. It is brought up to date in place.
-        documents: see softmax_attention; all of their tokens ask, and rows are picked afterwards.
+        documents: see softmax_attention; all of their tokens are queries, and rows are picked afterwards.
         """
         c = self.config
-        asking = None if documents else rows
-        here = take(x, asking)  # (B, n, D), the tokens that ask
-        q, k, v = self.queries_keys_values(x, here, asking, memory, documents)
-        q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, here)  # (B, n, H, K)
+        query_rows = None if documents else rows
+        query_x = take(x, query_rows)  # (B, n, D)
+        q, k, v = self.queries_keys_values(x, query_x, query_rows, cache, documents)
+        q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, query_x)  # (B, n, H, K)
         k = self.feature(k, self.groups, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, G, K)
         v = self.feature(v, self.groups, c.v_kernel).to(v.dtype)  # (B, T, G, V); exp and softmax widen bfloat16
-        at = positions(x, memory, documents)
+        at = positions(x, cache, documents)
         if c.pos == "rope":
-            q, k = rotate(q, self.turns, at if asking is None else asking), rotate(k, self.turns, at)
-        if memory is not None:
-            k, v = (torch.cat([memory[name], new], dim=1) if name in memory else new for name, new in (("k", k), ("v", v)))
-            memory["k"], memory["v"], asking = k, v, at
-        o = self.attend(*(y.transpose(1, 2) for y in (q, k, v)), asking, documents)  # (B, H, n, V)
+            q, k = rotate(q, self.turns, at if query_rows is None else query_rows), rotate(k, self.turns, at)
+        if cache is not None:
+            if "k" in cache:
+                k, v = torch.cat([cache["k"], k], dim=1), torch.cat([cache["v"], v], dim=1)
+            cache["k"], cache["v"], query_rows = k, v, at
+        o = self.attend(*(y.transpose(1, 2) for y in (q, k, v)), query_rows, documents)  # (B, H, n, V)
         o = take(o.transpose(1, 2).flatten(2), rows if documents else None)  # (B, n, H*V)
         if self.gate_out:
             o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(take(x, rows)))
@@ -402,7 +403,8 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
 
     @classmethod
     def cached_width(cls, c):
-        return c.du + c.k_gated * cls.widths(c)[0]  # key and value are both made from u, but a gated key needs its token
+        # Key and value are both made from u, but a gated key needs its token. (`read` keeps both, so as not to make them anew.)
+        return c.du + c.k_gated * cls.widths(c)[0]
 
     def stored(self):
         return (self.proj_kv,)
@@ -446,7 +448,7 @@ def labelled_rows(targets):
     """Where the labels are: targets (B, T) -> rows (B, n), flat (N,), answers (N,), all long.
 
     n is the largest number of labels in a row of the batch; a row with fewer is padded. rows are positions in ascending
-    order, flat picks the real labels from the flattened (B, n), row-major. If at most half of the work would be saved,
+    order, flat picks the real labels from the flattened (B, n), row-major. If less than half of the work would be saved,
     rows is None and flat picks from (B, T) instead.
     """
     mask = targets != IGNORE
@@ -464,7 +466,7 @@ class CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of logits (N, V) float against answers (N,): F.cross_entropy with a leaner backward.
 
     The gradient is (softmax - one_hot) / N, written in one buffer; torch's own first fills an (N, V) gradient of the log
-    probabilities with zeros. Worth 5% of a training step on a CPU.
+    probabilities with zeros. Worth 5% of a training step on a CPU. First derivatives only.
     """
 
     @staticmethod
@@ -474,6 +476,7 @@ class CrossEntropy(torch.autograd.Function):
         return -log_p.gather(1, answers[:, None]).sum() / max(1, len(answers))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         log_p, answers = ctx.saved_tensors
         p = log_p.exp()
@@ -525,39 +528,39 @@ class GPT(nn.Module):
         logits = self.lm_head(self.final_norm(x.flatten(0, 1)[flat]))  # (N, vocabulary)
         return logits, CrossEntropy.apply(logits.to(computing_dtype(logits)), answers)
 
-    def embedded(self, tokens, memory=None, documents=None):
+    def embedded(self, tokens, cache=None, documents=None):
         """tokens (B, T) -> (B, T, D), with learned positions if it has them"""
         x = self.embed(tokens)
         if self.pos_embed:
-            at = positions(x, memory, documents)
+            at = positions(x, cache, documents)
             x = x + (self.pos_embed.weight[: tokens.shape[1]] if at is None else self.pos_embed(at))
         return x
 
     @torch.no_grad()
-    def read(self, tokens, memory=None):
-        """Read on: tokens (B, T) after everything `memory` has seen -> logits (B, T, vocabulary), new memory; no gradients.
+    def read(self, tokens, cache=None):
+        """The forward pass with a cache: tokens (B, T) after everything it has seen -> logits (B, T, vocabulary), new cache.
 
-        memory is None before the first token; else what an earlier call returned, which stays as it was, so that
-        several continuations can start from it. T may be 1 (decoding) or a whole prompt, and the logits are those of one
-        forward pass over all tokens. ValueError beyond seq_len, where a model has positions.
+        cache is None before the first token; else what an earlier call returned, which stays as it was, so that several
+        continuations can start from it. T may be 1 (decoding) or a whole prompt (prefill), and the logits are those of one
+        forward pass over all tokens; no gradients. ValueError beyond seq_len, where a model has positions.
         """
         c = self.config
-        memory = [{"seen": 0} for _ in self.layers] if memory is None else [dict(m) for m in memory]
-        end = memory[0]["seen"] + tokens.shape[1]
+        cache = [{"seen": 0} for _ in self.layers] if cache is None else [dict(m) for m in cache]
+        end = cache[0]["seen"] + tokens.shape[1]
         if end > c.seq_len and c.pos != "none":
             raise ValueError(f"the model has positions for {c.seq_len} tokens, not for {end}")
-        x = self.embedded(tokens, memory[0])
-        for layer, m in zip(self.layers, memory):
-            x = layer(x, memory=m)
+        x = self.embedded(tokens, cache[0])
+        for layer, m in zip(self.layers, cache):
+            x = layer(x, cache=m)
             m["seen"] = end
-        return self.lm_head(self.final_norm(x)), memory
+        return self.lm_head(self.final_norm(x)), cache
 
     @classmethod
-    def state_bytes(cls, config, tokens=None):
-        """Bytes of float32 per row that must be kept to read on after `tokens` tokens (default: seq_len)."""
+    def state_bytes(cls, config):
+        """Bytes of float32 per row that must be kept to read on after seq_len tokens."""
         c, mixer = config, cls.block.attention
         window = max(0, c.conv - 1) * mixer.channels(c)  # what the short convolution looks back on
-        return 4 * c.n_layers * (mixer.state_size(c, tokens or c.seq_len) + window) if c.use_att else 0
+        return 4 * c.n_layers * (mixer.state_size(c, c.seq_len) + window) if c.use_att else 0
 
     @classmethod
     def label(cls, c):
@@ -587,10 +590,10 @@ Model = GPT  # what `--model model` names
 
 def greedy(model, tokens, count):
     """The count >= 1 tokens that follow tokens (B, T), each the most likely one after all before it -> (B, count)."""
-    logits, memory = model.read(tokens)
+    logits, cache = model.read(tokens)
     out = [logits[:, -1:].argmax(-1)]  # (B, 1)
     while len(out) < count:
-        logits, memory = model.read(out[-1], memory)
+        logits, cache = model.read(out[-1], cache)
         out.append(logits.argmax(-1))
     return torch.cat(out, dim=1)
 

@@ -148,7 +148,10 @@ def hashhop_mask(s):
     completion = s.spelled("COMPLETION:")
     quote, blank = s.are("'"), s.are(" ")
     word = s.before(~blank)  # the last token that is no blank
-    opens = quote & (word >= 0) & s.are("=")[word]
+    may_open = quote & (word >= 0) & s.are("=")[word]
+    # The next quote closes, even after a "=": of quotes in a row that may open, every other one does.
+    count, closed = s.count(may_open)[0], s.last((quote & ~may_open) | s.special)
+    opens = may_open & ((count - np.where(closed >= 0, count[closed], 0)) % 2 == 1)
     opened = s.last(opens)
     inside = (opened >= 0) & (opened == s.last(quote | s.special)) & ~quote
     return inside & ((s.before(completion) >= 0) | (s.count(completion)[1] == 0))

@@ -122,9 +122,9 @@ def test_reading_on_from_the_cache_equals_one_forward_pass(kind):
     tokens = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(0))
     expected, _ = model(tokens)
     for pieces in ([1] * T, [T], [5, 1, 1, 5]):
-        memory, logits = None, []
+        cache, logits = None, []
         for piece in tokens.split(pieces, dim=1):
-            part, memory = model.read(piece, memory)
+            part, cache = model.read(piece, cache)
             logits.append(part)
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-6, atol=1e-7)
 

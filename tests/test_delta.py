@@ -5,6 +5,7 @@ import importlib.util
 import math
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -436,14 +437,14 @@ def test_reading_in_pieces_equals_one_forward_pass(cls, changes):
     tokens = torch.randint(19, (3, 12), generator=torch.Generator().manual_seed(0))
     expected, _ = model(tokens)
     for pieces in ([1] * 12, [12], [5, 1, 1, 5], [2, 10]):
-        memory, logits = None, []
+        cache, logits = None, []
         for piece in tokens.split(pieces, dim=1):
-            part, memory = model.read(piece, memory)
+            part, cache = model.read(piece, cache)
             logits.append(part)
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-9, atol=1e-10)
     _, prompt = model.read(tokens[:, :6])
     first, _ = model.read(tokens[:, 6:], prompt)
-    model.read(tokens[:, :6].flip(1), prompt)  # another continuation leaves the prompt's memory as it was
+    model.read(tokens[:, :6].flip(1), prompt)  # another continuation leaves the prompt's cache as it was
     torch.testing.assert_close(model.read(tokens[:, 6:], prompt)[0], first)
 
 
@@ -452,9 +453,9 @@ def test_reading_in_pieces_equals_one_forward_pass(cls, changes):
 def test_state_bytes_is_the_size_of_what_is_kept(cls, changes):
     model = build(cls, **changes).float()
     for T in (1, 2, 12):
-        _, memory = model.read(torch.zeros(1, T, dtype=torch.long))
-        kept = sum(x.untyped_storage().nbytes() for m in memory for x in m.values() if x is not T)
-        assert kept == cls.state_bytes(model.config) == cls.state_bytes(model.config, 10**6) > 0
+        _, cache = model.read(torch.zeros(1, T, dtype=torch.long))
+        kept = sum(x.untyped_storage().nbytes() for m in cache for x in m.values() if x is not T)
+        assert kept == cls.state_bytes(model.config) == cls.state_bytes(replace(model.config, seq_len=10**6)) > 0
     assert cls.state_bytes(config(use_att=False, use_ffn=True)) == 0
 
 

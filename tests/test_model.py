@@ -241,11 +241,11 @@ def test_correct_counts_tokens_and_whole_rows():
 
 
 def test_state_bytes_counts_the_cache():
-    assert M.GPT.state_bytes(config(), 10) == 4 * 2 * 2 * (6 + 4) * 10
+    assert M.GPT.state_bytes(config(seq_len=10)) == 4 * 2 * 2 * (6 + 4) * 10
     assert M.UnifiedKV.state_bytes(config()) == 4 * 2 * 2 * 6 * T
-    assert M.UnifiedKV.state_bytes(config(k_gated=True), 1) == 4 * 2 * 2 * (6 + 6)
-    assert M.GPT.state_bytes(config(conv=3), 10) == 4 * 2 * (2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4))
-    assert M.GPT.state_bytes(config(n_kv_heads=1, k_kernel="taylor"), 1) == 4 * 2 * ((1 + 6 + 36) + 4)
+    assert M.UnifiedKV.state_bytes(config(k_gated=True, seq_len=1)) == 4 * 2 * 2 * (6 + 6)
+    assert M.GPT.state_bytes(config(conv=3, seq_len=10)) == 4 * 2 * (2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4))
+    assert M.GPT.state_bytes(config(n_kv_heads=1, k_kernel="taylor", seq_len=1)) == 4 * 2 * ((1 + 6 + 36) + 4)
 
 
 @pytest.mark.parametrize(

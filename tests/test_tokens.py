@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data_synth as D
@@ -83,6 +83,7 @@ documents = frames.map(lambda parts: np.concatenate([parts[0], K.BYTES.encode(pa
 
 @pytest.mark.parametrize("kind", K.MASKS)
 @given(found=st.lists(documents, max_size=6))
+@example(found=[K.BYTES.encode(" = 'k = 'v' = 'w'").astype(np.int64)])
 @settings(max_examples=300, deadline=None)
 def test_a_pack_is_its_documents_masked_alone_in_rows_too(kind, found):
     alone = [naive_mask(ids, kind) for ids in found]
