@@ -42,7 +42,7 @@ from interventions import (
     without_head,
 )
 from look import end_to_end, save
-from measure import figure, finish, mean_over_rows, share_over_rows, shown, table
+from measure import figure, finish, mean_over_rows, print_table, share_over_rows, shown
 from slots import why_not_slots
 
 
@@ -84,7 +84,9 @@ def keys(look):
     columns = {"row": cases.rows[case], **{name: v[case] for name, v in cases.tags.items()}, **found}
     effects = effects_by_mode(columns)
     lines = [(*k, c["n"], *shown(c["fall"])[1:], f"{c['strongest']:.3f}", *shown(c["flip"])[1:]) for k, c in effects.items()]
-    table(("mode", "block", "measured", "mean fall of the lead", "95% interval", "top 1%", "flips", "95% interval"), lines)
+    print_table(
+        ("mode", "block", "measured", "mean fall of the lead", "95% interval", "top 1%", "flips", "95% interval"), lines
+    )
     off = "zero is off-distribution: no row was trained with less weight. " * ("zero" in modes)
     print(off + "control: slots that the row does not read.")
     by_slice = {"mode, block": {f"{mode}, {block}": cell for (mode, block), cell in effects.items()}}
@@ -227,7 +229,7 @@ def effect(columns, mine):
 
 def print_effects(head, cells):
     lines = [(name, *shown(c["accuracy"]), *shown(c["fall"])[1:]) for name, c in cells.items()]
-    table((head, "labels", "accuracy left", "95% interval", "mean fall of the lead", "95% interval"), lines)
+    print_table((head, "labels", "accuracy left", "95% interval", "mean fall of the lead", "95% interval"), lines)
 
 
 def plot_effects(path, by_slice, title):

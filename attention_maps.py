@@ -13,8 +13,8 @@ import torch
 
 from attention import attention_weights
 from configs import require
-from look import batches, end_to_end, save, sweep
-from measure import figure, mean, table
+from look import batches, end_to_end, over_rows, save
+from measure import figure, mean, print_table
 
 PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (T, 1), s (1, T)) -> (B, T, T) or (T, T) bool
     "previous token": lambda ids, t, s: s == t - 1,
@@ -112,7 +112,7 @@ def attention(look):
             parts.append(about | {name: x.flatten().cpu().numpy() for name, x in measured.items()})
         return end_to_end(parts)
 
-    found = sweep(look, work)
+    found = over_rows(look, work)
     by_head = {}
     for layer, head in sorted({*zip(found["layer"].tolist(), found["head"].tolist())}):
         mine = (found["layer"] == layer) & (found["head"] == head)
@@ -127,7 +127,7 @@ def attention(look):
     if look.world.first:
         numbers = ([f"{c[p]['value']:.3f}" if c[p] else "-" for p in [*PATTERNS, "entropy"]] for c in by_head.values())
         lines = [(name, c["does"], *n) for (name, c), n in zip(by_head.items(), numbers)]
-        table(("head", "does", *PATTERNS, "entropy (1: even)"), lines)
+        print_table(("head", "does", *PATTERNS, "entropy (1: even)"), lines)
     weights = {f"layer_{layer}": {f"head_{h}": np.round(m, 4).tolist() for h, m in enumerate(w)} for layer, w in drawn.items()}
     example = {"row": int(row), "tokens": texts, "weights": weights}
     n = len(np.unique(found["row"]))

@@ -14,7 +14,7 @@ import numpy as np
 from checkpoint import read_json, read_log
 from configs import ConfigError, require
 from look import write_parquet
-from measure import draw, figure, finish, shares, shown, table
+from measure import draw, figure, finish, print_table, shares, shown
 from plan import read_plan
 
 
@@ -35,7 +35,7 @@ def compare(words, config):
     require(runs, f"no run with a test result matches {' '.join(words)}", None)
     head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds", "accuracy", "95% interval")
     names = ("run", "model", "params", "state", "seed", "steps", "seconds")
-    table(head, [(*(r[k] for k in names), *shown(r["all"])[1:]) for r in runs])
+    print_table(head, [(*(r[k] for k in names), *shown(r["all"])[1:]) for r in runs])
     out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", "compare")
     flat = [
         {k: v for k, v in r.items() if k not in ("all", "by_slice", "curve", "settings")} | {"accuracy": r["all"]["value"]}

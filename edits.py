@@ -12,7 +12,7 @@ import torch
 import model as model_file
 from configs import require
 from look import known_rows, save
-from measure import draw, figure, finish, share, shown, table
+from measure import draw, figure, finish, print_table, share, shown
 from memory import reading_statistics, why_not_write, write
 from tokens import mask, shift
 
@@ -45,7 +45,7 @@ def edit(look):
             model.load_state_dict(first)
     head = ("method", "edits", *(word for side in SIDES for word in (side, "95% interval")), "seconds")
     cells = [[word for side in SIDES for word in shown(r[side])[1:]] for r in results]
-    table(head, [(r["method"], r["edits"], *words, f"{r['seconds']:.2f}") for r, words in zip(results, cells)])
+    print_table(head, [(r["method"], r["edits"], *words, f"{r['seconds']:.2f}") for r, words in zip(results, cells)])
     print(
         "efficacy: rewritten facts, new answer; specificity: others, old answer; kept: others that a method may use, old answer"
     )

@@ -29,8 +29,9 @@ import edits
 from commands import Command, fits_all, looks, report, run_command
 from compare import compare
 from configs import one_of, require
+from draws import IGNORE
 from logits import logits
-from look import save, sweep
+from look import over_rows, save
 from measure import (
     draw,
     figure,
@@ -39,11 +40,11 @@ from measure import (
     mean,
     predict,
     print_slices,
+    print_table,
     share,
     shares,
     shown,
     summarise,
-    table,
 )
 from model import greedy
 from routing import routing
@@ -148,7 +149,7 @@ def answer(look, row):
     accuracy of labels counts; whole rows that are right are right both ways.
     """
     tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
-    at = np.flatnonzero(targets[0] != -100)
+    at = np.flatnonzero(targets[0] != IGNORE)
     if len(at) == 0:
         return {"row": int(row), "prompt": look.text(tokens[0]), "answer": "", "model": "(this row asks for nothing)"}
     at = at[at - np.arange(len(at)) == at[0]]  # the first answer of the row
@@ -221,14 +222,14 @@ def hashhop(look):
                 kinds[i] = mistake(texts[i], look.text(ids))
         return {"row": batch.rows, "hops": tags.get("hops_cot", tags["hops"]).astype("U8"), "answer": kinds}
 
-    found = sweep(look, work)
+    found = over_rows(look, work)
     by_slice = {"hops": {}}
     for level in sorted(np.unique(found["hops"]), key=lambda level: (int(level.split()[0]), level)):
         mine = found["answer"][found["hops"] == level]
         by_slice["hops"][level] = {kind: share(int((mine == kind).sum()), len(mine)) for kind in MISTAKES}
     if look.world.first:
         lines = [(h, kind, *shown(cell)) for h, cells in by_slice["hops"].items() for kind, cell in cells.items()]
-        table(("hops", "answer", "rows", "share", "95% interval"), lines)
+        print_table(("hops", "answer", "rows", "share", "95% interval"), lines)
     save(look, "hashhop", {}, by_slice, (), found, lambda path: plot_mistakes(path, by_slice["hops"], look.name))
 
 

@@ -23,7 +23,7 @@ from interventions import (
     sites,
 )
 from look import end_to_end, save
-from measure import draw, figure, finish, mean, share_over_rows, shown, table
+from measure import draw, figure, finish, mean, print_table, share_over_rows, shown
 
 TYPES = {  # is this pair of exposures wanted? f(of the row is high, of the other is high)
     "any": lambda a, b: np.ones_like(a),
@@ -100,7 +100,7 @@ def exchange(look, name):
     cells = [(f"{k}={v}", cell) for k in by_slice if k != "block, place" for v, cell in by_slice[k].items()]
     lines = [(label, *(x for which in OUTCOMES for x in shown(cell[which])[1:])) for label, cell in cells]
     head = [x for outcome in OUTCOMES.values() for x in (outcome, "95% interval")]
-    table((name, *head), lines)
+    print_table((name, *head), lines)
     metrics = {"rows": len(cases), "pairs": len(a), "type": c.type}
     save(look, name, metrics, by_slice, (), columns, lambda path: plot_exchange(path, columns, by_slice, look))
 
@@ -281,7 +281,7 @@ def swap_matrix(look):
         by_slice[f"{how}, place"] = matches(columns, how, "other answer", "place")
         by_slice[f"{how}, own digit and other's"] = digit_pairs(columns, how, look)
     lines = [(how, p, *shown(cell)) for how in HOW for p, cell in by_slice[f"{how}, place"].items()]
-    table(("the other row's digit", "place", "digits", "share", "95% interval"), lines)
+    print_table(("the other row's digit", "place", "digits", "share", "95% interval"), lines)
     metrics = {"rows": len(cases), "pairs": len(a), "type": c.type}
     save(look, "swap_matrix", metrics, by_slice, (), columns, lambda path: plot_swap_matrix(path, columns, look))
 
@@ -360,7 +360,9 @@ def patch(look):
     }
     cells = {f"{site}, {block}, {t}": mean(x[t]) for (site, block), x in back.items() for t in range(T)}
     best = sorted(cells.items(), key=lambda item: -item[1]["value"])[:12]
-    table(("site, block, position", "rows", "share of the answer back", "95% interval"), [(k, *shown(c)) for k, c in best])
+    print_table(
+        ("site, block, position", "rows", "share of the answer back", "95% interval"), [(k, *shown(c)) for k, c in best]
+    )
     metrics = {"rows": B, "lead of the answer, right key": mean(first), "lead of the answer, other key": mean(second)}
     by_slice = {"site, block, position": cells}
     save(look, "patch", metrics, by_slice, (), columns, lambda path: plot_patch(path, back, cases, look))

@@ -38,7 +38,7 @@ import prompts
 from checkpoint import data_hash, write_file, write_json
 from configs import ConfigError, at_least, one_of, require
 from llama import need
-from measure import figure, share, share_over_rows, shown, table
+from measure import figure, print_table, share, share_over_rows, shown
 from parallel import choose_device, joined
 from stats import mcnemar
 
@@ -464,7 +464,7 @@ def write_results(c, folder, facts, shots, methods):
     lines = [(m, s["templates"], METHODS[m][2], *shown(s["accuracy"]), s.get("p", "")) for m, s in rows]
     spent = [(f"{s['seconds']:.3f}", f"{s['tokens']:.0f}") for _, s in rows]
     lines = [*(a + b for a, b in zip(lines, spent)), ("majority of the relation", "", "no model", *shown(baseline), "", "", "")]
-    table((*head, "seconds a question", "tokens a question"), lines)
+    print_table((*head, "seconds a question", "tokens a question"), lines)
     how = "words are compared as lemmas" if prompts.has_lemmas() else "words are compared as they are: pip install simplemma"
     print(how)
     about = {**settings(c), "lemmas": prompts.has_lemmas()}

@@ -14,7 +14,7 @@ import numpy as np
 from checkpoint import read_json
 from configs import ConfigError, require
 from look import read_parquet, save
-from measure import draw, figure, finish, mean, share, share_over_rows, shown, table
+from measure import draw, figure, finish, mean, print_table, share, share_over_rows, shown
 from stats import correlation, holm
 
 
@@ -113,14 +113,14 @@ def impact(look):
         )
         for b, c in cells.items()
     ]
-    table(head, lines)
+    print_table(head, lines)
     print(
         f"mode {mode}; slots that a row does not read: largest change {np.abs(control).max() if len(control) else 0:.1e} logits"
     )
     rare = frequent_or_rare(columns)
     if rare:
         print("rare facts (fewer exposures than the median) against frequent ones:")
-        table(
+        print_table(
             ("measure", "rare", "95% interval", "frequent", "95% interval"),
             [(k, *shown(a)[1:], *shown(b)[1:]) for k, (a, b) in rare.items()],
         )
@@ -251,7 +251,7 @@ def keystats(look, clusters=8):
         r, often = c["rows that read a slot"], c["reads against effect (Spearman)"]
         numbers = (f"{r['value']:.1f}", f"{c['variance of effect']['value']:.4f}", f"{c['silhouette']:.3f}")
         lines.append((b, r["n"], *numbers, f"{c['silhouette of shuffled values']:.3f}", *shown(often)[1:], f"{often['p']:.4f}"))
-    table(head, lines)
+    print_table(head, lines)
     save(look, "keystats", {"mode": mode}, by_slice, (), found, lambda path: plot_keystats(path, slots, look.name))
 
 
@@ -314,7 +314,7 @@ def occurrences(look):
             "reads": int(times.sum()),
         }
     head = ("block", "slots", "unused", "95% interval", "Gini", "KL from even (nats)", "reads")
-    table(
+    print_table(
         head, [(b, *shown(c["unused"]), f"{c['gini']:.3f}", f"{c['kl']:.3f}", c["reads"]) for b, c in by_slice["block"].items()]
     )
     flat = {
@@ -383,7 +383,7 @@ def position(look):
     lines = [
         (k, *shown(c["fall"]), f"{c['flips']['value']:.3%}", f"{c['p_holm']:.4f}") for k, c in by_slice["block, place"].items()
     ]
-    table(("block, place in the answer", "rows", "mean fall", "95% interval", "flips", "p (Holm)"), lines)
+    print_table(("block, place in the answer", "rows", "mean fall", "95% interval", "flips", "p (Holm)"), lines)
     save(
         look,
         "position",
@@ -439,7 +439,7 @@ def repeats(look):
     for cell, p in zip(found.values(), holm([c["p"] for c in found.values()])):
         cell["p_holm"] = p
     lines = [(k, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in found.items()]
-    table(("Spearman's correlation with the fall", "rows", "value", "95% interval", "p (permutations)", "Holm"), lines)
+    print_table(("Spearman's correlation with the fall", "rows", "value", "95% interval", "p (permutations)", "Holm"), lines)
     columns = {"row": rows, "fall": fall, **{k: np.array(v) for k, v in measures.items()}}
     save(
         look,
@@ -491,7 +491,7 @@ def correlate(look):
     for cell, p in zip(cells.values(), holm([c["p"] for c in cells.values()])):
         cell["p_holm"] = p
     lines = [(k, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in cells.items()]
-    table((f"fall by removal ({mode}) against", "rows", "correlation", "95% interval", "p (permutations)", "Holm"), lines)
+    print_table((f"fall by removal ({mode}) against", "rows", "correlation", "95% interval", "p (permutations)", "Holm"), lines)
     columns = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]}
     save(look, "corr", {"mode": mode}, by_slice, (), columns, lambda path: plot_corr(path, columns, look.name))
 
@@ -536,7 +536,7 @@ def swap_predictions(look):
             for y in np.unique(now[mine]):
                 cell = share_over_rows(now[mine] == y, columns["row"][mine])
                 turned[f"{look.token(x)} to {look.token(y)}"] = cell
-    table(
+    print_table(
         ("a digit turns into", "how", "digits", "share", "95% interval"),
         [(k, how, *shown(c)) for how in ("teacher-forced", "token by token") for k, c in by_slice[how].items()],
     )

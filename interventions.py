@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from configs import require
+from draws import IGNORE
 from look import known_rows
 from memory import SCORES, read_values
 from model import take
@@ -45,11 +46,11 @@ class Cases:
 def read_cases(look, rows):
     """Rows by number -> Cases of those that have the most frequent shape, and how many were left out."""
     tokens, targets, tags, *_ = look.data.batch(look.config.split, 0, rows)
-    counts, lengths = (targets != -100).sum(1), (tokens != look.pad).sum(1)
+    counts, lengths = (targets != IGNORE).sum(1), (tokens != look.pad).sum(1)
     shapes, which, size = torch.stack([counts, lengths], 1).unique(dim=0, return_inverse=True, return_counts=True)
     mine = which == size.argmax()
     n, T = shapes[size.argmax()].tolist()
-    at = (targets[mine] != -100).nonzero()[:, 1].view(-1, n)
+    at = (targets[mine] != IGNORE).nonzero()[:, 1].view(-1, n)
     first, row = (counts.cumsum(0) - counts).numpy(), np.repeat(np.arange(len(counts)), counts)
     tags = {name: v[first[mine]] for name, v in tags.items() if (v == v[first][row]).all()}
     tokens, targets = tokens[mine][:, :T], targets[mine]

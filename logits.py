@@ -8,8 +8,9 @@ Letters: N labels, V vocabulary.
 import numpy as np
 import torch
 
-from look import labels, save, sweep
-from measure import draw, figure, finish, mean_over_rows, row_counts, share, share_over_rows, shown, table
+from draws import IGNORE
+from look import labels, over_rows, save
+from measure import draw, figure, finish, mean_over_rows, print_table, row_counts, share, share_over_rows, shown
 
 
 def answer_tokens(look, batch):
@@ -38,7 +39,7 @@ def answer_tokens(look, batch):
 
 def logits(look):
     """Rank, probability and perplexity of every answer token, by slice, and whether the model's confidence can be believed."""
-    found = sweep(look, lambda batch: answer_tokens(look, batch))
+    found = over_rows(look, lambda batch: answer_tokens(look, batch))
     tags = {name[4:]: v for name, v in found.items() if name.startswith("tag ")}
     everything = summary(found, np.ones(len(found["rank"]), bool))
     by_slice = {
@@ -51,7 +52,7 @@ def logits(look):
         cells = [("all", everything)] + [(f"{tag}={v}", c) for tag, cs in by_slice.items() for v, c in cs.items()]
         head = ("slice", "labels", "accuracy", "95% interval", "probability", "95% interval", "mean rank", "perplexity")
         lines = [(*shown(c["accuracy"]), *shown(c["probability"])[1:], f"{c['rank']['value']:.2f}") for _, c in cells]
-        table(head, [(n, *x, f"{c['perplexity']['value']:.3f}") for (n, c), x in zip(cells, lines)])
+        print_table(head, [(n, *x, f"{c['perplexity']['value']:.3f}") for (n, c), x in zip(cells, lines)])
         print(f"expected calibration error: {error:.4f} (mean distance of confidence from accuracy, ten bins)")
     metrics = {**everything, "row_accuracy": row_share(found), "calibration error": error, "calibration": bins}
     numbers = {k: v for k, v in found.items() if v.ndim == 1 and not k.startswith("tag ")}
@@ -94,7 +95,7 @@ def logit_examples(look, found, count=8):
     for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
         mine = np.flatnonzero(found["row"] == row)
         tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
-        first = int(np.flatnonzero(targets[0] != -100)[0])
+        first = int(np.flatnonzero(targets[0] != IGNORE)[0])
         yield {
             "row": int(row),
             "prompt": look.text(tokens[0, : first + 1])[-200:],

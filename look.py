@@ -1,7 +1,7 @@
 """A trained run, opened for a look inside: some of its rows in batches, shared out over the ranks, and one form of results.
 
     look = open_look("runs/RUN", config)
-    found = sweep(look, lambda batch: {"row": batch.rows, ...})      # arrays of all batches, end to end
+    found = over_rows(look, lambda batch: {"row": batch.rows, ...})      # arrays of all batches, end to end
 
 A result is eval_<what>.json (of ablate.py, ablate_<what>.json), {config, metrics, by_slice, examples}, with every measured
 number as {"value", "ci95", "n"}; eval_<what>.parquet, the measurements; and eval_<what>.png.
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from checkpoint import write_file, write_json
 from configs import ConfigError, require
+from draws import IGNORE
 from measure import autocast, predict
 from parallel import ALONE, choose_device
 from plan import load_run
@@ -89,7 +90,7 @@ def batches(look):
 
 
 @torch.no_grad()
-def sweep(look, work, rows=None, read=None):
+def over_rows(look, work, rows=None, read=None):
     """Run work(batch) -> {name: array} over batches of rows, each rank its own -> {name: arrays of all batches, end to end}.
 
     A batch has tokens (B, T), targets (B, T), rows (B,) and tags {name: (N,)}. Every rank gets the whole. rows: batches of
@@ -123,8 +124,8 @@ def known_rows(look):
 def labels(batch):
     """Where the labels are: rows (N,), positions (N,), place in the row's answers (N,), the token asked for (N,)."""
     targets = batch.targets.cpu().numpy()
-    b, t = np.nonzero(targets != -100)
-    counts = (targets != -100).sum(1)
+    b, t = np.nonzero(targets != IGNORE)
+    counts = (targets != IGNORE).sum(1)
     place = np.arange(len(b)) - np.repeat(np.cumsum(counts) - counts, counts)
     return batch.rows[b], t, place, targets[b, t]
 

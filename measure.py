@@ -13,6 +13,7 @@ from tqdm import tqdm
 import model as model_file
 from checkpoint import read_log
 from configs import require
+from draws import IGNORE
 from parallel import ALONE
 
 
@@ -33,7 +34,7 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
     batches = [s[i : i + batch_size] for s in data.segments(split) for i in range(0, len(s), batch_size)]
     hidden = not (bar and world.first and sys.stderr.isatty())
     for turn in tqdm(range(0, len(batches), world.size), desc=split, disable=hidden, leave=False):
-        if world.table(len(stop)).any():
+        if world.gather_numbers(len(stop)).any():
             return
         # FSDP gathers weights in every forward pass, so a rank without a batch runs one along
         rows = batches[min(turn + world.rank, len(batches) - 1)]
@@ -43,7 +44,7 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
         if turn + world.rank >= len(batches):
             yield None
             continue
-        mask = targets != -100
+        mask = targets != IGNORE
         hit, row_hit = correct(logits.cpu(), targets)
         loss = F.cross_entropy(logits.float().cpu(), targets[mask], reduction="none")
         row = np.repeat(np.asarray(rows), mask.sum(1).numpy())
@@ -65,7 +66,7 @@ def evaluate(model, data, split, batch_size, device, dtype=torch.float32, stop=(
     model.eval()
     mine = [b and count(b) for b in predict(model, data, split, batch_size, device, dtype, True, stop, world)]
     model.train(was_training)
-    if world.table(len(stop)).any():
+    if world.gather_numbers(len(stop)).any():
         return None
     turns = zip(*world.gather(mine))
     return total([counts for turn in turns for counts in turn if counts])  # in the order that one process would take
@@ -180,7 +181,7 @@ def shares(cell):
     return {**label_share(cell), "exact": exact, "nll": nll}
 
 
-def table(head, rows):
+def print_table(head, rows):
     """Columns under each other: first one left, others right."""
     cells = [[str(x) for x in row] for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -202,7 +203,7 @@ def print_slices(result, most=24):
         rows += [(tag, value, cell) for value, cell in cells.items()] if len(cells) <= most else []
     head = ("slice", "value", "labels", "accuracy", "95% interval", "rows", "exact", "95% interval", "nats per label")
     cells = [(tag, value, shares(cell)) for tag, value, cell in rows]
-    table(head, [(tag, value, *shown(s), *shown(s["exact"]), f"{s['nll']:.4f}") for tag, value, s in cells])
+    print_table(head, [(tag, value, *shown(s), *shown(s["exact"]), f"{s['nll']:.4f}") for tag, value, s in cells])
 
 
 def watched(result, name):

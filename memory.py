@@ -28,7 +28,7 @@ import configs
 import model as M
 from checkpoint import write_file
 from configs import at_least, one_of, require, within
-from measure import table as print_table
+from measure import print_table
 from model import GPT, NORMS, GPTBlock, take
 from plan import find_model, load_run, make_model, model_config
 from transfer import ours, read_weights

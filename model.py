@@ -21,8 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from attention import Documents, flash_problem, rotary_table, rotate, softmax_attention
 from configs import one_of, require, told, within
-
-IGNORE = -100  # the target of a position that is not scored
+from draws import IGNORE
 
 
 @dataclass

@@ -5,7 +5,7 @@
     sbatch train.slurm configs/mqar_gpt.py                                                   # one or many nodes
 
 Gradients are sums over the ranks, because each rank has weighted its loss by its labels' share of the global batch. Numbers
-that decide something (labels in the batch, has anyone got a signal) go through `World.table` on the CPU, so that all
+that decide something (labels in the batch, has anyone got a signal) go through `World.gather_numbers` on the CPU, so that all
 ranks decide alike.
 """
 
@@ -64,7 +64,7 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def table(self, *numbers):
+    def gather_numbers(self, *numbers):
         """A few numbers of every rank: -> (size, n) float64, the same on every rank."""
         mine = torch.tensor([numbers], dtype=torch.float64)
         if self.size == 1:
@@ -227,7 +227,7 @@ def is_sharded(model):
     return isinstance(model, FSDPModule)
 
 
-def exchange(wrapped, now):
+def gradient_sync(wrapped, now):
     """A context for one forward and backward pass: gradients are summed over the ranks in it if `now`, else they wait."""
     if is_sharded(wrapped):
         wrapped.set_requires_gradient_sync(now)

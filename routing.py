@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from configs import require
-from look import end_to_end, save, sweep
-from measure import draw, figure, finish, mean, shown, table
+from draws import IGNORE
+from look import end_to_end, over_rows, save
+from measure import draw, figure, finish, mean, print_table, shown
 from slots import use
 from synth_files import documents_in
 
@@ -100,9 +101,9 @@ def routed(look, batch):
 def routing(look):
     """MLP or memory by kind of token, place in the row and layer; without a router, how the slots of kinds differ."""
     if look.config.data:
-        found = sweep_texts(look, look.config.data)
+        found = over_texts(look, look.config.data)
     else:
-        found = sweep(look, lambda batch: routed(look, batch))
+        found = over_rows(look, lambda batch: routed(look, batch))
     router = not np.isnan(found["memory"]).all()
     size = look.model.config.mem_n_keys**2
     measured = (lambda mine: mean(found["memory"][mine])) if router else (lambda mine: use(found["slots"][mine].ravel(), size))
@@ -127,7 +128,7 @@ def routing(look):
     save(look, "routing", metrics, by_slice, (), columns, plot)
 
 
-def sweep_texts(look, path):
+def over_texts(look, path):
     """`routed` over the documents of a .jsonl or .parquet file, each cut to what the model can read."""
     require(hasattr(look.data, "tokenizer"), f"data={path} is text, and {look.plan.train.data} has numbers", "data")
     c, tokenizer, texts = look.config, look.data.tokenizer, []
@@ -146,10 +147,10 @@ def sweep_texts(look, path):
         tokens = torch.full((len(rows), max(len(ids[i]) for i in rows)), look.pad)
         for b, i in enumerate(rows):
             tokens[b, : len(ids[i])] = torch.from_numpy(ids[i])
-        return tokens, torch.full_like(tokens, -100), {}
+        return tokens, torch.full_like(tokens, IGNORE), {}
 
     rows = np.array_split(np.arange(len(ids)), -(-len(ids) // c.eval_batch_size))
-    return sweep(look, lambda batch: routed(look, batch), rows, read)
+    return over_rows(look, lambda batch: routed(look, batch), rows, read)
 
 
 def similarity_of_kinds(found, layer, size):
@@ -193,15 +194,15 @@ def consistency(found, pairs=2000):
 def print_routing(by_slice, steady, router, size):
     for name, cells in by_slice.items():
         if router:
-            table((name, "tokens", "memory's share", "95% interval"), [(k, *shown(c)) for k, c in cells.items()])
+            print_table((name, "tokens", "memory's share", "95% interval"), [(k, *shown(c)) for k, c in cells.items()])
         else:
             head = (name, "tokens", "slots used", f"of {size}", "effective")
-            table(head, [(k, c["n"], c["used"], f"{c['share']:.1%}", f"{c['effective']:.0f}") for k, c in cells.items()])
+            print_table(head, [(k, c["n"], c["used"], f"{c['share']:.1%}", f"{c['effective']:.0f}") for k, c in cells.items()])
         print()
     rows = [
         (layer, pair, what, *shown(c)) for layer, cells in steady.items() for pair, m in cells.items() for what, c in m.items()
     ]
-    table(("layer", "two tokens", "measure", "pairs", "mean", "95% interval"), rows)
+    print_table(("layer", "two tokens", "measure", "pairs", "mean", "95% interval"), rows)
 
 
 def plot_routing(path, found, by_slice, alike, steady, router, title):

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from checkpoint import read_log
-from look import save, sweep
-from measure import draw, figure, finish, mean, shown, table
+from draws import IGNORE
+from look import over_rows, save
+from measure import draw, figure, finish, mean, print_table, shown
 from memory import usage
 
 
@@ -28,7 +29,7 @@ def reads(look, batch):
     *_, found = look.model(batch.tokens, trace=True)
     real = (batch.tokens != look.pad).cpu()  # (B, T)
     b, t = real.nonzero(as_tuple=True)
-    asked = (batch.targets != -100).cpu()[b, t]
+    asked = (batch.targets != IGNORE).cpu()[b, t]
     parts = []
     for layer, f in zip(look.model.memories(), found):
         slots, weights = (f[name].cpu()[b, t] for name in ("slots", "weights"))  # (tokens, H, k)
@@ -55,7 +56,7 @@ def use(slots, size):
 
 def activations(look):
     """Which slots each row reads, by layer, position and head."""
-    found = sweep(look, lambda batch: reads(look, batch))
+    found = over_rows(look, lambda batch: reads(look, batch))
     size = look.model.config.mem_n_keys**2
     layers = np.unique(found["layer"])
     by_slice = {"layer": {}, "layer and position": {}}
@@ -72,7 +73,7 @@ def activations(look):
             best = np.argsort(times)[::-1][:5]
             often = " ".join(f"{slots[i]}:{times[i] / times.sum():.1%}" for i in best)
             rows.append((layer, u["used"], f"{u['share']:.1%}", f"{u['effective']:.0f}", f"{u['kl']:.2f}", often))
-        table(("layer", "slots used", f"of {size}", "effective", "KL from even", "most read"), rows)
+        print_table(("layer", "slots used", f"of {size}", "effective", "KL from even", "most read"), rows)
     metrics = {"slots": size, "rows": len(np.unique(found["row"])), "reads": len(found["slot"])}
     plot = lambda path: plot_activations(path, found, by_slice, size, look.name)
     save(look, "activations", metrics, by_slice, read_examples(look, found), found, plot)
@@ -132,8 +133,8 @@ def norms(look):
             "norm": np.concatenate([x for _, x in parts]),
         }
 
-    found = sweep(look, work)
-    read = sweep(look, lambda batch: {k: v for k, v in reads(look, batch).items() if k in ("layer", "slot")})
+    found = over_rows(look, work)
+    read = over_rows(look, lambda batch: {k: v for k, v in reads(look, batch).items() if k in ("layer", "slot")})
     tables, by_slice = value_tables(look.model, read), {"layer and position": {}}
     for layer in np.unique(found["layer"]):
         for t in np.unique(found["position"]):
@@ -147,7 +148,7 @@ def norms(look):
         cells = [(f"value rows, {name}, {kind}", c) for name, m in metrics.items() for kind, c in m.items()]
         places = [(f"read in layer {k.replace(', ', ', position ')}", c) for k, c in by_slice["layer and position"].items()]
         cells += places if len(places) <= 60 else []  # the figure shows them better
-        table(("length of", "n", "mean", "95% interval"), [(name, *shown(c)) for name, c in cells])
+        print_table(("length of", "n", "mean", "95% interval"), [(name, *shown(c)) for name, c in cells])
     save(look, "norms", metrics, by_slice, (), found, lambda path: plot_norms(path, tables, by_slice, look.name))
 
 
@@ -186,7 +187,7 @@ def plot_norms(path, tables, by_slice, title):
 
 def track(look):
     """The tokens at which each slot is read, and how the use of slots grew in training (log.jsonl, mem_stats_every)."""
-    found = sweep(
+    found = over_rows(
         look, lambda batch: {k: v for k, v in reads(look, batch).items() if k in ("layer", "slot", "token", "weight")}
     )
     size, vocabulary = look.model.config.mem_n_keys**2, look.data.vocab_size
@@ -209,7 +210,7 @@ def track(look):
                 best = at[np.argsort(-times[at])][:4]
                 often = " ".join(f"{cells['text'][i]!r}:{times[i] / sums[g]:.0%}" for i in best)
                 lines.append((int(n), int(group[g] % size), int(sums[g]), often))
-        table(("layer", "slot", "reads", "at these tokens"), lines)
+        print_table(("layer", "slot", "reads", "at these tokens"), lines)
         for n, c in purity.items():
             print(f"layer {n}: a slot's most frequent token has {c['value']:.1%} of its reads on average (n = {c['n']} slots)")
         if not log:

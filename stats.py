@@ -21,7 +21,7 @@ import numpy as np
 from checkpoint import read_json, write_file, write_json
 from configs import ConfigError, require
 from look import read_parquet
-from measure import figure, finish, label_share, mean, share, shown, sums_of_rows, table
+from measure import figure, finish, label_share, mean, print_table, share, shown, sums_of_rows
 
 # ---- tests -------------------------------------------------------------------------------------------------------------
 
@@ -167,14 +167,14 @@ def one_run(rows, tags):
         for name, mine in slices_of(rows, tags)
     }
     head = ("slice", "labels", "accuracy", "95% interval", "rows", "exact", "95% interval", "nats per label", "95% interval")
-    table(head, [(k, *shown(c), *shown(c["exact"]), *shown(c["nll"])[1:]) for k, c in by_slice.items()])
+    print_table(head, [(k, *shown(c), *shown(c["exact"]), *shown(c["nll"])[1:]) for k, c in by_slice.items()])
     numeric = [t for t in tags if np.issubdtype(rows[t].dtype, np.number) and len(np.unique(rows[t])) > 1]
     found = {t: correlation(rows[t], rows["loss"] / rows["labels"]) for t in numeric}
     for t, adjusted in zip(found, holm([c["p"] for c in found.values()])):
         found[t]["p_holm"] = adjusted
     if found:
         head = ("Spearman's correlation with the loss", "rows", "value", "95% interval", "p (permutations)", "Holm")
-        table(head, [(t, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for t, c in found.items()])
+        print_table(head, [(t, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for t, c in found.items()])
     return {"metrics": {"all": by_slice.pop("all"), "correlation with loss": found}, "by_slice": by_slice}
 
 
@@ -200,7 +200,7 @@ def two_runs(rows, tags):
         exact = [f"{x['value']:.4f}" for x in c["exact"]]
         tests = (m["only_a"], m["only_b"], f"{m['p']:.4g}", f"{m['p_holm']:.4g}" if "p_holm" in m else "")
         cells.append((name, d["n"], *exact, *tests, f"{d['value']:+.4f}", f"{d['ci95'][0]:+.4f} - {d['ci95'][1]:+.4f}"))
-    table(head, cells)
+    print_table(head, cells)
     return {"metrics": {"all": by_slice.pop("all")}, "by_slice": by_slice}
 
 

@@ -9,13 +9,14 @@ Every point is a run directory in runs/sweep, to look at with eval.py; figures s
 what was stopped goes on.
 """
 
+import json
 import os
 import shlex
 import subprocess
 import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -24,7 +25,8 @@ import configs
 from checkpoint import read_json, read_log
 from compare import band, read_result
 from configs import RunFailed, at_least, require
-from measure import figure, finish, shares, table
+from measure import figure, finish, print_table, shares
+from train import read_command_line
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -57,29 +59,34 @@ MIXERS = {  # 2 layers, 2 heads, a short convolution and no positions in all; pa
     "delta": "--model delta --dk {w} --dv {w}",
     "gated_delta": "--model gated_delta --dk {w} --dv {w}",
 }
-BEST_LR = {"gpt": 0.01, "unified_kv": 0.01, "delta": 0.01, "gated_delta": 0.01}  # by the figure lr
-START = {8: [(2, 60)], 32: [(2, 60), (8, 40)], 64: [(2, 60), (8, 40), (32, 40)]}  # (pairs, steps)
+START = {  # pairs: stages before them, (pairs, steps)
+    8: [(2, 60)],
+    16: [(2, 60), (8, 40)],
+    32: [(2, 60), (8, 40)],
+    64: [(2, 60), (8, 40), (32, 40)],
+}
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+PAIRS, WIDTHS = (8, 16, 32, 64), (16, 32, 48, 64)
 
 
-def recall(model, x, pairs=32, dim=64, lr=0.0):
-    """A point of MQAR: 300 steps of 4,096 tokens in rows of 256."""
-    lr = lr or BEST_LR[model]
+def recall(model, x, pairs=32, dim=64, lr=0.01, steps=1200):
+    """A point of MQAR: so many steps of 4,096 tokens in rows of 256; lr 0.01 is the best for all models by the figure lr."""
     words = MIXERS[model].format(dim=dim, w=dim * 3 // 4) + f" --dim {dim} --lr {lr} --num_kv_pairs {pairs}"
     words += f' --curriculum "{START[pairs]}" --n_layers 2 --input_seq_len 256 --batch_size 16 --fresh 1 --warmup_steps 30'
-    words += " --schedule cosine --max_steps 300 --eval_interval 100 --n_val_examples 200 --n_test_examples 1000"
-    return Point(model, x, f"{model}_pairs{pairs}_dim{dim}_lr{lr}", words)
+    words += f" --schedule cosine --max_steps {steps} --eval_interval 100 --n_val_examples 200 --n_test_examples 1000"
+    return Point(model, x, f"{model}_pairs{pairs}_dim{dim}_lr{lr}_steps{steps}", words)
 
 
 def lr_points():
-    return [recall(model, lr, lr=lr) for model in MIXERS for lr in (0.001, 0.003, 0.01, 0.03)]
+    return [recall(model, lr, lr=lr, steps=300) for model in MIXERS for lr in RATES]
 
 
 def pairs_points():
-    return [recall(model, pairs, pairs=pairs) for model in MIXERS for pairs in (8, 32, 64)]
+    return [recall(model, pairs, pairs=pairs) for model in MIXERS for pairs in PAIRS]
 
 
 def width_points():
-    return [recall(model, dim, dim=dim) for model in MIXERS for dim in (16, 32, 64)]
+    return [recall(model, dim, dim=dim) for model in MIXERS for dim in WIDTHS]
 
 
 def accuracy(result):
@@ -97,9 +104,9 @@ def draw_pairs(found):
     plt, fig, (axis,) = figure(1, 1, width=5)
     lines(axis, found, accuracy)
     axis.set(xscale="log", xlabel="pairs in 256 tokens", ylabel="test token accuracy (axis cut)")
-    axis.set_xticks([8, 32, 64], [8, 32, 64])
+    axis.set_xticks(PAIRS, PAIRS)
     axis.minorticks_off()
-    return plt, fig, "MQAR, 2 layers of width 64, 300 steps" + RANGE
+    return plt, fig, "MQAR, 2 layers of width 64, 1,200 steps" + RANGE
 
 
 def draw_width(found):
@@ -107,10 +114,10 @@ def draw_width(found):
     lines(left, found, accuracy)
     lines(right, found, accuracy, at=lambda results: results[0]["state"])
     left.set(xscale="log", xlabel="model width", ylabel="test token accuracy", ylim=(-0.02, 1.02))
-    left.set_xticks([16, 32, 64], [16, 32, 64])
+    left.set_xticks(WIDTHS, WIDTHS)
     left.minorticks_off()
     right.set(xscale="log", xlabel="state after 256 tokens (bytes, float32)", ylim=(-0.02, 1.02))
-    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers, 300 steps" + RANGE
+    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers, 1,200 steps" + RANGE
 
 
 # ---- in context: how long it takes -------------------------------------------------------------------------------------
@@ -149,25 +156,38 @@ def draw_time(found):
 
 # ---- in the weights ----------------------------------------------------------------------------------------------------
 
-FACTS = {"MLP": "qa_2k_gpt", "memory": "qa_2k_memory", "memory beside an MLP": "qa_2k_router"}
+NARROW = "--dim 64 --dk 16 --dv 16 --ffn_expand_factor 3"  # an MLP with as many active parameters as the memory layers
+FACTS = {  # line: name of its runs, how they are trained
+    "MLP": ("qa_2k_gpt_narrow", f"configs/qa_2k_gpt.py {NARROW}"),
+    "memory": ("qa_2k_memory", "configs/qa_2k_memory.py"),
+    "memory beside an MLP": ("qa_2k_router", "configs/qa_2k_router.py"),
+    "MLP, 4 times the parameters": ("qa_2k_gpt", "configs/qa_2k_gpt.py"),
+}
+STEPS = (300, 1000)
 MEASURED = ("eval.py {run}", "eval_test.json")
 
 
 def exposure_points():
-    return [Point(line, 0, name, f"configs/{name}.py --target 0", *MEASURED) for line, name in FACTS.items()]
+    points = [Point(line, 300, name, f"{train} --target 0", *MEASURED) for line, (name, train) in FACTS.items()]
+    for line, (name, train) in [*FACTS.items()][:3]:
+        words = f"{train} --target 0 --max_steps 1000 --eval_interval 250"
+        points.append(Point(line, 1000, f"{name}_steps1000", words, *MEASURED))
+    return points
 
 
 def draw_exposures(found):
     plt, fig, axes = figure(1, 2, width=4.5)
-    shown = list(next(iter(found.values()))[0][0]["cells"]["exposures"])
-    for axis, of, label in zip(axes, (lambda cell: cell, lambda cell: cell["exact"]), ("digits", "whole answers")):
+    for axis, steps in zip(axes, STEPS):
         for line, cells in found.items():
-            values = [[of(r["cells"]["exposures"][v])["value"] for v in shown] for r in cells[0]]
-            band(axis, range(len(shown)), np.array(values), None, line)
+            if steps in cells:
+                shown = list(cells[steps][0]["cells"]["exposures"])
+                values = [[r["cells"]["exposures"][v]["exact"]["value"] for v in shown] for r in cells[steps]]
+                band(axis, range(len(shown)), np.array(values), None, line)
         axis.set_xticks(range(len(shown)), shown)
-        axis.set(xlabel="times shown in an epoch (0: held out)", ylabel=f"{label} right", ylim=(-0.02, 1.02))
+        label = f"exact match after {steps:,} steps"
+        axis.set(xlabel="times shown in an epoch (0: held out)", ylabel=label, ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
-    return plt, fig, "Synthetic QA, 2,000 pairs, 300 steps: 225 pairs at each number of exposures, 200 held out" + RANGE
+    return plt, fig, "Synthetic QA, 2,000 pairs: 225 at each number of exposures, 200 held out" + RANGE
 
 
 def table_points():
@@ -197,30 +217,31 @@ def draw_table(found):
     return plt, fig, "Synthetic QA, 1,800 trained pairs, memory layers, 300 steps" + RANGE
 
 
-EDITS = (1, 3, 10, 30, 100)
-
-
 def edit_points():
-    words = f'eval.py edit {{run}} --edits "{list(EDITS)}"'
-    return [Point("memory", 0, "qa_2k_memory1", "configs/qa_2k_memory1.py --target 0", words, "eval_edit.json")]
+    words = ("configs/qa_2k_memory1.py --target 0", "eval.py edit {run}", "eval_edit.json")
+    return [Point("memory", 0, "qa_2k_memory1", *words)]
 
 
 def draw_edits(found):
     plt, fig, axes = figure(1, 2, width=4.5)
-    runs = [result["made"]["by_slice"]["method and edits"] for result in found["memory"][0]]
-    methods = list(dict.fromkeys(cell["method"] for cell in runs[0].values()))
-    for axis, key, label in zip(axes, ("efficacy", "specificity"), ("rewritten facts answered anew", "other facts as before")):
-        for method in methods:
-            values = np.array([[run[f"{method}, {n}"][key]["value"] for n in EDITS] for run in runs])
-            band(axis, EDITS, values, None, method)
+    made = [result["made"] for result in found["memory"][0]]
+    counts = made[0]["metrics"]["edits"]
+    message = "the runs of qa_2k_memory1 were measured with different --edits; run `python eval.py edit` on each again"
+    require(all(m["metrics"]["edits"] == counts for m in made), message, None)
+    runs = [m["by_slice"]["method and edits"] for m in made]
+    for method in dict.fromkeys(cell["method"] for cell in runs[0].values()):
+        for axis, key in zip(axes, ("efficacy", "specificity")):
+            values = np.array([[run[f"{method}, {n}"][key]["value"] for n in counts] for run in runs])
+            band(axis, counts, values, None, method)
+    for axis, label in zip(axes, ("efficacy: rewritten facts right", "specificity: other facts right")):
         axis.set(xscale="log", xlabel="facts rewritten at once", ylabel=label, ylim=(-0.02, 1.02))
-        axis.set_xticks(EDITS, EDITS)
+        axis.set_xticks(counts, counts)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    return plt, fig, "Facts of a memory model rewritten without training it again (whole answers)" + RANGE
+    return plt, fig, "Facts of a memory model rewritten (exact match)" + RANGE
 
 
-HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "hashhop_gpt", "hashhop_cot_gpt")
+HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "twohop_cot_memory", "hashhop_gpt", "hashhop_cot_gpt")
 
 
 def hop_points():
@@ -235,12 +256,13 @@ def draw_hops(found):
         for number, (line, results) in enumerate(mine.items()):
             at = [i for i, v in enumerate(shown) if v in results[0]["cells"][tag]]
             values = np.array([[r["cells"][tag][shown[i]]["exact"]["value"] for i in at] for r in results])
-            x, mean = np.array(at) + (number - (len(mine) - 1) / 2) * 0.27, values.mean(0)
-            axis.bar(x, mean, 0.25, label=line, alpha=0.5)
+            width = 0.8 / len(mine)
+            x, mean = np.array(at) + (number - (len(mine) - 1) / 2) * width, values.mean(0)
+            axis.bar(x, mean, 0.9 * width, label=line, alpha=0.5)
             axis.plot(x, values.T, "k.", ms=4)
         axis.set_xticks(range(len(shown)), [v.replace("-distribution", "-\ndistribution") for v in shown])
-        axis.set(xlabel=tag, ylabel="whole answers right", ylim=(0, 1.02))
-        axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+        axis.set(xlabel=tag, ylabel="exact match", ylim=(0, 1.02))
+        axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     title = "Two facts in the weights put together; hashes followed in the row"
     return plt, fig, title + "\nbars: mean of {seeds} seeds; points: each"
 
@@ -266,7 +288,7 @@ def draw_templates(found):
     axis.set(xscale="log", xlabel="templates of a question, half of them manual", ylabel="first word right", ylim=(0, 1))
     axis.set_xticks([1, 2, 4, 10], [1, 2, 4, 10])
     axis.minorticks_off()
-    return plt, fig, "SmolLM2-135M-Instruct, 100 questions; each seed draws its own, and examples" + RANGE
+    return plt, fig, "SmolLM2-135M-Instruct, 100 questions; each seed draws other ones, and other examples" + RANGE
 
 
 FIGURES = {  # points, how they are drawn, what a reader learns
@@ -359,12 +381,21 @@ def collect(points, c):
     require(not missing, f"{len(missing)} runs are missing, {' '.join(missing[:1])} for one; leave --draw out", "draw")
     for p, folders in folders_of.items():
         for seed, folder in enumerate(folders if p.train else ()):
-            began = [os.path.basename(w) for w in read_json(os.path.join(folder, "config.json"))["argv"]]
-            wanted = [os.path.basename(w) for w in shlex.split(training(p, seed, c))]
-            message = f"{folder} was trained with other settings: {' '.join(began)}; delete it, or give another --log_dir"
-            require(began == wanted, message, "log_dir")
+            other = differing(folder, shlex.split(training(p, seed, c))[1:])
+            message = f"{folder} was trained with another {', '.join(other)}; delete it, or give another --log_dir"
+            require(not other, message, "log_dir")
         found.setdefault(p.line, {})[p.x] = [read(p, f) for f in folders]
     return found
+
+
+def differing(folder, words):
+    """Settings of a run that a training with these words would not have now, whether they or a config have changed."""
+    saved, (p, _) = read_json(os.path.join(folder, "config.json")), read_command_line(words)
+    parts = {"train": p.train, "data": p.data, "model": configs.build(p.model_module.Config, p.settings)}
+    wanted = {part: json.loads(json.dumps(asdict(config))) for part, config in parts.items()}
+    names = [(part, k) for part, config in parts.items() for k in configs.settable(type(config))]
+    names = [(part, k) for part, k in names if k not in ("log_dir", "resume")]
+    return [k for part, k in names if saved[part].get(k) != wanted[part][k]]
 
 
 def lines(axis, found, value, at=None):
@@ -401,7 +432,7 @@ def main(argv=None):
         for name, (points, _, shows) in FIGURES.items():
             done = [finished(p, folder_of(p, seed, c)) for p in points() for seed in range(c.seeds)]
             rows.append((name, len(done), done.count(False), shows))
-        return table(("figure", "runs", "to do", "shows"), rows)
+        return print_table(("figure", "runs", "to do", "shows"), rows)
     if not c.draw:
         run_all([p for name in names for p in FIGURES[name][0]()], c)
     for name in names:

@@ -30,13 +30,14 @@ from tqdm import tqdm
 import configs
 from checkpoint import Log, find_checkpoint, lock, read_checkpoint, read_json, write_json
 from configs import RunFailed, require
+from draws import IGNORE
 from measure import autocast, evaluate, plot_curves, print_slices, require_slice, watched
 from parallel import (
     World,
     choose_device,
     collect_tensors,
     describe_split,
-    exchange,
+    gradient_sync,
     is_sharded,
     joined,
     restore_tensors,
@@ -165,7 +166,7 @@ def train(run, resume=None, stopped_by=()):
         # log
         bar.update()
         if state["step"] % c.log_interval == 0 or not finite:
-            loss = world.table(loss.item()).sum().item()
+            loss = world.gather_numbers(loss.item()).sum().item()
             if world.first:
                 row = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "skipped": not finite}
                 log.write(kind="train", step=state["step"], seconds=time.perf_counter() - began, **row)
@@ -198,13 +199,13 @@ def backward(run, step, stopped_by):
     for number, mine in split_batch(rows, world, c.accumulate):
         tokens, targets, _, *more = run.data.batch("train", step, mine if len(mine) else rows[:1])  # none left: run one along
         inputs = tokens, targets, *more
-        parts.append((number, inputs, (targets != -100).sum().item() if len(mine) else 0, len(mine) > 0))
-    labels, stops = world.table(sum(n for *_, n, _ in parts), len(stopped_by)).sum(0).tolist()
+        parts.append((number, inputs, (targets != IGNORE).sum().item() if len(mine) else 0, len(mine) > 0))
+    labels, stops = world.gather_numbers(sum(n for *_, n, _ in parts), len(stopped_by)).sum(0).tolist()
     loss = 0.0
     for i, (number, inputs, n, counts) in enumerate(parts):
         run.wrapped.train(counts)  # a row that only runs along is none that a memory layer reads
         torch.manual_seed(part_seed(c.seed, step, number))
-        with exchange(run.wrapped, now=i == len(parts) - 1):
+        with gradient_sync(run.wrapped, now=i == len(parts) - 1):
             with autocast(run.device, run.dtype):
                 _, part_loss = run.wrapped(*(x.to(run.device) for x in inputs))
             part_loss = part_loss * (n / max(1, labels))

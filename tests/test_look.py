@@ -83,7 +83,7 @@ def test_one_row_at_a_time_gives_the_same(runs, name):
     found = []
     for size in (1, 64):
         look = open_look(runs, name, eval_batch_size=size)
-        found.append(look_file.sweep(look, lambda batch: logits_file.answer_tokens(look, batch)))
+        found.append(look_file.over_rows(look, lambda batch: logits_file.answer_tokens(look, batch)))
     one, many = found
     assert np.array_equal(one["rank"], many["rank"]) and np.array_equal(one["row"], many["row"])
     np.testing.assert_allclose(one["nll"], many["nll"], atol=2e-5)
@@ -155,7 +155,7 @@ def test_logits_agree_with_slices(runs):
 
 def test_reads_are_the_trace_one_by_one(runs):
     look = open_look(runs, "hops", eval_batch_size=5, rows=8)
-    found = look_file.sweep(look, lambda batch: slots_file.reads(look, batch))
+    found = look_file.over_rows(look, lambda batch: slots_file.reads(look, batch))
     expected = []
     for rows in look_file.batches(look):
         tokens, targets, *_ = look.data.batch("test", 0, rows)
@@ -238,7 +238,7 @@ def test_same_tokens_take_the_same_slots_where_only_the_token_counts(runs):
     look = open_look(runs, "memory")
     for layer in look.model.layers:
         layer.att = None
-    found = look_file.sweep(look, lambda batch: routing.routed(look, batch))
+    found = look_file.over_rows(look, lambda batch: routing.routed(look, batch))
     cells = routing.consistency(found)["1"]
     assert cells["same token"]["slots in common"]["value"] == 1
     assert cells["other kind"]["slots in common"]["value"] < 0.9

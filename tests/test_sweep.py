@@ -69,17 +69,18 @@ def test_runs_are_kept_and_taken_up_again(toy, tmp_path, capsys):
     sweep.main([*toy])
     assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["toy", "2", "1"]
     status.write_text(json.dumps({"status": "preempted", "step": 4}))
-    with pytest.raises(configs.ConfigError, match="trained with other settings"):  # sys.argv of this test's process
-        sweep.main(["toy", *toy, "--jobs=2"])
+    sweep.main(["toy", *toy, "--jobs=2"])
     done = {name: json.loads((tmp_path / "runs" / name / "status.json").read_text()) for name in ("toy2_seed0", "toy4_seed0")}
     assert done["toy2_seed0"]["step"] == 2 and done["toy4_seed0"]["test"] == json.loads(first)["test"]
-    path = tmp_path / "runs" / "toy4_seed0" / "config.json"
-    config = json.loads(path.read_text())
-    config["argv"] = shlex.split(sweep.training(points()[1], 0, configs.build(sweep.Config, configs.parse(toy)[1])))
-    path.write_text(json.dumps(config))
     before = os.stat(status).st_mtime_ns
     sweep.main(["toy", *toy])
     assert os.stat(status).st_mtime_ns == before and (tmp_path / "figures" / "toy.png").stat().st_size > 5000
+    path = tmp_path / "runs" / "toy4_seed0" / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["conv"] = config["train"]["lr"] = 3  # as of a config file that has changed since
+    path.write_text(json.dumps(config))
+    with pytest.raises(configs.ConfigError, match="toy4_seed0 was trained with another lr, conv; delete it"):
+        sweep.main(["toy", *toy])
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(toy, tmp_path, monkeypatch):
@@ -102,9 +103,7 @@ def made_up(value, state=100):
     """One run's result with every part that some figure shows."""
     cell = {"value": value, "exact": {"value": value / 2}}
     edits = {
-        f"{m}, {n}": {"method": m, "efficacy": {"value": value}, "specificity": {"value": value}}
-        for m in "ab"
-        for n in sweep.EDITS
+        f"{m}, {n}": {"method": m, "efficacy": {"value": value}, "specificity": {"value": value}} for m in "ab" for n in (1, 10)
     }
     stored = {name: {"value": value} for name in ("bits stored", "bits stored per parameter", "bits stored per memory value")}
     return {
@@ -113,7 +112,7 @@ def made_up(value, state=100):
         "evals": [{"seconds": s, "accuracy": a} for s, a in ((1.0, 0.5), (2.0, 0.99), (3.0, 1.0))],
         "cells": {tag: dict.fromkeys(values, cell) for tag, values in (("exposures", "01"), ("query", "ab"), ("hops", "12"))},
         "made": {
-            "metrics": {"majority": {"value": 0}, "flex": {"accuracy": {"value": value}}, "stored": stored},
+            "metrics": {"majority": {"value": 0}, "flex": {"accuracy": {"value": value}}, "stored": stored, "edits": [1, 10]},
             "by_slice": {"method and edits": edits},
         },
     }
