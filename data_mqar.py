@@ -6,11 +6,11 @@
     python train.py --data data_mqar --path mqar_data              # train on what that wrote
 
 Two layouts of one task. In memory, for training (`Data`), as in Zoology (arXiv 2312.04927): the value is never in the
-input after a query, and its label stands on the query's own position (logits there predict it; nothing to shift).
+input after a query, and its target is at the query's own position (logits there predict it; nothing to shift).
 
 >>> show(Config(input_seq_len=16, num_kv_pairs=3, vocab_size=20, seed=1))
-tokens  5 19  7 17  4 15  7  0  5  0  4  0  0  0  0  0
-labels  .  .  .  .  .  . 17  . 19  . 15  .  .  .  .  .
+tokens   5 19  7 17  4 15  7  0  5  0  4  0  0  0  0  0
+targets  .  .  .  .  .  . 17  . 19  . 15  .  .  .  .  .
 
 On disk, for others (`write_dataset`), as in the LLMonade data set: storage and queries both hold the values, several
 such blocks fill a row, and labels are unshifted (labels[i] == input_ids[i] at the values of the query half).
@@ -35,7 +35,7 @@ import torch
 
 import configs
 from configs import ConfigError, at_least, require
-from draws import IGNORE, SPLITS, draw_distinct, draw_slots, skip_over, stream_key, uniforms
+from draws import IGNORE, SPLITS, draw_distinct, draw_slots, rows_of_passes, skip_over, stream_key, uniforms
 from mqar_files import StoreConfig, StoredData, make_stored_rows, write_dataset
 
 
@@ -289,16 +289,11 @@ class MadeData:
         return torch.from_numpy(tokens).long(), torch.from_numpy(targets).long(), tags
 
     def from_fixed_set(self, cell, rows):
-        """Training row r is row r % n of pass r // n over the set, each pass in its own order."""
+        """Training rows in passes over the set, each pass in its own order (draws.rows_of_passes)."""
         n = max(1, self.config.n_train_examples // len(self.train_cells))
         if cell not in self.fixed:
             self.fixed[cell] = make_rows(cell, "train", np.arange(n))
-        which = np.empty_like(rows)
-        for number in np.unique(rows // n):
-            key = stream_key(self.config.seed, len(SPLITS), cell.length, cell.pairs, int(number))
-            order = np.random.Generator(np.random.Philox(key=key)).permutation(n)
-            mine = rows // n == number
-            which[mine] = order[rows[mine] % n]
+        which = rows_of_passes(rows, n, self.config.seed, len(SPLITS), cell.length, cell.pairs)
         tokens, targets, tags = self.fixed[cell]
         return tokens[which], targets[which], {k: v.reshape(n, -1)[which].ravel() for k, v in tags.items()}
 
@@ -317,7 +312,7 @@ def show_row(**columns):
 def show(config):
     """Print training row 0 of an in-memory task."""
     tokens, targets, _ = make_rows(Cell(config.input_seq_len, config.num_kv_pairs, config), "train", np.arange(1))
-    show_row(tokens=tokens[0].tolist(), labels=targets[0].tolist())
+    show_row(tokens=tokens[0].tolist(), targets=targets[0].tolist())
 
 
 def show_stored(config):

@@ -48,6 +48,7 @@ import configs
 from configs import at_least, one_of, require, within
 from draws import IGNORE, SPLITS
 from facts import TASKS, Facts
+from measure import print_chance
 from synth_files import read_stored, write_facts
 from tokens import BYTES, MASKS, mask, mismatch, read_tokenizer, shift
 
@@ -90,7 +91,7 @@ class Config:
     num_novel: int = 1000  # digits: keys that are never trained on
     entities: int = 100  # twohop: entities, each with one fact per relation
     relations: int = 1  # twohop: kinds of fact; from 2 on each has a letter: a>xb, and a>x>yc
-    phi: float = 0.5  # twohop: composed queries to train on, over the single facts that they use
+    phi: float = 0.5  # twohop: trained queries of two hops per single fact that they may use (phi of Wang et al.)
     ood: float = 0.2  # twohop: share of the single facts that are in no trained query of two hops
     markers: bool = True  # twohop: 0 writes a:b and a:c alike, as LLMonade does, so that a query has two right answers
     cot: float = 0.0  # share of multi-hop answers that spell out the hashes or entities on the way; twohop: 0 or 1
@@ -100,7 +101,7 @@ class Config:
     num_queries: int = 1  # hashhop: queries in a training row; one in others
     block_size: int = 256  # hashhop: bytes to fill; text: bytes of the longest document allowed
     n_train_examples: int = 20000  # hashhop: rows in an epoch; none is seen twice
-    n_val_examples: int = 500  # documents to watch, shared out evenly over their groups; hashhop: per number of hops; 0: all
+    n_val_examples: int = 500  # validation documents, as many of each group of the first tag; hashhop: per hops; 0: all
     n_test_examples: int = 5000  # documents to measure at the end, likewise; 0: all (hashhop: 500)
     mask: str = "text"  # text: what is trained on of "text": text (everything), qa, hashhop, digits or twohop
     packing: str = "none"  # documents: training documents end to end in one row, nothing crosses; none: a padded row for each
@@ -191,6 +192,7 @@ class Data:
     def longest(self):
         if isinstance(self.source, Facts):
             return max(len(self.document(text)[0]) for text in self.source.texts)
+        # bytes fill block_size at most; another tokenizer makes no more tokens than bytes of text, and a few for its own needs
         return self.config.block_size + (0 if self.tokenizer.name == "bytes" else 64)
 
     def rows(self, step, batch_size):
@@ -303,11 +305,6 @@ def main(argv=None):
     print(f"{config.output_dir}: {rows} rows, {size:.1f} MB, {time.perf_counter() - start:.1f} s")
     print_chance(metadata["chance"])
     return 0
-
-
-def print_chance(chance):
-    for name, value in chance.items():
-        print(f"without knowledge: {name}: {value:.4f}")
 
 
 @dataclass

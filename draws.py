@@ -3,6 +3,8 @@
 Letters: R rows, n numbers drawn per row, m numbers to draw from, S query slots.
 """
 
+import functools
+
 import numpy as np
 
 IGNORE = -100  # the target of a position that is not scored
@@ -10,8 +12,30 @@ SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
 def stream_key(*words):
-    """A Philox key from small non-negative integers (seed, split, length, ...)."""
+    """A Philox key from small non-negative integers (seed, split, length, ...). Zeros at the end do not count, so what comes
+    after the seed must tell one purpose from another without them."""
     return np.random.SeedSequence(words).generate_state(2, np.uint64)
+
+
+def generator(*words):
+    """Random numbers for one purpose: a function of the words, the seed first."""
+    return np.random.Generator(np.random.Philox(key=stream_key(*words)))
+
+
+@functools.lru_cache(2)
+def pass_order(n, *words):
+    """The order of n rows in one pass over them: (n,)"""
+    return generator(*words).permutation(n).astype(np.int32)
+
+
+def rows_of_passes(rows, n, *words):
+    """Row r of passes over n rows is row r % n of pass r // n, each pass in its own order: rows (R,) -> (R,) below n."""
+    rows = np.asarray(rows, np.int64)
+    which = np.empty_like(rows)
+    for number in np.unique(rows // n).tolist():
+        mine = rows // n == number
+        which[mine] = pass_order(n, *words, number)[rows[mine] % n]
+    return which
 
 
 def uniforms(key, rows, words):

@@ -39,6 +39,7 @@ from measure import (
     label_share,
     mean,
     predict,
+    print_chance,
     print_slices,
     print_table,
     share,
@@ -101,8 +102,7 @@ def slices(look):
     }
     by_slice = {tag: {str(v): shares(cell) for v, cell in cells.items()} for tag, cells in result["by_slice"].items()}
     print_slices(result)
-    for name, value in metrics["without_knowledge"].items():
-        print(f"without knowledge: {name}: {value:.4f}")
+    print_chance(metrics["without_knowledge"])
     for name, value in metrics["stored"].items():
         print(f"{name}: {value['value']:.4g} (95% interval {value['ci95'][0]:.4g} - {value['ci95'][1]:.4g})")
     columns = {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit", "loss")}

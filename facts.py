@@ -1,7 +1,7 @@
 """The generators of data_synth.py: pairs of numbers, digit lookup, two-hop queries, HashHop, and your own documents.
 
 Each has check(config), label(config) and make(config) -> its documents. What `make` returns has count(split), segments(split),
-read(split, rows) -> texts and tags, .kind, the kind of its label mask, and .chance, what answers without knowledge reach.
+read(split, rows) -> texts and tags, .kind, the kind of its label mask, and .chance, the accuracy of guesses without knowledge.
 
 Letters: n pairs or entities, N letters of a word, R rows or relations, E documents in an epoch.
 """
@@ -11,15 +11,10 @@ import math
 import numpy as np
 
 from configs import require
-from draws import SPLITS, stream_key
+from draws import SPLITS, generator, rows_of_passes
 from synth_files import read_documents
 
 # ---- documents with names ----------------------------------------------------------------------------------------------
-
-
-def generator(c, *words):
-    """Random numbers for one purpose: a function of the seed and of what they are for."""
-    return np.random.Generator(np.random.Philox(key=stream_key(c.seed, *words)))
 
 
 class Facts:
@@ -34,7 +29,7 @@ class Facts:
         self.config, self.kind, self.texts, self.chance, self.knowledge = c, kind, texts, chance or {}, knowledge or {}
         self.tags = {k: np.asarray(v) for k, v in tags.items()}
         group = next(iter(self.tags.values()), np.zeros(len(texts), int))
-        order = generator(c, 7).permutation(len(texts))  # so that a part of a split is a fair sample
+        order = generator(c.seed, 7).permutation(len(texts))  # so that a part of a split is a fair sample
         for split, n in (("val", c.n_val_examples), ("test", c.n_test_examples)):
             chosen = splits[split][np.argsort(order[splits[split]])]
             if n and len(chosen):  # as many of each group at most, so that none crowds out another
@@ -43,7 +38,6 @@ class Facts:
                 chosen = np.concatenate([chosen[group[chosen] == g][:share] for g in groups])
             splits[split] = chosen
         self.splits = {split: np.asarray(which, np.int32) for split, which in splits.items()}
-        self.orders = {}  # epoch -> order, of the last two
 
     def count(self, split):
         return len(self.splits[split])
@@ -52,21 +46,11 @@ class Facts:
         return [range(self.count(split))]
 
     def numbers(self, split, rows):
-        """Rows of a split -> documents. Training row r is row r % E of pass r // E over the set, each in its own order."""
-        which, size = self.splits[split], self.count(split)
-        if split != "train":
-            return which[rows]
-        out = np.empty(len(rows), np.int32)
-        for epoch in np.unique(rows // size):
-            mine = rows // size == epoch
-            out[mine] = which[self.order(int(epoch))[rows[mine] % size]]
-        return out
-
-    def order(self, epoch):
-        if epoch not in self.orders:
-            self.orders = dict([*self.orders.items()][-1:])
-            self.orders[epoch] = generator(self.config, len(SPLITS), epoch).permutation(self.count("train")).astype(np.int32)
-        return self.orders[epoch]
+        """Rows of a split -> documents; those of training in passes (draws.rows_of_passes)."""
+        which = self.splits[split]
+        if split == "train":
+            rows = rows_of_passes(rows, len(which), self.config.seed, len(SPLITS))
+        return which[rows]
 
     def read(self, split, rows):
         """-> texts of rows (R,) of a split, {tag: (R,)}"""
@@ -75,7 +59,7 @@ class Facts:
 
 
 def chance(train, test):
-    """What answers without knowledge reach on `test`: [(key, value)] of one width -> {name: accuracy per digit}.
+    """The accuracy of guesses without knowledge on `test`: [(key, value)] of one width -> {name: accuracy per digit}.
 
     The most frequent digit of each position among the training values; and the key itself.
     """
@@ -124,7 +108,7 @@ class QA:
     @staticmethod
     def make(c):
         n, size, held = c.num_pairs, c.num_pairs // len(c.buckets), QA.held(c)
-        names = [f"{i:0{c.digits}d}" for i in generator(c, 0).choice(10**c.digits, 2 * n, replace=False)]
+        names = [f"{i:0{c.digits}d}" for i in generator(c.seed, 0).choice(10**c.digits, 2 * n, replace=False)]
         pairs = list(zip(names[:n], names[n:]))
         bucket = np.repeat(c.buckets, size)  # the names are in random order, so the first pairs of a bucket are any
         seen = np.arange(n) % size >= held
@@ -168,9 +152,9 @@ class Digits:
     def make(c):
         N, n, total = Digits.width(c), c.num_pairs, c.num_pairs + c.num_novel
         places = N ** np.arange(N)[::-1]
-        keys = generator(c, 0).choice(N**N, total, replace=False)[:, None] // places % N  # (total, N) digits from 0
+        keys = generator(c.seed, 0).choice(N**N, total, replace=False)[:, None] // places % N  # (total, N) digits from 0
         if c.rule == "random":
-            values = generator(c, 1).integers(N, size=keys.shape)
+            values = generator(c.seed, 1).integers(N, size=keys.shape)
         else:
             values = keys
             for _ in range(c.steps):  # the word, as a map of positions, applied to itself
@@ -207,7 +191,7 @@ class TwoHop:
 
     @staticmethod
     def make(c):
-        n, R, random = c.entities, c.relations, generator(c, 0)
+        n, R, random = c.entities, c.relations, generator(c.seed, 0)
         maps = np.stack([derangement(random, n) for _ in range(R)])  # (R, n)
         r1, r2, a = (x.ravel() for x in np.indices((R, R, n)))
         b = maps[r1, a]
@@ -320,7 +304,7 @@ class HashHop:
 
     def problem(self, split, row):
         """-> text, hops, cot of one row"""
-        c, random = self.config, generator(self.config, SPLITS[split], row)
+        c, random = self.config, generator(self.config.seed, SPLITS[split], row)
         levels = c.hops if split == "train" else c.test_hops
         hops = levels[row % len(levels)] if split == "train" else levels[row // len(self.segments(split)[0])]
         cot = hops > 1 and random.random() < c.cot

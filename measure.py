@@ -206,6 +206,12 @@ def print_slices(result, most=24):
     print_table(head, [(tag, value, *shown(s), *shown(s["exact"]), f"{s['nll']:.4f}") for tag, value, s in cells])
 
 
+def print_chance(chance):
+    """The accuracy of guesses without knowledge: {name: value}"""
+    for name, value in chance.items():
+        print(f"without knowledge: {name}: {value:.4f}")
+
+
 def watched(result, name):
     """Token accuracy of all of what `evaluate` returned, or of the slice "tag=value"."""
     if not name:

@@ -17,7 +17,7 @@ import data_mqar
 import data_synth
 from checkpoint import read_json
 from configs import ConfigError, Setting, require
-from draws import stream_key
+from draws import generator
 from synth_files import LONGEST_LINE
 
 
@@ -56,8 +56,7 @@ class Mixture:
         late = f"synthetic_start_step={c.synthetic_start_step} lies behind the last of {steps} steps"
         require(c.synthetic_start_step < steps or not c.n_epochs, late, "synthetic_start_step")
         self.start, window = c.synthetic_start_step, max(0, min(c.synthetic_end_step, steps) - c.synthetic_start_step)
-        random = np.random.Generator(np.random.Philox(key=stream_key(c.seed, 9)))
-        self.drawn = random.random(window) < c.synthetic_weight  # (window,), does that step go to the second?
+        self.drawn = generator(c.seed, 9).random(window) < c.synthetic_weight  # (window,), does that step go to the second?
         self.before = np.concatenate([[0], np.cumsum(self.drawn)])  # (window + 1,), steps of the second before it
 
     def turn(self, step):

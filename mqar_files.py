@@ -16,7 +16,7 @@ from tqdm import tqdm
 import configs
 from checkpoint import file_hash, new_directory, write_file, write_json
 from configs import ConfigError, at_least, require
-from draws import IGNORE, SPLITS, draw_distinct, draw_slots, stream_key, uniforms
+from draws import IGNORE, SPLITS, draw_distinct, draw_slots, generator, stream_key, uniforms
 
 
 @dataclass
@@ -157,7 +157,7 @@ def write_orders(c, work):
     orders = np.lib.format.open_memmap(path, "w+", np.uint32, (c.num_copies, c.num_samples))
     for copy in range(c.num_copies):
         order = np.arange(c.num_samples, dtype=np.uint32)
-        np.random.Generator(np.random.Philox(key=stream_key(c.seed, len(SPLITS), copy))).shuffle(order)
+        generator(c.seed, len(SPLITS), copy).shuffle(order)
         orders[copy] = order
     orders.flush()
     return {"name": "orders/train.npy", "sha256": file_hash(path)}

@@ -27,10 +27,18 @@ import torch
 import configs
 from checkpoint import data_hash, load_checkpoint, part, read_json
 from configs import ConfigError, Setting, at_least, one_of, require, within
-from mixture import mixed
 from parallel import FORMS, PARALLEL
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+# A model file needs Config and Model (see README, Fork it). A model class may also have
+#   ignores {setting: why it has no effect}        the settings of Config that are refused for this model
+#   label(config) -> str                           its part of a run's name
+#   kernel_choice(config, device, dtype) -> str    which kernel runs and why, printed at the start
+#   state_bytes(config) -> int                     what must be kept to read on, printed at the start and compared
+#   learning_rates() -> {end of a name: factor}    parameters with a learning rate of their own (train.parameter_groups)
+#   after_step(report) -> {block: usage} or {}     called after each training step
+#   read(tokens, cache) -> logits, cache           decoding, for `eval.py --examples`
+# and its file `correct(logits, targets)`, what counts as right (measure.scorer).
 MODELS = {  # short names; anything else is file or file.Class
     "gpt": "model.GPT",
     "unified_kv": "model.UnifiedKV",
@@ -196,7 +204,11 @@ def plan(settings):
 def open_data(p):
     """The task, with the synthetic data set mixed in if there is one."""
     data = p.data_module.Data(p.data)
-    return mixed(data, p.train) if p.train.synthetic_dataset else data
+    if not p.train.synthetic_dataset:
+        return data
+    from mixture import mixed  # only now: it imports both data files
+
+    return mixed(data, p.train)
 
 
 def model_config(p, data):

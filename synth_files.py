@@ -147,7 +147,7 @@ def read_documents(path, longest):
     texts = list(documents_in(path, longest))
     require(len(texts) >= 3, f"{path} has {len(texts)} documents; training, validation and test need one each at least", "path")
     number = np.arange(len(texts))
-    place = number % 20 if len(texts) >= 20 else number + 18 - len(texts) + 2  # the last two of a few
+    place = number % 20 if len(texts) >= 20 else number + 20 - len(texts)  # the last two of a few
     return texts, {"train": number[place < 18], "val": number[place == 18], "test": number[place == 19]}
 
 
@@ -228,7 +228,7 @@ def read_parquet(path):
                     yield row, f"{path}: row {number}"
     except (pa.ArrowException, OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:120]
-        raise ConfigError(f"{path}: damaged behind row {number}, or no parquet ({reason})", "path") from None
+        raise ConfigError(f"{path}: damaged after row {number}, or no parquet ({reason})", "path") from None
 
 
 READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}

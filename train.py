@@ -31,7 +31,7 @@ import configs
 from checkpoint import Log, find_checkpoint, lock, read_checkpoint, read_json, write_json
 from configs import RunFailed, require
 from draws import IGNORE
-from measure import autocast, evaluate, plot_curves, print_slices, require_slice, watched
+from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
 from parallel import (
     World,
     choose_device,
@@ -420,8 +420,7 @@ def finish(run, resume):
     summary = f"test accuracy {by_label}, {test['row_accuracy']:.4f} of {test['rows']} rows"
     if world.first:
         print_slices(test)
-        for name, value in getattr(run.data, "chance", {}).items():
-            print(f"without knowledge: {name}: {value:.4f}")
+        print_chance(getattr(run.data, "chance", {}))
         plot_curves(folder, f"{os.path.basename(folder)}\n{summary}")
     world.say(f"{summary}; {state['step']} steps, {state['seconds']:.0f} s; {folder}")
     if not reached and world.first:

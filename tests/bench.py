@@ -1,8 +1,11 @@
 """How fast, as ratios: python tests/bench.py [ROW ...] [--rounds 15] [--threads 2]; --help names the rows.
 
+    python tests/bench.py lengths memory templates --figure figures/scaling.png     # and a picture of how cost grows
+
 Each row compares ours with a plain peer. The two take turns, so that a busy machine slows both, and the ratio is the median
 over the rounds. The peak of this machine is a 2048 x 2048 float32 matrix product timed in the same rounds; a training
 step's share of it counts the floating-point operations of matrix products, those of attention without regard to the mask.
+Slow rows take fewer rounds: the table says how many.
 Run it with nothing else running: two threads beside a busy process can be many times slower than one.
 """
 
@@ -14,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,8 +73,13 @@ def imported(name):
         print(f"(no comparison with {name}: pip install {name})", file=sys.stderr)
 
 
-def ratio(times, ours, peer):
-    return statistics.median(p / o for o, p in zip(times[ours], times[peer]))
+# What was timed, seconds of each round, the peer's name and seconds, share of the sgemm peak, and a size to draw it by
+Row = namedtuple("Row", "what ours peer_name peer share x", defaults=(None, None))
+CURVES = {  # rows with sizes: what these are
+    "lengths": "tokens in a row (4,096 in a training step)",
+    "memory": "slots in the table",
+    "templates": "templates of a question",
+}
 
 
 def make_peak():
@@ -100,7 +109,7 @@ def count_flops(step):
 
 
 def train_rows(rounds):
-    """A training step of configs/mqar_gpt.py on 32 pairs, against a loop that computes all logits."""
+    """A training step of configs/mqar_gpt.py on 32 pairs, against a plain loop: all logits, torch's default AdamW."""
     data = data_mqar.Data(data_mqar.Config(fresh=True))
     tokens, targets, _ = data.batch("train", 0, data.rows(0, 32))
 
@@ -176,7 +185,7 @@ def memory_rows(rounds, T=256, H=4, Q=128, V=256, k=8):
         with torch.no_grad():
             times = take_turns(functions, rounds)
         for peer in list(functions)[1:]:
-            yield f"memory, {n * n} slots, {T} tokens", times["ours"], peer, times[peer], None
+            yield f"memory, {n * n} slots, {T} tokens", times["ours"], peer, times[peer], None, n * n
 
 
 @torch.no_grad()
@@ -221,7 +230,7 @@ def forward_and_backward(rule, inputs, **options):
 
 
 def delta_rows(rounds):
-    """The chunked delta rule, forward and backward, against fla's naive chunkwise form; and whether time is linear in T."""
+    """The chunked delta rule, forward and backward, against token by token and fla's naive chunks; is time linear in T?"""
     naive = fla_naive("delta_rule")
     if naive is None:
         print("(no comparison with fla's naive form: pip install fla-core)", file=sys.stderr)
@@ -229,6 +238,7 @@ def delta_rows(rounds):
     for B, T, H, width, C in ((32, 128, 2, 32, 16), (32, 128, 2, 48, 16), (8, 1024, 4, 64, 32)) if naive else ():
         inputs = delta_inputs(B, T, H, width)
         functions = {"ours": forward_and_backward(D.delta_chunked, inputs, chunk_size=C), "peak": peak}
+        functions["loop"] = forward_and_backward(D.delta_loop, inputs)
         for peer in (16, 32, 64):
             functions[peer] = forward_and_backward(naive.delta_rule_chunkwise, inputs, chunk_size=peer)
         times = take_turns(functions, rounds)
@@ -237,6 +247,7 @@ def delta_rows(rounds):
         share = flops / statistics.median(times["ours"]) / (peak_flops / statistics.median(times["peak"]))
         best = min((16, 32, 64), key=lambda peer: statistics.median(times[peer]))
         what = f"delta rule, {B} x {T}, {H} heads of {width}"
+        yield what, times["ours"], "token by token", times["loop"], share
         yield what, times["ours"], "fla naive, its default", times[32], share
         yield what, times["ours"], f"fla naive, best chunk {best}", times[best], share
     lengths = (256, 1024, 8192)
@@ -261,7 +272,8 @@ def length_rows(rounds):
             name, other = f"DeltaNet, conv {ours}", f"GPT, conv {peer}"
             rate = count_flops(steps[name]) / statistics.median(times[name])
             of_peak = rate * statistics.median(times["peak"]) / peak_flops
-            yield f"step, {4096 // T} x {T}, {name}", times[name], other, times[other], of_peak
+            size = T if (ours, peer) == (4, 4) else None
+            yield f"step, {4096 // T} x {T}, {name}", times[name], other, times[other], of_peak, size
 
 
 STEPS = 5  # in a turn of the ranks
@@ -321,7 +333,7 @@ def rank_rows(rounds):
 
 
 def eval_rows(rounds):
-    """Evaluation of 200 rows of synthetic QA (configs/qa_2k_memory.py), 100 rows at once against one at a time."""
+    """Evaluation of 180 rows of synthetic QA (configs/qa_2k_memory.py), 100 rows at once against one at a time."""
     p, _ = train.read_command_line([os.path.join(ROOT, "configs", "qa_2k_memory.py"), "--n_test_examples=180"])
     data = p.data_module.Data(p.data)
     torch.manual_seed(0)
@@ -429,8 +441,10 @@ def template_rows(rounds):
     ):
         functions = {n: fuse(model, prefix, *size)[0] for n, size in sizes.items()}
         times, first = take_turns(functions, max(1, rounds // 5)), min(sizes)
-        for n in list(sizes)[1:]:
-            yield f"fused, {n} {what}", times[n], f"{n / first:g} times {first}", [t * n / first for t in times[first]], None
+        for n in sizes if what == "templates" else list(sizes)[1:]:
+            linear = [t * n / first for t in times[first]]
+            size = n if what == "templates" else None
+            yield f"fused, {n} {what}", times[n], f"linear from {first}", linear, None, size
 
 
 BENCHES = {
@@ -455,20 +469,43 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a few rounds of everything, in under 3 minutes")
+    parser.add_argument("--figure", help="draw how cost grows with length, slots and templates, of those rows that are run")
     args = parser.parse_args()
     args.rounds = 3 if args.quick else args.rounds
     torch.set_num_threads(args.threads)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds, commit {commit}")
-    print(f"{'what':36s} {'ours, ms':>9s}  {'peer':25s} {'peer, ms':>9s} {'ratio':>6s} {'of peak':>8s}")
+    print(f"{'what':36s} {'rounds':>6s} {'ours, ms':>9s}  {'peer':25s} {'peer, ms':>9s} {'ratio':>6s} {'of peak':>8s}")
+    found = {name: [] for name in CURVES}
     for name in args.what or BENCHES:
-        for what, ours, peer_name, peer, share in BENCHES[name](args.rounds):
-            row = {"ours": ours, "peer": peer}
-            shares = "" if share is None else f"{share:.0%}"
-            print(
-                f"{what:36s} {statistics.median(ours) * 1e3:9.1f}  {peer_name:25s} {statistics.median(peer) * 1e3:9.1f} "
-                f"{ratio(row, 'ours', 'peer'):6.2f} {shares:>8s}"
-            )
+        for row in (Row(*row) for row in BENCHES[name](args.rounds)):
+            ours, peer = (statistics.median(times) * 1e3 for times in (row.ours, row.peer))
+            ratio = statistics.median(p / o for o, p in zip(row.ours, row.peer))
+            share = "" if row.share is None else f"{row.share:.0%}"
+            end = f"{row.peer_name:25s} {peer:9.1f} {ratio:6.2f} {share:>8s}"
+            print(f"{row.what:36s} {len(row.ours):6d} {ours:9.1f}  {end}", flush=True)
+            if row.x is not None:
+                found[name].append((row.x, ours, row.peer_name, peer))
+    if args.figure:
+        draw_curves(args.figure, {name: rows for name, rows in found.items() if rows}, args.rounds)
+        print(f"wrote {args.figure}")
+
+
+def draw_curves(path, found, rounds):
+    """found {bench: [(size, ours, peer's name, peer)]} in ms -> a panel for each."""
+    plt, fig, axes = measure.figure(1, max(1, len(found)), width=4)
+    for axis, (name, rows) in zip(axes, found.items()):
+        lines = {"ours": {x: ours for x, ours, _, _ in rows}}
+        for x, _, peer, ms in rows:
+            lines.setdefault(peer, {})[x] = ms
+        for label, points in lines.items():
+            axis.plot(list(points), list(points.values()), "o-", ms=3, lw=1, label=label)
+        axis.set(xscale="log", yscale="log", xlabel=CURVES[name], ylabel="ms")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    threads = torch.get_num_threads()
+    fig.supxlabel(f"{threads} thread{'s' * (threads > 1)}, medians of up to {rounds} interleaved rounds", fontsize=7)
+    measure.finish(fig, plt, path, "")
 
 
 if __name__ == "__main__":
