@@ -1,9 +1,9 @@
-"""Where the heads of a model look: their maps, and in a word what each one does.
+"""Where the heads of a model look: their maps, and a label for what each one does.
 
     python eval.py attention runs/RUN                # a map per head for one row, and what each head does on average
     python eval.py attention runs/RUN --example 3
 
-Letters: B rows, T tokens, H heads, R rows looked at.
+Letters: B rows, T tokens, H heads.
 """
 
 import os
@@ -21,7 +21,7 @@ PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (
     "2 to 8 back": lambda ids, t, s: (s < t - 1) & (s >= t - 8),
     "itself": lambda ids, t, s: s == t,
     "first token": lambda ids, t, s: (s == 0) & (t > 1),
-    # the token behind an earlier one like this: copies what followed (Olsson et al. 2022, arXiv 2209.11895)
+    # the token after an earlier one like this: copies what followed (Olsson et al. 2022, arXiv 2209.11895)
     "induction": lambda ids, t, s: (shifted(ids)[:, None, :] == ids[:, :, None]) & (s < t + 1) & (s > 0) & (s != t),
     "same token": lambda ids, t, s: (ids[:, None, :] == ids[:, :, None]) & (s < t),
 }

@@ -6,7 +6,7 @@
 <log_dir>/<run>/ holds config.json, log.jsonl, status.json and the checkpoints ckpt.pt (latest), ckpt_prev.pt (the one
 before) and best.pt. A checkpoint is a dict of numbers and text and, under "tensors", a flat dict of tensors, named
 "model.<parameter>" and "optimizer.<parameter>.exp_avg"; the names are those of the bare model, whatever wrapped it. It is
-what torch.save writes, with the SHA-256 of all that stands before as the comment of the zip: torch.load reads it, and no
+what torch.save writes, with the SHA-256 of everything before it as the comment of the zip: torch.load reads it, and no
 changed byte goes unnoticed. A model spread over ranks (FSDP) writes its tensors with torch.distributed.checkpoint into
 shards/<name>-<step>/, and the small file names them with their checksums; one rename makes both count.
 """
@@ -93,7 +93,7 @@ def data_hash(path):
 
 
 def remove(path):
-    """Delete what stands there, if anything does."""
+    """Delete a file or directory, if there is one."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
@@ -234,14 +234,14 @@ def find_checkpoint(folder, *names):
 
 
 def set_aside(path):
-    """Rename a damaged file (or whatever stands in its place); one damaged before makes room."""
+    """Rename a damaged file (or whatever is in its place); one damaged before makes room."""
     with contextlib.suppress(OSError):  # read-only: then it cannot be overwritten either
         remove(path + ".damaged")
         os.replace(path, path + ".damaged")
 
 
 def read_checkpoint(folder, name):
-    """What stands in <folder>/<name>.pt, unchecked; tensors stay on disk until they are used."""
+    """The contents of <folder>/<name>.pt, unchecked; tensors stay on disk until they are used."""
     return torch.load(os.path.join(folder, name + ".pt"), map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -282,7 +282,7 @@ def save_shards(folder, label, tensors, world):
 
 
 def free_label(folder, label):
-    """label, or with a number behind it: shards that are there may be in use, or half written."""
+    """label, with a number after it if it is taken: shards that are there may be in use, or half written."""
     taken = set(os.listdir(os.path.join(folder, "shards"))) if os.path.isdir(os.path.join(folder, "shards")) else set()
     return next(name for name in (label, *(f"{label}-{i}" for i in range(1, len(taken) + 2))) if name not in taken)
 

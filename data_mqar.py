@@ -47,13 +47,13 @@ class Config:
     power_a: float = 0.01  # query slot s has weight s^(a-1): 1 is uniform, small asks early pairs early
     random_non_queries: bool = False  # fill blanks with random tokens, never with one of the row's keys
     n_train_examples: int = 40000  # rows in the training set, and in an epoch
-    n_val_examples: int = 1000  # rows per cell of the split that training watches; of a path, at most so many
+    n_val_examples: int = 1000  # rows per cell of the split that training watches; of a path, at most this many
     n_test_examples: int = 3000  # rows per cell of the split that is measured once, at the end; likewise
     fresh: bool = False  # new training rows for ever, instead of a fixed set seen again each epoch
     curriculum: tuple[tuple[int, int], ...] = ()  # first, stages (pairs, steps) of short fresh rows; same tokens a step
     train_cells: tuple[tuple[int, int], ...] = ()  # cells (length, pairs) that steps take turns in; empty: the one above
     test_cells: tuple[tuple[int, int], ...] = ()  # cells of val and test, reported one by one; empty: as in training
-    updates: int = 0  # so many of the keys are stored again with a new value; the last one counts
+    updates: int = 0  # this many of the keys are stored again with a new value; the last one counts
     gap: int = 0  # 0..gap random tokens after each stored pair
     key_len: int = 1  # tokens in a key; longer keys are words over a small alphabet, so that they share tokens
     path: str = ""  # a directory that `python data_mqar.py --output-dir` wrote, to train on instead
@@ -195,7 +195,7 @@ def make_rows(cell, split, rows):
     if c.gap:
         tokens[:, : cell.storage] = filler[:, : cell.storage]
 
-    noise = (u_gaps * (c.gap + 1)).astype(np.int64)  # (R, n+u), tokens of noise behind each stored pair
+    noise = (u_gaps * (c.gap + 1)).astype(np.int64)  # (R, n+u), tokens of noise after each stored pair
     start = np.tile(np.arange(n + u) * (c.key_len + 1), (R, 1))
     if c.gap:
         start[:, 1:] += np.cumsum(noise, axis=1)[:, :-1]

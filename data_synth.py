@@ -21,7 +21,7 @@ digits: keys are words over the digits 1..n; the value is another such word, or 
 '51342:[25341] '         {'key': 'known'}
 '11253:[11132] '         {'key': 'known'}
 
-twohop: a>b for all entities; a>>c, where c is behind b, for some of them.
+twohop: a>b for all entities; a>>c, where b>c, for some of them.
 
 >>> show(Config(task="twohop", entities=50))
 '16>>[30] '              {'query': 'trained'}
@@ -87,7 +87,7 @@ class Config:
     heldout: float = 0.1  # qa: share of the pairs of each bucket that are never trained on
     inverse: str = "none"  # qa: "y:x" as well; probe: measured, never trained on; train: trained on, too
     rule: str = "random"  # digits: random values, or selfindex: value[i] = key[key[i]]
-    steps: int = 1  # digits, selfindex: apply the rule to its own result so many times
+    steps: int = 1  # digits, selfindex: times that the rule is applied to its own result
     num_novel: int = 1000  # digits: keys that are never trained on
     entities: int = 100  # twohop: entities, each with one fact per relation
     relations: int = 1  # twohop: kinds of fact; from 2 on each has a letter: a>xb, and a>x>yc
@@ -170,7 +170,7 @@ class Data:
         self.source = Facts(c, *read_stored(c.path, c.task, TASKS)) if stored else TASKS[c.task].make(c)
         self.kind, self.chance, self.vocab_size = self.source.kind, self.source.chance, self.tokenizer.vocab_size
         self.seq_len = self.longest()
-        # where in its answer a digit or letter stands is a tag, unless every answer is a sentence
+        # the place of a digit or letter in its answer is a tag, unless every answer is a sentence
         self.has_positions = self.kind != "text" and any(isinstance(t, str) for t in getattr(self.source, "texts", [""]))
         self.require_answers()
 
@@ -212,7 +212,7 @@ class Data:
         return self.framed(self.tokenizer.encode(text)), 0
 
     def framed(self, *parts):
-        """BOS before, and EOS behind what has no end of its own."""
+        """BOS before, and EOS after what has no end of its own."""
         end = [self.tokenizer.eos] * (self.config.task == "text")
         return np.concatenate([[self.tokenizer.bos], *parts, end]).astype(np.int32)
 

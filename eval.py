@@ -58,7 +58,7 @@ class EvalConfig:
     split: str = "test"  # test or val
     checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
     eval_batch_size: int = 100  # rows in a forward pass
-    examples: int = 0  # print so many rows with the answers that the model gives, token by token
+    examples: int = 0  # print this many rows with the answers that the model gives, token by token
     example: int = -1  # print this row whole (attention: draw it); -1: none (attention: the first)
     rows: int = 1000  # what looks inside: rows to look at, as many of each part of the split; 0: all
     data: str = ""  # routing: texts of a .jsonl or .parquet file instead of the run's own rows
@@ -179,7 +179,7 @@ MISTAKES = (
 
 
 def mistake(text, written):
-    """What a model wrote behind the last "= '" of a HashHop row -> one of MISTAKES.
+    """What a model wrote after the last "= '" of a HashHop row -> one of MISTAKES.
 
     The closing quote is no label, so no model learns to write it: what counts is as many letters as the right answer has.
 

@@ -1,4 +1,4 @@
-"""Put what a model computed for one row into another: slots, values, outputs, whole activations. Does the answer go along?
+"""Put what a model computed for one row into another: slots, values, outputs, whole activations. Does the answer follow?
 
     python ablate.py force | inject | replace | swap | swap-matrix | patch runs/RUN
 
@@ -37,10 +37,6 @@ TYPES = {  # is this pair of exposures wanted? f(of the row is high, of the othe
 # ---- what one row reads, in another ------------------------------------------------------------------------------------
 
 
-# each: what the row reads at its label {"slots", "weights" (M, H, k)}, what the other row reads at its own, a head (M,) -> what
-# the row is to read instead
-
-
 def force(mine, other, head):
     """One head reads the other row's strongest slot of that head alone, with all of its own weight."""
     m = torch.arange(len(head), device=head.device)
@@ -68,6 +64,8 @@ def strongest(found):
     return found["slots"].flatten(1).gather(1, best[:, None]).squeeze(1)
 
 
+# f(what the row reads at its label {"slots", "weights" (M, H, k)}, what the other row reads at its own, a head (M,)) -> what the
+# row is to read instead
 EXCHANGES = {"force": force, "inject": inject, "swap": swap}  # and "replace", which does not look at one place only
 
 

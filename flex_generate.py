@@ -91,7 +91,7 @@ class Config:
 
 
 class Batch:
-    """Questions of one relation, all with as many templates, behind one prefix; and what methods share."""
+    """Questions of one relation, all with as many templates, after one prefix; and what methods share."""
 
     def __init__(self, run, questions, prefix):
         self.run, self.questions, self.prefix = run, questions, prefix
@@ -127,7 +127,7 @@ class Batch:
         return fusion.encode(self.run.model, self.prefix, rows)
 
     def alone(self, part=1.0):
-        """Every template as a prompt of its own, right behind the prefix -> rows, and their keys and values."""
+        """Every template as a prompt of its own, right after the prefix -> rows, and their keys and values."""
 
         def make():
             P = self.prefix_tokens
@@ -423,7 +423,7 @@ def answer_all(run, facts, shots, have, world):
     mine, prefixes = batches(facts, run.config)[world.rank :: world.size], {}
     hidden = not (world.first and sys.stderr.isatty())
     with open(os.path.join(run.folder, f"progress.{world.rank}.jsonl"), "a", encoding="utf-8") as f:
-        f.write("\n" + json.dumps({"settings": settings(run.config)}) + "\n")  # a line of its own, also behind a cut one
+        f.write("\n" + json.dumps({"settings": settings(run.config)}) + "\n")  # a line of its own, also after a cut one
         bar = tqdm(mine, desc="questions", disable=hidden)
         for batch in bar:
             lacking = [m for m in run.methods if any((fact["uuid"], m) not in have for fact, _, _ in batch)]

@@ -140,8 +140,8 @@ def encode_prefix(model, ids):
 
 @torch.no_grad()
 def encode_rows(model, prefix, rows):
-    """Rows of [(ids, positions)] behind a shared prefix, each seeing it and itself, causally -> keys and values (R, G, L, K) of
-    each layer. Padding stands at the end, where nobody sees it."""
+    """Rows of [(ids, positions)] after a shared prefix, each seeing it and itself, causally -> keys and values (R, G, L, K) of
+    each layer. Padding is at the end, where no token attends to it."""
     L, device = max(len(ids) for ids, _ in rows), model.turns.device
     tokens, at = torch.zeros(len(rows), L, dtype=torch.long), torch.zeros(len(rows), L, dtype=torch.long)
     for r, (ids, where) in enumerate(rows):
@@ -253,7 +253,7 @@ class Stop:
 
 @torch.no_grad()
 def decode(model, cache, cue, choose, stop, most=10):
-    """Decode greedily from R caches, the cue first: -> tokens (R, up to `most`), -1 behind the end, and the probability (R,)
+    """Decode greedily from R caches, the cue first: -> tokens (R, up to `most`), -1 after the end, and the probability (R,)
     that the model gives to what was chosen. choose(logits (R, V)) -> tokens (R,). The cache is not changed."""
     R, device = len(cache.at), cache.at.device
     S = cache.k[0].shape[2]

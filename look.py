@@ -46,7 +46,7 @@ class Look:
 
     @property
     def pad(self):
-        """The token behind the end of short rows; -1: there is none."""
+        """The token after the end of short rows; -1: there is none."""
         return self.data.tokenizer.pad if hasattr(self.data, "tokenizer") else -1
 
     def about(self):

@@ -9,7 +9,7 @@
 A query is cut into two halves; each is compared with n sub-keys, and the slot (i, j) of n * n has the sum of the i-th score of
 the first and the j-th of the second. The best k of all n * n slots are among the k * k sums of the best k of either half, so a
 lookup costs n and k * k where flat keys would cost n * n (Lample et al. 2019, arXiv 1907.05242; Berges et al. 2024, arXiv
-2412.09764, put it in place of MLPs). Memory layers as LLMonade's experiments and pipeline documents them.
+2412.09764, put it in place of MLPs). The options are those of LLMonade's experiments and pipeline.
 
 Letters: N tokens, D width of the residual stream, H heads, n sub-keys in a half, n * n slots, k slots read by a head,
 Q width of a query, V width of a value.
@@ -60,7 +60,7 @@ class Config(M.Config):
         at_least(self, 0, "mem_balance")
         one_of(self, SCORES, "mem_score")
         one_of(self, NORMS, "mem_query_norm")
-        require(self.use_ffn, "memory layers stand where MLPs do: use_ffn=1", "use_ffn")
+        require(self.use_ffn, "memory layers take the place of MLPs: use_ffn=1", "use_ffn")
         require(self.mem_k_dim % 2 == 0, f"mem_k_dim={self.mem_k_dim} must be even: a query has two halves", "mem_k_dim")
         message = f"mem_knn={self.mem_knn} is more than mem_n_keys={self.mem_n_keys}, the sub-keys that each half chooses from"
         require(self.mem_knn <= self.mem_n_keys, message, "mem_knn")
@@ -199,7 +199,7 @@ def usage(reads):
 
 
 class MemoryBlock(GPTBlock):
-    """A GPT block whose MLP may be a memory layer, or stand beside one with a router."""
+    """A GPT block whose MLP may be a memory layer, or beside one with a router."""
 
     def __init__(self, c):
         super().__init__(c)

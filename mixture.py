@@ -46,14 +46,14 @@ def open_dataset(path, seed, tokenizer=""):
 
 
 class Mixture:
-    """As a data file's Data, with two of them behind it."""
+    """Two data sets as one: what train.py needs of a data file's Data."""
 
     def __init__(self, main, second, c):
         self.main, self.second, self.chance = main, second, getattr(main, "chance", {})
         self.vocab_size = max(main.vocab_size, second.vocab_size)
         self.seq_len = max(main.seq_len, second.seq_len)
         steps = c.max_steps or c.n_epochs * main.steps_per_epoch(c.batch_size)
-        late = f"synthetic_start_step={c.synthetic_start_step} lies behind the last of {steps} steps"
+        late = f"synthetic_start_step={c.synthetic_start_step} lies after the last of {steps} steps"
         require(c.synthetic_start_step < steps or not c.n_epochs, late, "synthetic_start_step")
         self.start, window = c.synthetic_start_step, max(0, min(c.synthetic_end_step, steps) - c.synthetic_start_step)
         self.drawn = generator(c.seed, 9).random(window) < c.synthetic_weight  # (window,), does that step go to the second?

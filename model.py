@@ -206,7 +206,7 @@ class CausalConvolution(torch.autograd.Function):
 class ShortConv(nn.Module):
     """Depthwise causal convolution on (B, T, C).
 
-    It lets a token see its predecessor before any attention, which is what binds a key to the value behind it. One
+    It lets a token see its predecessor before any attention, which is what binds a key to the value after it. One
     convolution serves queries, keys and values side by side, since every channel is on its own.
     """
 
@@ -255,7 +255,7 @@ def project(x, *linears, then=lambda y: y):
 
 
 def positions(x, cache=None, documents=None):
-    """Where the tokens of x (B, T, D) stand in their documents, (B, T); None: at 0..T-1."""
+    """Positions of the tokens of x (B, T, D) in their documents, (B, T); None: 0..T-1."""
     if documents:
         return documents.position[None]
     if cache and cache["seen"]:

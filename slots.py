@@ -1,4 +1,4 @@
-"""Which slots of its memory layers a model reads, how long their values are, and what they stand for.
+"""Which slots of its memory layers a model reads, how long their values are, and at which tokens they are read.
 
     python eval.py activations runs/RUN    # slots and weights by row, layer, position and head
     python eval.py norms runs/RUN          # lengths of the value rows, and of what is read from them

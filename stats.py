@@ -39,7 +39,7 @@ def mcnemar(a, b):
 def paired_bootstrap(difference, weights=None, draws=2000, seed=0):
     """Mean of paired differences (n,), with the 95% interval of resampled examples (Efron 1979, percentiles).
 
-    weights (n,): how many measurements stand behind each example; the mean is over these.
+    weights (n,): the number of measurements of each example; the mean is over these.
     """
     difference = np.asarray(difference, float)
     weights = np.ones(len(difference)) if weights is None else np.asarray(weights, float)

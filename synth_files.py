@@ -24,7 +24,7 @@ LONGEST_LINE = 2**20  # bytes
 def write_facts(c, source, shard_rows=200_000):
     """Write an epoch of `source` (data_synth.Facts or HashHop), shuffled, as train/, and validation/, test/ and metadata.json.
 
-    A row is {"text": ..., tags}; a document that is shown often stands there as often. -> the metadata. Memory is that of
+    A row is {"text": ..., tags}; a document with k exposures is there k times. -> the metadata. Memory is that of
     one shard.
     """
     with new_directory(c.output_dir) as work:
@@ -99,7 +99,7 @@ def read_stored(path, task, tasks):
         raise ConfigError(f"{path}/metadata.json is not that of a data set of data_synth.py", "path") from None
     require(known and version == 1, f"{path} holds a data set of {kind!r}, not of data_synth.py", "path")
     require(kind == task, f"{path} holds task {kind}; say --task {kind}", "task")
-    number, tags, splits = {}, {}, {}  # text -> its number; the tags of a text are the same wherever it stands
+    number, tags, splits = {}, {}, {}  # text -> its number; the tags of a text are the same in every split
     for split, name in FOLDERS.items():
         which = []
         for file in files[name]:

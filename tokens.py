@@ -35,7 +35,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json, read by the `tokenizers` package; padding, begin and end are three tokens behind its own."""
+    """A tokenizer.json, read by the `tokenizers` package; padding, begin and end are three tokens after its own."""
 
     def __init__(self, path):
         try:
@@ -118,7 +118,7 @@ class Segments:
 
 @functools.cache
 def spellings(tokenizer, text):
-    """The token sequences that `text` may come as: the ends of its encodings behind a few neighbours."""
+    """The token sequences that `text` may come as: the ends of its encodings after a few neighbours."""
     found = set()
     for before in ("", "\n", "\n\n", " "):
         ids = tokenizer.encode(before + text).tolist()
@@ -136,7 +136,7 @@ def digits_mask(s):
 
 
 def qa_mask(s):
-    """Everything after the segment's last question mark, its end token too; without one, the value behind its last colon."""
+    """Everything after the segment's last question mark, its end token too; without one, the value after its last colon."""
     seen, all_of = s.count(s.are("?"))
     answer = (seen == all_of) & ~s.are("?") & (s.ids != s.tokenizer.pad) & (s.ids != s.tokenizer.bos)
     colons, all_colons = s.count(s.are(":"))

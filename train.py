@@ -216,7 +216,7 @@ def backward(run, step, stopped_by):
 
 
 def part_seed(*words):
-    """A seed for what is random in a part of a step (dropout): a function of where it stands, so that nothing needs saving."""
+    """A seed for what is random in a part of a step (dropout): a function of its place, so that nothing needs saving."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 

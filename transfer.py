@@ -5,7 +5,7 @@
     python train.py ... --init_from runs/RUN --init_map '{"0-5": "0-5", "6": "10"}'                   # blocks by number
     python train.py ... --init_from runs/RUN --init_map '{"layers.0.ffn.*": "layers.1.ffn.*"}'        # by name or pattern
 
-Both take what LLMonade's experiments and pipeline documents: names with or without "model." before them, its names of parts
+Both take the forms of LLMonade's experiments and pipeline: names with or without "model." before them, its names of parts
 (attn, mlp, k_proj), the JSON dict {pattern: "freeze"}, and {"layer_mappings": ..., "component_mappings": ...}.
 A pattern that matches nothing is an error, not silence. The order is: build, load, freeze, wrap, make the optimizer.
 """

@@ -38,7 +38,7 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """One assignment as the user wrote it: the key, its text or Python value, and where it stands ("--lr", "f.py:3")."""
+    """One assignment as the user wrote it: the key, its text or Python value, and where it was set ("--lr", "f.py:3")."""
 
     key: str
     value: object

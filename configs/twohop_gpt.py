@@ -3,7 +3,7 @@
 3 minutes on one of 2 CPU cores. Expected: 0.99 or more on trained queries. In-distribution ones (both facts are used in
 trained queries) and out-of-distribution ones stay near chance: the model stores each trained query as one more fact.
 
-That it composes at all takes spelling out the entity in between: configs/twohop_cot_gpt.py.
+It composes once the entity in between is spelled out: configs/twohop_cot_gpt.py.
 """
 
 data = "data_synth"

@@ -3,7 +3,7 @@
 4 minutes on one of 2 CPU cores. Expected: 0.99 or more on trained queries; in-distribution and out-of-distribution ones stay
 near chance, as in configs/twohop_gpt.py.
 
-That it composes at all takes spelling out the entity in between: configs/twohop_cot_memory.py.
+It composes once the entity in between is spelled out: configs/twohop_cot_memory.py.
 """
 
 model = "memory"
