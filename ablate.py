@@ -85,11 +85,11 @@ def keys(look):
     effects = effects_by_mode(columns)
     lines = [(*k, c["n"], *shown(c["fall"])[1:], f"{c['strongest']:.3f}", *shown(c["flip"])[1:]) for k, c in effects.items()]
     print_table(
-        ("mode", "block", "measured", "mean fall of the lead", "95% interval", "top 1%", "flips", "95% interval"), lines
+        ("mode", "layer", "measured", "mean fall of the lead", "95% interval", "top 1%", "flips", "95% interval"), lines
     )
     off = "zero is off-distribution: no row was trained with less weight. " * ("zero" in modes)
     print(off + "control: slots that the row does not read.")
-    by_slice = {"mode, block": {f"{mode}, {block}": cell for (mode, block), cell in effects.items()}}
+    by_slice = {"mode, layer": {f"{mode}, {block}": cell for (mode, block), cell in effects.items()}}
     plot = lambda path: impact.plot_keys(path, columns, look.name)
     save(look, "keys", {"rows": len(cases), "modes": modes}, by_slice, (), columns, plot)
 
@@ -123,7 +123,7 @@ def remove_slots(model, cases, modes, chunk=512, seed=0):
                 n = now.shape[1]
                 known = {"case": case, "slot": slot, "control": reads == 0, "reads": reads, "weight": weight}
                 parts.append({name: np.repeat(x[mine], n) for name, x in known.items()})
-                parts[-1] |= {"block": np.full(len(i) * n, block), "mode": np.full(len(i) * n, mode, "U8")}
+                parts[-1] |= {"layer": np.full(len(i) * n, block), "mode": np.full(len(i) * n, mode, "U8")}
                 measured = {"answer": cases.answers[i], "fall": lead[i] - now, "p_clean": p_clean[i], "p": p}
                 measured["flip"] = right[i] & ~still
                 parts[-1] |= {"place": np.tile(np.arange(n), len(i))} | {
@@ -151,7 +151,7 @@ def effects_by_mode(columns):
     """{(mode, block or "control"): {"fall", "flip"}}, over rows."""
     cells = {}
     for mode in dict.fromkeys(columns["mode"].tolist()):
-        groups = [(str(b), (columns["block"] == b) & ~columns["control"]) for b in np.unique(columns["block"])]
+        groups = [(str(b), (columns["layer"] == b) & ~columns["control"]) for b in np.unique(columns["layer"])]
         for name, mine in [*groups, ("control", columns["control"])]:
             mine = mine & (columns["mode"] == mode)
             if mine.any():
@@ -196,16 +196,16 @@ def layer(look):
     parts = []
     for (block, what), (hooks, intervene) in whole_block_changes(look.model, look.config.seed).items():
         now, p, right = margin(run_changed(look.model, cases, hooks, intervene), cases.answers)
-        parts.append(measured(cases, {"block": block, "what": what}, lead - now, p, right))
+        parts.append(measured(cases, {"layer": block, "what": what}, lead - now, p, right))
     columns = end_to_end(parts)
-    by_slice = {"block, what": {}, "block, what, place": {}}
-    for block, what in dict.fromkeys(zip(columns["block"].tolist(), columns["what"].tolist())):
-        mine = (columns["block"] == block) & (columns["what"] == what)
-        by_slice["block, what"][f"{block}, {what}"] = effect(columns, mine)
+    by_slice = {"layer, what": {}, "layer, what, place": {}}
+    for block, what in dict.fromkeys(zip(columns["layer"].tolist(), columns["what"].tolist())):
+        mine = (columns["layer"] == block) & (columns["what"] == what)
+        by_slice["layer, what"][f"{block}, {what}"] = effect(columns, mine)
         for place in np.unique(columns["place"]):
             here = mine & (columns["place"] == place)
-            by_slice["block, what, place"][f"{block}, {what}, {place}"] = effect(columns, here)
-    print_effects("block, without its", by_slice["block, what"])
+            by_slice["layer, what, place"][f"{block}, {what}, {place}"] = effect(columns, here)
+    print_effects("layer, without its", by_slice["layer, what"])
     save(look, "layer", {"rows": len(cases)}, by_slice, (), columns, lambda path: plot_effects(path, by_slice, look.name))
 
 
@@ -262,9 +262,9 @@ def heads(look):
         for head in range(mixer.heads):
             hooks = [without_head(mixer.out_proj, mixer.heads, head)]
             now, p, right = margin(run_changed(look.model, cases, hooks), cases.answers)
-            parts.append(measured(cases, {"block": block, "head": head}, lead - now, p, right))
+            parts.append(measured(cases, {"layer": block, "head": head}, lead - now, p, right))
     columns = end_to_end(parts)
-    columns["name"] = np.array([f"L{b}H{h}" for b, h in zip(columns["block"], columns["head"])])
+    columns["name"] = np.array([f"L{b}H{h}" for b, h in zip(columns["layer"], columns["head"])])
     by_slice, digits = {"head": {}, "head, place": {}}, {}
     for name in dict.fromkeys(columns["name"].tolist()):
         mine = columns["name"] == name
@@ -304,7 +304,7 @@ def why_not_blocks(look):
 
 
 def why_not_heads(look):
-    return why_not_blocks(look) or ("" if "mixer" in sites(look.model) else "its blocks have no mixer (use_att=0)")
+    return why_not_blocks(look) or ("" if "mixer" in sites(look.model) else "its layers have no mixer (use_att=0)")
 
 
 def why_not_pairs(look):
@@ -328,13 +328,13 @@ COMMANDS = {
     ),
     "position": looks(impact.position, "", "At which places of the answer removal costs most.", why_not_slots),
     "repeats": looks(impact.repeats, "seed", "Are keys with repeated digits easier to remove?", why_not_memory),
-    "layer": looks(layer, "rows seed", "Whole parts of blocks, taken out.", why_not_blocks),
+    "layer": looks(layer, "rows seed", "Whole parts of layers, taken out.", why_not_blocks),
     "heads": looks(heads, "rows seed", "Heads, taken out one by one: which are needed, where, for which digit.", why_not_heads),
     **{
         name: looks(lambda look, name=name: exchange.exchange(look, name), PAIRS, shows, why_not_memory)
         for name, shows in (
             ("force", "One head reads another row's strongest slot alone."),
-            ("inject", "Everything that another row reads at its label, in one block."),
+            ("inject", "Everything that another row reads at its label, in one layer."),
             ("replace", "The strongest slot's value, overwritten with that of another row's strongest slot."),
             ("swap", "Another row's slots under the row's own weights, by how often both were shown."),
         )

@@ -232,7 +232,7 @@ class Data:
         counts = np.add.reduceat(labels != IGNORE, ends[:-1])
         tags = {name: np.repeat(values, counts) for name, values in tags.items()}
         if self.has_positions:
-            tags["position"] = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            tags["place"] = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         if self.config.packing == "documents" and split == "train":
             tokens, targets = flat[None], shift(labels[None])
             return *map(torch.from_numpy, (tokens.astype(np.int64), targets.astype(np.int64))), tags, torch.from_numpy(ends)
@@ -276,7 +276,7 @@ def show(config, documents=2):
                 opens, closes = i in scored and i - 1 not in scored, i not in scored and i - 1 in scored
                 pieces.append("[" * opens + "]" * closes + data.tokenizer.decode([token]))
             marked = "".join(pieces)
-        print(f"{marked!r:24}", {k: v[0].item() for k, v in tags.items() if k != "position"} or "")
+        print(f"{marked!r:24}", {k: v[0].item() for k, v in tags.items() if k != "place"} or "")
 
 
 def main(argv=None):

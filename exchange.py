@@ -64,8 +64,8 @@ def strongest(found):
     return found["slots"].flatten(1).gather(1, best[:, None]).squeeze(1)
 
 
-# f(what the row reads at its label {"slots", "weights" (M, H, k)}, what the other row reads at its own, a head (M,)) -> what the
-# row is to read instead
+# f(what the row reads at its label {"slots", "weights" (M, H, k)}, what the other row reads at its own, a head (M,))
+# -> what the row is to read instead
 EXCHANGES = {"force": force, "inject": inject, "swap": swap}  # and "replace", which does not look at one place only
 
 
@@ -90,12 +90,12 @@ def exchange(look, name):
     cases, c = known_cases(look), look.config
     a, b = draw_pairs(cases, c.pairs, c.type, c.seed)
     columns = exchanged(look.model, cases, a, b, name, c.chunk, c.seed)
-    by_slice = {"block": became_by(columns, "block"), "block, place": became_by(columns, "block", "place")}
+    by_slice = {"layer": became_by(columns, "layer"), "layer, place": became_by(columns, "layer", "place")}
     if name == "force":
-        by_slice["block, head"] = became_by(columns, "block", "head")
+        by_slice["layer, head"] = became_by(columns, "layer", "head")
     if "type" in columns:
         by_slice["type"] = became_by(columns, "type")
-    cells = [(f"{k}={v}", cell) for k in by_slice if k != "block, place" for v, cell in by_slice[k].items()]
+    cells = [(f"{k}={v}", cell) for k in by_slice if k != "layer, place" for v, cell in by_slice[k].items()]
     lines = [(label, *(x for which in OUTCOMES for x in shown(cell[which])[1:])) for label, cell in cells]
     head = [x for outcome in OUTCOMES.values() for x in (outcome, "95% interval")]
     print_table((name, *head), lines)
@@ -150,7 +150,7 @@ def exchanged(model, cases, a, b, name, chunk=512, seed=0):
             parts[-1] |= {
                 "row": cases.rows[a[i]],
                 "other": cases.rows[b[i]],
-                "block": np.full(len(i), block),
+                "layer": np.full(len(i), block),
                 "place": p,
                 "head": h,
             }
@@ -193,18 +193,18 @@ def exchange_and_go_on(model, cases, clean, block, name, mine, other, place, hea
 
 def plot_exchange(path, columns, by_slice, look):
     """Where the other row's answer comes through, by block and place; and which digits become which."""
-    blocks, places, digits = (np.unique(columns[name]) for name in ("block", "place", "answer"))
+    blocks, places, digits = (np.unique(columns[name]) for name in ("layer", "place", "answer"))
     plt, fig, axes = figure(1, 1 + len(blocks), width=4.6)
     for block in blocks:
-        cells = [by_slice["block, place"][f"{block}, {p}"] for p in places]
-        draw(axes[0], places, [c["other's"] for c in cells], label=f"block {block}: the other's")
-        draw(axes[0], places, [c["placebo"] for c in cells], label=f"block {block}: a third", ls="--")
+        cells = [by_slice["layer, place"][f"{block}, {p}"] for p in places]
+        draw(axes[0], places, [c["other's"] for c in cells], label=f"layer {block}: the other's")
+        draw(axes[0], places, [c["placebo"] for c in cells], label=f"layer {block}: a third", ls="--")
     axes[0].set(xlabel="place in the answer", ylabel="share of answers (95%)", ylim=(-0.02, 1.02))
     axes[0].legend(fontsize=7)
     for axis, block in zip(axes[1:], blocks):
-        mine = columns["block"] == block
+        mine = columns["layer"] == block
         of_block = {k: columns[k][mine] for k in ("answer", "other answer", "other's")}
-        digit_heat(fig, axis, of_block, of_block["other's"], digits, look, f"block {block}: share that became the other's")
+        digit_heat(fig, axis, of_block, of_block["other's"], digits, look, f"layer {block}: share that became the other's")
     finish(fig, plt, path, f"{look.name}, {len(columns['row'])} changes")
 
 
@@ -351,7 +351,7 @@ def patch(look):
     T, B = next(iter(back.values())).shape
     columns = {
         "site": np.repeat([name for name, _ in back], T * B),
-        "block": np.repeat([block for _, block in back], T * B),
+        "layer": np.repeat([block for _, block in back], T * B),
         "position": np.tile(np.repeat(np.arange(T), B), len(back)),
         "row": np.tile(cases.rows, T * len(back)),
         "back": np.concatenate([x.ravel() for x in back.values()]),
@@ -359,10 +359,10 @@ def patch(look):
     cells = {f"{site}, {block}, {t}": mean(x[t]) for (site, block), x in back.items() for t in range(T)}
     best = sorted(cells.items(), key=lambda item: -item[1]["value"])[:12]
     print_table(
-        ("site, block, position", "rows", "share of the answer back", "95% interval"), [(k, *shown(c)) for k, c in best]
+        ("site, layer, position", "rows", "share of the answer back", "95% interval"), [(k, *shown(c)) for k, c in best]
     )
     metrics = {"rows": B, "lead of the answer, right key": mean(first), "lead of the answer, other key": mean(second)}
-    by_slice = {"site, block, position": cells}
+    by_slice = {"site, layer, position": cells}
     save(look, "patch", metrics, by_slice, (), columns, lambda path: plot_patch(path, back, cases, look))
 
 

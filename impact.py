@@ -41,13 +41,13 @@ def chosen(columns):
 
 def slot_table(columns):
     """One row for each block and slot: rows that read it, times, mean, median, largest and spread of the fall, flips."""
-    key = columns["block"].astype(np.int64) * 10**9 + columns["slot"]
+    key = columns["layer"].astype(np.int64) * 10**9 + columns["slot"]
     slots, which = np.unique(key, return_inverse=True)
     order = np.argsort(which, kind="stable")
     parts = np.split(order, np.cumsum(np.bincount(which))[:-1])
     fall = [columns["fall"][p] for p in parts]
     return {
-        "block": slots // 10**9,
+        "layer": slots // 10**9,
         "slot": slots % 10**9,
         "rows": np.array([len(np.unique(columns["row"][p])) for p in parts]),
         "mean": np.array([f.mean() for f in fall]),
@@ -82,13 +82,13 @@ def impact(look):
     and how many cost next to nothing."""
     everything = read_columns(look, "keys")
     columns, mode = chosen(everything)
-    slots, by_slice = slot_table(columns), {"block": {}}
-    for block in np.unique(slots["block"]):
-        mine = columns["block"] == block
+    slots, by_slice = slot_table(columns), {"layer": {}}
+    for block in np.unique(slots["layer"]):
+        mine = columns["layer"] == block
         pairs = np.abs(columns["fall"][mine])
-        per_slot = slots["mean"][slots["block"] == block]
+        per_slot = slots["mean"][slots["layer"] == block]
         best, every = best_and_any({name: v[mine] for name, v in columns.items()})
-        by_slice["block"][str(block)] = {
+        by_slice["layer"][str(block)] = {
             "fall": mean(per_slot),
             "median": float(np.median(columns["fall"][mine])),
             "largest": float(columns["fall"][mine].max()),
@@ -99,8 +99,8 @@ def impact(look):
             "ratio to a random slot": float(best.mean() / max(1e-9, every.mean())) if len(best) else math.nan,
         }
     control = everything["fall"][everything["control"]]
-    cells = by_slice["block"]
-    head = ("block", "slots", "mean fall", "95% interval", "median", "largest", "next to nothing", "best 5% / mean", "flips")
+    cells = by_slice["layer"]
+    head = ("layer", "slots", "mean fall", "95% interval", "median", "largest", "next to nothing", "best 5% / mean", "flips")
     lines = [
         (
             b,
@@ -153,17 +153,17 @@ def frequent_or_rare(columns):
 
 def plot_keys(path, columns, title):
     """Every mode: how the fall is spread over (row, slot) pairs, by block, and control."""
-    modes, blocks = dict.fromkeys(columns["mode"].tolist()), np.unique(columns["block"])
+    modes, blocks = dict.fromkeys(columns["mode"].tolist()), np.unique(columns["layer"])
     plt, fig, axes = figure(1, len(blocks) + 1)
     for axis, block in zip(axes, blocks):
         for mode in modes:
-            mine = (columns["mode"] == mode) & (columns["block"] == block) & ~columns["control"]
+            mine = (columns["mode"] == mode) & (columns["layer"] == block) & ~columns["control"]
             fall = np.sort(columns["fall"][mine])[::-1]
             axis.plot(np.linspace(0, 1, len(fall)), fall, lw=1, label=f"{mode}, n = {len(fall)}")
         axis.set(
             xlabel="(row, slot, label), largest first",
             ylabel="fall of the right answer's lead (logits)",
-            title=f"block {block}",
+            title=f"layer {block}",
         )
         axis.set_xscale("symlog", linthresh=1e-3)
         axis.set_xlim(0, 1)
@@ -181,22 +181,22 @@ def plot_keys(path, columns, title):
 
 def plot_impact(path, columns, slots, look, mode, most=60):
     """The importance matrix: rows (examples) by the slots that matter most; and every slot's mean fall, sorted."""
-    blocks = np.unique(slots["block"])
+    blocks = np.unique(slots["layer"])
     plt, fig, axes = figure(1, 1 + len(blocks), width=5.2)
     for block in blocks:
-        mine = slots["block"] == block
-        axes[0].plot(np.sort(slots["mean"][mine])[::-1], lw=1, label=f"block {block}: {mine.sum()} slots")
+        mine = slots["layer"] == block
+        axes[0].plot(np.sort(slots["mean"][mine])[::-1], lw=1, label=f"layer {block}: {mine.sum()} slots")
         axes[0].axhline(slots["mean"][mine].mean(), ls="--", lw=1, color="gray")
     axes[0].set(xlabel="slots, most important first", ylabel=f"fall of the lead (logits), {mode}")
-    axes[0].legend(fontsize=7, title="dashed: a random slot of a block", title_fontsize=7)
+    axes[0].legend(fontsize=7, title="dashed: a random slot of a layer", title_fontsize=7)
     axes[0].grid(alpha=0.3)
     rows = np.unique(columns["row"])[:most]
     for axis, block in zip(axes[1:], blocks):
-        best = slots["slot"][slots["block"] == block][
-            np.argsort(-slots["mean"][slots["block"] == block] * slots["rows"][slots["block"] == block])
+        best = slots["slot"][slots["layer"] == block][
+            np.argsort(-slots["mean"][slots["layer"] == block] * slots["rows"][slots["layer"] == block])
         ][:most]
         grid = np.full((len(rows), len(best)), np.nan)
-        mine = (columns["block"] == block) & np.isin(columns["row"], rows) & np.isin(columns["slot"], best)
+        mine = (columns["layer"] == block) & np.isin(columns["row"], rows) & np.isin(columns["slot"], best)
         place_of = {s: i for i, s in enumerate(best.tolist())}
         sums, counts = np.zeros_like(grid), np.zeros_like(grid)
         at = np.searchsorted(rows, columns["row"][mine]), np.array([place_of[s] for s in columns["slot"][mine].tolist()], int)
@@ -204,7 +204,7 @@ def plot_impact(path, columns, slots, look, mode, most=60):
         np.add.at(counts, at, 1)
         grid[counts > 0] = (sums / np.maximum(1, counts))[counts > 0]
         drawn = axis.imshow(grid, aspect="auto", cmap="magma_r", vmin=0, vmax=np.nanquantile(grid, 0.99))
-        axis.set(xlabel=f"the {len(best)} slots with the largest effect", ylabel="row", title=f"block {block}; white: not read")
+        axis.set(xlabel=f"the {len(best)} slots with the largest effect", ylabel="row", title=f"layer {block}; white: not read")
         axis.title.set_fontsize(8)
         fig.colorbar(drawn, ax=axis, label="mean fall of the lead (logits)")
     finish(fig, plt, path, f"{look.name}: {len(np.unique(columns['row']))} rows")
@@ -218,9 +218,9 @@ def keystats(look, clusters=8):
     directions of the value rows), with the silhouette that says whether there are groups at all."""
     columns, mode = chosen(read_columns(look, "keys"))
     slots = slot_table(columns)
-    found, by_slice = {**slots, "cluster": np.zeros(len(slots["slot"]), int)}, {"block": {}}
-    for block in np.unique(slots["block"]):
-        mine = np.flatnonzero(slots["block"] == block)
+    found, by_slice = {**slots, "cluster": np.zeros(len(slots["slot"]), int)}, {"layer": {}}
+    for block in np.unique(slots["layer"]):
+        mine = np.flatnonzero(slots["layer"] == block)
         values = look.model.memories()[int(block)].values.detach().float().cpu().numpy()[slots["slot"][mine]]
         group, quality = spherical_k_means(values, min(clusters, len(values) // 2 or 1), look.config.seed)
         by_chance = np.mean(
@@ -228,7 +228,7 @@ def keystats(look, clusters=8):
         )
         found["cluster"][mine] = group
         often = correlation(slots["rows"][mine], slots["mean"][mine], seed=look.config.seed)
-        by_slice["block"][str(block)] = {
+        by_slice["layer"][str(block)] = {
             "rows that read a slot": mean(slots["rows"][mine]),
             "variance of effect": mean(slots["std"][mine] ** 2),
             "silhouette": quality,
@@ -236,7 +236,7 @@ def keystats(look, clusters=8):
             "reads against effect (Spearman)": often,
         }
     head = (
-        "block",
+        "layer",
         "slots",
         "rows a slot",
         "variance of effect",
@@ -247,7 +247,7 @@ def keystats(look, clusters=8):
         "p",
     )
     lines = []
-    for b, c in by_slice["block"].items():
+    for b, c in by_slice["layer"].items():
         r, often = c["rows that read a slot"], c["reads against effect (Spearman)"]
         numbers = (f"{r['value']:.1f}", f"{c['variance of effect']['value']:.4f}", f"{c['silhouette']:.3f}")
         lines.append((b, r["n"], *numbers, f"{c['silhouette of shuffled values']:.3f}", *shown(often)[1:], f"{often['p']:.4f}"))
@@ -285,10 +285,10 @@ def spherical_k_means(values, clusters, seed=0, rounds=50):
 
 def plot_keystats(path, slots, title):
     plt, fig, axes = figure(1, 2)
-    for block in np.unique(slots["block"]):
-        mine = slots["block"] == block
-        axes[0].plot(slots["rows"][mine], slots["mean"][mine], ".", ms=3, alpha=0.6, label=f"block {block}: {mine.sum()} slots")
-        axes[1].plot(slots["mean"][mine], slots["std"][mine], ".", ms=3, alpha=0.6, label=f"block {block}")
+    for block in np.unique(slots["layer"]):
+        mine = slots["layer"] == block
+        axes[0].plot(slots["rows"][mine], slots["mean"][mine], ".", ms=3, alpha=0.6, label=f"layer {block}: {mine.sum()} slots")
+        axes[1].plot(slots["mean"][mine], slots["std"][mine], ".", ms=3, alpha=0.6, label=f"layer {block}")
     axes[0].set(xlabel="rows that read the slot", ylabel="mean fall of the lead (logits)", xscale="log")
     axes[1].set(xlabel="mean fall of the lead (logits)", ylabel="standard deviation over rows and labels")
     for axis in axes:
@@ -301,24 +301,24 @@ def occurrences(look):
     """How the reads of the rows taken apart spread over the table: slots by times read, unused ones, Gini's coefficient, KL."""
     columns, _ = chosen(read_columns(look, "keys"))
     first = columns["place"] == 0
-    by_slice, counts = {"block": {}}, {}
+    by_slice, counts = {"layer": {}}, {}
     for block, memory in look.model.memories().items():
-        mine = first & (columns["block"] == block)
+        mine = first & (columns["layer"] == block)
         times = np.bincount(columns["slot"][mine], columns["reads"][mine], minlength=len(memory.values))
         p = times / times.sum()
         counts[block] = times
-        by_slice["block"][str(block)] = {
+        by_slice["layer"][str(block)] = {
             "unused": share(int((times == 0).sum()), len(times)),
             "gini": gini(times),
             "kl": float((p[p > 0] * np.log(p[p > 0] * len(p))).sum()),
             "reads": int(times.sum()),
         }
-    head = ("block", "slots", "unused", "95% interval", "Gini", "KL from even (nats)", "reads")
+    head = ("layer", "slots", "unused", "95% interval", "Gini", "KL from even (nats)", "reads")
     print_table(
-        head, [(b, *shown(c["unused"]), f"{c['gini']:.3f}", f"{c['kl']:.3f}", c["reads"]) for b, c in by_slice["block"].items()]
+        head, [(b, *shown(c["unused"]), f"{c['gini']:.3f}", f"{c['kl']:.3f}", c["reads"]) for b, c in by_slice["layer"].items()]
     )
     flat = {
-        "block": np.repeat(list(counts), [len(t) for t in counts.values()]),
+        "layer": np.repeat(list(counts), [len(t) for t in counts.values()]),
         "slot": np.concatenate([np.arange(len(t)) for t in counts.values()]),
     }
     save(
@@ -348,7 +348,7 @@ def plot_occurrences(path, counts, title):
     top = max(t.max() for t in counts.values())
     edges = np.concatenate([[0, 1], np.unique(np.geomspace(1, top + 1, 24).round())[1:]])
     for block, times in counts.items():
-        axis.hist(times, edges, alpha=0.5, label=f"block {block}: {(times == 0).sum()} of {len(times)} slots never read")
+        axis.hist(times, edges, alpha=0.5, label=f"layer {block}: {(times == 0).sum()} of {len(times)} slots never read")
     axis.set(xlabel="times read by the rows taken apart", ylabel="slots", xscale="symlog")
     axis.legend(fontsize=7)
     finish(fig, plt, path, title)
@@ -361,9 +361,9 @@ def position(look):
     """The fall of the lead by place in the answer and block. p: is a place unlike the others of its block (permutations of the
     places within rows, Holm over all)?"""
     columns, mode = chosen(read_columns(look, "keys"))
-    by_slice, p_values = {"block, place": {}}, []
-    for block in np.unique(columns["block"]):
-        mine = columns["block"] == block
+    by_slice, p_values = {"layer, place": {}}, []
+    for block in np.unique(columns["layer"]):
+        mine = columns["layer"] == block
         rows, which = np.unique(columns["row"][mine], return_inverse=True)
         places = np.unique(columns["place"][mine])
         sums = np.zeros((len(rows), len(places)))
@@ -374,16 +374,16 @@ def position(look):
         p_values += unlike_others(by_row).tolist()
         for i, place in enumerate(places):
             here = mine & (columns["place"] == place)
-            by_slice["block, place"][f"{block}, {place}"] = {
+            by_slice["layer, place"][f"{block}, {place}"] = {
                 "fall": mean(by_row[:, i]),
                 "flips": share_over_rows(columns["flip"][here], columns["row"][here]),
             }
-    for cell, p in zip(by_slice["block, place"].values(), holm(p_values)):
+    for cell, p in zip(by_slice["layer, place"].values(), holm(p_values)):
         cell["p_holm"] = p
     lines = [
-        (k, *shown(c["fall"]), f"{c['flips']['value']:.3%}", f"{c['p_holm']:.4f}") for k, c in by_slice["block, place"].items()
+        (k, *shown(c["fall"]), f"{c['flips']['value']:.3%}", f"{c['p_holm']:.4f}") for k, c in by_slice["layer, place"].items()
     ]
-    print_table(("block, place in the answer", "rows", "mean fall", "95% interval", "flips", "p (Holm)"), lines)
+    print_table(("layer, place in the answer", "rows", "mean fall", "95% interval", "flips", "p (Holm)"), lines)
     save(
         look,
         "position",
@@ -391,7 +391,7 @@ def position(look):
         by_slice,
         (),
         None,
-        lambda path: plot_position(path, by_slice["block, place"], look.name, mode),
+        lambda path: plot_position(path, by_slice["layer, place"], look.name, mode),
     )
 
 
@@ -409,7 +409,7 @@ def plot_position(path, cells, title, mode):
     plt, fig, (axis,) = figure(1, 1, width=5)
     for block in dict.fromkeys(k.split(", ")[0] for k in cells):
         mine = {int(k.split(", ")[1]): c["fall"] for k, c in cells.items() if k.split(", ")[0] == block}
-        draw(axis, list(mine), list(mine.values()), label=f"block {block}, n = {next(iter(mine.values()))['n']} rows")
+        draw(axis, list(mine), list(mine.values()), label=f"layer {block}, n = {next(iter(mine.values()))['n']} rows")
     axis.set(xlabel="place in the answer", ylabel=f"fall of the lead, {mode} (95%)", ylim=(0, None))
     axis.legend(fontsize=7)
     finish(fig, plt, path, title)
@@ -474,9 +474,9 @@ def correlate(look):
     """Row by row: does removal of slots cost more where another row's slots (swap) bring the other's answer?"""
     removed, mode = chosen(read_columns(look, "keys"))
     swapped = read_columns(look, "swap")
-    by_slice, kept = {"block, measure": {}}, []
-    for block in np.unique(removed["block"]):
-        a, b = ({k: v[c["block"] == block] for k, v in c.items()} for c in (removed, swapped))
+    by_slice, kept = {"layer, measure": {}}, []
+    for block in np.unique(removed["layer"]):
+        a, b = ({k: v[c["layer"] == block] for k, v in c.items()} for c in (removed, swapped))
         rows = np.intersect1d(a["row"], b["row"])
         require(
             len(rows) >= 5, "fewer than 5 rows are in both files; measure keys and swap with the same --rows and --seed", None
@@ -485,9 +485,9 @@ def correlate(look):
         taken = by_rows({"row": b["row"], "fall": b["other's"].astype(float)}, rows)
         for name, other in (("fall by swap", y), ("other's answer by swap", taken)):
             for kind in ("pearson", "spearman"):
-                by_slice["block, measure"][f"{block}, {name}, {kind}"] = correlation(x, other, kind, seed=look.config.seed)
-        kept.append({"block": np.full(len(rows), block), "row": rows, "removal": x, "swap": y, "other's": taken})
-    cells = by_slice["block, measure"]
+                by_slice["layer, measure"][f"{block}, {name}, {kind}"] = correlation(x, other, kind, seed=look.config.seed)
+        kept.append({"layer": np.full(len(rows), block), "row": rows, "removal": x, "swap": y, "other's": taken})
+    cells = by_slice["layer, measure"]
     for cell, p in zip(cells.values(), holm([c["p"] for c in cells.values()])):
         cell["p_holm"] = p
     lines = [(k, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in cells.items()]
@@ -498,8 +498,8 @@ def correlate(look):
 
 def plot_corr(path, columns, title):
     plt, fig, axes = figure(1, 2)
-    for block in np.unique(columns["block"]):
-        mine = columns["block"] == block
+    for block in np.unique(columns["layer"]):
+        mine = columns["layer"] == block
         for axis, name in zip(axes, ("swap", "other's")):
             axis.plot(
                 columns["removal"][mine],
@@ -507,7 +507,7 @@ def plot_corr(path, columns, title):
                 ".",
                 ms=4,
                 alpha=0.7,
-                label=f"block {block}, n = {mine.sum()} rows",
+                label=f"layer {block}, n = {mine.sum()} rows",
             )
     axes[0].set(xlabel="mean fall of the lead by removal", ylabel="mean fall of the lead by swap")
     axes[1].set(xlabel="mean fall of the lead by removal", ylabel="share of the other's answers by swap")

@@ -146,7 +146,7 @@ def test_many_removals_at_once_equal_one_whole_forward_pass_each(model, mode):
     assert (np.bincount(found["case"]) > 20).all() and found["control"].sum() == len(cases) * 2 * n
     random, seen = np.random.default_rng(0), 0
     for block in model.memories():
-        mine = found["block"] == block
+        mine = found["layer"] == block
         case, slot = found["case"][mine][::n], found["slot"][mine][::n]
         other, borrowed = random.integers(25, size=len(case)), None
         control_or_not = found["control"][mine][::n]
@@ -415,7 +415,7 @@ def test_pairs_by_type():
 def test_tables_by_hand():
     columns = {
         "row": np.array([0, 0, 1, 1, 2]),
-        "block": np.zeros(5, int),
+        "layer": np.zeros(5, int),
         "slot": np.array([4, 4, 4, 4, 5]),
         "flip": np.array([1, 0, 0, 0, 0]) == 1,
         "fall": np.array([1.0, 2.0, 3.0, 4.0, 7.0]),
@@ -478,7 +478,7 @@ def test_a_report_of_everything(runs, name, left_out, capsys):
     assert result["config"]["run"] == str(runs / name)
     if name == "two":
         result, columns = saved(runs, name, "keys")
-        assert (columns["fall"][columns["control"]] == 0).all() and result["by_slice"]["mode, block"]["zero, control"]["flip"][
+        assert (columns["fall"][columns["control"]] == 0).all() and result["by_slice"]["mode, layer"]["zero, control"]["flip"][
             "value"
         ] == 0
         _, swapped = saved(runs, name, "swap")

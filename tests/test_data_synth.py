@@ -263,7 +263,7 @@ def test_only_answers_are_scored_and_tags_fit(task):
         assert tokens.shape == targets.shape and tokens.max() < data.vocab_size and tokens.shape[1] <= data.seq_len
         assert {len(v) for v in tags.values()} == {int((targets != -100).sum())}
         counts = (targets != -100).sum(1).tolist()
-        assert tags["position"].tolist() == [i for n in counts for i in range(n)]
+        assert tags["place"].tolist() == [i for n in counts for i in range(n)]
 
 
 @pytest.mark.parametrize("cls", [M.GPT, delta.DeltaNet])
