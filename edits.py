@@ -92,7 +92,7 @@ def answered(model, tokens, targets):
 
 def fine_tune(lr, names, replay=False):
     """An editor that trains the parameters with one of `names` in theirs on the new facts until all are answered; with replay,
-    on the kept ones beside them."""
+    on the kept ones beside them, until those are answered, too. 200 steps at most."""
 
     def method(model, tokens, targets, kept, kept_targets):
         mine = [q for name, q in model.named_parameters() if any(n in name for n in names)]
@@ -102,7 +102,8 @@ def fine_tune(lr, names, replay=False):
             loss = model(tokens, targets)[1]
             (loss + model(kept, kept_targets)[1] if replay else loss).backward()
             optimizer.step()
-            if answered(model, tokens, targets) == len(tokens):
+            done = answered(model, tokens, targets) == len(tokens)
+            if done and (not replay or answered(model, kept, kept_targets) == len(kept)):
                 break
 
     return method
@@ -119,15 +120,15 @@ EDITORS = {
 
 
 def plot_edits(path, results, title):
-    """Efficacy and specificity of each method against the number of facts rewritten."""
-    plt, fig, (left, right) = figure(1, 2)
-    for name in EDITORS:
-        mine = [r for r in results if r["method"] == name]
-        for axis, key in ((left, "efficacy"), (right, "specificity")):
-            draw(axis, [r["edits"] for r in mine], [r[key] for r in mine], label=name)
-    for axis, label in ((left, "efficacy"), (right, f"specificity (n = {mine[-1]['specificity']['n']})")):
-        ylabel = label + "\nexact match, 95% interval"
+    """The three shares of each method against the number of facts rewritten."""
+    plt, fig, axes = figure(1, len(SIDES), width=3.8)
+    for axis, side in zip(axes, SIDES):
+        for name in EDITORS:
+            mine = [r for r in results if r["method"] == name]
+            draw(axis, [r["edits"] for r in mine], [r[side] for r in mine], label=name)
+        n = "" if side == "efficacy" else f" (n = {mine[-1][side]['n']})"
+        ylabel = f"{side}{n}\nexact match, 95% interval"
         axis.set(xscale="log", xlabel="facts rewritten at once", ylabel=ylabel, ylim=(-0.02, 1.02))
-    fig.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=2)
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=5)
     fig.supxlabel(title, fontsize=8)
     finish(fig, plt, path, "")

@@ -223,18 +223,23 @@ def edit_points():
 
 
 def draw_edits(found):
-    plt, fig, axes = figure(1, 2, width=4.5)
+    plt, fig, axes = figure(1, 3, width=3.8)
     made = [result["made"] for result in found["memory"][0]]
     counts = made[0]["metrics"]["edits"]
     message = "the runs of qa_2k_memory1 were measured with different --edits; run `python eval.py edit` on each again"
     require(all(m["metrics"]["edits"] == counts for m in made), message, None)
     runs = [m["by_slice"]["method and edits"] for m in made]
-    for method in dict.fromkeys(cell["method"] for cell in runs[0].values()):
-        for axis, key in zip(axes, ("efficacy", "specificity")):
-            values = np.array([[run[f"{method}, {n}"][key]["value"] for n in counts] for run in runs])
+    sides = {
+        "efficacy": "efficacy: rewritten facts right",
+        "specificity": "specificity: other facts right",
+        "kept": "other facts that a method may use, right",
+    }
+    for axis, (side, label) in zip(axes, sides.items()):
+        for method in dict.fromkeys(cell["method"] for cell in runs[0].values()):
+            values = np.array([[run[f"{method}, {n}"][side]["value"] for n in counts] for run in runs])
             band(axis, counts, values, None, method)
-    for axis, label in zip(axes, ("efficacy: rewritten facts right", "specificity: other facts right")):
         axis.set(xscale="log", xlabel="facts rewritten at once", ylabel=label, ylim=(-0.02, 1.02))
+        axis.yaxis.label.set_fontsize(8)
         axis.set_xticks(counts, counts)
         axis.minorticks_off()
         axis.grid(alpha=0.3)

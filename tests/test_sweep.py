@@ -103,7 +103,9 @@ def made_up(value, state=100):
     """One run's result with every part that some figure shows."""
     cell = {"value": value, "exact": {"value": value / 2}}
     edits = {
-        f"{m}, {n}": {"method": m, "efficacy": {"value": value}, "specificity": {"value": value}} for m in "ab" for n in (1, 10)
+        f"{m}, {n}": {"method": m, "efficacy": {"value": value}, "specificity": {"value": value}, "kept": {"value": value}}
+        for m in "ab"
+        for n in (1, 10)
     }
     stored = {name: {"value": value} for name in ("bits stored", "bits stored per parameter", "bits stored per memory value")}
     return {
