@@ -41,33 +41,28 @@ from interventions import (
     sites,
     without_head,
 )
-from look import end_to_end, save
+from look import LookConfig, end_to_end, save
 from measure import figure, finish, mean_over_rows, print_table, share_over_rows, shown
 from slots import why_not_slots
 
 
 @dataclass
-class AblateConfig:
+class AblateConfig(LookConfig):
     rows: int = 100  # rows to take apart, of those that the model answers rightly; 0: all of them
     modes: str = "zero drop mean random resample"  # keys: how a slot is removed
     pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of rows; 0: every pair
     type: str = "any"  # swap and its kin: any, less_less, more_more, less_more, more_less (exposures of row and other row)
     chunk: int = 512  # changed copies of rows in one forward pass
     seed: int = 0  # of what is drawn: pairs, random slots
-    split: str = "test"  # test or val
-    checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
-    eval_batch_size: int = 100  # rows in a forward pass of the untouched model
-    device: str = "auto"  # auto, cpu, cuda, mps
 
     def check(self):
         configs.at_least(self, 0, "rows", "pairs", "seed")
-        configs.at_least(self, 1, "chunk", "eval_batch_size")
+        super().check()
+        configs.at_least(self, 1, "chunk")
         for mode in self.modes.split():
             require(mode in MODES, f"modes={self.modes!r} must be some of {', '.join(MODES)}", "modes")
         require(self.modes.split(), f"modes is empty; choose some of {', '.join(MODES)}", "modes")
         one_of(self, exchange.TYPES, "type")
-        one_of(self, ("test", "val"), "split")
-        one_of(self, ("best", "ckpt"), "checkpoint")
 
 
 # ---- keys --------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from compare import compare
 from configs import one_of, require
 from draws import IGNORE
 from logits import logits
-from look import over_rows, save
+from look import LookConfig, over_rows, save
 from measure import (
     draw,
     figure,
@@ -54,26 +54,20 @@ from stats import repair, stats
 
 
 @dataclass
-class EvalConfig:
-    split: str = "test"  # test or val
-    checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
-    eval_batch_size: int = 100  # rows in a forward pass
+class EvalConfig(LookConfig):
     examples: int = 0  # print this many rows with the answers that the model gives, token by token
     example: int = -1  # print this row whole (attention: draw it); -1: none (attention: the first)
     rows: int = 1000  # what looks inside: rows to look at, as many of each part of the split; 0: all
     data: str = ""  # routing: texts of a .jsonl or .parquet file instead of the run's own rows
     edits: tuple[int, ...] = (1, 3, 10, 30, 100)  # edit: how many facts to rewrite at once
-    device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
     out: str = ""  # compare: where to write, without ending; empty: compare beside the first run
 
     def check(self):
-        configs.at_least(self, 1, "eval_batch_size")
+        super().check()
         configs.at_least(self, 0, "examples", "rows")
         configs.at_least(self, -1, "example")
         require(self.edits and min(self.edits) >= 1, f"edits={self.edits} needs numbers of at least 1", "edits")
-        one_of(self, ("test", "val"), "split")
-        one_of(self, ("best", "ckpt"), "checkpoint")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
 
 

@@ -10,11 +10,14 @@ import math
 import os
 
 import numpy as np
+import torch
 
 from checkpoint import read_json
 from configs import ConfigError, require
+from exchange import HOW
 from look import read_parquet, save
 from measure import draw, figure, finish, mean, print_table, share, share_over_rows, shown
+from memory import usage
 from stats import correlation, holm
 
 
@@ -305,12 +308,11 @@ def occurrences(look):
     for block, memory in look.model.memories().items():
         mine = first & (columns["layer"] == block)
         times = np.bincount(columns["slot"][mine], columns["reads"][mine], minlength=len(memory.values))
-        p = times / times.sum()
         counts[block] = times
         by_slice["layer"][str(block)] = {
             "unused": share(int((times == 0).sum()), len(times)),
             "gini": gini(times),
-            "kl": float((p[p > 0] * np.log(p[p > 0] * len(p))).sum()),
+            "kl": usage(torch.from_numpy(times))["kl"],
             "reads": int(times.sum()),
         }
     head = ("layer", "slots", "unused", "95% interval", "Gini", "KL from even (nats)", "reads")
@@ -522,7 +524,7 @@ def swap_predictions(look):
     columns = read_columns(look, "swap_matrix")
     digits, by_slice = np.unique(columns["answer"]), {}
     differ = columns["answer"] != columns["other answer"]
-    for how in ("teacher-forced", "token by token"):
+    for how in HOW:
         now = columns[how]
         outcomes = {
             "its own digit": now == columns["answer"],
@@ -538,7 +540,7 @@ def swap_predictions(look):
                 turned[f"{look.token(x)} to {look.token(y)}"] = cell
     print_table(
         ("a digit turns into", "how", "digits", "share", "95% interval"),
-        [(k, how, *shown(c)) for how in ("teacher-forced", "token by token") for k, c in by_slice[how].items()],
+        [(k, how, *shown(c)) for how in HOW for k, c in by_slice[how].items()],
     )
     save(look, "swap_pred", {}, by_slice, (), None, lambda path: plot_swap_predictions(path, columns, digits, look))
 
@@ -546,7 +548,7 @@ def swap_predictions(look):
 def plot_swap_predictions(path, columns, digits, look):
     plt, fig, axes = figure(1, 2, width=4.8)
     differ = columns["answer"] != columns["other answer"]
-    for axis, how in zip(axes, ("teacher-forced", "token by token")):
+    for axis, how in zip(axes, HOW):
         now = np.unique(columns[how])
         counts = np.array([[(differ & (columns["answer"] == x) & (columns[how] == y)).sum() for y in now] for x in digits])
         drawn = axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="viridis", vmin=0)

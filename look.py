@@ -19,11 +19,26 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import write_file, write_json
-from configs import ConfigError, require
+from configs import ConfigError, at_least, one_of, require
 from draws import IGNORE
 from measure import autocast, predict
 from parallel import ALONE, choose_device
 from plan import load_run
+
+
+@dataclass
+class LookConfig:
+    """Settings of every command that looks at a run."""
+
+    split: str = "test"  # test or val
+    checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
+    eval_batch_size: int = 100  # rows in a forward pass
+    device: str = "auto"  # auto, cpu, cuda, mps
+
+    def check(self):
+        at_least(self, 1, "eval_batch_size")
+        one_of(self, ("test", "val"), "split")
+        one_of(self, ("best", "ckpt"), "checkpoint")
 
 
 @dataclass
