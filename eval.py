@@ -22,6 +22,7 @@ A run is rebuilt from its own config.json and checkpoint; no override file is ru
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 import attention_maps
 import configs
@@ -47,7 +48,6 @@ from measure import (
     shown,
     summarise,
 )
-from model import greedy
 from routing import routing
 from slots import activations, norms, track, why_not_slots
 from stats import repair, stats
@@ -134,6 +134,16 @@ def stored_bits(batches, data, model):
     sizes = {"bits stored": 1, "bits stored per parameter": every, "bits stored per memory value": sum(values.values())}
     of_all = {name: knowledge["facts"] / size for name, size in sizes.items() if size}
     return {name: mean(bits * facts) for name, facts in of_all.items()}
+
+
+def greedy(model, tokens, count):
+    """The count >= 1 tokens that follow tokens (B, T), each the most likely one after all before it -> (B, count)."""
+    logits, cache = model.read(tokens)
+    out = [logits[:, -1:].argmax(-1)]  # (B, 1)
+    while len(out) < count:
+        logits, cache = model.read(out[-1], cache)
+        out.append(logits.argmax(-1))
+    return torch.cat(out, dim=1)
 
 
 def answer(look, row):

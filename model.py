@@ -579,22 +579,11 @@ class UnifiedKV(GPT):
     """GPT with one vector per head and token as key and value: see CausalSelfAttentionUnifiedKV."""
 
     block = UnifiedKVBlock
-    ignores = {"dk": "only gpt has it; unified_kv has du", "dv": "only gpt has it; unified_kv has du"} | {
-        k: v for k, v in GPT.ignores.items() if k != "du"
-    }
+    ignores = dict.fromkeys(("dk", "dv"), "only gpt has it; unified_kv has du")
+    ignores |= {name: GPT.ignores[name] for name in ("chunk_size", "lr_temp")}
 
 
 Model = GPT  # what `--model model` names
-
-
-def greedy(model, tokens, count):
-    """The count >= 1 tokens that follow tokens (B, T), each the most likely one after all before it -> (B, count)."""
-    logits, cache = model.read(tokens)
-    out = [logits[:, -1:].argmax(-1)]  # (B, 1)
-    while len(out) < count:
-        logits, cache = model.read(out[-1], cache)
-        out.append(logits.argmax(-1))
-    return torch.cat(out, dim=1)
 
 
 def correct(logits, targets):

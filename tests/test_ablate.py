@@ -16,6 +16,7 @@ import memory
 import model as M
 import train
 from configs import ConfigError
+from eval import greedy
 from measure import mean_over_rows
 
 SIZES = dict(dim=16, n_layers=3, n_heads=2, dk=8, dv=8, conv=2, vocab_size=11, seq_len=9)
@@ -300,7 +301,7 @@ def test_a_row_with_its_own_reading_decodes_as_before():
     i = torch.arange(6)
     changes = exchange.reading_of_others(clean, cases, i, i)
     torch.testing.assert_close(I.run_changed(model, cases, intervene=changes), clean.logits)
-    plain = M.greedy(model, cases.tokens[:, :5], 3)
+    plain = greedy(model, cases.tokens[:, :5], 3)
     assert torch.equal(exchange.decode_with(model, cases, {b: lambda found: found for b in clean.found}), plain)
 
 

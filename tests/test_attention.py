@@ -6,6 +6,7 @@ import torch
 import attention as A
 import delta as D
 import model as M
+from eval import greedy
 from test_model import T, V, build
 
 
@@ -133,11 +134,11 @@ def test_reading_on_from_the_cache_equals_one_forward_pass(kind):
 def test_greedy_equals_the_argmax_of_whole_rows(kind):
     model = build_kind(kind)
     tokens = torch.randint(V, (3, 4), generator=torch.Generator().manual_seed(0))
-    out = M.greedy(model, tokens, T - 4)
+    out = greedy(model, tokens, T - 4)
     assert out.shape == (3, T - 4)
     whole = torch.cat([tokens, out], dim=1)
     assert torch.equal(model(whole)[0][:, 3:-1].argmax(-1), out)
-    assert torch.equal(M.greedy(model, tokens, 1), out[:, :1])
+    assert torch.equal(greedy(model, tokens, 1), out[:, :1])
 
 
 def test_reading_beyond_the_positions_is_refused():
