@@ -133,9 +133,10 @@ class Mine(Sure):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_dropout_and_frozen_weights(on_ranks, tmp_path, monkeypatch, how):
     """What is random in a step depends on where in the batch it is, not on who computes it or what came before."""
-    (tmp_path / "mine.py").write_text(DROPOUT)
+    file = f"dropout_{how}"  # a name of its own: this process imports both
+    (tmp_path / f"{file}.py").write_text(DROPOUT)
     monkeypatch.chdir(tmp_path)
-    changes = dict(model="mine.Mine", accumulate=2, parallel=how)
+    changes = dict(model=f"{file}.Mine", accumulate=2, parallel=how)
     _, one = run(tmp_path, "one", **{**SHORT, **changes, "accumulate": 4})
     two = train_on(on_ranks, 2, tmp_path, "two", **changes)
     assert_close(tensors(two), tensors(one))
@@ -147,7 +148,7 @@ def test_dropout_and_frozen_weights(on_ranks, tmp_path, monkeypatch, how):
     train_on(on_ranks, 2, tmp_path, "parts", **changes, schedule="constant", max_steps=10)
     parts = resume_on(on_ranks, 2, os.path.join(tmp_path, "parts"), max_steps=20)
     assert_same(tensors(parts), tensors(train_on(on_ranks, 2, tmp_path, "whole", **changes, schedule="constant")))
-    sure = {**SHORT, **changes, "model": "mine.Sure"}
+    sure = {**SHORT, **changes, "model": f"{file}.Sure"}
     without = tensors(run(tmp_path, "sure", **sure)[1])
     assert not torch.equal(without["model.lm_head.weight"], tensors(one)["model.lm_head.weight"])
 

@@ -122,7 +122,7 @@ def test_a_finished_run_is_measured_without_the_second_data_set(tmp_path, stored
         ({"synthetic_dataset": "nowhere"}, "synthetic_dataset=nowhere: path=nowhere does not exist"),
         (
             {"synthetic_start_step": 20, "synthetic_end_step": 10**12},
-            "synthetic_start_step=20 lies behind the last of 20 steps",
+            "synthetic_start_step=20 lies after the last of 20 steps",
         ),
     ],
 )
