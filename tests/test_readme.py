@@ -98,7 +98,7 @@ def place(tmp_path_factory):
     """A folder as the README's reader may have it: trained runs, data sets on disk, documents."""
     folder = tmp_path_factory.mktemp("place")
     with contextlib.chdir(folder):
-        for i, name in enumerate(("RUN", "A", "B", "long_1")):  # on the same facts, as stats wants them
+        for i, name in enumerate(("RUN", "A", "B", "first", "second")):  # on the same facts, as stats wants them
             train.main([*FACTS.split(), f"--run_name={name}", f"--lr={(10 + i) / 1000}"])
         for name in ("A", "B"):
             ev.main([f"runs/{name}"])
