@@ -18,7 +18,7 @@ from exchange import HOW
 from look import read_parquet, save
 from measure import draw, figure, finish, mean, print_table, share, share_over_rows, shown
 from memory import usage
-from stats import correlation, holm
+from stats import correct, correlation
 
 
 def read_columns(look, what):
@@ -59,6 +59,17 @@ def slot_table(columns):
         "std": np.array([f.std() for f in fall]),
         "flips": np.array([columns["flip"][p].mean() for p in parts]),
     }
+
+
+def falls(columns, rows, name, values):
+    """Mean fall of the lead by row and by value of the column `name` -> (rows, values), nan where nothing was measured."""
+    mine = np.isin(columns["row"], rows) & np.isin(columns[name], values)
+    order = np.argsort(values)  # searchsorted wants them ascending
+    at = np.searchsorted(rows, columns["row"][mine]), order[np.searchsorted(values, columns[name][mine], sorter=order)]
+    sums, counts = np.zeros((2, len(rows), len(values)))
+    np.add.at(sums, at, columns["fall"][mine])
+    np.add.at(counts, at, 1)
+    return np.where(counts > 0, sums / np.maximum(1, counts), np.nan)
 
 
 # ---- impact ------------------------------------------------------------------------------------------------------------
@@ -195,17 +206,10 @@ def plot_impact(path, columns, slots, look, mode, most=60):
     axes[0].grid(alpha=0.3)
     rows = np.unique(columns["row"])[:most]
     for axis, block in zip(axes[1:], blocks):
-        best = slots["slot"][slots["layer"] == block][
-            np.argsort(-slots["mean"][slots["layer"] == block] * slots["rows"][slots["layer"] == block])
-        ][:most]
-        grid = np.full((len(rows), len(best)), np.nan)
-        mine = (columns["layer"] == block) & np.isin(columns["row"], rows) & np.isin(columns["slot"], best)
-        place_of = {s: i for i, s in enumerate(best.tolist())}
-        sums, counts = np.zeros_like(grid), np.zeros_like(grid)
-        at = np.searchsorted(rows, columns["row"][mine]), np.array([place_of[s] for s in columns["slot"][mine].tolist()], int)
-        np.add.at(sums, at, columns["fall"][mine])
-        np.add.at(counts, at, 1)
-        grid[counts > 0] = (sums / np.maximum(1, counts))[counts > 0]
+        mine = slots["layer"] == block
+        total = slots["mean"][mine] * slots["rows"][mine]  # of all rows: a slot of one row would be a column with one dot
+        best = slots["slot"][mine][np.argsort(-total)][:most]
+        grid = falls({k: v[columns["layer"] == block] for k, v in columns.items()}, rows, "slot", best)
         drawn = axis.imshow(grid, aspect="auto", cmap="magma_r", vmin=0, vmax=np.nanquantile(grid, 0.99))
         axis.set(xlabel=f"the {len(best)} slots with the largest effect", ylabel="row", title=f"layer {block}; white: not read")
         axis.title.set_fontsize(8)
@@ -363,25 +367,20 @@ def position(look):
     """The fall of the lead by place in the answer and block. p: is a place unlike the others of its block (permutations of the
     places within rows, Holm over all)?"""
     columns, mode = chosen(read_columns(look, "keys"))
-    by_slice, p_values = {"layer, place": {}}, []
+    by_slice = {"layer, place": {}}
     for block in np.unique(columns["layer"]):
         mine = columns["layer"] == block
-        rows, which = np.unique(columns["row"][mine], return_inverse=True)
-        places = np.unique(columns["place"][mine])
-        sums = np.zeros((len(rows), len(places)))
-        np.add.at(sums, (which, columns["place"][mine]), columns["fall"][mine])
-        counts = np.zeros_like(sums)
-        np.add.at(counts, (which, columns["place"][mine]), 1)
-        by_row = sums / np.maximum(1, counts)  # (rows, places)
-        p_values += unlike_others(by_row).tolist()
-        for i, place in enumerate(places):
+        rows, places = (np.unique(columns[name][mine]) for name in ("row", "place"))
+        by_row = np.nan_to_num(falls({k: v[mine] for k, v in columns.items()}, rows, "place", places))
+        # Rows are what was drawn at random, so they are the unit of intervals and tests: one mean for each row and place.
+        for i, (place, p) in enumerate(zip(places, unlike_others(by_row))):
             here = mine & (columns["place"] == place)
             by_slice["layer, place"][f"{block}, {place}"] = {
                 "fall": mean(by_row[:, i]),
+                "p": float(p),
                 "flips": share_over_rows(columns["flip"][here], columns["row"][here]),
             }
-    for cell, p in zip(by_slice["layer, place"].values(), holm(p_values)):
-        cell["p_holm"] = p
+    correct(by_slice["layer, place"].values())
     lines = [
         (k, *shown(c["fall"]), f"{c['flips']['value']:.3%}", f"{c['p_holm']:.4f}") for k, c in by_slice["layer, place"].items()
     ]
@@ -438,8 +437,7 @@ def repeats(look):
     }
     for name, x in measures.items():
         found[name] = correlation(x, fall, seed=look.config.seed)
-    for cell, p in zip(found.values(), holm([c["p"] for c in found.values()])):
-        cell["p_holm"] = p
+    correct(found.values())
     lines = [(k, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in found.items()]
     print_table(("Spearman's correlation with the fall", "rows", "value", "95% interval", "p (permutations)", "Holm"), lines)
     columns = {"row": rows, "fall": fall, **{k: np.array(v) for k, v in measures.items()}}
@@ -490,8 +488,7 @@ def correlate(look):
                 by_slice["layer, measure"][f"{block}, {name}, {kind}"] = correlation(x, other, kind, seed=look.config.seed)
         kept.append({"layer": np.full(len(rows), block), "row": rows, "removal": x, "swap": y, "other's": taken})
     cells = by_slice["layer, measure"]
-    for cell, p in zip(cells.values(), holm([c["p"] for c in cells.values()])):
-        cell["p_holm"] = p
+    correct(cells.values())
     lines = [(k, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in cells.items()]
     print_table((f"fall by removal ({mode}) against", "rows", "correlation", "95% interval", "p (permutations)", "Holm"), lines)
     columns = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]}

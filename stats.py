@@ -91,6 +91,12 @@ def holm(p):
     return adjusted
 
 
+def correct(cells):
+    """Each cell's p gets a p_holm beside it, corrected for all cells together."""
+    for cell, p in zip(cells, holm([cell["p"] for cell in cells])):
+        cell["p_holm"] = p
+
+
 # ---- the results of one run, or of two over the same rows --------------------------------------------------------------
 
 
@@ -170,8 +176,7 @@ def one_run(rows, tags):
     print_table(head, [(k, *shown(c), *shown(c["exact"]), *shown(c["nll"])[1:]) for k, c in by_slice.items()])
     numeric = [t for t in tags if np.issubdtype(rows[t].dtype, np.number) and len(np.unique(rows[t])) > 1]
     found = {t: correlation(rows[t], rows["loss"] / rows["labels"]) for t in numeric}
-    for t, adjusted in zip(found, holm([c["p"] for c in found.values()])):
-        found[t]["p_holm"] = adjusted
+    correct(found.values())
     if found:
         head = ("Spearman's correlation with the loss", "rows", "value", "95% interval", "p (permutations)", "Holm")
         print_table(head, [(t, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for t, c in found.items()])
@@ -191,8 +196,7 @@ def two_runs(rows, tags):
             "nll difference": paired_bootstrap(nll, a["labels"][mine]),
         }
     slices = [c for name, c in by_slice.items() if name != "all"]
-    for c, adjusted in zip(slices, holm([c["mcnemar"]["p"] for c in slices])):
-        c["mcnemar"]["p_holm"] = adjusted
+    correct([c["mcnemar"] for c in slices])
     head = ("slice", "rows", "exact A", "exact B", "only A", "only B", "McNemar p", "Holm", "labels B - A", "95% interval")
     cells = []
     for name, c in by_slice.items():
