@@ -53,6 +53,7 @@ def read_result(folder):
     own = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
     p = read_plan(folder)
     sizes = SimpleNamespace(**saved["model"])
+    # A model file may leave state_bytes out, or have no n_layers: compare takes forks, too.
     state = p.model_class.state_bytes(sizes) if hasattr(p.model_class, "state_bytes") else 0
     shape = f"D{sizes.dim} L{sizes.n_layers}" if hasattr(sizes, "n_layers") else ""
     return {
@@ -76,6 +77,7 @@ def plot_compare(path, runs):
 
     Runs that differ in their seed only are one colour, with mean and range.
     """
+    # Runs of different tasks share no slices; the panel then stays empty rather than mixing them.
     common = [tag for tag in runs[0]["by_slice"] if all(tag in r["by_slice"] for r in runs)]
     tag = common[0] if common else None
     names = list(dict.fromkeys(v for r in runs for v in r["by_slice"].get(tag, {})))
@@ -83,6 +85,7 @@ def plot_compare(path, runs):
     by_state = len({r["state"] for r in runs}) > 1
     plt, fig, (losses, accuracies, slices, sizes) = figure(2, 2)
     for label, same in lines(runs).items():
+        # A mean over seeds only where all of them were evaluated: some may have stopped earlier.
         steps = [s for s in (r[0] for r in same[0]["curve"]) if all(s in {x[0] for x in r["curve"]} for r in same)]
         color = None
         for axis, at in ((losses, 1), (accuracies, 2)):

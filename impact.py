@@ -44,6 +44,7 @@ def chosen(columns):
 
 def slot_table(columns):
     """One row for each block and slot: rows that read it, times, mean, median, largest and spread of the fall, flips."""
+    # Sorted by (layer, slot) once and cut, instead of a mask for each of thousands of slots.
     key = columns["layer"].astype(np.int64) * 10**9 + columns["slot"]
     slots, which = np.unique(key, return_inverse=True)
     order = np.argsort(which, kind="stable")
@@ -112,6 +113,7 @@ def impact(look):
             "best 5% of slots": mean(best) if len(best) else None,  # none of them is read in both halves
             "ratio to a random slot": float(best.mean() / max(1e-9, every.mean())) if len(best) else math.nan,
         }
+    # Removing a slot that nobody reads must change nothing: a check of the method, printed with its result.
     control = everything["fall"][everything["control"]]
     cells = by_slice["layer"]
     head = ("layer", "slots", "mean fall", "95% interval", "median", "largest", "next to nothing", "best 5% / mean", "flips")
@@ -149,9 +151,10 @@ def frequent_or_rare(columns):
         return {}
     rows, first, which = np.unique(columns["row"], return_index=True, return_inverse=True)
     exposures, out = columns["exposures"][first], {}
-    high = exposures > np.median(exposures)
+    high = exposures > np.median(exposures)  # frequent: shown more often than half of the rows
     if high.all() or not high.any():
         return {}
+    # Effective number: (sum of x)^2 / sum of x^2, n if n slots share the fall evenly, 1 if one has it all.
     total = np.bincount(which, np.maximum(0, columns["fall"]))
     squares = np.bincount(which, np.maximum(0, columns["fall"]) ** 2)
     measures = {
@@ -264,7 +267,7 @@ def keystats(look, clusters=8):
 
 def shuffled(values, seed):
     """Each column in another order: what is left is chance."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)  # each column keeps its values, so their spread is the same
     return np.stack([random.permutation(column) for column in values.T], axis=1)
 
 
@@ -280,6 +283,7 @@ def spherical_k_means(values, clusters, seed=0, rounds=50):
     group = (x @ centres.T).argmax(1)
     if len(np.unique(group)) < 2:
         return group, 0.0
+    # Silhouette (Rousseeuw 1987): mean distance to its own group, itself left out, against that to the nearest other group.
     distance, sizes = 1 - x @ x.T, np.bincount(group, minlength=clusters)
     sums = np.stack([distance[:, group == c].sum(1) for c in range(clusters)], 1)  # (S, C)
     own = sums[np.arange(len(x)), group] / np.maximum(1, sizes[group] - 1)
@@ -307,7 +311,7 @@ def plot_keystats(path, slots, title):
 def occurrences(look):
     """How the reads of the rows taken apart spread over the table: slots by times read, unused ones, Gini's coefficient, KL."""
     columns, _ = chosen(read_columns(look, "keys"))
-    first = columns["place"] == 0
+    first = columns["place"] == 0  # `reads` is of the row and stands at each of its labels: count it once
     by_slice, counts = {"layer": {}}, {}
     for block, memory in look.model.memories().items():
         mine = first & (columns["layer"] == block)
@@ -400,6 +404,7 @@ def unlike_others(by_row, draws=2000, seed=0):
     """p for each column of (rows, places): is its mean as far from the rest when places change at random within rows?"""
     random = np.random.default_rng(seed)
     away = lambda x: np.abs(x.mean(0) - x.mean())
+    # The identity is one of the permutations, so counts begin at one and no p is 0.
     real, extreme = away(by_row), np.ones(by_row.shape[1])
     for _ in range(draws):
         extreme += away(random.permuted(by_row, axis=1)) >= real - 1e-12
@@ -482,6 +487,7 @@ def correlate(look):
             len(rows) >= 5, "fewer than 5 rows are in both files; measure keys and swap with the same --rows and --seed", None
         )
         x, y = (by_rows(c, rows) for c in (a, b))
+        # by_rows averages whatever stands in "fall": here, whether the answer became the other row's.
         taken = by_rows({"row": b["row"], "fall": b["other's"].astype(float)}, rows)
         for name, other in (("fall by swap", y), ("other's answer by swap", taken)):
             for kind in ("pearson", "spearman"):
@@ -520,6 +526,7 @@ def swap_predictions(look):
     """What each digit turns into when two rows exchange all they read, from the file of swap-matrix."""
     columns = read_columns(look, "swap_matrix")
     digits, by_slice = np.unique(columns["answer"]), {}
+    # Where both rows have the same digit, an exchange cannot be told from none.
     differ = columns["answer"] != columns["other answer"]
     for how in HOW:
         now = columns[how]

@@ -70,11 +70,12 @@ def word_kind(word):
 def kinds_of_tokens(look, ids):
     """tokens (T,) -> their kinds, by the first letter that each spells; of data without letters, that of the token's number."""
     if not hasattr(look.data, "tokenizer"):
-        half = look.data.vocab_size // 2
+        half = look.data.vocab_size // 2  # MQAR: 0 is blank, keys come before values
         return ["blank" if i == 0 else "key" if i < half else "value" for i in ids]
     spelled = [look.data.tokenizer.texts[int(i)] for i in ids]
     letters, at, kinds = kinds_of_letters("".join(spelled)), 0, []
     for piece in spelled:
+        # " the" is a word, not a blank: leading blanks of a token do not decide.
         skip = len(piece) - len(piece.lstrip()) if piece.strip() else 0
         kinds.append(letters[at + skip] if piece else "special")
         at += len(piece)
@@ -162,6 +163,7 @@ def similarity_of_kinds(found, layer, size):
         [np.bincount(found["slots"][(found["kind"] == k) & (found["layer"] == layer)].ravel(), minlength=size) for k in kinds],
         float,
     )
+    # Lengths one: a kind of many tokens is no more alike to others for having read more.
     counts /= np.linalg.norm(counts, axis=1, keepdims=True)
     return kinds, counts @ counts.T
 
@@ -175,13 +177,15 @@ def consistency(found, pairs=2000):
     random, out = np.random.default_rng(0), {}
     for layer in np.unique(found["layer"]):
         mine = np.flatnonzero(found["layer"] == layer)
+        # Two tokens drawn at random are seldom the same one, so many more are drawn than are used. Two of one row share what
+        # they attend to, so they would be alike for another reason.
         a, b = (random.choice(mine, 60 * pairs) for _ in range(2))
         a, b = a[found["row"][a] != found["row"][b]], b[found["row"][a] != found["row"][b]]
         token, kind = found["token"][a] == found["token"][b], found["kind"][a] == found["kind"][b]
         cells = {}
         for name, which in (("same token", token), ("same kind", kind & ~token), ("other kind", ~kind)):
             i, j = a[which][:pairs], b[which][:pairs]
-            if len(i) < 20:
+            if len(i) < 20:  # too few for an interval
                 continue
             common = [len(np.intersect1d(x, y)) / len(np.union1d(x, y)) for x, y in zip(found["slots"][i], found["slots"][j])]
             cells[name] = {"slots in common": mean(common)}

@@ -158,7 +158,7 @@ def value_tables(model, read):
     for layer, memory in model.memories().items():
         tables.setdefault(id(memory.values), (memory.values, []))[1].append(layer)
     out = {}
-    for values, layers in tables.values():
+    for values, layers in tables.values():  # a slot of a shared table is in use if any layer reads it
         used = np.zeros(len(values), bool)
         used[read["slot"][np.isin(read["layer"], layers)]] = True
         out["layers " + " ".join(map(str, layers))] = (values.detach().float().norm(dim=1).cpu().numpy(), used)
@@ -191,12 +191,14 @@ def track(look):
         look, lambda batch: {k: v for k, v in reads(look, batch).items() if k in ("layer", "slot", "token", "weight")}
     )
     size, vocabulary = look.model.config.mem_n_keys**2, look.data.vocab_size
+    # One number for each (layer, slot, token), to count them in one pass; taken apart again below.
     place = (found["layer"].astype(np.int64) * size + found["slot"]) * vocabulary + found["token"]
     key, which, times = np.unique(place, return_inverse=True, return_counts=True)
     token, slot, layer = key % vocabulary, key // vocabulary % size, key // vocabulary // size
     cells = {"layer": layer, "slot": slot, "token": token, "times": times, "weight": np.bincount(which, found["weight"])}
     cells["text"] = [look.token(t) for t in token]
     group, which = np.unique(layer * size + slot, return_inverse=True)
+    # Purity: does a slot stand for one token, or is it read all over the text?
     sums, most = np.bincount(which, times), np.zeros(len(group))
     np.maximum.at(most, which, times)
     purity = {str(n): mean((most / sums)[group // size == n]) for n in np.unique(layer)}
