@@ -1,7 +1,7 @@
 """MQAR with Gated DeltaNet: the cell and recipe of configs/mqar_delta.py; dv 42 pays for the decay's projection.
 
-Two minutes on 2 CPU cores. Expected: test token accuracy 0.98 or more. Nothing here is worth forgetting, so the decay has to
-be unlearnt first, and this model stays a little below DeltaNet.
+Four minutes on one of 2 CPU cores. Expected: test token accuracy 0.99 or more. Nothing here is worth forgetting, so the decay
+has to be unlearnt first: this model takes up to twice as many steps as DeltaNet.
 """
 
 model = "gated_delta"
@@ -15,8 +15,8 @@ lr = 1e-2
 beta2 = 0.99
 warmup_steps = 30
 schedule = "cosine"
-max_steps = 600
+max_steps = 900
 eval_interval = 50
 stop_accuracy = 0.993
 
-target = 0.98
+target = 0.985  # the lowest of seeds 0 to 2 is 0.9905
