@@ -69,7 +69,7 @@ RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 PAIRS, WIDTHS = (8, 16, 32, 64), (16, 32, 48, 64)
 
 
-def recall(model, x, pairs=32, dim=64, lr=0.01, steps=1200):
+def recall(model, x, pairs=32, dim=64, lr=0.01, steps=600):
     """A point of MQAR: `steps` of 4,096 tokens in rows of 256; lr 0.01 is the best for all models by the figure lr."""
     words = MIXERS[model].format(dim=dim, w=dim * 3 // 4) + f" --dim {dim} --lr {lr} --num_kv_pairs {pairs}"
     words += f' --curriculum "{START[pairs]}" --n_layers 2 --input_seq_len 256 --batch_size 16 --fresh 1 --warmup_steps 30'
@@ -106,7 +106,7 @@ def draw_pairs(found):
     axis.set(xscale="log", xlabel="pairs in 256 tokens", ylabel="test token accuracy (axis cut)")
     axis.set_xticks(PAIRS, PAIRS)
     axis.minorticks_off()
-    return plt, fig, "MQAR, 2 layers of width 64, 1,200 steps" + RANGE
+    return plt, fig, "MQAR, 2 layers of width 64, 600 steps" + RANGE
 
 
 def draw_width(found):
@@ -117,7 +117,7 @@ def draw_width(found):
     left.set_xticks(WIDTHS, WIDTHS)
     left.minorticks_off()
     right.set(xscale="log", xlabel="state after 256 tokens (bytes, float32)", ylim=(-0.02, 1.02))
-    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers, 1,200 steps" + RANGE
+    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers, 600 steps" + RANGE
 
 
 # ---- in context: how long it takes -------------------------------------------------------------------------------------
