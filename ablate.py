@@ -1,6 +1,6 @@
 """Take a trained run apart: remove, replace and exchange what it reads inside, and see which answers change.
 
-    python ablate.py all runs/RUN                    # everything that fits_all the run, in ablate_report.md with its figures
+    python ablate.py all runs/RUN                    # everything that fits the run, in ablate_report.md with its figures
     python ablate.py keys runs/RUN --modes zero      # each slot that a row reads, removed: importance of every slot
     python ablate.py layer runs/RUN                  # whole blocks: memory, its values, its keys, MLP, mixer
     python ablate.py heads runs/RUN                  # each head, before the last projection
@@ -340,7 +340,7 @@ COMMANDS = {
     "swap-pred": looks(impact.swap_predictions, "", "What each digit turns into after the exchange.", why_not_memory),
     "corr": looks(impact.correlate, "seed", "Do rows that suffer from removal take another row's answer?", why_not_memory),
     "patch": looks(exchange.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs),
-    "all": looks(everything, "rows modes pairs type chunk seed", "Everything that fits_all the run.", fits_all),
+    "all": looks(everything, "rows modes pairs type chunk seed", "Everything that fits the run.", fits_all),
 }
 
 

@@ -1,6 +1,6 @@
 """HashHop, trained on one hop: read a chain of hashes in the row itself.
 
-3 minutes on one of 2 CPU cores. Expected: letter accuracy 0.99 or more on one hop; next to nothing on two, three and four.
+2 minutes on one of 2 CPU cores. Expected: letter accuracy 0.99 or more on one hop; next to nothing on two, three and four.
 
 The short convolution of width 12 sees a hash, " = '" and all letters of the answer so far at once: with 8 it does not see the
 hash's first letters any more when the last ones are asked for, and some seeds stay on the plateau. For longer chains:

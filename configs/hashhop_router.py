@@ -1,6 +1,6 @@
 """HashHop with a memory layer beside the MLP of the last block: the answers are in the row, attention finds them.
 
-3 minutes on one of 2 CPU cores. Expected: letter accuracy 0.99 or more on one hop.
+2 minutes on one of 2 CPU cores. Expected: letter accuracy 0.99 or more on one hop.
 """
 
 model = "memory_router"

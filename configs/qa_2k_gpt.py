@@ -1,6 +1,6 @@
 """Synthetic QA, 2,000 pairs: which facts does GPT store, by how often it saw them?
 
-3 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch, falling with
+2 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch, falling with
 the number of times; chance (0.1) on pairs never shown.
 
 The short convolution of width 8 sees a whole key at its colon, which shortens the plateau before the first facts are stored.

@@ -1,6 +1,6 @@
 """Two-hop queries with the entity in between spelled out, over 400 facts in memory layers: 576 slots, shared by all blocks.
 
-4 minutes on one of 2 CPU cores. Expected: 0.98 or more of the digits on in-distribution queries.
+3 minutes on one of 2 CPU cores. Expected: 0.98 or more of the digits on in-distribution queries.
 """
 
 model = "memory"

@@ -1,7 +1,7 @@
 """Two-hop queries over 400 facts (25 entities, 16 relations): are two stored facts put together?
 
-3 minutes on one of 2 CPU cores. Expected: 0.99 or more on trained queries. In-distribution ones (both facts are used in
-trained queries) and out-of-distribution ones stay near chance: the model stores each trained query as one more fact.
+A minute and a half on one of 2 CPU cores. Expected: 0.99 or more on trained queries. In-distribution ones (both facts are
+used in trained queries) and out-of-distribution ones stay near chance: the model stores each trained query as one more fact.
 
 It composes once the entity in between is spelled out: configs/twohop_cot_gpt.py.
 """

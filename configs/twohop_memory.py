@@ -1,6 +1,6 @@
 """Two-hop queries over 400 facts in memory layers: 576 slots, shared by all blocks. Are two stored facts put together?
 
-4 minutes on one of 2 CPU cores. Expected: 0.99 or more on trained queries; in-distribution and out-of-distribution ones stay
+3 minutes on one of 2 CPU cores. Expected: 0.99 or more on trained queries; in-distribution and out-of-distribution ones stay
 near chance, as in configs/twohop_gpt.py.
 
 It composes once the entity in between is spelled out: configs/twohop_cot_memory.py.
