@@ -493,6 +493,8 @@ def main():
 
 def draw_curves(path, found, rounds):
     """found {bench: [(size, ours, peer's name, peer)]} in ms -> a panel for each."""
+    from matplotlib.ticker import LogLocator  # matplotlib takes a second to import, and only --figure needs it
+
     plt, fig, axes = measure.figure(1, max(1, len(found)), width=4)
     for axis, (name, rows) in zip(axes, found.items()):
         lines = {"ours": {x: ours for x, ours, _, _ in rows}}
@@ -501,6 +503,12 @@ def draw_curves(path, found, rounds):
         for label, points in lines.items():
             axis.plot(list(points), list(points.values()), "o-", ms=3, lw=1, label=label)
         axis.set(xscale="log", yscale="log", xlabel=CURVES[name], ylabel="ms")
+        sizes = sorted({x for x, *_ in rows})
+        axis.set_xticks(sizes, [f"{x:,}" for x in sizes], fontsize=7)
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_yticks([], minor=True)
+        axis.yaxis.set_major_formatter("{x:,.4g}")
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     threads = torch.get_num_threads()
