@@ -70,7 +70,7 @@ PAIRS, WIDTHS = (8, 16, 32, 64), (16, 32, 48, 64)
 
 
 def recall(model, x, pairs=32, dim=64, lr=0.01, steps=600):
-    """A point of MQAR: `steps` of 4,096 tokens in rows of 256; lr 0.01 is best, or within 0.01 of it, for all models (figure lr)."""
+    """A point of MQAR: `steps` of 4,096 tokens in rows of 256; lr 0.01 is best or nearly so for all (figure lr)."""
     words = MIXERS[model].format(dim=dim, w=dim * 3 // 4) + f" --dim {dim} --lr {lr} --num_kv_pairs {pairs}"
     words += f' --curriculum "{START[pairs]}" --n_layers 2 --input_seq_len 256 --batch_size 16 --fresh 1 --warmup_steps 30'
     words += f" --schedule cosine --max_steps {steps} --eval_interval 100 --n_val_examples 200 --n_test_examples 1000"
