@@ -57,15 +57,13 @@ def scorer(model):
     return next((f.correct for f in files if hasattr(f, "correct")), model_file.correct)
 
 
+@model_file.in_eval_mode
 def evaluate(model, data, split, batch_size, device, dtype=torch.float32, stop=(), world=ALONE):
     """Token accuracy, row accuracy (exact match), mean loss, and by_slice {tag: {value: counts}} over all labels.
 
     Shared out over the ranks, and the same on each. None if `stop` cut it short.
     """
-    was_training = model.training
-    model.eval()
     mine = [b and count(b) for b in predict(model, data, split, batch_size, device, dtype, True, stop, world)]
-    model.train(was_training)
     if world.gather_numbers(len(stop)).any():
         return None
     turns = zip(*world.gather(mine))
