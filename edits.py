@@ -37,12 +37,14 @@ def edit(look):
         new, kept, others = (encode(look, t) for t in (rewritten, rest[::2], rest[1::2]))
         for name, method in EDITORS.items():
             start = time.perf_counter()
-            method(model, *new, *kept)
-            seconds = time.perf_counter() - start
-            sides = zip(SIDES, (new, others, kept))
-            shares = {side: share(answered(model, *x), len(x[0])) for side, x in sides}
+            try:
+                method(model, *new, *kept)
+                seconds = time.perf_counter() - start
+                sides = zip(SIDES, (new, others, kept))
+                shares = {side: share(answered(model, *x), len(x[0])) for side, x in sides}
+            finally:
+                model.load_state_dict(first)
             results.append({"method": name, "edits": n, **shares, "seconds": seconds})
-            model.load_state_dict(first)
     head = ("method", "edits", *(word for side in SIDES for word in (side, "95% interval")), "seconds")
     cells = [[word for side in SIDES for word in shown(r[side])[1:]] for r in results]
     print_table(head, [(r["method"], r["edits"], *words, f"{r['seconds']:.2f}") for r, words in zip(results, cells)])
@@ -84,17 +86,17 @@ def encode(look, texts):
     return tuple(torch.from_numpy(x).long().to(look.device) for x in (ids, targets))
 
 
-@torch.no_grad()
+@model_file.in_eval_mode
 def answered(model, tokens, targets):
     """How many rows are right as a whole."""
-    return int(model_file.correct(model.eval()(tokens, targets)[0], targets)[1].sum())
+    return int(model_file.correct(model(tokens, targets)[0], targets)[1].sum())
 
 
 def fine_tune(lr, names, replay=False):
     """An editor that trains the parameters with one of `names` in theirs on the new facts until all are answered; with replay,
     on the kept ones beside them, until those are answered, too. 200 steps at most."""
 
-    def method(model, tokens, targets, kept, kept_targets):
+    def learn(model, tokens, targets, kept, kept_targets):
         mine = [q for name, q in model.named_parameters() if any(n in name for n in names)]
         optimizer = torch.optim.Adam(mine, lr=lr)
         for _ in range(200):
@@ -105,6 +107,13 @@ def fine_tune(lr, names, replay=False):
             done = answered(model, tokens, targets) == len(tokens)
             if done and (not replay or answered(model, kept, kept_targets) == len(kept)):
                 break
+
+    def method(model, *facts):
+        try:
+            with model_file.evaluating(model):
+                learn(model, *facts)
+        finally:
+            model.zero_grad()  # or the next training step would add its own to them
 
     return method
 

@@ -295,7 +295,7 @@ class MemoryRouter(Memory):
 # ---- changing facts without gradients ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@M.in_eval_mode
 def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     """Change rows of the last block's values so that the model answers `targets` -> what `undo` needs to take it back.
 
@@ -308,7 +308,7 @@ def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     if why_not_write(model):
         raise ValueError(why_not_write(model))
     memory = model.layers[-1].memory
-    slots, weights, hidden, logits, answers = last_reading(model.eval(), tokens, targets)
+    slots, weights, hidden, logits, answers = last_reading(model, tokens, targets)
     head = model.lm_head.weight * model.final_norm.weight  # (tokens, D): logits are head @ hidden, times a scale per position
     reach = head if memory.out is None else head @ memory.out.weight  # (tokens, V): and change so with what is read
     change = lift(reach, hidden, logits, answers, margin)  # (N, V)
@@ -316,9 +316,9 @@ def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     A = hidden.new_zeros(len(slots), len(read)).scatter_add_(1, at.view_as(slots), weights)  # (N, S): read = A @ values
     flat = A if keep is None else torch.linalg.solve(ridged(keep[read][:, read].to(A), ridge), A.T).T  # (N, S)
     rows = flat.T @ torch.linalg.solve(ridged(A @ flat.T, ridge), change)  # (S, V)
-    record = {"slots": read, "values": memory.values[read]}
+    before = memory.values[read]
     memory.values[read] += rows
-    return record
+    return {"slots": read, "values": before, "written": memory.values[read]}
 
 
 def why_not_write(model):
@@ -333,17 +333,24 @@ def why_not_write(model):
 
 @torch.no_grad()
 def undo(model, record):
-    """Take a `write` back, to the last bit; several in reverse order."""
-    model.layers[-1].memory.values[record["slots"]] = record["values"]
+    """Take a `write` back, to the last bit; of several that share rows, the last one first.
+
+    ValueError, and nothing changes, if the rows are not as that `write` left them.
+    """
+    values, slots = model.layers[-1].memory.values, record["slots"]
+    # Bytes, because a nan would differ from itself.
+    if not torch.equal(values[slots].view(torch.uint8), record["written"].view(torch.uint8)):
+        raise ValueError("the rows are not as this write left them; undo what came after it first")
+    values[slots] = record["values"]
 
 
 def last_reading(model, tokens, targets):
     """At each of the N labels -> slots (N, H * k) and weights (N, H * k) that the last block reads (weights times the router's
     share), the last hidden state (N, D) before the final norm, logits (N, V), answers (N,)."""
     caught = []
-    hook = model.final_norm.register_forward_hook(lambda module, inputs, output: caught.append(inputs[0]))
-    logits, _, found = model(tokens, targets, trace=True)
-    hook.remove()
+    keep = lambda module, inputs, output: caught.append(inputs[0])
+    with model.final_norm.register_forward_hook(keep):
+        logits, _, found = model(tokens, targets, trace=True)
     _, flat, answers = M.labelled_rows(targets)
     last = found[-1]
     slots, weights = (last[name].flatten(-2).flatten(0, 1)[flat] for name in ("slots", "weights"))
@@ -376,13 +383,13 @@ def lift(reach, hidden, logits, answers, margin, rounds=100):
     return change
 
 
-@torch.no_grad()
+@M.in_eval_mode
 def reading_statistics(model, batches):
     """Sum over labels of (tokens, targets) batches of w w^T, w the weights of all slots that the last block reads: `keep`."""
     size = len(model.layers[-1].memory.values)
     total = torch.zeros(size, size)
     for tokens, targets in batches:
-        slots, weights, *_ = last_reading(model.eval(), tokens, targets)
+        slots, weights, *_ = last_reading(model, tokens, targets)
         A = torch.zeros(len(slots), size).scatter_add_(1, slots, weights.float())
         total += A.T @ A
     return total
