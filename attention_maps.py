@@ -15,6 +15,7 @@ from attention import attention_weights
 from configs import require
 from look import batches, end_to_end, over_rows, save
 from measure import figure, mean, print_table
+from model import in_eval_mode
 
 PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (T, 1), s (1, T)) -> (B, T, T) or (T, T) bool
     "previous token": lambda ids, t, s: s == t - 1,
@@ -32,7 +33,7 @@ def shifted(ids):
     return torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
 
 
-@torch.no_grad()
+@in_eval_mode
 def maps(model, tokens, cu_seqlens=None):
     """Attention weights: tokens (B, T) -> {block: (B, H, T, T)}. ValueError if a block has no softmax attention."""
     if why_not_maps(model):
@@ -47,6 +48,7 @@ def maps(model, tokens, cu_seqlens=None):
         return attend_and_keep
 
     mixers = [layer.att for layer in model.layers]
+    own = [(mixer, mixer.__dict__["attend"]) for mixer in mixers if "attend" in mixer.__dict__]
     try:
         for i, mixer in enumerate(mixers):
             mixer.attend = watching(i, mixer.attend)
@@ -54,6 +56,8 @@ def maps(model, tokens, cu_seqlens=None):
     finally:
         for mixer in mixers:
             mixer.__dict__.pop("attend", None)
+        for mixer, attend in own:
+            mixer.attend = attend
     return caught
 
 

@@ -24,6 +24,7 @@ from interventions import (
 )
 from look import end_to_end, save
 from measure import draw, figure, finish, mean, print_table, share_over_rows, shown
+from model import in_eval_mode
 
 TYPES = {  # is this pair of exposures wanted? f(of the row is high, of the other is high)
     "any": lambda a, b: np.ones_like(a),
@@ -238,7 +239,7 @@ def reading_of_others(clean, cases, mine, other):
     return {block: change(new) for block, new in taken.items()}
 
 
-@torch.no_grad()
+@in_eval_mode
 def decode_with(model, cases, changes):
     """Answers decoded token by token under `changes`, the row's own answers never shown: -> (B, n)."""
     tokens, rows, out = cases.tokens.clone(), torch.arange(len(cases.tokens), device=cases.tokens.device), []
@@ -366,7 +367,7 @@ def patch(look):
     save(look, "patch", metrics, by_slice, (), columns, lambda path: plot_patch(path, back, cases, look))
 
 
-@torch.no_grad()
+@in_eval_mode
 def patched(model, cases, other):
     """Put each activation of `cases` at (site, block, position) into the runs of `other` -> {(site, block): (T, B)}, the share
     of the difference that comes back; and how far the first answer of `cases` leads that of `other` in both, (B,) each."""

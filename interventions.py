@@ -18,7 +18,7 @@ from configs import require
 from draws import IGNORE
 from look import known_rows
 from memory import SCORES, read_values
-from model import take
+from model import in_eval_mode, take
 
 # ---- rows and where they are asked --------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class Clean:
     logits: torch.Tensor  # (B, n, tokens)
 
 
-@torch.no_grad()
+@in_eval_mode
 def clean_run(model, cases):
     """Cases -> Clean."""
     stream = {}
@@ -129,7 +129,7 @@ def at_labels(x, at):
     return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 
-@torch.no_grad()
+@in_eval_mode
 def go_on(model, block, stream, found, at):
     """From a block's memory layer to the logits: stream (B, T, D) before it, found: what it is to read -> (B, n, tokens) at the
     positions (B, n). Nothing before is computed again, and of the last block only what is asked for."""
@@ -245,7 +245,7 @@ def changed_output(site, module, change):
     return module, "after", lambda _, inputs, y: (change(y[0]), *y[1:]) if isinstance(y, tuple) else change(y)
 
 
-@torch.no_grad()
+@in_eval_mode
 def run_changed(model, cases, hooks=(), intervene=None):
     """The whole model, changed -> logits at the labels (B, n, tokens)."""
     with replaced(hooks):

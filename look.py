@@ -88,7 +88,8 @@ class Look:
 
 def open_look(folder, config, world=ALONE):
     """The run in `folder`, its model on the device and in the dtype that the settings name."""
-    p, data, model, state = load_run(folder, config.checkpoint)
+    with torch.random.fork_rng(devices=[]):  # a new model takes random numbers before it is filled
+        p, data, model, state = load_run(folder, config.checkpoint)
     asked = getattr(config, "dtype", "float32")  # of ablate.py there is no other: effects are small
     wanted = SimpleNamespace(device=config.device, dtype=p.train.dtype if asked == "auto" else asked)
     device, dtype, line = choose_device(wanted, world)

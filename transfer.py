@@ -72,10 +72,10 @@ def freeze(model, patterns):
         message = f"freeze: {pattern!r} matches no parameter; near it: {nearest(ours(pattern), named)}"
         require(found, message, "freeze")
         frozen |= {named[n] for n in found}
-    for q in frozen:
-        q.requires_grad_(False)
     every = list(model.parameters())
     require(len(frozen) < len(every), "freeze leaves nothing to train", "freeze")
+    for q in frozen:
+        q.requires_grad_(False)
     size, whole = (sum(q.numel() for q in some) for some in (frozen, every))
     return f"frozen: {len(frozen)} of {len(every)} tensors, {size} of {whole} parameters ({size / whole:.1%})"
 
