@@ -1,0 +1,289 @@
+"""What looks inside a model, or edits it, leaves no trace, also after an error.
+
+Compared are weights, gradients, hooks, modes and the states of random numbers, to the bit.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import ablate
+import attention_maps
+import edits
+import eval as ev
+import exchange
+import interventions as I
+import measure
+import memory as Mem
+import model as M
+import train
+import transfer
+from configs import ConfigError
+from look import open_look
+from test_ablate import make, some_cases
+from test_memory import model as small_model
+from test_memory import tokens
+
+
+def hooks(module):
+    return {name: list(x) for name, x in vars(module).items() if "hooks" in name}
+
+
+def state(model):
+    """Everything that must not change, in a form that == compares to the bit."""
+    modules = list(model.modules())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "numbers": {name: t.detach().numpy().tobytes() for name, t in tensors.items()},
+        "gradients": {n: (q.requires_grad, q.grad is None) for n, q in model.named_parameters()},
+        "modes": [m.training for m in modules],
+        "hooks": [hooks(m) for m in modules],
+        "attributes": [sorted(vars(m)) for m in modules],
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": repr(np.random.get_state()),
+        "python": random.getstate(),
+        "process": (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()),
+    }
+
+
+def assert_untouched(before, model, what):
+    after = state(model)
+    changed = [name for name in before if before[name] != after[name]]
+    assert not changed, f"{what} changed {', '.join(changed)}"
+
+
+class Broken(Exception):
+    pass
+
+
+class Bomb:
+    """Counts the calls of a module; raises Broken at the one numbered `at`."""
+
+    def __init__(self, module):
+        self.calls, self.at = 0, 0
+        module.register_forward_hook(self.call)
+
+    def call(self, *_):
+        self.calls += 1
+        if self.calls == self.at:
+            raise Broken
+
+
+# ---- every command -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    small = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv=8 --init_std=1 --lr=1e-2"
+    small += " --threads=1 --batch_size=64 --max_steps=150 --eval_interval=150"
+    facts = "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --model=memory"
+    facts += " --memory_layers=[0,1] --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2"
+    facts += " --mem_value_lr=4 --mem_share_values=0"
+    mqar = "--vocab_size=32 --input_seq_len=16 --num_kv_pairs=2 --fresh=1"
+    mqar += " --n_val_examples=40 --n_test_examples=40"
+    words = {"memory": facts, "gpt": f"{mqar} --use_ffn=1", "delta": f"{mqar} --model=delta"}
+    for name, own in words.items():
+        place = [f"--run_name={name}", f"--log_dir={folder}"]
+        train.main([*small.split(), *own.split(), *place])
+    return folder
+
+
+SCRIPTS = {
+    "eval": (ev.COMMANDS, ev.EvalConfig, dict(rows=6, edits=(1,))),
+    "ablate": (ablate.COMMANDS, ablate.AblateConfig, dict(rows=8, pairs=40, modes="zero drop")),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("run", ["memory", "gpt", "delta"])
+def test_commands_leave_no_trace(runs, run, script, monkeypatch, capsys):
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # drawing takes longest
+    commands, kind, settings = SCRIPTS[script]
+    look = open_look(str(runs / run), kind(**settings))
+    look.prefix = script
+    bomb, measured = Bomb(look.model.lm_head), 0
+    before = state(look.model)
+    for name, command in commands.items():
+        if name == "all" or not command.looks or command.why_not(look):
+            continue
+        bomb.calls, bomb.at = 0, 0
+        try:
+            command.work(look)
+        except ConfigError as e:
+            assert "is a run of" in str(e), e  # mqar, qa, ...
+            continue
+        measured += 1
+        assert_untouched(before, look.model, name)
+        calls, bomb.calls, bomb.at = bomb.calls, 0, bomb.calls // 2 + 1
+        if calls:
+            with pytest.raises(Broken):
+                command.work(look)
+            assert_untouched(before, look.model, f"{name} with an error")
+    assert measured >= (3 if run != "memory" else 8)
+
+
+def test_opening_a_run_takes_no_random_numbers(runs):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    open_look(str(runs / "gpt"), ev.EvalConfig())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- functions, on a model in training -----------------------------------------------------------
+
+
+def labelled():
+    x, y = tokens(5, 6, seed=3), torch.full((5, 6), -100)
+    y[:, 3:] = tokens(5, 3, seed=4)
+    return x, y
+
+
+def write_and_undo(model):
+    Mem.undo(model, Mem.write(model, *labelled()))
+
+
+def change_nothing(model):
+    hooks = [I.changed_output("mixer", model.layers[1].att, torch.zeros_like)]
+    I.run_changed(model, some_cases(), hooks)
+
+
+def exchange_all(model):
+    exchange.exchanged(model, some_cases(), np.array([0, 1]), np.array([2, 3]), "swap")
+
+
+FUNCTIONS = {
+    "write": write_and_undo,
+    "reading_statistics": lambda model: Mem.reading_statistics(model, [labelled()]),
+    "answered": lambda model: edits.answered(model, *labelled()),
+    "maps": lambda model: attention_maps.maps(model, tokens(2, 6)),
+    "clean_run": lambda model: I.clean_run(model, some_cases()),
+    "run_changed": change_nothing,
+    "remove_slots": lambda model: ablate.remove_slots(model, some_cases(), ["zero", "drop"]),
+    "exchanged": exchange_all,
+    "decode_with": lambda model: exchange.decode_with(model, some_cases(), {}),
+    "patched": lambda model: exchange.patched(model, some_cases(), some_cases(seed=2)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_leave_no_trace_on_a_model_in_training(name):
+    """One block is in eval mode among others in training: one flag for all is not enough."""
+    model = make(mem_share_values=False).train()
+    model.layers[1].eval()
+    bomb = Bomb(model.lm_head)
+    before = state(model)
+    FUNCTIONS[name](model)
+    assert_untouched(before, model, name)
+    for at in {1, bomb.calls}:
+        bomb.calls, bomb.at = 0, at
+        with pytest.raises(Broken):
+            FUNCTIONS[name](model)
+        assert_untouched(before, model, f"{name} with an error at call {at}")
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_fine_tuning_changes_weights_only(at):
+    model = make(mem_share_values=False).train()
+    model.layers[1].eval()
+    bomb, facts = Bomb(model.lm_head), (*labelled(), *labelled())
+    before = state(model)
+    bomb.at = at
+    try:
+        edits.EDITORS["fine-tune everything, replaying others"](model, *facts)
+    except Broken:
+        assert at
+    after = state(model)
+    assert [k for k in before if before[k] != after[k]] in ([], ["numbers"])
+    for name in after["numbers"]:
+        assert not name.endswith("reads") or after["numbers"][name] == before["numbers"][name]
+
+
+def test_an_evaluation_that_fails_leaves_the_modes(runs):
+    look = open_look(str(runs / "gpt"), ev.EvalConfig())
+    look.model.train()
+    look.model.layers[0].eval()
+    bomb = Bomb(look.model.lm_head)
+    before = state(look.model)
+    measure.evaluate(look.model, look.data, "val", 16, look.device)
+    assert_untouched(before, look.model, "evaluate")
+    bomb.at, bomb.calls = 2, 0
+    with pytest.raises(Broken):
+        measure.evaluate(look.model, look.data, "val", 16, look.device)
+    assert_untouched(before, look.model, "evaluate with an error")
+
+
+def test_maps_keep_a_function_that_was_there():
+    """One that looks inside while another does."""
+    config = M.Config(dim=8, n_layers=2, n_heads=1, dk=4, dv=4, vocab_size=11, seq_len=6)
+    model, seen = M.GPT(config), []
+    mixer = model.layers[0].att
+
+    def watched(*args):
+        seen.append(1)
+        return M.softmax_attention(*args)
+
+    mixer.attend = watched
+    attention_maps.maps(model, tokens(1, 4))
+    assert mixer.attend is watched and seen == [1] and "attend" not in model.layers[1].att.__dict__
+
+
+def test_a_refused_freeze_freezes_nothing():
+    model = small_model()
+    for patterns in ("*", ["layers.0", "nothing"]):
+        with pytest.raises(ConfigError):
+            transfer.freeze(model, patterns)
+        assert all(q.requires_grad for q in model.parameters())
+
+
+# ---- taking several edits back -------------------------------------------------------------------
+
+
+def two_writes(model):
+    """Two edits that share rows, and the weights before, between and after them."""
+    (x, y), values = labelled(), model.layers[-1].memory.values
+    tables, records = [values.detach().clone()], []
+    for answers in (y, torch.where(y >= 0, (y + 1) % 11, y)):
+        records.append(Mem.write(model, x, answers))
+        tables.append(values.detach().clone())
+    return records, tables
+
+
+def test_edits_that_share_rows_are_undone_in_reverse_order_only():
+    model = small_model(mem_n_keys=16, dim=32)
+    values = model.layers[-1].memory.values
+    (first, second), (start, between, end) = two_writes(model)
+    with pytest.raises(ValueError, match="this write left them; undo what came after it first"):
+        Mem.undo(model, first)
+    assert torch.equal(values, end)
+    Mem.undo(model, second)
+    assert torch.equal(values, between)
+    with pytest.raises(ValueError, match="undo what came after"):  # a second time
+        Mem.undo(model, second)
+    Mem.undo(model, first)
+    assert torch.equal(values, start)
+
+
+def test_edits_of_different_rows_are_undone_in_any_order():
+    model = small_model(mem_n_keys=32, dim=32, mem_heads=1, mem_knn=2)
+    values = model.layers[-1].memory.values
+    start = values.detach().clone()
+    x, y = labelled()
+    y[:, 4:] = -100  # one label each
+    records = [Mem.write(model, x[i : i + 1], y[i : i + 1]) for i in (0, 1)]
+    assert not np.intersect1d(*(r["slots"] for r in records)).size
+    for record in records:
+        Mem.undo(model, record)
+    assert torch.equal(values, start)
+
+
+def test_an_edit_of_another_model_is_not_undone_here():
+    record = Mem.write(small_model(mem_n_keys=16, dim=32), *labelled())
+    other = small_model(mem_n_keys=16, dim=32, seed=1)
+    before = state(other)
+    with pytest.raises(ValueError, match="not as this write left them"):
+        Mem.undo(other, record)
+    assert_untouched(before, other, "undo")
