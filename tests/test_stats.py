@@ -70,6 +70,47 @@ def test_rows_are_what_is_resampled():
     assert stats.paired_bootstrap([0.0, 1.0], [3, 1])["value"] == 0.25
 
 
+def test_a_bootstrap_of_examples_of_unequal_weight():
+    """Examples of many measurements differ more here: unweighted draws would lie elsewhere."""
+    scipy_stats = pytest.importorskip("scipy.stats")
+    random = np.random.default_rng(0)
+    weights = random.integers(1, 9, 40)
+    difference = weights / 4 + random.normal(0, 0.5, 40)
+    options = dict(paired=True, n_resamples=8000, method="percentile", vectorized=False)
+    weighted = lambda d, w: np.average(d, weights=w)
+    expected = scipy_stats.bootstrap((difference, weights), weighted, **options, rng=random)
+    ours = stats.paired_bootstrap(difference, weights, draws=8000)
+    assert ours["value"] == pytest.approx(np.average(difference, weights=weights), rel=1e-12)
+    assert ours["ci95"] == pytest.approx([*expected.confidence_interval], abs=0.02)
+    assert ours["ci95"][0] > difference.mean() and ours["n"] == 40
+
+
+def test_the_given_order_is_one_of_the_permutations():
+    """Of 12! orders two are as extreme as a straight line; of two points every order is."""
+    line = np.arange(12)
+    for kind in ("pearson", "spearman"):
+        assert stats.correlation(line, -2 * line, kind, draws=99)["p"] == 1 / 100
+    assert stats.correlation([0, 1], [0, 1], draws=99)["p"] == 1
+
+
+def test_the_mean_by_hand():
+    """1 and 3 have the variance 2 about their mean, so that its standard error is 1."""
+    cell = measure.mean([1, 3])
+    assert cell == {"value": 2, "ci95": pytest.approx([2 - 1.959964, 2 + 1.959964]), "n": 2}
+    assert measure.mean([5.0])["ci95"] == [-np.inf, np.inf]
+
+
+def test_effective_labels_by_hand():
+    """Three rows of two labels with 2, 0 and 1 right: p = 1/2, squared distances 1 + 1 + 0.
+
+    Times G / (G - 1) = 3/2 over 6 p (1 - p) = 3/2 is a design effect of 2: 3 labels of 6. With
+    1, 1 and 1 right rows vary less than chance, and no label counts for more than one.
+    """
+    row = np.repeat([0, 1, 2], 2)
+    assert measure.effective(measure.row_counts(np.array([1, 1, 0, 0, 1, 0]) == 1, row)) == 3
+    assert measure.effective(measure.row_counts(np.array([1, 0, 0, 1, 1, 0]) == 1, row)) == 6
+
+
 def test_a_share_over_rows_knows_that_rows_hang_together():
     """Ten alike labels in a row count as one; independent ones as ten; coverage by simulation, rows of unequal difficulty."""
     random = np.random.default_rng(0)
