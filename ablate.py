@@ -56,7 +56,8 @@ class AblateConfig(LookConfig):
     seed: int = 0  # of what is drawn: pairs, random slots
 
     def check(self):
-        configs.at_least(self, 0, "rows", "pairs", "seed")
+        configs.at_least(self, 0, "rows", "pairs")
+        configs.within(self, 0, 2**62, "seed")
         super().check()
         configs.at_least(self, 1, "chunk")
         for mode in self.modes.split():

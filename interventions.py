@@ -52,11 +52,12 @@ def read_cases(look, rows):
     n, T = shapes[size.argmax()].tolist()
     at = (targets[mine] != IGNORE).nonzero()[:, 1].view(-1, n)
     first, row = (counts.cumsum(0) - counts).numpy(), np.repeat(np.arange(len(counts)), counts)
-    tags = {name: v[first[mine]] for name, v in tags.items() if (v == v[first][row]).all()}
+    here = mine.numpy()  # numpy takes a tensor of one truth value for the number 1
+    tags = {name: v[first[here]] for name, v in tags.items() if (v == v[first][row]).all()}
     tokens, targets = tokens[mine][:, :T], targets[mine]
     answers = targets.gather(1, at)
-    here = (x.to(look.device) for x in (tokens, at, answers))
-    cases = Cases(np.asarray(rows)[mine.numpy()], *here, tags)
+    tensors = (x.to(look.device) for x in (tokens, at, answers))
+    cases = Cases(np.asarray(rows)[here], *tensors, tags)
     return cases, len(rows) - len(cases)
 
 
