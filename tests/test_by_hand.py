@@ -1,0 +1,607 @@
+"""Numbers of the analyses against values worked out by hand, or in a slow way of their own."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import ablate
+import attention_maps
+import compare
+import exchange
+import impact
+import interventions as I
+import logits
+import measure
+import routing
+import stats
+from configs import ConfigError
+from look import write_parquet
+from test_ablate import make, some_cases
+
+# ---- stats.py ------------------------------------------------------------------------------------
+
+LABELS = {  # two rows of two labels, one of one; `kind` is of a row, `place` of a label
+    "row": np.array([5, 5, 2, 2, 9]),
+    "hit": np.array([1, 0, 1, 1, 0]) == 1,
+    "loss": np.array([1.0, 3.0, 0.5, 0.5, 2.0]),
+    "kind": np.array([7, 7, 8, 8, 7]),
+    "place": np.array([0, 1, 0, 1, 0]),
+}
+
+
+def test_labels_are_read_in_the_order_of_their_rows(tmp_path):
+    write_parquet(str(tmp_path / "eval_test.parquet"), LABELS)
+    found = stats.read_labels(str(tmp_path), "test")
+    assert found["row"].tolist() == [2, 2, 5, 5, 9] and found["loss"].tolist() == [
+        0.5,
+        0.5,
+        1,
+        3,
+        2,
+    ]
+
+
+def test_rows_of_labels():
+    found = stats.per_row(LABELS)
+    assert found.keys() == {"row", "right", "labels", "hits", "loss", "kind"}
+    assert found["row"].tolist() == [2, 5, 9] and found["right"].tolist() == [True, False, False]
+    assert found["hits"].tolist() == [2, 1, 0] and found["labels"].tolist() == [2, 2, 1]
+    assert found["loss"].tolist() == [1, 4, 2] and found["kind"].tolist() == [8, 7, 7]
+
+
+def test_slices_have_two_to_24_values():
+    rows = {
+        "row": np.arange(50),
+        "a": np.arange(50) % 24,
+        "b": np.arange(50) % 25,
+        "c": np.ones(50),
+    }
+    assert [name for name, _ in stats.slices_of(rows, ["a", "b", "c"])][1:] == [
+        f"a={v}" for v in range(24)
+    ]
+
+
+def test_one_run_is_measured_per_label(capsys):
+    """The loss of a row grows with `size`, that of its labels falls: they go together by -1."""
+    size = np.arange(1, 9)
+    rows = {
+        "row": np.arange(8),
+        "right": size > 6,
+        "labels": size * size,
+        "hits": size,
+        "size": size,
+    }
+    found = stats.one_run({**rows, "loss": 1.0 * size}, ["size"])
+    assert found["metrics"]["all"]["nll"]["value"] == pytest.approx(np.mean(1 / size))
+    assert found["metrics"]["correlation with loss"]["size"]["value"] == pytest.approx(-1)
+    assert found["metrics"]["all"]["exact"]["value"] == 2 / 8
+    assert found["metrics"]["all"]["value"] == pytest.approx(36 / 204)
+
+
+def test_two_runs_are_the_second_less_the_first(capsys):
+    """A has 1 of 1 and 0 of 9 labels, B 0 of 1 and 9 of 9: B is better by 8 of 10 labels."""
+    same = {"row": np.arange(2), "labels": np.array([1, 9]), "kind": np.array([0, 1])}
+    a = {**same, "right": np.array([True, False]), "hits": np.array([1, 0])}
+    b = {**same, "right": np.array([False, True]), "hits": np.array([0, 9])}
+    a["loss"], b["loss"] = np.array([1.0, 18.0]), np.array([3.0, 0.0])
+    found = stats.two_runs([a, b], ["kind"])
+    whole = found["metrics"]["all"]
+    assert whole["accuracy difference"]["value"] == pytest.approx(0.8)
+    assert whole["nll difference"]["value"] == pytest.approx((3 - 1 + 0 - 18) / 10)
+    for name, ends in (("accuracy difference", [-1, 1]), ("nll difference", [-2, 2])):
+        assert whole[name]["ci95"] == pytest.approx(ends)  # of the same row twice
+    assert whole["mcnemar"] == {"only_a": 1, "only_b": 1, "p": 1}  # not one of the slices
+    for cell in found["by_slice"].values():
+        assert cell["mcnemar"]["p_holm"] == 1
+
+
+def test_seeds_decide_what_is_drawn():
+    x, y = np.arange(20.0), np.sin(np.arange(20.0))
+    for f in (
+        lambda seed: stats.paired_bootstrap(y, seed=seed),
+        lambda seed: stats.correlation(x, y, seed=seed),
+    ):
+        assert f(1) == f(1) and f(1)["ci95"] != f(2)["ci95"]
+
+
+# ---- measure.py ----------------------------------------------------------------------------------
+
+
+def test_counts_of_a_batch():
+    """Row 4 has labels right and wrong, row 6 one right, row 8 none at all."""
+    batch = {
+        "hit": np.array([True, False, True]),
+        "loss": np.array([0.25, 2.0, 0.5], np.float32),
+        "row": np.array([4, 4, 6]),
+        "row_hit": np.array([False, True, True]),
+        "tags": {"kind": np.array([0, 1, 0])},
+    }
+    found = measure.summarise([batch, batch])
+    assert found["accuracy"] == 4 / 6 and found["row_accuracy"] == 4 / 6
+    assert found["loss"] == pytest.approx(2 * 2.75 / 6) and found["labels"] == found["rows"] == 6
+    first, second = found["by_slice"]["kind"][0], found["by_slice"]["kind"][1]
+    assert (first["right"], first["labels"], first["row_right"]) == (4, 4, 4)
+    assert (second["right"], second["labels"], second["loss"]) == (0, 2, 4)
+
+
+# ---- interventions.py ----------------------------------------------------------------------------
+
+
+def test_the_lead_of_an_answer():
+    """1 leads 0.5 by 0.5; equal logits are no lead, and the answer counts as wrong."""
+    scores = torch.tensor([[0.5, 1.0, -2.0], [3.0, 3.0, 0.0], [0.0, 2.0, 5.0]])
+    lead, p, right = I.margin(scores, torch.tensor([1, 0, 1]))
+    assert lead.tolist() == [0.5, 0, -3] and right.tolist() == [True, False, False]
+    torch.testing.assert_close(p, torch.tensor([1.0, 3.0, 2.0]).exp() / scores.exp().sum(1))
+
+
+def look_at_rows(monkeypatch, groups, **config):
+    """A look whose rows all have one token, one answer and one group each; all are known."""
+    groups = np.asarray(groups)
+    read = lambda split, step, rows: (
+        torch.ones(len(rows), 3, dtype=torch.long),
+        torch.tensor([[-100, -100, 2]]).expand(len(rows), -1),
+        {"group": groups[rows]},
+    )
+    monkeypatch.setattr(I, "known_rows", lambda look: np.arange(len(groups)))
+    settings = SimpleNamespace(split="test", **config)
+    world = SimpleNamespace(size=1)
+    data = SimpleNamespace(batch=read)
+    return SimpleNamespace(
+        config=settings, world=world, data=data, pad=-1, device="cpu", folder="x"
+    )
+
+
+def test_as_many_rows_of_a_rare_group_as_of_a_frequent_one(monkeypatch, capsys):
+    groups, chosen = [0] * 27 + [1] * 3, []
+    for seed in (0, 0, 1):
+        cases = I.known_cases(look_at_rows(monkeypatch, groups, rows=6, seed=seed))
+        assert cases.tags["group"].tolist().count(1) == 3 and len(cases) == 6
+        chosen.append(sorted(cases.rows.tolist()))
+    assert chosen[0] == chosen[1] != chosen[2]
+    for rows in (29, 30, 31, 0):
+        cases = I.known_cases(look_at_rows(monkeypatch, groups, rows=rows, seed=0))
+        assert len(cases) == min(30, rows or 30)
+
+
+def test_one_row_is_a_case(monkeypatch, capsys):
+    cases = I.known_cases(look_at_rows(monkeypatch, [5, 6, 7, 8], rows=1, seed=0))
+    assert len(cases) == 1 and cases.tags["group"].tolist() == cases.rows + 5
+
+
+# ---- exchange.py ---------------------------------------------------------------------------------
+
+
+def test_high_is_above_the_median():
+    """Of exposures 1, 4, 4, 4 and 9 only 9 is: twelve pairs of lower ones, four up, four down."""
+    exposures = np.array([1, 4, 4, 4, 9])
+    cases = some_cases(B=5)
+    cases.tags = {"exposures": exposures}
+    count = lambda kind: len(exchange.draw_pairs(cases, 0, kind, 0)[0])
+    assert [count(kind) for kind in ("less_less", "less_more", "more_less")] == [12, 4, 4]
+    with pytest.raises(ConfigError, match="no two rows fit"):
+        count("more_more")
+    kinds = exchange.pair_types(exposures, np.array([0, 4, 1]), np.array([1, 3, 4]))
+    assert kinds.tolist() == ["less_less", "more_less", "less_more"]
+
+
+def test_pairs_are_drawn_once_each_by_the_seed():
+    cases = some_cases(B=6)
+    first, again, other = (exchange.draw_pairs(cases, 25, "any", seed) for seed in (1, 1, 2))
+    assert len({*zip(*(x.tolist() for x in first))}) == 25
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+@torch.no_grad()
+def test_an_exchange_against_the_whole_model():
+    """One pair, one place, all columns; row 0 reads in block 2 what row 1 reads at its label."""
+    model, cases = make(mem_share_values=False), some_cases(B=2)
+    cases.answers[:, 1] = cases.answers[0, 1]  # nothing to tell apart there
+    columns = exchange.exchanged(model, cases, np.array([0]), np.array([1]), "inject", seed=3)
+    (clean, _, found), (a, b) = model(cases.tokens, trace=True), cases.at
+    assert sorted({*zip(columns["layer"].tolist(), columns["place"].tolist())}) == [
+        (block, place) for block in (0, 2) for place in (0, 2)
+    ]
+    answers = cases.answers.numpy()
+    third = exchange.third_answers(
+        answers[:1].repeat(2, 0)[[0, 1], [0, 2]], answers[1, [0, 2]], np.unique(answers), 3
+    )
+    for i, place in enumerate(columns["place"]):
+        block = columns["layer"][i]
+
+        def put(read):
+            changed = {name: read[name].clone() for name in ("slots", "weights")}
+            for name in changed:
+                changed[name][0, a[place]] = found[(0, 2).index(block)][name][1, b[place]]
+            return changed
+
+        own, theirs = answers[0, place], answers[1, place]
+        now = model(cases.tokens[:1], intervene={block: put})[0][0, a[place]]
+        before = clean[0, a[place]]
+        lead = lambda x: x[own] - x[np.delete(np.arange(11), own)].max()
+        assert columns["now"][i] == now.argmax() and columns["fall"][i] == pytest.approx(
+            float(lead(before) - lead(now)), abs=1e-4
+        )
+        assert columns["own lost"][i] == (now.argmax() != own) and columns["other's"][i] == (
+            now.argmax() == theirs
+        )
+        assert columns["placebo"][i] == (now.argmax() == third[int(place == 2)])
+        assert columns["p other"][i] == pytest.approx(float(now.softmax(0)[theirs]), abs=1e-5)
+        assert columns["p other before"][i] == pytest.approx(
+            float(before.softmax(0)[theirs]), abs=1e-5
+        )
+
+
+def test_where_two_rows_agree_nothing_is_counted():
+    columns = {
+        "row": np.array([0, 0, 1, 1]),
+        "place": np.array([0, 1, 0, 1]),
+        "answer": np.array([3, 4, 3, 5]),
+        "other answer": np.array([3, 5, 4, 5]),
+        "how": np.array([3, 5, 3, 5]),
+    }
+    cells = exchange.matches(columns, "how", "other answer", "place")
+    assert {k: (c["value"], c["n"]) for k, c in cells.items()} == {"0": (0, 1), "1": (1, 1)}
+
+
+def test_a_corrupted_mqar_row_has_another_value_everywhere():
+    data = SimpleNamespace(vocab_size=12)  # keys below 6, values from 6 on
+    tokens = torch.tensor([[1, 6, 2, 7, 1, 0], [1, 8, 3, 9, 3, 0]] * 20)
+    at, answers = torch.tensor([[4]] * 40), torch.tensor([[6], [9]] * 20)
+    cases = I.Cases(np.arange(40), tokens, at, answers, {})
+    first, other = exchange.corrupted(SimpleNamespace(data=data), cases, 0)
+    assert first is cases and torch.equal(cases.tokens, tokens)
+    old, new = cases.answers[:, 0], other.answers[:, 0]
+    expected = torch.where(tokens == old[:, None], new[:, None], tokens)
+    assert torch.equal(other.tokens, expected) and (new >= 6).all()
+    assert not (tokens == new[:, None]).any()
+    again, seeded = (
+        exchange.corrupted(SimpleNamespace(data=data), cases, seed)[1] for seed in (0, 1)
+    )
+    assert torch.equal(again.answers, other.answers) and not torch.equal(
+        seeded.answers, other.answers
+    )
+
+
+# ---- impact.py -----------------------------------------------------------------------------------
+
+
+def result_of(monkeypatch, work, columns, **look):
+    """What an analysis saves of measurements {column: (N,)}: its metrics, by_slice and columns."""
+    kept = {}
+
+    def save(look, what, metrics, by_slice, examples, columns, plot):
+        kept.update(metrics=metrics, by_slice=by_slice, columns=columns)
+
+    monkeypatch.setattr(impact, "read_columns", lambda look, what: columns)
+    monkeypatch.setattr(impact, "save", save)
+    work(SimpleNamespace(config=SimpleNamespace(seed=0, split="test"), name="x", token=str, **look))
+    return kept["metrics"], kept["by_slice"], kept["columns"]
+
+
+def measurements(**columns):
+    """Columns as `keys` writes them; all that is not named is the same everywhere."""
+    n = len(columns["fall"])
+    plain = {
+        "mode": ["zero"] * n,
+        "control": [False] * n,
+        "layer": [0] * n,
+        "slot": [0] * n,
+        "flip": [False] * n,
+    }
+    plain |= {"row": range(n), "place": [0] * n, "reads": [1] * n}
+    return {name: np.array(values) for name, values in {**plain, **columns}.items()}
+
+
+def test_the_first_mode_without_controls_is_chosen():
+    columns = measurements(
+        fall=[1.0, 2.0, 3.0], mode=["drop", "zero", "drop"], control=[False, False, True]
+    )
+    found, mode = impact.chosen(columns)
+    assert mode == "drop" and found["fall"].tolist() == [1]
+
+
+def test_the_best_slots_are_measured_on_the_other_half_of_the_rows():
+    """Row 0: slot 0 falls by 10, the others by 0. Row 1: slot 1 by 7, the others by 1."""
+    slot = np.tile(np.arange(20), 2)
+    fall = np.concatenate(
+        [np.where(np.arange(20) == 0, 10.0, 0), np.where(np.arange(20) == 1, 7.0, 1)]
+    )
+    best, every = impact.best_and_any(measurements(fall=fall, slot=slot, row=np.repeat([0, 1], 20)))
+    assert best.tolist() == [1, 0] and every.sum() == 10 + 7 + 19
+
+
+def test_impact_in_numbers(monkeypatch, capsys):
+    """Falls 0.005, -0.5, 1, 3 of slots that are read; -0.25 and 0.125 of those that are not."""
+    columns = measurements(
+        fall=[0.005, -0.5, 1.0, 3.0, -0.25, 0.125],
+        slot=[1, 2, 2, 3, 8, 9],
+        flip=[False, True, False, False, True, True],
+        control=[False] * 4 + [True] * 2,
+    )
+    metrics, by_slice, slots = result_of(monkeypatch, impact.impact, columns)
+    cell = by_slice["layer"]["0"]
+    assert metrics["largest change by an unread slot"] == 0.25 and slots["slot"].tolist() == [
+        1,
+        2,
+        3,
+    ]
+    assert cell["fall"]["value"] == pytest.approx((0.005 + 0.25 + 3) / 3)
+    assert cell["median"] == pytest.approx((0.005 + 1) / 2) and cell["largest"] == 3
+    assert cell["next to nothing"]["value"] == 0.25 and cell["flips"]["value"] == 0.25
+    assert cell["std"] == pytest.approx(
+        np.sqrt(np.mean(np.square([0.005, -0.5, 1, 3])) - 0.87625**2)
+    )
+
+
+def test_rare_comes_before_frequent():
+    columns = measurements(fall=[4.0, 2.0, 1.0, 1.0], row=[0, 1, 2, 3])
+    columns["exposures"] = np.array([1, 1, 1, 5])
+    rare, frequent = impact.frequent_or_rare(columns)["mean fall of the lead"]
+    assert rare["value"] == pytest.approx(7 / 3) and rare["n"] == 3 and frequent["value"] == 1
+
+
+def test_reads_of_a_row_count_once(monkeypatch, capsys):
+    """Slot 0 is read three times by row 0, slot 1 once by row 1; both rows have two places."""
+    columns = measurements(
+        fall=[0.0] * 4, row=[0, 0, 1, 1], place=[0, 1, 0, 1], slot=[0, 0, 1, 1], reads=[3, 3, 1, 1]
+    )
+    memory = SimpleNamespace(values=torch.zeros(4, 2))
+    model = SimpleNamespace(memories=lambda: {0: memory})
+    _, by_slice, found = result_of(monkeypatch, impact.occurrences, columns, model=model)
+    cell = by_slice["layer"]["0"]
+    assert found["times"].tolist() == [3, 1, 0, 0] and cell["reads"] == 4
+    assert cell["unused"]["value"] == 0.5
+    assert cell["gini"] == pytest.approx((2 * (3 * 1 + 4 * 3) / 4 - 5) / 4)
+    assert cell["kl"] == pytest.approx(np.log(4) + 0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+
+
+def test_the_least_p_of_a_place_is_that_of_the_given_order():
+    """Place 1 is far below the others in all of 40 rows, which no permutation of 99 repeats."""
+    by_row = np.random.default_rng(0).normal(size=(40, 3))
+    by_row[:, 1] -= 5
+    p = impact.unlike_others(by_row, draws=99)
+    assert p[1] == 1 / 100 and (impact.unlike_others(np.ones((5, 2)), draws=9) == 1).all()
+
+
+def test_the_variance_of_an_effect(monkeypatch, capsys):
+    """Slot 0 falls by 0 and 4 (variance 4), slots 1 and 2 by 1 each."""
+    columns = measurements(fall=[0.0, 4.0, 1.0, 1.0], slot=[0, 0, 1, 2])
+    memory = SimpleNamespace(values=torch.eye(3))
+    model = SimpleNamespace(memories=lambda: {0: memory})
+    _, by_slice, found = result_of(monkeypatch, impact.keystats, columns, model=model)
+    assert by_slice["layer"]["0"]["variance of effect"]["value"] == pytest.approx(4 / 3)
+    assert found["std"].tolist() == [2, 0, 0] and found["rows"].tolist() == [2, 1, 1]
+
+
+def naive_silhouette(x, group):
+    """Rousseeuw's, pair by pair; 0 for a point that is alone in its group."""
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    quality = []
+    for i in range(len(x)):
+        away = {}
+        for j in range(len(x)):
+            if i != j:
+                away.setdefault(group[j], []).append(1 - x[i] @ x[j])
+        if group[i] not in away:
+            quality.append(0.0)
+            continue
+        own = np.mean(away[group[i]])
+        nearest = min(np.mean(d) for g, d in away.items() if g != group[i])
+        quality.append((nearest - own) / max(nearest, own))
+    return np.mean(quality)
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 9])
+def test_the_silhouette_pair_by_pair(clusters):
+    values = np.random.default_rng(clusters).normal(size=(17, 3))
+    group, quality = impact.spherical_k_means(values, clusters)
+    assert quality == pytest.approx(naive_silhouette(values, group))
+
+
+def test_shuffled_values_keep_their_columns():
+    values = np.arange(60).reshape(20, 3)
+    found, other = impact.shuffled(values, 0), impact.shuffled(values, 1)
+    assert np.array_equal(np.sort(found, axis=0), values) and not np.array_equal(found, other)
+    assert not np.array_equal(found - found[:, :1], values - values[:, :1])  # each in its own order
+
+
+def test_repeated_digits(monkeypatch, capsys):
+    """112:121 has one repeated digit in the key, one in the value, and both digits shared."""
+    texts = ["112:121 ", "123:456 ", "111:111 ", "121:333 "]
+    source = SimpleNamespace(read=lambda split, rows: ([texts[r] for r in rows], {}))
+    columns = measurements(fall=[1.0, 0.0, 2.0, 1.0])
+    data = SimpleNamespace(source=source)
+    metrics, _, found = result_of(monkeypatch, impact.repeats, columns, data=data)
+    assert found["repeated digits of the key"].tolist() == [1, 0, 2, 1]
+    assert found["repeated digits of the value"].tolist() == [1, 0, 2, 2]
+    assert found["digits that key and value share"].tolist() == [2, 0, 1, 0]
+    assert metrics["correlation"]["repeated digits of the key"]["value"] == pytest.approx(1)
+
+
+def test_what_a_digit_turns_into(monkeypatch, capsys):
+    columns = {
+        "row": np.array([0, 1, 2, 3, 4]),
+        "answer": np.array([1, 1, 1, 2, 2]),
+        "other answer": np.array([2, 2, 2, 1, 2]),  # the last cannot be told apart
+        "teacher-forced": np.array([2, 2, 3, 2, 2]),
+        "token by token": np.array([1, 1, 1, 1, 1]),
+    }
+    _, by_slice, _ = result_of(monkeypatch, impact.swap_predictions, columns)
+    shares = lambda how: [(c["value"], c["n"]) for c in by_slice[how].values()]
+    assert shares("teacher-forced") == [(0.25, 4), (0.5, 4), (0.25, 4)]
+    assert shares("token by token") == [(0.75, 4), (0.25, 4), (0, 4)]
+    turned = by_slice["teacher-forced, digit"]
+    assert {k: c["value"] for k, c in turned.items()} == {
+        "1 to 2": 2 / 3,
+        "1 to 3": 1 / 3,
+        "2 to 2": 1,
+    }
+
+
+# ---- ablate.py -----------------------------------------------------------------------------------
+
+
+def test_the_strongest_percent():
+    """Of 200 falls 0..199 the best two are 198 and 199."""
+    cell = ablate.effects_by_mode(measurements(fall=np.arange(200.0)))["zero", "0"]
+    assert cell["strongest"] == 198.5 and cell["fall"]["value"] == 99.5 and cell["n"] == 200
+
+
+@torch.no_grad()
+def test_layers_and_heads_taken_out_against_the_model_without_them(monkeypatch, capsys):
+    model, cases, kept = make(mem_share_values=False), some_cases(), {}
+    cases.answers = model(cases.tokens)[0].argmax(-1).gather(1, cases.at)  # all are right
+    look = SimpleNamespace(model=model, config=SimpleNamespace(seed=0), name="x", token=str)
+    monkeypatch.setattr(ablate, "known_cases", lambda look: cases)
+    monkeypatch.setattr(ablate, "save", lambda look, what, *found: kept.update({what: found}))
+    ablate.layer(look)
+    ablate.heads(look)
+    weight = model.layers[1].att.out_proj.weight
+    for what, name, columns in (
+        ("layer", "1, mixer", slice(None)),
+        ("heads", "L1H1", slice(8, 16)),
+    ):
+        whole, before = I.margin(I.clean_run(model, cases).logits, cases.answers)[0], weight.clone()
+        weight[:, columns] = 0
+        now, _, right = I.margin(I.clean_run(model, cases).logits, cases.answers)
+        weight.copy_(before)
+        cell = kept[what][1][{"layer": "layer, what", "heads": "head"}[what]][name]
+        assert cell["fall"]["value"] == pytest.approx(float((whole - now).mean()), abs=1e-4)
+        assert cell["accuracy"]["value"] == pytest.approx(float(right.float().mean()))
+        assert cell["fall"]["value"] > 0
+
+
+def test_what_is_exchanged_among_slots_is_drawn_by_the_seed():
+    model = make()
+    found = {"slots": torch.arange(25).view(1, 1, 1, -1), "weights": torch.ones(1, 1, 1, 25)}
+    for what in ("memory, values", "memory, keys"):
+        draw = lambda seed: ablate.whole_block_changes(model, seed)[0, what][1][0](found)["slots"]
+        assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+
+# ---- routing.py ----------------------------------------------------------------------------------
+
+
+def test_tenths_are_of_the_row_without_its_padding():
+    tokens = torch.tensor([[1, 2, 3, 4, 0, 0], [1, 2, 3, 4, 5, 6]])
+    found = {"slots": torch.zeros(2, 6, 1, 1, dtype=torch.long)}
+    found["route"] = torch.tensor([0.25, 0.75]).expand(2, 6, 2)
+    model = lambda tokens, trace: (None, None, [found])
+    model.memories = lambda: {3: None}
+    look = SimpleNamespace(model=model, pad=0, data=SimpleNamespace(vocab_size=8))
+    got = routing.routed(look, SimpleNamespace(tokens=tokens, rows=np.array([7, 9])))
+    assert got["decile"].tolist() == [0, 2, 5, 7] + [0, 1, 3, 5, 6, 8]
+    assert (
+        got["row"].tolist() == [7] * 4 + [9] * 6
+        and (got["memory"] == 0.75).all()
+        and (got["layer"] == 3).all()
+    )
+
+
+def test_two_tokens_of_one_row_are_no_pair():
+    """Row 0 reads slots 1, 2, 3 and has the share 0.2, row 1 slots 1, 4 and 0.8: 1 of 4 shared."""
+    row = np.repeat([0, 1], 50)
+    found = {
+        "row": row,
+        "layer": np.zeros(100, int),
+        "token": np.full(100, 5),
+        "kind": np.full(100, "digit"),
+        "slots": np.array([[1, 2, 3], [1, 4, 4]])[row],
+        "memory": np.array([0.2, 0.8])[row],
+    }
+    cells = routing.consistency(found)["0"]["same token"]
+    assert cells["slots in common"]["value"] == 0.25 and cells["difference of shares"][
+        "value"
+    ] == pytest.approx(0.6)
+
+
+def test_kinds_that_read_alike():
+    """Slots 3, 4 times and 0 times against 0 and 5: the cosine is 4 / 5."""
+    slots = np.array([0] * 3 + [1] * 4 + [1] * 5)[:, None]
+    found = {"kind": np.array(["a"] * 7 + ["b"] * 5), "layer": np.zeros(12, int), "slots": slots}
+    kinds, cosine = routing.similarity_of_kinds(found, 0, 2)
+    np.testing.assert_allclose(cosine, [[1, 0.8], [0.8, 1]])
+
+
+# ---- logits.py -----------------------------------------------------------------------------------
+
+
+def test_a_sure_model_is_in_the_last_bin():
+    bins, error = logits.calibration(np.array([1.0, 0.95]), np.array([True, False]), np.arange(2))
+    assert len(bins) == 1 and bins[0]["value"] == 0.5 and error == pytest.approx(0.475)
+
+
+def test_means_are_over_rows():
+    """Row 0 has two labels, row 1 one: each row counts once."""
+    found = {
+        "row": np.array([0, 0, 1, 2]),
+        "hit": np.array([True, False, True, False]),
+        "rank": np.array([1, 3, 1, 9]),
+        "probability": np.array([0.5, 0.1, 0.9, 0.0]),
+        "confidence": np.array([0.5, 0.6, 0.9, 0.9]),
+        "place": np.array([0, 1, 0, 0]),
+        "nll": np.log([2.0, 8.0, 1.0, 99.0]),
+    }
+    cell = logits.summary(found, found["row"] < 2)
+    assert cell["accuracy"]["value"] == pytest.approx(2 / 3) and cell["rank"]["value"] == 1.5
+    assert cell["probability"]["value"] == pytest.approx(0.6) and cell["perplexity"][
+        "value"
+    ] == pytest.approx(2)
+    assert logits.row_share(found)["value"] == pytest.approx(1 / 3)
+
+
+# ---- attention_maps.py ---------------------------------------------------------------------------
+
+
+def test_the_entropy_of_even_and_of_sharp_attention():
+    """A token of t earlier ones and itself: even attention has the entropy log(t + 1), called 1."""
+    ids, real = torch.arange(5)[None], torch.ones(1, 5) == 1
+    even = torch.ones(1, 1, 5, 5).tril()
+    even = even / even.sum(-1, keepdim=True)
+    assert float(attention_maps.scores(even, ids, real)["entropy"]) == pytest.approx(1)
+    assert float(
+        attention_maps.scores(torch.eye(5)[None, None], ids, real)["entropy"]
+    ) == pytest.approx(0, abs=1e-6)
+    cells = attention_maps.scores(even, ids, real)
+    assert float(cells["previous token"]) == pytest.approx(np.mean([1 / 2, 1 / 3, 1 / 4, 1 / 5]))
+    assert float(cells["first token"]) == pytest.approx(np.mean([1 / 3, 1 / 4, 1 / 5]))
+
+
+# ---- compare.py ----------------------------------------------------------------------------------
+
+
+def a_run(name, settings, curve):
+    by_slice = {"kind": {"1": 0.5, "2": 0.25}}
+    cell = {"value": 0.5, "ci95": [0.4, 0.6], "n": 9}
+    return dict(
+        run=name,
+        line="gpt",
+        settings=settings,
+        curve=curve,
+        by_slice=by_slice,
+        state=0,
+        params=5,
+        all=cell,
+    )
+
+
+def test_seeds_share_a_line_with_mean_and_range(monkeypatch, tmp_path):
+    """Two seeds at steps 1 and 2, one of which went on to 3, beside a run with other settings."""
+    runs = [
+        a_run("a", "x", [(1, 2.0, 0.1), (2, 1.0, 0.3), (3, 0.5, 0.5)]),
+        a_run("b", "x", [(1, 4.0, 0.2), (2, 3.0, 0.7)]),
+        a_run("c", "y", [(1, 9.0, 0.0)]),
+    ]
+    assert [len(same) for same in compare.lines(runs).values()] == [2, 1]
+    drawn = []
+    monkeypatch.setattr(compare, "finish", lambda fig, *_: drawn.extend(fig.axes))
+    compare.plot_compare(str(tmp_path / "x.png"), runs)
+    losses, accuracies, slices, _ = drawn
+    assert losses.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
+    np.testing.assert_allclose(accuracies.lines[0].get_xydata(), [[1, 0.15], [2, 0.5]])
+    band = losses.collections[0].get_paths()[0].vertices
+    assert {(1.0, 2.0), (1.0, 4.0), (2.0, 1.0), (2.0, 3.0)} <= {tuple(v) for v in band.tolist()}
+    assert slices.lines[0].get_xydata().tolist() == [[0, 0.5], [1, 0.25]]
