@@ -14,9 +14,10 @@ from collections import namedtuple
 
 import configs
 from checkpoint import write_file
-from configs import ConfigError, require
+from configs import ConfigError, RunFailed, require
 from look import open_look
 from parallel import joined
+from plan import out_of_memory
 
 MODEL = "split checkpoint eval_batch_size device dtype"  # settings of whatever runs a model
 
@@ -55,7 +56,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     idle = {s: f"{name} does not use it, only {by}" for s, by in users.items() if s not in command.uses.split()}
     configs.refuse_unused(config, idle, {s.key: s for s in settings})
     if not command.looks:
-        command.work(words, config)
+        perform(name, command, words, config)
         return
     require(len(words) == 1, f"name one run directory, as in: {name} runs/RUN", None)
     with joined(config.device) as world:
@@ -63,7 +64,19 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
         look.prefix = prefix
         why_not = command.why_not(look)
         require(not why_not, f"{look.folder}: {why_not}", None)
-        command.work(look)
+        perform(name, command, look)
+
+
+def perform(name, command, *args):
+    """What command.work(*args) returns; RunFailed, with the settings to lower, if memory is full."""
+    try:
+        return command.work(*args)
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+    sizes = [s for s in ("eval_batch_size", "rows", "pairs", "chunk") if s in command.uses.split()]
+    advice = f"; lower {' or '.join(sizes)}" if sizes else ""
+    raise RunFailed(f"memory is full in {name}{advice}")
 
 
 def report(look, script, commands, names, file):
@@ -89,9 +102,9 @@ def chapter(look, script, name, command):
     try:
         with contextlib.redirect_stdout(printed):
             if command.looks:
-                command.work(look)
+                perform(name, command, look)
             elif look.world.first:
-                look.figures.append(command.work([look.folder], look.config))
+                look.figures.append(perform(name, command, [look.folder], look.config))
     except ConfigError as e:
         look.world.say(f"left out: {e}")
         return f"Left out: {e}.\n"

@@ -49,7 +49,7 @@ def test_five_steps_by_hand(tmp_path, own, rate):
 
 @pytest.fixture
 def scripted(tmp_path, monkeypatch):
-    """scripted(val accuracies, test accuracy, ...) -> exit status, folder, saved, weights tested."""
+    """scripted(val accuracies, test accuracy, ...) -> status, folder, saved, weights tested."""
     evaluate, write = train.evaluate, train.write_checkpoint
     saved, tested = [], []
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 import ablate
 import attention_maps
+import commands
 import edits
 import eval as ev
 import exchange
@@ -21,7 +22,7 @@ import memory as Mem
 import model as M
 import train
 import transfer
-from configs import ConfigError
+from configs import ConfigError, RunFailed
 from look import open_look
 from test_ablate import make, some_cases
 from test_memory import model as small_model
@@ -131,6 +132,23 @@ def test_opening_a_run_takes_no_random_numbers(runs):
     before = torch.get_rng_state()
     open_look(str(runs / "gpt"), ev.EvalConfig())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TB")]
+)
+def test_full_memory_is_a_sentence_with_what_to_lower(error):
+    def work(look):
+        raise error
+
+    command = commands.looks(work, "rows chunk", "")
+    sentence = "memory is full in keys; lower eval_batch_size or rows or chunk"
+    with pytest.raises(RunFailed, match=sentence):
+        commands.perform("keys", command, None)
+    error.args = ("another error",)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError, match="another error"):
+            commands.perform("keys", command, None)
 
 
 # ---- functions, on a model in training -----------------------------------------------------------
