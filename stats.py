@@ -12,6 +12,7 @@
 Letters: n examples, N labels, R rows.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -261,7 +262,7 @@ def complete_lines(text):
         try:
             record = json.loads(line)
             whole = isinstance(record, (dict, list))  # 12 may be the beginning of 123
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = False
         records, lost = (records + [record], lost) if whole else (records, lost + 1)
     return records, lost
@@ -273,11 +274,13 @@ def complete_json(text):
     Every complete member of an object and element of a list is kept. Of the member that the cut fell into, a list or an object,
     its complete part; of an element of a list nothing, for that is a record.
     """
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text), True
-    except ValueError:
+    try:
         value, _ = beginning(text, skip_blanks(text, 0))
-        return value, False
+    except RecursionError:  # no record nests so deeply
+        value = None
+    return value, False
 
 
 def beginning(text, at):

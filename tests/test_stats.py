@@ -192,10 +192,11 @@ def test_a_result_cut_at_any_byte_keeps_its_head_and_whole_examples():
             assert "n" not in value["metrics"]["accuracy"]  # 3 is not what it said
 
 
-@pytest.mark.parametrize("text", ["12 x", "true x", '"abc" x', "", "nul"])
+@pytest.mark.parametrize("text", ["12 x", "true x", '"abc" x', "", "nul", "[" * 100_000])
 def test_what_is_no_record_is_none(text):
     value, whole = stats.complete_json(text)
     assert not isinstance(value, (dict, list)) and not whole
+    assert stats.complete_lines(text + '\n{"a": 1}\n') == ([{"a": 1}], 1 if text else 0)
 
 
 def test_repair_writes_a_new_file_and_says_what_it_kept(tmp_path, capsys):
