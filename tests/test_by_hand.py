@@ -110,19 +110,20 @@ def test_seeds_decide_what_is_drawn():
 
 
 def test_counts_of_a_batch():
-    """Row 4 has labels right and wrong, row 6 one right, row 8 none at all."""
+    """Row 4 has a label right and one wrong, row 6 two right, row 8 none: a batch seen twice."""
     batch = {
-        "hit": np.array([True, False, True]),
-        "loss": np.array([0.25, 2.0, 0.5], np.float32),
-        "row": np.array([4, 4, 6]),
+        "hit": np.array([True, False, True, True]),
+        "loss": np.array([0.25, 2.0, 0.5, 0.25], np.float32),
+        "row": np.array([4, 4, 6, 6]),
         "row_hit": np.array([False, True, True]),
-        "tags": {"kind": np.array([0, 1, 0])},
+        "tags": {"kind": np.array([0, 1, 0, 0])},
     }
     found = measure.summarise([batch, batch])
-    assert found["accuracy"] == 4 / 6 and found["row_accuracy"] == 4 / 6
-    assert found["loss"] == pytest.approx(2 * 2.75 / 6) and found["labels"] == found["rows"] == 6
+    assert (found["accuracy"], found["labels"]) == (6 / 8, 8)
+    assert (found["row_accuracy"], found["rows"]) == (4 / 6, 6)
+    assert found["loss"] == 2 * 3 / 8
     first, second = found["by_slice"]["kind"][0], found["by_slice"]["kind"][1]
-    assert (first["right"], first["labels"], first["row_right"]) == (4, 4, 4)
+    assert (first["right"], first["labels"], first["row_right"]) == (6, 6, 4)
     assert (second["right"], second["labels"], second["loss"]) == (0, 2, 4)
 
 

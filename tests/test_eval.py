@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import compare
 import eval as ev
 import measure
 import train
@@ -84,6 +85,8 @@ def test_compare_puts_runs_side_by_side(runs, capsys):
     assert table["run"] == ["r1", "r2"] and table["seed"] == [1, 2]
     assert table["state"] == [4 * 2 * (2 * (16 + 16) * 32 + 2 * 3 * 16)] * 2  # cache of 32 tokens, and a convolution of 2
     assert (runs / "compare.png").stat().st_size > 5000
+    both = [compare.read_result(str(runs / name)) for name in ("r1", "r2")]
+    assert [len(same) for same in compare.lines(both).values()] == [2]  # two seeds of one line
 
 
 @pytest.mark.parametrize(
