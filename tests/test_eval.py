@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ import eval as ev
 import measure
 import train
 from configs import ConfigError
+from plan import load_run
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_checkpoint_and_split_can_be_chosen(runs, capsys):
     assert (runs / "r1" / "eval_val.json").exists()
 
 
-def test_compare_puts_runs_side_by_side(runs, capsys):
+def test_compare_puts_runs_side_by_side(runs, capsys, tmp_path):
     ev.main(["compare", str(runs / "*")])
     text = capsys.readouterr()
     assert "r1" in text.out and "r2" in text.out and "left out" in text.err and "unfinished" in text.err
@@ -87,6 +89,12 @@ def test_compare_puts_runs_side_by_side(runs, capsys):
     assert (runs / "compare.png").stat().st_size > 5000
     both = [compare.read_result(str(runs / name)) for name in ("r1", "r2")]
     assert [len(same) for same in compare.lines(both).values()] == [2]  # two seeds of one line
+    layers = load_run(str(runs / "r1"))[2].layers
+    assert both[0]["params"] == sum(q.numel() for q in layers.parameters())
+    shutil.copytree(runs / "r1", tmp_path / "early")
+    status = json.loads((runs / "r1" / "status.json").read_text()) | {"step": 17}
+    (tmp_path / "early" / "status.json").write_text(json.dumps(status))
+    assert compare.read_result(str(tmp_path / "early"))["steps"] == 17  # not max_steps
 
 
 @pytest.mark.parametrize(

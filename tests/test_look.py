@@ -199,12 +199,19 @@ def test_activations_norms_and_track(runs, capsys):
     )
     assert mine.sum() == tokens["times"][i] and reads["weight"][mine].sum() == pytest.approx(tokens["weight"][i], rel=1e-5)
     assert result["metrics"]["while training"]["0"]["share"] <= 1
+    here = tokens["layer"] == 1
+    slots, of_slot = tokens["slot"][here], tokens["times"][here]
+    purest = [of_slot[slots == slot].max() / of_slot[slots == slot].sum() for slot in set(slots)]
+    purity = result["metrics"]["share of a slot's most frequent token"]["1"]
+    assert purity["value"] == pytest.approx(np.mean(purest)) and purity["n"] == len(purest)
     result, norms = saved(runs, "memory", "norms")
     model = open_look(runs, "memory").model
     lengths = model.memories()[0].values.norm(dim=1)
     cells = [c for name, c in result["metrics"]["layers 0"].items()]
     assert sum(c["value"] * c["n"] for c in cells) == pytest.approx(float(lengths.detach().sum()), rel=1e-4)
-    assert result["by_slice"]["layer and position"]["1, 3"]["n"] == 40
+    cell, here = result["by_slice"]["layer and position"]["1, 3"], norms["layer"] == 1
+    lengths = norms["norm"][here & (norms["position"] == 3)]
+    assert cell["n"] == 40 and cell["std"] == pytest.approx(np.std(lengths), rel=1e-5)
 
 
 def test_a_shared_table_is_counted_once(runs):
