@@ -9,10 +9,12 @@ import torch
 import ablate
 import attention_maps
 import compare
+import edits
 import exchange
 import impact
 import interventions as I
 import logits
+import look
 import measure
 import routing
 import stats
@@ -455,11 +457,11 @@ def test_the_strongest_percent():
 def test_layers_and_heads_taken_out_against_the_model_without_them(monkeypatch, capsys):
     model, cases, kept = make(mem_share_values=False), some_cases(), {}
     cases.answers = model(cases.tokens)[0].argmax(-1).gather(1, cases.at)  # all are right
-    look = SimpleNamespace(model=model, config=SimpleNamespace(seed=0), name="x", token=str)
+    about = SimpleNamespace(model=model, config=SimpleNamespace(seed=0), name="x", token=str)
     monkeypatch.setattr(ablate, "known_cases", lambda look: cases)
     monkeypatch.setattr(ablate, "save", lambda look, what, *found: kept.update({what: found}))
-    ablate.layer(look)
-    ablate.heads(look)
+    ablate.layer(about)
+    ablate.heads(about)
     weight = model.layers[1].att.out_proj.weight
     for what, name, columns in (
         ("layer", "1, mixer", slice(None)),
@@ -492,8 +494,8 @@ def test_tenths_are_of_the_row_without_its_padding():
     found["route"] = torch.tensor([0.25, 0.75]).expand(2, 6, 2)
     model = lambda tokens, trace: (None, None, [found])
     model.memories = lambda: {3: None}
-    look = SimpleNamespace(model=model, pad=0, data=SimpleNamespace(vocab_size=8))
-    got = routing.routed(look, SimpleNamespace(tokens=tokens, rows=np.array([7, 9])))
+    about = SimpleNamespace(model=model, pad=0, data=SimpleNamespace(vocab_size=8))
+    got = routing.routed(about, SimpleNamespace(tokens=tokens, rows=np.array([7, 9])))
     assert got["decile"].tolist() == [0, 2, 5, 7] + [0, 1, 3, 5, 6, 8]
     assert (
         got["row"].tolist() == [7] * 4 + [9] * 6
@@ -569,6 +571,120 @@ def test_the_entropy_of_even_and_of_sharp_attention():
     cells = attention_maps.scores(even, ids, real)
     assert float(cells["previous token"]) == pytest.approx(np.mean([1 / 2, 1 / 3, 1 / 4, 1 / 5]))
     assert float(cells["first token"]) == pytest.approx(np.mean([1 / 3, 1 / 4, 1 / 5]))
+
+
+def test_patterns_pair_by_pair():
+    """Random weights and tokens; a pattern's share is counted weight by weight."""
+    g = torch.Generator().manual_seed(0)
+    ids, weights = torch.randint(4, (1, 14), generator=g), torch.rand(1, 1, 14, 14, generator=g)
+    x = ids[0].tolist()
+    rules = {
+        "previous token": lambda t, s: s == t - 1,
+        "2 to 8 back": lambda t, s: 2 <= t - s <= 8,
+        "itself": lambda t, s: s == t,
+        "first token": lambda t, s: s == 0 and t >= 2,  # token 1 has it as the previous one
+        "induction": lambda t, s: 0 < s < t and x[s - 1] == x[t],
+        "same token": lambda t, s: s < t and x[s] == x[t],
+    }
+    found = attention_maps.scores(weights, ids, torch.ones(1, 14) == 1)
+    for name, rule in rules.items():
+        shares = []
+        for t in range(1, 14):
+            some = [float(weights[0, 0, t, s]) for s in range(14) if rule(t, s)]
+            shares += [sum(some)] if some else []
+        assert float(found[name]) == pytest.approx(np.mean(shares), rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "cell, word",
+    [
+        (dict(entropy=0.85), "diffuse"),
+        (dict(entropy=0.84), "itself"),
+        (dict(itself=0.39), "mixed, most to: itself"),
+        (dict(itself=0.2), "mixed, most to: itself"),
+        (dict(itself=0.19), "mixed"),
+        (dict(induction=0.5), "induction"),
+        (dict(itself=np.nan), "mixed"),
+    ],
+)
+def test_a_head_in_a_word(cell, word):
+    plain = dict.fromkeys(attention_maps.PATTERNS, 0.0) | {"itself": 0.4, "entropy": 0.1}
+    assert attention_maps.describe(plain | cell) == word
+
+
+# ---- look.py -------------------------------------------------------------------------------------
+
+
+def test_rows_are_spread_over_their_segments():
+    """Five of 20 and 30 rows are three of each, evenly; a segment of two gives both."""
+    segments = [range(0, 20), range(20, 50), range(50, 52)]
+    data = SimpleNamespace(segments=lambda split: segments)
+    batches = lambda **c: [
+        b.tolist()
+        for b in look.batches(SimpleNamespace(data=data, config=SimpleNamespace(split="test", **c)))
+    ]
+    assert batches(rows=7, eval_batch_size=2) == [[0, 6], [13], [20, 30], [40], [50, 51]]
+    assert sum(map(len, batches(rows=0, eval_batch_size=7))) == 52
+    assert sum(map(len, batches(rows=1000, eval_batch_size=100))) == 52
+
+
+def test_a_known_row_has_no_wrong_label(monkeypatch):
+    found = [
+        {"row": np.array([3, 3, 4, 4, 5]), "hit": np.array([True, True, True, False, True])},
+        {"row": np.array([9, 8]), "hit": np.array([False, True])},
+    ]
+    monkeypatch.setattr(look, "predict", lambda *_, **__: found)
+    config = SimpleNamespace(split="test", eval_batch_size=5)
+    about = SimpleNamespace(config=config, model=None, data=None, device=None, dtype=None)
+    assert look.known_rows(about).tolist() == [3, 5, 8]
+
+
+def test_labels_have_places_in_their_rows():
+    targets = torch.tensor([[-100, 4, -100, 6], [-100, -100, -100, -100], [7, -100, 8, 9]])
+    rows, at, place, answer = look.labels(
+        SimpleNamespace(targets=targets, rows=np.array([5, 6, 7]))
+    )
+    assert rows.tolist() == [5, 5, 7, 7, 7] and at.tolist() == [1, 3, 0, 2, 3]
+    assert place.tolist() == [0, 1, 0, 1, 2] and answer.tolist() == [4, 6, 7, 8, 9]
+
+
+# ---- edits.py ------------------------------------------------------------------------------------
+
+
+def test_sides_of_an_edit_share_no_fact(monkeypatch, capsys):
+    """30 known facts, 4 rewritten: 13 that a method may use, 13 others, each answered as before."""
+    texts = [f"{i:02}:{i * 7 % 97:02} " for i in range(30)]
+    source = SimpleNamespace(read=lambda split, rows: ([texts[r] for r in rows], {}))
+    model, given, asked = torch.nn.Linear(1, 1), [], []
+    config = SimpleNamespace(edits=(4,), split="test")
+
+    def a_look(seed):
+        plan = SimpleNamespace(train=SimpleNamespace(seed=seed))
+        world, data = SimpleNamespace(size=1), SimpleNamespace(source=source)
+        return SimpleNamespace(
+            model=model, config=config, plan=plan, world=world, data=data, name="x", folder="x"
+        )
+
+    monkeypatch.setattr(edits, "known_rows", lambda look: np.arange(30))
+    monkeypatch.setattr(edits, "encode", lambda look, some: (some, some))
+    method = lambda model, x, y, kept, kept_y: given.append((x, kept))
+    monkeypatch.setattr(edits, "EDITORS", {"none": method})
+    monkeypatch.setattr(edits, "answered", lambda model, x, y: asked.append(x) or len(x) - 1)
+    kept = {}
+    monkeypatch.setattr(edits, "save", lambda look, what, metrics, *rest: kept.update(rest[0]))
+    for seed in (0, 1):
+        edits.edit(a_look(seed))
+    (new, may_use), (new_again, _) = given
+    _, others, measured = asked[:3]
+    assert len(new) == 4 and len(may_use) == len(others) == 13 and measured == may_use
+    keys = lambda some: {text.split(":")[0] for text in some}
+    assert len(keys(new) | keys(may_use) | keys(others)) == 30
+    assert set(may_use) | set(others) <= set(texts) and not set(new) & set(texts)
+    cell = kept["method and edits"]["none, 4"]
+    assert (
+        cell["efficacy"]["value"] == 3 / 4 and cell["specificity"]["n"] == cell["kept"]["n"] == 13
+    )
+    assert keys(new) != keys(new_again)  # the run's seed decides
 
 
 # ---- compare.py ----------------------------------------------------------------------------------
