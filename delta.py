@@ -43,10 +43,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 import model
 from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm, computing_dtype, take
+from twins import FirstOrder, Twinned, needs_twin, transformed, twin_gradients
 
 # ---- the rule, token by token ------------------------------------------------------------------------------------------
 
@@ -212,13 +212,27 @@ def scan(sizes):
     return [(slice(end - m, end), m) for end, m in zip(ends, sizes)]
 
 
-class ChunkedDeltaRule(torch.autograd.Function):
+def naive_chunks(q, k, v, beta, g, S, sizes):
+    """ChunkedDeltaRule token by token; q is scaled already."""
+    outputs = []
+    for rows, m in scan(sizes):
+        parts = (x[rows, None] for x in (q * math.sqrt(q.shape[-1]), k, v))
+        strengths = (None if x is None else x[rows, None, :, 0] for x in (beta, g))
+        o, after = delta_loop(*parts, *strengths, S[:m, None])
+        outputs.append(o[:, 0])
+        S = torch.cat([after[:, 0], S[m:]])
+    return torch.cat(outputs) if outputs else torch.zeros_like(v), S
+
+
+class ChunkedDeltaRule(Twinned):
     """The chunk form of the module's docstring, with its backward written out for speed.
 
     q, k (R, C, K); v (R, C, V); beta (R, C, 1); g (R, C, 1), the log decays, or None; S (M, K, V), the states before the
     first chunks; sizes: chunks in each step, at most M, never rising. -> o (R, C, V) and the states after the last
-    chunks. All of one dtype, float32 or float64. First derivatives only.
+    chunks. All of one dtype, float32 or float64.
     """
+
+    twin = staticmethod(naive_chunks)
 
     @staticmethod
     def forward(ctx, q, k, v, beta, g, S, sizes):
@@ -236,7 +250,7 @@ class ChunkedDeltaRule(torch.autograd.Function):
         U, W = torch.bmm(solve_beta, v), torch.bmm(solve_beta, times(k, since_start))
         k_out = times(k, to_end)
         before = q.new_empty(len(q), *S.shape[1:])  # (R, K, V), the state before each chunk
-        S = S.clone()
+        initial, S = S, S.clone()
         for rows, m in scan(sizes):
             before[rows] = S[:m]
             U[rows].baddbmm_(W[rows], S[:m], alpha=-1)
@@ -244,15 +258,18 @@ class ChunkedDeltaRule(torch.autograd.Function):
                 S[:m] *= whole[rows]
             S[:m].baddbmm_(k_out[rows].mT, U[rows])
         o = torch.bmm(times(q, since_start), before).baddbmm_(P, U)
-        ctx.save_for_backward(q, k, v, beta, decay, since_start, to_end, whole, P, inverse, U, W, before)
+        inputs, made = (q, k, v, beta, g, initial), (decay, since_start, to_end, whole, P, inverse, U, W, before)
+        ctx.save_for_backward(*inputs, *made)
         ctx.sizes = sizes
         return o, S
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dS):
-        q, k, v, beta, decay, since_start, to_end, whole, P, inverse, U, W, before = ctx.saved_tensors
+        inputs, made = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        (q, k, v, beta, *_), (decay, since_start, to_end, whole, P, inverse, U, W, before) = inputs, made
         with torch.autocast(q.device.type, enabled=False):
+            if needs_twin():
+                return twin_gradients(naive_chunks, ctx, (*inputs, ctx.sizes), do, dS)
             do, dS = do.contiguous(), dS.clone()
             # The scan backwards. Keys have two parts to play: as `k` they are written, as `r` they read the state and the
             # keys before them; dk collects the first, dr the second.
@@ -322,6 +339,7 @@ def delta_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
         o, state = plain(q, k, v, beta, **options)
     else:
         o, state = gated(q, k, v, g=log_decay.transpose(1, 2).float(), beta=beta, **options)
+    o, state = (FirstOrder.apply(x, "flash-linear-attention") for x in (o, state))
     return o.transpose(1, 2), state
 
 
@@ -329,7 +347,7 @@ def delta_rule(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk
     """The fastest form for these inputs; arguments and results as in delta_loop."""
     if q.shape[2] == 1:
         return delta_loop(q, k, v, beta, log_decay, state, cu_seqlens)
-    if fla_problem(v.device, v.dtype, k.shape[-1]) is None:
+    if fla_problem(v.device, v.dtype, k.shape[-1]) is None and not transformed():
         return delta_fla(q, k, v, beta, log_decay, state, cu_seqlens)
     return delta_chunked(q, k, v, beta, log_decay, state, cu_seqlens, chunk_size)
 

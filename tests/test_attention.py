@@ -62,6 +62,31 @@ def test_rotary_scores_depend_on_distance_only():
     assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-2
 
 
+def test_rotation_keeps_the_digits_of_its_input_and_rounds_no_position():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 300, 1, 6, generator=g, dtype=torch.float64)
+    j = torch.arange(3, dtype=torch.float64)
+    angle = torch.arange(300, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * j / 6)
+    pairs = torch.view_as_complex(x.unflatten(-1, (3, 2)))
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, None])
+    exact = turned.flatten(-2)
+    double = A.rotate(x, A.rotary_table(6, 300, torch.float64))
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double, exact, rtol=1e-12, atol=1e-12)
+    for kind, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03), (torch.float16, 0.004)):
+        turned = A.rotate(x.to(kind), A.rotary_table(6, 300, kind))
+        assert turned.dtype == kind and (turned.double() - exact).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_model_in_another_dtype_has_positions_of_its_own_precision(kind):
+    att = M.CausalSelfAttention(M.Config(dim=8, dk=6, dv=6, seq_len=300))
+    single, moved = att.turns.clone(), att.to(kind).turns
+    assert torch.equal(moved, A.rotary_table(6, 300, kind))
+    assert moved.dtype == torch.promote_types(kind, torch.float32)
+    assert torch.equal(att.float().turns, single)
+
+
 # ---- documents end to end ----------------------------------------------------------------------------------------------
 
 KINDS = {
