@@ -20,22 +20,38 @@ except ImportError:
     flash_attn_varlen_func = None
 
 
+def document_ends(cu_seqlens, rows, tokens, device):
+    """cu_seqlens (documents + 1,) of any integer dtype on any device -> long, on `device`.
+
+    ValueError if they do not rise from 0 to the number of tokens in a single row. Two may be equal:
+    a document may be empty.
+    """
+    number = torch.is_tensor(cu_seqlens) and not (
+        cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool
+    )
+    if not number or cu_seqlens.ndim != 1:
+        raise ValueError("cu_seqlens must be a tensor of integers with one axis")
+    ends = cu_seqlens.tolist()
+    fits = len(ends) >= 2 and ends[0] == 0 and ends[-1] == tokens and ends == sorted(ends)
+    if rows != 1 or not fits:
+        what = f"cu_seqlens must rise from 0 to T={tokens} over one row of tokens"
+        raise ValueError(f"{what}; got {ends[:9]} for {rows} rows")
+    return cu_seqlens.to(device, torch.long)
+
+
 class Documents:
     """Documents end to end in one row (1, T, ...), and the same with a row for each, padded with zeros (R, L, ...)."""
 
     def __init__(self, cu_seqlens, tokens):
         """cu_seqlens (R + 1,) integers: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1] of tokens (1, T).
 
-        ValueError if they do not rise from 0 to T.
+        ValueError if they do not fit: see document_ends.
         """
-        ends, (B, T) = cu_seqlens.tolist(), tokens.shape
-        if B != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != T or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens must rise from 0 to T={T} over one row of tokens; got {ends[:9]} for {B} rows")
-        self.ends = cu_seqlens.to(tokens.device, torch.int32)
-        lengths = self.ends.diff().long()
+        self.ends = document_ends(cu_seqlens, *tokens.shape, tokens.device)
+        lengths = self.ends.diff()
         self.count, self.longest = len(lengths), int(lengths.max())
         self.number = number = torch.arange(self.count, device=lengths.device).repeat_interleave(lengths)  # (T,)
-        self.position = torch.arange(len(number), device=lengths.device) - self.ends[:-1].long()[number]  # (T,), from 0
+        self.position = torch.arange(len(number), device=lengths.device) - self.ends[:-1][number]  # (T,), from 0
         self.place = None if int(lengths.min()) == self.longest else number * self.longest + self.position
 
     def split(self, x):
@@ -108,7 +124,8 @@ def flash_attention(q, k, v, documents=None):
     B, _, T, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*T, H or G, width)
     if documents:
-        ends, longest = documents.ends, documents.longest
+        # The kernel is not known to take a document without tokens, and none is needed for it.
+        ends, longest = documents.ends.unique_consecutive().int(), documents.longest
     else:
         ends, longest = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32), T
     o = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True, deterministic=True)  # (B*T, H, V)

@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
+from attention import document_ends
 from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm, computing_dtype, take
 from twins import FirstOrder, Twinned, needs_twin, transformed, twin_gradients
 
@@ -61,7 +62,7 @@ def delta_loop(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
     cu_seqlens (documents + 1,): rows of several documents end to end. Then B must be 1, document d is tokens
     cu_seqlens[d] to cu_seqlens[d + 1], each begins with its own state, and states are (documents, H, K, V).
     """
-    check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
     if cu_seqlens is not None:
         return loop_over_documents(q, k, v, beta, log_decay, state, cu_seqlens)
     kind = computing_dtype(q)
@@ -93,19 +94,18 @@ def new_state(q, v, n=None):
 
 
 def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
-    """ValueError in one sentence if shapes do not fit together."""
+    """cu_seqlens as document_ends gives them; ValueError in one sentence if shapes do not fit together."""
     B, H, T, K = q.shape
     sequences = B
     expected = {"k": (k, (B, H, T, K)), "v": (v, (B, H, T, v.shape[-1])), "beta": (beta, (B, H, T))}
     if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        if B != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != T or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens must rise from 0 to T={T} over one row of tokens; got {ends} for {B} rows")
-        sequences = len(ends) - 1
+        cu_seqlens = document_ends(cu_seqlens, B, T, q.device)
+        sequences = len(cu_seqlens) - 1
     expected |= {"log_decay": (log_decay, (B, H, T)), "state": (state, (sequences, H, K, v.shape[-1]))}
     for name, (x, shape) in expected.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} must have shape {shape} beside q of {tuple(q.shape)}, not {tuple(x.shape)}")
+    return cu_seqlens
 
 
 # ---- the rule, in chunks -----------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def delta_chunked(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, ch
 
     Best on a CPU: 16 tokens for short rows and narrow heads, 32 for T >= 1024 or K = 64.
     """
-    check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
     chunk_size = max(1, min(chunk_size, q.shape[2]))
     if cu_seqlens is None:
         chunks = BatchChunks(*q.shape[:3], chunk_size)
@@ -331,7 +331,9 @@ def fla_problem(device, dtype, key_width):
 
 def delta_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
     """delta_loop through flash-linear-attention's Triton kernels; q, k and beta are rounded to v's dtype."""
-    check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    if cu_seqlens is not None and (cu_seqlens.diff() == 0).any():
+        return without_empty(delta_fla, q, k, v, beta, log_decay, state, cu_seqlens)
     plain, gated = load_fla()
     q, k, v, beta = (x.transpose(1, 2).contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, beta.to(v.dtype)))
     options = dict(initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)  # the kernels scale by 1 / sqrt(K)
@@ -343,9 +345,17 @@ def delta_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
     return o.transpose(1, 2), state
 
 
+def without_empty(rule, q, k, v, beta, log_decay, state, cu_seqlens):
+    """rule over documents of which some are empty, for a kernel that does not know such; they keep their state."""
+    full = cu_seqlens.diff() > 0
+    states = new_state(q, v, len(full)) if state is None else state.to(computing_dtype(q))
+    o, after = rule(q, k, v, beta, log_decay, states[full], cu_seqlens.unique_consecutive())
+    return o, states.index_copy(0, full.nonzero().squeeze(1), after)
+
+
 def delta_rule(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
     """The fastest form for these inputs; arguments and results as in delta_loop."""
-    if q.shape[2] == 1:
+    if q.shape[2] <= 1:
         return delta_loop(q, k, v, beta, log_decay, state, cu_seqlens)
     if fla_problem(v.device, v.dtype, k.shape[-1]) is None and not transformed():
         return delta_fla(q, k, v, beta, log_decay, state, cu_seqlens)
