@@ -51,7 +51,8 @@ class Documents:
         lengths = self.ends.diff()
         self.count, self.longest = len(lengths), int(lengths.max())
         self.number = number = torch.arange(self.count, device=lengths.device).repeat_interleave(lengths)  # (T,)
-        self.position = torch.arange(len(number), device=lengths.device) - self.ends[:-1][number]  # (T,), from 0
+        every = torch.arange(len(number), device=lengths.device)
+        self.position = every - self.ends[:-1][number]  # (T,), from 0
         self.place = None if int(lengths.min()) == self.longest else number * self.longest + self.position
 
     def split(self, x):
@@ -162,8 +163,8 @@ def attention_weights(q, k, documents=None):
 
 def rotary_table(width, seq_len, dtype=None):
     """Rotary positions (Su et al. 2021) as unit complex numbers, (T, K/2): position t turns the j-th pair of neighbouring
-    features by t * 10000^(-2j/K). Stored as (T, K/2, 2) real numbers of dtype (None: torch's default), in float32 at least:
-    bfloat16 cannot tell position 257 from 256.
+    features by t * 10000^(-2j/K). Stored as (T, K/2, 2) real numbers of dtype (None: torch's
+    default), in float32 at least: bfloat16 cannot tell position 257 from 256.
     """
     message = f"pos=rope turns features in pairs, so a key's width must be even, not {width}; or set pos=none"
     require(width % 2 == 0, message, "pos")
@@ -174,8 +175,10 @@ def rotary_table(width, seq_len, dtype=None):
 
 
 def rotate(x, table, rows=None):
-    """Turn x (B, n, H, K) by its positions: rows (B, n), or None for 0..n-1. A rotation is one complex product, in float32
-    at least."""
+    """Turn x (B, n, H, K) by its positions: rows (B, n), or None for 0..n-1.
+
+    A rotation is one complex product, in float32 at least.
+    """
     turn = table[: x.shape[1], None] if rows is None else table[rows].unsqueeze(2)  # (n or B, n, 1, K/2, 2)
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2).to(x.dtype)

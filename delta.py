@@ -94,7 +94,7 @@ def new_state(q, v, n=None):
 
 
 def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
-    """cu_seqlens as document_ends gives them; ValueError in one sentence if shapes do not fit together."""
+    """cu_seqlens as document_ends gives them; ValueError in one sentence if shapes do not fit."""
     B, H, T, K = q.shape
     sequences = B
     expected = {"k": (k, (B, H, T, K)), "v": (v, (B, H, T, v.shape[-1])), "beta": (beta, (B, H, T))}
@@ -224,6 +224,24 @@ def naive_chunks(q, k, v, beta, g, S, sizes):
     return torch.cat(outputs) if outputs else torch.zeros_like(v), S
 
 
+# Below this log decay, a fast sum of its gradient cancels terms 1 / exp(decay) times larger.
+STRONG_DECAY = -8.0
+
+
+def decay_gradient(between, reads, writes, through):
+    """Gradients of the log decays (R, C, 1), each a sum of terms with exp(g_t) as a factor.
+
+    Gradient times value of what decays from an earlier token j to i: between (R, C, C), [i, j];
+    from the chunk's start to i: reads (R, C, 1); from j to its end: writes (R, C, 1); from its
+    start to its end: through (R,).
+    """
+    across = between.cumsum(2).flip(1).cumsum(1).flip(1)
+    across = across.diagonal(-1, 1, 2)  # (R, C - 1): the sum over i >= t > j
+    later = reads.flip(1).cumsum(1).flip(1)
+    earlier = F.pad(writes.cumsum(1)[:, :-1], (0, 0, 1, 0))
+    return F.pad(across, (1, 0))[..., None] + later + earlier + through[:, None, None]
+
+
 class ChunkedDeltaRule(Twinned):
     """The chunk form of the module's docstring, with its backward written out for speed.
 
@@ -258,15 +276,16 @@ class ChunkedDeltaRule(Twinned):
                 S[:m] *= whole[rows]
             S[:m].baddbmm_(k_out[rows].mT, U[rows])
         o = torch.bmm(times(q, since_start), before).baddbmm_(P, U)
-        inputs, made = (q, k, v, beta, g, initial), (decay, since_start, to_end, whole, P, inverse, U, W, before)
-        ctx.save_for_backward(*inputs, *made)
+        made = decay, since_start, to_end, whole, P, inverse, U, W, before
+        ctx.save_for_backward(q, k, v, beta, g, initial, *made)
         ctx.sizes = sizes
         return o, S
 
     @staticmethod
     def backward(ctx, do, dS):
         inputs, made = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        (q, k, v, beta, *_), (decay, since_start, to_end, whole, P, inverse, U, W, before) = inputs, made
+        q, k, v, beta, g, _ = inputs
+        decay, since_start, to_end, whole, P, inverse, U, W, before = made
         with torch.autocast(q.device.type, enabled=False):
             if needs_twin():
                 return twin_gradients(naive_chunks, ctx, (*inputs, ctx.sizes), do, dS)
@@ -289,6 +308,13 @@ class ChunkedDeltaRule(Twinned):
             dq = times(torch.bmm(do, before.mT), since_start).baddbmm_(dP, k)
             dr = times(torch.bmm(dE, before.mT), since_start).baddbmm_(dA, k)  # of -r, over beta
             dk = times(dk, to_end)
+            strong = whole is not None and bool((g < STRONG_DECAY).any())
+            if strong:
+                between = dP * torch.bmm(q, k.mT) - beta * dA * torch.bmm(k, k.mT)  # (R, C, C)
+                from_q = (q * torch.bmm(do, before.mT)).sum(-1, True)
+                from_k = (k * torch.bmm(dE, before.mT)).sum(-1, True)
+                reads = since_start * (from_q - beta * from_k)  # (R, C, 1)
+                dg_strong = decay_gradient(between.tril(-1), reads, (k * dk).sum(-1, True), carried)
             if whole is not None:
                 carried += (k * dk).sum((1, 2))
             dk.baddbmm_(dP.mT, q).baddbmm_((dA * beta).mT, k, alpha=-1)
@@ -301,6 +327,8 @@ class ChunkedDeltaRule(Twinned):
                 dG = (q * dq).sum(-1) - (k * dr).sum(-1) - (k * dk).sum(-1)  # (R, C)
                 dG[:, -1] += carried
                 dg = dG.flip(1).cumsum(1).flip(1)[..., None]
+            if strong:
+                dg = torch.where(g < STRONG_DECAY, dg_strong, dg)
             return dq, dk.sub_(dr), dE.mul_(beta), dbeta, dg, dS, None
 
 
@@ -346,7 +374,10 @@ def delta_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
 
 
 def without_empty(rule, q, k, v, beta, log_decay, state, cu_seqlens):
-    """rule over documents of which some are empty, for a kernel that does not know such; they keep their state."""
+    """rule over documents of which some are empty, for a kernel that may not know such.
+
+    They keep their state.
+    """
     full = cu_seqlens.diff() > 0
     states = new_state(q, v, len(full)) if state is None else state.to(computing_dtype(q))
     o, after = rule(q, k, v, beta, log_decay, states[full], cu_seqlens.unique_consecutive())

@@ -307,7 +307,10 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = nn.Linear(self.heads * value_width, c.dim, bias=False)
 
     def _apply(self, fn, recurse=True):
-        """What .to(), .double() and .bfloat16() call: they would round the positions, or add digits that are not there."""
+        """What .to(), .double() and .bfloat16() call.
+
+        They would round the positions, or add digits that are not there.
+        """
         super()._apply(fn, recurse)
         if "turns" in self._buffers:
             T, pairs, _ = self.turns.shape

@@ -162,6 +162,24 @@ def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(strong, ev
             assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
 
 
+@pytest.mark.parametrize("strong", [-9.0, -16.5, -40.0])
+def test_the_gradient_of_a_strong_decay_keeps_its_digits(strong):
+    """It is smaller than its neighbours by exp(strong), and none of them may round it away."""
+    decay = torch.full((2, H, 40), -0.01, dtype=torch.float64)
+    decay[:, :, ::5] = strong
+    q, k, v, beta, _, S, _ = inputs(T=40)
+    arguments = [q, k, v, beta, decay.requires_grad_(), S]
+    exact = outputs_and_gradients(D.delta_loop, arguments)[6]
+    single = [x.detach().float().requires_grad_() for x in arguments]
+    for C in (1, 4, 16, 64):
+        ours = outputs_and_gradients(D.delta_chunked, single, chunk_size=C)[6].double()
+        error = (ours - exact).abs() / exact.abs()
+        assert error[:, :, ::5].max() < 1e-4
+        assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+        double = outputs_and_gradients(D.delta_chunked, arguments, chunk_size=C)[6]
+        torch.testing.assert_close(double, exact, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
 def test_half_precision_is_rounding_of_the_inputs_only(dtype, gated):
