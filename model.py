@@ -279,6 +279,13 @@ def positions(x, cache=None, documents=None):
     return None
 
 
+def grown(cache, name, new):
+    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it; it is kept, and returned."""
+    # A copy even of the first: a view would keep all that was projected beside it.
+    cache[name] = torch.cat([cache[name], new] if name in cache else [new], dim=1)
+    return cache[name]
+
+
 # ---- attention modules -------------------------------------------------------------------------------------------------
 
 
@@ -372,8 +379,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rows=None, cache=None, documents=None):
         """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n).
 
-        cache: {"seen": 0} before the first token, then what was left there by earlier calls: keys "k" and values "v" of all
-        tokens seen, ready for use, and "window", what the convolution looks back on. It is brought up to date in place.
+        cache: {"seen": 0} before the first token, then what was left there by earlier calls: what
+        `remember` keeps of all tokens seen, and "window", what the convolution looks back on. It is
+        brought up to date in place.
         documents: see softmax_attention; all of their tokens are queries, and rows are picked afterwards.
         """
         c = self.config
@@ -381,20 +389,34 @@ class CausalSelfAttention(nn.Module):
         query_x = take(x, query_rows)  # (B, n, D)
         q, k, v = self.queries_keys_values(x, query_x, query_rows, cache, documents)
         q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, query_x)  # (B, n, H, K)
-        k = self.feature(k, self.groups, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, G, K)
-        v = self.feature(v, self.groups, c.v_kernel).to(v.dtype)  # (B, T, G, V); exp and softmax widen bfloat16
         at = positions(x, cache, documents)
         if c.pos == "rope":
-            q, k = rotate(q, self.turns, at if query_rows is None else query_rows), rotate(k, self.turns, at)
-        if cache is not None:
-            if "k" in cache:
-                k, v = torch.cat([cache["k"], k], dim=1), torch.cat([cache["v"], v], dim=1)
-            cache["k"], cache["v"], query_rows = k, v, at
+            q = rotate(q, self.turns, at if query_rows is None else query_rows)
+        if cache is None:
+            k, v = self.keys(k, x, at), self.values(v)
+        else:
+            k, v = self.remember(cache, k, v, x, at)
+            query_rows = at
         o = self.attend(*(y.transpose(1, 2) for y in (q, k, v)), query_rows, documents)  # (B, H, n, V)
         o = take(o.transpose(1, 2).flatten(2), rows if documents else None)  # (B, n, H*V)
         if self.gate_out:
             o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(take(x, rows)))
         return self.out_proj(o)
+
+    def keys(self, k, x=None, at=None):
+        """Projected keys (B, T, G * dk) of x (B, T, D) at positions `at` -> (B, T, G, K), ready for use."""
+        c = self.config
+        k = self.feature(k, self.groups, c.k_kernel, c.k_norm, self.gate_k, x)
+        return rotate(k, self.turns, at) if c.pos == "rope" else k
+
+    def values(self, v):
+        """Projected values (B, T, G * dv) -> (B, T, G, V), ready for use."""
+        # exp and softmax widen bfloat16
+        return self.feature(v, self.groups, self.config.v_kernel).to(v.dtype)
+
+    def remember(self, cache, k, v, x, at):
+        """Add projected keys and values to the cache -> those of all tokens seen, ready for use."""
+        return grown(cache, "k", self.keys(k, x, at)), grown(cache, "v", self.values(v))
 
     @staticmethod
     def feature(x, heads, kernel, norm="none", gate=None, source=None):
@@ -429,8 +451,15 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
 
     @classmethod
     def cached_width(cls, c):
-        # Key and value are both made from u, but a gated key needs its token. (`read` keeps both, so as not to make them anew.)
+        # Key and value are both made from u, but a gated key needs its token.
         return c.du + c.k_gated * cls.widths(c)[0]
+
+    def remember(self, cache, k, v, x, at):
+        """Keeps u, and makes keys and values of all tokens anew from it; of a gated key, the key, too."""
+        if self.gate_k:
+            k = grown(cache, "k", self.keys(k, x, at))
+        u = grown(cache, "u", v)
+        return k if self.gate_k else self.keys(u), self.values(u)
 
     def stored(self):
         return (self.proj_kv,)

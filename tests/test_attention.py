@@ -155,6 +155,37 @@ def test_reading_on_from_the_cache_equals_one_forward_pass(kind):
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-6, atol=1e-7)
 
 
+KEPT = [
+    (M.GPT, dict(n_kv_heads=1, conv=3)),
+    (M.GPT, dict(k_kernel="taylor", q_kernel="taylor", v_kernel="exp", pos="none", conv=1)),
+    (M.GPT, dict(use_att=False, use_ffn=True)),
+    (M.UnifiedKV, dict()),
+    (M.UnifiedKV, dict(n_kv_heads=1, conv=4, v_kernel="taylor", pos="none")),
+    (M.UnifiedKV, dict(k_gated=True, k_norm="l2", k_kernel="silu")),
+    (D.DeltaNet, dict(conv=2)),
+    (D.DeltaNet, dict(conv=0, k_kernel="taylor", q_kernel="taylor", v_kernel="taylor")),
+    (D.GatedDeltaNet, dict(n_layers=1)),
+]
+
+
+@pytest.mark.parametrize("cls, changes", KEPT, ids=str)
+@pytest.mark.parametrize("T", [1, 5, 12])
+def test_state_bytes_is_the_size_of_the_cache_and_reading_from_it_is_right(cls, changes, T):
+    file = D if issubclass(cls, D.DeltaNet) else M
+    torch.manual_seed(0)
+    sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, du=6, vocab_size=V, seq_len=T)
+    model = cls(file.Config(**{**sizes, **changes}))
+    tokens = torch.randint(V, (1, T))
+    cache, logits = None, []
+    for token in tokens.T:
+        some, cache = model.read(token[None], cache)
+        logits.append(some)
+    torch.testing.assert_close(torch.cat(logits, 1), model(tokens)[0], rtol=1e-4, atol=1e-4)
+    kept = [x for layer in cache for x in layer.values() if torch.is_tensor(x)]
+    storage = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    assert sum(storage.values()) == sum(4 * x.numel() for x in kept) == cls.state_bytes(model.config)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_equals_the_argmax_of_whole_rows(kind):
     model = build_kind(kind)
