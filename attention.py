@@ -4,17 +4,39 @@ Letters: B batch, T tokens, n queried positions, H query heads, G key/value head
 head, R documents in a row, L tokens in the longest.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs import require
+from twins import FirstOrder, transformed
 
 try:  # an optional extra, CUDA only: pip install flash-attn --no-build-isolation
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
+
+
+def document_ends(cu_seqlens, rows, tokens, device):
+    """cu_seqlens (documents + 1,) of any integer dtype on any device -> long, on `device`.
+
+    ValueError if they do not rise from 0 to the number of tokens in a single row. Two may be equal:
+    a document may be empty.
+    """
+    number = torch.is_tensor(cu_seqlens) and not (
+        cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool
+    )
+    if not number or cu_seqlens.ndim != 1:
+        raise ValueError("cu_seqlens must be a tensor of integers with one axis")
+    ends = cu_seqlens.tolist()
+    fits = len(ends) >= 2 and ends[0] == 0 and ends[-1] == tokens and ends == sorted(ends)
+    if rows != 1 or not fits:
+        what = f"cu_seqlens must rise from 0 to T={tokens} over one row of tokens"
+        raise ValueError(f"{what}; got {ends[:9]} for {rows} rows")
+    return cu_seqlens.to(device, torch.long)
 
 
 class Documents:
@@ -23,16 +45,14 @@ class Documents:
     def __init__(self, cu_seqlens, tokens):
         """cu_seqlens (R + 1,) integers: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1] of tokens (1, T).
 
-        ValueError if they do not rise from 0 to T.
+        ValueError if they do not fit: see document_ends.
         """
-        ends, (B, T) = cu_seqlens.tolist(), tokens.shape
-        if B != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != T or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens must rise from 0 to T={T} over one row of tokens; got {ends[:9]} for {B} rows")
-        self.ends = cu_seqlens.to(tokens.device, torch.int32)
-        lengths = self.ends.diff().long()
+        self.ends = document_ends(cu_seqlens, *tokens.shape, tokens.device)
+        lengths = self.ends.diff()
         self.count, self.longest = len(lengths), int(lengths.max())
         self.number = number = torch.arange(self.count, device=lengths.device).repeat_interleave(lengths)  # (T,)
-        self.position = torch.arange(len(number), device=lengths.device) - self.ends[:-1].long()[number]  # (T,), from 0
+        every = torch.arange(len(number), device=lengths.device)
+        self.position = every - self.ends[:-1][number]  # (T,), from 0
         self.place = None if int(lengths.min()) == self.longest else number * self.longest + self.position
 
     def split(self, x):
@@ -60,17 +80,28 @@ def softmax_attention(q, k, v, rows=None, documents=None):
     flash-attn's varlen kernel where `flash_problem` finds nothing against it, else scaled_dot_product_attention.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast some norms and feature maps return float32
-    if rows is None and flash_problem(q.device, q.dtype, q.shape[-1], v.shape[-1]) is None:
+    problem = flash_problem(q.device, q.dtype, q.shape[-1], v.shape[-1])
+    if rows is None and problem is None and not transformed():
         return flash_attention(q, k, v, documents)
     grouped = q.shape[1] != k.shape[1]
     if documents:  # a document per row: on a CPU faster than a mask over all pairs of tokens
         q, k, v = (documents.split(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        o = dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return documents.join(o.transpose(1, 2)).transpose(1, 2)
     if rows is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     seen = rows[:, None, :, None] >= torch.arange(k.shape[2], device=k.device)  # (B, 1, n, T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+    return dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+
+
+def dot_product_attention(q, k, v, **options):
+    """F.scaled_dot_product_attention, under torch.func in the one form that has every derivative.
+
+    Its fast forms refuse a second derivative in a sentence. Around a model that is to have one, put
+    torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+    """
+    with sdpa_kernel(SDPBackend.MATH) if transformed() else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def flash_problem(device, dtype, key_width, value_width):
@@ -94,10 +125,12 @@ def flash_attention(q, k, v, documents=None):
     B, _, T, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*T, H or G, width)
     if documents:
-        ends, longest = documents.ends, documents.longest
+        # The kernel is not known to take a document without tokens, and none is needed for it.
+        ends, longest = documents.ends.unique_consecutive().int(), documents.longest
     else:
         ends, longest = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32), T
     o = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True, deterministic=True)  # (B*T, H, V)
+    o = FirstOrder.apply(o, "flash-attn")
     return o.unflatten(0, (B, T)).transpose(1, 2)
 
 
@@ -128,17 +161,24 @@ def attention_weights(q, k, documents=None):
 # ---- rotary positions --------------------------------------------------------------------------------------------------
 
 
-def rotary_table(width, seq_len):
+def rotary_table(width, seq_len, dtype=None):
     """Rotary positions (Su et al. 2021) as unit complex numbers, (T, K/2): position t turns the j-th pair of neighbouring
-    features by t * 10000^(-2j/K). Stored as (T, K/2, 2) real numbers."""
+    features by t * 10000^(-2j/K). Stored as (T, K/2, 2) real numbers of dtype (None: torch's
+    default), in float32 at least: bfloat16 cannot tell position 257 from 256.
+    """
     message = f"pos=rope turns features in pairs, so a key's width must be even, not {width}; or set pos=none"
     require(width % 2 == 0, message, "pos")
-    angle = torch.outer(torch.arange(seq_len), 10000.0 ** (-torch.arange(0, width, 2) / width))
+    kind = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+    exponent = -torch.arange(0, width, 2, dtype=kind) / width
+    angle = torch.outer(torch.arange(seq_len, dtype=kind), 10000.0**exponent)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
 def rotate(x, table, rows=None):
-    """Turn x (B, n, H, K) by its positions: rows (B, n), or None for 0..n-1. A rotation is one complex product."""
+    """Turn x (B, n, H, K) by its positions: rows (B, n), or None for 0..n-1.
+
+    A rotation is one complex product, in float32 at least.
+    """
     turn = table[: x.shape[1], None] if rows is None else table[rows].unsqueeze(2)  # (n or B, n, 1, K/2, 2)
-    pairs = x.float().unflatten(-1, (-1, 2))
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2).to(x.dtype)

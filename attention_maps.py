@@ -11,7 +11,7 @@ import os
 import numpy as np
 import torch
 
-from attention import attention_weights
+from attention import attention_weights, softmax_attention
 from configs import require
 from look import batches, end_to_end, over_rows, save
 from measure import figure, mean, print_table
@@ -35,30 +35,60 @@ def shifted(ids):
 
 @in_eval_mode
 def maps(model, tokens, cu_seqlens=None):
-    """Attention weights: tokens (B, T) -> {block: (B, H, T, T)}. ValueError if a block has no softmax attention."""
-    if why_not_maps(model):
-        raise ValueError(why_not_maps(model))
+    """Attention weights: tokens (B, T) -> {block: (B, H, T, T)}.
+
+    ValueError if a block has no attention, or one whose output is no weighted sum of values.
+    """
+    if why_no_mixer(model):
+        raise ValueError(why_no_mixer(model))
     caught = {}
 
     def watching(i, attend):
-        def attend_and_keep(q, k, v, rows=None, documents=None):
-            caught[i] = attention_weights(q, k, documents)
-            return attend(q, k, v, rows, documents)
+        def attend_and_keep(q, k, v, *more, **options):
+            o = attend(q, k, v, *more, **options)
+            caught.setdefault(i, []).append((q, k, v, o, attend, more, options))
+            return o
 
         return attend_and_keep
 
     mixers = [layer.att for layer in model.layers]
-    own = [(mixer, mixer.__dict__["attend"]) for mixer in mixers if "attend" in mixer.__dict__]
+    own = [{k: f for k, f in vars(mixer).items() if k == "attend"} for mixer in mixers]
     try:
         for i, mixer in enumerate(mixers):
-            mixer.attend = watching(i, mixer.attend)
-        model(tokens, None, cu_seqlens)
+            vars(mixer)["attend"] = watching(i, mixer.attend)
+        model(tokens, *(() if cu_seqlens is None else (None, cu_seqlens)))
     finally:
-        for mixer in mixers:
-            mixer.__dict__.pop("attend", None)
-        for mixer, attend in own:
-            mixer.attend = attend
-    return caught
+        for mixer, before in zip(mixers, own):
+            vars(mixer).pop("attend", None)
+            vars(mixer).update(before)
+    for i in range(len(mixers)):
+        calls = len(caught.get(i, ()))
+        if calls != 1:
+            raise ValueError(f"block {i} called its attend {calls} times, so it has no one map")
+    return {i: weights_of(i, *calls[0]) for i, calls in sorted(caught.items())}
+
+
+def weights_of(block, q, k, v, o, attend, more, options):
+    """The weights (B, H, T, T) of one call o = attend(q, k, v, *more, **options)."""
+    documents = options.get("documents", more[1] if len(more) > 1 else None)
+    if attend is softmax_attention:
+        return attention_weights(q, k, documents)
+    # Whatever gives sums of values gives its weights when value s is 1 in feature s, else 0.
+    B, G, T, _ = v.shape
+    each = torch.eye(T, device=v.device).expand(B, G, T, T)
+    with torch.autocast(v.device.type, enabled=False):
+        weights = attend(q.float(), k.float(), each, *more, **options)
+    if weights.shape == (*o.shape[:3], T):
+        sums = weights @ v.float().repeat_interleave(o.shape[1] // G, dim=1)
+        if sums.shape == o.shape and close(sums, o):
+            return weights
+    raise ValueError(f"what block {block} attends with is no weighted sum of its values")
+
+
+def close(x, y):
+    """Are they equal but for the rounding of y's dtype?"""
+    y, rounding = y.float(), 30 * torch.finfo(y.dtype).eps
+    return bool((x - y).abs().max() <= rounding * (1 + y.abs().max()))
 
 
 def mean_of_known(x):
@@ -66,12 +96,24 @@ def mean_of_known(x):
     return mean(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
 
 
-def why_not_maps(model):
-    """Why a model has no maps, or ""."""
+def why_no_mixer(model):
+    """Why a model has no mixers to watch, or ""."""
     layers = getattr(model, "layers", ())
     if len(layers) and all(getattr(getattr(layer, "att", None), "attend", None) for layer in layers):
         return ""
     return "attention maps need softmax attention in every block, as in gpt, unified_kv and memory"
+
+
+def why_not_maps(model):
+    """Why a model has no maps, or "": found out by drawing those of a few tokens."""
+    config = getattr(model, "config", None)
+    T, size = min(4, getattr(config, "seq_len", 4)), getattr(config, "vocab_size", 1)
+    tokens = torch.arange(T, device=next(model.parameters()).device)[None] % size
+    try:
+        least = min(w.min() for w in maps(model, tokens).values())
+    except ValueError as e:
+        return str(e)
+    return "" if least >= 0 else "weights of its attention are below 0, so they are no shares"
 
 
 def scores(weights, ids, real):
@@ -81,6 +123,8 @@ def scores(weights, ids, real):
     over that of even attention, 1 for a head that looks everywhere alike.
     """
     t = torch.arange(ids.shape[1], device=ids.device)
+    total = weights.sum(-1, keepdim=True)  # 1 with softmax; other attention may have any
+    weights = torch.where((total - 1).abs() < 1e-4, weights, weights / total.clamp(min=1e-30))
     found = {}
     for name, pattern in PATTERNS.items():
         hit = pattern(ids, t[:, None], t[None]).expand(len(ids), -1, -1)  # (B, T, T)
@@ -154,7 +198,7 @@ def example_row(look):
 
 def draw_map(axis, weights, texts, title):
     """One head's map; every token is named where there is room."""
-    drawn = axis.imshow(weights, vmin=0, vmax=1, cmap="Blues")
+    drawn = axis.imshow(weights, vmin=0, vmax=max(1, weights.max()), cmap="Blues")
     axis.set_title(title, fontsize=7)
     if len(texts) <= 40:
         axis.set_xticks(range(len(texts)), texts, fontsize=5, rotation=90)

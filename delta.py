@@ -43,10 +43,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 import model
+from attention import document_ends
 from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm, computing_dtype, take
+from twins import FirstOrder, Twinned, needs_twin, transformed, twin_gradients
 
 # ---- the rule, token by token ------------------------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ def delta_loop(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
     cu_seqlens (documents + 1,): rows of several documents end to end. Then B must be 1, document d is tokens
     cu_seqlens[d] to cu_seqlens[d + 1], each begins with its own state, and states are (documents, H, K, V).
     """
-    check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
     if cu_seqlens is not None:
         return loop_over_documents(q, k, v, beta, log_decay, state, cu_seqlens)
     kind = computing_dtype(q)
@@ -93,19 +94,18 @@ def new_state(q, v, n=None):
 
 
 def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
-    """ValueError in one sentence if shapes do not fit together."""
+    """cu_seqlens as document_ends gives them; ValueError in one sentence if shapes do not fit."""
     B, H, T, K = q.shape
     sequences = B
     expected = {"k": (k, (B, H, T, K)), "v": (v, (B, H, T, v.shape[-1])), "beta": (beta, (B, H, T))}
     if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        if B != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != T or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens must rise from 0 to T={T} over one row of tokens; got {ends} for {B} rows")
-        sequences = len(ends) - 1
+        cu_seqlens = document_ends(cu_seqlens, B, T, q.device)
+        sequences = len(cu_seqlens) - 1
     expected |= {"log_decay": (log_decay, (B, H, T)), "state": (state, (sequences, H, K, v.shape[-1]))}
     for name, (x, shape) in expected.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} must have shape {shape} beside q of {tuple(q.shape)}, not {tuple(x.shape)}")
+    return cu_seqlens
 
 
 # ---- the rule, in chunks -----------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def delta_chunked(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, ch
 
     Best on a CPU: 16 tokens for short rows and narrow heads, 32 for T >= 1024 or K = 64.
     """
-    check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
     chunk_size = max(1, min(chunk_size, q.shape[2]))
     if cu_seqlens is None:
         chunks = BatchChunks(*q.shape[:3], chunk_size)
@@ -212,13 +212,45 @@ def scan(sizes):
     return [(slice(end - m, end), m) for end, m in zip(ends, sizes)]
 
 
-class ChunkedDeltaRule(torch.autograd.Function):
+def naive_chunks(q, k, v, beta, g, S, sizes):
+    """ChunkedDeltaRule token by token; q is scaled already."""
+    outputs = []
+    for rows, m in scan(sizes):
+        parts = (x[rows, None] for x in (q * math.sqrt(q.shape[-1]), k, v))
+        strengths = (None if x is None else x[rows, None, :, 0] for x in (beta, g))
+        o, after = delta_loop(*parts, *strengths, S[:m, None])
+        outputs.append(o[:, 0])
+        S = torch.cat([after[:, 0], S[m:]])
+    return torch.cat(outputs) if outputs else torch.zeros_like(v), S
+
+
+# Below this log decay, a fast sum of its gradient cancels terms 1 / exp(decay) times larger.
+STRONG_DECAY = -8.0
+
+
+def decay_gradient(between, reads, writes, through):
+    """Gradients of the log decays (R, C, 1), each a sum of terms with exp(g_t) as a factor.
+
+    Gradient times value of what decays from an earlier token j to i: between (R, C, C), [i, j];
+    from the chunk's start to i: reads (R, C, 1); from j to its end: writes (R, C, 1); from its
+    start to its end: through (R,).
+    """
+    across = between.cumsum(2).flip(1).cumsum(1).flip(1)
+    across = across.diagonal(-1, 1, 2)  # (R, C - 1): the sum over i >= t > j
+    later = reads.flip(1).cumsum(1).flip(1)
+    earlier = F.pad(writes.cumsum(1)[:, :-1], (0, 0, 1, 0))
+    return F.pad(across, (1, 0))[..., None] + later + earlier + through[:, None, None]
+
+
+class ChunkedDeltaRule(Twinned):
     """The chunk form of the module's docstring, with its backward written out for speed.
 
     q, k (R, C, K); v (R, C, V); beta (R, C, 1); g (R, C, 1), the log decays, or None; S (M, K, V), the states before the
     first chunks; sizes: chunks in each step, at most M, never rising. -> o (R, C, V) and the states after the last
-    chunks. All of one dtype, float32 or float64. First derivatives only.
+    chunks. All of one dtype, float32 or float64.
     """
+
+    twin = staticmethod(naive_chunks)
 
     @staticmethod
     def forward(ctx, q, k, v, beta, g, S, sizes):
@@ -236,7 +268,7 @@ class ChunkedDeltaRule(torch.autograd.Function):
         U, W = torch.bmm(solve_beta, v), torch.bmm(solve_beta, times(k, since_start))
         k_out = times(k, to_end)
         before = q.new_empty(len(q), *S.shape[1:])  # (R, K, V), the state before each chunk
-        S = S.clone()
+        initial, S = S, S.clone()
         for rows, m in scan(sizes):
             before[rows] = S[:m]
             U[rows].baddbmm_(W[rows], S[:m], alpha=-1)
@@ -244,15 +276,19 @@ class ChunkedDeltaRule(torch.autograd.Function):
                 S[:m] *= whole[rows]
             S[:m].baddbmm_(k_out[rows].mT, U[rows])
         o = torch.bmm(times(q, since_start), before).baddbmm_(P, U)
-        ctx.save_for_backward(q, k, v, beta, decay, since_start, to_end, whole, P, inverse, U, W, before)
+        made = decay, since_start, to_end, whole, P, inverse, U, W, before
+        ctx.save_for_backward(q, k, v, beta, g, initial, *made)
         ctx.sizes = sizes
         return o, S
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dS):
-        q, k, v, beta, decay, since_start, to_end, whole, P, inverse, U, W, before = ctx.saved_tensors
+        inputs, made = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        q, k, v, beta, g, _ = inputs
+        decay, since_start, to_end, whole, P, inverse, U, W, before = made
         with torch.autocast(q.device.type, enabled=False):
+            if needs_twin():
+                return twin_gradients(naive_chunks, ctx, (*inputs, ctx.sizes), do, dS)
             do, dS = do.contiguous(), dS.clone()
             # The scan backwards. Keys have two parts to play: as `k` they are written, as `r` they read the state and the
             # keys before them; dk collects the first, dr the second.
@@ -272,6 +308,13 @@ class ChunkedDeltaRule(torch.autograd.Function):
             dq = times(torch.bmm(do, before.mT), since_start).baddbmm_(dP, k)
             dr = times(torch.bmm(dE, before.mT), since_start).baddbmm_(dA, k)  # of -r, over beta
             dk = times(dk, to_end)
+            strong = whole is not None and bool((g < STRONG_DECAY).any())
+            if strong:
+                between = dP * torch.bmm(q, k.mT) - beta * dA * torch.bmm(k, k.mT)  # (R, C, C)
+                from_q = (q * torch.bmm(do, before.mT)).sum(-1, True)
+                from_k = (k * torch.bmm(dE, before.mT)).sum(-1, True)
+                reads = since_start * (from_q - beta * from_k)  # (R, C, 1)
+                dg_strong = decay_gradient(between.tril(-1), reads, (k * dk).sum(-1, True), carried)
             if whole is not None:
                 carried += (k * dk).sum((1, 2))
             dk.baddbmm_(dP.mT, q).baddbmm_((dA * beta).mT, k, alpha=-1)
@@ -284,6 +327,8 @@ class ChunkedDeltaRule(torch.autograd.Function):
                 dG = (q * dq).sum(-1) - (k * dr).sum(-1) - (k * dk).sum(-1)  # (R, C)
                 dG[:, -1] += carried
                 dg = dG.flip(1).cumsum(1).flip(1)[..., None]
+            if strong:
+                dg = torch.where(g < STRONG_DECAY, dg_strong, dg)
             return dq, dk.sub_(dr), dE.mul_(beta), dbeta, dg, dS, None
 
 
@@ -314,7 +359,9 @@ def fla_problem(device, dtype, key_width):
 
 def delta_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
     """delta_loop through flash-linear-attention's Triton kernels; q, k and beta are rounded to v's dtype."""
-    check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
+    if cu_seqlens is not None and (cu_seqlens.diff() == 0).any():
+        return without_empty(delta_fla, q, k, v, beta, log_decay, state, cu_seqlens)
     plain, gated = load_fla()
     q, k, v, beta = (x.transpose(1, 2).contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, beta.to(v.dtype)))
     options = dict(initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)  # the kernels scale by 1 / sqrt(K)
@@ -322,14 +369,26 @@ def delta_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
         o, state = plain(q, k, v, beta, **options)
     else:
         o, state = gated(q, k, v, g=log_decay.transpose(1, 2).float(), beta=beta, **options)
+    o, state = (FirstOrder.apply(x, "flash-linear-attention") for x in (o, state))
     return o.transpose(1, 2), state
+
+
+def without_empty(rule, q, k, v, beta, log_decay, state, cu_seqlens):
+    """rule over documents of which some are empty, for a kernel that may not know such.
+
+    They keep their state.
+    """
+    full = cu_seqlens.diff() > 0
+    states = new_state(q, v, len(full)) if state is None else state.to(computing_dtype(q))
+    o, after = rule(q, k, v, beta, log_decay, states[full], cu_seqlens.unique_consecutive())
+    return o, states.index_copy(0, full.nonzero().squeeze(1), after)
 
 
 def delta_rule(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
     """The fastest form for these inputs; arguments and results as in delta_loop."""
-    if q.shape[2] == 1:
+    if q.shape[2] <= 1:
         return delta_loop(q, k, v, beta, log_decay, state, cu_seqlens)
-    if fla_problem(v.device, v.dtype, k.shape[-1]) is None:
+    if fla_problem(v.device, v.dtype, k.shape[-1]) is None and not transformed():
         return delta_fla(q, k, v, beta, log_decay, state, cu_seqlens)
     return delta_chunked(q, k, v, beta, log_decay, state, cu_seqlens, chunk_size)
 

@@ -32,6 +32,7 @@ from measure import print_table
 from model import GPT, NORMS, GPTBlock, take
 from plan import find_model, load_run, make_model, model_config
 from transfer import ours, read_weights
+from twins import transformed
 
 
 @dataclass
@@ -110,7 +111,12 @@ def naive_lookup(q, keys, k, bias=None):
 
 
 def read_values(values, slots, weights):
-    """Weighted sums of rows of a table: values (slots, V); slots and weights (N, R) -> (N, V)."""
+    """Weighted sums of rows of a table: values (slots, V); slots and weights (N, R) -> (N, V).
+
+    torch has no second derivative of it and says so; naive_read_values has.
+    """
+    if transformed():
+        return naive_read_values(values, slots, weights)
     return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
 
 
@@ -155,7 +161,7 @@ class MemoryLayer(nn.Module):
         c = self.config
         if found is None:
             scores, slots = self.search(x, c.mem_knn)
-            if self.training:
+            if self.training and not transformed():  # torch.func allows no change of a buffer
                 self.count(slots.flatten(0, -3))
             found = {"slots": slots, "weights": SCORES[c.mem_score](scores)}
         found = intervene(found) if intervene else found

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from attention import Documents, flash_problem, rotary_table, rotate, softmax_attention
 from configs import one_of, require, told, within
 from draws import IGNORE
+from twins import Twinned, needs_twin, twin_gradients
 
 
 @dataclass
@@ -111,22 +111,29 @@ def inner(x, y):
         return torch.linalg.vecdot(x.to(kind), y.to(kind)).unsqueeze(-1)
 
 
-class L2Norm(torch.autograd.Function):
-    """x / sqrt(|x|^2 + 1e-6) over the last axis, in float32 at least; its backward takes half as many passes over memory
-    as autograd's. First derivatives only."""
+def naive_l2_norm(x):
+    """x / sqrt(|x|^2 + 1e-6) over the last axis, in float32 at least."""
+    return x * torch.rsqrt(inner(x, x) + 1e-6)
+
+
+class L2Norm(Twinned):
+    """naive_l2_norm with a backward that takes half as many passes over memory as autograd's."""
+
+    twin = staticmethod(naive_l2_norm)
 
     @staticmethod
     def forward(ctx, x):
         scale = torch.rsqrt(inner(x, x) + 1e-6)
         y = x * scale
-        ctx.save_for_backward(y, scale)
+        ctx.save_for_backward(x, y, scale)
         ctx.dtype = x.dtype
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        y, scale = ctx.saved_tensors
+        x, y, scale = ctx.saved_tensors
+        if needs_twin():
+            return twin_gradients(naive_l2_norm, ctx, (x,), dy)
         return torch.addcmul(dy, y, inner(y, dy), value=-1).mul_(scale).to(ctx.dtype)
 
 
@@ -178,12 +185,20 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(inner(x, x) / x.shape[-1] + 1e-6) * self.weight
 
 
-class CausalConvolution(torch.autograd.Function):
-    """y_t = sum_j w_j * x_{t-j}, j = 0..width-1, for each channel; x (B, T, C), w (width, C).
+def naive_convolution(x, w):
+    """y_t = sum_j w_j * x_{t-j}, j = 0..width-1, for each channel; x (B, T, C), w (width, C)."""
+    shifted = (F.pad(x, (0, 0, j, 0))[:, : x.shape[1]] for j in range(len(w)))
+    return sum(w[j] * y for j, y in enumerate(shifted))
 
-    Shifted multiply-adds into one buffer: on a CPU, forward and backward take less than half the time of the same sum left
-    to autograd, and of nn.Conv1d. First derivatives only.
+
+class CausalConvolution(Twinned):
+    """naive_convolution by shifted multiply-adds into one buffer.
+
+    On a CPU, forward and backward take less than half the time of the same sum left to autograd,
+    and of nn.Conv1d.
     """
+
+    twin = staticmethod(naive_convolution)
 
     @staticmethod
     def forward(ctx, x, w):
@@ -194,9 +209,10 @@ class CausalConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
+        if needs_twin():
+            return twin_gradients(naive_convolution, ctx, (x, w), dy)
         dx, dw = dy * w[0], torch.zeros_like(w)
         for j in range(min(len(w), x.shape[1])):
             if j:
@@ -265,6 +281,13 @@ def positions(x, cache=None, documents=None):
     return None
 
 
+def grown(cache, name, new):
+    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it; it is kept, and returned."""
+    # A copy even of the first: a view would keep all that was projected beside it.
+    cache[name] = torch.cat([cache[name], new] if name in cache else [new], dim=1)
+    return cache[name]
+
+
 # ---- attention modules -------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +314,17 @@ class CausalSelfAttention(nn.Module):
         if c.pos == "rope":
             self.register_buffer("turns", rotary_table(key_width, c.seq_len), persistent=False)
         self.out_proj = nn.Linear(self.heads * value_width, c.dim, bias=False)
+
+    def _apply(self, fn, recurse=True):
+        """What .to(), .double() and .bfloat16() call.
+
+        They would round the positions, or add digits that are not there.
+        """
+        super()._apply(fn, recurse)
+        if "turns" in self._buffers:
+            T, pairs, _ = self.turns.shape
+            self.turns = rotary_table(2 * pairs, T, self.turns.dtype).to(self.turns.device)
+        return self
 
     def add_projections(self, c):
         self.proj_q = nn.Linear(c.dim, self.heads * c.dk, bias=False)
@@ -347,8 +381,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rows=None, cache=None, documents=None):
         """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n).
 
-        cache: {"seen": 0} before the first token, then what was left there by earlier calls: keys "k" and values "v" of all
-        tokens seen, ready for use, and "window", what the convolution looks back on. It is brought up to date in place.
+        cache: {"seen": 0} before the first token, then what was left there by earlier calls: what
+        `remember` keeps of all tokens seen, and "window", what the convolution looks back on. It is
+        brought up to date in place.
         documents: see softmax_attention; all of their tokens are queries, and rows are picked afterwards.
         """
         c = self.config
@@ -356,20 +391,34 @@ class CausalSelfAttention(nn.Module):
         query_x = take(x, query_rows)  # (B, n, D)
         q, k, v = self.queries_keys_values(x, query_x, query_rows, cache, documents)
         q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, query_x)  # (B, n, H, K)
-        k = self.feature(k, self.groups, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, G, K)
-        v = self.feature(v, self.groups, c.v_kernel).to(v.dtype)  # (B, T, G, V); exp and softmax widen bfloat16
         at = positions(x, cache, documents)
         if c.pos == "rope":
-            q, k = rotate(q, self.turns, at if query_rows is None else query_rows), rotate(k, self.turns, at)
-        if cache is not None:
-            if "k" in cache:
-                k, v = torch.cat([cache["k"], k], dim=1), torch.cat([cache["v"], v], dim=1)
-            cache["k"], cache["v"], query_rows = k, v, at
+            q = rotate(q, self.turns, at if query_rows is None else query_rows)
+        if cache is None:
+            k, v = self.keys(k, x, at), self.values(v)
+        else:
+            k, v = self.remember(cache, k, v, x, at)
+            query_rows = at
         o = self.attend(*(y.transpose(1, 2) for y in (q, k, v)), query_rows, documents)  # (B, H, n, V)
         o = take(o.transpose(1, 2).flatten(2), rows if documents else None)  # (B, n, H*V)
         if self.gate_out:
             o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(take(x, rows)))
         return self.out_proj(o)
+
+    def keys(self, k, x=None, at=None):
+        """Projected keys (B, T, G * dk) of x (B, T, D) at positions `at` -> (B, T, G, K), ready for use."""
+        c = self.config
+        k = self.feature(k, self.groups, c.k_kernel, c.k_norm, self.gate_k, x)
+        return rotate(k, self.turns, at) if c.pos == "rope" else k
+
+    def values(self, v):
+        """Projected values (B, T, G * dv) -> (B, T, G, V), ready for use."""
+        # exp and softmax widen bfloat16
+        return self.feature(v, self.groups, self.config.v_kernel).to(v.dtype)
+
+    def remember(self, cache, k, v, x, at):
+        """Add projected keys and values to the cache -> those of all tokens seen, ready for use."""
+        return grown(cache, "k", self.keys(k, x, at)), grown(cache, "v", self.values(v))
 
     @staticmethod
     def feature(x, heads, kernel, norm="none", gate=None, source=None):
@@ -404,8 +453,15 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
 
     @classmethod
     def cached_width(cls, c):
-        # Key and value are both made from u, but a gated key needs its token. (`read` keeps both, so as not to make them anew.)
+        # Key and value are both made from u, but a gated key needs its token.
         return c.du + c.k_gated * cls.widths(c)[0]
+
+    def remember(self, cache, k, v, x, at):
+        """Keeps u, and makes keys and values of all tokens anew from it; of a gated key, the key, too."""
+        if self.gate_k:
+            k = grown(cache, "k", self.keys(k, x, at))
+        u = grown(cache, "u", v)
+        return k if self.gate_k else self.keys(u), self.values(u)
 
     def stored(self):
         return (self.proj_kv,)
@@ -463,23 +519,32 @@ def labelled_rows(targets):
     return rows, used.flatten().nonzero().squeeze(1), answers
 
 
-class CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of logits (N, V) float against answers (N,): F.cross_entropy with a leaner backward.
+def naive_cross_entropy(logits, answers):
+    """Mean cross-entropy of logits (N, V) float against answers (N,); 0 if N is 0."""
+    log_p = logits.log_softmax(-1)
+    return -log_p.gather(1, answers[:, None]).sum() / max(1, len(answers))
+
+
+class CrossEntropy(Twinned):
+    """naive_cross_entropy with a leaner backward.
 
     The gradient is (softmax - one_hot) / N, written in one buffer; torch's own first fills an (N, V) gradient of the log
-    probabilities with zeros. Worth 5% of a training step on a CPU. First derivatives only.
+    probabilities with zeros. Worth 5% of a training step on a CPU.
     """
+
+    twin = staticmethod(naive_cross_entropy)
 
     @staticmethod
     def forward(ctx, logits, answers):
         log_p = logits.log_softmax(-1)
-        ctx.save_for_backward(log_p, answers)
+        ctx.save_for_backward(logits, log_p, answers)
         return -log_p.gather(1, answers[:, None]).sum() / max(1, len(answers))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        log_p, answers = ctx.saved_tensors
+        logits, log_p, answers = ctx.saved_tensors
+        if needs_twin():
+            return twin_gradients(naive_cross_entropy, ctx, (logits, answers), grad)
         p = log_p.exp()
         p[torch.arange(len(p), device=p.device), answers] -= 1
         return p.mul_(grad / max(1, len(p))), None

@@ -62,6 +62,31 @@ def test_rotary_scores_depend_on_distance_only():
     assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-2
 
 
+def test_rotation_keeps_the_digits_of_its_input_and_rounds_no_position():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 300, 1, 6, generator=g, dtype=torch.float64)
+    j = torch.arange(3, dtype=torch.float64)
+    angle = torch.arange(300, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * j / 6)
+    pairs = torch.view_as_complex(x.unflatten(-1, (3, 2)))
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, None])
+    exact = turned.flatten(-2)
+    double = A.rotate(x, A.rotary_table(6, 300, torch.float64))
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double, exact, rtol=1e-12, atol=1e-12)
+    for kind, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03), (torch.float16, 0.004)):
+        turned = A.rotate(x.to(kind), A.rotary_table(6, 300, kind))
+        assert turned.dtype == kind and (turned.double() - exact).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_model_in_another_dtype_has_positions_of_its_own_precision(kind):
+    att = M.CausalSelfAttention(M.Config(dim=8, dk=6, dv=6, seq_len=300))
+    single, moved = att.turns.clone(), att.to(kind).turns
+    assert torch.equal(moved, A.rotary_table(6, 300, kind))
+    assert moved.dtype == torch.promote_types(kind, torch.float32)
+    assert torch.equal(att.float().turns, single)
+
+
 # ---- documents end to end ----------------------------------------------------------------------------------------------
 
 KINDS = {
@@ -128,6 +153,37 @@ def test_reading_on_from_the_cache_equals_one_forward_pass(kind):
             part, cache = model.read(piece, cache)
             logits.append(part)
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-6, atol=1e-7)
+
+
+KEPT = [
+    (M.GPT, dict(n_kv_heads=1, conv=3)),
+    (M.GPT, dict(k_kernel="taylor", q_kernel="taylor", v_kernel="exp", pos="none", conv=1)),
+    (M.GPT, dict(use_att=False, use_ffn=True)),
+    (M.UnifiedKV, dict()),
+    (M.UnifiedKV, dict(n_kv_heads=1, conv=4, v_kernel="taylor", pos="none")),
+    (M.UnifiedKV, dict(k_gated=True, k_norm="l2", k_kernel="silu")),
+    (D.DeltaNet, dict(conv=2)),
+    (D.DeltaNet, dict(conv=0, k_kernel="taylor", q_kernel="taylor", v_kernel="taylor")),
+    (D.GatedDeltaNet, dict(n_layers=1)),
+]
+
+
+@pytest.mark.parametrize("cls, changes", KEPT, ids=str)
+@pytest.mark.parametrize("T", [1, 5, 12])
+def test_state_bytes_is_the_size_of_the_cache_and_reading_from_it_is_right(cls, changes, T):
+    file = D if issubclass(cls, D.DeltaNet) else M
+    torch.manual_seed(0)
+    sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, du=6, vocab_size=V, seq_len=T)
+    model = cls(file.Config(**{**sizes, **changes}))
+    tokens = torch.randint(V, (1, T))
+    cache, logits = None, []
+    for token in tokens.T:
+        some, cache = model.read(token[None], cache)
+        logits.append(some)
+    torch.testing.assert_close(torch.cat(logits, 1), model(tokens)[0], rtol=1e-4, atol=1e-4)
+    kept = [x for layer in cache for x in layer.values() if torch.is_tensor(x)]
+    storage = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    assert sum(storage.values()) == sum(4 * x.numel() for x in kept) == cls.state_bytes(model.config)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -162,6 +162,24 @@ def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(strong, ev
             assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
 
 
+@pytest.mark.parametrize("strong", [-9.0, -16.5, -40.0])
+def test_the_gradient_of_a_strong_decay_keeps_its_digits(strong):
+    """It is smaller than its neighbours by exp(strong), and none of them may round it away."""
+    decay = torch.full((2, H, 40), -0.01, dtype=torch.float64)
+    decay[:, :, ::5] = strong
+    q, k, v, beta, _, S, _ = inputs(T=40)
+    arguments = [q, k, v, beta, decay.requires_grad_(), S]
+    exact = outputs_and_gradients(D.delta_loop, arguments)[6]
+    single = [x.detach().float().requires_grad_() for x in arguments]
+    for C in (1, 4, 16, 64):
+        ours = outputs_and_gradients(D.delta_chunked, single, chunk_size=C)[6].double()
+        error = (ours - exact).abs() / exact.abs()
+        assert error[:, :, ::5].max() < 1e-4
+        assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+        double = outputs_and_gradients(D.delta_chunked, arguments, chunk_size=C)[6]
+        torch.testing.assert_close(double, exact, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
 def test_half_precision_is_rounding_of_the_inputs_only(dtype, gated):
@@ -235,6 +253,41 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
             rule(q, k, v, beta, None, None, torch.tensor([0, 70]))
 
 
+ODD_ENDS = [
+    ([1, 70], "must rise from 0 to T=70"),
+    ([0, 40, 30, 70], "must rise from 0 to T=70"),
+    ([-5, 70], "must rise from 0 to T=70"),
+    ([0, 71], "must rise from 0 to T=70"),
+    ([70], "must rise from 0 to T=70"),
+    ([], "tensor of integers with one axis"),
+    ([[0, 70]], "tensor of integers with one axis"),
+    ([0.0, 70.0], "tensor of integers with one axis"),
+    ([False, True], "tensor of integers with one axis"),
+]
+
+
+@pytest.mark.parametrize("ends, message", ODD_ENDS, ids=str)
+def test_odd_ends_of_documents_are_refused_alike_everywhere(ends, message):
+    q, k, v, beta, g, S, _ = inputs(documents=True, gated=True)
+    model = M.GPT(config(seq_len=70))
+    tokens = torch.zeros(1, 70, dtype=torch.long)
+    for rule in (D.delta_loop, D.delta_chunked, D.delta_fla, D.delta_rule):
+        with pytest.raises(ValueError, match=message):
+            rule(q, k, v, beta, g, None, torch.tensor(ends))
+    with pytest.raises(ValueError, match=message):
+        model(tokens, None, torch.tensor(ends))
+    with pytest.raises(ValueError, match="tensor of integers"):
+        model(tokens, None, [0, 70])
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_ends_may_be_integers_of_any_size(kind):
+    arguments = inputs(documents=True, gated=True)
+    ends = arguments[6].to(kind)
+    for rule in (D.delta_loop, D.delta_chunked):
+        assert_all_close(rule(*arguments[:6], ends), rule(*arguments), 0)
+
+
 # ---- flash-linear-attention: its naive form as a second opinion, its kernels through a stand-in -----------------------------
 
 
@@ -288,6 +341,7 @@ def test_kernels_get_their_arguments_in_their_layout(monkeypatch, gated, documen
         assert all(x.is_contiguous() for x in (q, k, v, beta)) and q.dtype == k.dtype == v.dtype == beta.dtype
         assert g is None or g.dtype == torch.float32
         assert scale is None and output_final_state and (cu_seqlens is not None) == documents
+        assert not documents or (cu_seqlens.dtype == torch.long and cu_seqlens.diff().min() > 0)
         layout = [x.transpose(1, 2) for x in (q, k, v, beta)]
         o, state = D.delta_loop(*layout, None if g is None else g.transpose(1, 2), initial_state, cu_seqlens)
         return o.transpose(1, 2), state
@@ -305,6 +359,8 @@ def test_kernels_get_their_arguments_in_their_layout(monkeypatch, gated, documen
 
     monkeypatch.setattr(D, "load_fla", lambda: (chunk_delta_rule, chunk_gated_delta_rule))
     assert_all_close(outputs_and_gradients(D.delta_fla, arguments), outputs_and_gradients(D.delta_loop, arguments), 1e-5)
+    new, wanted = (rule(*arguments[:5], None, arguments[6]) for rule in (D.delta_fla, D.delta_loop))
+    assert_all_close(new, wanted, 1e-5)
     half = [x if x is None or i > 3 else x.detach().to(torch.bfloat16) for i, x in enumerate(arguments)]
     exact, last = D.delta_loop(*half)
     for mixed in (half, [*(x.float() for x in half[:2]), half[2], half[3].float(), *half[4:]]):

@@ -310,6 +310,105 @@ def test_hooks_are_gone_after_an_exception():
     assert all("attend" not in layer.att.__dict__ for layer in model.layers)
 
 
+def scores_of(q, k):
+    """Scaled scores (B, H, T, T), and which tokens are seen."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    T = q.shape[2]
+    return q @ k.mT / q.shape[-1] ** 0.5, torch.ones(T, T).tril()
+
+
+def sigmoid_weights(q, k):
+    scores, seen = scores_of(q, k)
+    return scores.sigmoid() * seen
+
+
+def window_weights(q, k):
+    """Softmax over the token and the one before it."""
+    scores, seen = scores_of(q, k)
+    return scores.masked_fill((seen - seen.tril(-2)) == 0, -torch.inf).softmax(-1)
+
+
+def linear_weights(q, k):
+    """Of any sign, and any sum."""
+    scores, seen = scores_of(q, k)
+    return scores * seen
+
+
+def attend_with(weights):
+    def attend(q, k, v, rows=None, documents=None):
+        return weights(q, k) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+    return attend
+
+
+def fork(cls=M.GPT, **parts):
+    """A model whose mixers are of a subclass with these attributes."""
+    mixer = type("Mixer", (cls.block.attention,), parts)
+    block = type("Block", (cls.block,), {"attention": mixer})
+    torch.manual_seed(0)
+    sizes = dict(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, dk=4, dv=6, du=4, k_kernel="silu")
+    return type("Fork", (cls,), {"block": block})(M.Config(**sizes, vocab_size=9, seq_len=6)).eval()
+
+
+@pytest.mark.parametrize("cls", [M.GPT, M.UnifiedKV])
+@pytest.mark.parametrize("weights", [sigmoid_weights, window_weights])
+def test_maps_of_a_fork_are_those_of_its_own_attend(cls, weights):
+    caught = []
+
+    def attend(q, k, v, rows=None, documents=None):
+        caught.append((q, k))
+        return attend_with(weights)(q, k, v)
+
+    model = fork(cls, attend=staticmethod(attend))
+    assert maps_file.why_not_maps(model) == ""
+    caught.clear()
+    for block, found in maps_file.maps(model, torch.arange(6)[None]).items():
+        torch.testing.assert_close(found, weights(*caught[block]))
+    assert (found.sum(-1) - 1).abs().max() > 0.1 or weights is window_weights
+
+
+def test_a_method_or_an_attribute_may_attend():
+    def method(self, *args):
+        return attend_with(sigmoid_weights)(*args)
+
+    one, two = fork(attend=method), fork()
+    for layer in two.layers:
+        layer.att.attend = attend_with(sigmoid_weights)
+    expected = maps_file.maps(one, torch.arange(6)[None])
+    for model in (one, two):
+        before = [vars(layer.att).get("attend") for layer in model.layers]
+        torch.testing.assert_close(maps_file.maps(model, torch.arange(6)[None]), expected)
+        assert [vars(layer.att).get("attend") for layer in model.layers] == before
+
+
+def twice(self, x, rows=None, **extra):
+    """Differential attention: one map less another."""
+    return M.CausalSelfAttention.forward(self, x) - M.CausalSelfAttention.forward(self, x.flip(-1))
+
+
+NO_MAPS = {
+    "block 0 called its attend 0 times": dict(forward=lambda self, x, rows=None, **extra: x),
+    "block 0 called its attend 2 times": dict(forward=twice),
+    "block 0 attends with is no weighted sum": dict(
+        attend=staticmethod(lambda q, k, v, *_: attend_with(sigmoid_weights)(q, k, v).tanh())
+    ),
+    "are below 0": dict(attend=staticmethod(attend_with(linear_weights))),
+    "attention maps need softmax attention": dict(attend=None, forward=lambda self, x, *_, **__: x),
+}
+
+
+@pytest.mark.parametrize("message, parts", NO_MAPS.items(), ids=NO_MAPS)
+def test_what_has_no_one_map_is_refused(message, parts):
+    assert message in maps_file.why_not_maps(fork(**parts))
+
+
+def test_shares_of_attention_that_does_not_sum_to_one():
+    weights = torch.tensor([[[[0.5, 0.0, 0.0], [0.9, 0.3, 0.0], [0.0, 0.0, 0.0]]]])
+    found = maps_file.scores(weights, torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
+    assert found["previous token"].item() == pytest.approx((0.75 + 0) / 2)
+    assert found["itself"].item() == pytest.approx((0.25 + 0) / 2)
+
+
 def induction_model(V, T):
     """Two blocks by hand: the first copies the token before into each place, the second looks for places behind its token.
 

@@ -114,8 +114,8 @@ def naive_module(att, x):
         if turn:
             z = y.clone()
             for j in range(len(y) // 2):
-                angle = torch.tensor(t * 10000.0 ** (-2 * j / len(y)), dtype=torch.float32)
-                cos, sin = torch.cos(angle).to(y), torch.sin(angle).to(y)
+                angle = t * 10000.0 ** (-2 * j / len(y))
+                cos, sin = math.cos(angle), math.sin(angle)
                 z[2 * j], z[2 * j + 1] = y[2 * j] * cos - y[2 * j + 1] * sin, y[2 * j] * sin + y[2 * j + 1] * cos
             y = z
         return y
@@ -156,12 +156,12 @@ def test_attention_module_equals_naive_in_outputs_and_gradients(cls, switches):
     x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
     inputs = [x, *att.parameters()]
     ours, naive = att(x), naive_module(att, x)
-    torch.testing.assert_close(ours, naive, rtol=1e-5, atol=1e-7)  # rotations are float32
+    torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-11)
     grad = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(naive, inputs, grad)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
     rows = torch.tensor([[1, 4]])
-    torch.testing.assert_close(att(x, rows), ours[:, [1, 4]], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(att(x, rows), ours[:, [1, 4]], rtol=1e-9, atol=1e-11)
 
 
 # ---- small parts -------------------------------------------------------------------------------------------------------

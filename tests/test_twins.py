@@ -1,0 +1,221 @@
+"""Second derivatives and torch.func: right for every operator with its own backward, or refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import attention as A
+import delta as D
+import memory
+import model as M
+import twins
+
+V, T = 19, 12
+SMALL = dict(dim=8, n_layers=2, n_heads=2, dk=4, dv=6, vocab_size=V, seq_len=T, init_std=0.3)
+TABLE = dict(mem_n_keys=4, mem_knn=2, mem_heads=2, mem_k_dim=4)
+NORMED = dict(q_norm="l2", k_norm="l2")
+MODELS = {
+    "gpt": lambda: M.GPT(M.Config(**SMALL)),
+    "gpt, normed": lambda: M.GPT(M.Config(**SMALL, **NORMED)),
+    "unified_kv": lambda: M.UnifiedKV(M.Config(**SMALL, du=6, pos="learned")),
+    "conv": lambda: M.GPT(M.Config(**SMALL, conv=3, pos="none")),
+    "delta": lambda: D.DeltaNet(D.Config(**SMALL, chunk_size=4)),
+    "gated_delta": lambda: D.GatedDeltaNet(D.Config(**SMALL, chunk_size=5, use_out_norm=False)),
+    "memory": lambda: memory.Memory(memory.Config(**SMALL, **TABLE)),
+    "memory_router": lambda: memory.MemoryRouter(memory.Config(**SMALL, **TABLE)),
+}
+
+
+@pytest.fixture
+def batch():
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(V, (3, T), generator=g)
+    labelled = torch.rand(3, T, generator=g) < 0.4
+    return tokens, torch.where(labelled, tokens.flip(1), M.IGNORE)
+
+
+def make(name):
+    """A model in float64, its parameters by name, and a direction in which to differentiate."""
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    parameters = dict(model.named_parameters())
+    return model, parameters, {n: torch.randn_like(q) for n, q in parameters.items()}
+
+
+def dot(a, b):
+    return sum((a[name] * b[name]).sum() for name in b)
+
+
+def hessian_times(model, parameters, direction, batch):
+    """Gradient and Hessian-vector product by autograd.grad twice, then the product alone."""
+    values = list(parameters.values())
+    first = torch.autograd.grad(model(*batch)[1], values, create_graph=True)
+    slope = dot(dict(zip(parameters, first)), direction)
+    again = torch.autograd.grad(slope, values, allow_unused=True, materialize_grads=True)
+    return [x.detach() for x in (*first, *again)]
+
+
+def plain_convolution(x, w):
+    """By torch's own convolution, whose kernels run the other way."""
+    kernel = w.flip(0).T[:, None]
+    return F.conv1d(F.pad(x.mT, (len(w) - 1, 0)), kernel, groups=w.shape[1]).mT
+
+
+def plain_l2(x):
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hessian_vector_products_equal_those_of_plain_operations(name, batch, monkeypatch):
+    model, parameters, direction = make(name)
+    if name.startswith("memory"):
+        monkeypatch.setattr(memory, "read_values", memory.naive_read_values)
+    with sdpa_kernel(SDPBackend.MATH):
+        ours = hessian_times(model, parameters, direction, batch)
+        monkeypatch.setattr(M.CrossEntropy, "apply", F.cross_entropy)
+        monkeypatch.setattr(M.CausalConvolution, "apply", plain_convolution)
+        monkeypatch.setattr(M.L2Norm, "apply", plain_l2)
+        monkeypatch.setattr(D, "delta_chunked", lambda *inputs: D.delta_loop(*inputs[:-1]))
+        plain = hessian_times(model, parameters, direction, batch)
+    assert max(x.abs().max() for x in plain[len(parameters) :]) > 1e-2
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_where_torch_has_no_second_derivative_it_says_so(batch):
+    model, parameters, direction = make("memory")
+    with sdpa_kernel(SDPBackend.MATH), pytest.raises(RuntimeError, match="embedding_bag.*not impl"):
+        hessian_times(model, parameters, direction, batch)
+    equal = M.GPT(M.Config(**{**SMALL, "dv": 4})).double()
+    weight = equal.embed.weight
+    (first,) = torch.autograd.grad(equal(*batch)[1], weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="flash_attention.*not implemented"):
+        torch.autograd.grad(first.sum(), weight)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torch_func_equals_autograd(name, batch):
+    model, parameters, direction = make(name)
+    values = list(parameters.values())
+    expected = dict(zip(parameters, torch.autograd.grad(model(*batch)[1], values)))
+
+    def loss(p):
+        return torch.func.functional_call(model, p, batch)[1]
+
+    def slope(p):
+        return dot(torch.func.grad(loss)(p), direction)
+
+    at = {n: q.detach() for n, q in parameters.items()}
+    two = {n: torch.stack([q, q + direction[n]]) for n, q in at.items()}
+    gradient = torch.func.grad(loss)(at)
+    torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-9)
+    value, change = torch.func.jvp(loss, (at,), (direction,))
+    torch.testing.assert_close(value, model(*batch)[1])
+    torch.testing.assert_close(change, dot(expected, direction))
+    each = torch.func.vmap(torch.func.grad(loss))(two)
+    torch.testing.assert_close({n: g[0] for n, g in each.items()}, expected, rtol=1e-7, atol=1e-9)
+    moved = torch.func.grad(loss)({n: q[1] for n, q in two.items()})
+    torch.testing.assert_close({n: g[1] for n, g in each.items()}, moved, rtol=1e-7, atol=1e-9)
+    backwards = torch.func.grad(slope)(at)
+    forwards = torch.func.jvp(torch.func.grad(loss), (at,), (direction,))[1]
+    torch.testing.assert_close(backwards, forwards, rtol=1e-7, atol=1e-9)
+
+
+def chunks(gated):
+    """Arguments of ChunkedDeltaRule: one sequence of two chunks of three tokens, one of one."""
+    g = torch.Generator().manual_seed(0)
+
+    def some(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    decay = -3 * some(3, 3, 1).abs() if gated else None
+    keys = F.normalize(some(3, 3, 3), dim=-1)
+    return some(3, 3, 3), keys, some(3, 3, 2), some(3, 3, 1).sigmoid(), decay, some(2, 3, 2), [2, 1]
+
+
+def operators():
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((2, 6, 4), (3, 4)))
+    answers = torch.tensor([1, 0, 3, 3, 2, 1])
+    yield "cross-entropy", M.CrossEntropy, (x[0], answers)
+    yield "l2", M.L2Norm, (x,)
+    yield "convolution", M.CausalConvolution, (x, w)
+    yield "convolution wider than the row", M.CausalConvolution, (x[:, :2], w)
+    yield "delta rule", D.ChunkedDeltaRule, chunks(gated=False)
+    yield "gated delta rule", D.ChunkedDeltaRule, chunks(gated=True)
+
+
+OPERATORS = {name: rest for name, *rest in operators()}
+
+
+@pytest.mark.parametrize("function, inputs", OPERATORS.values(), ids=OPERATORS)
+def test_first_and_second_derivatives_by_differences(function, inputs):
+    def is_number(x):
+        return torch.is_tensor(x) and x.is_floating_point()
+
+    inputs = [x.clone().requires_grad_() if is_number(x) else x for x in inputs]
+    torch.testing.assert_close(function.apply(*inputs), function.twin(*inputs))
+    assert torch.autograd.gradcheck(function.apply, inputs)
+    assert torch.autograd.gradgradcheck(function.apply, inputs)
+
+
+def test_one_tensor_as_several_inputs_and_inputs_without_gradient():
+    q, k, v, beta, g, S, sizes = chunks(gated=True)
+    x, S = q.requires_grad_(), torch.cat([S, S.sin()], dim=-1)[..., :3]
+
+    def tied(rule):
+        o, _ = rule(x, x, x, beta, g, S, sizes)
+        (first,) = torch.autograd.grad(o.square().sum(), x, create_graph=True)
+        return first, torch.autograd.grad(first.sin().sum(), x)[0]
+
+    for a, b in zip(tied(D.ChunkedDeltaRule.apply), tied(D.naive_chunks)):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_ordinary_backward_leaves_the_twins_alone(monkeypatch, batch):
+    def fail(*_):
+        raise AssertionError("the slow twin was called")
+
+    for file in (M, D):
+        monkeypatch.setattr(file, "twin_gradients", fail)
+    for name in ("gpt, normed", "conv", "gated_delta"):
+        make(name)[0](*batch)[1].backward()
+    with pytest.raises(AssertionError, match="slow twin"):
+        model, parameters, _ = make("gpt")
+        torch.autograd.grad(model(*batch)[1], parameters.values(), create_graph=True)
+
+
+def test_kernels_without_a_twin_refuse_second_derivatives(monkeypatch):
+    q, k, v, beta, _, S, _ = chunks(gated=False)
+    shape = dict(q=q[None], k=k[None], v=v[None], beta=beta[None, ..., 0], state=None)
+    q = shape["q"].requires_grad_()
+
+    def kernel(q, k, v, beta, **options):
+        parts = (x.transpose(1, 2) for x in (q, k, v, beta))
+        o, state = D.delta_loop(*parts)
+        return o.transpose(1, 2), state
+
+    monkeypatch.setattr(D, "load_fla", lambda: (kernel, None))
+    monkeypatch.setattr(A, "flash_attn_varlen_func", lambda q, *_, **__: q * q)
+    with torch.enable_grad():
+        outputs = D.delta_fla(**shape)[0], A.flash_attention(q, q, q)
+    for o in outputs:
+        torch.autograd.grad(o.sum(), q, retain_graph=True)
+        with pytest.raises(RuntimeError, match="^flash-.* has no second derivatives; take them in"):
+            torch.autograd.grad(o.sum(), q, create_graph=True)
+    monkeypatch.setattr(D, "fla_problem", lambda *_: None)
+    monkeypatch.setattr(D, "delta_fla", None)  # a kernel that torch.func must not reach
+    gradient = torch.func.grad(lambda q: D.delta_rule(**{**shape, "q": q})[0].sum())(q.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(outputs[0].sum(), q)[0])
+
+
+def test_forward_mode_goes_by_the_twin():
+    import torch.autograd.forward_ad as fw
+
+    x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with fw.dual_level():
+        y = M.L2Norm.apply(fw.make_dual(x, x.sin()))
+        change = fw.unpack_dual(y).tangent
+    assert not twins.transformed()
+    torch.testing.assert_close(change, torch.func.jvp(plain_l2, (x,), (x.sin(),))[1])
