@@ -148,6 +148,36 @@ def test_chance_by_hand():
     assert data.chance["majority digit"] == pytest.approx(1 / 6, abs=0.02) == data.chance["copy the key"]
 
 
+def split_pair(text):
+    key, *_, answer = re.split("[:>]+[a-z]?", text.strip())
+    return key, answer
+
+
+@pytest.mark.parametrize(
+    "settings, tag, known, asked",
+    [
+        (dict(task="digits", num_pairs=40, num_novel=10), "key", "known", "novel"),
+        (dict(num_pairs=64, buckets=(1, 2), heldout=0.5), "seen", 1, 0),
+        (dict(task="twohop", entities=30, relations=2, phi=1.0), "query", "trained", "in-distribution"),
+    ],
+    ids=["digits", "qa", "twohop"],
+)
+def test_what_is_asked_has_no_vote_in_the_guess(settings, tag, known, asked):
+    """The most frequent digit of each place among trained answers, counted here letter by letter."""
+    source = D.Data(D.Config(**settings)).source
+    pairs = [[split_pair(t) for t, v in zip(source.texts, source.tags[tag]) if v == kind] for kind in (known, asked)]
+
+    def share(voters):
+        columns = zip(*(answer for _, answer in voters))
+        usual = [min(collections.Counter(c).items(), key=lambda item: (-item[1], item[0]))[0] for c in columns]
+        hits = [a == b for _, answer in pairs[1] for a, b in zip(answer, usual)]
+        return sum(hits) / len(hits)
+
+    (found,) = (value for name, value in source.chance.items() if name.startswith("majority"))
+    assert found == pytest.approx(share(pairs[0]))
+    assert found != pytest.approx(share(pairs[0] + pairs[1]))  # the check sees the difference
+
+
 # ---- twohop ------------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +217,7 @@ def test_twohop_answers_and_splits(entities, relations, phi, cot, ood):
             for a, (r1, r2), answer in read_facts(source.texts[i] for i in mine)[1]:
                 assert answer.split(">")[-1] == facts[facts[a, r1], r2]
                 atoms = {(a, r1), (facts[a, r1], r2)}
-                assert (not atoms & used) == (kind == "out-of-distribution")
+                assert atoms <= used if kind == "in-distribution" else not atoms & used
     known = len(facts) - len(facts) * ood
     assert len(trained) == pytest.approx(phi * known, rel=0.15, abs=1)
     queries = [re.match(r"\d+>[a-z]?(>[a-z]?)?", t)[0] for t in source.texts]
