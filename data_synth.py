@@ -47,7 +47,7 @@ import torch
 import configs
 from configs import at_least, one_of, require, within
 from draws import IGNORE, SPLITS
-from facts import TASKS, Facts
+from facts import TASKS, Facts, said
 from measure import print_chance
 from synth_files import read_stored, write_facts
 from tokens import BYTES, MASKS, mask, mismatch, read_tokenizer, shift
@@ -74,6 +74,7 @@ TASK_OF = {  # setting: the tasks that use it
     "n_train_examples": "hashhop",
     "block_size": "hashhop text",
     "mask": "text",
+    "heldout_facts": "text",
 }
 
 
@@ -104,6 +105,7 @@ class Config:
     n_val_examples: int = 500  # validation documents, as many of each group of the first tag; hashhop: per hops; 0: all
     n_test_examples: int = 5000  # documents to measure at the end, likewise; 0: all (hashhop: 500)
     mask: str = "text"  # text: what is trained on of "text": text (everything), qa, hashhop, digits or twohop
+    heldout_facts: float = 0.0  # text: share of the questions with answers that is never trained on; measured as seen=0
     packing: str = "none"  # documents: training documents end to end in one row, nothing crosses; none: a padded row for each
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
     seed: int = 0  # of data and model
@@ -121,7 +123,7 @@ class Config:
         within(self, 1, 26, "relations")
         within(self, 3, 10**6, "entities")
         within(self, 8, 2**20, "block_size")
-        within(self, 0, 0.9, "heldout", "ood")
+        within(self, 0, 0.9, "heldout", "heldout_facts", "ood")
         within(self, 0, 1, "cot")
         require(self.phi > 0, "phi must be above 0", "phi")
         for key in ("buckets", "hops", "test_hops"):
@@ -161,6 +163,7 @@ class Data:
         packing=documents and split is train: then B is 1
     .segments(split) -> ranges of rows, for evaluation
     .steps_per_epoch(batch_size)
+    .notes: lines about documents of your own, for train.py to print
     """
 
     def __init__(self, config):
@@ -173,6 +176,7 @@ class Data:
         # the place of a digit or letter in its answer is a tag, unless every answer is a sentence
         self.has_positions = self.kind != "text" and any(isinstance(t, str) for t in getattr(self.source, "texts", [""]))
         self.require_answers()
+        self.notes = survey(self) if c.task == "text" else []
 
     def require_answers(self):
         """ConfigError if a split has nothing to score, or if the labels would not be exact with this tokenizer."""
@@ -216,19 +220,27 @@ class Data:
         end = [self.tokenizer.eos] * (self.config.task == "text")
         return np.concatenate([[self.tokenizer.bos], *parts, end]).astype(np.int32)
 
-    def batch(self, split, step, rows):
-        texts, tags = self.source.read(split, rows)
+    def labelled(self, texts):
+        """R documents -> their tokens end to end (N,), labels (N,) or -100, and where each begins and ends (R + 1,)."""
         documents, begins = zip(*map(self.document, texts))
         lengths = np.array([len(d) for d in documents])
         ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         flat = np.concatenate(documents)
         labels = mask(flat, self.kind, ends, self.tokenizer)
-        inside = np.arange(lengths.max()) < lengths[:, None]  # (R, L), the tokens of each document in a padded row
         answered = np.array(begins) > 0
         if answered.any():
             place = np.arange(len(flat)) - np.repeat(ends[:-1], lengths)
             known = np.repeat(answered, lengths)
             labels = np.where(known, np.where(place >= np.repeat(begins, lengths), flat, IGNORE), labels)
+        # An end without an answer before it asks for nothing: every model would be right.
+        spelled = np.add.reduceat((labels != IGNORE) & (flat < self.tokenizer.pad), ends[:-1])
+        return flat, np.where(np.repeat(spelled > 0, lengths), labels, IGNORE), ends
+
+    def batch(self, split, step, rows):
+        texts, tags = self.source.read(split, rows)
+        flat, labels, ends = self.labelled(texts)
+        lengths = np.diff(ends)
+        inside = np.arange(lengths.max()) < lengths[:, None]  # (R, L), the tokens of each document in a padded row
         counts = np.add.reduceat(labels != IGNORE, ends[:-1])
         tags = {name: np.repeat(values, counts) for name, values in tags.items()}
         if self.has_positions:
@@ -239,6 +251,82 @@ class Data:
         tokens, padded = np.full(inside.shape, self.tokenizer.pad, np.int64), np.full(inside.shape, IGNORE, np.int64)
         tokens[inside], padded[inside] = flat, labels
         return torch.from_numpy(tokens), torch.from_numpy(shift(padded)), tags
+
+
+# ---- what there is to say of your own documents ------------------------------------------------------------------------
+
+
+def survey(data):
+    """Lines about the documents of task text: how many are in each split, and what is odd about them.
+
+    ConfigError for an answer that the tokenizer cannot spell: a model would be scored for something else.
+    """
+    source, found = data.source, []
+    for first in range(0, len(source.texts), 1000):
+        texts = source.texts[first : first + 1000]
+        flat, labels, ends = data.labelled(texts)
+        for number, (text, a, b) in enumerate(zip(texts, ends[:-1], ends[1:]), first):
+            found.append(look_at(data, text, flat[a:b], labels[a:b], source.places[number]))
+    answered, altered, questions = map(np.array, zip(*found))
+    lines = [sizes_of_splits(source, answered)]
+    if altered.any():
+        number = int(altered.argmax())
+        was, now = difference(joined(source.texts[number]), data.tokenizer.decode(data.document(source.texts[number])[0]))
+        example = f"{source.places[number]} for one, where {was!r} becomes {now!r}"
+        many = f"note: {altered.sum()} of {len(found)} documents do not come back from the tokenizer as they were"
+        lines.append(f"{many}, {example}")
+    first = {}
+    again = [(first.setdefault(q, number), number) for number, q in enumerate(questions.tolist()) if q]
+    differ = [(a, b) for a, b in again if said(joined(source.texts[a])) != said(joined(source.texts[b]))]
+    pairs = [(source.places[a], source.places[b]) for a, b in differ]
+    if pairs:
+        example = f"{pairs[0][0]} and {pairs[0][1]} for one"
+        lines.append(f"note: questions with more than one answer: {len(pairs)}, {example}; no model can be right on both")
+    return lines
+
+
+def look_at(data, text, tokens, labels, where):
+    """One document -> has it an answer? does the tokenizer alter it? what it asks, or ""."""
+    tokenizer, whole = data.tokenizer, isinstance(text, str) and data.kind == "text"
+    at = np.flatnonzero(labels != IGNORE)
+    spelled = f"{where}: tokenizer={tokenizer.name} has no token for a part of the answer; use another, or bytes"
+    if isinstance(text, tuple):
+        require(len(at), spelled, "tokenizer")
+    require(whole or tokenizer.unknown < 0 or tokenizer.unknown not in labels, spelled, "tokenizer")
+    altered = tokenizer is not BYTES and tokenizer.decode(tokens) != joined(text)
+    question = ""
+    if isinstance(text, tuple):
+        question = said(text[0])
+    elif data.kind in TASKS["text"].FACT_MASKS and len(at):
+        question = said(tokenizer.decode(tokens[: at[0]]))
+    return len(at) > 0, altered, question
+
+
+def sizes_of_splits(source, answered):
+    """One line: documents in each split, how many of them are trained on, and how many have no answer."""
+    trained, parts, without = source.splits["train"], [], []
+    for split in SPLITS:
+        mine = source.splits[split]
+        more = f" of {source.sizes[split]}" if len(mine) < source.sizes[split] else ""
+        if split == "train":
+            different = len(np.unique(mine))
+            more = f" ({different} different)" if different < len(mine) else ""
+        else:
+            more += f" ({np.isin(mine, trained).sum()} of them trained on)"
+        parts.append(f"{split} {len(mine)}{more}")
+        without += [f"{n} of {split}"] if (n := (~answered[mine]).sum()) else []
+    line = "documents: " + ", ".join(parts)
+    return line + (f"; without an answer, so not counted: {', '.join(without)}" if without else "")
+
+
+def joined(text):
+    return text if isinstance(text, str) else "".join(text)
+
+
+def difference(a, b, around=12):
+    """Where two texts begin to differ: a few letters of each."""
+    first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return a[max(0, first - around) : first + around], b[max(0, first - around) : first + around]
 
 
 # ---- command line ------------------------------------------------------------------------------------------------------

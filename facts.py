@@ -6,13 +6,16 @@ read(split, rows) -> texts and tags, .kind, the kind of its label mask, and .cha
 Letters: n pairs or entities, N letters of a word, R rows or relations, E documents in an epoch.
 """
 
+import hashlib
 import math
+import unicodedata
 
 import numpy as np
 
 from configs import require
-from draws import SPLITS, generator, rows_of_passes
+from draws import IGNORE, SPLITS, generator, rows_of_passes
 from synth_files import read_documents
+from tokens import BYTES, mask
 
 # ---- documents with names ----------------------------------------------------------------------------------------------
 
@@ -332,14 +335,75 @@ def different_words(random, n, length):
 
 
 class Text:
-    """Your own documents: "text", all of it trained on, or "question" and "answer", of which only the answer is. From a
-    directory with train, validation and test in it; from one file, each nineteenth and twentieth document is for validation
-    and test."""
+    """Your own documents: "text", all of it trained on, or "question" and "answer", of which only the answer is.
+
+    A directory with train, validation and test in it says itself what is in each. Otherwise it depends on the document: a fact
+    (a question with its answer, or a text in which a mask of FACT_MASKS finds one) is trained on and measured, for what counts
+    is how many are stored; `heldout_facts` of them are measured only. Of other texts a twentieth is for validation, and as much
+    for test.
+
+    A document that stands several times in training is trained on as often; it is measured once.
+    """
+
+    FACT_MASKS = ("qa", "digits", "twohop")
+
+    @staticmethod
+    def is_fact(text, kind):
+        if isinstance(text, tuple):
+            return True
+        return kind in Text.FACT_MASKS and bool((mask(BYTES.encode(text)[None], kind) != IGNORE).any())
 
     @staticmethod
     def make(c):
-        texts, splits = read_documents(c.path, c.block_size)
-        return Facts(c, c.mask, texts, splits, {})
+        found = read_documents(c.path, c.block_size)
+        number, places, splits = {}, [], {}
+        for split, documents in found.items():
+            for document, where in documents:
+                if document not in number:
+                    number[document] = len(number)
+                    places.append(where)
+            splits[split] = np.array([number[document] for document, _ in documents], np.int32)
+        texts = list(number)
+        facts = np.array([Text.is_fact(text, c.mask) for text in texts], bool)
+        message = "heldout_facts has no effect: it holds out questions with answers from a file without folders"
+        require(not c.heldout_facts or ("" in splits and facts.any()), message, "heldout_facts")
+        if "" in splits:
+            splits = split_by_content(c, texts, facts, splits[""])
+        trained = np.isin(np.arange(len(texts)), splits["train"])
+        splits |= {split: np.unique(splits[split]) for split in ("val", "test")}
+        seen = trained[np.concatenate([splits["val"], splits["test"]])]
+        tags = {"seen": trained.astype(int)} if seen.any() and not seen.all() else {}
+        sizes = {split: len(which) for split, which in splits.items()}
+        source = Facts(c, c.mask, texts, splits, tags)
+        source.places, source.sizes = places, sizes  # where each is; documents of a split, before n_val_examples cuts it
+        return source
+
+
+def split_by_content(c, texts, facts, rows):
+    """Documents of a file: rows (E,) numbers of texts, one for each time it is there -> {"train": (E',), "val": ..., "test": ...}.
+
+    A function of the seed and of what the documents say, not of their order. Documents that say the same stay together.
+    """
+    kinds = {True: {}, False: {}}  # is it a fact? -> what it says -> numbers of the documents that do
+    for number, (text, fact) in enumerate(zip(texts, facts.tolist())):
+        kinds[fact].setdefault(said(text[0] if isinstance(text, tuple) else text), []).append(number)
+    by_chance = lambda text: hashlib.sha256(f"{c.seed} {text}".encode()).digest()
+    stored, others = ([kind[text] for text in sorted(kind, key=by_chance)] for kind in kinds.values())
+    held = round(c.heldout_facts * len(stored))
+    few = f"heldout_facts={c.heldout_facts} of {len(stored)} leaves none to train on, or holds out none"
+    require(not c.heldout_facts or 0 < held < len(stored), few, "heldout_facts")
+    few = f"{c.path} has {len(others)} documents that differ; training, validation and test need one each at least"
+    require(stored or len(others) >= 3, few, "path")
+    n = max(1, len(others) // 20) if len(others) >= 3 else 0
+    measured = {"val": stored + others[:n], "test": stored + others[n : 2 * n]}
+    splits = {split: np.array([i for group in groups for i in group], np.int32) for split, groups in measured.items()}
+    left_out = [i for group in stored[:held] + others[: 2 * n] for i in group]
+    return {"train": rows[~np.isin(rows, left_out)], **splits}
+
+
+def said(text):
+    """What tells two documents apart: neither the Unicode form nor blanks do."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 TASKS = {"qa": QA, "digits": Digits, "twohop": TwoHop, "hashhop": HashHop, "text": Text}

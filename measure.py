@@ -25,7 +25,8 @@ def autocast(device, dtype):
 def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=False, stop=(), world=ALONE):
     """Yield, batch by batch over a whole split, a dict of
 
-    hit (N,) bool, loss (N,) nats, tags {name: (N,)}, row (N,) the row of each label, row_hit (B,) bool.
+    hit (N,) bool, loss (N,) nats, tags {name: (N,)}, row (N,) the row of each label, and
+    row_hit (R,) bool of the rows that have labels: where nothing is asked, every model would be right.
 
     Ranks take turns: each yields its own batches, None where there is none left for it, and ends early, together with
     the others, once `stop` (a list that a signal fills) of any is not empty.
@@ -48,7 +49,7 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
         hit, row_hit = correct(logits.cpu(), targets)
         loss = F.cross_entropy(logits.float().cpu(), targets[mask], reduction="none")
         row = np.repeat(np.asarray(rows), mask.sum(1).numpy())
-        yield {"hit": hit.numpy(), "loss": loss.numpy(), "tags": tags, "row": row, "row_hit": row_hit.numpy()}
+        yield {"hit": hit.numpy(), "loss": loss.numpy(), "tags": tags, "row": row, "row_hit": row_hit[mask.any(1)].numpy()}
 
 
 def scorer(model):
@@ -83,7 +84,7 @@ def count(batch):
         return {**row_counts(hit[mine], row[mine]), "loss": float(loss[mine].sum(dtype=np.float64))}
 
     by_slice = {tag: {v.item(): counts(values == v) for v in np.unique(values)} for tag, values in batch["tags"].items()}
-    whole = {"row_right": int(batch["row_hit"].sum()), "rows": len(batch["row_hit"])}  # rows without labels, too
+    whole = {"row_right": int(batch["row_hit"].sum()), "rows": len(batch["row_hit"])}
     return {**counts(np.ones(len(hit), bool)), **whole, "by_slice": by_slice}
 
 

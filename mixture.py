@@ -50,6 +50,7 @@ class Mixture:
 
     def __init__(self, main, second, c):
         self.main, self.second, self.chance = main, second, getattr(main, "chance", {})
+        self.notes = getattr(main, "notes", [])
         self.vocab_size = max(main.vocab_size, second.vocab_size)
         self.seq_len = max(main.seq_len, second.seq_len)
         steps = c.max_steps or c.n_epochs * main.steps_per_epoch(c.batch_size)

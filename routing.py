@@ -133,7 +133,7 @@ def over_texts(look, path):
     """`routed` over the documents of a .jsonl or .parquet file, each cut to what the model can read."""
     require(hasattr(look.data, "tokenizer"), f"data={path} is text, and {look.plan.train.data} has numbers", "data")
     c, tokenizer, texts = look.config, look.data.tokenizer, []
-    for text in documents_in(path, 10**9):
+    for text, _ in documents_in(path, 10**9):
         texts.append(text if isinstance(text, str) else "".join(text))
         if c.rows and len(texts) == c.rows:
             break

@@ -17,6 +17,7 @@ from configs import ConfigError, require
 
 FOLDERS = {"train": "train", "val": "validation", "test": "test"}
 LONGEST_LINE = 2**20  # bytes
+DOCUMENT = ("text", "question", "answer")  # what is read of a document of your own
 
 # ---- writing -----------------------------------------------------------------------------------------------------------
 
@@ -27,12 +28,13 @@ def write_facts(c, source, shard_rows=200_000):
     A row is {"text": ..., tags}; a document with k exposures is there k times. -> the metadata. Memory is that of
     one shard.
     """
+    not_stored = ("output_dir", "path", "packing", "tokenizer", "heldout_facts")
     with new_directory(c.output_dir) as work:
         files = {name: write_split(c, source, work, split, name, shard_rows) for split, name in FOLDERS.items()}
         metadata = {
             "dataset_type": c.task,
             "format_version": 1,
-            **{k: v for k, v in asdict(c).items() if k not in ("output_dir", "path", "packing", "tokenizer")},
+            **{k: v for k, v in asdict(c).items() if k not in not_stored},
             "mask": source.kind,
             "chance": source.chance,
             "knowledge": getattr(source, "knowledge", {}),
@@ -126,38 +128,34 @@ def checked(path, name, sha256):
 
 # ---- reading documents of your own -------------------------------------------------------------------------------------
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what such a file begins with
+
 
 def read_documents(path, longest):
-    """Files with "text", or with "question" and "answer" -> documents, {"train": numbers, "val": ..., "test": ...}.
+    """Files with "text", or with "question" and "answer" -> {split: [(document, "file:line")]}; the only split of a file, or of
+    a directory without train/, validation/ and test/, is "".
 
-    path: a .jsonl or .parquet file, or a directory of them, or one with train/, validation/ and test/. A document is a string
-    or (question, answer). ConfigError for one of more than `longest` tokens, counted as bytes with the two at its ends.
+    path: a .jsonl or .parquet file, or a directory of them, or one with the three in it. A document is a string or (question,
+    answer). ConfigError for one of more than `longest` tokens, counted as bytes with the two at its ends.
     """
     require(os.path.exists(path), f"path={path} does not exist", "path")
     folders = {split: os.path.join(path, name) for split, name in FOLDERS.items()}
     if all(map(os.path.isdir, folders.values())):
-        texts, splits = [], {}
-        for split, folder in folders.items():
-            part = list(documents_in(folder, longest))
-            splits[split] = np.arange(len(texts), len(texts) + len(part))
-            texts += part
-        return texts, splits
+        return {split: list(documents_in(folder, longest)) for split, folder in folders.items()}
     there = [name for name in ("train", "val", *FOLDERS.values()) if os.path.isdir(os.path.join(path, name))]
     require(not there, f"{path} has {', '.join(there)}; name all three: {', '.join(FOLDERS.values())}", "path")
-    texts = list(documents_in(path, longest))
-    require(len(texts) >= 3, f"{path} has {len(texts)} documents; training, validation and test need one each at least", "path")
-    number = np.arange(len(texts))
-    place = number % 20 if len(texts) >= 20 else number + 20 - len(texts)  # the last two of a few
-    return texts, {"train": number[place < 18], "val": number[place == 18], "test": number[place == 19]}
+    return {"": list(documents_in(path, longest))}
 
 
 def documents_in(path, longest):
+    """(document, "file:line") of a file, or of all files in a directory."""
     files = [path] if os.path.isfile(path) else sorted(f for f in glob.glob(os.path.join(glob.escape(path), "*")) if ending(f))
     require(files, f"{path} holds no .jsonl or .parquet file", "path")
     for file in tqdm(files, desc="read", disable=not sys.stderr.isatty()):
         require(ending(file), f"{file} is neither .jsonl nor .parquet", "path")
-        for row, where in read_rows(file):
-            yield document(row, where, longest)
+        for row, where in read_rows(file, DOCUMENT):
+            yield document(row, where, longest), where
 
 
 def ending(file):
@@ -166,7 +164,12 @@ def ending(file):
 
 def document(row, where, longest):
     """One row -> its text, or (question, answer)."""
-    names = ("text",) if "text" in row else ("question", "answer")
+    given = [name for name in DOCUMENT if row.get(name) is not None]
+    message = f'{where}: has "text", and "question" and "answer", too; leave out one or the others'
+    require(len(given) < len(DOCUMENT), message, "path")
+    # A table of both kinds holds null for what a row lacks.
+    asked = "text" not in row or given == ["question", "answer"]
+    names = ("question", "answer") if asked else ("text",)
     missing = [n for n in names if n not in row]
     found = ", ".join(map(str, row)) or "nothing"
     message = f'{where}: needs "text", or "question" and "answer"; it has {found[:200]}'
@@ -187,16 +190,19 @@ def document(row, where, longest):
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-def read_rows(path):
-    """(row as a dict, "file:line") one after another."""
-    return READERS[os.path.splitext(path)[1]](path)
+def read_rows(path, names=()):
+    """(row as a dict, "file:line") one after another. names: the columns to read of a table that has any of them."""
+    return READERS[os.path.splitext(path)[1]](path, names)
 
 
-def read_jsonl(path):
+def read_jsonl(path, names=()):
     try:
         with open(path, "rb") as f:
             for number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE + 1), b""), 1):
                 where = f"{path}:{number}"
+                if number == 1:
+                    require(not line.startswith(UTF_16), f"{path} is UTF-16; save it as UTF-8", "path")
+                    line = line.removeprefix(BYTE_ORDER_MARK)
                 require(len(line) <= LONGEST_LINE, f"{where}: a line of more than {LONGEST_LINE} bytes; cut it", "path")
                 if line.strip():
                     yield parse_line(line, where), where
@@ -206,27 +212,46 @@ def read_jsonl(path):
 
 def parse_line(line, where):
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode(), object_pairs_hook=once)
     except UnicodeDecodeError as e:
         raise ConfigError(f"{where}: byte {e.start + 1} of the line is no UTF-8", "path") from None
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{where}: no JSON ({getattr(e, 'msg', 'nested too deeply')}); is the line torn?", "path") from None
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{where}: no JSON ({e.msg}); is the line torn?", "path") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: no JSON that can be read (nested too deeply)", "path") from None
+    except ValueError as e:
+        raise ConfigError(f"{where}: no JSON that can be read ({str(e)[:120]})", "path") from None
     require(isinstance(row, dict), f"{where}: a JSON {type(row).__name__}, not an object", "path")
     return row
 
 
-def read_parquet(path):
+def once(pairs):
+    """A JSON object as a dict; ValueError if a name comes twice, where json would take the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} comes twice")
+    return row
+
+
+def read_parquet(path, names=()):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(10_000):
+            there = file.schema_arrow.names
+            twice = [name for name in there if there.count(name) > 1]
+            require(not twice, f"{path} has two columns named {twice[:1]}; leave one out", "path")
+            # The others may be of types that Python has no values for.
+            wanted = [name for name in names if name in there] or None
+            for batch in file.iter_batches(10_000, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{path}: row {number}"
-    except (pa.ArrowException, OSError, ValueError) as e:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
         reason = " ".join(str(e).split())[:120]
         raise ConfigError(f"{path}: damaged after row {number}, or no parquet ({reason})", "path") from None
 

@@ -11,10 +11,11 @@ Letters: B rows, T tokens in a row, N tokens altogether, R documents, L tokens i
 """
 
 import functools
+import json
 
 import numpy as np
 
-from configs import ConfigError
+from configs import ConfigError, require
 from draws import IGNORE
 
 # ---- tokenizers --------------------------------------------------------------------------------------------------------
@@ -25,6 +26,7 @@ class ByteTokenizer:
 
     name = "bytes"
     pad, bos, eos, vocab_size = 256, 257, 258, 259
+    unknown = -1  # there is no token for what has none: every text has its bytes
     texts = (*map(chr, range(128)), *["\ufffd"] * 128, "", "", "")  # what each token stands for; from 128, part of a letter
 
     def encode(self, text):
@@ -34,30 +36,76 @@ class ByteTokenizer:
         return bytes(i for i in np.asarray(ids).tolist() if i < 256).decode(errors="replace")
 
 
+MOST_TOKENS = 2**20  # numbers of tokens end there; each costs a row of the embedding, used or not
+
+
 class FileTokenizer:
-    """A tokenizer.json, read by the `tokenizers` package; padding, begin and end are three tokens after its own."""
+    """A tokenizer.json, read by the `tokenizers` package; padding, begin and end are three tokens after its own.
+
+    It cuts text into tokens and does nothing else: what the file says of a longest length, of padding and of dropout is for
+    other uses, and is left out.
+    """
 
     def __init__(self, path):
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            message = f"tokenizer={path} needs a package: pip install tokenizers"
-            raise ConfigError(message, "tokenizer") from None
-        try:
-            self.inner = Tokenizer.from_file(path)
-        except Exception as e:  # the package raises plain Exception
-            raise ConfigError(f"{path} cannot be read as a tokenizer.json ({str(e)[:80]})", "tokenizer") from None
-        self.name, own = path, 1 + max(self.inner.get_vocab().values(), default=0)  # numbers may have gaps
+        self.name, self.inner = path, read_json_tokenizer(path)
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        if getattr(self.inner.model, "dropout", None):
+            self.inner.model.dropout = None
+        vocabulary = self.inner.get_vocab()
+        own = 1 + max(vocabulary.values(), default=0)  # numbers may have gaps
+        large = f"{path} numbers a token {own - 1}; the largest number allowed is {MOST_TOKENS - 1}"
+        require(own <= MOST_TOKENS, large, "tokenizer")
+        named = {}
+        for token, number in vocabulary.items():
+            other = named.setdefault(number, token)
+            require(other == token, f"{path} gives number {number} to two tokens, {other!r} and {token!r}", "tokenizer")
         self.pad, self.bos, self.eos, self.vocab_size = own, own + 1, own + 2, own + 3
-        pieces = (self.inner.id_to_token(i) or "" for i in range(own))
+        self.unknown = unknown_token(self.inner)
         spelled = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n"})  # SentencePiece and byte-level BPE
-        self.texts = (*(piece.translate(spelled) for piece in pieces), "", "", "")
+        self.texts = (*(named.get(i, "").translate(spelled) for i in range(own)), "", "", "")
 
     def encode(self, text):
-        return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
+        try:
+            return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
+        except BaseException as e:
+            raise refusal(e, f"{self.name} cannot encode {text[:40]!r}") from None
 
     def decode(self, ids):
-        return self.inner.decode([i for i in np.asarray(ids).tolist() if i < self.pad])
+        mine = [i for i in np.asarray(ids).tolist() if i < self.pad]
+        return self.inner.decode(mine, skip_special_tokens=False)  # a text may spell one
+
+
+def read_json_tokenizer(path):
+    """A tokenizer.json -> tokenizers.Tokenizer; ConfigError if it is none."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        message = f"tokenizer={path} needs a package: pip install tokenizers"
+        raise ConfigError(message, "tokenizer") from None
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return Tokenizer.from_str(f.read())
+    except BaseException as e:
+        raise refusal(e, f"{path} cannot be read as a tokenizer.json") from None
+
+
+def refusal(error, what):
+    """The ConfigError for an error of the `tokenizers` package: it raises plain Exception, and where its own code fails a
+    PanicException, which is no Exception. Any other error comes back as it is."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return ConfigError(f"{what} ({' '.join(str(error).split())[:80]})", "tokenizer")
+    return error
+
+
+def unknown_token(inner):
+    """The number of the token that stands for whatever has none; -1: there is no such token."""
+    about = json.loads(inner.to_str())["model"]
+    if "unk_token" in about:
+        number = inner.token_to_id(about["unk_token"] or "")
+    else:
+        number = about.get("unk_id")
+    return -1 if number is None else number
 
 
 BYTES = ByteTokenizer()

@@ -306,6 +306,8 @@ def start(p, folder, world):
     if folder:
         world.first_does(lambda: require_same_data(folder, p))
     data = world.together(lambda: open_data(p))
+    for note in getattr(data, "notes", ()):
+        world.say(note)
     if c.target_slice:
         world.together(lambda: require_slice(data, c.target_slice, c.eval_batch_size))
     config = model_config(p, data)
