@@ -210,8 +210,8 @@ def fingerprint(name):
         raise ConfigError(f"{path} cannot be read: {e.strerror}", "model") from None
 
 
-def ids_of(tokenizer, text, size):
-    """The token ids of a text that follows a line break, or begins a prompt of its own.
+def ids_of(tokenizer, text, size, begins=False):
+    """The token ids of a text that follows a line break, or with begins=True of the first of a prompt.
 
     A SentencePiece tokenizer puts a space before what it is given alone; inside a prompt there is
     none. ConfigError for ids that a model of `size` tokens does not have.
@@ -219,7 +219,7 @@ def ids_of(tokenizer, text, size):
     encode = lambda t: tokenizer.encode(t, add_special_tokens=False).ids
     ids, before = encode(text), encode("\n")
     letter, after = encode("Q"), encode("\nQ")
-    if after[len(after) - len(letter) :] != letter:
+    if not begins and after[len(after) - len(letter) :] != letter:
         both = encode("\n" + text)
         glued = f"the tokenizer glues a line break to the text after it: {text[:40]!r}"
         require(both[: len(before)] == before, glued, "model")
