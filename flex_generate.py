@@ -10,7 +10,8 @@
     torchrun --standalone --nproc_per_node=2 flex_generate.py
 
 Writes into <out_dir>/<model>/ a feather file for each method, one row for each question: uuid, templates, answers, prediction
-(the first word, or as many as the shortest answer has; of whole questions all words), generation; of flex_myriadlama it is named myriadlama_flex_m3_a2[_xattn].feather (all: every manual template),
+(the first word, or as many as the shortest answer has; of whole questions all words), generation.
+Of flex_myriadlama it is named myriadlama_flex_m3_a2[_xattn].feather (all: every manual template),
 else myriadlama_<method>.feather. Then table.json and table.png. What is done is kept in progress.<rank>.jsonl, so a killed run
 goes on; only with the same settings, program, model files and facts.
 
@@ -277,7 +278,7 @@ class Run:
     methods: list
 
     def ids(self, text, begins=False):
-        """Token ids of text that follows a line break, or with begins=True of what begins a prompt."""
+        """Token ids of text that follows a line break, or with begins=True begins a prompt."""
         return llama.ids_of(self.tokenizer, text, self.model.config.vocab_size, begins)
 
     def prefix(self, shots, batch):
@@ -350,7 +351,10 @@ def make_questions(run, batch):
 
 
 def check_lengths(run, work, shots):
-    """ConfigError if a prompt with its answer is longer than the model's positions. work [(batch, questions)]."""
+    """ConfigError if a prompt with its answer is longer than the model's positions.
+
+    work: [(batch, its questions)].
+    """
     one_row = {"flex", "flex_full", "flex_myriadlama", "flex_myriadlama_xattn"} & set(run.methods)
     for batch, questions in work:
         prefix = len(run.prefix(shots, batch))
@@ -397,8 +401,9 @@ def settings(c, dtype):
 
 
 def read_progress(folder, about):
-    """Records that earlier runs left in this directory, and the number of lines that are none: cut by a crash, damaged, or of
-    another tool. ConfigError if they were made with other settings than `about`."""
+    """Records that earlier runs left in this directory, and the number of lines that are none: cut
+    by a crash, damaged, or of another tool. ConfigError if they were made with other settings than
+    `about`."""
     records, lost = [], 0
     there = os.listdir(folder) if os.path.isdir(folder) else []
     for name in sorted(f for f in there if re.fullmatch(r"progress\.\d+\.jsonl", f)):
@@ -408,8 +413,9 @@ def read_progress(folder, about):
             if isinstance(made_with, dict):
                 keys = [*about, *(k for k in made_with if k not in about)]
                 other = [k for k in keys if made_with.get(k) != about.get(k)]
-                message = f"{folder} holds results with another {', '.join(other)}; give another --out_dir, or delete it"
-                require(not other, message, "out_dir")
+                message = f"{folder} holds results with another {', '.join(other)}"
+                hint = "give another --out_dir, or delete it"
+                require(not other, f"{message}; {hint}", "out_dir")
                 known = True
             elif known and is_record(row):
                 records.append(row)
@@ -437,13 +443,14 @@ def is_record(row):
     is_text = lambda v: isinstance(v, str)
     are_texts = lambda v: isinstance(v, list) and all(map(is_text, v))
     is_number = lambda v: type(v) in (int, float) and 0 <= v < 1e18
-    made = row.get("generation")
-    if row.get("method") == "per_prompt":
-        right = are_texts(made) and are_texts(row.get("templates")) and len(made) == len(row["templates"])
+    made, asked = row.get("generation"), row.get("templates")
+    right = is_text(row.get("uuid")) and is_text(row.get("method"))
+    right = right and are_texts(asked) and are_texts(row.get("answers"))
+    if right and row["method"] == "per_prompt":
+        right = are_texts(made) and len(made) == len(asked)
     else:
-        right = is_text(made) and is_text(row.get("method")) and are_texts(row.get("templates"))
-    known = right and is_text(row.get("uuid")) and are_texts(row.get("answers"))
-    return known and is_number(row.get("seconds")) and is_number(row.get("tokens"))
+        right = right and is_text(made)
+    return right and is_number(row.get("seconds")) and is_number(row.get("tokens"))
 
 
 def generate(c, world):
@@ -455,7 +462,8 @@ def generate(c, world):
     about = world.first_does(lambda: settings(c, dtype))
     done, lost = world.together(lambda: read_progress(folder, about))
     if lost:
-        world.say(f"note: {lost} lines of {folder}/progress.*.jsonl are no records; what they held is asked again")
+        lines = f"note: {lost} lines of {folder}/progress.*.jsonl are no records"
+        world.say(f"{lines}; what they held is asked again")
     have = {(r["uuid"], r["method"]) for r in done}
     left = [f for f in facts if any((f["uuid"], m) not in have for m in methods)]
     if left:
@@ -494,7 +502,8 @@ def answer_all(run, facts, shots, have, about, world):
     world.first_does(lambda: os.makedirs(run.folder, exist_ok=True))
     hidden = not (world.first and sys.stderr.isatty())
     with open(os.path.join(run.folder, f"progress.{world.rank}.jsonl"), "a", encoding="utf-8") as f:
-        f.write("\n" + json.dumps({"settings": about}) + "\n")  # a line of its own, also after a cut one
+        # a line of its own, also after a cut one
+        f.write("\n" + json.dumps({"settings": about}) + "\n")
         bar = tqdm(work, desc="questions", disable=hidden)
         for batch, questions in bar:
             lacking = [m for m in run.methods if any((fact["uuid"], m) not in have for fact, _, _ in batch)]
@@ -539,22 +548,27 @@ def write_results(c, folder, facts, shots, methods, about):
     print_table((*head, "seconds a question", "tokens a question"), lines)
     how = "words are compared as lemmas" if prompts.has_lemmas() else "words are compared as they are: pip install simplemma"
     print(how)
-    result = {"config": {**about, "lemmas": prompts.has_lemmas()}, "metrics": {"majority": baseline, **dict(rows)}, "by_slice": {}, "examples": []}
+    about = {**about, "lemmas": prompts.has_lemmas()}
+    metrics = {"majority": baseline, **dict(rows)}
+    result = {"config": about, "metrics": metrics, "by_slice": {}, "examples": []}
     write_json(os.path.join(folder, "table.json"), result)
     plot_table(os.path.join(folder, "table.png"), rows, baseline, f"{c.model}: {len(facts)} questions")
     print(f"wrote {folder}/*.feather, table.json, table.png")
 
 
 def frame(records, asked):
-    """Records -> columns: one row for a question, of per_prompt one for each template. asked {uuid: fact}."""
+    """Records -> columns: one row for a question, of per_prompt one for each template.
+
+    asked: {uuid: fact}.
+    """
     flat = []
     for r in records:
         several = isinstance(r["generation"], list)
         pairs = zip(r["generation"], ([t] for t in r["templates"])) if several else [(r["generation"], r["templates"])]
         fact = asked[r["uuid"]]
-        flat += [
-            (r["uuid"], templates, r["answers"], prompts.prediction(fact, text), text) for text, templates in pairs
-        ]
+        for text, templates in pairs:
+            said = prompts.prediction(fact, text)
+            flat.append((r["uuid"], templates, r["answers"], said, text))
     return dict(zip(("uuid", "templates", "answers", "prediction", "generation"), map(list, zip(*flat))))
 
 
@@ -576,7 +590,11 @@ def summary(method, records, asked):
 
 def compare(rows, latest, asked):
     """Add to the summaries of rows [(method, summary)] the p of McNemar's test against the first template alone."""
-    hits = {m: hits_of(frame([latest[u, m] for u in asked], asked)) for m, _ in rows if m != "per_prompt"}
+    hits = {}
+    for method, _ in rows:
+        if method != "per_prompt":
+            records = [latest[u, method] for u in asked]
+            hits[method] = hits_of(frame(records, asked))
     for method, s in rows:
         if "origin" in hits and method in hits and method != "origin":
             s["p"] = f"{mcnemar(hits[method], hits['origin'])['p']:.2g}"

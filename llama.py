@@ -7,8 +7,8 @@ RMSNorm, rotary positions (with Llama 3's scaling), grouped-query attention, Swi
 Grattafiori et al. 2024, arXiv 2407.21783). Queries and keys are stored so that neighbouring features turn together, as GGUF
 files have them and attention.rotate does; Hugging Face's rows are brought into that order.
 
-What a file says is computed, or refused by name: settings that change the model in another way than those of SETTINGS and
-GGUF_SETTINGS, and tensors that are no weights of this model.
+What a file says is computed, or refused by name: settings that change the model in another way than
+those of SETTINGS and GGUF_SETTINGS, and tensors that are no weights of this model.
 
 Letters: B rows, T tokens, S tokens seen before and now, D model width, H query heads, G key/value heads, K width of a head.
 """
@@ -50,7 +50,7 @@ class Config:
     ffn_width: int
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
-    rope_scaling: dict | None = None  # "rope_type", a key of SCALINGS, and the numbers that it takes
+    rope_scaling: dict | None = None  # "rope_type", a key of SCALINGS, and what that takes
     max_tokens: int = 8192
     tied: bool = True
     attention_bias: bool = False  # of queries, keys, values and output
@@ -180,7 +180,7 @@ def plain(layer, q, k, v):
 def load(name, device="cpu", dtype=torch.float32):
     """A short name of KNOWN, a GGUF file or a Hugging Face directory -> Llama in eval mode, `tokenizers.Tokenizer`.
 
-    ConfigError says what is missing and where to get it, or what the file has that is not computed here.
+    ConfigError says what is missing and where to get it, or what the file has that is not computed.
     """
     need("tokenizers", "this model needs a package: pip install tokenizers")
     path = find(name)
@@ -211,7 +211,7 @@ def fingerprint(name):
 
 
 def ids_of(tokenizer, text, size, begins=False):
-    """The token ids of a text that follows a line break, or with begins=True of the first of a prompt.
+    """The token ids of a text that follows a line break, or with begins=True begins a prompt.
 
     A SentencePiece tokenizer puts a space before what it is given alone; inside a prompt there is
     none. ConfigError for ids that a model of `size` tokens does not have.
@@ -321,14 +321,16 @@ SETTINGS = {
             *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
             # how it was made, and what others do with it
             *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "dtype"),
-            *("torch_dtype", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp"),
+            *("torch_dtype", "use_cache", "initializer_range", "attention_dropout"),
+            "pretraining_tp",
             *("hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop", "use_bfloat16"),
             *("gradient_checkpointing", "_attn_implementation", "attn_implementation"),
             *("_attn_implementation_autoset", "_flash_attn_2_enabled", "experts_implementation"),
             *("return_dict", "output_attentions", "output_hidden_states", "torchscript"),
             *("tf_legacy_loss", "chunk_size_feed_forward", "tie_encoder_decoder", "is_decoder"),
             *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "prefix"),
-            *("task_specific_params", "tokenizer_class", "decoder_start_token_id", "is_llama_config"),
+            *("task_specific_params", "tokenizer_class", "decoder_start_token_id"),
+            "is_llama_config",
             *("transformers.js_config", "unsloth_fixed", "unsloth_version", "model_max_length"),
             # of generation: answers are decoded greedily, whatever a file advises
             *("max_length", "min_length", "do_sample", "early_stopping", "num_beams"),
@@ -430,7 +432,8 @@ def positive(found, key, where, default=None):
 
 def flag(found, key, where, default=False):
     value = found.get(key, default)
-    require(isinstance(value, bool), f"{where}: {key} is {shown(value)}, not true or false", "model")
+    message = f"{where}: {key} is {shown(value)}, not true or false"
+    require(isinstance(value, bool), message, "model")
     return value
 
 
@@ -518,7 +521,8 @@ def gguf_contents(path):
 def gguf_scaling(fields, found, width, path):
     """Config.rope_scaling of a GGUF file; takes the factors of the turns out of the tensors."""
     kind = fields.get("llama.rope.scaling.type", "none")
-    require(kind in ("none", "linear"), f"{path}: rotary scaling {shown(kind)} is not known", "model")
+    unknown = f"{path}: rotary scaling {shown(kind)} is not known, only none and linear"
+    require(kind in ("none", "linear"), unknown, "model")
     old = positive(fields, "llama.rope.scale_linear", path, 1.0)
     factor = positive(fields, "llama.rope.scaling.factor", path, old)
     slowed = factor if kind == "linear" or "llama.rope.scaling.type" not in fields else 1.0
@@ -558,7 +562,8 @@ def gguf_tokenizer(fields, path):
         pairs = [tuple(m.split(" ", 1)) for m in merges]
         tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
     except Exception as e:  # the package raises plain Exception
-        raise ConfigError(f"{path}: its tokenizer cannot be built ({str(e)[:80]})", "model") from None
+        message = f"{path}: its tokenizer cannot be built ({shown(str(e))})"
+        raise ConfigError(message, "model") from None
     digits, letters = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
     tokenizer.decoder = decoders.ByteLevel()
@@ -625,12 +630,13 @@ ROTARY = {
 
 
 def rotary(h, where):
-    """config.json -> base of the turns, Config.rope_scaling. ConfigError for what is not computed here."""
+    """config.json -> base of the turns, Config.rope_scaling; ConfigError for what is not known."""
     found = h.get("rope_scaling") or h.get("rope_parameters") or {}
     require(isinstance(found, dict), f"{where}: its rotary settings are {shown(found)}", "model")
     kind = found.get("rope_type", found.get("type", "default"))
     known = isinstance(kind, str) and kind in ROTARY
-    require(known, f"{where}: rotary scaling {shown(kind)} is not known, only {', '.join(ROTARY)}", "model")
+    unknown = f"{where}: rotary scaling {shown(kind)} is not known, only {', '.join(ROTARY)}"
+    require(known, unknown, "model")
     read = dict.fromkeys(("rope_type", "type", "rope_theta", *ROTARY[kind]), ANY)
     check_settings(found, {**read, "partial_rotary_factor": (None, 1)}, where)
     base = positive(found, "rope_theta", where, positive(h, "rope_theta", where, 10000.0))
@@ -663,6 +669,8 @@ def read_tokenizer(file):
         # settings of whoever saved it, which would cut or fill up our texts
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):  # of merges, at random
+            tokenizer.model.dropout = None
         ids = tokenizer.encode("x").ids
         own = tokenizer.encode("x", add_special_tokens=False).ids
     except Exception as e:  # the package raises plain Exception
@@ -686,13 +694,14 @@ def shards(path):
     require(good, f"{os.path.join(path, INDEX)} has no weight_map of file names", "model")
     names = sorted(set(index.values()))
     for name in names:
-        inside = os.path.basename(name) == name and name not in ("", ".", "..") and "\0" not in name
-        require(inside and not leads_out(path, name), f"{path}: {INDEX} names {shown(name)}, outside it", "model")
+        plain = os.path.basename(name) == name and name not in ("", ".", "..") and "\0" not in name
+        inside = plain and not leads_out(path, name)
+        require(inside, f"{path}: {INDEX} names {shown(name)}, outside it", "model")
     return names
 
 
 def leads_out(path, name):
-    """Is this file a link to another place? The hub's own cache links to blobs/, beside snapshots/."""
+    """Is this file a link to another place? The hub's cache links to blobs/, beside snapshots/."""
     here, there = os.path.realpath(path), os.path.realpath(os.path.join(path, name))
     cache = os.path.join(os.path.dirname(os.path.dirname(here)), "blobs")
     return os.path.dirname(there) not in (here, cache)
@@ -704,26 +713,29 @@ def safetensors_of(path, c):
     found, names = {}, shards(path)
     for name in names:
         file = os.path.join(path, name)
-        require(os.path.exists(file), f"{file} is missing; download all parts that model.safetensors.index.json names", "model")
+        missing = f"{file} is missing; download all parts that {INDEX} names"
+        require(os.path.exists(file), missing, "model")
         for theirs, w in read_safetensors(file).items():
             theirs = theirs if theirs.startswith(("model.", "lm_head.")) else f"model.{theirs}"
             require(theirs not in found, f"{file}: {shown(theirs)} is there twice", "model")
             plain = w.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-            kind = f"{file}: {shown(theirs)} is of type {str(w.dtype)[6:]}; only floats are known here"
-            require(plain, kind, "model")
+            kind = f"{file}: {shown(theirs)} is of type {str(w.dtype)[6:]}"
+            require(plain, f"{kind}; only floats are known here", "model")
             found[theirs] = w.float()
     if INDEX in os.listdir(path):
         listed = read_json(path, INDEX)["weight_map"]
         absent = [n for n in listed if n not in found and f"model.{n}" not in found]
-        require(not absent, f"{path}: no file holds {shown(absent[:3])}, which {INDEX} names", "model")
+        lost = f"{path}: no file holds {shown(absent[:3])}, which {INDEX} names"
+        require(not absent, lost, "model")
     for theirs in [n for n in found if n.endswith("rotary_emb.inv_freq")]:
         f, w = frequencies(c), found.pop(theirs)
         same = f.shape == w.shape and torch.allclose(f, w, rtol=1e-2, atol=0)
         require(same, f"{path}: {shown(theirs)} are other turns than config.json's", "model")
     head, embed = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
     if c.tied and head is not None and embed is not None:
-        differ = f"{path}: config.json ties lm_head.weight to the embeddings, but the file has another"
-        require(head.shape == embed.shape and torch.equal(head, embed), differ, "model")
+        tied = f"{path}: config.json ties lm_head.weight to the embeddings"
+        same = head.shape == embed.shape and torch.equal(head, embed)
+        require(same, f"{tied}, but the file has another", "model")
         del found["lm_head.weight"]
     return found
 

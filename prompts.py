@@ -3,8 +3,8 @@
 A fact is {"uuid", "relation", "subject", "answers" (any counts, the first is the main one), "manual", "auto"}: two lists of
 templates with [X] for the subject and [Y] for the answer. Files (.jsonl, .parquet, .csv) may hold MyriadLAMA's own rows, one
 for each template (uuid, rel_uri, sub_ent, obj_aliases, template, is_manual); one row for each fact (relation, subject, answers,
-manual_templates, auto_templates); or questions (question, paraphrases, answers). Every fact has a uuid of its own: rows without
-one are numbered.
+manual_templates, auto_templates); or questions (question, paraphrases, answers). Every fact has a
+uuid of its own: rows without one are numbered.
 
 >>> fill("[X] plays the [Y].", "Marty Ehrlich")
 'Marty Ehrlich plays the [MASK].'
@@ -66,8 +66,8 @@ def read_csv(path):
             for row in rows:
                 where = f"{path}:{rows.line_num}"
                 # a comma in a cell without quotes would cut an answer in two
-                long = f"{where}: more cells than the first line has names; put quotes around commas"
-                require(None not in row, long, "path")
+                long = f"{where}: more cells than the first line has names"
+                require(None not in row, f"{long}; put quotes around commas", "path")
                 yield row, where
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ConfigError(f"{path} cannot be read as csv ({e})", "path") from None
@@ -191,8 +191,8 @@ def text_of(value, where, name):
 
 
 def texts(value, where, name, may_be_empty=False):
-    """A list of strings, also as JSON, Python or numpy would print it (csv has no lists); a bare text, 1945 too, is a list of
-    one."""
+    """A list of strings, also as JSON, Python or numpy would print it (csv has no lists); a bare
+    text, 1945 too, is a list of one."""
     if isinstance(value, str):
         value = printed_list(value, where, name)
     good = isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(v, str) and v.strip() for v in value)
@@ -201,7 +201,7 @@ def texts(value, where, name, may_be_empty=False):
 
 
 def printed_list(text, where, name):
-    """The list that a text shows, or [text]. ConfigError for a text that shows half a list, or a set."""
+    """The list that a text shows, or [text]; ConfigError for a text that shows half a list."""
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(text)
         if isinstance(found, list):
@@ -211,7 +211,8 @@ def printed_list(text, where, name):
     found = python_strings(text)
     if found is not None:
         return found
-    shows = text.lstrip().startswith(("[", "{", "array("))
+    # a template may begin with a slot
+    shows = re.match(r"\s*(array\(|\{|\[(?!X\]|Y\]|MASK\]))", text)
     require(not shows, f'{where}: "{name}" is no list that can be read: {text[:40]!r}', "path")
     return [text]
 
@@ -360,8 +361,8 @@ def prediction(fact, text):
 
 
 def right(prediction, answers):
-    """Are the words of any answer in the prediction, in order and together? (As MyriadLAMA counts.) Marks around an answer do
-    not count, nor does the case of a word."""
+    """Are the words of any answer in the prediction, in order and together? (As MyriadLAMA counts.)
+    Marks around an answer do not count, nor does the case of a word."""
     said = spellings(pieces(prediction))
     for answer in answers:
         wanted = spellings(without_marks(pieces(answer)))
@@ -382,7 +383,7 @@ def same_word(a, b):
 
 
 def without_marks(found):
-    """Words and marks without the sentence's marks around them; all of them, if there are only marks."""
+    """Words and marks without the sentence's marks around them; all, if there are only marks."""
     inner = [i for i, w in enumerate(found) if w not in ".,;:!?'\"()[]"]
     return found[inner[0] : inner[-1] + 1] if inner else found
 
@@ -390,8 +391,9 @@ def without_marks(found):
 def majority(shots, facts):
     """For each fact: is the most frequent main answer of the other facts of its relation right? No model at all."""
     counts, hits = {}, []
-    # the same object for each relation that shows it; two files may number their rows alike
-    for fact in {id(f): f for f in [*facts, *(f for mine in shots.values() for f in mine)]}.values():
+    shown = [f for mine in shots.values() for f in mine]
+    # An example is one object, however many relations show it; two files may number rows alike.
+    for fact in {id(f): f for f in [*facts, *shown]}.values():
         counts.setdefault(fact["relation"], Counter())[fact["answers"][0]] += 1
     for fact in facts:
         others = counts[fact["relation"]] - Counter([fact["answers"][0]])

@@ -1,4 +1,4 @@
-"""Models and facts that a user brings: each setting, tensor and row is computed, or refused by name."""
+"""Models and facts that a user brings: each setting, tensor and row is computed, or refused."""
 
 import json
 import os
@@ -18,14 +18,27 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import (  # noqa: E402
-    AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
-)  # fmt: skip
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 SIZES = dict(
-    vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, bos_token_id=1,
+    vocab_size=256,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
     eos_token_id=[2, 5],
-)  # fmt: skip
+)
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64, "rope_theta": 500.0,
@@ -119,7 +132,11 @@ def test_settings_that_are_computed(tmp_path, changes):
     [
         {"rope_parameters": {"rope_type": "default"}},
         {"rope_parameters": None, "rope_theta": 300.0},
-        {"rope_parameters": None, "rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 2}},
+        {
+            "rope_parameters": None,
+            "rope_theta": 300.0,
+            "rope_scaling": {"type": "linear", "factor": 2},
+        },
         {"rope_parameters": {"rope_type": "default"}, "rope_theta": 300.0},
         {"rope_parameters": {k: v for k, v in LLAMA3.items() if not k.startswith("original")}},
     ],
@@ -166,7 +183,10 @@ def test_settings_that_are_refused_by_name(plain, key, value):
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM is needed"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rotary scaling 'yarn' is not"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 4}}, "scaling 'dynamic' is not"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "'longrope' is not known"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "longrope"}},
+            "'longrope' is not known",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "config.json: factor is missing"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0, but must be a number above 0"),
         ({"rope_parameters": {"attention_factor": 2}}, "'attention_factor' is 2, a setting that"),
@@ -185,14 +205,16 @@ def test_settings_that_are_refused_by_name(plain, key, value):
         ({"eos_token_id": [2, "x"]}, "eos_token_id is 'x'"),
         ({"eos_token_id": 256}, "eos_token_id is 256"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be(plain, changes, message):
     os.remove(plain / "generation_config.json")
     change(plain / "config.json", **changes)
     refused(plain, message)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "{", "\ufeff{}", "[" * 5000, '{"a": 1' + "0" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "{", "\ufeff{}", "[" * 5000, '{"a": 1' + "0" * 5000 + "}"]
+)
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
 def test_files_that_are_no_json_objects(plain, name, text):
     (plain / name).write_text(text)
@@ -222,7 +244,9 @@ def test_a_prompt_longer_than_the_positions_is_a_sentence(saved):
     model, _ = llama.load(saved)
     tokens = torch.zeros(1, 513, dtype=torch.long)
     model(tokens[:, :512], torch.arange(512)[None], llama.plain)
-    with pytest.raises(ConfigError, match="a prompt of 513 tokens is longer than the 512 positions"):
+    with pytest.raises(
+        ConfigError, match="a prompt of 513 tokens is longer than the 512 positions"
+    ):
         model(tokens, torch.arange(513)[None], llama.plain)
 
 
@@ -259,7 +283,9 @@ def test_old_copies_of_the_turns_and_a_head_that_is_tied(plain):
     assert difference(plain) < 1e-4
     change(plain / "config.json", tie_word_embeddings=True)
     refused(plain, "config.json ties lm_head.weight to the embeddings, but the file has another")
-    change_weights(plain, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    change_weights(
+        plain, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()})
+    )
     assert difference(plain) < 1e-4
 
 
@@ -269,7 +295,9 @@ def index(folder, names):
     (folder / llama.INDEX).write_text(text)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../part.safetensors", "sub/part", "..", "", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../part.safetensors", "sub/part", "..", "", "a\0b"]
+)
 def test_an_index_stays_in_its_directory(plain, name):
     index(plain, {Q: name})
     refused(plain, "model.safetensors.index.json names '.*', outside it")
@@ -359,10 +387,12 @@ def gguf_file(path, folder, tensors=None, fields=None):
 
 
 def test_gguf_files_are_computed(tmp_path):
-    """Biases, factors of the turns (Llama 3's scaling) and linear scaling, as transformers has them."""
+    """Biases, factors of the turns (Llama 3's scaling) and linear scaling, as in transformers."""
     tokens = torch.randint(256, (2, 200), generator=torch.Generator().manual_seed(1))
     settings = {"attention_bias": True, "mlp_bias": True}
-    for number, rope in enumerate((LLAMA3, {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0})):
+    for number, rope in enumerate(
+        (LLAMA3, {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0})
+    ):
         folder = tmp_path / str(number)
         make(folder, rope_parameters=rope, **settings)
         theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -390,7 +420,11 @@ def test_ends_of_answers_in_gguf_files(plain, tmp_path):
     "tensors, fields, message",
     [
         ({"blk.0.attn_q.bias": np.zeros(32, np.float32)}, {}, "no weights for blk.0.attn_k.bias"),
-        ({"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}, {}, "holds 'blk.0.attn_q_norm.weight'"),
+        (
+            {"blk.0.attn_q_norm.weight": np.ones(8, np.float32)},
+            {},
+            "holds 'blk.0.attn_q_norm.weight'",
+        ),
         ({"rope_freqs.weight": np.zeros(4, np.float32)}, {}, "are not 4 factors above 0"),
         ({}, {"llama.rope.scaling.type": ("add_string", "yarn")}, "scaling 'yarn' is not known"),
         ({}, {"llama.rope.dimension_count": ("add_uint32", 4)}, "is not the width of a head, 8"),
@@ -421,8 +455,17 @@ def test_a_length_beyond_the_end_of_a_gguf_file(plain, tmp_path):
 
 def sentencepiece():
     """As Llama 2's: a space is put before a text, spaces are letters, other letters bytes."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"QA:abc.[]MSK"]
-    model = models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "\u2581",
+        *"QA:abc.[]MSK",
+    ]
+    model = models.BPE(
+        {p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True
+    )
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
@@ -451,6 +494,17 @@ def test_settings_hidden_in_a_tokenizer(plain):
     tokenizer.enable_padding(length=64, pad_token="!")
     tokenizer.save(str(plain / "tokenizer.json"))
     assert len(llama.load(str(plain))[1].encode("a" * 40).ids) == 40
+
+
+def test_merges_that_a_tokenizer_drops_at_random(plain):
+    """A setting for training, which the file keeps."""
+    found = json.loads((plain / "tokenizer.json").read_text())
+    letters = [t for t, i in sorted(found["model"]["vocab"].items(), key=lambda pair: pair[1])]
+    pair = letters[0], letters[1]
+    found["model"]["vocab"] = {t: i for i, t in enumerate([*letters[:255], "".join(pair)])}
+    found["model"] |= {"merges": [list(pair)], "dropout": 0.9}
+    (plain / "tokenizer.json").write_text(json.dumps(found))
+    assert llama.load(str(plain))[1].encode("".join(pair) * 30).ids == [255] * 30
 
 
 def test_what_a_tokenizer_puts_before_a_text(plain):
@@ -486,7 +540,9 @@ def test_damaged_files_are_sentences(saved, tmp_path, plain):
         data = bytearray(whole[name])
         for _ in range(draw.choice((1, 1, 8))):
             # mostly in the head, where the structure is
-            data[draw.randrange(min(len(data), 4000))] = draw.choice((draw.randrange(256), 0, 255, 34))
+            data[draw.randrange(min(len(data), 4000))] = draw.choice(
+                (draw.randrange(256), 0, 255, 34)
+            )
         if draw.random() < 0.2:
             data = data[: draw.randrange(len(data))]
         (plain / name).write_bytes(data)
@@ -532,27 +588,39 @@ def test_questions_without_a_uuid_are_numbered(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([fact(uuid="a"), fact(uuid="a", subject="T")], ":2: uuid 'a' is that of the fact at .*:1, too"),
-        ([fact(uuid=1), fact(uuid="1", subject="T")], ":2: uuid '1' is that of the fact at .*:1, too"),
+        (
+            [fact(uuid="a"), fact(uuid="a", subject="T")],
+            ":2: uuid 'a' is that of the fact at .*:1, too",
+        ),
+        (
+            [fact(uuid=1), fact(uuid="1", subject="T")],
+            ":2: uuid '1' is that of the fact at .*:1, too",
+        ),
         ([fact(uuid="a"), fact(uuid="a ", subject="T")], "uuid 'a' is that of the fact at"),
         ([fact(uuid=1), fact(uuid=1.0, subject="T")], "uuid '1' is that of the fact at"),
         ([question("A?"), question("B?", uuid="0")], ":2: uuid '0' is that of the fact at .*:1"),
         ([fact(uuid="a"), fact(uuid="b")], ":2: the same fact as at .*:1; delete one of them"),
         ([question(), question("who? ")], ":2: the same fact as at .*:1"),
-        ([template(), template("[Y] [X]", sub_ent="T")], ":2: uuid 'a' is that of another fact, at .*:1"),
-        ([template(), template("[Y] [X]", obj_aliases=["B"])], ":2: uuid 'a' is that of another fact"),
+        (
+            [template(), template("[Y] [X]", sub_ent="T")],
+            ":2: uuid 'a' is that of another fact, at .*:1",
+        ),
+        (
+            [template(), template("[Y] [X]", obj_aliases=["B"])],
+            ":2: uuid 'a' is that of another fact",
+        ),
         ([template(), template("[Y] [X]", rel_uri="Q")], ":2: uuid 'a' is that of another fact"),
         ([template(), template()], ":2: the fact of .*:1 has this template already"),
         ([template(is_manual="maybe")], ":1: \"is_manual\" must be true or false, not 'maybe'"),
         ([template(is_manual=2)], ":1: \"is_manual\" must be true or false, not '2'"),
         ([fact(uuid=True)], "\"uuid\" must be text or a whole number, not 'True'"),
-        ([fact(uuid=[1])], "\"uuid\" must be text or a whole number"),
-        ([fact(subject=["S"])], "\"subject\" must be text"),
-        ([fact(uuid="\ud800")], "\"uuid\" holds half a character"),
+        ([fact(uuid=[1])], '"uuid" must be text or a whole number'),
+        ([fact(subject=["S"])], '"subject" must be text'),
+        ([fact(uuid="\ud800")], '"uuid" holds half a character'),
         ([fact(answers=["\u200b"])], "in which there is nothing to read"),
-        ([fact(answers=[1945])], "\"answers\" must be a list of texts"),
-        ([fact(answers="['sax' 'phone")], "\"answers\" is no list that can be read"),
-        ([fact(answers="{'sax'}")], "\"answers\" is no list that can be read"),
+        ([fact(answers=[1945])], '"answers" must be a list of texts'),
+        ([fact(answers="['sax' 'phone")], '"answers" is no list that can be read'),
+        ([fact(answers="{'sax'}")], '"answers" is no list that can be read'),
     ],
 )
 def test_rows_with_another_identity_or_answers_that_cannot_be(tmp_path, rows, message):
@@ -623,14 +691,18 @@ def test_marks_that_make_another_answer():
 
 
 def test_how_much_of_a_text_counts():
-    """The first word, where one is asked for; two, where no answer has less; all where a few are."""
+    """The first word where one is asked for; two where no answer has less; all where a few are."""
     one = {"subject": "S", "answers": ["New York", "NYC"]}
     two = {"subject": "S", "answers": ["New York", "State of New York"]}
     few = {"subject": "", "answers": ["New York", "NYC"]}
     text = "New York City"
     said = [prompts.prediction(f, text) for f in (one, two, few)]
     assert said == ["New", "New York", "New York City"]
-    assert [prompts.right(p, f["answers"]) for p, f in zip(said, (one, two, few))] == [False, True, True]
+    assert [prompts.right(p, f["answers"]) for p, f in zip(said, (one, two, few))] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_the_majority_of_two_files_that_number_their_rows():
@@ -699,6 +771,7 @@ def test_the_files_of_a_sharded_model_and_of_the_facts_that_come_with_it(plain):
         lambda row: {**row, "method": ["origin"]},
         lambda row: {**row, "method": "per_prompt"},
         lambda row: {**row, "templates": "x"},
+        lambda row: {**row, "templates": 3, "method": "per_prompt", "generation": []},
         lambda row: {"event": "of another tool"},
         lambda row: [row],
         lambda row: None,
