@@ -10,9 +10,10 @@
     torchrun --standalone --nproc_per_node=2 flex_generate.py
 
 Writes into <out_dir>/<model>/ a feather file for each method, one row for each question: uuid, templates, answers, prediction
-(the first word), generation; of flex_myriadlama it is named myriadlama_flex_m3_a2[_xattn].feather (all: every manual template),
+(the first word, or as many as the shortest answer has; of whole questions all words), generation.
+Of flex_myriadlama it is named myriadlama_flex_m3_a2[_xattn].feather (all: every manual template),
 else myriadlama_<method>.feather. Then table.json and table.png. What is done is kept in progress.<rank>.jsonl, so a killed run
-goes on.
+goes on; only with the same settings, program, model files and facts.
 
 Differences from the script that MyriadLAMA FlexAttention documents: token ids are built once, never from text put together; the
 prefix is shared, not repeated before each template; the token that predicts the first word of the answer sees all templates
@@ -20,8 +21,10 @@ prefix is shared, not repeated before each template; the token that predicts the
 mixed up; nothing falls back silently to another attention; all methods have one metric.
 """
 
+import hashlib
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -35,7 +38,7 @@ import configs
 import fusion
 import llama
 import prompts
-from checkpoint import data_hash, write_file, write_json
+from checkpoint import data_hash, file_hash, write_file, write_json
 from configs import ConfigError, at_least, one_of, require
 from llama import need
 from measure import figure, print_table, share, share_over_rows, shown
@@ -274,8 +277,16 @@ class Run:
     folder: str
     methods: list
 
-    def ids(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def ids(self, text, begins=False):
+        """Token ids of text that follows a line break, or with begins=True begins a prompt."""
+        return llama.ids_of(self.tokenizer, text, self.model.config.vocab_size, begins)
+
+    def prefix(self, shots, batch):
+        """Token ids of what all templates of a batch share."""
+        question = batch[0][0]
+        bos = self.model.config.bos
+        text = prompts.prefix_text(shots[question["relation"]], not question["subject"])
+        return ([] if bos is None else [bos]) + self.ids(text, begins=True)
 
 
 def file_name(c, method):
@@ -339,15 +350,29 @@ def make_questions(run, batch):
     return made
 
 
-def answer(run, batch, methods, shots, prefixes):
+def check_lengths(run, work, shots):
+    """ConfigError if a prompt with its answer is longer than the model's positions.
+
+    work: [(batch, its questions)].
+    """
+    one_row = {"flex", "flex_full", "flex_myriadlama", "flex_myriadlama_xattn"} & set(run.methods)
+    for batch, questions in work:
+        prefix = len(run.prefix(shots, batch))
+        for q in questions:
+            lengths = [len(s) for s in q.segments]
+            longest = max(lengths)
+            if one_row and run.config.positions == "sequential":
+                longest = sum(lengths) + (len(lengths) - 1) * (1 + len(q.between))
+            run.model.require_positions(prefix + longest + run.config.max_new_tokens)
+
+
+def answer(run, batch, questions, methods, shots, prefixes):
     """Methods on one batch -> one record for each question and method. prefixes {relation: encoded}, of the last one."""
     relation = batch[0][0]["relation"]
     if relation not in prefixes:
-        text = prompts.prefix_text(shots[relation], not batch[0][0]["subject"])
-        ids = ([] if run.model.config.bos is None else [run.model.config.bos]) + run.ids(text)
         prefixes.clear()
-        prefixes[relation] = fusion.encode_prefix(run.model, ids)
-    work, records = Batch(run, make_questions(run, batch), prefixes[relation]), []
+        prefixes[relation] = fusion.encode_prefix(run.model, run.prefix(shots, batch))
+    work, records = Batch(run, questions, prefixes[relation]), []
     for method in methods:
         work.start_bill()
         generated = METHODS[method][0](work)
@@ -358,32 +383,74 @@ def answer(run, batch, methods, shots, prefixes):
     return records
 
 
-def settings(c):
+# What answers are made with, beside settings and files that a user gives.
+PROGRAM = ("flex_generate.py", "fusion.py", "prompts.py", "llama.py", "attention.py")
+
+
+def settings(c, dtype):
     """What a result depends on, files by their contents: runs that differ in it do not share a directory."""
     loose = ("method", "out_dir", "max_samples", "batch_size", "device", "threads", "lemmaize", "draw_mask")
-    files = {k: data_hash(v) if v else "" for k, v in (("path", c.path), ("shots_path", c.shots_path))}
-    return {k: files.get(k, v) for k, v in vars(c).items() if k not in loose}
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = c.path or os.path.join(here, "world_facts.py")
+    files = {"path": data_hash(path), "shots_path": data_hash(c.shots_path) if c.shots_path else ""}
+    sums = [file_hash(os.path.join(here, name)) for name in PROGRAM]
+    about = {k: v for k, v in vars(c).items() if k not in loose}
+    about |= {**files, "dtype": str(dtype).removeprefix("torch.")}
+    about["program"] = hashlib.sha256("".join(sums).encode()).hexdigest()
+    return about | llama.fingerprint(c.model)
 
 
-def read_progress(folder, c):
-    """Records that earlier runs left in this directory; ConfigError if they were made with other settings. A line that a crash
-    cut is dropped."""
-    there, records = os.listdir(folder) if os.path.isdir(folder) else [], []
-    names = sorted(f for f in there if f.startswith("progress."))
-    for name in names:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            for line in f:
+def read_progress(folder, about):
+    """Records that earlier runs left in this directory, and the number of lines that are none: cut
+    by a crash, damaged, or of another tool. ConfigError if they were made with other settings than
+    `about`."""
+    records, lost = [], 0
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    for name in sorted(f for f in there if re.fullmatch(r"progress\.\d+\.jsonl", f)):
+        known = False  # are the settings of what follows?
+        for row in json_lines(os.path.join(folder, name)):
+            made_with = row.get("settings")
+            if isinstance(made_with, dict):
+                keys = [*about, *(k for k in made_with if k not in about)]
+                other = [k for k in keys if made_with.get(k) != about.get(k)]
+                message = f"{folder} holds results with another {', '.join(other)}"
+                hint = "give another --out_dir, or delete it"
+                require(not other, f"{message}; {hint}", "out_dir")
+                known = True
+            elif known and is_record(row):
+                records.append(row)
+            else:
+                lost += 1
+    return records, lost
+
+
+def json_lines(path):
+    """The JSON objects in a file, one a line; {} for a line that is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in filter(str.strip, f):
                 try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if "settings" in record:
-                    other = [k for k, v in settings(c).items() if record["settings"].get(k) != v]
-                    message = f"{folder} holds results with another {', '.join(other)}; give another --out_dir, or delete it"
-                    require(not other, message, "out_dir")
-                else:
-                    records.append(record)
-    return records
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = {}
+                yield row if isinstance(row, dict) else {}
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}", "out_dir") from None
+
+
+def is_record(row):
+    """Is this what `answer` makes?"""
+    is_text = lambda v: isinstance(v, str)
+    are_texts = lambda v: isinstance(v, list) and all(map(is_text, v))
+    is_number = lambda v: type(v) in (int, float) and 0 <= v < 1e18
+    made, asked = row.get("generation"), row.get("templates")
+    right = is_text(row.get("uuid")) and is_text(row.get("method"))
+    right = right and are_texts(asked) and are_texts(row.get("answers"))
+    if right and row["method"] == "per_prompt":
+        right = are_texts(made) and len(made) == len(asked)
+    else:
+        right = right and is_text(made)
+    return right and is_number(row.get("seconds")) and is_number(row.get("tokens"))
 
 
 def generate(c, world):
@@ -391,11 +458,15 @@ def generate(c, world):
     facts, shots = questions_and_shots(c)
     folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
     methods = methods_of(c)
-    done = world.together(lambda: read_progress(folder, c))
+    device, dtype, line = choose_device(c, world)
+    about = world.first_does(lambda: settings(c, dtype))
+    done, lost = world.together(lambda: read_progress(folder, about))
+    if lost:
+        lines = f"note: {lost} lines of {folder}/progress.*.jsonl are no records"
+        world.say(f"{lines}; what they held is asked again")
     have = {(r["uuid"], r["method"]) for r in done}
     left = [f for f in facts if any((f["uuid"], m) not in have for m in methods)]
     if left:
-        device, dtype, line = choose_device(c, world)
         start = time.perf_counter()
         model, tokenizer = world.together(lambda: llama.load(c.model, device, dtype))
         size = sum(p.numel() for p in model.parameters())
@@ -403,11 +474,10 @@ def generate(c, world):
         world.say(f"{len(facts)} questions, {len(facts) - len(left)} of them answered already; results go to {folder}")
         stop = fusion.Stop.of(tokenizer, model.config.eos, device, model.config.vocab_size)
         run = Run(c, model, tokenizer, stop, folder, methods)
-        world.first_does(lambda: os.makedirs(folder, exist_ok=True))
-        answer_all(run, left, shots, have, world)
+        answer_all(run, left, shots, have, about, world)
         world.say(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
     if world.first:
-        write_results(c, folder, facts, shots, methods)
+        write_results(c, folder, facts, shots, methods, about)
 
 
 def peak_memory(device):
@@ -418,16 +488,26 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def answer_all(run, facts, shots, have, world):
+def answer_all(run, facts, shots, have, about, world):
     """Batches of this rank, each one's records on disk before the next."""
-    mine, prefixes = batches(facts, run.config)[world.rank :: world.size], {}
+    prefixes = {}
+
+    def prepare():
+        mine = batches(facts, run.config)[world.rank :: world.size]
+        work = [(batch, make_questions(run, batch)) for batch in mine]
+        check_lengths(run, work, shots)
+        return work
+
+    work = world.together(prepare)
+    world.first_does(lambda: os.makedirs(run.folder, exist_ok=True))
     hidden = not (world.first and sys.stderr.isatty())
     with open(os.path.join(run.folder, f"progress.{world.rank}.jsonl"), "a", encoding="utf-8") as f:
-        f.write("\n" + json.dumps({"settings": settings(run.config)}) + "\n")  # a line of its own, also after a cut one
-        bar = tqdm(mine, desc="questions", disable=hidden)
-        for batch in bar:
+        # a line of its own, also after a cut one
+        f.write("\n" + json.dumps({"settings": about}) + "\n")
+        bar = tqdm(work, desc="questions", disable=hidden)
+        for batch, questions in bar:
             lacking = [m for m in run.methods if any((fact["uuid"], m) not in have for fact, _, _ in batch)]
-            for record in answer(run, batch, lacking, shots, prefixes):
+            for record in answer(run, batch, questions, lacking, shots, prefixes):
                 if (record["uuid"], record["method"]) not in have:
                     f.write(json.dumps(record) + "\n")
             f.flush()
@@ -438,25 +518,26 @@ def answer_all(run, facts, shots, have, world):
 # ---- results -----------------------------------------------------------------------------------------------------------
 
 
-def write_results(c, folder, facts, shots, methods):
+def write_results(c, folder, facts, shots, methods, about):
     """One feather file for each method, and the table of all that is in the directory."""
     import pyarrow as pa
     import pyarrow.feather as feather
 
     asked = {f["uuid"]: f for f in facts}
-    latest = {(r["uuid"], r["method"]): r for r in read_progress(folder, c) if r["uuid"] in asked}
+    records, _ = read_progress(folder, about)
+    latest = {(r["uuid"], r["method"]): r for r in records if r["uuid"] in asked}
     rows = []
     for method in METHODS:
         records = [latest[u, method] for u in asked if (u, method) in latest]
         if not records:
             continue
         if method in methods:
-            columns = frame(records)
+            columns = frame(records, asked)
             write_file(
                 os.path.join(folder, file_name(c, method) + ".feather"), lambda f: feather.write_feather(pa.table(columns), f)
             )
         if len(records) == len(asked):
-            rows.append((method, summary(method, records)))
+            rows.append((method, summary(method, records, asked)))
     hits = prompts.majority(shots, facts)
     baseline = share(sum(hits), len(hits))
     compare(rows, latest, asked)
@@ -467,20 +548,27 @@ def write_results(c, folder, facts, shots, methods):
     print_table((*head, "seconds a question", "tokens a question"), lines)
     how = "words are compared as lemmas" if prompts.has_lemmas() else "words are compared as they are: pip install simplemma"
     print(how)
-    about = {**settings(c), "lemmas": prompts.has_lemmas()}
-    result = {"config": about, "metrics": {"majority": baseline, **dict(rows)}, "by_slice": {}, "examples": []}
+    about = {**about, "lemmas": prompts.has_lemmas()}
+    metrics = {"majority": baseline, **dict(rows)}
+    result = {"config": about, "metrics": metrics, "by_slice": {}, "examples": []}
     write_json(os.path.join(folder, "table.json"), result)
     plot_table(os.path.join(folder, "table.png"), rows, baseline, f"{c.model}: {len(facts)} questions")
     print(f"wrote {folder}/*.feather, table.json, table.png")
 
 
-def frame(records):
-    """Records -> columns: one row for a question, of per_prompt one for each template."""
+def frame(records, asked):
+    """Records -> columns: one row for a question, of per_prompt one for each template.
+
+    asked: {uuid: fact}.
+    """
     flat = []
     for r in records:
         several = isinstance(r["generation"], list)
         pairs = zip(r["generation"], ([t] for t in r["templates"])) if several else [(r["generation"], r["templates"])]
-        flat += [(r["uuid"], templates, r["answers"], prompts.first_word(text), text) for text, templates in pairs]
+        fact = asked[r["uuid"]]
+        for text, templates in pairs:
+            said = prompts.prediction(fact, text)
+            flat.append((r["uuid"], templates, r["answers"], said, text))
     return dict(zip(("uuid", "templates", "answers", "prediction", "generation"), map(list, zip(*flat))))
 
 
@@ -488,9 +576,9 @@ def hits_of(columns):
     return [prompts.right(p, a) for p, a in zip(columns["prediction"], columns["answers"])]
 
 
-def summary(method, records):
+def summary(method, records, asked):
     """Accuracy (answers to one question count as of one row), number of templates, seconds and tokens of a question."""
-    columns, counts = frame(records), sorted({len(r["templates"]) for r in records})
+    columns, counts = frame(records, asked), sorted({len(r["templates"]) for r in records})
     n = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return {
         "accuracy": share_over_rows(hits_of(columns), columns["uuid"]),
@@ -502,7 +590,11 @@ def summary(method, records):
 
 def compare(rows, latest, asked):
     """Add to the summaries of rows [(method, summary)] the p of McNemar's test against the first template alone."""
-    hits = {m: hits_of(frame([latest[u, m] for u in asked])) for m, _ in rows if m != "per_prompt"}
+    hits = {}
+    for method, _ in rows:
+        if method != "per_prompt":
+            records = [latest[u, method] for u in asked]
+            hits[method] = hits_of(frame(records, asked))
     for method, s in rows:
         if "origin" in hits and method in hits and method != "origin":
             s["p"] = f"{mcnemar(hits[method], hits['origin'])['p']:.2g}"

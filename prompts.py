@@ -3,7 +3,8 @@
 A fact is {"uuid", "relation", "subject", "answers" (any counts, the first is the main one), "manual", "auto"}: two lists of
 templates with [X] for the subject and [Y] for the answer. Files (.jsonl, .parquet, .csv) may hold MyriadLAMA's own rows, one
 for each template (uuid, rel_uri, sub_ent, obj_aliases, template, is_manual); one row for each fact (relation, subject, answers,
-manual_templates, auto_templates); or questions (question, paraphrases, answers).
+manual_templates, auto_templates); or questions (question, paraphrases, answers). Every fact has a
+uuid of its own: rows without one are numbered.
 
 >>> fill("[X] plays the [Y].", "Marty Ehrlich")
 'Marty Ehrlich plays the [MASK].'
@@ -16,14 +17,17 @@ import contextlib
 import csv
 import functools
 import importlib.util
+import io
 import json
 import os
 import re
+import tokenize
+import unicodedata
 from collections import Counter
 
 import numpy as np
 
-from configs import ConfigError, require
+from configs import ConfigError, convert, require
 from synth_files import read_rows
 
 INSTRUCTION = "Predict the [MASK] in the sentence in one word."
@@ -54,15 +58,23 @@ def read_facts(path, key="path"):
 
 def read_csv(path):
     try:
-        with open(path, encoding="utf-8", newline="") as f:
-            for number, row in enumerate(csv.DictReader(f), 2):
-                yield row, f"{path}:{number}"
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            rows = csv.DictReader(f)
+            names = rows.fieldnames or []
+            twice = f"{path}: two columns have the same name; rename one"
+            require(len(set(names)) == len(names), twice, "path")
+            for row in rows:
+                where = f"{path}:{rows.line_num}"
+                # a comma in a cell without quotes would cut an answer in two
+                long = f"{where}: more cells than the first line has names"
+                require(None not in row, f"{long}; put quotes around commas", "path")
+                yield row, where
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ConfigError(f"{path} cannot be read as csv ({e})", "path") from None
 
 
 def from_facts(rows):
-    return [from_fact(row, where) for row, where in rows]
+    return distinct((from_fact(row, where), where) for row, where in rows)
 
 
 def from_fact(row, where):
@@ -71,10 +83,10 @@ def from_fact(row, where):
     for name in ("subject", "answers"):
         require(get(name), f'{where}: "{name}" is missing or empty', "path")
     fact = {
-        "uuid": str(row.get("uuid") or where),
-        "relation": str(get("relation", "rel_uri") or ""),
-        "subject": str(row["subject"]),
-        "answers": texts(row["answers"], where, "answers"),
+        "uuid": identity(row, where) or where,
+        "relation": text_of(get("relation", "rel_uri") or "", where, "relation"),
+        "subject": text_of(row["subject"], where, "subject"),
+        "answers": answers_of(row["answers"], where, "answers"),
         "manual": texts(get("manual_templates") or [], where, "manual_templates", may_be_empty=True),
         "auto": texts(get("auto_templates") or [], where, "auto_templates", may_be_empty=True),
     }
@@ -87,13 +99,24 @@ def from_templates(rows):
     for row, where in rows:
         for name in ("uuid", "sub_ent", "obj_aliases", "template", "is_manual"):
             require(row.get(name) not in (None, ""), f'{where}: "{name}" is missing or empty', "path")
-        known = {"uuid": str(row["uuid"]), "relation": str(row.get("rel_uri") or ""), "subject": str(row["sub_ent"])}
-        fact = facts.setdefault(
-            known["uuid"], {**known, "answers": texts(row["obj_aliases"], where, "obj_aliases"), "manual": [], "auto": []}
-        )
-        fact["manual" if str(row["is_manual"]).lower() in ("true", "1", "1.0") else "auto"].append(str(row["template"]))
-        fact["where"] = where
-    return [checked(fact, fact.pop("where")) for fact in facts.values()]
+        relation = text_of(row.get("rel_uri") or "", where, "rel_uri")
+        subject = text_of(row["sub_ent"], where, "sub_ent")
+        uuid = identity(row, where)
+        require(uuid, f'{where}: "uuid" is missing or empty', "path")
+        answers = texts(row["obj_aliases"], where, "obj_aliases")
+        if uuid not in facts:
+            new = {"uuid": uuid, "relation": relation, "subject": subject}
+            new["answers"] = answers_of(answers, where, "obj_aliases")
+            facts[uuid] = {**new, "manual": [], "auto": []}, where
+        fact, first = facts[uuid]
+        same = (fact["relation"], fact["subject"]) == (relation, subject)
+        same = same and set(fact["answers"]) & set(answers)
+        require(same, f"{where}: uuid {uuid!r} is that of another fact, at {first}", "path")
+        template = text_of(row["template"], where, "template")
+        there = template in fact["manual"] + fact["auto"]
+        require(not there, f"{where}: the fact of {first} has this template already", "path")
+        fact["manual" if yes_or_no(row["is_manual"], where) else "auto"].append(template)
+    return distinct((checked(fact, where), where) for fact, where in facts.values())
 
 
 def from_questions(rows):
@@ -102,32 +125,127 @@ def from_questions(rows):
     for number, (row, where) in enumerate(rows):
         for name in ("question", "answers"):
             require(row.get(name), f'{where}: "{name}" is missing or empty', "path")
-        templates = [str(row["question"]), *texts(row.get("paraphrases") or [], where, "paraphrases", may_be_empty=True)]
-        answers = texts(row["answers"], where, "answers")
-        facts.append(
-            {
-                "uuid": str(row.get("uuid", number)),
-                "relation": "",
-                "subject": "",
-                "answers": answers,
-                "manual": templates,
-                "auto": [],
-            }
-        )
+        more = texts(row.get("paraphrases") or [], where, "paraphrases", may_be_empty=True)
+        fact = {
+            "uuid": identity(row, where) or str(number),
+            "relation": "",
+            "subject": "",
+            "answers": answers_of(row["answers"], where, "answers"),
+            "manual": [text_of(row["question"], where, "question"), *more],
+            "auto": [],
+        }
+        facts.append((fact, where))
+    return distinct(facts)
+
+
+def distinct(pairs):
+    """(fact, where) pairs -> facts; ConfigError if two have one uuid, or are one fact twice: one of
+    them might be the example that gives the other's answer away."""
+    facts, places = [], {}
+    for fact, where in pairs:
+        what = tuple(squeezed(t) for t in (fact["relation"], fact["subject"], *fact["manual"]))
+        for key, message in (
+            (fact["uuid"], f"{where}: uuid {fact['uuid']!r} is that of the fact at {{}}, too"),
+            ((what, tuple(fact["auto"])), f"{where}: the same fact as at {{}}; delete one of them"),
+        ):
+            first = places.setdefault(key, where)
+            require(first is where, message.replace("{}", first), "path")
+        facts.append(fact)
     return facts
 
 
+def squeezed(text):
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def identity(row, where):
+    """The uuid of a row as text, "" if it has none: whole numbers and texts count alike."""
+    value = row.get("uuid")
+    if isinstance(value, float) and value.is_integer():  # how tables with gaps hold whole numbers
+        value = int(value)
+    if value is None or value != value:  # also NaN, how tables hold nothing
+        return ""
+    kind = f'{where}: "uuid" must be text or a whole number, not {str(value)[:40]!r}'
+    require(isinstance(value, (str, int)) and not isinstance(value, bool), kind, "path")
+    return text_of(value, where, "uuid").strip()
+
+
+def yes_or_no(value, where):
+    try:
+        word = value.strip() if isinstance(value, str) else value
+        return convert(int(word) if word in (0.0, 1.0) else str(word).removesuffix(".0"), bool)
+    except ValueError:
+        message = f'{where}: "is_manual" must be true or false, not {str(value)[:40]!r}'
+        raise ConfigError(message, "path") from None
+
+
+def text_of(value, where, name):
+    """A text, or a number as text; ConfigError for lists and the like, and for half characters."""
+    plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    plain = plain and value == value  # no NaN, how tables hold nothing
+    require(plain, f'{where}: "{name}" must be text, not {str(value)[:40]!r}', "path")
+    value = str(value)
+    half = any("\ud800" <= letter <= "\udfff" for letter in value)
+    require(not half, f'{where}: "{name}" holds half a character (a lone surrogate)', "path")
+    return value
+
+
 def texts(value, where, name, may_be_empty=False):
-    """A list of strings, also as JSON or Python would print it (csv has no lists); a bare text, 1945 too, is a list of one."""
+    """A list of strings, also as JSON, Python or numpy would print it (csv has no lists); a bare
+    text, 1945 too, is a list of one."""
     if isinstance(value, str):
-        found = None
-        for read in (json.loads, ast.literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError):
-                found = found or read(value)
-        value = found if isinstance(found, (list, tuple)) else [found if isinstance(found, str) else value]
+        value = printed_list(value, where, name)
     good = isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(v, str) and v.strip() for v in value)
     require(good and (len(value) or may_be_empty), f'{where}: "{name}" must be a list of texts, none of them empty', "path")
-    return list(value)
+    return [text_of(v, where, name) for v in value]
+
+
+def printed_list(text, where, name):
+    """The list that a text shows, or [text]; ConfigError for a text that shows half a list."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        if isinstance(found, list):
+            return found
+        if isinstance(found, str):
+            return [found]
+    found = python_strings(text)
+    if found is not None:
+        return found
+    # a template may begin with a slot
+    shows = re.match(r"\s*(array\(|\{|\[(?!X\]|Y\]|MASK\]))", text)
+    require(not shows, f'{where}: "{name}" is no list that can be read: {text[:40]!r}', "path")
+    return [text]
+
+
+def python_strings(text):
+    """The strings in a list, tuple or single string as Python or numpy print it; else None.
+
+    numpy puts no commas between them; Python would glue such strings together.
+    """
+    found, depth = [], 0
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text.strip()).readline))
+        for token in tokens:
+            if token.type == tokenize.STRING:
+                found.append(ast.literal_eval(token.string))
+            elif token.type == tokenize.OP and token.string in ("[", "]", "(", ")", ","):
+                depth += token.string in ("[", "(")
+            elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER):
+                return None
+    except (tokenize.TokenError, SyntaxError, ValueError):
+        return None
+    if depth > 1 or (depth == 0 and len(found) != 1):
+        return None
+    return found
+
+
+def answers_of(value, where, name):
+    """`texts`, each of which some generated text could match."""
+    found = texts(value, where, name)
+    for answer in found:
+        blank = f'{where}: "{name}" holds {answer[:40]!r}, in which there is nothing to read'
+        require(words(answer), blank, "path")
+    return found
 
 
 def checked(fact, where):
@@ -196,9 +314,24 @@ def prefix_text(shots, questions):
 # ---- right or wrong ----------------------------------------------------------------------------------------------------
 
 
+# One spelling for what keyboards and typesetters write differently.
+SPELLING = {
+    **dict.fromkeys(map(ord, "\u2018\u2019\u02bc\u2032"), "'"),
+    **dict.fromkeys(map(ord, "\u201c\u201d"), '"'),
+    **dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013"), "-"),
+}
+
+
+def pieces(text):
+    """Words and marks of a text, composed (NFC), in one spelling, without invisible characters."""
+    text = unicodedata.normalize("NFC", text).translate(SPELLING)
+    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
 def words(text):
     """Lower-case words and marks, lemmas if simplemma is installed."""
-    return [lemma(w) for w in re.findall(r"\w+|[^\w\s]", text)]
+    return [lemma(w) for w in pieces(text)]
 
 
 def has_lemmas():
@@ -219,23 +352,51 @@ def first_word(text):
     return (text.split() or [""])[0]
 
 
+def prediction(fact, text):
+    """What of a generated text counts: all of it where the prompt asks for a few words (ASK); its
+    first word where it asks for one, or as many as the shortest answer has."""
+    if fact.get("subject") == "":
+        return " ".join(text.split())
+    return " ".join(text.split()[: min(len(a.split()) for a in fact["answers"])])
+
+
 def right(prediction, answers):
-    """Are the words of any answer in the prediction, in order and together? (As MyriadLAMA counts.)"""
-    said = words(prediction)
-    for answer in map(words, answers):
-        n = len(answer)
-        if n and any(said[i : i + n] == answer for i in range(len(said) - n + 1)):
+    """Are the words of any answer in the prediction, in order and together? (As MyriadLAMA counts.)
+    Marks around an answer do not count, nor does the case of a word."""
+    said = spellings(pieces(prediction))
+    for answer in answers:
+        wanted = spellings(without_marks(pieces(answer)))
+        n = len(wanted)
+        starts = range(len(said) - n + 1) if n else ()
+        if any(all(map(same_word, said[i : i + n], wanted)) for i in starts):
             return True
     return False
+
+
+def spellings(found):
+    """Words -> (in lower case, as lemma) of each."""
+    return [(w.casefold(), lemma(w)) for w in found]
+
+
+def same_word(a, b):
+    return a[0] == b[0] or a[1] == b[1]
+
+
+def without_marks(found):
+    """Words and marks without the sentence's marks around them; all, if there are only marks."""
+    inner = [i for i, w in enumerate(found) if w not in ".,;:!?'\"()[]"]
+    return found[inner[0] : inner[-1] + 1] if inner else found
 
 
 def majority(shots, facts):
     """For each fact: is the most frequent main answer of the other facts of its relation right? No model at all."""
     counts, hits = {}, []
-    for fact in {f["uuid"]: f for f in [*facts, *(f for mine in shots.values() for f in mine)]}.values():
+    shown = [f for mine in shots.values() for f in mine]
+    # An example is one object, however many relations show it; two files may number rows alike.
+    for fact in {id(f): f for f in [*facts, *shown]}.values():
         counts.setdefault(fact["relation"], Counter())[fact["answers"][0]] += 1
     for fact in facts:
         others = counts[fact["relation"]] - Counter([fact["answers"][0]])
         guess = others.most_common(1)[0][0] if others else ""
-        hits.append(right(first_word(guess), fact["answers"]))
+        hits.append(right(prediction(fact, guess), fact["answers"]))
     return hits
