@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pickle
+import re
 import secrets
 import shutil
 import signal
@@ -737,13 +738,16 @@ def remove_old_shards(folder):
         return
     for name in ("ckpt", "ckpt_prev", "best"):
         try:
-            used.add(read_checkpoint(folder, name)["shards"]["folder"])
-        except (FileNotFoundError, KeyError):  # absent, or one file
-            continue
+            if stamp(os.path.join(folder, name + ".pt")) is None:
+                continue
+            state = read_checkpoint(folder, name)
+            if "shards" in state:
+                used.add(state["shards"]["folder"])
         except Exception:  # a disk that does not answer says nothing about what the checkpoint needs
             return
     for label in os.listdir(place):
-        if label not in used:
+        ours = re.fullmatch(r"(ckpt|ckpt_prev|best)-\d+(-\d+)?", label)
+        if ours and label not in used:
             shutil.rmtree(os.path.join(place, label), ignore_errors=True)
     if not os.listdir(place):
         os.rmdir(place)

@@ -354,5 +354,8 @@ def load_run(folder, which="best"):
     sizes = types.SimpleNamespace(**read_json(os.path.join(folder, "config.json"))["model"])
     model = make_model(p, model_config(p, sizes))
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
-    model.load_state_dict(part(state["tensors"], "model"))
+    weights = part(state["tensors"], "model")
+    same = {n: t.shape for n, t in weights.items()} == {n: t.shape for n, t in model.state_dict().items()}
+    require(same, f"the checkpoint in {folder} is not of the model that its config.json describes", None)
+    model.load_state_dict(weights)
     return p, data, model.eval(), state

@@ -28,7 +28,17 @@ import torch
 from tqdm import tqdm
 
 import configs
-from checkpoint import Log, find_checkpoint, lock, read_checkpoint, read_json, unlock, write_json
+from checkpoint import (
+    NUMBERS,
+    Log,
+    find_checkpoint,
+    lock,
+    read_checkpoint,
+    read_json,
+    reading,
+    unlock,
+    write_json,
+)
 from configs import RunFailed, require
 from draws import IGNORE
 from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
@@ -362,11 +372,16 @@ def take_up(p, folder, world):
 
     def find():
         # Without any, not even a damaged one, the run was stopped before its first checkpoint and starts again.
-        if any(name.startswith("ckpt") and not name.endswith(".tmp") for name in os.listdir(folder)):
+        with reading(folder):
+            names = os.listdir(folder)
+        if any(name.startswith("ckpt") for name in names):
             return find_checkpoint(folder, "ckpt", "ckpt_prev", holds_lock=True)
 
     name = world.first_does(find)
     resume = read_checkpoint(folder, name) if name else None
+    lacking = sorted(NUMBERS.keys() - resume.keys()) if resume else []
+    message = f"{folder}: {name}.pt has no {', '.join(lacking)}; training cannot go on from it"
+    require(not lacking, message, "resume")
     path = os.path.join(folder, "config.json")
     saved = world.first_does(lambda: read_json(path))
     began = (saved["world_size"], saved["threads"])

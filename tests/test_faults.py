@@ -222,24 +222,32 @@ def damages(raw, fuse):
     yield lambda path: path.mkdir()
     yield write(pickle.dumps(Bomb(fuse)))
     yield lambda path: torch.save({"step": 1, "tensors": Bomb(fuse)}, path)
-    yield lambda path: checkpoint.save_checkpoint(str(path.parent), path.stem, {"step": 1, "tensors": Bomb(fuse)})  # and sealed
 
 
 def test_every_damage_is_noticed_and_the_checkpoint_before_taken(tmp_path, capsys):
+    """By a reader, which changes nothing, and by the process that holds the lock of the run, which sets the file aside."""
     _, out = run(tmp_path)
     path, fuse = tmp_path / "run" / "ckpt.pt", tmp_path / "fuse"
-    raw, previous = path.read_bytes(), (tmp_path / "run" / "ckpt_prev.pt").read_bytes()
+    raw = path.read_bytes()
     ways = list(damages(raw, fuse))
     capsys.readouterr()
     for spoil in ways:
         path.unlink(missing_ok=True)
         spoil(path)
-        (tmp_path / "run" / "ckpt_prev.pt").write_bytes(previous)  # a sealed bomb was saved as a user would save it
+        there = sorted(os.listdir(out))
         state = checkpoint.load_checkpoint(out, "ckpt", "ckpt_prev")
         error = capsys.readouterr().err
         assert state["step"] == 40 and error.count("\n") == 1 and "ckpt.pt is damaged (" in error, spoil
+        assert sorted(os.listdir(out)) == there
+        assert checkpoint.find_checkpoint(out, "ckpt", "ckpt_prev", holds_lock=True) == "ckpt_prev"
+        assert capsys.readouterr().err == error
         assert os.path.lexists(f"{path}.damaged") and not os.path.lexists(path)
-    assert len(ways) == 226 and not fuse.exists()
+    assert len(ways) == 225 and not fuse.exists()
+    # With a checksum that is right, a stranger's file is not damaged but refused; it does not go off either.
+    checkpoint.save_checkpoint(out, "ckpt", {"step": 1, "tensors": Bomb(fuse)}, keep_old=False)
+    with pytest.raises(ConfigError, match=r"ckpt\.pt cannot be read as weights"):
+        checkpoint.find_checkpoint(out, "ckpt", "ckpt_prev", holds_lock=True)
+    assert path.exists() and not fuse.exists()
     path.write_bytes(raw)
     assert checkpoint.load_checkpoint(out, "ckpt")["step"] == 60
     for name in ("ckpt.pt", "ckpt_prev.pt"):
@@ -268,7 +276,7 @@ def test_damaged_shards_are_noticed_too(tmp_path, capsys):
     state = checkpoint.read_checkpoint(out, "ckpt")
     state["shards"]["files"][".metadata"] = checkpoint.file_hash(place)
     checkpoint.save_checkpoint(out, "best", state)
-    with pytest.raises(pickle.UnpicklingError, match="system has no place"):
+    with pytest.raises(ConfigError, match="system has no place"):
         checkpoint.load_checkpoint(out, "best")
     assert not fuse.exists()
 
