@@ -270,6 +270,30 @@ def unlock(handle):
         os.close(handle)
 
 
+@contextlib.contextmanager
+def only_writer(folder, what):
+    """In the block, no other process writes `what` into this directory. It is made if need be, and goes if it stays empty.
+
+    ConfigError if another process is in such a block already, or if the disk refuses.
+    """
+    made, above = [], os.path.abspath(folder)
+    while not os.path.isdir(above):
+        made.append(above)
+        above = os.path.dirname(above)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle = lock(folder, what)
+    except OSError as e:
+        raise ConfigError(f"cannot write in {folder}: {e.strerror}", "out_dir") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # one of them holds something
+            for path in made:
+                os.rmdir(path)
+        unlock(handle)
+
+
 class Log:
     """log.jsonl: one JSON object per line, {"kind": "train" | "eval" | "memory", "step": ..., ...}."""
 
@@ -561,7 +585,8 @@ def shards_of(folder, state):
 
 def inside(folder, name):
     """<folder>/<name>, for a name that a file gives. ConfigError unless it is text and leads to a place in the folder."""
-    path = os.path.normpath(name) if isinstance(name, str) and name.isprintable() else ".."
+    good = isinstance(name, str) and name.isprintable() and len(name) < 256
+    path = os.path.normpath(name) if good else os.pardir
     leaves = os.path.isabs(path) or os.path.splitdrive(path)[0] or path.split(os.sep)[0] == os.pardir
     require(not leaves and path != os.curdir, f"{folder} has no place for a file named {name!r:.80}", None)
     return os.path.join(folder, path)
