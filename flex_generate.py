@@ -542,6 +542,7 @@ def add_lemmas(c):
 
 
 def add_lemmas_in(folder, c):
+    """The same, in the directory where the files are."""
     import pyarrow as pa
     import pyarrow.feather as feather
 

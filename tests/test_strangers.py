@@ -26,11 +26,11 @@ NAME = "model.embed.weight"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run whose checkpoints are in shards, and the fuse that no test may burn."""
+    """A run whose checkpoints are in shards."""
     folder = tmp_path_factory.mktemp("trained")
     _, out = run(folder, max_steps=4, eval_interval=2)
     assert train.main([f"--resume={out}", "--export=shards"]) == 0
-    return folder / "run", folder / "fuse"
+    return folder / "run"
 
 
 def contents(folder):
@@ -204,8 +204,8 @@ def assert_refused(read):
 
 @pytest.mark.parametrize("how", SPOILED)
 def test_a_run_with_a_strangers_shards(tmp_path, monkeypatch, capsys, trained, how):
-    out, fuse = trained
-    folder = shutil.copytree(out, tmp_path / "copy")
+    fuse = tmp_path / "fuse"
+    folder = shutil.copytree(trained, tmp_path / "copy")
     for label in os.listdir(folder / "shards"):
         SPOILED[how](folder / "shards" / label, fuse)
     for name in ("ckpt", "ckpt_prev", "best"):
@@ -221,14 +221,14 @@ def test_a_run_with_a_strangers_shards(tmp_path, monkeypatch, capsys, trained, h
         assert_refused(read)
         after = {k: v for k, v in contents(folder).items() if not k.endswith((".json", ".jsonl"))}
         assert after == before
-    assert not fuse.exists() and not (tmp_path / "fuse").exists() and not (tmp_path / "new").exists()
+    assert not fuse.exists() and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("how", SPOILED)
 def test_a_folder_of_a_strangers_shards(tmp_path, monkeypatch, trained, how):
-    out, fuse = trained
+    fuse = tmp_path / "fuse"
     place = tmp_path / "a" / "b" / "step-3"
-    shutil.copytree(next((out / "shards").glob("ckpt-*")), place)
+    shutil.copytree(next((trained / "shards").glob("ckpt-*")), place)
     SPOILED[how](place, fuse)
     monkeypatch.chdir(tmp_path)
     try:
@@ -237,13 +237,12 @@ def test_a_folder_of_a_strangers_shards(tmp_path, monkeypatch, trained, how):
         assert "\n" not in str(e) and "traceback" not in str(e).lower()
     else:  # what is no tensor was left out
         assert how == "bytes like a tensor" and "embed.weight" not in found and "final_norm.weight" in found
-    assert not fuse.exists() and not (tmp_path / "fuse").exists()
+    assert not fuse.exists()
 
 
 @pytest.mark.parametrize("label", ["../../other", "/tmp", "..", ".", "", 3, None, "a\0b", "x" * 5000, ["ckpt-4"]])
 def test_a_checkpoint_whose_shards_are_elsewhere(tmp_path, trained, label):
-    out, fuse = trained
-    folder = shutil.copytree(out, tmp_path / "copy")
+    folder = shutil.copytree(trained, tmp_path / "copy")
     shutil.copytree(folder / "shards" / "ckpt-4", tmp_path / "other")
     for name in ("ckpt", "ckpt_prev", "best"):
         state = checkpoint.read_checkpoint(folder, name)
@@ -370,8 +369,7 @@ STATES = {
 
 @pytest.mark.parametrize("how", STATES)
 def test_a_sealed_checkpoint_of_another_tool(tmp_path, trained, how):
-    out, _ = trained
-    folder = shutil.copytree(out, tmp_path / "copy")
+    folder = shutil.copytree(trained, tmp_path / "copy")
     for name in ("ckpt", "ckpt_prev", "best"):
         state = checkpoint.load_checkpoint(str(folder), name)
         state.pop("shards")
