@@ -267,7 +267,8 @@ def restore_tensors(folder, state, model, optimizer=None):
         parameter, _, key = name.rpartition(".")
         p, size = parameters.get(parameter), sizes[f"optimizer.{name}"]
         fits = p is not None and size in (p.shape, torch.Size())
-        require(fits, f"the checkpoint in {folder} has an optimizer's {name} that fits no parameter", "resume")
+        message = f"the checkpoint in {folder} has an optimizer's {name} that fits no parameter"
+        require(fits, message, "resume")
         like_p = size == p.shape and p.ndim > 0
         fresh = torch.zeros_like(p) if like_p else torch.zeros(size, device=p.device)
         into[f"optimizer.{name}"] = optimizer.state[p][key] = fresh.detach()

@@ -406,7 +406,8 @@ def finish(run, resume):
     try:
         outcome, state = train(run, resume, stopped_by)
         if outcome == "finished":
-            name = world.first_does(lambda: find_checkpoint(folder, "best", "ckpt", holds_lock=True))
+            find = lambda: find_checkpoint(folder, "best", "ckpt", holds_lock=True)
+            name = world.first_does(find)
             restore_tensors(folder, read_checkpoint(folder, name), run.model)
             size = p.train.eval_batch_size
             test = evaluate(run.model, run.data, "test", size, run.device, run.dtype, stopped_by, world)

@@ -226,7 +226,9 @@ def damages(raw, fuse):
 
 
 def test_every_damage_is_noticed_and_the_checkpoint_before_taken(tmp_path, capsys):
-    """By a reader, which changes nothing, and by the process that holds the lock of the run, which sets the file aside."""
+    """By a reader, which changes nothing, and by the process that holds the lock of the run,
+    which sets the file aside.
+    """
     _, out = run(tmp_path)
     path, fuse = tmp_path / "run" / "ckpt.pt", tmp_path / "fuse"
     raw = path.read_bytes()
@@ -244,7 +246,8 @@ def test_every_damage_is_noticed_and_the_checkpoint_before_taken(tmp_path, capsy
         assert capsys.readouterr().err == error
         assert os.path.lexists(f"{path}.damaged") and not os.path.lexists(path)
     assert len(ways) == 225 and not fuse.exists()
-    # With a checksum that is right, a stranger's file is not damaged but refused; it does not go off either.
+    # With a checksum that is right, a stranger's file is not damaged but refused; it does not go
+    # off either.
     checkpoint.save_checkpoint(out, "ckpt", {"step": 1, "tensors": Bomb(fuse)}, keep_old=False)
     with pytest.raises(ConfigError, match=r"ckpt\.pt cannot be read as weights"):
         checkpoint.find_checkpoint(out, "ckpt", "ckpt_prev", holds_lock=True)
@@ -258,9 +261,12 @@ def test_every_damage_is_noticed_and_the_checkpoint_before_taken(tmp_path, capsy
 
 
 SYSTEM_ERRORS = {
-    **{errno.errorcode[n]: OSError(n, os.strerror(n)) for n in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE)},
-    "ENOMEM": RuntimeError("unable to mmap 704 bytes from file </x/ckpt.pt>: Cannot allocate memory (12)"),
-    "allocator": RuntimeError("DefaultCPUAllocator: can't allocate memory: Error code 12 (Cannot allocate memory)"),
+    "EIO": OSError(errno.EIO, "Input/output error"),
+    "ESTALE": OSError(errno.ESTALE, "Stale file handle"),
+    "ETIMEDOUT": TimeoutError(errno.ETIMEDOUT, "Connection timed out"),
+    "EMFILE": OSError(errno.EMFILE, "Too many open files"),
+    "ENOMEM": RuntimeError("unable to mmap 704 bytes from file <x>: Cannot allocate memory (12)"),
+    "allocator": RuntimeError("DefaultCPUAllocator: Error code 12 (Cannot allocate memory)"),
     "memory": MemoryError(),
 }
 
@@ -268,7 +274,9 @@ SYSTEM_ERRORS = {
 @pytest.mark.parametrize("error", SYSTEM_ERRORS)
 @pytest.mark.parametrize("at", ["lstat", "stat", "open", "hash", "load"])
 def test_a_read_error_is_no_damage(tmp_path, monkeypatch, error, at):
-    """The disk and memory say nothing about what is in a file: reader and trainer stop, and change nothing."""
+    """The disk and memory say nothing about what is in a file:
+    reader and trainer stop, and change nothing.
+    """
     state = {"step": 1, "tensors": {}, "shards": {"folder": "ckpt-1", "files": {"a": "0" * 64}}}
     for name in ("ckpt_prev", "best", "ckpt"):
         checkpoint.save_checkpoint(tmp_path, name, state, keep_old=False)
@@ -292,7 +300,7 @@ def test_a_read_error_is_no_damage(tmp_path, monkeypatch, error, at):
     monkeypatch.setattr(*places[at], refuse)
     for names in (("ckpt", "ckpt_prev"), ("best",)):
         for holds_lock in (False, True):
-            with pytest.raises(RunFailed, match=r"cannot read .*; nothing was changed, so try again"):
+            with pytest.raises(RunFailed, match=r"cannot read .*; nothing was changed"):
                 checkpoint.find_checkpoint(str(tmp_path), *names, holds_lock=holds_lock)
         with pytest.raises(RunFailed, match="cannot read"):
             checkpoint.load_checkpoint(str(tmp_path), *names)
@@ -300,12 +308,15 @@ def test_a_read_error_is_no_damage(tmp_path, monkeypatch, error, at):
     assert {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_a_reader_takes_the_checkpoint_that_replaced_the_one_it_was_reading(tmp_path, monkeypatch, capsys):
-    """The run that trains there deletes the shards of the one before, as eval.py is about to read them."""
+def test_a_reader_takes_the_checkpoint_that_replaced_its_own(tmp_path, monkeypatch, capsys):
+    """The run that trains there deletes the shards of the one before,
+    as eval.py is about to read them.
+    """
     _, out = run(tmp_path)
     train.main([f"--resume={out}", "--export=shards"])
     capsys.readouterr()
-    files, aside = [os.path.join(out, name) for name in ("ckpt.pt", "ckpt_prev.pt")], tmp_path / "aside"
+    files = [os.path.join(out, name) for name in ("ckpt.pt", "ckpt_prev.pt")]
+    aside = tmp_path / "aside"
     for function in ("check_shards", "read_shards"):
         whole = getattr(checkpoint, function)
         shutil.rmtree(aside, ignore_errors=True)

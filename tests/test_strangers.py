@@ -1,4 +1,4 @@
-"""Files that a stranger made: every reader of weights refuses them in a sentence, runs nothing in them and changes nothing."""
+"""Files that a stranger made: every reader of weights refuses them, and runs nothing in them."""
 
 import os
 import pickle
@@ -8,7 +8,6 @@ import zipfile
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorProperties
 
 import ablate
@@ -38,7 +37,7 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# ---- the index of shards, with something else in it --------------------------------------------------------------------
+# ---- the index of shards, with something else in it ----------------------------------------------
 
 
 def read_index(place):
@@ -163,18 +162,23 @@ SPOILED = {
     "nothing": raw(b""),
     "text": raw(b"index"),
     "a number": raw(pickle.dumps(3)),
-    "evaluation": raw(b"cbuiltins\neval\n(S'__import__(\"os\").mkdir(\"fuse\")'\ntR."),
-    "an attribute of a class": raw(b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata.__init__\n."),
+    "evaluation": raw(b'cbuiltins\neval\n(S\'__import__("os").mkdir("fuse")\'\ntR.'),
+    "an attribute of a class": raw(
+        b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata.__init__\n."
+    ),
     # LONG_BINPUT with the largest number: the unpickler in C would fill memory up to it.
     "a memo without end": raw(b"\x80\x02Nr\xff\xff\xff\xff."),
     "a class changed": raw(
-        b"\x80\x02ctorch.distributed.checkpoint.metadata\nTensorProperties\nN}X\x05\x00\x00\x00dtypeK\x01s\x86b."
+        b"\x80\x02ctorch.distributed.checkpoint.metadata\nTensorProperties\n"
+        b"N}X\x05\x00\x00\x00dtypeK\x01s\x86b."
     ),
 }
 
 
 def reseal(folder, name):
-    """Give the checkpoint the checksums of its shards as they are now: a stranger seals as well as we do."""
+    """Give the checkpoint the checksums of its shards as they are now:
+    a stranger seals as well as we do.
+    """
     state = checkpoint.read_checkpoint(folder, name)
     place = checkpoint.shards_of(folder, state)
     files = [f for f in os.listdir(place) if os.path.isfile(os.path.join(place, f))]
@@ -236,11 +240,18 @@ def test_a_folder_of_a_strangers_shards(tmp_path, monkeypatch, trained, how):
     except (ConfigError, RunFailed) as e:
         assert "\n" not in str(e) and "traceback" not in str(e).lower()
     else:  # what is no tensor was left out
-        assert how == "bytes like a tensor" and "embed.weight" not in found and "final_norm.weight" in found
+        assert (
+            how == "bytes like a tensor"
+            and "embed.weight" not in found
+            and "final_norm.weight" in found
+        )
     assert not fuse.exists()
 
 
-@pytest.mark.parametrize("label", ["../../other", "/tmp", "..", ".", "", 3, None, "a\0b", "x" * 5000, ["ckpt-4"]])
+LABELS = ["../../other", "/tmp", "..", ".", "", 3, None, "a\0b", "x" * 5000, ["ckpt-4"]]
+
+
+@pytest.mark.parametrize("label", LABELS)
 def test_a_checkpoint_whose_shards_are_elsewhere(tmp_path, trained, label):
     folder = shutil.copytree(trained, tmp_path / "copy")
     shutil.copytree(folder / "shards" / "ckpt-4", tmp_path / "other")
@@ -254,7 +265,8 @@ def test_a_checkpoint_whose_shards_are_elsewhere(tmp_path, trained, label):
         state["shards"] = {"folder": "ckpt-4", "files": {file: "0" * 64}}
         for name in ("ckpt", "ckpt_prev", "best"):
             checkpoint.save_checkpoint(folder, name, state, keep_old=False)
-        assert "has no place for a file named" in assert_refused(readers_of_runs(folder, tmp_path)["eval"])
+        read = readers_of_runs(folder, tmp_path)["eval"]
+        assert "has no place for a file named" in assert_refused(read)
 
 
 @pytest.mark.parametrize("name", ["a.bin", "sub/a.bin", "a..b"])
@@ -262,7 +274,7 @@ def test_names_inside_a_folder(name):
     assert checkpoint.inside("/data", name) == "/data/" + name
 
 
-# ---- checkpoints and weights in one file -------------------------------------------------------------------------------
+# ---- checkpoints and weights in one file ---------------------------------------------------------
 
 
 def nested():
@@ -328,7 +340,12 @@ def test_odd_tensors_that_are_weights_are_read(tmp_path, capsys):
     """Attributes are not; views, empty tensors and all kinds of real numbers are."""
     kinds = sorted(checkpoint.DTYPES, key=str)
     weights = {str(kind): torch.ones(3).to(kind) for kind in kinds}
-    weights |= {"empty": torch.zeros(0, 4), "one": torch.tensor(2.0), "view": torch.ones(4, 4)[:, 1], "odd": odd_attribute()}
+    weights |= {
+        "empty": torch.zeros(0, 4),
+        "one": torch.tensor(2.0),
+        "view": torch.ones(4, 4)[:, 1],
+        "odd": odd_attribute(),
+    }
     weights |= {"repeated": torch.ones(1).expand(64)}
     torch.save(weights, tmp_path / "x.pt")
     found, _ = transfer.read_weights(str(tmp_path / "x.pt"))
@@ -342,7 +359,8 @@ def test_odd_tensors_that_are_weights_are_read(tmp_path, capsys):
 def test_a_compressed_file_is_refused(tmp_path):
     """torch.load would expand it: 40 MB of zeros are 40 kB."""
     torch.save({"a": torch.zeros(10**7)}, tmp_path / "x.pt")
-    with zipfile.ZipFile(tmp_path / "x.pt") as z, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+    small = zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "x.pt") as z, small:
         for name in z.namelist():
             small.writestr(name, z.read(name))
     assert os.path.getsize(tmp_path / "small.pt") < 10**6
@@ -360,7 +378,10 @@ STATES = {
     "tensors in a list": lambda s: {**s, "tensors": list(s["tensors"].values())},
     "no tensors": lambda s: {**s, "tensors": {}},
     "tensors of another kind": lambda s: {**s, "tensors": ODD["sparse"]()},
-    "tensors without end": lambda s: {**s, "tensors": {n: torch.zeros(1).expand(10**12) for n in s["tensors"]}},
+    "tensors without end": lambda s: {
+        **s,
+        "tensors": {n: torch.zeros(1).expand(10**12) for n in s["tensors"]},
+    },
     "other shapes": lambda s: {**s, "tensors": {n: torch.zeros(3) for n in s["tensors"]}},
     "shards of text": lambda s: {**s, "shards": "ckpt-4"},
     "shards without files": lambda s: {**s, "shards": {"folder": "ckpt-4"}},
@@ -376,7 +397,8 @@ def test_a_sealed_checkpoint_of_another_tool(tmp_path, trained, how):
         checkpoint.save_checkpoint(folder, name, STATES[how](state), keep_old=False)
     before = {n: b for n, b in contents(folder).items() if n.endswith(".pt")}
     readers = readers_of_runs(folder, tmp_path)
-    if how in ("no tensors", "other shapes"):  # not what the run's model needs, but they can be shown
+    # These are not what the run's model needs, but they can be shown.
+    if how in ("no tensors", "other shapes"):
         readers.pop("inspect")()
     for read in readers.values():
         assert_refused(read)
