@@ -21,6 +21,7 @@ prefix is shared, not repeated before each template; the token that predicts the
 mixed up; nothing falls back silently to another attention; all methods have one metric.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,7 +39,7 @@ import configs
 import fusion
 import llama
 import prompts
-from checkpoint import data_hash, file_hash, write_file, write_json
+from checkpoint import data_hash, file_hash, only_writer, write_file, write_json
 from configs import ConfigError, at_least, one_of, require
 from llama import need
 from measure import figure, print_table, share, share_over_rows, shown
@@ -457,6 +458,14 @@ def generate(c, world):
     """Answer what is not answered yet; write the results of all."""
     facts, shots = questions_and_shots(c)
     folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
+    with contextlib.ExitStack() as stack:
+        alone = only_writer(folder, "results there")
+        world.together(lambda: stack.enter_context(alone), first_only=True)
+        generate_in(folder, c, world, facts, shots)
+
+
+def generate_in(folder, c, world, facts, shots):
+    """Answer in this directory what is not answered there yet; write the results of all."""
     methods = methods_of(c)
     device, dtype, line = choose_device(c, world)
     about = world.first_does(lambda: settings(c, dtype))
@@ -619,11 +628,17 @@ def plot_table(path, rows, baseline, title):
 
 def add_lemmas(c):
     """A second pass over the feather files: predict_lemma and answer_lemmas."""
+    need("simplemma", "--lemmaize needs a package: pip install simplemma")
+    folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
+    with only_writer(folder, "results there"):
+        add_lemmas_in(folder, c)
+
+
+def add_lemmas_in(folder, c):
+    """The same, in the directory where the files are."""
     import pyarrow as pa
     import pyarrow.feather as feather
 
-    need("simplemma", "--lemmaize needs a package: pip install simplemma")
-    folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
     names = [file_name(c, m) + ".feather" for m in methods_of(c)]
     there = [os.path.join(folder, n) for n in names if os.path.exists(os.path.join(folder, n))]
     require(there, f"{folder} has none of {', '.join(names)}; generate first", "out_dir")

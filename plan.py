@@ -343,6 +343,10 @@ def read_plan(folder, changes=()):
     return plan(settings + list(changes))
 
 
+def shapes(tensors):
+    return {name: t.shape for name, t in tensors.items()}
+
+
 def load_run(folder, which="best"):
     """A trained run, ready to look at: -> (Plan, data, model in eval mode on the CPU, checkpoint).
 
@@ -354,5 +358,8 @@ def load_run(folder, which="best"):
     sizes = types.SimpleNamespace(**read_json(os.path.join(folder, "config.json"))["model"])
     model = make_model(p, model_config(p, sizes))
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
-    model.load_state_dict(part(state["tensors"], "model"))
+    weights = part(state["tensors"], "model")
+    message = f"the checkpoint in {folder} is not of the model that its config.json describes"
+    require(shapes(weights) == shapes(model.state_dict()), message, None)
+    model.load_state_dict(weights)
     return p, data, model.eval(), state

@@ -28,7 +28,17 @@ import torch
 from tqdm import tqdm
 
 import configs
-from checkpoint import Log, find_checkpoint, lock, read_checkpoint, read_json, write_json
+from checkpoint import (
+    NUMBERS,
+    Log,
+    find_checkpoint,
+    lock,
+    read_checkpoint,
+    read_json,
+    reading,
+    unlock,
+    write_json,
+)
 from configs import RunFailed, require
 from draws import IGNORE
 from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
@@ -291,7 +301,7 @@ def main(argv=None):
             require(world.size == 1, "export is the work of one process; run it without torchrun", "export")
             handle = lock(folder)
             rewrite_checkpoints(folder, p.train.export, world)
-            os.close(handle)
+            unlock(handle)
             return 0
         return start(p, folder, world)
 
@@ -344,7 +354,7 @@ def start(p, folder, world):
         model.compile()
     status = finish(Run(p, folder, world, device, dtype, data, model, spread(model, c.parallel, device)), resume)
     if world.first:
-        os.close(held)
+        unlock(held)
     return status
 
 
@@ -364,11 +374,16 @@ def take_up(p, folder, world):
 
     def find():
         # Without any, not even a damaged one, the run was stopped before its first checkpoint and starts again.
-        if any(name.startswith("ckpt") and not name.endswith(".tmp") for name in os.listdir(folder)):
-            return find_checkpoint(folder, "ckpt", "ckpt_prev")
+        with reading(folder):
+            names = os.listdir(folder)
+        if any(name.startswith("ckpt") for name in names):
+            return find_checkpoint(folder, "ckpt", "ckpt_prev", holds_lock=True)
 
     name = world.first_does(find)
     resume = read_checkpoint(folder, name) if name else None
+    lacking = sorted(NUMBERS.keys() - resume.keys()) if resume else []
+    message = f"{folder}: {name}.pt has no {', '.join(lacking)}; training cannot go on from it"
+    require(not lacking, message, "resume")
     path = os.path.join(folder, "config.json")
     saved = world.first_does(lambda: read_json(path))
     began = (saved["world_size"], saved["threads"])
@@ -393,7 +408,8 @@ def finish(run, resume):
     try:
         outcome, state = train(run, resume, stopped_by)
         if outcome == "finished":
-            name = world.first_does(lambda: find_checkpoint(folder, "best", "ckpt"))
+            find = lambda: find_checkpoint(folder, "best", "ckpt", holds_lock=True)
+            name = world.first_does(find)
             restore_tensors(folder, read_checkpoint(folder, name), run.model)
             size = p.train.eval_batch_size
             test = evaluate(run.model, run.data, "test", size, run.device, run.dtype, stopped_by, world)
