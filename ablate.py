@@ -26,7 +26,7 @@ import configs
 import exchange
 import impact
 from commands import fits_all, looks, report, run_command
-from configs import one_of, require
+from configs import one_of, require, say
 from edits import why_not_facts
 from interventions import (
     MODES,
@@ -272,7 +272,7 @@ def heads(look):
     print_effects("without head", by_slice["head"])
     hurt = {digit: max(cells, key=lambda name: cells[name]["fall"]["value"]) for digit, cells in digits.items()}
     if hurt:
-        print("the head that each answer needs most:", ", ".join(f"{d!r}: {name}" for d, name in hurt.items()))
+        say("the head that each answer needs most:", ", ".join(f"{d!r}: {name}" for d, name in hurt.items()))
     by_slice["answer, head"] = {f"{d!r}, {name}": c for d, cells in digits.items() for name, c in cells.items()}
     two = {k: by_slice[k] for k in ("head", "head, place")}
     metrics = {"rows": len(cases), "head of each answer": hurt}

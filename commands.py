@@ -14,7 +14,7 @@ from collections import namedtuple
 
 import configs
 from checkpoint import write_file
-from configs import ConfigError, require
+from configs import ConfigError, printable, require, say
 from look import open_look
 from parallel import joined
 
@@ -40,7 +40,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     words, settings = configs.parse(sys.argv[1:] if argv is None else argv)
     asked = any(s.key == "help" for s in settings)
     if asked or not words:
-        print(configs.help_text(doc, kind))
+        say(configs.help_text(doc, kind))
         require(asked, "name a run directory or a command" if default else "name a command and a run directory", None)
         return
     configs.check_names(settings, kind)
@@ -70,10 +70,10 @@ def report(look, script, commands, names, file):
     """Run commands one after another and write a report into the run: what was printed, the figures, how long it took."""
     size, start = sum(q.numel() for q in look.model.parameters()), time.perf_counter()
     about = ", ".join(f"{k} {v}" for k, v in look.about().items())
-    text = f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n"
+    text = printable(f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n", keep="\n")
     path = os.path.join(look.folder, file)
     for name in names:
-        text += f"\n## {name}\n\n" + chapter(look, script, name, commands[name])
+        text += printable(f"\n## {name}\n\n" + chapter(look, script, name, commands[name]), keep="\n")
         if look.world.first:
             write_file(path, lambda f: f.write(text.encode()))
     look.world.say(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")

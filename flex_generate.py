@@ -35,10 +35,10 @@ import configs
 import fusion
 import llama
 import prompts
-from checkpoint import data_hash, write_file, write_json
+from checkpoint import data_hash, make_directory, read_lines, write_file, write_json
 from configs import ConfigError, at_least, one_of, require
 from llama import need
-from measure import figure, print_table, share, share_over_rows, shown
+from measure import figure, print_table, share, share_over_rows, shown, write_figure
 from parallel import choose_device, joined
 from stats import mcnemar
 
@@ -365,24 +365,24 @@ def settings(c):
     return {k: files.get(k, v) for k, v in vars(c).items() if k not in loose}
 
 
+RECORD = {  # a line of progress.<rank>.jsonl that answers a question
+    **{"uuid": "text", "method": "text", "templates": ["text"], "answers": ["text"], "generation": "text"},
+    **{"seconds": "number", "tokens": "number"},
+}
+
+
 def read_progress(folder, c):
     """Records that earlier runs left in this directory; ConfigError if they were made with other settings. A line that a crash
-    cut is dropped."""
+    cut, or that is no record, is dropped, and its question is asked again."""
     there, records = os.listdir(folder) if os.path.isdir(folder) else [], []
     names = sorted(f for f in there if f.startswith("progress."))
     for name in names:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            for line in f:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if "settings" in record:
-                    other = [k for k, v in settings(c).items() if record["settings"].get(k) != v]
-                    message = f"{folder} holds results with another {', '.join(other)}; give another --out_dir, or delete it"
-                    require(not other, message, "out_dir")
-                else:
-                    records.append(record)
+        path = os.path.join(folder, name)
+        for begun in read_lines(path, {"settings": "dict"})[0]:
+            other = [k for k, v in settings(c).items() if begun["settings"].get(k) != v]
+            message = f"{folder} holds results with another {', '.join(other)}; give another --out_dir, or delete it"
+            require(not other, message, "out_dir")
+        records += read_lines(path, RECORD)[0]
     return records
 
 
@@ -403,7 +403,7 @@ def generate(c, world):
         world.say(f"{len(facts)} questions, {len(facts) - len(left)} of them answered already; results go to {folder}")
         stop = fusion.Stop.of(tokenizer, model.config.eos, device, model.config.vocab_size)
         run = Run(c, model, tokenizer, stop, folder, methods)
-        world.first_does(lambda: os.makedirs(folder, exist_ok=True))
+        world.first_does(lambda: make_directory(folder))
         answer_all(run, left, shots, have, world)
         world.say(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
     if world.first:
@@ -521,8 +521,7 @@ def plot_table(path, rows, baseline, title):
     axis.title.set_fontsize(8)
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    write_figure(fig, plt, path)
 
 
 def add_lemmas(c):
@@ -549,7 +548,7 @@ def add_lemmas(c):
 def show_mask(c):
     manual = torch.tensor([True] * (5 if c.num_manual < 0 else c.num_manual) + [False] * (5 if c.num_auto < 0 else c.num_auto))
     scheme = "manual_cross" if c.allow_manual_cross_attention else "full" if c.method == "flex_full" else "isolated"
-    os.makedirs(c.out_dir, exist_ok=True)
+    make_directory(c.out_dir)
     path = os.path.join(c.out_dir, "mask.png")
     print(f"{scheme}: a row sees the columns marked x (P: instruction and examples, M: manual, A: automatic, G: generated)")
     print(fusion.draw(scheme, manual, path))

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import write_file, write_json
-from configs import ConfigError, at_least, one_of, require
+from configs import ConfigError, at_least, one_of, require, say
 from draws import IGNORE
 from measure import autocast, predict
 from parallel import ALONE, choose_device
@@ -150,19 +150,29 @@ def write_parquet(path, columns):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    write_file(path, lambda f: pq.write_table(pa.table(columns), f))
+    write_file(path, lambda f: pq.write_table(pa.table(columns), f, write_page_checksum=True))
 
 
-def read_parquet(path, advice):
-    """What write_parquet wrote -> {name: array}; ConfigError with advice if it is not there or torn."""
+NUMBER, WHOLE, BOOLEAN, TEXT = "biuf", "biu", "b", "U"  # kinds of columns: what numpy calls the types that they may have
+
+
+def read_parquet(path, kinds, advice):
+    """What write_parquet wrote -> {name: (N,) array}, N at least 1; ConfigError with advice if it is not there, damaged or lacks
+    one of the columns. kinds: {column: letters of numpy's kinds}."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     require(os.path.exists(path), f"{path} does not exist; {advice}", None)
     try:
-        return {name: np.array(values) for name, values in pq.read_table(path).to_pydict().items()}
-    except (pa.ArrowException, OSError) as e:
+        table = pq.read_table(path, page_checksum_verification=True).to_pydict()
+        columns = {name: np.array(values) for name, values in table.items()}
+    except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError) as e:
         raise ConfigError(f"{path} cannot be read as parquet ({' '.join(str(e).split())[:80]}); {advice}") from None
+    for name, kind in kinds.items():
+        require(name in columns, f"{path} has no column {name!r}; {advice}", None)
+        fits = columns[name].dtype.kind in kind and columns[name].ndim == 1 and len(columns[name])
+        require(fits, f"{path}: the column {name!r} holds something else than it should; {advice}", None)
+    return columns
 
 
 def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
@@ -182,4 +192,4 @@ def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=Non
         plot(path + ".png")
         look.figures.append(path + ".png")
         endings.append(".png")
-    print(f"wrote {path}{', '.join(endings)}")
+    say(f"wrote {path}{', '.join(endings)}")

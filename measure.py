@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as model_file
-from checkpoint import read_log
-from configs import require
+from checkpoint import read_log, write_file
+from configs import printable, require, say
 from draws import IGNORE
 from parallel import ALONE
 
@@ -183,7 +183,7 @@ def shares(cell):
 
 def print_table(head, rows):
     """Columns under each other: first one left, others right."""
-    cells = [[str(x) for x in row] for row in [head, *rows]]
+    cells = [[printable(x) for x in row] for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))))
@@ -209,7 +209,7 @@ def print_slices(result, most=24):
 def print_chance(chance):
     """The accuracy of guesses without knowledge: {name: value}"""
     for name, value in chance.items():
-        print(f"without knowledge: {name}: {value:.4f}")
+        say(f"without knowledge: {name}: {value:.4f}")
 
 
 def watched(result, name):
@@ -289,6 +289,13 @@ def draw(axis, x, cells, **kwargs):
 
 def finish(fig, plt, path, title):
     """Write a figure with its title and forget it."""
-    fig.suptitle(title, fontsize=8)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    fig.suptitle(printable(title, keep="\n").replace("$", r"\$"), fontsize=8)  # $ begins a formula
+    write_figure(fig, plt, path)
+
+
+def write_figure(fig, plt, path):
+    """A figure as path, a .png: complete or, if that fails, as it was before."""
+    try:
+        write_file(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    finally:
+        plt.close(fig)

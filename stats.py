@@ -18,9 +18,9 @@ import os
 
 import numpy as np
 
-from checkpoint import read_json, write_file, write_json
-from configs import ConfigError, require
-from look import read_parquet
+from checkpoint import read_record, write_file, write_json
+from configs import ConfigError, require, say
+from look import BOOLEAN, NUMBER, WHOLE, read_parquet
 from measure import figure, finish, label_share, mean, print_table, share, shown, sums_of_rows
 
 # ---- tests -------------------------------------------------------------------------------------------------------------
@@ -100,11 +100,13 @@ def correct(cells):
 # ---- the results of one run, or of two over the same rows --------------------------------------------------------------
 
 
+LABELS = {"row": WHOLE, "hit": BOOLEAN, "loss": NUMBER}
+
+
 def read_labels(path, split):
     """A run, or eval_<split>.json or .parquet in it -> {column: (N,) array}, a value for each label, sorted by row."""
     place = os.path.join(path, f"eval_{split}.parquet") if os.path.isdir(path) else os.path.splitext(path)[0] + ".parquet"
-    columns = read_parquet(place, f"python eval.py {path} --split {split} writes it")
-    require({"row", "hit", "loss"} <= columns.keys(), f"{place} is not what eval.py writes of a split", None)
+    columns = read_parquet(place, LABELS, f"python eval.py {path} --split {split} writes it")
     order = np.argsort(columns["row"], kind="stable")
     return {name: values[order] for name, values in columns.items()}
 
@@ -141,17 +143,18 @@ def stats(words, config):
     path = os.path.join(words[-1] if os.path.isdir(words[-1]) else os.path.dirname(words[-1]), name)
     write_json(path + ".json", {"config": {"runs": words, "split": config.split}, **result, "examples": []})
     plot_stats(path + ".png", result, words)
-    print(f"wrote {path}.json, .png")
+    say(f"wrote {path}.json, .png")
     return path + ".png"
 
 
 def data_of(path):
     """What decides which rows a run was measured on: the data in its config.json, or None for results without one."""
     path = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    saved = read_json(path) if os.path.exists(path) else {}
+    if not os.path.exists(path):
+        return None
+    saved = read_record(path, {"data": "dict", "data_sha256": "dict"})
     not_rows = ("curriculum", "train_cells", "fresh", "n_train_examples")  # of training alone
-    data = {k: v for k, v in saved.get("data", {}).items() if k not in not_rows}
-    return (data, saved.get("data_sha256")) if data else None
+    return {k: v for k, v in saved["data"].items() if k not in not_rows}, saved["data_sha256"]
 
 
 def slices_of(rows, tags):
@@ -247,11 +250,14 @@ def repair(words, config):
         body = "".join(json.dumps(r) + "\n" for r in records)
         says = f"{len(records)} records kept, {lost} lines lost"
     else:
-        value, whole = complete_json(text)
+        try:
+            value, whole = complete_json(text)
+        except RecursionError:
+            raise ConfigError(f"{path} is nested too deeply") from None
         require(isinstance(value, (dict, list)), f"{path} holds no complete record", None)
         body, says = json.dumps(value, indent=1) + "\n", "it was whole" if whole else f"{len(value)} records kept"
     write_file(out, lambda f: f.write(body.encode()))
-    print(f"{out}: {says}")
+    say(f"{out}: {says}")
 
 
 def complete_lines(text):
@@ -261,7 +267,7 @@ def complete_lines(text):
         try:
             record = json.loads(line)
             whole = isinstance(record, (dict, list))  # 12 may be the beginning of 123
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = False
         records, lost = (records + [record], lost) if whole else (records, lost + 1)
     return records, lost
@@ -296,7 +302,7 @@ def beginning(text, at):
         if isinstance(found, dict):
             name, end = beginning(text, at)
             at = None if end is None else skip_blanks(text, end)
-            if at is None or text[at : at + 1] != ":":
+            if at is None or not isinstance(name, str) or text[at : at + 1] != ":":
                 return found, None
             at = skip_blanks(text, at + 1)
         value, end = beginning(text, at)

@@ -28,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 import configs
-from checkpoint import Log, find_checkpoint, lock, read_checkpoint, read_json, write_json
-from configs import RunFailed, require
+from checkpoint import Log, check_kinds, find_checkpoint, lock, read_checkpoint, read_record, write_json
+from configs import RunFailed, printable, require, say
 from draws import IGNORE
 from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
 from parallel import (
@@ -252,7 +252,8 @@ def catch_signals(world):
 
 def show(bar, text):
     """Print a line without breaking the progress bar."""
-    tqdm.write(text) if not bar.disable else print(text, flush=True)
+    text = printable(text)
+    tqdm.write(text) if not bar.disable else say(text, flush=True)
 
 
 # ---- command line ------------------------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ def read_command_line(argv):
     words, settings = configs.collect(argv)
     if any(s.key == "help" for s in settings):
         p = plan([s for s in settings if s.key in ("model", "data")])
-        print(configs.help_text(__doc__, TrainConfig, p.model_module.Config, p.data_module.Config))
+        say(configs.help_text(__doc__, TrainConfig, p.model_module.Config, p.data_module.Config))
         sys.exit(0)
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
     resume = [s for s in settings if s.key == "resume"]
@@ -368,7 +369,8 @@ def take_up(p, folder, world):
     name = world.first_does(find)
     resume = read_checkpoint(folder, name) if name else None
     path = os.path.join(folder, "config.json")
-    saved = world.first_does(lambda: read_json(path))
+    saved = world.first_does(lambda: read_record(path, {"world_size": "count", "threads": "count"}))
+    check_kinds(saved.get("resumed", []), "list", f"{path}: 'resumed'")
     began = (saved["world_size"], saved["threads"])
     if began != (world.size, torch.get_num_threads()):
         what = f"{began[0]} ranks of {began[1]} threads"
@@ -425,7 +427,7 @@ def finish(run, resume):
     world.say(f"{summary}; {state['step']} steps, {state['seconds']:.0f} s; {folder}")
     if not reached and world.first:
         of = f" on {p.train.target_slice}" * bool(p.train.target_slice)
-        print(f"below target{of}: {watched(test, p.train.target_slice):.4f} < {p.train.target}", file=sys.stderr)
+        say(f"below target{of}: {watched(test, p.train.target_slice):.4f} < {p.train.target}", file=sys.stderr)
     return 0 if reached else 1
 
 
