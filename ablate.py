@@ -42,7 +42,7 @@ from interventions import (
     without_head,
 )
 from look import LookConfig, end_to_end, save
-from measure import figure, finish, mean_over_rows, print_table, share_over_rows, shown
+from measure import figure, finish, mean_over_rows, mean_share_over_rows, print_table, share_over_rows, shown
 from slots import why_not_slots
 
 
@@ -150,7 +150,8 @@ def effects_by_mode(columns):
         for name, mine in [*groups, ("control", columns["control"])]:
             mine = mine & (columns["mode"] == mode)
             if mine.any():
-                fall, flip = (mean_over_rows(columns[k][mine].astype(float), columns["row"][mine]) for k in ("fall", "flip"))
+                fall = mean_over_rows(columns["fall"][mine].astype(float), columns["row"][mine])
+                flip = mean_share_over_rows(columns["flip"][mine], columns["row"][mine])
                 strongest = np.sort(columns["fall"][mine])[-max(1, mine.sum() // 100) :].mean()
                 cells[mode, name] = {"fall": fall, "flip": flip, "strongest": float(strongest), "n": int(mine.sum())}
     return cells
@@ -308,21 +309,22 @@ def why_not_pairs(look):
 
 
 PAIRS = "rows pairs type chunk seed"
+KEYS = "rows modes seed"  # of what reads the result of keys: which one
 COMMANDS = {
     "keys": looks(
         keys, "rows modes chunk seed", "Every slot that a row reads, removed: which matter, and how much.", why_not_slots
     ),
     "impact": looks(
-        impact.impact, "", "Which slots matter, by how much more than a random one, for which facts.", why_not_slots
+        impact.impact, KEYS, "Which slots matter, by how much more than a random one, for which facts.", why_not_slots
     ),
     "keystats": looks(
-        impact.keystats, "seed", "How often slots are read, how their effects vary, which are alike.", why_not_slots
+        impact.keystats, KEYS, "How often slots are read, how their effects vary, which are alike.", why_not_slots
     ),
     "occurrences": looks(
-        impact.occurrences, "", "How reads spread over the slots: unused ones, Gini's coefficient.", why_not_slots
+        impact.occurrences, KEYS, "How reads spread over the slots: unused ones, Gini's coefficient.", why_not_slots
     ),
-    "position": looks(impact.position, "", "At which places of the answer removal costs most.", why_not_slots),
-    "repeats": looks(impact.repeats, "seed", "Are keys with repeated digits easier to remove?", why_not_memory),
+    "position": looks(impact.position, KEYS, "At which places of the answer removal costs most.", why_not_slots),
+    "repeats": looks(impact.repeats, KEYS, "Are keys with repeated digits easier to remove?", why_not_memory),
     "layer": looks(layer, "rows seed", "Whole parts of layers, taken out.", why_not_blocks),
     "heads": looks(heads, "rows seed", "Heads, taken out one by one: which are needed, where, for which digit.", why_not_heads),
     **{
@@ -337,8 +339,8 @@ COMMANDS = {
     "swap-matrix": looks(
         exchange.swap_matrix, PAIRS, "All that another row reads: which digits stand in for which.", why_not_memory
     ),
-    "swap-pred": looks(impact.swap_predictions, "", "What each digit turns into after the exchange.", why_not_memory),
-    "corr": looks(impact.correlate, "seed", "Do rows that suffer from removal take another row's answer?", why_not_memory),
+    "swap-pred": looks(impact.swap_predictions, "rows pairs type seed", "What each digit turns into after the exchange.", why_not_memory),
+    "corr": looks(impact.correlate, "rows modes pairs type seed", "Do rows that suffer from removal take another row's answer?", why_not_memory),
     "patch": looks(exchange.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs),
     "all": looks(everything, "rows modes pairs type chunk seed", "Everything that fits the run.", fits_all),
 }

@@ -14,8 +14,8 @@ import torch
 from attention import attention_weights
 from checkpoint import make_directory
 from configs import require, say
-from look import batches, end_to_end, over_rows, save
-from measure import figure, finish, mean, print_table, write_figure
+from look import batches, end_to_end, ending, over_rows, save
+from measure import figure, finish, mean_share, print_table, write_figure
 
 PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (T, 1), s (1, T)) -> (B, T, T) or (T, T) bool
     "previous token": lambda ids, t, s: s == t - 1,
@@ -59,8 +59,8 @@ def maps(model, tokens, cu_seqlens=None):
 
 
 def mean_of_known(x):
-    """Mean and interval of what is not nan; None if all is."""
-    return mean(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
+    """Mean and interval of what is not nan, shares; None if all is."""
+    return mean_share(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
 
 
 def why_not_maps(model):
@@ -136,7 +136,7 @@ def attention(look):
     plot = lambda path: plot_grid(path, drawn, texts, by_head, title)
     save(look, "attention", {"rows": n}, {"head": by_head}, [example], found, plot)
     if look.world.first:
-        plot_heads(os.path.join(look.folder, "attention"), drawn, texts, by_head)
+        plot_heads(os.path.join(look.folder, "attention" + ending(look, "attention")), drawn, texts, by_head)
 
 
 def example_row(look):

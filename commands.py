@@ -15,7 +15,7 @@ from collections import namedtuple
 import configs
 from checkpoint import write_file
 from configs import ConfigError, printable, require, say
-from look import open_look
+from look import ending, open_look
 from parallel import joined
 
 MODEL = "split checkpoint eval_batch_size device dtype"  # settings of whatever runs a model
@@ -60,7 +60,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     require(len(words) == 1, f"name one run directory, as in: {name} runs/RUN", None)
     with joined(config.device) as world:
         look = world.together(lambda: open_look(words[0], config, world))
-        look.prefix = prefix
+        look.prefix, look.uses = prefix, {n: c.uses for n, c in commands.items()}
         why_not = command.why_not(look)
         require(not why_not, f"{look.folder}: {why_not}", None)
         command.work(look)
@@ -71,7 +71,8 @@ def report(look, script, commands, names, file):
     size, start = sum(q.numel() for q in look.model.parameters()), time.perf_counter()
     about = ", ".join(f"{k} {v}" for k, v in look.about().items())
     text = printable(f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n", keep="\n")
-    path = os.path.join(look.folder, file)
+    stem, dot_md = os.path.splitext(file)
+    path = os.path.join(look.folder, stem + ending(look, "all") + dot_md)
     for name in names:
         text += printable(f"\n## {name}\n\n" + chapter(look, script, name, commands[name]), keep="\n")
         if look.world.first:
@@ -81,6 +82,7 @@ def report(look, script, commands, names, file):
 
 def chapter(look, script, name, command):
     """Run one command -> its part of the report."""
+    look.read.clear()
     start, figures, printed = time.perf_counter(), len(look.figures), io.StringIO()
     why_not = command.why_not(look)
     look.world.say(f"\n{name}: " + (f"left out, {why_not}" if why_not else command.shows))

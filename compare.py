@@ -4,6 +4,7 @@ python eval.py compare 'runs/*' [--out figures/mine]
 """
 
 import glob
+import hashlib
 import json
 import math
 import os
@@ -35,7 +36,7 @@ def compare(words, config):
     head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds", "accuracy", "95% interval")
     names = ("run", "model", "params", "state", "seed", "steps", "seconds")
     print_table(head, [(*(r[k] for k in names), *shown(r["all"])[1:]) for r in runs])
-    out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", "compare")
+    out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", name_of(folders))
     flat = [
         {k: v for k, v in r.items() if k not in ("all", "by_slice", "curve", "settings")} | {"accuracy": r["all"]["value"]}
         for r in runs
@@ -43,6 +44,17 @@ def compare(words, config):
     write_parquet(out + ".parquet", {k: [r[k] for r in flat] for k in flat[0]})
     plot_compare(out + ".png", runs)
     say(f"wrote {out}.parquet, {out}.png")
+
+
+def name_of(folders):
+    """compare, if these are all the runs in their directory; else with a name for these, so that a table of some does not take
+    the place of another's."""
+    beside = os.path.join(glob.escape(os.path.dirname(os.path.normpath(folders[0]))), "*", "config.json")
+    every = {os.path.realpath(os.path.dirname(path)) for path in glob.glob(beside)}
+    mine = {os.path.realpath(f) for f in folders if os.path.exists(os.path.join(f, "config.json"))}
+    if mine == every:
+        return "compare"
+    return f"compare_{len(mine)}_runs-{hashlib.sha256(json.dumps(sorted(mine)).encode()).hexdigest()[:8]}"
 
 
 SUMS = "right row_right rows right_right right_labels labels_labels".split()

@@ -15,7 +15,7 @@ import torch
 from checkpoint import read_record
 from configs import ConfigError, require
 from exchange import HOW
-from look import BOOLEAN, NUMBER, TEXT, WHOLE, read_parquet, save
+from look import BOOLEAN, DECIDE, NUMBER, TEXT, WHOLE, ending, read_parquet, results, save
 from measure import draw, figure, finish, mean, print_table, share, share_over_rows, shown
 from memory import usage
 from stats import correct, correlation
@@ -33,10 +33,19 @@ COLUMNS = {  # what is read here of each measurement
 
 
 def read_columns(look, what):
-    """The parquet file that `ablate.py <what>` wrote into the run -> {column: (N,)}"""
-    ending = "" if look.config.split == "test" else f"_{look.config.split}"
-    path = os.path.join(look.folder, f"ablate_{what}{ending}.parquet")
+    """The parquet file that `ablate.py <what>` wrote into the run -> {column: (N,)}
+
+    It is the one of the same settings; if none are given, the only one there is.
+    """
     advice = f"python ablate.py {what.replace('_', '-')} {look.folder} writes it"
+    end, there = ending(look, what), results(look, what)
+    if end not in there and not any(f"_{name}-" in end for name in DECIDE) and there:
+        message = f"{look.folder} has {', '.join(f'ablate_{what}{e}' for e in there)}; say with the same settings which is meant"
+        require(len(there) == 1, message, None)
+        (end,) = there
+        look.world.say(f"reading ablate_{what}{end}")
+    look.read.append(end)
+    path = os.path.join(look.folder, f"ablate_{what}{end}.parquet")
     columns = read_parquet(path, COLUMNS[what], advice)
     try:
         step = read_record(path[: -len("parquet")] + "json", {"config": {"step": "count"}})["config"]["step"]

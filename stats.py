@@ -12,6 +12,7 @@
 Letters: n examples, N labels, R rows.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -137,14 +138,24 @@ def stats(words, config):
         advice = "give both the same data, seed and split"
         require(same, f"{words[0]} and {words[1]} were not measured on the same rows; {advice}", None)
         result = two_runs(rows, tags)
-    names = [os.path.basename(os.path.splitext(os.path.normpath(w))[0]) for w in words]
-    of_split = "" if config.split == "test" else f"_{config.split}"
-    name = f"eval_stats{of_split}" + (f"_against_{names[0]}" if len(words) == 2 else "")
+    name = f"eval_stats{stem_of(words[-1], config.split)}"
+    if len(words) == 2:
+        name += f"_against_{os.path.basename(os.path.splitext(os.path.normpath(words[0]))[0])}"
+        places = [os.path.dirname(os.path.realpath(w)) for w in words]
+        if places[0] != places[1]:  # another directory may have a run of this name, too
+            name += f"-{hashlib.sha256(places[0].encode()).hexdigest()[:8]}"
     path = os.path.join(words[-1] if os.path.isdir(words[-1]) else os.path.dirname(words[-1]), name)
     write_json(path + ".json", {"config": {"runs": words, "split": config.split}, **result, "examples": []})
     plot_stats(path + ".png", result, words)
     say(f"wrote {path}.json, .png")
     return path + ".png"
+
+
+def stem_of(path, split):
+    """What a run's, or a result file's, name adds to the name of its statistics: eval_val_rows-10.json -> _val_rows-10"""
+    stem = f"eval_{split}" if os.path.isdir(path) else os.path.basename(os.path.splitext(path)[0])
+    rest = stem.removeprefix("eval_")
+    return "" if rest == "test" else rest.removeprefix("test") if rest.startswith("test_") else f"_{rest}"
 
 
 def data_of(path):
