@@ -10,7 +10,8 @@
     python ablate.py impact | keystats | occurrences | position | repeats runs/RUN     # read what keys wrote
     python ablate.py corr runs/RUN                   # ablation against swap
 
-Each writes ablate_<what>.json, .parquet and .png into the run. Rows are those that the model answers rightly, as many of each
+Each writes ablate_<what>.json, .parquet and .png into the run; settings away from their defaults are part of the name, as in
+ablate_swap_type-less_more.json, and what reads a result takes the one of the same settings, or the only one. Rows are those that the model answers rightly, as many of each
 group (exposures) as there are. Removing a slot with weight 0 leaves the layer in a state it never was in (off-distribution), so
 `keys` also drops it (the next best slot comes in), and puts the mean value, a random one or another row's in its place.
 
