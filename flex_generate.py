@@ -36,7 +36,7 @@ import fusion
 import llama
 import prompts
 from checkpoint import data_hash, make_directory, read_lines, write_file, write_json
-from configs import ConfigError, at_least, one_of, require
+from configs import ConfigError, at_least, one_of, require, say
 from llama import need
 from measure import figure, print_table, share, share_over_rows, shown, write_figure
 from parallel import choose_device, joined
@@ -471,7 +471,7 @@ def write_results(c, folder, facts, shots, methods):
     result = {"config": about, "metrics": {"majority": baseline, **dict(rows)}, "by_slice": {}, "examples": []}
     write_json(os.path.join(folder, "table.json"), result)
     plot_table(os.path.join(folder, "table.png"), rows, baseline, f"{c.model}: {len(facts)} questions")
-    print(f"wrote {folder}/*.feather, table.json, table.png")
+    say(f"wrote {folder}/*.feather, table.json, table.png")
 
 
 def frame(records):
@@ -542,7 +542,7 @@ def add_lemmas(c):
         columns["predict_lemma"] = [prompts.words(p) for p in columns["prediction"]]
         columns["answer_lemmas"] = [[prompts.words(a) for a in answers] for answers in columns["answers"]]
         write_file(path, lambda f: feather.write_feather(pa.table(columns), f))
-        print(f"{path}: lemmas of {len(columns['uuid'])} predictions")
+        say(f"{path}: lemmas of {len(columns['uuid'])} predictions")
 
 
 def show_mask(c):
@@ -552,7 +552,7 @@ def show_mask(c):
     path = os.path.join(c.out_dir, "mask.png")
     print(f"{scheme}: a row sees the columns marked x (P: instruction and examples, M: manual, A: automatic, G: generated)")
     print(fusion.draw(scheme, manual, path))
-    print(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def main(argv=None):

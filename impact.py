@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from checkpoint import read_record
-from configs import ConfigError, require
+from configs import ConfigError, require, say
 from exchange import HOW
 from look import BOOLEAN, DECIDE, NUMBER, TEXT, WHOLE, ending, read_parquet, results, save
 from measure import draw, figure, finish, mean, print_table, share, share_over_rows, shown
@@ -165,7 +165,7 @@ def impact(look):
         for b, c in cells.items()
     ]
     print_table(head, lines)
-    print(
+    say(
         f"mode {mode}; slots that a row does not read: largest change {np.abs(control).max() if len(control) else 0:.1e} logits"
     )
     rare = frequent_or_rare(columns)
