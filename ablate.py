@@ -10,7 +10,8 @@
     python ablate.py impact | keystats | occurrences | position | repeats runs/RUN     # read what keys wrote
     python ablate.py corr runs/RUN                   # ablation against swap
 
-Each writes ablate_<what>.json, .parquet and .png into the run. Rows are those that the model answers rightly, as many of each
+Each writes ablate_<what>.json, .parquet and .png into the run; settings away from their defaults are part of the name, as in
+ablate_swap_type-less_more.json, and what reads a result takes the one of the same settings, or the only one. Rows are those that the model answers rightly, as many of each
 group (exposures) as there are. Removing a slot with weight 0 leaves the layer in a state it never was in (off-distribution), so
 `keys` also drops it (the next best slot comes in), and puts the mean value, a random one or another row's in its place.
 
@@ -26,7 +27,7 @@ import configs
 import exchange
 import impact
 from commands import fits_all, looks, report, run_command
-from configs import one_of, require
+from configs import one_of, require, say
 from edits import why_not_facts
 from interventions import (
     MODES,
@@ -42,7 +43,7 @@ from interventions import (
     without_head,
 )
 from look import LookConfig, end_to_end, save
-from measure import figure, finish, mean_over_rows, print_table, share_over_rows, shown
+from measure import figure, finish, mean_over_rows, mean_share_over_rows, print_table, share_over_rows, shown
 from slots import why_not_slots
 
 
@@ -151,7 +152,8 @@ def effects_by_mode(columns):
         for name, mine in [*groups, ("control", columns["control"])]:
             mine = mine & (columns["mode"] == mode)
             if mine.any():
-                fall, flip = (mean_over_rows(columns[k][mine].astype(float), columns["row"][mine]) for k in ("fall", "flip"))
+                fall = mean_over_rows(columns["fall"][mine].astype(float), columns["row"][mine])
+                flip = mean_share_over_rows(columns["flip"][mine], columns["row"][mine])
                 strongest = np.sort(columns["fall"][mine])[-max(1, mine.sum() // 100) :].mean()
                 cells[mode, name] = {"fall": fall, "flip": flip, "strongest": float(strongest), "n": int(mine.sum())}
     return cells
@@ -273,7 +275,7 @@ def heads(look):
     print_effects("without head", by_slice["head"])
     hurt = {digit: max(cells, key=lambda name: cells[name]["fall"]["value"]) for digit, cells in digits.items()}
     if hurt:
-        print("the head that each answer needs most:", ", ".join(f"{d!r}: {name}" for d, name in hurt.items()))
+        say("the head that each answer needs most:", ", ".join(f"{d!r}: {name}" for d, name in hurt.items()))
     by_slice["answer, head"] = {f"{d!r}, {name}": c for d, cells in digits.items() for name, c in cells.items()}
     two = {k: by_slice[k] for k in ("head", "head, place")}
     metrics = {"rows": len(cases), "head of each answer": hurt}
@@ -309,21 +311,22 @@ def why_not_pairs(look):
 
 
 PAIRS = "rows pairs type chunk seed"
+KEYS = "rows modes seed"  # of what reads the result of keys: which one
 COMMANDS = {
     "keys": looks(
         keys, "rows modes chunk seed", "Every slot that a row reads, removed: which matter, and how much.", why_not_slots
     ),
     "impact": looks(
-        impact.impact, "", "Which slots matter, by how much more than a random one, for which facts.", why_not_slots
+        impact.impact, KEYS, "Which slots matter, by how much more than a random one, for which facts.", why_not_slots
     ),
     "keystats": looks(
-        impact.keystats, "seed", "How often slots are read, how their effects vary, which are alike.", why_not_slots
+        impact.keystats, KEYS, "How often slots are read, how their effects vary, which are alike.", why_not_slots
     ),
     "occurrences": looks(
-        impact.occurrences, "", "How reads spread over the slots: unused ones, Gini's coefficient.", why_not_slots
+        impact.occurrences, KEYS, "How reads spread over the slots: unused ones, Gini's coefficient.", why_not_slots
     ),
-    "position": looks(impact.position, "", "At which places of the answer removal costs most.", why_not_slots),
-    "repeats": looks(impact.repeats, "seed", "Are keys with repeated digits easier to remove?", why_not_memory),
+    "position": looks(impact.position, KEYS, "At which places of the answer removal costs most.", why_not_slots),
+    "repeats": looks(impact.repeats, KEYS, "Are keys with repeated digits easier to remove?", why_not_memory),
     "layer": looks(layer, "rows seed", "Whole parts of layers, taken out.", why_not_blocks),
     "heads": looks(heads, "rows seed", "Heads, taken out one by one: which are needed, where, for which digit.", why_not_heads),
     **{
@@ -338,8 +341,8 @@ COMMANDS = {
     "swap-matrix": looks(
         exchange.swap_matrix, PAIRS, "All that another row reads: which digits stand in for which.", why_not_memory
     ),
-    "swap-pred": looks(impact.swap_predictions, "", "What each digit turns into after the exchange.", why_not_memory),
-    "corr": looks(impact.correlate, "seed", "Do rows that suffer from removal take another row's answer?", why_not_memory),
+    "swap-pred": looks(impact.swap_predictions, "rows pairs type seed", "What each digit turns into after the exchange.", why_not_memory),
+    "corr": looks(impact.correlate, "rows modes pairs type seed", "Do rows that suffer from removal take another row's answer?", why_not_memory),
     "patch": looks(exchange.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs),
     "all": looks(everything, "rows modes pairs type chunk seed", "Everything that fits the run.", fits_all),
 }

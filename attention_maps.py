@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from attention import attention_weights, softmax_attention
-from configs import require
-from look import batches, end_to_end, over_rows, save
-from measure import figure, mean, print_table
+from checkpoint import make_directory
+from configs import require, say
+from look import batches, end_to_end, ending, over_rows, save
+from measure import figure, finish, mean_share, print_table, write_figure
 from model import in_eval_mode
 
 PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (T, 1), s (1, T)) -> (B, T, T) or (T, T) bool
@@ -92,8 +93,8 @@ def close(x, y):
 
 
 def mean_of_known(x):
-    """Mean and interval of what is not nan; None if all is."""
-    return mean(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
+    """Mean and interval of what is not nan, shares; None if all is."""
+    return mean_share(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
 
 
 def why_no_mixer(model):
@@ -183,7 +184,7 @@ def attention(look):
     plot = lambda path: plot_grid(path, drawn, texts, by_head, title)
     save(look, "attention", {"rows": n}, {"head": by_head}, [example], found, plot)
     if look.world.first:
-        plot_heads(os.path.join(look.folder, "attention"), drawn, texts, by_head)
+        plot_heads(os.path.join(look.folder, "attention" + ending(look, "attention")), drawn, texts, by_head)
 
 
 def example_row(look):
@@ -217,14 +218,12 @@ def plot_grid(path, maps, texts, by_head, title):
     fig.colorbar(drawn, ax=axes, shrink=0.6, label="attention weight")
     fig.supxlabel("token looked at", fontsize=8)
     fig.supylabel("token that looks", fontsize=8)
-    fig.suptitle(title, fontsize=8)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    finish(fig, plt, path, title)
 
 
 def plot_heads(folder, maps, texts, by_head):
     """A large map for each head: attention/layer_0_head_1.png and so on."""
-    os.makedirs(folder, exist_ok=True)
+    make_directory(folder)
     for layer, weights in maps.items():
         for h, m in enumerate(weights):
             plt, fig, (axis,) = figure(1, 1, width=6)
@@ -232,6 +231,5 @@ def plot_heads(folder, maps, texts, by_head):
             drawn = draw_map(axis, m, texts, f"layer {layer}, head {h}: {by_head[f'layer {layer}, head {h}']['does']}")
             axis.set(xlabel="token looked at", ylabel="token that looks")
             fig.colorbar(drawn, ax=axis, label="attention weight")
-            fig.savefig(os.path.join(folder, f"layer_{layer}_head_{h}.png"), dpi=120)
-            plt.close(fig)
-    print(f"wrote {folder}/layer_*_head_*.png")
+            write_figure(fig, plt, os.path.join(folder, f"layer_{layer}_head_{h}.png"))
+    say(f"wrote {folder}/layer_*_head_*.png")

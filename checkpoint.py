@@ -34,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from configs import ConfigError, RunFailed, require
+from configs import ConfigError, RunFailed, require, say
 
 try:
     import fcntl
@@ -141,6 +141,14 @@ def bring_names_to_disk(folder):
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def make_directory(path):
+    """Make a directory to write into, if there is none; ConfigError if something else is in its place."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"cannot make the directory {path}: {e.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -251,9 +259,111 @@ def write_json(path, value):
     write_file(path, lambda f: f.write(json.dumps(finite(value), indent=1).encode() + b"\n"))
 
 
+# ---- what this project wrote, read back --------------------------------------------------------------------------------
+
+DEEPEST = 40  # lists and dicts inside each other; what is written here has 6
+# Kinds of values in JSON: how a sentence names them, and whether a value is one.
+KINDS = {
+    "count": ("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < 2**63),
+    "size": ("a whole number of at least 1", lambda v: type(v) is int and 1 <= v < 2**63),
+    "number": ("a number", lambda v: type(v) in (int, float) and abs(v) < 1e300),
+    "number or null": ("a number or null", lambda v: v is None or type(v) in (int, float) and abs(v) < 1e300),
+    "share": ("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1),
+    "text": ("text", lambda v: isinstance(v, str)),
+    "dict": ("an object", lambda v: isinstance(v, dict)),
+    "list": ("a list", lambda v: isinstance(v, list)),
+    "path inside": ("a path inside its folder", lambda v: isinstance(v, str) and is_inside(v)),
+    "hash": ("a SHA-256", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v)),
+}
+
+
+def is_inside(path):
+    """Does a relative path stay in its folder?"""
+    return path and "\0" not in path and not os.path.isabs(path) and ".." not in path.split("/")
+
+
+def parse_json(text):
+    """JSON as `write_json` and `Log` write it -> value; ValueError says what else it is.
+
+    text: str or bytes. Refused beside what is no JSON: NaN and Infinity, deep nesting.
+    """
+
+    def refuse(word):
+        raise ValueError(f"{word} is no number of JSON")
+
+    try:
+        value = json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=refuse)
+        deep = is_deep(value)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"byte {e.start + 1} is no UTF-8") from None
+    except RecursionError:
+        deep = True
+    if deep:
+        raise ValueError("nested too deeply")
+    return value
+
+
+def is_deep(value, left=DEEPEST):
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left == 0 or any(is_deep(v, left - 1) for v in inner)
+
+
+def check_kinds(value, kinds, where):
+    """ConfigError unless value is of its kind: a key of KINDS, or {key: kind} for a dict that has these keys and maybe more.
+
+    The key "*" stands for every key; [kind] is a list of such values. where: the file, for the sentence.
+    """
+    if isinstance(kinds, str):
+        name, fits = KINDS[kinds]
+        if not fits(value):
+            shown = repr(value)
+            raise ConfigError(f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, not {name}")
+        return
+    check_kinds(value, "list" if isinstance(kinds, list) else "dict", where)
+    if isinstance(kinds, list):
+        for i, item in enumerate(value):
+            check_kinds(item, kinds[0], f"{where}[{i}]")
+        return
+    for key, kind in kinds.items():
+        if key != "*" and key not in value:
+            raise ConfigError(f"{where} has no {key!r}")
+        for k in value if key == "*" else (key,):
+            check_kinds(value[k], kind, f"{where}: {k!r}")
+
+
 def read_json(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    """A JSON file of this project; ConfigError in a sentence if it is not there, unreadable or damaged."""
+    try:
+        with open(path, "rb") as f:
+            return parse_json(f.read())
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}") from None
+    except ValueError as e:
+        raise ConfigError(f"{path} is damaged, or not of this project ({e})") from None
+
+
+def read_record(path, kinds):
+    """`read_json` of a file that must have `kinds` (see check_kinds)."""
+    value = read_json(path)
+    check_kinds(value, kinds, path)
+    return value
+
+
+def read_lines(path, kinds):
+    """Rows of a .jsonl file that have `kinds` -> (rows, number of other lines). A line that a kill cut off is one of these."""
+    rows, others = [], 0
+    try:
+        with open(path, "rb") as f:
+            for line in filter(bytes.strip, f):
+                try:
+                    row = parse_json(line)
+                    check_kinds(row, kinds, path)
+                    rows.append(row)
+                except (ValueError, ConfigError):
+                    others += 1
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}") from None
+    return rows, others
 
 
 def lock(folder, what="this run"):
@@ -269,7 +379,7 @@ def lock(folder, what="this run"):
         message = f"{folder}: another process is writing {what}; wait for it, or stop it first"
         raise ConfigError(message, "resume")
     if held is None:
-        print(f"note: {folder} cannot be locked here; start no second process in it", file=sys.stderr)
+        say(f"note: {folder} cannot be locked here; start no second process in it", file=sys.stderr)
     remove_stale(temporary_names(os.path.join(folder, "*")))
     return handle
 
@@ -324,15 +434,32 @@ class Log:
             raise RunFailed(f"cannot write {self.path}: {e.strerror}; the checkpoints are whole") from None
 
 
-def read_log(folder):
-    """Rows of log.jsonl; a line that a kill cut off, or that is no row, is dropped."""
-    rows = []
-    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8", errors="replace") as f:
-        for line in f:
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return [r for r in rows if isinstance(r, dict) and {"kind", "step"} <= r.keys()]
+MEASURED = {"loss": "number or null", "accuracy": "share", "row_accuracy": "share", "labels": "count", "rows": "count"}
+ROWS = {  # kind of a row of log.jsonl: what its readers need
+    "train": {"loss": "number or null"},
+    "eval": {**MEASURED, "seconds": "number"},
+    "memory": {"layers": {"*": "dict"}},
+}
 
+
+def read_log(folder):
+    """Rows of log.jsonl; a line that a kill cut off, or that is no row, is left out, and a note says so if there are more."""
+    path = os.path.join(folder, "log.jsonl")
+    found, lost = read_lines(path, {"kind": "text", "step": "count"})
+    rows = []
+    for row in found:
+        try:
+            check_kinds(row, ROWS.get(row["kind"], {}), path)
+            rows.append(row)
+        except ConfigError:
+            lost += 1
+    if lost > 1:
+        say(f"note: {lost} lines of {path} are damaged and left out", file=sys.stderr)
+    return rows
+
+
+# What a checkpoint holds beside tensors: see train.train.
+STATE = {"step": "count", "bad_steps": "count", **dict.fromkeys(("best", "best_of_all", "seconds"), "number")}
 
 # ---- checkpoints in one file -------------------------------------------------------------------------------------------
 
@@ -412,7 +539,7 @@ def find_checkpoint(folder, *names, holds_lock=False):
                 # The run that trains here may have written another one meanwhile.
                 if stamp(path) != seen:
                     continue
-                print(f"{path} is damaged ({e}); trying an older one", file=sys.stderr)
+                say(f"{path} is damaged ({e}); trying an older one", file=sys.stderr)
                 if holds_lock:
                     set_aside(path)
                 break
@@ -498,28 +625,22 @@ def unreadable(path, error):
     return ConfigError(f"{path} cannot be read as weights ({why})", "init_from")
 
 
-NUMBERS = {"step": (int,), "bad_steps": (int,)}
-NUMBERS |= dict.fromkeys(("best", "best_of_all", "seconds"), (int, float))
-
-
 def check_form(state, path):
     """ConfigError unless this is what save_checkpoint is given:
     numbers, and tensors or the names of shards.
     """
-
-    def need(condition, what):
-        require(condition, f"{path} is no checkpoint of train.py: {what}", None)
-
-    need(isinstance(state, dict), f"it holds a {type(state).__name__}")
-    need("step" in state, "it has no step")
-    for name in NUMBERS.keys() & state.keys():
-        need(type(state[name]) in NUMBERS[name], f"its {name} is a {type(state[name]).__name__}")
-    need(state["step"] >= 0, f"its step is {state['step']}")
-    if "shards" in state:
-        about = state["shards"]
-        good = isinstance(about, dict) and "folder" in about
-        need(good and isinstance(about.get("files"), dict), "it does not name its shards")
-    else:
+    try:
+        check_kinds(state, "dict", path)
+        require("step" in state, f"{path} has no 'step'", None)
+        check_kinds(state, {name: STATE[name] for name in STATE.keys() & state.keys()}, path)
+        if "shards" in state:
+            shards = {"folder": "path inside", "files": {"*": "hash"}}
+            check_kinds(state["shards"], shards, f"{path}: 'shards'")
+            inside = all(is_inside(name) for name in state["shards"]["files"])
+            require(inside, f"{path} names files outside of its run", None)
+    except ConfigError as e:
+        raise ConfigError(f"{e}: it is no checkpoint of train.py") from None
+    if "shards" not in state:
         state["tensors"] = plain_tensors(state.get("tensors", {}), path)
 
 

@@ -14,8 +14,8 @@ from collections import namedtuple
 
 import configs
 from checkpoint import write_file
-from configs import ConfigError, RunFailed, require
-from look import open_look
+from configs import ConfigError, RunFailed, printable, require, say
+from look import ending, open_look
 from parallel import joined
 from plan import out_of_memory
 
@@ -41,7 +41,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     words, settings = configs.parse(sys.argv[1:] if argv is None else argv)
     asked = any(s.key == "help" for s in settings)
     if asked or not words:
-        print(configs.help_text(doc, kind))
+        say(configs.help_text(doc, kind))
         require(asked, "name a run directory or a command" if default else "name a command and a run directory", None)
         return
     configs.check_names(settings, kind)
@@ -61,7 +61,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     require(len(words) == 1, f"name one run directory, as in: {name} runs/RUN", None)
     with joined(config.device) as world:
         look = world.together(lambda: open_look(words[0], config, world))
-        look.prefix = prefix
+        look.prefix, look.uses = prefix, {n: c.uses for n, c in commands.items()}
         why_not = command.why_not(look)
         require(not why_not, f"{look.folder}: {why_not}", None)
         perform(name, command, look)
@@ -83,10 +83,11 @@ def report(look, script, commands, names, file):
     """Run commands one after another and write a report into the run: what was printed, the figures, how long it took."""
     size, start = sum(q.numel() for q in look.model.parameters()), time.perf_counter()
     about = ", ".join(f"{k} {v}" for k, v in look.about().items())
-    text = f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n"
-    path = os.path.join(look.folder, file)
+    text = printable(f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n", keep="\n")
+    stem, dot_md = os.path.splitext(file)
+    path = os.path.join(look.folder, stem + ending(look, "all") + dot_md)
     for name in names:
-        text += f"\n## {name}\n\n" + chapter(look, script, name, commands[name])
+        text += printable(f"\n## {name}\n\n" + chapter(look, script, name, commands[name]), keep="\n")
         if look.world.first:
             write_file(path, lambda f: f.write(text.encode()))
     look.world.say(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
@@ -94,6 +95,7 @@ def report(look, script, commands, names, file):
 
 def chapter(look, script, name, command):
     """Run one command -> its part of the report."""
+    look.read.clear()
     start, figures, printed = time.perf_counter(), len(look.figures), io.StringIO()
     why_not = command.why_not(look)
     look.world.say(f"\n{name}: " + (f"left out, {why_not}" if why_not else command.shows))

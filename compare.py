@@ -4,18 +4,19 @@ python eval.py compare 'runs/*' [--out figures/mine]
 """
 
 import glob
+import hashlib
 import json
+import math
 import os
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 
-from checkpoint import read_json, read_log
-from configs import ConfigError, require
+from checkpoint import check_kinds, read_log, read_record
+from configs import ConfigError, printable, require, say
 from look import write_parquet
 from measure import draw, figure, finish, print_table, shares, shown
-from plan import read_plan
+from plan import read_plan, saved_model_config
 
 
 def compare(words, config):
@@ -27,37 +28,69 @@ def compare(words, config):
         if os.path.exists(os.path.join(folder, "config.json")):
             try:
                 runs.append(read_result(folder))
-            except (OSError, json.JSONDecodeError, KeyError, TypeError, ConfigError) as e:
-                unfinished = isinstance(e, KeyError) and e.args == ("test",)
-                left_out.append(f"{folder} ({'it has not finished' if unfinished else f'{type(e).__name__}: {e}'})")
+            except ConfigError as e:
+                left_out.append(f"{folder} ({e})")
     if left_out:
-        print("left out, for want of a test result:", *left_out, sep="\n  ", file=sys.stderr)
+        say("left out, for want of a test result:", *left_out, sep="\n  ", file=sys.stderr)
     require(runs, f"no run with a test result matches {' '.join(words)}", None)
     head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds", "accuracy", "95% interval")
     names = ("run", "model", "params", "state", "seed", "steps", "seconds")
     print_table(head, [(*(r[k] for k in names), *shown(r["all"])[1:]) for r in runs])
-    out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", "compare")
+    out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", name_of(folders))
     flat = [
         {k: v for k, v in r.items() if k not in ("all", "by_slice", "curve", "settings")} | {"accuracy": r["all"]["value"]}
         for r in runs
     ]
     write_parquet(out + ".parquet", {k: [r[k] for r in flat] for k in flat[0]})
     plot_compare(out + ".png", runs)
-    print(f"wrote {out}.parquet, {out}.png")
+    say(f"wrote {out}.parquet, {out}.png")
+
+
+def name_of(folders):
+    """compare, if these are all the runs in their directory; else with a name for these, so that a table of some does not take
+    the place of another's."""
+    beside = os.path.join(glob.escape(os.path.dirname(os.path.normpath(folders[0]))), "*", "config.json")
+    every = {os.path.realpath(os.path.dirname(path)) for path in glob.glob(beside)}
+    mine = {os.path.realpath(f) for f in folders if os.path.exists(os.path.join(f, "config.json"))}
+    if mine == every:
+        return "compare"
+    return f"compare_{len(mine)}_runs-{hashlib.sha256(json.dumps(sorted(mine)).encode()).hexdigest()[:8]}"
+
+
+SUMS = "right row_right rows right_right right_labels labels_labels".split()
+COUNTS = {**dict.fromkeys(SUMS, "count"), "labels": "size", "rows": "size", "loss": "number or null"}  # measure.count's
+TEST = {"all": COUNTS, "by_slice": {"*": {"*": COUNTS}}}
+
+
+def read_test(folder):
+    """(status.json of a finished run, its test result); ConfigError if it has none, or none that can be."""
+    path = os.path.join(folder, "status.json")
+    require(os.path.exists(path), "it has not finished", None)
+    status = read_record(path, "dict")
+    require("test" in status, "it has not finished", None)
+    check_kinds(status, {"step": "count", "seconds": "number", "test": TEST}, path)
+    test = status["test"]
+    for cell in [test["all"], *(cell for cells in test["by_slice"].values() for cell in cells.values())]:
+        possible = cell["right"] <= cell["labels"] and cell["row_right"] <= cell["rows"]
+        require(possible, f"{path} is damaged: more is right than there is", None)
+        if cell["loss"] is None:  # JSON has no nan
+            cell["loss"] = math.nan
+    return status, test
 
 
 def read_result(folder):
-    """What compare shows of one finished run; KeyError if it has no test result."""
-    status, saved = (read_json(os.path.join(folder, name + ".json")) for name in ("status", "config"))
-    test = status["test"]
+    """What compare shows of one finished run; ConfigError if it has no test result, or is damaged."""
+    path = os.path.join(folder, "config.json")
+    saved = read_record(path, {"parameters": {"layers": "count"}, "train": "dict", "model": "dict", "data": "dict"})
+    status, test = read_test(folder)
     own = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
     p = read_plan(folder)
-    sizes = SimpleNamespace(**saved["model"])
+    sizes = saved_model_config(folder, p)
     # A model file may leave state_bytes out, or have no n_layers: compare takes forks, too.
     state = p.model_class.state_bytes(sizes) if hasattr(p.model_class, "state_bytes") else 0
     shape = f"D{sizes.dim} L{sizes.n_layers}" if hasattr(sizes, "n_layers") else ""
     return {
-        "run": os.path.basename(os.path.normpath(folder)),
+        "run": printable(os.path.basename(os.path.normpath(folder))),
         "model": p.train.model,
         "line": f"{p.train.model} {shape}, {saved['parameters']['layers']} params",
         "settings": json.dumps([{k: v for k, v in saved[part].items() if k not in own} for part in ("train", "model", "data")]),
@@ -67,9 +100,13 @@ def read_result(folder):
         "steps": status["step"],
         "seconds": round(status["seconds"], 1),
         "all": shares(test["all"]),
-        "curve": [(r["step"], r["loss"], r["accuracy"]) for r in read_log(folder) if r["kind"] == "eval"],
+        "curve": [(r["step"], or_nan(r["loss"]), r["accuracy"]) for r in read_log(folder) if r["kind"] == "eval"],
         "by_slice": {tag: {v: shares(c)["value"] for v, c in cells.items()} for tag, cells in test["by_slice"].items()},
     }
+
+
+def or_nan(x):
+    return math.nan if x is None else x
 
 
 def plot_compare(path, runs):
@@ -107,7 +144,10 @@ def plot_compare(path, runs):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
     there = sorted({r["state" if by_state else "params"] for r in runs})
-    sizes.set_xscale("log")
+    if there[0] > 0:
+        sizes.set_xscale("log")
+    elif there[-1] > 0:  # a logarithm has no place for 0
+        sizes.set_xscale("symlog", linthresh=min(n for n in there if n > 0))
     sizes.set_xticks(there, [f"{n:,}" for n in there], rotation=20, ha="right", fontsize=7)
     sizes.minorticks_off()
     for axis in (losses, accuracies, slices, sizes):

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import configs
-from configs import ConfigError, at_least, require
+from configs import ConfigError, at_least, require, say
 from draws import IGNORE, SPLITS, draw_distinct, draw_slots, rows_of_passes, skip_over, stream_key, uniforms
 from mqar_files import StoreConfig, StoredData, make_stored_rows, write_dataset
 
@@ -323,7 +323,7 @@ def show_stored(config):
 def main(argv=None):
     words, settings = configs.collect(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in settings):
-        print(configs.help_text(__doc__, StoreConfig))
+        say(configs.help_text(__doc__, StoreConfig))
         return
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
     configs.check_names(settings, StoreConfig)
@@ -337,7 +337,7 @@ def main(argv=None):
     seconds = time.perf_counter() - start
     size = sum(f["bytes"] for files in metadata["files"].values() for f in files) / 1e6
     tokens = 3 * config.num_samples * config.seq_len
-    print(f"{config.output_dir}: {3 * config.num_samples} rows, {tokens / 1e6:.1f} M tokens, {size:.1f} MB on disk")
+    say(f"{config.output_dir}: {3 * config.num_samples} rows, {tokens / 1e6:.1f} M tokens, {size:.1f} MB on disk")
     print(f"{seconds:.1f} s, {size / seconds:.1f} MB/s written, {tokens / 1e6 / seconds:.1f} M tokens/s")
 
 

@@ -44,7 +44,7 @@ import numpy as np
 import torch
 
 import configs
-from configs import at_least, one_of, require, within
+from configs import at_least, one_of, require, say, within
 from draws import IGNORE, SPLITS
 from facts import TASKS, Facts, said
 from measure import print_chance
@@ -363,13 +363,13 @@ def show(config, documents=2):
                 opens, closes = i in scored and i - 1 not in scored, i not in scored and i - 1 in scored
                 pieces.append("[" * opens + "]" * closes + data.tokenizer.decode([token]))
             marked = "".join(pieces)
-        print(f"{marked!r:24}", {k: v[0].item() for k, v in tags.items() if k != "place"} or "")
+        say(f"{marked!r:24}", {k: v[0].item() for k, v in tags.items() if k != "place"} or "")
 
 
 def main(argv=None):
     words, settings = configs.collect(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in settings):
-        print(configs.help_text(__doc__, StoreConfig))
+        say(configs.help_text(__doc__, StoreConfig))
         return 0
     command = words.pop(0) if words else ""
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
@@ -388,7 +388,7 @@ def main(argv=None):
     metadata = write_facts(config, TASKS[config.task].make(config))
     rows = {split: sum(f["rows"] for f in files) for split, files in metadata["files"].items()}
     size = sum(f["bytes"] for files in metadata["files"].values() for f in files) / 1e6
-    print(f"{config.output_dir}: {rows} rows, {size:.1f} MB, {time.perf_counter() - start:.1f} s")
+    say(f"{config.output_dir}: {rows} rows, {size:.1f} MB, {time.perf_counter() - start:.1f} s")
     print_chance(metadata["chance"])
     return 0
 
@@ -413,7 +413,7 @@ def check(path):
         texts = [t for s in settings for t in TASKS[s["task"]].make(Config(**s)).read("train", range(300))[0]]
         asked = [f"What is the value of {t[:6]}?{t[7:13]}" for t in texts] if kind == "qa" else []
         problem = mismatch(tokenizer, kind, texts + asked)
-        print(f"{tokenizer.name}: {kind}: {problem or 'exact'}")
+        say(f"{tokenizer.name}: {kind}: {problem or 'exact'}")
         bad += [kind] if problem else []
     if bad:
         raise configs.RunFailed(f"masks of {', '.join(bad)} would not be exact with {tokenizer.name}; use another, or bytes")

@@ -15,8 +15,10 @@
     python eval.py repair results.jsonl           # every complete record of a cut file
 
 Each writes eval_<what>.json {config, metrics, by_slice, examples}, .parquet and .png into the run (maps into attention/) and
-prints a short table.
-A run is rebuilt from its own config.json and checkpoint; no override file is run.
+prints a short table. Settings that decide what is measured are part of the name where they are not the defaults:
+eval_routing_rows-20.json.
+A run is rebuilt from its own config.json and checkpoint; no override file is run, and of your own model and data files only
+those whose checksum is in config.json.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ import configs
 import edits
 from commands import Command, fits_all, looks, report, run_command
 from compare import compare
-from configs import one_of, require
+from configs import one_of, require, say
 from draws import IGNORE
 from logits import logits
 from look import LookConfig, over_rows, save
@@ -98,7 +100,7 @@ def slices(look):
     print_slices(result)
     print_chance(metrics["without_knowledge"])
     for name, value in metrics["stored"].items():
-        print(f"{name}: {value['value']:.4g} (95% interval {value['ci95'][0]:.4g} - {value['ci95'][1]:.4g})")
+        say(f"{name}: {value['value']:.4g} (95% interval {value['ci95'][0]:.4g} - {value['ci95'][1]:.4g})")
     columns = {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit", "loss")}
     columns |= {tag: np.concatenate([b["tags"][tag] for b in batches]) for tag in batches[0]["tags"]}
     rows = np.concatenate([list(s) for s in data.segments(c.split)])
@@ -109,7 +111,7 @@ def slices(look):
     plot = lambda path: plot_slices(path, by_slice or {"all": {"all": everything}}, title)
     save(look, c.split, metrics, by_slice, examples, columns, plot)
     for row, example in zip(shown_rows, examples):
-        print(f"row {row}", *(f"  {name:8} {value!r}" for name, value in example.items() if name != "row"), sep="\n")
+        say(f"row {row}", *(f"  {name:8} {value!r}" for name, value in example.items() if name != "row"), sep="\n")
 
 
 def stored_bits(batches, data, model):

@@ -39,10 +39,19 @@ import configs
 import fusion
 import llama
 import prompts
-from checkpoint import data_hash, file_hash, only_writer, write_file, write_json
-from configs import ConfigError, at_least, one_of, require
+from checkpoint import (
+    check_kinds,
+    data_hash,
+    file_hash,
+    make_directory,
+    only_writer,
+    read_lines,
+    write_file,
+    write_json,
+)
+from configs import ConfigError, at_least, one_of, require, say
 from llama import need
-from measure import figure, print_table, share, share_over_rows, shown
+from measure import figure, print_table, share, share_over_rows, shown, write_figure
 from parallel import choose_device, joined
 from stats import mcnemar
 
@@ -401,6 +410,16 @@ def settings(c, dtype):
     return about | llama.fingerprint(c.model)
 
 
+RECORD = {  # a line of progress.<rank>.jsonl that answers a question
+    "uuid": "text",
+    "method": "text",
+    "templates": ["text"],
+    "answers": ["text"],
+    "seconds": "number",
+    "tokens": "number",
+}
+
+
 def read_progress(folder, about):
     """Records that earlier runs left in this directory, and the number of lines that are none: cut
     by a crash, damaged, or of another tool. ConfigError if they were made with other settings than
@@ -408,8 +427,10 @@ def read_progress(folder, about):
     records, lost = [], 0
     there = os.listdir(folder) if os.path.isdir(folder) else []
     for name in sorted(f for f in there if re.fullmatch(r"progress\.\d+\.jsonl", f)):
+        rows, others = read_lines(os.path.join(folder, name), "dict")
+        lost += others
         known = False  # are the settings of what follows?
-        for row in json_lines(os.path.join(folder, name)):
+        for row in rows:
             made_with = row.get("settings")
             if isinstance(made_with, dict):
                 keys = [*about, *(k for k in made_with if k not in about)]
@@ -425,33 +446,14 @@ def read_progress(folder, about):
     return records, lost
 
 
-def json_lines(path):
-    """The JSON objects in a file, one a line; {} for a line that is none."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            for line in filter(str.strip, f):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = {}
-                yield row if isinstance(row, dict) else {}
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}", "out_dir") from None
-
-
 def is_record(row):
     """Is this what `answer` makes?"""
-    is_text = lambda v: isinstance(v, str)
-    are_texts = lambda v: isinstance(v, list) and all(map(is_text, v))
-    is_number = lambda v: type(v) in (int, float) and 0 <= v < 1e18
-    made, asked = row.get("generation"), row.get("templates")
-    right = is_text(row.get("uuid")) and is_text(row.get("method"))
-    right = right and are_texts(asked) and are_texts(row.get("answers"))
-    if right and row["method"] == "per_prompt":
-        right = are_texts(made) and len(made) == len(asked)
-    else:
-        right = right and is_text(made)
-    return right and is_number(row.get("seconds")) and is_number(row.get("tokens"))
+    several = row.get("method") == "per_prompt"  # a generation for each template
+    try:
+        check_kinds(row, {**RECORD, "generation": ["text"] if several else "text"}, "")
+    except ConfigError:
+        return False
+    return not several or len(row["generation"]) == len(row["templates"])
 
 
 def generate(c, world):
@@ -483,6 +485,7 @@ def generate_in(folder, c, world, facts, shots):
         world.say(f"{len(facts)} questions, {len(facts) - len(left)} of them answered already; results go to {folder}")
         stop = fusion.Stop.of(tokenizer, model.config.eos, device, model.config.vocab_size)
         run = Run(c, model, tokenizer, stop, folder, methods)
+        world.first_does(lambda: make_directory(folder))
         answer_all(run, left, shots, have, about, world)
         world.say(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
     if world.first:
@@ -562,7 +565,7 @@ def write_results(c, folder, facts, shots, methods, about):
     result = {"config": about, "metrics": metrics, "by_slice": {}, "examples": []}
     write_json(os.path.join(folder, "table.json"), result)
     plot_table(os.path.join(folder, "table.png"), rows, baseline, f"{c.model}: {len(facts)} questions")
-    print(f"wrote {folder}/*.feather, table.json, table.png")
+    say(f"wrote {folder}/*.feather, table.json, table.png")
 
 
 def frame(records, asked):
@@ -622,8 +625,7 @@ def plot_table(path, rows, baseline, title):
     axis.title.set_fontsize(8)
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    write_figure(fig, plt, path)
 
 
 def add_lemmas(c):
@@ -650,17 +652,17 @@ def add_lemmas_in(folder, c):
         columns["predict_lemma"] = [prompts.words(p) for p in columns["prediction"]]
         columns["answer_lemmas"] = [[prompts.words(a) for a in answers] for answers in columns["answers"]]
         write_file(path, lambda f: feather.write_feather(pa.table(columns), f))
-        print(f"{path}: lemmas of {len(columns['uuid'])} predictions")
+        say(f"{path}: lemmas of {len(columns['uuid'])} predictions")
 
 
 def show_mask(c):
     manual = torch.tensor([True] * (5 if c.num_manual < 0 else c.num_manual) + [False] * (5 if c.num_auto < 0 else c.num_auto))
     scheme = "manual_cross" if c.allow_manual_cross_attention else "full" if c.method == "flex_full" else "isolated"
-    os.makedirs(c.out_dir, exist_ok=True)
+    make_directory(c.out_dir)
     path = os.path.join(c.out_dir, "mask.png")
     print(f"{scheme}: a row sees the columns marked x (P: instruction and examples, M: manual, A: automatic, G: generated)")
     print(fusion.draw(scheme, manual, path))
-    print(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def main(argv=None):

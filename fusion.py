@@ -68,7 +68,7 @@ def draw(scheme, manual, path=None, generated=2):
     lines = ["    " + " ".join(f"{name:>2}" for name in names)]
     lines += [f"{name:>2} [" + " ".join(" x" if x else " ." for x in row) + " ]" for name, row in zip(names, seen.tolist())]
     if path:
-        from measure import figure
+        from measure import figure, write_figure
 
         plt, fig, (axis,) = figure(1, 1, width=4.5)
         axis.imshow(seen.numpy(), cmap="Blues", vmin=0, vmax=1.4)
@@ -76,8 +76,7 @@ def draw(scheme, manual, path=None, generated=2):
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set(xlabel="seen (P: prefix)", ylabel="sees", title=f"{scheme}: manual M, automatic A, generated G")
         axis.title.set_fontsize(8)
-        fig.savefig(path, dpi=120)
-        plt.close(fig)
+        write_figure(fig, plt, path)
     return "\n".join(lines)
 
 

@@ -12,26 +12,54 @@ import os
 import numpy as np
 import torch
 
-from checkpoint import read_json
-from configs import ConfigError, require
+from checkpoint import read_record
+from configs import ConfigError, require, say
 from exchange import HOW
-from look import read_parquet, save
+from look import BOOLEAN, DECIDE, NUMBER, TEXT, WHOLE, ending, read_parquet, results, save
 from measure import draw, figure, finish, mean, print_table, share, share_over_rows, shown
 from memory import usage
 from stats import correct, correlation
 
+COLUMNS = {  # what is read here of each measurement
+    "keys": {
+        **dict.fromkeys(("row", "layer", "slot", "place", "answer", "reads"), WHOLE),
+        **dict.fromkeys(("weight", "fall", "p", "p_clean"), NUMBER),
+        **{"mode": TEXT, "control": BOOLEAN, "flip": BOOLEAN},
+    },
+    "swap": {**dict.fromkeys(("row", "layer", "place"), WHOLE), "fall": NUMBER, "other's": BOOLEAN},
+    "swap_matrix": dict.fromkeys(("row", "place", "answer", "other answer", *HOW), WHOLE),
+}
+
 
 def read_columns(look, what):
-    """The parquet file that `ablate.py <what>` wrote into the run -> {column: (N,)}"""
-    ending = "" if look.config.split == "test" else f"_{look.config.split}"
-    path = os.path.join(look.folder, f"ablate_{what}{ending}.parquet")
-    columns = read_parquet(path, f"python ablate.py {what.replace('_', '-')} {look.folder} writes it")
+    """The parquet file that `ablate.py <what>` wrote into the run -> {column: (N,)}
+
+    It is the one of the same settings; if none are given, the only one there is.
+    """
+    advice = f"python ablate.py {what.replace('_', '-')} {look.folder} writes it"
+    end, there = ending(look, what), results(look, what)
+    if end not in there and not any(f"_{name}-" in end for name in DECIDE) and there:
+        message = f"{look.folder} has {', '.join(f'ablate_{what}{e}' for e in there)}; say with the same settings which is meant"
+        require(len(there) == 1, message, None)
+        (end,) = there
+        look.world.say(f"reading ablate_{what}{end}")
+    look.read.append(end)
+    path = os.path.join(look.folder, f"ablate_{what}{end}.parquet")
+    columns = read_parquet(path, COLUMNS[what], advice)
     try:
-        step = read_json(path[: -len("parquet")] + "json")["config"]["step"]
-    except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"the json beside {path} cannot be read ({' '.join(str(e).split())[:80]}); measure again") from None
+        step = read_record(path[: -len("parquet")] + "json", {"config": {"step": "count"}})["config"]["step"]
+    except ConfigError as e:
+        raise ConfigError(f"{e}; measure again") from None
     message = f"{path} is of step {step}, the checkpoint of step {look.step}; measure again"
     require(step == look.step, message, "checkpoint")
+    memories = look.model.memories()
+    if "layer" in columns:
+        there = np.isin(columns["layer"], list(memories)).all()
+        require(there, f"{path} names layers without a memory; measure again", None)
+    if "slot" in columns:
+        size = min(len(memory.values) for memory in memories.values())
+        there = (columns["slot"] >= 0).all() and (columns["slot"] < size).all()
+        require(there, f"{path} names slots that are not there; measure again", None)
     return columns
 
 
@@ -39,6 +67,7 @@ def chosen(columns):
     """Measurements of read slots in the first mode measured (zero, unless --modes says otherwise), and its name."""
     mode = str(columns["mode"][0])
     mine = (columns["mode"] == mode) & ~columns["control"]
+    require(mine.any(), "no slot that a row reads was measured; measure keys again", None)
     return {name: v[mine] for name, v in columns.items()}, mode
 
 
@@ -135,7 +164,7 @@ def impact(look):
         for b, c in cells.items()
     ]
     print_table(head, lines)
-    print(
+    say(
         f"mode {mode}; slots that a row does not read: largest change {np.abs(control).max() if len(control) else 0:.1e} logits"
     )
     rare = frequent_or_rare(columns)

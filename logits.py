@@ -10,7 +10,18 @@ import torch
 
 from draws import IGNORE
 from look import labels, over_rows, save
-from measure import draw, figure, finish, mean_over_rows, print_table, row_counts, share, share_over_rows, shown
+from measure import (
+    draw,
+    figure,
+    finish,
+    mean_over_rows,
+    mean_share_over_rows,
+    print_table,
+    row_counts,
+    share,
+    share_over_rows,
+    shown,
+)
 
 
 def answer_tokens(look, batch):
@@ -67,7 +78,7 @@ def summary(found, mine):
     perplexity = {"value": float(np.exp(nll["value"])), "ci95": np.exp(nll["ci95"]).tolist(), "n": nll["n"]}
     return {
         "accuracy": share_over_rows(found["hit"][mine], row),
-        "probability": mean_over_rows(found["probability"][mine], row),
+        "probability": mean_share_over_rows(found["probability"][mine], row),
         "rank": mean_over_rows(found["rank"][mine], row),
         "perplexity": perplexity,
     }

@@ -9,17 +9,19 @@ number as {"value", "ci95", "n"}; eval_<what>.parquet, the measurements; and eva
 Letters: B rows in a batch, T tokens in a row, N labels in a batch.
 """
 
+import hashlib
 import os
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_file, write_json
-from configs import ConfigError, at_least, one_of, require
+from checkpoint import data_hash, write_file, write_json
+from configs import ConfigError, at_least, one_of, require, say
 from draws import IGNORE
 from measure import autocast, predict
 from parallel import ALONE, choose_device
@@ -53,6 +55,8 @@ class Look:
     config: object  # the command's settings: split, checkpoint, rows, eval_batch_size
     world: object = ALONE
     prefix: str = "eval"  # of the names of result files
+    uses: dict = field(default_factory=dict)  # {command: names of its settings}
+    read: list = field(default_factory=list)  # endings of the results that the present command has read
     figures: list = field(default_factory=list)  # that were written
 
     @property
@@ -151,29 +155,84 @@ def write_parquet(path, columns):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    write_file(path, lambda f: pq.write_table(pa.table(columns), f))
+    write_file(path, lambda f: pq.write_table(pa.table(columns), f, write_page_checksum=True))
 
 
-def read_parquet(path, advice):
-    """What write_parquet wrote -> {name: array}; ConfigError with advice if it is not there or torn."""
+NUMBER, WHOLE, BOOLEAN, TEXT = "biuf", "biu", "b", "U"  # kinds of columns: what numpy calls the types that they may have
+
+
+def read_parquet(path, kinds, advice):
+    """What write_parquet wrote -> {name: (N,) array}, N at least 1; ConfigError with advice if it is not there, damaged or lacks
+    one of the columns. kinds: {column: letters of numpy's kinds}."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     require(os.path.exists(path), f"{path} does not exist; {advice}", None)
     try:
-        return {name: np.array(values) for name, values in pq.read_table(path).to_pydict().items()}
-    except (pa.ArrowException, OSError) as e:
+        table = pq.read_table(path, page_checksum_verification=True).to_pydict()
+        columns = {name: np.array(values) for name, values in table.items()}
+    except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError) as e:
         raise ConfigError(f"{path} cannot be read as parquet ({' '.join(str(e).split())[:80]}); {advice}") from None
+    for name, kind in kinds.items():
+        require(name in columns, f"{path} has no column {name!r}; {advice}", None)
+        fits = columns[name].dtype.kind in kind and columns[name].ndim == 1 and len(columns[name])
+        require(fits, f"{path}: the column {name!r} holds something else than it should; {advice}", None)
+    return columns
+
+
+# Settings that decide what is measured. Others, as eval_batch_size and device, decide how.
+DECIDE = ("checkpoint", "dtype", "rows", "data", "edits", "modes", "pairs", "type", "seed")
+
+
+def deciding(look, what):
+    """{setting: value} of those that decide what a result of the command `what` says."""
+    uses = look.uses.get(what.replace("_", "-"), look.uses.get("slices"))
+    names = DECIDE + (("example",) if what == "attention" else ())  # elsewhere, a row that is printed as well
+    return {n: getattr(look.config, n) for n in names if hasattr(look.config, n) and (uses is None or n in uses.split())}
+
+
+def ending(look, what):
+    """The end of a result's name: the split and the settings that differ from their defaults, so that a result never takes the
+    place of one that was measured otherwise.
+
+    ablate.py swap --type less_more: ablate_swap_type-less_more
+    """
+    split = look.config.split
+    text = "" if split in ("test", what) else f"_{split}"
+    defaults = {f.name: f.default for f in fields(look.config)}
+    for name, value in deciding(look, what).items():
+        if value != defaults[name]:
+            text += f"_{name}-{short_name(name, value)}"
+    return text
+
+
+def short_name(name, value):
+    """A setting's value as part of a file's name; of a file, with the beginning of its checksum."""
+    text = str(value)
+    said = re.sub(r"[^\w.]+", "-", os.path.basename(os.path.normpath(text)) if name == "data" else text).strip("-.")
+    if name == "data":
+        return f"{said[:40]}-{data_hash(text)[:8]}"
+    return said if len(said) <= 40 else f"{said[:24]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def results(look, what):
+    """Endings of the results of the command `what` in the run, on this split."""
+    there, start = os.listdir(look.folder), f"{look.prefix}_{what}"
+    split = "" if look.config.split == "test" else f"_{look.config.split}"
+    ends = [f[len(start) : -len(".parquet")] for f in sorted(there) if f.startswith(start + split) and f.endswith(".parquet")]
+    known = tuple(f"_{name}-" for name in DECIDE)  # the rest of swap_matrix is no setting of swap
+    return [e for e in ends if e == split or e[len(split) :].startswith(known)]
 
 
 def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
     """Write a result and its figure into the run; plot(path) draws it. Only the first rank writes."""
     if not look.world.first:
         return
-    path = os.path.join(
-        look.folder, f"{look.prefix}_{what}" + ("" if look.config.split in ("test", what) else f"_{look.config.split}")
-    )
-    result = {"config": look.about(), "metrics": metrics, "by_slice": by_slice or {}, "examples": list(examples)}
+    # What was computed from other results is named like these.
+    end = "".join(dict.fromkeys(look.read)) or ending(look, what)
+    path = os.path.join(look.folder, f"{look.prefix}_{what}{end}")
+    look.read.clear()
+    result = {"config": look.about() | deciding(look, what), "metrics": metrics, "by_slice": by_slice or {}, "examples": list(examples)}
     write_json(path + ".json", result)
     endings = [".json"]
     if columns:
@@ -183,4 +242,4 @@ def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=Non
         plot(path + ".png")
         look.figures.append(path + ".png")
         endings.append(".png")
-    print(f"wrote {path}{', '.join(endings)}")
+    say(f"wrote {path}{', '.join(endings)}")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as model_file
-from checkpoint import read_log
-from configs import require
+from checkpoint import read_log, write_file
+from configs import printable, require, say
 from draws import IGNORE
 from parallel import ALONE
 
@@ -104,7 +104,7 @@ def sums_of_rows(n, right):
 
 def total(counts):
     """The counts of all batches -> what `evaluate` returns. A row is right in a slice if its labels there are."""
-    names = counts[0].keys() - {"by_slice"}
+    names = [name for name in counts[0] if name != "by_slice"]  # in order: a set has another one in every process
     sums = {k: sum(c[k] for c in counts) for k in names}
     by_slice = {}
     for c in counts:
@@ -142,12 +142,26 @@ def share(right, n):
 
 def effective(cell):
     """How many independent measurements would vary as the rows of a cell (see sums_of_rows) do: labels over the design effect,
-    which is at least 1 (Kish 1965); where all labels are alike, the number of rows."""
+    which is at least 1 (Kish 1965), but no more than `most_effective`; where all labels are right or wrong, the number of rows."""
     n, G, p = cell["labels"], cell["rows"], cell["right"] / cell["labels"]
     if not 0 < p < 1 or G < 2:
         return G
     spread = cell["right_right"] - 2 * p * cell["right_labels"] + p * p * cell["labels_labels"]  # sum of (right - p n)^2
-    return n / max(1.0, spread * G / (G - 1) / (n * p * (1 - p)))
+    return min(n / max(1.0, spread * G / (G - 1) / (n * p * (1 - p))), most_effective(p, G))
+
+
+def most_effective(p, n, z=1.959964):
+    """The number of measurements with which Wilson's interval of a share p is as long as that of n out of n.
+
+    A few errors say little about how alike the measurements of a row are; without this bound, one single error would make the
+    interval many times shorter than none does. Lengths: 2 z sqrt(p (1 - p) / N + z^2 / 4 N^2) / (1 + z^2 / N) and z^2 / (n + z^2).
+
+    >>> round(most_effective(1.0, 100), 6), round(most_effective(0.999, 100), 1)
+    (100.0, 105.5)
+    """
+    zz, whole = z * z, (n + z * z) ** 2
+    b = zz - 2 * p * (1 - p) * whole / zz
+    return math.sqrt(b * b + whole - zz * zz) - b
 
 
 def label_share(cell):
@@ -168,10 +182,30 @@ def mean(x):
     return {"value": float(x.mean()), "ci95": [float(x.mean() - half), float(x.mean() + half)], "n": len(x)}
 
 
+def mean_share(x):
+    """{"value", "ci95", "n"} of a mean of independent measurements (n,) that lie between 0 and 1: Wilson's interval, which stays
+    there, too, for as many shares of 0 or 1 as would vary like these."""
+    x = np.clip(np.asarray(x, float), 0, 1)  # rounding may leave it
+    p, n, variance = x.mean(), len(x), x.var(ddof=1) if len(x) > 1 else 0.0
+    n_like = n * p * (1 - p) / variance if variance > 0 else math.inf
+    n_like = min(n_like, most_effective(p, n))
+    return {"value": float(p), "ci95": list(wilson(p * n_like, n_like)), "n": n}
+
+
+def mean_share_over_rows(x, row):
+    """`mean_share` over rows: measurements (N,) of rows (N,), several of each, are averaged within each row first."""
+    return mean_share(row_means(x, row))
+
+
+def row_means(x, row):
+    """Means (R,) of the measurements (N,) of each row."""
+    _, which = np.unique(row, return_inverse=True)
+    return np.bincount(which, x) / np.bincount(which)
+
+
 def mean_over_rows(x, row):
     """`mean` over rows: measurements (N,) of rows (N,), several of each, are averaged within each row first."""
-    _, which = np.unique(row, return_inverse=True)
-    return mean(np.bincount(which, x) / np.bincount(which))
+    return mean(row_means(x, row))
 
 
 def shares(cell):
@@ -182,7 +216,7 @@ def shares(cell):
 
 def print_table(head, rows):
     """Columns under each other: first one left, others right."""
-    cells = [[str(x) for x in row] for row in [head, *rows]]
+    cells = [[printable(x) for x in row] for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))))
@@ -208,7 +242,7 @@ def print_slices(result, most=24):
 def print_chance(chance):
     """The accuracy of guesses without knowledge: {name: value}"""
     for name, value in chance.items():
-        print(f"without knowledge: {name}: {value:.4f}")
+        say(f"without knowledge: {name}: {value:.4f}")
 
 
 def watched(result, name):
@@ -288,6 +322,13 @@ def draw(axis, x, cells, **kwargs):
 
 def finish(fig, plt, path, title):
     """Write a figure with its title and forget it."""
-    fig.suptitle(title, fontsize=8)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    fig.suptitle(printable(title, keep="\n").replace("$", r"\$"), fontsize=8)  # $ begins a formula
+    write_figure(fig, plt, path)
+
+
+def write_figure(fig, plt, path):
+    """A figure as path, a .png: complete or, if that fails, as it was before."""
+    try:
+        write_file(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    finally:
+        plt.close(fig)

@@ -27,7 +27,7 @@ from torch import nn
 import configs
 import model as M
 from checkpoint import write_file
-from configs import at_least, one_of, require, within
+from configs import at_least, one_of, require, say, within
 from measure import print_table
 from model import GPT, NORMS, GPTBlock, take
 from plan import find_model, load_run, make_model, model_config
@@ -509,7 +509,7 @@ def convert(words, to):
     write_file(path, lambda f: torch.save({"model": new.state_dict()}, f))
     after = new.state_dict()
     added, left = (", ".join(n for n in a if n not in b) or "none" for a, b in ((after, weights), (weights, after)))
-    print(f"{path}: {to} with {len(after)} tensors; new: {added}; left out: {left}")
+    say(f"{path}: {to} with {len(after)} tensors; new: {added}; left out: {left}")
 
 
 def main(argv=None):

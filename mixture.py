@@ -15,7 +15,7 @@ import numpy as np
 import configs
 import data_mqar
 import data_synth
-from checkpoint import read_json
+from checkpoint import read_record
 from configs import ConfigError, Setting, require
 from draws import generator
 from synth_files import LONGEST_LINE
@@ -35,10 +35,7 @@ def open_dataset(path, seed, tokenizer=""):
     """The Data of a directory that data_mqar.py or data_synth.py wrote, or of documents of your own."""
     kind = "text"
     if os.path.exists(os.path.join(path, "metadata.json")):
-        try:
-            kind = read_json(os.path.join(path, "metadata.json"))["dataset_type"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path}/metadata.json cannot be read; write the data set again", "synthetic_dataset") from None
+        kind = read_record(os.path.join(path, "metadata.json"), {"dataset_type": "text"})["dataset_type"]
     module, task = (data_mqar, {}) if kind == "mqar" else (data_synth, {"task": kind, "tokenizer": tokenizer})
     task |= {"block_size": LONGEST_LINE} if kind == "text" else {}
     settings = [Setting(k, v, "synthetic_dataset") for k, v in {**task, "path": path, "seed": seed}.items()]

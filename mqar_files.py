@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import configs
-from checkpoint import file_hash, new_directory, write_file, write_json
+from checkpoint import check_kinds, file_hash, new_directory, read_lines, read_record, write_file, write_json
 from configs import ConfigError, at_least, require
 from draws import IGNORE, SPLITS, draw_distinct, draw_slots, generator, stream_key, uniforms
 
@@ -180,6 +180,13 @@ def describe(c, splits):
     }
 
 
+STORED_FILE = {"name": "path inside", "rows": "count", "sha256": "hash"}
+METADATA = {
+    **dict.fromkeys(("num_samples", "num_kv_pairs", "vocab_size", "seq_len"), "size"),
+    "files": {name: [STORED_FILE] for name in ("train", "validation", "test")},
+}
+
+
 class StoredData:
     """A directory that write_dataset wrote, read into memory and checked against its checksums."""
 
@@ -190,20 +197,36 @@ class StoredData:
         self.vocab_size, self.seq_len = m["vocab_size"], m["seq_len"]
         self.splits = {}
         orders = self.checked(m["orders"]) if "orders" in m else None
-        self.orders = np.load(orders, mmap_mode="r") if orders else np.arange(m["num_samples"])[None]
+        self.orders = self.read_orders(orders) if orders else np.arange(m["num_samples"])[None]
 
     def read_metadata(self):
+        place = os.path.join(self.path, "metadata.json")
+        make = "`python data_mqar.py --output-dir DIR` makes one"
+        require(os.path.exists(place), f"path={self.path} holds no data set (no metadata.json there); {make}", "path")
+        metadata = read_record(place, {"dataset_type": "text", "format_version": "count"})
+        ours = metadata["dataset_type"] == "mqar" and metadata["format_version"] == 1
+        require(ours, f"{place} is not that of an MQAR data set", "path")
+        check_kinds(metadata, METADATA, place)
+        n, L = metadata["num_kv_pairs"], metadata["seq_len"]
+        require(L % (4 * n) == 0, f"{place}: rows of seq_len={L} are not made of examples of {n} pairs", "path")
+        if "orders" in metadata:
+            check_kinds(metadata["orders"], {"name": "path inside", "sha256": "hash"}, f"{place}: 'orders'")
+        for name, files in metadata["files"].items():
+            rows = sum(f["rows"] for f in files)
+            message = f"{place} is damaged: the files of {name} have {rows} rows, not num_samples={metadata['num_samples']}"
+            require(rows == metadata["num_samples"], message, "path")
+        return metadata
+
+    def read_orders(self, path):
+        """(copies, num_samples) row numbers of training, in the order in which they come."""
         try:
-            with open(os.path.join(self.path, "metadata.json")) as f:
-                metadata = json.load(f)
-            if metadata["dataset_type"] != "mqar" or metadata["format_version"] != 1:
-                raise ValueError
-            return {k: metadata[k] for k in ("num_samples", "num_kv_pairs", "vocab_size", "seq_len", "files")} | metadata
-        except FileNotFoundError:
-            make = "`python data_mqar.py --output-dir DIR` makes one"
-            raise ConfigError(f"path={self.path} holds no data set (no metadata.json there); {make}", "path") from None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{self.path}/metadata.json is not that of an MQAR data set", "path") from None
+            orders = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as e:
+            raise ConfigError(f"{path} cannot be read: {e}", "path") from None
+        n = self.metadata["num_samples"]
+        rows = orders.ndim == 2 and orders.size > 0 and orders.dtype.kind in "iu" and 0 <= orders.min() and orders.max() < n
+        require(rows, f"{path} holds no numbers of {n} rows; write the data set again", "path")
+        return orders
 
     def load(self, split):
         """-> tokens (rows, L) int32, targets (rows, L) int32 with labels shifted onto the position that predicts them."""
@@ -214,11 +237,26 @@ class StoredData:
             tokens, targets, first = np.empty(size, np.int32), np.full(size, IGNORE, np.int32), 0
             for file in tqdm(files, desc=f"read {name}", disable=not sys.stderr.isatty()):
                 ids, labels = self.read_shard(file)
+                self.check_shard(file, ids, labels)
                 tokens[first : first + len(ids)] = ids
                 targets[first : first + len(ids), :-1] = labels[:, 1:]
                 first += len(ids)
             self.splits[split] = tokens, targets
         return self.splits[split]
+
+    def check_shard(self, file, ids, labels):
+        """ConfigError unless a shard's rows (R, L) are as many, as long and of the tokens that metadata.json says."""
+        path = os.path.join(self.path, file["name"])
+        shape = (file["rows"], self.seq_len)
+        same = ids.shape == labels.shape == shape
+        require(same, f"{path} holds {ids.shape} tokens and {labels.shape} labels; metadata.json says {shape}", "path")
+        answers = labels != IGNORE
+        for numbers in (ids, labels[answers]):
+            known = 0 <= numbers.min(initial=0) and numbers.max(initial=0) < self.vocab_size
+            require(known, f"{path} holds tokens that are not below vocab_size={self.vocab_size} of metadata.json", "path")
+        each = self.seq_len // 4  # half of the tokens are queries and their values
+        asked = (answers[:, 1:].sum(1) == each).all()
+        require(asked, f"{path} has rows with another number of labels than {each}, a quarter of their tokens", "path")
 
     def checked(self, file):
         """The path of a file of the data set, once its checksum is right."""
@@ -229,14 +267,31 @@ class StoredData:
 
     def read_shard(self, file):
         path = self.checked(file)
+        names = ("input_ids", "labels")
         if path.endswith(".jsonl"):
-            with open(path) as f:
-                rows = [json.loads(line) for line in f]
-            return [np.array([r[k] for r in rows], np.int32) for k in ("input_ids", "labels")]
+            rows, others = read_lines(path, {name: "list" for name in names})
+            require(not others, f"{path}: {others} lines are no rows of an MQAR data set", "path")
+            return [self.rows_of(path, [len(r[k]) for r in rows], [x for r in rows for x in r[k]]) for k in names]
+        import pyarrow as pa
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        table = pq.read_table(path, columns=["input_ids", "labels"], page_checksum_verification=True)
-        return [c.combine_chunks().flatten().to_numpy().reshape(-1, self.seq_len) for c in table.columns]
+        try:
+            table = pq.read_table(path, columns=list(names), page_checksum_verification=True)
+            columns = [table[name].combine_chunks() for name in names]
+            return [self.rows_of(path, pc.list_value_length(c).to_numpy(zero_copy_only=False), c.flatten()) for c in columns]
+        except (pa.ArrowException, OSError, KeyError) as e:
+            reason = " ".join(str(e).split())[:80]
+            raise ConfigError(f"{path} cannot be read as rows of an MQAR data set ({reason})", "path") from None
+
+    def rows_of(self, path, lengths, flat):
+        """Numbers end to end -> (R, L) int32; ConfigError for rows of other lengths, or of something else than whole numbers."""
+        lengths = np.asarray(lengths)
+        require((lengths == self.seq_len).all(), f"{path} has rows that are not of seq_len={self.seq_len} tokens", "path")
+        numbers = np.asarray(flat)
+        whole = numbers.size == 0 or numbers.dtype.kind in "iu" and abs(numbers).max() < 2**31
+        require(whole, f"{path} holds something else than tokens", "path")
+        return numbers.astype(np.int32).reshape(-1, self.seq_len)
 
     def rows(self, step, batch_size):
         return range(step * batch_size, (step + 1) * batch_size)

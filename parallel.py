@@ -34,7 +34,7 @@ from checkpoint import (
     shard_index,
     shards_of,
 )
-from configs import ConfigError, RunFailed, require
+from configs import ConfigError, RunFailed, require, say
 
 # ---- ranks -------------------------------------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class World:
 
     def say(self, *words):
         if self.first:
-            print(*words, flush=True)
+            say(*words, flush=True)
 
     def gather(self, value):
         """The value of every rank (anything that pickles), in order of rank, on every rank."""

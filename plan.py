@@ -3,14 +3,18 @@
     p, resume = train.read_command_line(["configs/mqar_gpt.py", "--lr", "1e-3"])   # settings -> Plan
     p, data, model, state = load_run("runs/RUN")                                    # a trained run, ready to look at
 
-A model is a short name, file or file.Class; a task is a file. Either is imported by its name, from here or from the working
-directory, so a fork needs no registry.
+A model is a short name, file or file.Class; a task is a file. Names of this repo's files mean these files; any other file is
+imported by its name, from here or from the working directory, so a fork needs no registry. config.json keeps the path and the
+SHA-256 of such a file and of the files beside it that it imports: looking at a run or resuming it executes those and no others.
 """
 
 import contextlib
 import dataclasses
 import glob
+import hashlib
 import importlib
+import importlib.machinery
+import importlib.util
 import math
 import os
 import re
@@ -19,14 +23,14 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 import configs
-from checkpoint import data_hash, load_checkpoint, part, read_json
-from configs import ConfigError, Setting, at_least, one_of, require, within
+from checkpoint import data_hash, load_checkpoint, part, read_record
+from configs import ConfigError, Setting, at_least, one_of, require, say, within
 from parallel import FORMS, PARALLEL
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -148,49 +152,151 @@ class Plan:
     data_module: object
     data: object  # the data file's Config
     settings: list  # in the order in which they win
+    files: dict  # {path: SHA-256} of files that were executed and are not this repo's
 
 
-def import_file(name, key, *needed, folders=None):
-    """Import NAME.py from the first of `folders` (the current directory, then this repo) that has it; it must define the names
-    in `needed`."""
+OURS = ("model", "delta", "memory", "data_mqar", "data_synth")  # files of this repo that a run may name
+
+
+@dataclass
+class Foreign:
+    """Files outside OURS that a plan executes. recorded: {path: SHA-256} of a run, and no other file is executed; None: the
+    user names the files now, and they are recorded in `files`."""
+
+    recorded: dict = None
+    files: dict = field(default_factory=dict)
+
+    def admit(self, path, source, key):
+        """Take down a file whose source (bytes) is about to be executed; ConfigError if the run did not record this very file."""
+        path, digest = os.path.realpath(path), hashlib.sha256(source).hexdigest()
+        if self.recorded is not None:
+            there = [p for p in self.recorded if os.path.basename(p) == os.path.basename(path)]
+            moved = f"; the run used {there[0]}: put that file there, and call this from its directory" if there else ""
+            message = f"{path} is not executed: the run did not record it{moved}"
+            require(path in self.recorded, message, key)
+            changed = f"{path} is not executed: it has changed since the run began; put back the file that it was"
+            require(self.recorded[path] == digest, changed, key)
+            if path not in self.files and os.environ.get("RANK", "0") == "0":
+                say(f"note: executing {path}, as the run recorded it", file=sys.stderr)
+        self.files[path] = digest
+
+
+class Admitted(importlib.machinery.SourceFileLoader):
+    """Executes the bytes that were admitted: no compiled copy in __pycache__, which may be of another source."""
+
+    def __init__(self, name, path, foreign, key):
+        super().__init__(name, path)
+        self.foreign, self.key = foreign, key
+
+    def get_code(self, name):
+        source = self.get_data(self.path)
+        self.foreign.admit(self.path, source, self.key)
+        return self.source_to_code(source, self.path)
+
+    def spec(self, inside=None):
+        return importlib.util.spec_from_file_location(self.name, self.path, loader=self, submodule_search_locations=inside)
+
+
+class Beside:
+    """Finds modules in the folder of a foreign file. Python asks it last: its own modules, those installed, and ours come first,
+    and what is found here is admitted like the foreign file itself."""
+
+    def __init__(self, folder, foreign, key):
+        self.folder, self.foreign, self.key = folder, foreign, key
+
+    def find_spec(self, name, path=None, target=None):
+        place = os.path.join(self.folder, *name.split("."))
+        for file, inside in ((os.path.join(place, "__init__.py"), []), (place + ".py", None)):
+            if os.path.isfile(file):
+                return Admitted(name, file, self.foreign, self.key).spec(inside)
+        return None
+
+
+def import_file(name, key, *needed, foreign=None):
+    """Import NAME.py: this repo's if it is one of OURS, else from the current directory or this repo; it must define the names in
+    `needed`. foreign: what may be executed beside OURS (see Foreign)."""
     require(re.fullmatch(r"[A-Za-z_]\w*", name), f"{key}={name!r} must be the name of a Python file, without .py", key)
-    for folder in folders or (os.getcwd(), HERE):
-        path = os.path.join(folder, name + ".py")
-        if os.path.isfile(path):
-            sys.path.insert(0, folder)
-            try:
-                module = importlib.import_module(name)
-            finally:
-                sys.path.remove(folder)
-            other = not os.path.samefile(module.__file__, path)
-            require(not other, f"{path} cannot be taken: {name} is a file of this repo, too; give yours another name", key)
-            missing = [n for n in needed if not hasattr(module, n)]
-            require(not missing, f"{name}.py has no {' and no '.join(missing)}, so it is no file for {key}", key)
-            return module
-    raise ConfigError(f"{key}={name!r}: there is no {name}.py here", key)
+    places = [os.path.join(folder, name + ".py") for folder in (os.getcwd(), HERE)]
+    there = [path for path in places if os.path.isfile(path)]
+    require(there, f"{key}={name!r}: there is no {name}.py here", key)
+    if name in OURS:
+        module = import_ours(name, key, there)
+    else:
+        module = import_foreign(name, there[0], key, foreign or Foreign())
+    missing = [n for n in needed if not hasattr(module, n)]
+    require(not missing, f"{name}.py has no {' and no '.join(missing)}, so it is no file for {key}", key)
+    return module
 
 
-def find_model(name):
-    """`gpt`, `file` or `file.Class` -> (module, class)."""
+def import_ours(name, key, there):
+    """A file of this repo, whatever lies in the current directory under its name. there: the files of that name."""
+    ours = os.path.join(HERE, name + ".py")
+    if not os.path.samefile(there[0], ours) and os.environ.get("RANK", "0") == "0":
+        say(f"note: {name} is this project's own; {there[0]} is not used: give it another name", file=sys.stderr)
+    module = importlib.import_module(name)
+    other = f"{key}={name}: Python takes {module.__file__} for this project's {name}.py; move it away"
+    require(os.path.samefile(module.__file__, ours), other, key)
+    return module
+
+
+def import_foreign(name, path, key, foreign):
+    """Execute a file that is not one of OURS, once it is admitted; so are those beside it that it imports."""
+    found = place_of(name)
+    same = found in ("", path) or os.path.isfile(found) and os.path.samefile(found, path)
+    require(same, f"{path} cannot be taken: Python has a module {name}, too ({found}); give yours another name", key)
+    if name in sys.modules:  # executed before in this process
+        for file in sys.modules[name].__executed__:
+            with open(file, "rb") as f:
+                foreign.admit(file, f.read(), key)
+        return sys.modules[name]
+    spec = Admitted(name, path, foreign, key).spec()
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    before, finder = set(foreign.files), Beside(os.path.dirname(os.path.realpath(path)), foreign, key)
+    sys.meta_path.append(finder)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        del sys.modules[name]
+        raise
+    except (Exception, SystemExit) as e:
+        del sys.modules[name]
+        raise ConfigError(f"{path} does not run ({type(e).__name__}: {e})", key) from None
+    finally:
+        sys.meta_path.remove(finder)
+    module.__executed__ = [file for file in foreign.files if file not in before]
+    return module
+
+
+def place_of(name):
+    """Where Python has a module of this name: its file, "built in", or "" if it has none."""
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__file__", None) or "built in"
+    spec = importlib.util.find_spec(name)
+    return "" if spec is None else spec.origin or "built in"
+
+
+def find_model(name, foreign=None):
+    """`gpt`, `file` or `file.Class` -> (module, class). foreign: Foreign."""
     full = MODELS.get(name, name)
     file, _, cls = full.partition(".")
-    if name not in MODELS and not any(os.path.isfile(os.path.join(d, file + ".py")) for d in (os.getcwd(), HERE)):
+    if file not in OURS and not any(os.path.isfile(os.path.join(d, file + ".py")) for d in (os.getcwd(), HERE)):
         raise ConfigError(f"model={name!r} is neither one of {', '.join(MODELS)} nor a file here", "model")
     cls = cls or "Model"
     require(cls.isidentifier() and cls != "py", f"model={name!r} must be file or file.Class, without .py", "model")
-    module = import_file(file, "model", "Config", cls, folders=(HERE,) if name in MODELS else None)
+    module = import_file(file, "model", "Config", cls, foreign=foreign)
     found = getattr(module, cls)
     is_model = isinstance(found, type) and issubclass(found, torch.nn.Module)
     require(is_model, f"model={name!r} is no torch.nn.Module", "model")
     return module, found
 
 
-def plan(settings):
-    """Settings, in order -> Plan; ConfigError for whatever is wrong with them."""
+def plan(settings, recorded=None):
+    """Settings, in order -> Plan; ConfigError for whatever is wrong with them. recorded: see Foreign."""
+    foreign = Foreign(recorded)
     try:
         first = configs.build(TrainConfig, [s for s in settings if s.key in ("model", "data")])
-        model_module, model_class = find_model(first.model)
-        data_module = import_file(first.data, "data", "Config", "Data")
+        model_module, model_class = find_model(first.model, foreign)
+        data_module = import_file(first.data, "data", "Config", "Data", foreign=foreign)
     except ConfigError as e:
         origin = {s.key: s.origin for s in settings}.get(e.key)
         raise ConfigError(f"{origin}: {e}" if origin else str(e)) from None
@@ -198,7 +304,8 @@ def plan(settings):
     train = configs.build(TrainConfig, settings)
     message = f"mem_stats_every={train.mem_stats_every} has no effect: {train.model} has no memory layers"
     require(not train.mem_stats_every or hasattr(model_class, "after_step"), message, "mem_stats_every")
-    return Plan(train, model_module, model_class, data_module, configs.build(data_module.Config, settings), settings)
+    data = configs.build(data_module.Config, settings)
+    return Plan(train, model_module, model_class, data_module, data, settings, foreign.files)
 
 
 def open_data(p):
@@ -285,6 +392,7 @@ def describe_run(p, config, model, device, dtype, world):
         "launch": launch(),
         "parameters": count_parameters(model),
         "data_sha256": {key: data_hash(path) for key, path in data_paths(p).items()},
+        "files": p.files,
     }
 
 
@@ -296,9 +404,11 @@ def data_paths(p):
 
 def require_same_data(folder, p, *left_out):
     """ConfigError if something that the run reads from disk is not what it was when the run began."""
-    began = read_json(os.path.join(folder, "config.json")).get("data_sha256", {})
+    config = os.path.join(folder, "config.json")
+    began = read_record(config, {"data_sha256": {"*": "hash"}})["data_sha256"]
     for key, path in data_paths(p).items():
-        if key in began and key not in left_out:
+        if key not in left_out:
+            require(key in began, f"{config} does not say which {key} the run began with", key)
             require(os.path.exists(path), f"{key}={path} does not exist, and {folder} was trained on it", key)
             message = f"{key}={path} is another one than {folder} was trained on; put that one back, or start a new run"
             require(data_hash(path) == began[key], message, key)
@@ -316,8 +426,8 @@ def restarted_run(log_dir):
         return ""
     found = sorted(glob.glob(os.path.join(glob.escape(log_dir), "*", "config.json")), key=os.path.getmtime, reverse=True)
     for path in found:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # another run's may be damaged
-            if read_json(path).get("launch") == launch():
+        with contextlib.suppress(ConfigError):  # another run's may be damaged
+            if read_record(path, {"launch": "text"})["launch"] == launch():
                 return os.path.dirname(path)
     return ""
 
@@ -328,19 +438,41 @@ def git_commit():
     return subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
 
 
+SETTINGS = {  # what config.json must hold, whichever model and data it is of
+    "train": {"model": "text", "data": "text"},
+    "model": {"vocab_size": "size", "seq_len": "size"},
+    "data": "dict",
+    "files": {"*": "hash"},
+}
+
+
 def read_plan(folder, changes=()):
-    """The Plan of an existing run, from its config.json alone; `changes` are Settings that win over it."""
+    """The Plan of an existing run, from its config.json alone; `changes` are Settings that win over it.
+
+    ConfigError if a setting is missing or has two values, rather than a run with another one.
+    """
     path = os.path.join(folder, "config.json")
-    try:
-        saved = read_json(path)
-        told = ("vocab_size", "seq_len")  # the data tells the model again
-        groups = [saved["train"], {k: v for k, v in saved["model"].items() if k not in told}, saved["data"]]
-        settings = [Setting(k, v, path) for group in groups for k, v in group.items()]
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} is not a run directory: it has no config.json") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise ConfigError(f"{path} cannot be read as the settings of a run") from None
-    return plan(settings + list(changes))
+    require(os.path.exists(path), f"{folder} is not a run directory: it has no config.json", None)
+    saved = read_record(path, SETTINGS)
+    told = ("vocab_size", "seq_len")  # the data tells the model again
+    groups = [saved["train"], {k: v for k, v in saved["model"].items() if k not in told}, saved["data"]]
+    settings = [Setting(k, v, path) for group in groups for k, v in group.items()]
+    values = {}
+    for s in settings:
+        same = values.setdefault(s.key, s.value) == s.value
+        require(same, f"{path}: {s.key} has two values, {values[s.key]!r} and {s.value!r}; which was it?", s.key)
+    p = plan(settings + list(changes), saved["files"])
+    for cls, group in zip((TrainConfig, p.model_module.Config, type(p.data)), groups):
+        lost = [name for name in configs.settable(cls) if name not in group]
+        message = f"{path} lacks {', '.join(lost)}; write down there what the run had, under the other settings"
+        require(not lost, message, None)
+    return p
+
+
+def saved_model_config(folder, p):
+    """The model's Config of an existing run, without its data."""
+    saved = read_record(os.path.join(folder, "config.json"), SETTINGS)
+    return model_config(p, types.SimpleNamespace(**saved["model"]))
 
 
 def shapes(tensors):
@@ -355,8 +487,7 @@ def load_run(folder, which="best"):
     p = read_plan(folder)
     require_same_data(folder, p, "synthetic_dataset")  # that start is over, and its data set may be gone
     data = p.data_module.Data(p.data)
-    sizes = types.SimpleNamespace(**read_json(os.path.join(folder, "config.json"))["model"])
-    model = make_model(p, model_config(p, sizes))
+    model = make_model(p, saved_model_config(folder, p))
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
     weights = part(state["tensors"], "model")
     message = f"the checkpoint in {folder} is not of the model that its config.json describes"

@@ -14,7 +14,7 @@ import torch
 from configs import require
 from draws import IGNORE
 from look import end_to_end, over_rows, save
-from measure import draw, figure, finish, mean, print_table, shown
+from measure import draw, figure, finish, mean_share, print_table, shown
 from slots import use
 from synth_files import documents_in
 
@@ -107,7 +107,7 @@ def routing(look):
         found = over_rows(look, lambda batch: routed(look, batch))
     router = not np.isnan(found["memory"]).all()
     size = look.model.config.mem_n_keys**2
-    measured = (lambda mine: mean(found["memory"][mine])) if router else (lambda mine: use(found["slots"][mine].ravel(), size))
+    measured = (lambda mine: mean_share(found["memory"][mine])) if router else (lambda mine: use(found["slots"][mine].ravel(), size))
     by_slice = {name: {} for name in ("layer and kind", "layer and decile")}
     for layer in np.unique(found["layer"]):
         for name, column in (("layer and kind", "kind"), ("layer and decile", "decile")):
@@ -188,9 +188,9 @@ def consistency(found, pairs=2000):
             if len(i) < 20:  # too few for an interval
                 continue
             common = [len(np.intersect1d(x, y)) / len(np.union1d(x, y)) for x, y in zip(found["slots"][i], found["slots"][j])]
-            cells[name] = {"slots in common": mean(common)}
+            cells[name] = {"slots in common": mean_share(common)}
             if not np.isnan(found["memory"]).all():
-                cells[name]["difference of shares"] = mean(np.abs(found["memory"][i] - found["memory"][j]))
+                cells[name]["difference of shares"] = mean_share(np.abs(found["memory"][i] - found["memory"][j]))
         out[str(layer)] = cells
     return out
 

@@ -15,7 +15,7 @@ import torch
 from checkpoint import read_log
 from draws import IGNORE
 from look import over_rows, save
-from measure import draw, figure, finish, mean, print_table, shown
+from measure import draw, figure, finish, mean, mean_share, print_table, shown
 from memory import usage
 
 
@@ -201,7 +201,7 @@ def track(look):
     # Purity: does a slot stand for one token, or is it read all over the text?
     sums, most = np.bincount(which, times), np.zeros(len(group))
     np.maximum.at(most, which, times)
-    purity = {str(n): mean((most / sums)[group // size == n]) for n in np.unique(layer)}
+    purity = {str(n): mean_share((most / sums)[group // size == n]) for n in np.unique(layer)}
     log = [r for r in read_log(look.folder) if r["kind"] == "memory"]
     if look.world.first:
         lines = []

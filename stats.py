@@ -13,15 +13,16 @@ Letters: n examples, N labels, R rows.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 
 import numpy as np
 
-from checkpoint import read_json, write_file, write_json
-from configs import ConfigError, require
-from look import read_parquet
+from checkpoint import read_record, write_file, write_json
+from configs import ConfigError, require, say
+from look import BOOLEAN, NUMBER, WHOLE, read_parquet
 from measure import figure, finish, label_share, mean, print_table, share, shown, sums_of_rows
 
 # ---- tests -------------------------------------------------------------------------------------------------------------
@@ -101,11 +102,13 @@ def correct(cells):
 # ---- the results of one run, or of two over the same rows --------------------------------------------------------------
 
 
+LABELS = {"row": WHOLE, "hit": BOOLEAN, "loss": NUMBER}
+
+
 def read_labels(path, split):
     """A run, or eval_<split>.json or .parquet in it -> {column: (N,) array}, a value for each label, sorted by row."""
     place = os.path.join(path, f"eval_{split}.parquet") if os.path.isdir(path) else os.path.splitext(path)[0] + ".parquet"
-    columns = read_parquet(place, f"python eval.py {path} --split {split} writes it")
-    require({"row", "hit", "loss"} <= columns.keys(), f"{place} is not what eval.py writes of a split", None)
+    columns = read_parquet(place, LABELS, f"python eval.py {path} --split {split} writes it")
     order = np.argsort(columns["row"], kind="stable")
     return {name: values[order] for name, values in columns.items()}
 
@@ -136,23 +139,34 @@ def stats(words, config):
         advice = "give both the same data, seed and split"
         require(same, f"{words[0]} and {words[1]} were not measured on the same rows; {advice}", None)
         result = two_runs(rows, tags)
-    names = [os.path.basename(os.path.splitext(os.path.normpath(w))[0]) for w in words]
-    of_split = "" if config.split == "test" else f"_{config.split}"
-    name = f"eval_stats{of_split}" + (f"_against_{names[0]}" if len(words) == 2 else "")
+    name = f"eval_stats{stem_of(words[-1], config.split)}"
+    if len(words) == 2:
+        name += f"_against_{os.path.basename(os.path.splitext(os.path.normpath(words[0]))[0])}"
+        places = [os.path.dirname(os.path.realpath(w)) for w in words]
+        if places[0] != places[1]:  # another directory may have a run of this name, too
+            name += f"-{hashlib.sha256(places[0].encode()).hexdigest()[:8]}"
     path = os.path.join(words[-1] if os.path.isdir(words[-1]) else os.path.dirname(words[-1]), name)
     write_json(path + ".json", {"config": {"runs": words, "split": config.split}, **result, "examples": []})
     plot_stats(path + ".png", result, words)
-    print(f"wrote {path}.json, .png")
+    say(f"wrote {path}.json, .png")
     return path + ".png"
+
+
+def stem_of(path, split):
+    """What a run's, or a result file's, name adds to the name of its statistics: eval_val_rows-10.json -> _val_rows-10"""
+    stem = f"eval_{split}" if os.path.isdir(path) else os.path.basename(os.path.splitext(path)[0])
+    rest = stem.removeprefix("eval_")
+    return "" if rest == "test" else rest.removeprefix("test") if rest.startswith("test_") else f"_{rest}"
 
 
 def data_of(path):
     """What decides which rows a run was measured on: the data in its config.json, or None for results without one."""
     path = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    saved = read_json(path) if os.path.exists(path) else {}
+    if not os.path.exists(path):
+        return None
+    saved = read_record(path, {"data": "dict", "data_sha256": "dict"})
     not_rows = ("curriculum", "train_cells", "fresh", "n_train_examples")  # of training alone
-    data = {k: v for k, v in saved.get("data", {}).items() if k not in not_rows}
-    return (data, saved.get("data_sha256")) if data else None
+    return {k: v for k, v in saved["data"].items() if k not in not_rows}, saved["data_sha256"]
 
 
 def slices_of(rows, tags):
@@ -248,11 +262,14 @@ def repair(words, config):
         body = "".join(json.dumps(r) + "\n" for r in records)
         says = f"{len(records)} records kept, {lost} lines lost"
     else:
-        value, whole = complete_json(text)
+        try:
+            value, whole = complete_json(text)
+        except RecursionError:
+            raise ConfigError(f"{path} is nested too deeply") from None
         require(isinstance(value, (dict, list)), f"{path} holds no complete record", None)
         body, says = json.dumps(value, indent=1) + "\n", "it was whole" if whole else f"{len(value)} records kept"
     write_file(out, lambda f: f.write(body.encode()))
-    print(f"{out}: {says}")
+    say(f"{out}: {says}")
 
 
 def complete_lines(text):
@@ -299,7 +316,7 @@ def beginning(text, at):
         if isinstance(found, dict):
             name, end = beginning(text, at)
             at = None if end is None else skip_blanks(text, end)
-            if at is None or text[at : at + 1] != ":":
+            if at is None or not isinstance(name, str) or text[at : at + 1] != ":":
                 return found, None
             at = skip_blanks(text, at + 1)
         value, end = beginning(text, at)

@@ -22,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 import configs
-from checkpoint import read_json, read_log
-from compare import band, read_result
-from configs import RunFailed, at_least, require
+from checkpoint import make_directory, read_log, read_record
+from compare import band, read_result, read_test
+from configs import ConfigError, RunFailed, at_least, require, say
 from measure import figure, finish, print_table, shares
 from train import read_command_line
 
@@ -319,7 +319,12 @@ def folder_of(point, seed, c):
 def finished(point, folder):
     """Has this run been trained, and looked at?"""
     path = os.path.join(folder, "status.json")
-    trained = not point.train or (os.path.exists(path) and read_json(path)["status"] == "finished")
+    trained = not point.train
+    if point.train and os.path.exists(path):
+        try:
+            trained = read_record(path, {"status": "text"})["status"] == "finished"
+        except ConfigError as e:
+            say(f"note: {e}; the run is trained on", file=sys.stderr)
     return trained and (not point.makes or os.path.exists(os.path.join(folder, point.makes)))
 
 
@@ -357,7 +362,7 @@ def run_all(points, c):
             for i, f in enumerate(tqdm(pending, desc="runs", disable=not shown)):
                 failed.append(f.result())
                 if not shown:
-                    print(f"{i + 1}/{len(todo)} {folder_of(*todo[i], c)}", flush=True)
+                    say(f"{i + 1}/{len(todo)} {folder_of(*todo[i], c)}", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)  # the runs themselves got the signal, too, and save
             raise
@@ -369,14 +374,27 @@ def run_all(points, c):
 # ---- results -----------------------------------------------------------------------------------------------------------
 
 
+VALUE = {"value": "number"}
+MADE = {  # what the pictures need of a file that a look at a run makes
+    "eval_test.json": {"metrics": {"stored": {"*": VALUE}}},
+    "eval_edit.json": {
+        "metrics": {"edits": ["size"]},
+        "by_slice": {"method and edits": {"*": {"method": "text", "efficacy": VALUE, "specificity": VALUE, "kept": VALUE}}},
+    },
+    "table.json": {"metrics": {"*": "dict"}},
+}
+
+
 def read(point, folder):
     """What the pictures show of one run."""
     result = read_result(folder) if point.train else {}
     if point.train:
-        cells = read_json(os.path.join(folder, "status.json"))["test"]["by_slice"]
+        cells = read_test(folder)[1]["by_slice"]
         result["cells"] = {tag: {v: shares(cell) for v, cell in values.items()} for tag, values in cells.items()}
         result["evals"] = [r for r in read_log(folder) if r["kind"] == "eval"]
-    return result | ({"made": read_json(os.path.join(folder, point.makes))} if point.makes else {})
+    if point.makes:
+        result["made"] = read_record(os.path.join(folder, point.makes), MADE[os.path.basename(point.makes)])
+    return result
 
 
 def collect(points, c):
@@ -395,7 +413,8 @@ def collect(points, c):
 
 def differing(folder, words):
     """Settings of a run that a training with these words would not have now, whether they or a config have changed."""
-    saved, (p, _) = read_json(os.path.join(folder, "config.json")), read_command_line(words)
+    saved = read_record(os.path.join(folder, "config.json"), {"train": "dict", "data": "dict", "model": "dict"})
+    p, _ = read_command_line(words)
     parts = {"train": p.train, "data": p.data, "model": configs.build(p.model_module.Config, p.settings)}
     wanted = {part: json.loads(json.dumps(asdict(config))) for part, config in parts.items()}
     names = [(part, k) for part, config in parts.items() for k in configs.settable(type(config))]
@@ -412,20 +431,24 @@ def lines(axis, found, value, at=None):
 
 
 def save_figure(name, found, draw, c):
-    plt, fig, title = draw(found)
+    try:
+        plt, fig, title = draw(found)
+    except (KeyError, IndexError, TypeError, ValueError) as e:
+        why = f"{type(e).__name__}: {e}"
+        raise ConfigError(f"figure {name}: the results of its runs do not hold what it shows ({why}); run them again") from None
     if not any(axis.get_legend() for axis in fig.axes):
         fig.legend(*fig.axes[0].get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=5)
     fig.supxlabel(title.format(seeds=c.seeds), fontsize=7)
-    os.makedirs(c.out, exist_ok=True)
+    make_directory(c.out)
     path = os.path.join(c.out, name + ".png")
     finish(fig, plt, path, "")
-    print(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def main(argv=None):
     words, given = configs.parse(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in given):
-        print(configs.help_text(__doc__, Config))
+        say(configs.help_text(__doc__, Config))
         return
     configs.check_names(given, Config)
     c = configs.build(Config, given)
@@ -440,9 +463,14 @@ def main(argv=None):
         return print_table(("figure", "runs", "to do", "shows"), rows)
     if not c.draw:
         run_all([p for name in names for p in FIGURES[name][0]()], c)
+    wrong = []
     for name in names:
         points, draw, _ = FIGURES[name]
-        save_figure(name, collect(points(), c), draw, c)
+        try:
+            save_figure(name, collect(points(), c), draw, c)
+        except ConfigError as e:  # the other figures do not need these runs
+            wrong.append(str(e))
+    require(not wrong, "\n".join(wrong), None)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from dataclasses import asdict
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import file_hash, new_directory, read_json, write_file, write_json
+from checkpoint import check_kinds, file_hash, new_directory, read_record, write_file, write_json
 from configs import ConfigError, require
+from tokens import MASKS
 
 FOLDERS = {"train": "train", "val": "validation", "test": "test"}
 LONGEST_LINE = 2**20  # bytes
@@ -87,35 +88,52 @@ WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
 # ---- reading what was written here -------------------------------------------------------------------------------------
 
 
+STORED_FILE = {"name": "path inside", "rows": "count", "sha256": "hash"}  # of a data set, in metadata.json
+METADATA = {
+    **{"mask": "text", "chance": {"*": "share"}, "knowledge": "dict"},
+    "files": {name: [STORED_FILE] for name in FOLDERS.values()},
+}
+
+
 def read_stored(path, task, tasks):
     """A directory of write_facts -> what data_synth.Facts is made of: kind of mask, texts, splits, tags, chance, knowledge."""
-    try:
-        metadata = read_json(os.path.join(path, "metadata.json"))
-        kind, version, *about = (metadata[k] for k in ("dataset_type", "format_version", "mask", "chance", "knowledge"))
-        files = {name: [(str(f["name"]), f["sha256"]) for f in metadata["files"][name]] for name in FOLDERS.values()}
-        known = kind in tasks
-    except (FileNotFoundError, NotADirectoryError):
-        make = f"`python data_synth.py {task} --output_dir DIR` makes one; documents of your own need --task text"
-        raise ConfigError(f"path={path} holds no data set (no metadata.json there); {make}", "path") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path}/metadata.json is not that of a data set of data_synth.py", "path") from None
-    require(known and version == 1, f"{path} holds a data set of {kind!r}, not of data_synth.py", "path")
+    place = os.path.join(path, "metadata.json")
+    make = f"`python data_synth.py {task} --output_dir DIR` makes one; documents of your own need --task text"
+    require(os.path.exists(place), f"path={path} holds no data set (no metadata.json there); {make}", "path")
+    metadata = read_record(place, {"dataset_type": "text", "format_version": "count"})
+    kind = metadata["dataset_type"]
+    known = kind in tasks and metadata["format_version"] == 1
+    require(known, f"{path} holds a data set of {kind!r}, not of data_synth.py", "path")
     require(kind == task, f"{path} holds task {kind}; say --task {kind}", "task")
-    number, tags, splits = {}, {}, {}  # text -> its number; the tags of a text are the same in every split
+    check_kinds(metadata, METADATA, place)
+    knowledge = metadata["knowledge"]
+    if knowledge:
+        check_kinds(knowledge, {"slice": "text", "facts": "size", "bits": "number"}, f"{place}: 'knowledge'")
+        require(knowledge["slice"].count("=") == 1, f"{place}: {knowledge['slice']!r} is no slice tag=value", "path")
+    require(metadata["mask"] in MASKS, f"{place}: mask={metadata['mask']!r} is not one of {', '.join(MASKS)}", "path")
+    number, tags, splits, columns = {}, {}, {}, None  # text -> its number; the tags of a text are the same in every split
     for split, name in FOLDERS.items():
         which = []
-        for file in files[name]:
-            for row, where in read_rows(checked(path, *file)):
+        for file in metadata["files"][name]:
+            rows = 0
+            for row, where in read_rows(checked(path, file["name"], file["sha256"])):
+                rows += 1
                 text = row.pop("text", None)
                 require(isinstance(text, str), f'{where}: "text" is no text', "path")
+                columns = columns or set(row)
+                require(set(row) == columns, f"{where}: its tags are not those of the rows before", "path")
                 if text not in number:
                     number[text] = len(number)
                     for key, value in row.items():
                         tags.setdefault(key, []).append(value)
                 which.append(number[text])
+            message = f"{place} says that {file['name']} has {file['rows']} rows; it has {rows}: write the data set again"
+            require(rows == file["rows"], message, "path")
         splits[split] = np.array(which, np.int32)
-    mask, *guess_and_knowledge = about
-    return mask, list(number), splits, tags, *guess_and_knowledge
+    if knowledge:
+        tag = knowledge["slice"].split("=")[0]
+        require(tag in tags, f"{place}: there is no tag {tag!r}", "path")
+    return metadata["mask"], list(number), splits, tags, metadata["chance"], knowledge
 
 
 def checked(path, name, sha256):

@@ -29,17 +29,18 @@ from tqdm import tqdm
 
 import configs
 from checkpoint import (
-    NUMBERS,
+    STATE,
     Log,
+    check_kinds,
     find_checkpoint,
     lock,
     read_checkpoint,
-    read_json,
+    read_record,
     reading,
     unlock,
     write_json,
 )
-from configs import RunFailed, require
+from configs import RunFailed, printable, require, say
 from draws import IGNORE
 from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
 from parallel import (
@@ -262,7 +263,8 @@ def catch_signals(world):
 
 def show(bar, text):
     """Print a line without breaking the progress bar."""
-    tqdm.write(text) if not bar.disable else print(text, flush=True)
+    text = printable(text)
+    tqdm.write(text) if not bar.disable else say(text, flush=True)
 
 
 # ---- command line ------------------------------------------------------------------------------------------------------
@@ -273,7 +275,7 @@ def read_command_line(argv):
     words, settings = configs.collect(argv)
     if any(s.key == "help" for s in settings):
         p = plan([s for s in settings if s.key in ("model", "data")])
-        print(configs.help_text(__doc__, TrainConfig, p.model_module.Config, p.data_module.Config))
+        say(configs.help_text(__doc__, TrainConfig, p.model_module.Config, p.data_module.Config))
         sys.exit(0)
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
     resume = [s for s in settings if s.key == "resume"]
@@ -381,11 +383,12 @@ def take_up(p, folder, world):
 
     name = world.first_does(find)
     resume = read_checkpoint(folder, name) if name else None
-    lacking = sorted(NUMBERS.keys() - resume.keys()) if resume else []
+    lacking = sorted(STATE.keys() - resume.keys()) if resume else []
     message = f"{folder}: {name}.pt has no {', '.join(lacking)}; training cannot go on from it"
     require(not lacking, message, "resume")
     path = os.path.join(folder, "config.json")
-    saved = world.first_does(lambda: read_json(path))
+    saved = world.first_does(lambda: read_record(path, {"world_size": "count", "threads": "count"}))
+    check_kinds(saved.get("resumed", []), "list", f"{path}: 'resumed'")
     began = (saved["world_size"], saved["threads"])
     if began != (world.size, torch.get_num_threads()):
         what = f"{began[0]} ranks of {began[1]} threads"
@@ -443,7 +446,7 @@ def finish(run, resume):
     world.say(f"{summary}; {state['step']} steps, {state['seconds']:.0f} s; {folder}")
     if not reached and world.first:
         of = f" on {p.train.target_slice}" * bool(p.train.target_slice)
-        print(f"below target{of}: {watched(test, p.train.target_slice):.4f} < {p.train.target}", file=sys.stderr)
+        say(f"below target{of}: {watched(test, p.train.target_slice):.4f} < {p.train.target}", file=sys.stderr)
     return 0 if reached else 1
 
 

@@ -287,6 +287,26 @@ def require(condition, message, key):
         raise ConfigError(message, key)
 
 
+# ---- what goes to the screen -------------------------------------------------------------------------------------------
+
+
+def printable(text, keep=""):
+    """Text with every character spelled out that a terminal would obey or hide; those in `keep` stay as they are.
+
+    >>> printable("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def say(*words, sep=" ", **where):
+    """print(), for text that holds names and contents of files: they may hold escape sequences. Ends of lines stay."""
+    print(printable(sep.join(map(str, words)), keep="\n\t"), **where)
+
+
 # ---- help and the way out ----------------------------------------------------------------------------------------------
 
 
@@ -325,10 +345,10 @@ def exit_with_sentence(main):
         sys.exit(main())
     except (ConfigError, RunFailed) as e:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+            say(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
         sys.exit(2 if isinstance(e, ConfigError) else 1)
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+        say(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,6 +18,7 @@ import train
 from configs import ConfigError
 from eval import greedy
 from measure import mean_over_rows
+from test_look import latest
 
 SIZES = dict(dim=16, n_layers=3, n_heads=2, dk=8, dv=8, conv=2, vocab_size=11, seq_len=9)
 SLOTS = dict(memory_layers=(0, 2), mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
@@ -75,10 +76,11 @@ def runs(tmp_path_factory):
 
 
 def saved(runs, name, what):
-    result = json.loads((runs / name / f"ablate_{what}.json").read_text())
+    what = latest(runs / name, f"ablate_{what}")
+    result = json.loads((runs / name / f"{what}.json").read_text())
     assert set(result) == {"config", "metrics", "by_slice", "examples"}
-    assert (runs / name / f"ablate_{what}.png").stat().st_size > 5000
-    path = runs / name / f"ablate_{what}.parquet"
+    assert (runs / name / f"{what}.png").stat().st_size > 5000
+    path = runs / name / f"{what}.parquet"
     return result, {k: np.array(v) for k, v in pq.read_table(path).to_pydict().items()} if path.exists() else {}
 
 
@@ -467,7 +469,7 @@ def test_rare_and_frequent_facts_are_told_apart():
 @pytest.mark.parametrize("name, left_out", [("two", 0), ("gpt", 13), ("delta", 13)])
 def test_a_report_of_everything(runs, name, left_out, capsys):
     ablate.main(["all", str(runs / name), "--rows=8", "--pairs=20", "--modes=zero drop"])
-    report = (runs / name / "ablate_report.md").read_text()
+    report = (runs / name / "ablate_report_rows-8_modes-zero-drop_pairs-20.md").read_text()
     assert report.count("Left out") == left_out
     figures = [line.split("(")[1][:-1] for line in report.splitlines() if line.startswith("![")]
     assert len(figures) == 16 - left_out and all((runs / name / f).stat().st_size > 5000 for f in figures)
@@ -521,12 +523,12 @@ def test_mistakes_are_one_sentence(runs, words, message):
 
 def test_what_was_measured_on_another_checkpoint_is_refused(runs, capsys):
     ablate.main(["keys", str(runs / "one"), "--rows=4", "--modes=zero"])
-    path = runs / "one" / "ablate_keys.json"
+    path = runs / "one" / "ablate_keys_rows-4_modes-zero.json"
     result = json.loads(path.read_text())
     result["config"]["step"] += 1
     path.write_text(json.dumps(result))
     with pytest.raises(ConfigError, match="the checkpoint of step .*; measure again"):
-        ablate.main(["impact", str(runs / "one")])
+        ablate.main(["impact", str(runs / "one"), "--rows=4", "--modes=zero"])
 
 
 def test_rows_are_as_many_of_each_group(runs):

@@ -379,7 +379,7 @@ def test_a_damaged_or_missing_shard_is_refused(tmp_path, form):
     with pytest.raises(ConfigError, match="missing or damaged"):
         D.Data(config("--path", str(folder))).batch("test", 0, [0])
     (folder / "metadata.json").write_text("{")
-    with pytest.raises(ConfigError, match="not that of an MQAR data set"):
+    with pytest.raises(ConfigError, match="metadata.json is damaged, or not of this project"):
         D.Data(config("--path", str(folder)))
 
 

@@ -445,7 +445,7 @@ def test_damage_to_a_data_set_is_noticed(tmp_path):
     with pytest.raises(ConfigError, match="missing or damaged"):
         D.Data(D.Config(path=str(tmp_path / "a")))
     (tmp_path / "a" / "metadata.json").write_text("{")
-    with pytest.raises(ConfigError, match="metadata.json is not that of"):
+    with pytest.raises(ConfigError, match="metadata.json is damaged, or not of this project"):
         D.Data(D.Config(path=str(tmp_path / "a")))
     with pytest.raises(ConfigError, match="holds no data set"):
         D.Data(D.Config(path=str(tmp_path)))

@@ -51,13 +51,20 @@ def open_look(runs, name, **changes):
     return look_file.open_look(str(runs / name), config)
 
 
+def latest(folder, what, end=".json"):
+    """The name, without its end, of the result that was written last, whatever the settings in its name."""
+    others = ("_rows-", "_edits-", "_example-", "_data-", "_modes-")
+    found = [p for p in folder.glob(what + "*" + end) if p.stem == what or p.stem[len(what) :].startswith(others)]
+    return max(found, key=lambda p: p.stat().st_mtime_ns).stem
+
+
 def saved(runs, name, what):
     """-> result, columns of its parquet file"""
-    folder = runs / name
-    result = json.loads((folder / f"eval_{what}.json").read_text())
+    folder, what = runs / name, latest(runs / name, f"eval_{what}")
+    result = json.loads((folder / f"{what}.json").read_text())
     assert set(result) == {"config", "metrics", "by_slice", "examples"}
-    assert (folder / f"eval_{what}.png").stat().st_size > 5000
-    return result, {k: np.array(v) for k, v in pq.read_table(folder / f"eval_{what}.parquet").to_pydict().items()}
+    assert (folder / f"{what}.png").stat().st_size > 5000
+    return result, {k: np.array(v) for k, v in pq.read_table(folder / f"{what}.parquet").to_pydict().items()}
 
 
 @pytest.mark.parametrize("file", ["stats", "routing", "eval", "impact", "prompts"])
@@ -472,7 +479,7 @@ def test_attention_of_a_run(runs, capsys):
     assert example["row"] == 4 and len(example["tokens"]) == 16
     head = np.array(example["weights"]["layer_1"]["head_0"])
     assert head.shape == (16, 16) and np.allclose(head.sum(-1), 1, atol=2e-3)
-    assert (runs / "mqar" / "attention" / "layer_1_head_0.png").exists() and len(columns["row"]) == 30 * 2 * 2
+    assert (runs / "mqar" / "attention_example-4" / "layer_1_head_0.png").exists() and len(columns["row"]) == 30 * 2 * 2
     with pytest.raises(ConfigError, match="example=30 is no row of test; the last is 29"):
         ev.main(["attention", str(runs / "mqar"), "--example=30"])
 
@@ -495,7 +502,7 @@ def test_right_answers_of_hashhop_are_those_that_slices_count(runs, capsys):
 @pytest.mark.parametrize("name", ["memory", "mqar"])
 def test_a_report_of_everything(runs, name, capsys):
     ev.main(["all", str(runs / name), "--edits=[1]", "--rows=20"])
-    report = (runs / name / "report.md").read_text()
+    report = (runs / name / "report_rows-20_edits-1.md").read_text()
     for word in ("logits", "attention", "routing", "edit", "stats"):
         assert f"## {word}\n" in report
     figures = [line.split("(")[1][:-1] for line in report.splitlines() if line.startswith("![")]

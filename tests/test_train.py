@@ -104,16 +104,16 @@ def test_the_best_weights_are_the_same_after_a_resume(tmp_path, monkeypatch):
     assert checkpoint.load_checkpoint(out, "best")["step"] == 20
 
 
-def test_a_file_of_your_own_with_a_name_of_ours_is_not_passed_over(tmp_path, monkeypatch):
-    (tmp_path / "data_mqar.py").write_text("")
-    (tmp_path / "model.py").write_text("")
+def test_our_names_mean_our_files(tmp_path, monkeypatch, capsys):
+    """And whoever has a file of that name beside is told."""
+    for name in ("data_mqar", "model"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('was run')")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="data_mqar is a file of this repo, too; give yours another name"):
-        train.plan(parse(["--model=gpt"])[1])
-    (tmp_path / "data_mqar.py").unlink()
-    assert train.plan(parse(["--model=gpt"])[1]).model_class.__name__ == "GPT"  # a short name is always ours
-    with pytest.raises(ConfigError, match="model is a file of this repo"):
-        train.plan(parse(["--model=model"])[1])
+    for name in ("gpt", "model.GPT"):
+        p = train.plan(parse([f"--model={name}"])[1])
+        assert p.model_class.__name__ == "GPT" and p.data_module.__file__.startswith(os.path.dirname(train.__file__))
+        assert f"{tmp_path}/data_mqar.py is not used: give it another name" in capsys.readouterr().err
+        assert p.files == {}
 
 
 def test_full_memory_is_a_sentence(tmp_path, monkeypatch):

@@ -1,0 +1,553 @@
+"""What is read back: damaged files, other people's files, and names in the wrong place end in a sentence; nothing is lost."""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import ablate
+import checkpoint
+import compare
+import data_mqar
+import data_synth
+import eval as ev
+import measure
+import plan
+import sweep
+import train
+from configs import ConfigError, RunFailed, parse, printable
+
+TOY = (
+    "--n_layers=1 --dim=16 --dk=8 --dv=8 --conv=2 --max_steps=2 --fresh=1 --threads=1 --vocab_size=32 --input_seq_len=16 "
+    "--num_kv_pairs=2 --n_val_examples=10 --n_test_examples=10 --eval_interval=1"
+)
+FACTS = (
+    "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=1 --dim=32 --dk=16 --dv=16 --conv=8 --init_std=1 "
+    "--model=memory --memory_layers=[0] --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2 --mem_value_lr=4 --lr=1e-2 "
+    "--max_steps=120 --batch_size=64 --eval_interval=120 --threads=1"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two finished runs of MQAR."""
+    folder = tmp_path_factory.mktemp("made")
+    for seed in (0, 1):
+        train.main([*TOY.split(), f"--seed={seed}", f"--run_name=r{seed}", f"--log_dir={folder}"])
+    return folder
+
+
+@pytest.fixture
+def runs(made, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(made, tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    """A run with memory layers that knows its facts."""
+    folder = tmp_path_factory.mktemp("facts")
+    train.main([*FACTS.split(), "--run_name=m", f"--log_dir={folder}"])
+    return folder / "m"
+
+
+def changed(path, change):
+    """Rewrite a JSON file after change(value)."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+# ---- damaged files -----------------------------------------------------------------------------------------------------
+
+ODD = {  # a whole file, or what stands in the place of a value
+    "no UTF-8": b'{"step": "\xff\xfe"}',
+    "no JSON": b'{"step": 1',
+    "another type": b"[1, 2]",
+    "null": b"null",
+    "deep": b"[" * 100_000,
+    "deep enough": b'{"test": ' + b"[" * 200 + b"]" * 200 + b"}",
+    "a long number": b'{"step": ' + b"9" * 5000 + b"}",
+    "not a number": b'{"step": NaN}',
+    "infinite": b'{"test": {"all": {"right": Infinity}}}',
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("file", ["config.json", "status.json"])
+def test_a_damaged_run_does_not_take_the_table_of_the_others_away(runs, file, odd, capsys):
+    (runs / "r0" / file).write_bytes(ODD[odd])
+    ev.main(["compare", str(runs / "*")])
+    text = capsys.readouterr()
+    assert "r1" in text.out and str(runs / "r0") in text.err and "Traceback" not in text.err
+    with pytest.raises(ConfigError, match="no run with a test result"):
+        ev.main(["compare", str(runs / "r0")])
+
+
+VALUES = ["7", "x", None, [], {}, -1, 1.5, True, 10**400, 1e300, [[1]], "\x1b[2J\ud800"]
+
+
+def places(value, at=()):
+    """Every place in a JSON value, as the keys on the way to it."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, v in inner:
+        yield (*at, key)
+        yield from places(v, (*at, key))
+
+
+def put(value, at, new):
+    """A copy of value with `new` at a place; KeyError as `new` takes the key away."""
+    value = json.loads(json.dumps(value))
+    *way, last = at
+    inner = value
+    for key in way:
+        inner = inner[key]
+    if new is KeyError:
+        del inner[last]
+    else:
+        inner[last] = new
+    return value
+
+
+@pytest.mark.parametrize("file", ["config.json", "status.json"])
+def test_any_value_may_be_odd(runs, file):
+    """A result or a sentence: of every value in a file, another one, or none."""
+    path = runs / "r0" / file
+    whole, random, refused = json.loads(path.read_text()), np.random.default_rng(0), 0
+    for at in places(whole):
+        for new in (KeyError, VALUES[random.integers(len(VALUES))]):
+            path.write_text(json.dumps(put(whole, at, new)))
+            for work in (compare.read_result, plan.read_plan):
+                try:
+                    work(str(runs / "r0"))
+                except ConfigError as e:
+                    assert len(str(e)) < 500
+                    refused += 1
+    assert refused > 50
+
+
+def test_a_setting_that_is_missing_or_has_two_values_is_not_replaced(runs):
+    path = runs / "r0" / "config.json"
+    for change, message in (
+        (lambda c: c["model"].pop("dim"), "config.json lacks dim; write down there what the run had"),
+        (lambda c: c["train"].pop("lr"), "config.json lacks lr; write down"),
+        (lambda c: c["data"].update(seed=7), "seed has two values, 0 and 7; which was it"),
+    ):
+        whole = path.read_text()
+        changed(path, change)
+        with pytest.raises(ConfigError, match=message):
+            ev.main([str(runs / "r0")])
+        path.write_text(whole)
+
+
+def test_a_model_of_other_sizes_is_a_sentence(runs):
+    changed(runs / "r0" / "config.json", lambda c: c["model"].update(dim=24))
+    with pytest.raises(ConfigError, match="is not of the model that its config.json describes"):
+        ev.main([str(runs / "r0")])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [[1], {"step": "3"}, {"epoch": 3, "tensors": {}}, {"step": 3, "tensors": 7}, {"step": 3, "shards": {"folder": "../x"}}],
+)
+def test_a_sealed_checkpoint_of_another_tool_is_refused_and_stays(runs, state):
+    rest = {"best": 0.0, "best_of_all": 0.0, "bad_steps": 0, "seconds": 0.0}
+    state = {**rest, **state} if isinstance(state, dict) else state
+    checkpoint.save_checkpoint(str(runs / "r0"), "best", state)
+    before = (runs / "r0" / "best.pt").read_bytes()
+    with pytest.raises(ConfigError, match="best.pt.* it is no checkpoint of train.py"):
+        ev.main([str(runs / "r0")])
+    assert (runs / "r0" / "best.pt").read_bytes() == before
+
+
+def test_damaged_lines_of_a_log_are_left_out_and_counted(runs, capsys):
+    path = runs / "r0" / "log.jsonl"
+    kept = checkpoint.read_log(str(runs / "r0"))
+    odd = [b"\xff", b"[" * 9999, b"null", b'{"kind": "eval", "step": 1}', b'{"kind": "train", "step": "1", "loss": 1}']
+    path.write_bytes(path.read_bytes() + b"".join(line + b"\n" for line in odd) + b'{"kind": "tr')
+    capsys.readouterr()
+    assert checkpoint.read_log(str(runs / "r0")) == kept
+    assert f"note: 6 lines of {path} are damaged and left out" in capsys.readouterr().err
+    ev.main(["compare", str(runs / "*")])
+    train.main(["--resume", str(runs / "r0"), "--max_steps=3"])
+    assert [r["step"] for r in checkpoint.read_log(str(runs / "r0")) if r["kind"] == "eval"] == [1, 2, 3]
+
+
+def test_what_a_sweep_cannot_read_is_done_again(runs, capsys):
+    c = sweep.Config(log_dir=str(runs))
+    os.rename(runs / "r0", runs / "r0_seed0")
+    point = sweep.Point("a", 0, "r0", TOY)
+    assert sweep.finished(point, sweep.folder_of(point, 0, c))
+    for odd in ODD.values():
+        (runs / "r0_seed0" / "status.json").write_bytes(odd)
+        assert not sweep.finished(point, sweep.folder_of(point, 0, c))
+    assert "status.json is damaged" in capsys.readouterr().err
+
+
+# ---- data sets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_metadata_that_promises_other_rows_is_refused(tmp_path, format):
+    """Else training goes on memory that nobody wrote."""
+    words = f"--output-dir={tmp_path}/a --num-samples=20 --seq-len=16 --num-kv-pairs=2 --vocab-size=1024 --output-format={format}"
+    data_mqar.main(words.split())
+    path = tmp_path / "a" / "metadata.json"
+    whole = json.loads(path.read_text())
+    data = lambda: data_mqar.Data(data_mqar.Config(path=str(tmp_path / "a"))).batch("train", 0, [0])
+    data()
+    for at, new, message in (
+        (("files", "train", 0, "rows"), 30, "the files of train have 30 rows, not num_samples=20"),
+        (("seq_len",), 8, "rows that are not of seq_len=8"),
+        (("vocab_size",), 8, "tokens that are not below vocab_size=8"),
+        (("num_samples",), "20", "'num_samples' is '20', not a whole number"),
+        (("files", "train", 0, "name"), "../x", "is '../x', not a path inside its folder"),
+        (("files", "train"), None, "'train' is None, not a list"),
+    ):
+        path.write_text(json.dumps(put(whole, at, new)))
+        with pytest.raises(ConfigError, match=message):
+            data()
+    more = put(whole, ("files", "train", 0, "rows"), 30)
+    path.write_text(json.dumps(put(put(more, ("files", "test", 0, "rows"), 30), ("num_samples",), 30)))
+    with pytest.raises(ConfigError):
+        data()
+
+
+def test_metadata_of_facts_is_checked_too(tmp_path):
+    data_synth.main(["qa", "--output_dir", str(tmp_path / "a"), "--num_pairs=16"])
+    path = tmp_path / "a" / "metadata.json"
+    whole = json.loads(path.read_text())
+    for at, new, message in (
+        (("files", "train", 0, "rows"), 9999, r"part-00000.parquet has 9999 rows; it has \d+"),
+        (("mask",), "words", "mask='words' is not one of"),
+        (("chance", "majority digit"), "high", "not a number from 0 to 1"),
+        (("knowledge",), {"slice": "seen", "facts": 3, "bits": 1.0}, "is no slice tag=value"),
+    ):
+        path.write_text(json.dumps(put(whole, at, new)))
+        with pytest.raises(ConfigError, match=message):
+            data_synth.Data(data_synth.Config(path=str(tmp_path / "a")))
+
+
+# ---- files of your own -------------------------------------------------------------------------------------------------
+
+FORK = """
+from model import GPT, Config
+from my_helper import NAME
+
+class Model(GPT):
+    pass
+"""
+
+
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """A run of a model file in the working directory, which imports a file beside it; both modules are forgotten again."""
+    import sys
+
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "my_fork.py").write_text(FORK)
+    (place / "my_helper.py").write_text("NAME = 'helper'\n")
+    monkeypatch.chdir(place)
+    train.main([*TOY.split(), "--model=my_fork", "--run_name=f", f"--log_dir={place}"])
+
+    def forget():
+        for name in ("my_fork", "my_helper"):
+            sys.modules.pop(name, None)
+
+    forget()
+    yield place, forget
+    forget()
+
+
+def test_a_fork_is_executed_as_recorded_and_announced(fork, capsys):
+    place, _ = fork
+    files = json.loads((place / "f" / "config.json").read_text())["files"]
+    assert files == {str(place / name): checkpoint.file_hash(place / name) for name in ("my_fork.py", "my_helper.py")}
+    capsys.readouterr()
+    ev.main(["f"])
+    text = capsys.readouterr().err
+    assert f"note: executing {place}/my_fork.py" in text and f"note: executing {place}/my_helper.py" in text
+
+
+@pytest.mark.parametrize("command", [lambda: ev.main(["f"]), lambda: train.main(["--resume", "f"]), lambda: ablate.main(["layer", "f"])])
+@pytest.mark.parametrize("name", ["my_fork", "my_helper"])
+def test_a_fork_that_changed_is_not_executed(fork, command, name):
+    place, _ = fork
+    with open(place / f"{name}.py", "a") as f:
+        f.write("raise SystemExit('was run')\n")
+    with pytest.raises(ConfigError, match=f"{name}.py is not executed: it has changed since the run began; put back"):
+        command()
+
+
+def test_a_fork_elsewhere_or_gone_is_not_executed(fork, tmp_path, monkeypatch):
+    place, forget = fork
+    shutil.copytree(place, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    with pytest.raises(ConfigError, match=f"the run did not record it; the run used {place}/my_fork.py: put that file there"):
+        ev.main(["f"])
+    os.remove(tmp_path / "copy" / "my_fork.py")
+    with pytest.raises(ConfigError, match="nor a file here|there is no my_fork.py here"):
+        ev.main(["f"])
+
+
+def test_compiled_copies_are_not_trusted(fork):
+    """__pycache__ may hold the code of another source of the same size and time."""
+    import py_compile
+
+    place, _ = fork
+    source = place / "my_fork.py"
+    whole, about = source.read_text(), os.stat(source)
+    source.write_text("raise SystemExit('was run')".ljust(len(whole)))
+    py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    source.write_text(whole)
+    os.utime(source, ns=(about.st_atime_ns, about.st_mtime_ns))
+    ev.main(["f"])
+
+
+@pytest.mark.parametrize("name", ["pwned", "json", "pwned.Model", "numpy", "configs"])
+def test_a_name_in_a_strangers_config_executes_nothing(runs, tmp_path, monkeypatch, name):
+    (tmp_path / f"{name.split('.')[0]}.py").write_text("import os\nos.mkdir('was_run')\n")
+    monkeypatch.chdir(tmp_path)
+    for part in ("model", "data"):
+        changed(runs / "r0" / "config.json", lambda c: c["train"].update({part: name}))
+        for main, words in ((ev.main, ["runs/r0"]), (train.main, ["--resume", "runs/r0"]), (ablate.main, ["layer", "runs/r0"])):
+            with pytest.raises(ConfigError):
+                main(words)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_script_called_from_elsewhere_takes_its_own_files(runs, tmp_path, script):
+    for name in ("data_mqar", "model", "draws", "configs", "tokens"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('was run')")
+    done = script("eval.py", runs / "r0", cwd=tmp_path)
+    assert done.returncode == 0 and "was run" not in done.stderr, done.stderr
+
+
+def test_a_file_of_your_own_that_fails_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "my_broken.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="my_broken.py does not run \\(SyntaxError"):
+        plan.plan(parse(["--model=my_broken"])[1])
+    (tmp_path / "json.py").write_text("")
+    with pytest.raises(ConfigError, match="json.py cannot be taken: Python has a module json, too"):
+        plan.plan(parse(["--model=json"])[1])
+
+
+# ---- the terminal ------------------------------------------------------------------------------------------------------
+
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]")
+
+
+def test_printable_by_hand():
+    assert printable("a\x1b[2Jb\u202e\ud800é␣") == "a\\x1b[2Jb\\u202e\\ud800é␣"
+    assert printable("a\nb\tc", keep="\n") == "a\nb\\tc" and printable("plain") == "plain"
+
+
+def test_no_escape_sequence_reaches_the_terminal(runs, tmp_path, capsys, script):
+    odd = runs / "a\x1b[31mred\x07"
+    os.rename(runs / "r0", odd)
+    (runs / "r1" / "status.json").write_text('{"status": "\x1b[2J')
+    changed(odd / "config.json", lambda c: c["train"].update(exp_group="0"))
+    ev.main(["compare", str(runs / "*")])
+    ev.main([str(odd), "--examples=1"])
+    ev.main(["all", str(odd), "--rows=4"])
+    text = capsys.readouterr()
+    assert "\\x1b[31mred" in text.out and not CONTROL.search(text.out + text.err)
+    assert not CONTROL.search(next(odd.glob("report*.md")).read_text())
+    notes = tmp_path / "n.jsonl"
+    notes.write_text(json.dumps({"\x1b[2Jkey": "a"}) + "\n")
+    done = script("train.py", "--data=data_synth", "--task=text", f"--path={notes}", "--\x1b[2J=1")
+    assert done.returncode == 2 and not CONTROL.search(done.stderr)
+    done = script("train.py", "--data=data_synth", "--task=text", f"--path={notes}", "--n_epochs=0")
+    assert done.returncode == 2 and "\\x1b[2Jkey" in done.stderr and not CONTROL.search(done.stderr)
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_one_before(runs, monkeypatch):
+    from matplotlib.figure import Figure
+
+    ev.main([str(runs / "r0")])
+    whole = (runs / "r0" / "eval_test.png").read_bytes()
+    real = Figure.savefig
+
+    def full(self, f, **kwargs):
+        real(self, f, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    for words in ([str(runs / "r0")], ["compare", str(runs / "*")], ["attention", str(runs / "r0")]):
+        with pytest.raises(RunFailed, match="No space left on device; what stood there before is whole"):
+            ev.main(words)
+    assert (runs / "r0" / "eval_test.png").read_bytes() == whole
+    assert not [f for _, _, files in os.walk(runs) for f in files if ".tmp" in f]
+    assert not (runs / "compare.png").exists()
+
+
+def test_every_figure_is_written_by_one_function():
+    folder = os.path.dirname(measure.__file__)
+    found = [f for f in os.listdir(folder) if f.endswith(".py") and "savefig" in open(os.path.join(folder, f)).read()]
+    assert found == ["measure.py"]
+
+
+# ---- results beside each other -----------------------------------------------------------------------------------------
+
+
+def test_a_second_analysis_leaves_the_first(facts, tmp_path, capsys):
+    texts = [tmp_path / name / "t.jsonl" for name in "ab"]
+    for i, path in enumerate(texts):
+        path.parent.mkdir()
+        path.write_text(f'{{"text": "{i}1 and 2"}}\n' * 6)
+    commands = (
+        (ev.main, ["routing"], [[], ["--rows=8"], ["--split=val"], ["--checkpoint=ckpt"], *([f"--data={p}"] for p in texts)]),
+        (ev.main, ["logits"], [[], ["--rows=8"], ["--dtype=bfloat16"]]),
+        (ev.main, [], [[], ["--split=val"], ["--checkpoint=ckpt"]]),
+        (ablate.main, ["swap"], [["--pairs=8"], ["--pairs=8", "--type=more_more"], ["--pairs=8", "--seed=1"]]),
+    )
+    for main, command, settings in commands:
+        before, files = {}, []
+        for words in settings:
+            main([*command, str(facts), *words])
+            written = re.findall(r"wrote (\S+), \.parquet", capsys.readouterr().out)
+            files += written
+            assert all(open(f).read() == text for f, text in before.items())
+            before |= {f: open(f).read() for f in written}
+        assert len(set(files)) == len(settings)
+        made = [json.loads(open(f).read())["config"] for f in files]
+        assert len({json.dumps(c) for c in made}) == len(settings)  # and each says how it was measured
+
+
+def test_corr_reads_what_was_measured_with_its_settings(facts, tmp_path, capsys):
+    run = shutil.copytree(facts, tmp_path / "m", ignore=shutil.ignore_patterns("eval_*", "ablate_*"))
+    ablate.main(["keys", str(run), "--rows=12", "--modes=zero"])
+    for kind in ("any", "less_more"):
+        ablate.main(["swap", str(run), "--rows=12", "--pairs=40", f"--type={kind}"])
+    with pytest.raises(ConfigError, match="has ablate_swap_rows-12_pairs-40, ablate_swap_rows-12_pairs-40_type-less_more; say"):
+        ablate.main(["corr", str(run)])
+    capsys.readouterr()
+    ablate.main(["impact", str(run)])  # one result of keys is there
+    assert "reading ablate_keys_rows-12_modes-zero" in capsys.readouterr().out
+    same = ["--rows=12", "--modes=zero", "--pairs=40"]
+    ablate.main(["corr", str(run), *same])
+    assert (run / "ablate_corr_rows-12_modes-zero_rows-12_pairs-40.json").exists()
+    with pytest.raises(ConfigError, match="ablate_swap_rows-12_pairs-40_type-more_more.parquet does not exist"):
+        ablate.main(["corr", str(run), *same, "--type=more_more"])
+
+
+def test_tables_and_statistics_of_other_runs_stay(runs):
+    ev.main(["compare", str(runs / "*")])
+    whole = (runs / "compare.parquet").read_bytes()
+    ev.main(["compare", str(runs / "r0")])
+    assert (runs / "compare.parquet").read_bytes() == whole and len(list(runs.glob("compare_1_runs-*.parquet"))) == 1
+    shutil.copytree(runs, runs / "more", ignore=shutil.ignore_patterns("compare*"))
+    for folder in (runs, runs / "more"):
+        for name in ("r0", "r1"):
+            ev.main([str(folder / name)])
+    ev.main(["stats", str(runs / "r0"), str(runs / "r0")])
+    ev.main(["stats", str(runs / "more" / "r0"), str(runs / "r0")])
+    assert len(list((runs / "r0").glob("eval_stats_against_r0*.json"))) == 2
+
+
+def odd_columns():
+    """Columns that a parquet file may hold in the place of numbers."""
+    text, nothing, lists = ["a"] * 3, [None] * 3, [[1], [], [2]]
+    return [{"row": x, "hit": x, "loss": x} for x in (text, nothing, lists)] + [{"x": [1]}, {"row": [], "hit": [], "loss": []}]
+
+
+def test_odd_parquet_is_a_sentence(runs, facts, tmp_path):
+    path = runs / "r0" / "eval_test.parquet"
+    for columns in odd_columns():
+        pq.write_table(pa.table(columns), path)
+        with pytest.raises(ConfigError, match="python eval.py .* writes it"):
+            ev.main(["stats", str(runs / "r0")])
+    ev.main([str(runs / "r0")])
+    whole, noticed = path.read_bytes(), 0
+    for place in range(4, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            ev.main(["stats", str(runs / "r0")])
+        except ConfigError:
+            noticed += 1
+    assert noticed > 3
+
+
+# ---- order and intervals -----------------------------------------------------------------------------------------------
+
+
+def test_keys_of_results_come_in_one_order(script):
+    """Whatever PYTHONHASHSEED is."""
+    code = "import measure, numpy as np; b = measure.count(dict(hit=np.ones(2, bool), loss=np.ones(2), row=np.arange(2), "
+    code += "row_hit=np.ones(2, bool), tags=dict(a=np.arange(2), b=np.arange(2)))); print(measure.total([b, b]))"
+    orders = set()
+    for seed in ("1", "2", "3"):
+        import subprocess
+        import sys
+
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        folder = os.path.dirname(measure.__file__)
+        orders.add(subprocess.run([sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True).stdout)
+    assert len(orders) == 1 and "right_right" in orders.pop()
+
+
+def length(cell):
+    return cell["ci95"][1] - cell["ci95"][0]
+
+
+@pytest.mark.parametrize("size", [1, 6, 32])
+def test_intervals_are_shortest_where_all_is_right(size):
+    """300 rows of `size` labels, with more and more errors, each in a row of its own or all in as few as hold them."""
+    row = np.repeat(np.arange(300), size)
+    whole = measure.share_over_rows(np.ones(len(row)), row)
+    assert whole["ci95"] == pytest.approx(measure.wilson(300, 300))
+    for alone in (True, False):
+        before = whole
+        for errors in (1, 2, 3, 5, 9, 30, 100):
+            hit = np.ones(len(row), bool)
+            hit[np.arange(errors) * size % len(row) if alone else np.arange(errors)] = False
+            cell = measure.share_over_rows(hit, row)
+            low, high = cell["ci95"]
+            assert 0 <= low <= cell["value"] <= high <= 1 and length(cell) >= length(whole) - 1e-12
+            assert low <= before["ci95"][0] + 1e-12
+            turned = measure.share_over_rows(~hit, row)
+            assert [1 - x for x in turned["ci95"]] == pytest.approx([high, low])
+            before = cell
+
+
+def test_a_bound_on_what_labels_count_by_hand():
+    """Of 1 in 100 rows: as long as 3.8415 / 103.8415; far from the ends the bound is far above all labels."""
+    assert measure.most_effective(1.0, 100) == pytest.approx(100) == measure.most_effective(0.0, 100)
+    for p in (0.99, 0.999, 0.9999):
+        n = measure.most_effective(p, 100)
+        low, high = measure.wilson(p * n, n)
+        assert high - low == pytest.approx(3.841459 / 103.841459, rel=1e-5) and n > 100
+    assert measure.most_effective(0.5, 100) > 100_000 / 100
+
+
+def test_means_of_shares_stay_between_0_and_1():
+    for x in ([1.0] * 10, [0.0] * 10, [0.999] * 9 + [0.9], [0.5], [0.2, 0.9, 0.4]):
+        cell = measure.mean_share(x)
+        assert 0 <= cell["ci95"][0] <= cell["value"] <= cell["ci95"][1] <= 1 and cell["value"] == pytest.approx(np.mean(x))
+    hits = np.arange(100) < 80  # of measurements that are 0 or 1: Wilson's, but for n - 1
+    assert measure.mean_share(hits)["ci95"] == pytest.approx(measure.wilson(80, 100), abs=2e-3)
+    random = np.random.default_rng(0)
+    found = [measure.mean_share(random.beta(2, 5, 50))["ci95"] for _ in range(1000)]
+    assert 0.93 < np.mean([low <= 2 / 7 <= high for low, high in found]) < 0.97
+
+
+def test_a_run_without_state_is_drawn_beside_others(runs, monkeypatch):
+    from matplotlib.axes import Axes
+
+    scales, real = [], Axes.set_xscale
+    monkeypatch.setattr(Axes, "set_xscale", lambda axis, scale, **more: scales.append(scale) or real(axis, scale, **more))
+    results = [compare.read_result(str(runs / name)) for name in ("r0", "r1")]
+    results[0]["state"] = 0
+    compare.plot_compare(str(runs / "c.png"), results)
+    assert "symlog" in scales and (runs / "c.png").stat().st_size > 5000
