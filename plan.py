@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib
+import json
 import math
 import os
 import re
@@ -25,8 +26,8 @@ import numpy as np
 import torch
 
 import configs
-from checkpoint import data_hash, load_checkpoint, part, read_json
-from configs import ConfigError, Setting, at_least, one_of, require, within
+from checkpoint import data_hash, finite, load_checkpoint, lock, part, read_json, remove
+from configs import ConfigError, RunFailed, Setting, at_least, one_of, require, within
 from parallel import FORMS, PARALLEL
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -234,6 +235,44 @@ def out_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
+@contextlib.contextmanager
+def enough_memory(advice):
+    """A block that ends in one sentence if it needs more memory than there is: RunFailed. advice() says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        raise RunFailed(f"memory is full; {advice()}") from None
+
+
+def training_advice(model, device):
+    """What to make smaller when training does not fit: a model that takes half of the memory by itself, else the batch."""
+    named = dict(model.named_parameters())
+    count = sum(q.numel() for q in named.values())
+    needed = 16 * count  # bytes in float32: weights, gradients, and AdamW's two moments
+    if 2 * needed < memory_size(device):
+        return "raise accumulate or lower batch_size or eval_batch_size"
+    name, largest = max(named.items(), key=lambda item: item[1].numel())
+    return (
+        f"the model is too large: {count:,} parameters need {needed / 2**30:.3g} GiB with gradients and AdamW's moments, "
+        f"{largest.numel() / count:.0%} of it for {name} {tuple(largest.shape)}; make that smaller"
+    )
+
+
+def memory_size(device):
+    """Bytes of the memory that a model on this device lives in, as far as they can be known; else infinity."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return installed if allowed == resource.RLIM_INFINITY else min(installed, allowed)
+
+
 def count_parameters(model):
     """{"layers": parameters of the blocks only, "total": all of them, shared ones once}."""
     layers = getattr(model, "layers", torch.nn.Module())
@@ -253,20 +292,37 @@ def label(p, config):
 
 
 def make_run_directory(p, config):
-    """Create and return <log_dir>/<run>. Without `run_name`, it ends in the Unix time, raised until it is free."""
+    """Create <log_dir>/<run> -> its path, and its lock. Without `run_name`, it ends in the Unix time, raised until it is free.
+
+    A directory that a run was to have, and that it left before its config.json was written, is taken again.
+    """
     c, now = p.train, int(time.time())
     while True:
         folder = os.path.join(c.log_dir, c.run_name or f"{label(p, config)}_{now}")
+        message = f"{folder} exists; continue it with --resume {folder}, or give another --run_name"
         try:
             os.makedirs(folder)
-            return folder
         except FileExistsError:
-            if c.run_name:
-                message = f"{folder} exists; continue it with --resume {folder}, or give another --run_name"
-                raise ConfigError(message, "run_name") from None
-            now += 1
+            if not c.run_name:
+                now += 1
+                continue
+            require(never_began(folder), message, "run_name")
         except OSError as e:
             raise ConfigError(f"cannot make the run directory {folder}: {e.strerror}", "log_dir") from None
+        held = lock(folder)
+        if not never_began(folder):  # another process was faster
+            os.close(held)
+            raise ConfigError(message, "run_name")
+        for leftover in os.listdir(folder):
+            remove(os.path.join(folder, leftover))
+        return folder, held
+
+
+def never_began(folder):
+    """Is this the directory of a run that was stopped before its config.json was written? Then nothing else is in it."""
+    if not os.path.isdir(folder):
+        return False
+    return all("config.json" in name and name != "config.json" for name in os.listdir(folder))
 
 
 def describe_run(p, config, model, device, dtype, world):
@@ -304,6 +360,39 @@ def require_same_data(folder, p, *left_out):
             require(data_hash(path) == began[key], message, key)
 
 
+MAY_CHANGE = (  # on resume
+    "n_epochs max_steps stop_accuracy target log_interval eval_interval save_every nan_limit "
+    "accumulate parallel export device threads compile"
+).split()
+# Where things are is no matter of the weights; the contents of data are compared by require_same_data.
+PLACES = "log_dir run_name exp_group resume init_from path tokenizer synthetic_dataset".split()
+
+
+def settings_text(p, config):
+    """What a checkpoint says of the settings that it was trained with, as JSON: {"train": {...}, "model": ..., "data": ...}."""
+    parts = {"train": p.train, "model": config, "data": p.data}
+    values = {}
+    for part_name, part_config in parts.items():
+        fixed = {k: v for k, v in vars(part_config).items() if k not in (*MAY_CHANGE, *PLACES)}
+        values[part_name] = fixed
+    return json.dumps(finite(values), sort_keys=True, default=str)
+
+
+def require_same_settings(folder, p, config, state):
+    """ConfigError if config.json is not what the checkpoint `state` was trained with. Older ones do not say."""
+    if "settings" not in state:
+        return
+    began, now = json.loads(state["settings"]), json.loads(settings_text(p, config))
+    for part_name, values in began.items():
+        for key, value in values.items():
+            mine = now[part_name].get(key, value)
+            message = (
+                f"{os.path.join(folder, 'config.json')} says {key}={mine!r}, but the checkpoint was trained with "
+                f"{key}={value!r}; put that back, or start a new run"
+            )
+            require(mine == value, message, None)
+
+
 def launch():
     """torchrun's name for the processes that it started together, the same when it starts them again; "" without one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -337,7 +426,10 @@ def read_plan(folder, changes=()):
         groups = [saved["train"], {k: v for k, v in saved["model"].items() if k not in told}, saved["data"]]
         settings = [Setting(k, v, path) for group in groups for k, v in group.items()]
     except FileNotFoundError:
-        raise ConfigError(f"{folder} is not a run directory: it has no config.json") from None
+        name = os.path.basename(os.path.normpath(folder))
+        again = f"the run was stopped before it began; start it again as before, with --run_name {name}"
+        why = f"it has no config.json: {again}" if never_began(folder) else "it has no config.json"
+        raise ConfigError(f"{folder} is not a run directory: {why}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise ConfigError(f"{path} cannot be read as the settings of a run") from None
     return plan(settings + list(changes))
@@ -352,7 +444,9 @@ def load_run(folder, which="best"):
     require_same_data(folder, p, "synthetic_dataset")  # that start is over, and its data set may be gone
     data = p.data_module.Data(p.data)
     sizes = types.SimpleNamespace(**read_json(os.path.join(folder, "config.json"))["model"])
-    model = make_model(p, model_config(p, sizes))
+    config = model_config(p, sizes)
+    model = make_model(p, config)
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
+    require_same_settings(folder, p, config, state)
     model.load_state_dict(part(state["tensors"], "model"))
     return p, data, model.eval(), state
