@@ -12,73 +12,201 @@ shards/<name>-<step>/, and the small file names them with their checksums; one r
 """
 
 import contextlib
-import fcntl
+import errno
 import glob
 import hashlib
 import json
 import math
 import os
 import pickle
+import secrets
 import shutil
+import signal
+import stat
 import sys
-import tempfile
+import threading
 import warnings
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from configs import ConfigError, RunFailed
+from configs import ConfigError, RunFailed, require
+
+try:
+    import fcntl
+except ImportError:  # Windows: everything runs, without locks
+    fcntl = None
 
 # ---- files that are whole or absent ------------------------------------------------------------------------------------
 
 
 def write_file(path, write, before=lambda: None):
-    """Call write(f) on a temporary file, bring it to disk, call before(), then give it its name: readers see all or nothing.
+    """Call write(f) on a temporary file, bring it to disk, call before(), then give it its name.
 
+    Readers see all or nothing. Two writers of one path do not disturb each other; the last one counts.
     RunFailed if that fails (disk full, read-only, ...); then path is as it was.
     """
+    f = None
     try:
-        remove(path + ".tmp")  # it may be another name of a whole file: see keep
-        with open(path + ".tmp", "w+b") as f:
+        remove_stale(temporary_names(path))
+        with new_temporary(path) as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        before()
-        os.replace(path + ".tmp", path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+            if fcntl is None:  # Windows renames no open file
+                f.close()
+            before()
+            os.replace(f.name, path)
+        bring_names_to_disk(os.path.dirname(path) or ".")
     except BaseException as e:
-        with contextlib.suppress(OSError):
-            remove(path + ".tmp")
+        if f is not None:
+            with contextlib.suppress(OSError):
+                remove(f.name)
         cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides it in a RuntimeError
         if isinstance(e, (OSError, RuntimeError)) and isinstance(cause, OSError):
-            raise RunFailed(f"cannot write {path}: {cause.strerror}; what stood there before is whole") from None
+            message = f"cannot write {path}: {cause.strerror}; what stood there before is whole"
+            raise RunFailed(message) from None
         raise
+
+
+LETTERS = 16  # hexadecimal ones, at the end of a temporary name
+
+
+def temporary_name(path):
+    """A new name beside `path`, and hidden: what stands there under a name of its own is whole."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name[:100]}.tmp-{secrets.token_hex(LETTERS // 2)}")
+
+
+def temporary_names(path):
+    """The pattern of such names; `path` may end with a star."""
+    name = glob.escape(temporary_name(path)[:-LETTERS])
+    return name.replace("[*]", "*") + "[0-9a-f]" * LETTERS
+
+
+def new_temporary(path):
+    """A new file beside `path`, open for reading and writing, and locked for as long as it is open.
+
+    The lock says that its writer lives: see remove_stale.
+    """
+    while True:
+        f = open(temporary_name(path), "x+b")
+        if take_lock(f.fileno()) is not False and os.path.exists(f.name):
+            return f
+        f.close()  # before it was locked, another process took it for a dead one's: make another
+
+
+def remove_stale(pattern):
+    """Delete files and directories with names of this pattern (of glob) whose writers are dead: their locks are free."""
+    if fcntl is None:
+        return
+    for path in glob.glob(pattern):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                if take_lock(handle):
+                    remove(path)
+            finally:
+                os.close(handle)
+
+
+def take_lock(handle):
+    """True: this process has the lock of an open file now; False: another one has it; None: there are no locks here.
+
+    The system gives a lock back when its process ends, however it ends.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
+
+
+def bring_names_to_disk(folder):
+    """A new name in a directory survives a power cut only once the directory is on disk, too."""
+    if fcntl is None:  # Windows opens no directories
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 @contextlib.contextmanager
 def new_directory(path):
-    """A temporary directory beside `path` to fill; it gets the name when the block ends: a directory of that name is always
-    complete. ConfigError in one sentence if there is one already or the disk refuses; then nothing is left behind."""
+    """A temporary directory beside `path` to fill; it gets the name when the block ends.
+
+    A directory of that name is always complete. ConfigError in one sentence if there is one already or the disk refuses.
+    Nothing is left behind then, nor after a signal; what a killed process left, the next one for this path deletes.
+    """
     target = os.path.abspath(path)
     if os.path.exists(target):
         raise ConfigError(f"{path} exists already; name another --output-dir or delete it first", "output_dir")
+    with signals_end_the_block():
+        work = handle = None
+        try:
+            work, handle = open_partial(path)
+            yield work
+            os.rename(work, target)
+        except (OSError, RunFailed) as e:
+            cause = e if isinstance(e, OSError) else e.__context__  # see write_file
+            why = cause.strerror or cause
+            raise ConfigError(f"writing {path} failed ({why}); nothing was left behind") from None
+        finally:
+            if work is not None:
+                shutil.rmtree(work, ignore_errors=True)
+            if handle is not None:
+                os.close(handle)
+
+
+def open_partial(path):
+    """-> a new directory beside `path`, and the open handle that locks it (None on Windows)."""
+    target = os.path.abspath(path)
+    begin = target + ".partial-"
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        work = tempfile.mkdtemp(prefix=os.path.basename(target) + ".partial-", dir=os.path.dirname(target))
+        remove_stale(glob.escape(begin) + "[0-9a-f]" * LETTERS)
+        while True:
+            work = begin + secrets.token_hex(LETTERS // 2)
+            os.mkdir(work)
+            if fcntl is None:
+                return work, None
+            with contextlib.suppress(FileNotFoundError):  # see new_temporary
+                handle = os.open(work, os.O_RDONLY)
+                if take_lock(handle) is not False and os.path.exists(work):
+                    return work, handle
+                os.close(handle)
     except OSError as e:
         raise ConfigError(f"cannot write beside {path}: {e.strerror}", "output_dir") from None
+
+
+@contextlib.contextmanager
+def signals_end_the_block():
+    """SIGTERM, SIGHUP and SIGUSR1 leave the block as sys.exit would, so that it can clean up; a second one is ignored."""
+
+    def leave(number, frame):
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
+        before = {n: signal.getsignal(n) for n in numbers}
+    before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}  # nohup ignores one
+    for number in before:
+        signal.signal(number, leave)
     try:
-        yield work
-        os.chmod(work, 0o755)  # mkdtemp made it private
-        os.rename(work, target)
-    except (OSError, RunFailed) as e:
-        cause = e if isinstance(e, OSError) else e.__context__  # see write_file
-        raise ConfigError(f"writing {path} failed ({cause.strerror or cause}); nothing was left behind") from None
+        yield
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def data_hash(path):
@@ -118,17 +246,27 @@ def read_json(path):
         return json.load(f)
 
 
-def lock(folder):
-    """Refuse a second process that writes into a run directory. The lock ends with this process, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def lock(folder, what="this run"):
+    """Refuse a second process that writes into a directory. The lock ends with this process, however it ends.
+
+    -> the handle to close, or None where directories cannot be opened (Windows).
+    """
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    held = take_lock(handle)
+    if held is False:
         os.close(handle)
-        raise ConfigError(f"{folder}: another process is writing this run; wait for it, or stop it first", "resume") from None
-    except OSError:  # a file system without locks
+        message = f"{folder}: another process is writing {what}; wait for it, or stop it first"
+        raise ConfigError(message, "resume")
+    if held is None:
         print(f"note: {folder} cannot be locked here; start no second process in it", file=sys.stderr)
+    remove_stale(temporary_names(os.path.join(folder, "*")))
     return handle
+
+
+def unlock(handle):
+    """Give back what `lock` returned."""
+    if handle is not None:
+        os.close(handle)
 
 
 class Log:
@@ -181,10 +319,11 @@ def keep(path, previous):
     """Let `previous` name the present file `path` too, if there is one."""
     if not os.path.isfile(path):
         return
+    remove_stale(temporary_names(previous))
+    other = temporary_name(previous)
     try:
-        remove(previous + ".tmp")
-        os.link(path, previous + ".tmp")
-        os.replace(previous + ".tmp", previous)
+        os.link(path, other)
+        os.replace(other, previous)
     except OSError:  # a file system without hard links
         with open(path, "rb") as old:
             write_file(previous, lambda f: shutil.copyfileobj(old, f))
@@ -200,7 +339,10 @@ def seal(f):
 
 
 def check_seal(path):
-    """ValueError unless the file is as `seal` left it."""
+    """Damaged unless the file is as `seal` left it."""
+    if not os.path.isfile(path):
+        os.stat(path)  # a disk that does not answer looks like no file, too
+        raise Damaged("it is no file")
     with open(path, "rb") as f:
         left, digest = os.fstat(f.fileno()).st_size - 64, hashlib.sha256()
         while left > 0:
@@ -208,29 +350,75 @@ def check_seal(path):
             digest.update(block)
             left -= len(block)
         if left < 0 or f.read() != digest.hexdigest().encode():
-            raise ValueError("its checksum differs")
+            raise Damaged("its checksum differs")
 
 
-def find_checkpoint(folder, *names):
+class Damaged(Exception):
+    """A checkpoint that is not as it was written; the text says why."""
+
+
+def find_checkpoint(folder, *names, holds_lock=False):
     """The first of the named checkpoints that is whole, shards included.
 
-    A damaged one is set aside under another name, so that it never replaces a whole one, and the user is told.
+    Damage means: a checksum differs. The user is told of it. Only the process that holds the lock of the run sets the
+    damaged file aside under another name, so that it never replaces a whole one; a reader changes nothing.
+    RunFailed if the disk or memory refuses, which says nothing about the file; ConfigError if nothing is whole, or if
+    a whole file is no checkpoint of train.py.
     """
     for name in names:
         path = os.path.join(folder, name + ".pt")
-        if not os.path.lexists(path):
-            continue
+        while (seen := stamp(path)) is not None:
+            try:
+                check_whole(folder, name)
+                return name
+            except Damaged as e:
+                if stamp(path) != seen:  # the run that trains here has written another one meanwhile
+                    continue
+                print(f"{path} is damaged ({e}); trying an older one", file=sys.stderr)
+                if holds_lock:
+                    set_aside(path)
+                break
+    every = ", ".join(n + ".pt" for n in names)
+    raise ConfigError(f"{folder} has no checkpoint that can be read ({every})")
+
+
+def check_whole(folder, name):
+    """Damaged unless the checkpoint <folder>/<name>.pt and its shards are as they were written."""
+    path = os.path.join(folder, name + ".pt")
+    with reading(path):
+        check_seal(path)
+    state = read_checkpoint(folder, name)
+    check_shards(folder, state)
+
+
+def stamp(path):
+    """What changes when a file is replaced; None if there is none. RunFailed if the disk does not answer."""
+    with reading(path):
         try:
-            check_seal(path)
-            check_shards(folder, read_checkpoint(folder, name))
-            return name
-        except (MemoryError, PermissionError) as e:  # says nothing about the file
-            raise RunFailed(f"cannot read {path}: {e.strerror if isinstance(e, OSError) else 'out of memory'}") from None
-        except Exception as e:  # damaged files fail in many ways; each means: try the next one
-            why = str(e).splitlines()[0] if str(e) else type(e).__name__
-            print(f"{path} is damaged ({why}); trying an older one", file=sys.stderr)
-            set_aside(path)
-    raise ConfigError(f"{folder} has no checkpoint that can be read ({', '.join(n + '.pt' for n in names)})")
+            os.lstat(path)
+        except FileNotFoundError:
+            return None
+        about = os.stat(path)
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Errors of the disk or of memory become RunFailed inside: they say nothing about what is in the file."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError) as e:
+        if not from_system(e):
+            raise
+        why = getattr(e, "strerror", None) or str(e).split("\n")[0] or "out of memory"
+        raise RunFailed(f"cannot read {path}: {why}; nothing was changed, so try again") from None
+
+
+def from_system(error):
+    """Did the system refuse? torch puts its message into a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return any(os.strerror(number) in str(error) for number in errno.errorcode)
+    return isinstance(error, (OSError, MemoryError))
 
 
 def set_aside(path):
@@ -241,16 +429,94 @@ def set_aside(path):
 
 
 def read_checkpoint(folder, name):
-    """The contents of <folder>/<name>.pt, unchecked; tensors stay on disk until they are used."""
-    return torch.load(os.path.join(folder, name + ".pt"), map_location="cpu", weights_only=True, mmap=True)
+    """The contents of <folder>/<name>.pt, its checksum unchecked; tensors stay on disk until they are used.
+
+    ConfigError if they are not those of a checkpoint of train.py; RunFailed if the disk or memory refuses.
+    """
+    path = os.path.join(folder, name + ".pt")
+    with reading(path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as e:  # damaged files and those of strangers fail in many ways
+            if from_system(e):
+                raise
+            raise unreadable(path, e) from None
+    check_form(state, path)
+    return state
+
+
+def unreadable(path, error):
+    """ConfigError that says so in one sentence, with the message of an error that torch or pickle raised."""
+    why = " ".join(str(error).split())[:120] or type(error).__name__
+    return ConfigError(f"{path} cannot be read as weights ({why})", "init_from")
+
+
+NUMBERS = {"step": (int,), "bad_steps": (int,)}
+NUMBERS |= dict.fromkeys(("best", "best_of_all", "seconds"), (int, float))
+
+
+def check_form(state, path):
+    """ConfigError unless this is what save_checkpoint is given: numbers, and tensors or the names of shards."""
+
+    def need(condition, what):
+        require(condition, f"{path} is no checkpoint of train.py: {what}", None)
+
+    need(isinstance(state, dict), f"it holds a {type(state).__name__}")
+    need("step" in state, "it has no step")
+    for name in NUMBERS.keys() & state.keys():
+        need(type(state[name]) in NUMBERS[name], f"its {name} is a {type(state[name]).__name__}")
+    need(state["step"] >= 0, f"its step is {state['step']}")
+    if "shards" in state:
+        about = state["shards"]
+        good = isinstance(about, dict) and isinstance(about.get("files"), dict) and "folder" in about
+        need(good, "it does not name its shards")
+    else:
+        state["tensors"] = plain_tensors(state.get("tensors", {}), path)
+
+
+DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool}
+DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
+DTYPES |= {getattr(torch, n) for n in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")}
+
+
+def plain_tensors(found, path):
+    """{name: tensor}, checked: what a stranger calls weights may be of any kind. -> the same, without attributes.
+
+    ConfigError for anything but text that can be shown and plain tensors of real numbers, and for tensors of more numbers
+    than the file has bytes: a stride of 0 makes 10^12 numbers of one.
+    """
+    size = os.path.getsize(path)
+
+    def need(condition, name, what):
+        require(condition, f"{path} cannot be read as weights: {name!r:.80} is {what}", "init_from")
+
+    require(isinstance(found, dict), f"{path} cannot be read as weights: no tensors by name", "init_from")
+    for name, t in found.items():
+        need(isinstance(name, str) and name.isprintable(), name, "no name of a tensor")
+        need(type(t) in (torch.Tensor, torch.nn.Parameter), name, f"a {type(t).__name__}, no tensor")
+        need(t.layout is torch.strided and not t.is_nested, name, "no dense tensor")
+        need(t.device.type == "cpu", name, "a tensor without data")
+        need(t.dtype in DTYPES, name, f"a tensor of {str(t.dtype).removeprefix('torch.')}")
+        count = torch.Tensor.numel(t)
+        need(count <= size, name, f"a tensor of {count} numbers, in a file of {size} bytes")
+    return {name: torch.Tensor.detach(t) for name, t in found.items()}
 
 
 def load_checkpoint(folder, *names):
-    """The first of the named checkpoints that is whole, with all tensors, from whichever form it has."""
-    state = read_checkpoint(folder, find_checkpoint(folder, *names))
-    if "shards" in state:
-        state["tensors"] = read_shards(shards_of(folder, state))
-    return state
+    """The first of the named checkpoints that is whole, with all tensors, from whichever form it has. See find_checkpoint."""
+    while True:
+        name = find_checkpoint(folder, *names)
+        path = os.path.join(folder, name + ".pt")
+        seen = stamp(path)
+        try:
+            state = read_checkpoint(folder, name)
+            if "shards" in state:
+                state["tensors"] = read_shards(shards_of(folder, state))
+            return state
+        except (ConfigError, RunFailed):
+            if stamp(path) == seen:
+                raise
+            # The run that trains here has replaced it meanwhile, and deleted its shards.
 
 
 def part(tensors, prefix):
@@ -289,60 +555,179 @@ def free_label(folder, label):
 
 def shards_of(folder, state):
     """The directory with the shards of a checkpoint of a run."""
-    return os.path.join(folder, "shards", state["shards"]["folder"])
+    return inside(os.path.join(folder, "shards"), state["shards"]["folder"])
+
+
+def inside(folder, name):
+    """<folder>/<name>, for a name that a file gives. ConfigError unless it is text and leads to a place in the folder."""
+    path = os.path.normpath(name) if isinstance(name, str) and name.isprintable() else ".."
+    leaves = os.path.isabs(path) or os.path.splitdrive(path)[0] or path.split(os.sep)[0] == os.pardir
+    require(not leaves and path != os.curdir, f"{folder} has no place for a file named {name!r:.80}", None)
+    return os.path.join(folder, path)
 
 
 def shard_index(place):
     """{name: shape and type} of the tensors in a directory of torch.distributed.checkpoint."""
-    found = SafeReader(place).read_metadata().state_dict_metadata
-    return {name: about for name, about in found.items() if hasattr(about, "size")}  # a trainer's own state has none
+    return read_index(place).state_dict_metadata
 
 
 def read_shards(place, into=None):
-    """Fill the tensors of `into` {name: tensor or DTensor} from shards, of however many ranks; without it, all, whole."""
-    if into is None:
-        into = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in shard_index(place).items()}
-    reader = SafeReader(place)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there is one process
-        dcp.load(into, storage_reader=reader, no_dist=not dist.is_initialized())
+    """Fill the tensors of `into` {name: tensor or DTensor} from shards, of however many ranks; without it, all, whole.
+
+    ConfigError if they are not such shards; RunFailed if the disk or memory refuses.
+    """
+    reader = TensorReader(place)
+    with reading(place):
+        try:
+            reader.index = read_index(place)
+            if into is None:
+                about = reader.index.state_dict_metadata
+                into = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in about.items()}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that there is one process
+                dcp.load(into, storage_reader=reader, planner=TensorPlanner(), no_dist=not dist.is_initialized())
+        except (Exception, dcp.CheckpointException) as e:  # the latter is no Exception: the errors of all ranks
+            cause = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
+            if isinstance(cause, (ConfigError, RunFailed)) or from_system(cause):
+                raise cause from None
+            raise unreadable(place, cause) from None
     return into
 
 
-class SafeReader(dcp.FileSystemReader):
-    """torch's own, but its index is a pickle: only the classes that describe tensors may come out of it."""
+class TensorReader(dcp.FileSystemReader):
+    """torch's own, with an index that was checked: its own would run what it finds there."""
 
     def read_metadata(self, *args, **kwargs):
-        with open(os.path.join(self.path, ".metadata"), "rb") as f:
-            metadata = IndexUnpickler(f).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        return self.index
 
 
-class IndexUnpickler(pickle.Unpickler):
-    ALLOWED = {
+class TensorPlanner(dcp.DefaultLoadPlanner):
+    """torch's own, for tensors alone: its own would run what it finds in anything else."""
+
+    def load_bytes(self, read_item, value):
+        raise ConfigError("only tensors are read from shards")
+
+
+def read_index(place):
+    """The index of a directory of torch.distributed.checkpoint, made anew from what it says of tensors.
+
+    What else a trainer keeps there is left out. ConfigError if it does not fit the files beside it.
+    """
+    path = os.path.join(place, ".metadata")
+    with reading(path):
+        try:
+            with open(path, "rb") as f:
+                found = said(IndexUnpickler(f).load(), "Metadata")
+            abouts = found["state_dict_metadata"].items()
+            tensors = {n: describe_tensor(x) for n, x in abouts if type(x).__name__ == "TensorStorageMetadata"}
+            places = [find_chunk(*entry) for entry in found["storage_data"].items()]
+            storage = {index: info for index, info in places if index.fqn in tensors}
+            files = {info.relative_path for info in storage.values()}
+            held = sum(size_of_file(inside(place, file)) for file in files)
+            need = sum(t.size.numel() * t.properties.dtype.itemsize for t in tensors.values())
+            if need > held:
+                raise ValueError(f"it says {need} bytes, its files have {held}")
+        except FileNotFoundError as e:
+            raise ConfigError(f"{e.filename} is missing") from None
+        except (OSError, MemoryError, ConfigError):
+            raise
+        except Exception as e:  # a pickle of anything
+            raise unreadable(place, e) from None
+    return dcp_metadata.Metadata(tensors, storage_data=storage, storage_meta=dcp_metadata.StorageMeta())
+
+
+def said(thing, kind):
+    """What the index says of one of torch's objects, {field: value}; ValueError if it is of another kind."""
+    if type(thing).__name__ != kind or not isinstance(thing.state, dict):
+        raise ValueError(f"no {kind} in its place")
+    return thing.state
+
+
+def describe_tensor(thing):
+    """TensorStorageMetadata of the index -> torch's own; ValueError unless its chunks fill the tensor."""
+    about = said(thing, "TensorStorageMetadata")
+    size, dtype = about["size"], about["properties"].state[0]
+    if type(size) is not torch.Size or dtype not in DTYPES:
+        raise ValueError("a tensor without shape or type")
+    chunks = []
+    for chunk in about["chunks"]:
+        place = said(chunk, "ChunkStorageMetadata")
+        begin, extent = torch.Size(place["offsets"]), torch.Size(place["sizes"])
+        fits = len(begin) == len(extent) == len(size)
+        if not fits or any(a < 0 or n < 0 or a + n > whole for a, n, whole in zip(begin, extent, size)):
+            raise ValueError("a part outside its tensor")
+        chunks.append(dcp_metadata.ChunkStorageMetadata(begin, extent))
+    if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
+        raise ValueError("a tensor that its parts do not fill")
+    return dcp_metadata.TensorStorageMetadata(dcp_metadata.TensorProperties(dtype), size, chunks)
+
+
+def find_chunk(index, info):
+    """An entry of the index, which part of a tensor is where -> the same in torch's own classes."""
+    index, info = said(index, "MetadataIndex"), said(info, "_StorageInfo")
+    numbers = info["offset"], info["length"]
+    if type(index["fqn"]) is not str or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError("a part without a place")
+    if info.get("transform_descriptors"):
+        raise ValueError("its files are compressed")
+    key = dcp_metadata.MetadataIndex(index["fqn"], index.get("offset"))
+    return key, _StorageInfo(info["relative_path"], *numbers)
+
+
+def size_of_file(path):
+    """Bytes of a file that is one: a pipe would wait for ever. ValueError otherwise."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{os.path.basename(path)} is no file")
+    return about.st_size
+
+
+class Described:
+    """Stands in for a class of torch in an index: it keeps what the pickle says of an object, and does nothing."""
+
+    state = None
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class IndexUnpickler(pickle._Unpickler):  # Python's own, because a few bytes make the one in C fill all memory
+    """Reads the index, a pickle, and calls nothing in it: an object of torch becomes a Described of the same name."""
+
+    VALUES = {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+    KINDS = {
         "torch.distributed.checkpoint.metadata": {
             *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
             *("TensorProperties", "_MEM_FORMAT_ENCODING", "BytesStorageMetadata"),
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch.serialization": {"_get_layout"},
-        "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
         "pathlib": {"PosixPath"},
     }
 
     def find_class(self, module, name):
-        if name not in self.ALLOWED.get(module, ()):
+        if module == "torch" and name in self.VALUES:
+            return getattr(torch, name)
+        if name not in self.KINDS.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
-        return super().find_class(module, name)
+        return type(name, (Described,), {})
 
 
 def check_shards(folder, state):
-    """ValueError unless the files that a checkpoint names are there, unchanged."""
+    """Damaged unless the files that a checkpoint names are there, unchanged."""
     for file, digest in state.get("shards", {"files": {}})["files"].items():
-        path = os.path.join(shards_of(folder, state), file)
-        if not os.path.isfile(path) or file_hash(path) != digest:
-            raise ValueError(f"{path} is missing or its checksum differs")
+        path = inside(shards_of(folder, state), file)
+        with reading(path):
+            try:
+                size_of_file(path)
+                same = file_hash(path) == digest
+            except (FileNotFoundError, NotADirectoryError, ValueError):
+                same = False
+        if not same:
+            raise Damaged(f"{path} is missing or its checksum differs")
 
 
 def remove_old_shards(folder):

@@ -25,7 +25,6 @@ changes it. Letters: R rows, L tokens in a row, n pairs, u updates, V vocabulary
 
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -333,7 +332,6 @@ def main(argv=None):
         require(not settings, "name the directory to write: --output-dir DIR", "output_dir")
         print(__doc__.strip())
         return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the temporary directory goes
     start = time.perf_counter()
     metadata = write_dataset(config)
     seconds = time.perf_counter() - start

@@ -36,7 +36,6 @@ Every document is a pure function of the settings and its number, every epoch an
 """
 
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -297,7 +296,6 @@ def main(argv=None):
     configs.check_names(settings, StoreConfig)
     require("task" not in {s.key for s in settings}, f"the task is {command} already; leave out --task", None)
     config = configs.build(StoreConfig, [configs.Setting("task", command, command), *settings])
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the temporary directory goes
     start = time.perf_counter()
     metadata = write_facts(config, TASKS[config.task].make(config))
     rows = {split: sum(f["rows"] for f in files) for split, files in metadata["files"].items()}

@@ -436,11 +436,21 @@ def inspect(words):
         note = ""
         if len(words) == 2:
             same = None not in tensors and shapes[0] == shapes[1]
-            note = f"{(tensors[0].double() - tensors[1].double()).abs().max():.3g}" if same else hint(name, *shapes)
-        size = [t.numel() for t in tensors if t is not None][0]
-        rows.append((name, *shapes, size, f"{next(t for t in tensors if t is not None).double().std(correction=0):.3g}", note))
+            note = difference(*tensors) if same else hint(name, *shapes)
+        first = next(t for t in tensors if t is not None)
+        rows.append((name, *shapes, first.numel(), spread(first), note))
     heads = ("name", *(["shape"] if len(words) == 1 else ["shape in A", "shape in B"]), "numbers", "std", "largest difference")
     print_table(heads, rows)
+
+
+def spread(t):
+    """The standard deviation of its numbers, as text."""
+    return f"{t.double().std(correction=0):.3g}" if t.numel() else "-"
+
+
+def difference(a, b):
+    """The largest one between two tensors of one shape, as text."""
+    return f"{(a.double() - b.double()).abs().max():.3g}" if a.numel() else "-"
 
 
 def hint(name, a, b):

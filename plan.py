@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import configs
-from checkpoint import data_hash, finite, load_checkpoint, lock, part, read_json, remove
+from checkpoint import data_hash, finite, load_checkpoint, lock, part, read_json, remove, unlock
 from configs import ConfigError, RunFailed, Setting, at_least, one_of, require, within
 from parallel import FORMS, PARALLEL
 
@@ -311,7 +311,7 @@ def make_run_directory(p, config):
             raise ConfigError(f"cannot make the run directory {folder}: {e.strerror}", "log_dir") from None
         held = lock(folder)
         if not never_began(folder):  # another process was faster
-            os.close(held)
+            unlock(held)
             raise ConfigError(message, "run_name")
         for leftover in os.listdir(folder):
             remove(os.path.join(folder, leftover))

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import configs
-from checkpoint import Log, find_checkpoint, lock, read_checkpoint, read_json, write_json
+from checkpoint import Log, find_checkpoint, lock, read_checkpoint, read_json, unlock, write_json
 from configs import RunFailed, require
 from draws import IGNORE
 from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
@@ -314,7 +314,7 @@ def main(argv=None):
             require(world.size == 1, "export is the work of one process; run it without torchrun", "export")
             handle = lock(folder)
             rewrite_checkpoints(folder, p.train.export, world)
-            os.close(handle)
+            unlock(handle)
             return 0
         return start(p, folder, world)
 
@@ -381,7 +381,7 @@ def start(p, folder, world):
             return finish(run, resume)
     finally:
         if world.first:
-            os.close(held)
+            unlock(held)
 
 
 def prepare(model, c, goes_on):
@@ -404,7 +404,8 @@ def find_resume(folder, world):
     """The last whole checkpoint of a run, or None if the run has none yet."""
 
     def find():
-        return find_checkpoint(folder, "ckpt", "ckpt_prev") if has_checkpoint(folder) else None
+        if has_checkpoint(folder):
+            return find_checkpoint(folder, "ckpt", "ckpt_prev", holds_lock=True)
 
     name = world.first_does(find)
     return read_checkpoint(folder, name) if name else None
@@ -467,7 +468,7 @@ def report(folder, status, c, data):
 def tested_weights(folder, step):
     """{"weights": "best" or "last", "step": ...} of what the test is of, after the last step of a run, with "why" if last."""
     try:
-        name = find_checkpoint(folder, "best")
+        name = find_checkpoint(folder, "best", holds_lock=True)
     except ConfigError:
         return {"weights": "last", "step": step, "why": "best.pt is missing or damaged"}
     return {"weights": name, "step": read_checkpoint(folder, name)["step"]}

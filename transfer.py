@@ -15,10 +15,11 @@ import fnmatch
 import glob
 import os
 import re
+import zipfile
 
 import torch
 
-from checkpoint import load_checkpoint, part, read_shards
+from checkpoint import load_checkpoint, part, plain_tensors, read_shards, reading, unreadable
 from configs import ConfigError, require
 
 PARTS = {  # LLMonade's names of parts: ours
@@ -104,10 +105,7 @@ def read_weights(path, step=-1):
         path = folders[chosen]
     message = f"{path} is no run directory, checkpoint file or folder of torch.distributed.checkpoint"
     require(os.path.exists(os.path.join(path, ".metadata")), message, "init_from")
-    try:
-        tensors = read_shards(path)
-    except Exception as e:  # torch raises many kinds
-        raise unreadable(path, e) from None
+    tensors = read_shards(path)
     return next(filter(None, (part(tensors, "model"), part(tensors, "state_dict"))), tensors), path
 
 
@@ -128,24 +126,36 @@ def pick_checkpoint(folder, step):
 
 
 def read_file(path):
-    """{name: tensor} of a file that torch.save wrote: ours, or a state dict, in "model" or "state_dict" or bare."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise unreadable(path, e) from None
+    """{name: tensor} of a file that torch.save wrote: ours, or a state dict, in "model" or "state_dict" or bare.
+
+    ConfigError if it holds anything but plain tensors there; RunFailed if the disk or memory refuses.
+    """
+    with reading(path):
+        try:
+            refuse_compressed(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, MemoryError):
+            raise
+        except Exception as e:  # torch raises many kinds
+            raise unreadable(path, e) from None
     in_shards = isinstance(state, dict) and "shards" in state
     require(not in_shards, f"the tensors of {path} are in shards beside it; name the run directory instead", "init_from")
     if isinstance(state, dict) and "tensors" in state:
-        return part(state["tensors"], "model")
+        return part(plain_tensors(state["tensors"], path), "model")
     for key in ("model", "state_dict"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     require(tensors, f"{path} holds no named tensors", "init_from")
-    return tensors
+    return plain_tensors(tensors, path)
 
 
-def unreadable(path, error):
-    return ConfigError(f"{path} cannot be read as weights ({' '.join(str(error).split())[:120]})", "init_from")
+def refuse_compressed(path):
+    """ValueError for a zip that holds more bytes than it has: torch.save compresses nothing, a bomb does."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z:
+            held = sum(entry.file_size for entry in z.infolist())
+        if held > os.path.getsize(path):
+            raise ValueError(f"it expands to {held} bytes")
 
 
 def pairs(mapping, names):
