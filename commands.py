@@ -17,7 +17,9 @@ from checkpoint import write_file
 from configs import ConfigError, require
 from look import open_look
 from parallel import joined
+from plan import enough_memory
 
+ADVICE = "lower eval_batch_size, or measure on the CPU with --device cpu"  # when memory is full
 MODEL = "split checkpoint eval_batch_size device dtype"  # settings of whatever runs a model
 
 # work(look), or work(words, config) if it looks at no model; uses: its settings; why_not(look): why it does not fit, or "";
@@ -58,7 +60,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
         command.work(words, config)
         return
     require(len(words) == 1, f"name one run directory, as in: {name} runs/RUN", None)
-    with joined(config.device) as world:
+    with joined(config.device) as world, enough_memory(lambda: ADVICE):
         look = world.together(lambda: open_look(words[0], config, world))
         look.prefix = prefix
         why_not = command.why_not(look)

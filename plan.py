@@ -227,7 +227,18 @@ def make_model(p, config):
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        raise ConfigError("a model of these sizes does not fit in memory; lower dim, n_layers or vocab_size") from None
+        with torch.device("meta"):  # sizes without numbers
+            sizes = describe_size(p.model_class(config), 4)
+        raise ConfigError(f"a model of these sizes does not fit in memory: {sizes}; make that smaller") from None
+
+
+def describe_size(model, bytes_each):
+    """How much memory a model takes at this many bytes for a parameter, and what in it is largest, as text."""
+    named = dict(model.named_parameters())
+    count = sum(q.numel() for q in named.values())
+    name, largest = max(named.items(), key=lambda item: item[1].numel())
+    share = f"{largest.numel() / count:.0%} of it for {name} {tuple(largest.shape)}"
+    return f"{count:,} parameters need {bytes_each * count / 2**30:.3g} GiB, {share}"
 
 
 def out_of_memory(error):
@@ -248,16 +259,11 @@ def enough_memory(advice):
 
 def training_advice(model, device):
     """What to make smaller when training does not fit: a model that takes half of the memory by itself, else the batch."""
-    named = dict(model.named_parameters())
-    count = sum(q.numel() for q in named.values())
-    needed = 16 * count  # bytes in float32: weights, gradients, and AdamW's two moments
-    if 2 * needed < memory_size(device):
+    each = 16  # bytes in float32: weight, gradient, and AdamW's two moments
+    if 2 * each * count_parameters(model)["total"] < memory_size(device):
         return "raise accumulate or lower batch_size or eval_batch_size"
-    name, largest = max(named.items(), key=lambda item: item[1].numel())
-    return (
-        f"the model is too large: {count:,} parameters need {needed / 2**30:.3g} GiB with gradients and AdamW's moments, "
-        f"{largest.numel() / count:.0%} of it for {name} {tuple(largest.shape)}; make that smaller"
-    )
+    sizes = describe_size(model, each)
+    return f"with gradients and AdamW's moments the model is too large: {sizes}; make that smaller"
 
 
 def memory_size(device):

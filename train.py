@@ -358,6 +358,7 @@ def start(p, folder, world):
             require_same_settings(folder, p, config, resume)
             status = world.first_does(lambda: ended(folder, resume, c, total_steps(c, data)))
             if status:
+                world.say(f"{folder} has ended; to train it longer, raise --n_epochs or --max_steps")
                 return world.first_does(lambda: report(folder, status, c, data))
         if resumed:
             take_up(p, folder, world, resume, data)
