@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import configs
 from checkpoint import Log, find_checkpoint, lock, read_checkpoint, read_json, unlock, write_json
-from configs import RunFailed, require
+from configs import ConfigError, RunFailed, require
 from draws import IGNORE
 from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
 from parallel import (
