@@ -189,6 +189,8 @@ def convert(value, kind):
     if kind is str:
         if not isinstance(value, str):
             raise ValueError(f"takes text, not {shown}")
+        if "\0" in value:
+            raise ValueError(f"takes text that may name a file, not {shown}")
         return value
     if kind is bool:
         words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -209,7 +211,12 @@ def convert(value, kind):
         raise ValueError(f"takes a finite number, not {shown}")
     if kind is int and number != int(number):
         raise ValueError(f"takes a whole number, not {shown}")
-    return int(value if isinstance(value, int) else number) if kind is int else float(number)
+    if kind is float:
+        return float(number)
+    number = int(value if isinstance(value, int) else number)
+    if abs(number) >= 2**63:
+        raise ValueError(f"takes a number below 2**63, not {shown}")
+    return number
 
 
 def _convert_structure(value):

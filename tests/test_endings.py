@@ -382,3 +382,46 @@ def test_memory_that_a_model_does_not_get_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(flex_generate, "generate", full)
     with pytest.raises(RunFailed, match="memory is full; lower batch_size"):
         flex_generate.main([])
+
+
+# ---- settings that no machine can follow -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("--batch_size=1e30", "takes a number below 2"),
+        ("--batch_size=1e9", "must be between 1 and"),
+        ("--eval_batch_size=1e30", "takes a number below 2"),
+        ("--n_val_examples=1e18", "must be between 1 and"),
+        ("--n_test_examples=9223372036854775808", "takes a number below 2"),
+        ("--device=meta", "device='meta' cannot be used on this machine"),
+        ("--device=hpu", "device='hpu' cannot be used on this machine"),
+        ("--device=privateuseone", "cannot be used on this machine"),
+        ("--log_dir=a\0b", "takes text that may name a file"),
+        ("--seed=1e30", "takes a number below 2"),
+        ("--input_seq_len=1e18", "longer than 1048576"),
+    ],
+)
+def test_a_setting_out_of_reach_is_one_sentence(tmp_path, word, says):
+    name = word[2:].partition("=")[0]
+    words = [w for w in flags(tmp_path, "run", **SHORT) if not w.startswith(f"--{name}=")]
+    with pytest.raises(ConfigError) as error:
+        train.main([*words, word])
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dim=1, dk=2, dv=2),
+        dict(dim=1, dk=2, model="memory"),
+        dict(dim=1, dk=2, model="gated_delta"),
+        dict(eval_batch_size=2**62, log_interval=2**62, save_every=2**62, warmup_steps=2**62),
+        dict(seed=2**62),
+        dict(lr=1e-320, clip_grad=1e-320),
+    ],
+)
+def test_an_odd_setting_that_is_legal_trains(tmp_path, changes):
+    assert run(tmp_path, **{**SHORT, **changes})[0] == 0
