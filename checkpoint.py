@@ -633,6 +633,8 @@ def check_form(state, path):
         check_kinds(state, "dict", path)
         require("step" in state, f"{path} has no 'step'", None)
         check_kinds(state, {name: STATE[name] for name in STATE.keys() & state.keys()}, path)
+        if "settings" in state:
+            check_kinds(state["settings"], "text", f"{path}: 'settings'")
         if "shards" in state:
             shards = {"folder": "path inside", "files": {"*": "hash"}}
             check_kinds(state["shards"], shards, f"{path}: 'shards'")

@@ -14,11 +14,12 @@ from collections import namedtuple
 
 import configs
 from checkpoint import write_file
-from configs import ConfigError, RunFailed, printable, require, say
+from configs import ConfigError, printable, require, say
 from look import ending, open_look
 from parallel import joined
-from plan import out_of_memory
+from plan import enough_memory
 
+ADVICE = "lower eval_batch_size, or measure on the CPU with --device cpu"  # when memory is full
 MODEL = "split checkpoint eval_batch_size device dtype"  # settings of whatever runs a model
 
 # work(look), or work(words, config) if it looks at no model; uses: its settings; why_not(look): why it does not fit, or "";
@@ -59,7 +60,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
         perform(name, command, words, config)
         return
     require(len(words) == 1, f"name one run directory, as in: {name} runs/RUN", None)
-    with joined(config.device) as world:
+    with joined(config.device) as world, enough_memory(lambda: ADVICE):
         look = world.together(lambda: open_look(words[0], config, world))
         look.prefix, look.uses = prefix, {n: c.uses for n, c in commands.items()}
         why_not = command.why_not(look)
@@ -69,14 +70,11 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
 
 def perform(name, command, *args):
     """What command.work(*args) returns; RunFailed, with the settings to lower, if memory is full."""
-    try:
+    used = command.uses.split()
+    sizes = [s for s in ("eval_batch_size", "rows", "pairs", "chunk") if s in used]
+    lower = f"lower {' or '.join(sizes)}" if sizes else "look at fewer or smaller files"
+    with enough_memory(lambda: f"for {name}, {lower}"):
         return command.work(*args)
-    except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
-            raise
-    sizes = [s for s in ("eval_batch_size", "rows", "pairs", "chunk") if s in command.uses.split()]
-    advice = f"; lower {' or '.join(sizes)}" if sizes else ""
-    raise RunFailed(f"memory is full in {name}{advice}")
 
 
 def report(look, script, commands, names, file):

@@ -24,9 +24,9 @@ mixed up; nothing falls back silently to another attention; all methods have one
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -53,6 +53,7 @@ from configs import ConfigError, at_least, one_of, require, say
 from llama import need
 from measure import figure, print_table, share, share_over_rows, shown, write_figure
 from parallel import choose_device, joined
+from plan import enough_memory
 from stats import mcnemar
 
 
@@ -496,6 +497,10 @@ def peak_memory(device):
     """Most bytes held so far: of the GPU, or of this process (model, libraries and all)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -679,7 +684,7 @@ def main(argv=None):
         return show_mask(c)
     if c.lemmaize:
         return add_lemmas(c)
-    with joined(c.device) as world:
+    with joined(c.device) as world, enough_memory(lambda: "lower batch_size, or take a smaller model"):
         generate(c, world)
 
 

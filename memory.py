@@ -186,15 +186,21 @@ class MemoryLayer(nn.Module):
         """Move the bias of each sub-key by mem_balance: up if it was read less than the average of this step, else down
         (loss-free balancing, Wang et al. 2024, arXiv 2408.15664)."""
         n = self.config.mem_n_keys
-        table = self.reads.view(-1, n, n).double()
+        table = in_float64(self.reads).view(-1, n, n)
         halves = torch.stack([table.sum(2), table.sum(1)], dim=1)  # (H, 2, n)
-        self.bias += self.config.mem_balance * torch.sign(halves.mean(-1, keepdim=True) - halves).to(self.bias.dtype)
+        self.bias += self.config.mem_balance * torch.sign(halves.mean(-1, keepdim=True) - halves).to(self.bias)
+
+
+def in_float64(x):
+    """x in float64, where it is, or on the CPU if its device has no such numbers (mps)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def usage(reads):
     """Times that each slot was read (slots,) -> share of slots read at all, number of the others, KL divergence from even use
     in nats (0: even; log of the number of slots: always the same one), and the five slots read most with their shares."""
-    p = reads.double() / reads.sum().clamp(min=1)
+    p = in_float64(reads)
+    p = p / p.sum().clamp(min=1)
     kl = float((p[p > 0] * (p[p > 0] * len(p)).log()).sum())
     best, at = p.topk(min(5, len(p)))
     used = int((reads > 0).sum())

@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
+import json
 import math
 import os
 import re
@@ -29,8 +30,19 @@ import numpy as np
 import torch
 
 import configs
-from checkpoint import data_hash, load_checkpoint, part, read_record
-from configs import ConfigError, Setting, at_least, one_of, require, say, within
+from checkpoint import (
+    check_kinds,
+    data_hash,
+    finite,
+    load_checkpoint,
+    lock,
+    parse_json,
+    part,
+    read_record,
+    remove,
+    unlock,
+)
+from configs import ConfigError, RunFailed, Setting, at_least, one_of, require, say, within
 from parallel import FORMS, PARALLEL
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -109,7 +121,8 @@ class TrainConfig:
         at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "eval_interval", "save_every", "clip_grad")
         at_least(self, 0, "mem_stats_every")
         within(self, 0, 1024, "threads")
-        at_least(self, 1, "batch_size", "accumulate", "nan_limit", "eval_batch_size", "log_interval")
+        at_least(self, 1, "accumulate", "nan_limit", "eval_batch_size", "log_interval")
+        within(self, 1, 2**24, "batch_size")
         one_of(self, SCHEDULES, "schedule")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, PARALLEL, "parallel")
@@ -333,12 +346,56 @@ def make_model(p, config):
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        raise ConfigError("a model of these sizes does not fit in memory; lower dim, n_layers or vocab_size") from None
+        with torch.device("meta"):  # sizes without numbers
+            sizes = describe_size(p.model_class(config), 4)
+        raise ConfigError(f"a model of these sizes does not fit in memory: {sizes}; make that smaller") from None
+
+
+def describe_size(model, bytes_each):
+    """How much memory a model takes at this many bytes for a parameter, and what in it is largest, as text."""
+    named = dict(model.named_parameters())
+    count = sum(q.numel() for q in named.values())
+    name, largest = max(named.items(), key=lambda item: item[1].numel())
+    share = f"{largest.numel() / count:.0%} of it for {name} {tuple(largest.shape)}"
+    return f"{count:,} parameters need {bytes_each * count / 2**30:.3g} GiB, {share}"
 
 
 def out_of_memory(error):
     """Does this error of torch, numpy or Python mean that memory is full?"""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def enough_memory(advice):
+    """A block that ends in one sentence if it needs more memory than there is: RunFailed. advice() says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        raise RunFailed(f"memory is full; {advice()}") from None
+
+
+def training_advice(model, device):
+    """What to make smaller when training does not fit: a model that takes half of the memory by itself, else the batch."""
+    each = 16  # bytes in float32: weight, gradient, and AdamW's two moments
+    if 2 * each * count_parameters(model)["total"] < memory_size(device):
+        return "raise accumulate or lower batch_size or eval_batch_size"
+    sizes = describe_size(model, each)
+    return f"with gradients and AdamW's moments the model is too large: {sizes}; make that smaller"
+
+
+def memory_size(device):
+    """Bytes of the memory that a model on this device lives in, as far as they can be known; else infinity."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return installed if allowed == resource.RLIM_INFINITY else min(installed, allowed)
 
 
 def count_parameters(model):
@@ -360,20 +417,37 @@ def label(p, config):
 
 
 def make_run_directory(p, config):
-    """Create and return <log_dir>/<run>. Without `run_name`, it ends in the Unix time, raised until it is free."""
+    """Create <log_dir>/<run> -> its path, and its lock. Without `run_name`, it ends in the Unix time, raised until it is free.
+
+    A directory that a run was to have, and that it left before its config.json was written, is taken again.
+    """
     c, now = p.train, int(time.time())
     while True:
         folder = os.path.join(c.log_dir, c.run_name or f"{label(p, config)}_{now}")
+        message = f"{folder} exists; continue it with --resume {folder}, or give another --run_name"
         try:
             os.makedirs(folder)
-            return folder
         except FileExistsError:
-            if c.run_name:
-                message = f"{folder} exists; continue it with --resume {folder}, or give another --run_name"
-                raise ConfigError(message, "run_name") from None
-            now += 1
+            if not c.run_name:
+                now += 1
+                continue
+            require(never_began(folder), message, "run_name")
         except OSError as e:
             raise ConfigError(f"cannot make the run directory {folder}: {e.strerror}", "log_dir") from None
+        held = lock(folder)
+        if not never_began(folder):  # another process was faster
+            unlock(held)
+            raise ConfigError(message, "run_name")
+        for leftover in os.listdir(folder):
+            remove(os.path.join(folder, leftover))
+        return folder, held
+
+
+def never_began(folder):
+    """Is this the directory of a run that was stopped before its config.json was written? Then nothing else is in it."""
+    if not os.path.isdir(folder):
+        return False
+    return all("config.json" in name and name != "config.json" for name in os.listdir(folder))
 
 
 def describe_run(p, config, model, device, dtype, world):
@@ -414,6 +488,44 @@ def require_same_data(folder, p, *left_out):
             require(data_hash(path) == began[key], message, key)
 
 
+MAY_CHANGE = (  # on resume
+    "n_epochs max_steps stop_accuracy target log_interval eval_interval save_every nan_limit "
+    "accumulate parallel export device threads compile"
+).split()
+# Where things are is no matter of the weights; the contents of data are compared by require_same_data.
+PLACES = "log_dir run_name exp_group resume init_from path tokenizer synthetic_dataset".split()
+
+
+def settings_text(p, config):
+    """What a checkpoint says of the settings that it was trained with, as JSON: {"train": {...}, "model": ..., "data": ...}."""
+    parts = {"train": p.train, "model": config, "data": p.data}
+    values = {}
+    for part_name, part_config in parts.items():
+        fixed = {k: v for k, v in vars(part_config).items() if k not in (*MAY_CHANGE, *PLACES)}
+        values[part_name] = fixed
+    return json.dumps(finite(values), sort_keys=True, default=str)
+
+
+def require_same_settings(folder, p, config, state):
+    """ConfigError if config.json is not what the checkpoint `state` was trained with. Older ones do not say."""
+    if "settings" not in state:
+        return
+    now, path = json.loads(settings_text(p, config)), os.path.join(folder, "config.json")
+    try:
+        began = parse_json(state["settings"])
+        check_kinds(began, dict.fromkeys(now, "dict"), f"{folder}: the checkpoint's settings")
+    except ValueError as e:
+        raise ConfigError(f"{folder}: the settings in its checkpoint are damaged ({e})") from None
+    for part_name, values in began.items():
+        for key, value in values.items():
+            mine = now[part_name].get(key, value)
+            message = (
+                f"{path} says {key}={mine!r}, but the checkpoint was trained with "
+                f"{key}={value!r}; put that back, or start a new run"
+            )
+            require(mine == value, message, None)
+
+
 def launch():
     """torchrun's name for the processes that it started together, the same when it starts them again; "" without one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -452,7 +564,13 @@ def read_plan(folder, changes=()):
     ConfigError if a setting is missing or has two values, rather than a run with another one.
     """
     path = os.path.join(folder, "config.json")
-    require(os.path.exists(path), f"{folder} is not a run directory: it has no config.json", None)
+    if not os.path.exists(path):
+        why = "it has no config.json"
+        if never_began(folder):
+            name = os.path.basename(os.path.normpath(folder))
+            again = f"start it again as before, with --run_name {name}"
+            why = f"{why}: the run was stopped before it began; {again}"
+        raise ConfigError(f"{folder} is not a run directory: {why}")
     saved = read_record(path, SETTINGS)
     told = ("vocab_size", "seq_len")  # the data tells the model again
     groups = [saved["train"], {k: v for k, v in saved["model"].items() if k not in told}, saved["data"]]
@@ -487,8 +605,10 @@ def load_run(folder, which="best"):
     p = read_plan(folder)
     require_same_data(folder, p, "synthetic_dataset")  # that start is over, and its data set may be gone
     data = p.data_module.Data(p.data)
-    model = make_model(p, saved_model_config(folder, p))
+    config = saved_model_config(folder, p)
+    model = make_model(p, config)
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
+    require_same_settings(folder, p, config, state)
     weights = part(state["tensors"], "model")
     message = f"the checkpoint in {folder} is not of the model that its config.json describes"
     require(shapes(weights) == shapes(model.state_dict()), message, None)

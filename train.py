@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import configs
@@ -40,7 +42,7 @@ from checkpoint import (
     unlock,
     write_json,
 )
-from configs import RunFailed, printable, require, say
+from configs import ConfigError, RunFailed, printable, require, say
 from draws import IGNORE
 from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
 from parallel import (
@@ -59,31 +61,34 @@ from parallel import (
     write_checkpoint,
 )
 from plan import (
+    MAY_CHANGE,
     SCHEDULES,
     Plan,
     TrainConfig,
     count_parameters,
     describe_run,
+    enough_memory,
     launch,
     make_model,
     make_run_directory,
     model_config,
     open_data,
-    out_of_memory,
     plan,
     read_plan,
     require_same_data,
+    require_same_settings,
     restarted_run,
+    settings_text,
+    training_advice,
 )
 from transfer import freeze, load_parts
 
-MAY_CHANGE = (  # on resume
-    "n_epochs max_steps stop_accuracy target log_interval eval_interval save_every nan_limit "
-    "accumulate parallel export device threads compile"
-).split()
-
-
 # ---- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def total_steps(c, data):
+    """Steps of a whole run."""
+    return c.max_steps or c.n_epochs * data.steps_per_epoch(c.batch_size)
 
 
 def learning_rate(c, step, steps_per_epoch, total_steps):
@@ -104,6 +109,7 @@ class Run:
     data: object
     model: torch.nn.Module
     wrapped: torch.nn.Module  # the same as a training step calls it: see parallel.spread
+    settings: str  # see plan.settings_text
 
 
 def train(run, resume=None, stopped_by=()):
@@ -114,7 +120,7 @@ def train(run, resume=None, stopped_by=()):
     """
     c, data, model, world = run.plan.train, run.data, run.model, run.world
     steps_per_epoch = data.steps_per_epoch(c.batch_size)
-    total = c.max_steps or c.n_epochs * steps_per_epoch
+    total = total_steps(c, data)
     every = c.eval_interval or steps_per_epoch
     optimizer = torch.optim.AdamW(parameter_groups(model, c.weight_decay), betas=(c.beta1, c.beta2), fused=True)
     state = {"step": 0, "best": -1.0, "best_of_all": -1.0, "bad_steps": 0, "seconds": 0.0}
@@ -129,7 +135,8 @@ def train(run, resume=None, stopped_by=()):
     def save(name="ckpt"):
         state["seconds"] = time.perf_counter() - began
         tensors = collect_tensors(model, optimizer if name == "ckpt" else None)
-        write_checkpoint(run.folder, name, state, tensors, is_sharded(model), world)
+        about = {**state, "settings": run.settings}
+        write_checkpoint(run.folder, name, about, tensors, is_sharded(model), world)
 
     while True:
         step = state["step"]
@@ -150,6 +157,11 @@ def train(run, resume=None, stopped_by=()):
                 log.write(kind="eval", step=step, split="val", seconds=time.perf_counter() - began, **result)
                 of = f" of {c.target_slice}" * bool(c.target_slice)
                 show(bar, f"step {step}: val accuracy{of} {accuracy:.4f}, rows {exact:.4f}, loss {result['loss']:.4f}")
+            if not math.isfinite(result["loss"]) or not finite_weights(model, world):
+                if world.first:
+                    show(bar, f"stopped: weights or loss are not finite after step {step}; {LOWER}")
+                outcome = "failed"
+                break
             if (accuracy, result["accuracy"]) > (state["best"], state["best_of_all"]):  # a slice may stay at 1
                 state |= {"best": accuracy, "best_of_all": result["accuracy"]}
                 save("best")
@@ -187,7 +199,7 @@ def train(run, resume=None, stopped_by=()):
         # stop
         if state["bad_steps"] >= c.nan_limit:
             if world.first:
-                show(bar, f"stopped: the gradient was not finite {c.nan_limit} steps in a row; lower lr or raise warmup_steps")
+                show(bar, f"stopped: the gradient was not finite {c.nan_limit} steps in a row; {LOWER}")
             outcome = "failed"
             break
         if stop:
@@ -196,6 +208,16 @@ def train(run, resume=None, stopped_by=()):
             break
     bar.close()
     return outcome, state
+
+
+LOWER = "lower lr or raise warmup_steps"
+
+
+def finite_weights(model, world):
+    """Are all parameters finite numbers, on every rank?"""
+    shares = [q.to_local() if isinstance(q, DTensor) else q for q in model.parameters()]
+    wrong = sum(not bool(torch.isfinite(q).all()) for q in shares)
+    return not world.gather_numbers(wrong).any()
 
 
 def backward(run, step, stopped_by):
@@ -256,7 +278,8 @@ def catch_signals(world):
         if world.size == 1:
             signal.signal(number, signal.SIG_DFL)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows lacks two
     before = {n: signal.signal(n, on_signal) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # nohup ignores one
     return caught, lambda: [signal.signal(number, handler) for number, handler in before.items()]
 
@@ -324,7 +347,8 @@ def start(p, folder, world):
         world.together(lambda: require_slice(data, c.target_slice, c.eval_batch_size))
     config = model_config(p, data)
     model = world.together(lambda: make_model(p, config))
-    notes = world.together(lambda: prepare(model, c, resumed=bool(folder)))
+    goes_on = bool(folder) and world.first_does(lambda: has_checkpoint(folder))
+    notes = world.together(lambda: prepare(model, c, goes_on))
     counts = count_parameters(model)
     world.say(model)
     world.say(f"params: {counts['layers']} in the layers, {counts['total']} with embedding, last norm and head")
@@ -338,32 +362,47 @@ def start(p, folder, world):
     if c.n_epochs == 0:
         return 0
     resumed = bool(folder)
-    folder = folder or world.first_does(lambda: make_run_directory(p, config))
-    held = world.first_does(lambda: lock(folder))
     if resumed:
-        resume = take_up(p, folder, world)
+        held = world.first_does(lambda: lock(folder))
     else:
-        resume = None
-        about = world.first_does(lambda: describe_run(p, config, model, device, dtype, world))
-        world.first_does(lambda: write_json(os.path.join(folder, "config.json"), about))
-    world.say(f"### LOGDIR: {folder}")
-    world.say({k: v for part in (c, config, p.data) for k, v in dataclasses.asdict(part).items()})
-    val_steps = sum(-(-len(s) // c.eval_batch_size) for s in data.segments("val"))  # a batch never crosses segments
-    steps = data.steps_per_epoch(c.batch_size), val_steps
-    world.say(f"{split_line}\n>>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}")
-    model.to(device)
-    if c.compile:
-        model.compile()
-    status = finish(Run(p, folder, world, device, dtype, data, model, spread(model, c.parallel, device)), resume)
-    if world.first:
-        unlock(held)
-    return status
+        folder, held = world.first_does(lambda: make_run_directory(p, config))
+    try:
+        resume = find_resume(folder, world) if resumed else None
+        if resume:
+            require_same_settings(folder, p, config, resume)
+            status = world.first_does(lambda: ended(folder, resume, c, total_steps(c, data)))
+            if status:
+                world.say(f"{folder} has ended; to train it longer, raise --n_epochs or --max_steps")
+                return world.first_does(lambda: report(folder, status, c, data))
+        if resumed:
+            take_up(p, folder, world, resume, data)
+        else:
+            about = world.first_does(lambda: describe_run(p, config, model, device, dtype, world))
+            world.first_does(lambda: write_json(os.path.join(folder, "config.json"), about))
+        world.say(f"### LOGDIR: {folder}")
+        everything = (c, config, p.data)
+        world.say({k: v for part in everything for k, v in dataclasses.asdict(part).items()})
+        # a batch never crosses segments
+        val_steps = sum(-(-len(s) // c.eval_batch_size) for s in data.segments("val"))
+        steps = data.steps_per_epoch(c.batch_size), val_steps
+        world.say(f"{split_line}\n>>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}")
+        with enough_memory(lambda: training_advice(model, device)):
+            model.to(device)
+            if c.compile:
+                model.compile()
+            settings = settings_text(p, config)
+            # No name here for the wrapped model: see parallel.leave.
+            run = Run(p, folder, world, device, dtype, data, model, spread(model, c.parallel, device), settings)
+            return finish(run, resume)
+    finally:
+        if world.first:
+            unlock(held)
 
 
-def prepare(model, c, resumed):
-    """Load and freeze what the settings name -> lines about it. A resumed run has its weights from its own checkpoint."""
+def prepare(model, c, goes_on):
+    """Load and freeze what the settings name -> lines about it. goes_on: the weights come from the run's own checkpoint."""
     notes = []
-    if c.init_from and not resumed:
+    if c.init_from and not goes_on:
         require(isinstance(c.init_map, dict) or not c.init_map, f"init_map={c.init_map!r} is no JSON dict", "init_map")
         notes.append(load_parts(model, c.init_from, c.init_step, c.init_map))
     if c.freeze:
@@ -371,32 +410,108 @@ def prepare(model, c, resumed):
     return notes
 
 
-def take_up(p, folder, world):
-    """The last whole checkpoint of a run, or None if the run has none yet; config.json learns what is new."""
+def has_checkpoint(folder):
+    """Has a run saved one, if only a damaged one? Without any it was stopped before its first, and starts again."""
+    with reading(folder):
+        names = os.listdir(folder)
+    return any(re.match(r"ckpt(_prev)?\.pt(\.damaged|$)", name) for name in names)
+
+
+def find_resume(folder, world):
+    """The last whole checkpoint of a run, or None if the run has none yet."""
 
     def find():
-        # Without any, not even a damaged one, the run was stopped before its first checkpoint and starts again.
-        with reading(folder):
-            names = os.listdir(folder)
-        if any(name.startswith("ckpt") for name in names):
+        if has_checkpoint(folder):
             return find_checkpoint(folder, "ckpt", "ckpt_prev", holds_lock=True)
 
     name = world.first_does(find)
-    resume = read_checkpoint(folder, name) if name else None
-    lacking = sorted(STATE.keys() - resume.keys()) if resume else []
+    if not name:
+        return None
+    resume = read_checkpoint(folder, name)
+    lacking = sorted(STATE.keys() - resume.keys())
     message = f"{folder}: {name}.pt has no {', '.join(lacking)}; training cannot go on from it"
     require(not lacking, message, "resume")
-    path = os.path.join(folder, "config.json")
+    return resume
+
+
+def take_up(p, folder, world, resume, data):
+    """Say what differs from the run's start or last stop, and let config.json know."""
+    c, path = p.train, os.path.join(folder, "config.json")
     saved = world.first_does(lambda: read_record(path, {"world_size": "count", "threads": "count"}))
     check_kinds(saved.get("resumed", []), "list", f"{path}: 'resumed'")
     began = (saved["world_size"], saved["threads"])
     if began != (world.size, torch.get_num_threads()):
         what = f"{began[0]} ranks of {began[1]} threads"
         world.say(f"note: the run began with {what}; with other numbers its last bits will differ")
+    if resume:
+        before = world.first_does(lambda: read_plan(folder).train)
+        for note in jump(before, c, data, resume["step"]):
+            world.say(note)
     again = {"step": resume["step"] if resume else 0, "world_size": world.size, "launch": launch(), "argv": sys.argv}
-    saved |= {"train": dataclasses.asdict(p.train), "launch": launch(), "resumed": [*saved.get("resumed", []), again]}
+    saved |= {"train": dataclasses.asdict(c), "launch": launch(), "resumed": [*saved.get("resumed", []), again]}
     world.first_does(lambda: write_json(path, saved))  # n_epochs and a few others may be new
-    return resume
+
+
+def jump(before, c, data, step):
+    """[a line if the learning rate jumps at this step, because settings `before` had the schedule end at another one]."""
+    each, ends = data.steps_per_epoch(c.batch_size), [total_steps(x, data) for x in (before, c)]
+    old, new = (learning_rate(c, step, each, end) for end in ends)
+    if old == new:
+        return []
+    was = learning_rate(c, max(0, step - 1), each, ends[0])
+    end = f"the {c.schedule} schedule now ends at step {ends[1]} instead of {ends[0]}"
+    return [f"note: {end}: the learning rate goes from {was:.3g} to {new:.3g}"]
+
+
+TESTED = {  # what status.json says of a run that was tested
+    "status": "text",
+    "step": "count",
+    "seconds": "number",
+    "target": "number",
+    "test": {
+        "accuracy": "share",
+        "labels": "count",
+        "row_accuracy": "share",
+        "rows": "count",
+        "by_slice": "dict",
+    },
+}
+
+
+def ended(folder, resume, c, total):
+    """status.json of a run that has nothing left to do, or None. resume: its last checkpoint; total: its last step."""
+    status = {}
+    # Killed before it wrote one, or damaged: then it is tested and written again.
+    with contextlib.suppress(ConfigError):
+        status = read_record(os.path.join(folder, "status.json"), TESTED)
+    tested = status.get("status") in ("finished", "below target") and status.get("target") == c.target
+    at_end = resume["step"] >= total or (c.stop_accuracy and resume["best"] >= c.stop_accuracy)
+    return status if tested and at_end and status["step"] == resume["step"] else None
+
+
+def report(folder, status, c, data):
+    """Print the test result in status.json's words and draw curves.png; -> exit status."""
+    test = status["test"]
+    by_label = f"{test['accuracy']:.4f} of {test['labels']} labels"
+    summary = f"test accuracy {by_label}, {test['row_accuracy']:.4f} of {test['rows']} rows"
+    print_slices(test)
+    print_chance(getattr(data, "chance", {}))
+    plot_curves(folder, f"{os.path.basename(os.path.normpath(folder))}\n{summary}")
+    print(f"{summary}; {status['step']} steps, {status['seconds']:.0f} s; {folder}", flush=True)
+    if status["status"] == "finished":
+        return 0
+    of = f" on {c.target_slice}" if c.target_slice else ""
+    print(f"below target{of}: {watched(test, c.target_slice):.4f} < {c.target}", file=sys.stderr)
+    return 1
+
+
+def tested_weights(folder, step):
+    """{"weights": "best" or "last", "step": ...} of what the test is of, after the last step of a run, with "why" if last."""
+    try:
+        name = find_checkpoint(folder, "best", holds_lock=True)
+    except ConfigError:
+        return {"weights": "last", "step": step, "why": "best.pt is missing or damaged"}
+    return {"weights": name, "step": read_checkpoint(folder, name)["step"]}
 
 
 def finish(run, resume):
@@ -410,44 +525,51 @@ def finish(run, resume):
     stopped_by, release_signals = catch_signals(world)
     try:
         outcome, state = train(run, resume, stopped_by)
-        if outcome == "finished":
-            find = lambda: find_checkpoint(folder, "best", "ckpt", holds_lock=True)
-            name = world.first_does(find)
-            restore_tensors(folder, read_checkpoint(folder, name), run.model)
-            size = p.train.eval_batch_size
-            test = evaluate(run.model, run.data, "test", size, run.device, run.dtype, stopped_by, world)
-            outcome = "preempted" if test is None else outcome
         result = {"status": outcome, "step": state["step"], "seconds": state["seconds"]}
         if outcome == "finished":
-            reached = watched(test, p.train.target_slice) >= p.train.target
-            result |= {"status": outcome if reached else "below target", "target": p.train.target, "test": test}
+            tested = world.first_does(lambda: tested_weights(folder, state["step"]))
+            if tested["weights"] == "best":
+                restore_tensors(folder, read_checkpoint(folder, "best"), run.model)
+            why = f"; {tested['why']}" if "why" in tested else ""
+            world.say(f"tested: the {tested['weights']} weights, of step {tested['step']}{why}")
+            size = p.train.eval_batch_size
+            test = evaluate(run.model, run.data, "test", size, run.device, run.dtype, stopped_by, world)
+            result |= tested_result(test, tested, p.train)
     except BaseException as e:
         if world.first:
             with contextlib.suppress(RunFailed):  # what failed may be the disk
                 write_json(os.path.join(folder, "status.json"), {"status": "failed", "error": f"{type(e).__name__}: {e}"})
-        if out_of_memory(e):
-            raise RunFailed("memory is full; raise accumulate or lower batch_size or eval_batch_size") from None
         raise
     finally:
         run.wrapped = None  # even where an error holds on to the run: see parallel.leave
     write_status(**result)
-    if outcome == "preempted":  # signals stay caught: torchrun may repeat them until this process has ended
-        world.say(f"stopped after step {state['step']} and saved; go on with: python train.py --resume {folder}")
+    if world.size == 1 and result["status"] != "preempted":
+        release_signals()  # else they stay caught: torchrun may repeat them until this process has ended
+    return world.first_does(lambda: leave_run(folder, result, p.train, run.data, stopped_by))
+
+
+def tested_result(test, tested, c):
+    """What status.json says of the test: {"status", ...}. test: what `evaluate` returned."""
+    if test is None:  # cut short by a signal
+        return {"status": "preempted"}
+    about = {"tested": tested, "target": c.target, "test": test}
+    if not math.isfinite(test["loss"]):
+        return {"status": "failed", **about}
+    reached = watched(test, c.target_slice) >= c.target
+    return {"status": "finished" if reached else "below target", **about}
+
+
+def leave_run(folder, result, c, data, stopped_by):
+    """Say how a run ended; -> the exit status of all its ranks."""
+    if result["status"] == "preempted":
+        how = f"python train.py --resume {folder}"
+        print(f"stopped after step {result['step']} and saved; go on with: {how}", flush=True)
         return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)
-    release_signals()
-    if outcome == "failed":
+    if result["status"] == "failed":
+        if "test" in result:
+            print(f"failed: the loss of the test is not finite; {LOWER}", flush=True)
         return 1
-    by_label = f"{test['accuracy']:.4f} of {test['labels']} labels"
-    summary = f"test accuracy {by_label}, {test['row_accuracy']:.4f} of {test['rows']} rows"
-    if world.first:
-        print_slices(test)
-        print_chance(getattr(run.data, "chance", {}))
-        plot_curves(folder, f"{os.path.basename(folder)}\n{summary}")
-    world.say(f"{summary}; {state['step']} steps, {state['seconds']:.0f} s; {folder}")
-    if not reached and world.first:
-        of = f" on {p.train.target_slice}" * bool(p.train.target_slice)
-        say(f"below target{of}: {watched(test, p.train.target_slice):.4f} < {p.train.target}", file=sys.stderr)
-    return 0 if reached else 1
+    return report(folder, result, c, data)
 
 
 if __name__ == "__main__":

@@ -312,6 +312,7 @@ def test_a_batch_that_does_not_divide_is_refused_in_one_sentence(on_ranks, tmp_p
 def test_a_mistake_that_only_the_first_rank_notices_stops_all(on_ranks, tmp_path, capfd):
     words = flags(tmp_path, "run", **SHORT)
     os.makedirs(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("a directory of the user's own")
     assert on_ranks(2, lambda rank: train.main(words)) == [2, 2]
     assert capfd.readouterr().err.count("exists; continue it with --resume") == 1
 

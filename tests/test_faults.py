@@ -9,7 +9,6 @@ import math
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,8 @@ import checkpoint
 import train
 from configs import ConfigError, RunFailed
 from test_train import assert_same, contents, flags, run
+
+resource = pytest.importorskip("resource", reason="kills, signals and full disks are tested on POSIX only")
 
 
 def start(folder, name, **changes):

@@ -1,0 +1,427 @@
+"""How a run ends and starts again: what is said of it, and what the next start makes of that."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import checkpoint
+import commands
+import eval as eval_script
+import flex_generate
+import memory
+import plan
+import train
+from configs import ConfigError, RunFailed
+from parallel import ALONE
+from test_ddp import torchrun
+from test_train import assert_same, contents, flags, run
+
+SHORT = dict(max_steps=4, eval_interval=2, log_interval=1, n_val_examples=8, n_test_examples=8)
+
+
+def status_of(out):
+    return checkpoint.read_json(os.path.join(out, "status.json"))
+
+
+# ---- the output goes, the work stays -----------------------------------------------------------------------------------
+
+
+def in_shell(script, *words):
+    command = " ".join([sys.executable, os.path.join(os.path.dirname(train.__file__), script), *words])
+    return subprocess.run(["bash", "-c", command + "; echo ${PIPESTATUS[0]} >&2"], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("end", ["| head -n 1", ">&- 2>&-", "> /dev/full 2> /dev/full", "> /dev/full"])
+def test_training_goes_on_without_its_output(tmp_path, end):
+    done = in_shell("train.py", *(f"'{w}'" for w in flags(tmp_path, "run", **SHORT)), end)
+    assert done.stderr.endswith("0\n") and "Traceback" not in done.stderr
+    assert done.stderr.count("No space left on device") == (end == "> /dev/full")
+    assert status_of(tmp_path / "run")["status"] == "finished"
+    assert {"ckpt.pt", "best.pt", "curves.png"} <= set(os.listdir(tmp_path / "run"))
+
+
+def test_measuring_goes_on_without_its_output(tmp_path):
+    _, out = run(tmp_path, **SHORT)
+    for end in ("| head -n 0", "> /dev/full"):
+        done = in_shell("eval.py", out, end)
+        assert done.stderr.endswith("0\n") and "Traceback" not in done.stderr
+        assert os.path.exists(os.path.join(out, "eval_test.json"))
+        os.remove(os.path.join(out, "eval_test.json"))
+
+
+def test_a_screen_without_the_letters_shows_their_numbers():
+    words = [sys.executable, "-c", "import configs; configs.exit_with_sentence(lambda: print('␣\\udcff'))"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, "\\u2423\\udcff\n")
+
+
+# ---- weights that are no numbers ---------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_end_as_failed(tmp_path, capsys):
+    status, out = run(tmp_path, **SHORT)
+    good = checkpoint.load_checkpoint(out, "ckpt")
+    status, out = run(tmp_path, "wild", **{**SHORT, "lr": 1e38, "eval_interval": 0})
+    assert status == 1 and status_of(out)["status"] == "failed"
+    assert "not finite after step 4; lower lr" in capsys.readouterr().out
+    assert not os.path.exists(os.path.join(out, "best.pt")) and good["step"] == 4
+
+
+def test_a_loss_that_is_not_finite_in_an_evaluation_ends_as_failed(tmp_path, monkeypatch, capsys):
+    evaluate = train.evaluate
+
+    for bad in ("val", "test"):
+
+        def spoilt(model, data, split, *rest, bad=bad):
+            result = evaluate(model, data, split, *rest)
+            return {**result, "loss": math.nan} if split == bad else result
+
+        monkeypatch.setattr(train, "evaluate", spoilt)
+        status, out = run(tmp_path, bad, **SHORT)
+        assert status == 1 and status_of(out)["status"] == "failed"
+        assert "not finite" in capsys.readouterr().out
+        assert os.path.exists(os.path.join(out, "ckpt.pt")) == (bad == "test")
+
+
+def test_a_weight_that_no_loss_shows_counts_too():
+    model = torch.nn.Linear(2, 2)
+    assert train.finite_weights(model, ALONE)
+    model.weight.data[1, 1] = math.nan
+    assert not train.finite_weights(model, ALONE)
+
+
+# ---- which weights were tested -----------------------------------------------------------------------------------------
+
+
+def test_the_tested_weights_are_named(tmp_path, capsys):
+    _, out = run(tmp_path)
+    step = checkpoint.load_checkpoint(out, "best")["step"]
+    assert status_of(out)["tested"] == {"weights": "best", "step": step}
+    assert f"tested: the best weights, of step {step}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoil", [os.remove, lambda path: os.truncate(path, 100)])
+def test_without_the_best_weights_the_last_are_tested_and_named(tmp_path, monkeypatch, capsys, spoil):
+    tested = train.tested_weights
+
+    def spoilt(folder, step):
+        spoil(os.path.join(folder, "best.pt"))
+        return tested(folder, step)
+
+    monkeypatch.setattr(train, "tested_weights", spoilt)
+    status, out = run(tmp_path)
+    why = "best.pt is missing or damaged"
+    assert status == 0 and status_of(out)["tested"] == {"weights": "last", "step": 60, "why": why}
+    assert f"tested: the last weights, of step 60; {why}\n" in capsys.readouterr().out
+
+
+# ---- killed before it began --------------------------------------------------------------------------------------------
+
+
+def killed(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("where", ["before config.json", "in config.json"])
+def test_killed_before_its_config_a_run_starts_again(on_ranks, tmp_path, monkeypatch, where):
+    words, out = flags(tmp_path, "run", **SHORT), str(tmp_path / "run")
+    place = (train, "describe_run") if where == "before config.json" else (checkpoint.os, "replace")
+    monkeypatch.setattr(*place, killed)
+    assert on_ranks(1, lambda rank: train.main(words)) == [-signal.SIGKILL]
+    monkeypatch.undo()
+    assert len(os.listdir(out)) == (where == "in config.json")
+    for look in (lambda: train.main([f"--resume={out}"]), lambda: plan.load_run(out)):
+        with pytest.raises(ConfigError, match="no config.json: .*start it again as before, with --run_name run"):
+            look()
+    assert train.main(words) == 0 and status_of(out)["status"] == "finished"
+    assert not [name for name in os.listdir(out) if "tmp" in name]
+    with pytest.raises(ConfigError, match="exists; continue it with --resume"):
+        train.main(words)
+
+
+def test_killed_before_its_config_a_run_is_started_again_by_torchrun(on_ranks, tmp_path, monkeypatch):
+    words = flags(tmp_path, "run", **SHORT)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setattr(train, "describe_run", killed)
+    assert on_ranks(2, lambda rank: train.main(words)) == [-signal.SIGKILL, 1]
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert on_ranks(2, lambda rank: train.main(words)) == [0, 0]
+
+
+def test_two_starts_of_one_name_make_one_run(tmp_path):
+    p, _ = train.read_command_line(flags(tmp_path, "run", **SHORT))
+    folder, held = plan.make_run_directory(p, None)
+    with pytest.raises(ConfigError, match="another process is writing this run"):
+        plan.make_run_directory(p, None)
+    checkpoint.unlock(held)
+
+
+def test_stopped_before_its_first_checkpoint_a_run_begins_with_the_weights_it_was_given(tmp_path):
+    _, other = run(tmp_path, "other", **SHORT)
+    _, whole = run(tmp_path, "whole", init_from=other, **SHORT, seed=3)
+    out = str(tmp_path / "cut")
+    shutil.copytree(whole, out)
+    for name in os.listdir(out):
+        if name != "config.json":
+            os.remove(os.path.join(out, name))
+    assert run(tmp_path, "cut", resume=True)[0] == 0
+    assert_same(contents(out), contents(whole))
+
+
+# ---- runs that have ended ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_has_ended_says_so_and_trains_no_more(tmp_path, monkeypatch, capsys):
+    status, out = run(tmp_path, target=0.999, **SHORT)
+    before = {name: os.stat(os.path.join(out, name)).st_mtime_ns for name in os.listdir(out) if name != "curves.png"}
+    os.remove(os.path.join(out, "curves.png"))
+    said = capsys.readouterr()
+    with monkeypatch.context() as m:
+        m.setattr(train, "finish", None)
+        assert run(tmp_path, resume=True)[0] == status == 1
+    again = capsys.readouterr()
+    assert f"{out} has ended; to train it longer" in again.out
+    assert said.out.splitlines()[-1] == again.out.splitlines()[-1] and "test accuracy" in again.out
+    assert said.err == again.err and "below target" in again.err
+    assert os.path.exists(os.path.join(out, "curves.png"))
+    assert before == {name: os.stat(os.path.join(out, name)).st_mtime_ns for name in before}
+    assert run(tmp_path, resume=True, target=0)[0] == 0  # another target is another question
+    assert run(tmp_path, resume=True, max_steps=6)[0] == 0 and status_of(out)["step"] == 6
+
+
+def test_a_run_that_stop_accuracy_ended_goes_on_with_another(tmp_path):
+    _, out = run(tmp_path, stop_accuracy=1e-9, max_steps=40)
+    assert status_of(out)["step"] == 20
+    assert run(tmp_path, resume=True)[0] == 0 and status_of(out)["step"] == 20
+    assert run(tmp_path, resume=True, stop_accuracy=0)[0] == 0 and status_of(out)["step"] == 40
+
+
+def test_ranks_that_miss_the_target_leave_together(on_ranks, tmp_path, capfd):
+    assert on_ranks(2, lambda rank: train.main(flags(tmp_path, "run", target=1, **SHORT))) == [1, 1]
+    told = capfd.readouterr()
+    assert told.out.count("test accuracy") == told.err.count("below target") == 1
+    assert os.path.exists(tmp_path / "run" / "curves.png")
+
+
+def test_torchrun_does_not_train_a_finished_run_again(tmp_path):
+    process = torchrun(2, *flags(tmp_path, None, target=1, **SHORT), max_restarts=1)
+    text, error = process.communicate(timeout=200)
+    (name,) = os.listdir(tmp_path)
+    assert process.returncode == 1 and text.count("test accuracy") == error.count("below target:") == 2
+    assert "started again by torchrun" in text and "has ended" in text
+    assert text.count("step 4: val accuracy") == 1
+    assert "resumed" not in checkpoint.read_json(tmp_path / name / "config.json")
+    assert os.path.exists(tmp_path / name / "curves.png")
+
+
+# ---- the queue of a cluster --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(tmp_path):
+    """job(what srun does) -> exit status of train.slurm, and what it asked scontrol for. Starts of one job, one by one."""
+    (tmp_path / "bin").mkdir()
+    shutil.copy(os.path.join(os.path.dirname(train.__file__), "train.slurm"), tmp_path)
+    (tmp_path / "runs" / "t-7").mkdir(parents=True)
+    starts = []
+
+    def start(srun, scontrol="exit 0"):
+        starts.append(1)
+        bodies = {"srun": srun, "scontrol": f'[ "$1" = show ] || echo "$@" >> {tmp_path}/asked; {scontrol}'}
+        for name, body in bodies.items():
+            (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
+        env |= {"SLURM_JOB_NAME": "t", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(len(starts) - 1)}
+        code = subprocess.run(["bash", "train.slurm"], cwd=tmp_path, env=env).returncode
+        asked = tmp_path / "asked"
+        return code, asked.read_text().splitlines() if asked.exists() else []
+
+    return start
+
+
+PREEMPTED = """echo '{
+ "status": "preempted",
+ "step": 3
+}' > runs/t-7/status.json; exit 1"""
+
+
+def test_only_a_start_that_was_preempted_queues_the_job_again(job):
+    assert job(PREEMPTED) == (0, ["requeue 7"])
+    assert job(PREEMPTED) == (0, ["requeue 7"] * 2)
+    assert job("exit 2") == (2, ["requeue 7"] * 2)  # its data has changed
+    assert job("exit 1") == (1, ["requeue 7"] * 2)
+
+
+@pytest.mark.parametrize("ends, code", [("exit 2", 2), ("exit 1", 1), ("kill -9 $$", 137), ("exit 0", 0)])
+def test_a_start_that_fails_before_it_trains_ends_the_job(job, ends, code):
+    assert job(PREEMPTED)[1] == ["requeue 7"]
+    assert job(ends) == (code, ["requeue 7"])
+
+
+def test_a_queue_that_refuses_is_no_success(job):
+    assert job(PREEMPTED, scontrol="exit 1") == (1, ["requeue 7"])
+
+
+def test_a_result_of_an_earlier_start_stays(job, tmp_path):
+    path = tmp_path / "runs" / "t-7" / "status.json"
+    path.write_text('{\n "status": "finished"\n}')
+    assert job("exit 1") == (1, []) and json.loads(path.read_text())["status"] == "finished"
+
+
+# ---- what a checkpoint was trained with --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "part, key, value",
+    [("train", "lr", 0.5), ("train", "seed", 9), ("data", "seed", 9), ("model", "pos", "none"), ("train", "beta1", 0.5)],
+)
+def test_a_config_that_was_changed_is_not_resumed(tmp_path, part, key, value):
+    _, out = run(tmp_path, **SHORT)
+    path = os.path.join(out, "config.json")
+    saved = checkpoint.read_json(path)
+    trained_with, saved[part][key] = saved[part][key], value
+    if key == "seed":
+        saved["train"]["seed"] = saved["data"]["seed"] = value  # one setting of both
+    checkpoint.write_json(path, saved)
+    message = f"config.json says {key}={value!r}, but the checkpoint was trained with {key}={trained_with!r}; put that back"
+    for look in (lambda: run(tmp_path, resume=True, max_steps=6), lambda: plan.load_run(out)):
+        with pytest.raises(ConfigError, match=message):
+            look()
+    assert status_of(out)["step"] == 4
+
+
+def test_a_checkpoint_that_does_not_say_is_resumed(tmp_path):
+    _, out = run(tmp_path, **SHORT)
+    for name in ("ckpt", "ckpt_prev", "best"):
+        state = checkpoint.load_checkpoint(out, name)
+        assert json.loads(state.pop("settings"))["train"]["lr"] == 0.01
+        checkpoint.save_checkpoint(out, name, state, keep_old=False)
+    plan.load_run(out)
+    assert run(tmp_path, resume=True, max_steps=6)[0] == 0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_later_end_of_the_schedule_is_said_with_both_rates(tmp_path, capsys, schedule):
+    _, out = run(tmp_path, **{**SHORT, "schedule": schedule})
+    capsys.readouterr()
+    run(tmp_path, resume=True, max_steps=8)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the ")]
+    rates = [r["lr"] for r in checkpoint.read_log(out) if r["kind"] == "train"]
+    expected = f"the learning rate goes from {rates[3]:.3g} to {rates[4]:.3g}"
+    ends = f"note: the {schedule} schedule now ends at step 8 instead of 4: {expected}"
+    assert notes == ([] if schedule == "constant" else [ends])
+
+
+# ---- machines that have less -------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_machine_without_posix(tmp_path, script):
+    lacks = f"""
+import signal, sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+del signal.SIGHUP, signal.SIGUSR1
+sys.path.insert(0, {os.path.dirname(train.__file__)!r})
+import train, eval, flex_generate, torch
+assert train.main({flags(tmp_path, "run", **SHORT)!r}) == 0
+assert train.main(["--resume={tmp_path}/run", "--max_steps=6"]) == 0
+eval.main(["{tmp_path}/run"])
+flex_generate.peak_memory(torch.device("cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", lacks], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert status_of(tmp_path / "run")["step"] == 6
+
+
+def test_a_device_without_float64_leaves_it_to_the_cpu():
+    here = torch.arange(3)
+    there = SimpleNamespace(device=SimpleNamespace(type="mps"), cpu=lambda: here)
+    assert memory.in_float64(there).dtype == memory.in_float64(here).dtype == torch.float64
+
+
+def test_full_memory_names_what_is_too_large(tmp_path, monkeypatch):
+    p, _ = train.read_command_line(["--model=memory", "--mem_n_keys=64", "--dim=32"])
+    model = plan.make_model(p, plan.model_config(p, p.data_module.Data(p.data)))
+    cpu, count = torch.device("cpu"), plan.count_parameters(model)["total"]
+    assert plan.training_advice(model, cpu).startswith("raise accumulate or lower batch_size")
+    monkeypatch.setattr(plan, "memory_size", lambda device: 20 * count)
+    advice = plan.training_advice(model, cpu)
+    assert "the model is too large" in advice and "batch_size" not in advice
+    assert "memory.values (4096, 32); make that smaller" in advice
+    words = ["--model=memory", "--mem_n_keys=4096", "--dim=1048576", "--n_heads=1", "--dk=2", "--dv=2"]
+    with pytest.raises(ConfigError, match=r"does not fit in memory: .*memory.values \(16777216, 1048576\); make that"):
+        train.main([*words, f"--log_dir={tmp_path}"])
+
+
+def test_memory_that_a_model_does_not_get_is_a_sentence(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as m:
+        m.setattr(torch.nn.Module, "to", full)
+        with pytest.raises(RunFailed, match="memory is full; raise accumulate"):
+            run(tmp_path, **SHORT)
+    _, out = run(tmp_path, "whole", **SHORT)
+    monkeypatch.setattr(eval_script, "predict", full)
+    with pytest.raises(RunFailed, match="memory is full; lower eval_batch_size"):
+        eval_script.main([out])
+    monkeypatch.setattr(commands, "open_look", full)
+    with pytest.raises(RunFailed, match="memory is full; lower eval_batch_size"):
+        eval_script.main([out])
+    monkeypatch.setattr(flex_generate, "generate", full)
+    with pytest.raises(RunFailed, match="memory is full; lower batch_size"):
+        flex_generate.main([])
+
+
+# ---- settings that no machine can follow -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("--batch_size=1e30", "takes a number below 2"),
+        ("--batch_size=1e9", "must be between 1 and"),
+        ("--eval_batch_size=1e30", "takes a number below 2"),
+        ("--n_val_examples=1e18", "must be between 1 and"),
+        ("--n_test_examples=9223372036854775808", "takes a number below 2"),
+        ("--device=meta", "device='meta' cannot be used on this machine"),
+        ("--device=hpu", "device='hpu' cannot be used on this machine"),
+        ("--device=privateuseone", "cannot be used on this machine"),
+        ("--log_dir=a\0b", "takes text that may name a file"),
+        ("--seed=1e30", "takes a number below 2"),
+        ("--input_seq_len=1e18", "longer than 1048576"),
+    ],
+)
+def test_a_setting_out_of_reach_is_one_sentence(tmp_path, word, says):
+    name = word[2:].partition("=")[0]
+    words = [w for w in flags(tmp_path, "run", **SHORT) if not w.startswith(f"--{name}=")]
+    with pytest.raises(ConfigError) as error:
+        train.main([*words, word])
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dim=1, dk=2, dv=2),
+        dict(dim=1, dk=2, model="memory"),
+        dict(dim=1, dk=2, model="gated_delta"),
+        dict(eval_batch_size=2**62, log_interval=2**62, save_every=2**62, warmup_steps=2**62),
+        dict(seed=2**62),
+        dict(lr=1e-320, clip_grad=1e-320),
+    ],
+)
+def test_an_odd_setting_that_is_legal_trains(tmp_path, changes):
+    assert run(tmp_path, **{**SHORT, **changes})[0] == 0
