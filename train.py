@@ -463,6 +463,16 @@ def jump(before, c, data, step):
     return [f"note: {end}: the learning rate goes from {was:.3g} to {new:.3g}"]
 
 
+COUNTS = {  # of a slice: see measure.total
+    "right": "count",
+    "labels": "size",
+    "row_right": "count",
+    "rows": "size",
+    "right_right": "count",
+    "right_labels": "count",
+    "labels_labels": "count",
+    "loss": "number",
+}
 TESTED = {  # what status.json says of a run that was tested
     "status": "text",
     "step": "count",
@@ -470,10 +480,11 @@ TESTED = {  # what status.json says of a run that was tested
     "target": "number",
     "test": {
         "accuracy": "share",
-        "labels": "count",
+        "labels": "size",
         "row_accuracy": "share",
-        "rows": "count",
-        "by_slice": "dict",
+        "rows": "size",
+        "all": COUNTS,
+        "by_slice": {"*": {"*": COUNTS}},
     },
 }
 
