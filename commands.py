@@ -57,7 +57,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     idle = {s: f"{name} does not use it, only {by}" for s, by in users.items() if s not in command.uses.split()}
     configs.refuse_unused(config, idle, {s.key: s for s in settings})
     if not command.looks:
-        perform(name, command, words, config)
+        perform(command, words, config)
         return
     require(len(words) == 1, f"name one run directory, as in: {name} runs/RUN", None)
     with joined(config.device) as world, enough_memory(lambda: ADVICE):
@@ -65,15 +65,15 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
         look.prefix, look.uses = prefix, {n: c.uses for n, c in commands.items()}
         why_not = command.why_not(look)
         require(not why_not, f"{look.folder}: {why_not}", None)
-        perform(name, command, look)
+        perform(command, look)
 
 
-def perform(name, command, *args):
+def perform(command, *args):
     """What command.work(*args) returns; RunFailed, with the settings to lower, if memory is full."""
     used = command.uses.split()
     sizes = [s for s in ("eval_batch_size", "rows", "pairs", "chunk") if s in used]
     lower = f"lower {' or '.join(sizes)}" if sizes else "look at fewer or smaller files"
-    with enough_memory(lambda: f"for {name}, {lower}"):
+    with enough_memory(lambda: lower):
         return command.work(*args)
 
 
@@ -102,9 +102,9 @@ def chapter(look, script, name, command):
     try:
         with contextlib.redirect_stdout(printed):
             if command.looks:
-                perform(name, command, look)
+                perform(command, look)
             elif look.world.first:
-                look.figures.append(perform(name, command, [look.folder], look.config))
+                look.figures.append(perform(command, [look.folder], look.config))
     except ConfigError as e:
         look.world.say(f"left out: {e}")
         return f"Left out: {e}.\n"

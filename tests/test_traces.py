@@ -142,7 +142,7 @@ def test_full_memory_is_a_sentence_with_what_to_lower(error):
         raise error
 
     command = commands.looks(work, "rows chunk", "")
-    sentence = "memory is full in keys; lower eval_batch_size or rows or chunk"
+    sentence = "memory is full; lower eval_batch_size or rows or chunk"
     with pytest.raises(RunFailed, match=sentence):
         commands.perform("keys", command, None)
     error.args = ("another error",)
