@@ -68,7 +68,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
 
 
 def perform(name, command, *args):
-    """What command.work(*args) returns; RunFailed, with the settings to lower, if memory is full."""
+    """command.work(*args); RunFailed, with the settings to lower, if memory is full."""
     try:
         return command.work(*args)
     except (MemoryError, RuntimeError) as e:
