@@ -398,11 +398,12 @@ def lift(reach, hidden, logits, answers, margin, rounds=100):
 @M.in_eval_mode
 def reading_statistics(model, batches):
     """Sum over labels of (tokens, targets) batches of w w^T, w the weights of all slots that the last block reads: `keep`."""
-    size = len(model.layers[-1].memory.values)
-    total = torch.zeros(size, size)
+    values = model.layers[-1].memory.values
+    total = torch.zeros(len(values), len(values), device=values.device)
     for tokens, targets in batches:
         slots, weights, *_ = last_reading(model, tokens, targets)
-        A = torch.zeros(len(slots), size).scatter_add_(1, slots, weights.float())
+        A = torch.zeros(len(slots), len(values), device=values.device)
+        A.scatter_add_(1, slots, weights.float())
         total += A.T @ A
     return total
 
