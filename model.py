@@ -1,7 +1,7 @@
 """GPT and UnifiedKV: one trunk, two kinds of causal softmax attention, every switch of the MQAR experiments.
 
-    python train.py --model gpt --dim 64 --n_heads 2 --dk 48 --dv 48          # keys and values apart
-    python train.py --model unified_kv --dim 64 --n_heads 2 --du 64           # one vector is both
+    python train.py configs/mqar_gpt.py              # keys and values apart
+    python train.py configs/mqar_unified_kv.py       # one vector is both
 
 Read from top to bottom: tables of small functions (feature maps, norms, activations), small modules, the two attention
 modules, the block, the trunk. softmax_attention itself is in attention.py. Delta-rule and memory models in other files reuse
@@ -609,6 +609,9 @@ class GPT(nn.Module):
         forward pass over all tokens; no gradients. ValueError beyond seq_len, where a model has positions.
         """
         c = self.config
+        mixer = self.mixer()
+        message = f"it cannot read on: {mixer.__name__} has no state_size, so it keeps no cache"
+        require(not c.use_att or hasattr(mixer, "state_size"), message, None)
         cache = [{"seen": 0} for _ in self.layers] if cache is None else [dict(m) for m in cache]
         end = cache[0]["seen"] + tokens.shape[1]
         if end > c.seq_len and c.pos != "none":
@@ -620,11 +623,24 @@ class GPT(nn.Module):
         return self.lm_head(self.final_norm(x)), cache
 
     @classmethod
+    def mixer(cls):
+        """The class of its mixers; of a block that has no `attention`, the block itself."""
+        return getattr(cls.block, "attention", cls.block)
+
+    @classmethod
     def state_bytes(cls, config):
-        """Bytes of float32 per row that must be kept to read on after seq_len tokens."""
-        c, mixer = config, cls.block.attention
-        window = max(0, c.conv - 1) * mixer.channels(c)  # what the short convolution looks back on
-        return 4 * c.n_layers * (mixer.state_size(c, c.seq_len) + window) if c.use_att else 0
+        """Bytes of float32 per row that must be kept to read on after seq_len tokens.
+
+        None if the mixer does not say what it keeps.
+        """
+        c, mixer = config, cls.mixer()
+        if not c.use_att:
+            return 0
+        if not hasattr(mixer, "state_size"):
+            return None
+        # what the short convolution looks back on
+        window = max(0, c.conv - 1) * mixer.channels(c) if hasattr(mixer, "channels") else 0
+        return 4 * c.n_layers * (mixer.state_size(c, c.seq_len) + window)
 
     @classmethod
     def label(cls, c):
@@ -637,7 +653,11 @@ class GPT(nn.Module):
     @classmethod
     def kernel_choice(cls, config, device, dtype):
         """Which kernel the mixer runs and why, as one line."""
-        return cls.block.attention.kernel_choice(config, device, dtype) if config.use_att else "none (use_att is 0)"
+        mixer = cls.mixer()
+        if not config.use_att:
+            return "none (use_att is 0)"
+        named = hasattr(mixer, "kernel_choice")
+        return mixer.kernel_choice(config, device, dtype) if named else mixer.__name__
 
 
 class UnifiedKV(GPT):

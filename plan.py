@@ -34,11 +34,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 #   ignores {setting: why it has no effect}        the settings of Config that are refused for this model
 #   label(config) -> str                           its part of a run's name
 #   kernel_choice(config, device, dtype) -> str    which kernel runs and why, printed at the start
-#   state_bytes(config) -> int                     what must be kept to read on, printed at the start and compared
+#   state_bytes(config) -> int or None             what must be kept to read on, printed at the start and compared
 #   learning_rates() -> {end of a name: factor}    parameters with a learning rate of their own (train.parameter_groups)
 #   after_step(report) -> {block: usage} or {}     called after each training step
 #   read(tokens, cache) -> logits, cache           decoding, for `eval.py --examples`
-# and its file `correct(logits, targets)`, what counts as right (measure.scorer).
+# A mixer of your own in a block of model.py needs `forward` alone; with state_size, kernel_choice and
+# channels (see CausalSelfAttention) the model can also read on from a cache, and say more of itself.
+# And its file `correct(logits, targets)`, what counts as right (measure.scorer).
 MODELS = {  # short names; anything else is file or file.Class
     "gpt": "model.GPT",
     "unified_kv": "model.UnifiedKV",
@@ -180,6 +182,8 @@ def find_model(name):
     require(cls.isidentifier() and cls != "py", f"model={name!r} must be file or file.Class, without .py", "model")
     module = import_file(file, "model", "Config", cls, folders=(HERE,) if name in MODELS else None)
     found = getattr(module, cls)
+    message = f"model={name!r}: Config of {file}.py must be a dataclass (@dataclass)"
+    require(dataclasses.is_dataclass(module.Config), message, "model")
     is_model = isinstance(found, type) and issubclass(found, torch.nn.Module)
     require(is_model, f"model={name!r} is no torch.nn.Module", "model")
     return module, found
@@ -236,7 +240,8 @@ def out_of_memory(error):
 
 def count_parameters(model):
     """{"layers": parameters of the blocks only, "total": all of them, shared ones once}."""
-    layers = getattr(model, "layers", torch.nn.Module())
+    layers = getattr(model, "layers", None)
+    layers = layers if isinstance(layers, torch.nn.Module) else torch.nn.Module()
     return {name: sum(q.numel() for q in m.parameters()) for name, m in (("layers", layers), ("total", model))}
 
 
@@ -351,7 +356,10 @@ def load_run(folder, which="best"):
     p = read_plan(folder)
     require_same_data(folder, p, "synthetic_dataset")  # that start is over, and its data set may be gone
     data = p.data_module.Data(p.data)
-    sizes = types.SimpleNamespace(**read_json(os.path.join(folder, "config.json"))["model"])
+    saved = read_json(os.path.join(folder, "config.json"))["model"]
+    # A model file's Config may leave out what the data tells it.
+    told = {"vocab_size": data.vocab_size, "seq_len": data.seq_len}
+    sizes = types.SimpleNamespace(**{**told, **saved})
     model = make_model(p, model_config(p, sizes))
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
     model.load_state_dict(part(state["tensors"], "model"))
