@@ -180,7 +180,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return x * torch.rsqrt(inner(x, x) / x.shape[-1] + 1e-6) * self.weight
+        y = x * torch.rsqrt(inner(x, x) / x.shape[-1] + 1e-6) * self.weight
+        return y.to(self.weight.dtype)  # a model in half precision stays in it
 
 
 def naive_convolution(x, w):
@@ -509,7 +510,7 @@ def labelled_rows(targets):
     mask = targets != IGNORE
     answers = targets[mask]
     count = mask.sum(1)
-    n = max(1, int(count.max()))  # a batch without labels has a loss of 0
+    n = max(1, int(count.max()) if len(count) else 0)  # a batch without labels, or without rows, has a loss of 0
     if 2 * n > targets.shape[1]:
         return None, mask.flatten().nonzero().squeeze(1), answers
     rows = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
