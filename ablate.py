@@ -298,13 +298,15 @@ def why_not_blocks(look):
     model, needed = look.model, ("embedded", "layers", "final_norm", "lm_head")
     if not all(hasattr(model, name) for name in needed):
         return f"it needs a model with {', '.join(needed)}"
-    tokens = torch.arange(min(4, look.data.seq_len), device=look.device)[None] % look.data.vocab_size
+    tokens = torch.arange(min(4, look.data.seq_len), device=look.device)[None]
+    tokens = tokens % look.data.vocab_size
     with torch.no_grad():
         try:
             ours = logits_at(model, tokens, torch.arange(tokens.shape[1], device=look.device)[None])
             whole = model(tokens)[0]
             same = ours.shape == whole.shape and torch.allclose(ours, whole, rtol=1e-3, atol=1e-3)
-        except (TypeError, AttributeError, ValueError, RuntimeError):  # a fork's layers may want more than x
+        except (TypeError, AttributeError, ValueError, RuntimeError):
+            # A fork's layers may want more than x.
             same = False
     return "" if same else f"{', '.join(needed)}, one after another, do not give its logits"
 

@@ -231,7 +231,8 @@ def sites(model):
     out = {"stream": {}, "mixer": {}, "mlp": {}, "memory": {}}
     for i, layer in enumerate(model.layers):
         names = {"mixer": "att", "mlp": "ffn", "memory": "memory"}
-        parts = {name: getattr(layer, part, None) for name, part in names.items()} | {"stream": layer}
+        parts = {name: getattr(layer, part, None) for name, part in names.items()}
+        parts["stream"] = layer
         for name, module in parts.items():
             if module is not None:
                 out[name][i] = module

@@ -281,7 +281,7 @@ def positions(x, cache=None, documents=None):
 
 
 def grown(cache, name, new):
-    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it; it is kept, and returned."""
+    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it; it is kept, too."""
     # A copy even of the first: a view would keep all that was projected beside it.
     cache[name] = torch.cat([cache[name], new] if name in cache else [new], dim=1)
     return cache[name]
@@ -405,7 +405,7 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(o)
 
     def keys(self, k, x=None, at=None):
-        """Projected keys (B, T, G * dk) of x (B, T, D) at positions `at` -> (B, T, G, K), ready for use."""
+        """Projected keys (B, T, G * dk) of x (B, T, D) at positions `at` -> (B, T, G, K)."""
         c = self.config
         k = self.feature(k, self.groups, c.k_kernel, c.k_norm, self.gate_k, x)
         return rotate(k, self.turns, at) if c.pos == "rope" else k
@@ -456,7 +456,7 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
         return c.du + c.k_gated * cls.widths(c)[0]
 
     def remember(self, cache, k, v, x, at):
-        """Keeps u, and makes keys and values of all tokens anew from it; of a gated key, the key, too."""
+        """Keeps u, and makes keys and values anew from it; of a gated key, the key, too."""
         if self.gate_k:
             k = grown(cache, "k", self.keys(k, x, at))
         u = grown(cache, "u", v)
@@ -510,7 +510,8 @@ def labelled_rows(targets):
     mask = targets != IGNORE
     answers = targets[mask]
     count = mask.sum(1)
-    n = max(1, int(count.max()) if len(count) else 0)  # a batch without labels, or without rows, has a loss of 0
+    # A batch without labels, or without rows, has a loss of 0.
+    n = max(1, int(count.max()) if len(count) else 0)
     if 2 * n > targets.shape[1]:
         return None, mask.flatten().nonzero().squeeze(1), answers
     rows = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
