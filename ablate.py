@@ -37,6 +37,7 @@ from interventions import (
     clean_run,
     go_on,
     known_cases,
+    logits_at,
     margin,
     run_changed,
     sites,
@@ -297,12 +298,30 @@ def why_not_memory(look):
 
 def why_not_blocks(look):
     """Why blocks cannot be taken apart, or ""."""
-    needed = ("embedded", "layers", "final_norm", "lm_head")
-    return "" if all(hasattr(look.model, name) for name in needed) else f"it needs a model with {', '.join(needed)}"
+    model, needed = look.model, ("embedded", "layers", "final_norm", "lm_head")
+    if not all(hasattr(model, name) for name in needed):
+        return f"it needs a model with {', '.join(needed)}"
+    tokens = torch.arange(min(4, look.data.seq_len), device=look.device)[None]
+    tokens = tokens % look.data.vocab_size
+    with torch.no_grad():
+        try:
+            ours = logits_at(model, tokens, torch.arange(tokens.shape[1], device=look.device)[None])
+            whole = model(tokens)[0]
+            same = ours.shape == whole.shape and torch.allclose(ours, whole, rtol=1e-3, atol=1e-3)
+        except (TypeError, AttributeError, ValueError, RuntimeError):
+            # A fork's layers may want more than x.
+            same = False
+    return "" if same else f"{', '.join(needed)}, one after another, do not give its logits"
 
 
 def why_not_heads(look):
-    return why_not_blocks(look) or ("" if "mixer" in sites(look.model) else "its layers have no mixer (use_att=0)")
+    if why_not_blocks(look):
+        return why_not_blocks(look)
+    mixers = sites(look.model).get("mixer", {}).values()
+    if not mixers:
+        return "its layers have no mixer (use_att=0)"
+    parted = all(hasattr(m, "heads") and hasattr(m, "out_proj") for m in mixers)
+    return "" if parted else "its mixers have no heads and out_proj"
 
 
 def why_not_pairs(look):

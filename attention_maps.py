@@ -100,6 +100,7 @@ def mean_of_known(x):
 def why_no_mixer(model):
     """Why a model has no mixers to watch, or ""."""
     layers = getattr(model, "layers", ())
+    layers = layers if isinstance(layers, torch.nn.ModuleList) else ()
     if len(layers) and all(getattr(getattr(layer, "att", None), "attend", None) for layer in layers):
         return ""
     return "attention maps need softmax attention in every block, as in gpt, unified_kv and memory"

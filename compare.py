@@ -87,8 +87,9 @@ def read_result(folder):
     p = read_plan(folder)
     sizes = saved_model_config(folder, p)
     # A model file may leave state_bytes out, or have no n_layers: compare takes forks, too.
-    state = p.model_class.state_bytes(sizes) if hasattr(p.model_class, "state_bytes") else 0
-    shape = f"D{sizes.dim} L{sizes.n_layers}" if hasattr(sizes, "n_layers") else ""
+    state = (p.model_class.state_bytes(sizes) if hasattr(p.model_class, "state_bytes") else 0) or 0
+    known = hasattr(sizes, "dim") and hasattr(sizes, "n_layers")
+    shape = f"D{sizes.dim} L{sizes.n_layers}" if known else ""
     return {
         "run": printable(os.path.basename(os.path.normpath(folder))),
         "model": p.train.model,

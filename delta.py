@@ -1,7 +1,7 @@
 """The delta rule three ways (token by token, in chunks, a GPU kernel) and DeltaNet, a language model on model.py's trunk.
 
-    python train.py --model delta --dim 64 --n_heads 2 --dk 48 --dv 48         # DeltaNet
-    python train.py --model gated_delta --dim 64 --n_heads 2 --dk 48 --dv 48   # and its state decays
+    python train.py configs/mqar_delta.py            # DeltaNet
+    python train.py configs/mqar_gated_delta.py      # and its state decays
 
 The memory of one head is a matrix S (K, V) that maps keys to values. Each token reads what S holds under its key, and
 corrects it towards its value by the write strength beta in [0, 1] (Schlag et al. 2021, arXiv 2102.11174; Widrow and

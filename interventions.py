@@ -231,7 +231,9 @@ def sites(model):
     """{name: {block: module whose output is that}}: what a block adds, and the stream that enters it ("before")."""
     out = {"stream": {}, "mixer": {}, "mlp": {}, "memory": {}}
     for i, layer in enumerate(model.layers):
-        parts = {"mixer": layer.att, "mlp": layer.ffn, "memory": getattr(layer, "memory", None), "stream": layer}
+        names = {"mixer": "att", "mlp": "ffn", "memory": "memory"}
+        parts = {name: getattr(layer, part, None) for name, part in names.items()}
+        parts["stream"] = layer
         for name, module in parts.items():
             if module is not None:
                 out[name][i] = module

@@ -1,7 +1,7 @@
 """GPT and UnifiedKV: one trunk, two kinds of causal softmax attention, every switch of the MQAR experiments.
 
-    python train.py --model gpt --dim 64 --n_heads 2 --dk 48 --dv 48          # keys and values apart
-    python train.py --model unified_kv --dim 64 --n_heads 2 --du 64           # one vector is both
+    python train.py configs/mqar_gpt.py              # keys and values apart
+    python train.py configs/mqar_unified_kv.py       # one vector is both
 
 Read from top to bottom: tables of small functions (feature maps, norms, activations), small modules, the two attention
 modules, the block, the trunk. softmax_attention itself is in attention.py. Delta-rule and memory models in other files reuse
@@ -182,7 +182,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return x * torch.rsqrt(inner(x, x) / x.shape[-1] + 1e-6) * self.weight
+        y = x * torch.rsqrt(inner(x, x) / x.shape[-1] + 1e-6) * self.weight
+        return y.to(self.weight.dtype)  # a model in half precision stays in it
 
 
 def naive_convolution(x, w):
@@ -282,7 +283,7 @@ def positions(x, cache=None, documents=None):
 
 
 def grown(cache, name, new):
-    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it; it is kept, and returned."""
+    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it; it is kept, too."""
     # A copy even of the first: a view would keep all that was projected beside it.
     cache[name] = torch.cat([cache[name], new] if name in cache else [new], dim=1)
     return cache[name]
@@ -406,7 +407,7 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(o)
 
     def keys(self, k, x=None, at=None):
-        """Projected keys (B, T, G * dk) of x (B, T, D) at positions `at` -> (B, T, G, K), ready for use."""
+        """Projected keys (B, T, G * dk) of x (B, T, D) at positions `at` -> (B, T, G, K)."""
         c = self.config
         k = self.feature(k, self.groups, c.k_kernel, c.k_norm, self.gate_k, x)
         return rotate(k, self.turns, at) if c.pos == "rope" else k
@@ -457,7 +458,7 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
         return c.du + c.k_gated * cls.widths(c)[0]
 
     def remember(self, cache, k, v, x, at):
-        """Keeps u, and makes keys and values of all tokens anew from it; of a gated key, the key, too."""
+        """Keeps u, and makes keys and values anew from it; of a gated key, the key, too."""
         if self.gate_k:
             k = grown(cache, "k", self.keys(k, x, at))
         u = grown(cache, "u", v)
@@ -511,7 +512,8 @@ def labelled_rows(targets):
     mask = targets != IGNORE
     answers = targets[mask]
     count = mask.sum(1)
-    n = max(1, int(count.max()))  # a batch without labels has a loss of 0
+    # A batch without labels, or without rows, has a loss of 0.
+    n = max(1, int(count.max()) if len(count) else 0)
     if 2 * n > targets.shape[1]:
         return None, mask.flatten().nonzero().squeeze(1), answers
     rows = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
@@ -611,6 +613,9 @@ class GPT(nn.Module):
         forward pass over all tokens; no gradients. ValueError beyond seq_len, where a model has positions.
         """
         c = self.config
+        mixer = self.mixer()
+        message = f"it cannot read on: {mixer.__name__} has no state_size, so it keeps no cache"
+        require(not c.use_att or hasattr(mixer, "state_size"), message, None)
         cache = [{"seen": 0} for _ in self.layers] if cache is None else [dict(m) for m in cache]
         end = cache[0]["seen"] + tokens.shape[1]
         if end > c.seq_len and c.pos != "none":
@@ -622,11 +627,24 @@ class GPT(nn.Module):
         return self.lm_head(self.final_norm(x)), cache
 
     @classmethod
+    def mixer(cls):
+        """The class of its mixers; of a block that has no `attention`, the block itself."""
+        return getattr(cls.block, "attention", cls.block)
+
+    @classmethod
     def state_bytes(cls, config):
-        """Bytes of float32 per row that must be kept to read on after seq_len tokens."""
-        c, mixer = config, cls.block.attention
-        window = max(0, c.conv - 1) * mixer.channels(c)  # what the short convolution looks back on
-        return 4 * c.n_layers * (mixer.state_size(c, c.seq_len) + window) if c.use_att else 0
+        """Bytes of float32 per row that must be kept to read on after seq_len tokens.
+
+        None if the mixer does not say what it keeps.
+        """
+        c, mixer = config, cls.mixer()
+        if not c.use_att:
+            return 0
+        if not hasattr(mixer, "state_size"):
+            return None
+        # what the short convolution looks back on
+        window = max(0, c.conv - 1) * mixer.channels(c) if hasattr(mixer, "channels") else 0
+        return 4 * c.n_layers * (mixer.state_size(c, c.seq_len) + window)
 
     @classmethod
     def label(cls, c):
@@ -639,7 +657,11 @@ class GPT(nn.Module):
     @classmethod
     def kernel_choice(cls, config, device, dtype):
         """Which kernel the mixer runs and why, as one line."""
-        return cls.block.attention.kernel_choice(config, device, dtype) if config.use_att else "none (use_att is 0)"
+        mixer = cls.mixer()
+        if not config.use_att:
+            return "none (use_att is 0)"
+        named = hasattr(mixer, "kernel_choice")
+        return mixer.kernel_choice(config, device, dtype) if named else mixer.__name__
 
 
 class UnifiedKV(GPT):

@@ -50,11 +50,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 #   ignores {setting: why it has no effect}        the settings of Config that are refused for this model
 #   label(config) -> str                           its part of a run's name
 #   kernel_choice(config, device, dtype) -> str    which kernel runs and why, printed at the start
-#   state_bytes(config) -> int                     what must be kept to read on, printed at the start and compared
+#   state_bytes(config) -> int or None             what must be kept to read on, printed at the start and compared
 #   learning_rates() -> {end of a name: factor}    parameters with a learning rate of their own (train.parameter_groups)
 #   after_step(report) -> {block: usage} or {}     called after each training step
 #   read(tokens, cache) -> logits, cache           decoding, for `eval.py --examples`
-# and its file `correct(logits, targets)`, what counts as right (measure.scorer).
+# A mixer of your own in a block of model.py needs `forward` alone; with state_size, kernel_choice and
+# channels (see CausalSelfAttention) the model can also read on from a cache, and say more of itself.
+# And its file `correct(logits, targets)`, what counts as right (measure.scorer).
 MODELS = {  # short names; anything else is file or file.Class
     "gpt": "model.GPT",
     "unified_kv": "model.UnifiedKV",
@@ -298,6 +300,8 @@ def find_model(name, foreign=None):
     require(cls.isidentifier() and cls != "py", f"model={name!r} must be file or file.Class, without .py", "model")
     module = import_file(file, "model", "Config", cls, foreign=foreign)
     found = getattr(module, cls)
+    message = f"model={name!r}: Config of {file}.py must be a dataclass (@dataclass)"
+    require(dataclasses.is_dataclass(module.Config), message, "model")
     is_model = isinstance(found, type) and issubclass(found, torch.nn.Module)
     require(is_model, f"model={name!r} is no torch.nn.Module", "model")
     return module, found
@@ -400,7 +404,8 @@ def memory_size(device):
 
 def count_parameters(model):
     """{"layers": parameters of the blocks only, "total": all of them, shared ones once}."""
-    layers = getattr(model, "layers", torch.nn.Module())
+    layers = getattr(model, "layers", None)
+    layers = layers if isinstance(layers, torch.nn.Module) else torch.nn.Module()
     return {name: sum(q.numel() for q in m.parameters()) for name, m in (("layers", layers), ("total", model))}
 
 
@@ -552,7 +557,7 @@ def git_commit():
 
 SETTINGS = {  # what config.json must hold, whichever model and data it is of
     "train": {"model": "text", "data": "text"},
-    "model": {"vocab_size": "size", "seq_len": "size"},
+    "model": "dict",
     "data": "dict",
     "files": {"*": "hash"},
 }
@@ -589,8 +594,13 @@ def read_plan(folder, changes=()):
 
 def saved_model_config(folder, p):
     """The model's Config of an existing run, without its data."""
-    saved = read_record(os.path.join(folder, "config.json"), SETTINGS)
-    return model_config(p, types.SimpleNamespace(**saved["model"]))
+    path = os.path.join(folder, "config.json")
+    saved = read_record(path, SETTINGS)["model"]
+    # A model file's Config may leave out what the data tells it.
+    told = {"vocab_size": None, "seq_len": None}
+    needed = told.keys() & {f.name for f in dataclasses.fields(p.model_module.Config)}
+    check_kinds(saved, dict.fromkeys(sorted(needed), "size"), f"{path}: 'model'")
+    return model_config(p, types.SimpleNamespace(**{**told, **saved}))
 
 
 def shapes(tensors):

@@ -2,7 +2,7 @@
 
     python train.py configs/mqar_gpt.py                          # one process
     python train.py configs/mqar_gpt.py --lr 1e-3 --seed 2       # flags win over files, later over earlier
-    python train.py --model gpt --dim 64 --dk 48 --dv 48 --n_heads 2 --n_layers 4 --n_epochs 10
+    python train.py configs/mqar_gpt.py --model mine             # a model file of your own, mine.py
     python train.py --resume runs/RUN                            # go on after Ctrl-C, SIGTERM or a crash
     torchrun --standalone --nproc_per_node=4 train.py configs/mqar_gpt.py                 # 4 GPUs, or 4 CPU processes
     sbatch train.slurm configs/mqar_gpt.py                       # one or many nodes; see parallel.py, train.slurm
@@ -357,8 +357,9 @@ def start(p, folder, world):
     world.say(device_line)
     if hasattr(p.model_class, "kernel_choice"):
         world.say(f"mixer: {p.model_class.kernel_choice(config, device, dtype)}")
-    if hasattr(p.model_class, "state_bytes"):
-        world.say(f"state: {p.model_class.state_bytes(config)} bytes to read on after {config.seq_len} tokens, in float32")
+    kept = p.model_class.state_bytes(config) if hasattr(p.model_class, "state_bytes") else None
+    if kept is not None:
+        world.say(f"state: {kept} bytes to read on after {data.seq_len} tokens, in float32")
     if c.n_epochs == 0:
         return 0
     resumed = bool(folder)

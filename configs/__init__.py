@@ -152,7 +152,8 @@ def build(cls, settings, **told_values):
             values[key] = convert(s.value, hints[key])
         except ValueError as e:
             raise ConfigError(f"{s.origin}: {key} {e}") from None
-    config = cls(**values, **told_values)
+    # What is told wins, and goes only to a config that has a field for it.
+    config = cls(**{**values, **{k: v for k, v in told_values.items() if k in hints}})
     try:
         getattr(config, "check", lambda: None)()
     except ConfigError as e:

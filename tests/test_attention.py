@@ -155,6 +155,25 @@ def test_reading_on_from_the_cache_equals_one_forward_pass(kind):
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_any_dtype_and_batches_without_rows_tokens_or_labels(kind, dtype):
+    model = build_kind(kind).to(dtype)
+    for shape in ((2, T), (0, T), (2, 0), (1, 1)):
+        tokens = torch.randint(V, shape)
+        for targets in (tokens, torch.full_like(tokens, M.IGNORE)):
+            logits, loss = model(tokens, targets)
+            loss.backward()
+            labels = int((targets != M.IGNORE).sum())
+            assert logits.shape == (labels, V) and (loss == 0) == (labels == 0)
+        assert model.read(tokens)[0].shape == (*shape, V)
+    assert all(q.grad.dtype == dtype and q.grad.isfinite().all() for q in model.parameters())
+    tokens = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0))
+    exact, ours = build_kind(kind)(tokens)[0], model(tokens)[0]
+    assert ours.dtype == dtype
+    assert (ours - exact).abs().max() < 16 * torch.finfo(dtype).eps * exact.abs().max()
+
+
 KEPT = [
     (M.GPT, dict(n_kv_heads=1, conv=3)),
     (M.GPT, dict(k_kernel="taylor", q_kernel="taylor", v_kernel="exp", pos="none", conv=1)),

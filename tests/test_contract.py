@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval as evaluate
 import train
 from configs import Setting, build
 from plan import MODELS, find_model, import_file
@@ -67,6 +68,18 @@ def test_every_parameter_learns(model, batch):
     model(*batch)[1].backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert silent == []
+
+
+def test_it_trains_resumes_and_is_evaluated(model_name, tmp_path, capsys):
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    folder = str(tmp_path / "run")
+    flags += ["--log_dir", str(tmp_path), "--run_name", "run", "--batch_size", "8", "--threads", "1"]
+    assert train.main(["--model", model_name, *flags, "--max_steps", "2"]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert train.main(["--resume", folder, "--max_steps", "3"]) == 0
+    assert "3 steps" in capsys.readouterr().out
+    evaluate.main([folder])
+    assert "accuracy" in capsys.readouterr().out
 
 
 def test_weights_are_a_function_of_the_seed(model_name):

@@ -388,3 +388,25 @@ def test_the_command_line(tmp_path, capsys):
     ):
         with pytest.raises(ConfigError, match=message):
             Mem.main(words)
+
+
+def test_the_margin_of_a_write_is_in_logits_whatever_the_scale_of_the_norm():
+    """By hand: hidden of length 3 a feature, so logits are a third of what is read; 2 more of them."""
+    reach, hidden = torch.eye(2), torch.full((1, 5), 3.0)
+    change = Mem.lift(reach, hidden, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
+    torch.testing.assert_close(change, torch.tensor([[-4.5, 4.5]]), rtol=1e-5, atol=1e-5)
+    # and 0.5 a feature, where logits are twice what is read: 3 of them are 1.5 there
+    change = Mem.lift(reach, hidden / 6, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
+    torch.testing.assert_close(change, torch.tensor([[-0.75, 0.75]]), rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_keys_are_not_balanced():
+    m = model(mem_balance=0.5, memory_layers=(0, 1))
+    frozen, free = m.memories().values()
+    frozen.keys.requires_grad_(False)
+    for layer in (frozen, free):
+        layer.count(torch.zeros(1, layer.keys.shape[0], 1, dtype=torch.long))  # slot 0 alone
+    m.after_step()
+    assert not frozen.bias.any() and not frozen.reads.any()
+    first = [-0.5] + [0.5] * (free.bias.shape[2] - 1)
+    assert free.bias.tolist() == [[first, first]] * len(free.bias)

@@ -1,0 +1,122 @@
+"""Forks with the least that the contract asks: each command works, or refuses in one sentence."""
+
+import os
+
+import pytest
+
+import ablate
+import eval as evaluate
+import train
+from configs import ConfigError
+
+TINY = """
+from dataclasses import dataclass
+import torch
+import torch.nn.functional as F
+
+@dataclass
+class Config:
+    {fields}
+
+class Model(torch.nn.Module):
+    {extra}
+    def __init__(self, c):
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, 16)
+        self.head = torch.nn.Linear(16, 64)
+
+    def forward(self, tokens, targets=None):
+        logits = self.head(self.embed(tokens).cumsum(1))
+        if targets is None:
+            return logits, None
+        some = targets != -100
+        return logits[some], F.cross_entropy(logits[some], targets[some])
+"""
+MIXER = """
+import torch
+import model as M
+from model import Config
+
+class Mixer(torch.nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.proj = torch.nn.Linear(c.dim, c.dim)
+
+    def forward(self, x, rows=None, **extra):
+        return M.take(self.proj(x).cumsum(1), rows)
+"""
+BLOCK = MIXER + """
+class Block(M.GPTBlock):
+    attention = Mixer
+
+class Model(M.GPT):
+    block = Block
+"""
+OWN_BLOCK = MIXER + """
+class Block(torch.nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.mixer = Mixer(c)
+
+    def forward(self, x, rows=None, **extra):
+        return M.take(x, rows) + self.mixer(x, rows)
+
+class Model(M.GPT):
+    block = Block
+"""
+FORKS = {
+    "told": TINY.format(fields="vocab_size: int = 8; seq_len: int = 8", extra=""),
+    "untold": TINY.format(fields="width: int = 4", extra="layers = 3"),
+    "mixer": BLOCK,
+    "block": OWN_BLOCK,
+}
+SMALL = (
+    "--input_seq_len=32 --num_kv_pairs=4 --vocab_size=64 --n_train_examples=64 --n_val_examples=12 "
+    "--n_test_examples=12 --max_steps=2 --batch_size=8 --threads=1 --log_dir=r"
+).split()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_every_command_works_or_refuses_in_a_sentence(name, here, capsys):
+    fork = f"fork_{name}"
+    (here / f"{fork}.py").write_text(FORKS[name])
+    assert train.main([f"--model={fork}", *SMALL, "--run_name=a"]) == 0
+    assert "state: " not in capsys.readouterr().out  # it does not say what it keeps
+    assert train.main(["--resume", "r/a", "--max_steps", "3"]) == 0
+    for words in (["r/a"], ["logits", "r/a", "--rows=8"], ["compare", "r/*"]):
+        evaluate.main(words)
+    for path in ("r/a/eval_test.json", "r/a/eval_logits.json", "r/compare.png"):
+        assert os.path.exists(path)
+    ablate.main(["all", "r/a", "--rows=8"])
+    for main, words, message in (
+        (evaluate.main, ["r/a", "--examples=2"], "method `read`|it cannot read on: .* has no"),
+        (evaluate.main, ["attention", "r/a"], "attention maps need"),
+        (ablate.main, ["heads", "r/a"], "it needs a model with|have no heads|have no mixer"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            main(words)
+
+
+def test_a_config_that_is_no_dataclass_is_refused(here):
+    plain = TINY.replace("@dataclass\n", "").format(fields="a = 1", extra="")
+    (here / "fork_plain.py").write_text(plain)
+    with pytest.raises(ConfigError, match="Config of fork_plain.py must be a dataclass"):
+        train.main(["--model=fork_plain", *SMALL])
+
+
+def test_logits_that_are_not_the_sum_of_the_parts_are_not_taken_apart(here):
+    code = OWN_BLOCK + """
+    def forward(self, tokens, targets=None):
+        logits, loss = super().forward(tokens, targets)
+        return 2 * logits, loss
+"""
+    (here / "fork_twice.py").write_text(code)
+    assert train.main(["--model=fork_twice", *SMALL, "--run_name=a"]) == 0
+    with pytest.raises(ConfigError, match="one after another, do not give its logits"):
+        ablate.main(["layer", "r/a"])
