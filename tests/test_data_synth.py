@@ -524,6 +524,7 @@ def test_held_out_facts_are_a_slice(tmp_path):
     _, targets, tags = data.batch("test", 0, range(200))
     seen = np.repeat([t in trained for t in measured], (targets != K.IGNORE).sum(1))
     assert tags["seen"].tolist() == seen.astype(int).tolist()
+    assert set(texts(data, "val")) == set(measured)
     held_out = {question for question, _ in set(measured) - trained}
     surnames = {question.split()[-2] for question in held_out}
     assert len(surnames) > 5  # not the last lines of the file
@@ -537,6 +538,30 @@ def test_held_out_facts_are_a_slice(tmp_path):
             write_lines(tmp_path / "t.jsonl", [{"text": f"note {i}"} for i in range(9)]),
             heldout_facts=0.5,
         )
+
+
+def test_a_held_out_question_is_not_trained_on_in_other_words(tmp_path):
+    """In another Unicode form or with other blanks it is the same question."""
+    forms = [f"caf\u00e9 {i}?" for i in range(40)], [f"cafe\u0301  {i}?" for i in range(40)]
+    rows = [{"question": q, "answer": "yes"} for form in forms for q in form]
+    data = own(write_lines(tmp_path / "x.jsonl", rows), heldout_facts=0.5)
+    trained = texts(data, "train")
+    held_out = set(texts(data, "test")) - set(trained)
+    number = lambda document: re.search(r"\d+", document[0])[0]
+    numbers = set(map(number, trained)), set(map(number, held_out))
+    assert [len(n) for n in numbers] == [20, 20] and not numbers[0] & numbers[1]
+    assert len(data.notes) == 1  # two forms of one fact are no second answer
+
+
+def test_tags_of_a_data_set_are_numbers_or_text(tmp_path):
+    D.main(["qa", "--output_dir", str(tmp_path / "a"), "--num_pairs=16", "--format=jsonl"])
+    path, about = tmp_path / "a" / "validation/part-00000.jsonl", tmp_path / "a" / "metadata.json"
+    path.write_text(path.read_text().replace('"exposures": 0', '"exposures": null'))
+    metadata = json.loads(about.read_text())
+    metadata["files"]["validation"][0]["sha256"] = checkpoint.file_hash(path)
+    about.write_text(json.dumps(metadata))
+    with pytest.raises(ConfigError, match="the tag 'exposures' is no number or text in each row"):
+        D.Data(D.Config(path=str(tmp_path / "a")))
 
 
 def test_no_copy_of_a_text_stands_in_another_split(tmp_path):
