@@ -104,7 +104,7 @@ class Config:
     n_val_examples: int = 500  # validation documents, as many of each group of the first tag; hashhop: per hops; 0: all
     n_test_examples: int = 5000  # documents to measure at the end, likewise; 0: all (hashhop: 500)
     mask: str = "text"  # text: what is trained on of "text": text (everything), qa, hashhop, digits or twohop
-    heldout_facts: float = 0.0  # text: share of the questions with answers that is never trained on; measured as seen=0
+    heldout_facts: float = 0.0  # text: share of the facts that are only measured, as seen=0
     packing: str = "none"  # documents: training documents end to end in one row, nothing crosses; none: a padded row for each
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
     seed: int = 0  # of data and model
@@ -220,7 +220,7 @@ class Data:
         return np.concatenate([[self.tokenizer.bos], *parts, end]).astype(np.int32)
 
     def labelled(self, texts):
-        """R documents -> their tokens end to end (N,), labels (N,) or -100, and where each begins and ends (R + 1,)."""
+        """R documents -> their tokens end to end (N,), labels (N,), cu_seqlens (R + 1,)."""
         documents, begins = zip(*map(self.document, texts))
         lengths = np.array([len(d) for d in documents])
         ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -239,7 +239,8 @@ class Data:
         texts, tags = self.source.read(split, rows)
         flat, labels, ends = self.labelled(texts)
         lengths = np.diff(ends)
-        inside = np.arange(lengths.max()) < lengths[:, None]  # (R, L), the tokens of each document in a padded row
+        # (R, L), the tokens of each document in a padded row
+        inside = np.arange(lengths.max()) < lengths[:, None]
         counts = np.add.reduceat(labels != IGNORE, ends[:-1])
         tags = {name: np.repeat(values, counts) for name, values in tags.items()}
         if self.has_positions:
@@ -252,70 +253,89 @@ class Data:
         return torch.from_numpy(tokens), torch.from_numpy(shift(padded)), tags
 
 
-# ---- what there is to say of your own documents ------------------------------------------------------------------------
+# ---- what there is to say of your own documents ------------------------------------------------
 
 
 def survey(data):
-    """Lines about the documents of task text: how many are in each split, and what is odd about them.
+    """Lines about the documents of task text: what is in each split, and what is odd about them.
 
-    ConfigError for an answer that the tokenizer cannot spell: a model would be scored for something else.
+    ConfigError for an answer that the tokenizer cannot spell: something else would be scored.
     """
     source, found = data.source, []
     for first in range(0, len(source.texts), 1000):
         texts = source.texts[first : first + 1000]
-        flat, labels, ends = data.labelled(texts)
+        tokens, labels, ends = data.labelled(texts)
         for number, (text, a, b) in enumerate(zip(texts, ends[:-1], ends[1:]), first):
-            found.append(look_at(data, text, flat[a:b], labels[a:b], source.places[number]))
-    answered, altered, questions = map(np.array, zip(*found))
-    lines = [sizes_of_splits(source, answered)]
-    if altered.any():
-        number = int(altered.argmax())
-        was, now = difference(joined(source.texts[number]), data.tokenizer.decode(data.document(source.texts[number])[0]))
-        example = f"{source.places[number]} for one, where {was!r} becomes {now!r}"
-        many = f"note: {altered.sum()} of {len(found)} documents do not come back from the tokenizer as they were"
-        lines.append(f"{many}, {example}")
-    first = {}
-    again = [(first.setdefault(q, number), number) for number, q in enumerate(questions.tolist()) if q]
-    differ = [(a, b) for a, b in again if said(joined(source.texts[a])) != said(joined(source.texts[b]))]
-    pairs = [(source.places[a], source.places[b]) for a, b in differ]
-    if pairs:
-        example = f"{pairs[0][0]} and {pairs[0][1]} for one"
-        lines.append(f"note: questions with more than one answer: {len(pairs)}, {example}; no model can be right on both")
-    return lines
+            where = source.places[number]
+            found.append(look_at(data, text, tokens[a:b], labels[a:b], where))
+    answered, altered, questions = zip(*found)
+    lines = [sizes_of_splits(source, np.array(answered))]
+    if any(altered):
+        lines.append(altered_documents(data, altered))
+    return lines + several_answers(source, questions)
 
 
 def look_at(data, text, tokens, labels, where):
     """One document -> has it an answer? does the tokenizer alter it? what it asks, or ""."""
-    tokenizer, whole = data.tokenizer, isinstance(text, str) and data.kind == "text"
+    tokenizer, kind = data.tokenizer, data.kind
     at = np.flatnonzero(labels != IGNORE)
-    spelled = f"{where}: tokenizer={tokenizer.name} has no token for a part of the answer; use another, or bytes"
+    no_token = f"tokenizer={tokenizer.name} has no token for a part of the answer"
+    message = f"{where}: {no_token}; use another, or bytes"
     if isinstance(text, tuple):
-        require(len(at), spelled, "tokenizer")
-    require(whole or tokenizer.unknown < 0 or tokenizer.unknown not in labels, spelled, "tokenizer")
+        require(len(at), message, "tokenizer")
+    if isinstance(text, tuple) or kind != "text":
+        require(tokenizer.unknown < 0 or tokenizer.unknown not in labels, message, "tokenizer")
     altered = tokenizer is not BYTES and tokenizer.decode(tokens) != joined(text)
     question = ""
     if isinstance(text, tuple):
         question = said(text[0])
-    elif data.kind in TASKS["text"].FACT_MASKS and len(at):
+    elif kind in TASKS["text"].FACT_MASKS and len(at):
         question = said(tokenizer.decode(tokens[: at[0]]))
     return len(at) > 0, altered, question
 
 
 def sizes_of_splits(source, answered):
-    """One line: documents in each split, how many of them are trained on, and how many have no answer."""
-    trained, parts, without = source.splits["train"], [], []
+    """One line: documents in each split, how many are trained on, and how many have no answer."""
+    train, parts, without = source.splits["train"], [], []
     for split in SPLITS:
         mine = source.splits[split]
-        more = f" of {source.sizes[split]}" if len(mine) < source.sizes[split] else ""
+        text, different = f"{split} {len(mine)}", len(np.unique(mine))
         if split == "train":
-            different = len(np.unique(mine))
-            more = f" ({different} different)" if different < len(mine) else ""
+            text += f" ({different} different)" if different < len(mine) else ""
         else:
-            more += f" ({np.isin(mine, trained).sum()} of them trained on)"
-        parts.append(f"{split} {len(mine)}{more}")
-        without += [f"{n} of {split}"] if (n := (~answered[mine]).sum()) else []
+            text += f" of {source.sizes[split]}" if len(mine) < source.sizes[split] else ""
+            text += f" ({np.isin(mine, train).sum()} of them trained on)"
+        parts.append(text)
+        if not answered[mine].all():
+            without.append(f"{(~answered[mine]).sum()} of {split}")
     line = "documents: " + ", ".join(parts)
-    return line + (f"; without an answer, so not counted: {', '.join(without)}" if without else "")
+    if without:
+        line += f"; without an answer, so not counted: {', '.join(without)}"
+    return line
+
+
+def altered_documents(data, altered):
+    """A line about the documents that a tokenizer does not give back; altered (n,) bool."""
+    number = altered.index(True)
+    text = data.source.texts[number]
+    was, now = difference(joined(text), data.tokenizer.decode(data.document(text)[0]))
+    many = f"{sum(altered)} of {len(altered)} documents do not come back from the tokenizer"
+    example = f"{data.source.places[number]} for one, where {was!r} becomes {now!r}"
+    return f"note: {many} as they were, {example}"
+
+
+def several_answers(source, questions):
+    """A line about questions that two documents answer differently, or none."""
+    first, pairs = {}, []
+    for number, question in enumerate(questions):
+        before = first.setdefault(question, number)
+        texts = [said(joined(source.texts[i])) for i in (before, number)]
+        if question and texts[0] != texts[1]:
+            pairs.append(f"{source.places[before]} and {source.places[number]}")
+    if not pairs:
+        return []
+    many = f"questions with more than one answer: {len(pairs)}, {pairs[0]} for one"
+    return [f"note: {many}; no model can be right on both"]
 
 
 def joined(text):
@@ -324,8 +344,10 @@ def joined(text):
 
 def difference(a, b, around=12):
     """Where two texts begin to differ: a few letters of each."""
-    first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    return a[max(0, first - around) : first + around], b[max(0, first - around) : first + around]
+    same = zip(a, b)
+    first = next((i for i, (x, y) in enumerate(same) if x != y), min(len(a), len(b)))
+    part = slice(max(0, first - around), first + around)
+    return a[part], b[part]
 
 
 # ---- command line ------------------------------------------------------------------------------------------------------

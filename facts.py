@@ -31,6 +31,10 @@ class Facts:
         """
         self.config, self.kind, self.texts, self.chance, self.knowledge = c, kind, texts, chance or {}, knowledge or {}
         self.tags = {k: np.asarray(v) for k, v in tags.items()}
+        for name, values in self.tags.items():
+            plain = values.shape == (len(texts),) and values.dtype.kind in "biufU"
+            message = f"path={c.path}: the tag {name!r} is no number or text in each row"
+            require(plain, message, "path")
         group = next(iter(self.tags.values()), np.zeros(len(texts), int))
         order = generator(c.seed, 7).permutation(len(texts))  # so that a part of a split is a fair sample
         for split, n in (("val", c.n_val_examples), ("test", c.n_test_examples)):
@@ -335,14 +339,14 @@ def different_words(random, n, length):
 
 
 class Text:
-    """Your own documents: "text", all of it trained on, or "question" and "answer", of which only the answer is.
+    """Your own documents: "text", or "question" and "answer", which is all that is trained on.
 
-    A directory with train, validation and test in it says itself what is in each. Otherwise it depends on the document: a fact
-    (a question with its answer, or a text in which a mask of FACT_MASKS finds one) is trained on and measured, for what counts
-    is how many are stored; `heldout_facts` of them are measured only. Of other texts a twentieth is for validation, and as much
-    for test.
+    A directory with train, validation and test in it says itself what is in each. Otherwise:
+    A fact is a question with its answer, or a text in which a mask of FACT_MASKS finds one. All
+    are trained on and measured, for what counts is how many are stored; `heldout_facts` of them
+    are only measured. Of other texts a twentieth is for validation, and as much for test.
 
-    A document that stands several times in training is trained on as often; it is measured once.
+    What stands several times in training is trained on as often. It is measured once.
     """
 
     FACT_MASKS = ("qa", "digits", "twohop")
@@ -351,7 +355,9 @@ class Text:
     def is_fact(text, kind):
         if isinstance(text, tuple):
             return True
-        return kind in Text.FACT_MASKS and bool((mask(BYTES.encode(text)[None], kind) != IGNORE).any())
+        if kind not in Text.FACT_MASKS:
+            return False
+        return bool((mask(BYTES.encode(text)[None], kind) != IGNORE).any())
 
     @staticmethod
     def make(c):
@@ -365,8 +371,9 @@ class Text:
             splits[split] = np.array([number[document] for document, _ in documents], np.int32)
         texts = list(number)
         facts = np.array([Text.is_fact(text, c.mask) for text in texts], bool)
-        message = "heldout_facts has no effect: it holds out questions with answers from a file without folders"
-        require(not c.heldout_facts or ("" in splits and facts.any()), message, "heldout_facts")
+        able = "" in splits and facts.any()
+        message = "heldout_facts has no effect: it takes facts from a file that has no folders"
+        require(able or not c.heldout_facts, message, "heldout_facts")
         if "" in splits:
             splits = split_by_content(c, texts, facts, splits[""])
         trained = np.isin(np.arange(len(texts)), splits["train"])
@@ -375,30 +382,47 @@ class Text:
         tags = {"seen": trained.astype(int)} if seen.any() and not seen.all() else {}
         sizes = {split: len(which) for split, which in splits.items()}
         source = Facts(c, c.mask, texts, splits, tags)
-        source.places, source.sizes = places, sizes  # where each is; documents of a split, before n_val_examples cuts it
+        source.places = places  # "file:line" of each document
+        source.sizes = sizes  # of the splits, before n_val_examples and n_test_examples cut them
         return source
 
 
 def split_by_content(c, texts, facts, rows):
-    """Documents of a file: rows (E,) numbers of texts, one for each time it is there -> {"train": (E',), "val": ..., "test": ...}.
+    """The documents of one file in splits: {"train": numbers of texts (E',), "val", "test"}.
 
-    A function of the seed and of what the documents say, not of their order. Documents that say the same stay together.
+    facts: is each text one? (n,) bool. rows (E,): numbers of texts, one for each time it is there.
+    It depends on the seed and on what the documents say, not on their order. Documents that say
+    the same stay together.
     """
-    kinds = {True: {}, False: {}}  # is it a fact? -> what it says -> numbers of the documents that do
-    for number, (text, fact) in enumerate(zip(texts, facts.tolist())):
-        kinds[fact].setdefault(said(text[0] if isinstance(text, tuple) else text), []).append(number)
-    by_chance = lambda text: hashlib.sha256(f"{c.seed} {text}".encode()).digest()
-    stored, others = ([kind[text] for text in sorted(kind, key=by_chance)] for kind in kinds.values())
+    stored, others = {}, {}  # what it says -> numbers of the documents that say it
+    for number, text in enumerate(texts):
+        kind = stored if facts[number] else others
+        says = said(text[0] if isinstance(text, tuple) else text)
+        kind.setdefault(says, []).append(number)
+    stored, others = (by_chance(kind, c.seed) for kind in (stored, others))
     held = round(c.heldout_facts * len(stored))
-    few = f"heldout_facts={c.heldout_facts} of {len(stored)} leaves none to train on, or holds out none"
+    few = f"heldout_facts={c.heldout_facts} of {len(stored)} holds out none, or all"
     require(not c.heldout_facts or 0 < held < len(stored), few, "heldout_facts")
-    few = f"{c.path} has {len(others)} documents that differ; training, validation and test need one each at least"
+    need = "training, validation and test need one each at least"
+    few = f"{c.path} has {len(others)} documents that differ; {need}"
     require(stored or len(others) >= 3, few, "path")
     n = max(1, len(others) // 20) if len(others) >= 3 else 0
-    measured = {"val": stored + others[:n], "test": stored + others[n : 2 * n]}
-    splits = {split: np.array([i for group in groups for i in group], np.int32) for split, groups in measured.items()}
-    left_out = [i for group in stored[:held] + others[: 2 * n] for i in group]
-    return {"train": rows[~np.isin(rows, left_out)], **splits}
+    untrained = flat(stored[:held] + others[: 2 * n])
+    return {
+        "train": rows[~np.isin(rows, untrained)],
+        "val": flat(stored + others[:n]),
+        "test": flat(stored + others[n : 2 * n]),
+    }
+
+
+def by_chance(groups, seed):
+    """{text: group} -> its groups in an order that the seed and each text alone decide."""
+    digest = lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest()
+    return [groups[text] for text in sorted(groups, key=digest)]
+
+
+def flat(groups):
+    return np.array([number for group in groups for number in group], np.int32)
 
 
 def said(text):

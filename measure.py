@@ -26,7 +26,7 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
     """Yield, batch by batch over a whole split, a dict of
 
     hit (N,) bool, loss (N,) nats, tags {name: (N,)}, row (N,) the row of each label, and
-    row_hit (R,) bool of the rows that have labels: where nothing is asked, every model would be right.
+    row_hit (R,) bool of the rows that have labels; where nothing is asked, all models are right.
 
     Ranks take turns: each yields its own batches, None where there is none left for it, and ends early, together with
     the others, once `stop` (a list that a signal fills) of any is not empty.
@@ -49,7 +49,8 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
         hit, row_hit = correct(logits.cpu(), targets)
         loss = F.cross_entropy(logits.float().cpu(), targets[mask], reduction="none")
         row = np.repeat(np.asarray(rows), mask.sum(1).numpy())
-        yield {"hit": hit.numpy(), "loss": loss.numpy(), "tags": tags, "row": row, "row_hit": row_hit[mask.any(1)].numpy()}
+        asked = row_hit[mask.any(1)].numpy()
+        yield {"hit": hit.numpy(), "loss": loss.numpy(), "tags": tags, "row": row, "row_hit": asked}
 
 
 def scorer(model):

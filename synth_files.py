@@ -151,11 +151,11 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what such a file begins with
 
 
 def read_documents(path, longest):
-    """Files with "text", or with "question" and "answer" -> {split: [(document, "file:line")]}; the only split of a file, or of
-    a directory without train/, validation/ and test/, is "".
+    """Files with "text", or with "question" and "answer" -> {split: [(document, "file:line")]}.
 
-    path: a .jsonl or .parquet file, or a directory of them, or one with the three in it. A document is a string or (question,
-    answer). ConfigError for one of more than `longest` tokens, counted as bytes with the two at its ends.
+    path: a .jsonl or .parquet file or a directory of them, all of it the split ""; or a directory
+    with train/, validation/ and test/. A document is a string or (question, answer). ConfigError
+    for one of more than `longest` tokens, counted as bytes with the two at its ends.
     """
     require(os.path.exists(path), f"path={path} does not exist", "path")
     folders = {split: os.path.join(path, name) for split, name in FOLDERS.items()}
@@ -209,7 +209,10 @@ def document(row, where, longest):
 
 
 def read_rows(path, names=()):
-    """(row as a dict, "file:line") one after another. names: the columns to read of a table that has any of them."""
+    """(row as a dict, "file:line") one after another.
+
+    names: the columns to read of a table, if it has any of them; else all are read.
+    """
     return READERS[os.path.splitext(path)[1]](path, names)
 
 
@@ -219,7 +222,8 @@ def read_jsonl(path, names=()):
             for number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE + 1), b""), 1):
                 where = f"{path}:{number}"
                 if number == 1:
-                    require(not line.startswith(UTF_16), f"{path} is UTF-16; save it as UTF-8", "path")
+                    utf_16 = line.startswith(UTF_16)
+                    require(not utf_16, f"{path} is UTF-16; save it as UTF-8", "path")
                     line = line.removeprefix(BYTE_ORDER_MARK)
                 require(len(line) <= LONGEST_LINE, f"{where}: a line of more than {LONGEST_LINE} bytes; cut it", "path")
                 if line.strip():
@@ -236,9 +240,9 @@ def parse_line(line, where):
     except json.JSONDecodeError as e:
         raise ConfigError(f"{where}: no JSON ({e.msg}); is the line torn?", "path") from None
     except RecursionError:
-        raise ConfigError(f"{where}: no JSON that can be read (nested too deeply)", "path") from None
+        raise ConfigError(f"{where}: no JSON (nested too deeply)", "path") from None
     except ValueError as e:
-        raise ConfigError(f"{where}: no JSON that can be read ({str(e)[:120]})", "path") from None
+        raise ConfigError(f"{where}: JSON that cannot be read ({str(e)[:120]})", "path") from None
     require(isinstance(row, dict), f"{where}: a JSON {type(row).__name__}, not an object", "path")
     return row
 

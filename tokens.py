@@ -40,10 +40,12 @@ MOST_TOKENS = 2**20  # numbers of tokens end there; each costs a row of the embe
 
 
 class FileTokenizer:
-    """A tokenizer.json, read by the `tokenizers` package; padding, begin and end are three tokens after its own.
+    """A tokenizer.json, read by the `tokenizers` package.
 
-    It cuts text into tokens and does nothing else: what the file says of a longest length, of padding and of dropout is for
-    other uses, and is left out.
+    Padding, begin and end are three tokens after its own.
+
+    It cuts text into tokens and does nothing else. What the file says of a longest length, of
+    padding and of dropout is for other uses: it is left out.
     """
 
     def __init__(self, path):
@@ -59,7 +61,8 @@ class FileTokenizer:
         named = {}
         for token, number in vocabulary.items():
             other = named.setdefault(number, token)
-            require(other == token, f"{path} gives number {number} to two tokens, {other!r} and {token!r}", "tokenizer")
+            message = f"{path} gives number {number} to two tokens, {other!r} and {token!r}"
+            require(other == token, message, "tokenizer")
         self.pad, self.bos, self.eos, self.vocab_size = own, own + 1, own + 2, own + 3
         self.unknown = unknown_token(self.inner)
         spelled = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n"})  # SentencePiece and byte-level BPE
@@ -91,8 +94,11 @@ def read_json_tokenizer(path):
 
 
 def refusal(error, what):
-    """The ConfigError for an error of the `tokenizers` package: it raises plain Exception, and where its own code fails a
-    PanicException, which is no Exception. Any other error comes back as it is."""
+    """The ConfigError for an error of the `tokenizers` package; any other comes back as it is.
+
+    The package raises plain Exception. Where its own code fails it raises a PanicException,
+    which is no Exception.
+    """
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return ConfigError(f"{what} ({' '.join(str(error).split())[:80]})", "tokenizer")
     return error

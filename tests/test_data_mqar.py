@@ -95,14 +95,17 @@ def test_labels_moved_by_one_are_wrong():
 
 
 def read_slices(tokens, targets, cell):
-    """A person's reading of one row: for each label, how far back its key was stored last, and how often it was stored."""
+    """For each label of a row, as a person would read it: how far back its key was stored last, and
+    how often it was stored."""
     c, width, found = cell.config, cell.config.key_len, []
     for label in (t for t in range(len(tokens)) if targets[t] != IGNORE):
         key = tokens[label - width + 1 : label + 1]
         stored = [
             t
             for t in range(cell.storage)
-            if tokens[t : t + width] == key and t + width < cell.storage and tokens[t + width] >= c.vocab_size // 2
+            if tokens[t : t + width] == key
+            and t + width < cell.storage
+            and tokens[t + width] >= c.vocab_size // 2
         ]
         assert tokens[stored[-1] + width] == targets[label]
         found.append((label - width + 1 - stored[-1], len(stored)))
@@ -114,7 +117,9 @@ def test_the_slices_are_what_a_person_would_count(task):
     c = config(**task)
     cell = D.Cell(c.input_seq_len, c.num_kv_pairs, c)
     tokens, targets, tags = D.make_rows(cell, "test", np.arange(60))
-    found = [pair for x, y in zip(tokens.tolist(), targets.tolist()) for pair in read_slices(x, y, cell)]
+    found = [
+        pair for x, y in zip(tokens.tolist(), targets.tolist()) for pair in read_slices(x, y, cell)
+    ]
     powers = [1 << (distance.bit_length() - 1) for distance, _ in found]
     assert tags["distance"].tolist() == powers and len(set(powers)) > 2
     if c.updates:
@@ -125,7 +130,8 @@ def test_the_slices_are_what_a_person_would_count(task):
 
 
 def test_the_slices_of_a_row_by_hand():
-    """Two pairs, the first stored again: 1 7 2 9 | 1 8, then asked at 6 and 8; 6 - 4 = 2, and 8 - 2 = 6, which counts as 4."""
+    """Two pairs and one of them again, in six tokens, then asked at 6 and 8. From 6 back to 4 are 2
+    tokens; from 8 back to 2 are 6, which count as 4."""
     c = config(input_seq_len=10, num_kv_pairs=2, updates=1, vocab_size=10)
     for row in range(50):
         tokens, targets, tags = D.make_rows(D.Cell(10, 2, c), "train", np.arange(row, row + 1))
@@ -134,10 +140,16 @@ def test_the_slices_of_a_row_by_hand():
         asked = [t for t in range(10) if targets[0, t] != IGNORE]
         assert asked == [6, 8] and x[4] in (x[0], x[2])
         assert tags["updated"].tolist() == [int(x[t] == x[4]) for t in asked]
-        assert tags["distance"].tolist() == [{2: 2, 4: 4, 6: 4, 8: 8}[t - last[x[t]]] for t in asked]
+        assert tags["distance"].tolist() == [
+            {2: 2, 4: 4, 6: 4, 8: 8}[t - last[x[t]]] for t in asked
+        ]
 
 
-@pytest.mark.parametrize("task", [dict(gap=3), dict(random_non_queries=True), dict(gap=2, random_non_queries=True)], ids=str)
+@pytest.mark.parametrize(
+    "task",
+    [dict(gap=3), dict(random_non_queries=True), dict(gap=2, random_non_queries=True)],
+    ids=str,
+)
 def test_noise_is_any_token_but_the_keys_of_its_row(task):
     c = config(input_seq_len=96, num_kv_pairs=6, vocab_size=32, **task)
     cell, R = D.Cell(96, 6, c), 4000
@@ -148,7 +160,12 @@ def test_noise_is_any_token_but_the_keys_of_its_row(task):
         used = {t for t in range(96) if x[t] in keys}
         used |= {t + 1 for t in used if t < cell.storage}
         rest = [t for t in range(96) if t not in used]
-        noise = [x[t] for t in rest if (t < cell.storage if c.gap else False) or (t >= cell.storage and c.random_non_queries)]
+        noise = [
+            x[t]
+            for t in rest
+            if (t < cell.storage if c.gap else False)
+            or (t >= cell.storage and c.random_non_queries)
+        ]
         assert [x.count(key) for key in keys] == [2] * 6  # stored and asked, and nowhere else
         assert all(x[t] == 0 for t in rest if t >= cell.storage) or c.random_non_queries
         seen += np.bincount(noise, minlength=32)

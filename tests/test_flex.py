@@ -397,11 +397,13 @@ def test_right_and_wrong():
 
 
 def test_a_question_has_no_vote_in_its_majority():
-    """Two facts with different answers: each one's only other fact answers otherwise; with a third one like the first, by hand."""
+    """Of two facts with different answers, each one's only other fact answers otherwise."""
     facts = [{"uuid": i, "relation": "r", "answers": [a]} for i, a in enumerate("xyx")]
     assert prompts.majority({}, facts[:2]) == [False, False]
     assert prompts.majority({}, facts) == [True, False, True]
-    assert prompts.majority({}, [*facts, {"uuid": 9, "relation": "s", "answers": ["x"]}])[3] is False
+    assert (
+        prompts.majority({}, [*facts, {"uuid": 9, "relation": "s", "answers": ["x"]}])[3] is False
+    )
 
 
 @pytest.mark.parametrize("text, found", [("1945", ["1945"]), ("true", ["true"]), ('["a", "b"]', ["a", "b"]), ("('a',)", ["a"])])

@@ -227,15 +227,27 @@ def test_a_tokenizer_only_cuts_text(tmp_path):
     cut = {"max_length": 16, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     padded = {"strategy": {"Fixed": 60}, "direction": "Right", "pad_to_multiple_of": None}
     padded |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
-    changed(path, lambda about: (about.update(truncation=cut, padding=padded), about["model"].update(dropout=0.9)))
-    assert len(plain) == 27 and [K.read_tokenizer(path).encode("abcd " * 9).tolist() for _ in range(3)] == [plain] * 3
+    changed(
+        path,
+        lambda about: (
+            about.update(truncation=cut, padding=padded),
+            about["model"].update(dropout=0.9),
+        ),
+    )
+    assert (
+        len(plain) == 27
+        and [K.read_tokenizer(path).encode("abcd " * 9).tolist() for _ in range(3)] == [plain] * 3
+    )
 
 
 def test_numbers_of_tokens_are_bounded_and_all_different(tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
     path = str(tmp_path / "t.json")
     for vocabulary, message in (
-        ({"a": 0, "b": 10**7}, "t.json numbers a token 10000000; the largest number allowed is 1048575"),
+        (
+            {"a": 0, "b": 10**7},
+            "t.json numbers a token 10000000; the largest number allowed is 1048575",
+        ),
         ({"a": 0, "b": 1, "c": 1}, "t.json gives number 1 to two tokens, '[bc]' and '[bc]'"),
     ):
         tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(path)
@@ -252,18 +264,30 @@ def test_what_a_tokenizer_alters_is_said_and_what_it_lacks_is_refused(tmp_path):
     assert len(D.Data(D.Config(**settings)).notes) == 1
     changed(path, lambda about: about.update(normalizer={"type": "Lowercase"}))
     said = D.Data(D.Config(**settings)).notes[1]
-    assert "9 of 9 documents do not come back" in said and "x.jsonl:1 for one, where 'Note 0' becomes 'note 0'" in said
+    assert (
+        "9 of 9 documents do not come back" in said
+        and "x.jsonl:1 for one, where 'Note 0' becomes 'note 0'" in said
+    )
     words = {"Who": 0, "?": 1, "Ada": 2, "[UNK]": 3}
-    for unknown, message in (("[UNK]", "no token for a part of the answer"), ("gone", "cannot encode 'Who")):
+    for unknown, message in (
+        ("[UNK]", "no token for a part of the answer"),
+        ("gone", "cannot encode 'Who"),
+    ):
         inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=unknown))
         inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         inner.save(path)
-        notes.write_text('{"question": "Who?", "answer": "Ada"}\n{"question": "Who??", "answer": "Bob"}\n')
+        notes.write_text(
+            '{"question": "Who?", "answer": "Ada"}\n{"question": "Who??", "answer": "Bob"}\n'
+        )
         with pytest.raises(ConfigError, match=message):
             D.Data(D.Config(**settings))
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"W": 0, "A": 1}, []))  # it drops what it has no token for
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"W": 0, "A": 1}, [])
+    )  # it drops what it has no token for
     inner.save(path)
-    with pytest.raises(ConfigError, match="x.jsonl:2: tokenizer=.* no token for a part of the answer"):
+    with pytest.raises(
+        ConfigError, match="x.jsonl:2: tokenizer=.* no token for a part of the answer"
+    ):
         D.Data(D.Config(**settings))
 
 
