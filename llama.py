@@ -330,7 +330,7 @@ SETTINGS = {
             *("tf_legacy_loss", "chunk_size_feed_forward", "tie_encoder_decoder", "is_decoder"),
             *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "prefix"),
             *("task_specific_params", "tokenizer_class", "decoder_start_token_id"),
-            "is_llama_config",
+            *("is_llama_config", "max_sequence_length"),
             *("transformers.js_config", "unsloth_fixed", "unsloth_version", "model_max_length"),
             # of generation: answers are decoded greedily, whatever a file advises
             *("max_length", "min_length", "do_sample", "early_stopping", "num_beams"),

@@ -275,9 +275,10 @@ def choose(fact, manual, auto, random):
 
 def without(pool, facts):
     """The facts of a pool that are not among `facts`: an example must not give an answer away."""
-    name = lambda f: (f["relation"], f["subject"], f["manual"][:1] or f["auto"][:1])
-    asked = {str(name(f)) for f in facts}
-    return [f for f in pool if str(name(f)) not in asked]
+    # A subject in other templates is the same fact; a question has no subject.
+    name = lambda f: (squeezed(f["relation"]), squeezed(f["subject"] or f["manual"][0]))
+    asked = set(map(name, facts))
+    return [f for f in pool if name(f) not in asked]
 
 
 def split_shots(facts, shots, random):

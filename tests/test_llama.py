@@ -705,6 +705,15 @@ def test_how_much_of_a_text_counts():
     ]
 
 
+def test_an_example_in_other_templates_gives_the_answer_away(tmp_path):
+    asked = read(tmp_path, [fact(subject="New York", manual_templates=["[X] is [Y]"])])
+    pool = read(tmp_path, [fact(subject="new  york"), fact(subject="Rome")], "pool.jsonl")
+    assert [f["subject"] for f in prompts.without(pool, asked)] == ["Rome"]
+    asked, pool = read(tmp_path, [question("Who?")]), [question("who? "), question("Where?")]
+    pool = read(tmp_path, pool, "pool.jsonl")
+    assert [f["manual"] for f in prompts.without(pool, asked)] == [["Where?"]]
+
+
 def test_the_majority_of_two_files_that_number_their_rows():
     """Question 0 of the file of examples is not question 0 of the file of questions."""
     made = lambda u, a: {"uuid": u, "relation": "", "subject": "", "answers": [a]}
