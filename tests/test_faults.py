@@ -153,12 +153,13 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
 
 
 def test_the_leftovers_of_a_kill_between_two_names_spoil_nothing(tmp_path):
-    """ckpt_prev.pt.tmp may be another name of ckpt.pt: writing into it would be writing into ckpt.pt."""
+    """The temporary file may be another name of ckpt.pt: writing there would be writing into it."""
     for step in (1, 2):
         checkpoint.save_checkpoint(tmp_path, "ckpt", {"step": step})
-    os.link(tmp_path / "ckpt.pt", tmp_path / "ckpt_prev.pt.tmp")
+    os.link(tmp_path / "ckpt.pt", checkpoint.temporary_name(str(tmp_path / "ckpt_prev.pt")))
     checkpoint.save_checkpoint(tmp_path, "ckpt_prev", {"step": 0})
     assert [checkpoint.load_checkpoint(tmp_path, name)["step"] for name in ("ckpt", "ckpt_prev")] == [2, 0]
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
 
 
 def test_two_ranks_killed_while_they_write_shards_go_on_from_the_last_whole_ones(on_ranks, tmp_path):
@@ -615,7 +616,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(on_ranks, tmp_
     error = capfd.readouterr().err
     assert error.count("cannot write") == 1 and "File too large" in error and "Traceback" not in error
     assert checkpoint.read_json(f"{out}/status.json")["status"] == "failed"
-    assert not [name for name in os.listdir(out) if name.endswith((".tmp", ".damaged"))]
+    assert not [name for name in os.listdir(out) if ".tmp-" in name or name.endswith(".damaged")]
     assert_same(checkpoint.load_checkpoint(out, "ckpt"), before)
     assert on_ranks(size, lambda rank: train.main([f"--resume={out}", "--max_steps=40"])) == [0] * size
     assert checkpoint.load_checkpoint(out, "ckpt")["step"] == 40
