@@ -60,7 +60,8 @@ def write_file(path, write, before=lambda: None):
 
 
 def make_directory(path):
-    """Make a directory to write into, if there is none; ConfigError if something else is in its place."""
+    """Make a directory to write into, if there is none; ConfigError if something else is in its
+    place."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
@@ -122,7 +123,7 @@ def write_json(path, value):
     write_file(path, lambda f: f.write(json.dumps(finite(value), indent=1).encode() + b"\n"))
 
 
-# ---- what this project wrote, read back --------------------------------------------------------------------------------
+# ---- what this project wrote, read back ----------------------------------------------------------
 
 DEEPEST = 40  # lists and dicts inside each other; what is written here has 6
 # Kinds of values in JSON: how a sentence names them, and whether a value is one.
@@ -130,7 +131,10 @@ KINDS = {
     "count": ("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < 2**63),
     "size": ("a whole number of at least 1", lambda v: type(v) is int and 1 <= v < 2**63),
     "number": ("a number", lambda v: type(v) in (int, float) and abs(v) < 1e300),
-    "number or null": ("a number or null", lambda v: v is None or type(v) in (int, float) and abs(v) < 1e300),
+    "number or null": (
+        "a number or null",
+        lambda v: v is None or type(v) in (int, float) and abs(v) < 1e300,
+    ),
     "share": ("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1),
     "text": ("text", lambda v: isinstance(v, str)),
     "dict": ("an object", lambda v: isinstance(v, dict)),
@@ -156,7 +160,9 @@ def parse_json(text):
         raise ValueError(f"{word} is no number of JSON")
 
     try:
-        value = json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=refuse)
+        value = json.loads(
+            text.decode() if isinstance(text, bytes) else text, parse_constant=refuse
+        )
         deep = is_deep(value)
     except UnicodeDecodeError as e:
         raise ValueError(f"byte {e.start + 1} is no UTF-8") from None
@@ -173,15 +179,19 @@ def is_deep(value, left=DEEPEST):
 
 
 def check_kinds(value, kinds, where):
-    """ConfigError unless value is of its kind: a key of KINDS, or {key: kind} for a dict that has these keys and maybe more.
+    """ConfigError unless value is of its kind: a key of KINDS, or {key: kind} for a dict that has
+    these keys and maybe more.
 
-    The key "*" stands for every key; [kind] is a list of such values. where: the file, for the sentence.
+    The key "*" stands for every key; [kind] is a list of such values. where: the file, for the
+    sentence.
     """
     if isinstance(kinds, str):
         name, fits = KINDS[kinds]
         if not fits(value):
             shown = repr(value)
-            raise ConfigError(f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, not {name}")
+            raise ConfigError(
+                f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, not {name}"
+            )
         return
     check_kinds(value, "list" if isinstance(kinds, list) else "dict", where)
     if isinstance(kinds, list):
@@ -196,7 +206,8 @@ def check_kinds(value, kinds, where):
 
 
 def read_json(path):
-    """A JSON file of this project; ConfigError in a sentence if it is not there, unreadable or damaged."""
+    """A JSON file of this project; ConfigError in a sentence if it is not there, unreadable or
+    damaged."""
     try:
         with open(path, "rb") as f:
             return parse_json(f.read())
@@ -214,7 +225,8 @@ def read_record(path, kinds):
 
 
 def read_lines(path, kinds):
-    """Rows of a .jsonl file that have `kinds` -> (rows, number of other lines). A line that a kill cut off is one of these."""
+    """Rows of a .jsonl file that have `kinds` -> (rows, number of other lines). A line that a kill
+    cut off is one of these."""
     rows, others = [], 0
     try:
         with open(path, "rb") as f:
@@ -262,7 +274,13 @@ class Log:
             raise RunFailed(f"cannot write {self.path}: {e.strerror}; the checkpoints are whole") from None
 
 
-MEASURED = {"loss": "number or null", "accuracy": "share", "row_accuracy": "share", "labels": "count", "rows": "count"}
+MEASURED = {
+    "loss": "number or null",
+    "accuracy": "share",
+    "row_accuracy": "share",
+    "labels": "count",
+    "rows": "count",
+}
 ROWS = {  # kind of a row of log.jsonl: what its readers need
     "train": {"loss": "number or null"},
     "eval": {**MEASURED, "seconds": "number"},
@@ -271,7 +289,8 @@ ROWS = {  # kind of a row of log.jsonl: what its readers need
 
 
 def read_log(folder):
-    """Rows of log.jsonl; a line that a kill cut off, or that is no row, is left out, and a note says so if there are more."""
+    """Rows of log.jsonl; a line that a kill cut off, or that is no row, is left out, and a note
+    says so if there are more."""
     path = os.path.join(folder, "log.jsonl")
     found, lost = read_lines(path, {"kind": "text", "step": "count"})
     rows = []
@@ -287,7 +306,11 @@ def read_log(folder):
 
 
 # What a checkpoint holds beside tensors: see train.train.
-STATE = {"step": "count", "bad_steps": "count", **dict.fromkeys(("best", "best_of_all", "seconds"), "number")}
+STATE = {
+    "step": "count",
+    "bad_steps": "count",
+    **dict.fromkeys(("best", "best_of_all", "seconds"), "number"),
+}
 
 # ---- checkpoints in one file -------------------------------------------------------------------------------------------
 
@@ -356,7 +379,9 @@ def find_checkpoint(folder, *names):
         except ConfigError:  # whole, but not ours
             raise
         except (MemoryError, PermissionError) as e:  # says nothing about the file
-            raise RunFailed(f"cannot read {path}: {e.strerror if isinstance(e, OSError) else 'out of memory'}") from None
+            raise RunFailed(
+                f"cannot read {path}: {e.strerror if isinstance(e, OSError) else 'out of memory'}"
+            ) from None
         except Exception as e:  # damaged files fail in many ways; each means: try the next one
             why = str(e).splitlines()[0] if str(e) else type(e).__name__
             say(f"{path} is damaged ({why}); trying an older one", file=sys.stderr)
@@ -372,7 +397,8 @@ def set_aside(path):
 
 
 def read_checkpoint(folder, name):
-    """The contents of <folder>/<name>.pt, its checksum unchecked; tensors stay on disk until they are used.
+    """The contents of <folder>/<name>.pt, its checksum unchecked; tensors stay on disk until they
+    are used.
 
     ConfigError if it is not a checkpoint of train.py but of another tool.
     """
@@ -381,11 +407,23 @@ def read_checkpoint(folder, name):
     try:
         check_kinds(state, STATE, path)
         if "shards" in state:
-            check_kinds(state["shards"], {"folder": "path inside", "files": {"*": "hash"}}, f"{path}: 'shards'")
-            require(all(map(is_inside, state["shards"]["files"])), f"{path} names files outside of its run", None)
+            check_kinds(
+                state["shards"],
+                {"folder": "path inside", "files": {"*": "hash"}},
+                f"{path}: 'shards'",
+            )
+            require(
+                all(map(is_inside, state["shards"]["files"])),
+                f"{path} names files outside of its run",
+                None,
+            )
         else:
             check_kinds(state, {"tensors": {"*": "tensor"}}, path)
-            require(all(isinstance(n, str) for n in state["tensors"]), f"{path} has tensors without a name", None)
+            require(
+                all(isinstance(n, str) for n in state["tensors"]),
+                f"{path} has tensors without a name",
+                None,
+            )
     except ConfigError as e:
         raise ConfigError(f"{e}: it is no checkpoint of train.py") from None
     return state

@@ -366,7 +366,13 @@ def settings(c):
 
 
 RECORD = {  # a line of progress.<rank>.jsonl that answers a question
-    **{"uuid": "text", "method": "text", "templates": ["text"], "answers": ["text"], "generation": "text"},
+    **{
+        "uuid": "text",
+        "method": "text",
+        "templates": ["text"],
+        "answers": ["text"],
+        "generation": "text",
+    },
     **{"seconds": "number", "tokens": "number"},
 }
 

@@ -10,7 +10,18 @@ import torch
 
 from draws import IGNORE
 from look import labels, over_rows, save
-from measure import draw, figure, finish, mean_over_rows, mean_share_over_rows, print_table, row_counts, share, share_over_rows, shown
+from measure import (
+    draw,
+    figure,
+    finish,
+    mean_over_rows,
+    mean_share_over_rows,
+    print_table,
+    row_counts,
+    share,
+    share_over_rows,
+    shown,
+)
 
 
 def answer_tokens(look, batch):

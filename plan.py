@@ -3,9 +3,12 @@
     p, resume = train.read_command_line(["configs/mqar_gpt.py", "--lr", "1e-3"])   # settings -> Plan
     p, data, model, state = load_run("runs/RUN")                                    # a trained run, ready to look at
 
-A model is a short name, file or file.Class; a task is a file. Names of this repo's files mean these files; any other file is
-imported by its name, from here or from the working directory, so a fork needs no registry. config.json keeps the path and the
-SHA-256 of such a file and of the files beside it that it imports: looking at a run or resuming it executes those and no others.
+A model is a short name, file or file.Class; a task is a file. Names of this repo's files mean these
+files; any other file is imported by its name, from here or from the working directory, so a fork
+needs no registry.
+config.json keeps the path and the SHA-256 of such a file and of the files beside it that it
+imports: looking at a run or resuming it
+executes those and no others.
 """
 
 import contextlib
@@ -155,23 +158,34 @@ class Plan:
     files: dict  # {path: SHA-256} of files that were executed and are not this repo's
 
 
-OURS = ("model", "delta", "memory", "data_mqar", "data_synth")  # files of this repo that a run may name
+OURS = (
+    "model",
+    "delta",
+    "memory",
+    "data_mqar",
+    "data_synth",
+)  # files of this repo that a run may name
 
 
 @dataclass
 class Foreign:
-    """Files outside OURS that a plan executes. recorded: {path: SHA-256} of a run, and no other file is executed; None: the
-    user names the files now, and they are recorded in `files`."""
+    """Files outside OURS that a plan executes. recorded: {path: SHA-256} of a run, and no other
+    file is executed; None: the user names the files now, and they are recorded in `files`."""
 
     recorded: dict = None
     files: dict = field(default_factory=dict)
 
     def admit(self, path, source, key):
-        """Take down a file whose source (bytes) is about to be executed; ConfigError if the run did not record this very file."""
+        """Take down a file whose source (bytes) is about to be executed; ConfigError if the run did
+        not record this very file."""
         path, digest = os.path.realpath(path), hashlib.sha256(source).hexdigest()
         if self.recorded is not None:
             there = [p for p in self.recorded if os.path.basename(p) == os.path.basename(path)]
-            moved = f"; the run used {there[0]}: put that file there, and call this from its directory" if there else ""
+            moved = (
+                f"; the run used {there[0]}: put that file there, and call this from its directory"
+                if there
+                else ""
+            )
             message = f"{path} is not executed: the run did not record it{moved}"
             require(path in self.recorded, message, key)
             changed = f"{path} is not executed: it has changed since the run began; put back the file that it was"
@@ -182,7 +196,8 @@ class Foreign:
 
 
 class Admitted(importlib.machinery.SourceFileLoader):
-    """Executes the bytes that were admitted: no compiled copy in __pycache__, which may be of another source."""
+    """Executes the bytes that were admitted: no compiled copy in __pycache__, which may be of
+    another source."""
 
     def __init__(self, name, path, foreign, key):
         super().__init__(name, path)
@@ -194,12 +209,15 @@ class Admitted(importlib.machinery.SourceFileLoader):
         return self.source_to_code(source, self.path)
 
     def spec(self, inside=None):
-        return importlib.util.spec_from_file_location(self.name, self.path, loader=self, submodule_search_locations=inside)
+        return importlib.util.spec_from_file_location(
+            self.name, self.path, loader=self, submodule_search_locations=inside
+        )
 
 
 class Beside:
-    """Finds modules in the folder of a foreign file. Python asks it last: its own modules, those installed, and ours come first,
-    and what is found here is admitted like the foreign file itself."""
+    """Finds modules in the folder of a foreign file. Python asks it last: its own modules, those
+    installed, and ours come first, and what is found here is admitted like the foreign file
+    itself."""
 
     def __init__(self, folder, foreign, key):
         self.folder, self.foreign, self.key = folder, foreign, key
@@ -213,8 +231,9 @@ class Beside:
 
 
 def import_file(name, key, *needed, foreign=None):
-    """Import NAME.py: this repo's if it is one of OURS, else from the current directory or this repo; it must define the names in
-    `needed`. foreign: what may be executed beside OURS (see Foreign)."""
+    """Import NAME.py: this repo's if it is one of OURS, else from the current directory or this
+    repo; it must define the names in `needed`. foreign: what may be executed beside OURS (see
+    Foreign)."""
     require(re.fullmatch(r"[A-Za-z_]\w*", name), f"{key}={name!r} must be the name of a Python file, without .py", key)
     places = [os.path.join(folder, name + ".py") for folder in (os.getcwd(), HERE)]
     there = [path for path in places if os.path.isfile(path)]
@@ -224,26 +243,39 @@ def import_file(name, key, *needed, foreign=None):
     else:
         module = import_foreign(name, there[0], key, foreign or Foreign())
     missing = [n for n in needed if not hasattr(module, n)]
-    require(not missing, f"{name}.py has no {' and no '.join(missing)}, so it is no file for {key}", key)
+    require(
+        not missing, f"{name}.py has no {' and no '.join(missing)}, so it is no file for {key}", key
+    )
     return module
 
 
 def import_ours(name, key, there):
-    """A file of this repo, whatever lies in the current directory under its name. there: the files of that name."""
+    """A file of this repo, whatever lies in the current directory under its name. there: the files
+    of that name."""
     ours = os.path.join(HERE, name + ".py")
     if not os.path.samefile(there[0], ours) and os.environ.get("RANK", "0") == "0":
-        say(f"note: {name} is this project's own; {there[0]} is not used: give it another name", file=sys.stderr)
+        say(
+            f"note: {name} is this project's own; {there[0]} is not used: give it another name",
+            file=sys.stderr,
+        )
     module = importlib.import_module(name)
-    other = f"{key}={name}: Python takes {module.__file__} for this project's {name}.py; move it away"
+    other = (
+        f"{key}={name}: Python takes {module.__file__} for this project's {name}.py; move it away"
+    )
     require(os.path.samefile(module.__file__, ours), other, key)
     return module
 
 
 def import_foreign(name, path, key, foreign):
-    """Execute a file that is not one of OURS, once it is admitted; so are those beside it that it imports."""
+    """Execute a file that is not one of OURS, once it is admitted; so are those beside it that it
+    imports."""
     found = place_of(name)
     same = found in ("", path) or os.path.isfile(found) and os.path.samefile(found, path)
-    require(same, f"{path} cannot be taken: Python has a module {name}, too ({found}); give yours another name", key)
+    require(
+        same,
+        f"{path} cannot be taken: Python has a module {name}, too ({found}); give yours another name",
+        key,
+    )
     if name in sys.modules:  # executed before in this process
         for file in sys.modules[name].__executed__:
             with open(file, "rb") as f:
@@ -251,7 +283,10 @@ def import_foreign(name, path, key, foreign):
         return sys.modules[name]
     spec = Admitted(name, path, foreign, key).spec()
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    before, finder = set(foreign.files), Beside(os.path.dirname(os.path.realpath(path)), foreign, key)
+    before, finder = (
+        set(foreign.files),
+        Beside(os.path.dirname(os.path.realpath(path)), foreign, key),
+    )
     sys.meta_path.append(finder)
     try:
         spec.loader.exec_module(module)
@@ -291,7 +326,8 @@ def find_model(name, foreign=None):
 
 
 def plan(settings, recorded=None):
-    """Settings, in order -> Plan; ConfigError for whatever is wrong with them. recorded: see Foreign."""
+    """Settings, in order -> Plan; ConfigError for whatever is wrong with them. recorded: see
+    Foreign."""
     foreign = Foreign(recorded)
     try:
         first = configs.build(TrainConfig, [s for s in settings if s.key in ("model", "data")])
@@ -447,7 +483,8 @@ SETTINGS = {  # what config.json must hold, whichever model and data it is of
 
 
 def read_plan(folder, changes=()):
-    """The Plan of an existing run, from its config.json alone; `changes` are Settings that win over it.
+    """The Plan of an existing run, from its config.json alone; `changes` are Settings that win over
+    it.
 
     ConfigError if a setting is missing or has two values, rather than a run with another one.
     """
@@ -455,12 +492,20 @@ def read_plan(folder, changes=()):
     require(os.path.exists(path), f"{folder} is not a run directory: it has no config.json", None)
     saved = read_record(path, SETTINGS)
     told = ("vocab_size", "seq_len")  # the data tells the model again
-    groups = [saved["train"], {k: v for k, v in saved["model"].items() if k not in told}, saved["data"]]
+    groups = [
+        saved["train"],
+        {k: v for k, v in saved["model"].items() if k not in told},
+        saved["data"],
+    ]
     settings = [Setting(k, v, path) for group in groups for k, v in group.items()]
     values = {}
     for s in settings:
         same = values.setdefault(s.key, s.value) == s.value
-        require(same, f"{path}: {s.key} has two values, {values[s.key]!r} and {s.value!r}; which was it?", s.key)
+        require(
+            same,
+            f"{path}: {s.key} has two values, {values[s.key]!r} and {s.value!r}; which was it?",
+            s.key,
+        )
     p = plan(settings + list(changes), saved["files"])
     for cls, group in zip((TrainConfig, p.model_module.Config, type(p.data)), groups):
         lost = [name for name in configs.settable(cls) if name not in group]

@@ -28,7 +28,15 @@ import torch
 from tqdm import tqdm
 
 import configs
-from checkpoint import Log, check_kinds, find_checkpoint, lock, read_checkpoint, read_record, write_json
+from checkpoint import (
+    Log,
+    check_kinds,
+    find_checkpoint,
+    lock,
+    read_checkpoint,
+    read_record,
+    write_json,
+)
 from configs import RunFailed, printable, require, say
 from draws import IGNORE
 from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
