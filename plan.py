@@ -175,17 +175,18 @@ class Foreign:
     recorded: dict = None
     files: dict = field(default_factory=dict)
 
+    def place_of(self, file):
+        """The end of a sentence: where the run had a file of this name, if it recorded one."""
+        there = [p for p in self.recorded or () if os.path.basename(p) == file]
+        advice = "put that file there, and call this from its directory"
+        return f"; the run used {there[0]}: {advice}" if there else ""
+
     def admit(self, path, source, key):
         """Take down a file whose source (bytes) is about to be executed; ConfigError if the run did
         not record this very file."""
         path, digest = os.path.realpath(path), hashlib.sha256(source).hexdigest()
         if self.recorded is not None:
-            there = [p for p in self.recorded if os.path.basename(p) == os.path.basename(path)]
-            moved = (
-                f"; the run used {there[0]}: put that file there, and call this from its directory"
-                if there
-                else ""
-            )
+            moved = self.place_of(os.path.basename(path))
             message = f"{path} is not executed: the run did not record it{moved}"
             require(path in self.recorded, message, key)
             changed = f"{path} is not executed: it has changed since the run began; put back the file that it was"
@@ -237,11 +238,13 @@ def import_file(name, key, *needed, foreign=None):
     require(re.fullmatch(r"[A-Za-z_]\w*", name), f"{key}={name!r} must be the name of a Python file, without .py", key)
     places = [os.path.join(folder, name + ".py") for folder in (os.getcwd(), HERE)]
     there = [path for path in places if os.path.isfile(path)]
-    require(there, f"{key}={name!r}: there is no {name}.py here", key)
+    foreign = foreign or Foreign()
+    lost = f"{key}={name!r}: there is no {name}.py here{foreign.place_of(name + '.py')}"
+    require(there, lost, key)
     if name in OURS:
         module = import_ours(name, key, there)
     else:
-        module = import_foreign(name, there[0], key, foreign or Foreign())
+        module = import_foreign(name, there[0], key, foreign)
     missing = [n for n in needed if not hasattr(module, n)]
     require(
         not missing, f"{name}.py has no {' and no '.join(missing)}, so it is no file for {key}", key
@@ -269,7 +272,7 @@ def import_ours(name, key, there):
 def import_foreign(name, path, key, foreign):
     """Execute a file that is not one of OURS, once it is admitted; so are those beside it that it
     imports."""
-    found = place_of(name)
+    found = module_place(name)
     same = found in ("", path) or os.path.isfile(found) and os.path.samefile(found, path)
     require(
         same,
@@ -277,7 +280,7 @@ def import_foreign(name, path, key, foreign):
         key,
     )
     if name in sys.modules:  # executed before in this process
-        for file in sys.modules[name].__executed__:
+        for file in getattr(sys.modules[name], "__executed__", [path]):
             with open(file, "rb") as f:
                 foreign.admit(file, f.read(), key)
         return sys.modules[name]
@@ -302,7 +305,7 @@ def import_foreign(name, path, key, foreign):
     return module
 
 
-def place_of(name):
+def module_place(name):
     """Where Python has a module of this name: its file, "built in", or "" if it has none."""
     if name in sys.modules:
         return getattr(sys.modules[name], "__file__", None) or "built in"
@@ -314,8 +317,13 @@ def find_model(name, foreign=None):
     """`gpt`, `file` or `file.Class` -> (module, class). foreign: Foreign."""
     full = MODELS.get(name, name)
     file, _, cls = full.partition(".")
-    if file not in OURS and not any(os.path.isfile(os.path.join(d, file + ".py")) for d in (os.getcwd(), HERE)):
-        raise ConfigError(f"model={name!r} is neither one of {', '.join(MODELS)} nor a file here", "model")
+    folders = (os.getcwd(), HERE)
+    here = any(os.path.isfile(os.path.join(folder, file + ".py")) for folder in folders)
+    if file not in OURS and not here:
+        moved = foreign.place_of(file + ".py") if foreign else ""
+        raise ConfigError(
+            f"model={name!r} is neither one of {', '.join(MODELS)} nor a file here{moved}", "model"
+        )
     cls = cls or "Model"
     require(cls.isidentifier() and cls != "py", f"model={name!r} must be file or file.Class, without .py", "model")
     module = import_file(file, "model", "Config", cls, foreign=foreign)
