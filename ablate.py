@@ -10,9 +10,11 @@
     python ablate.py impact | keystats | occurrences | position | repeats runs/RUN     # read what keys wrote
     python ablate.py corr runs/RUN                   # ablation against swap
 
-Each writes ablate_<what>.json, .parquet and .png into the run; settings away from their defaults are part of the name, as in
-ablate_swap_type-less_more.json, and what reads a result takes the one of the same settings, or the only one. Rows are those that the model answers rightly, as many of each
-group (exposures) as there are. Removing a slot with weight 0 leaves the layer in a state it never was in (off-distribution), so
+Each writes ablate_<what>.json, .parquet and .png into the run; settings away from their defaults
+are part of the name, as in ablate_swap_type-less_more.json, and what reads a result takes the one
+of the same settings, or the
+only one. Rows are those that the model answers rightly, as many of each group (exposures) as there
+are. Removing a slot with weight 0 leaves the layer in a state it never was in (off-distribution), so
 `keys` also drops it (the next best slot comes in), and puts the mean value, a random one or another row's in its place.
 
 Letters: B rows, M changed copies of rows, T tokens, n labels of a row, H heads, k slots that a head reads.
@@ -333,37 +335,83 @@ PAIRS = "rows pairs type chunk seed"
 KEYS = "rows modes seed"  # of what reads the result of keys: which one
 COMMANDS = {
     "keys": looks(
-        keys, "rows modes chunk seed", "Every slot that a row reads, removed: which matter, and how much.", why_not_slots
+        keys,
+        "rows modes chunk seed",
+        "Every slot that a row reads, removed: which matter, and how much.",
+        why_not_slots,
     ),
     "impact": looks(
-        impact.impact, KEYS, "Which slots matter, by how much more than a random one, for which facts.", why_not_slots
+        impact.impact,
+        KEYS,
+        "Which slots matter, by how much more than a random one, for which facts.",
+        why_not_slots,
     ),
     "keystats": looks(
-        impact.keystats, KEYS, "How often slots are read, how their effects vary, which are alike.", why_not_slots
+        impact.keystats,
+        KEYS,
+        "How often slots are read, how their effects vary, which are alike.",
+        why_not_slots,
     ),
     "occurrences": looks(
-        impact.occurrences, KEYS, "How reads spread over the slots: unused ones, Gini's coefficient.", why_not_slots
+        impact.occurrences,
+        KEYS,
+        "How reads spread over the slots: unused ones, Gini's coefficient.",
+        why_not_slots,
     ),
-    "position": looks(impact.position, KEYS, "At which places of the answer removal costs most.", why_not_slots),
-    "repeats": looks(impact.repeats, KEYS, "Are keys with repeated digits easier to remove?", why_not_memory),
+    "position": looks(
+        impact.position, KEYS, "At which places of the answer removal costs most.", why_not_slots
+    ),
+    "repeats": looks(
+        impact.repeats, KEYS, "Are keys with repeated digits easier to remove?", why_not_memory
+    ),
     "layer": looks(layer, "rows seed", "Whole parts of layers, taken out.", why_not_blocks),
-    "heads": looks(heads, "rows seed", "Heads, taken out one by one: which are needed, where, for which digit.", why_not_heads),
+    "heads": looks(
+        heads,
+        "rows seed",
+        "Heads, taken out one by one: which are needed, where, for which digit.",
+        why_not_heads,
+    ),
     **{
-        name: looks(lambda look, name=name: exchange.exchange(look, name), PAIRS, shows, why_not_memory)
+        name: looks(
+            lambda look, name=name: exchange.exchange(look, name), PAIRS, shows, why_not_memory
+        )
         for name, shows in (
             ("force", "One head reads another row's strongest slot alone."),
             ("inject", "Everything that another row reads at its label, in one layer."),
-            ("replace", "The strongest slot's value, overwritten with that of another row's strongest slot."),
-            ("swap", "Another row's slots under the row's own weights, by how often both were shown."),
+            (
+                "replace",
+                "The strongest slot's value, overwritten with that of another row's strongest slot.",
+            ),
+            (
+                "swap",
+                "Another row's slots under the row's own weights, by how often both were shown.",
+            ),
         )
     },
     "swap-matrix": looks(
-        exchange.swap_matrix, PAIRS, "All that another row reads: which digits stand in for which.", why_not_memory
+        exchange.swap_matrix,
+        PAIRS,
+        "All that another row reads: which digits stand in for which.",
+        why_not_memory,
     ),
-    "swap-pred": looks(impact.swap_predictions, "rows pairs type seed", "What each digit turns into after the exchange.", why_not_memory),
-    "corr": looks(impact.correlate, "rows modes pairs type seed", "Do rows that suffer from removal take another row's answer?", why_not_memory),
-    "patch": looks(exchange.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs),
-    "all": looks(everything, "rows modes pairs type chunk seed", "Everything that fits the run.", fits_all),
+    "swap-pred": looks(
+        impact.swap_predictions,
+        "rows pairs type seed",
+        "What each digit turns into after the exchange.",
+        why_not_memory,
+    ),
+    "corr": looks(
+        impact.correlate,
+        "rows modes pairs type seed",
+        "Do rows that suffer from removal take another row's answer?",
+        why_not_memory,
+    ),
+    "patch": looks(
+        exchange.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs
+    ),
+    "all": looks(
+        everything, "rows modes pairs type chunk seed", "Everything that fits the run.", fits_all
+    ),
 }
 
 

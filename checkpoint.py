@@ -144,7 +144,8 @@ def bring_names_to_disk(folder):
 
 
 def make_directory(path):
-    """Make a directory to write into, if there is none; ConfigError if something else is in its place."""
+    """Make a directory to write into, if there is none; ConfigError if something else is in its
+    place."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
@@ -259,7 +260,7 @@ def write_json(path, value):
     write_file(path, lambda f: f.write(json.dumps(finite(value), indent=1).encode() + b"\n"))
 
 
-# ---- what this project wrote, read back --------------------------------------------------------------------------------
+# ---- what this project wrote, read back ----------------------------------------------------------
 
 DEEPEST = 40  # lists and dicts inside each other; what is written here has 6
 # Kinds of values in JSON: how a sentence names them, and whether a value is one.
@@ -267,7 +268,10 @@ KINDS = {
     "count": ("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < 2**63),
     "size": ("a whole number of at least 1", lambda v: type(v) is int and 1 <= v < 2**63),
     "number": ("a number", lambda v: type(v) in (int, float) and abs(v) < 1e300),
-    "number or null": ("a number or null", lambda v: v is None or type(v) in (int, float) and abs(v) < 1e300),
+    "number or null": (
+        "a number or null",
+        lambda v: v is None or type(v) in (int, float) and abs(v) < 1e300,
+    ),
     "share": ("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1),
     "text": ("text", lambda v: isinstance(v, str)),
     "dict": ("an object", lambda v: isinstance(v, dict)),
@@ -292,7 +296,9 @@ def parse_json(text):
         raise ValueError(f"{word} is no number of JSON")
 
     try:
-        value = json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=refuse)
+        value = json.loads(
+            text.decode() if isinstance(text, bytes) else text, parse_constant=refuse
+        )
         deep = is_deep(value)
     except UnicodeDecodeError as e:
         raise ValueError(f"byte {e.start + 1} is no UTF-8") from None
@@ -309,15 +315,19 @@ def is_deep(value, left=DEEPEST):
 
 
 def check_kinds(value, kinds, where):
-    """ConfigError unless value is of its kind: a key of KINDS, or {key: kind} for a dict that has these keys and maybe more.
+    """ConfigError unless value is of its kind: a key of KINDS, or {key: kind} for a dict that has
+    these keys and maybe more.
 
-    The key "*" stands for every key; [kind] is a list of such values. where: the file, for the sentence.
+    The key "*" stands for every key; [kind] is a list of such values. where: the file, for the
+    sentence.
     """
     if isinstance(kinds, str):
         name, fits = KINDS[kinds]
         if not fits(value):
             shown = repr(value)
-            raise ConfigError(f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, not {name}")
+            raise ConfigError(
+                f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, not {name}"
+            )
         return
     check_kinds(value, "list" if isinstance(kinds, list) else "dict", where)
     if isinstance(kinds, list):
@@ -332,7 +342,8 @@ def check_kinds(value, kinds, where):
 
 
 def read_json(path):
-    """A JSON file of this project; ConfigError in a sentence if it is not there, unreadable or damaged."""
+    """A JSON file of this project; ConfigError in a sentence if it is not there, unreadable or
+    damaged."""
     try:
         with open(path, "rb") as f:
             return parse_json(f.read())
@@ -350,7 +361,8 @@ def read_record(path, kinds):
 
 
 def read_lines(path, kinds):
-    """Rows of a .jsonl file that have `kinds` -> (rows, number of other lines). A line that a kill cut off is one of these."""
+    """Rows of a .jsonl file that have `kinds` -> (rows, number of other lines). A line that a kill
+    cut off is one of these."""
     rows, others = [], 0
     try:
         with open(path, "rb") as f:
@@ -434,7 +446,13 @@ class Log:
             raise RunFailed(f"cannot write {self.path}: {e.strerror}; the checkpoints are whole") from None
 
 
-MEASURED = {"loss": "number or null", "accuracy": "share", "row_accuracy": "share", "labels": "count", "rows": "count"}
+MEASURED = {
+    "loss": "number or null",
+    "accuracy": "share",
+    "row_accuracy": "share",
+    "labels": "count",
+    "rows": "count",
+}
 ROWS = {  # kind of a row of log.jsonl: what its readers need
     "train": {"loss": "number or null"},
     "eval": {**MEASURED, "seconds": "number"},
@@ -443,7 +461,8 @@ ROWS = {  # kind of a row of log.jsonl: what its readers need
 
 
 def read_log(folder):
-    """Rows of log.jsonl; a line that a kill cut off, or that is no row, is left out, and a note says so if there are more."""
+    """Rows of log.jsonl; a line that a kill cut off, or that is no row, is left out, and a note
+    says so if there are more."""
     path = os.path.join(folder, "log.jsonl")
     found, lost = read_lines(path, {"kind": "text", "step": "count"})
     rows = []
@@ -459,7 +478,11 @@ def read_log(folder):
 
 
 # What a checkpoint holds beside tensors: see train.train.
-STATE = {"step": "count", "bad_steps": "count", **dict.fromkeys(("best", "best_of_all", "seconds"), "number")}
+STATE = {
+    "step": "count",
+    "bad_steps": "count",
+    **dict.fromkeys(("best", "best_of_all", "seconds"), "number"),
+}
 
 # ---- checkpoints in one file -------------------------------------------------------------------------------------------
 

@@ -81,7 +81,9 @@ def report(look, script, commands, names, file):
     """Run commands one after another and write a report into the run: what was printed, the figures, how long it took."""
     size, start = sum(q.numel() for q in look.model.parameters()), time.perf_counter()
     about = ", ".join(f"{k} {v}" for k, v in look.about().items())
-    text = printable(f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n", keep="\n")
+    text = printable(
+        f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n", keep="\n"
+    )
     stem, dot_md = os.path.splitext(file)
     path = os.path.join(look.folder, stem + ending(look, "all") + dot_md)
     for name in names:

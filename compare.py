@@ -47,9 +47,11 @@ def compare(words, config):
 
 
 def name_of(folders):
-    """compare, if these are all the runs in their directory; else with a name for these, so that a table of some does not take
-    the place of another's."""
-    beside = os.path.join(glob.escape(os.path.dirname(os.path.normpath(folders[0]))), "*", "config.json")
+    """compare, if these are all the runs in their directory; else with a name for these, so that a
+    table of some does not take the place of another's."""
+    beside = os.path.join(
+        glob.escape(os.path.dirname(os.path.normpath(folders[0]))), "*", "config.json"
+    )
     every = {os.path.realpath(os.path.dirname(path)) for path in glob.glob(beside)}
     mine = {os.path.realpath(f) for f in folders if os.path.exists(os.path.join(f, "config.json"))}
     if mine == every:
@@ -58,19 +60,28 @@ def name_of(folders):
 
 
 SUMS = "right row_right rows right_right right_labels labels_labels".split()
-COUNTS = {**dict.fromkeys(SUMS, "count"), "labels": "size", "rows": "size", "loss": "number or null"}  # measure.count's
+COUNTS = {
+    **dict.fromkeys(SUMS, "count"),
+    "labels": "size",
+    "rows": "size",
+    "loss": "number or null",
+}  # measure.count's
 TEST = {"all": COUNTS, "by_slice": {"*": {"*": COUNTS}}}
 
 
 def read_test(folder):
-    """(status.json of a finished run, its test result); ConfigError if it has none, or none that can be."""
+    """(status.json of a finished run, its test result); ConfigError if it has none, or none that
+    can be."""
     path = os.path.join(folder, "status.json")
     require(os.path.exists(path), "it has not finished", None)
     status = read_record(path, "dict")
     require("test" in status, "it has not finished", None)
     check_kinds(status, {"step": "count", "seconds": "number", "test": TEST}, path)
     test = status["test"]
-    for cell in [test["all"], *(cell for cells in test["by_slice"].values() for cell in cells.values())]:
+    for cell in [
+        test["all"],
+        *(cell for cells in test["by_slice"].values() for cell in cells.values()),
+    ]:
         possible = cell["right"] <= cell["labels"] and cell["row_right"] <= cell["rows"]
         require(possible, f"{path} is damaged: more is right than there is", None)
         if cell["loss"] is None:  # JSON has no nan
@@ -79,9 +90,12 @@ def read_test(folder):
 
 
 def read_result(folder):
-    """What compare shows of one finished run; ConfigError if it has no test result, or is damaged."""
+    """What compare shows of one finished run; ConfigError if it has no test result, or is
+    damaged."""
     path = os.path.join(folder, "config.json")
-    saved = read_record(path, {"parameters": {"layers": "count"}, "train": "dict", "model": "dict", "data": "dict"})
+    saved = read_record(
+        path, {"parameters": {"layers": "count"}, "train": "dict", "model": "dict", "data": "dict"}
+    )
     status, test = read_test(folder)
     own = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
     p = read_plan(folder)

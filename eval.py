@@ -15,10 +15,10 @@
     python eval.py repair results.jsonl           # every complete record of a cut file
 
 Each writes eval_<what>.json {config, metrics, by_slice, examples}, .parquet and .png into the run (maps into attention/) and
-prints a short table. Settings that decide what is measured are part of the name where they are not the defaults:
-eval_routing_rows-20.json.
-A run is rebuilt from its own config.json and checkpoint; no override file is run, and of your own model and data files only
-those whose checksum is in config.json.
+prints a short table. Settings that decide what is measured are part of the name where they are not
+the defaults: eval_routing_rows-20.json.
+A run is rebuilt from its own config.json and checkpoint; no override file is run, and of your own
+model and data files only those whose checksum is in config.json.
 """
 
 from dataclasses import dataclass

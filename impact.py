@@ -39,7 +39,8 @@ def read_columns(look, what):
     advice = f"python ablate.py {what.replace('_', '-')} {look.folder} writes it"
     end, there = ending(look, what), results(look, what)
     if end not in there and not any(f"_{name}-" in end for name in DECIDE) and there:
-        message = f"{look.folder} has {', '.join(f'ablate_{what}{e}' for e in there)}; say with the same settings which is meant"
+        names = ", ".join(f"ablate_{what}{e}" for e in there)
+        message = f"{look.folder} has {names}; say with the same settings which is meant"
         require(len(there) == 1, message, None)
         (end,) = there
         look.world.say(f"reading ablate_{what}{end}")
@@ -47,7 +48,9 @@ def read_columns(look, what):
     path = os.path.join(look.folder, f"ablate_{what}{end}.parquet")
     columns = read_parquet(path, COLUMNS[what], advice)
     try:
-        step = read_record(path[: -len("parquet")] + "json", {"config": {"step": "count"}})["config"]["step"]
+        step = read_record(path[: -len("parquet")] + "json", {"config": {"step": "count"}})[
+            "config"
+        ]["step"]
     except ConfigError as e:
         raise ConfigError(f"{e}; measure again") from None
     message = f"{path} is of step {step}, the checkpoint of step {look.step}; measure again"

@@ -158,12 +158,17 @@ def write_parquet(path, columns):
     write_file(path, lambda f: pq.write_table(pa.table(columns), f, write_page_checksum=True))
 
 
-NUMBER, WHOLE, BOOLEAN, TEXT = "biuf", "biu", "b", "U"  # kinds of columns: what numpy calls the types that they may have
+NUMBER, WHOLE, BOOLEAN, TEXT = (
+    "biuf",
+    "biu",
+    "b",
+    "U",
+)  # kinds of columns: what numpy calls the types that they may have
 
 
 def read_parquet(path, kinds, advice):
-    """What write_parquet wrote -> {name: (N,) array}, N at least 1; ConfigError with advice if it is not there, damaged or lacks
-    one of the columns. kinds: {column: letters of numpy's kinds}."""
+    """What write_parquet wrote -> {name: (N,) array}, N at least 1; ConfigError with advice if it
+    is not there, damaged or lacks one of the columns. kinds: {column: letters of numpy's kinds}."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -172,11 +177,16 @@ def read_parquet(path, kinds, advice):
         table = pq.read_table(path, page_checksum_verification=True).to_pydict()
         columns = {name: np.array(values) for name, values in table.items()}
     except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError) as e:
-        raise ConfigError(f"{path} cannot be read as parquet ({' '.join(str(e).split())[:80]}); {advice}") from None
-    for name, kind in kinds.items():
+        raise ConfigError(
+            f"{path} cannot be read as parquet ({' '.join(str(e).split())[:80]}); {advice}"
+        ) from None
+    for name in kinds:
         require(name in columns, f"{path} has no column {name!r}; {advice}", None)
-        fits = columns[name].dtype.kind in kind and columns[name].ndim == 1 and len(columns[name])
-        require(fits, f"{path}: the column {name!r} holds something else than it should; {advice}", None)
+    for name, values in columns.items():
+        # numpy makes objects of nulls, and of lists of several lengths
+        fits = values.dtype.kind in kinds.get(name, "biufU") and values.ndim == 1 and len(values)
+        message = f"{path}: the column {name!r} holds something else than it should; {advice}"
+        require(fits, message, None)
     return columns
 
 
@@ -187,13 +197,19 @@ DECIDE = ("checkpoint", "dtype", "rows", "data", "edits", "modes", "pairs", "typ
 def deciding(look, what):
     """{setting: value} of those that decide what a result of the command `what` says."""
     uses = look.uses.get(what.replace("_", "-"), look.uses.get("slices"))
-    names = DECIDE + (("example",) if what == "attention" else ())  # elsewhere, a row that is printed as well
-    return {n: getattr(look.config, n) for n in names if hasattr(look.config, n) and (uses is None or n in uses.split())}
+    names = DECIDE + (
+        ("example",) if what == "attention" else ()
+    )  # elsewhere, a row that is printed as well
+    return {
+        n: getattr(look.config, n)
+        for n in names
+        if hasattr(look.config, n) and (uses is None or n in uses.split())
+    }
 
 
 def ending(look, what):
-    """The end of a result's name: the split and the settings that differ from their defaults, so that a result never takes the
-    place of one that was measured otherwise.
+    """The end of a result's name: the split and the settings that differ from their defaults, so
+    that a result never takes the place of one that was measured otherwise.
 
     ablate.py swap --type less_more: ablate_swap_type-less_more
     """
@@ -209,17 +225,25 @@ def ending(look, what):
 def short_name(name, value):
     """A setting's value as part of a file's name; of a file, with the beginning of its checksum."""
     text = str(value)
-    said = re.sub(r"[^\w.]+", "-", os.path.basename(os.path.normpath(text)) if name == "data" else text).strip("-.")
+    said = re.sub(
+        r"[^\w.]+", "-", os.path.basename(os.path.normpath(text)) if name == "data" else text
+    ).strip("-.")
     if name == "data":
         return f"{said[:40]}-{data_hash(text)[:8]}"
-    return said if len(said) <= 40 else f"{said[:24]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return (
+        said if len(said) <= 40 else f"{said[:24]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
 
 
 def results(look, what):
     """Endings of the results of the command `what` in the run, on this split."""
     there, start = os.listdir(look.folder), f"{look.prefix}_{what}"
     split = "" if look.config.split == "test" else f"_{look.config.split}"
-    ends = [f[len(start) : -len(".parquet")] for f in sorted(there) if f.startswith(start + split) and f.endswith(".parquet")]
+    ends = [
+        f[len(start) : -len(".parquet")]
+        for f in sorted(there)
+        if f.startswith(start + split) and f.endswith(".parquet")
+    ]
     known = tuple(f"_{name}-" for name in DECIDE)  # the rest of swap_matrix is no setting of swap
     return [e for e in ends if e == split or e[len(split) :].startswith(known)]
 
@@ -232,7 +256,9 @@ def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=Non
     end = "".join(dict.fromkeys(look.read)) or ending(look, what)
     path = os.path.join(look.folder, f"{look.prefix}_{what}{end}")
     look.read.clear()
-    result = {"config": look.about() | deciding(look, what), "metrics": metrics, "by_slice": by_slice or {}, "examples": list(examples)}
+    config = look.about() | deciding(look, what)
+    measured = {"metrics": metrics, "by_slice": by_slice or {}, "examples": list(examples)}
+    result = {"config": config, **measured}
     write_json(path + ".json", result)
     endings = [".json"]
     if columns:

@@ -133,7 +133,7 @@ def wilson(right, n, z=1.959964):
         return 0.0, 1.0
     p, q = right / n, z * z / n
     middle, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding may leave p out
 
 
 def share(right, n):
@@ -143,7 +143,8 @@ def share(right, n):
 
 def effective(cell):
     """How many independent measurements would vary as the rows of a cell (see sums_of_rows) do: labels over the design effect,
-    which is at least 1 (Kish 1965), but no more than `most_effective`; where all labels are right or wrong, the number of rows."""
+    which is at least 1 (Kish 1965), but no more than `most_effective`; where all labels are right
+    or wrong, the number of rows."""
     n, G, p = cell["labels"], cell["rows"], cell["right"] / cell["labels"]
     if not 0 < p < 1 or G < 2:
         return G
@@ -152,10 +153,13 @@ def effective(cell):
 
 
 def most_effective(p, n, z=1.959964):
-    """The number of measurements with which Wilson's interval of a share p is as long as that of n out of n.
+    """The number of measurements with which Wilson's interval of a share p is as long as that of n
+    out of n.
 
-    A few errors say little about how alike the measurements of a row are; without this bound, one single error would make the
-    interval many times shorter than none does. Lengths: 2 z sqrt(p (1 - p) / N + z^2 / 4 N^2) / (1 + z^2 / N) and z^2 / (n + z^2).
+    A few errors say little about how alike the measurements of a row are; without this bound, one
+    single error would make the interval many times shorter than none does. Lengths: 2 z sqrt(p (1 -
+    p) / N + z^2 / 4 N^2) / (1
+    + z^2 / N) and z^2 / (n + z^2).
 
     >>> round(most_effective(1.0, 100), 6), round(most_effective(0.999, 100), 1)
     (100.0, 105.5)
@@ -184,8 +188,9 @@ def mean(x):
 
 
 def mean_share(x):
-    """{"value", "ci95", "n"} of a mean of independent measurements (n,) that lie between 0 and 1: Wilson's interval, which stays
-    there, too, for as many shares of 0 or 1 as would vary like these."""
+    """{"value", "ci95", "n"} of a mean of independent measurements (n,) that lie between 0 and 1:
+    Wilson's interval, which stays there, too, for as many shares of 0 or 1 as would vary like
+    these."""
     x = np.clip(np.asarray(x, float), 0, 1)  # rounding may leave it
     p, n, variance = x.mean(), len(x), x.var(ddof=1) if len(x) > 1 else 0.0
     n_like = n * p * (1 - p) / variance if variance > 0 else math.inf
@@ -194,7 +199,8 @@ def mean_share(x):
 
 
 def mean_share_over_rows(x, row):
-    """`mean_share` over rows: measurements (N,) of rows (N,), several of each, are averaged within each row first."""
+    """`mean_share` over rows: measurements (N,) of rows (N,), several of each, are averaged within
+    each row first."""
     return mean_share(row_means(x, row))
 
 

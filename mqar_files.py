@@ -202,15 +202,25 @@ class StoredData:
     def read_metadata(self):
         place = os.path.join(self.path, "metadata.json")
         make = "`python data_mqar.py --output-dir DIR` makes one"
-        require(os.path.exists(place), f"path={self.path} holds no data set (no metadata.json there); {make}", "path")
+        require(
+            os.path.exists(place),
+            f"path={self.path} holds no data set (no metadata.json there); {make}",
+            "path",
+        )
         metadata = read_record(place, {"dataset_type": "text", "format_version": "count"})
         ours = metadata["dataset_type"] == "mqar" and metadata["format_version"] == 1
         require(ours, f"{place} is not that of an MQAR data set", "path")
         check_kinds(metadata, METADATA, place)
         n, L = metadata["num_kv_pairs"], metadata["seq_len"]
-        require(L % (4 * n) == 0, f"{place}: rows of seq_len={L} are not made of examples of {n} pairs", "path")
+        require(
+            L % (4 * n) == 0,
+            f"{place}: rows of seq_len={L} are not made of examples of {n} pairs",
+            "path",
+        )
         if "orders" in metadata:
-            check_kinds(metadata["orders"], {"name": "path inside", "sha256": "hash"}, f"{place}: 'orders'")
+            check_kinds(
+                metadata["orders"], {"name": "path inside", "sha256": "hash"}, f"{place}: 'orders'"
+            )
         for name, files in metadata["files"].items():
             rows = sum(f["rows"] for f in files)
             message = f"{place} is damaged: the files of {name} have {rows} rows, not num_samples={metadata['num_samples']}"
@@ -224,7 +234,13 @@ class StoredData:
         except (OSError, ValueError, EOFError) as e:
             raise ConfigError(f"{path} cannot be read: {e}", "path") from None
         n = self.metadata["num_samples"]
-        rows = orders.ndim == 2 and orders.size > 0 and orders.dtype.kind in "iu" and 0 <= orders.min() and orders.max() < n
+        rows = (
+            orders.ndim == 2
+            and orders.size > 0
+            and orders.dtype.kind in "iu"
+            and 0 <= orders.min()
+            and orders.max() < n
+        )
         require(rows, f"{path} holds no numbers of {n} rows; write the data set again", "path")
         return orders
 
@@ -245,18 +261,31 @@ class StoredData:
         return self.splits[split]
 
     def check_shard(self, file, ids, labels):
-        """ConfigError unless a shard's rows (R, L) are as many, as long and of the tokens that metadata.json says."""
+        """ConfigError unless a shard's rows (R, L) are as many, as long and of the tokens that
+        metadata.json says."""
         path = os.path.join(self.path, file["name"])
         shape = (file["rows"], self.seq_len)
         same = ids.shape == labels.shape == shape
-        require(same, f"{path} holds {ids.shape} tokens and {labels.shape} labels; metadata.json says {shape}", "path")
+        require(
+            same,
+            f"{path} holds {ids.shape} tokens and {labels.shape} labels; metadata.json says {shape}",
+            "path",
+        )
         answers = labels != IGNORE
         for numbers in (ids, labels[answers]):
             known = 0 <= numbers.min(initial=0) and numbers.max(initial=0) < self.vocab_size
-            require(known, f"{path} holds tokens that are not below vocab_size={self.vocab_size} of metadata.json", "path")
+            require(
+                known,
+                f"{path} holds tokens that are not below vocab_size={self.vocab_size} of metadata.json",
+                "path",
+            )
         each = self.seq_len // 4  # half of the tokens are queries and their values
         asked = (answers[:, 1:].sum(1) == each).all()
-        require(asked, f"{path} has rows with another number of labels than {each}, a quarter of their tokens", "path")
+        require(
+            asked,
+            f"{path} has rows with another number of labels than {each}, a quarter of their tokens",
+            "path",
+        )
 
     def checked(self, file):
         """The path of a file of the data set, once its checksum is right."""
@@ -269,9 +298,12 @@ class StoredData:
         path = self.checked(file)
         names = ("input_ids", "labels")
         if path.endswith(".jsonl"):
-            rows, others = read_lines(path, {name: "list" for name in names})
+            rows, others = read_lines(path, dict.fromkeys(names, "list"))
             require(not others, f"{path}: {others} lines are no rows of an MQAR data set", "path")
-            return [self.rows_of(path, [len(r[k]) for r in rows], [x for r in rows for x in r[k]]) for k in names]
+            return [
+                self.rows_of(path, [len(r[k]) for r in rows], [x for r in rows for x in r[k]])
+                for k in names
+            ]
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -279,15 +311,27 @@ class StoredData:
         try:
             table = pq.read_table(path, columns=list(names), page_checksum_verification=True)
             columns = [table[name].combine_chunks() for name in names]
-            return [self.rows_of(path, pc.list_value_length(c).to_numpy(zero_copy_only=False), c.flatten()) for c in columns]
+            return [
+                self.rows_of(
+                    path, pc.list_value_length(c).to_numpy(zero_copy_only=False), c.flatten()
+                )
+                for c in columns
+            ]
         except (pa.ArrowException, OSError, KeyError) as e:
             reason = " ".join(str(e).split())[:80]
-            raise ConfigError(f"{path} cannot be read as rows of an MQAR data set ({reason})", "path") from None
+            raise ConfigError(
+                f"{path} cannot be read as rows of an MQAR data set ({reason})", "path"
+            ) from None
 
     def rows_of(self, path, lengths, flat):
-        """Numbers end to end -> (R, L) int32; ConfigError for rows of other lengths, or of something else than whole numbers."""
+        """Numbers end to end -> (R, L) int32; ConfigError for rows of other lengths, or of
+        something else than whole numbers."""
         lengths = np.asarray(lengths)
-        require((lengths == self.seq_len).all(), f"{path} has rows that are not of seq_len={self.seq_len} tokens", "path")
+        require(
+            (lengths == self.seq_len).all(),
+            f"{path} has rows that are not of seq_len={self.seq_len} tokens",
+            "path",
+        )
         numbers = np.asarray(flat)
         whole = numbers.size == 0 or numbers.dtype.kind in "iu" and abs(numbers).max() < 2**31
         require(whole, f"{path} holds something else than tokens", "path")

@@ -3,9 +3,12 @@
     p, resume = train.read_command_line(["configs/mqar_gpt.py", "--lr", "1e-3"])   # settings -> Plan
     p, data, model, state = load_run("runs/RUN")                                    # a trained run, ready to look at
 
-A model is a short name, file or file.Class; a task is a file. Names of this repo's files mean these files; any other file is
-imported by its name, from here or from the working directory, so a fork needs no registry. config.json keeps the path and the
-SHA-256 of such a file and of the files beside it that it imports: looking at a run or resuming it executes those and no others.
+A model is a short name, file or file.Class; a task is a file. Names of this repo's files mean these
+files; any other file is imported by its name, from here or from the working directory, so a fork
+needs no registry.
+config.json keeps the path and the SHA-256 of such a file and of the files beside it that it
+imports: looking at a run or resuming it
+executes those and no others.
 """
 
 import contextlib
@@ -170,23 +173,35 @@ class Plan:
     files: dict  # {path: SHA-256} of files that were executed and are not this repo's
 
 
-OURS = ("model", "delta", "memory", "data_mqar", "data_synth")  # files of this repo that a run may name
+OURS = (
+    "model",
+    "delta",
+    "memory",
+    "data_mqar",
+    "data_synth",
+)  # files of this repo that a run may name
 
 
 @dataclass
 class Foreign:
-    """Files outside OURS that a plan executes. recorded: {path: SHA-256} of a run, and no other file is executed; None: the
-    user names the files now, and they are recorded in `files`."""
+    """Files outside OURS that a plan executes. recorded: {path: SHA-256} of a run, and no other
+    file is executed; None: the user names the files now, and they are recorded in `files`."""
 
     recorded: dict = None
     files: dict = field(default_factory=dict)
 
+    def place_of(self, file):
+        """The end of a sentence: where the run had a file of this name, if it recorded one."""
+        there = [p for p in self.recorded or () if os.path.basename(p) == file]
+        advice = "put that file there, and call this from its directory"
+        return f"; the run used {there[0]}: {advice}" if there else ""
+
     def admit(self, path, source, key):
-        """Take down a file whose source (bytes) is about to be executed; ConfigError if the run did not record this very file."""
+        """Take down a file whose source (bytes) is about to be executed; ConfigError if the run did
+        not record this very file."""
         path, digest = os.path.realpath(path), hashlib.sha256(source).hexdigest()
         if self.recorded is not None:
-            there = [p for p in self.recorded if os.path.basename(p) == os.path.basename(path)]
-            moved = f"; the run used {there[0]}: put that file there, and call this from its directory" if there else ""
+            moved = self.place_of(os.path.basename(path))
             message = f"{path} is not executed: the run did not record it{moved}"
             require(path in self.recorded, message, key)
             changed = f"{path} is not executed: it has changed since the run began; put back the file that it was"
@@ -197,7 +212,8 @@ class Foreign:
 
 
 class Admitted(importlib.machinery.SourceFileLoader):
-    """Executes the bytes that were admitted: no compiled copy in __pycache__, which may be of another source."""
+    """Executes the bytes that were admitted: no compiled copy in __pycache__, which may be of
+    another source."""
 
     def __init__(self, name, path, foreign, key):
         super().__init__(name, path)
@@ -209,12 +225,15 @@ class Admitted(importlib.machinery.SourceFileLoader):
         return self.source_to_code(source, self.path)
 
     def spec(self, inside=None):
-        return importlib.util.spec_from_file_location(self.name, self.path, loader=self, submodule_search_locations=inside)
+        return importlib.util.spec_from_file_location(
+            self.name, self.path, loader=self, submodule_search_locations=inside
+        )
 
 
 class Beside:
-    """Finds modules in the folder of a foreign file. Python asks it last: its own modules, those installed, and ours come first,
-    and what is found here is admitted like the foreign file itself."""
+    """Finds modules in the folder of a foreign file. Python asks it last: its own modules, those
+    installed, and ours come first, and what is found here is admitted like the foreign file
+    itself."""
 
     def __init__(self, folder, foreign, key):
         self.folder, self.foreign, self.key = folder, foreign, key
@@ -228,45 +247,64 @@ class Beside:
 
 
 def import_file(name, key, *needed, foreign=None):
-    """Import NAME.py: this repo's if it is one of OURS, else from the current directory or this repo; it must define the names in
-    `needed`. foreign: what may be executed beside OURS (see Foreign)."""
+    """Import NAME.py: this repo's if it is one of OURS, else from the current directory or this
+    repo; it must define the names in `needed`. foreign: what may be executed beside OURS (see
+    Foreign)."""
     require(re.fullmatch(r"[A-Za-z_]\w*", name), f"{key}={name!r} must be the name of a Python file, without .py", key)
     places = [os.path.join(folder, name + ".py") for folder in (os.getcwd(), HERE)]
     there = [path for path in places if os.path.isfile(path)]
-    require(there, f"{key}={name!r}: there is no {name}.py here", key)
+    foreign = foreign or Foreign()
+    lost = f"{key}={name!r}: there is no {name}.py here{foreign.place_of(name + '.py')}"
+    require(there, lost, key)
     if name in OURS:
         module = import_ours(name, key, there)
     else:
-        module = import_foreign(name, there[0], key, foreign or Foreign())
+        module = import_foreign(name, there[0], key, foreign)
     missing = [n for n in needed if not hasattr(module, n)]
-    require(not missing, f"{name}.py has no {' and no '.join(missing)}, so it is no file for {key}", key)
+    require(
+        not missing, f"{name}.py has no {' and no '.join(missing)}, so it is no file for {key}", key
+    )
     return module
 
 
 def import_ours(name, key, there):
-    """A file of this repo, whatever lies in the current directory under its name. there: the files of that name."""
+    """A file of this repo, whatever lies in the current directory under its name. there: the files
+    of that name."""
     ours = os.path.join(HERE, name + ".py")
     if not os.path.samefile(there[0], ours) and os.environ.get("RANK", "0") == "0":
-        say(f"note: {name} is this project's own; {there[0]} is not used: give it another name", file=sys.stderr)
+        say(
+            f"note: {name} is this project's own; {there[0]} is not used: give it another name",
+            file=sys.stderr,
+        )
     module = importlib.import_module(name)
-    other = f"{key}={name}: Python takes {module.__file__} for this project's {name}.py; move it away"
+    other = (
+        f"{key}={name}: Python takes {module.__file__} for this project's {name}.py; move it away"
+    )
     require(os.path.samefile(module.__file__, ours), other, key)
     return module
 
 
 def import_foreign(name, path, key, foreign):
-    """Execute a file that is not one of OURS, once it is admitted; so are those beside it that it imports."""
-    found = place_of(name)
+    """Execute a file that is not one of OURS, once it is admitted; so are those beside it that it
+    imports."""
+    found = module_place(name)
     same = found in ("", path) or os.path.isfile(found) and os.path.samefile(found, path)
-    require(same, f"{path} cannot be taken: Python has a module {name}, too ({found}); give yours another name", key)
+    require(
+        same,
+        f"{path} cannot be taken: Python has a module {name}, too ({found}); give yours another name",
+        key,
+    )
     if name in sys.modules:  # executed before in this process
-        for file in sys.modules[name].__executed__:
+        for file in getattr(sys.modules[name], "__executed__", [path]):
             with open(file, "rb") as f:
                 foreign.admit(file, f.read(), key)
         return sys.modules[name]
     spec = Admitted(name, path, foreign, key).spec()
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    before, finder = set(foreign.files), Beside(os.path.dirname(os.path.realpath(path)), foreign, key)
+    before, finder = (
+        set(foreign.files),
+        Beside(os.path.dirname(os.path.realpath(path)), foreign, key),
+    )
     sys.meta_path.append(finder)
     try:
         spec.loader.exec_module(module)
@@ -282,7 +320,7 @@ def import_foreign(name, path, key, foreign):
     return module
 
 
-def place_of(name):
+def module_place(name):
     """Where Python has a module of this name: its file, "built in", or "" if it has none."""
     if name in sys.modules:
         return getattr(sys.modules[name], "__file__", None) or "built in"
@@ -294,8 +332,13 @@ def find_model(name, foreign=None):
     """`gpt`, `file` or `file.Class` -> (module, class). foreign: Foreign."""
     full = MODELS.get(name, name)
     file, _, cls = full.partition(".")
-    if file not in OURS and not any(os.path.isfile(os.path.join(d, file + ".py")) for d in (os.getcwd(), HERE)):
-        raise ConfigError(f"model={name!r} is neither one of {', '.join(MODELS)} nor a file here", "model")
+    folders = (os.getcwd(), HERE)
+    here = any(os.path.isfile(os.path.join(folder, file + ".py")) for folder in folders)
+    if file not in OURS and not here:
+        moved = foreign.place_of(file + ".py") if foreign else ""
+        raise ConfigError(
+            f"model={name!r} is neither one of {', '.join(MODELS)} nor a file here{moved}", "model"
+        )
     cls = cls or "Model"
     require(cls.isidentifier() and cls != "py", f"model={name!r} must be file or file.Class, without .py", "model")
     module = import_file(file, "model", "Config", cls, foreign=foreign)
@@ -308,7 +351,8 @@ def find_model(name, foreign=None):
 
 
 def plan(settings, recorded=None):
-    """Settings, in order -> Plan; ConfigError for whatever is wrong with them. recorded: see Foreign."""
+    """Settings, in order -> Plan; ConfigError for whatever is wrong with them. recorded: see
+    Foreign."""
     foreign = Foreign(recorded)
     try:
         first = configs.build(TrainConfig, [s for s in settings if s.key in ("model", "data")])
@@ -564,7 +608,8 @@ SETTINGS = {  # what config.json must hold, whichever model and data it is of
 
 
 def read_plan(folder, changes=()):
-    """The Plan of an existing run, from its config.json alone; `changes` are Settings that win over it.
+    """The Plan of an existing run, from its config.json alone; `changes` are Settings that win over
+    it.
 
     ConfigError if a setting is missing or has two values, rather than a run with another one.
     """
@@ -578,12 +623,20 @@ def read_plan(folder, changes=()):
         raise ConfigError(f"{folder} is not a run directory: {why}")
     saved = read_record(path, SETTINGS)
     told = ("vocab_size", "seq_len")  # the data tells the model again
-    groups = [saved["train"], {k: v for k, v in saved["model"].items() if k not in told}, saved["data"]]
+    groups = [
+        saved["train"],
+        {k: v for k, v in saved["model"].items() if k not in told},
+        saved["data"],
+    ]
     settings = [Setting(k, v, path) for group in groups for k, v in group.items()]
     values = {}
     for s in settings:
         same = values.setdefault(s.key, s.value) == s.value
-        require(same, f"{path}: {s.key} has two values, {values[s.key]!r} and {s.value!r}; which was it?", s.key)
+        require(
+            same,
+            f"{path}: {s.key} has two values, {values[s.key]!r} and {s.value!r}; which was it?",
+            s.key,
+        )
     p = plan(settings + list(changes), saved["files"])
     for cls, group in zip((TrainConfig, p.model_module.Config, type(p.data)), groups):
         lost = [name for name in configs.settable(cls) if name not in group]

@@ -107,7 +107,10 @@ def routing(look):
         found = over_rows(look, lambda batch: routed(look, batch))
     router = not np.isnan(found["memory"]).all()
     size = look.model.config.mem_n_keys**2
-    measured = (lambda mine: mean_share(found["memory"][mine])) if router else (lambda mine: use(found["slots"][mine].ravel(), size))
+    if router:
+        measured = lambda mine: mean_share(found["memory"][mine])
+    else:
+        measured = lambda mine: use(found["slots"][mine].ravel(), size)
     by_slice = {name: {} for name in ("layer and kind", "layer and decile")}
     for layer in np.unique(found["layer"]):
         for name, column in (("layer and kind", "kind"), ("layer and decile", "decile")):

@@ -153,10 +153,17 @@ def stats(words, config):
 
 
 def stem_of(path, split):
-    """What a run's, or a result file's, name adds to the name of its statistics: eval_val_rows-10.json -> _val_rows-10"""
+    """What a run's, or a result file's, name adds to the name of its statistics:
+    eval_val_rows-10.json -> _val_rows-10"""
     stem = f"eval_{split}" if os.path.isdir(path) else os.path.basename(os.path.splitext(path)[0])
     rest = stem.removeprefix("eval_")
-    return "" if rest == "test" else rest.removeprefix("test") if rest.startswith("test_") else f"_{rest}"
+    return (
+        ""
+        if rest == "test"
+        else rest.removeprefix("test")
+        if rest.startswith("test_")
+        else f"_{rest}"
+    )
 
 
 def data_of(path):

@@ -379,7 +379,11 @@ MADE = {  # what the pictures need of a file that a look at a run makes
     "eval_test.json": {"metrics": {"stored": {"*": VALUE}}},
     "eval_edit.json": {
         "metrics": {"edits": ["size"]},
-        "by_slice": {"method and edits": {"*": {"method": "text", "efficacy": VALUE, "specificity": VALUE, "kept": VALUE}}},
+        "by_slice": {
+            "method and edits": {
+                "*": {"method": "text", "efficacy": VALUE, "specificity": VALUE, "kept": VALUE}
+            }
+        },
     },
     "table.json": {"metrics": {"*": "dict"}},
 }
@@ -393,7 +397,9 @@ def read(point, folder):
         result["cells"] = {tag: {v: shares(cell) for v, cell in values.items()} for tag, values in cells.items()}
         result["evals"] = [r for r in read_log(folder) if r["kind"] == "eval"]
     if point.makes:
-        result["made"] = read_record(os.path.join(folder, point.makes), MADE[os.path.basename(point.makes)])
+        result["made"] = read_record(
+            os.path.join(folder, point.makes), MADE[os.path.basename(point.makes)]
+        )
     return result
 
 
@@ -413,7 +419,9 @@ def collect(points, c):
 
 def differing(folder, words):
     """Settings of a run that a training with these words would not have now, whether they or a config have changed."""
-    saved = read_record(os.path.join(folder, "config.json"), {"train": "dict", "data": "dict", "model": "dict"})
+    saved = read_record(
+        os.path.join(folder, "config.json"), {"train": "dict", "data": "dict", "model": "dict"}
+    )
     p, _ = read_command_line(words)
     parts = {"train": p.train, "data": p.data, "model": configs.build(p.model_module.Config, p.settings)}
     wanted = {part: json.loads(json.dumps(asdict(config))) for part, config in parts.items()}
@@ -435,7 +443,9 @@ def save_figure(name, found, draw, c):
         plt, fig, title = draw(found)
     except (KeyError, IndexError, TypeError, ValueError) as e:
         why = f"{type(e).__name__}: {e}"
-        raise ConfigError(f"figure {name}: the results of its runs do not hold what it shows ({why}); run them again") from None
+        raise ConfigError(
+            f"figure {name}: the results of its runs do not hold what it shows ({why}); run them again"
+        ) from None
     if not any(axis.get_legend() for axis in fig.axes):
         fig.legend(*fig.axes[0].get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=5)
     fig.supxlabel(title.format(seeds=c.seeds), fontsize=7)

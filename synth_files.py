@@ -88,7 +88,11 @@ WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
 # ---- reading what was written here -------------------------------------------------------------------------------------
 
 
-STORED_FILE = {"name": "path inside", "rows": "count", "sha256": "hash"}  # of a data set, in metadata.json
+STORED_FILE = {
+    "name": "path inside",
+    "rows": "count",
+    "sha256": "hash",
+}  # of a data set, in metadata.json
 METADATA = {
     **{"mask": "text", "chance": {"*": "share"}, "knowledge": "dict"},
     "files": {name: [STORED_FILE] for name in FOLDERS.values()},
@@ -99,7 +103,11 @@ def read_stored(path, task, tasks):
     """A directory of write_facts -> what data_synth.Facts is made of: kind of mask, texts, splits, tags, chance, knowledge."""
     place = os.path.join(path, "metadata.json")
     make = f"`python data_synth.py {task} --output_dir DIR` makes one; documents of your own need --task text"
-    require(os.path.exists(place), f"path={path} holds no data set (no metadata.json there); {make}", "path")
+    require(
+        os.path.exists(place),
+        f"path={path} holds no data set (no metadata.json there); {make}",
+        "path",
+    )
     metadata = read_record(place, {"dataset_type": "text", "format_version": "count"})
     kind = metadata["dataset_type"]
     known = kind in tasks and metadata["format_version"] == 1
@@ -108,9 +116,19 @@ def read_stored(path, task, tasks):
     check_kinds(metadata, METADATA, place)
     knowledge = metadata["knowledge"]
     if knowledge:
-        check_kinds(knowledge, {"slice": "text", "facts": "size", "bits": "number"}, f"{place}: 'knowledge'")
-        require(knowledge["slice"].count("=") == 1, f"{place}: {knowledge['slice']!r} is no slice tag=value", "path")
-    require(metadata["mask"] in MASKS, f"{place}: mask={metadata['mask']!r} is not one of {', '.join(MASKS)}", "path")
+        check_kinds(
+            knowledge, {"slice": "text", "facts": "size", "bits": "number"}, f"{place}: 'knowledge'"
+        )
+        require(
+            knowledge["slice"].count("=") == 1,
+            f"{place}: {knowledge['slice']!r} is no slice tag=value",
+            "path",
+        )
+    require(
+        metadata["mask"] in MASKS,
+        f"{place}: mask={metadata['mask']!r} is not one of {', '.join(MASKS)}",
+        "path",
+    )
     number, tags, splits, columns = {}, {}, {}, None  # text -> its number; the tags of a text are the same in every split
     for split, name in FOLDERS.items():
         which = []

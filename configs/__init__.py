@@ -295,11 +295,12 @@ def require(condition, message, key):
         raise ConfigError(message, key)
 
 
-# ---- what goes to the screen -------------------------------------------------------------------------------------------
+# ---- what goes to the screen ---------------------------------------------------------------------
 
 
 def printable(text, keep=""):
-    """Text with every character spelled out that a terminal would obey or hide; those in `keep` stay as they are.
+    """Text with every character spelled out that a terminal would obey or hide; those in `keep`
+    stay as they are.
 
     >>> printable("a\\x1b[2Jb")
     'a\\\\x1b[2Jb'
@@ -311,7 +312,8 @@ def printable(text, keep=""):
 
 
 def say(*words, sep=" ", **where):
-    """print(), for text that holds names and contents of files: they may hold escape sequences. Ends of lines stay."""
+    """print(), for text that holds names and contents of files: they may hold escape sequences.
+    Ends of lines stay."""
     print(printable(sep.join(map(str, words)), keep="\n\t"), **where)
 
 

@@ -76,7 +76,7 @@ def test_checkpoint_and_split_can_be_chosen(runs, capsys):
     ev.main([str(runs / "r1"), "--example=3"])  # of numbers, not of letters
     example = json.loads((runs / "r1" / "eval_test.json").read_text())["examples"][0]
     assert example["row"] == 3 and example["prompt"].split()[-1].isdigit() and 16 <= int(example["answer"]) < 32
-    assert (runs / "r1" / "eval_val.json").exists()
+    assert (runs / "r1" / "eval_val_checkpoint-ckpt.json").exists()
 
 
 def test_compare_puts_runs_side_by_side(runs, capsys, tmp_path):

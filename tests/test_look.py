@@ -52,9 +52,14 @@ def open_look(runs, name, **changes):
 
 
 def latest(folder, what, end=".json"):
-    """The name, without its end, of the result that was written last, whatever the settings in its name."""
+    """The name, without its end, of the result that was written last, whatever the settings in its
+    name."""
     others = ("_rows-", "_edits-", "_example-", "_data-", "_modes-")
-    found = [p for p in folder.glob(what + "*" + end) if p.stem == what or p.stem[len(what) :].startswith(others)]
+    found = [
+        p
+        for p in folder.glob(what + "*" + end)
+        if p.stem == what or p.stem[len(what) :].startswith(others)
+    ]
     return max(found, key=lambda p: p.stat().st_mtime_ns).stem
 
 

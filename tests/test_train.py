@@ -111,8 +111,12 @@ def test_our_names_mean_our_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("gpt", "model.GPT"):
         p = train.plan(parse([f"--model={name}"])[1])
-        assert p.model_class.__name__ == "GPT" and p.data_module.__file__.startswith(os.path.dirname(train.__file__))
-        assert f"{tmp_path}/data_mqar.py is not used: give it another name" in capsys.readouterr().err
+        assert p.model_class.__name__ == "GPT" and p.data_module.__file__.startswith(
+            os.path.dirname(train.__file__)
+        )
+        assert (
+            f"{tmp_path}/data_mqar.py is not used: give it another name" in capsys.readouterr().err
+        )
         assert p.files == {}
 
 
