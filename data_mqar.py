@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import configs
-from configs import ConfigError, at_least, require
+from configs import ConfigError, at_least, require, within
 from draws import IGNORE, SPLITS, draw_distinct, draw_slots, rows_of_passes, skip_over, stream_key, uniforms
 from mqar_files import StoreConfig, StoredData, make_stored_rows, write_dataset
 
@@ -60,7 +60,8 @@ class Config:
 
     def check(self):
         at_least(self, 0, "updates", "gap", "seed", "power_a")
-        at_least(self, 1, "n_train_examples", "n_val_examples", "n_test_examples", "key_len", "num_kv_pairs")
+        at_least(self, 1, "n_train_examples", "key_len", "num_kv_pairs")
+        within(self, 1, 2**40, "n_val_examples", "n_test_examples")
         if self.path:
             return
         most = max(pairs for _, pairs in self.train_cells or ((0, self.num_kv_pairs),))

@@ -166,8 +166,8 @@ def choose_device(c, world=ALONE):
         name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=device).item()  # "meta" makes tensors, but there is nothing in them
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         hint = "start no more ranks than it has GPUs" if ":" in name and world.size > 1 else "leave it out or use cpu"
         raise ConfigError(f"device={name!r} cannot be used on this machine; {hint}", "device") from None
     if device.type == "cuda":

@@ -189,6 +189,8 @@ def convert(value, kind):
     if kind is str:
         if not isinstance(value, str):
             raise ValueError(f"takes text, not {shown}")
+        if "\0" in value:
+            raise ValueError(f"takes text that may name a file, not {shown}")
         return value
     if kind is bool:
         words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -209,7 +211,12 @@ def convert(value, kind):
         raise ValueError(f"takes a finite number, not {shown}")
     if kind is int and number != int(number):
         raise ValueError(f"takes a whole number, not {shown}")
-    return int(value if isinstance(value, int) else number) if kind is int else float(number)
+    if kind is float:
+        return float(number)
+    number = int(value if isinstance(value, int) else number)
+    if abs(number) >= 2**63:
+        raise ValueError(f"takes a number below 2**63, not {shown}")
+    return number
 
 
 def _convert_structure(value):
@@ -317,7 +324,10 @@ def help_text(doc, *classes):
 
 
 class Screen:
-    """Standard output or error. Its reader may go (`... | head`) and its disk may be full: the work goes on without it."""
+    """Standard output or error, which never raises: the work goes on without it.
+
+    Its reader may go (`... | head`), and its disk may be full.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -337,7 +347,7 @@ class Screen:
             work()
         except OSError as e:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            # The stream keeps what it could not write and tries again, at the end of the process too.
+            # The stream keeps what it could not write, and tries again when the process ends.
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
             if not isinstance(e, BrokenPipeError) and self is not sys.stderr:
@@ -345,17 +355,18 @@ class Screen:
 
 
 def open_screens():
-    """Make standard output and error streams that never raise, also where the user has closed them (`>&-`)."""
+    """Make Screens of standard output and error, also where the user has closed them (`>&-`)."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Takes the lowest free number. Else the next file would get it, and with it what a library prints.
+            # Takes the lowest free number. Else the next file gets it, and what a library prints.
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without the letter must not end the work
+            # A terminal that lacks a letter must not end the work.
+            stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Screen(stream))
 
 
