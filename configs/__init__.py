@@ -351,7 +351,8 @@ class Screen:
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
             if not isinstance(e, BrokenPipeError) and self is not sys.stderr:
-                print(f"note: the output ends here ({e.strerror}); the work goes on", file=sys.stderr)
+                note = f"note: the output ends here ({e.strerror}); the work goes on"
+                print(note, file=sys.stderr)
 
 
 def open_screens():
