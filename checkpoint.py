@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pickle
+import re
 import secrets
 import shutil
 import signal
@@ -46,7 +47,8 @@ except ImportError:  # Windows: everything runs, without locks
 def write_file(path, write, before=lambda: None):
     """Call write(f) on a temporary file, bring it to disk, call before(), then give it its name.
 
-    Readers see all or nothing. Two writers of one path do not disturb each other; the last one counts.
+    Readers see all or nothing. Two writers of one path do not disturb each other; the last one
+    counts.
     RunFailed if that fails (disk full, read-only, ...); then path is as it was.
     """
     f = None
@@ -100,7 +102,9 @@ def new_temporary(path):
 
 
 def remove_stale(pattern):
-    """Delete files and directories with names of this pattern (of glob) whose writers are dead: their locks are free."""
+    """Delete files and directories with names of this pattern (of glob) whose writers are dead:
+    their locks are free.
+    """
     if fcntl is None:
         return
     for path in glob.glob(pattern):
@@ -114,7 +118,8 @@ def remove_stale(pattern):
 
 
 def take_lock(handle):
-    """True: this process has the lock of an open file now; False: another one has it; None: there are no locks here.
+    """True: this process has the lock of an open file now; False: another one has it; None: there
+    are no locks here.
 
     The system gives a lock back when its process ends, however it ends.
     """
@@ -142,8 +147,9 @@ def bring_names_to_disk(folder):
 def new_directory(path):
     """A temporary directory beside `path` to fill; it gets the name when the block ends.
 
-    A directory of that name is always complete. ConfigError in one sentence if there is one already or the disk refuses.
-    Nothing is left behind then, nor after a signal; what a killed process left, the next one for this path deletes.
+    A directory of that name is always complete. ConfigError in one sentence if there is one already
+    or the disk refuses. Nothing is left behind then, nor after a signal; what a killed process
+    left, the next one for this path deletes.
     """
     target = os.path.abspath(path)
     if os.path.exists(target):
@@ -188,7 +194,9 @@ def open_partial(path):
 
 @contextlib.contextmanager
 def signals_end_the_block():
-    """SIGTERM, SIGHUP and SIGUSR1 leave the block as sys.exit would, so that it can clean up; a second one is ignored."""
+    """SIGTERM, SIGHUP and SIGUSR1 leave the block as sys.exit would, so that it can clean up;
+    a second one is ignored.
+    """
 
     def leave(number, frame):
         for other in before:
@@ -197,9 +205,11 @@ def signals_end_the_block():
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
+        names = ("SIGTERM", "SIGHUP", "SIGUSR1")  # of which Windows has one
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         before = {n: signal.getsignal(n) for n in numbers}
-    before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}  # nohup ignores one
+    # What nohup ignores stays ignored.
+    before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}
     for number in before:
         signal.signal(number, leave)
     try:
@@ -247,7 +257,8 @@ def read_json(path):
 
 
 def lock(folder, what="this run"):
-    """Refuse a second process that writes into a directory. The lock ends with this process, however it ends.
+    """Refuse a second process that writes into a directory. The lock ends with this process,
+    however it ends.
 
     -> the handle to close, or None where directories cannot be opened (Windows).
     """
@@ -267,6 +278,31 @@ def unlock(handle):
     """Give back what `lock` returned."""
     if handle is not None:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def only_writer(folder, what):
+    """In the block, no other process writes `what` into this directory. It is made if need be, and
+    goes if it stays empty.
+
+    ConfigError if another process is in such a block already, or if the disk refuses.
+    """
+    made, above = [], os.path.abspath(folder)
+    while not os.path.isdir(above):
+        made.append(above)
+        above = os.path.dirname(above)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle = lock(folder, what)
+    except OSError as e:
+        raise ConfigError(f"cannot write in {folder}: {e.strerror}", "out_dir") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # one of them holds something
+            for path in made:
+                os.rmdir(path)
+        unlock(handle)
 
 
 class Log:
@@ -360,10 +396,11 @@ class Damaged(Exception):
 def find_checkpoint(folder, *names, holds_lock=False):
     """The first of the named checkpoints that is whole, shards included.
 
-    Damage means: a checksum differs. The user is told of it. Only the process that holds the lock of the run sets the
-    damaged file aside under another name, so that it never replaces a whole one; a reader changes nothing.
-    RunFailed if the disk or memory refuses, which says nothing about the file; ConfigError if nothing is whole, or if
-    a whole file is no checkpoint of train.py.
+    Damage means: a checksum differs. The user is told of it. Only the process that holds the lock
+    of the run sets the damaged file aside under another name, so that it never replaces a whole
+    one; a reader changes nothing. RunFailed if the disk or memory refuses, which says nothing
+    about the file; ConfigError if nothing is whole, or if a whole file is no checkpoint of
+    train.py.
     """
     for name in names:
         path = os.path.join(folder, name + ".pt")
@@ -372,7 +409,8 @@ def find_checkpoint(folder, *names, holds_lock=False):
                 check_whole(folder, name)
                 return name
             except Damaged as e:
-                if stamp(path) != seen:  # the run that trains here has written another one meanwhile
+                # The run that trains here may have written another one meanwhile.
+                if stamp(path) != seen:
                     continue
                 print(f"{path} is damaged ({e}); trying an older one", file=sys.stderr)
                 if holds_lock:
@@ -392,7 +430,10 @@ def check_whole(folder, name):
 
 
 def stamp(path):
-    """What changes when a file is replaced; None if there is none. RunFailed if the disk does not answer."""
+    """What changes when a file is replaced; None if there is none.
+
+    RunFailed if the disk does not answer.
+    """
     with reading(path):
         try:
             os.lstat(path)
@@ -404,7 +445,9 @@ def stamp(path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Errors of the disk or of memory become RunFailed inside: they say nothing about what is in the file."""
+    """Errors of the disk or of memory become RunFailed inside:
+    they say nothing about what is in the file.
+    """
     try:
         yield
     except (OSError, MemoryError, RuntimeError) as e:
@@ -429,9 +472,11 @@ def set_aside(path):
 
 
 def read_checkpoint(folder, name):
-    """The contents of <folder>/<name>.pt, its checksum unchecked; tensors stay on disk until they are used.
+    """The contents of <folder>/<name>.pt, its checksum unchecked; tensors stay on disk until they
+    are used.
 
-    ConfigError if they are not those of a checkpoint of train.py; RunFailed if the disk or memory refuses.
+    ConfigError if they are not those of a checkpoint of train.py; RunFailed if the disk or memory
+    refuses.
     """
     path = os.path.join(folder, name + ".pt")
     with reading(path):
@@ -446,7 +491,9 @@ def read_checkpoint(folder, name):
 
 
 def unreadable(path, error):
-    """ConfigError that says so in one sentence, with the message of an error that torch or pickle raised."""
+    """ConfigError that says so in one sentence,
+    with the message of an error that torch or pickle raised.
+    """
     why = " ".join(str(error).split())[:120] or type(error).__name__
     return ConfigError(f"{path} cannot be read as weights ({why})", "init_from")
 
@@ -456,7 +503,9 @@ NUMBERS |= dict.fromkeys(("best", "best_of_all", "seconds"), (int, float))
 
 
 def check_form(state, path):
-    """ConfigError unless this is what save_checkpoint is given: numbers, and tensors or the names of shards."""
+    """ConfigError unless this is what save_checkpoint is given:
+    numbers, and tensors or the names of shards.
+    """
 
     def need(condition, what):
         require(condition, f"{path} is no checkpoint of train.py: {what}", None)
@@ -468,32 +517,35 @@ def check_form(state, path):
     need(state["step"] >= 0, f"its step is {state['step']}")
     if "shards" in state:
         about = state["shards"]
-        good = isinstance(about, dict) and isinstance(about.get("files"), dict) and "folder" in about
-        need(good, "it does not name its shards")
+        good = isinstance(about, dict) and "folder" in about
+        need(good and isinstance(about.get("files"), dict), "it does not name its shards")
     else:
         state["tensors"] = plain_tensors(state.get("tensors", {}), path)
 
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool}
 DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
-DTYPES |= {getattr(torch, n) for n in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")}
+DTYPES |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64}
 
 
 def plain_tensors(found, path):
-    """{name: tensor}, checked: what a stranger calls weights may be of any kind. -> the same, without attributes.
+    """{name: tensor}, checked: what a stranger calls weights may be of any kind. -> the same,
+    without attributes.
 
-    ConfigError for anything but text that can be shown and plain tensors of real numbers, and for tensors of more numbers
-    than the file has bytes: a stride of 0 makes 10^12 numbers of one.
+    ConfigError for anything but text that can be shown and plain tensors of real numbers, and for
+    tensors of more numbers than the file has bytes: a stride of 0 makes 10^12 numbers of one.
     """
     size = os.path.getsize(path)
 
     def need(condition, name, what):
         require(condition, f"{path} cannot be read as weights: {name!r:.80} is {what}", "init_from")
 
-    require(isinstance(found, dict), f"{path} cannot be read as weights: no tensors by name", "init_from")
+    message = f"{path} cannot be read as weights: no tensors by name"
+    require(isinstance(found, dict), message, "init_from")
     for name, t in found.items():
         need(isinstance(name, str) and name.isprintable(), name, "no name of a tensor")
-        need(type(t) in (torch.Tensor, torch.nn.Parameter), name, f"a {type(t).__name__}, no tensor")
+        plain = type(t) in (torch.Tensor, torch.nn.Parameter)
+        need(plain, name, f"a {type(t).__name__}, no tensor")
         need(t.layout is torch.strided and not t.is_nested, name, "no dense tensor")
         need(t.device.type == "cpu", name, "a tensor without data")
         need(t.dtype in DTYPES, name, f"a tensor of {str(t.dtype).removeprefix('torch.')}")
@@ -503,7 +555,9 @@ def plain_tensors(found, path):
 
 
 def load_checkpoint(folder, *names):
-    """The first of the named checkpoints that is whole, with all tensors, from whichever form it has. See find_checkpoint."""
+    """The first of the named checkpoints that is whole, with all tensors,
+    from whichever form it has. See find_checkpoint.
+    """
     while True:
         name = find_checkpoint(folder, *names)
         path = os.path.join(folder, name + ".pt")
@@ -559,10 +613,15 @@ def shards_of(folder, state):
 
 
 def inside(folder, name):
-    """<folder>/<name>, for a name that a file gives. ConfigError unless it is text and leads to a place in the folder."""
-    path = os.path.normpath(name) if isinstance(name, str) and name.isprintable() else ".."
-    leaves = os.path.isabs(path) or os.path.splitdrive(path)[0] or path.split(os.sep)[0] == os.pardir
-    require(not leaves and path != os.curdir, f"{folder} has no place for a file named {name!r:.80}", None)
+    """<folder>/<name>, for a name that a file gives.
+
+    ConfigError unless it is text and leads to a place in the folder.
+    """
+    good = isinstance(name, str) and name.isprintable() and len(name) < 256
+    path = os.path.normpath(name) if good else os.pardir
+    first = path.split(os.sep)[0]
+    leaves = os.path.isabs(path) or os.path.splitdrive(path)[0] or first in (os.pardir, os.curdir)
+    require(not leaves, f"{folder} has no place for a file named {name!r:.80}", None)
     return os.path.join(folder, path)
 
 
@@ -572,11 +631,12 @@ def shard_index(place):
 
 
 def read_shards(place, into=None):
-    """Fill the tensors of `into` {name: tensor or DTensor} from shards, of however many ranks; without it, all, whole.
+    """Fill the tensors of `into` {name: tensor or DTensor} from shards, of however many ranks;
+    without it, all, whole.
 
     ConfigError if they are not such shards; RunFailed if the disk or memory refuses.
     """
-    reader = TensorReader(place)
+    reader, alone = TensorReader(place), not dist.is_initialized()
     with reading(place):
         try:
             reader.index = read_index(place)
@@ -585,8 +645,9 @@ def read_shards(place, into=None):
                 into = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in about.items()}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that there is one process
-                dcp.load(into, storage_reader=reader, planner=TensorPlanner(), no_dist=not dist.is_initialized())
-        except (Exception, dcp.CheckpointException) as e:  # the latter is no Exception: the errors of all ranks
+                dcp.load(into, storage_reader=reader, planner=TensorPlanner(), no_dist=alone)
+        # The latter, errors of all ranks, is no Exception.
+        except (Exception, dcp.CheckpointException) as e:
             cause = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
             if isinstance(cause, (ConfigError, RunFailed)) or from_system(cause):
                 raise cause from None
@@ -609,7 +670,8 @@ class TensorPlanner(dcp.DefaultLoadPlanner):
 
 
 def read_index(place):
-    """The index of a directory of torch.distributed.checkpoint, made anew from what it says of tensors.
+    """The index of a directory of torch.distributed.checkpoint, made anew from what it says of
+    tensors.
 
     What else a trainer keeps there is left out. ConfigError if it does not fit the files beside it.
     """
@@ -618,8 +680,10 @@ def read_index(place):
         try:
             with open(path, "rb") as f:
                 found = said(IndexUnpickler(f).load(), "Metadata")
-            abouts = found["state_dict_metadata"].items()
-            tensors = {n: describe_tensor(x) for n, x in abouts if type(x).__name__ == "TensorStorageMetadata"}
+            tensors = {}
+            for name, about in found["state_dict_metadata"].items():
+                if type(about).__name__ == "TensorStorageMetadata":
+                    tensors[name] = describe_tensor(about)
             places = [find_chunk(*entry) for entry in found["storage_data"].items()]
             storage = {index: info for index, info in places if index.fqn in tensors}
             files = {info.relative_path for info in storage.values()}
@@ -633,18 +697,21 @@ def read_index(place):
             raise
         except Exception as e:  # a pickle of anything
             raise unreadable(place, e) from None
-    return dcp_metadata.Metadata(tensors, storage_data=storage, storage_meta=dcp_metadata.StorageMeta())
+    meta = dcp_metadata.StorageMeta()
+    return dcp_metadata.Metadata(tensors, storage_data=storage, storage_meta=meta)
 
 
 def said(thing, kind):
-    """What the index says of one of torch's objects, {field: value}; ValueError if it is of another kind."""
+    """{field: value} of one of torch's objects in the index; ValueError if it is another kind."""
     if type(thing).__name__ != kind or not isinstance(thing.state, dict):
         raise ValueError(f"no {kind} in its place")
     return thing.state
 
 
 def describe_tensor(thing):
-    """TensorStorageMetadata of the index -> torch's own; ValueError unless its chunks fill the tensor."""
+    """TensorStorageMetadata of the index -> torch's own;
+    ValueError unless its chunks fill the tensor.
+    """
     about = said(thing, "TensorStorageMetadata")
     size, dtype = about["size"], about["properties"].state[0]
     if type(size) is not torch.Size or dtype not in DTYPES:
@@ -653,8 +720,9 @@ def describe_tensor(thing):
     for chunk in about["chunks"]:
         place = said(chunk, "ChunkStorageMetadata")
         begin, extent = torch.Size(place["offsets"]), torch.Size(place["sizes"])
+        edges = zip(begin, extent, size)
         fits = len(begin) == len(extent) == len(size)
-        if not fits or any(a < 0 or n < 0 or a + n > whole for a, n, whole in zip(begin, extent, size)):
+        if not fits or any(a < 0 or n < 0 or a + n > whole for a, n, whole in edges):
             raise ValueError("a part outside its tensor")
         chunks.append(dcp_metadata.ChunkStorageMetadata(begin, extent))
     if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
@@ -683,7 +751,9 @@ def size_of_file(path):
 
 
 class Described:
-    """Stands in for a class of torch in an index: it keeps what the pickle says of an object, and does nothing."""
+    """Stands in for a class of torch in an index:
+    it keeps what the pickle says of an object, and does nothing.
+    """
 
     state = None
 
@@ -694,10 +764,13 @@ class Described:
         self.state = state
 
 
-class IndexUnpickler(pickle._Unpickler):  # Python's own, because a few bytes make the one in C fill all memory
-    """Reads the index, a pickle, and calls nothing in it: an object of torch becomes a Described of the same name."""
+# Python's own unpickler, because a few bytes make the one in C fill all memory.
+class IndexUnpickler(pickle._Unpickler):
+    """Reads the index, a pickle, and calls nothing in it:
+    an object of torch becomes a Described of the same name.
+    """
 
-    VALUES = {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+    VALUES = {"Size", *(str(kind).removeprefix("torch.") for kind in DTYPES)}
     KINDS = {
         "torch.distributed.checkpoint.metadata": {
             *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
@@ -737,13 +810,16 @@ def remove_old_shards(folder):
         return
     for name in ("ckpt", "ckpt_prev", "best"):
         try:
-            used.add(read_checkpoint(folder, name)["shards"]["folder"])
-        except (FileNotFoundError, KeyError):  # absent, or one file
-            continue
+            if stamp(os.path.join(folder, name + ".pt")) is None:
+                continue
+            state = read_checkpoint(folder, name)
+            if "shards" in state:
+                used.add(state["shards"]["folder"])
         except Exception:  # a disk that does not answer says nothing about what the checkpoint needs
             return
     for label in os.listdir(place):
-        if label not in used:
+        ours = re.fullmatch(r"(ckpt|ckpt_prev|best)-\d+(-\d+)?", label)
+        if ours and label not in used:
             shutil.rmtree(os.path.join(place, label), ignore_errors=True)
     if not os.listdir(place):
         os.rmdir(place)

@@ -20,6 +20,7 @@ prefix is shared, not repeated before each template; the token that predicts the
 mixed up; nothing falls back silently to another attention; all methods have one metric.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -35,7 +36,7 @@ import configs
 import fusion
 import llama
 import prompts
-from checkpoint import data_hash, write_file, write_json
+from checkpoint import data_hash, only_writer, write_file, write_json
 from configs import ConfigError, at_least, one_of, require
 from llama import need
 from measure import figure, print_table, share, share_over_rows, shown
@@ -394,6 +395,14 @@ def generate(c, world):
     """Answer what is not answered yet; write the results of all."""
     facts, shots = questions_and_shots(c)
     folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
+    with contextlib.ExitStack() as stack:
+        alone = only_writer(folder, "results there")
+        world.together(lambda: stack.enter_context(alone), first_only=True)
+        generate_in(folder, c, world, facts, shots)
+
+
+def generate_in(folder, c, world, facts, shots):
+    """Answer in this directory what is not answered there yet; write the results of all."""
     methods = methods_of(c)
     done = world.together(lambda: read_progress(folder, c))
     have = {(r["uuid"], r["method"]) for r in done}
@@ -407,7 +416,6 @@ def generate(c, world):
         world.say(f"{len(facts)} questions, {len(facts) - len(left)} of them answered already; results go to {folder}")
         stop = fusion.Stop.of(tokenizer, model.config.eos, device, model.config.vocab_size)
         run = Run(c, model, tokenizer, stop, folder, methods)
-        world.first_does(lambda: os.makedirs(folder, exist_ok=True))
         answer_all(run, left, shots, have, world)
         world.say(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
     if world.first:
@@ -535,11 +543,17 @@ def plot_table(path, rows, baseline, title):
 
 def add_lemmas(c):
     """A second pass over the feather files: predict_lemma and answer_lemmas."""
+    need("simplemma", "--lemmaize needs a package: pip install simplemma")
+    folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
+    with only_writer(folder, "results there"):
+        add_lemmas_in(folder, c)
+
+
+def add_lemmas_in(folder, c):
+    """The same, in the directory where the files are."""
     import pyarrow as pa
     import pyarrow.feather as feather
 
-    need("simplemma", "--lemmaize needs a package: pip install simplemma")
-    folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
     names = [file_name(c, m) + ".feather" for m in methods_of(c)]
     there = [os.path.join(folder, n) for n in names if os.path.exists(os.path.join(folder, n))]
     require(there, f"{folder} has none of {', '.join(names)}; generate first", "out_dir")

@@ -265,9 +265,12 @@ def restore_tensors(folder, state, model, optimizer=None):
     parameters = dict(model.named_parameters())
     for name in part(sizes, "optimizer") if optimizer else ():
         parameter, _, key = name.rpartition(".")
-        p = parameters[parameter]
-        like_p = sizes[f"optimizer.{name}"] == p.shape and p.ndim > 0
-        fresh = torch.zeros_like(p) if like_p else torch.zeros(sizes[f"optimizer.{name}"], device=p.device)
+        p, size = parameters.get(parameter), sizes[f"optimizer.{name}"]
+        fits = p is not None and size in (p.shape, torch.Size())
+        message = f"the checkpoint in {folder} has an optimizer's {name} that fits no parameter"
+        require(fits, message, "resume")
+        like_p = size == p.shape and p.ndim > 0
+        fresh = torch.zeros_like(p) if like_p else torch.zeros(size, device=p.device)
         into[f"optimizer.{name}"] = optimizer.state[p][key] = fresh.detach()
     with torch.no_grad():
         if sharded:

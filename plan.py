@@ -454,6 +454,10 @@ def read_plan(folder, changes=()):
     return plan(settings + list(changes))
 
 
+def shapes(tensors):
+    return {name: t.shape for name, t in tensors.items()}
+
+
 def load_run(folder, which="best"):
     """A trained run, ready to look at: -> (Plan, data, model in eval mode on the CPU, checkpoint).
 
@@ -467,5 +471,8 @@ def load_run(folder, which="best"):
     model = make_model(p, config)
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
     require_same_settings(folder, p, config, state)
-    model.load_state_dict(part(state["tensors"], "model"))
+    weights = part(state["tensors"], "model")
+    message = f"the checkpoint in {folder} is not of the model that its config.json describes"
+    require(shapes(weights) == shapes(model.state_dict()), message, None)
+    model.load_state_dict(weights)
     return p, data, model.eval(), state

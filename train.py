@@ -30,7 +30,17 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import configs
-from checkpoint import Log, find_checkpoint, lock, read_checkpoint, read_json, unlock, write_json
+from checkpoint import (
+    NUMBERS,
+    Log,
+    find_checkpoint,
+    lock,
+    read_checkpoint,
+    read_json,
+    reading,
+    unlock,
+    write_json,
+)
 from configs import ConfigError, RunFailed, require
 from draws import IGNORE
 from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
@@ -404,7 +414,9 @@ def prepare(model, c, goes_on):
 
 def has_checkpoint(folder):
     """Has a run saved one, if only a damaged one? Without any it starts again."""
-    return any(re.match(r"ckpt(_prev)?\.pt(\.damaged|$)", name) for name in os.listdir(folder))
+    with reading(folder):
+        names = os.listdir(folder)
+    return any(re.match(r"ckpt(_prev)?\.pt(\.damaged|$)", name) for name in names)
 
 
 def find_resume(folder, world):
@@ -415,7 +427,13 @@ def find_resume(folder, world):
             return find_checkpoint(folder, "ckpt", "ckpt_prev", holds_lock=True)
 
     name = world.first_does(find)
-    return read_checkpoint(folder, name) if name else None
+    if not name:
+        return None
+    resume = read_checkpoint(folder, name)
+    lacking = sorted(NUMBERS.keys() - resume.keys())
+    message = f"{folder}: {name}.pt has no {', '.join(lacking)}; training cannot go on from it"
+    require(not lacking, message, "resume")
+    return resume
 
 
 def take_up(p, folder, world, resume, data):

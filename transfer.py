@@ -126,9 +126,11 @@ def pick_checkpoint(folder, step):
 
 
 def read_file(path):
-    """{name: tensor} of a file that torch.save wrote: ours, or a state dict, in "model" or "state_dict" or bare.
+    """{name: tensor} of a file that torch.save wrote: ours, or a state dict, in "model" or
+    "state_dict" or bare.
 
-    ConfigError if it holds anything but plain tensors there; RunFailed if the disk or memory refuses.
+    ConfigError if it holds anything but plain tensors there; RunFailed if the disk or memory
+    refuses.
     """
     with reading(path):
         try:
@@ -150,7 +152,9 @@ def read_file(path):
 
 
 def refuse_compressed(path):
-    """ValueError for a zip that holds more bytes than it has: torch.save compresses nothing, a bomb does."""
+    """ValueError for a zip that holds more bytes than it has:
+    torch.save compresses nothing, a bomb does.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
             held = sum(entry.file_size for entry in z.infolist())

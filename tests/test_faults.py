@@ -3,6 +3,7 @@
 import builtins
 import errno
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -223,30 +224,116 @@ def damages(raw, fuse):
     yield lambda path: path.mkdir()
     yield write(pickle.dumps(Bomb(fuse)))
     yield lambda path: torch.save({"step": 1, "tensors": Bomb(fuse)}, path)
-    yield lambda path: checkpoint.save_checkpoint(str(path.parent), path.stem, {"step": 1, "tensors": Bomb(fuse)})  # and sealed
 
 
 def test_every_damage_is_noticed_and_the_checkpoint_before_taken(tmp_path, capsys):
+    """By a reader, which changes nothing, and by the process that holds the lock of the run,
+    which sets the file aside.
+    """
     _, out = run(tmp_path)
     path, fuse = tmp_path / "run" / "ckpt.pt", tmp_path / "fuse"
-    raw, previous = path.read_bytes(), (tmp_path / "run" / "ckpt_prev.pt").read_bytes()
+    raw = path.read_bytes()
     ways = list(damages(raw, fuse))
     capsys.readouterr()
     for spoil in ways:
         path.unlink(missing_ok=True)
         spoil(path)
-        (tmp_path / "run" / "ckpt_prev.pt").write_bytes(previous)  # a sealed bomb was saved as a user would save it
+        there = sorted(os.listdir(out))
         state = checkpoint.load_checkpoint(out, "ckpt", "ckpt_prev")
         error = capsys.readouterr().err
         assert state["step"] == 40 and error.count("\n") == 1 and "ckpt.pt is damaged (" in error, spoil
+        assert sorted(os.listdir(out)) == there
+        assert checkpoint.find_checkpoint(out, "ckpt", "ckpt_prev", holds_lock=True) == "ckpt_prev"
+        assert capsys.readouterr().err == error
         assert os.path.lexists(f"{path}.damaged") and not os.path.lexists(path)
-    assert len(ways) == 226 and not fuse.exists()
+    assert len(ways) == 225 and not fuse.exists()
+    # With a checksum that is right, a stranger's file is not damaged but refused; it does not go
+    # off either.
+    checkpoint.save_checkpoint(out, "ckpt", {"step": 1, "tensors": Bomb(fuse)}, keep_old=False)
+    with pytest.raises(ConfigError, match=r"ckpt\.pt cannot be read as weights"):
+        checkpoint.find_checkpoint(out, "ckpt", "ckpt_prev", holds_lock=True)
+    assert path.exists() and not fuse.exists()
     path.write_bytes(raw)
     assert checkpoint.load_checkpoint(out, "ckpt")["step"] == 60
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         os.truncate(os.path.join(out, name), 1000)
     with pytest.raises(ConfigError, match="no checkpoint that can be read"):
         checkpoint.load_checkpoint(out, "ckpt", "ckpt_prev")
+
+
+SYSTEM_ERRORS = {
+    "EIO": OSError(errno.EIO, "Input/output error"),
+    "ESTALE": OSError(errno.ESTALE, "Stale file handle"),
+    "ETIMEDOUT": TimeoutError(errno.ETIMEDOUT, "Connection timed out"),
+    "EMFILE": OSError(errno.EMFILE, "Too many open files"),
+    "ENOMEM": RuntimeError("unable to mmap 704 bytes from file <x>: Cannot allocate memory (12)"),
+    "allocator": RuntimeError("DefaultCPUAllocator: Error code 12 (Cannot allocate memory)"),
+    "memory": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", SYSTEM_ERRORS)
+@pytest.mark.parametrize("at", ["lstat", "stat", "open", "hash", "load"])
+def test_a_read_error_is_no_damage(tmp_path, monkeypatch, error, at):
+    """The disk and memory say nothing about what is in a file:
+    reader and trainer stop, and change nothing.
+    """
+    state = {"step": 1, "tensors": {}, "shards": {"folder": "ckpt-1", "files": {"a": "0" * 64}}}
+    for name in ("ckpt_prev", "best", "ckpt"):
+        checkpoint.save_checkpoint(tmp_path, name, state, keep_old=False)
+    os.makedirs(tmp_path / "shards" / "ckpt-1")
+    (tmp_path / "shards" / "ckpt-1" / "a").write_bytes(b"x")
+    before = {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    places = {
+        "lstat": (checkpoint.os, "lstat"),
+        "stat": (checkpoint.os, "stat"),
+        "open": (builtins, "open"),
+        "hash": (checkpoint, "file_hash"),
+        "load": (torch, "load"),
+    }
+    whole = getattr(*places[at])
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith(("ckpt.pt", "best.pt", "shards/ckpt-1/a")):
+            raise SYSTEM_ERRORS[error]
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(*places[at], refuse)
+    for names in (("ckpt", "ckpt_prev"), ("best",)):
+        for holds_lock in (False, True):
+            with pytest.raises(RunFailed, match=r"cannot read .*; nothing was changed"):
+                checkpoint.find_checkpoint(str(tmp_path), *names, holds_lock=holds_lock)
+        with pytest.raises(RunFailed, match="cannot read"):
+            checkpoint.load_checkpoint(str(tmp_path), *names)
+    monkeypatch.undo()
+    assert {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_reader_takes_the_checkpoint_that_replaced_its_own(tmp_path, monkeypatch, capsys):
+    """The run that trains there deletes the shards of the one before,
+    as eval.py is about to read them.
+    """
+    _, out = run(tmp_path)
+    train.main([f"--resume={out}", "--export=shards"])
+    capsys.readouterr()
+    files = [os.path.join(out, name) for name in ("ckpt.pt", "ckpt_prev.pt")]
+    aside = tmp_path / "aside"
+    for function in ("check_shards", "read_shards"):
+        whole = getattr(checkpoint, function)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(out, aside)
+
+        def replaced(*args, function=function, whole=whole):
+            monkeypatch.setattr(checkpoint, function, whole)
+            os.replace(files[1], files[0])
+            shutil.rmtree(os.path.join(out, "shards", "ckpt-60"))
+            return whole(*args)
+
+        monkeypatch.setattr(checkpoint, function, replaced)
+        assert checkpoint.load_checkpoint(out, "ckpt")["step"] == 40
+        assert not capsys.readouterr().err
+        shutil.rmtree(out)
+        shutil.copytree(aside, out)
 
 
 def test_damaged_shards_are_noticed_too(tmp_path, capsys):
@@ -269,7 +356,7 @@ def test_damaged_shards_are_noticed_too(tmp_path, capsys):
     state = checkpoint.read_checkpoint(out, "ckpt")
     state["shards"]["files"][".metadata"] = checkpoint.file_hash(place)
     checkpoint.save_checkpoint(out, "best", state)
-    with pytest.raises(pickle.UnpicklingError, match="system has no place"):
+    with pytest.raises(ConfigError, match="system has no place"):
         checkpoint.load_checkpoint(out, "best")
     assert not fuse.exists()
 
@@ -341,6 +428,133 @@ def test_two_processes_never_write_one_run(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
     assert run(tmp_path, resume=True, max_steps=60)[0] == 0 and "cannot be locked" in capsys.readouterr().err
+
+
+def test_without_locks_everything_runs(tmp_path, monkeypatch, capsys):
+    """As on Windows, which has no fcntl and opens no directories."""
+    spec = importlib.util.spec_from_file_location("without_fcntl", checkpoint.__file__)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "fcntl", None)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    assert module.fcntl is None
+    opened = os.open
+
+    def files_only(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    monkeypatch.setattr(os, "open", files_only)
+    status, out = run(tmp_path)
+    assert status == 0 and run(tmp_path, resume=True, max_steps=80)[0] == 0
+    assert "cannot be locked here" in capsys.readouterr().err
+    with checkpoint.new_directory(str(tmp_path / "made")) as work:
+        checkpoint.write_json(os.path.join(work, "a.json"), 1)
+    assert os.listdir(tmp_path / "made") == ["a.json"]
+
+
+def in_child(work):
+    """Run work() in a forked process -> its number, for status_of."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            work()
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        finally:
+            os._exit(status)
+    return pid
+
+
+def status_of(pid):
+    """Wait for a child -> its exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_two_writers_of_one_file_and_a_reader_do_not_disturb_each_other(tmp_path):
+    path, rows = str(tmp_path / "x.json"), 2000
+    checkpoint.write_json(path, [0] * rows)
+
+    def write(number):
+        def work():
+            for _ in range(60):
+                checkpoint.write_json(path, [number] * rows)
+
+        return work
+
+    writers = [in_child(write(n)) for n in (1, 2)]
+    looks, ended = 0, (0, 0)
+    while ended == (0, 0):
+        found = checkpoint.read_json(path)
+        assert len(found) == rows and len(set(found)) == 1
+        looks += 1
+        ended = os.waitpid(writers[0], os.WNOHANG)
+    assert looks > 20 and ended[1] == 0 and status_of(writers[1]) == 0
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_the_temporary_file_of_a_dead_writer_goes_that_of_a_living_one_stays(tmp_path):
+    path = str(tmp_path / "x [1].json")
+
+    def die(f):
+        f.write(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def meanwhile(f):
+        f.write(b"1")
+        checkpoint.write_json(path, 2)
+        assert len(os.listdir(tmp_path)) == 2  # the other file, and this one
+
+    assert status_of(in_child(lambda: checkpoint.write_file(path, die))) == -signal.SIGKILL
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".x [1].json.tmp-")
+    checkpoint.write_file(path, meanwhile)
+    assert os.listdir(tmp_path) == ["x [1].json"] and checkpoint.read_json(path) == 1
+    # Of a file that nobody writes again, the next process that holds the directory deletes it.
+    assert status_of(in_child(lambda: checkpoint.write_file(path, die))) == -signal.SIGKILL
+    checkpoint.unlock(checkpoint.lock(str(tmp_path)))
+    assert os.listdir(tmp_path) == ["x [1].json"]
+
+
+def test_a_new_file_can_be_read_by_those_who_could_read_the_old_one(tmp_path):
+    before = os.umask(0o022)
+    checkpoint.write_json(str(tmp_path / "x.json"), 1)
+    os.umask(before)
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGKILL])
+def test_a_data_set_that_was_stopped_leaves_nothing(tmp_path, number):
+    target, own = str(tmp_path / "set"), tmp_path / "set.partial-mine"
+    own.mkdir()  # a user's, whatever its name
+
+    def stopped():
+        with checkpoint.new_directory(target) as work:
+            checkpoint.write_json(os.path.join(work, "a.json"), 1)
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    def heed():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stopped()
+
+    status = status_of(in_child(heed))
+    left = [name for name in os.listdir(tmp_path) if name != own.name]
+    if number == signal.SIGKILL:
+        assert status == -number and len(left) == 1
+    else:
+        assert status == 128 + number and not left
+    with checkpoint.new_directory(target) as work:
+        with checkpoint.new_directory(str(tmp_path / "other")):
+            pass
+        with pytest.raises(ConfigError, match="stop"), checkpoint.new_directory(target) as second:
+            assert os.path.isdir(work) and second != work
+            raise OSError("stop")
+    assert sorted(os.listdir(tmp_path)) == ["other", "set", own.name]
 
 
 def test_without_hard_links_the_older_checkpoint_is_a_copy(tmp_path, monkeypatch):

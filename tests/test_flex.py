@@ -12,6 +12,7 @@ import pyarrow.feather as feather
 import pytest
 import torch
 
+import checkpoint
 import flex_generate as flex
 import fusion
 import llama
@@ -489,6 +490,21 @@ def test_a_killed_run_goes_on_and_nothing_is_lost_or_doubled(tiny, tmp_path, cap
     assert "parameters" not in capsys.readouterr().out  # all is there: no model is loaded
     with pytest.raises(ConfigError, match="holds results with another num_auto; give another --out_dir"):
         flex.main(command(tiny, tmp_path, "--num_auto=1"))
+
+
+def test_two_processes_never_answer_in_one_directory(tiny, tmp_path):
+    folder = tmp_path / "out" / "plain"
+    with checkpoint.only_writer(str(folder), "results there"):
+        for more in ([], ["--lemmaize"] if prompts.has_lemmas() else []):
+            with pytest.raises(ConfigError, match="another process is writing results there; wait"):
+                flex.main(command(tiny, tmp_path, *more))
+        assert not os.listdir(folder)
+    assert not (tmp_path / "out").exists()  # it stayed empty
+    with pytest.raises(ConfigError, match="nowhere"):
+        flex.main([*command(tiny, tmp_path), "--model=nowhere"])
+    assert not (tmp_path / "out").exists()
+    flex.main(command(tiny, tmp_path, "--method=origin"))
+    assert (folder / "table.json").exists()
 
 
 def test_a_method_that_is_there_is_not_run_again(tiny, tmp_path, monkeypatch):
