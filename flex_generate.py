@@ -57,6 +57,9 @@ from plan import enough_memory
 from stats import mcnemar
 
 
+ADVICE = "lower batch_size, or take a smaller model"  # when memory is full
+
+
 @dataclass
 class Config:
     model: str = "smollm2_135m_it"  # short name, GGUF file, or directory with config.json, *.safetensors, tokenizer.json
@@ -684,7 +687,7 @@ def main(argv=None):
         return show_mask(c)
     if c.lemmaize:
         return add_lemmas(c)
-    with joined(c.device) as world, enough_memory(lambda: "lower batch_size, or take a smaller model"):
+    with joined(c.device) as world, enough_memory(lambda: ADVICE):
         generate(c, world)
 
 

@@ -188,7 +188,8 @@ class MemoryLayer(nn.Module):
         n = self.config.mem_n_keys
         table = in_float64(self.reads).view(-1, n, n)
         halves = torch.stack([table.sum(2), table.sum(1)], dim=1)  # (H, 2, n)
-        self.bias += self.config.mem_balance * torch.sign(halves.mean(-1, keepdim=True) - halves).to(self.bias)
+        change = torch.sign(halves.mean(-1, keepdim=True) - halves)
+        self.bias += self.config.mem_balance * change.to(self.bias)
 
 
 def in_float64(x):

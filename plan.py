@@ -396,11 +396,12 @@ def make_model(p, config):
             raise
         with torch.device("meta"):  # sizes without numbers
             sizes = describe_size(p.model_class(config), 4)
-        raise ConfigError(f"a model of these sizes does not fit in memory: {sizes}; make that smaller") from None
+        message = f"a model of these sizes does not fit in memory: {sizes}; make that smaller"
+        raise ConfigError(message) from None
 
 
 def describe_size(model, bytes_each):
-    """How much memory a model takes at this many bytes for a parameter, and what in it is largest, as text."""
+    """How much memory a model takes at so many bytes a parameter, and what is largest, as text."""
     named = dict(model.named_parameters())
     count = sum(q.numel() for q in named.values())
     name, largest = max(named.items(), key=lambda item: item[1].numel())
@@ -415,7 +416,7 @@ def out_of_memory(error):
 
 @contextlib.contextmanager
 def enough_memory(advice):
-    """A block that ends in one sentence if it needs more memory than there is: RunFailed. advice() says what to do."""
+    """RunFailed if the block needs more memory than there is. advice() says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
@@ -425,7 +426,10 @@ def enough_memory(advice):
 
 
 def training_advice(model, device):
-    """What to make smaller when training does not fit: a model that takes half of the memory by itself, else the batch."""
+    """What to make smaller when training does not fit, as text.
+
+    That is the batch, unless the model by itself takes half of the memory or more.
+    """
     each = 16  # bytes in float32: weight, gradient, and AdamW's two moments
     if 2 * each * count_parameters(model)["total"] < memory_size(device):
         return "raise accumulate or lower batch_size or eval_batch_size"
@@ -434,7 +438,7 @@ def training_advice(model, device):
 
 
 def memory_size(device):
-    """Bytes of the memory that a model on this device lives in, as far as they can be known; else infinity."""
+    """Bytes of the memory that a model on this device lives in; infinity where nothing says so."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -466,9 +470,10 @@ def label(p, config):
 
 
 def make_run_directory(p, config):
-    """Create <log_dir>/<run> -> its path, and its lock. Without `run_name`, it ends in the Unix time, raised until it is free.
+    """Create <log_dir>/<run> -> its path, and its lock.
 
-    A directory that a run was to have, and that it left before its config.json was written, is taken again.
+    Without `run_name`, it ends in the Unix time, raised until it is free.
+    A directory that a run left before its config.json was written is taken again.
     """
     c, now = p.train, int(time.time())
     while True:
@@ -493,7 +498,7 @@ def make_run_directory(p, config):
 
 
 def never_began(folder):
-    """Is this the directory of a run that was stopped before its config.json was written? Then nothing else is in it."""
+    """Was a run stopped here before its config.json was written? Then nothing else is there."""
     if not os.path.isdir(folder):
         return False
     return all("config.json" in name and name != "config.json" for name in os.listdir(folder))
@@ -541,12 +546,15 @@ MAY_CHANGE = (  # on resume
     "n_epochs max_steps stop_accuracy target log_interval eval_interval save_every nan_limit "
     "accumulate parallel export device threads compile"
 ).split()
-# Where things are is no matter of the weights; the contents of data are compared by require_same_data.
+# Where things are does not change the weights. What is in them is compared by require_same_data.
 PLACES = "log_dir run_name exp_group resume init_from path tokenizer synthetic_dataset".split()
 
 
 def settings_text(p, config):
-    """What a checkpoint says of the settings that it was trained with, as JSON: {"train": {...}, "model": ..., "data": ...}."""
+    """What a checkpoint says of the settings that it was trained with.
+
+    -> JSON: {"train": {name: value}, "model": {...}, "data": {...}}, without what may change.
+    """
     parts = {"train": p.train, "model": config, "data": p.data}
     values = {}
     for part_name, part_config in parts.items():
@@ -556,7 +564,10 @@ def settings_text(p, config):
 
 
 def require_same_settings(folder, p, config, state):
-    """ConfigError if config.json is not what the checkpoint `state` was trained with. Older ones do not say."""
+    """ConfigError if config.json is not what the checkpoint `state` was trained with.
+
+    Older checkpoints do not say.
+    """
     if "settings" not in state:
         return
     now, path = json.loads(settings_text(p, config)), os.path.join(folder, "config.json")
@@ -568,10 +579,9 @@ def require_same_settings(folder, p, config, state):
     for part_name, values in began.items():
         for key, value in values.items():
             mine = now[part_name].get(key, value)
-            message = (
-                f"{path} says {key}={mine!r}, but the checkpoint was trained with "
-                f"{key}={value!r}; put that back, or start a new run"
-            )
+            said = f"{path} says {key}={mine!r}"
+            trained = f"the checkpoint was trained with {key}={value!r}"
+            message = f"{said}, but {trained}; put that back, or start a new run"
             require(mine == value, message, None)
 
 

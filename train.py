@@ -199,7 +199,8 @@ def train(run, resume=None, stopped_by=()):
         # stop
         if state["bad_steps"] >= c.nan_limit:
             if world.first:
-                show(bar, f"stopped: the gradient was not finite {c.nan_limit} steps in a row; {LOWER}")
+                many = f"{c.nan_limit} steps in a row"
+                show(bar, f"stopped: the gradient was not finite {many}; {LOWER}")
             outcome = "failed"
             break
         if stop:
@@ -279,7 +280,8 @@ def catch_signals(world):
             signal.signal(number, signal.SIG_DFL)
 
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows lacks two
+    # Windows lacks two of them.
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {n: signal.signal(n, on_signal) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # nohup ignores one
     return caught, lambda: [signal.signal(number, handler) for number, handler in before.items()]
 
@@ -373,7 +375,8 @@ def start(p, folder, world):
             require_same_settings(folder, p, config, resume)
             status = world.first_does(lambda: ended(folder, resume, c, total_steps(c, data)))
             if status:
-                world.say(f"{folder} has ended; to train it longer, raise --n_epochs or --max_steps")
+                how = "raise --n_epochs or --max_steps"
+                world.say(f"{folder} has ended; to train it longer, {how}")
                 return world.first_does(lambda: report(folder, status, c, data))
         if resumed:
             take_up(p, folder, world, resume, data)
@@ -393,15 +396,18 @@ def start(p, folder, world):
                 model.compile()
             settings = settings_text(p, config)
             # No name here for the wrapped model: see parallel.leave.
-            run = Run(p, folder, world, device, dtype, data, model, spread(model, c.parallel, device), settings)
-            return finish(run, resume)
+            about = (p, folder, world, device, dtype, data, model)
+            return finish(Run(*about, spread(model, c.parallel, device), settings), resume)
     finally:
         if world.first:
             unlock(held)
 
 
 def prepare(model, c, goes_on):
-    """Load and freeze what the settings name -> lines about it. goes_on: the weights come from the run's own checkpoint."""
+    """Load and freeze what the settings name -> lines about it.
+
+    goes_on: the weights come from the run's own checkpoint.
+    """
     notes = []
     if c.init_from and not goes_on:
         require(isinstance(c.init_map, dict) or not c.init_map, f"init_map={c.init_map!r} is no JSON dict", "init_map")
@@ -412,7 +418,7 @@ def prepare(model, c, goes_on):
 
 
 def has_checkpoint(folder):
-    """Has a run saved one, if only a damaged one? Without any it was stopped before its first, and starts again."""
+    """Has a run saved one, if only a damaged one? Without any it starts again."""
     with reading(folder):
         names = os.listdir(folder)
     return any(re.match(r"ckpt(_prev)?\.pt(\.damaged|$)", name) for name in names)
@@ -448,13 +454,18 @@ def take_up(p, folder, world, resume, data):
         before = world.first_does(lambda: read_plan(folder).train)
         for note in jump(before, c, data, resume["step"]):
             world.say(note)
-    again = {"step": resume["step"] if resume else 0, "world_size": world.size, "launch": launch(), "argv": sys.argv}
-    saved |= {"train": dataclasses.asdict(c), "launch": launch(), "resumed": [*saved.get("resumed", []), again]}
+    step = resume["step"] if resume else 0
+    again = {"step": step, "world_size": world.size, "launch": launch(), "argv": sys.argv}
+    resumed = [*saved.get("resumed", []), again]
+    saved |= {"train": dataclasses.asdict(c), "launch": launch(), "resumed": resumed}
     world.first_does(lambda: write_json(path, saved))  # n_epochs and a few others may be new
 
 
 def jump(before, c, data, step):
-    """[a line if the learning rate jumps at this step, because settings `before` had the schedule end at another one]."""
+    """[a line if the learning rate jumps at this step].
+
+    It does if the schedule of the settings `before` ends at another step.
+    """
     each, ends = data.steps_per_epoch(c.batch_size), [total_steps(x, data) for x in (before, c)]
     old, new = (learning_rate(c, step, each, end) for end in ends)
     if old == new:
@@ -491,7 +502,10 @@ TESTED = {  # what status.json says of a run that was tested
 
 
 def ended(folder, resume, c, total):
-    """status.json of a run that has nothing left to do, or None. resume: its last checkpoint; total: its last step."""
+    """status.json of a run that has nothing left to do, or None.
+
+    resume: its last checkpoint; total: its last step.
+    """
     status = {}
     # Killed before it wrote one, or damaged: then it is tested and written again.
     with contextlib.suppress(ConfigError):
@@ -518,7 +532,10 @@ def report(folder, status, c, data):
 
 
 def tested_weights(folder, step):
-    """{"weights": "best" or "last", "step": ...} of what the test is of, after the last step of a run, with "why" if last."""
+    """What the test is of: {"weights": "best" or "last", "step": its step}, with "why" if last.
+
+    step: the last one of the run.
+    """
     try:
         name = find_checkpoint(folder, "best", holds_lock=True)
     except ConfigError:
@@ -555,8 +572,9 @@ def finish(run, resume):
     finally:
         run.wrapped = None  # even where an error holds on to the run: see parallel.leave
     write_status(**result)
+    # Else they stay caught: torchrun may repeat them until this process has ended.
     if world.size == 1 and result["status"] != "preempted":
-        release_signals()  # else they stay caught: torchrun may repeat them until this process has ended
+        release_signals()
     return world.first_does(lambda: leave_run(folder, result, p.train, run.data, stopped_by))
 
 

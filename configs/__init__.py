@@ -347,7 +347,10 @@ def help_text(doc, *classes):
 
 
 class Screen:
-    """Standard output or error. Its reader may go (`... | head`) and its disk may be full: the work goes on without it."""
+    """Standard output or error, which never raises: the work goes on without it.
+
+    Its reader may go (`... | head`), and its disk may be full.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -367,25 +370,27 @@ class Screen:
             work()
         except OSError as e:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            # The stream keeps what it could not write and tries again, at the end of the process too.
+            # The stream keeps what it could not write, and tries again when the process ends.
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
             if not isinstance(e, BrokenPipeError) and self is not sys.stderr:
-                print(f"note: the output ends here ({e.strerror}); the work goes on", file=sys.stderr)
+                note = f"note: the output ends here ({e.strerror}); the work goes on"
+                print(note, file=sys.stderr)
 
 
 def open_screens():
-    """Make standard output and error streams that never raise, also where the user has closed them (`>&-`)."""
+    """Make Screens of standard output and error, also where the user has closed them (`>&-`)."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Takes the lowest free number. Else the next file would get it, and with it what a library prints.
+            # Takes the lowest free number. Else the next file gets it, and what a library prints.
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without the letter must not end the work
+            # A terminal that lacks a letter must not end the work.
+            stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Screen(stream))
 
 

@@ -24,7 +24,7 @@ import train
 from configs import ConfigError, RunFailed
 from test_train import assert_same, contents, flags, run
 
-resource = pytest.importorskip("resource", reason="kills, signals and full disks are tested on POSIX only")
+resource = pytest.importorskip("resource", reason="kills and signals are tested on POSIX only")
 
 
 def start(folder, name, **changes):
