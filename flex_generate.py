@@ -56,7 +56,6 @@ from parallel import choose_device, joined
 from plan import enough_memory
 from stats import mcnemar
 
-
 ADVICE = "lower batch_size, or take a smaller model"  # when memory is full
 
 

@@ -576,9 +576,9 @@ def require_same_settings(folder, p, config, state):
         check_kinds(began, dict.fromkeys(now, "dict"), f"{folder}: the checkpoint's settings")
     except ValueError as e:
         raise ConfigError(f"{folder}: the settings in its checkpoint are damaged ({e})") from None
-    for part_name, values in began.items():
-        for key, value in values.items():
-            mine = now[part_name].get(key, value)
+    for part_name, values in now.items():
+        for key, value in began[part_name].items():
+            mine = values.get(key, value)
             said = f"{path} says {key}={mine!r}"
             trained = f"the checkpoint was trained with {key}={value!r}"
             message = f"{said}, but {trained}; put that back, or start a new run"
