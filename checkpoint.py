@@ -262,6 +262,16 @@ def write_json(path, value):
 
 # ---- what this project wrote, read back ----------------------------------------------------------
 
+def is_inside(name):
+    """Is this, from a file, the name of a place in that file's folder?"""
+    if not isinstance(name, str) or not name.isprintable() or len(name) >= 256:
+        return False
+    path = os.path.normpath(name)
+    first = path.split(os.sep)[0]
+    leaves = os.path.isabs(path) or os.path.splitdrive(path)[0]
+    return not leaves and first not in (os.pardir, os.curdir)
+
+
 DEEPEST = 40  # lists and dicts inside each other; what is written here has 6
 # Kinds of values in JSON: how a sentence names them, and whether a value is one.
 KINDS = {
@@ -276,14 +286,9 @@ KINDS = {
     "text": ("text", lambda v: isinstance(v, str)),
     "dict": ("an object", lambda v: isinstance(v, dict)),
     "list": ("a list", lambda v: isinstance(v, list)),
-    "path inside": ("a path inside its folder", lambda v: isinstance(v, str) and is_inside(v)),
+    "path inside": ("a path inside its folder", is_inside),
     "hash": ("a SHA-256", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v)),
 }
-
-
-def is_inside(path):
-    """Does a relative path stay in its folder?"""
-    return path and "\0" not in path and not os.path.isabs(path) and ".." not in path.split("/")
 
 
 def parse_json(text):
@@ -763,12 +768,8 @@ def inside(folder, name):
 
     ConfigError unless it is text and leads to a place in the folder.
     """
-    good = isinstance(name, str) and name.isprintable() and len(name) < 256
-    path = os.path.normpath(name) if good else os.pardir
-    first = path.split(os.sep)[0]
-    leaves = os.path.isabs(path) or os.path.splitdrive(path)[0] or first in (os.pardir, os.curdir)
-    require(not leaves, f"{folder} has no place for a file named {name!r:.80}", None)
-    return os.path.join(folder, path)
+    require(is_inside(name), f"{folder} has no place for a file named {name!r:.80}", None)
+    return os.path.join(folder, os.path.normpath(name))
 
 
 def shard_index(place):
