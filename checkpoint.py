@@ -668,10 +668,10 @@ def check_form(state, path):
             check_kinds(state["shards"], shards, f"{path}: 'shards'")
             inside = all(is_inside(name) for name in state["shards"]["files"])
             require(inside, f"{path} names files outside of its run", None)
+        else:
+            state["tensors"] = plain_tensors(state.get("tensors", {}), path)
     except ConfigError as e:
         raise ConfigError(f"{e}: it is no checkpoint of train.py") from None
-    if "shards" not in state:
-        state["tensors"] = plain_tensors(state.get("tensors", {}), path)
 
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool}

@@ -649,7 +649,7 @@ def read_plan(folder, changes=()):
         )
     p = plan(settings + list(changes), saved["files"])
     for cls, group in zip((TrainConfig, p.model_module.Config, type(p.data)), groups):
-        lost = [name for name in configs.settable(cls) if name not in group]
+        lost = [n for n in configs.settable(cls) if n not in group and n not in told]
         message = f"{path} lacks {', '.join(lost)}; write down there what the run had, under the other settings"
         require(not lost, message, None)
     return p

@@ -504,7 +504,7 @@ def result_labels(columns):
         (["keys", "delta"], "delta has no memory layers"),
         (["impact", "fresh"], "ablate_keys.parquet does not exist; python ablate.py keys"),
         (["heads", "nowhere"], "is not a run directory"),
-        (["layer", "gpt", f"--seed={2**64}"], "must be between 0 and 4611686018427387904"),
+        (["layer", "gpt", f"--seed={2**64}"], "takes a number below 2..63"),
         (["layer", "gpt", "--device=meta"], "device='meta' cannot be used on this machine"),
         (["layer", "gpt", "--device=hpu"], "device='hpu' cannot be used on this machine"),
     ],

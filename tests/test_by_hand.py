@@ -577,6 +577,7 @@ def test_patterns_pair_by_pair():
     """Random weights and tokens; a pattern's share is counted weight by weight."""
     g = torch.Generator().manual_seed(0)
     ids, weights = torch.randint(4, (1, 14), generator=g), torch.rand(1, 1, 14, 14, generator=g)
+    weights /= weights.sum(-1, keepdim=True)
     x = ids[0].tolist()
     rules = {
         "previous token": lambda t, s: s == t - 1,

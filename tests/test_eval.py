@@ -149,9 +149,9 @@ def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
     capsys.readouterr()
     ev.main(["edit", folder, "--edits=[1,5]"])
     printed = capsys.readouterr().out
-    cells = json.loads((tmp_path / "a" / "eval_edit.json").read_text())["by_slice"]["method and edits"]
+    cells = json.loads((tmp_path / "a" / "eval_edit_edits-1-5.json").read_text())["by_slice"]["method and edits"]
     results = {(r["method"], r["edits"]): r for r in cells.values()}
-    assert len(results) == 10 and "fine-tune everything" in printed and (tmp_path / "a" / "eval_edit.png").stat().st_size > 5000
+    assert len(results) == 10 and "fine-tune everything" in printed and (tmp_path / "a" / "eval_edit_edits-1-5.png").stat().st_size > 5000
     for n in (1, 5):
         written, kept = results["write", n], results["write, keeping others", n]
         assert written["efficacy"]["value"] >= 0.8 and written["efficacy"]["n"] == n

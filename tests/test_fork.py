@@ -91,7 +91,7 @@ def test_every_command_works_or_refuses_in_a_sentence(name, here, capsys):
     assert train.main(["--resume", "r/a", "--max_steps", "3"]) == 0
     for words in (["r/a"], ["logits", "r/a", "--rows=8"], ["compare", "r/*"]):
         evaluate.main(words)
-    for path in ("r/a/eval_test.json", "r/a/eval_logits.json", "r/compare.png"):
+    for path in ("r/a/eval_test.json", "r/a/eval_logits_rows-8.json", "r/compare.png"):
         assert os.path.exists(path)
     ablate.main(["all", "r/a", "--rows=8"])
     for main, words, message in (

@@ -373,7 +373,7 @@ def test_the_command_line(tmp_path, capsys):
     router = dict(options, model="memory_router", init_from=out)
     p = train.read_command_line([f"--{k}={v}" for k, v in {**TOY_RUN, **router, "log_dir": tmp_path}.items()])[0]
     m = train.make_model(p, train.model_config(p, p.data_module.Data(p.data)))
-    train.prepare(m, p.train, resumed=False)
+    train.prepare(m, p.train, goes_on=False)
     _, data, before, _ = load_run(a, "ckpt")
     x = data.batch("test", 0, range(4))[0]
     torch.testing.assert_close(m.eval()(x)[0], before(x)[0])  # it answers as before

@@ -158,7 +158,7 @@ def test_a_setting_that_is_missing_or_has_two_values_is_not_replaced(runs):
 
 def test_a_model_of_other_sizes_is_a_sentence(runs):
     changed(runs / "r0" / "config.json", lambda c: c["model"].update(dim=24))
-    with pytest.raises(ConfigError, match="is not of the model that its config.json describes"):
+    with pytest.raises(ConfigError, match="dim=24, but the checkpoint was trained with dim=16"):
         ev.main([str(runs / "r0")])
 
 

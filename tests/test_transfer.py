@@ -162,7 +162,7 @@ def trained_from(folder, name, **options):
     """The weights of a run before its first step."""
     p = train.read_command_line(flags(folder, name, model="memory", **{**MEMORY, "mem_stats_every": 0, **options}))[0]
     m = train.make_model(p, train.model_config(p, p.data_module.Data(p.data)))
-    return m, train.prepare(m, p.train, resumed=False)
+    return m, train.prepare(m, p.train, goes_on=False)
 
 
 @pytest.mark.parametrize("kind", ["run", "file.pt", "exp"])
