@@ -174,6 +174,19 @@ def test_noise_is_any_token_but_the_keys_of_its_row(task):
     assert (np.abs(seen - possible) / np.sqrt(possible)).max() < 5
 
 
+def test_gaps_are_of_every_length_up_to_the_longest():
+    """Tokens of noise after a stored pair: 0, 1, 2 and 3 as often as each other."""
+    cell, R = D.Cell(64, 6, config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, gap=3)), 2000
+    tokens, targets, _ = D.make_rows(cell, "train", np.arange(R))
+    gaps = []
+    for x, y in zip(tokens.tolist(), targets.tolist()):
+        keys = {x[t] for t in range(64) if y[t] != IGNORE}
+        stored = [t for t in range(cell.storage) if x[t] in keys]
+        gaps += [later - t - 2 for t, later in zip(stored, stored[1:])]  # a key and its value
+    counts = np.bincount(gaps, minlength=4)
+    assert len(counts) == 4 and (np.abs(counts - 2500) < 5 * np.sqrt(2500)).all()
+
+
 def loop_rows(cell, R, rng):
     """Zoology's law row by row with numpy: the naive twin, and the peer of the speed bench."""
     c, L, n = cell.config, cell.length, cell.pairs

@@ -1,6 +1,7 @@
 """stats.py: by hand, against scipy, and by simulation; repaired files."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -216,3 +217,10 @@ def test_repair_writes_a_new_file_and_says_what_it_kept(tmp_path, capsys):
     ):
         with pytest.raises(ConfigError, match=message):
             ev.main(words)
+
+
+def test_what_is_no_file_is_not_repaired(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    for name in ("a.jsonl", "missing.json"):
+        with pytest.raises(ConfigError, match="is no file"):
+            ev.main(["repair", str(tmp_path / name)])
