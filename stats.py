@@ -259,7 +259,8 @@ def repair(words, config):
     require(ending in (".json", ".jsonl"), f"{path} is neither .json nor .jsonl", None)
     out = f"{base}.repaired{ending}"
     require(not os.path.exists(out), f"{out} exists already; move it away first", None)
-    require(os.path.isfile(path), f"{path} is no file", None)  # a device may have no end
+    # A device may have no end.
+    require(os.path.isfile(path) or not os.path.exists(path), f"{path} is no file", None)
     try:
         with open(path, "rb") as f:
             text = f.read().decode(errors="ignore")  # a cut may fall inside a letter

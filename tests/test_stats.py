@@ -221,6 +221,5 @@ def test_repair_writes_a_new_file_and_says_what_it_kept(tmp_path, capsys):
 
 def test_what_is_no_file_is_not_repaired(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
-    for name in ("a.jsonl", "missing.json"):
-        with pytest.raises(ConfigError, match="is no file"):
-            ev.main(["repair", str(tmp_path / name)])
+    with pytest.raises(ConfigError, match="is no file"):
+        ev.main(["repair", str(tmp_path / "a.jsonl")])
