@@ -49,7 +49,7 @@ from configs import ConfigError, RunFailed, Setting, at_least, one_of, require, 
 from parallel import FORMS, PARALLEL
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# A model file needs Config and Model (see README, Fork it). A model class may also have
+# A model file needs Config and Model (see GUIDE.md, Your own model or data file). A model class may also have
 #   ignores {setting: why it has no effect}        the settings of Config that are refused for this model
 #   label(config) -> str                           its part of a run's name
 #   kernel_choice(config, device, dtype) -> str    which kernel runs and why, printed at the start

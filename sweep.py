@@ -1,4 +1,4 @@
-"""The README's figures, one command each: runs that differ in a few settings and in their seed, and one picture of them.
+"""The figures of RESULTS.md, one command each: runs that differ in a few settings and in their seed, and one picture of them.
 
     python sweep.py                        # which figures there are, of how many runs, and what is still to do
     python sweep.py lr                     # train what is missing, then draw figures/lr.png

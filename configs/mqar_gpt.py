@@ -6,7 +6,7 @@ Trained on 32 pairs from the start (configs/ultm_gpt.py), this model stays near 
 meets 2 pairs, then 8, in short rows: many rows fit in the same number of tokens, and the two-step circuit (bind each value to
 the key before it, then look the key up) is found in some 80 steps; it carries over to 32 pairs at once. Two more choices
 matter as much: initial embeddings of norm 8 instead of 0.16, so that tokens differ from the start, and the high learning rate
-they allow. The README has a table of what each is worth.
+they allow. RESULTS.md has a table of what each is worth.
 """
 
 model = "gpt"

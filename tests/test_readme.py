@@ -1,4 +1,4 @@
-"""The README's commands are read by the programs they name, and its tables name files that exist."""
+"""The commands in README, RESULTS and GUIDE are read by the programs they name; tables and links name what exists."""
 
 import contextlib
 import dataclasses
@@ -21,31 +21,50 @@ import sweep
 import train
 
 ROOT = os.path.dirname(train.__file__)
-README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+DOCUMENTS = ("README.md", "RESULTS.md", "GUIDE.md")
+TEXT = {name: open(os.path.join(ROOT, name), encoding="utf-8").read() for name in DOCUMENTS}
+README, RESULTS = TEXT["README.md"], TEXT["RESULTS.md"]
 
 
-def commands():
-    """Every `python ...` command of the README: of its code blocks, and between backticks; train.py's under torchrun too."""
-    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
-    lines = [part for line in blocks.splitlines() for part in line.split("&&")] + re.findall(r"`(python [^`]+)`", README)
+def commands(text):
+    """Every `python ...` command of a document, in code blocks and between backticks -> lists of words from the script on.
+
+    A command under torchrun or sbatch counts as one of the script that it starts.
+    """
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    lines = [part for line in blocks.splitlines() for part in line.split("&&")] + re.findall(r"`(python [^`]+)`", text)
     for line in lines:
         words = shlex.split(line, comments=True)
         if words[:1] in (["torchrun"], ["sbatch"]):
-            words = ["python", "train.py", *words[1 + next(i for i, w in enumerate(words) if w.startswith("train.")) :]]
+            i = next(i for i, w in enumerate(words) if w.endswith((".py", ".slurm")))
+            words = ["python", words[i].replace(".slurm", ".py"), *words[i + 1 :]]
         if words and re.fullmatch(r"(.*/)?python", words[0]):
             yield words[1:]
 
 
-COMMANDS = list(commands())
+COMMANDS = {name: list(commands(text)) for name, text in TEXT.items()}
+
+
+def each_once(wanted=lambda words: True):
+    """The commands of all documents, each once, as pytest parameters whose ids name the document."""
+    seen, found = [], []
+    for name in DOCUMENTS:
+        for words in COMMANDS[name]:
+            if words not in seen and wanted(words):
+                seen.append(words)
+                found.append(pytest.param(words, id=f"{name}: {' '.join(words)}"))
+    return found
 
 
 def test_there_are_commands_to_check():
-    assert len(COMMANDS) >= 10 and {"train.py", "eval.py", "data_mqar.py", "data_synth.py", "-m", "tests/bench.py"} <= {
-        c[0] for c in COMMANDS
-    }
+    assert all(len(found) >= 10 for found in COMMANDS.values())
+    scripts = {"train.py", "eval.py", "ablate.py", "flex_generate.py", "-m"}
+    assert scripts <= {c[0] for c in COMMANDS["README.md"]}
+    scripts = {"sweep.py", "memory.py", "data_mqar.py", "data_synth.py", "tests/bench.py"}
+    assert scripts <= {c[0] for found in COMMANDS.values() for c in found}
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("words", each_once())
 def test_a_command_is_understood(words, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     script, rest = words[0], words[1:]
@@ -95,13 +114,14 @@ FACTS = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder as the README's reader may have it: trained runs, data sets on disk, documents."""
+    """A folder as a reader may have it: trained runs, data sets on disk, documents."""
     folder = tmp_path_factory.mktemp("place")
     with contextlib.chdir(folder):
         for i, name in enumerate(("RUN", "A", "B", "first", "second")):  # on the same facts, as stats wants them
             train.main([*FACTS.split(), f"--run_name={name}", f"--lr={(10 + i) / 1000}"])
         for name in ("A", "B"):
             ev.main([f"runs/{name}"])
+        ablate.main(["keys", "runs/RUN"])  # what impact, keystats and the like read
         data_mqar.main("--output-dir mqar_data --num-samples 300 --seq-len 16 --num-kv-pairs 4 --vocab-size 1024".split())
         data_synth.main("qa --num_pairs 80 --output_dir synthetic_qa_data_10K".split())
         for name in ("notes", "gsm8k", "results"):
@@ -110,19 +130,13 @@ def place(tmp_path_factory):
     return folder
 
 
-def to_run():
-    """The README's commands that take no package or machine of their own; each once."""
-    seen = []
-    for words in COMMANDS:
-        other = (
-            words[0] in ("-m", "tests/bench.py", "flex_generate.py", "sweep.py") or "mine" in words or "tokenizer.json" in words
-        )
-        if not other and words not in seen:
-            seen.append(words)
-    return seen
+def runs_anywhere(words):
+    """Does the command need no package, model or machine of its own?"""
+    other = words[0] in ("-m", "tests/bench.py", "flex_generate.py", "sweep.py")
+    return not (other or "mine" in words or "tokenizer.json" in words)
 
 
-@pytest.mark.parametrize("words", to_run(), ids=" ".join)
+@pytest.mark.parametrize("words", each_once(runs_anywhere))
 def test_a_command_works(words, place, monkeypatch, capsys):
     script, rest = words[0].removesuffix(".py"), list(words[1:])
     main = importlib.import_module(script).main
@@ -152,10 +166,20 @@ def test_a_command_works(words, place, monkeypatch, capsys):
     assert not main(rest)
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_python_examples_work(name, place, monkeypatch):
+    monkeypatch.chdir(place)
+    for block in re.findall(r"```python\n(.*?)```", TEXT[name], re.S):
+        exec(compile(block, name, "exec"), {})
+
+
+# ---- tables, figures and links -----------------------------------------------------------------------------------------
+
+
 def test_every_figure_is_shown():
-    assert {f"figures/{name}.png" for name in sweep.FIGURES} <= set(re.findall(r"\]\(([\w/.]+\.png)\)", README))
-    shown = {os.path.join("figures", f) for f in os.listdir(os.path.join(ROOT, "figures"))}
-    assert shown <= set(re.findall(r"\]\(([\w/.]+\.png)\)", README)), "a figure that nobody sees"
+    shown = set(re.findall(r"\]\(([\w/.]+\.png)\)", RESULTS))
+    assert {f"figures/{name}.png" for name in sweep.FIGURES} <= shown
+    assert {os.path.join("figures", f) for f in os.listdir(os.path.join(ROOT, "figures"))} <= shown, "a figure nobody sees"
 
 
 def test_the_ci_script_runs_the_readmes_test_command():
@@ -165,12 +189,44 @@ def test_the_ci_script_runs_the_readmes_test_command():
     assert line.startswith("python3 -m venv .venv && ") and "requirements.txt" in line
 
 
-def test_files_and_configs_in_tables_exist():
-    named = re.findall(r"^\| `([\w./]+\.py)`", README, re.M)
-    assert {f for f in os.listdir(ROOT) if f.endswith(".py")} <= set(named)
-    named += re.findall(r"configs/\w+\.py", README)
-    missing = [f for f in named if not os.path.isfile(os.path.join(ROOT, f))]
-    assert missing == []
+def section(text, title):
+    """The text below a heading, to the next one of its level."""
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_files_table_names_every_file():
+    named = set(re.findall(r"`([\w/]+\.py)`", section(README, "Files")))
+    assert {f for f in os.listdir(ROOT) if f.endswith(".py")} <= named
+
+
+def test_every_config_has_a_row_in_results():
+    named = set(re.findall(r"^\|.*?(configs/\w+\.py)", RESULTS, re.M))
     shipped = {f"configs/{f}" for f in os.listdir(os.path.join(ROOT, "configs")) if f.endswith(".py")} - {"configs/__init__.py"}
-    assert shipped <= set(named), "a config has no row in the README"
-    assert all(os.path.isfile(os.path.join(ROOT, f)) for f in re.findall(r"\]\(([\w/.]+\.png)\)", README))
+    assert shipped <= named
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_named_files_exist(name):
+    found = re.findall(r"\b((?:configs|tests)/\w+\.py)\b", TEXT[name]) + re.findall(r"\]\(([\w/.]+\.png)\)", TEXT[name])
+    assert [f for f in found if not os.path.isfile(os.path.join(ROOT, f))] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXT[name]):
+        file, _, anchor = link.partition("#")
+        assert os.path.isfile(os.path.join(ROOT, file or name)), link
+        headings = re.findall(r"^#+ (.*)$", TEXT[file or name], re.M) if anchor else []
+        anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}  # as GitHub makes them
+        assert not anchor or anchor in anchors, link
+
+
+def test_every_promise_names_a_test():
+    promises = re.findall(r"`(tests/\w+\.py)::(\w+)`", section(README, "Ten promises, each with its test"))
+    assert len(promises) == 10
+    for file, test in promises:
+        assert f"def {test}(" in open(os.path.join(ROOT, file), encoding="utf-8").read(), test
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 200
