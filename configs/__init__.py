@@ -85,6 +85,8 @@ def collect(argv):
 
 def read_file(path):
     """Run one override file and return its Settings, each with the line that set it last."""
+    # A device may have no end.
+    require(os.path.isfile(path) or not os.path.exists(path), f"{path} is no file", None)
     try:
         with open(path, encoding="utf-8") as f:
             source = f.read()

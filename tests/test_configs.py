@@ -1,5 +1,6 @@
 """The settings reader: what it takes, what it refuses and in which words, and that nothing else ever escapes it."""
 
+import os
 import random
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -169,3 +170,9 @@ def test_only_config_errors_escape_4000_random_command_lines_and_files(tmp_path,
             outcomes["refused"] += 1
             assert str(e).strip()
     assert min(outcomes.values()) > 100, outcomes  # the fuzz reaches both ends
+
+
+def test_an_override_file_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "a.py")
+    with pytest.raises(ConfigError, match="a.py is no file"):
+        read_file(str(tmp_path / "a.py"))
