@@ -28,30 +28,30 @@ import torch
 import configs
 import exchange
 import impact
-from commands import fits_all, looks, report, run_command
+from commands import fits_all, analysis, report, run_command
 from configs import one_of, require, say
 from edits import why_not_facts
 from interventions import (
-    MODES,
-    Removal,
-    at_labels,
-    changed_output,
-    clean_run,
-    go_on,
-    known_cases,
+    ABLATIONS,
+    SlotAblation,
+    gather_labels,
+    hook_output,
+    run_with_cache,
+    forward_from,
+    correct_cases,
     logits_at,
-    margin,
-    run_changed,
-    sites,
-    without_head,
+    logit_diff,
+    run_with_hooks,
+    hook_points,
+    ablate_head,
 )
-from look import LookConfig, end_to_end, save
-from measure import figure, finish, mean_over_rows, mean_share_over_rows, print_table, share_over_rows, shown
+from look import AnalysisConfig, concat, save_result
+from measure import figure, finish_figure, clustered_mean_ci, mean_share_over_rows, print_table, clustered_proportion, format_ci
 from slots import why_not_slots
 
 
 @dataclass
-class AblateConfig(LookConfig):
+class AblateConfig(AnalysisConfig):
     rows: int = 100  # rows to take apart, of those that the model answers rightly; 0: all of them
     modes: str = "zero drop mean random resample"  # keys: how a slot is removed
     pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of rows; 0: every pair
@@ -65,9 +65,9 @@ class AblateConfig(LookConfig):
         super().check()
         configs.at_least(self, 1, "chunk")
         for mode in self.modes.split():
-            require(mode in MODES, f"modes={self.modes!r} must be some of {', '.join(MODES)}", "modes")
-        require(self.modes.split(), f"modes is empty; choose some of {', '.join(MODES)}", "modes")
-        one_of(self, exchange.TYPES, "type")
+            require(mode in ABLATIONS, f"modes={self.modes!r} must be some of {', '.join(ABLATIONS)}", "modes")
+        require(self.modes.split(), f"modes is empty; choose some of {', '.join(ABLATIONS)}", "modes")
+        one_of(self, exchange.EXPOSURE_PAIRS, "type")
 
 
 # ---- keys --------------------------------------------------------------------------------------------------------------
@@ -78,12 +78,12 @@ def keys(look):
     c, modes = look.model.config, look.config.modes.split()
     message = f"modes=drop needs a slot more than mem_knn={c.mem_knn} of mem_n_keys={c.mem_n_keys}; leave drop out"
     require("drop" not in modes or c.mem_knn < c.mem_n_keys, message, "modes")
-    cases = known_cases(look)
+    cases = correct_cases(look)
     found = remove_slots(look.model, cases, modes, look.config.chunk, look.config.seed)
     case = found.pop("case")
     columns = {"row": cases.rows[case], **{name: v[case] for name, v in cases.tags.items()}, **found}
     effects = effects_by_mode(columns)
-    lines = [(*k, c["n"], *shown(c["fall"])[1:], f"{c['strongest']:.3f}", *shown(c["flip"])[1:]) for k, c in effects.items()]
+    lines = [(*k, c["n"], *format_ci(c["fall"])[1:], f"{c['strongest']:.3f}", *format_ci(c["flip"])[1:]) for k, c in effects.items()]
     print_table(
         ("mode", "layer", "measured", "mean fall of the lead", "95% interval", "top 1%", "flips", "95% interval"), lines
     )
@@ -91,7 +91,7 @@ def keys(look):
     print(off + "control: slots that the row does not read.")
     by_slice = {"mode, layer": {f"{mode}, {block}": cell for (mode, block), cell in effects.items()}}
     plot = lambda path: impact.plot_keys(path, columns, look.name)
-    save(look, "keys", {"rows": len(cases), "modes": modes}, by_slice, (), columns, plot)
+    save_result(look, "keys", {"rows": len(cases), "modes": modes}, by_slice, (), columns, plot)
 
 
 @torch.no_grad()
@@ -102,12 +102,12 @@ def remove_slots(model, cases, modes, chunk=512, seed=0):
     answer, fall (of the lead, in logits), p_clean, p, flip (right before, wrong now).
     Of the last block, only what is read at the labels counts.
     """
-    clean, random, parts = clean_run(model, cases), np.random.default_rng(seed), []
-    lead, p_clean, right = margin(clean.logits, cases.answers)  # (B, n)
+    clean, random, parts = run_with_cache(model, cases), np.random.default_rng(seed), []
+    lead, p_clean, right = logit_diff(clean.logits, cases.answers)  # (B, n)
     for block, memory in model.memories().items():
         stream, found, at = clean.stream[block], {k: clean.found[block][k] for k in ("slots", "weights")}, cases.at
         if block == len(model.layers) - 1:  # what other positions read there, no answer sees
-            stream, found = at_labels(stream, at), {k: at_labels(v, at) for k, v in found.items()}
+            stream, found = gather_labels(stream, at), {k: gather_labels(v, at) for k, v in found.items()}
             at = torch.arange(at.shape[1], device=at.device).expand(len(at), -1)
         size = len(memory.values)
         more = memory.search(model.layers[block].ffn_norm(stream), model.config.mem_knn + 1) if "drop" in modes else None
@@ -118,8 +118,8 @@ def remove_slots(model, cases, modes, chunk=512, seed=0):
                 mine = slice(first, first + chunk)
                 i, target, *replacements = (torch.as_tensor(x[mine], device=at.device) for x in (case, slot, other, borrowed))
                 copies, best = {k: v[i] for k, v in found.items()}, None if more is None else tuple(x[i] for x in more)
-                removal = Removal(memory, copies, target, best, *replacements)
-                now, p, still = margin(go_on(model, block, stream[i], MODES[mode](removal), at[i]), cases.answers[i])  # (M, n)
+                removal = SlotAblation(memory, copies, target, best, *replacements)
+                now, p, still = logit_diff(forward_from(model, block, stream[i], ABLATIONS[mode](removal), at[i]), cases.answers[i])  # (M, n)
                 n = now.shape[1]
                 known = {"case": case, "slot": slot, "control": reads == 0, "reads": reads, "weight": weight}
                 parts.append({name: np.repeat(x[mine], n) for name, x in known.items()})
@@ -129,7 +129,7 @@ def remove_slots(model, cases, modes, chunk=512, seed=0):
                 parts[-1] |= {"place": np.tile(np.arange(n), len(i))} | {
                     k: v.flatten().cpu().numpy() for k, v in measured.items()
                 }
-    return end_to_end(parts)
+    return concat(parts)
 
 
 def with_unread(case, slot, reads, weight, size, random):
@@ -155,7 +155,7 @@ def effects_by_mode(columns):
         for name, mine in [*groups, ("control", columns["control"])]:
             mine = mine & (columns["mode"] == mode)
             if mine.any():
-                fall = mean_over_rows(columns["fall"][mine].astype(float), columns["row"][mine])
+                fall = clustered_mean_ci(columns["fall"][mine].astype(float), columns["row"][mine])
                 flip = mean_share_over_rows(columns["flip"][mine], columns["row"][mine])
                 strongest = np.sort(columns["fall"][mine])[-max(1, mine.sum() // 100) :].mean()
                 cells[mode, name] = {"fall": fall, "flip": flip, "strongest": float(strongest), "n": int(mine.sum())}
@@ -169,9 +169,9 @@ def whole_block_changes(model, seed=0):
     """{(block, what): (hooks, intervene)}: what a block adds is taken out; of a memory layer also, its values are exchanged
     among the slots (what is read where stays), or its slots are drawn at random (the values stay)."""
     changes, g = {}, torch.Generator().manual_seed(seed)
-    for name, blocks in sites(model).items():
+    for name, blocks in hook_points(model).items():
         for i, module in blocks.items() if name != "stream" else ():
-            changes[i, "memory, full" if name == "memory" else name] = ([changed_output(name, module, torch.zeros_like)], None)
+            changes[i, "memory, full" if name == "memory" else name] = ([hook_output(name, module, torch.zeros_like)], None)
     for i, memory in model.memories().items() if hasattr(model, "memories") else ():
         changes[i, "memory, values"] = ([], {i: other_values(torch.randperm(len(memory.values), generator=g))})
         changes[i, "memory, keys"] = ([], {i: random_slots(len(memory.values), g)})
@@ -192,13 +192,13 @@ def random_slots(size, g):
 
 def layer(look):
     """Take out what each block adds: attention or another mixer, MLP, memory; of memory also values or keys alone."""
-    cases = known_cases(look)
-    lead, _, _ = margin(clean_run(look.model, cases).logits, cases.answers)
+    cases = correct_cases(look)
+    lead, _, _ = logit_diff(run_with_cache(look.model, cases).logits, cases.answers)
     parts = []
     for (block, what), (hooks, intervene) in whole_block_changes(look.model, look.config.seed).items():
-        now, p, right = margin(run_changed(look.model, cases, hooks, intervene), cases.answers)
+        now, p, right = logit_diff(run_with_hooks(look.model, cases, hooks, intervene), cases.answers)
         parts.append(measured(cases, {"layer": block, "what": what}, lead - now, p, right))
-    columns = end_to_end(parts)
+    columns = concat(parts)
     by_slice = {"layer, what": {}, "layer, what, place": {}}
     for block, what in dict.fromkeys(zip(columns["layer"].tolist(), columns["what"].tolist())):
         mine = (columns["layer"] == block) & (columns["what"] == what)
@@ -207,7 +207,7 @@ def layer(look):
             here = mine & (columns["place"] == place)
             by_slice["layer, what, place"][f"{block}, {what}, {place}"] = effect(columns, here)
     print_effects("layer, without its", by_slice["layer, what"])
-    save(look, "layer", {"rows": len(cases)}, by_slice, (), columns, lambda path: plot_effects(path, by_slice, look.name))
+    save_result(look, "layer", {"rows": len(cases)}, by_slice, (), columns, lambda path: plot_effects(path, by_slice, look.name))
 
 
 def measured(cases, about, fall, p, right):
@@ -224,12 +224,12 @@ def measured(cases, about, fall, p, right):
 
 def effect(columns, mine):
     """Of some measurements: accuracy that is left, and the mean fall of the lead; intervals over rows."""
-    right = share_over_rows(columns["right"][mine] > 0, columns["row"][mine])
-    return {"accuracy": right, "fall": mean_over_rows(columns["fall"][mine], columns["row"][mine])}
+    right = clustered_proportion(columns["right"][mine] > 0, columns["row"][mine])
+    return {"accuracy": right, "fall": clustered_mean_ci(columns["fall"][mine], columns["row"][mine])}
 
 
 def print_effects(head, cells):
-    lines = [(name, *shown(c["accuracy"]), *shown(c["fall"])[1:]) for name, c in cells.items()]
+    lines = [(name, *format_ci(c["accuracy"]), *format_ci(c["fall"])[1:]) for name, c in cells.items()]
     print_table((head, "labels", "accuracy left", "95% interval", "mean fall of the lead", "95% interval"), lines)
 
 
@@ -251,20 +251,20 @@ def plot_effects(path, by_slice, title):
     right.set_yticks(range(len(whole)), list(whole), fontsize=7)
     right.set_xlabel("place in the answer")
     fig.colorbar(drawn, ax=right, label="mean fall of the lead (logits)")
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
 def heads(look):
     """Take out each head: how far does the lead fall, at which place of the answer, for which digit?"""
-    cases = known_cases(look)
-    lead, _, _ = margin(clean_run(look.model, cases).logits, cases.answers)
+    cases = correct_cases(look)
+    lead, _, _ = logit_diff(run_with_cache(look.model, cases).logits, cases.answers)
     parts = []
-    for block, mixer in sites(look.model).get("mixer", {}).items():
+    for block, mixer in hook_points(look.model).get("mixer", {}).items():
         for head in range(mixer.heads):
-            hooks = [without_head(mixer.out_proj, mixer.heads, head)]
-            now, p, right = margin(run_changed(look.model, cases, hooks), cases.answers)
+            hooks = [ablate_head(mixer.out_proj, mixer.heads, head)]
+            now, p, right = logit_diff(run_with_hooks(look.model, cases, hooks), cases.answers)
             parts.append(measured(cases, {"layer": block, "head": head}, lead - now, p, right))
-    columns = end_to_end(parts)
+    columns = concat(parts)
     columns["name"] = np.array([f"L{b}H{h}" for b, h in zip(columns["layer"], columns["head"])])
     by_slice, digits = {"head": {}, "head, place": {}}, {}
     for name in dict.fromkeys(columns["name"].tolist()):
@@ -282,13 +282,13 @@ def heads(look):
     by_slice["answer, head"] = {f"{d!r}, {name}": c for d, cells in digits.items() for name, c in cells.items()}
     two = {k: by_slice[k] for k in ("head", "head, place")}
     metrics = {"rows": len(cases), "head of each answer": hurt}
-    save(look, "heads", metrics, by_slice, (), columns, lambda path: plot_effects(path, two, look.name))
+    save_result(look, "heads", metrics, by_slice, (), columns, lambda path: plot_effects(path, two, look.name))
 
 
 # ---- all ---------------------------------------------------------------------------------------------------------------
 
 
-def everything(look):
+def run_all(look):
     """Each command that fits_all, and ablate_report.md."""
     report(look, "ablate.py", COMMANDS, [name for name in COMMANDS if name != "all"], "ablate_report.md")
 
@@ -319,7 +319,7 @@ def why_not_blocks(look):
 def why_not_heads(look):
     if why_not_blocks(look):
         return why_not_blocks(look)
-    mixers = sites(look.model).get("mixer", {}).values()
+    mixers = hook_points(look.model).get("mixer", {}).values()
     if not mixers:
         return "its layers have no mixer (use_att=0)"
     parted = all(hasattr(m, "heads") and hasattr(m, "out_proj") for m in mixers)
@@ -334,46 +334,46 @@ def why_not_pairs(look):
 PAIRS = "rows pairs type chunk seed"
 KEYS = "rows modes seed"  # of what reads the result of keys: which one
 COMMANDS = {
-    "keys": looks(
+    "keys": analysis(
         keys,
         "rows modes chunk seed",
         "Every slot that a row reads, removed: which matter, and how much.",
         why_not_slots,
     ),
-    "impact": looks(
+    "impact": analysis(
         impact.impact,
         KEYS,
         "Which slots matter, by how much more than a random one, for which facts.",
         why_not_slots,
     ),
-    "keystats": looks(
+    "keystats": analysis(
         impact.keystats,
         KEYS,
         "How often slots are read, how their effects vary, which are alike.",
         why_not_slots,
     ),
-    "occurrences": looks(
+    "occurrences": analysis(
         impact.occurrences,
         KEYS,
         "How reads spread over the slots: unused ones, Gini's coefficient.",
         why_not_slots,
     ),
-    "position": looks(
+    "position": analysis(
         impact.position, KEYS, "At which places of the answer removal costs most.", why_not_slots
     ),
-    "repeats": looks(
-        impact.repeats, KEYS, "Are keys with repeated digits easier to remove?", why_not_memory
+    "repeats": analysis(
+        impact.repeated_digits, KEYS, "Are keys with repeated digits easier to remove?", why_not_memory
     ),
-    "layer": looks(layer, "rows seed", "Whole parts of layers, taken out.", why_not_blocks),
-    "heads": looks(
+    "layer": analysis(layer, "rows seed", "Whole parts of layers, taken out.", why_not_blocks),
+    "heads": analysis(
         heads,
         "rows seed",
         "Heads, taken out one by one: which are needed, where, for which digit.",
         why_not_heads,
     ),
     **{
-        name: looks(
-            lambda look, name=name: exchange.exchange(look, name), PAIRS, shows, why_not_memory
+        name: analysis(
+            lambda look, name=name: exchange.interchange(look, name), PAIRS, shows, why_not_memory
         )
         for name, shows in (
             ("force", "One head reads another row's strongest slot alone."),
@@ -388,29 +388,29 @@ COMMANDS = {
             ),
         )
     },
-    "swap-matrix": looks(
+    "swap-matrix": analysis(
         exchange.swap_matrix,
         PAIRS,
         "All that another row reads: which digits stand in for which.",
         why_not_memory,
     ),
-    "swap-pred": looks(
+    "swap-pred": analysis(
         impact.swap_predictions,
         "rows pairs type seed",
         "What each digit turns into after the exchange.",
         why_not_memory,
     ),
-    "corr": looks(
-        impact.correlate,
+    "corr": analysis(
+        impact.ablation_vs_swap,
         "rows modes pairs type seed",
         "Do rows that suffer from removal take another row's answer?",
         why_not_memory,
     ),
-    "patch": looks(
+    "patch": analysis(
         exchange.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs
     ),
-    "all": looks(
-        everything, "rows modes pairs type chunk seed", "Everything that fits the run.", fits_all
+    "all": analysis(
+        run_all, "rows modes pairs type chunk seed", "Everything that fits the run.", fits_all
     ),
 }
 
@@ -420,4 +420,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    configs.exit_with_sentence(main)
+    configs.run_cli(main)

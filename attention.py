@@ -39,7 +39,7 @@ def document_ends(cu_seqlens, rows, tokens, device):
     return cu_seqlens.to(device, torch.long)
 
 
-class Documents:
+class PackedDocuments:
     """Documents end to end in one row (1, T, ...), and the same with a row for each, padded with zeros (R, L, ...)."""
 
     def __init__(self, cu_seqlens, tokens):
@@ -80,7 +80,7 @@ def softmax_attention(q, k, v, rows=None, documents=None):
     flash-attn's varlen kernel where `flash_problem` finds nothing against it, else scaled_dot_product_attention.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast some norms and feature maps return float32
-    problem = flash_problem(q.device, q.dtype, q.shape[-1], v.shape[-1])
+    problem = why_no_flash(q.device, q.dtype, q.shape[-1], v.shape[-1])
     if rows is None and problem is None and not transformed():
         return flash_attention(q, k, v, documents)
     grouped = q.shape[1] != k.shape[1]
@@ -104,7 +104,7 @@ def dot_product_attention(q, k, v, **options):
         return F.scaled_dot_product_attention(q, k, v, **options)
 
 
-def flash_problem(device, dtype, key_width, value_width):
+def why_no_flash(device, dtype, key_width, value_width):
     """Why flash-attn cannot be used here, as text, or None if it can."""
     if device.type != "cuda":
         return "flash-attn runs on CUDA only"
@@ -161,7 +161,7 @@ def attention_weights(q, k, documents=None):
 # ---- rotary positions --------------------------------------------------------------------------------------------------
 
 
-def rotary_table(width, seq_len, dtype=None):
+def rope_table(width, seq_len, dtype=None):
     """Rotary positions (Su et al. 2021) as unit complex numbers, (T, K/2): position t turns the j-th pair of neighbouring
     features by t * 10000^(-2j/K). Stored as (T, K/2, 2) real numbers of dtype (None: torch's
     default), in float32 at least: bfloat16 cannot tell position 257 from 256.
@@ -174,7 +174,7 @@ def rotary_table(width, seq_len, dtype=None):
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-def rotate(x, table, rows=None):
+def apply_rotary(x, table, rows=None):
     """Turn x (B, n, H, K) by its positions: rows (B, n), or None for 0..n-1.
 
     A rotation is one complex product, in float32 at least.

@@ -14,8 +14,8 @@ import torch
 from attention import attention_weights, softmax_attention
 from checkpoint import make_directory
 from configs import require, say
-from look import batches, end_to_end, ending, over_rows, save
-from measure import figure, finish, mean_share, print_table, write_figure
+from look import batches, concat, ending, map_batches, save_result
+from measure import figure, finish_figure, mean_share, print_table, write_figure
 from model import in_eval_mode
 
 PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (T, 1), s (1, T)) -> (B, T, T) or (T, T) bool
@@ -24,18 +24,18 @@ PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (
     "itself": lambda ids, t, s: s == t,
     "first token": lambda ids, t, s: (s == 0) & (t > 1),
     # the token after an earlier one like this: copies what followed (Olsson et al. 2022, arXiv 2209.11895)
-    "induction": lambda ids, t, s: (shifted(ids)[:, None, :] == ids[:, :, None]) & (s < t + 1) & (s > 0) & (s != t),
+    "induction": lambda ids, t, s: (previous_tokens(ids)[:, None, :] == ids[:, :, None]) & (s < t + 1) & (s > 0) & (s != t),
     "same token": lambda ids, t, s: (ids[:, None, :] == ids[:, :, None]) & (s < t),
 }
 
 
-def shifted(ids):
+def previous_tokens(ids):
     """Each place holds the token before it; -1 before the first."""
     return torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
 
 
 @in_eval_mode
-def maps(model, tokens, cu_seqlens=None):
+def attention_maps(model, tokens, cu_seqlens=None):
     """Attention weights: tokens (B, T) -> {block: (B, H, T, T)}.
 
     ValueError if a block has no attention, or one whose output is no weighted sum of values.
@@ -92,7 +92,7 @@ def close(x, y):
     return bool((x - y).abs().max() <= rounding * (1 + y.abs().max()))
 
 
-def mean_of_known(x):
+def nanmean_ci(x):
     """Mean and interval of what is not nan, shares; None if all is."""
     return mean_share(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
 
@@ -112,13 +112,13 @@ def why_not_maps(model):
     T, size = min(4, getattr(config, "seq_len", 4)), getattr(config, "vocab_size", 1)
     tokens = torch.arange(T, device=next(model.parameters()).device)[None] % size
     try:
-        least = min(w.min() for w in maps(model, tokens).values())
+        least = min(w.min() for w in attention_maps(model, tokens).values())
     except ValueError as e:
         return str(e)
     return "" if least >= 0 else "weights of its attention are below 0, so they are no shares"
 
 
-def scores(weights, ids, real):
+def pattern_scores(weights, ids, real):
     """What share of its attention a head gives to each pattern, averaged over the tokens of a row that could do it.
 
     weights (B, H, T, T), ids (B, T), real (B, T) bool: no padding -> {pattern: (B, H)}, nan where no token could; and "entropy"
@@ -139,7 +139,7 @@ def scores(weights, ids, real):
     return found
 
 
-def describe(cell):
+def head_role(cell):
     """{pattern: mean} of one head -> what it does, in a word: the strongest pattern, if it has 40% of the attention and that is
     not just what even attention would give."""
     best = max((name for name in PATTERNS if not np.isnan(cell[name])), key=lambda name: cell[name])
@@ -155,26 +155,26 @@ def attention(look):
 
     def work(batch):
         real, parts = batch.tokens != look.pad, []
-        for layer, weights in maps(look.model, batch.tokens).items():
+        for layer, weights in attention_maps(look.model, batch.tokens).items():
             B, H = weights.shape[:2]
             about = {"row": np.repeat(batch.rows, H), "layer": np.full(B * H, layer), "head": np.tile(np.arange(H), B)}
-            measured = scores(weights, batch.tokens, real)
+            measured = pattern_scores(weights, batch.tokens, real)
             parts.append(about | {name: x.flatten().cpu().numpy() for name, x in measured.items()})
-        return end_to_end(parts)
+        return concat(parts)
 
-    found = over_rows(look, work)
+    found = map_batches(look, work)
     by_head = {}
     for layer, head in sorted({*zip(found["layer"].tolist(), found["head"].tolist())}):
         mine = (found["layer"] == layer) & (found["head"] == head)
-        cell = {name: mean_of_known(found[name][mine]) for name in [*PATTERNS, "entropy"]}
+        cell = {name: nanmean_ci(found[name][mine]) for name in [*PATTERNS, "entropy"]}
         means = {name: c["value"] if c else np.nan for name, c in cell.items()}
-        by_head[f"layer {layer}, head {head}"] = {"does": describe(means), **cell}
+        by_head[f"layer {layer}, head {head}"] = {"does": head_role(means), **cell}
     row = example_row(look)
     tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
     tokens = tokens[:, : int((tokens[0] != look.pad).sum())].to(look.device)
-    drawn = {layer: w[0].cpu().numpy() for layer, w in maps(look.model, tokens).items()}
+    drawn = {layer: w[0].cpu().numpy() for layer, w in attention_maps(look.model, tokens).items()}
     texts = [look.token(i) for i in tokens[0].tolist()]
-    if look.world.first:
+    if look.world.is_main:
         numbers = ([f"{c[p]['value']:.3f}" if c[p] else "-" for p in [*PATTERNS, "entropy"]] for c in by_head.values())
         lines = [(name, c["does"], *n) for (name, c), n in zip(by_head.items(), numbers)]
         print_table(("head", "does", *PATTERNS, "entropy (1: even)"), lines)
@@ -183,8 +183,8 @@ def attention(look):
     n = len(np.unique(found["row"]))
     title = f"{look.name}: maps of row {row}; what heads do, over {n} rows"
     plot = lambda path: plot_grid(path, drawn, texts, by_head, title)
-    save(look, "attention", {"rows": n}, {"head": by_head}, [example], found, plot)
-    if look.world.first:
+    save_result(look, "attention", {"rows": n}, {"head": by_head}, [example], found, plot)
+    if look.world.is_main:
         plot_heads(os.path.join(look.folder, "attention" + ending(look, "attention")), drawn, texts, by_head)
 
 
@@ -219,7 +219,7 @@ def plot_grid(path, maps, texts, by_head, title):
     fig.colorbar(drawn, ax=axes, shrink=0.6, label="attention weight")
     fig.supxlabel("token looked at", fontsize=8)
     fig.supylabel("token that looks", fontsize=8)
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
 def plot_heads(folder, maps, texts, by_head):

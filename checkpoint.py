@@ -34,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from configs import ConfigError, RunFailed, require, say
+from configs import ConfigError, RunError, require, say
 
 try:
     import fcntl
@@ -44,7 +44,7 @@ except ImportError:  # Windows: everything runs, without locks
 # ---- files that are whole or absent ------------------------------------------------------------------------------------
 
 
-def write_file(path, write, before=lambda: None):
+def atomic_write(path, write, before=lambda: None):
     """Call write(f) on a temporary file, bring it to disk, call before(), then give it its name.
 
     Readers see all or nothing. Two writers of one path do not disturb each other; the last one
@@ -70,7 +70,7 @@ def write_file(path, write, before=lambda: None):
         cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides it in a RuntimeError
         if isinstance(e, (OSError, RuntimeError)) and isinstance(cause, OSError):
             message = f"cannot write {path}: {cause.strerror}; what stood there before is whole"
-            raise RunFailed(message) from None
+            raise RunError(message) from None
         raise
 
 
@@ -153,7 +153,7 @@ def make_directory(path):
 
 
 @contextlib.contextmanager
-def new_directory(path):
+def atomic_directory(path):
     """A temporary directory beside `path` to fill; it gets the name when the block ends.
 
     A directory of that name is always complete. ConfigError in one sentence if there is one already
@@ -169,7 +169,7 @@ def new_directory(path):
             work, handle = open_partial(path)
             yield work
             os.rename(work, target)
-        except (OSError, RunFailed) as e:
+        except (OSError, RunError) as e:
             cause = e if isinstance(e, OSError) else e.__context__  # see write_file
             why = cause.strerror or cause
             raise ConfigError(f"writing {path} failed ({why}); nothing was left behind") from None
@@ -228,14 +228,14 @@ def signals_end_the_block():
             signal.signal(number, handler)
 
 
-def data_hash(path):
+def dataset_sha256(path):
     """SHA-256 of a data set: of its metadata.json, which has the sums of its files, or else of the file or files there."""
     if os.path.isfile(os.path.join(path, "metadata.json")):
-        return file_hash(os.path.join(path, "metadata.json"))
+        return sha256_file(os.path.join(path, "metadata.json"))
     if os.path.isfile(path):
-        return file_hash(path)
+        return sha256_file(path)
     found = sorted(f for f in glob.glob(os.path.join(glob.escape(path), "**"), recursive=True) if os.path.isfile(f))
-    sums = [(os.path.relpath(f, path), file_hash(f)) for f in found]
+    sums = [(os.path.relpath(f, path), sha256_file(f)) for f in found]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
@@ -247,17 +247,17 @@ def remove(path):
         os.remove(path)
 
 
-def finite(value):
+def nan_to_null(value):
     """The same with null for numbers that JSON does not know: the interval of one measurement, the loss of a run gone wrong."""
     if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
+        return {str(k): nan_to_null(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
+        return [nan_to_null(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path, value):
-    write_file(path, lambda f: f.write(json.dumps(finite(value), indent=1).encode() + b"\n"))
+    atomic_write(path, lambda f: f.write(json.dumps(nan_to_null(value), indent=1).encode() + b"\n"))
 
 
 # ---- what this project wrote, read back ----------------------------------------------------------
@@ -383,7 +383,7 @@ def read_lines(path, kinds):
     return rows, others
 
 
-def lock(folder, what="this run"):
+def lock_run_dir(folder, what="this run"):
     """Refuse a second process that writes into a directory. The lock ends with this process,
     however it ends.
 
@@ -420,7 +420,7 @@ def only_writer(folder, what):
         above = os.path.dirname(above)
     try:
         os.makedirs(folder, exist_ok=True)
-        handle = lock(folder, what)
+        handle = lock_run_dir(folder, what)
     except OSError as e:
         raise ConfigError(f"cannot write in {folder}: {e.strerror}", "out_dir") from None
     try:
@@ -432,7 +432,7 @@ def only_writer(folder, what):
         unlock(handle)
 
 
-class Log:
+class JsonlLog:
     """log.jsonl: one JSON object per line, {"kind": "train" | "eval" | "memory", "step": ..., ...}."""
 
     def __init__(self, folder, step):
@@ -440,15 +440,15 @@ class Log:
         self.path = os.path.join(folder, "log.jsonl")
         rows = read_log(folder) if os.path.exists(self.path) else []
         kept = [r for r in rows if r["step"] < step or (r["step"] == step and r["kind"] != "eval")]
-        write_file(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
+        atomic_write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **row):
         try:
-            self.file.write(json.dumps(finite(row)) + "\n")
+            self.file.write(json.dumps(nan_to_null(row)) + "\n")
             self.file.flush()
         except OSError as e:
-            raise RunFailed(f"cannot write {self.path}: {e.strerror}; the checkpoints are whole") from None
+            raise RunError(f"cannot write {self.path}: {e.strerror}; the checkpoints are whole") from None
 
 
 MEASURED = {
@@ -501,12 +501,12 @@ def save_checkpoint(folder, name, state, keep_old=True):
 
     def write(f):
         torch.save(state, f)
-        seal(f)
+        append_sha256(f)
 
-    write_file(path, write, before=(lambda: keep(path, previous)) if keep_old and name == "ckpt" else lambda: None)
+    atomic_write(path, write, before=(lambda: keep_previous(path, previous)) if keep_old and name == "ckpt" else lambda: None)
 
 
-def keep(path, previous):
+def keep_previous(path, previous):
     """Let `previous` name the present file `path` too, if there is one."""
     if not os.path.isfile(path):
         return
@@ -517,10 +517,10 @@ def keep(path, previous):
         os.replace(other, previous)
     except OSError:  # a file system without hard links
         with open(path, "rb") as old:
-            write_file(previous, lambda f: shutil.copyfileobj(old, f))
+            atomic_write(previous, lambda f: shutil.copyfileobj(old, f))
 
 
-def seal(f):
+def append_sha256(f):
     """Put the SHA-256 of a zip file (open for reading and writing, without a comment) into its comment."""
     f.seek(-2, os.SEEK_END)
     f.write((64).to_bytes(2, "little"))  # a zip ends with the length of its comment, then the comment
@@ -529,7 +529,7 @@ def seal(f):
     f.write(digest.encode())
 
 
-def check_seal(path):
+def verify_sha256(path):
     """Damaged unless the file is as `seal` left it."""
     if not os.path.isfile(path):
         os.stat(path)  # a disk that does not answer looks like no file, too
@@ -548,7 +548,7 @@ class Damaged(Exception):
     """A checkpoint that is not as it was written; the text says why."""
 
 
-def find_checkpoint(folder, *names, holds_lock=False):
+def first_valid_checkpoint(folder, *names, holds_lock=False):
     """The first of the named checkpoints that is whole, shards included.
 
     Damage means: a checksum differs. The user is told of it. Only the process that holds the lock
@@ -569,7 +569,7 @@ def find_checkpoint(folder, *names, holds_lock=False):
                     continue
                 say(f"{path} is damaged ({e}); trying an older one", file=sys.stderr)
                 if holds_lock:
-                    set_aside(path)
+                    quarantine(path)
                 break
     every = ", ".join(n + ".pt" for n in names)
     raise ConfigError(f"{folder} has no checkpoint that can be read ({every})")
@@ -579,9 +579,9 @@ def check_whole(folder, name):
     """Damaged unless the checkpoint <folder>/<name>.pt and its shards are as they were written."""
     path = os.path.join(folder, name + ".pt")
     with reading(path):
-        check_seal(path)
+        verify_sha256(path)
     state = read_checkpoint(folder, name)
-    check_shards(folder, state)
+    verify_shards(folder, state)
 
 
 def stamp(path):
@@ -609,7 +609,7 @@ def reading(path):
         if not from_system(e):
             raise
         why = getattr(e, "strerror", None) or str(e).split("\n")[0] or "out of memory"
-        raise RunFailed(f"cannot read {path}: {why}; nothing was changed, so try again") from None
+        raise RunError(f"cannot read {path}: {why}; nothing was changed, so try again") from None
 
 
 def from_system(error):
@@ -619,7 +619,7 @@ def from_system(error):
     return isinstance(error, (OSError, MemoryError))
 
 
-def set_aside(path):
+def quarantine(path):
     """Rename a damaged file (or whatever is in its place); one damaged before makes room."""
     with contextlib.suppress(OSError):  # read-only: then it cannot be overwritten either
         remove(path + ".damaged")
@@ -710,21 +710,21 @@ def load_checkpoint(folder, *names):
     from whichever form it has. See find_checkpoint.
     """
     while True:
-        name = find_checkpoint(folder, *names)
+        name = first_valid_checkpoint(folder, *names)
         path = os.path.join(folder, name + ".pt")
         seen = stamp(path)
         try:
             state = read_checkpoint(folder, name)
             if "shards" in state:
-                state["tensors"] = read_shards(shards_of(folder, state))
+                state["tensors"] = read_shards(shard_dir(folder, state))
             return state
-        except (ConfigError, RunFailed):
+        except (ConfigError, RunError):
             if stamp(path) == seen:
                 raise
             # The run that trains here has replaced it meanwhile, and deleted its shards.
 
 
-def part(tensors, prefix):
+def select_prefix(tensors, prefix):
     """{"model.a": x, "optimizer.b": y}, "model" -> {"a": x}."""
     return {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
@@ -737,28 +737,28 @@ def save_shards(folder, label, tensors, world):
 
     It does not count until a checkpoint that holds the returned value is saved.
     """
-    label = world.first_does(lambda: free_label(folder, label))
+    label = world.first_does(lambda: unused_name(folder, label))
     place = os.path.join(folder, "shards", label)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there is one process
             dcp.save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
     except (OSError, dcp.CheckpointException) as e:  # on all ranks, once all have stopped writing
-        if world.first:
+        if world.is_main:
             shutil.rmtree(place, ignore_errors=True)
-        raise RunFailed(f"cannot write {place} ({str(e).splitlines()[-1]}); the checkpoints before it are whole") from None
-    mine = [f for f in os.listdir(place) if f.startswith(f"__{world.rank}_") or (world.first and f == ".metadata")]
-    sums = world.gather({f: file_hash(os.path.join(place, f)) for f in mine})
-    return {"folder": label, "files": {f: h for part in sums for f, h in part.items()}}
+        raise RunError(f"cannot write {place} ({str(e).splitlines()[-1]}); the checkpoints before it are whole") from None
+    mine = [f for f in os.listdir(place) if f.startswith(f"__{world.rank}_") or (world.is_main and f == ".metadata")]
+    sums = world.all_gather_object({f: sha256_file(os.path.join(place, f)) for f in mine})
+    return {"folder": label, "files": {f: h for select_prefix in sums for f, h in select_prefix.items()}}
 
 
-def free_label(folder, label):
+def unused_name(folder, label):
     """label, with a number after it if it is taken: shards that are there may be in use, or half written."""
     taken = set(os.listdir(os.path.join(folder, "shards"))) if os.path.isdir(os.path.join(folder, "shards")) else set()
     return next(name for name in (label, *(f"{label}-{i}" for i in range(1, len(taken) + 2))) if name not in taken)
 
 
-def shards_of(folder, state):
+def shard_dir(folder, state):
     """The directory with the shards of a checkpoint of a run."""
     return inside(os.path.join(folder, "shards"), state["shards"]["folder"])
 
@@ -772,7 +772,7 @@ def inside(folder, name):
     return os.path.join(folder, os.path.normpath(name))
 
 
-def shard_index(place):
+def shard_metadata(place):
     """{name: shape and type} of the tensors in a directory of torch.distributed.checkpoint."""
     return read_index(place).state_dict_metadata
 
@@ -796,7 +796,7 @@ def read_shards(place, into=None):
         # The latter, errors of all ranks, is no Exception.
         except (Exception, dcp.CheckpointException) as e:
             cause = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
-            if isinstance(cause, (ConfigError, RunFailed)) or from_system(cause):
+            if isinstance(cause, (ConfigError, RunError)) or from_system(cause):
                 raise cause from None
             raise unreadable(place, cause) from None
     return into
@@ -826,7 +826,7 @@ def read_index(place):
     with reading(path):
         try:
             with open(path, "rb") as f:
-                found = said(IndexUnpickler(f).load(), "Metadata")
+                found = said(RestrictedUnpickler(f).load(), "Metadata")
             tensors = {}
             for name, about in found["state_dict_metadata"].items():
                 if type(about).__name__ == "TensorStorageMetadata":
@@ -912,7 +912,7 @@ class Described:
 
 
 # Python's own unpickler, because a few bytes make the one in C fill all memory.
-class IndexUnpickler(pickle._Unpickler):
+class RestrictedUnpickler(pickle._Unpickler):
     """Reads the index, a pickle, and calls nothing in it:
     an object of torch becomes a Described of the same name.
     """
@@ -936,14 +936,14 @@ class IndexUnpickler(pickle._Unpickler):
         return type(name, (Described,), {})
 
 
-def check_shards(folder, state):
+def verify_shards(folder, state):
     """Damaged unless the files that a checkpoint names are there, unchanged."""
     for file, digest in state.get("shards", {"files": {}})["files"].items():
-        path = inside(shards_of(folder, state), file)
+        path = inside(shard_dir(folder, state), file)
         with reading(path):
             try:
                 size_of_file(path)
-                same = file_hash(path) == digest
+                same = sha256_file(path) == digest
             except (FileNotFoundError, NotADirectoryError, ValueError):
                 same = False
         if not same:
@@ -972,6 +972,6 @@ def remove_old_shards(folder):
         os.rmdir(place)
 
 
-def file_hash(path):
+def sha256_file(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

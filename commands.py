@@ -13,10 +13,10 @@ import time
 from collections import namedtuple
 
 import configs
-from checkpoint import write_file
+from checkpoint import atomic_write
 from configs import ConfigError, printable, require, say
-from look import ending, open_look
-from parallel import joined
+from look import ending, open_run
+from parallel import process_group
 from plan import enough_memory
 
 ADVICE = "lower eval_batch_size, or measure on the CPU with --device cpu"  # when memory is full
@@ -31,7 +31,7 @@ def fits_all(look):
     return ""
 
 
-def looks(work, uses, shows, why_not=fits_all):
+def analysis(work, uses, shows, why_not=fits_all):
     """A command that looks at one run."""
     return Command(work, True, f"{MODEL} {uses}", why_not, shows)
 
@@ -39,14 +39,14 @@ def looks(work, uses, shows, why_not=fits_all):
 def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     """Read a command line, refuse what the command does not use, and run it. kind: the dataclass of settings; prefix: of the
     names of result files."""
-    words, settings = configs.parse(sys.argv[1:] if argv is None else argv)
+    words, settings = configs.split_argv(sys.argv[1:] if argv is None else argv)
     asked = any(s.key == "help" for s in settings)
     if asked or not words:
         say(configs.help_text(doc, kind))
         require(asked, "name a run directory or a command" if default else "name a command and a run directory", None)
         return
-    configs.check_names(settings, kind)
-    config = configs.build(kind, settings)
+    configs.reject_unknown(settings, kind)
+    config = configs.build_config(kind, settings)
     near = difflib.get_close_matches(words[0], commands, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(commands)}"
     is_run = default and (len(words) == 1 or os.path.isdir(words[0]))
@@ -55,13 +55,13 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     command = commands[name]
     users = {s: ", ".join(n for n, c in commands.items() if s in c.uses.split()) for s in kind.__dataclass_fields__}
     idle = {s: f"{name} does not use it, only {by}" for s, by in users.items() if s not in command.uses.split()}
-    configs.refuse_unused(config, idle, {s.key: s for s in settings})
+    configs.reject_unused(config, idle, {s.key: s for s in settings})
     if not command.looks:
         perform(command, words, config)
         return
     require(len(words) == 1, f"name one run directory, as in: {name} runs/RUN", None)
-    with joined(config.device) as world, enough_memory(lambda: ADVICE):
-        look = world.together(lambda: open_look(words[0], config, world))
+    with process_group(config.device) as world, enough_memory(lambda: ADVICE):
+        look = world.together(lambda: open_run(words[0], config, world))
         look.prefix, look.uses = prefix, {n: c.uses for n, c in commands.items()}
         why_not = command.why_not(look)
         require(not why_not, f"{look.folder}: {why_not}", None)
@@ -87,28 +87,28 @@ def report(look, script, commands, names, file):
     stem, dot_md = os.path.splitext(file)
     path = os.path.join(look.folder, stem + ending(look, "all") + dot_md)
     for name in names:
-        text += printable(f"\n## {name}\n\n" + chapter(look, script, name, commands[name]), keep="\n")
-        if look.world.first:
-            write_file(path, lambda f: f.write(text.encode()))
-    look.world.say(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
+        text += printable(f"\n## {name}\n\n" + run_section(look, script, name, commands[name]), keep="\n")
+        if look.world.is_main:
+            atomic_write(path, lambda f: f.write(text.encode()))
+    look.world.print0(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
 
 
-def chapter(look, script, name, command):
+def run_section(look, script, name, command):
     """Run one command -> its part of the report."""
     look.read.clear()
     start, figures, printed = time.perf_counter(), len(look.figures), io.StringIO()
     why_not = command.why_not(look)
-    look.world.say(f"\n{name}: " + (f"left out, {why_not}" if why_not else command.shows))
+    look.world.print0(f"\n{name}: " + (f"left out, {why_not}" if why_not else command.shows))
     if why_not:
         return f"Left out: {why_not}.\n"
     try:
         with contextlib.redirect_stdout(printed):
             if command.looks:
                 perform(command, look)
-            elif look.world.first:
+            elif look.world.is_main:
                 look.figures.append(perform(command, [look.folder], look.config))
     except ConfigError as e:
-        look.world.say(f"left out: {e}")
+        look.world.print0(f"left out: {e}")
         return f"Left out: {e}.\n"
     print(printed.getvalue(), end="", flush=True)
     body = "\n".join(line for line in printed.getvalue().split("\n") if not line.startswith("wrote ")).strip()

@@ -15,8 +15,8 @@ import numpy as np
 from checkpoint import check_kinds, read_log, read_record
 from configs import ConfigError, printable, require, say
 from look import write_parquet
-from measure import draw, figure, finish, print_table, shares, shown
-from plan import read_plan, saved_model_config
+from measure import errorbars, figure, finish_figure, print_table, slice_metrics, format_ci
+from plan import load_settings, saved_model_config
 
 
 def compare(words, config):
@@ -35,7 +35,7 @@ def compare(words, config):
     require(runs, f"no run with a test result matches {' '.join(words)}", None)
     head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds", "accuracy", "95% interval")
     names = ("run", "model", "params", "state", "seed", "steps", "seconds")
-    print_table(head, [(*(r[k] for k in names), *shown(r["all"])[1:]) for r in runs])
+    print_table(head, [(*(r[k] for k in names), *format_ci(r["all"])[1:]) for r in runs])
     out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", name_of(folders))
     flat = [
         {k: v for k, v in r.items() if k not in ("all", "by_slice", "curve", "settings")} | {"accuracy": r["all"]["value"]}
@@ -98,10 +98,10 @@ def read_result(folder):
     )
     status, test = read_test(folder)
     own = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
-    p = read_plan(folder)
+    p = load_settings(folder)
     sizes = saved_model_config(folder, p)
-    # A model file may leave state_bytes out, or have no n_layers: compare takes forks, too.
-    state = (p.model_class.state_bytes(sizes) if hasattr(p.model_class, "state_bytes") else 0) or 0
+    # A model file may leave inference_state_bytes out, or have no n_layers: compare takes forks, too.
+    state = (p.model_class.inference_state_bytes(sizes) if hasattr(p.model_class, "inference_state_bytes") else 0) or 0
     known = hasattr(sizes, "dim") and hasattr(sizes, "n_layers")
     shape = f"D{sizes.dim} L{sizes.n_layers}" if known else ""
     return {
@@ -114,9 +114,9 @@ def read_result(folder):
         "seed": p.train.seed,
         "steps": status["step"],
         "seconds": round(status["seconds"], 1),
-        "all": shares(test["all"]),
+        "all": slice_metrics(test["all"]),
         "curve": [(r["step"], or_nan(r["loss"]), r["accuracy"]) for r in read_log(folder) if r["kind"] == "eval"],
-        "by_slice": {tag: {v: shares(c)["value"] for v, c in cells.items()} for tag, cells in test["by_slice"].items()},
+        "by_slice": {tag: {v: slice_metrics(c)["value"] for v, c in cells.items()} for tag, cells in test["by_slice"].items()},
     }
 
 
@@ -136,24 +136,24 @@ def plot_compare(path, runs):
     names = sorted(names, key=int) if all(v.isdigit() for v in names) else names
     by_state = len({r["state"] for r in runs}) > 1
     plt, fig, (losses, accuracies, slices, sizes) = figure(2, 2)
-    for label, same in lines(runs).items():
+    for label, same in group_seeds(runs).items():
         # A mean over seeds only where all of them were evaluated: some may have stopped earlier.
         steps = [s for s in (r[0] for r in same[0]["curve"]) if all(s in {x[0] for x in r["curve"]} for r in same)]
         color = None
         for axis, at in ((losses, 1), (accuracies, 2)):
             curves = np.array([[x[at] for x in r["curve"] if x[0] in steps] for r in same])
-            color = band(axis, steps, curves, color)
+            color = mean_and_range(axis, steps, curves, color)
         at = [i for i, v in enumerate(names) if all(v in r["by_slice"].get(tag, {}) for r in same)]
         values = np.array([[r["by_slice"][tag][names[i]] for i in at] for r in same])
-        band(slices, at, values, color, f"{label} (runs: {len(same)})")
-        draw(sizes, [r["state" if by_state else "params"] for r in same], [r["all"] for r in same], ls="none", color=color)
+        mean_and_range(slices, at, values, color, f"{label} (runs: {len(same)})")
+        errorbars(sizes, [r["state" if by_state else "params"] for r in same], [r["all"] for r in same], ls="none", color=color)
     losses.set(xlabel="step", ylabel="val loss (nats per label)", yscale="log")
     accuracies.set(xlabel="step", ylabel="val token accuracy")
     slices.set(xlabel=tag or "(no slices that all runs have)", ylabel="test token accuracy")
     slices.set_xticks(range(len(names)), names, fontsize=7)
     size = "state at the longest test row (bytes, float32)" if by_state else "parameters without embedding and head"
     sizes.set(xlabel=size, ylabel="test token accuracy, 95% interval")
-    fig.legend(*slices.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=1 + (len(lines(runs)) > 4))
+    fig.legend(*slices.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=1 + (len(group_seeds(runs)) > 4))
     fig.supxlabel("lines: mean over seeds; bands: lowest to highest", fontsize=7)
     for axis in (losses, accuracies):
         axis.set_xscale("log", base=2)
@@ -170,10 +170,10 @@ def plot_compare(path, runs):
         axis.yaxis.label.set_fontsize(8)
     for axis in (accuracies, slices, sizes):
         axis.set_ylim(-0.02, 1.02)
-    finish(fig, plt, path, "")
+    finish_figure(fig, plt, path, "")
 
 
-def lines(runs):
+def group_seeds(runs):
     """{label: runs that differ in their seed only}"""
     by_settings = {}
     for r in runs:
@@ -183,7 +183,7 @@ def lines(runs):
     return {label(same[0]): same for same in by_settings.values()}
 
 
-def band(axis, x, values, color=None, label=None):
+def mean_and_range(axis, x, values, color=None, label=None):
     """Mean of values (runs, points) with a band from lowest to highest -> its colour."""
     (drawn,) = axis.plot(x, values.mean(0), "o-", ms=3, lw=1, color=color, label=label)
     axis.fill_between(x, values.min(0), values.max(0), alpha=0.2, color=drawn.get_color())

@@ -34,8 +34,8 @@ import torch
 
 import configs
 from configs import ConfigError, at_least, require, say, within
-from draws import IGNORE, SPLITS, draw_distinct, draw_slots, rows_of_passes, skip_over, stream_key, uniforms
-from mqar_files import StoreConfig, StoredData, make_stored_rows, write_dataset
+from draws import IGNORE_INDEX, SPLITS, sample_without_replacement, weighted_permutation, shuffled_epochs, nth_not_in, philox_key, row_uniforms
+from mqar_files import DatasetConfig, StoredMQAR, make_disk_sequences, write_dataset
 
 
 @dataclass
@@ -69,11 +69,11 @@ class Config:
         require(self.updates <= most, message, "updates")
         for name in ("train_cells", "test_cells"):
             for length, pairs in getattr(self, name):
-                Cell(length, pairs, self).check(name)
+                TaskSize(length, pairs, self).check(name)
         if not self.train_cells:
-            Cell(self.input_seq_len, self.num_kv_pairs, self).check("input_seq_len")
+            TaskSize(self.input_seq_len, self.num_kv_pairs, self).check("input_seq_len")
         # A cell that came twice would get the same rows twice.
-        stages = [(shortest(pairs, self), pairs) for pairs, _ in self.curriculum if pairs >= 1]
+        stages = [(min_length(pairs, self), pairs) for pairs, _ in self.curriculum if pairs >= 1]
         cells = self.train_cells or ((self.input_seq_len, self.num_kv_pairs),)
         twice = [cell for cell in (*stages, *cells) if (*stages, *cells).count(cell) > 1]
         if twice:
@@ -85,8 +85,8 @@ class Config:
             require(
                 min(pairs, steps) >= 1, f"curriculum: stage {(pairs, steps)} needs at least 1 pair and 1 step", "curriculum"
             )
-            length = shortest(pairs, self)
-            Cell(length, pairs, self).check("curriculum")
+            length = min_length(pairs, self)
+            TaskSize(length, pairs, self).check("curriculum")
             message = f"curriculum: {pairs} pairs need {length} tokens, more than input_seq_len={self.input_seq_len}"
             require(length <= self.input_seq_len, message, "curriculum")
         tokens = self.n_train_examples * max(length for length, _ in self.train_cells or [(self.input_seq_len, 0)])
@@ -108,7 +108,7 @@ class Config:
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class TaskSize:
     """Rows of one size: length tokens, pairs to store, and the layout that follows from the other settings."""
 
     length: int
@@ -140,7 +140,7 @@ class Cell:
         V, L, n = self.config.vocab_size, self.length, self.pairs
         require(n >= 1, f"{key}: a cell needs at least one pair, not {n}", key)
         require(L % 2 == 0, f"{key}: a row of {L} tokens is odd; keys and values come in twos, use {L + 1}", key)
-        need = shortest(n, self.config)
+        need = min_length(n, self.config)
         require(self.slots >= n, f"{key}: {n} pairs need a row of at least {need} tokens, not {L}", key)
         require(L <= 2**20, f"{key}: a row of {L} tokens is longer than {2**20}", key)
         smallest = 2 * max(self.alphabet + 1, n + self.updates)
@@ -151,9 +151,9 @@ class Cell:
         require(words <= 2**20, f"key_len={self.config.key_len} is too long: there are more than {2**20} such keys", "key_len")
 
 
-def shortest(pairs, config):
+def min_length(pairs, config):
     """The least (even) number of tokens that holds `pairs` pairs and their queries: 4 per pair in the plain task."""
-    cell = Cell(0, pairs, config)
+    cell = TaskSize(0, pairs, config)
     need = cell.storage + pairs * (config.key_len + 1)
     return need + need % 2
 
@@ -161,7 +161,7 @@ def shortest(pairs, config):
 # ---- the task in memory ------------------------------------------------------------------------------------------------
 
 
-def make_rows(cell, split, rows):
+def make_sequences(cell, split, rows):
     """Rows of one cell: -> tokens (R, L) int32, targets (R, L) int32 (-100: not scored), tags.
 
     tags: {name: (N,)} for the N labelled positions in row-major order: num_kv_pairs, input_seq_len, cell ("128x32"), distance
@@ -171,26 +171,26 @@ def make_rows(cell, split, rows):
     R, key_tokens, half = len(rows), c.vocab_size // 2 - 1, c.vocab_size // 2
     noisy = c.gap > 0 or c.random_non_queries
     sizes = [cell.alphabet, n * (c.key_len > 1), n + u, u, cell.slots, (n + u) * (c.gap > 0), L * noisy]
-    key = stream_key(c.seed, SPLITS[split], L, n)
-    parts = np.split(uniforms(key, rows, sum(sizes)), np.cumsum(sizes)[:-1], axis=1)
+    key = philox_key(c.seed, SPLITS[split], L, n)
+    parts = np.split(row_uniforms(key, rows, sum(sizes)), np.cumsum(sizes)[:-1], axis=1)
     u_alphabet, u_keys, u_values, u_updates, u_slots, u_gaps, u_filler = parts
     r = np.arange(R)[:, None]
 
-    alphabet = 1 + draw_distinct(u_alphabet, key_tokens)  # (R, alphabet)
+    alphabet = 1 + sample_without_replacement(u_alphabet, key_tokens)  # (R, alphabet)
     if c.key_len == 1:
         keys = alphabet[:, :, None]  # (R, n, key_len)
     else:  # n different words over the alphabet, as numbers in base `alphabet`
-        word = draw_distinct(u_keys, cell.alphabet**c.key_len)  # (R, n)
+        word = sample_without_replacement(u_keys, cell.alphabet**c.key_len)  # (R, n)
         digits = word[:, :, None] // cell.alphabet ** np.arange(c.key_len) % cell.alphabet
         keys = alphabet[r[:, :, None], digits]
-    values = half + draw_distinct(u_values, c.vocab_size - half)  # (R, n+u), one for each time something is stored
-    again = draw_distinct(u_updates, n)  # (R, u), the pairs that are stored a second time
+    values = half + sample_without_replacement(u_values, c.vocab_size - half)  # (R, n+u), one for each time something is stored
+    again = sample_without_replacement(u_updates, n)  # (R, u), the pairs that are stored a second time
     stored = np.concatenate([np.tile(np.arange(n), (R, 1)), again], axis=1)  # (R, n+u), which pair is stored when
     answer = values[:, :n].copy()
     answer[r, again] = values[:, n:]
 
     if noisy:
-        filler = skip_over((u_filler * (c.vocab_size - cell.alphabet)).astype(np.int64), alphabet).astype(np.int32)
+        filler = nth_not_in((u_filler * (c.vocab_size - cell.alphabet)).astype(np.int64), alphabet).astype(np.int32)
     tokens = filler.copy() if c.random_non_queries else np.zeros((R, L), np.int32)
     if c.gap:
         tokens[:, : cell.storage] = filler[:, : cell.storage]
@@ -203,10 +203,10 @@ def make_rows(cell, split, rows):
     tokens[r[:, :, None], start[:, :, None] + letters] = keys[r, stored]
     tokens[r, start + c.key_len] = values
 
-    slot = draw_slots(u_slots, c.power_a)[:, :n]  # the i-th drawn slot asks for pair i
+    slot = weighted_permutation(u_slots, c.power_a)[:, :n]  # the i-th drawn slot asks for pair i
     ask = cell.storage + slot * (c.key_len + 1)  # (R, n)
     tokens[r[:, :, None], ask[:, :, None] + letters] = keys
-    targets = np.full((R, L), IGNORE, np.int32)
+    targets = np.full((R, L), IGNORE_INDEX, np.int32)
     label = ask + c.key_len - 1  # on the last token of the key
     targets[r, label] = answer
 
@@ -233,19 +233,19 @@ def Data(config):
     .segments(split) -> ranges of rows of one length, for evaluation
     .steps_per_epoch(batch_size)
     """
-    return StoredData(config) if config.path else MadeData(config)
+    return StoredMQAR(config) if config.path else InMemoryMQAR(config)
 
 
-class MadeData:
+class InMemoryMQAR:
     """Rows made when asked for."""
 
     def __init__(self, config):
         self.config = c = config
         self.vocab_size = c.vocab_size
         cells = c.train_cells or ((c.input_seq_len, c.num_kv_pairs),)
-        self.train_cells = [Cell(*cell, c) for cell in cells]
-        self.test_cells = [Cell(*cell, c) for cell in c.test_cells or cells]
-        self.stages = [(Cell(shortest(n, c), n, c), steps) for n, steps in c.curriculum]
+        self.train_cells = [TaskSize(*cell, c) for cell in cells]
+        self.test_cells = [TaskSize(*cell, c) for cell in c.test_cells or cells]
+        self.stages = [(TaskSize(min_length(n, c), n, c), steps) for n, steps in c.curriculum]
         self.seq_len = max(cell.length for cell in self.train_cells + self.test_cells)
         self.fixed = {}  # cell -> its fixed training set, made at first use
 
@@ -280,20 +280,20 @@ class MadeData:
         rows = np.asarray(rows, dtype=np.int64)
         if split == "train":
             cell, _, fixed = self.stage(step)
-            tokens, targets, tags = self.from_fixed_set(cell, rows) if fixed else make_rows(cell, split, rows)
+            tokens, targets, tags = self.from_fixed_set(cell, rows) if fixed else make_sequences(cell, split, rows)
         else:
             segment = rows // len(self.segments(split)[0])
             if (segment != segment[0]).any():
                 raise ValueError("the rows of one batch must come from one segment")
-            tokens, targets, tags = make_rows(self.test_cells[segment[0]], split, rows)
+            tokens, targets, tags = make_sequences(self.test_cells[segment[0]], split, rows)
         return torch.from_numpy(tokens).long(), torch.from_numpy(targets).long(), tags
 
     def from_fixed_set(self, cell, rows):
         """Training rows in passes over the set, each pass in its own order (draws.rows_of_passes)."""
         n = max(1, self.config.n_train_examples // len(self.train_cells))
         if cell not in self.fixed:
-            self.fixed[cell] = make_rows(cell, "train", np.arange(n))
-        which = rows_of_passes(rows, n, self.config.seed, len(SPLITS), cell.length, cell.pairs)
+            self.fixed[cell] = make_sequences(cell, "train", np.arange(n))
+        which = shuffled_epochs(rows, n, self.config.seed, len(SPLITS), cell.length, cell.pairs)
         tokens, targets, tags = self.fixed[cell]
         return tokens[which], targets[which], {k: v.reshape(n, -1)[which].ravel() for k, v in tags.items()}
 
@@ -304,31 +304,31 @@ class MadeData:
 def show_row(**columns):
     """Print one row per line, tokens under each other; -100 as a dot."""
     name_width = max(map(len, columns))
-    width = max(len(str(t)) for row in columns.values() for t in row if t != IGNORE)
+    width = max(len(str(t)) for row in columns.values() for t in row if t != IGNORE_INDEX)
     for name, row in columns.items():
-        print(name.ljust(name_width), " ".join(("." if t == IGNORE else str(t)).rjust(width) for t in row))
+        print(name.ljust(name_width), " ".join(("." if t == IGNORE_INDEX else str(t)).rjust(width) for t in row))
 
 
 def show(config):
     """Print training row 0 of an in-memory task."""
-    tokens, targets, _ = make_rows(Cell(config.input_seq_len, config.num_kv_pairs, config), "train", np.arange(1))
+    tokens, targets, _ = make_sequences(TaskSize(config.input_seq_len, config.num_kv_pairs, config), "train", np.arange(1))
     show_row(tokens=tokens[0].tolist(), targets=targets[0].tolist())
 
 
 def show_stored(config):
     """Print training row 0 of a data set on disk."""
-    ids, labels = make_stored_rows(config, "train", np.arange(1))
+    ids, labels = make_disk_sequences(config, "train", np.arange(1))
     show_row(input_ids=ids[0].tolist(), labels=labels[0].tolist())
 
 
 def main(argv=None):
-    words, settings = configs.collect(sys.argv[1:] if argv is None else argv)
+    words, settings = configs.read_argv(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in settings):
-        say(configs.help_text(__doc__, StoreConfig))
+        say(configs.help_text(__doc__, DatasetConfig))
         return
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
-    configs.check_names(settings, StoreConfig)
-    config = configs.build(StoreConfig, settings)
+    configs.reject_unknown(settings, DatasetConfig)
+    config = configs.build_config(DatasetConfig, settings)
     if not config.output_dir:
         require(not settings, "name the directory to write: --output-dir DIR", "output_dir")
         print(__doc__.strip())
@@ -343,4 +343,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    configs.exit_with_sentence(main)
+    configs.run_cli(main)

@@ -45,11 +45,11 @@ import torch
 
 import configs
 from configs import at_least, one_of, require, say, within
-from draws import IGNORE, SPLITS
-from facts import TASKS, Facts, said
-from measure import print_chance
+from draws import IGNORE_INDEX, SPLITS
+from facts import TASKS, FactDataset, said
+from measure import print_baselines
 from synth_files import read_stored, write_facts
-from tokens import BYTES, MASKS, mask, mismatch, read_tokenizer, shift
+from tokens import BYTES, MASKS, label_mask, check_label_mask, read_tokenizer, shift_labels
 
 TASK_OF = {  # setting: the tasks that use it
     "num_pairs": "qa digits",
@@ -169,7 +169,7 @@ class Data:
         self.config = c = config
         self.tokenizer = read_tokenizer(c.tokenizer)
         stored = c.path and c.task != "text"
-        self.source = Facts(c, *read_stored(c.path, c.task, TASKS)) if stored else TASKS[c.task].make(c)
+        self.source = FactDataset(c, *read_stored(c.path, c.task, TASKS)) if stored else TASKS[c.task].make(c)
         self.kind, self.chance, self.vocab_size = self.source.kind, self.source.chance, self.tokenizer.vocab_size
         self.seq_len = self.longest()
         # the place of a digit or letter in its answer is a tag, unless every answer is a sentence
@@ -186,14 +186,14 @@ class Data:
             texts, _ = self.source.read(split, rows)
             plain += [text for text in texts if isinstance(text, str)]
             message = f"mask={self.kind} finds no answer in the first {len(rows)} documents of {split}"
-            require((self.batch(split, 0, rows)[1] != IGNORE).any(), message, "mask")
+            require((self.batch(split, 0, rows)[1] != IGNORE_INDEX).any(), message, "mask")
         require(plain or c.mask == "text", f"mask={c.mask} has no effect: the documents say what their answers are", "mask")
         if self.tokenizer is not BYTES and self.kind != "text":
-            problem = mismatch(self.tokenizer, self.kind, plain[:300])
+            problem = check_label_mask(self.tokenizer, self.kind, plain[:300])
             require(not problem, f"tokenizer={c.tokenizer} does not suit these documents: {problem}", "tokenizer")
 
     def longest(self):
-        if isinstance(self.source, Facts):
+        if isinstance(self.source, FactDataset):
             return max(len(self.document(text)[0]) for text in self.source.texts)
         # bytes fill block_size at most; another tokenizer makes no more tokens than bytes of text, and a few for its own needs
         return self.config.block_size + (0 if self.tokenizer.name == "bytes" else 64)
@@ -225,15 +225,15 @@ class Data:
         lengths = np.array([len(d) for d in documents])
         ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         flat = np.concatenate(documents)
-        labels = mask(flat, self.kind, ends, self.tokenizer)
+        labels = label_mask(flat, self.kind, ends, self.tokenizer)
         answered = np.array(begins) > 0
         if answered.any():
             place = np.arange(len(flat)) - np.repeat(ends[:-1], lengths)
             known = np.repeat(answered, lengths)
-            labels = np.where(known, np.where(place >= np.repeat(begins, lengths), flat, IGNORE), labels)
+            labels = np.where(known, np.where(place >= np.repeat(begins, lengths), flat, IGNORE_INDEX), labels)
         # An end without an answer before it asks for nothing: every model would be right.
-        spelled = np.add.reduceat((labels != IGNORE) & (flat < self.tokenizer.pad), ends[:-1])
-        return flat, np.where(np.repeat(spelled > 0, lengths), labels, IGNORE), ends
+        spelled = np.add.reduceat((labels != IGNORE_INDEX) & (flat < self.tokenizer.pad), ends[:-1])
+        return flat, np.where(np.repeat(spelled > 0, lengths), labels, IGNORE_INDEX), ends
 
     def batch(self, split, step, rows):
         texts, tags = self.source.read(split, rows)
@@ -241,16 +241,16 @@ class Data:
         lengths = np.diff(ends)
         # (R, L), the tokens of each document in a padded row
         inside = np.arange(lengths.max()) < lengths[:, None]
-        counts = np.add.reduceat(labels != IGNORE, ends[:-1])
+        counts = np.add.reduceat(labels != IGNORE_INDEX, ends[:-1])
         tags = {name: np.repeat(values, counts) for name, values in tags.items()}
         if self.has_positions:
             tags["place"] = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         if self.config.packing == "documents" and split == "train":
-            tokens, targets = flat[None], shift(labels[None])
+            tokens, targets = flat[None], shift_labels(labels[None])
             return *map(torch.from_numpy, (tokens.astype(np.int64), targets.astype(np.int64))), tags, torch.from_numpy(ends)
-        tokens, padded = np.full(inside.shape, self.tokenizer.pad, np.int64), np.full(inside.shape, IGNORE, np.int64)
+        tokens, padded = np.full(inside.shape, self.tokenizer.pad, np.int64), np.full(inside.shape, IGNORE_INDEX, np.int64)
         tokens[inside], padded[inside] = flat, labels
-        return torch.from_numpy(tokens), torch.from_numpy(shift(padded)), tags
+        return torch.from_numpy(tokens), torch.from_numpy(shift_labels(padded)), tags
 
 
 # ---- what there is to say of your own documents ------------------------------------------------
@@ -278,7 +278,7 @@ def survey(data):
 def look_at(data, text, tokens, labels, where):
     """One document -> has it an answer? does the tokenizer alter it? what it asks, or ""."""
     tokenizer, kind = data.tokenizer, data.kind
-    at = np.flatnonzero(labels != IGNORE)
+    at = np.flatnonzero(labels != IGNORE_INDEX)
     no_token = f"tokenizer={tokenizer.name} has no token for a part of the answer"
     message = f"{where}: {no_token}; use another, or bytes"
     if isinstance(text, tuple):
@@ -354,7 +354,7 @@ def difference(a, b, around=12):
 
 
 @dataclass
-class StoreConfig(Config):
+class DatasetConfig(Config):
     output_dir: str = ""  # directory to write; it must not exist yet; empty: qa-2000-pairs and the like
     format: str = "parquet"  # parquet or jsonl
     n_val_examples: int = 0  # documents of validation at most; 0: all (hashhop: 500 per number of hops)
@@ -377,7 +377,7 @@ def show(config, documents=2):
     texts, _ = data.source.read("train", range(documents))
     for row, text in enumerate(texts):
         tokens, targets, tags, *_ = data.batch("train", 0, [row])
-        answer = np.flatnonzero(targets[0].numpy() != IGNORE) + 1
+        answer = np.flatnonzero(targets[0].numpy() != IGNORE_INDEX) + 1
         marked = text
         if isinstance(text, str):
             pieces, scored = [], set(answer.tolist())
@@ -389,9 +389,9 @@ def show(config, documents=2):
 
 
 def main(argv=None):
-    words, settings = configs.collect(sys.argv[1:] if argv is None else argv)
+    words, settings = configs.read_argv(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in settings):
-        say(configs.help_text(__doc__, StoreConfig))
+        say(configs.help_text(__doc__, DatasetConfig))
         return 0
     command = words.pop(0) if words else ""
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
@@ -401,17 +401,17 @@ def main(argv=None):
     names = [*TASKS, "check"]
     require(command in names, f"name what to do first: python data_synth.py {'|'.join(names)} --key=value", None)
     if command == "check":
-        configs.check_names(settings, CheckConfig)
-        return check(configs.build(CheckConfig, settings).tokenizer)
-    configs.check_names(settings, StoreConfig)
+        configs.reject_unknown(settings, CheckConfig)
+        return check(configs.build_config(CheckConfig, settings).tokenizer)
+    configs.reject_unknown(settings, DatasetConfig)
     require("task" not in {s.key for s in settings}, f"the task is {command} already; leave out --task", None)
-    config = configs.build(StoreConfig, [configs.Setting("task", command, command), *settings])
+    config = configs.build_config(DatasetConfig, [configs.Setting("task", command, command), *settings])
     start = time.perf_counter()
     metadata = write_facts(config, TASKS[config.task].make(config))
     rows = {split: sum(f["rows"] for f in files) for split, files in metadata["files"].items()}
     size = sum(f["bytes"] for files in metadata["files"].values() for f in files) / 1e6
     say(f"{config.output_dir}: {rows} rows, {size:.1f} MB, {time.perf_counter() - start:.1f} s")
-    print_chance(metadata["chance"])
+    print_baselines(metadata["chance"])
     return 0
 
 
@@ -420,7 +420,7 @@ class CheckConfig:
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
 
 
-CHECKED = {  # kind of mask: settings whose documents are tried
+CHECK_CASES = {  # kind of mask: settings whose documents are tried
     "digits": [dict(task="digits"), dict(task="twohop", markers=False)],
     "qa": [dict(task="qa")],
     "twohop": [dict(task="twohop"), dict(task="twohop", relations=4), dict(task="twohop", relations=4, cot=1)],
@@ -431,16 +431,16 @@ CHECKED = {  # kind of mask: settings whose documents are tried
 def check(path):
     """Print whether each label mask is exact with the tokenizer; RunFailed if one is not."""
     tokenizer, bad = read_tokenizer(path), []
-    for kind, settings in CHECKED.items():
+    for kind, settings in CHECK_CASES.items():
         texts = [t for s in settings for t in TASKS[s["task"]].make(Config(**s)).read("train", range(300))[0]]
         asked = [f"What is the value of {t[:6]}?{t[7:13]}" for t in texts] if kind == "qa" else []
-        problem = mismatch(tokenizer, kind, texts + asked)
+        problem = check_label_mask(tokenizer, kind, texts + asked)
         say(f"{tokenizer.name}: {kind}: {problem or 'exact'}")
         bad += [kind] if problem else []
     if bad:
-        raise configs.RunFailed(f"masks of {', '.join(bad)} would not be exact with {tokenizer.name}; use another, or bytes")
+        raise configs.RunError(f"masks of {', '.join(bad)} would not be exact with {tokenizer.name}; use another, or bytes")
     return 0
 
 
 if __name__ == "__main__":
-    configs.exit_with_sentence(main)
+    configs.run_cli(main)

@@ -46,13 +46,13 @@ from torch import nn
 
 import model
 from attention import document_ends
-from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm, computing_dtype, take
+from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm, accum_dtype, gather_positions
 from twins import FirstOrder, Twinned, needs_twin, transformed, twin_gradients
 
 # ---- the rule, token by token ------------------------------------------------------------------------------------------
 
 
-def delta_loop(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
+def delta_rule_recurrent(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
     """The recurrence as it is written: the oracle of the tests, and one step of decoding.
 
     q, k (B, H, T, K); v (B, H, T, V); beta (B, H, T); log_decay (B, H, T), at most 0, or None for no decay;
@@ -64,9 +64,9 @@ def delta_loop(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
     """
     cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
     if cu_seqlens is not None:
-        return loop_over_documents(q, k, v, beta, log_decay, state, cu_seqlens)
-    kind = computing_dtype(q)
-    S = new_state(q, v) if state is None else state.to(kind)
+        return recurrent_varlen(q, k, v, beta, log_decay, state, cu_seqlens)
+    kind = accum_dtype(q)
+    S = zero_state(q, v) if state is None else state.to(kind)
     outputs = []
     for t in range(q.shape[2]):
         q_t, k_t, v_t, beta_t = (x[:, :, t].to(kind) for x in (q, k, v, beta))
@@ -78,19 +78,19 @@ def delta_loop(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
     return torch.stack(outputs, dim=2).to(v.dtype) if outputs else v, S
 
 
-def loop_over_documents(q, k, v, beta, log_decay, state, cu_seqlens):
+def recurrent_varlen(q, k, v, beta, log_decay, state, cu_seqlens):
     ends, results = cu_seqlens.tolist(), []
     for d, (start, end) in enumerate(zip(ends[:-1], ends[1:])):
         parts = [None if x is None else x[:, :, start:end] for x in (q, k, v, beta, log_decay)]
-        before = new_state(q, v) if state is None else state[d : d + 1]
-        results.append(delta_loop(*parts, before))
+        before = zero_state(q, v) if state is None else state[d : d + 1]
+        results.append(delta_rule_recurrent(*parts, before))
     o, states = zip(*results)
     return torch.cat(o, dim=2), torch.cat(states)
 
 
-def new_state(q, v, n=None):
+def zero_state(q, v, n=None):
     """Zeros (n or B, H, K, V)."""
-    return q.new_zeros(n or len(q), q.shape[1], q.shape[-1], v.shape[-1], dtype=computing_dtype(q))
+    return q.new_zeros(n or len(q), q.shape[1], q.shape[-1], v.shape[-1], dtype=accum_dtype(q))
 
 
 def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
@@ -112,7 +112,7 @@ def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
 
 
 @torch.compiler.disable  # traced, the scan would be unrolled into a copy for each chunk
-def delta_chunked(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
+def delta_rule_chunkwise(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
     """delta_loop by matrix products over chunks of chunk_size tokens: same arguments, same results, any T.
 
     Best on a CPU: 16 tokens for short rows and narrow heads, 32 for T >= 1024 or K = 64.
@@ -123,9 +123,9 @@ def delta_chunked(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, ch
         chunks = BatchChunks(*q.shape[:3], chunk_size)
     else:
         chunks = DocumentChunks(cu_seqlens, q.shape[1], chunk_size)
-    kind = computing_dtype(q)
+    kind = accum_dtype(q)
     with torch.autocast(q.device.type, enabled=False):  # a triangular solve has no half precision
-        S = new_state(q, v, chunks.sequences) if state is None else state.to(kind)
+        S = zero_state(q, v, chunks.sequences) if state is None else state.to(kind)
         g = None if log_decay is None else chunks.cut(log_decay[..., None].to(kind))
         scaled = q.to(kind) / math.sqrt(q.shape[-1])
         parts = [chunks.cut(x.to(kind)) for x in (scaled, k, v, beta[..., None])]
@@ -201,12 +201,12 @@ class DocumentChunks:
         return S[self.order.argsort()]
 
 
-def times(x, scale):
+def scale(x, scale):
     """x * scale, where None stands for 1: without decay nothing is multiplied."""
     return x if scale is None else x * scale
 
 
-def scan(sizes):
+def chunk_slices(sizes):
     """[(the chunks of step n as a slice of all R, how many)] in order."""
     ends = list(itertools.accumulate(sizes))
     return [(slice(end - m, end), m) for end, m in zip(ends, sizes)]
@@ -215,10 +215,10 @@ def scan(sizes):
 def naive_chunks(q, k, v, beta, g, S, sizes):
     """ChunkedDeltaRule token by token; q is scaled already."""
     outputs = []
-    for rows, m in scan(sizes):
+    for rows, m in chunk_slices(sizes):
         parts = (x[rows, None] for x in (q * math.sqrt(q.shape[-1]), k, v))
         strengths = (None if x is None else x[rows, None, :, 0] for x in (beta, g))
-        o, after = delta_loop(*parts, *strengths, S[:m, None])
+        o, after = delta_rule_recurrent(*parts, *strengths, S[:m, None])
         outputs.append(o[:, 0])
         S = torch.cat([after[:, 0], S[m:]])
     return torch.cat(outputs) if outputs else torch.zeros_like(v), S
@@ -260,22 +260,22 @@ class ChunkedDeltaRule(Twinned):
             decay = g.expand(-1, -1, g.shape[1]).tril(-1).cumsum(1).exp()  # (R, C, C), [i, j]; only j <= i has a meaning
             since_start, to_end = g.cumsum(1).exp(), decay[:, -1:].mT  # (R, C, 1): exp(G_i) and exp(G_C - G_j)
             whole = since_start[:, -1:]  # (R, 1, 1)
-        P = times(torch.bmm(q, k.mT), decay).tril_()
-        A = times(torch.bmm(k, k.mT), decay).tril_(-1).mul_(beta)
+        P = scale(torch.bmm(q, k.mT), decay).tril_()
+        A = scale(torch.bmm(k, k.mT), decay).tril_(-1).mul_(beta)
         eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device).expand_as(A)
         inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)  # (I + A)^-1
         solve_beta = inverse * beta.mT  # (I + A)^-1 diag(beta)
-        U, W = torch.bmm(solve_beta, v), torch.bmm(solve_beta, times(k, since_start))
-        k_out = times(k, to_end)
+        U, W = torch.bmm(solve_beta, v), torch.bmm(solve_beta, scale(k, since_start))
+        k_out = scale(k, to_end)
         before = q.new_empty(len(q), *S.shape[1:])  # (R, K, V), the state before each chunk
         initial, S = S, S.clone()
-        for rows, m in scan(sizes):
+        for rows, m in chunk_slices(sizes):
             before[rows] = S[:m]
             U[rows].baddbmm_(W[rows], S[:m], alpha=-1)
             if whole is not None:
                 S[:m] *= whole[rows]
             S[:m].baddbmm_(k_out[rows].mT, U[rows])
-        o = torch.bmm(times(q, since_start), before).baddbmm_(P, U)
+        o = torch.bmm(scale(q, since_start), before).baddbmm_(P, U)
         made = decay, since_start, to_end, whole, P, inverse, U, W, before
         ctx.save_for_backward(q, k, v, beta, g, initial, *made)
         ctx.sizes = sizes
@@ -293,8 +293,8 @@ class ChunkedDeltaRule(Twinned):
             # The scan backwards. Keys have two parts to play: as `k` they are written, as `r` they read the state and the
             # keys before them; dk collects the first, dr the second.
             dU, dk = torch.bmm(P.mT, do), torch.empty_like(k)
-            q_in, k_out, carried = times(q, since_start), times(k, to_end), q.new_empty(len(q))
-            for rows, m in reversed(scan(ctx.sizes)):
+            q_in, k_out, carried = scale(q, since_start), scale(k, to_end), q.new_empty(len(q))
+            for rows, m in reversed(chunk_slices(ctx.sizes)):
                 torch.bmm(U[rows], dS[:m].mT, out=dk[rows])
                 dU[rows].baddbmm_(k_out[rows], dS[:m])
                 if whole is not None:
@@ -303,11 +303,11 @@ class ChunkedDeltaRule(Twinned):
                 dS[:m].baddbmm_(q_in[rows].mT, do[rows]).baddbmm_(W[rows].mT, dU[rows], alpha=-1)
             # U solves (I + A) U = diag(beta) E with E = V - diag(exp(G)) K S.
             dE = torch.bmm(inverse.mT, dU)  # of E, over beta
-            dP = times(torch.bmm(do, U.mT), decay).tril_()
-            dA = times(torch.bmm(dE, U.mT), decay).tril_(-1)  # of -A, over beta
-            dq = times(torch.bmm(do, before.mT), since_start).baddbmm_(dP, k)
-            dr = times(torch.bmm(dE, before.mT), since_start).baddbmm_(dA, k)  # of -r, over beta
-            dk = times(dk, to_end)
+            dP = scale(torch.bmm(do, U.mT), decay).tril_()
+            dA = scale(torch.bmm(dE, U.mT), decay).tril_(-1)  # of -A, over beta
+            dq = scale(torch.bmm(do, before.mT), since_start).baddbmm_(dP, k)
+            dr = scale(torch.bmm(dE, before.mT), since_start).baddbmm_(dA, k)  # of -r, over beta
+            dk = scale(dk, to_end)
             strong = whole is not None and bool((g < STRONG_DECAY).any())
             if strong:
                 between = dP * torch.bmm(q, k.mT) - beta * dA * torch.bmm(k, k.mT)  # (R, C, C)
@@ -346,7 +346,7 @@ def load_fla():
     return chunk_delta_rule, chunk_gated_delta_rule
 
 
-def fla_problem(device, dtype, key_width):
+def why_no_fla(device, dtype, key_width):
     """Why flash-linear-attention's kernel cannot be used here, as text, or None if it can."""
     if device.type != "cuda":
         return "flash-linear-attention runs on CUDA only"
@@ -357,11 +357,11 @@ def fla_problem(device, dtype, key_width):
     return load_fla() if isinstance(load_fla(), str) else None
 
 
-def delta_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
+def delta_rule_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
     """delta_loop through flash-linear-attention's Triton kernels; q, k and beta are rounded to v's dtype."""
     cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
     if cu_seqlens is not None and (cu_seqlens.diff() == 0).any():
-        return without_empty(delta_fla, q, k, v, beta, log_decay, state, cu_seqlens)
+        return without_empty(delta_rule_fla, q, k, v, beta, log_decay, state, cu_seqlens)
     plain, gated = load_fla()
     q, k, v, beta = (x.transpose(1, 2).contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, beta.to(v.dtype)))
     options = dict(initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)  # the kernels scale by 1 / sqrt(K)
@@ -379,7 +379,7 @@ def without_empty(rule, q, k, v, beta, log_decay, state, cu_seqlens):
     They keep their state.
     """
     full = cu_seqlens.diff() > 0
-    states = new_state(q, v, len(full)) if state is None else state.to(computing_dtype(q))
+    states = zero_state(q, v, len(full)) if state is None else state.to(accum_dtype(q))
     o, after = rule(q, k, v, beta, log_decay, states[full], cu_seqlens.unique_consecutive())
     return o, states.index_copy(0, full.nonzero().squeeze(1), after)
 
@@ -387,10 +387,10 @@ def without_empty(rule, q, k, v, beta, log_decay, state, cu_seqlens):
 def delta_rule(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
     """The fastest form for these inputs; arguments and results as in delta_loop."""
     if q.shape[2] <= 1:
-        return delta_loop(q, k, v, beta, log_decay, state, cu_seqlens)
-    if fla_problem(v.device, v.dtype, k.shape[-1]) is None and not transformed():
-        return delta_fla(q, k, v, beta, log_decay, state, cu_seqlens)
-    return delta_chunked(q, k, v, beta, log_decay, state, cu_seqlens, chunk_size)
+        return delta_rule_recurrent(q, k, v, beta, log_decay, state, cu_seqlens)
+    if why_no_fla(v.device, v.dtype, k.shape[-1]) is None and not transformed():
+        return delta_rule_fla(q, k, v, beta, log_decay, state, cu_seqlens)
+    return delta_rule_chunkwise(q, k, v, beta, log_decay, state, cu_seqlens, chunk_size)
 
 
 # ---- DeltaNet ------------------------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ class Config(model.Config):
         return reasons
 
 
-class DeltaMixer(CausalSelfAttention):
+class DeltaNetLayer(CausalSelfAttention):
     """The delta rule in attention's place (the DeltaNet layer of arXiv 2406.06484). Queries, keys and values go
 
         projection -> short convolution -> heads -> feature map -> norm -> gate
@@ -442,9 +442,9 @@ class DeltaMixer(CausalSelfAttention):
         return c.n_heads * key_width * value_width
 
     @classmethod
-    def kernel_choice(cls, c, device, dtype):
+    def describe_backend(cls, c, device, dtype):
         """Which form of the delta rule runs and why, as one line."""
-        problem = fla_problem(device, dtype, cls.widths(c)[0])
+        problem = why_no_fla(device, dtype, cls.widths(c)[0])
         choice = f"chunks of {c.chunk_size} tokens ({problem})" if problem else "flash-linear-attention, its own chunks"
         bounded = c.k_norm in ("l2", "l1") or (c.k_norm == "none" and c.k_kernel == "softmax")
         note = "" if bounded else f"; note: with k_norm={c.k_norm} long keys may make the state grow without bound"
@@ -462,20 +462,20 @@ class DeltaMixer(CausalSelfAttention):
         q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, x)  # (B, T, H, K)
         k = self.feature(k, self.heads, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, H, K)
         v = self.feature(v, self.heads, c.v_kernel).to(v.dtype)  # (B, T, H, V)
-        q, k, v, beta = (y.transpose(1, 2) for y in (q, k, v, self.write_strength(x)))
+        q, k, v, beta = (y.transpose(1, 2) for y in (q, k, v, self.beta(x)))
         state = cache.get("S") if cache else None
         ends = documents.ends if documents else None
         o, state = delta_rule(q, k, v, beta, self.log_decay(x), state, ends, c.chunk_size)  # (B, H, T, V)
         if cache is not None:
             cache["S"] = state
-        o = take(o.transpose(1, 2).flatten(2), rows)  # (B, n, H*V)
+        o = gather_positions(o.transpose(1, 2).flatten(2), rows)  # (B, n, H*V)
         if self.out_norm:
             o = self.out_norm(o.unflatten(-1, (self.heads, -1))).flatten(2)
         if self.gate_out:
-            o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(take(x, rows)))
+            o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(gather_positions(x, rows)))
         return self.out_proj(o)
 
-    def write_strength(self, x):
+    def beta(self, x):
         """beta (B, T, H)"""
         c = self.config
         if not c.use_beta:
@@ -488,7 +488,7 @@ class DeltaMixer(CausalSelfAttention):
         return None
 
 
-class GatedDeltaMixer(DeltaMixer):
+class GatedDeltaNetLayer(DeltaNetLayer):
     """DeltaMixer whose state decays by alpha = exp(-exp(A_log) softplus(W x + dt_bias)) per head before each token, the
     parametrisation and initial values of Gated DeltaNet. The paper's output gate is att_use_output_gate=1."""
 
@@ -501,23 +501,23 @@ class GatedDeltaMixer(DeltaMixer):
 
     def log_decay(self, x):
         z = self.proj_decay(x) + self.dt_bias
-        rate = F.softplus(z.to(computing_dtype(z)))  # (B, T, H)
+        rate = F.softplus(z.to(accum_dtype(z)))  # (B, T, H)
         return -(self.A_log.exp() * rate).transpose(1, 2)
 
 
 class DeltaBlock(GPTBlock):
-    attention = DeltaMixer
+    attention = DeltaNetLayer
 
 
 class GatedDeltaBlock(GPTBlock):
-    attention = GatedDeltaMixer
+    attention = GatedDeltaNetLayer
 
 
 class DeltaNet(GPT):
-    """The trunk of model.py with the delta rule in place of attention. What `read` keeps does not grow (state_bytes)."""
+    """The trunk of model.py with the delta rule in place of attention. What `read` keeps does not grow (inference_state_bytes)."""
 
     block = DeltaBlock
-    ignores = {
+    inactive_settings = {
         "du": "only unified_kv has it",
         "n_kv_heads": "each head of the delta rule has keys and values of its own",
         "pos": "the recurrence knows the order of its tokens",

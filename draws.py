@@ -7,38 +7,38 @@ import functools
 
 import numpy as np
 
-IGNORE = -100  # the target of a position that is not scored
+IGNORE_INDEX = -100  # the target of a position that is not scored
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
-def stream_key(*words):
+def philox_key(*words):
     """A Philox key from small non-negative integers (seed, split, length, ...). Zeros at the end do not count, so what comes
     after the seed must tell one purpose from another without them."""
     return np.random.SeedSequence(words).generate_state(2, np.uint64)
 
 
-def generator(*words):
+def rng_for(*words):
     """Random numbers for one purpose: a function of the words, the seed first."""
-    return np.random.Generator(np.random.Philox(key=stream_key(*words)))
+    return np.random.Generator(np.random.Philox(key=philox_key(*words)))
 
 
 @functools.lru_cache(2)
-def pass_order(n, *words):
+def epoch_permutation(n, *words):
     """The order of n rows in one pass over them: (n,)"""
-    return generator(*words).permutation(n).astype(np.int32)
+    return rng_for(*words).permutation(n).astype(np.int32)
 
 
-def rows_of_passes(rows, n, *words):
+def shuffled_epochs(rows, n, *words):
     """Row r of passes over n rows is row r % n of pass r // n, each pass in its own order: rows (R,) -> (R,) below n."""
     rows = np.asarray(rows, np.int64)
     which = np.empty_like(rows)
     for number in np.unique(rows // n).tolist():
         mine = rows // n == number
-        which[mine] = pass_order(n, *words, number)[rows[mine] % n]
+        which[mine] = epoch_permutation(n, *words, number)[rows[mine] % n]
     return which
 
 
-def uniforms(key, rows, words):
+def row_uniforms(key, rows, words):
     """(R, words) uniform doubles in [0, 1); the numbers of row r depend on (key, r) alone.
 
     Philox (Salmon et al. 2011) turns a counter into four numbers, so row r simply owns its own stretch of counters, and
@@ -53,7 +53,7 @@ def uniforms(key, rows, words):
     return out[:, :words]
 
 
-def draw_distinct(u, m):
+def sample_without_replacement(u, m):
     """n different numbers of range(m) per row, in random order: u (R, n) uniform -> (R, n). Fisher-Yates on many rows."""
     R, n = u.shape
     out = np.empty((R, n), dtype=np.int32)
@@ -69,7 +69,7 @@ def draw_distinct(u, m):
     return out
 
 
-def draw_slots(u, power_a):
+def weighted_permutation(u, power_a):
     """Order in which S slots are drawn without replacement with weights s^(a-1), s = 1..S: u (R, S) -> (R, S) slots.
 
     Successive weighted draws have the same law as sorting exponential clocks E_s / weight_s (Efraimidis and Spirakis).
@@ -78,7 +78,7 @@ def draw_slots(u, power_a):
     return np.argsort(-np.log1p(-u) / weight, axis=1)
 
 
-def skip_over(x, taken):
+def nth_not_in(x, taken):
     """The x-th number that is not in `taken`: x (R, m) counts, taken (R, a) different numbers -> (R, m)."""
     a = taken.shape[1]
     gaps = np.sort(taken, axis=1) - np.arange(a)  # x is behind taken number i if x >= gaps[i]

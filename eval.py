@@ -29,26 +29,26 @@ import torch
 import attention_maps
 import configs
 import edits
-from commands import Command, fits_all, looks, report, run_command
+from commands import Command, fits_all, analysis, report, run_command
 from compare import compare
 from configs import one_of, require, say
-from draws import IGNORE
+from draws import IGNORE_INDEX
 from logits import logits
-from look import LookConfig, over_rows, save
+from look import AnalysisConfig, map_batches, save_result
 from measure import (
-    draw,
+    errorbars,
     figure,
-    finish,
+    finish_figure,
     label_share,
-    mean,
-    predict,
-    print_chance,
+    mean_ci,
+    iter_predictions,
+    print_baselines,
     print_slices,
     print_table,
-    share,
-    shares,
-    shown,
-    summarise,
+    proportion,
+    slice_metrics,
+    format_ci,
+    merge_batches,
 )
 from routing import routing
 from slots import activations, norms, track, why_not_slots
@@ -56,7 +56,7 @@ from stats import repair, stats
 
 
 @dataclass
-class EvalConfig(LookConfig):
+class EvalConfig(AnalysisConfig):
     examples: int = 0  # print this many rows with the answers that the model gives, token by token
     example: int = -1  # print this row whole (attention: draw it); -1: none (attention: the first)
     rows: int = 1000  # what looks inside: rows to look at, as many of each part of the split; 0: all
@@ -76,19 +76,19 @@ class EvalConfig(LookConfig):
 # ---- accuracy by slice -------------------------------------------------------------------------------------------------
 
 
-def slices(look):
+def accuracy_by_slice(look):
     """Accuracy of one run, whole and by slice, and what facts it stores."""
     c, data, model, world = look.config, look.data, look.model, look.world
     can_decode = hasattr(model, "read") or (c.examples == 0 and c.example < 0)
     require(can_decode, "examples are decoded, for which the model needs a method `read` as in model.py", "examples")
     last = data.segments(c.split)[-1][-1]
     require(c.example <= last, f"example={c.example} is no row of {c.split}; the last is {last}", "example")
-    mine = predict(model, data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True, world=world)
-    batches = [b for turn in zip(*world.gather(list(mine))) for b in turn if b]  # in the order that one process would take
-    if not world.first:
+    mine = iter_predictions(model, data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True, world=world)
+    batches = [b for turn in zip(*world.all_gather_object(list(mine))) for b in turn if b]  # in the order that one process would take
+    if not world.is_main:
         return
-    result = summarise(batches)
-    everything = shares(result["all"])
+    result = merge_batches(batches)
+    everything = slice_metrics(result["all"])
     metrics = {
         "accuracy": label_share(result["all"]),
         "row_accuracy": everything["exact"],
@@ -96,9 +96,9 @@ def slices(look):
         "without_knowledge": getattr(data, "chance", {}),
         "stored": stored_bits(batches, data, model),
     }
-    by_slice = {tag: {str(v): shares(cell) for v, cell in cells.items()} for tag, cells in result["by_slice"].items()}
+    by_slice = {tag: {str(v): slice_metrics(cell) for v, cell in cells.items()} for tag, cells in result["by_slice"].items()}
     print_slices(result)
-    print_chance(metrics["without_knowledge"])
+    print_baselines(metrics["without_knowledge"])
     for name, value in metrics["stored"].items():
         say(f"{name}: {value['value']:.4g} (95% interval {value['ci95'][0]:.4g} - {value['ci95'][1]:.4g})")
     columns = {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit", "loss")}
@@ -106,10 +106,10 @@ def slices(look):
     rows = np.concatenate([list(s) for s in data.segments(c.split)])
     some = rows[np.linspace(0, len(rows) - 1, min(c.examples, len(rows))).astype(int)] if c.examples else []
     shown_rows = [*some, *([c.example] if c.example >= 0 else [])]
-    examples = [answer(look, row) for row in shown_rows]
+    examples = [decode_example(look, row) for row in shown_rows]
     title = f"{look.name}, {c.split}"
     plot = lambda path: plot_slices(path, by_slice or {"all": {"all": everything}}, title)
-    save(look, c.split, metrics, by_slice, examples, columns, plot)
+    save_result(look, c.split, metrics, by_slice, examples, columns, plot)
     for row, example in zip(shown_rows, examples):
         say(f"row {row}", *(f"  {name:8} {value!r}" for name, value in example.items() if name != "row"), sep="\n")
 
@@ -135,10 +135,10 @@ def stored_bits(batches, data, model):
     values = {id(q): q.numel() for name, q in model.named_parameters() if name.endswith("memory.values")}
     sizes = {"bits stored": 1, "bits stored per parameter": every, "bits stored per memory value": sum(values.values())}
     of_all = {name: knowledge["facts"] / size for name, size in sizes.items() if size}
-    return {name: mean(bits * facts) for name, facts in of_all.items()}
+    return {name: mean_ci(bits * facts) for name, facts in of_all.items()}
 
 
-def greedy(model, tokens, count):
+def greedy_decode(model, tokens, count):
     """The count >= 1 tokens that follow tokens (B, T), each the most likely one after all before it -> (B, count)."""
     logits, cache = model.read(tokens)
     out = [logits[:, -1:].argmax(-1)]  # (B, 1)
@@ -148,18 +148,18 @@ def greedy(model, tokens, count):
     return torch.cat(out, dim=1)
 
 
-def answer(look, row):
+def decode_example(look, row):
     """One row of text -> {"prompt", "answer", "model"}: what is asked, what is right, and what the model writes there.
 
     It reads the text and decodes greedily, its own tokens fed back, so from its first error on it may differ from what the
     accuracy of labels counts; whole rows that are right are right both ways.
     """
     tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
-    at = np.flatnonzero(targets[0] != IGNORE)
+    at = np.flatnonzero(targets[0] != IGNORE_INDEX)
     if len(at) == 0:
         return {"row": int(row), "prompt": look.text(tokens[0]), "answer": "", "model": "(this row asks for nothing)"}
     at = at[at - np.arange(len(at)) == at[0]]  # the first answer of the row
-    written = greedy(look.model, tokens[:, : at[0] + 1].to(look.device), len(at))
+    written = greedy_decode(look.model, tokens[:, : at[0] + 1].to(look.device), len(at))
     texts = (tokens[0, : at[0] + 1], targets[0, at], written[0].cpu())
     return {"row": int(row), **{name: look.text(ids) for name, ids in zip(("prompt", "answer", "model"), texts)}}
 
@@ -170,21 +170,21 @@ def plot_slices(path, by_slice, title):
     plt, fig, axes = figure(1, len(tags))
     for axis, tag in zip(axes, tags):
         cells = list(by_slice[tag].values())
-        draw(axis, range(len(cells)), cells)
+        errorbars(axis, range(len(cells)), cells)
         axis.set_xticks(range(len(cells)), [f"{v}\nn={c['n']}" for v, c in by_slice[tag].items()], fontsize=7)
         lowest = min(c["ci95"][0] for c in cells)
         axis.set(xlabel=tag, ylabel="accuracy (95% interval)", ylim=(min(0.98, lowest) - 0.02, 1.005))
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
 # ---- hashhop: what kind of mistake -------------------------------------------------------------------------------------
 
-MISTAKES = (
+ERRORS = (
     *("right", "right end, wrong way", "another hop of its chain", "another hash of the row", "not in the row", "malformed"),
 )
 
 
-def mistake(text, written):
+def classify_error(text, written):
     """What a model wrote after the last "= '" of a HashHop row -> one of MISTAKES.
 
     The closing quote is no label, so no model learns to write it: what counts is as many letters as the right answer has.
@@ -212,7 +212,7 @@ def mistake(text, written):
 
 def hashhop(look):
     """Accuracy by hops, and what the wrong answers are, decoded token by token."""
-    slices(look)
+    accuracy_by_slice(look)
     data, split = look.data, look.config.split
 
     def work(batch):
@@ -223,34 +223,34 @@ def hashhop(look):
         kinds, sizes = np.empty(len(texts), "U24"), np.array([(len(p), len(a)) for p, a in zip(prompts, answers)])
         for size in np.unique(sizes, axis=0):  # prompts and answers of one length are decoded together
             mine = np.flatnonzero((sizes == size).all(1))
-            written = greedy(look.model, look.tensor(np.stack([prompts[i] for i in mine])), int(size[1])).cpu()
+            written = greedy_decode(look.model, look.tensor(np.stack([prompts[i] for i in mine])), int(size[1])).cpu()
             for i, ids in zip(mine, written):
-                kinds[i] = mistake(texts[i], look.text(ids))
+                kinds[i] = classify_error(texts[i], look.text(ids))
         return {"row": batch.rows, "hops": tags.get("hops_cot", tags["hops"]).astype("U8"), "answer": kinds}
 
-    found = over_rows(look, work)
+    found = map_batches(look, work)
     by_slice = {"hops": {}}
     for level in sorted(np.unique(found["hops"]), key=lambda level: (int(level.split()[0]), level)):
         mine = found["answer"][found["hops"] == level]
-        by_slice["hops"][level] = {kind: share(int((mine == kind).sum()), len(mine)) for kind in MISTAKES}
-    if look.world.first:
-        lines = [(h, kind, *shown(cell)) for h, cells in by_slice["hops"].items() for kind, cell in cells.items()]
+        by_slice["hops"][level] = {kind: proportion(int((mine == kind).sum()), len(mine)) for kind in ERRORS}
+    if look.world.is_main:
+        lines = [(h, kind, *format_ci(cell)) for h, cells in by_slice["hops"].items() for kind, cell in cells.items()]
         print_table(("hops", "answer", "rows", "share", "95% interval"), lines)
-    save(look, "hashhop", {}, by_slice, (), found, lambda path: plot_mistakes(path, by_slice["hops"], look.name))
+    save_result(look, "hashhop", {}, by_slice, (), found, lambda path: plot_mistakes(path, by_slice["hops"], look.name))
 
 
 def plot_mistakes(path, cells, title):
     """One bar for each number of hops, cut by what was answered."""
     plt, fig, (axis,) = figure(1, 1, width=6)
     bottom, numbers = np.zeros(len(cells)), [next(iter(c.values()))["n"] for c in cells.values()]
-    for kind in MISTAKES:
+    for kind in ERRORS:
         height = np.array([c[kind]["value"] for c in cells.values()])
         axis.bar(range(len(cells)), height, bottom=bottom, label=kind, width=0.6)
         bottom += height
     axis.set_xticks(range(len(cells)), [f"{h}\nn={n}" for h, n in zip(cells, numbers)], fontsize=8)
     axis.set(xlabel="hops", ylabel="share of rows", ylim=(0, 1))
     fig.legend(*axis.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
 # ---- everything in one report ------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def task_of(look):
     return task if task in COMMANDS else "slices"
 
 
-def everything(look):
+def run_all(look):
     """Each command that fits, and report.md."""
     names = (task_of(look), "stats", "logits", "attention", "activations", "norms", "track", "routing", "edit")
     report(look, "eval.py", COMMANDS, names, "report.md")
@@ -274,7 +274,7 @@ def of_task(name):
     def work(look):
         message = f"{look.folder} is a run of {task_of(look)}, not of {name}: python eval.py {task_of(look)} {look.folder}"
         require(task_of(look) == name, message, None)
-        (hashhop if name == "hashhop" and hasattr(look.model, "read") else slices)(look)
+        (hashhop if name == "hashhop" and hasattr(look.model, "read") else accuracy_by_slice)(look)
 
     return work
 
@@ -282,24 +282,24 @@ def of_task(name):
 RIGHT = "How many labels and whole rows are right."
 
 COMMANDS = {
-    "slices": looks(slices, "examples example", RIGHT),
-    **{name: looks(of_task(name), "examples example", RIGHT) for name in ("mqar", "qa", "digits", "twohop", "hashhop", "text")},
-    "logits": looks(logits, "rows", "How probable the right tokens are, and whether that confidence is right."),
-    "attention": looks(
+    "slices": analysis(accuracy_by_slice, "examples example", RIGHT),
+    **{name: analysis(of_task(name), "examples example", RIGHT) for name in ("mqar", "qa", "digits", "twohop", "hashhop", "text")},
+    "logits": analysis(logits, "rows", "How probable the right tokens are, and whether that confidence is right."),
+    "attention": analysis(
         attention_maps.attention,
         "rows example",
         "Where each head looks: one row's maps, and the pattern that has most of its attention over all rows.",
         lambda look: attention_maps.why_not_maps(look.model),
     ),
-    "activations": looks(activations, "rows", "Which slots are read, and how evenly.", why_not_slots),
-    "norms": looks(norms, "rows", "How long the value rows are, and what is read from them.", why_not_slots),
-    "track": looks(track, "rows", "At which tokens each slot is read, and the use of slots while training.", why_not_slots),
-    "routing": looks(routing, "rows data", "MLP or memory, or which slots, by kind of token, place and layer.", why_not_slots),
-    "edit": looks(edits.edit, "edits", "Facts rewritten without gradients, beside fine-tuning.", edits.why_not_edit),
+    "activations": analysis(activations, "rows", "Which slots are read, and how evenly.", why_not_slots),
+    "norms": analysis(norms, "rows", "How long the value rows are, and what is read from them.", why_not_slots),
+    "track": analysis(track, "rows", "At which tokens each slot is read, and the use of slots while training.", why_not_slots),
+    "routing": analysis(routing, "rows data", "MLP or memory, or which slots, by kind of token, place and layer.", why_not_slots),
+    "edit": analysis(edits.compare_editors, "edits", "Facts rewritten without gradients, beside fine-tuning.", edits.why_not_edit),
     "stats": Command(stats, False, "split", fits_all, "Intervals of every slice, and what correlates with the loss."),
     "compare": Command(compare, False, "out", fits_all, "Runs side by side."),
     "repair": Command(repair, False, "", fits_all, "Every complete record of a cut file."),
-    "all": looks(everything, "rows example examples edits", "Everything that fits the run."),
+    "all": analysis(run_all, "rows example examples edits", "Everything that fits the run."),
 }
 
 
@@ -308,4 +308,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    configs.exit_with_sentence(main)
+    configs.run_cli(main)

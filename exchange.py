@@ -10,23 +10,23 @@ import torch
 
 from configs import require
 from interventions import (
-    Cases,
-    at_labels,
-    changed_output,
-    clean_run,
-    go_on,
-    known_cases,
+    Examples,
+    gather_labels,
+    hook_output,
+    run_with_cache,
+    forward_from,
+    correct_cases,
     logits_at,
-    margin,
-    replaced,
-    run_changed,
-    sites,
+    logit_diff,
+    hooked,
+    run_with_hooks,
+    hook_points,
 )
-from look import end_to_end, save
-from measure import draw, figure, finish, mean, print_table, share_over_rows, shown
+from look import concat, save_result
+from measure import errorbars, figure, finish_figure, mean_ci, print_table, clustered_proportion, format_ci
 from model import in_eval_mode
 
-TYPES = {  # is this pair of exposures wanted? f(of the row is high, of the other is high)
+EXPOSURE_PAIRS = {  # is this pair of exposures wanted? f(of the row is high, of the other is high)
     "any": lambda a, b: np.ones_like(a),
     "less_less": lambda a, b: ~a & ~b,
     "more_more": lambda a, b: a & b,
@@ -78,17 +78,17 @@ def draw_pairs(cases, count, kind, seed):
     require(kind == "any" or exposures is not None, message, "type")
     high = exposures > np.median(exposures) if exposures is not None else np.zeros(B, bool)
     a, b = (x.ravel() for x in np.meshgrid(np.arange(B), np.arange(B), indexing="ij"))
-    fitting = np.flatnonzero((a != b) & TYPES[kind](high[a], high[b]))
+    fitting = np.flatnonzero((a != b) & EXPOSURE_PAIRS[kind](high[a], high[b]))
     require(len(fitting), f"type={kind}: no two rows fit; raise rows", "type")
     if count and count < len(fitting):
         fitting = np.sort(np.random.default_rng(seed).choice(fitting, count, replace=False))
     return a[fitting], b[fitting]
 
 
-def exchange(look, name):
+def interchange(look, name):
     """Put what another row reads into a row, at one label, in one block (force: one head) at a time: does the row now give the
     other's answer there? Places where both have the same answer are left out."""
-    cases, c = known_cases(look), look.config
+    cases, c = correct_cases(look), look.config
     a, b = draw_pairs(cases, c.pairs, c.type, c.seed)
     columns = exchanged(look.model, cases, a, b, name, c.chunk, c.seed)
     by_slice = {"layer": became_by(columns, "layer"), "layer, place": became_by(columns, "layer", "place")}
@@ -97,11 +97,11 @@ def exchange(look, name):
     if "type" in columns:
         by_slice["type"] = became_by(columns, "type")
     cells = [(f"{k}={v}", cell) for k in by_slice if k != "layer, place" for v, cell in by_slice[k].items()]
-    lines = [(label, *(x for which in OUTCOMES for x in shown(cell[which])[1:])) for label, cell in cells]
+    lines = [(label, *(x for which in OUTCOMES for x in format_ci(cell[which])[1:])) for label, cell in cells]
     head = [x for outcome in OUTCOMES.values() for x in (outcome, "95% interval")]
     print_table((name, *head), lines)
     metrics = {"rows": len(cases), "pairs": len(a), "type": c.type}
-    save(look, name, metrics, by_slice, (), columns, lambda path: plot_exchange(path, columns, by_slice, look))
+    save_result(look, name, metrics, by_slice, (), columns, lambda path: plot_exchange(path, columns, by_slice, look))
 
 
 OUTCOMES = {"other's": "other's answer", "placebo": "a third answer", "own lost": "own answer lost"}  # columns of `exchanged`
@@ -113,7 +113,7 @@ def became_by(columns, *names):
     found = {}
     for key in dict.fromkeys(keys.tolist()):
         mine = keys == key
-        found[key] = {outcome: share_over_rows(columns[outcome][mine], columns["row"][mine]) for outcome in OUTCOMES}
+        found[key] = {outcome: clustered_proportion(columns[outcome][mine], columns["row"][mine]) for outcome in OUTCOMES}
     return dict(sorted(found.items()))
 
 
@@ -122,19 +122,19 @@ def exchanged(model, cases, a, b, name, chunk=512, seed=0):
 
     other's: the answer became that of row b; placebo: it became one answer, drawn at random, that neither row has there.
     """
-    clean, parts, n = clean_run(model, cases), [], cases.at.shape[1]
+    clean, parts, n = run_with_cache(model, cases), [], cases.at.shape[1]
     answers, device = cases.answers.cpu().numpy(), cases.tokens.device
     heads = model.config.mem_heads if name == "force" else 1
     pair, place, head = (x.ravel() for x in np.meshgrid(np.arange(len(a)), np.arange(n), np.arange(heads), indexing="ij"))
     differ = answers[a[pair], place] != answers[b[pair], place]
     pair, place, head = pair[differ], place[differ], head[differ]
     require(len(pair), "all pairs of rows have the same answers; raise rows", None)
-    third = third_answers(answers[a[pair], place], answers[b[pair], place], np.unique(answers), seed)
+    third = control_answers(answers[a[pair], place], answers[b[pair], place], np.unique(answers), seed)
     for block in model.memories():
         for first in range(0, len(pair), chunk):
             i, p, h, x = (v[first : first + chunk] for v in (pair, place, head, third))
             mine, other, t = (torch.as_tensor(v, device=device) for v in (a[i], b[i], p))
-            logits = exchange_and_go_on(model, cases, clean, block, name, mine, other, t, torch.as_tensor(h, device=device))
+            logits = forward_with_interchange(model, cases, clean, block, name, mine, other, t, torch.as_tensor(h, device=device))
             own, theirs, now = cases.answers[mine, t], cases.answers[other, t], logits.argmax(-1)
             before = clean.logits[mine, t]
             measured = {
@@ -143,7 +143,7 @@ def exchanged(model, cases, a, b, name, chunk=512, seed=0):
                 "now": now,
                 "other's": now == theirs,
                 "own lost": now != own,
-                "fall": margin(before, own)[0] - margin(logits, own)[0],
+                "fall": logit_diff(before, own)[0] - logit_diff(logits, own)[0],
                 "p other": logits.softmax(-1).gather(1, theirs[:, None]).squeeze(1),
                 "p other before": before.softmax(-1).gather(1, theirs[:, None]).squeeze(1),
             }
@@ -158,10 +158,10 @@ def exchanged(model, cases, a, b, name, chunk=512, seed=0):
             parts[-1]["placebo"] = parts[-1]["now"] == x
             if "exposures" in cases.tags:
                 parts[-1]["type"] = pair_types(cases.tags["exposures"], a[i], b[i])
-    return end_to_end(parts)
+    return concat(parts)
 
 
-def third_answers(own, theirs, alphabet, seed):
+def control_answers(own, theirs, alphabet, seed):
     """For each pair of answers (M,) one of the others, at random; -1 if there is none."""
     order = np.random.default_rng(seed).permuted(np.tile(alphabet, (len(own), 1)), axis=1)  # (M, letters)
     free = (order != own[:, None]) & (order != theirs[:, None])
@@ -174,7 +174,7 @@ def pair_types(exposures, a, b):
     return np.char.add(np.where(high[a], "more_", "less_"), np.where(high[b], "more", "less"))
 
 
-def exchange_and_go_on(model, cases, clean, block, name, mine, other, place, head):
+def forward_with_interchange(model, cases, clean, block, name, mine, other, place, head):
     """Rows mine (M,) with what rows other (M,) read at their labels at place (M,) -> logits (M, tokens) there."""
     here, there = cases.at[mine, place], cases.at[other, place]  # positions of the label in both rows
     found = {k: clean.found[block][k][mine] for k in ("slots", "weights")}  # (M, T, H, k)
@@ -189,7 +189,7 @@ def exchange_and_go_on(model, cases, clean, block, name, mine, other, place, hea
     else:
         new = EXCHANGES[name](own, theirs, head)
         changed = {k: v.index_put((m, here), new[k]) for k, v in found.items()}
-    return go_on(model, block, clean.stream[block][mine], changed, here[:, None]).squeeze(1)
+    return forward_from(model, block, clean.stream[block][mine], changed, here[:, None]).squeeze(1)
 
 
 def plot_exchange(path, columns, by_slice, look):
@@ -198,18 +198,18 @@ def plot_exchange(path, columns, by_slice, look):
     plt, fig, axes = figure(1, 1 + len(blocks), width=4.6)
     for block in blocks:
         cells = [by_slice["layer, place"][f"{block}, {p}"] for p in places]
-        draw(axes[0], places, [c["other's"] for c in cells], label=f"layer {block}: the other's")
-        draw(axes[0], places, [c["placebo"] for c in cells], label=f"layer {block}: a third", ls="--")
+        errorbars(axes[0], places, [c["other's"] for c in cells], label=f"layer {block}: the other's")
+        errorbars(axes[0], places, [c["placebo"] for c in cells], label=f"layer {block}: a third", ls="--")
     axes[0].set(xlabel="place in the answer", ylabel="share of answers (95%)", ylim=(-0.02, 1.02))
     axes[0].legend(fontsize=7)
     for axis, block in zip(axes[1:], blocks):
         mine = columns["layer"] == block
         of_block = {k: columns[k][mine] for k in ("answer", "other answer", "other's")}
-        digit_heat(fig, axis, of_block, of_block["other's"], digits, look, f"layer {block}: share that became the other's")
-    finish(fig, plt, path, f"{look.name}, {len(columns['row'])} changes")
+        digit_heatmap(fig, axis, of_block, of_block["other's"], digits, look, f"layer {block}: share that became the other's")
+    finish_figure(fig, plt, path, f"{look.name}, {len(columns['row'])} changes")
 
 
-def digit_heat(fig, axis, columns, hit, digits, look, title):
+def digit_heatmap(fig, axis, columns, hit, digits, look, title):
     """Share of `hit` (N,) for each pair of own answer and other answer; white: none measured."""
     pairs = [[hit[(columns["answer"] == x) & (columns["other answer"] == y)] for y in digits] for x in digits]
     grid, names = [[h.mean() if len(h) else np.nan for h in row] for row in pairs], [look.token(x) for x in digits]
@@ -223,10 +223,10 @@ def digit_heat(fig, axis, columns, hit, digits, look, title):
 
 # ---- which digits stand in for which ------------------------------------------------------------------------------------
 
-HOW = ("teacher-forced", "token by token")
+DECODING = ("teacher-forced", "token by token")
 
 
-def reading_of_others(clean, cases, mine, other):
+def source_reads(clean, cases, mine, other):
     """{block: change}: at the labels of rows mine (M,), whatever rows other (M,) read at theirs."""
     rows = torch.arange(len(mine), device=mine.device)[:, None]
 
@@ -234,7 +234,7 @@ def reading_of_others(clean, cases, mine, other):
         return lambda found: {k: found[k].index_put((rows, cases.at[mine]), new[k]) for k in ("slots", "weights")}
 
     taken = {
-        block: {k: at_labels(f[k][other], cases.at[other]) for k in ("slots", "weights")} for block, f in clean.found.items()
+        block: {k: gather_labels(f[k][other], cases.at[other]) for k in ("slots", "weights")} for block, f in clean.found.items()
     }
     return {block: change(new) for block, new in taken.items()}
 
@@ -254,13 +254,13 @@ def decode_with(model, cases, changes):
 def swap_matrix(look):
     """Rows take all that another row reads at its labels, in all blocks: digit by digit, what comes out? With the right answer
     so far shown (teacher-forced), and decoded token by token."""
-    cases, c = known_cases(look), look.config
+    cases, c = correct_cases(look), look.config
     a, b = draw_pairs(cases, c.pairs, c.type, c.seed)
-    clean, n, parts = clean_run(look.model, cases), cases.at.shape[1], []
+    clean, n, parts = run_with_cache(look.model, cases), cases.at.shape[1], []
     for first in range(0, len(a), c.chunk):
         i, j = (torch.as_tensor(x[first : first + c.chunk], device=cases.tokens.device) for x in (a, b))
-        mine, changes = cases.pick(i.cpu()), reading_of_others(clean, cases, i, j)
-        forced = run_changed(look.model, mine, intervene=changes).softmax(-1)  # (M, n, tokens)
+        mine, changes = cases.pick(i.cpu()), source_reads(clean, cases, i, j)
+        forced = run_with_hooks(look.model, mine, intervene=changes).softmax(-1)  # (M, n, tokens)
         tensors = {
             "answer": mine.answers,
             "other answer": cases.answers[j],
@@ -274,15 +274,15 @@ def swap_matrix(look):
             "place": np.tile(np.arange(n), len(i)),
         }
         parts.append(rows | {k: v.flatten().cpu().numpy() for k, v in tensors.items()})
-    columns = end_to_end(parts)
+    columns = concat(parts)
     by_slice = {}
-    for how in HOW:
+    for how in DECODING:
         by_slice[f"{how}, place"] = matches(columns, how, "other answer", "place")
         by_slice[f"{how}, own digit and other's"] = digit_pairs(columns, how, look)
-    lines = [(how, p, *shown(cell)) for how in HOW for p, cell in by_slice[f"{how}, place"].items()]
+    lines = [(how, p, *format_ci(cell)) for how in DECODING for p, cell in by_slice[f"{how}, place"].items()]
     print_table(("the other row's digit", "place", "digits", "share", "95% interval"), lines)
     metrics = {"rows": len(cases), "pairs": len(a), "type": c.type}
-    save(look, "swap_matrix", metrics, by_slice, (), columns, lambda path: plot_swap_matrix(path, columns, look))
+    save_result(look, "swap_matrix", metrics, by_slice, (), columns, lambda path: plot_swap_matrix(path, columns, look))
 
 
 def matches(columns, how, which, by):
@@ -290,7 +290,7 @@ def matches(columns, how, which, by):
     hit, differ, found = columns[how] == columns[which], columns["answer"] != columns["other answer"], {}
     for value in np.unique(columns[by][differ]):
         mine = differ & (columns[by] == value)
-        found[str(value)] = share_over_rows(hit[mine], columns["row"][mine])
+        found[str(value)] = clustered_proportion(hit[mine], columns["row"][mine])
     return found
 
 
@@ -298,28 +298,28 @@ def digit_pairs(columns, how, look):
     hit, found = columns[how] == columns["other answer"], {}
     for x, y in sorted({*zip(columns["answer"].tolist(), columns["other answer"].tolist())}):
         mine = (columns["answer"] == x) & (columns["other answer"] == y)
-        cell = share_over_rows(hit[mine], columns["row"][mine])
+        cell = clustered_proportion(hit[mine], columns["row"][mine])
         found[f"{look.token(x)}, {look.token(y)}"] = {**cell, "probability": float(columns["p other"][mine].mean())}
     return found
 
 
 def plot_swap_matrix(path, columns, look):
     plt, fig, axes = figure(2, 2, width=4.6)
-    for axis, below, how in zip(axes[:2], axes[2:], HOW):
+    for axis, below, how in zip(axes[:2], axes[2:], DECODING):
         hit = columns[how] == columns["other answer"]
-        digit_heat(fig, axis, columns, hit, np.unique(columns["answer"]), look, f"{how}: share that became the other's")
+        digit_heatmap(fig, axis, columns, hit, np.unique(columns["answer"]), look, f"{how}: share that became the other's")
         for which, label in (("other answer", "the other row's"), ("answer", "still its own")):
             cells = matches(columns, how, which, "place")
-            draw(below, list(map(int, cells)), list(cells.values()), label=label)
+            errorbars(below, list(map(int, cells)), list(cells.values()), label=label)
         below.set(xlabel="place in the answer", ylabel=f"share of digits, {how} (95%)", ylim=(-0.02, 1.02))
         below.legend(fontsize=7)
-    finish(fig, plt, path, f"{look.name}, {len(columns['row'])} digits")
+    finish_figure(fig, plt, path, f"{look.name}, {len(columns['row'])} digits")
 
 
 # ---- activation patching -----------------------------------------------------------------------------------------------
 
 
-def corrupted(look, cases, seed):
+def corrupt(look, cases, seed):
     """Cases -> the same, and runs that end in another first answer: of text, another row of the same form; of MQAR, the same
     row with another value under the first key that is asked for."""
     random = np.random.default_rng(seed)
@@ -338,17 +338,17 @@ def corrupted(look, cases, seed):
         old = cases.answers[b, 0]
         new = int(random.choice(np.setdiff1d(values, tokens[b].cpu().numpy())))
         tokens[b][tokens[b] == old], answers[b, 0] = new, new
-    return cases, Cases(cases.rows, tokens, cases.at, answers, cases.tags)
+    return cases, Examples(cases.rows, tokens, cases.at, answers, cases.tags)
 
 
 @torch.no_grad()
 def patch(look):
     """Causal tracing (Meng et al. 2022, arXiv 2202.05262): a run with another key, one activation of the right run put into it,
     block by position: how much of the first answer comes back (1: all of the difference in logits, 0: none)?"""
-    cases, other = corrupted(look, known_cases(look), look.config.seed)
+    cases, other = corrupt(look, correct_cases(look), look.config.seed)
     few = np.arange(min(len(cases), max(10, 6000 // cases.tokens.shape[1])))  # long rows have many places to patch
     cases, other = cases.pick(few), other.pick(few)
-    back, first, second = patched(look.model, cases, other)
+    back, first, second = recovered(look.model, cases, other)
     T, B = next(iter(back.values())).shape
     columns = {
         "site": np.repeat([name for name, _ in back], T * B),
@@ -357,27 +357,27 @@ def patch(look):
         "row": np.tile(cases.rows, T * len(back)),
         "back": np.concatenate([x.ravel() for x in back.values()]),
     }
-    cells = {f"{site}, {block}, {t}": mean(x[t]) for (site, block), x in back.items() for t in range(T)}
+    cells = {f"{site}, {block}, {t}": mean_ci(x[t]) for (site, block), x in back.items() for t in range(T)}
     best = sorted(cells.items(), key=lambda item: -item[1]["value"])[:12]
     print_table(
-        ("site, layer, position", "rows", "share of the answer back", "95% interval"), [(k, *shown(c)) for k, c in best]
+        ("site, layer, position", "rows", "share of the answer back", "95% interval"), [(k, *format_ci(c)) for k, c in best]
     )
-    metrics = {"rows": B, "lead of the answer, right key": mean(first), "lead of the answer, other key": mean(second)}
+    metrics = {"rows": B, "lead of the answer, right key": mean_ci(first), "lead of the answer, other key": mean_ci(second)}
     by_slice = {"site, layer, position": cells}
-    save(look, "patch", metrics, by_slice, (), columns, lambda path: plot_patch(path, back, cases, look))
+    save_result(look, "patch", metrics, by_slice, (), columns, lambda path: plot_patch(path, back, cases, look))
 
 
 @in_eval_mode
-def patched(model, cases, other):
+def recovered(model, cases, other):
     """Put each activation of `cases` at (site, block, position) into the runs of `other` -> {(site, block): (T, B)}, the share
     of the difference that comes back; and how far the first answer of `cases` leads that of `other` in both, (B,) each."""
     mine, theirs = cases.answers[:, 0], other.answers[:, 0]
     rows = torch.arange(len(cases), device=mine.device)
-    places = [(name, block, module) for name, blocks in sites(model).items() for block, module in blocks.items()]
+    places = [(name, block, module) for name, blocks in hook_points(model).items() for block, module in blocks.items()]
     kept, back, T = {}, {}, 1 + int(max(cases.at[:, 0].max(), other.at[:, 0].max()))  # what comes later cannot matter
 
     def lead(some, hooks):
-        with replaced(hooks):
+        with hooked(hooks):
             logits = logits_at(model, some.tokens[:, :T], some.at[:, :1])[:, 0]
         return logits[rows, mine] - logits[rows, theirs]
 
@@ -387,10 +387,10 @@ def patched(model, cases, other):
     def put(key, t):
         return lambda x: x.index_copy(1, torch.tensor([t], device=x.device), kept[key][:, t : t + 1])
 
-    first = lead(cases, [changed_output(name, module, keep((name, block))) for name, block, module in places])
+    first = lead(cases, [hook_output(name, module, keep((name, block))) for name, block, module in places])
     second = lead(other, [])
     for name, block, module in places:
-        now = [lead(other, [changed_output(name, module, put((name, block), t))]) for t in range(T)]
+        now = [lead(other, [hook_output(name, module, put((name, block), t))]) for t in range(T)]
         back[name, block] = np.stack([((x - second) / (first - second)).cpu().numpy() for x in now])
     return back, first.cpu().numpy(), second.cpu().numpy()
 
@@ -413,4 +413,4 @@ def plot_patch(path, back, cases, look):
         axis.set_ylabel(f"{name}\nblock", fontsize=8)
         fig.colorbar(drawn, ax=axis)
     axes[-1].set_xlabel(f"position (tokens of row {cases.rows[0]})" if text else "position")
-    finish(fig, plt, path, f"{look.name}: share of the answer that one activation brings back, mean of {len(cases)} rows")
+    finish_figure(fig, plt, path, f"{look.name}: share of the answer that one activation brings back, mean of {len(cases)} rows")

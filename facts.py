@@ -13,14 +13,14 @@ import unicodedata
 import numpy as np
 
 from configs import require
-from draws import IGNORE, SPLITS, generator, rows_of_passes
+from draws import IGNORE_INDEX, SPLITS, rng_for, shuffled_epochs
 from synth_files import read_documents
-from tokens import BYTES, mask
+from tokens import BYTES, label_mask
 
 # ---- documents with names ----------------------------------------------------------------------------------------------
 
 
-class Facts:
+class FactDataset:
     """A fixed list of documents, which of them are in which split (training ones as often as in an epoch), and their tags."""
 
     def __init__(self, c, kind, texts, splits, tags, chance=None, knowledge=None):
@@ -36,7 +36,7 @@ class Facts:
             message = f"path={c.path}: the tag {name!r} is no number or text in each row"
             require(plain, message, "path")
         group = next(iter(self.tags.values()), np.zeros(len(texts), int))
-        order = generator(c.seed, 7).permutation(len(texts))  # so that a part of a split is a fair sample
+        order = rng_for(c.seed, 7).permutation(len(texts))  # so that a part of a split is a fair sample
         for split, n in (("val", c.n_val_examples), ("test", c.n_test_examples)):
             chosen = splits[split][np.argsort(order[splits[split]])]
             if n and len(chosen):  # as many of each group at most, so that none crowds out another
@@ -56,7 +56,7 @@ class Facts:
         """Rows of a split -> documents; those of training in passes (draws.rows_of_passes)."""
         which = self.splits[split]
         if split == "train":
-            rows = rows_of_passes(rows, len(which), self.config.seed, len(SPLITS))
+            rows = shuffled_epochs(rows, len(which), self.config.seed, len(SPLITS))
         return which[rows]
 
     def read(self, split, rows):
@@ -65,7 +65,7 @@ class Facts:
         return [self.texts[i] for i in numbers], {name: values[numbers] for name, values in self.tags.items()}
 
 
-def chance(train, test):
+def guess_baselines(train, test):
     """The accuracy of guesses without knowledge on `test`: [(key, value)] of one width -> {name: accuracy per digit}.
 
     The most frequent digit of each position among the training values; and the key itself.
@@ -74,11 +74,11 @@ def chance(train, test):
         return {}
     width = min(len(v) for _, v in train + test)
     values, keys, right = (np.array([list(x[i][:width]) for x in part]) for part, i in ((train, 1), (test, 0), (test, 1)))
-    usual = [most_frequent(column) for column in values.T]
+    usual = [mode(column) for column in values.T]
     return {"majority digit": float((right == usual).mean()), "copy the key": float((right == keys).mean())}
 
 
-def most_frequent(column):
+def mode(column):
     """The first in order of those that occur most often."""
     found, times = np.unique(column, return_counts=True)
     return found[times.argmax()]
@@ -115,7 +115,7 @@ class QA:
     @staticmethod
     def make(c):
         n, size, held = c.num_pairs, c.num_pairs // len(c.buckets), QA.held(c)
-        names = [f"{i:0{c.digits}d}" for i in generator(c.seed, 0).choice(10**c.digits, 2 * n, replace=False)]
+        names = [f"{i:0{c.digits}d}" for i in rng_for(c.seed, 0).choice(10**c.digits, 2 * n, replace=False)]
         pairs = list(zip(names[:n], names[n:]))
         bucket = np.repeat(c.buckets, size)  # the names are in random order, so the first pairs of a bucket are any
         seen = np.arange(n) % size >= held
@@ -130,10 +130,10 @@ class QA:
             if c.inverse == "train":
                 train = np.concatenate([train, train + n])
         held_out = [pair for pair, s in zip(pairs, seen) if not s]
-        guess = chance([pair for pair, s in zip(pairs, seen) if s], held_out)
+        guess = guess_baselines([pair for pair, s in zip(pairs, seen) if s], held_out)
         facts = int(seen.sum()) * (2 if c.inverse == "train" else 1)
         knowledge = {"slice": "seen=1", "facts": facts, "bits": math.log2(10)} if c.inverse != "probe" else {}
-        return Facts(c, "qa", texts, {"train": train, "val": test, "test": test}, tags, guess, knowledge)
+        return FactDataset(c, "qa", texts, {"train": train, "val": test, "test": test}, tags, guess, knowledge)
 
 
 # ---- digits ------------------------------------------------------------------------------------------------------------
@@ -159,9 +159,9 @@ class Digits:
     def make(c):
         N, n, total = Digits.width(c), c.num_pairs, c.num_pairs + c.num_novel
         places = N ** np.arange(N)[::-1]
-        keys = generator(c.seed, 0).choice(N**N, total, replace=False)[:, None] // places % N  # (total, N) digits from 0
+        keys = rng_for(c.seed, 0).choice(N**N, total, replace=False)[:, None] // places % N  # (total, N) digits from 0
         if c.rule == "random":
-            values = generator(c.seed, 1).integers(N, size=keys.shape)
+            values = rng_for(c.seed, 1).integers(N, size=keys.shape)
         else:
             values = keys
             for _ in range(c.steps):  # the word, as a map of positions, applied to itself
@@ -171,9 +171,9 @@ class Digits:
         splits = {"train": number[:n], "val": np.concatenate([number[:n], novel[::2]])}
         splits["test"] = np.concatenate([number[:n], novel[1::2]])
         key = np.repeat(["known", "novel"], [n, c.num_novel])
-        guess = chance(pairs[:n], pairs[n:])
+        guess = guess_baselines(pairs[:n], pairs[n:])
         knowledge = {"slice": "key=known", "facts": n, "bits": math.log2(N)} if c.rule == "random" else {}
-        return Facts(c, "digits", [f"{k}:{v} " for k, v in pairs], splits, {"key": key}, guess, knowledge)
+        return FactDataset(c, "digits", [f"{k}:{v} " for k, v in pairs], splits, {"key": key}, guess, knowledge)
 
 
 # ---- twohop ------------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class TwoHop:
 
     @staticmethod
     def make(c):
-        n, R, random = c.entities, c.relations, generator(c.seed, 0)
+        n, R, random = c.entities, c.relations, rng_for(c.seed, 0)
         maps = np.stack([derangement(random, n) for _ in range(R)])  # (R, n)
         r1, r2, a = (x.ravel() for x in np.indices((R, R, n)))
         b = maps[r1, a]
@@ -239,8 +239,8 @@ class TwoHop:
         even = number % 2 == 0
         splits = {"train": number[all_of], "val": number[all_of | even], "test": number[all_of | ~even]}
         answers = [(name(a[i]), name(end[i])) for i in np.concatenate([trained, inside])]
-        guess = {f"{k} of the last entity": v for k, v in chance(answers[: len(trained)], answers[len(trained) :]).items()}
-        return Facts(c, "twohop" if c.markers else "digits", texts, splits, {"query": query}, guess)
+        guess = {f"{k} of the last entity": v for k, v in guess_baselines(answers[: len(trained)], answers[len(trained) :]).items()}
+        return FactDataset(c, "twohop" if c.markers else "digits", texts, splits, {"query": query}, guess)
 
 
 def derangement(random, n):
@@ -311,13 +311,13 @@ class HashHop:
 
     def problem(self, split, row):
         """-> text, hops, cot of one row"""
-        c, random = self.config, generator(self.config.seed, SPLITS[split], row)
+        c, random = self.config, rng_for(self.config.seed, SPLITS[split], row)
         levels = c.hops if split == "train" else c.test_hops
         hops = levels[row % len(levels)] if split == "train" else levels[row // len(self.segments(split)[0])]
         cot = hops > 1 and random.random() < c.cot
         queries = c.num_queries if split == "train" else 1
         n = self.chains(c, hops, queries)
-        words = different_words(random, n * (hops + 1), c.hash_len)
+        words = unique_hashes(random, n * (hops + 1), c.hash_len)
         chains = [words[i * (hops + 1) : (i + 1) * (hops + 1)] for i in range(n)]
         lines = [f"{a} = {b}" for chain in chains for a, b in zip(chain, chain[1:-1])]
         lines += [f"{chain[-2]} = '{chain[-1]}'" for chain in chains]
@@ -327,7 +327,7 @@ class HashHop:
         return "\n".join(lines) + "\n" + self.header(hops, cot) + "\n".join(answers) + "\n", hops, cot
 
 
-def different_words(random, n, length):
+def unique_hashes(random, n, length):
     """n different random words."""
     while True:
         words = ["".join(w) for w in LETTERS[random.integers(len(LETTERS), size=(n, length))]]
@@ -357,7 +357,7 @@ class Text:
             return True
         if kind not in Text.FACT_MASKS:
             return False
-        return bool((mask(BYTES.encode(text)[None], kind) != IGNORE).any())
+        return bool((label_mask(BYTES.encode(text)[None], kind) != IGNORE_INDEX).any())
 
     @staticmethod
     def make(c):
@@ -381,7 +381,7 @@ class Text:
         seen = trained[np.concatenate([splits["val"], splits["test"]])]
         tags = {"seen": trained.astype(int)} if seen.any() and not seen.all() else {}
         sizes = {split: len(which) for split, which in splits.items()}
-        source = Facts(c, c.mask, texts, splits, tags)
+        source = FactDataset(c, c.mask, texts, splits, tags)
         source.places = places  # "file:line" of each document
         source.sizes = sizes  # of the splits, before n_val_examples and n_test_examples cut them
         return source

@@ -41,18 +41,18 @@ import llama
 import prompts
 from checkpoint import (
     check_kinds,
-    data_hash,
-    file_hash,
+    dataset_sha256,
+    sha256_file,
     make_directory,
     only_writer,
     read_lines,
-    write_file,
+    atomic_write,
     write_json,
 )
 from configs import ConfigError, at_least, one_of, require, say
-from llama import need
-from measure import figure, print_table, share, share_over_rows, shown, write_figure
-from parallel import choose_device, joined
+from llama import require_package
+from measure import figure, print_table, proportion, clustered_proportion, format_ci, write_figure
+from parallel import autodetect_device, process_group
 from plan import enough_memory
 from stats import mcnemar
 
@@ -140,7 +140,7 @@ class Batch:
     def encode(self, rows):
         """rows [(ids, positions)] -> their keys and values"""
         self.tokens += sum(len(ids) for ids, _ in rows)
-        return fusion.encode(self.run.model, self.prefix, rows)
+        return fusion.prefill(self.run.model, self.prefix, rows)
 
     def alone(self, part=1.0):
         """Every template as a prompt of its own, right after the prefix -> rows, and their keys and values."""
@@ -152,37 +152,37 @@ class Batch:
 
         return self.once("alone", make, part)
 
-    def decode(self, cache, choose=fusion.each):
+    def decode(self, cache, choose=fusion.argmax_each):
         """-> texts, and the probability that the model gives to each"""
         run = self.run
-        out, p = fusion.decode(run.model, cache, self.questions[0].cue, choose, run.stop, run.config.max_new_tokens)
+        out, p = fusion.greedy_decode(run.model, cache, self.questions[0].cue, choose, run.stop, run.config.max_new_tokens)
         self.tokens += len(out) + int((out >= 0).sum())
         return [run.tokenizer.decode([t for t in row if t >= 0]).strip() for row in out.tolist()], p
 
 
-def alone_cache(batch, only=None):
+def separate_cache(batch, only=None):
     """Caches of single prompts: of every template, or of template number `only` of each question."""
     rows, kept = batch.alone(1 / batch.n if only is not None else 1.0)
     places = [[r] for r in range(len(rows)) if only is None or r % batch.n == only]
     at = [batch.prefix_tokens + len(rows[r][0]) for (r,) in places]
-    return fusion.assemble(batch.prefix, rows, kept, places, at)
+    return fusion.build_cache(batch.prefix, rows, kept, places, at)
 
 
 def origin(batch):
     """The first template alone."""
-    return batch.decode(alone_cache(batch, only=0))[0]
+    return batch.decode(separate_cache(batch, only=0))[0]
 
 
-def answers_alone(batch):
+def separate_answers(batch):
     """Each template alone -> texts (B * n), and how sure the model is of each, (B, n): the probability that a sample is the
     greedy answer."""
-    texts, p = batch.once("answers alone", lambda: batch.decode(alone_cache(batch)))
+    texts, p = batch.once("answers alone", lambda: batch.decode(separate_cache(batch)))
     return texts, p.view(-1, batch.n)
 
 
 def per_prompt(batch):
     """Each template alone: n answers to a question."""
-    texts, n = answers_alone(batch)[0], batch.n
+    texts, n = separate_answers(batch)[0], batch.n
     return [texts[i : i + n] for i in range(0, len(texts), n)]
 
 
@@ -190,14 +190,14 @@ def ensemble(name):
     """All templates beside each other, one answer, chosen by their logits together token by token."""
 
     def work(batch):
-        confidence = answers_alone(batch)[1] if name.startswith("weighted") else None
+        confidence = separate_answers(batch)[1] if name.startswith("weighted") else None
         combine = fusion.ENSEMBLES[name](confidence)
-        return batch.decode(alone_cache(batch), fusion.together(batch.n, combine))[0][:: batch.n]
+        return batch.decode(separate_cache(batch), fusion.argmax_grouped(batch.n, combine))[0][:: batch.n]
 
     return work
 
 
-def fused(batch, chosen=None, bias=0.0):
+def decode_fused(batch, chosen=None, bias=0.0):
     """Templates that were encoded alone, in one cache -> texts. chosen: numbers of templates (B, m), all if None; bias on their
     scores: a number, or (B, m)."""
     rows, kept = batch.alone()
@@ -206,7 +206,7 @@ def fused(batch, chosen=None, bias=0.0):
     places = [[i * n + j for j in mine] for i, mine in enumerate(chosen)]
     at = [batch.prefix_tokens + max(len(rows[r][0]) for r in mine) for mine in places]
     bias = bias + batch.run.config.score_bias * np.log(len(chosen[0]))
-    return batch.decode(fusion.assemble(batch.prefix, rows, kept, places, at, bias))[0]
+    return batch.decode(fusion.build_cache(batch.prefix, rows, kept, places, at, bias))[0]
 
 
 def flex(scheme):
@@ -215,29 +215,29 @@ def flex(scheme):
     def work(batch):
         c, rows, places, at = batch.run.config, [], [], []
         if scheme == "isolated" and c.positions == "restart":  # as the templates alone: nothing else to encode
-            return fused(batch)
+            return decode_fused(batch)
         for q in batch.questions:
-            mine, cue = fusion.lay_out(q, batch.prefix_tokens, scheme, c.positions)
+            mine, cue = fusion.layout(q, batch.prefix_tokens, scheme, c.positions)
             places.append(range(len(rows), len(rows) + len(mine)))
             rows += [(ids, where) for ids, where, _ in mine]
             at.append(cue)
         bias = c.score_bias * np.log(batch.n)
-        return batch.decode(fusion.assemble(batch.prefix, rows, batch.encode(rows), places, at, bias))[0]
+        return batch.decode(fusion.build_cache(batch.prefix, rows, batch.encode(rows), places, at, bias))[0]
 
     return work
 
 
 def flex_adaptive(batch):
     """The half of the templates of which the model is surest, each alone, in one cache."""
-    best = answers_alone(batch)[1].topk((batch.n + 1) // 2, dim=1).indices
-    return fused(batch, best.sort(dim=1).values.tolist())
+    best = separate_answers(batch)[1].topk((batch.n + 1) // 2, dim=1).indices
+    return decode_fused(batch, best.sort(dim=1).values.tolist())
 
 
 def flex_weighted(batch):
     """All templates in one cache; attention to a template is multiplied by how sure the model is of it alone, mean 1."""
-    confidence = answers_alone(batch)[1]
+    confidence = separate_answers(batch)[1]
     weights = confidence / confidence.mean(1, keepdim=True)
-    return fused(batch, bias=weights.log().clamp(min=-30).numpy(force=True))
+    return decode_fused(batch, bias=weights.log().clamp(min=-30).numpy(force=True))
 
 
 def hybrid(batch):
@@ -251,8 +251,8 @@ def hybrid(batch):
         at += [P + len(rows[r][0]) for r in mine] + [P + max(len(rows[r][0]) for r in mine)]
         bias += [0.0] * n + [together]
     combine = lambda logits: logits[:, :n].log_softmax(-1).mean(1) + logits[:, n].log_softmax(-1)
-    cache = fusion.assemble(batch.prefix, rows, kept, places, at, bias)
-    return batch.decode(cache, fusion.together(n + 1, combine))[0][:: n + 1]
+    cache = fusion.build_cache(batch.prefix, rows, kept, places, at, bias)
+    return batch.decode(cache, fusion.argmax_grouped(n + 1, combine))[0][:: n + 1]
 
 
 def flex_myriadlama(batch):
@@ -298,7 +298,7 @@ class Run:
         """Token ids of what all templates of a batch share."""
         question = batch[0][0]
         bos = self.model.config.bos
-        text = prompts.prefix_text(shots[question["relation"]], not question["subject"])
+        text = prompts.few_shot_prefix(shots[question["relation"]], not question["subject"])
         return ([] if bos is None else [bos]) + self.ids(text, begins=True)
 
 
@@ -324,10 +324,10 @@ def questions_and_shots(c):
     if not c.shots:
         shots = {f["relation"]: [] for f in facts}
     elif c.shots_path:
-        pool = prompts.without(prompts.read_facts(c.shots_path, "shots_path"), facts)
-        shots = prompts.shots_from(pool, {f["relation"] for f in facts}, c.shots, random)
+        pool = prompts.exclude(prompts.read_facts(c.shots_path, "shots_path"), facts)
+        shots = prompts.sample_few_shot(pool, {f["relation"] for f in facts}, c.shots, random)
     else:
-        shots, facts = prompts.split_shots(facts, c.shots, random)
+        shots, facts = prompts.split_few_shot(facts, c.shots, random)
     if not c.same_relation and c.shots:
         some = [f for mine in shots.values() for f in mine]
         shots = dict.fromkeys(shots, [some[i] for i in random.permutation(len(some))[: c.shots]])
@@ -346,7 +346,7 @@ def batches(facts, c):
     found = {}
     for f in facts:
         random = np.random.default_rng([c.seed, *f["uuid"].encode()])
-        texts, manual = prompts.choose(f, c.num_manual, c.num_auto, random)
+        texts, manual = prompts.select_templates(f, c.num_manual, c.num_auto, random)
         require(texts, f"question {f['uuid']} has no template of the kind asked for; raise num_manual or num_auto", "num_auto")
         found.setdefault((f["relation"], manual.tobytes()), []).append((f, texts, manual))
     return [mine[i : i + c.batch_size] for mine in found.values() for i in range(0, len(mine), c.batch_size)]
@@ -384,7 +384,7 @@ def answer(run, batch, questions, methods, shots, prefixes):
     relation = batch[0][0]["relation"]
     if relation not in prefixes:
         prefixes.clear()
-        prefixes[relation] = fusion.encode_prefix(run.model, run.prefix(shots, batch))
+        prefixes[relation] = fusion.prefill_prefix(run.model, run.prefix(shots, batch))
     work, records = Batch(run, questions, prefixes[relation]), []
     for method in methods:
         work.start_bill()
@@ -400,13 +400,13 @@ def answer(run, batch, questions, methods, shots, prefixes):
 PROGRAM = ("flex_generate.py", "fusion.py", "prompts.py", "llama.py", "attention.py")
 
 
-def settings(c, dtype):
+def result_key(c, dtype):
     """What a result depends on, files by their contents: runs that differ in it do not share a directory."""
     loose = ("method", "out_dir", "max_samples", "batch_size", "device", "threads", "lemmaize", "draw_mask")
     here = os.path.dirname(os.path.abspath(__file__))
     path = c.path or os.path.join(here, "world_facts.py")
-    files = {"path": data_hash(path), "shots_path": data_hash(c.shots_path) if c.shots_path else ""}
-    sums = [file_hash(os.path.join(here, name)) for name in PROGRAM]
+    files = {"path": dataset_sha256(path), "shots_path": dataset_sha256(c.shots_path) if c.shots_path else ""}
+    sums = [sha256_file(os.path.join(here, name)) for name in PROGRAM]
     about = {k: v for k, v in vars(c).items() if k not in loose}
     about |= {**files, "dtype": str(dtype).removeprefix("torch.")}
     about["program"] = hashlib.sha256("".join(sums).encode()).hexdigest()
@@ -472,26 +472,26 @@ def generate(c, world):
 def generate_in(folder, c, world, facts, shots):
     """Answer in this directory what is not answered there yet; write the results of all."""
     methods = methods_of(c)
-    device, dtype, line = choose_device(c, world)
-    about = world.first_does(lambda: settings(c, dtype))
+    device, dtype, line = autodetect_device(c, world)
+    about = world.first_does(lambda: result_key(c, dtype))
     done, lost = world.together(lambda: read_progress(folder, about))
     if lost:
         lines = f"note: {lost} lines of {folder}/progress.*.jsonl are no records"
-        world.say(f"{lines}; what they held is asked again")
+        world.print0(f"{lines}; what they held is asked again")
     have = {(r["uuid"], r["method"]) for r in done}
     left = [f for f in facts if any((f["uuid"], m) not in have for m in methods)]
     if left:
         start = time.perf_counter()
         model, tokenizer = world.together(lambda: llama.load(c.model, device, dtype))
         size = sum(p.numel() for p in model.parameters())
-        world.say(f"{c.model}: {size:,} parameters in {time.perf_counter() - start:.1f} s; {line}")
-        world.say(f"{len(facts)} questions, {len(facts) - len(left)} of them answered already; results go to {folder}")
-        stop = fusion.Stop.of(tokenizer, model.config.eos, device, model.config.vocab_size)
+        world.print0(f"{c.model}: {size:,} parameters in {time.perf_counter() - start:.1f} s; {line}")
+        world.print0(f"{len(facts)} questions, {len(facts) - len(left)} of them answered already; results go to {folder}")
+        stop = fusion.StopCriteria.of(tokenizer, model.config.eos, device, model.config.vocab_size)
         run = Run(c, model, tokenizer, stop, folder, methods)
         world.first_does(lambda: make_directory(folder))
         answer_all(run, left, shots, have, about, world)
-        world.say(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
-    if world.first:
+        world.print0(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
+    if world.is_main:
         write_results(c, folder, facts, shots, methods, about)
 
 
@@ -519,7 +519,7 @@ def answer_all(run, facts, shots, have, about, world):
 
     work = world.together(prepare)
     world.first_does(lambda: os.makedirs(run.folder, exist_ok=True))
-    hidden = not (world.first and sys.stderr.isatty())
+    hidden = not (world.is_main and sys.stderr.isatty())
     with open(os.path.join(run.folder, f"progress.{world.rank}.jsonl"), "a", encoding="utf-8") as f:
         # a line of its own, also after a cut one
         f.write("\n" + json.dumps({"settings": about}) + "\n")
@@ -531,7 +531,7 @@ def answer_all(run, facts, shots, have, about, world):
                     f.write(json.dumps(record) + "\n")
             f.flush()
             os.fsync(f.fileno())
-    world.gather(None)  # all are done
+    world.all_gather_object(None)  # all are done
 
 
 # ---- results -----------------------------------------------------------------------------------------------------------
@@ -551,19 +551,19 @@ def write_results(c, folder, facts, shots, methods, about):
         if not records:
             continue
         if method in methods:
-            columns = frame(records, asked)
-            write_file(
+            columns = to_columns(records, asked)
+            atomic_write(
                 os.path.join(folder, file_name(c, method) + ".feather"), lambda f: feather.write_feather(pa.table(columns), f)
             )
         if len(records) == len(asked):
             rows.append((method, summary(method, records, asked)))
-    hits = prompts.majority(shots, facts)
-    baseline = share(sum(hits), len(hits))
-    compare(rows, latest, asked)
+    hits = prompts.majority_baseline(shots, facts)
+    baseline = proportion(sum(hits), len(hits))
+    add_p_values(rows, latest, asked)
     head = ["method", "templates", "fused by", "answers", "accuracy", "95% interval", "p against origin"]
-    lines = [(m, s["templates"], METHODS[m][2], *shown(s["accuracy"]), s.get("p", "")) for m, s in rows]
+    lines = [(m, s["templates"], METHODS[m][2], *format_ci(s["accuracy"]), s.get("p", "")) for m, s in rows]
     spent = [(f"{s['seconds']:.3f}", f"{s['tokens']:.0f}") for _, s in rows]
-    lines = [*(a + b for a, b in zip(lines, spent)), ("majority of the relation", "", "no model", *shown(baseline), "", "", "")]
+    lines = [*(a + b for a, b in zip(lines, spent)), ("majority of the relation", "", "no model", *format_ci(baseline), "", "", "")]
     print_table((*head, "seconds a question", "tokens a question"), lines)
     how = "words are compared as lemmas" if prompts.has_lemmas() else "words are compared as they are: pip install simplemma"
     print(how)
@@ -575,7 +575,7 @@ def write_results(c, folder, facts, shots, methods, about):
     say(f"wrote {folder}/*.feather, table.json, table.png")
 
 
-def frame(records, asked):
+def to_columns(records, asked):
     """Records -> columns: one row for a question, of per_prompt one for each template.
 
     asked: {uuid: fact}.
@@ -591,29 +591,29 @@ def frame(records, asked):
     return dict(zip(("uuid", "templates", "answers", "prediction", "generation"), map(list, zip(*flat))))
 
 
-def hits_of(columns):
-    return [prompts.right(p, a) for p, a in zip(columns["prediction"], columns["answers"])]
+def correctness(columns):
+    return [prompts.is_correct(p, a) for p, a in zip(columns["prediction"], columns["answers"])]
 
 
 def summary(method, records, asked):
     """Accuracy (answers to one question count as of one row), number of templates, seconds and tokens of a question."""
-    columns, counts = frame(records, asked), sorted({len(r["templates"]) for r in records})
+    columns, counts = to_columns(records, asked), sorted({len(r["templates"]) for r in records})
     n = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return {
-        "accuracy": share_over_rows(hits_of(columns), columns["uuid"]),
+        "accuracy": clustered_proportion(correctness(columns), columns["uuid"]),
         "templates": {"one": "1", "half": f"half of {n}", "all": n}[METHODS[method][1]],
         "seconds": float(np.mean([r["seconds"] for r in records])),
         "tokens": float(np.mean([r["tokens"] for r in records])),
     }
 
 
-def compare(rows, latest, asked):
+def add_p_values(rows, latest, asked):
     """Add to the summaries of rows [(method, summary)] the p of McNemar's test against the first template alone."""
     hits = {}
     for method, _ in rows:
         if method != "per_prompt":
             records = [latest[u, method] for u in asked]
-            hits[method] = hits_of(frame(records, asked))
+            hits[method] = correctness(to_columns(records, asked))
     for method, s in rows:
         if "origin" in hits and method in hits and method != "origin":
             s["p"] = f"{mcnemar(hits[method], hits['origin'])['p']:.2g}"
@@ -637,7 +637,7 @@ def plot_table(path, rows, baseline, title):
 
 def add_lemmas(c):
     """A second pass over the feather files: predict_lemma and answer_lemmas."""
-    need("simplemma", "--lemmaize needs a package: pip install simplemma")
+    require_package("simplemma", "--lemmaize needs a package: pip install simplemma")
     folder = os.path.join(c.out_dir, os.path.basename(os.path.normpath(c.model)))
     with only_writer(folder, "results there"):
         add_lemmas_in(folder, c)
@@ -656,9 +656,9 @@ def add_lemmas_in(folder, c):
             columns = feather.read_table(path).to_pydict()
         except (pa.ArrowException, OSError) as e:
             raise ConfigError(f"{path} cannot be read ({' '.join(str(e).split())[:80]}); delete it and run again") from None
-        columns["predict_lemma"] = [prompts.words(p) for p in columns["prediction"]]
-        columns["answer_lemmas"] = [[prompts.words(a) for a in answers] for answers in columns["answers"]]
-        write_file(path, lambda f: feather.write_feather(pa.table(columns), f))
+        columns["predict_lemma"] = [prompts.normalise(p) for p in columns["prediction"]]
+        columns["answer_lemmas"] = [[prompts.normalise(a) for a in answers] for answers in columns["answers"]]
+        atomic_write(path, lambda f: feather.write_feather(pa.table(columns), f))
         say(f"{path}: lemmas of {len(columns['uuid'])} predictions")
 
 
@@ -668,27 +668,27 @@ def show_mask(c):
     make_directory(c.out_dir)
     path = os.path.join(c.out_dir, f"mask_{scheme}.png")
     print(f"{scheme}: a row sees the columns marked x (P: instruction and examples, M: manual, A: automatic, G: generated)")
-    print(fusion.draw(scheme, manual, path))
+    print(fusion.draw_mask(scheme, manual, path))
     say(f"wrote {path}")
 
 
 def main(argv=None):
-    words, given = configs.parse(sys.argv[1:] if argv is None else argv)
+    words, given = configs.split_argv(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in given):
         print(configs.help_text(__doc__, Config))
         return
     require(not words, f"{' '.join(words)!r} is not a flag; flex_generate.py takes --key value only", None)
-    configs.check_names(given, Config)
-    c = configs.build(Config, given)
+    configs.reject_unknown(given, Config)
+    c = configs.build_config(Config, given)
     if c.threads:
         torch.set_num_threads(c.threads)
     if c.draw_mask:
         return show_mask(c)
     if c.lemmaize:
         return add_lemmas(c)
-    with joined(c.device) as world, enough_memory(lambda: ADVICE):
+    with process_group(c.device) as world, enough_memory(lambda: ADVICE):
         generate(c, world)
 
 
 if __name__ == "__main__":
-    configs.exit_with_sentence(main)
+    configs.run_cli(main)

@@ -37,34 +37,34 @@ def full(q, kv, manual):
 
 
 # f(segment of the token that looks, segment of the token looked at, which segments are manual) -> bool, numbers or tensors
-SCHEMES = {"isolated": isolated, "manual_cross": manual_cross, "full": full}
+MASKS = {"isolated": isolated, "manual_cross": manual_cross, "full": full}
 
 
-def visible(scheme, segment, manual):
+def dense_mask(scheme, segment, manual):
     """The dense mask of a question: segment (S,) of each token (PREFIX, FUSED or a number) -> (S, S) bool, row sees column."""
     q, kv, place = segment[:, None], segment[None, :], torch.arange(len(segment))
-    inner = SCHEMES[scheme](q.clamp(min=0), kv.clamp(min=0), manual) & (q >= 0) & (kv >= 0)
+    inner = MASKS[scheme](q.clamp(min=0), kv.clamp(min=0), manual) & (q >= 0) & (kv >= 0)
     return (place[:, None] >= place) & (inner | (kv == PREFIX) | (q == FUSED))
 
 
-def groups(scheme, manual):
+def encode_groups(scheme, manual):
     """Segments that see each other, as lists of their numbers: what is encoded as one row."""
     rows, left = [], list(range(len(manual)))
     while left:
         i = left[0]
-        together = [j for j in left if bool(SCHEMES[scheme](torch.tensor(j), torch.tensor(i), manual))]
+        together = [j for j in left if bool(MASKS[scheme](torch.tensor(j), torch.tensor(i), manual))]
         rows.append(together)
         left = [j for j in left if j not in together]
     return rows
 
 
-def draw(scheme, manual, path=None, generated=2):
+def draw_mask(scheme, manual, path=None, generated=2):
     """The mask between templates as text, a row for each and for generated tokens; with a path also as a picture."""
     n = len(manual)
     kinds = ["M" if m else "A" for m in manual.tolist()]
     names = ["P", *(f"{k}{kinds[: i + 1].count(k)}" for i, k in enumerate(kinds)), *(f"G{i + 1}" for i in range(generated))]
     segment = torch.tensor([PREFIX, *range(n), *[FUSED] * generated])
-    seen = visible(scheme, segment, manual)
+    seen = dense_mask(scheme, segment, manual)
     lines = ["    " + " ".join(f"{name:>2}" for name in names)]
     lines += [f"{name:>2} [" + " ".join(" x" if x else " ." for x in row) + " ]" for name, row in zip(names, seen.tolist())]
     if path:
@@ -93,7 +93,7 @@ class Question:
     between: list  # token ids between two segments under sequential positions (the cue comes before them)
 
 
-def lay_out(question, prefix, scheme, positions):
+def layout(question, prefix, scheme, positions):
     """Where everything goes -> rows [(ids, positions, segment of each token)], one for each group, and the cue's position."""
     whole = [list(s) for s in question.segments]
     if positions == "sequential":
@@ -103,7 +103,7 @@ def lay_out(question, prefix, scheme, positions):
     else:
         starts, cue = np.full(len(whole), prefix), prefix + max(map(len, whole))
     rows = []
-    for group in groups(scheme, question.manual):
+    for group in encode_groups(scheme, question.manual):
         ids = [t for i in group for t in whole[i]]
         at = [starts[i] + j for i in group for j in range(len(whole[i]))]
         rows.append((ids, at, [i for i in group for _ in whole[i]]))
@@ -124,7 +124,7 @@ class Cache:
 
 
 @torch.no_grad()
-def encode_prefix(model, ids):
+def prefill_prefix(model, ids):
     """The tokens that all questions share, once -> keys and values (1, G, P, K) of each layer."""
     kept = []
 
@@ -138,7 +138,7 @@ def encode_prefix(model, ids):
 
 
 @torch.no_grad()
-def encode_rows(model, prefix, rows):
+def prefill_padded(model, prefix, rows):
     """Rows of [(ids, positions)] after a shared prefix, each seeing it and itself, causally -> keys and values (R, G, L, K) of
     each layer. Padding is at the end, where no token attends to it."""
     L, device = max(len(ids) for ids, _ in rows), model.turns.device
@@ -158,7 +158,7 @@ def encode_rows(model, prefix, rows):
 
 
 @torch.no_grad()
-def encode_packed(model, prefix, rows, attention=None):
+def prefill_flex(model, prefix, rows, attention=None):
     """encode_rows with all rows end to end in one, under a FlexAttention block mask: for GPUs, where short rows leave most of
     the device idle. attention: flex_attention itself (compiled on CUDA if None)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -186,23 +186,23 @@ def encode_packed(model, prefix, rows, attention=None):
     return [tuple(x[0][:, place].transpose(0, 1) for x in layer) for layer in kept]
 
 
-def encode(model, prefix, rows):
+def prefill(model, prefix, rows):
     """encode_packed on CUDA; else encode_rows for rows of about one length at a time, so that little of the work is padding."""
     if model.turns.device.type == "cuda":
-        return encode_packed(model, prefix, rows)
+        return prefill_flex(model, prefix, rows)
     sizes = [len(ids).bit_length() for ids, _ in rows]
     L, parts, order = max(len(ids) for ids, _ in rows), [], []
     for size in sorted(set(sizes)):
         mine = [r for r, s in enumerate(sizes) if s == size]
         order += mine
-        kept = encode_rows(model, prefix, [rows[r] for r in mine])
+        kept = prefill_padded(model, prefix, [rows[r] for r in mine])
         parts.append([tuple(F.pad(x, (0, 0, 0, L - x.shape[2])) for x in layer) for layer in kept])
     back = torch.tensor(order).argsort().to(model.turns.device)
     return [tuple(torch.cat(side)[back] for side in zip(*layers)) for layers in zip(*parts)]
 
 
 @torch.no_grad()
-def assemble(prefix, rows, encoded, places, next_at, bias=0.0):
+def build_cache(prefix, rows, encoded, places, next_at, bias=0.0):
     """What B caches hold: the prefix, then the tokens of some rows -> Cache.
 
     rows [(ids, positions)], encoded: their keys and values; places: for each cache the numbers of its rows; next_at (B,): the
@@ -234,7 +234,7 @@ def assemble(prefix, rows, encoded, places, next_at, bias=0.0):
 
 
 @dataclass
-class Stop:
+class StopCriteria:
     """Which tokens end an answer: one of `eos`, or with a line break in it once there is something before it."""
 
     eos: torch.Tensor  # (E,)
@@ -251,7 +251,7 @@ class Stop:
 
 
 @torch.no_grad()
-def decode(model, cache, cue, choose, stop, most=10):
+def greedy_decode(model, cache, cue, choose, stop, most=10):
     """Decode greedily from R caches, the cue first: -> tokens (R, up to `most`), -1 after the end, and the probability (R,)
     that the model gives to what was chosen. choose(logits (R, V)) -> tokens (R,). The cache is not changed."""
     R, device = len(cache.at), cache.at.device
@@ -282,12 +282,12 @@ def decode(model, cache, cue, choose, stop, most=10):
     return torch.stack(out, 1), probability.exp()
 
 
-def each(logits):
+def argmax_each(logits):
     """Every row goes its own way."""
     return logits.argmax(-1)
 
 
-def together(n, combine):
+def argmax_grouped(n, combine):
     """Rows in groups of n go one way, that of combine(logits (B, n, V)) -> scores (B, V)."""
     return lambda logits: combine(logits.unflatten(0, (-1, n))).argmax(-1).repeat_interleave(n)
 

@@ -14,11 +14,11 @@ import torch
 
 from checkpoint import read_record
 from configs import ConfigError, require, say
-from exchange import HOW
-from look import BOOLEAN, DECIDE, NUMBER, TEXT, WHOLE, ending, read_parquet, results, save
-from measure import draw, figure, finish, mean, print_table, share, share_over_rows, shown
-from memory import usage
-from stats import correct, correlation
+from exchange import DECODING
+from look import BOOLEAN, DECIDE, NUMBER, TEXT, WHOLE, ending, read_parquet, results, save_result
+from measure import errorbars, figure, finish_figure, mean_ci, print_table, proportion, clustered_proportion, format_ci
+from memory import slot_usage
+from stats import add_holm, correlation
 
 COLUMNS = {  # what is read here of each measurement
     "keys": {
@@ -27,11 +27,11 @@ COLUMNS = {  # what is read here of each measurement
         **{"mode": TEXT, "control": BOOLEAN, "flip": BOOLEAN},
     },
     "swap": {**dict.fromkeys(("row", "layer", "place"), WHOLE), "fall": NUMBER, "other's": BOOLEAN},
-    "swap_matrix": dict.fromkeys(("row", "place", "answer", "other answer", *HOW), WHOLE),
+    "swap_matrix": dict.fromkeys(("row", "place", "answer", "other answer", *DECODING), WHOLE),
 }
 
 
-def read_columns(look, what):
+def load_table(look, what):
     """The parquet file that `ablate.py <what>` wrote into the run -> {column: (N,)}
 
     It is the one of the same settings; if none are given, the only one there is.
@@ -43,7 +43,7 @@ def read_columns(look, what):
         message = f"{look.folder} has {names}; say with the same settings which is meant"
         require(len(there) == 1, message, None)
         (end,) = there
-        look.world.say(f"reading ablate_{what}{end}")
+        look.world.print0(f"reading ablate_{what}{end}")
     look.read.append(end)
     path = os.path.join(look.folder, f"ablate_{what}{end}.parquet")
     columns = read_parquet(path, COLUMNS[what], advice)
@@ -66,7 +66,7 @@ def read_columns(look, what):
     return columns
 
 
-def chosen(columns):
+def first_ablation(columns):
     """Measurements of read slots in the first mode measured (zero, unless --modes says otherwise), and its name."""
     mode = str(columns["mode"][0])
     mine = (columns["mode"] == mode) & ~columns["control"]
@@ -94,7 +94,7 @@ def slot_table(columns):
     }
 
 
-def falls(columns, rows, name, values):
+def mean_drops(columns, rows, name, values):
     """Mean fall of the lead by row and by value of the column `name` -> (rows, values), nan where nothing was measured.
 
     >>> measured = {"row": np.array([4, 4, 7]), "slot": np.array([9, 9, 2]), "fall": np.array([1.0, 3.0, 5.0])}
@@ -113,10 +113,10 @@ def falls(columns, rows, name, values):
 # ---- impact ------------------------------------------------------------------------------------------------------------
 
 
-NEXT_TO_NOTHING = 0.01  # logits
+NEGLIGIBLE = 0.01  # logits
 
 
-def best_and_any(columns):
+def top_and_all(columns):
     """What the best 5% of slots cost, and what any slot does: falls of the lead by slot, two arrays. The best are chosen on one
     half of the rows and measured on the other, both ways: where they were chosen, they are the best by luck, too."""
     rows, best, every = np.unique(columns["row"]), [], []
@@ -132,22 +132,22 @@ def best_and_any(columns):
 def impact(look):
     """Per block: mean, median, largest and spread of the fall of the lead, how much more the best slots cost than a random one,
     and how many cost next to nothing."""
-    everything = read_columns(look, "keys")
-    columns, mode = chosen(everything)
+    everything = load_table(look, "keys")
+    columns, mode = first_ablation(everything)
     slots, by_slice = slot_table(columns), {"layer": {}}
     for block in np.unique(slots["layer"]):
         mine = columns["layer"] == block
         pairs = np.abs(columns["fall"][mine])
         per_slot = slots["mean"][slots["layer"] == block]
-        best, every = best_and_any({name: v[mine] for name, v in columns.items()})
+        best, every = top_and_all({name: v[mine] for name, v in columns.items()})
         by_slice["layer"][str(block)] = {
-            "fall": mean(per_slot),
+            "fall": mean_ci(per_slot),
             "median": float(np.median(columns["fall"][mine])),
             "largest": float(columns["fall"][mine].max()),
             "std": float(columns["fall"][mine].std()),
-            "next to nothing": share_over_rows(pairs < NEXT_TO_NOTHING, columns["row"][mine]),
-            "flips": share_over_rows(columns["flip"][mine], columns["row"][mine]),
-            "best 5% of slots": mean(best) if len(best) else None,  # none of them is read in both halves
+            "next to nothing": clustered_proportion(pairs < NEGLIGIBLE, columns["row"][mine]),
+            "flips": clustered_proportion(columns["flip"][mine], columns["row"][mine]),
+            "best 5% of slots": mean_ci(best) if len(best) else None,  # none of them is read in both halves
             "ratio to a random slot": float(best.mean() / max(1e-9, every.mean())) if len(best) else math.nan,
         }
     # Removing a slot that nobody reads must change nothing: a check of the method, printed with its result.
@@ -157,7 +157,7 @@ def impact(look):
     lines = [
         (
             b,
-            *shown(c["fall"]),
+            *format_ci(c["fall"]),
             f"{c['median']:.4f}",
             f"{c['largest']:.2f}",
             f"{c['next to nothing']['value']:.1%}",
@@ -175,11 +175,11 @@ def impact(look):
         print("rare facts (fewer exposures than the median) against frequent ones:")
         print_table(
             ("measure", "rare", "95% interval", "frequent", "95% interval"),
-            [(k, *shown(a)[1:], *shown(b)[1:]) for k, (a, b) in rare.items()],
+            [(k, *format_ci(a)[1:], *format_ci(b)[1:]) for k, (a, b) in rare.items()],
         )
         by_slice["rare, frequent"] = {k: {"rare": a, "frequent": b} for k, (a, b) in rare.items()}
     metrics = {"mode": mode, "largest change by an unread slot": float(np.abs(control).max()) if len(control) else None}
-    save(look, "impact", metrics, by_slice, (), slots, lambda path: plot_impact(path, columns, slots, look, mode))
+    save_result(look, "impact", metrics, by_slice, (), slots, lambda path: plot_impact(path, columns, slots, look, mode))
 
 
 def frequent_or_rare(columns):
@@ -201,7 +201,7 @@ def frequent_or_rare(columns):
         "share of removals that flip an answer": np.bincount(which, columns["flip"]) / np.bincount(which),
     }
     for name, x in measures.items():
-        out[name] = (mean(x[~high]), mean(x[high]))
+        out[name] = (mean_ci(x[~high]), mean_ci(x[high]))
     return out
 
 
@@ -224,13 +224,13 @@ def plot_keys(path, columns, title):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     flips = [
-        share_over_rows(columns["flip"][m], columns["row"][m])
+        clustered_proportion(columns["flip"][m], columns["row"][m])
         for m in ((columns["mode"] == mode) & ~columns["control"] for mode in modes)
     ]
-    draw(axes[-1], range(len(modes)), flips, ls="none")
+    errorbars(axes[-1], range(len(modes)), flips, ls="none")
     axes[-1].set_xticks(range(len(modes)), [f"{m}\nn={c['n']}" for m, c in zip(modes, flips)], fontsize=7)
     axes[-1].set(ylabel="share of removals that flip an answer (95%)", ylim=(0, None))
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
 def plot_impact(path, columns, slots, look, mode, most=60):
@@ -249,12 +249,12 @@ def plot_impact(path, columns, slots, look, mode, most=60):
         mine = slots["layer"] == block
         total = slots["mean"][mine] * slots["rows"][mine]  # of all rows: a slot of one row would be a column with one dot
         best = slots["slot"][mine][np.argsort(-total)][:most]
-        grid = falls({k: v[columns["layer"] == block] for k, v in columns.items()}, rows, "slot", best)
+        grid = mean_drops({k: v[columns["layer"] == block] for k, v in columns.items()}, rows, "slot", best)
         drawn = axis.imshow(grid, aspect="auto", cmap="magma_r", vmin=0, vmax=np.nanquantile(grid, 0.99))
         axis.set(xlabel=f"the {len(best)} slots with the largest effect", ylabel="row", title=f"layer {block}; white: not read")
         axis.title.set_fontsize(8)
         fig.colorbar(drawn, ax=axis, label="mean fall of the lead (logits)")
-    finish(fig, plt, path, f"{look.name}: {len(np.unique(columns['row']))} rows")
+    finish_figure(fig, plt, path, f"{look.name}: {len(np.unique(columns['row']))} rows")
 
 
 # ---- slots -------------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def plot_impact(path, columns, slots, look, mode, most=60):
 def keystats(look, clusters=8):
     """Of each slot: how many rows read it, how its effect varies; and groups of slots with alike values (k-means on the
     directions of the value rows), with the silhouette that says whether there are groups at all."""
-    columns, mode = chosen(read_columns(look, "keys"))
+    columns, mode = first_ablation(load_table(look, "keys"))
     slots = slot_table(columns)
     found, by_slice = {**slots, "cluster": np.zeros(len(slots["slot"]), int)}, {"layer": {}}
     for block in np.unique(slots["layer"]):
@@ -271,13 +271,13 @@ def keystats(look, clusters=8):
         values = look.model.memories()[int(block)].values.detach().float().cpu().numpy()[slots["slot"][mine]]
         group, quality = spherical_k_means(values, min(clusters, len(values) // 2 or 1), look.config.seed)
         by_chance = np.mean(
-            [spherical_k_means(shuffled(values, s), min(clusters, len(values) // 2 or 1), s)[1] for s in range(5)]
+            [spherical_k_means(permute_columns(values, s), min(clusters, len(values) // 2 or 1), s)[1] for s in range(5)]
         )
         found["cluster"][mine] = group
         often = correlation(slots["rows"][mine], slots["mean"][mine], seed=look.config.seed)
         by_slice["layer"][str(block)] = {
-            "rows that read a slot": mean(slots["rows"][mine]),
-            "variance of effect": mean(slots["std"][mine] ** 2),
+            "rows that read a slot": mean_ci(slots["rows"][mine]),
+            "variance of effect": mean_ci(slots["std"][mine] ** 2),
             "silhouette": quality,
             "silhouette of shuffled values": float(by_chance),
             "reads against effect (Spearman)": often,
@@ -297,12 +297,12 @@ def keystats(look, clusters=8):
     for b, c in by_slice["layer"].items():
         r, often = c["rows that read a slot"], c["reads against effect (Spearman)"]
         numbers = (f"{r['value']:.1f}", f"{c['variance of effect']['value']:.4f}", f"{c['silhouette']:.3f}")
-        lines.append((b, r["n"], *numbers, f"{c['silhouette of shuffled values']:.3f}", *shown(often)[1:], f"{often['p']:.4f}"))
+        lines.append((b, r["n"], *numbers, f"{c['silhouette of shuffled values']:.3f}", *format_ci(often)[1:], f"{often['p']:.4f}"))
     print_table(head, lines)
-    save(look, "keystats", {"mode": mode}, by_slice, (), found, lambda path: plot_keystats(path, slots, look.name))
+    save_result(look, "keystats", {"mode": mode}, by_slice, (), found, lambda path: plot_keystats(path, slots, look.name))
 
 
-def shuffled(values, seed):
+def permute_columns(values, seed):
     """Each column in another order: what is left is chance."""
     random = np.random.default_rng(seed)  # each column keeps its values, so their spread is the same
     return np.stack([random.permutation(column) for column in values.T], axis=1)
@@ -342,12 +342,12 @@ def plot_keystats(path, slots, title):
     for axis in axes:
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
 def occurrences(look):
     """How the reads of the rows taken apart spread over the table: slots by times read, unused ones, Gini's coefficient, KL."""
-    columns, _ = chosen(read_columns(look, "keys"))
+    columns, _ = first_ablation(load_table(look, "keys"))
     first = columns["place"] == 0  # `reads` is of the row and stands at each of its labels: count it once
     by_slice, counts = {"layer": {}}, {}
     for block, memory in look.model.memories().items():
@@ -355,20 +355,20 @@ def occurrences(look):
         times = np.bincount(columns["slot"][mine], columns["reads"][mine], minlength=len(memory.values))
         counts[block] = times
         by_slice["layer"][str(block)] = {
-            "unused": share(int((times == 0).sum()), len(times)),
+            "unused": proportion(int((times == 0).sum()), len(times)),
             "gini": gini(times),
-            "kl": usage(torch.from_numpy(times))["kl"],
+            "kl": slot_usage(torch.from_numpy(times))["kl"],
             "reads": int(times.sum()),
         }
     head = ("layer", "slots", "unused", "95% interval", "Gini", "KL from even (nats)", "reads")
     print_table(
-        head, [(b, *shown(c["unused"]), f"{c['gini']:.3f}", f"{c['kl']:.3f}", c["reads"]) for b, c in by_slice["layer"].items()]
+        head, [(b, *format_ci(c["unused"]), f"{c['gini']:.3f}", f"{c['kl']:.3f}", c["reads"]) for b, c in by_slice["layer"].items()]
     )
     flat = {
         "layer": np.repeat(list(counts), [len(t) for t in counts.values()]),
         "slot": np.concatenate([np.arange(len(t)) for t in counts.values()]),
     }
-    save(
+    save_result(
         look,
         "occurrences",
         {},
@@ -398,7 +398,7 @@ def plot_occurrences(path, counts, title):
         axis.hist(times, edges, alpha=0.5, label=f"layer {block}: {(times == 0).sum()} of {len(times)} slots never read")
     axis.set(xlabel="times read by the rows taken apart", ylabel="slots", xscale="symlog")
     axis.legend(fontsize=7)
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------------
@@ -407,26 +407,26 @@ def plot_occurrences(path, counts, title):
 def position(look):
     """The fall of the lead by place in the answer and block. p: is a place unlike the others of its block (permutations of the
     places within rows, Holm over all)?"""
-    columns, mode = chosen(read_columns(look, "keys"))
+    columns, mode = first_ablation(load_table(look, "keys"))
     by_slice = {"layer, place": {}}
     for block in np.unique(columns["layer"]):
         mine = columns["layer"] == block
         rows, places = (np.unique(columns[name][mine]) for name in ("row", "place"))
-        by_row = np.nan_to_num(falls({k: v[mine] for k, v in columns.items()}, rows, "place", places))
+        by_row = np.nan_to_num(mean_drops({k: v[mine] for k, v in columns.items()}, rows, "place", places))
         # Rows are what was drawn at random, so they are the unit of intervals and tests: one mean for each row and place.
-        for i, (place, p) in enumerate(zip(places, unlike_others(by_row))):
+        for i, (place, p) in enumerate(zip(places, position_permutation_test(by_row))):
             here = mine & (columns["place"] == place)
             by_slice["layer, place"][f"{block}, {place}"] = {
-                "fall": mean(by_row[:, i]),
+                "fall": mean_ci(by_row[:, i]),
                 "p": float(p),
-                "flips": share_over_rows(columns["flip"][here], columns["row"][here]),
+                "flips": clustered_proportion(columns["flip"][here], columns["row"][here]),
             }
-    correct(by_slice["layer, place"].values())
+    add_holm(by_slice["layer, place"].values())
     lines = [
-        (k, *shown(c["fall"]), f"{c['flips']['value']:.3%}", f"{c['p_holm']:.4f}") for k, c in by_slice["layer, place"].items()
+        (k, *format_ci(c["fall"]), f"{c['flips']['value']:.3%}", f"{c['p_holm']:.4f}") for k, c in by_slice["layer, place"].items()
     ]
     print_table(("layer, place in the answer", "rows", "mean fall", "95% interval", "flips", "p (Holm)"), lines)
-    save(
+    save_result(
         look,
         "position",
         {"mode": mode},
@@ -437,7 +437,7 @@ def position(look):
     )
 
 
-def unlike_others(by_row, draws=2000, seed=0):
+def position_permutation_test(by_row, draws=2000, seed=0):
     """p for each column of (rows, places): is its mean as far from the rest when places change at random within rows?"""
     random = np.random.default_rng(seed)
     away = lambda x: np.abs(x.mean(0) - x.mean())
@@ -452,26 +452,26 @@ def plot_position(path, cells, title, mode):
     plt, fig, (axis,) = figure(1, 1, width=5)
     for block in dict.fromkeys(k.split(", ")[0] for k in cells):
         mine = {int(k.split(", ")[1]): c["fall"] for k, c in cells.items() if k.split(", ")[0] == block}
-        draw(axis, list(mine), list(mine.values()), label=f"layer {block}, n = {next(iter(mine.values()))['n']} rows")
+        errorbars(axis, list(mine), list(mine.values()), label=f"layer {block}, n = {next(iter(mine.values()))['n']} rows")
     axis.set(xlabel="place in the answer", ylabel=f"fall of the lead, {mode} (95%)", ylim=(0, None))
     axis.legend(fontsize=7)
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
-def by_rows(columns, rows):
+def per_example_mean(columns, rows):
     """Mean fall of the lead of each row: (rows,)"""
     at, which = np.unique(columns["row"], return_inverse=True)
     means = dict(zip(at.tolist(), (np.bincount(which, columns["fall"]) / np.bincount(which)).tolist()))
     return np.array([means[r] for r in rows.tolist()])
 
 
-def repeats(look):
+def repeated_digits(look):
     """Does it matter whether a key has repeated digits (111111 has five)? Spearman's correlation with the fall of the lead."""
-    columns, mode = chosen(read_columns(look, "keys"))
+    columns, mode = first_ablation(load_table(look, "keys"))
     rows = np.unique(columns["row"])
     texts = look.data.source.read(look.config.split, rows)[0]
     count = lambda word: len(word) - len(set(word))
-    fall, found = by_rows(columns, rows), {}
+    fall, found = per_example_mean(columns, rows), {}
     measures = {
         "repeated digits of the key": [count(t.split(":")[0]) for t in texts],
         "repeated digits of the value": [count(t.strip().split(":")[1]) for t in texts],
@@ -479,11 +479,11 @@ def repeats(look):
     }
     for name, x in measures.items():
         found[name] = correlation(x, fall, seed=look.config.seed)
-    correct(found.values())
-    lines = [(k, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in found.items()]
+    add_holm(found.values())
+    lines = [(k, *format_ci(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in found.items()]
     print_table(("Spearman's correlation with the fall", "rows", "value", "95% interval", "p (permutations)", "Holm"), lines)
     columns = {"row": rows, "fall": fall, **{k: np.array(v) for k, v in measures.items()}}
-    save(
+    save_result(
         look,
         "repeats",
         {"mode": mode, "correlation": found},
@@ -498,24 +498,24 @@ def plot_repeats(path, measures, fall, found, title):
     plt, fig, axes = figure(1, len(measures))
     for axis, (name, x) in zip(axes, measures.items()):
         x = np.array(x)
-        draw(
+        errorbars(
             axis,
             np.unique(x),
             [
-                mean(fall[x == v]) if (x == v).sum() > 1 else {"value": fall[x == v][0], "ci95": [fall[x == v][0]] * 2}
+                mean_ci(fall[x == v]) if (x == v).sum() > 1 else {"value": fall[x == v][0], "ci95": [fall[x == v][0]] * 2}
                 for v in np.unique(x)
             ],
         )
         axis.plot(x + np.random.default_rng(0).uniform(-0.15, 0.15, len(x)), fall, ".", ms=2, alpha=0.5, color="gray")
         axis.set(xlabel=name, ylabel="mean fall of the lead (95%)")
         axis.set_title(f"rho = {found[name]['value']:.2f}, p = {found[name]['p']:.3f}, n = {len(x)}", fontsize=8)
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
-def correlate(look):
+def ablation_vs_swap(look):
     """Row by row: does removal of slots cost more where another row's slots (swap) bring the other's answer?"""
-    removed, mode = chosen(read_columns(look, "keys"))
-    swapped = read_columns(look, "swap")
+    removed, mode = first_ablation(load_table(look, "keys"))
+    swapped = load_table(look, "swap")
     by_slice, kept = {"layer, measure": {}}, []
     for block in np.unique(removed["layer"]):
         a, b = ({k: v[c["layer"] == block] for k, v in c.items()} for c in (removed, swapped))
@@ -523,19 +523,19 @@ def correlate(look):
         require(
             len(rows) >= 5, "fewer than 5 rows are in both files; measure keys and swap with the same --rows and --seed", None
         )
-        x, y = (by_rows(c, rows) for c in (a, b))
+        x, y = (per_example_mean(c, rows) for c in (a, b))
         # by_rows averages whatever stands in "fall": here, whether the answer became the other row's.
-        taken = by_rows({"row": b["row"], "fall": b["other's"].astype(float)}, rows)
+        taken = per_example_mean({"row": b["row"], "fall": b["other's"].astype(float)}, rows)
         for name, other in (("fall by swap", y), ("other's answer by swap", taken)):
             for kind in ("pearson", "spearman"):
                 by_slice["layer, measure"][f"{block}, {name}, {kind}"] = correlation(x, other, kind, seed=look.config.seed)
         kept.append({"layer": np.full(len(rows), block), "row": rows, "removal": x, "swap": y, "other's": taken})
     cells = by_slice["layer, measure"]
-    correct(cells.values())
-    lines = [(k, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in cells.items()]
+    add_holm(cells.values())
+    lines = [(k, *format_ci(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in cells.items()]
     print_table((f"fall by removal ({mode}) against", "rows", "correlation", "95% interval", "p (permutations)", "Holm"), lines)
     columns = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]}
-    save(look, "corr", {"mode": mode}, by_slice, (), columns, lambda path: plot_corr(path, columns, look.name))
+    save_result(look, "corr", {"mode": mode}, by_slice, (), columns, lambda path: plot_corr(path, columns, look.name))
 
 
 def plot_corr(path, columns, title):
@@ -556,40 +556,40 @@ def plot_corr(path, columns, title):
     for axis in axes:
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
 def swap_predictions(look):
     """What each digit turns into when two rows exchange all they read, from the file of swap-matrix."""
-    columns = read_columns(look, "swap_matrix")
+    columns = load_table(look, "swap_matrix")
     digits, by_slice = np.unique(columns["answer"]), {}
     # Where both rows have the same digit, an exchange cannot be told from none.
     differ = columns["answer"] != columns["other answer"]
-    for how in HOW:
+    for how in DECODING:
         now = columns[how]
         outcomes = {
             "its own digit": now == columns["answer"],
             "the other row's digit": now == columns["other answer"],
             "a third digit": (now != columns["answer"]) & (now != columns["other answer"]),
         }
-        by_slice[how] = {name: share_over_rows(hit[differ], columns["row"][differ]) for name, hit in outcomes.items()}
+        by_slice[how] = {name: clustered_proportion(hit[differ], columns["row"][differ]) for name, hit in outcomes.items()}
         turned = by_slice[f"{how}, digit"] = {}
         for x in digits:
             mine = differ & (columns["answer"] == x)
             for y in np.unique(now[mine]):
-                cell = share_over_rows(now[mine] == y, columns["row"][mine])
+                cell = clustered_proportion(now[mine] == y, columns["row"][mine])
                 turned[f"{look.token(x)} to {look.token(y)}"] = cell
     print_table(
         ("a digit turns into", "how", "digits", "share", "95% interval"),
-        [(k, how, *shown(c)) for how in HOW for k, c in by_slice[how].items()],
+        [(k, how, *format_ci(c)) for how in DECODING for k, c in by_slice[how].items()],
     )
-    save(look, "swap_pred", {}, by_slice, (), None, lambda path: plot_swap_predictions(path, columns, digits, look))
+    save_result(look, "swap_pred", {}, by_slice, (), None, lambda path: plot_swap_predictions(path, columns, digits, look))
 
 
 def plot_swap_predictions(path, columns, digits, look):
     plt, fig, axes = figure(1, 2, width=4.8)
     differ = columns["answer"] != columns["other answer"]
-    for axis, how in zip(axes, HOW):
+    for axis, how in zip(axes, DECODING):
         now = np.unique(columns[how])
         counts = np.array([[(differ & (columns["answer"] == x) & (columns[how] == y)).sum() for y in now] for x in digits])
         drawn = axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="viridis", vmin=0)
@@ -598,4 +598,4 @@ def plot_swap_predictions(path, columns, digits, look):
         axis.set(xlabel="answer after the exchange", ylabel="answer before", title=f"{how}, n = {differ.sum()}")
         axis.title.set_fontsize(8)
         fig.colorbar(drawn, ax=axis, label="share", shrink=0.8)
-    finish(fig, plt, path, look.name)
+    finish_figure(fig, plt, path, look.name)

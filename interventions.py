@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from configs import require
-from draws import IGNORE
-from look import known_rows
-from memory import SCORES, read_values
-from model import in_eval_mode, take
+from draws import IGNORE_INDEX
+from look import correct_examples
+from memory import SCORES, weighted_values
+from model import in_eval_mode, gather_positions
 
 # ---- rows and where they are asked --------------------------------------------------------------------------------------
 
 
 @dataclass
-class Cases:
+class Examples:
     """Rows of one shape: as many tokens, and as many labels, at the same places or not."""
 
     rows: np.ndarray  # (B,) their numbers
@@ -40,32 +40,32 @@ class Cases:
         """Some of the rows, by index (M,)."""
         i = torch.as_tensor(which, device=self.tokens.device)
         tags = {name: v[np.asarray(which)] for name, v in self.tags.items()}
-        return Cases(self.rows[np.asarray(which)], self.tokens[i], self.at[i], self.answers[i], tags)
+        return Examples(self.rows[np.asarray(which)], self.tokens[i], self.at[i], self.answers[i], tags)
 
 
 def read_cases(look, rows):
     """Rows by number -> Cases of those that have the most frequent shape, and how many were left out."""
     tokens, targets, tags, *_ = look.data.batch(look.config.split, 0, rows)
-    counts, lengths = (targets != IGNORE).sum(1), (tokens != look.pad).sum(1)
+    counts, lengths = (targets != IGNORE_INDEX).sum(1), (tokens != look.pad).sum(1)
     shapes, which, size = torch.stack([counts, lengths], 1).unique(dim=0, return_inverse=True, return_counts=True)
     mine = which == size.argmax()
     n, T = shapes[size.argmax()].tolist()
-    at = (targets[mine] != IGNORE).nonzero()[:, 1].view(-1, n)
+    at = (targets[mine] != IGNORE_INDEX).nonzero()[:, 1].view(-1, n)
     first, row = (counts.cumsum(0) - counts).numpy(), np.repeat(np.arange(len(counts)), counts)
     here = mine.numpy()  # numpy takes a tensor of one truth value for the number 1
     tags = {name: v[first[here]] for name, v in tags.items() if (v == v[first][row]).all()}
     tokens, targets = tokens[mine][:, :T], targets[mine]
     answers = targets.gather(1, at)
     tensors = (x.to(look.device) for x in (tokens, at, answers))
-    cases = Cases(np.asarray(rows)[here], *tensors, tags)
+    cases = Examples(np.asarray(rows)[here], *tensors, tags)
     return cases, len(rows) - len(cases)
 
 
-def known_cases(look):
+def correct_cases(look):
     """Rows that the model answers rightly, as Cases: look.config.rows of them, as many of each group as there are."""
     c = look.config
     require(look.world.size == 1, "ablate.py is the work of one process; run it without torchrun", None)
-    rows = known_rows(look)
+    rows = correct_examples(look)
     few = f"{look.folder} answers {len(rows)} rows of {c.split} rightly; there is nothing to take apart"
     require(len(rows) >= 4, few, None)
     order = np.random.default_rng(c.seed).permutation(len(rows))
@@ -84,7 +84,7 @@ def known_cases(look):
     return cases
 
 
-def margin(logits, answers):
+def logit_diff(logits, answers):
     """How far the right token leads its strongest rival: logits (..., tokens), answers (...) -> margin, probability, right."""
     mine = logits.gather(-1, answers.unsqueeze(-1))
     rival = logits.scatter(-1, answers.unsqueeze(-1), -torch.inf).amax(-1)
@@ -104,7 +104,7 @@ class Clean:
 
 
 @in_eval_mode
-def clean_run(model, cases):
+def run_with_cache(model, cases):
     """Cases -> Clean."""
     stream = {}
 
@@ -112,7 +112,7 @@ def clean_run(model, cases):
         return lambda module, args: stream.__setitem__(i, args[0])  # ffn_norm sees the stream between attention and memory
 
     trace, blocks = [], list(model.memories()) if hasattr(model, "memories") else []
-    with replaced([(model.layers[i].ffn_norm, "before", keep(i)) for i in blocks]):
+    with hooked([(model.layers[i].ffn_norm, "before", keep(i)) for i in blocks]):
         logits = logits_at(model, cases.tokens, cases.at, **({"trace": trace} if blocks else {}))
     return Clean(stream, dict(zip(blocks, trace)), logits)
 
@@ -122,21 +122,21 @@ def logits_at(model, tokens, at, **extra):
     x = model.embedded(tokens)
     for layer in model.layers:
         x = layer(x, **extra)
-    return model.lm_head(model.final_norm(at_labels(x, at)))
+    return model.lm_head(model.final_norm(gather_labels(x, at)))
 
 
-def at_labels(x, at):
+def gather_labels(x, at):
     """x (B, T, ...) at positions (B, n) -> (B, n, ...)"""
     return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 
 @in_eval_mode
-def go_on(model, block, stream, found, at):
+def forward_from(model, block, stream, found, at):
     """From a block's memory layer to the logits: stream (B, T, D) before it, found: what it is to read -> (B, n, tokens) at the
     positions (B, n). Nothing before is computed again, and of the last block only what is asked for."""
     last = len(model.layers) - 1
     if block == last:
-        stream, found = take(stream, at), {name: at_labels(x, at) for name, x in found.items()}
+        stream, found = gather_positions(stream, at), {name: gather_labels(x, at) for name, x in found.items()}
     layer = model.layers[block]
     x = layer.add(stream, layer.feed(layer.ffn_norm(stream), found=found))
     for i in range(block + 1, last + 1):
@@ -148,7 +148,7 @@ def go_on(model, block, stream, found, at):
 
 
 @dataclass
-class Removal:
+class SlotAblation:
     """What a mode of removing a slot may use. More than one mode needs little of it."""
 
     memory: object  # the memory layer
@@ -168,7 +168,7 @@ def zero(r):
     return {"slots": r.found["slots"], "weights": r.found["weights"].masked_fill(hit(r), 0)}
 
 
-def drop(r):
+def next_best(r):
     """As if it were not in the table: the next best takes its place, and weights are made anew. (Best as lookup orders them,
     which with a bias is not by score.)"""
     scores, slots = r.more
@@ -189,18 +189,18 @@ def resample(r):
 def mean(r):
     """The mean of all values under its weight."""
     rest, lost = zero(r), (r.found["weights"] * hit(r)).sum((-1, -2))  # (B, T)
-    read = read_values(r.memory.values, rest["slots"].flatten(0, 1).flatten(1), rest["weights"].flatten(0, 1).flatten(1))
+    read = weighted_values(r.memory.values, rest["slots"].flatten(0, 1).flatten(1), rest["weights"].flatten(0, 1).flatten(1))
     return {**rest, "read": read.unflatten(0, lost.shape) + lost.unsqueeze(-1) * r.memory.values.mean(0)}
 
 
-MODES = {"zero": zero, "drop": drop, "random": random, "mean": mean, "resample": resample}
+ABLATIONS = {"zero": zero, "drop": next_best, "random": random, "mean": mean, "resample": resample}
 
 
 # ---- any module --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def replaced(changes):
+def hooked(changes):
     """For a while, put functions at modules: changes [(module, "after" or "before", f)].
 
     "after": f(module, inputs, output) -> another output, or None to leave it; "before": f(module, inputs) -> other inputs, or
@@ -216,7 +216,7 @@ def replaced(changes):
             hook.remove()
 
 
-def without_head(module, heads, head):
+def ablate_head(module, heads, head):
     """A change for `replaced` that takes one head out of a mixer, before its last projection: of every row, or head (B,)."""
 
     def silence(_, inputs):
@@ -227,7 +227,7 @@ def without_head(module, heads, head):
     return module, "before", silence
 
 
-def sites(model):
+def hook_points(model):
     """{name: {block: module whose output is that}}: what a block adds, and the stream that enters it ("before")."""
     out = {"stream": {}, "mixer": {}, "mlp": {}, "memory": {}}
     for i, layer in enumerate(model.layers):
@@ -240,7 +240,7 @@ def sites(model):
     return {name: blocks for name, blocks in out.items() if blocks}
 
 
-def changed_output(site, module, change):
+def hook_output(site, module, change):
     """A change for `replaced` at a site: change(x) -> other x, on what the module gives (of "stream": what enters it)."""
     if site == "stream":
         return module, "before", lambda _, inputs: (change(inputs[0]), *inputs[1:])
@@ -249,7 +249,7 @@ def changed_output(site, module, change):
 
 
 @in_eval_mode
-def run_changed(model, cases, hooks=(), intervene=None):
+def run_with_hooks(model, cases, hooks=(), intervene=None):
     """The whole model, changed -> logits at the labels (B, n, tokens)."""
-    with replaced(hooks):
+    with hooked(hooks):
         return logits_at(model, cases.tokens, cases.at, **({"intervene": intervene} if intervene else {}))

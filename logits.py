@@ -8,27 +8,27 @@ Letters: N labels, V vocabulary.
 import numpy as np
 import torch
 
-from draws import IGNORE
-from look import labels, over_rows, save
+from draws import IGNORE_INDEX
+from look import label_positions, map_batches, save_result
 from measure import (
-    draw,
+    errorbars,
     figure,
-    finish,
-    mean_over_rows,
+    finish_figure,
+    clustered_mean_ci,
     mean_share_over_rows,
     print_table,
     row_counts,
-    share,
-    share_over_rows,
-    shown,
+    proportion,
+    clustered_proportion,
+    format_ci,
 )
 
 
-def answer_tokens(look, batch):
+def score_answer_tokens(look, batch):
     """Of each label: is it right (likeliest, the first of equals, as in eval.py), rank (1: none is likelier) and probability of
     the right token, the best 5 tokens, how sure the model is (entropy)."""
     logits, _ = look.model(batch.tokens, batch.targets)
-    rows, _, place, answer = labels(batch)
+    rows, _, place, answer = label_positions(batch)
     log_p = logits.float().cpu().log_softmax(-1)  # (N, V)
     mine = log_p.gather(1, torch.from_numpy(answer)[:, None])  # (N, 1)
     best = log_p.topk(min(5, log_p.shape[1]), dim=-1)
@@ -50,7 +50,7 @@ def answer_tokens(look, batch):
 
 def logits(look):
     """Rank, probability and perplexity of every answer token, by slice, and whether the model's confidence can be believed."""
-    found = over_rows(look, lambda batch: answer_tokens(look, batch))
+    found = map_batches(look, lambda batch: score_answer_tokens(look, batch))
     tags = {name[4:]: v for name, v in found.items() if name.startswith("tag ")}
     everything = summary(found, np.ones(len(found["rank"]), bool))
     by_slice = {
@@ -59,34 +59,34 @@ def logits(look):
         if len(np.unique(values)) <= 24
     }
     bins, error = calibration(found["confidence"], found["hit"], found["row"])
-    if look.world.first:
+    if look.world.is_main:
         cells = [("all", everything)] + [(f"{tag}={v}", c) for tag, cs in by_slice.items() for v, c in cs.items()]
         head = ("slice", "labels", "accuracy", "95% interval", "probability", "95% interval", "mean rank", "perplexity")
-        lines = [(*shown(c["accuracy"]), *shown(c["probability"])[1:], f"{c['rank']['value']:.2f}") for _, c in cells]
+        lines = [(*format_ci(c["accuracy"]), *format_ci(c["probability"])[1:], f"{c['rank']['value']:.2f}") for _, c in cells]
         print_table(head, [(n, *x, f"{c['perplexity']['value']:.3f}") for (n, c), x in zip(cells, lines)])
         print(f"expected calibration error: {error:.4f} (mean distance of confidence from accuracy, ten bins)")
-    metrics = {**everything, "row_accuracy": row_share(found), "calibration error": error, "calibration": bins}
+    metrics = {**everything, "row_accuracy": exact_match(found), "calibration error": error, "calibration": bins}
     numbers = {k: v for k, v in found.items() if v.ndim == 1 and not k.startswith("tag ")}
     columns = {**numbers, **tags} | {f"top{i + 1}": found["top"][:, i] for i in range(found["top"].shape[1])}
     plot = lambda path: plot_logits(path, by_slice, bins, error, look.name)
-    save(look, "logits", metrics, by_slice, logit_examples(look, found), columns, plot)
+    save_result(look, "logits", metrics, by_slice, logit_examples(look, found), columns, plot)
 
 
 def summary(found, mine):
     row = found["row"][mine]
-    nll = mean_over_rows(found["nll"][mine], row)
+    nll = clustered_mean_ci(found["nll"][mine], row)
     perplexity = {"value": float(np.exp(nll["value"])), "ci95": np.exp(nll["ci95"]).tolist(), "n": nll["n"]}
     return {
-        "accuracy": share_over_rows(found["hit"][mine], row),
+        "accuracy": clustered_proportion(found["hit"][mine], row),
         "probability": mean_share_over_rows(found["probability"][mine], row),
-        "rank": mean_over_rows(found["rank"][mine], row),
+        "rank": clustered_mean_ci(found["rank"][mine], row),
         "perplexity": perplexity,
     }
 
 
-def row_share(found):
+def exact_match(found):
     counts = row_counts(found["hit"], found["row"])
-    return share(counts["row_right"], counts["rows"])
+    return proportion(counts["row_right"], counts["rows"])
 
 
 def calibration(confidence, hit, row):
@@ -94,7 +94,7 @@ def calibration(confidence, hit, row):
     which, bins, error = np.minimum((confidence * 10).astype(int), 9), [], 0.0
     for b in np.unique(which):
         mine = which == b
-        cell = {"confidence": float(confidence[mine].mean()), **share_over_rows(hit[mine], row[mine])}
+        cell = {"confidence": float(confidence[mine].mean()), **clustered_proportion(hit[mine], row[mine])}
         error += abs(cell["confidence"] - cell["value"]) * mine.mean()
         bins.append(cell)
     return bins, float(error)
@@ -106,7 +106,7 @@ def logit_examples(look, found, count=8):
     for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
         mine = np.flatnonzero(found["row"] == row)
         tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
-        first = int(np.flatnonzero(targets[0] != IGNORE)[0])
+        first = int(np.flatnonzero(targets[0] != IGNORE_INDEX)[0])
         yield {
             "row": int(row),
             "prompt": look.text(tokens[0, : first + 1])[-200:],
@@ -126,11 +126,11 @@ def plot_logits(path, by_slice, bins, error, title):
     plt, fig, axes = figure(1, max(1, len(by_slice)) + 1)
     for axis, (tag, cells) in zip(axes, by_slice.items()):
         p = [c["probability"] for c in cells.values()]
-        draw(axis, range(len(p)), p)
+        errorbars(axis, range(len(p)), p)
         axis.set_xticks(range(len(p)), [f"{v}\nn={c['n']}" for v, c in zip(cells, p)], fontsize=7)
         axis.set(xlabel=tag, ylabel="probability of the right token (95%)", ylim=(-0.02, 1.02))
-    draw(axes[-1], [b["confidence"] for b in bins], bins, label=f"calibration error {error:.3f}")
+    errorbars(axes[-1], [b["confidence"] for b in bins], bins, label=f"calibration error {error:.3f}")
     axes[-1].plot([0, 1], [0, 1], "--", color="gray", lw=1, label="confidence is right")
     axes[-1].set(xlabel="probability of the likeliest token", ylabel="is it right? (95% interval)", ylim=(-0.02, 1.02))
     axes[-1].legend(fontsize=7)
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import data_hash, write_file, write_json
+from checkpoint import dataset_sha256, atomic_write, write_json
 from configs import ConfigError, at_least, one_of, require, say
-from draws import IGNORE
-from measure import autocast, predict
-from parallel import ALONE, choose_device
+from draws import IGNORE_INDEX
+from measure import autocast, iter_predictions
+from parallel import SINGLE_PROCESS, autodetect_device
 from plan import load_run
 
 
 @dataclass
-class LookConfig:
+class AnalysisConfig:
     """Settings of every command that looks at a run."""
 
     split: str = "test"  # test or val
@@ -44,7 +44,7 @@ class LookConfig:
 
 
 @dataclass
-class Look:
+class TrainedRun:
     folder: str
     plan: object
     data: object
@@ -53,7 +53,7 @@ class Look:
     device: torch.device
     dtype: torch.dtype
     config: object  # the command's settings: split, checkpoint, rows, eval_batch_size
-    world: object = ALONE
+    world: object = SINGLE_PROCESS
     prefix: str = "eval"  # of the names of result files
     uses: dict = field(default_factory=dict)  # {command: names of its settings}
     read: list = field(default_factory=list)  # endings of the results that the present command has read
@@ -90,15 +90,15 @@ class Look:
         return "␣" if text == " " else text if text.isprintable() else repr(text)[1:-1]
 
 
-def open_look(folder, config, world=ALONE):
+def open_run(folder, config, world=SINGLE_PROCESS):
     """The run in `folder`, its model on the device and in the dtype that the settings name."""
     with torch.random.fork_rng(devices=[]):  # a new model takes random numbers before it is filled
         p, data, model, state = load_run(folder, config.checkpoint)
     asked = getattr(config, "dtype", "float32")  # of ablate.py there is no other: effects are small
     wanted = SimpleNamespace(device=config.device, dtype=p.train.dtype if asked == "auto" else asked)
-    device, dtype, line = choose_device(wanted, world)
-    world.say(f"{folder}: {config.checkpoint}.pt of step {state['step']}; {line}")
-    return Look(folder, p, data, model.to(device), state["step"], device, dtype, config, world)
+    device, dtype, line = autodetect_device(wanted, world)
+    world.print0(f"{folder}: {config.checkpoint}.pt of step {state['step']}; {line}")
+    return TrainedRun(folder, p, data, model.to(device), state["step"], device, dtype, config, world)
 
 
 def batches(look):
@@ -110,7 +110,7 @@ def batches(look):
 
 
 @torch.no_grad()
-def over_rows(look, work, rows=None, read=None):
+def map_batches(look, work, rows=None, read=None):
     """Run work(batch) -> {name: array} over batches of rows, each rank its own -> {name: arrays of all batches, end to end}.
 
     A batch has tokens (B, T), targets (B, T), rows (B,) and tags {name: (N,)}. Every rank gets the whole. rows: batches of
@@ -118,34 +118,34 @@ def over_rows(look, work, rows=None, read=None):
     """
     todo, world, mine = batches(look) if rows is None else rows, look.world, []
     read = read or (lambda rows: look.data.batch(look.config.split, 0, rows))
-    hidden = not (world.first and sys.stderr.isatty())
+    hidden = not (world.is_main and sys.stderr.isatty())
     for i in tqdm(range(world.rank, len(todo), world.size), desc=look.config.split, disable=hidden, leave=False):
         tokens, targets, tags, *_ = read(todo[i])
         batch = SimpleNamespace(tokens=tokens.to(look.device), targets=targets.to(look.device), rows=todo[i], tags=tags)
         with autocast(look.device, look.dtype):
             mine.append(work(batch))
-    gathered = world.gather(mine)
+    gathered = world.all_gather_object(mine)
     parts = [gathered[i % world.size][i // world.size] for i in range(len(todo))]
-    return end_to_end(parts)
+    return concat(parts)
 
 
-def end_to_end(parts):
+def concat(parts):
     """[{name: array}] -> {name: the arrays of all parts}"""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def known_rows(look):
+def correct_examples(look):
     """Numbers of the split's rows that the model answers rightly, every label of them."""
     c = look.config
-    found = list(predict(look.model, look.data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True))
+    found = list(iter_predictions(look.model, look.data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True))
     return np.concatenate([np.setdiff1d(b["row"], b["row"][~b["hit"]]) for b in found])
 
 
-def labels(batch):
+def label_positions(batch):
     """Where the labels are: rows (N,), positions (N,), place in the row's answers (N,), the token asked for (N,)."""
     targets = batch.targets.cpu().numpy()
-    b, t = np.nonzero(targets != IGNORE)
-    counts = (targets != IGNORE).sum(1)
+    b, t = np.nonzero(targets != IGNORE_INDEX)
+    counts = (targets != IGNORE_INDEX).sum(1)
     place = np.arange(len(b)) - np.repeat(np.cumsum(counts) - counts, counts)
     return batch.rows[b], t, place, targets[b, t]
 
@@ -155,7 +155,7 @@ def write_parquet(path, columns):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    write_file(path, lambda f: pq.write_table(pa.table(columns), f, write_page_checksum=True))
+    atomic_write(path, lambda f: pq.write_table(pa.table(columns), f, write_page_checksum=True))
 
 
 NUMBER, WHOLE, BOOLEAN, TEXT = (
@@ -229,7 +229,7 @@ def short_name(name, value):
         r"[^\w.]+", "-", os.path.basename(os.path.normpath(text)) if name == "data" else text
     ).strip("-.")
     if name == "data":
-        return f"{said[:40]}-{data_hash(text)[:8]}"
+        return f"{said[:40]}-{dataset_sha256(text)[:8]}"
     return (
         said if len(said) <= 40 else f"{said[:24]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     )
@@ -248,9 +248,9 @@ def results(look, what):
     return [e for e in ends if e == split or e[len(split) :].startswith(known)]
 
 
-def save(look, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
+def save_result(look, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
     """Write a result and its figure into the run; plot(path) draws it. Only the first rank writes."""
-    if not look.world.first:
+    if not look.world.is_main:
         return
     # What was computed from other results is named like these.
     end = "".join(dict.fromkeys(look.read)) or ending(look, what)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as model_file
-from checkpoint import read_log, write_file
+from checkpoint import read_log, atomic_write
 from configs import printable, require, say
-from draws import IGNORE
-from parallel import ALONE
+from draws import IGNORE_INDEX
+from parallel import SINGLE_PROCESS
 
 
 def autocast(device, dtype):
@@ -22,7 +22,7 @@ def autocast(device, dtype):
 
 
 @torch.no_grad()
-def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=False, stop=(), world=ALONE):
+def iter_predictions(model, data, split, batch_size, device, dtype=torch.float32, bar=False, stop=(), world=SINGLE_PROCESS):
     """Yield, batch by batch over a whole split, a dict of
 
     hit (N,) bool, loss (N,) nats, tags {name: (N,)}, row (N,) the row of each label, and
@@ -33,9 +33,9 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
     """
     correct = scorer(model)
     batches = [s[i : i + batch_size] for s in data.segments(split) for i in range(0, len(s), batch_size)]
-    hidden = not (bar and world.first and sys.stderr.isatty())
+    hidden = not (bar and world.is_main and sys.stderr.isatty())
     for turn in tqdm(range(0, len(batches), world.size), desc=split, disable=hidden, leave=False):
-        if world.gather_numbers(len(stop)).any():
+        if world.all_gather(len(stop)).any():
             return
         # FSDP gathers weights in every forward pass, so a rank without a batch runs one along
         rows = batches[min(turn + world.rank, len(batches) - 1)]
@@ -45,7 +45,7 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
         if turn + world.rank >= len(batches):
             yield None
             continue
-        mask = targets != IGNORE
+        mask = targets != IGNORE_INDEX
         hit, row_hit = correct(logits.cpu(), targets)
         loss = F.cross_entropy(logits.float().cpu(), targets[mask], reduction="none")
         row = np.repeat(np.asarray(rows), mask.sum(1).numpy())
@@ -56,28 +56,28 @@ def predict(model, data, split, batch_size, device, dtype=torch.float32, bar=Fal
 def scorer(model):
     """`correct` of the file that the model comes from, or model.py's."""
     files = (sys.modules[cls.__module__] for cls in type(model).__mro__)  # the class of a sharded model is made by torch
-    return next((f.correct for f in files if hasattr(f, "correct")), model_file.correct)
+    return next((f.correct for f in files if hasattr(f, "correct")), model_file.correct_predictions)
 
 
 @model_file.in_eval_mode
-def evaluate(model, data, split, batch_size, device, dtype=torch.float32, stop=(), world=ALONE):
+def evaluate(model, data, split, batch_size, device, dtype=torch.float32, stop=(), world=SINGLE_PROCESS):
     """Token accuracy, row accuracy (exact match), mean loss, and by_slice {tag: {value: counts}} over all labels.
 
     Shared out over the ranks, and the same on each. None if `stop` cut it short.
     """
-    mine = [b and count(b) for b in predict(model, data, split, batch_size, device, dtype, True, stop, world)]
-    if world.gather_numbers(len(stop)).any():
+    mine = [b and count_batch(b) for b in iter_predictions(model, data, split, batch_size, device, dtype, True, stop, world)]
+    if world.all_gather(len(stop)).any():
         return None
-    turns = zip(*world.gather(mine))
-    return total([counts for turn in turns for counts in turn if counts])  # in the order that one process would take
+    turns = zip(*world.all_gather_object(mine))
+    return merge_counts([counts for turn in turns for counts in turn if counts])  # in the order that one process would take
 
 
-def summarise(batches):
+def merge_batches(batches):
     """What predict yielded -> accuracies, mean loss, their counts, and by_slice {tag: {value: counts}}."""
-    return total([count(b) for b in batches])
+    return merge_counts([count_batch(b) for b in batches])
 
 
-def count(batch):
+def count_batch(batch):
     """What predict yielded for one batch, in numbers that add up: of all labels, and by slice."""
     hit, loss, row = batch["hit"], batch["loss"], batch["row"]
 
@@ -92,10 +92,10 @@ def count(batch):
 def row_counts(hit, row):
     """sums_of_rows of hits (N,) bool in rows (N,)."""
     _, which = np.unique(row, return_inverse=True)
-    return sums_of_rows(np.bincount(which), np.bincount(which, hit).astype(int))
+    return cluster_sums(np.bincount(which), np.bincount(which, hit).astype(int))
 
 
-def sums_of_rows(n, right):
+def cluster_sums(n, right):
     """Labels and right labels of each row (R,) -> what adds up over rows: labels, right ones, rows, right ones (all of whose
     labels are), and the sums of squares by which `effective` sees how alike the labels of a row are."""
     sums = {"right": right, "labels": n, "row_right": right == n, "rows": np.ones_like(n)}
@@ -103,7 +103,7 @@ def sums_of_rows(n, right):
     return {name: int(x.sum()) for name, x in {**sums, **squares}.items()}
 
 
-def total(counts):
+def merge_counts(counts):
     """The counts of all batches -> what `evaluate` returns. A row is right in a slice if its labels there are."""
     names = [name for name in counts[0] if name != "by_slice"]  # in order: a set has another one in every process
     sums = {k: sum(c[k] for c in counts) for k in names}
@@ -127,7 +127,7 @@ def total(counts):
 # ---- shares and tables -------------------------------------------------------------------------------------------------
 
 
-def wilson(right, n, z=1.959964):
+def wilson_interval(right, n, z=1.959964):
     """95% interval of a share right / n of independent measurements (Wilson 1927); it stays in [0, 1], works at 0 and n."""
     if n == 0:
         return 0.0, 1.0
@@ -136,12 +136,12 @@ def wilson(right, n, z=1.959964):
     return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding may leave p out
 
 
-def share(right, n):
+def proportion(right, n):
     """{"value", "ci95", "n"} of a share."""
-    return {"value": right / n, "ci95": wilson(right, n), "n": n}
+    return {"value": right / n, "ci95": wilson_interval(right, n), "n": n}
 
 
-def effective(cell):
+def effective_sample_size(cell):
     """How many independent measurements would vary as the rows of a cell (see sums_of_rows) do: labels over the design effect,
     which is at least 1 (Kish 1965), but no more than `most_effective`; where all labels are right
     or wrong, the number of rows."""
@@ -171,16 +171,16 @@ def most_effective(p, n, z=1.959964):
 
 def label_share(cell):
     """A share of labels that come in rows, several of each (sums_of_rows): Wilson's interval for `effective` labels."""
-    p, n = cell["right"] / cell["labels"], effective(cell)
-    return {"value": p, "ci95": wilson(p * n, n), "n": cell["labels"]}
+    p, n = cell["right"] / cell["labels"], effective_sample_size(cell)
+    return {"value": p, "ci95": wilson_interval(p * n, n), "n": cell["labels"]}
 
 
-def share_over_rows(hit, row):
+def clustered_proportion(hit, row):
     """label_share of hits (N,) bool in rows (N,)."""
     return label_share(row_counts(np.asarray(hit, bool), row))
 
 
-def mean(x):
+def mean_ci(x):
     """{"value", "ci95", "n"} of a mean of measurements (n,): 1.96 standard errors either way, which count as independent."""
     x = np.asarray(x, float)
     half = 1.959964 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.inf
@@ -195,7 +195,7 @@ def mean_share(x):
     p, n, variance = x.mean(), len(x), x.var(ddof=1) if len(x) > 1 else 0.0
     n_like = n * p * (1 - p) / variance if variance > 0 else math.inf
     n_like = min(n_like, most_effective(p, n))
-    return {"value": float(p), "ci95": list(wilson(p * n_like, n_like)), "n": n}
+    return {"value": float(p), "ci95": list(wilson_interval(p * n_like, n_like)), "n": n}
 
 
 def mean_share_over_rows(x, row):
@@ -210,14 +210,14 @@ def row_means(x, row):
     return np.bincount(which, x) / np.bincount(which)
 
 
-def mean_over_rows(x, row):
+def clustered_mean_ci(x, row):
     """`mean` over rows: measurements (N,) of rows (N,), several of each, are averaged within each row first."""
-    return mean(row_means(x, row))
+    return mean_ci(row_means(x, row))
 
 
-def shares(cell):
+def slice_metrics(cell):
     """Counts of labels -> share of right labels, and under "exact" that of right rows; "nll" in nats per label."""
-    exact, nll = share(cell["row_right"], cell["rows"]), cell["loss"] / cell["labels"]
+    exact, nll = proportion(cell["row_right"], cell["rows"]), cell["loss"] / cell["labels"]
     return {**label_share(cell), "exact": exact, "nll": nll}
 
 
@@ -229,7 +229,7 @@ def print_table(head, rows):
         print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))))
 
 
-def shown(cell):
+def format_ci(cell):
     """A share -> its n, value and interval as text."""
     low, high = cell["ci95"]
     return cell["n"], f"{cell['value']:.4f}", f"{low:.4f} - {high:.4f}"
@@ -242,17 +242,17 @@ def print_slices(result, most=24):
     for tag, cells in result["by_slice"].items():
         rows += [(tag, value, cell) for value, cell in cells.items()] if len(cells) <= most else []
     head = ("slice", "value", "labels", "accuracy", "95% interval", "rows", "exact", "95% interval", "nats per label")
-    cells = [(tag, value, shares(cell)) for tag, value, cell in rows]
-    print_table(head, [(tag, value, *shown(s), *shown(s["exact"]), f"{s['nll']:.4f}") for tag, value, s in cells])
+    cells = [(tag, value, slice_metrics(cell)) for tag, value, cell in rows]
+    print_table(head, [(tag, value, *format_ci(s), *format_ci(s["exact"]), f"{s['nll']:.4f}") for tag, value, s in cells])
 
 
-def print_chance(chance):
+def print_baselines(chance):
     """The accuracy of guesses without knowledge: {name: value}"""
     for name, value in chance.items():
         say(f"without knowledge: {name}: {value:.4f}")
 
 
-def watched(result, name):
+def slice_accuracy(result, name):
     """Token accuracy of all of what `evaluate` returned, or of the slice "tag=value"."""
     if not name:
         return result["accuracy"]
@@ -261,7 +261,7 @@ def watched(result, name):
     return cell["right"] / cell["labels"]
 
 
-def require_slice(data, name, batch_size):
+def check_slice(data, name, batch_size):
     """ConfigError unless the slice "tag=value" is among those of validation and of test."""
     for split in ("val", "test"):
         there = {}
@@ -316,10 +316,10 @@ def plot_curves(folder, title):
         title=f"n = {size}",
     )
     right.title.set_fontsize(8)
-    finish(fig, plt, os.path.join(folder, "curves.png"), title)
+    finish_figure(fig, plt, os.path.join(folder, "curves.png"), title)
 
 
-def draw(axis, x, cells, **kwargs):
+def errorbars(axis, x, cells, **kwargs):
     """Points with intervals: cells of {"value", "ci95"}; nothing, if there are none."""
     if not len(cells):
         return
@@ -328,7 +328,7 @@ def draw(axis, x, cells, **kwargs):
     axis.grid(alpha=0.3)
 
 
-def finish(fig, plt, path, title):
+def finish_figure(fig, plt, path, title):
     """Write a figure with its title and forget it."""
     fig.suptitle(printable(title, keep="\n").replace("$", r"\$"), fontsize=8)  # $ begins a formula
     write_figure(fig, plt, path)
@@ -337,6 +337,6 @@ def finish(fig, plt, path, title):
 def write_figure(fig, plt, path):
     """A figure as path, a .png: complete or, if that fails, as it was before."""
     try:
-        write_file(path, lambda f: fig.savefig(f, format="png", dpi=120))
+        atomic_write(path, lambda f: fig.savefig(f, format="png", dpi=120))
     finally:
         plt.close(fig)

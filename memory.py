@@ -26,11 +26,11 @@ from torch import nn
 
 import configs
 import model as M
-from checkpoint import write_file
+from checkpoint import atomic_write
 from configs import at_least, one_of, require, say, within
 from measure import print_table
-from model import GPT, NORMS, GPTBlock, take
-from plan import find_model, load_run, make_model, model_config
+from model import GPT, NORMS, GPTBlock, gather_positions
+from plan import resolve_model, load_run, build_model, build_model_config
 from transfer import ours, read_weights
 from twins import transformed
 
@@ -84,7 +84,7 @@ SCORES = {  # scores (N, H, k) -> weights
 # ---- lookup ------------------------------------------------------------------------------------------------------------
 
 
-def lookup(q, keys, k, bias=None):
+def product_key_topk(q, keys, k, bias=None):
     """The k best slots of each head, exactly: q (N, H, 2, Q/2), keys (H, 2, n, Q/2) -> scores (N, H, k), slots (N, H, k) long.
 
     Slot i * n + j scores q[0].keys[0, i] + q[1].keys[1, j]. bias (H, 2, n) counts for the choice only, not in the scores.
@@ -101,7 +101,7 @@ def lookup(q, keys, k, bias=None):
     return scores, first * n + second
 
 
-def naive_lookup(q, keys, k, bias=None):
+def naive_product_key_topk(q, keys, k, bias=None):
     """lookup by the scores of all n * n slots: the oracle of the tests."""
     halves = torch.einsum("nhse,hske->nhsk", q, keys)
     biased = halves if bias is None else halves + bias
@@ -110,17 +110,17 @@ def naive_lookup(q, keys, k, bias=None):
     return every.gather(-1, slots), slots
 
 
-def read_values(values, slots, weights):
+def weighted_values(values, slots, weights):
     """Weighted sums of rows of a table: values (slots, V); slots and weights (N, R) -> (N, V).
 
     torch has no second derivative of it and says so; naive_read_values has.
     """
     if transformed():
-        return naive_read_values(values, slots, weights)
+        return naive_weighted_values(values, slots, weights)
     return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
 
 
-def naive_read_values(values, slots, weights):
+def naive_weighted_values(values, slots, weights):
     """read_values, row by row: N * R rows are copied, which takes 50 times as long on a CPU."""
     return (values[slots] * weights.unsqueeze(-1)).sum(-2)
 
@@ -150,7 +150,7 @@ class MemoryLayer(nn.Module):
         c, shape = self.config, x.shape[:-1]
         q = self.query(x.flatten(0, -2)).unflatten(-1, (c.mem_heads, 2, -1))  # (N, H, 2, Q/2)
         q = NORMS[c.mem_query_norm](q)
-        return [y.unflatten(0, shape) for y in lookup(q, self.keys.to(q.dtype), k, self.bias)]
+        return [y.unflatten(0, shape) for y in product_key_topk(q, self.keys.to(q.dtype), k, self.bias)]
 
     def forward(self, x, intervene=None, found=None):
         """-> (..., D), and what was found: {"slots": (..., H, k) long, "weights": (..., H, k), "read": (..., V)}.
@@ -167,7 +167,7 @@ class MemoryLayer(nn.Module):
         found = intervene(found) if intervene else found
         if "read" not in found:
             slots, weights = (found[name].flatten(0, -3).flatten(1) for name in ("slots", "weights"))  # (N, H * k)
-            read = read_values(self.values, slots, weights.to(self.values.dtype)).unflatten(0, x.shape[:-1])
+            read = weighted_values(self.values, slots, weights.to(self.values.dtype)).unflatten(0, x.shape[:-1])
             found = {**found, "read": read}
         y = found["read"]
         if self.gate:
@@ -197,7 +197,7 @@ def in_float64(x):
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
-def usage(reads):
+def slot_usage(reads):
     """Times that each slot was read (slots,) -> share of slots read at all, number of the others, KL divergence from even use
     in nats (0: even; log of the number of slots: always the same one), and the five slots read most with their shares."""
     p = in_float64(reads)
@@ -220,7 +220,7 @@ class MemoryBlock(GPTBlock):
         self.hard = c.mem_hard
 
     def forward(self, x, rows=None, trace=None, intervene=None, **extra):
-        y = take(x, rows)
+        y = gather_positions(x, rows)
         if self.att:
             y = self.add(y, self.att(self.att_norm(x), rows, **extra))
         return self.add(y, self.feed(self.ffn_norm(y), trace, (intervene or {}).get(self.number)))
@@ -241,7 +241,7 @@ class MemoryBlock(GPTBlock):
         return y
 
 
-class Memory(GPT):
+class MemoryGPT(GPT):
     """GPT with a memory layer in place of the MLP of some blocks.
 
     forward(tokens, targets, cu_seqlens, trace=False, intervene=None). With trace, a third result lists for each memory layer,
@@ -250,7 +250,7 @@ class Memory(GPT):
     """
 
     block = MemoryBlock
-    ignores = {**GPT.ignores, "mem_hard": "only memory_router chooses"}
+    inactive_settings = {**GPT.inactive_settings, "mem_hard": "only memory_router chooses"}
     keeps_mlp = False
 
     def __init__(self, config):
@@ -274,12 +274,12 @@ class Memory(GPT):
         """{block: its memory layer}"""
         return {i: layer.memory for i, layer in enumerate(self.layers) if layer.memory is not None}
 
-    def learning_rates(self):
+    def lr_scales(self):
         """{end of a parameter's name: its learning rate over that of the others}; what is named here does not decay."""
         return {"memory.values": self.config.mem_value_lr}
 
     @torch.no_grad()
-    def after_step(self, report=False):
+    def on_step_end(self, report=False):
         """Once after each training step: balance, and forget what was read. -> {block: usage} over all ranks if `report`."""
         found = {}
         for i, memory in self.memories().items():
@@ -288,7 +288,7 @@ class Memory(GPT):
             if self.config.mem_balance and memory.keys.requires_grad:
                 memory.balance()
             if report:
-                found[str(i)] = usage(memory.reads.sum(0))
+                found[str(i)] = slot_usage(memory.reads.sum(0))
             memory.reads.zero_()
         return found
 
@@ -298,18 +298,18 @@ class Memory(GPT):
         return f"{super().label(c)}_M{layers}_S{c.mem_n_keys**2}_H{c.mem_heads}_K{c.mem_knn}"
 
 
-class MemoryRouter(Memory):
+class MemoryRouterGPT(MemoryGPT):
     """GPT in which some blocks have a memory layer beside the MLP, and each token its own weights of the two."""
 
     keeps_mlp = True
-    ignores = GPT.ignores
+    inactive_settings = GPT.inactive_settings
 
 
 # ---- changing facts without gradients ----------------------------------------------------------------------------------
 
 
 @M.in_eval_mode
-def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
+def edit_facts(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     """Change rows of the last block's values so that the model answers `targets` -> what `undo` needs to take it back.
 
     tokens, targets: (B, T), labels as in training; each prompt is read with its new answer before it. Two closed forms, no
@@ -318,23 +318,23 @@ def write(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     (slots, slots) from `reading_statistics`, the one that changes least what was read in those texts (as MEMIT does in MLPs,
     Meng et al. 2023, arXiv 2210.07229, eq. 14). ValueError if the last block's memory layer cannot be written so.
     """
-    if why_not_write(model):
-        raise ValueError(why_not_write(model))
+    if check_editable(model):
+        raise ValueError(check_editable(model))
     memory = model.layers[-1].memory
-    slots, weights, hidden, logits, answers = last_reading(model, tokens, targets)
+    slots, weights, hidden, logits, answers = last_layer_reads(model, tokens, targets)
     head = model.lm_head.weight * model.final_norm.weight  # (tokens, D): logits are head @ hidden, times a scale per position
     reach = head if memory.out is None else head @ memory.out.weight  # (tokens, V): and change so with what is read
-    change = lift(reach, hidden, logits, answers, margin)  # (N, V)
+    change = target_updates(reach, hidden, logits, answers, margin)  # (N, V)
     read, at = slots.unique(return_inverse=True)  # (S,), (N, H * k)
     A = hidden.new_zeros(len(slots), len(read)).scatter_add_(1, at.view_as(slots), weights)  # (N, S): read = A @ values
-    flat = A if keep is None else torch.linalg.solve(ridged(keep[read][:, read].to(A), ridge), A.T).T  # (N, S)
-    rows = flat.T @ torch.linalg.solve(ridged(A @ flat.T, ridge), change)  # (S, V)
+    flat = A if keep is None else torch.linalg.solve(add_ridge(keep[read][:, read].to(A), ridge), A.T).T  # (N, S)
+    rows = flat.T @ torch.linalg.solve(add_ridge(A @ flat.T, ridge), change)  # (S, V)
     before = memory.values[read]
     memory.values[read] += rows
     return {"slots": read, "values": before, "written": memory.values[read]}
 
 
-def why_not_write(model):
+def check_editable(model):
     """Why `write` cannot reach this model's answers, or ""."""
     memory = model.layers[-1].memory
     if memory is None or memory.gate is not None or model.layers[-1].residual_mul:
@@ -345,7 +345,7 @@ def why_not_write(model):
 
 
 @torch.no_grad()
-def undo(model, record):
+def undo_edit(model, record):
     """Take a `write` back, to the last bit; of several that share rows, the last one first.
 
     ValueError, and nothing changes, if the rows are not as that `write` left them.
@@ -357,14 +357,14 @@ def undo(model, record):
     values[slots] = record["values"]
 
 
-def last_reading(model, tokens, targets):
+def last_layer_reads(model, tokens, targets):
     """At each of the N labels -> slots (N, H * k) and weights (N, H * k) that the last block reads (weights times the router's
     share), the last hidden state (N, D) before the final norm, logits (N, V), answers (N,)."""
     caught = []
     keep = lambda module, inputs, output: caught.append(inputs[0])
     with model.final_norm.register_forward_hook(keep):
         logits, _, found = model(tokens, targets, trace=True)
-    _, flat, answers = M.labelled_rows(targets)
+    _, flat, answers = M.labelled_positions(targets)
     last = found[-1]
     slots, weights = (last[name].flatten(-2).flatten(0, 1)[flat] for name in ("slots", "weights"))
     if "route" in last:
@@ -372,12 +372,12 @@ def last_reading(model, tokens, targets):
     return slots, weights.to(caught[0].dtype), caught[0], logits, answers
 
 
-def ridged(matrix, ridge):
+def add_ridge(matrix, ridge):
     """matrix + ridge * its mean diagonal * I"""
     return matrix + ridge * matrix.diagonal().mean() * torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
 
 
-def lift(reach, hidden, logits, answers, margin, rounds=100):
+def target_updates(reach, hidden, logits, answers, margin, rounds=100):
     """Small changes (N, V) of what is read after which each answer leads all other tokens by `margin` logits, if the final norm
     kept its scale. reach (tokens, V): logits by what is read, before that scale.
 
@@ -397,12 +397,12 @@ def lift(reach, hidden, logits, answers, margin, rounds=100):
 
 
 @M.in_eval_mode
-def reading_statistics(model, batches):
+def key_second_moment(model, batches):
     """Sum over labels of (tokens, targets) batches of w w^T, w the weights of all slots that the last block reads: `keep`."""
     values = model.layers[-1].memory.values
     total = torch.zeros(len(values), len(values), device=values.device)
     for tokens, targets in batches:
-        slots, weights, *_ = last_reading(model, tokens, targets)
+        slots, weights, *_ = last_layer_reads(model, tokens, targets)
         A = torch.zeros(len(slots), len(values), device=values.device)
         A.scatter_add_(1, slots, weights.float())
         total += A.T @ A
@@ -436,7 +436,7 @@ def params(words):
     from train import read_command_line  # not above: train.py builds its model from this file
 
     p, _ = read_command_line(words)
-    model = make_model(p, model_config(p, p.data_module.Data(p.data)))
+    model = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
     modules = {}
     for name, *numbers in count_active(model):
         module = name.rsplit(".", 1)[0] if name.endswith(("weight", "bias")) else name
@@ -446,7 +446,7 @@ def params(words):
     print_table(("module", "parameters", "active a token", "flop a token", "bytes a token"), [*rows, ("all", *total)])
 
 
-def inspect(words):
+def compare_weights(words):
     """Names, shapes and sizes of the weights in one run or file; of two, where they differ."""
     require(1 <= len(words) <= 2, "name one or two runs or files: python memory.py inspect A [B]", None)
     found = [{ours(n): t for n, t in read_weights(path)[0].items()} for path in words]
@@ -457,7 +457,7 @@ def inspect(words):
         note = ""
         if len(words) == 2:
             same = None not in tensors and shapes[0] == shapes[1]
-            note = difference(*tensors) if same else hint(name, *shapes)
+            note = difference(*tensors) if same else shape_hint(name, *shapes)
         first = next(t for t in tensors if t is not None)
         rows.append((name, *shapes, first.numel(), spread(first), note))
     heads = ("name", *(["shape"] if len(words) == 1 else ["shape in A", "shape in B"]), "numbers", "std", "largest difference")
@@ -474,7 +474,7 @@ def difference(a, b):
     return f"{(a.double() - b.double()).abs().max():.3g}" if a.numel() else "-"
 
 
-def hint(name, a, b):
+def shape_hint(name, a, b):
     """Which setting makes two shapes differ, as far as the name tells."""
     settings = {
         "memory.values": "mem_n_keys (rows) or mem_v_dim (columns)",
@@ -490,7 +490,7 @@ def hint(name, a, b):
     return "differ: " + next((text for part, text in settings.items() if part in name), "dim")
 
 
-def convert(words, to):
+def convert_checkpoint(words, to):
     """The weights of a run as those of the other kind of model, in a new file for --init_from.
 
     To memory_router: MLPs and routers are added, each router so sure of memory that the model answers as before. To memory:
@@ -505,7 +505,7 @@ def convert(words, to):
     require(to in kinds, f"--to must be memory or memory_router, not {to!r}", None)
     require(kind in kinds, f"{folder} holds a {kind}; only memory and memory_router can be converted", None)
     require(kind != to, f"{folder} holds a {to} already", None)
-    new = find_model(to)[1](model.config)
+    new = resolve_model(to)[1](model.config)
     weights = model.state_dict()
     for name, t in new.state_dict().items():
         if name in weights:
@@ -514,7 +514,7 @@ def convert(words, to):
             t.copy_(torch.tensor([-30.0, 30.0]))
         elif name.endswith("router.weight"):
             t.zero_()
-    write_file(path, lambda f: torch.save({"model": new.state_dict()}, f))
+    atomic_write(path, lambda f: torch.save({"model": new.state_dict()}, f))
     after = new.state_dict()
     added, left = (", ".join(n for n in a if n not in b) or "none" for a, b in ((after, weights), (weights, after)))
     say(f"{path}: {to} with {len(after)} tensors; new: {added}; left out: {left}")
@@ -530,13 +530,13 @@ def main(argv=None):
     if command == "params":
         params(rest)
         return 0
-    rest, settings = configs.parse(rest)
+    rest, settings = configs.split_argv(rest)
     allowed = {"to"} if command == "convert" else set()
     unknown = [s.origin for s in settings if s.key not in allowed]
     require(not unknown, f"{command} takes no {' '.join(unknown)}", None)
-    inspect(rest) if command == "inspect" else convert(rest, next((s.value for s in settings), ""))
+    compare_weights(rest) if command == "inspect" else convert_checkpoint(rest, next((s.value for s in settings), ""))
     return 0
 
 
 if __name__ == "__main__":
-    configs.exit_with_sentence(main)
+    configs.run_cli(main)

@@ -17,11 +17,11 @@ import data_mqar
 import data_synth
 from checkpoint import read_record
 from configs import ConfigError, Setting, require
-from draws import generator
+from draws import rng_for
 from synth_files import LONGEST_LINE
 
 
-def mixed(main, c):
+def mix(main, c):
     """`main` with the data set of c (train.TrainConfig) in its window."""
     path, tokenizer = c.synthetic_dataset, getattr(getattr(main, "config", None), "tokenizer", "")
     try:
@@ -39,7 +39,7 @@ def open_dataset(path, seed, tokenizer=""):
     module, task = (data_mqar, {}) if kind == "mqar" else (data_synth, {"task": kind, "tokenizer": tokenizer})
     task |= {"block_size": LONGEST_LINE} if kind == "text" else {}
     settings = [Setting(k, v, "synthetic_dataset") for k, v in {**task, "path": path, "seed": seed}.items()]
-    return module.Data(configs.build(module.Config, settings))
+    return module.Data(configs.build_config(module.Config, settings))
 
 
 class Mixture:
@@ -54,7 +54,7 @@ class Mixture:
         late = f"synthetic_start_step={c.synthetic_start_step} lies after the last of {steps} steps"
         require(c.synthetic_start_step < steps or not c.n_epochs, late, "synthetic_start_step")
         self.start, window = c.synthetic_start_step, max(0, min(c.synthetic_end_step, steps) - c.synthetic_start_step)
-        self.drawn = generator(c.seed, 9).random(window) < c.synthetic_weight  # (window,), does that step go to the second?
+        self.drawn = rng_for(c.seed, 9).random(window) < c.synthetic_weight  # (window,), does that step go to the second?
         self.before = np.concatenate([[0], np.cumsum(self.drawn)])  # (window + 1,), steps of the second before it
 
     def turn(self, step):

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Documents, flash_problem, rotary_table, rotate, softmax_attention
-from configs import one_of, require, told, within
-from draws import IGNORE
+from attention import PackedDocuments, why_no_flash, rope_table, apply_rotary, softmax_attention
+from configs import one_of, require, derived, within
+from draws import IGNORE_INDEX
 from twins import Twinned, needs_twin, twin_gradients
 
 
@@ -55,8 +55,8 @@ class Config:
     init_std: float = 0.02  # standard deviation of the initial embedding; projections start as torch makes them
     chunk_size: int = 16  # delta models: tokens per chunk of the parallel form
     lr_temp: float = 1.0  # delta models: temperature of the write strength, sigmoid(z / lr_temp)
-    vocab_size: int = told(2048)
-    seq_len: int = told(128)
+    vocab_size: int = derived(2048)
+    seq_len: int = derived(128)
 
     def check(self):
         within(self, 1, 2**20, "dim", "n_layers", "n_heads", "dk", "dv", "du", "ffn_expand_factor", "chunk_size")
@@ -99,31 +99,31 @@ def taylor(x):
     return torch.cat([torch.ones_like(x[..., :1]), x, second], dim=-1)
 
 
-def computing_dtype(x):
+def accum_dtype(x):
     """What sums over x are taken in: float32 for half precision, else x's own dtype."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def inner(x, y):
+def dot(x, y):
     """x.y over the last axis, which is kept; in float32 at least, under autocast too: (..., K) -> (..., 1)."""
-    kind = computing_dtype(x)
+    kind = accum_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         return torch.linalg.vecdot(x.to(kind), y.to(kind)).unsqueeze(-1)
 
 
 def naive_l2_norm(x):
     """x / sqrt(|x|^2 + 1e-6) over the last axis, in float32 at least."""
-    return x * torch.rsqrt(inner(x, x) + 1e-6)
+    return x * torch.rsqrt(dot(x, x) + 1e-6)
 
 
-class L2Norm(Twinned):
+class L2Normalize(Twinned):
     """naive_l2_norm with a backward that takes half as many passes over memory as autograd's."""
 
     twin = staticmethod(naive_l2_norm)
 
     @staticmethod
     def forward(ctx, x):
-        scale = torch.rsqrt(inner(x, x) + 1e-6)
+        scale = torch.rsqrt(dot(x, x) + 1e-6)
         y = x * scale
         ctx.save_for_backward(x, y, scale)
         ctx.dtype = x.dtype
@@ -134,7 +134,7 @@ class L2Norm(Twinned):
         x, y, scale = ctx.saved_tensors
         if needs_twin():
             return twin_gradients(naive_l2_norm, ctx, (x,), dy)
-        return torch.addcmul(dy, y, inner(y, dy), value=-1).mul_(scale).to(ctx.dtype)
+        return torch.addcmul(dy, y, dot(y, dy), value=-1).mul_(scale).to(ctx.dtype)
 
 
 KERNELS = {
@@ -150,7 +150,7 @@ KERNELS = {
 
 NORMS = {
     "none": lambda x: x,
-    "l2": lambda x: L2Norm.apply(x),
+    "l2": lambda x: L2Normalize.apply(x),
     "l1": lambda x: x / (x.abs().sum(-1, keepdim=True) + 1e-6),  # "sum" norm of Schlag et al. 2021
     "rms": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6),
     "layer": lambda x: F.layer_norm(x, x.shape[-1:]),
@@ -166,7 +166,7 @@ ACTIVATIONS = {
 }
 
 
-def kernel_width(kernel, width):
+def feature_width(kernel, width):
     """Width of a feature map's output."""
     return 1 + width + width**2 if kernel == "taylor" else width
 
@@ -182,7 +182,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        y = x * torch.rsqrt(inner(x, x) / x.shape[-1] + 1e-6) * self.weight
+        y = x * torch.rsqrt(dot(x, x) / x.shape[-1] + 1e-6) * self.weight
         return y.to(self.weight.dtype)  # a model in half precision stays in it
 
 
@@ -192,7 +192,7 @@ def naive_convolution(x, w):
     return sum(w[j] * y for j, y in enumerate(shifted))
 
 
-class CausalConvolution(Twinned):
+class CausalConv1d(Twinned):
     """naive_convolution by shifted multiply-adds into one buffer.
 
     On a CPU, forward and backward take less than half the time of the same sum left to autograd,
@@ -222,7 +222,7 @@ class CausalConvolution(Twinned):
         return dx, dw
 
 
-class ShortConv(nn.Module):
+class ShortConvolution(nn.Module):
     """Depthwise causal convolution on (B, T, C).
 
     It lets a token see its predecessor before any attention, which is what binds a key to the value after it. One
@@ -237,16 +237,16 @@ class ShortConv(nn.Module):
         """x (B, T, C) -> (B, T, C). cache, a dict, holds the tokens just before x from call to call, (B, width-1, C)."""
         weight = self.weight.to(x.dtype)
         if documents:
-            return documents.join(CausalConvolution.apply(documents.split(x), weight))
+            return documents.join(CausalConv1d.apply(documents.split(x), weight))
         if cache is None:
-            return CausalConvolution.apply(x, weight)
+            return CausalConv1d.apply(x, weight)
         before = cache.get("window", x.new_zeros(len(x), len(weight) - 1, x.shape[-1]))
         x = torch.cat([before, x], dim=1)
         cache["window"] = x[:, x.shape[1] - before.shape[1] :].clone()  # a view would keep all of x
-        return CausalConvolution.apply(x, weight)[:, before.shape[1] :]
+        return CausalConv1d.apply(x, weight)[:, before.shape[1] :]
 
 
-class FeedForward(nn.Module):
+class MLP(nn.Module):
     """The block's MLP: D -> expand * D -> D."""
 
     def __init__(self, c):
@@ -259,12 +259,12 @@ class FeedForward(nn.Module):
         return self.down(ACTIVATIONS[self.act](self.up(x)))
 
 
-def take(x, rows):
+def gather_positions(x, rows):
     """The tokens of x (B, T, C) at positions rows (B, n) -> (B, n, C); all of them if rows is None."""
     return x if rows is None else x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def project(x, *linears, then=lambda y: y):
+def fused_linear(x, *linears, then=lambda y: y):
     """Several bias-free projections of the same tokens as one matrix product, which is faster than one after another.
 
     `then` is applied to all of them side by side.
@@ -273,7 +273,7 @@ def project(x, *linears, then=lambda y: y):
     return then(F.linear(x, weight)).split([m.out_features for m in linears], dim=-1)
 
 
-def positions(x, cache=None, documents=None):
+def token_positions(x, cache=None, documents=None):
     """Positions of the tokens of x (B, T, D) in their documents, (B, T); None: 0..T-1."""
     if documents:
         return documents.position[None]
@@ -313,7 +313,7 @@ class CausalSelfAttention(nn.Module):
         self.gate_k = nn.Linear(c.dim, self.groups * key_width, bias=False) if c.k_gated else None
         self.gate_out = nn.Linear(c.dim, self.heads * value_width, bias=False) if c.att_use_output_gate else None
         if c.pos == "rope":
-            self.register_buffer("turns", rotary_table(key_width, c.seq_len), persistent=False)
+            self.register_buffer("turns", rope_table(key_width, c.seq_len), persistent=False)
         self.out_proj = nn.Linear(self.heads * value_width, c.dim, bias=False)
 
     def _apply(self, fn, recurse=True):
@@ -324,14 +324,14 @@ class CausalSelfAttention(nn.Module):
         super()._apply(fn, recurse)
         if "turns" in self._buffers:
             T, pairs, _ = self.turns.shape
-            self.turns = rotary_table(2 * pairs, T, self.turns.dtype).to(self.turns.device)
+            self.turns = rope_table(2 * pairs, T, self.turns.dtype).to(self.turns.device)
         return self
 
     def add_projections(self, c):
         self.proj_q = nn.Linear(c.dim, self.heads * c.dk, bias=False)
         self.proj_k = nn.Linear(c.dim, self.groups * c.dk, bias=False)
         self.proj_v = nn.Linear(c.dim, self.groups * c.dv, bias=False)
-        self.conv = ShortConv(self.channels(c), c.conv) if c.conv else None
+        self.conv = ShortConvolution(self.channels(c), c.conv) if c.conv else None
 
     @staticmethod
     def channels(c):
@@ -342,7 +342,7 @@ class CausalSelfAttention(nn.Module):
     @staticmethod
     def widths(c):
         """Width per head of a key and of a value, after their feature maps."""
-        return kernel_width(c.k_kernel, c.dk), kernel_width(c.v_kernel, c.dv)
+        return feature_width(c.k_kernel, c.dk), feature_width(c.v_kernel, c.dv)
 
     @classmethod
     def cached_width(cls, c):
@@ -355,9 +355,9 @@ class CausalSelfAttention(nn.Module):
         return cls.cached_width(c) * (c.n_kv_heads or c.n_heads) * tokens
 
     @classmethod
-    def kernel_choice(cls, c, device, dtype):
+    def describe_backend(cls, c, device, dtype):
         """Which kernel runs and why, as one line."""
-        problem = flash_problem(device, dtype, *cls.widths(c))
+        problem = why_no_flash(device, dtype, *cls.widths(c))
         if problem is None:
             return "flash-attn varlen; scaled_dot_product_attention for the labelled positions of the last block"
         return f"scaled_dot_product_attention ({problem})"
@@ -372,11 +372,11 @@ class CausalSelfAttention(nn.Module):
         cache, documents: see ShortConv.
         """
         if rows is not None and not self.conv:
-            q, stored = self.proj_q(query_x), project(x, *self.stored())
+            q, stored = self.proj_q(query_x), fused_linear(x, *self.stored())
         else:  # a convolution needs the neighbours of the queries' tokens, too
             conv = (lambda y: self.conv(y, cache, documents)) if self.conv else (lambda y: y)
-            q, *stored = project(x, self.proj_q, *self.stored(), then=conv)
-            q = take(q, rows)
+            q, *stored = fused_linear(x, self.proj_q, *self.stored(), then=conv)
+            q = gather_positions(q, rows)
         return q, stored[0], stored[-1]
 
     def forward(self, x, rows=None, cache=None, documents=None):
@@ -389,28 +389,28 @@ class CausalSelfAttention(nn.Module):
         """
         c = self.config
         query_rows = None if documents else rows
-        query_x = take(x, query_rows)  # (B, n, D)
+        query_x = gather_positions(x, query_rows)  # (B, n, D)
         q, k, v = self.queries_keys_values(x, query_x, query_rows, cache, documents)
         q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, query_x)  # (B, n, H, K)
-        at = positions(x, cache, documents)
+        at = token_positions(x, cache, documents)
         if c.pos == "rope":
-            q = rotate(q, self.turns, at if query_rows is None else query_rows)
+            q = apply_rotary(q, self.turns, at if query_rows is None else query_rows)
         if cache is None:
             k, v = self.keys(k, x, at), self.values(v)
         else:
             k, v = self.remember(cache, k, v, x, at)
             query_rows = at
         o = self.attend(*(y.transpose(1, 2) for y in (q, k, v)), query_rows, documents)  # (B, H, n, V)
-        o = take(o.transpose(1, 2).flatten(2), rows if documents else None)  # (B, n, H*V)
+        o = gather_positions(o.transpose(1, 2).flatten(2), rows if documents else None)  # (B, n, H*V)
         if self.gate_out:
-            o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(take(x, rows)))
+            o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(gather_positions(x, rows)))
         return self.out_proj(o)
 
     def keys(self, k, x=None, at=None):
         """Projected keys (B, T, G * dk) of x (B, T, D) at positions `at` -> (B, T, G, K)."""
         c = self.config
         k = self.feature(k, self.groups, c.k_kernel, c.k_norm, self.gate_k, x)
-        return rotate(k, self.turns, at) if c.pos == "rope" else k
+        return apply_rotary(k, self.turns, at) if c.pos == "rope" else k
 
     def values(self, v):
         """Projected values (B, T, G * dv) -> (B, T, G, V), ready for use."""
@@ -442,7 +442,7 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
     def add_projections(self, c):
         self.proj_q = nn.Linear(c.dim, self.heads * c.du, bias=False)
         self.proj_kv = nn.Linear(c.dim, self.groups * c.du, bias=False)
-        self.conv = ShortConv(self.channels(c), c.conv) if c.conv else None
+        self.conv = ShortConvolution(self.channels(c), c.conv) if c.conv else None
 
     @staticmethod
     def channels(c):
@@ -450,7 +450,7 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
 
     @staticmethod
     def widths(c):
-        return kernel_width(c.k_kernel, c.du), kernel_width(c.v_kernel, c.du)
+        return feature_width(c.k_kernel, c.du), feature_width(c.v_kernel, c.du)
 
     @classmethod
     def cached_width(cls, c):
@@ -482,11 +482,11 @@ class GPTBlock(nn.Module):
         self.att_norm = RMSNorm(c.dim) if c.use_att else None
         self.att = self.attention(c) if c.use_att else None
         self.ffn_norm = RMSNorm(c.dim) if c.use_ffn else None
-        self.ffn = FeedForward(c) if c.use_ffn else None
+        self.ffn = MLP(c) if c.use_ffn else None
 
     def forward(self, x, rows=None, **extra):
         """(B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n). extra is handed on to the mixer."""
-        y = take(x, rows)
+        y = gather_positions(x, rows)
         if self.att:
             y = self.add(y, self.att(self.att_norm(x), rows, **extra))
         if self.ffn:
@@ -502,14 +502,14 @@ class UnifiedKVBlock(GPTBlock):
 
 
 @torch.compiler.disable  # sizes depend on the labels, so this part stays eager
-def labelled_rows(targets):
+def labelled_positions(targets):
     """Where the labels are: targets (B, T) -> rows (B, n), flat (N,), answers (N,), all long.
 
     n is the largest number of labels in a row of the batch; a row with fewer is padded. rows are positions in ascending
     order, flat picks the real labels from the flattened (B, n), row-major. If less than half of the work would be saved,
     rows is None and flat picks from (B, T) instead.
     """
-    mask = targets != IGNORE
+    mask = targets != IGNORE_INDEX
     answers = targets[mask]
     count = mask.sum(1)
     # A batch without labels, or without rows, has a loss of 0.
@@ -562,7 +562,7 @@ class GPT(nn.Module):
     """
 
     block = GPTBlock
-    ignores = {  # setting: why it has no effect here
+    inactive_settings = {  # setting: why it has no effect here
         "du": "only unified_kv has it",
         "chunk_size": "only delta models have it",
         "lr_temp": "only delta models have it",
@@ -584,8 +584,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens, targets=None, cu_seqlens=None, **extra):
         """extra is handed on to the blocks."""
-        rows, flat, answers = (None, None, None) if targets is None else labelled_rows(targets)
-        documents = None if cu_seqlens is None else Documents(cu_seqlens, tokens)
+        rows, flat, answers = (None, None, None) if targets is None else labelled_positions(targets)
+        documents = None if cu_seqlens is None else PackedDocuments(cu_seqlens, tokens)
         x = self.embedded(tokens, documents=documents)  # (B, T, D)
         extra |= {"documents": documents} if documents else {}
         for layer in self.layers[:-1]:
@@ -594,13 +594,13 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(self.final_norm(x)), None
         logits = self.lm_head(self.final_norm(x.flatten(0, 1)[flat]))  # (N, vocabulary)
-        return logits, CrossEntropy.apply(logits.to(computing_dtype(logits)), answers)
+        return logits, CrossEntropy.apply(logits.to(accum_dtype(logits)), answers)
 
     def embedded(self, tokens, cache=None, documents=None):
         """tokens (B, T) -> (B, T, D), with learned positions if it has them"""
         x = self.embed(tokens)
         if self.pos_embed:
-            at = positions(x, cache, documents)
+            at = token_positions(x, cache, documents)
             x = x + (self.pos_embed.weight[: tokens.shape[1]] if at is None else self.pos_embed(at))
         return x
 
@@ -632,7 +632,7 @@ class GPT(nn.Module):
         return getattr(cls.block, "attention", cls.block)
 
     @classmethod
-    def state_bytes(cls, config):
+    def inference_state_bytes(cls, config):
         """Bytes of float32 per row that must be kept to read on after seq_len tokens.
 
         None if the mixer does not say what it keeps.
@@ -655,21 +655,21 @@ class GPT(nn.Module):
         return f"{blocks}_{q_and_k}_v-{v}-{c.v_kernel}"
 
     @classmethod
-    def kernel_choice(cls, config, device, dtype):
+    def describe_backend(cls, config, device, dtype):
         """Which kernel the mixer runs and why, as one line."""
         mixer = cls.mixer()
         if not config.use_att:
             return "none (use_att is 0)"
-        named = hasattr(mixer, "kernel_choice")
-        return mixer.kernel_choice(config, device, dtype) if named else mixer.__name__
+        named = hasattr(mixer, "describe_backend")
+        return mixer.describe_backend(config, device, dtype) if named else mixer.__name__
 
 
 class UnifiedKV(GPT):
     """GPT with one vector per head and token as key and value: see CausalSelfAttentionUnifiedKV."""
 
     block = UnifiedKVBlock
-    ignores = dict.fromkeys(("dk", "dv"), "only gpt has it; unified_kv has du")
-    ignores |= {name: GPT.ignores[name] for name in ("chunk_size", "lr_temp")}
+    inactive_settings = dict.fromkeys(("dk", "dv"), "only gpt has it; unified_kv has du")
+    inactive_settings |= {name: GPT.inactive_settings[name] for name in ("chunk_size", "lr_temp")}
 
 
 Model = GPT  # what `--model model` names
@@ -698,12 +698,12 @@ def in_eval_mode(work):
     return quiet
 
 
-def correct(logits, targets):
+def correct_predictions(logits, targets):
     """Which labelled positions are right: logits (N, vocabulary), targets (B, T) -> (tokens (N,) bool, rows (B,) bool).
 
     A row is right if all of its labels are: exact match. A row without labels counts as right.
     """
-    mask = targets != IGNORE
+    mask = targets != IGNORE_INDEX
     hit = torch.ones_like(mask)
     hit[mask] = logits.argmax(-1) == targets[mask]
     return hit[mask], hit.all(1)

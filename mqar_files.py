@@ -14,13 +14,13 @@ import torch
 from tqdm import tqdm
 
 import configs
-from checkpoint import check_kinds, file_hash, new_directory, read_lines, read_record, write_file, write_json
+from checkpoint import check_kinds, sha256_file, atomic_directory, read_lines, read_record, atomic_write, write_json
 from configs import ConfigError, at_least, require
-from draws import IGNORE, SPLITS, draw_distinct, draw_slots, generator, stream_key, uniforms
+from draws import IGNORE_INDEX, SPLITS, sample_without_replacement, weighted_permutation, rng_for, philox_key, row_uniforms
 
 
 @dataclass
-class StoreConfig:
+class DatasetConfig:
     output_dir: str = ""  # directory to write; it must not exist yet
     num_samples: int = 10000  # different rows in each of train, validation and test
     seq_len: int = 512  # tokens in a row, a multiple of 4 * num_kv_pairs: blocks of storage and queries
@@ -47,13 +47,13 @@ class StoreConfig:
         require(smallest <= V, message, "vocab_size")
         # Rows of different splits are drawn apart; with so many possible rows, none can come up twice.
         B, n = self.seq_len // block, self.num_kv_pairs
-        bits = sum(log2_falling(m, B * n) if B * n <= m else B * log2_falling(m, n) for m in (V // 2 - 1, V - V // 2))
+        bits = sum(log2_permutations(m, B * n) if B * n <= m else B * log2_permutations(m, n) for m in (V // 2 - 1, V - V // 2))
         chance = 2 * math.log2(3 * self.num_samples) - 1 - bits
         message = f"vocab_size={V} and num_kv_pairs={self.num_kv_pairs} allow too few different rows to keep the splits apart"
         require(chance < -40, message + "; raise either, or lower num_samples", "vocab_size")
 
 
-def log2_falling(m, n):
+def log2_permutations(m, n):
     """log2 of m (m-1) ... (m-n+1)."""
     return (math.lgamma(m + 1) - math.lgamma(m - n + 1)) / math.log(2)
 
@@ -63,23 +63,23 @@ def keys_disjoint(c):
     return c.seq_len // 4 <= c.vocab_size // 2 - 1
 
 
-def make_stored_rows(c, split, rows):
+def make_disk_sequences(c, split, rows):
     """input_ids (R, L) int32 and labels (R, L) int32 of StoreConfig c, L = B blocks of [n pairs | the n pairs, reordered]."""
     n, B, R = c.num_kv_pairs, c.seq_len // (4 * c.num_kv_pairs), len(rows)
-    u = uniforms(stream_key(c.seed, SPLITS[split], c.seq_len, n), rows, 3 * B * n)
+    u = row_uniforms(philox_key(c.seed, SPLITS[split], c.seq_len, n), rows, 3 * B * n)
     u_keys, u_values, u_order = np.split(u, 3, axis=1)  # each (R, B*n)
 
     def draw(u, m, disjoint):
-        return (draw_distinct(u, m) if disjoint else draw_distinct(u.reshape(R * B, n), m)).reshape(R, B, n)
+        return (sample_without_replacement(u, m) if disjoint else sample_without_replacement(u.reshape(R * B, n), m)).reshape(R, B, n)
 
     half, last = c.vocab_size // 2, c.vocab_size - c.vocab_size // 2
     keys = 1 + draw(u_keys, half - 1, keys_disjoint(c))
     values = half + draw(u_values, last, B * n <= last)
     pairs = np.stack([keys, values], axis=-1)  # (R, B, n, 2)
     # slot s of draw_slots has weight s^(a-1): let slot 1 be the pair stored last
-    order = n - 1 - draw_slots(u_order.reshape(R * B, n), c.power_a).reshape(R, B, n)
+    order = n - 1 - weighted_permutation(u_order.reshape(R * B, n), c.power_a).reshape(R, B, n)
     queries = np.take_along_axis(pairs, order[..., None], axis=2)
-    labels = np.full((R, B, 2, n, 2), IGNORE, np.int32)
+    labels = np.full((R, B, 2, n, 2), IGNORE_INDEX, np.int32)
     labels[:, :, 1, :, 1] = queries[..., 1]
     return np.stack([pairs, queries], axis=2).reshape(R, c.seq_len), labels.reshape(R, c.seq_len)
 
@@ -91,11 +91,11 @@ def write_dataset(c, shard_rows=20000):
     million tokens are written at a time, in both formats. Copies of the training split are orders/train.npy, (num_copies,
     num_samples) row numbers.
     """
-    with new_directory(c.output_dir) as work:
+    with atomic_directory(c.output_dir) as work:
         splits = {name: write_split(c, work, name, shard_rows) for name in ("train", "validation", "test")}
-        metadata = describe(c, splits)
+        metadata = dataset_metadata(c, splits)
         if c.num_copies > 1:
-            metadata["orders"] = write_orders(c, work)
+            metadata["orders"] = write_epoch_orders(c, work)
         write_json(os.path.join(work, "metadata.json"), metadata)
     return metadata
 
@@ -110,9 +110,9 @@ def write_split(c, work, name, shard_rows):
             path = os.path.join(work, name, f"part-{len(files):05d}.{c.output_format}")
             size = max(1, 2**19 // c.seq_len)  # rows in memory at a time
             chunks = (range(a, min(a + size, last)) for a in range(first, last, size))
-            write_file(path, lambda f: WRITERS[c.output_format](f, c, split, chunks, bar))
+            atomic_write(path, lambda f: WRITERS[c.output_format](f, c, split, chunks, bar))
             file = {"name": f"{name}/{os.path.basename(path)}", "rows": last - first, "bytes": os.path.getsize(path)}
-            files.append(file | {"sha256": file_hash(path)})
+            files.append(file | {"sha256": sha256_file(path)})
             if bar.disable:
                 print(f"{name}: {last} of {c.num_samples} rows", file=sys.stderr)
     return files
@@ -129,7 +129,7 @@ def write_parquet(f, c, split, chunks, bar):
     options = {"compression": "zstd", "compression_level": 1, "use_dictionary": columns, "write_page_checksum": True}
     with pq.ParquetWriter(f, schema, **options) as writer:
         for rows in chunks:
-            tokens, labels = make_stored_rows(c, split, np.arange(rows.start, rows.stop))
+            tokens, labels = make_disk_sequences(c, split, np.arange(rows.start, rows.stop))
             ends = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * c.seq_len)
             flat = (tokens, labels, np.ones(tokens.shape, np.int8))
             lists = [pa.ListArray.from_arrays(ends, pa.array(x.ravel())) for x in flat]
@@ -140,7 +140,7 @@ def write_parquet(f, c, split, chunks, bar):
 def write_jsonl(f, c, split, chunks, bar):
     ones = [1] * c.seq_len
     for rows in chunks:
-        tokens, labels = make_stored_rows(c, split, np.arange(rows.start, rows.stop))
+        tokens, labels = make_disk_sequences(c, split, np.arange(rows.start, rows.stop))
         for ids, label in zip(tokens.tolist(), labels.tolist()):
             row = {"input_ids": ids, "labels": label, "attention_mask": ones}
             f.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
@@ -150,20 +150,20 @@ def write_jsonl(f, c, split, chunks, bar):
 WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
 
 
-def write_orders(c, work):
+def write_epoch_orders(c, work):
     """Write orders/train.npy, (num_copies, num_samples): the row numbers of each copy; return {name, sha256}."""
     os.mkdir(os.path.join(work, "orders"))
     path = os.path.join(work, "orders", "train.npy")
     orders = np.lib.format.open_memmap(path, "w+", np.uint32, (c.num_copies, c.num_samples))
     for copy in range(c.num_copies):
         order = np.arange(c.num_samples, dtype=np.uint32)
-        generator(c.seed, len(SPLITS), copy).shuffle(order)
+        rng_for(c.seed, len(SPLITS), copy).shuffle(order)
         orders[copy] = order
     orders.flush()
-    return {"name": "orders/train.npy", "sha256": file_hash(path)}
+    return {"name": "orders/train.npy", "sha256": sha256_file(path)}
 
 
-def describe(c, splits):
+def dataset_metadata(c, splits):
     half = c.vocab_size // 2
     return {
         "dataset_type": "mqar",
@@ -187,7 +187,7 @@ METADATA = {
 }
 
 
-class StoredData:
+class StoredMQAR:
     """A directory that write_dataset wrote, read into memory and checked against its checksums."""
 
     def __init__(self, config):
@@ -250,7 +250,7 @@ class StoredData:
             name = {"val": "validation"}.get(split, split)
             files = self.metadata["files"][name]
             size = sum(f["rows"] for f in files), self.seq_len
-            tokens, targets, first = np.empty(size, np.int32), np.full(size, IGNORE, np.int32), 0
+            tokens, targets, first = np.empty(size, np.int32), np.full(size, IGNORE_INDEX, np.int32), 0
             for file in tqdm(files, desc=f"read {name}", disable=not sys.stderr.isatty()):
                 ids, labels = self.read_shard(file)
                 self.check_shard(file, ids, labels)
@@ -271,7 +271,7 @@ class StoredData:
             f"{path} holds {ids.shape} tokens and {labels.shape} labels; metadata.json says {shape}",
             "path",
         )
-        answers = labels != IGNORE
+        answers = labels != IGNORE_INDEX
         for numbers in (ids, labels[answers]):
             known = 0 <= numbers.min(initial=0) and numbers.max(initial=0) < self.vocab_size
             require(
@@ -290,7 +290,7 @@ class StoredData:
     def checked(self, file):
         """The path of a file of the data set, once its checksum is right."""
         path = os.path.join(self.path, file["name"])
-        if not os.path.isfile(path) or file_hash(path) != file["sha256"]:
+        if not os.path.isfile(path) or sha256_file(path) != file["sha256"]:
             raise ConfigError(f"{path} is missing or damaged (its checksum differs); write the data set again", "path")
         return path
 

@@ -26,15 +26,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import (
     load_checkpoint,
-    part,
+    select_prefix,
     read_shards,
     remove_old_shards,
     save_checkpoint,
     save_shards,
-    shard_index,
-    shards_of,
+    shard_metadata,
+    shard_dir,
 )
-from configs import ConfigError, RunFailed, require, say
+from configs import ConfigError, RunError, require, say
 
 # ---- ranks -------------------------------------------------------------------------------------------------------------
 
@@ -49,22 +49,22 @@ class World:
     backend: str = ""
 
     @property
-    def first(self):
+    def is_main(self):
         """Is this the rank that prints and writes?"""
         return self.rank == 0
 
-    def say(self, *words):
-        if self.first:
+    def print0(self, *words):
+        if self.is_main:
             say(*words, flush=True)
 
-    def gather(self, value):
+    def all_gather_object(self, value):
         """The value of every rank (anything that pickles), in order of rank, on every rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def gather_numbers(self, *numbers):
+    def all_gather(self, *numbers):
         """A few numbers of every rank: -> (size, n) float64, the same on every rank."""
         mine = torch.tensor([numbers], dtype=torch.float64)
         if self.size == 1:
@@ -76,28 +76,28 @@ class World:
     def together(self, work, first_only=False):
         """work() on every rank; what one of them raises as a sentence for the user, all raise."""
         value = problem = None
-        if self.first or not first_only:
+        if self.is_main or not first_only:
             try:
                 value = work()
-            except (ConfigError, RunFailed) as e:
+            except (ConfigError, RunError) as e:
                 problem = e
-        problems = self.gather(problem and (type(problem), str(problem), getattr(problem, "key", None)))
+        problems = self.all_gather_object(problem and (type(problem), str(problem), getattr(problem, "key", None)))
         for kind, text, key in filter(None, problems):
             raise kind(text, key) if kind is ConfigError else kind(text)
         return value
 
     def first_does(self, work):
         """What work() returns, or raises, on the first rank: on every rank."""
-        return self.gather(self.together(work, first_only=True))[0]
+        return self.all_gather_object(self.together(work, first_only=True))[0]
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
-def join(device="auto"):
+def init_process_group(device="auto"):
     """The World that torchrun's environment describes; connects its ranks. `device` is the setting of that name."""
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
-        return ALONE
+        return SINGLE_PROCESS
     gpus = torch.cuda.is_available() and device != "cpu"
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     store, rank, size = next(dist.rendezvous("env://"))
@@ -110,22 +110,22 @@ def join(device="auto"):
 
 
 @contextlib.contextmanager
-def joined(device="auto"):
+def process_group(device="auto"):
     """The World, for as long as this run lasts. A rank whose peers are gone ends with a sentence."""
-    world = join(device)
+    world = init_process_group(device)
     try:
         yield world
-    except (ConfigError, RunFailed):
-        leave()
+    except (ConfigError, RunError):
+        shutdown()
         raise
     except RuntimeError as e:
         if world.size > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
-            raise RunFailed("another rank has ended, so this one stops too; its own message says why") from e
+            raise RunError("another rank has ended, so this one stops too; its own message says why") from e
         raise
-    leave()
+    shutdown()
 
 
-def leave():
+def shutdown():
     """End the process group. No wrapped model may outlive it: if DDP's reducer holds the last reference, it joins gloo's
     thread while it holds the GIL, which that thread needs: a deadlock (torch 2.13)."""
     if dist.is_initialized():
@@ -133,14 +133,14 @@ def leave():
         dist.destroy_process_group()
 
 
-def split_batch(rows, world, accumulate):
+def micro_batches(rows, world, accumulate):
     """The global rows of a step -> [(number of the part, its rows)] for this rank; a part may be empty if rows are few."""
     cuts = [len(rows) * i // (world.size * accumulate) for i in range(world.size * accumulate + 1)]
     mine = range(world.rank * accumulate, (world.rank + 1) * accumulate)
     return [(i, rows[cuts[i] : cuts[i + 1]]) for i in mine]
 
 
-def describe_split(batch_size, world, accumulate):
+def describe_batch(batch_size, world, accumulate):
     """One line on how a global batch is split; ConfigError if it does not divide."""
     parts = world.size * accumulate
     ranks = f"{world.size} rank" + "s" * (world.size > 1)
@@ -152,7 +152,7 @@ def describe_split(batch_size, world, accumulate):
 # ---- device ------------------------------------------------------------------------------------------------------------
 
 
-def choose_device(c, world=ALONE):
+def autodetect_device(c, world=SINGLE_PROCESS):
     """-> torch.device, compute dtype, and one line that says why. c.device, c.dtype: settings, "auto" or a name."""
     if c.device == "auto":
         mps = torch.backends.mps.is_available() and world.size == 1
@@ -187,10 +187,10 @@ DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
 BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"  # torch 2.13 renamed it
 
 
-def use_ddp(model, device):
+def wrap_ddp(model, device):
     """Every rank has all of the model; gradients are summed while the backward pass goes on (Li et al. 2020)."""
     devices = [device] if device.type == "cuda" else None
-    buffers = {BUFFERS: False}  # each rank's are its own: what it read of a memory, until after_step has summed it
+    buffers = {BUFFERS: False}  # each rank's are its own: what it read of a memory, until on_step_end has summed it
     wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **buffers)
     wrapped.register_comm_hook(None, sum_gradients)
     return wrapped
@@ -201,7 +201,7 @@ def sum_gradients(_, bucket):
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
 
-def use_fsdp(model, device):
+def wrap_fsdp(model, device):
     """Every rank keeps a share of each parameter, gradient and optimizer state; a block's weights are gathered just before
     it runs and dropped after (Zhao et al. 2023; torch.distributed.fsdp.fully_shard). Names and classes stay."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -215,10 +215,10 @@ def use_fsdp(model, device):
     return model
 
 
-PARALLEL = {"ddp": use_ddp, "fsdp": use_fsdp}
+PARALLEL = {"ddp": wrap_ddp, "fsdp": wrap_fsdp}
 
 
-def spread(model, parallel, device):
+def wrap_model(model, parallel, device):
     """-> what a training step calls. Evaluation and checkpoints use the model itself. One process needs neither."""
     return PARALLEL[parallel](model, device) if dist.is_initialized() else model
 
@@ -227,7 +227,7 @@ def is_sharded(model):
     return isinstance(model, FSDPModule)
 
 
-def gradient_sync(wrapped, now):
+def sync_gradients(wrapped, now):
     """A context for one forward and backward pass: gradients are summed over the ranks in it if `now`, else they wait."""
     if is_sharded(wrapped):
         wrapped.set_requires_gradient_sync(now)
@@ -236,7 +236,7 @@ def gradient_sync(wrapped, now):
     return contextlib.nullcontext()
 
 
-def whole(x):
+def full_tensor(x):
     """A number that FSDP keeps in shares, as a plain tensor."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -244,7 +244,7 @@ def whole(x):
 # ---- tensors of model and optimizer, by name ---------------------------------------------------------------------------
 
 
-def collect_tensors(model, optimizer=None):
+def training_state(model, optimizer=None):
     """{"model.<name>": tensor, "optimizer.<parameter>.exp_avg": tensor, ...}; DTensors under FSDP. See checkpoint.py."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     if optimizer:
@@ -253,17 +253,17 @@ def collect_tensors(model, optimizer=None):
     return tensors
 
 
-def restore_tensors(folder, state, model, optimizer=None):
+def load_training_state(folder, state, model, optimizer=None):
     """Give model and optimizer the tensors of a checkpoint (read_checkpoint's dict), in one file or shards of any number
     of ranks; every rank takes its share."""
     sharded = "shards" in state
-    saved = shard_index(shards_of(folder, state)) if sharded else state["tensors"]
+    saved = shard_metadata(shard_dir(folder, state)) if sharded else state["tensors"]
     sizes = {name: torch.Size(t.size if sharded else t.shape) for name, t in saved.items()}
-    into = collect_tensors(model)
+    into = training_state(model)
     same = {name: t.shape for name, t in into.items()} == {n: size for n, size in sizes.items() if n.startswith("model.")}
     require(same, f"the checkpoint in {folder} is not of the model that its config.json describes", "resume")
     parameters = dict(model.named_parameters())
-    for name in part(sizes, "optimizer") if optimizer else ():
+    for name in select_prefix(sizes, "optimizer") if optimizer else ():
         parameter, _, key = name.rpartition(".")
         p, size = parameters.get(parameter), sizes[f"optimizer.{name}"]
         fits = p is not None and size in (p.shape, torch.Size())
@@ -274,7 +274,7 @@ def restore_tensors(folder, state, model, optimizer=None):
         into[f"optimizer.{name}"] = optimizer.state[p][key] = fresh.detach()
     with torch.no_grad():
         if sharded:
-            read_shards(shards_of(folder, state), into)
+            read_shards(shard_dir(folder, state), into)
             return
         for name, t in into.items():
             source = state["tensors"][name]
@@ -297,15 +297,15 @@ def write_checkpoint(folder, name, state, tensors, sharded, world, keep_old=True
     world.first_does(write)
 
 
-FORMS = {"file": False, "shards": True}
+CHECKPOINT_FORMATS = {"file": False, "shards": True}
 
 
-def rewrite_checkpoints(folder, form, world):
+def convert_checkpoints(folder, form, world):
     """Rewrite the checkpoints of a run in the given form, `file` or `shards`."""
     for name in ("ckpt", "ckpt_prev", "best"):
         if os.path.exists(os.path.join(folder, name + ".pt")):
             state = load_checkpoint(folder, name)
             tensors = state.pop("tensors")
             state.pop("shards", None)
-            write_checkpoint(folder, name, state, tensors, FORMS[form], world, keep_old=False)
-            world.say(f"rewrote {os.path.join(folder, name)}.pt, step {state['step']}, as {form}")
+            write_checkpoint(folder, name, state, tensors, CHECKPOINT_FORMATS[form], world, keep_old=False)
+            world.print0(f"rewrote {os.path.join(folder, name)}.pt, step {state['step']}, as {form}")

@@ -35,29 +35,29 @@ import torch
 import configs
 from checkpoint import (
     check_kinds,
-    data_hash,
-    finite,
+    dataset_sha256,
+    nan_to_null,
     load_checkpoint,
-    lock,
+    lock_run_dir,
     parse_json,
-    part,
+    select_prefix,
     read_record,
     remove,
     unlock,
 )
-from configs import ConfigError, RunFailed, Setting, at_least, one_of, require, say, within
-from parallel import FORMS, PARALLEL
+from configs import ConfigError, RunError, Setting, at_least, one_of, require, say, within
+from parallel import CHECKPOINT_FORMATS, PARALLEL
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # A model file needs Config and Model (see GUIDE.md, Your own model or data file). A model class may also have
-#   ignores {setting: why it has no effect}        the settings of Config that are refused for this model
+#   inactive_settings {setting: why it has no effect}        the settings of Config that are refused for this model
 #   label(config) -> str                           its part of a run's name
-#   kernel_choice(config, device, dtype) -> str    which kernel runs and why, printed at the start
-#   state_bytes(config) -> int or None             what must be kept to read on, printed at the start and compared
-#   learning_rates() -> {end of a name: factor}    parameters with a learning rate of their own (train.parameter_groups)
-#   after_step(report) -> {block: usage} or {}     called after each training step
+#   describe_backend(config, device, dtype) -> str    which kernel runs and why, printed at the start
+#   inference_state_bytes(config) -> int or None             what must be kept to read on, printed at the start and compared
+#   lr_scales() -> {end of a name: factor}    parameters with a learning rate of their own (train.parameter_groups)
+#   on_step_end(report) -> {block: usage} or {}     called after each training step
 #   read(tokens, cache) -> logits, cache           decoding, for `eval.py --examples`
-# A mixer of your own in a block of model.py needs `forward` alone; with state_size, kernel_choice and
+# A mixer of your own in a block of model.py needs `forward` alone; with state_size, describe_backend and
 # channels (see CausalSelfAttention) the model can also read on from a cache, and say more of itself.
 # And its file `correct(logits, targets)`, what counts as right (measure.scorer).
 MODELS = {  # short names; anything else is file or file.Class
@@ -105,8 +105,8 @@ class TrainConfig:
     target_slice: str = ""  # a slice of the data, tag=value (seen=1), that target, stop_accuracy and best.pt go by; empty: all
     init_from: str = ""  # begin with weights of this run, checkpoint file or folder of torch.distributed.checkpoint
     init_step: int = -1  # which of its steps; -1: the latest
-    init_map: configs.Structure = ""  # JSON {source: target} of blocks ("0-5": "0-5"), names or patterns; empty: all weights
-    freeze: configs.Structure = ""  # names or patterns of parameters to hold still (*.att,embed), a JSON list or dict
+    init_map: configs.Json = ""  # JSON {source: target} of blocks ("0-5": "0-5"), names or patterns; empty: all weights
+    freeze: configs.Json = ""  # names or patterns of parameters to hold still (*.att,embed), a JSON list or dict
     synthetic_dataset: str = ""  # a second data set on disk, mixed into training within a window of steps
     synthetic_start_step: int = 0  # the window's first step
     synthetic_end_step: int = 0  # and the one after its last
@@ -131,7 +131,7 @@ class TrainConfig:
         one_of(self, SCHEDULES, "schedule")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, PARALLEL, "parallel")
-        one_of(self, ("", *FORMS), "export")
+        one_of(self, ("", *CHECKPOINT_FORMATS), "export")
         within(self, 0, 1, "lr_gamma", "lr_min", "stop_accuracy", "target", "synthetic_weight")
         at_least(self, 0, "synthetic_start_step", "synthetic_end_step")
         window = f"synthetic_end_step={self.synthetic_end_step} must be above synthetic_start_step={self.synthetic_start_step}"
@@ -161,7 +161,7 @@ class TrainConfig:
 
 
 @dataclass
-class Plan:
+class Settings:
     """Everything that settings decide: checked configs, the classes to build, and who set what."""
 
     train: TrainConfig
@@ -246,7 +246,7 @@ class Beside:
         return None
 
 
-def import_file(name, key, *needed, foreign=None):
+def import_source_file(name, key, *needed, foreign=None):
     """Import NAME.py: this repo's if it is one of OURS, else from the current directory or this
     repo; it must define the names in `needed`. foreign: what may be executed beside OURS (see
     Foreign)."""
@@ -329,7 +329,7 @@ def module_place(name):
     return "" if spec is None else spec.origin or "built in"
 
 
-def find_model(name, foreign=None):
+def resolve_model(name, foreign=None):
     """`gpt`, `file` or `file.Class` -> (module, class). foreign: Foreign."""
     full = MODELS.get(name, name)
     file, _, cls = full.partition(".")
@@ -342,7 +342,7 @@ def find_model(name, foreign=None):
         )
     cls = cls or "Model"
     require(cls.isidentifier() and cls != "py", f"model={name!r} must be file or file.Class, without .py", "model")
-    module = import_file(file, "model", "Config", cls, foreign=foreign)
+    module = import_source_file(file, "model", "Config", cls, foreign=foreign)
     found = getattr(module, cls)
     message = f"model={name!r}: Config of {file}.py must be a dataclass (@dataclass)"
     require(dataclasses.is_dataclass(module.Config), message, "model")
@@ -355,43 +355,43 @@ def find_model(name, foreign=None):
     return module, found
 
 
-def plan(settings, recorded=None):
+def resolve(settings, recorded=None):
     """Settings, in order -> Plan; ConfigError for whatever is wrong with them. recorded: see
     Foreign."""
     foreign = Foreign(recorded)
     try:
-        first = configs.build(TrainConfig, [s for s in settings if s.key in ("model", "data")])
-        model_module, model_class = find_model(first.model, foreign)
-        data_module = import_file(first.data, "data", "Config", "Data", foreign=foreign)
+        first = configs.build_config(TrainConfig, [s for s in settings if s.key in ("model", "data")])
+        model_module, model_class = resolve_model(first.model, foreign)
+        data_module = import_source_file(first.data, "data", "Config", "Data", foreign=foreign)
     except ConfigError as e:
         origin = {s.key: s.origin for s in settings}.get(e.key)
         raise ConfigError(f"{origin}: {e}" if origin else str(e)) from None
-    configs.check_names(settings, TrainConfig, model_module.Config, data_module.Config)
-    train = configs.build(TrainConfig, settings)
+    configs.reject_unknown(settings, TrainConfig, model_module.Config, data_module.Config)
+    train = configs.build_config(TrainConfig, settings)
     message = f"mem_stats_every={train.mem_stats_every} has no effect: {train.model} has no memory layers"
-    require(not train.mem_stats_every or hasattr(model_class, "after_step"), message, "mem_stats_every")
-    data = configs.build(data_module.Config, settings)
-    return Plan(train, model_module, model_class, data_module, data, settings, foreign.files)
+    require(not train.mem_stats_every or hasattr(model_class, "on_step_end"), message, "mem_stats_every")
+    data = configs.build_config(data_module.Config, settings)
+    return Settings(train, model_module, model_class, data_module, data, settings, foreign.files)
 
 
-def open_data(p):
+def build_data(p):
     """The task, with the synthetic data set mixed in if there is one."""
     data = p.data_module.Data(p.data)
     if not p.train.synthetic_dataset:
         return data
-    from mixture import mixed  # only now: it imports both data files
+    from mixture import mix  # only now: it imports both data files
 
-    return mixed(data, p.train)
+    return mix(data, p.train)
 
 
-def model_config(p, data):
+def build_model_config(p, data):
     """The model's Config: settings, and what the data tells it."""
-    config = configs.build(p.model_module.Config, p.settings, vocab_size=data.vocab_size, seq_len=data.seq_len)
-    configs.refuse_unused(config, getattr(p.model_class, "ignores", {}), {s.key: s for s in p.settings})
+    config = configs.build_config(p.model_module.Config, p.settings, vocab_size=data.vocab_size, seq_len=data.seq_len)
+    configs.reject_unused(config, getattr(p.model_class, "inactive_settings", {}), {s.key: s for s in p.settings})
     return config
 
 
-def make_model(p, config):
+def build_model(p, config):
     """A new model on the CPU, its weights a function of the seed alone."""
     torch.manual_seed(p.train.seed)
     try:
@@ -427,7 +427,7 @@ def enough_memory(advice):
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        raise RunFailed(f"memory is full; {advice()}") from None
+        raise RunError(f"memory is full; {advice()}") from None
 
 
 def training_advice(model, device):
@@ -465,7 +465,7 @@ def count_parameters(model):
 # ---- the run directory -------------------------------------------------------------------------------------------------
 
 
-def label(p, config):
+def run_label(p, config):
     """`exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_..._lr0.001`, as the ULTM experiments name their runs."""
     parts = [f"exp{p.train.exp_group}", p.train.model]
     if hasattr(p.model_class, "label"):
@@ -474,7 +474,7 @@ def label(p, config):
     return "_".join(parts) + f"_lr{p.train.lr:g}"
 
 
-def make_run_directory(p, config):
+def create_run_dir(p, config):
     """Create <log_dir>/<run> -> its path, and its lock.
 
     Without `run_name`, it ends in the Unix time, raised until it is free.
@@ -482,7 +482,7 @@ def make_run_directory(p, config):
     """
     c, now = p.train, int(time.time())
     while True:
-        folder = os.path.join(c.log_dir, c.run_name or f"{label(p, config)}_{now}")
+        folder = os.path.join(c.log_dir, c.run_name or f"{run_label(p, config)}_{now}")
         message = f"{folder} exists; continue it with --resume {folder}, or give another --run_name"
         try:
             os.makedirs(folder)
@@ -493,7 +493,7 @@ def make_run_directory(p, config):
             require(never_began(folder), message, "run_name")
         except OSError as e:
             raise ConfigError(f"cannot make the run directory {folder}: {e.strerror}", "log_dir") from None
-        held = lock(folder)
+        held = lock_run_dir(folder)
         if not never_began(folder):  # another process was faster
             unlock(held)
             raise ConfigError(message, "run_name")
@@ -509,7 +509,7 @@ def never_began(folder):
     return all("config.json" in name and name != "config.json" for name in os.listdir(folder))
 
 
-def describe_run(p, config, model, device, dtype, world):
+def run_metadata(p, config, model, device, dtype, world):
     """config.json: enough to repeat the run, and to rebuild its model and data."""
     values = {"train": p.train, "model": config, "data": p.data}
     return {
@@ -522,9 +522,9 @@ def describe_run(p, config, model, device, dtype, world):
         "dtype": str(dtype)[6:],
         "threads": torch.get_num_threads(),
         "world_size": world.size,
-        "launch": launch(),
+        "launch": launch_id(),
         "parameters": count_parameters(model),
-        "data_sha256": {key: data_hash(path) for key, path in data_paths(p).items()},
+        "data_sha256": {key: dataset_sha256(path) for key, path in data_paths(p).items()},
         "files": p.files,
     }
 
@@ -535,7 +535,7 @@ def data_paths(p):
     return {key: settings[key] for key in ("path", "tokenizer", "synthetic_dataset") if settings.get(key)}
 
 
-def require_same_data(folder, p, *left_out):
+def check_data_unchanged(folder, p, *left_out):
     """ConfigError if something that the run reads from disk is not what it was when the run began."""
     config = os.path.join(folder, "config.json")
     began = read_record(config, {"data_sha256": {"*": "hash"}})["data_sha256"]
@@ -544,10 +544,10 @@ def require_same_data(folder, p, *left_out):
             require(key in began, f"{config} does not say which {key} the run began with", key)
             require(os.path.exists(path), f"{key}={path} does not exist, and {folder} was trained on it", key)
             message = f"{key}={path} is another one than {folder} was trained on; put that one back, or start a new run"
-            require(data_hash(path) == began[key], message, key)
+            require(dataset_sha256(path) == began[key], message, key)
 
 
-MAY_CHANGE = (  # on resume
+RESUMABLE = (  # on resume
     "n_epochs max_steps stop_accuracy target log_interval eval_interval save_every nan_limit "
     "accumulate parallel export device threads compile"
 ).split()
@@ -563,9 +563,9 @@ def settings_text(p, config):
     parts = {"train": p.train, "model": config, "data": p.data}
     values = {}
     for part_name, part_config in parts.items():
-        fixed = {k: v for k, v in vars(part_config).items() if k not in (*MAY_CHANGE, *PLACES)}
+        fixed = {k: v for k, v in vars(part_config).items() if k not in (*RESUMABLE, *PLACES)}
         values[part_name] = fixed
-    return json.dumps(finite(values), sort_keys=True, default=str)
+    return json.dumps(nan_to_null(values), sort_keys=True, default=str)
 
 
 def require_same_settings(folder, p, config, state):
@@ -590,20 +590,20 @@ def require_same_settings(folder, p, config, state):
             require(mine == value, message, None)
 
 
-def launch():
+def launch_id():
     """torchrun's name for the processes that it started together, the same when it starts them again; "" without one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return "" if name == "none" else name
 
 
-def restarted_run(log_dir):
+def find_restarted_run(log_dir):
     """The run directory of this very launch, if torchrun has started it again after a rank died; else ""."""
-    if not launch() or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if not launch_id() or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return ""
     found = sorted(glob.glob(os.path.join(glob.escape(log_dir), "*", "config.json")), key=os.path.getmtime, reverse=True)
     for path in found:
         with contextlib.suppress(ConfigError):  # another run's may be damaged
-            if read_record(path, {"launch": "text"})["launch"] == launch():
+            if read_record(path, {"launch": "text"})["launch"] == launch_id():
                 return os.path.dirname(path)
     return ""
 
@@ -622,7 +622,7 @@ SETTINGS = {  # what config.json must hold, whichever model and data it is of
 }
 
 
-def read_plan(folder, changes=()):
+def load_settings(folder, changes=()):
     """The Plan of an existing run, from its config.json alone; `changes` are Settings that win over
     it.
 
@@ -652,9 +652,9 @@ def read_plan(folder, changes=()):
             f"{path}: {s.key} has two values, {values[s.key]!r} and {s.value!r}; which was it?",
             s.key,
         )
-    p = plan(settings + list(changes), saved["files"])
+    p = resolve(settings + list(changes), saved["files"])
     for cls, group in zip((TrainConfig, p.model_module.Config, type(p.data)), groups):
-        lost = [n for n in configs.settable(cls) if n not in group and n not in told]
+        lost = [n for n in configs.field_names(cls) if n not in group and n not in told]
         # Settings that are newer than the run. What the checkpoint knows of is compared with it.
         if lost and os.environ.get("RANK", "0") == "0":
             note = f"note: {path} has no {', '.join(lost)}; their defaults are taken"
@@ -670,7 +670,7 @@ def saved_model_config(folder, p):
     told = {"vocab_size": None, "seq_len": None}
     needed = told.keys() & {f.name for f in dataclasses.fields(p.model_module.Config)}
     check_kinds(saved, dict.fromkeys(sorted(needed), "size"), f"{path}: 'model'")
-    return model_config(p, types.SimpleNamespace(**{**told, **saved}))
+    return build_model_config(p, types.SimpleNamespace(**{**told, **saved}))
 
 
 def shapes(tensors):
@@ -682,14 +682,14 @@ def load_run(folder, which="best"):
 
     which: "best" (highest validation accuracy) or "ckpt" (latest).
     """
-    p = read_plan(folder)
-    require_same_data(folder, p, "synthetic_dataset")  # that start is over, and its data set may be gone
+    p = load_settings(folder)
+    check_data_unchanged(folder, p, "synthetic_dataset")  # that start is over, and its data set may be gone
     data = p.data_module.Data(p.data)
     config = saved_model_config(folder, p)
-    model = make_model(p, config)
+    model = build_model(p, config)
     state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
     require_same_settings(folder, p, config, state)
-    weights = part(state["tensors"], "model")
+    weights = select_prefix(state["tensors"], "model")
     message = f"the checkpoint in {folder} is not of the model that its config.json describes"
     require(shapes(weights) == shapes(model.state_dict()), message, None)
     model.load_state_dict(weights)

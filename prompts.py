@@ -87,8 +87,8 @@ def from_fact(row, where):
         "relation": text_of(get("relation", "rel_uri") or "", where, "relation"),
         "subject": text_of(row["subject"], where, "subject"),
         "answers": answers_of(row["answers"], where, "answers"),
-        "manual": texts(get("manual_templates") or [], where, "manual_templates", may_be_empty=True),
-        "auto": texts(get("auto_templates") or [], where, "auto_templates", may_be_empty=True),
+        "manual": parse_list(get("manual_templates") or [], where, "manual_templates", may_be_empty=True),
+        "auto": parse_list(get("auto_templates") or [], where, "auto_templates", may_be_empty=True),
     }
     return checked(fact, where)
 
@@ -103,7 +103,7 @@ def from_templates(rows):
         subject = text_of(row["sub_ent"], where, "sub_ent")
         uuid = identity(row, where)
         require(uuid, f'{where}: "uuid" is missing or empty', "path")
-        answers = texts(row["obj_aliases"], where, "obj_aliases")
+        answers = parse_list(row["obj_aliases"], where, "obj_aliases")
         if uuid not in facts:
             new = {"uuid": uuid, "relation": relation, "subject": subject}
             new["answers"] = answers_of(answers, where, "obj_aliases")
@@ -125,7 +125,7 @@ def from_questions(rows):
     for number, (row, where) in enumerate(rows):
         for name in ("question", "answers"):
             require(row.get(name), f'{where}: "{name}" is missing or empty', "path")
-        more = texts(row.get("paraphrases") or [], where, "paraphrases", may_be_empty=True)
+        more = parse_list(row.get("paraphrases") or [], where, "paraphrases", may_be_empty=True)
         fact = {
             "uuid": identity(row, where) or str(number),
             "relation": "",
@@ -190,7 +190,7 @@ def text_of(value, where, name):
     return value
 
 
-def texts(value, where, name, may_be_empty=False):
+def parse_list(value, where, name, may_be_empty=False):
     """A list of strings, also as JSON, Python or numpy would print it (csv has no lists); a bare
     text, 1945 too, is a list of one."""
     if isinstance(value, str):
@@ -241,10 +241,10 @@ def python_strings(text):
 
 def answers_of(value, where, name):
     """`texts`, each of which some generated text could match."""
-    found = texts(value, where, name)
+    found = parse_list(value, where, name)
     for answer in found:
         blank = f'{where}: "{name}" holds {answer[:40]!r}, in which there is nothing to read'
-        require(words(answer), blank, "path")
+        require(normalise(answer), blank, "path")
     return found
 
 
@@ -263,7 +263,7 @@ def fill(template, subject):
 # ---- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def choose(fact, manual, auto, random):
+def select_templates(fact, manual, auto, random):
     """The first `manual` manual templates of a fact (all if -1), and `auto` automatic ones at random (all if -1).
 
     -> texts (n), is it manual (n,). What is left of one kind never fills up the other.
@@ -273,7 +273,7 @@ def choose(fact, manual, auto, random):
     return [fill(t, fact["subject"]) for t in [*first, *some]], np.arange(len(first) + len(some)) < len(first)
 
 
-def without(pool, facts):
+def exclude(pool, facts):
     """The facts of a pool that are not among `facts`: an example must not give an answer away."""
     # A subject in other templates is the same fact; a question has no subject.
     name = lambda f: (squeezed(f["relation"]), squeezed(f["subject"] or f["manual"][0]))
@@ -281,7 +281,7 @@ def without(pool, facts):
     return [f for f in pool if name(f) not in asked]
 
 
-def split_shots(facts, shots, random):
+def split_few_shot(facts, shots, random):
     """Facts -> {relation: `shots` facts to show}, the others. Of each relation its first ones in random order."""
     by_relation, shown, rest = {}, {}, []
     for i in random.permutation(len(facts)):
@@ -295,7 +295,7 @@ def split_shots(facts, shots, random):
     return shown, sorted(rest, key=lambda f: order[f["uuid"]])
 
 
-def shots_from(pool, relations, shots, random):
+def sample_few_shot(pool, relations, shots, random):
     """{relation: `shots` facts of a pool}; of a relation that the pool lacks, of any."""
     require(len(pool) >= shots, f"the pool has {len(pool)} facts that are not asked, too few for {shots} shots", "shots_path")
     by_relation = {}
@@ -305,7 +305,7 @@ def shots_from(pool, relations, shots, random):
     return {r: (by_relation.get(r) or every)[:shots] for r in relations}
 
 
-def prefix_text(shots, questions):
+def few_shot_prefix(shots, questions):
     """Instruction and examples: what all templates of a question share."""
     asked = lambda f: fill((f["manual"] or f["auto"])[0], f["subject"])
     lines = [f"Q: {asked(f)}\nA: {f['answers'][0]}\n\n" for f in shots]
@@ -330,7 +330,7 @@ def pieces(text):
     return re.findall(r"\w+|[^\w\s]", text)
 
 
-def words(text):
+def normalise(text):
     """Lower-case words and marks, lemmas if simplemma is installed."""
     return [lemma(w) for w in pieces(text)]
 
@@ -361,7 +361,7 @@ def prediction(fact, text):
     return " ".join(text.split()[: min(len(a.split()) for a in fact["answers"])])
 
 
-def right(prediction, answers):
+def is_correct(prediction, answers):
     """Are the words of any answer in the prediction, in order and together? (As MyriadLAMA counts.)
     Marks around an answer do not count, nor does the case of a word."""
     said = spellings(pieces(prediction))
@@ -389,7 +389,7 @@ def without_marks(found):
     return found[inner[0] : inner[-1] + 1] if inner else found
 
 
-def majority(shots, facts):
+def majority_baseline(shots, facts):
     """For each fact: is the most frequent main answer of the other facts of its relation right? No model at all."""
     counts, hits = {}, []
     shown = [f for mine in shots.values() for f in mine]
@@ -399,5 +399,5 @@ def majority(shots, facts):
     for fact in facts:
         others = counts[fact["relation"]] - Counter([fact["answers"][0]])
         guess = others.most_common(1)[0][0] if others else ""
-        hits.append(right(prediction(fact, guess), fact["answers"]))
+        hits.append(is_correct(prediction(fact, guess), fact["answers"]))
     return hits

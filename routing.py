@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from configs import require
-from draws import IGNORE
-from look import end_to_end, over_rows, save
-from measure import draw, figure, finish, mean_share, print_table, shown
-from slots import use
+from draws import IGNORE_INDEX
+from look import concat, map_batches, save_result
+from measure import errorbars, figure, finish_figure, mean_share, print_table, format_ci
+from slots import usage_stats
 from synth_files import documents_in
 
 FUNCTION_WORDS = set(
@@ -25,7 +25,7 @@ FUNCTION_WORDS = set(
 )
 
 
-def kinds_of_letters(text):
+def char_types(text):
     """A name for the kind of token that each letter of a text belongs to.
 
     >>> [(word, kinds_of_letters(word)[0]) for word in ("7", "+", "(", ".", "Tom", "the", "apples", "USA", "aBc", " ")]
@@ -43,7 +43,7 @@ def kinds_of_letters(text):
         elif first.isdigit():
             kind = "digit"
         elif first.isalpha():
-            kind = word_kind(piece)
+            kind = word_type(piece)
         else:
             groups = (
                 ("operator", "+-*/<>^%×÷"),
@@ -57,7 +57,7 @@ def kinds_of_letters(text):
     return kinds
 
 
-def word_kind(word):
+def word_type(word):
     if word.lower() in FUNCTION_WORDS and word.islower():
         return "function word"
     if word.isupper() and len(word) > 1:
@@ -67,13 +67,13 @@ def word_kind(word):
     return "capitalized" if word[0].isupper() and (word[1:].islower() or len(word) == 1) else "mixed letters"
 
 
-def kinds_of_tokens(look, ids):
+def token_types(look, ids):
     """tokens (T,) -> their kinds, by the first letter that each spells; of data without letters, that of the token's number."""
     if not hasattr(look.data, "tokenizer"):
         half = look.data.vocab_size // 2  # MQAR: 0 is blank, keys come before values
         return ["blank" if i == 0 else "key" if i < half else "value" for i in ids]
     spelled = [look.data.tokenizer.texts[int(i)] for i in ids]
-    letters, at, kinds = kinds_of_letters("".join(spelled)), 0, []
+    letters, at, kinds = char_types("".join(spelled)), 0, []
     for piece in spelled:
         # " the" is a word, not a blank: leading blanks of a token do not decide.
         skip = len(piece) - len(piece.lstrip()) if piece.strip() else 0
@@ -82,7 +82,7 @@ def kinds_of_tokens(look, ids):
     return kinds
 
 
-def routed(look, batch):
+def routing_table(look, batch):
     """At each token and memory layer: kind of token, decile of its place, memory's share (nan without a router), slots."""
     *_, found = look.model(batch.tokens, trace=True)
     ids = batch.tokens.cpu().numpy()
@@ -90,13 +90,13 @@ def routed(look, batch):
     parts = []
     for b in range(len(ids)):
         mine = ids[b][real[b]]
-        kinds, decile = np.array(kinds_of_tokens(look, mine)), 10 * np.arange(len(mine)) // len(mine)
+        kinds, decile = np.array(token_types(look, mine)), 10 * np.arange(len(mine)) // len(mine)
         for layer, f in zip(look.model.memories(), found):
             n, slots = len(mine), f["slots"][b].flatten(1).cpu().numpy()[real[b]]  # (tokens, H * k)
             route = f["route"][b, :, 1].float().cpu().numpy()[real[b]] if "route" in f else np.full(n, np.nan, np.float32)
             cells = {"row": np.full(n, batch.rows[b]), "layer": np.full(n, layer), "position": np.arange(n), "token": mine}
             parts.append({**cells, "kind": kinds.astype("U16"), "decile": decile, "memory": route, "slots": slots})
-    return end_to_end(parts)
+    return concat(parts)
 
 
 def routing(look):
@@ -104,13 +104,13 @@ def routing(look):
     if look.config.data:
         found = over_texts(look, look.config.data)
     else:
-        found = over_rows(look, lambda batch: routed(look, batch))
+        found = map_batches(look, lambda batch: routing_table(look, batch))
     router = not np.isnan(found["memory"]).all()
     size = look.model.config.mem_n_keys**2
     if router:
         measured = lambda mine: mean_share(found["memory"][mine])
     else:
-        measured = lambda mine: use(found["slots"][mine].ravel(), size)
+        measured = lambda mine: usage_stats(found["slots"][mine].ravel(), size)
     by_slice = {name: {} for name in ("layer and kind", "layer and decile")}
     for layer in np.unique(found["layer"]):
         for name, column in (("layer and kind", "kind"), ("layer and decile", "decile")):
@@ -120,7 +120,7 @@ def routing(look):
                     by_slice[name][f"{layer}, {value}"] = {**measured(mine), "n": int(mine.sum())}
     alike = {str(layer): similarity_of_kinds(found, layer, size) for layer in np.unique(found["layer"])}
     steady = consistency(found)
-    if look.world.first:
+    if look.world.is_main:
         print_routing(by_slice, steady, router, size)
     metrics = {
         "what": "memory's share" if router else "slots",
@@ -129,7 +129,7 @@ def routing(look):
     }
     columns = {k: v for k, v in found.items() if k != "slots"} | {"slots": list(found["slots"])}
     plot = lambda path: plot_routing(path, found, by_slice, alike, steady, router, look.name)
-    save(look, "routing", metrics, by_slice, (), columns, plot)
+    save_result(look, "routing", metrics, by_slice, (), columns, plot)
 
 
 def over_texts(look, path):
@@ -145,16 +145,16 @@ def over_texts(look, path):
     ids = [x[: look.data.seq_len] for x in whole]
     read, there = (sum(map(len, some)) for some in (ids, whole))
     if read < there:
-        look.world.say(f"{path}: {read} of {there} tokens are read, the first {look.data.seq_len} of each text (seq_len)")
+        look.world.print0(f"{path}: {read} of {there} tokens are read, the first {look.data.seq_len} of each text (seq_len)")
 
     def read(rows):
         tokens = torch.full((len(rows), max(len(ids[i]) for i in rows)), look.pad)
         for b, i in enumerate(rows):
             tokens[b, : len(ids[i])] = torch.from_numpy(ids[i])
-        return tokens, torch.full_like(tokens, IGNORE), {}
+        return tokens, torch.full_like(tokens, IGNORE_INDEX), {}
 
     rows = np.array_split(np.arange(len(ids)), -(-len(ids) // c.eval_batch_size))
-    return over_rows(look, lambda batch: routed(look, batch), rows, read)
+    return map_batches(look, lambda batch: routing_table(look, batch), rows, read)
 
 
 def similarity_of_kinds(found, layer, size):
@@ -201,13 +201,13 @@ def consistency(found, pairs=2000):
 def print_routing(by_slice, steady, router, size):
     for name, cells in by_slice.items():
         if router:
-            print_table((name, "tokens", "memory's share", "95% interval"), [(k, *shown(c)) for k, c in cells.items()])
+            print_table((name, "tokens", "memory's share", "95% interval"), [(k, *format_ci(c)) for k, c in cells.items()])
         else:
             head = (name, "tokens", "slots used", f"of {size}", "effective")
             print_table(head, [(k, c["n"], c["used"], f"{c['share']:.1%}", f"{c['effective']:.0f}") for k, c in cells.items()])
         print()
     rows = [
-        (layer, pair, what, *shown(c)) for layer, cells in steady.items() for pair, m in cells.items() for what, c in m.items()
+        (layer, pair, what, *format_ci(c)) for layer, cells in steady.items() for pair, m in cells.items() for what, c in m.items()
     ]
     print_table(("layer", "two tokens", "measure", "pairs", "mean", "95% interval"), rows)
 
@@ -222,7 +222,7 @@ def plot_routing(path, found, by_slice, alike, steady, router, title):
         for layer in layers:
             cells = {values.index(k.split(", ", 1)[1]): c for k, c in by_slice[name].items() if k.split(", ", 1)[0] == layer}
             if router:
-                draw(axis, list(cells), list(cells.values()), label=f"layer {layer}")
+                errorbars(axis, list(cells), list(cells.values()), label=f"layer {layer}")
             else:
                 axis.plot(list(cells), [c["effective"] for c in cells.values()], "o-", ms=4, label=f"layer {layer}")
         turned = {"rotation": 45, "ha": "right"} if axis is axes[0] else {}
@@ -232,7 +232,7 @@ def plot_routing(path, found, by_slice, alike, steady, router, title):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     for layer, cells in steady.items():
-        draw(axes[2], range(len(cells)), [c["slots in common"] for c in cells.values()], label=f"layer {layer}")
+        errorbars(axes[2], range(len(cells)), [c["slots in common"] for c in cells.values()], label=f"layer {layer}")
         axes[2].set_xticks(range(len(cells)), list(cells))
     axes[2].set(xlabel="two tokens of two rows", ylabel="slots in common (Jaccard, 95%)", ylim=(-0.02, 1.02))
     if any(steady.values()):
@@ -244,4 +244,4 @@ def plot_routing(path, found, by_slice, alike, steady, router, title):
         axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
         axis.set_title(f"layer {layer}: cosine of the slots read", fontsize=8)
         fig.colorbar(drawn, ax=axis, shrink=0.8)
-    finish(fig, plt, path, f"{title}, {len(found['kind']) // len(layers)} tokens of {len(np.unique(found['row']))} rows")
+    finish_figure(fig, plt, path, f"{title}, {len(found['kind']) // len(layers)} tokens of {len(np.unique(found['row']))} rows")

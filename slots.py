@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from checkpoint import read_log
-from draws import IGNORE
-from look import over_rows, save
-from measure import draw, figure, finish, mean, mean_share, print_table, shown
-from memory import usage
+from draws import IGNORE_INDEX
+from look import map_batches, save_result
+from measure import errorbars, figure, finish_figure, mean_ci, mean_share, print_table, format_ci
+from memory import slot_usage
 
 
 def why_not_slots(look):
@@ -29,7 +29,7 @@ def reads(look, batch):
     *_, found = look.model(batch.tokens, trace=True)
     real = (batch.tokens != look.pad).cpu()  # (B, T)
     b, t = real.nonzero(as_tuple=True)
-    asked = (batch.targets != IGNORE).cpu()[b, t]
+    asked = (batch.targets != IGNORE_INDEX).cpu()[b, t]
     parts = []
     for layer, f in zip(look.model.memories(), found):
         slots, weights = (f[name].cpu()[b, t] for name in ("slots", "weights"))  # (tokens, H, k)
@@ -47,26 +47,26 @@ def reads(look, batch):
     return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}
 
 
-def use(slots, size):
+def usage_stats(slots, size):
     """How reads (n,) spread over a table: slots used, their share, the number of equally used ones that would be as uncertain
     (exp of the entropy), and the KL divergence from even use in nats."""
-    u = usage(torch.from_numpy(np.bincount(slots, minlength=size)))
+    u = slot_usage(torch.from_numpy(np.bincount(slots, minlength=size)))
     return {"used": size - u["dead"], "share": u["share"], "effective": size / math.exp(u["kl"]), "kl": u["kl"]}
 
 
 def activations(look):
     """Which slots each row reads, by layer, position and head."""
-    found = over_rows(look, lambda batch: reads(look, batch))
+    found = map_batches(look, lambda batch: reads(look, batch))
     size = look.model.config.mem_n_keys**2
     layers = np.unique(found["layer"])
     by_slice = {"layer": {}, "layer and position": {}}
     for layer in layers:
         mine = found["layer"] == layer
-        by_slice["layer"][str(layer)] = use(found["slot"][mine], size)
+        by_slice["layer"][str(layer)] = usage_stats(found["slot"][mine], size)
         for t in np.unique(found["position"][mine]):
             here = mine & (found["position"] == t)
-            by_slice["layer and position"][f"{layer}, {t}"] = use(found["slot"][here], size)
-    if look.world.first:
+            by_slice["layer and position"][f"{layer}, {t}"] = usage_stats(found["slot"][here], size)
+    if look.world.is_main:
         rows = []
         for layer, u in by_slice["layer"].items():
             slots, times = np.unique(found["slot"][found["layer"] == int(layer)], return_counts=True)
@@ -76,7 +76,7 @@ def activations(look):
         print_table(("layer", "slots used", f"of {size}", "effective", "KL from even", "most read"), rows)
     metrics = {"slots": size, "rows": len(np.unique(found["row"])), "reads": len(found["slot"])}
     plot = lambda path: plot_activations(path, found, by_slice, size, look.name)
-    save(look, "activations", metrics, by_slice, read_examples(look, found), found, plot)
+    save_result(look, "activations", metrics, by_slice, read_examples(look, found), found, plot)
 
 
 def read_examples(look, found, count=4, top=5):
@@ -114,7 +114,7 @@ def plot_activations(path, found, by_slice, size, title):
     for axis in (left, right):
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    finish(fig, plt, path, f"{title}, {len(np.unique(found['row']))} rows")
+    finish_figure(fig, plt, path, f"{title}, {len(np.unique(found['row']))} rows")
 
 
 # ---- norms -------------------------------------------------------------------------------------------------------------
@@ -133,26 +133,26 @@ def norms(look):
             "norm": np.concatenate([x for _, x in parts]),
         }
 
-    found = over_rows(look, work)
-    read = over_rows(look, lambda batch: {k: v for k, v in reads(look, batch).items() if k in ("layer", "slot")})
-    tables, by_slice = value_tables(look.model, read), {"layer and position": {}}
+    found = map_batches(look, work)
+    read = map_batches(look, lambda batch: {k: v for k, v in reads(look, batch).items() if k in ("layer", "slot")})
+    tables, by_slice = value_norms(look.model, read), {"layer and position": {}}
     for layer in np.unique(found["layer"]):
         for t in np.unique(found["position"]):
             here = found["norm"][(found["layer"] == layer) & (found["position"] == t)]
             if len(here):
-                by_slice["layer and position"][f"{layer}, {t}"] = {**mean(here), "std": float(here.std())}
+                by_slice["layer and position"][f"{layer}, {t}"] = {**mean_ci(here), "std": float(here.std())}
     metrics = {}
     for name, (lengths, used) in tables.items():
-        metrics[name] = {kind: mean(x) for kind, x in (("read", lengths[used]), ("never read", lengths[~used])) if len(x)}
-    if look.world.first:
+        metrics[name] = {kind: mean_ci(x) for kind, x in (("read", lengths[used]), ("never read", lengths[~used])) if len(x)}
+    if look.world.is_main:
         cells = [(f"value rows, {name}, {kind}", c) for name, m in metrics.items() for kind, c in m.items()]
         places = [(f"read in layer {k.replace(', ', ', position ')}", c) for k, c in by_slice["layer and position"].items()]
         cells += places if len(places) <= 60 else []  # the figure shows them better
-        print_table(("length of", "n", "mean", "95% interval"), [(name, *shown(c)) for name, c in cells])
-    save(look, "norms", metrics, by_slice, (), found, lambda path: plot_norms(path, tables, by_slice, look.name))
+        print_table(("length of", "n", "mean", "95% interval"), [(name, *format_ci(c)) for name, c in cells])
+    save_result(look, "norms", metrics, by_slice, (), found, lambda path: plot_norms(path, tables, by_slice, look.name))
 
 
-def value_tables(model, read):
+def value_norms(model, read):
     """{"layers 0 1": (lengths of the rows (slots,), which were read (slots,) bool)}, a shared table once."""
     tables = {}
     for layer, memory in model.memories().items():
@@ -175,11 +175,11 @@ def plot_norms(path, tables, by_slice, title):
     left.set(xlabel="length of a value row", ylabel="slots")
     for layer in dict.fromkeys(k.split(", ")[0] for k in by_slice["layer and position"]):
         cells = {int(k.split(", ")[1]): c for k, c in by_slice["layer and position"].items() if k.split(", ")[0] == layer}
-        draw(right, list(cells), list(cells.values()), label=f"layer {layer}, n = {max(c['n'] for c in cells.values())}")
+        errorbars(right, list(cells), list(cells.values()), label=f"layer {layer}, n = {max(c['n'] for c in cells.values())}")
     right.set(xlabel="position in the row", ylabel="mean length of what is read (95%)", ylim=(0, None))
     for axis in (left, right):
         axis.legend(fontsize=7)
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)
 
 
 # ---- tokens of a slot --------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def plot_norms(path, tables, by_slice, title):
 
 def track(look):
     """The tokens at which each slot is read, and how the use of slots grew in training (log.jsonl, mem_stats_every)."""
-    found = over_rows(
+    found = map_batches(
         look, lambda batch: {k: v for k, v in reads(look, batch).items() if k in ("layer", "slot", "token", "weight")}
     )
     size, vocabulary = look.model.config.mem_n_keys**2, look.data.vocab_size
@@ -203,7 +203,7 @@ def track(look):
     np.maximum.at(most, which, times)
     purity = {str(n): mean_share((most / sums)[group // size == n]) for n in np.unique(layer)}
     log = [r for r in read_log(look.folder) if r["kind"] == "memory"]
-    if look.world.first:
+    if look.world.is_main:
         lines = []
         for n in np.unique(layer):
             mine = np.flatnonzero(group // size == n)
@@ -218,7 +218,7 @@ def track(look):
         if not log:
             print("no use of slots in log.jsonl: train with --mem_stats_every 100")
     metrics = {"share of a slot's most frequent token": purity, "while training": log[-1]["layers"] if log else {}}
-    save(look, "track", metrics, {}, (), cells, lambda path: plot_track(path, log, most / sums, group // size, look.name))
+    save_result(look, "track", metrics, {}, (), cells, lambda path: plot_track(path, log, most / sums, group // size, look.name))
 
 
 def plot_track(path, log, purity, layer, title):
@@ -235,4 +235,4 @@ def plot_track(path, log, purity, layer, title):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    finish(fig, plt, path, title)
+    finish_figure(fig, plt, path, title)

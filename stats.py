@@ -20,10 +20,10 @@ import os
 
 import numpy as np
 
-from checkpoint import read_record, write_file, write_json
+from checkpoint import read_record, atomic_write, write_json
 from configs import ConfigError, require, say
 from look import BOOLEAN, NUMBER, WHOLE, read_parquet
-from measure import figure, finish, label_share, mean, print_table, share, shown, sums_of_rows
+from measure import figure, finish_figure, label_share, mean_ci, print_table, proportion, format_ci, cluster_sums
 
 # ---- tests -------------------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def paired_bootstrap(difference, weights=None, draws=2000, seed=0):
     return {"value": float((difference * weights).sum() / weights.sum()), "ci95": ends, "n": len(difference)}
 
 
-def ranks(x):
+def rankdata(x):
     """1 for the smallest; equal ones share the mean of their ranks: (n,) -> (n,)"""
     _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[which]
@@ -73,7 +73,7 @@ def correlation(x, y, kind="spearman", draws=2000, seed=0):
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if kind == "spearman":
-        x, y = ranks(x), ranks(y)
+        x, y = rankdata(x), rankdata(y)
     value, random = pearson(x, y), np.random.default_rng(seed)
     if math.isnan(value):
         return {"value": value, "ci95": [value, value], "n": len(x), "p": value}
@@ -93,7 +93,7 @@ def holm(p):
     return adjusted
 
 
-def correct(cells):
+def add_holm(cells):
     """Each cell's p gets a p_holm beside it, corrected for all cells together."""
     for cell, p in zip(cells, holm([cell["p"] for cell in cells])):
         cell["p_holm"] = p
@@ -113,7 +113,7 @@ def read_labels(path, split):
     return {name: values[order] for name, values in columns.items()}
 
 
-def per_row(labels):
+def per_example(labels):
     """{column: (N,)} -> {"row", "right" (all labels), "labels", "hits", "loss" (sum)}, (R,) each, and the
     tags that all labels of a row share."""
     row, first, which = np.unique(labels["row"], return_index=True, return_inverse=True)
@@ -127,7 +127,7 @@ def stats(words, config):
     """Intervals and tests of one run's results, or of two over the same rows -> the path of the figure."""
     require(len(words) in (1, 2), "name one or two runs: python eval.py stats runs/A [runs/B]", None)
     found = [read_labels(w, config.split) for w in words]
-    rows = [per_row(labels) for labels in found]
+    rows = [per_example(labels) for labels in found]
     tags = [name for name in rows[0] if name not in ("row", "right", "labels", "hits", "loss")]
     if len(words) == 1:
         result = one_run(rows[0], tags)
@@ -188,20 +188,20 @@ def slices_of(rows, tags):
 def one_run(rows, tags):
     by_slice = {
         name: {
-            **label_share(sums_of_rows(rows["labels"][mine], rows["hits"][mine])),
-            "exact": share(int(rows["right"][mine].sum()), int(mine.sum())),
-            "nll": mean(rows["loss"][mine] / rows["labels"][mine]),
+            **label_share(cluster_sums(rows["labels"][mine], rows["hits"][mine])),
+            "exact": proportion(int(rows["right"][mine].sum()), int(mine.sum())),
+            "nll": mean_ci(rows["loss"][mine] / rows["labels"][mine]),
         }
         for name, mine in slices_of(rows, tags)
     }
     head = ("slice", "labels", "accuracy", "95% interval", "rows", "exact", "95% interval", "nats per label", "95% interval")
-    print_table(head, [(k, *shown(c), *shown(c["exact"]), *shown(c["nll"])[1:]) for k, c in by_slice.items()])
+    print_table(head, [(k, *format_ci(c), *format_ci(c["exact"]), *format_ci(c["nll"])[1:]) for k, c in by_slice.items()])
     numeric = [t for t in tags if np.issubdtype(rows[t].dtype, np.number) and len(np.unique(rows[t])) > 1]
     found = {t: correlation(rows[t], rows["loss"] / rows["labels"]) for t in numeric}
-    correct(found.values())
+    add_holm(found.values())
     if found:
         head = ("Spearman's correlation with the loss", "rows", "value", "95% interval", "p (permutations)", "Holm")
-        print_table(head, [(t, *shown(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for t, c in found.items()])
+        print_table(head, [(t, *format_ci(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for t, c in found.items()])
     return {"metrics": {"all": by_slice.pop("all"), "correlation with loss": found}, "by_slice": by_slice}
 
 
@@ -212,13 +212,13 @@ def two_runs(rows, tags):
         rate = (b["hits"][mine] - a["hits"][mine]) / a["labels"][mine]
         nll = (b["loss"][mine] - a["loss"][mine]) / a["labels"][mine]
         by_slice[name] = {
-            "exact": [share(int(r["right"][mine].sum()), int(mine.sum())) for r in rows],
+            "exact": [proportion(int(r["right"][mine].sum()), int(mine.sum())) for r in rows],
             "mcnemar": mcnemar(a["right"][mine], b["right"][mine]),
             "accuracy difference": paired_bootstrap(rate, a["labels"][mine]),
             "nll difference": paired_bootstrap(nll, a["labels"][mine]),
         }
     slices = [c for name, c in by_slice.items() if name != "all"]
-    correct([c["mcnemar"] for c in slices])
+    add_holm([c["mcnemar"] for c in slices])
     head = ("slice", "rows", "exact A", "exact B", "only A", "only B", "McNemar p", "Holm", "labels B - A", "95% interval")
     cells = []
     for name, c in by_slice.items():
@@ -245,7 +245,7 @@ def plot_stats(path, result, words):
     if two:
         axis.axvline(0, color="gray", lw=1)
     axis.grid(alpha=0.3)
-    finish(fig, plt, path, " against ".join(names))
+    finish_figure(fig, plt, path, " against ".join(names))
 
 
 # ---- cut files ---------------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def repair(words, config):
             raise ConfigError(f"{path} is nested too deeply") from None
         require(isinstance(value, (dict, list)), f"{path} holds no complete record", None)
         body, says = json.dumps(value, indent=1) + "\n", "it was whole" if whole else f"{len(value)} records kept"
-    write_file(out, lambda f: f.write(body.encode()))
+    atomic_write(out, lambda f: f.write(body.encode()))
     say(f"{out}: {says}")
 
 
@@ -303,13 +303,13 @@ def complete_json(text):
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text), True
     try:
-        value, _ = beginning(text, skip_blanks(text, 0))
+        value, _ = parse_prefix(text, skip_whitespace(text, 0))
     except RecursionError:  # no record nests so deeply
         value = None
     return value, False
 
 
-def beginning(text, at):
+def parse_prefix(text, at):
     """The value that begins at text[at] -> its complete part (None: nothing), and the place after it (None: it was cut)."""
     if text[at : at + 1] not in ("[", "{"):
         try:
@@ -319,29 +319,29 @@ def beginning(text, at):
         # a number at the very end may go on after the cut
         return (value, end) if end < len(text) or isinstance(value, (str, bool)) or value is None else (None, None)
     closing, found = ("]", []) if text[at] == "[" else ("}", {})
-    at = skip_blanks(text, at + 1)
+    at = skip_whitespace(text, at + 1)
     while text[at : at + 1] != closing:
         name = None
         if isinstance(found, dict):
-            name, end = beginning(text, at)
-            at = None if end is None else skip_blanks(text, end)
+            name, end = parse_prefix(text, at)
+            at = None if end is None else skip_whitespace(text, end)
             if at is None or not isinstance(name, str) or text[at : at + 1] != ":":
                 return found, None
-            at = skip_blanks(text, at + 1)
-        value, end = beginning(text, at)
+            at = skip_whitespace(text, at + 1)
+        value, end = parse_prefix(text, at)
         if end is not None or name is not None and isinstance(value, (list, dict)) and value:
             found.append(value) if name is None else found.update({name: value})
         if end is None:
             return found, None
-        at = skip_blanks(text, end)
+        at = skip_whitespace(text, end)
         if text[at : at + 1] == ",":
-            at = skip_blanks(text, at + 1)
+            at = skip_whitespace(text, at + 1)
         elif text[at : at + 1] != closing:
             return found, None
     return found, at + 1
 
 
-def skip_blanks(text, at):
+def skip_whitespace(text, at):
     while text[at : at + 1] in (" ", "\n", "\t", "\r"):
         at += 1
     return at

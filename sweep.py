@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import configs
 from checkpoint import make_directory, read_log, read_record
-from compare import band, read_result, read_test
-from configs import ConfigError, RunFailed, at_least, require, say
-from measure import figure, finish, print_table, shares
+from compare import mean_and_range, read_result, read_test
+from configs import ConfigError, RunError, at_least, require, say
+from measure import figure, finish_figure, print_table, slice_metrics
 from train import read_command_line
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -53,13 +53,13 @@ Point = namedtuple("Point", "line x name train then makes", defaults=("", ""))
 
 # ---- in context: what MQAR takes ---------------------------------------------------------------------------------------
 
-MIXERS = {  # 2 layers, 2 heads, a short convolution and no positions in all; parameters of the layers within 3%
+MIXER_NAMES = {  # 2 layers, 2 heads, a short convolution and no positions in all; parameters of the layers within 3%
     "gpt": "--model gpt --dk {w} --dv {w} --conv 4 --pos none",
     "unified_kv": "--model unified_kv --du {dim} --conv 4 --pos none",
     "delta": "--model delta --dk {w} --dv {w}",
     "gated_delta": "--model gated_delta --dk {w} --dv {w}",
 }
-START = {  # pairs: stages before them, (pairs, steps)
+CURRICULA = {  # pairs: stages before them, (pairs, steps)
     8: [(2, 60)],
     16: [(2, 60), (8, 40)],
     32: [(2, 60), (8, 40)],
@@ -71,22 +71,22 @@ PAIRS, WIDTHS = (8, 16, 32, 64), (16, 32, 48, 64)
 
 def recall(model, x, pairs=32, dim=64, lr=0.01, steps=600):
     """A point of MQAR: `steps` of 4,096 tokens in rows of 256; lr 0.01 is best or nearly so for all (figure lr)."""
-    words = MIXERS[model].format(dim=dim, w=dim * 3 // 4) + f" --dim {dim} --lr {lr} --num_kv_pairs {pairs}"
-    words += f' --curriculum "{START[pairs]}" --n_layers 2 --input_seq_len 256 --batch_size 16 --fresh 1 --warmup_steps 30'
+    words = MIXER_NAMES[model].format(dim=dim, w=dim * 3 // 4) + f" --dim {dim} --lr {lr} --num_kv_pairs {pairs}"
+    words += f' --curriculum "{CURRICULA[pairs]}" --n_layers 2 --input_seq_len 256 --batch_size 16 --fresh 1 --warmup_steps 30'
     words += f" --schedule cosine --max_steps {steps} --eval_interval 100 --n_val_examples 200 --n_test_examples 1000"
     return Point(model, x, f"{model}_pairs{pairs}_dim{dim}_lr{lr}_steps{steps}", words)
 
 
 def lr_points():
-    return [recall(model, lr, lr=lr, steps=300) for model in MIXERS for lr in RATES]
+    return [recall(model, lr, lr=lr, steps=300) for model in MIXER_NAMES for lr in RATES]
 
 
 def pairs_points():
-    return [recall(model, pairs, pairs=pairs) for model in MIXERS for pairs in PAIRS]
+    return [recall(model, pairs, pairs=pairs) for model in MIXER_NAMES for pairs in PAIRS]
 
 
 def width_points():
-    return [recall(model, dim, dim=dim) for model in MIXERS for dim in WIDTHS]
+    return [recall(model, dim, dim=dim) for model in MIXER_NAMES for dim in WIDTHS]
 
 
 def accuracy(result):
@@ -122,15 +122,15 @@ def draw_width(found):
 
 # ---- in context: how long it takes -------------------------------------------------------------------------------------
 
-FAST = ("mqar_gpt", "mqar_unified_kv", "mqar_conv", "mqar_delta", "mqar_gated_delta")
+RECIPES = ("mqar_gpt", "mqar_unified_kv", "mqar_conv", "mqar_delta", "mqar_gated_delta")
 
 
 def time_points():
     every = "--eval_interval 20 --n_val_examples 200 --stop_accuracy 0.993 --target 0"
-    return [Point(name, 0, f"time_{name}", f"configs/{name}.py {every}") for name in FAST]
+    return [Point(name, 0, f"time_{name}", f"configs/{name}.py {every}") for name in RECIPES]
 
 
-def to_99(result):
+def seconds_to_99(result):
     """Seconds until the first evaluation with 99% of the labels right; infinite if there was none."""
     return next((row["seconds"] for row in result["evals"] if row["accuracy"] >= 0.99), float("inf"))
 
@@ -141,7 +141,7 @@ def draw_time(found):
         for i, result in enumerate(cells[0]):
             x, y = zip(*[(row["seconds"], row["accuracy"]) for row in result["evals"]])
             left.plot(x, y, lw=1, color=f"C{number}", label=line if i == 0 else None)
-        ends = [(result["evals"][-1]["seconds"], to_99(result)) for result in cells[0]]
+        ends = [(result["evals"][-1]["seconds"], seconds_to_99(result)) for result in cells[0]]
         right.plot([there for _, there in ends if there < np.inf], [number] * sum(t < np.inf for _, t in ends), f"C{number}o")
         right.plot([end for end, there in ends if there == np.inf], [number] * sum(t == np.inf for _, t in ends), f"C{number}x")
     left.set(xscale="log", xlabel="seconds of training, one thread", ylabel="val token accuracy", ylim=(-0.02, 1.02))
@@ -182,7 +182,7 @@ def draw_exposures(found):
             if steps in cells:
                 shown = list(cells[steps][0]["cells"]["exposures"])
                 values = [[r["cells"]["exposures"][v]["exact"]["value"] for v in shown] for r in cells[steps]]
-                band(axis, range(len(shown)), np.array(values), None, line)
+                mean_and_range(axis, range(len(shown)), np.array(values), None, line)
         axis.set_xticks(range(len(shown)), shown)
         label = f"exact match after {steps:,} steps"
         axis.set(xlabel="times shown in an epoch (0: held out)", ylabel=label, ylim=(-0.02, 1.02))
@@ -237,7 +237,7 @@ def draw_edits(found):
     for axis, (side, label) in zip(axes, sides.items()):
         for method in dict.fromkeys(cell["method"] for cell in runs[0].values()):
             values = np.array([[run[f"{method}, {n}"][side]["value"] for n in counts] for run in runs])
-            band(axis, counts, values, None, method)
+            mean_and_range(axis, counts, values, None, method)
         axis.set(xscale="log", xlabel="facts rewritten at once", ylabel=label, ylim=(-0.02, 1.02))
         axis.yaxis.label.set_fontsize(8)
         axis.set_xticks(counts, counts)
@@ -336,7 +336,7 @@ def training(point, seed, c):
     )
 
 
-def work(point, seed, c):
+def run_point(point, seed, c):
     """Run what is missing for one run -> "" or, if a command failed, that command and its last words."""
     folder, commands = folder_of(point, seed, c), []
     if not finished(point._replace(makes=""), folder):
@@ -357,7 +357,7 @@ def run_all(points, c):
     todo = [(p, seed) for folder, (p, seed) in todo.items() if not finished(p, folder)]
     shown, failed = sys.stderr.isatty(), []
     with ThreadPoolExecutor(c.jobs) as pool:
-        pending = [pool.submit(work, p, seed, c) for p, seed in todo]
+        pending = [pool.submit(run_point, p, seed, c) for p, seed in todo]
         try:
             for i, f in enumerate(tqdm(pending, desc="runs", disable=not shown)):
                 failed.append(f.result())
@@ -368,7 +368,7 @@ def run_all(points, c):
             raise
     if any(failed):
         message = f"{sum(map(bool, failed))} runs failed; the others are kept, and the same command goes on:"
-        raise RunFailed("\n".join([message, *filter(None, failed)]))
+        raise RunError("\n".join([message, *filter(None, failed)]))
 
 
 # ---- results -----------------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def read(point, folder):
     result = read_result(folder) if point.train else {}
     if point.train:
         cells = read_test(folder)[1]["by_slice"]
-        result["cells"] = {tag: {v: shares(cell) for v, cell in values.items()} for tag, values in cells.items()}
+        result["cells"] = {tag: {v: slice_metrics(cell) for v, cell in values.items()} for tag, values in cells.items()}
         result["evals"] = [r for r in read_log(folder) if r["kind"] == "eval"]
     if point.makes:
         result["made"] = read_record(
@@ -410,22 +410,22 @@ def collect(points, c):
     require(not missing, f"{len(missing)} runs are missing, {' '.join(missing[:1])} for one; leave --draw out", "draw")
     for p, folders in folders_of.items():
         for seed, folder in enumerate(folders if p.train else ()):
-            other = differing(folder, shlex.split(training(p, seed, c))[1:])
+            other = changed_settings(folder, shlex.split(training(p, seed, c))[1:])
             message = f"{folder} was trained with another {', '.join(other)}; delete it, or give another --log_dir"
             require(not other, message, "log_dir")
         found.setdefault(p.line, {})[p.x] = [read(p, f) for f in folders]
     return found
 
 
-def differing(folder, words):
+def changed_settings(folder, words):
     """Settings of a run that a training with these words would not have now, whether they or a config have changed."""
     saved = read_record(
         os.path.join(folder, "config.json"), {"train": "dict", "data": "dict", "model": "dict"}
     )
     p, _ = read_command_line(words)
-    parts = {"train": p.train, "data": p.data, "model": configs.build(p.model_module.Config, p.settings)}
+    parts = {"train": p.train, "data": p.data, "model": configs.build_config(p.model_module.Config, p.settings)}
     wanted = {part: json.loads(json.dumps(asdict(config))) for part, config in parts.items()}
-    names = [(part, k) for part, config in parts.items() for k in configs.settable(type(config))]
+    names = [(part, k) for part, config in parts.items() for k in configs.field_names(type(config))]
     names = [(part, k) for part, k in names if k not in ("log_dir", "resume")]
     return [k for part, k in names if saved[part].get(k) != wanted[part][k]]
 
@@ -434,7 +434,7 @@ def lines(axis, found, value, at=None):
     """A line for each model: mean over seeds of value(result), with a band from lowest to highest."""
     for line, cells in found.items():
         x = [at(results) if at else key for key, results in cells.items()]
-        band(axis, x, np.array([[value(r) for r in results] for results in cells.values()]).T, None, line)
+        mean_and_range(axis, x, np.array([[value(r) for r in results] for results in cells.values()]).T, None, line)
     axis.grid(alpha=0.3)
 
 
@@ -451,17 +451,17 @@ def save_figure(name, found, draw, c):
     fig.supxlabel(title.format(seeds=c.seeds), fontsize=7)
     make_directory(c.out)
     path = os.path.join(c.out, name + ".png")
-    finish(fig, plt, path, "")
+    finish_figure(fig, plt, path, "")
     say(f"wrote {path}")
 
 
 def main(argv=None):
-    words, given = configs.parse(sys.argv[1:] if argv is None else argv)
+    words, given = configs.split_argv(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in given):
         say(configs.help_text(__doc__, Config))
         return
-    configs.check_names(given, Config)
-    c = configs.build(Config, given)
+    configs.reject_unknown(given, Config)
+    c = configs.build_config(Config, given)
     names = list(FIGURES) if words == ["all"] else words
     unknown = [w for w in names if w not in FIGURES]
     require(not unknown, f"there is no figure {' '.join(unknown)}; choose from {', '.join(FIGURES)}, or all", None)
@@ -484,4 +484,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    configs.exit_with_sentence(main)
+    configs.run_cli(main)

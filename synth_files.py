@@ -12,11 +12,11 @@ from dataclasses import asdict
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import check_kinds, file_hash, new_directory, read_record, write_file, write_json
+from checkpoint import check_kinds, sha256_file, atomic_directory, read_record, atomic_write, write_json
 from configs import ConfigError, require
 from tokens import MASKS
 
-FOLDERS = {"train": "train", "val": "validation", "test": "test"}
+SPLIT_DIRS = {"train": "train", "val": "validation", "test": "test"}
 LONGEST_LINE = 2**20  # bytes
 DOCUMENT = ("text", "question", "answer")  # what is read of a document of your own
 
@@ -30,8 +30,8 @@ def write_facts(c, source, shard_rows=200_000):
     one shard.
     """
     not_stored = ("output_dir", "path", "packing", "tokenizer", "heldout_facts")
-    with new_directory(c.output_dir) as work:
-        files = {name: write_split(c, source, work, split, name, shard_rows) for split, name in FOLDERS.items()}
+    with atomic_directory(c.output_dir) as work:
+        files = {name: write_split(c, source, work, split, name, shard_rows) for split, name in SPLIT_DIRS.items()}
         metadata = {
             "dataset_type": c.task,
             "format_version": 1,
@@ -52,9 +52,9 @@ def write_split(c, source, work, split, name, shard_rows):
         for first in range(0, total, shard_rows):
             rows = range(first, min(first + shard_rows, total))
             path = os.path.join(work, name, f"part-{len(files):05d}.{c.format}")
-            write_file(path, lambda f: WRITERS[c.format](f, source, split, rows, bar))
+            atomic_write(path, lambda f: WRITERS[c.format](f, source, split, rows, bar))
             about = {"name": f"{name}/{os.path.basename(path)}", "rows": len(rows), "bytes": os.path.getsize(path)}
-            files.append(about | {"sha256": file_hash(path)})
+            files.append(about | {"sha256": sha256_file(path)})
     return files
 
 
@@ -95,7 +95,7 @@ STORED_FILE = {
 }  # of a data set, in metadata.json
 METADATA = {
     **{"mask": "text", "chance": {"*": "share"}, "knowledge": "dict"},
-    "files": {name: [STORED_FILE] for name in FOLDERS.values()},
+    "files": {name: [STORED_FILE] for name in SPLIT_DIRS.values()},
 }
 
 
@@ -130,11 +130,11 @@ def read_stored(path, task, tasks):
         "path",
     )
     number, tags, splits, columns = {}, {}, {}, None  # text -> its number; the tags of a text are the same in every split
-    for split, name in FOLDERS.items():
+    for split, name in SPLIT_DIRS.items():
         which = []
         for file in metadata["files"][name]:
             rows = 0
-            for row, where in read_rows(checked(path, file["name"], file["sha256"])):
+            for row, where in read_rows(verified_path(path, file["name"], file["sha256"])):
                 rows += 1
                 text = row.pop("text", None)
                 require(isinstance(text, str), f'{where}: "text" is no text', "path")
@@ -154,10 +154,10 @@ def read_stored(path, task, tasks):
     return metadata["mask"], list(number), splits, tags, metadata["chance"], knowledge
 
 
-def checked(path, name, sha256):
+def verified_path(path, name, sha256):
     """The path of a file of the data set, once its checksum is right."""
     place = os.path.join(path, name)
-    if not os.path.isfile(place) or file_hash(place) != sha256:
+    if not os.path.isfile(place) or sha256_file(place) != sha256:
         raise ConfigError(f"{place} is missing or damaged (its checksum differs); write the data set again", "path")
     return place
 
@@ -176,25 +176,25 @@ def read_documents(path, longest):
     for one of more than `longest` tokens, counted as bytes with the two at its ends.
     """
     require(os.path.exists(path), f"path={path} does not exist", "path")
-    folders = {split: os.path.join(path, name) for split, name in FOLDERS.items()}
+    folders = {split: os.path.join(path, name) for split, name in SPLIT_DIRS.items()}
     if all(map(os.path.isdir, folders.values())):
         return {split: list(documents_in(folder, longest)) for split, folder in folders.items()}
-    there = [name for name in ("train", "val", *FOLDERS.values()) if os.path.isdir(os.path.join(path, name))]
-    require(not there, f"{path} has {', '.join(there)}; name all three: {', '.join(FOLDERS.values())}", "path")
+    there = [name for name in ("train", "val", *SPLIT_DIRS.values()) if os.path.isdir(os.path.join(path, name))]
+    require(not there, f"{path} has {', '.join(there)}; name all three: {', '.join(SPLIT_DIRS.values())}", "path")
     return {"": list(documents_in(path, longest))}
 
 
 def documents_in(path, longest):
     """(document, "file:line") of a file, or of all files in a directory."""
-    files = [path] if os.path.isfile(path) else sorted(f for f in glob.glob(os.path.join(glob.escape(path), "*")) if ending(f))
+    files = [path] if os.path.isfile(path) else sorted(f for f in glob.glob(os.path.join(glob.escape(path), "*")) if has_data_suffix(f))
     require(files, f"{path} holds no .jsonl or .parquet file", "path")
     for file in tqdm(files, desc="read", disable=not sys.stderr.isatty()):
-        require(ending(file), f"{file} is neither .jsonl nor .parquet", "path")
+        require(has_data_suffix(file), f"{file} is neither .jsonl nor .parquet", "path")
         for row, where in read_rows(file, DOCUMENT):
             yield document(row, where, longest), where
 
 
-def ending(file):
+def has_data_suffix(file):
     return file.endswith((".jsonl", ".parquet"))
 
 

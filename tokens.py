@@ -16,7 +16,7 @@ import json
 import numpy as np
 
 from configs import ConfigError, require
-from draws import IGNORE
+from draws import IGNORE_INDEX
 
 # ---- tokenizers --------------------------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ def read_tokenizer(path):
 
 
 @functools.cache
-def lookup(tokenizer, characters):
+def token_class(tokenizer, characters):
     """(vocabulary,) bool: the tokens made of `characters`, with spaces around them or not; " " finds blank ones."""
     if characters == " ":
         return np.array([text != "" and text.isspace() for text in tokenizer.texts])
@@ -137,41 +137,41 @@ class Segments:
     """Flat tokens (N,) and where each one's segment, a row or a document, begins and ends."""
 
     def __init__(self, ids, first, end, tokenizer):
-        self.ids, self.first, self.end, self.tokenizer = ids, first, end, tokenizer
+        self.ids, self.is_main, self.end, self.tokenizer = ids, first, end, tokenizer
         self.here = np.arange(len(ids))
         self.special = ids >= tokenizer.pad
 
     def are(self, characters):
-        return lookup(self.tokenizer, characters)[self.ids]
+        return token_class(self.tokenizer, characters)[self.ids]
 
     def last(self, event):
         """(N,) index of the latest event at or before each token in its segment; -1: none."""
         found = np.maximum.accumulate(np.where(event, self.here, -1))
-        return np.where(found >= self.first, found, -1)
+        return np.where(found >= self.is_main, found, -1)
 
     def before(self, event):
         """As `last`, but strictly before."""
         found = np.concatenate([[-1], np.maximum.accumulate(np.where(event, self.here, -1))[:-1]])
-        return np.where(found >= self.first, found, -1)
+        return np.where(found >= self.is_main, found, -1)
 
     def count(self, event):
         """Events in each token's segment up to it, and in all of it."""
         sums = np.concatenate([[0], np.cumsum(event)])
-        return sums[1:] - sums[self.first], sums[self.end] - sums[self.first]
+        return sums[1:] - sums[self.is_main], sums[self.end] - sums[self.is_main]
 
     def spelled(self, text):
         """(N,) bool: the tokens that complete `text`, however the tokenizer cuts it after a line break or a space."""
         found = np.zeros(len(self.ids), bool)
-        for tail in spellings(self.tokenizer, text):
+        for tail in tokenizations(self.tokenizer, text):
             hit = np.ones(len(self.ids), bool)
             for back, token in enumerate(reversed(tail)):
-                hit &= (np.roll(self.ids, back) == token) & (self.here - back >= self.first)
+                hit &= (np.roll(self.ids, back) == token) & (self.here - back >= self.is_main)
             found |= hit
         return found
 
 
 @functools.cache
-def spellings(tokenizer, text):
+def tokenizations(tokenizer, text):
     """The token sequences that `text` may come as: the ends of its encodings after a few neighbours."""
     found = set()
     for before in ("", "\n", "\n\n", " "):
@@ -226,7 +226,7 @@ def text_mask(s):
 MASKS = {"qa": qa_mask, "hashhop": hashhop_mask, "digits": digits_mask, "twohop": twohop_mask, "text": text_mask}
 
 
-def mask(tokens, kind, cu_seqlens=None, tokenizer=BYTES):
+def label_mask(tokens, kind, cu_seqlens=None, tokenizer=BYTES):
     """Labels of tokens: the tokens of the answers, -100 elsewhere; unshifted.
 
     tokens: integers (B, T), each row a segment, padding at its end; or, with cu_seqlens (R + 1,), documents end to end, (N,) or
@@ -247,16 +247,16 @@ def mask(tokens, kind, cu_seqlens=None, tokenizer=BYTES):
         return tokens.astype(np.int32)
     lengths = np.diff(ends)
     s = Segments(flat, np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths), tokenizer)
-    return np.where(MASKS[kind](s), flat.astype(np.int32), IGNORE).reshape(tokens.shape)
+    return np.where(MASKS[kind](s), flat.astype(np.int32), IGNORE_INDEX).reshape(tokens.shape)
 
 
 # ---- targets -----------------------------------------------------------------------------------------------------------
 
 
-def shift(labels):
+def shift_labels(labels):
     """Labels (B, T) -> targets (B, T): each label one position earlier, where it is predicted. The first token of a document
     has no label, so none moves into the document before."""
-    targets = np.full_like(labels, IGNORE)
+    targets = np.full_like(labels, IGNORE_INDEX)
     targets[:, :-1] = labels[:, 1:]
     return targets
 
@@ -264,14 +264,14 @@ def shift(labels):
 # ---- check a tokenizer -------------------------------------------------------------------------------------------------
 
 
-def mismatch(tokenizer, kind, texts):
+def check_label_mask(tokenizer, kind, texts):
     """What is wrong with the labels of texts under this tokenizer, as text; "" if they spell the answers that bytes spell,
     with a token for each digit."""
     for text in texts:
         spelled = []
         for t in (BYTES, tokenizer):
-            labels = mask(t.encode(text)[None], kind, tokenizer=t)[0]
-            ids = labels[labels != IGNORE]
+            labels = label_mask(t.encode(text)[None], kind, tokenizer=t)[0]
+            ids = labels[labels != IGNORE_INDEX]
             spelled.append([t.texts[i] for i in ids] if text.isascii() else [t.decode(ids)])
         answer, found = map("".join, spelled)
         if answer != found:

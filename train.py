@@ -32,52 +32,52 @@ from tqdm import tqdm
 import configs
 from checkpoint import (
     STATE,
-    Log,
+    JsonlLog,
     check_kinds,
-    find_checkpoint,
-    lock,
+    first_valid_checkpoint,
+    lock_run_dir,
     read_checkpoint,
     read_record,
     reading,
     unlock,
     write_json,
 )
-from configs import ConfigError, RunFailed, printable, require, say
-from draws import IGNORE
-from measure import autocast, evaluate, plot_curves, print_chance, print_slices, require_slice, watched
+from configs import ConfigError, RunError, printable, require, say
+from draws import IGNORE_INDEX
+from measure import autocast, evaluate, plot_curves, print_baselines, print_slices, check_slice, slice_accuracy
 from parallel import (
     World,
-    choose_device,
-    collect_tensors,
-    describe_split,
-    gradient_sync,
+    autodetect_device,
+    training_state,
+    describe_batch,
+    sync_gradients,
     is_sharded,
-    joined,
-    restore_tensors,
-    rewrite_checkpoints,
-    split_batch,
-    spread,
-    whole,
+    process_group,
+    load_training_state,
+    convert_checkpoints,
+    micro_batches,
+    wrap_model,
+    full_tensor,
     write_checkpoint,
 )
 from plan import (
-    MAY_CHANGE,
+    RESUMABLE,
     SCHEDULES,
-    Plan,
+    Settings,
     TrainConfig,
     count_parameters,
-    describe_run,
+    run_metadata,
     enough_memory,
-    launch,
-    make_model,
-    make_run_directory,
-    model_config,
-    open_data,
-    plan,
-    read_plan,
-    require_same_data,
+    launch_id,
+    build_model,
+    create_run_dir,
+    build_model_config,
+    build_data,
+    resolve,
+    load_settings,
+    check_data_unchanged,
     require_same_settings,
-    restarted_run,
+    find_restarted_run,
     settings_text,
     training_advice,
 )
@@ -101,7 +101,7 @@ def learning_rate(c, step, steps_per_epoch, total_steps):
 class Run:
     """A plan made real: what every rank of a run has."""
 
-    plan: Plan
+    plan: Settings
     folder: str
     world: World
     device: torch.device
@@ -122,19 +122,19 @@ def train(run, resume=None, stopped_by=()):
     steps_per_epoch = data.steps_per_epoch(c.batch_size)
     total = total_steps(c, data)
     every = c.eval_interval or steps_per_epoch
-    optimizer = torch.optim.AdamW(parameter_groups(model, c.weight_decay), betas=(c.beta1, c.beta2), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups_of(model, c.weight_decay), betas=(c.beta1, c.beta2), fused=True)
     state = {"step": 0, "best": -1.0, "best_of_all": -1.0, "bad_steps": 0, "seconds": 0.0}
     if resume:
-        restore_tensors(run.folder, resume, model, optimizer)
+        load_training_state(run.folder, resume, model, optimizer)
         state = {k: resume[k] for k in state}
-    log = world.together(lambda: Log(run.folder, state["step"]), first_only=True)
-    hidden = not (world.first and sys.stderr.isatty())
+    log = world.together(lambda: JsonlLog(run.folder, state["step"]), first_only=True)
+    hidden = not (world.is_main and sys.stderr.isatty())
     bar = tqdm(total=total, initial=state["step"], desc="train", unit="step", disable=hidden)
     began = time.perf_counter() - state["seconds"]
 
     def save(name="ckpt"):
         state["seconds"] = time.perf_counter() - began
-        tensors = collect_tensors(model, optimizer if name == "ckpt" else None)
+        tensors = training_state(model, optimizer if name == "ckpt" else None)
         about = {**state, "settings": run.settings}
         write_checkpoint(run.folder, name, about, tensors, is_sharded(model), world)
 
@@ -143,7 +143,7 @@ def train(run, resume=None, stopped_by=()):
         # learning rate
         lr = learning_rate(c, step, steps_per_epoch, total)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["rate"]
+            group["lr"] = lr * group["lr_scale"]
         # eval and save
         last = step >= total
         if last or (step % every == 0 and step > 0):
@@ -152,14 +152,14 @@ def train(run, resume=None, stopped_by=()):
                 save()
                 outcome = "preempted"
                 break
-            accuracy, exact = watched(result, c.target_slice), result["row_accuracy"]
-            if world.first:
+            accuracy, exact = slice_accuracy(result, c.target_slice), result["row_accuracy"]
+            if world.is_main:
                 log.write(kind="eval", step=step, split="val", seconds=time.perf_counter() - began, **result)
                 of = f" of {c.target_slice}" * bool(c.target_slice)
-                show(bar, f"step {step}: val accuracy{of} {accuracy:.4f}, rows {exact:.4f}, loss {result['loss']:.4f}")
+                log_line(bar, f"step {step}: val accuracy{of} {accuracy:.4f}, rows {exact:.4f}, loss {result['loss']:.4f}")
             if not math.isfinite(result["loss"]) or not finite_weights(model, world):
-                if world.first:
-                    show(bar, f"stopped: weights or loss are not finite after step {step}; {LOWER}")
+                if world.is_main:
+                    log_line(bar, f"stopped: weights or loss are not finite after step {step}; {LOWER}")
                 outcome = "failed"
                 break
             if (accuracy, result["accuracy"]) > (state["best"], state["best_of_all"]):  # a slice may stay at 1
@@ -172,9 +172,9 @@ def train(run, resume=None, stopped_by=()):
         elif c.save_every and step % c.save_every == 0 and step > 0:
             save()
         # accumulate
-        loss, stop = backward(run, step, stopped_by)
+        loss, stop = forward_backward(run, step, stopped_by)
         # guard: a gradient that is not finite is not applied; it is a sum over ranks, so all of them see it
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_grad or math.inf))
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_grad or math.inf))
         finite = bool(torch.isfinite(norm))
         state["bad_steps"] = 0 if finite else state["bad_steps"] + 1
         # step
@@ -182,15 +182,15 @@ def train(run, resume=None, stopped_by=()):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state["step"] = step + 1
-        if hasattr(model, "after_step"):
-            report = model.after_step(report=c.mem_stats_every > 0 and state["step"] % c.mem_stats_every == 0)
-            if report and world.first:
+        if hasattr(model, "on_step_end"):
+            report = model.on_step_end(report=c.mem_stats_every > 0 and state["step"] % c.mem_stats_every == 0)
+            if report and world.is_main:
                 log.write(kind="memory", step=state["step"], layers=report)
         # log
         bar.update()
         if state["step"] % c.log_interval == 0 or not finite:
-            loss = world.gather_numbers(loss.item()).sum().item()
-            if world.first:
+            loss = world.all_gather(loss.item()).sum().item()
+            if world.is_main:
                 row = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "skipped": not finite}
                 log.write(kind="train", step=state["step"], seconds=time.perf_counter() - began, **row)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
@@ -198,9 +198,9 @@ def train(run, resume=None, stopped_by=()):
                     print(f"step {state['step']}/{total}: loss {loss:.4f}, lr {lr:.2e}", flush=True)
         # stop
         if state["bad_steps"] >= c.nan_limit:
-            if world.first:
+            if world.is_main:
                 many = f"{c.nan_limit} steps in a row"
-                show(bar, f"stopped: the gradient was not finite {many}; {LOWER}")
+                log_line(bar, f"stopped: the gradient was not finite {many}; {LOWER}")
             outcome = "failed"
             break
         if stop:
@@ -218,10 +218,10 @@ def finite_weights(model, world):
     """Are all parameters finite numbers, on every rank?"""
     shares = [q.to_local() if isinstance(q, DTensor) else q for q in model.parameters()]
     wrong = sum(not bool(torch.isfinite(q).all()) for q in shares)
-    return not world.gather_numbers(wrong).any()
+    return not world.all_gather(wrong).any()
 
 
-def backward(run, step, stopped_by):
+def forward_backward(run, step, stopped_by):
     """Gradients of the mean loss over all labels of a global batch: -> (this rank's share of the loss, stop?).
 
     Every part counts by its share of the batch's labels, so the sum over parts and ranks is the mean over the batch. The
@@ -230,16 +230,16 @@ def backward(run, step, stopped_by):
     c, world = run.plan.train, run.world
     rows = np.asarray(run.data.rows(step, c.batch_size))
     parts = []
-    for number, mine in split_batch(rows, world, c.accumulate):
+    for number, mine in micro_batches(rows, world, c.accumulate):
         tokens, targets, _, *more = run.data.batch("train", step, mine if len(mine) else rows[:1])  # none left: run one along
         inputs = tokens, targets, *more
-        parts.append((number, inputs, (targets != IGNORE).sum().item() if len(mine) else 0, len(mine) > 0))
-    labels, stops = world.gather_numbers(sum(n for *_, n, _ in parts), len(stopped_by)).sum(0).tolist()
+        parts.append((number, inputs, (targets != IGNORE_INDEX).sum().item() if len(mine) else 0, len(mine) > 0))
+    labels, stops = world.all_gather(sum(n for *_, n, _ in parts), len(stopped_by)).sum(0).tolist()
     loss = 0.0
     for i, (number, inputs, n, counts) in enumerate(parts):
         run.wrapped.train(counts)  # a row that only runs along is none that a memory layer reads
-        torch.manual_seed(part_seed(c.seed, step, number))
-        with gradient_sync(run.wrapped, now=i == len(parts) - 1):
+        torch.manual_seed(micro_batch_seed(c.seed, step, number))
+        with sync_gradients(run.wrapped, now=i == len(parts) - 1):
             with autocast(run.device, run.dtype):
                 _, part_loss = run.wrapped(*(x.to(run.device) for x in inputs))
             part_loss = part_loss * (n / max(1, labels))
@@ -249,26 +249,26 @@ def backward(run, step, stopped_by):
     return loss, stops > 0
 
 
-def part_seed(*words):
+def micro_batch_seed(*words):
     """A seed for what is random in a part of a step (dropout): a function of its place, so that nothing needs saving."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
-def parameter_groups(model, weight_decay):
-    """Matrices decay, vectors (norm weights, biases) do not; a model's `learning_rates` may name parameters with their own
-    share of the learning rate ("rate"), which do not decay either."""
-    own, groups = getattr(model, "learning_rates", dict)(), {}
+def parameter_groups_of(model, weight_decay):
+    """Matrices decay, vectors (norm weights, biases) do not; a model's `lr_scales` may name parameters with their own
+    share of the learning rate ("lr_scale"), which do not decay either."""
+    own, groups = getattr(model, "lr_scales", dict)(), {}
     for name, q in model.named_parameters():
         if q.requires_grad:
             rate = next((rate for end, rate in own.items() if name.endswith(end)), None)
             decay = weight_decay if q.ndim >= 2 and rate is None else 0.0
             kind = (rate is not None, q.ndim >= 2)
-            groups.setdefault(kind, {"params": [], "weight_decay": decay, "rate": 1.0 if rate is None else rate})
+            groups.setdefault(kind, {"params": [], "weight_decay": decay, "lr_scale": 1.0 if rate is None else rate})
             groups[kind]["params"].append(q)
     return [groups[kind] for kind in sorted(groups, key=lambda kind: (kind[0], not kind[1]))]  # matrices first
 
 
-def catch_signals(world):
+def stop_on_signals(world):
     """-> a list that collects caught signals (SIGTERM, SIGINT, SIGHUP, SIGUSR1), so that the loop can finish its step and save,
     and a function that restores the old handlers. On one process a second signal has its default effect; under torchrun,
     which forwards signals that each rank has got already, repeats are ignored."""
@@ -286,7 +286,7 @@ def catch_signals(world):
     return caught, lambda: [signal.signal(number, handler) for number, handler in before.items()]
 
 
-def show(bar, text):
+def log_line(bar, text):
     """Print a line without breaking the progress bar."""
     text = printable(text)
     tqdm.write(text) if not bar.disable else say(text, flush=True)
@@ -297,37 +297,37 @@ def show(bar, text):
 
 def read_command_line(argv):
     """-> Plan, and the run directory to resume or ""."""
-    words, settings = configs.collect(argv)
+    words, settings = configs.read_argv(argv)
     if any(s.key == "help" for s in settings):
-        p = plan([s for s in settings if s.key in ("model", "data")])
+        p = resolve([s for s in settings if s.key in ("model", "data")])
         say(configs.help_text(__doc__, TrainConfig, p.model_module.Config, p.data_module.Config))
         sys.exit(0)
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
     resume = [s for s in settings if s.key == "resume"]
     if not resume:
-        p = plan(settings)
+        p = resolve(settings)
         require(not p.train.export, "--export rewrites the checkpoints of a run: name it with --resume", "export")
         return p, ""
     folder = str(resume[-1].value)
     require(folder, f"{resume[-1].origin}: resume needs a run directory", "resume")
     changes = [s for s in settings if s.key != "resume"]
     for s in changes:
-        fixed = f"{s.origin}: {s.key} cannot change in the middle of a run (only {', '.join(MAY_CHANGE)} can)"
-        require(s.key in MAY_CHANGE, fixed, s.key)
-    return read_plan(folder, changes), folder
+        fixed = f"{s.origin}: {s.key} cannot change in the middle of a run (only {', '.join(RESUMABLE)} can)"
+        require(s.key in RESUMABLE, fixed, s.key)
+    return load_settings(folder, changes), folder
 
 
 def main(argv=None):
     p, folder = read_command_line(sys.argv[1:] if argv is None else argv)
-    with joined(p.train.device) as world:
-        restarted = world.first_does(lambda: restarted_run(p.train.log_dir))
+    with process_group(p.train.device) as world:
+        restarted = world.first_does(lambda: find_restarted_run(p.train.log_dir))
         if restarted and not folder:
-            world.say(f"started again by torchrun: going on with {restarted}")
-            p, folder = read_plan(restarted), restarted
+            world.print0(f"started again by torchrun: going on with {restarted}")
+            p, folder = load_settings(restarted), restarted
         if p.train.export:
             require(world.size == 1, "export is the work of one process; run it without torchrun", "export")
-            handle = lock(folder)
-            rewrite_checkpoints(folder, p.train.export, world)
+            handle = lock_run_dir(folder)
+            convert_checkpoints(folder, p.train.export, world)
             unlock(handle)
             return 0
         return start(p, folder, world)
@@ -338,37 +338,37 @@ def start(p, folder, world):
     c = p.train
     if c.threads:
         torch.set_num_threads(c.threads)
-    device, dtype, device_line = world.together(lambda: choose_device(c, world))
-    split_line = describe_split(c.batch_size, world, c.accumulate)
+    device, dtype, device_line = world.together(lambda: autodetect_device(c, world))
+    split_line = describe_batch(c.batch_size, world, c.accumulate)
     if folder:
-        world.first_does(lambda: require_same_data(folder, p))
-    data = world.together(lambda: open_data(p))
+        world.first_does(lambda: check_data_unchanged(folder, p))
+    data = world.together(lambda: build_data(p))
     for note in getattr(data, "notes", ()):
-        world.say(note)
+        world.print0(note)
     if c.target_slice:
-        world.together(lambda: require_slice(data, c.target_slice, c.eval_batch_size))
-    config = model_config(p, data)
-    model = world.together(lambda: make_model(p, config))
+        world.together(lambda: check_slice(data, c.target_slice, c.eval_batch_size))
+    config = build_model_config(p, data)
+    model = world.together(lambda: build_model(p, config))
     goes_on = bool(folder) and world.first_does(lambda: has_checkpoint(folder))
-    notes = world.together(lambda: prepare(model, c, goes_on))
+    notes = world.together(lambda: load_and_freeze(model, c, goes_on))
     counts = count_parameters(model)
-    world.say(model)
-    world.say(f"params: {counts['layers']} in the layers, {counts['total']} with embedding, last norm and head")
+    world.print0(model)
+    world.print0(f"params: {counts['layers']} in the layers, {counts['total']} with embedding, last norm and head")
     for note in notes:
-        world.say(note)
-    world.say(device_line)
-    if hasattr(p.model_class, "kernel_choice"):
-        world.say(f"mixer: {p.model_class.kernel_choice(config, device, dtype)}")
-    kept = p.model_class.state_bytes(config) if hasattr(p.model_class, "state_bytes") else None
+        world.print0(note)
+    world.print0(device_line)
+    if hasattr(p.model_class, "describe_backend"):
+        world.print0(f"mixer: {p.model_class.describe_backend(config, device, dtype)}")
+    kept = p.model_class.inference_state_bytes(config) if hasattr(p.model_class, "inference_state_bytes") else None
     if kept is not None:
-        world.say(f"state: {kept} bytes to read on after {data.seq_len} tokens, in float32")
+        world.print0(f"state: {kept} bytes to read on after {data.seq_len} tokens, in float32")
     if c.n_epochs == 0:
         return 0
     resumed = bool(folder)
     if resumed:
-        held = world.first_does(lambda: lock(folder))
+        held = world.first_does(lambda: lock_run_dir(folder))
     else:
-        folder, held = world.first_does(lambda: make_run_directory(p, config))
+        folder, held = world.first_does(lambda: create_run_dir(p, config))
     try:
         resume = find_resume(folder, world) if resumed else None
         if resume:
@@ -376,20 +376,20 @@ def start(p, folder, world):
             status = world.first_does(lambda: ended(folder, resume, c, total_steps(c, data)))
             if status:
                 how = "raise --n_epochs or --max_steps"
-                world.say(f"{folder} has ended; to train it longer, {how}")
+                world.print0(f"{folder} has ended; to train it longer, {how}")
                 return world.first_does(lambda: report(folder, status, c, data))
         if resumed:
             take_up(p, folder, world, resume, data)
         else:
-            about = world.first_does(lambda: describe_run(p, config, model, device, dtype, world))
+            about = world.first_does(lambda: run_metadata(p, config, model, device, dtype, world))
             world.first_does(lambda: write_json(os.path.join(folder, "config.json"), about))
-        world.say(f"### LOGDIR: {folder}")
+        world.print0(f"### LOGDIR: {folder}")
         everything = (c, config, p.data)
-        world.say({k: v for part in everything for k, v in dataclasses.asdict(part).items()})
+        world.print0({k: v for part in everything for k, v in dataclasses.asdict(part).items()})
         # a batch never crosses segments
         val_steps = sum(-(-len(s) // c.eval_batch_size) for s in data.segments("val"))
         steps = data.steps_per_epoch(c.batch_size), val_steps
-        world.say(f"{split_line}\n>>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}")
+        world.print0(f"{split_line}\n>>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}")
         with enough_memory(lambda: training_advice(model, device)):
             model.to(device)
             if c.compile:
@@ -397,13 +397,13 @@ def start(p, folder, world):
             settings = settings_text(p, config)
             # No name here for the wrapped model: see parallel.leave.
             about = (p, folder, world, device, dtype, data, model)
-            return finish(Run(*about, spread(model, c.parallel, device), settings), resume)
+            return finish(Run(*about, wrap_model(model, c.parallel, device), settings), resume)
     finally:
-        if world.first:
+        if world.is_main:
             unlock(held)
 
 
-def prepare(model, c, goes_on):
+def load_and_freeze(model, c, goes_on):
     """Load and freeze what the settings name -> lines about it.
 
     goes_on: the weights come from the run's own checkpoint.
@@ -429,7 +429,7 @@ def find_resume(folder, world):
 
     def find():
         if has_checkpoint(folder):
-            return find_checkpoint(folder, "ckpt", "ckpt_prev", holds_lock=True)
+            return first_valid_checkpoint(folder, "ckpt", "ckpt_prev", holds_lock=True)
 
     name = world.first_does(find)
     if not name:
@@ -449,15 +449,15 @@ def take_up(p, folder, world, resume, data):
     began = (saved["world_size"], saved["threads"])
     if began != (world.size, torch.get_num_threads()):
         what = f"{began[0]} ranks of {began[1]} threads"
-        world.say(f"note: the run began with {what}; with other numbers its last bits will differ")
+        world.print0(f"note: the run began with {what}; with other numbers its last bits will differ")
     if resume:
-        before = world.first_does(lambda: read_plan(folder).train)
+        before = world.first_does(lambda: load_settings(folder).train)
         for note in jump(before, c, data, resume["step"]):
-            world.say(note)
+            world.print0(note)
     step = resume["step"] if resume else 0
-    again = {"step": step, "world_size": world.size, "launch": launch(), "argv": sys.argv}
+    again = {"step": step, "world_size": world.size, "launch": launch_id(), "argv": sys.argv}
     resumed = [*saved.get("resumed", []), again]
-    saved |= {"train": dataclasses.asdict(c), "launch": launch(), "resumed": resumed}
+    saved |= {"train": dataclasses.asdict(c), "launch": launch_id(), "resumed": resumed}
     world.first_does(lambda: write_json(path, saved))  # n_epochs and a few others may be new
 
 
@@ -521,13 +521,13 @@ def report(folder, status, c, data):
     by_label = f"{test['accuracy']:.4f} of {test['labels']} labels"
     summary = f"test accuracy {by_label}, {test['row_accuracy']:.4f} of {test['rows']} rows"
     print_slices(test)
-    print_chance(getattr(data, "chance", {}))
+    print_baselines(getattr(data, "chance", {}))
     plot_curves(folder, f"{os.path.basename(os.path.normpath(folder))}\n{summary}")
     print(f"{summary}; {status['step']} steps, {status['seconds']:.0f} s; {folder}", flush=True)
     if status["status"] == "finished":
         return 0
     of = f" on {c.target_slice}" if c.target_slice else ""
-    print(f"below target{of}: {watched(test, c.target_slice):.4f} < {c.target}", file=sys.stderr)
+    print(f"below target{of}: {slice_accuracy(test, c.target_slice):.4f} < {c.target}", file=sys.stderr)
     return 1
 
 
@@ -537,7 +537,7 @@ def tested_weights(folder, step):
     step: the last one of the run.
     """
     try:
-        name = find_checkpoint(folder, "best", holds_lock=True)
+        name = first_valid_checkpoint(folder, "best", holds_lock=True)
     except ConfigError:
         return {"weights": "last", "step": step, "why": "best.pt is missing or damaged"}
     return {"weights": name, "step": read_checkpoint(folder, name)["step"]}
@@ -551,22 +551,22 @@ def finish(run, resume):
         world.first_does(lambda: write_json(os.path.join(folder, "status.json"), values))
 
     write_status(status="running", pid=os.getpid())
-    stopped_by, release_signals = catch_signals(world)
+    stopped_by, release_signals = stop_on_signals(world)
     try:
         outcome, state = train(run, resume, stopped_by)
         result = {"status": outcome, "step": state["step"], "seconds": state["seconds"]}
         if outcome == "finished":
             tested = world.first_does(lambda: tested_weights(folder, state["step"]))
             if tested["weights"] == "best":
-                restore_tensors(folder, read_checkpoint(folder, "best"), run.model)
+                load_training_state(folder, read_checkpoint(folder, "best"), run.model)
             why = f"; {tested['why']}" if "why" in tested else ""
-            world.say(f"tested: the {tested['weights']} weights, of step {tested['step']}{why}")
+            world.print0(f"tested: the {tested['weights']} weights, of step {tested['step']}{why}")
             size = p.train.eval_batch_size
             test = evaluate(run.model, run.data, "test", size, run.device, run.dtype, stopped_by, world)
             result |= tested_result(test, tested, p.train)
     except BaseException as e:
-        if world.first:
-            with contextlib.suppress(RunFailed):  # what failed may be the disk
+        if world.is_main:
+            with contextlib.suppress(RunError):  # what failed may be the disk
                 write_json(os.path.join(folder, "status.json"), {"status": "failed", "error": f"{type(e).__name__}: {e}"})
         raise
     finally:
@@ -585,7 +585,7 @@ def tested_result(test, tested, c):
     about = {"tested": tested, "target": c.target, "test": test}
     if not math.isfinite(test["loss"]):
         return {"status": "failed", **about}
-    reached = watched(test, c.target_slice) >= c.target
+    reached = slice_accuracy(test, c.target_slice) >= c.target
     return {"status": "finished" if reached else "below target", **about}
 
 
@@ -603,4 +603,4 @@ def leave_run(folder, result, c, data, stopped_by):
 
 
 if __name__ == "__main__":
-    configs.exit_with_sentence(main)
+    configs.run_cli(main)

@@ -19,7 +19,7 @@ import zipfile
 
 import torch
 
-from checkpoint import load_checkpoint, part, plain_tensors, read_shards, reading, unreadable
+from checkpoint import load_checkpoint, select_prefix, plain_tensors, read_shards, reading, unreadable
 from configs import ConfigError, require
 
 PARTS = {  # LLMonade's names of parts: ours
@@ -95,7 +95,7 @@ def read_weights(path, step=-1):
         return read_file(path), path
     if os.path.exists(os.path.join(path, "config.json")):
         state = pick_checkpoint(path, step)
-        return part(state["tensors"], "model"), f"{path}, step {state['step']}"
+        return select_prefix(state["tensors"], "model"), f"{path}, step {state['step']}"
     found = glob.glob(os.path.join(glob.escape(path), "**", "step-*"), recursive=True)
     folders = {int(f.rsplit("-", 1)[1]): f for f in found if f.rsplit("-", 1)[1].isdigit()}
     if folders:
@@ -106,7 +106,7 @@ def read_weights(path, step=-1):
     message = f"{path} is no run directory, checkpoint file or folder of torch.distributed.checkpoint"
     require(os.path.exists(os.path.join(path, ".metadata")), message, "init_from")
     tensors = read_shards(path)
-    return next(filter(None, (part(tensors, "model"), part(tensors, "state_dict"))), tensors), path
+    return next(filter(None, (select_prefix(tensors, "model"), select_prefix(tensors, "state_dict"))), tensors), path
 
 
 def pick_checkpoint(folder, step):
@@ -143,7 +143,7 @@ def read_file(path):
     in_shards = isinstance(state, dict) and "shards" in state
     require(not in_shards, f"the tensors of {path} are in shards beside it; name the run directory instead", "init_from")
     if isinstance(state, dict) and "tensors" in state:
-        return part(plain_tensors(state["tensors"], path), "model")
+        return select_prefix(plain_tensors(state["tensors"], path), "model")
     for key in ("model", "state_dict"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}

@@ -32,7 +32,7 @@ class ConfigError(Exception):
         self.key = key
 
 
-class RunFailed(Exception):
+class RunError(Exception):
     """One sentence about a run that cannot go on although its settings are right: disk full, a rank lost."""
 
 
@@ -45,7 +45,7 @@ class Setting:
     origin: str
 
 
-def told(default):
+def derived(default):
     """A field that another part of the program fills in (data tells the model its vocabulary); users cannot set it."""
     return field(default=default, metadata={"told": True})
 
@@ -53,7 +53,7 @@ def told(default):
 # ---- reading: command line and files -> a list of Settings -------------------------------------------------------------
 
 
-def parse(argv):
+def split_argv(argv):
     """Split a command line into positional words and a list of Settings, in order. `-h` is `--help`."""
     words, settings = [], []
     i = 0
@@ -76,14 +76,14 @@ def parse(argv):
     return words, settings
 
 
-def collect(argv):
+def read_argv(argv):
     """A command line -> words that are no override files, and all Settings in the order in which they win."""
-    words, flags = parse(argv)
+    words, flags = split_argv(argv)
     files = [w for w in words if w.endswith(".py")]
-    return [w for w in words if w not in files], [s for path in files for s in read_file(path)] + flags
+    return [w for w in words if w not in files], [s for path in files for s in run_override_file(path)] + flags
 
 
-def read_file(path):
+def run_override_file(path):
     """Run one override file and return its Settings, each with the line that set it last."""
     # A device may have no end.
     require(os.path.isfile(path) or not os.path.exists(path), f"{path} is no file", None)
@@ -127,20 +127,20 @@ def _assigned_lines(tree):
 # ---- checking: Settings -> dataclass instances -------------------------------------------------------------------------
 
 
-def settable(cls):
+def field_names(cls):
     """The names a user may set on this dataclass."""
     return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("told")]
 
 
-def check_names(settings, *classes):
+def reject_unknown(settings, *classes):
     """Refuse the first setting that none of the dataclasses has, naming the nearest one that exists."""
-    known = [name for cls in classes for name in settable(cls)]
+    known = [name for cls in classes for name in field_names(cls)]
     for s in settings:
         if s.key not in known:
             raise ConfigError(f"{s.origin}: there is no setting {s.key!r}{_nearest(s.key, known)}")
 
 
-def build(cls, settings, **told_values):
+def build_config(cls, settings, **told_values):
     """One checked instance of `cls` from the settings that belong to it; a key set twice takes its last value.
 
     A dataclass may have `check()`, which raises ConfigError(message, key) for values that cannot be, and `unused()`,
@@ -148,7 +148,7 @@ def build(cls, settings, **told_values):
     default is refused rather than ignored.
     """
     hints = typing.get_type_hints(cls)
-    mine = {s.key: s for s in settings if s.key in settable(cls)}
+    mine = {s.key: s for s in settings if s.key in field_names(cls)}
     values = {}
     for key, s in mine.items():
         try:
@@ -161,11 +161,11 @@ def build(cls, settings, **told_values):
         getattr(config, "check", lambda: None)()
     except ConfigError as e:
         raise ConfigError(f"{mine[e.key].origin}: {e}" if e.key in mine else str(e), e.key) from None
-    refuse_unused(config, getattr(config, "unused", dict)(), mine)
+    reject_unused(config, getattr(config, "unused", dict)(), mine)
     return config
 
 
-def refuse_unused(config, reasons, mine):
+def reject_unused(config, reasons, mine):
     """Raise for a setting in `reasons` (name -> why it has no effect) that differs from its default.
 
     mine: {name: Setting}, to say where it was set.
@@ -177,7 +177,7 @@ def refuse_unused(config, reasons, mine):
             raise ConfigError(f"{where}{f.name}={value!r} has no effect: {reasons[f.name]}; leave it out", f.name)
 
 
-Structure = dict | list | str  # the type of a setting that takes JSON
+Json = dict | list | str  # the type of a setting that takes JSON
 
 
 def convert(value, kind):
@@ -185,7 +185,7 @@ def convert(value, kind):
 
     Types: bool, int, float, str, tuples of them (`tuple[tuple[int, int], ...]`, written as a Python literal), and Structure.
     """
-    if kind == Structure:
+    if kind == Json:
         return _convert_structure(value)
     if typing.get_origin(kind) is tuple:
         return _convert_tuple(value, kind)
@@ -323,9 +323,9 @@ def say(*words, sep=" ", **where):
 # ---- help and the way out ----------------------------------------------------------------------------------------------
 
 
-def comments(cls):
+def field_comments(cls):
     """{field name: the comment beside it}, read from the source of the dataclass and of those it extends."""
-    inherited = {} if cls.__base__ is object else comments(cls.__base__)
+    inherited = {} if cls.__base__ is object else field_comments(cls.__base__)
     source = inspect.getsource(cls)
     by_line = {
         t.start[0]: t.string.lstrip("# ")
@@ -341,7 +341,7 @@ def help_text(doc, *classes):
     lines = [doc.strip(), ""]
     for cls in classes:
         lines.append(f"settings of {os.path.basename(inspect.getsourcefile(cls))}:")
-        reasons = comments(cls)
+        reasons = field_comments(cls)
         for f in dataclasses.fields(cls):
             if not f.metadata.get("told"):
                 lines.append(f"  --{f.name + '=' + str(f.default):32s} {reasons[f.name]}")
@@ -397,7 +397,7 @@ def open_screens():
         setattr(sys, name, Screen(stream))
 
 
-def exit_with_sentence(main):
+def run_cli(main):
     """Run main(); a ConfigError becomes one line on standard error and exit status 2, a RunFailed one and exit status 1.
 
     Of the ranks under torchrun, the first one speaks.
@@ -405,7 +405,7 @@ def exit_with_sentence(main):
     open_screens()
     try:
         sys.exit(main())
-    except (ConfigError, RunFailed) as e:
+    except (ConfigError, RunError) as e:
         if os.environ.get("RANK", "0") == "0":
             say(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
         sys.exit(2 if isinstance(e, ConfigError) else 1)

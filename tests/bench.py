@@ -144,8 +144,8 @@ def train_rows(rounds):
 def data_rows(rounds):
     """The 40,000 training rows of the MQAR cell, against a numpy loop over rows with the same law."""
     c = data_mqar.Config()
-    cell, n = data_mqar.Cell(c.input_seq_len, c.num_kv_pairs, c), c.n_train_examples
-    ours = {"ours": lambda: data_mqar.make_rows(cell, "train", np.arange(n))}
+    cell, n = data_mqar.TaskSize(c.input_seq_len, c.num_kv_pairs, c), c.n_train_examples
+    ours = {"ours": lambda: data_mqar.make_sequences(cell, "train", np.arange(n))}
     peer = {"loop": lambda: loop_rows(cell, n // 10, np.random.default_rng(0))}  # a tenth of the rows, or it takes a minute
     times = take_turns({**ours, **peer}, min(rounds, 5))
     yield f"{n} MQAR rows", times["ours"], "numpy loop over rows", [10 * t for t in times["loop"]], None
@@ -159,7 +159,7 @@ def mask_rows(rounds):
         documents = [tokens.BYTES.encode(text) for text in texts]
         copies = 10**6 // sum(map(len, documents)) + 1
         flat, ends = np.concatenate(documents * copies), np.cumsum([0, *map(len, documents * copies)])
-        ours = {"ours": lambda: tokens.mask(flat, kind, ends)}
+        ours = {"ours": lambda: tokens.label_mask(flat, kind, ends)}
         times = take_turns(ours | {"loop": lambda: [naive_mask(d, kind) for d in documents]}, min(rounds, 5))
         yield f"{kind} mask of {len(flat)} tokens", times["ours"], "loop over tokens", [copies * t for t in times["loop"]], None
 
@@ -172,15 +172,15 @@ def memory_rows(rounds, T=256, H=4, Q=128, V=256, k=8):
         values, flat = torch.randn(n * n, V, generator=g), torch.randn(H, n * n, Q, generator=g) if n <= 256 else None
 
         def read(reader, q=q, keys=keys, values=values):
-            scores, slots = memory.lookup(q, keys, k)
+            scores, slots = memory.product_key_topk(q, keys, k)
             return reader(values, slots.flatten(1), scores.softmax(-1).flatten(1))
 
         def flat_keys(q=q, flat=flat, values=values):
             scores, slots = torch.einsum("nhse,hce->nhc", q.flatten(-2).unsqueeze(2), flat).topk(k)
-            return memory.read_values(values, slots.flatten(1), scores.softmax(-1).flatten(1))
+            return memory.weighted_values(values, slots.flatten(1), scores.softmax(-1).flatten(1))
 
-        functions = {"ours": lambda read=read: read(memory.read_values)}
-        functions |= {"values one by one": lambda read=read: read(memory.naive_read_values)}
+        functions = {"ours": lambda read=read: read(memory.weighted_values)}
+        functions |= {"values one by one": lambda read=read: read(memory.naive_weighted_values)}
         functions |= {"flat keys": flat_keys} if n <= 256 else {}
         with torch.no_grad():
             times = take_turns(functions, rounds)
@@ -237,8 +237,8 @@ def delta_rows(rounds):
     peak, peak_flops = make_peak()
     for B, T, H, width, C in ((32, 128, 2, 32, 16), (32, 128, 2, 48, 16), (8, 1024, 4, 64, 32)) if naive else ():
         inputs = delta_inputs(B, T, H, width)
-        functions = {"ours": forward_and_backward(D.delta_chunked, inputs, chunk_size=C), "peak": peak}
-        functions["loop"] = forward_and_backward(D.delta_loop, inputs)
+        functions = {"ours": forward_and_backward(D.delta_rule_chunkwise, inputs, chunk_size=C), "peak": peak}
+        functions["loop"] = forward_and_backward(D.delta_rule_recurrent, inputs)
         for peer in (16, 32, 64):
             functions[peer] = forward_and_backward(naive.delta_rule_chunkwise, inputs, chunk_size=peer)
         times = take_turns(functions, rounds)
@@ -251,7 +251,7 @@ def delta_rows(rounds):
         yield what, times["ours"], "fla naive, its default", times[32], share
         yield what, times["ours"], f"fla naive, best chunk {best}", times[best], share
     lengths = (256, 1024, 8192)
-    rules = {T: forward_and_backward(D.delta_chunked, delta_inputs(4, T, 2, 48), chunk_size=16) for T in lengths}
+    rules = {T: forward_and_backward(D.delta_rule_chunkwise, delta_inputs(4, T, 2, 48), chunk_size=16) for T in lengths}
     times = take_turns(rules, rounds)
     for T in lengths[1:]:
         yield f"delta rule, 4 x {T}", times[T], f"{T // 256} times 4 x 256", [t * (T // 256) for t in times[256]], None
@@ -285,17 +285,17 @@ def rank_loop(rank, size, threads, port, orders):
     if size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), GLOO_SOCKET_IFNAME="lo")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with parallel.joined() as world:
+    with parallel.process_group() as world:
         p, _ = train.read_command_line([os.path.join(ROOT, "configs", "mqar_gpt.py"), "--curriculum=[]"])
         data, device = p.data_module.Data(p.data), torch.device("cpu")
-        model = train.make_model(p, train.model_config(p, data))
-        parts = {"step": parallel.spread(model, "ddp", device), "step without exchange": model}
+        model = train.build_model(p, train.build_model_config(p, data))
+        parts = {"step": parallel.wrap_model(model, "ddp", device), "step without exchange": model}
         runs = {k: train.Run(p, "", world, device, torch.float32, data, model, m) for k, m in parts.items()}
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         number = 0
         while order := orders.recv():
             for _ in range(STEPS):
-                train.backward(runs[order], number, [])
+                train.forward_backward(runs[order], number, [])
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -337,10 +337,10 @@ def eval_rows(rounds):
     p, _ = train.read_command_line([os.path.join(ROOT, "configs", "qa_2k_memory.py"), "--n_test_examples=180"])
     data = p.data_module.Data(p.data)
     torch.manual_seed(0)
-    model = train.make_model(p, train.model_config(p, data)).eval()
+    model = train.build_model(p, train.build_model_config(p, data)).eval()
 
     def all_rows(batch_size):
-        return lambda: list(measure.predict(model, data, "test", batch_size, torch.device("cpu")))
+        return lambda: list(measure.iter_predictions(model, data, "test", batch_size, torch.device("cpu")))
 
     times = take_turns({"ours": all_rows(100), "one at a time": all_rows(1)}, max(1, rounds // 3))
     yield "evaluation of 180 rows", times["ours"], "one at a time", times["one at a time"], None
@@ -352,10 +352,10 @@ def ablate_rows(rounds):
     p, _ = train.read_command_line([os.path.join(ROOT, "configs", "qa_2k_memory.py")])
     data = p.data_module.Data(p.data)
     torch.manual_seed(0)
-    model = train.make_model(p, train.model_config(p, data)).eval()
+    model = train.build_model(p, train.build_model_config(p, data)).eval()
     look = SimpleNamespace(data=data, config=SimpleNamespace(split="test"), pad=data.tokenizer.pad, device="cpu")
     cases, _ = interventions.read_cases(look, np.arange(10))
-    slots = interventions.clean_run(model, cases).found[0]["slots"]
+    slots = interventions.run_with_cache(model, cases).found[0]["slots"]
     counted = len(ablate.remove_slots(model, cases, ["zero"])["fall"]) // cases.at.shape[1]
 
     @torch.no_grad()
@@ -381,14 +381,14 @@ def fuse(model, prefix, questions, n, new_tokens=4):
     """Encode the prefix once and each of n templates of 15 tokens once, fuse them, decode: for so many questions at once."""
     random = np.random.default_rng(1)
     segments = random.integers(10, 49152, (questions * n, 15)).tolist()
-    never = fusion.Stop(torch.tensor([], dtype=torch.long), *torch.zeros(2, 49152, dtype=torch.bool))
+    never = fusion.StopCriteria(torch.tensor([], dtype=torch.long), *torch.zeros(2, 49152, dtype=torch.bool))
 
     def f():
-        shared = fusion.encode_prefix(model, prefix)
+        shared = fusion.prefill_prefix(model, prefix)
         rows = [(s, range(104, 119)) for s in segments]
         places = [range(i, i + n) for i in range(0, len(rows), n)]
-        cache = fusion.assemble(shared, rows, fusion.encode(model, shared, rows), places, [119] * questions)
-        fusion.decode(model, cache, 7, fusion.each, never, most=new_tokens)
+        cache = fusion.build_cache(shared, rows, fusion.prefill(model, shared, rows), places, [119] * questions)
+        fusion.greedy_decode(model, cache, 7, fusion.argmax_each, never, most=new_tokens)
 
     return f, segments
 
@@ -405,7 +405,7 @@ def flex_rows(rounds):
         ids = [t for s in segments[:10] for t in [*prefix, *s, 7, 3]]
         segment = [i for i, s in enumerate(segments[:10]) for _ in range(len(prefix) + len(s) + 2)]
         for _ in range(4):
-            seen = fusion.visible("isolated", torch.tensor(segment), manual)
+            seen = fusion.dense_mask("isolated", torch.tensor(segment), manual)
             attend = lambda layer, q, k, v, seen=seen: F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
             x = model(torch.tensor([ids]), torch.arange(len(ids))[None], attend)
             ids, segment = [*ids, int(model.logits(x[:, -1]).argmax())], [*segment, fusion.FUSED]
@@ -513,7 +513,7 @@ def draw_curves(path, found, rounds):
         axis.grid(alpha=0.3)
     threads = torch.get_num_threads()
     fig.supxlabel(f"{threads} thread{'s' * (threads > 1)}, medians of up to {rounds} interleaved rounds", fontsize=7)
-    measure.finish(fig, plt, path, "")
+    measure.finish_figure(fig, plt, path, "")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def on_ranks():
     import socket
     import traceback
 
-    from configs import exit_with_sentence
+    from configs import run_cli
 
     def child(rank, size, port, work):
         status = 99
@@ -52,7 +52,7 @@ def on_ranks():
         try:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-            exit_with_sentence(lambda: work(rank))
+            run_cli(lambda: work(rank))
         except SystemExit as e:
             status = e.code or 0
         except BaseException:

@@ -16,15 +16,15 @@ import memory
 import model as M
 import train
 from configs import ConfigError
-from eval import greedy
-from measure import mean_over_rows
+from eval import greedy_decode
+from measure import clustered_mean_ci
 from test_look import latest
 
 SIZES = dict(dim=16, n_layers=3, n_heads=2, dk=8, dv=8, conv=2, vocab_size=11, seq_len=9)
 SLOTS = dict(memory_layers=(0, 2), mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
 
 
-def make(cls=memory.Memory, seed=0, **changes):
+def make(cls=memory.MemoryGPT, seed=0, **changes):
     torch.manual_seed(seed)
     made = cls(memory.Config(**{**SIZES, **SLOTS, **changes})).eval()
     for layer in made.memories().values():
@@ -37,7 +37,7 @@ def some_cases(B=6, T=9, n=3, seed=1):
     g = torch.Generator().manual_seed(seed)
     at = torch.stack([torch.randperm(T, generator=g)[:n].sort().values for _ in range(B)])
     rows = torch.randint(11, (B, T), generator=g), at, torch.randint(11, (B, n), generator=g)
-    return I.Cases(np.arange(B), *rows, {"exposures": np.arange(B)})
+    return I.Examples(np.arange(B), *rows, {"exposures": np.arange(B)})
 
 
 MODELS = [
@@ -52,7 +52,7 @@ MODELS = [
 @pytest.fixture(params=[*MODELS, ("router", dict())], ids=lambda p: p[0])
 def model(request):
     name, changes = request.param
-    return make(memory.MemoryRouter if name == "router" else memory.Memory, **changes)
+    return make(memory.MemoryRouterGPT if name == "router" else memory.MemoryGPT, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +90,11 @@ def saved(runs, name, what):
 @torch.no_grad()
 def test_going_on_from_the_middle_is_the_whole_model(model):
     cases = some_cases()
-    clean = I.clean_run(model, cases)
-    whole = I.at_labels(model(cases.tokens)[0], cases.at)
+    clean = I.run_with_cache(model, cases)
+    whole = I.gather_labels(model(cases.tokens)[0], cases.at)
     torch.testing.assert_close(clean.logits, whole)
     for block, found in clean.found.items():
-        again = I.go_on(model, block, clean.stream[block], {k: found[k] for k in ("slots", "weights")}, cases.at)
+        again = I.forward_from(model, block, clean.stream[block], {k: found[k] for k in ("slots", "weights")}, cases.at)
         torch.testing.assert_close(again, whole)
 
 
@@ -139,12 +139,12 @@ def drop_naively(model, block, slot, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", I.MODES)
+@pytest.mark.parametrize("mode", I.ABLATIONS)
 def test_many_removals_at_once_equal_one_whole_forward_pass_each(model, mode):
     """The batched sweep against its naive twin, every slot that the first rows read and one they do not."""
     cases = some_cases(B=3)
     found = ablate.remove_slots(model, cases, [mode], chunk=7)
-    lead, _, _ = I.margin(I.clean_run(model, cases).logits, cases.answers)
+    lead, _, _ = I.logit_diff(I.run_with_cache(model, cases).logits, cases.answers)
     n = cases.at.shape[1]
     assert (np.bincount(found["case"]) > 20).all() and found["control"].sum() == len(cases) * 2 * n
     random, seen = np.random.default_rng(0), 0
@@ -164,7 +164,7 @@ def test_many_removals_at_once_equal_one_whole_forward_pass_each(model, mode):
                 if not control_or_not[i]:
                     continue  # which slot comes in is drawn: see the next test
                 logits = model(tokens)[0]
-            now, p, right = I.margin(I.at_labels(logits, cases.at[case[i] : case[i] + 1]), cases.answers[case[i] : case[i] + 1])
+            now, p, right = I.logit_diff(I.gather_labels(logits, cases.at[case[i] : case[i] + 1]), cases.answers[case[i] : case[i] + 1])
             np.testing.assert_allclose(found["fall"][mine].reshape(-1, n)[i], lead[case[i]] - now[0], atol=1e-4)
             np.testing.assert_allclose(found["p"][mine].reshape(-1, n)[i], p[0], atol=1e-5)
             seen += 1
@@ -176,8 +176,8 @@ def test_many_removals_at_once_equal_one_whole_forward_pass_each(model, mode):
 def test_another_slots_value_comes_in(mode):
     layer = make().memories()[0]
     found = {"slots": torch.tensor([[[[3, 4], [3, 7]]]]), "weights": torch.tensor([[[[0.5, 0.5], [0.9, 0.1]]]])}
-    removal = I.Removal(layer, found, torch.tensor([3]), None, torch.tensor([11]), torch.tensor([12]))
-    changed = I.MODES[mode](removal)
+    removal = I.SlotAblation(layer, found, torch.tensor([3]), None, torch.tensor([11]), torch.tensor([12]))
+    changed = I.ABLATIONS[mode](removal)
     comes = 11 if mode == "random" else 12
     assert changed["slots"].flatten().tolist() == [comes, 4, comes, 7] and torch.equal(changed["weights"], found["weights"])
 
@@ -198,18 +198,18 @@ def test_reads_of_a_row_by_hand():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", I.MODES)
+@pytest.mark.parametrize("mode", I.ABLATIONS)
 def test_a_slot_that_is_not_read_changes_nothing_bit_for_bit(model, mode):
     cases = some_cases()
-    clean = I.clean_run(model, cases)
+    clean = I.run_with_cache(model, cases)
     for block, layer in model.memories().items():
         stream, found = clean.stream[block], {k: clean.found[block][k] for k in ("slots", "weights")}
         unread = np.setdiff1d(np.arange(25), found["slots"][:1].unique())
         cell = lambda x: torch.full((1,), int(x))
         more = tuple(x[:1] for x in layer.search(model.layers[block].ffn_norm(stream), 4))
         one = {k: v[:1] for k, v in found.items()}
-        changed = I.MODES[mode](I.Removal(layer, one, cell(unread[0]), more, cell(1), cell(2)))
-        before, after = (I.go_on(model, block, stream[:1], f, cases.at[:1]) for f in (one, changed))
+        changed = I.ABLATIONS[mode](I.SlotAblation(layer, one, cell(unread[0]), more, cell(1), cell(2)))
+        before, after = (I.forward_from(model, block, stream[:1], f, cases.at[:1]) for f in (one, changed))
         if mode == "drop":  # its weights are made from the same scores again, in another order of work
             torch.testing.assert_close(before, after)
         else:
@@ -220,18 +220,18 @@ def test_a_slot_that_is_not_read_changes_nothing_bit_for_bit(model, mode):
 def test_all_slots_at_zero_are_the_layer_taken_out(model):
     cases = some_cases()
     silence = lambda found: {"slots": found["slots"], "weights": torch.zeros_like(found["weights"])}
-    zeroed = I.run_changed(model, cases, intervene=dict.fromkeys(model.memories(), silence))
+    zeroed = I.run_with_hooks(model, cases, intervene=dict.fromkeys(model.memories(), silence))
     changes = ablate.whole_block_changes(model)
     hooks = [hook for block in model.memories() for hook in changes[block, "memory, full"][0]]
-    assert torch.equal(zeroed, I.run_changed(model, cases, hooks))
-    assert not torch.allclose(zeroed, I.clean_run(model, cases).logits)
+    assert torch.equal(zeroed, I.run_with_hooks(model, cases, hooks))
+    assert not torch.allclose(zeroed, I.run_with_cache(model, cases).logits)
 
 
 @torch.no_grad()
 def test_values_and_keys_of_a_layer_taken_out(model):
     """Exchanged values: as a model whose table was permuted. Random slots: weights stay, slots are others."""
     cases, changes = some_cases(), ablate.whole_block_changes(model, seed=3)
-    clean = I.clean_run(model, cases)
+    clean = I.run_with_cache(model, cases)
     for block in model.memories():
         exchanged = changes[block, "memory, values"][1][block](clean.found[block])
         order = torch.empty(25, dtype=torch.long)
@@ -241,7 +241,7 @@ def test_values_and_keys_of_a_layer_taken_out(model):
         drawn = changes[block, "memory, keys"][1][block](clean.found[block])
         assert torch.equal(drawn["weights"], clean.found[block]["weights"])
         assert (drawn["slots"] == clean.found[block]["slots"]).float().mean() < 0.2
-        assert not torch.allclose(I.run_changed(model, cases, intervene=changes[block, "memory, keys"][1]), clean.logits)
+        assert not torch.allclose(I.run_with_hooks(model, cases, intervene=changes[block, "memory, keys"][1]), clean.logits)
 
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def test_a_head_taken_out_is_its_columns_at_zero():
         cases = some_cases()
         for block, head in ((0, 1), (2, 0)):
             mixer = model.layers[block].att
-            hooked = I.run_changed(model, cases, [I.without_head(mixer.out_proj, mixer.heads, head)])
+            hooked = I.run_with_hooks(model, cases, [I.ablate_head(mixer.out_proj, mixer.heads, head)])
             kept = mixer.out_proj.weight.clone()
             mixer.out_proj.weight.unflatten(1, (mixer.heads, -1))[:, head] = 0
             torch.testing.assert_close(hooked, I.logits_at(model, cases.tokens, cases.at), msg=name)
@@ -271,11 +271,11 @@ def test_patching_a_run_into_itself_changes_nothing_and_every_site_of_b_gives_b(
     a, b = some_cases(seed=1), some_cases(seed=2)
     b.at = a.at
     kept = {}
-    places = [(name, block, module) for name, blocks in I.sites(model).items() for block, module in blocks.items()]
+    places = [(name, block, module) for name, blocks in I.hook_points(model).items() for block, module in blocks.items()]
     assert {name for name, *_ in places} >= {"stream", "mixer", "memory"}
 
     def run(cases, change):
-        with I.replaced([I.changed_output(name, module, change((name, block))) for name, block, module in places]):
+        with I.hooked([I.hook_output(name, module, change((name, block))) for name, block, module in places]):
             return I.logits_at(model, cases.tokens, cases.at)
 
     first = run(a, lambda key: lambda x: kept.setdefault(key, x))
@@ -290,7 +290,7 @@ def test_hooks_are_gone_after_an_exception(model):
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
-        I.run_changed(model, some_cases(), [(model.layers[1].att, "after", fail), (model.layers[0], "before", lambda *_: None)])
+        I.run_with_hooks(model, some_cases(), [(model.layers[1].att, "after", fail), (model.layers[0], "before", lambda *_: None)])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     I.logits_at(model, some_cases().tokens, some_cases().at)
 
@@ -299,11 +299,11 @@ def test_hooks_are_gone_after_an_exception(model):
 def test_a_row_with_its_own_reading_decodes_as_before():
     model, cases = make(), some_cases()
     cases.at = torch.arange(4, 7).expand(6, -1)  # answers that stand together
-    clean = I.clean_run(model, cases)
+    clean = I.run_with_cache(model, cases)
     i = torch.arange(6)
-    changes = exchange.reading_of_others(clean, cases, i, i)
-    torch.testing.assert_close(I.run_changed(model, cases, intervene=changes), clean.logits)
-    plain = greedy(model, cases.tokens[:, :5], 3)
+    changes = exchange.source_reads(clean, cases, i, i)
+    torch.testing.assert_close(I.run_with_hooks(model, cases, intervene=changes), clean.logits)
+    plain = greedy_decode(model, cases.tokens[:, :5], 3)
     assert torch.equal(exchange.decode_with(model, cases, {b: lambda found: found for b in clean.found}), plain)
 
 
@@ -316,7 +316,7 @@ def planted(V=9, n=3):
         dim=2 * V, n_layers=1, n_heads=1, dk=2, dv=2, pos="none", vocab_size=V, seq_len=2,
         memory_layers=(0,), mem_n_keys=n, mem_heads=1, mem_knn=2, mem_k_dim=2 * n, mem_query_norm="none",
     )  # fmt: skip
-    model = memory.Memory(c).eval()
+    model = memory.MemoryGPT(c).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
@@ -334,13 +334,13 @@ def planted(V=9, n=3):
     tokens = torch.stack([torch.zeros(V, dtype=torch.long), torch.arange(V)], 1)
     answers = ((torch.arange(V) + 4) % V)[:, None]
     tags = {"exposures": np.arange(V)}
-    return model, I.Cases(np.arange(V), tokens, torch.ones(V, 1, dtype=torch.long), answers, tags)
+    return model, I.Examples(np.arange(V), tokens, torch.ones(V, 1, dtype=torch.long), answers, tags)
 
 
 def test_removal_finds_the_slot_that_holds_the_fact():
     model, cases = planted()
-    assert (I.clean_run(model, cases).logits.argmax(-1) == cases.answers).all()
-    for mode in I.MODES:
+    assert (I.run_with_cache(model, cases).logits.argmax(-1) == cases.answers).all()
+    for mode in I.ABLATIONS:
         found = ablate.remove_slots(model, cases, [mode])
         holds = found["slot"] == cases.rows[found["case"]]
         lost = found["flip"] | (found["fall"] > 1)
@@ -361,7 +361,7 @@ def test_exchange_carries_the_fact(name):
 def test_patch_finds_memory_at_the_label():
     model, cases = planted()
     other = cases.pick(np.roll(np.arange(9), 1))
-    back, first, second = exchange.patched(model, cases, other)
+    back, first, second = exchange.recovered(model, cases, other)
     assert (first > 0).all() and (second < 0).all()
     np.testing.assert_allclose(back["memory", 0][1], 1, atol=1e-4)
     np.testing.assert_allclose(back["stream", 0][1], 1, atol=1e-4)
@@ -383,9 +383,9 @@ def test_exchanges_by_hand():
 def test_a_replaced_value_is_replaced_wherever_it_is_read():
     model = make()
     cases = some_cases()
-    clean = I.clean_run(model, cases)
+    clean = I.run_with_cache(model, cases)
     i, place = torch.tensor([0, 1]), torch.tensor([2, 2])
-    got = exchange.exchange_and_go_on(model, cases, clean, 0, "replace", i, i.flip(0), place, torch.zeros(2, dtype=torch.long))
+    got = exchange.forward_with_interchange(model, cases, clean, 0, "replace", i, i.flip(0), place, torch.zeros(2, dtype=torch.long))
     for m in range(2):
         read = lambda r: {k: clean.found[0][k][r, cases.at[r, 2]][None] for k in ("slots", "weights")}
         own, theirs = (exchange.strongest(read(r)) for r in (m, 1 - m))
@@ -408,8 +408,8 @@ def test_pairs_by_type():
         assert kind == "any" or set(names) == {kind}
     a, b = exchange.draw_pairs(cases, 5, "any", 0)
     assert len({*zip(a.tolist(), b.tolist())}) == 5
-    third = exchange.third_answers(np.array([1, 2]), np.array([2, 3]), np.array([1, 2, 3]), 0)
-    assert third.tolist() == [3, 1] and exchange.third_answers(np.array([1]), np.array([2]), np.array([1, 2]), 0) == [-1]
+    third = exchange.control_answers(np.array([1, 2]), np.array([2, 3]), np.array([1, 2, 3]), 0)
+    assert third.tolist() == [3, 1] and exchange.control_answers(np.array([1]), np.array([2]), np.array([1, 2]), 0) == [-1]
 
 
 # ---- reading what was measured -----------------------------------------------------------------------------------------
@@ -426,8 +426,8 @@ def test_tables_by_hand():
     slots = impact.slot_table(columns)
     assert slots["slot"].tolist() == [4, 5] and slots["rows"].tolist() == [2, 1] and slots["mean"].tolist() == [2.5, 7]
     assert slots["median"].tolist() == [2.5, 7] and slots["max"].tolist() == [4, 7] and slots["flips"].tolist() == [0.25, 0]
-    assert impact.by_rows(columns, np.array([2, 0])).tolist() == [7, 1.5]
-    assert mean_over_rows(columns["fall"], columns["row"])["value"] == pytest.approx((1.5 + 3.5 + 7) / 3)
+    assert impact.per_example_mean(columns, np.array([2, 0])).tolist() == [7, 1.5]
+    assert clustered_mean_ci(columns["fall"], columns["row"])["value"] == pytest.approx((1.5 + 3.5 + 7) / 3)
 
 
 def test_groups_of_values_are_found_and_noise_is_none():
@@ -442,11 +442,11 @@ def test_groups_of_values_are_found_and_noise_is_none():
 def test_a_place_unlike_the_others_is_found():
     random = np.random.default_rng(0)
     by_row = random.normal(size=(60, 4))
-    assert (impact.unlike_others(by_row) > 0.01).all()
+    assert (impact.position_permutation_test(by_row) > 0.01).all()
     by_row[:, 2] += 1
-    p = impact.unlike_others(by_row)
+    p = impact.position_permutation_test(by_row)
     assert p[2] < 0.002
-    p = [impact.unlike_others(random.normal(size=(10, 3)), draws=99)[0] for _ in range(300)]
+    p = [impact.position_permutation_test(random.normal(size=(10, 3)), draws=99)[0] for _ in range(300)]
     assert np.mean(np.array(p) <= 0.05) < 0.1
 
 
@@ -532,20 +532,20 @@ def test_what_was_measured_on_another_checkpoint_is_refused(runs, capsys):
 
 
 def test_rows_are_as_many_of_each_group(runs):
-    from look import open_look
+    from look import open_run
 
-    look = open_look(str(runs / "two"), ablate.AblateConfig(rows=10))
-    cases = I.known_cases(look)
+    look = open_run(str(runs / "two"), ablate.AblateConfig(rows=10))
+    cases = I.correct_cases(look)
     counts = {e: int((cases.tags["exposures"] == e).sum()) for e in np.unique(cases.tags["exposures"])}
     assert len(cases) <= 10 and max(counts.values()) <= 6
-    logits = I.clean_run(look.model, cases).logits
+    logits = I.run_with_cache(look.model, cases).logits
     assert (logits.argmax(-1) == cases.answers).all()
 
 
 def test_dropping_needs_a_next_best_slot(runs):
-    from look import open_look
+    from look import open_run
 
-    look = open_look(str(runs / "one"), ablate.AblateConfig(rows=4, modes="zero drop"))
+    look = open_run(str(runs / "one"), ablate.AblateConfig(rows=4, modes="zero drop"))
     look.model.config.mem_knn = look.model.config.mem_n_keys
     with pytest.raises(ConfigError, match="modes=drop needs a slot more than mem_knn=8 of mem_n_keys=8"):
         ablate.keys(look)

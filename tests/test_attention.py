@@ -6,7 +6,7 @@ import torch
 import attention as A
 import delta as D
 import model as M
-from eval import greedy
+from eval import greedy_decode
 from test_model import T, V, build
 
 
@@ -42,19 +42,19 @@ def test_flash_attention_lays_its_arguments_out_as_varlen_expects(monkeypatch):
 
 def test_flash_is_chosen_only_where_it_works(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert "CUDA" in A.flash_problem(cpu, torch.bfloat16, 64, 64)
+    assert "CUDA" in A.why_no_flash(cpu, torch.bfloat16, 64, 64)
     monkeypatch.setattr(A, "flash_attn_varlen_func", None)
-    assert "not installed" in A.flash_problem(cuda, torch.bfloat16, 64, 64)
+    assert "not installed" in A.why_no_flash(cuda, torch.bfloat16, 64, 64)
     monkeypatch.setattr(A, "flash_attn_varlen_func", object())
-    assert "bfloat16" in A.flash_problem(cuda, torch.float32, 64, 64)
-    assert "one width" in A.flash_problem(cuda, torch.bfloat16, 64, 32) and A.flash_problem(cuda, torch.bfloat16, 512, 512)
-    assert A.flash_problem(cuda, torch.bfloat16, 64, 64) is None
+    assert "bfloat16" in A.why_no_flash(cuda, torch.float32, 64, 64)
+    assert "one width" in A.why_no_flash(cuda, torch.bfloat16, 64, 32) and A.why_no_flash(cuda, torch.bfloat16, 512, 512)
+    assert A.why_no_flash(cuda, torch.bfloat16, 64, 64) is None
 
 
 def test_rotary_scores_depend_on_distance_only():
-    table = A.rotary_table(6, 32)
+    table = A.rope_table(6, 32)
     q, k = torch.randn(2, 6)
-    turned = [A.rotate(x.expand(1, 32, 1, 6), table)[0, :, 0] for x in (q, k)]
+    turned = [A.apply_rotary(x.expand(1, 32, 1, 6), table)[0, :, 0] for x in (q, k)]
     scores = turned[0] @ turned[1].T  # (32, 32)
     for distance in range(32):
         diagonal = scores.diagonal(-distance)
@@ -70,11 +70,11 @@ def test_rotation_keeps_the_digits_of_its_input_and_rounds_no_position():
     pairs = torch.view_as_complex(x.unflatten(-1, (3, 2)))
     turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, None])
     exact = turned.flatten(-2)
-    double = A.rotate(x, A.rotary_table(6, 300, torch.float64))
+    double = A.apply_rotary(x, A.rope_table(6, 300, torch.float64))
     assert double.dtype == torch.float64
     torch.testing.assert_close(double, exact, rtol=1e-12, atol=1e-12)
     for kind, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03), (torch.float16, 0.004)):
-        turned = A.rotate(x.to(kind), A.rotary_table(6, 300, kind))
+        turned = A.apply_rotary(x.to(kind), A.rope_table(6, 300, kind))
         assert turned.dtype == kind and (turned.double() - exact).abs().max() < tolerance
 
 
@@ -82,7 +82,7 @@ def test_rotation_keeps_the_digits_of_its_input_and_rounds_no_position():
 def test_a_model_in_another_dtype_has_positions_of_its_own_precision(kind):
     att = M.CausalSelfAttention(M.Config(dim=8, dk=6, dv=6, seq_len=300))
     single, moved = att.turns.clone(), att.to(kind).turns
-    assert torch.equal(moved, A.rotary_table(6, 300, kind))
+    assert torch.equal(moved, A.rope_table(6, 300, kind))
     assert moved.dtype == torch.promote_types(kind, torch.float32)
     assert torch.equal(att.float().turns, single)
 
@@ -120,7 +120,7 @@ def test_packed_equals_a_row_for_each_document(kind, lengths, share):
     model, g = build_kind(kind, seq_len=30), torch.Generator().manual_seed(0)
     tokens = torch.randint(V, (len(lengths), max(lengths)), generator=g)
     inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    targets = torch.where((torch.rand(tokens.shape, generator=g) < share) & inside, tokens.flip(1), M.IGNORE)
+    targets = torch.where((torch.rand(tokens.shape, generator=g) < share) & inside, tokens.flip(1), M.IGNORE_INDEX)
     targets[0, 0] = 3  # one at least
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     packed = outcome(model, tokens[inside][None], targets[inside][None], ends)
@@ -161,10 +161,10 @@ def test_models_of_any_dtype_and_batches_without_rows_tokens_or_labels(kind, dty
     model = build_kind(kind).to(dtype)
     for shape in ((2, T), (0, T), (2, 0), (1, 1)):
         tokens = torch.randint(V, shape)
-        for targets in (tokens, torch.full_like(tokens, M.IGNORE)):
+        for targets in (tokens, torch.full_like(tokens, M.IGNORE_INDEX)):
             logits, loss = model(tokens, targets)
             loss.backward()
-            labels = int((targets != M.IGNORE).sum())
+            labels = int((targets != M.IGNORE_INDEX).sum())
             assert logits.shape == (labels, V) and (loss == 0) == (labels == 0)
         assert model.read(tokens)[0].shape == (*shape, V)
     assert all(q.grad.dtype == dtype and q.grad.isfinite().all() for q in model.parameters())
@@ -202,18 +202,18 @@ def test_state_bytes_is_the_size_of_the_cache_and_reading_from_it_is_right(cls, 
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens)[0], rtol=1e-4, atol=1e-4)
     kept = [x for layer in cache for x in layer.values() if torch.is_tensor(x)]
     storage = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
-    assert sum(storage.values()) == sum(4 * x.numel() for x in kept) == cls.state_bytes(model.config)
+    assert sum(storage.values()) == sum(4 * x.numel() for x in kept) == cls.inference_state_bytes(model.config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_equals_the_argmax_of_whole_rows(kind):
     model = build_kind(kind)
     tokens = torch.randint(V, (3, 4), generator=torch.Generator().manual_seed(0))
-    out = greedy(model, tokens, T - 4)
+    out = greedy_decode(model, tokens, T - 4)
     assert out.shape == (3, T - 4)
     whole = torch.cat([tokens, out], dim=1)
     assert torch.equal(model(whole)[0][:, 3:-1].argmax(-1), out)
-    assert torch.equal(greedy(model, tokens, 1), out[:, :1])
+    assert torch.equal(greedy_decode(model, tokens, 1), out[:, :1])
 
 
 def test_reading_beyond_the_positions_is_refused():

@@ -46,7 +46,7 @@ def test_labels_are_read_in_the_order_of_their_rows(tmp_path):
 
 
 def test_rows_of_labels():
-    found = stats.per_row(LABELS)
+    found = stats.per_example(LABELS)
     assert found.keys() == {"row", "right", "labels", "hits", "loss", "kind"}
     assert found["row"].tolist() == [2, 5, 9] and found["right"].tolist() == [True, False, False]
     assert found["hits"].tolist() == [2, 1, 0] and found["labels"].tolist() == [2, 2, 1]
@@ -120,7 +120,7 @@ def test_counts_of_a_batch():
         "row_hit": np.array([False, True, True]),
         "tags": {"kind": np.array([0, 1, 0, 0])},
     }
-    found = measure.summarise([batch, batch])
+    found = measure.merge_batches([batch, batch])
     assert (found["accuracy"], found["labels"]) == (6 / 8, 8)
     assert (found["row_accuracy"], found["rows"]) == (4 / 6, 6)
     assert found["loss"] == 2 * 3 / 8
@@ -135,7 +135,7 @@ def test_counts_of_a_batch():
 def test_the_lead_of_an_answer():
     """1 leads 0.5 by 0.5; equal logits are no lead, and the answer counts as wrong."""
     scores = torch.tensor([[0.5, 1.0, -2.0], [3.0, 3.0, 0.0], [0.0, 2.0, 5.0]])
-    lead, p, right = I.margin(scores, torch.tensor([1, 0, 1]))
+    lead, p, right = I.logit_diff(scores, torch.tensor([1, 0, 1]))
     assert lead.tolist() == [0.5, 0, -3] and right.tolist() == [True, False, False]
     torch.testing.assert_close(p, torch.tensor([1.0, 3.0, 2.0]).exp() / scores.exp().sum(1))
 
@@ -160,17 +160,17 @@ def look_at_rows(monkeypatch, groups, **config):
 def test_as_many_rows_of_a_rare_group_as_of_a_frequent_one(monkeypatch, capsys):
     groups, chosen = [0] * 27 + [1] * 3, []
     for seed in (0, 0, 1):
-        cases = I.known_cases(look_at_rows(monkeypatch, groups, rows=6, seed=seed))
+        cases = I.correct_cases(look_at_rows(monkeypatch, groups, rows=6, seed=seed))
         assert cases.tags["group"].tolist().count(1) == 3 and len(cases) == 6
         chosen.append(sorted(cases.rows.tolist()))
     assert chosen[0] == chosen[1] != chosen[2]
     for rows in (29, 30, 31, 0):
-        cases = I.known_cases(look_at_rows(monkeypatch, groups, rows=rows, seed=0))
+        cases = I.correct_cases(look_at_rows(monkeypatch, groups, rows=rows, seed=0))
         assert len(cases) == min(30, rows or 30)
 
 
 def test_one_row_is_a_case(monkeypatch, capsys):
-    cases = I.known_cases(look_at_rows(monkeypatch, [5, 6, 7, 8], rows=1, seed=0))
+    cases = I.correct_cases(look_at_rows(monkeypatch, [5, 6, 7, 8], rows=1, seed=0))
     assert len(cases) == 1 and cases.tags["group"].tolist() == cases.rows + 5
 
 
@@ -208,7 +208,7 @@ def test_an_exchange_against_the_whole_model():
         (block, place) for block in (0, 2) for place in (0, 2)
     ]
     answers = cases.answers.numpy()
-    third = exchange.third_answers(
+    third = exchange.control_answers(
         answers[:1].repeat(2, 0)[[0, 1], [0, 2]], answers[1, [0, 2]], np.unique(answers), 3
     )
     for i, place in enumerate(columns["place"]):
@@ -253,15 +253,15 @@ def test_a_corrupted_mqar_row_has_another_value_everywhere():
     data = SimpleNamespace(vocab_size=12)  # keys below 6, values from 6 on
     tokens = torch.tensor([[1, 6, 2, 7, 1, 0], [1, 8, 3, 9, 3, 0]] * 20)
     at, answers = torch.tensor([[4]] * 40), torch.tensor([[6], [9]] * 20)
-    cases = I.Cases(np.arange(40), tokens, at, answers, {})
-    first, other = exchange.corrupted(SimpleNamespace(data=data), cases, 0)
+    cases = I.Examples(np.arange(40), tokens, at, answers, {})
+    first, other = exchange.corrupt(SimpleNamespace(data=data), cases, 0)
     assert first is cases and torch.equal(cases.tokens, tokens)
     old, new = cases.answers[:, 0], other.answers[:, 0]
     expected = torch.where(tokens == old[:, None], new[:, None], tokens)
     assert torch.equal(other.tokens, expected) and (new >= 6).all()
     assert not (tokens == new[:, None]).any()
     again, seeded = (
-        exchange.corrupted(SimpleNamespace(data=data), cases, seed)[1] for seed in (0, 1)
+        exchange.corrupt(SimpleNamespace(data=data), cases, seed)[1] for seed in (0, 1)
     )
     assert torch.equal(again.answers, other.answers) and not torch.equal(
         seeded.answers, other.answers
@@ -302,7 +302,7 @@ def test_the_first_mode_without_controls_is_chosen():
     columns = measurements(
         fall=[1.0, 2.0, 3.0], mode=["drop", "zero", "drop"], control=[False, False, True]
     )
-    found, mode = impact.chosen(columns)
+    found, mode = impact.first_ablation(columns)
     assert mode == "drop" and found["fall"].tolist() == [1]
 
 
@@ -312,7 +312,7 @@ def test_the_best_slots_are_measured_on_the_other_half_of_the_rows():
     fall = np.concatenate(
         [np.where(np.arange(20) == 0, 10.0, 0), np.where(np.arange(20) == 1, 7.0, 1)]
     )
-    best, every = impact.best_and_any(measurements(fall=fall, slot=slot, row=np.repeat([0, 1], 20)))
+    best, every = impact.top_and_all(measurements(fall=fall, slot=slot, row=np.repeat([0, 1], 20)))
     assert best.tolist() == [1, 0] and every.sum() == 10 + 7 + 19
 
 
@@ -365,8 +365,8 @@ def test_the_least_p_of_a_place_is_that_of_the_given_order():
     """Place 1 is far below the others in all of 40 rows, which no permutation of 99 repeats."""
     by_row = np.random.default_rng(0).normal(size=(40, 3))
     by_row[:, 1] -= 5
-    p = impact.unlike_others(by_row, draws=99)
-    assert p[1] == 1 / 100 and (impact.unlike_others(np.ones((5, 2)), draws=9) == 1).all()
+    p = impact.position_permutation_test(by_row, draws=99)
+    assert p[1] == 1 / 100 and (impact.position_permutation_test(np.ones((5, 2)), draws=9) == 1).all()
 
 
 def test_the_variance_of_an_effect(monkeypatch, capsys):
@@ -406,7 +406,7 @@ def test_the_silhouette_pair_by_pair(clusters):
 
 def test_shuffled_values_keep_their_columns():
     values = np.arange(60).reshape(20, 3)
-    found, other = impact.shuffled(values, 0), impact.shuffled(values, 1)
+    found, other = impact.permute_columns(values, 0), impact.permute_columns(values, 1)
     assert np.array_equal(np.sort(found, axis=0), values) and not np.array_equal(found, other)
     assert not np.array_equal(found - found[:, :1], values - values[:, :1])  # each in its own order
 
@@ -417,7 +417,7 @@ def test_repeated_digits(monkeypatch, capsys):
     source = SimpleNamespace(read=lambda split, rows: ([texts[r] for r in rows], {}))
     columns = measurements(fall=[1.0, 0.0, 2.0, 1.0])
     data = SimpleNamespace(source=source)
-    metrics, _, found = result_of(monkeypatch, impact.repeats, columns, data=data)
+    metrics, _, found = result_of(monkeypatch, impact.repeated_digits, columns, data=data)
     assert found["repeated digits of the key"].tolist() == [1, 0, 2, 1]
     assert found["repeated digits of the value"].tolist() == [1, 0, 2, 2]
     assert found["digits that key and value share"].tolist() == [2, 0, 1, 0]
@@ -467,9 +467,9 @@ def test_layers_and_heads_taken_out_against_the_model_without_them(monkeypatch, 
         ("layer", "1, mixer", slice(None)),
         ("heads", "L1H1", slice(8, 16)),
     ):
-        whole, before = I.margin(I.clean_run(model, cases).logits, cases.answers)[0], weight.clone()
+        whole, before = I.logit_diff(I.run_with_cache(model, cases).logits, cases.answers)[0], weight.clone()
         weight[:, columns] = 0
-        now, _, right = I.margin(I.clean_run(model, cases).logits, cases.answers)
+        now, _, right = I.logit_diff(I.run_with_cache(model, cases).logits, cases.answers)
         weight.copy_(before)
         cell = kept[what][1][{"layer": "layer, what", "heads": "head"}[what]][name]
         assert cell["fall"]["value"] == pytest.approx(float((whole - now).mean()), abs=1e-4)
@@ -495,7 +495,7 @@ def test_tenths_are_of_the_row_without_its_padding():
     model = lambda tokens, trace: (None, None, [found])
     model.memories = lambda: {3: None}
     about = SimpleNamespace(model=model, pad=0, data=SimpleNamespace(vocab_size=8))
-    got = routing.routed(about, SimpleNamespace(tokens=tokens, rows=np.array([7, 9])))
+    got = routing.routing_table(about, SimpleNamespace(tokens=tokens, rows=np.array([7, 9])))
     assert got["decile"].tolist() == [0, 2, 5, 7] + [0, 1, 3, 5, 6, 8]
     assert (
         got["row"].tolist() == [7] * 4 + [9] * 6
@@ -553,7 +553,7 @@ def test_means_are_over_rows():
     assert cell["probability"]["value"] == pytest.approx(0.6) and cell["perplexity"][
         "value"
     ] == pytest.approx(2)
-    assert logits.row_share(found)["value"] == pytest.approx(1 / 3)
+    assert logits.exact_match(found)["value"] == pytest.approx(1 / 3)
 
 
 # ---- attention_maps.py ---------------------------------------------------------------------------
@@ -564,11 +564,11 @@ def test_the_entropy_of_even_and_of_sharp_attention():
     ids, real = torch.arange(5)[None], torch.ones(1, 5) == 1
     even = torch.ones(1, 1, 5, 5).tril()
     even = even / even.sum(-1, keepdim=True)
-    assert float(attention_maps.scores(even, ids, real)["entropy"]) == pytest.approx(1)
+    assert float(attention_maps.pattern_scores(even, ids, real)["entropy"]) == pytest.approx(1)
     assert float(
-        attention_maps.scores(torch.eye(5)[None, None], ids, real)["entropy"]
+        attention_maps.pattern_scores(torch.eye(5)[None, None], ids, real)["entropy"]
     ) == pytest.approx(0, abs=1e-6)
-    cells = attention_maps.scores(even, ids, real)
+    cells = attention_maps.pattern_scores(even, ids, real)
     assert float(cells["previous token"]) == pytest.approx(np.mean([1 / 2, 1 / 3, 1 / 4, 1 / 5]))
     assert float(cells["first token"]) == pytest.approx(np.mean([1 / 3, 1 / 4, 1 / 5]))
 
@@ -587,7 +587,7 @@ def test_patterns_pair_by_pair():
         "induction": lambda t, s: 0 < s < t and x[s - 1] == x[t],
         "same token": lambda t, s: s < t and x[s] == x[t],
     }
-    found = attention_maps.scores(weights, ids, torch.ones(1, 14) == 1)
+    found = attention_maps.pattern_scores(weights, ids, torch.ones(1, 14) == 1)
     for name, rule in rules.items():
         shares = []
         for t in range(1, 14):
@@ -610,7 +610,7 @@ def test_patterns_pair_by_pair():
 )
 def test_a_head_in_a_word(cell, word):
     plain = dict.fromkeys(attention_maps.PATTERNS, 0.0) | {"itself": 0.4, "entropy": 0.1}
-    assert attention_maps.describe(plain | cell) == word
+    assert attention_maps.head_role(plain | cell) == word
 
 
 # ---- look.py -------------------------------------------------------------------------------------
@@ -637,12 +637,12 @@ def test_a_known_row_has_no_wrong_label(monkeypatch):
     monkeypatch.setattr(look, "predict", lambda *_, **__: found)
     config = SimpleNamespace(split="test", eval_batch_size=5)
     about = SimpleNamespace(config=config, model=None, data=None, device=None, dtype=None)
-    assert look.known_rows(about).tolist() == [3, 5, 8]
+    assert look.correct_examples(about).tolist() == [3, 5, 8]
 
 
 def test_labels_have_places_in_their_rows():
     targets = torch.tensor([[-100, 4, -100, 6], [-100, -100, -100, -100], [7, -100, 8, 9]])
-    rows, at, place, answer = look.labels(
+    rows, at, place, answer = look.label_positions(
         SimpleNamespace(targets=targets, rows=np.array([5, 6, 7]))
     )
     assert rows.tolist() == [5, 5, 7, 7, 7] and at.tolist() == [1, 3, 0, 2, 3]
@@ -674,7 +674,7 @@ def test_sides_of_an_edit_share_no_fact(monkeypatch, capsys):
     kept = {}
     monkeypatch.setattr(edits, "save", lambda look, what, metrics, *rest: kept.update(rest[0]))
     for seed in (0, 1):
-        edits.edit(a_look(seed))
+        edits.compare_editors(a_look(seed))
     (new, may_use), (new_again, _) = given
     _, others, measured = asked[:3]
     assert len(new) == 4 and len(may_use) == len(others) == 13 and measured == may_use
@@ -713,7 +713,7 @@ def test_seeds_share_a_line_with_mean_and_range(monkeypatch, tmp_path):
         a_run("b", "x", [(1, 4.0, 0.2), (2, 3.0, 0.7)]),
         a_run("c", "y", [(1, 9.0, 0.0)]),
     ]
-    assert [len(same) for same in compare.lines(runs).values()] == [2, 1]
+    assert [len(same) for same in compare.group_seeds(runs).values()] == [2, 1]
     drawn = []
     monkeypatch.setattr(compare, "finish", lambda fig, *_: drawn.extend(fig.axes))
     compare.plot_compare(str(tmp_path / "x.png"), runs)

@@ -10,7 +10,7 @@ import pytest
 import configs
 import delta
 import train
-from configs import ConfigError, Setting, build, check_names, parse, read_file
+from configs import ConfigError, Setting, build_config, reject_unknown, split_argv, run_override_file
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Toy:
     tie: bool = False  # share weights
     name: str = "a"  # label
     stages: tuple[tuple[int, int], ...] = ()  # pairs, steps
-    vocab: int = configs.told(7)
+    vocab: int = configs.derived(7)
 
     def check(self):
         configs.at_least(self, 1, "layers")
@@ -30,18 +30,18 @@ class Toy:
 
 
 def settings(*words):
-    return parse(list(words))[1]
+    return split_argv(list(words))[1]
 
 
 def test_both_forms_of_a_flag_dashes_and_bare_flags():
-    words, found = parse(["a.py", "--lr=1e-2", "--layers", "3", "--num-copies", "-5", "--tie", "--name=x=y"])
+    words, found = split_argv(["a.py", "--lr=1e-2", "--layers", "3", "--num-copies", "-5", "--tie", "--name=x=y"])
     assert words == ["a.py"]
     expected = [("lr", "1e-2"), ("layers", "3"), ("num_copies", "-5"), ("tie", "true"), ("name", "x=y")]
     assert [(s.key, s.value) for s in found] == expected
 
 
 def test_later_wins_and_types_are_converted():
-    toy = build(Toy, settings("--lr", "1", "--lr=2", "--layers=1e1", "--tie", "1", "--stages=[(2, 200), [4, 60]]"))
+    toy = build_config(Toy, settings("--lr", "1", "--lr=2", "--layers=1e1", "--tie", "1", "--stages=[(2, 200), [4, 60]]"))
     assert toy == Toy(lr=2.0, layers=10, tie=True, stages=((2, 200), (4, 60)))
     assert isinstance(toy.lr, float) and isinstance(toy.layers, int)
 
@@ -61,47 +61,47 @@ def test_later_wins_and_types_are_converted():
 )
 def test_a_wrong_value_is_one_sentence(flag, words):
     with pytest.raises(ConfigError) as error:
-        build(Toy, settings(flag))
+        build_config(Toy, settings(flag))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_unknown_names_point_to_the_nearest():
     with pytest.raises(ConfigError, match="--layrs: there is no setting 'layrs'; did you mean layers?"):
-        check_names(settings("--layrs=2"), Toy)
+        reject_unknown(settings("--layrs=2"), Toy)
     with pytest.raises(ConfigError, match="there is no setting 'vocab'"):  # told by the data, not by the user
-        check_names(settings("--vocab=2"), Toy)
+        reject_unknown(settings("--vocab=2"), Toy)
 
 
 def test_files_come_first_and_in_order(tmp_path):
     for name, lr in (("a.py", 1), ("b.py", 2)):
         (tmp_path / name).write_text(f"lr = {lr}\nlayers = {lr}")
-    words, found = configs.collect(["--layers=7", str(tmp_path / "a.py"), "x", str(tmp_path / "b.py")])
-    assert words == ["x"] and build(Toy, found) == Toy(lr=2.0, layers=7)
+    words, found = configs.read_argv(["--layers=7", str(tmp_path / "a.py"), "x", str(tmp_path / "b.py")])
+    assert words == ["x"] and build_config(Toy, found) == Toy(lr=2.0, layers=7)
 
 
 def test_override_file_gives_file_and_line(tmp_path):
     path = tmp_path / "c.py"
     path.write_text('"""header"""\nimport math\n_private = 1\nlr = math.sqrt(4)\n\nlayers = -1\n')
-    found = read_file(str(path))
+    found = run_override_file(str(path))
     assert found == [Setting("lr", 2.0, f"{path}:4"), Setting("layers", -1, f"{path}:6")]
     with pytest.raises(ConfigError, match=f"{path}:6: layers=-1 must be at least 1"):
-        build(Toy, found)
+        build_config(Toy, found)
     path.write_text("a = 1\nb = a / 0\n")
     with pytest.raises(ConfigError, match=f"{path}:2: .*ZeroDivisionError"):
-        read_file(str(path))
+        run_override_file(str(path))
     path.write_text("a = (\n")
     with pytest.raises(ConfigError, match="SyntaxError"):
-        read_file(str(path))
+        run_override_file(str(path))
     with pytest.raises(ConfigError, match="cannot read"):
-        read_file(str(tmp_path / "none.py"))
+        run_override_file(str(tmp_path / "none.py"))
 
 
 @pytest.mark.parametrize("cls", [train.TrainConfig, delta.Config], ids=["train", "delta"])  # one extends another
 def test_help_shows_every_setting_with_its_reason(cls):
     text = configs.help_text("Title.", cls)
-    reasons = configs.comments(cls)
-    assert "Title." in text and set(configs.settable(cls)) <= set(reasons)
-    for name in configs.settable(cls):
+    reasons = configs.field_comments(cls)
+    assert "Title." in text and set(configs.field_names(cls)) <= set(reasons)
+    for name in configs.field_names(cls):
         assert len(reasons[name]) > 10, f"{name} has no reason beside it"
         assert f"--{name}=" in text and reasons[name] in text
 
@@ -164,7 +164,7 @@ def test_only_config_errors_escape_4000_random_command_lines_and_files(tmp_path,
             argv.insert(0, "c.py")
         try:
             p, _ = train.read_command_line(argv)
-            train.model_config(p, SimpleNamespace(vocab_size=64, seq_len=32))
+            train.build_model_config(p, SimpleNamespace(vocab_size=64, seq_len=32))
             outcomes["accepted"] += 1
         except ConfigError as e:
             outcomes["refused"] += 1
@@ -175,4 +175,4 @@ def test_only_config_errors_escape_4000_random_command_lines_and_files(tmp_path,
 def test_an_override_file_is_a_file(tmp_path):
     os.mkfifo(tmp_path / "a.py")
     with pytest.raises(ConfigError, match="a.py is no file"):
-        read_file(str(tmp_path / "a.py"))
+        run_override_file(str(tmp_path / "a.py"))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import eval as evaluate
 import train
-from configs import Setting, build
-from plan import MODELS, find_model, import_file
+from configs import Setting, build_config
+from plan import MODELS, resolve_model, import_source_file
 
 SMALL = {
     "vocab_size": 64,
@@ -33,9 +33,9 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def model(model_name):
-    module, cls = find_model(model_name)
+    module, cls = resolve_model(model_name)
     torch.manual_seed(0)
-    return cls(build(module.Config, [], vocab_size=64, seq_len=32)).eval()
+    return cls(build_config(module.Config, [], vocab_size=64, seq_len=32)).eval()
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_it_trains_resumes_and_is_evaluated(model_name, tmp_path, capsys):
 def test_weights_are_a_function_of_the_seed(model_name):
     def weights(noise):
         torch.rand(noise)
-        p = train.plan([Setting("model", model_name, "--model"), *(Setting(k, v, k) for k, v in SMALL.items())])
-        return train.make_model(p, train.model_config(p, p.data_module.Data(p.data))).state_dict()
+        p = train.resolve([Setting("model", model_name, "--model"), *(Setting(k, v, k) for k, v in SMALL.items())])
+        return train.build_model(p, train.build_model_config(p, p.data_module.Data(p.data))).state_dict()
 
     a, b = weights(1), weights(100)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -94,9 +94,9 @@ def test_weights_are_a_function_of_the_seed(model_name):
 
 @pytest.fixture
 def data(data_name):
-    module = import_file(data_name, "data", "Config", "Data")
+    module = import_source_file(data_name, "data", "Config", "Data")
     names = set(module.Config.__dataclass_fields__)
-    return module.Data(build(module.Config, [Setting(k, v, k) for k, v in SMALL.items() if k in names]))
+    return module.Data(build_config(module.Config, [Setting(k, v, k) for k, v in SMALL.items() if k in names]))
 
 
 def test_batches_are_pure_and_fit_together(data):

@@ -14,13 +14,13 @@ import torch
 import data_mqar as D
 import draws
 import mqar_files as S
-from configs import ConfigError, build, parse
+from configs import ConfigError, build_config, split_argv
 
-IGNORE = D.IGNORE
+IGNORE = D.IGNORE_INDEX
 
 
 def config(*flags, **values):
-    c = D.Config(**values) if values else build(D.Config, parse(list(flags))[1])
+    c = D.Config(**values) if values else build_config(D.Config, split_argv(list(flags))[1])
     c.check()
     return c
 
@@ -68,8 +68,8 @@ TASKS = [
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_a_dict_gives_every_label_and_no_other(task):
     c = config(**task)
-    cell = D.Cell(c.input_seq_len, c.num_kv_pairs, c)
-    tokens, targets, tags = D.make_rows(cell, "train", np.arange(300))
+    cell = D.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
+    tokens, targets, tags = D.make_sequences(cell, "train", np.arange(300))
     assert len(tags["distance"]) == (targets != IGNORE).sum() == 300 * c.num_kv_pairs
     for x, y in zip(tokens.tolist(), targets.tolist()):
         queried = [x[t - c.key_len + 1 : t + 1] for t in range(len(x)) if y[t] != IGNORE]
@@ -85,8 +85,8 @@ def test_a_dict_gives_every_label_and_no_other(task):
 def test_labels_moved_by_one_are_wrong():
     """The check above is not blind: what it accepts is lost when labels move."""
     c = config(input_seq_len=32, num_kv_pairs=4, vocab_size=64)
-    cell = D.Cell(32, 4, c)
-    tokens, targets, _ = D.make_rows(cell, "train", np.arange(1))
+    cell = D.TaskSize(32, 4, c)
+    tokens, targets, _ = D.make_sequences(cell, "train", np.arange(1))
     object.__setattr__(cell, "alphabet_of_row", set(tokens[0][targets[0] != IGNORE].tolist()))
     expected = np.full(32, IGNORE)
     for t, value in solve(tokens[0].tolist(), cell):
@@ -115,8 +115,8 @@ def read_slices(tokens, targets, cell):
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_the_slices_are_what_a_person_would_count(task):
     c = config(**task)
-    cell = D.Cell(c.input_seq_len, c.num_kv_pairs, c)
-    tokens, targets, tags = D.make_rows(cell, "test", np.arange(60))
+    cell = D.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
+    tokens, targets, tags = D.make_sequences(cell, "test", np.arange(60))
     found = [
         pair for x, y in zip(tokens.tolist(), targets.tolist()) for pair in read_slices(x, y, cell)
     ]
@@ -134,7 +134,7 @@ def test_the_slices_of_a_row_by_hand():
     tokens; from 8 back to 2 are 6, which count as 4."""
     c = config(input_seq_len=10, num_kv_pairs=2, updates=1, vocab_size=10)
     for row in range(50):
-        tokens, targets, tags = D.make_rows(D.Cell(10, 2, c), "train", np.arange(row, row + 1))
+        tokens, targets, tags = D.make_sequences(D.TaskSize(10, 2, c), "train", np.arange(row, row + 1))
         x = tokens[0].tolist()
         last = {x[0]: 0, x[2]: 2} | {x[4]: 4}
         asked = [t for t in range(10) if targets[0, t] != IGNORE]
@@ -152,8 +152,8 @@ def test_the_slices_of_a_row_by_hand():
 )
 def test_noise_is_any_token_but_the_keys_of_its_row(task):
     c = config(input_seq_len=96, num_kv_pairs=6, vocab_size=32, **task)
-    cell, R = D.Cell(96, 6, c), 4000
-    tokens, targets, _ = D.make_rows(cell, "train", np.arange(R))
+    cell, R = D.TaskSize(96, 6, c), 4000
+    tokens, targets, _ = D.make_sequences(cell, "train", np.arange(R))
     seen, possible = np.zeros(32), np.zeros(32)
     for x, y in zip(tokens.tolist(), targets.tolist()):
         keys = {x[t] for t in range(96) if y[t] != IGNORE}
@@ -176,8 +176,8 @@ def test_noise_is_any_token_but_the_keys_of_its_row(task):
 
 def test_gaps_are_of_every_length_up_to_the_longest():
     """Tokens of noise after a stored pair: 0, 1, 2 and 3 as often as each other."""
-    cell, R = D.Cell(64, 6, config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, gap=3)), 2000
-    tokens, targets, _ = D.make_rows(cell, "train", np.arange(R))
+    cell, R = D.TaskSize(64, 6, config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, gap=3)), 2000
+    tokens, targets, _ = D.make_sequences(cell, "train", np.arange(R))
     gaps = []
     for x, y in zip(tokens.tolist(), targets.tolist()):
         keys = {x[t] for t in range(64) if y[t] != IGNORE}
@@ -205,8 +205,8 @@ def loop_rows(cell, R, rng):
 @pytest.mark.parametrize("power_a", [0.01, 1.0])
 def test_the_law_is_that_of_a_per_row_loop(power_a):
     c = config(input_seq_len=64, num_kv_pairs=8, vocab_size=64, power_a=power_a)
-    cell, R = D.Cell(64, 8, c), 20000
-    ours = D.make_rows(cell, "train", np.arange(R))[:2]
+    cell, R = D.TaskSize(64, 8, c), 20000
+    ours = D.make_sequences(cell, "train", np.arange(R))[:2]
     theirs = loop_rows(cell, R, np.random.default_rng(0))
 
     def statistics(tokens, targets):
@@ -224,8 +224,8 @@ def test_the_law_is_that_of_a_per_row_loop(power_a):
 
 
 def test_uniform_without_replacement():
-    u = draws.uniforms(draws.stream_key(3), np.arange(60000), 3)
-    seen = np.bincount(draws.draw_distinct(u, 5) @ [25, 5, 1], minlength=125)
+    u = draws.row_uniforms(draws.philox_key(3), np.arange(60000), 3)
+    seen = np.bincount(draws.sample_without_replacement(u, 5) @ [25, 5, 1], minlength=125)
     seen = seen[seen > 0]
     assert len(seen) == 5 * 4 * 3 and np.abs(seen - 1000).max() < 5 * 1000**0.5
 
@@ -292,7 +292,7 @@ STORE = dict(num_samples=60, seq_len=48, num_kv_pairs=4, vocab_size=200, num_cop
 
 
 def write(tmp_path, name="set", **changes):
-    c = S.StoreConfig(output_dir=str(tmp_path / name), **{**STORE, **changes})
+    c = S.DatasetConfig(output_dir=str(tmp_path / name), **{**STORE, **changes})
     c.check()
     S.write_dataset(c, shard_rows=25)
     return tmp_path / name
@@ -333,8 +333,8 @@ def test_stored_rows_are_solved_by_a_dict_and_splits_are_apart(tmp_path, form):
 
 def test_the_latest_pairs_are_asked_first_when_power_a_is_small():
     def first_asked(power_a):
-        c = S.StoreConfig(seq_len=64, num_kv_pairs=16, vocab_size=200, power_a=power_a)
-        ids, _ = S.make_stored_rows(c, "train", np.arange(4000))
+        c = S.DatasetConfig(seq_len=64, num_kv_pairs=16, vocab_size=200, power_a=power_a)
+        ids, _ = S.make_disk_sequences(c, "train", np.arange(4000))
         return np.bincount(np.argmax(ids[:, :32:2] == ids[:, 32:33], axis=1), minlength=16) / 4000
 
     skewed, uniform = first_asked(0.01), first_asked(1.0)

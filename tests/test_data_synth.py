@@ -46,7 +46,7 @@ def scored(data, split, rows):
     found = []
     for row in rows:
         tokens, targets, *_ = data.batch(split, 0, [row])
-        at = np.flatnonzero(targets[0].numpy() != K.IGNORE)
+        at = np.flatnonzero(targets[0].numpy() != K.IGNORE_INDEX)
         assert torch.equal(tokens[0][at + 1], targets[0][at])  # a target is the next token
         found.append(data.tokenizer.decode(targets[0][at]))
     return found
@@ -141,9 +141,9 @@ def test_the_rule_of_selfindex():
 
 def test_chance_by_hand():
     train_pairs, test_pairs = [("12", "11"), ("21", "11"), ("22", "12")], [("11", "12"), ("12", "11")]
-    assert F.chance(train_pairs, test_pairs) == {"majority digit": 3 / 4, "copy the key": 2 / 4}
+    assert F.guess_baselines(train_pairs, test_pairs) == {"majority digit": 3 / 4, "copy the key": 2 / 4}
     ties = [("1", digit) for digit in "73"]  # the smallest of the most frequent digits, in every process
-    assert F.chance(ties, [("1", "3")])["majority digit"] == 1
+    assert F.guess_baselines(ties, [("1", "3")])["majority digit"] == 1
     data = D.Data(D.Config(task="digits", num_pairs=20000, num_novel=1000))
     assert data.chance["majority digit"] == pytest.approx(1 / 6, abs=0.02) == data.chance["copy the key"]
 
@@ -348,7 +348,7 @@ def test_a_run_on_a_slice(tmp_path, capsys):
     options = dict(task="qa", num_pairs=8, buckets="(1,8)", max_steps=150, lr=1e-2, init_std=1, use_ffn=1, eval_interval=10)
     assert train.main(flags(tmp_path, "a", **options, target_slice="exposures=8", target=0.9)) == 0
     measured = [r for r in checkpoint.read_log(str(tmp_path / "a")) if r["kind"] == "eval"]
-    watched = [(measure.watched(r, "exposures=8"), r["accuracy"]) for r in measured]
+    watched = [(measure.slice_accuracy(r, "exposures=8"), r["accuracy"]) for r in measured]
     assert sum(w[0] == 1 for w in watched) >= 2  # the slice is at 1 more than once: the best of these is the best of all rows
     assert checkpoint.load_checkpoint(str(tmp_path / "a"), "best")["step"] == measured[watched.index(max(watched))]["step"]
     printed = capsys.readouterr().out
@@ -428,7 +428,7 @@ def test_what_is_written_is_the_task_in_memory(tmp_path, variant, format, capsys
     frame = kind(tmp_path / "a" / "train" / f"part-00000.{format}", **{"lines": True} if format == "jsonl" else {})
     assert frame["text"].tolist() == texts(made, "train", range(count))  # in the order of the first epoch
     tags = [data.batch("test", 0, [0])[2].keys() for data in (stored, made)]
-    assert (stored.batch("test", 0, range(8))[1] != K.IGNORE).any()
+    assert (stored.batch("test", 0, range(8))[1] != K.IGNORE_INDEX).any()
     assert stored.kind == made.kind and stored.chance == made.chance and tags[0] == tags[1]
     assert stored.source.knowledge == getattr(made.source, "knowledge", {})
     assert bool(stored.source.knowledge) == (variant in ("qa", "digits"))
@@ -522,7 +522,7 @@ def test_held_out_facts_are_a_slice(tmp_path):
     trained, measured = set(texts(data, "train")), texts(data, "test")
     assert len(trained) == 180 and len(measured) == 200 and trained < set(measured)
     _, targets, tags = data.batch("test", 0, range(200))
-    seen = np.repeat([t in trained for t in measured], (targets != K.IGNORE).sum(1))
+    seen = np.repeat([t in trained for t in measured], (targets != K.IGNORE_INDEX).sum(1))
     assert tags["seen"].tolist() == seen.astype(int).tolist()
     assert set(texts(data, "val")) == set(measured)
     held_out = {question for question, _ in set(measured) - trained}
@@ -558,7 +558,7 @@ def test_tags_of_a_data_set_are_numbers_or_text(tmp_path):
     path, about = tmp_path / "a" / "validation/part-00000.jsonl", tmp_path / "a" / "metadata.json"
     path.write_text(path.read_text().replace('"exposures": 0', '"exposures": null'))
     metadata = json.loads(about.read_text())
-    metadata["files"]["validation"][0]["sha256"] = checkpoint.file_hash(path)
+    metadata["files"]["validation"][0]["sha256"] = checkpoint.sha256_file(path)
     about.write_text(json.dumps(metadata))
     with pytest.raises(ConfigError, match="the tag 'exposures' is no number or text in each row"):
         D.Data(D.Config(path=str(tmp_path / "a")))
@@ -647,7 +647,7 @@ def test_rows_without_an_answer_are_not_counted_as_right(tmp_path, capsys):
         write_lines(tmp_path / "q.jsonl", [{"text": "Is it?"}, {"text": "Is it? Yes"}] * 9),
         mask="qa",
     )
-    assert [(asked.labelled([t])[1] != K.IGNORE).sum() for t in ("Is it?", "Is it? Yes")] == [
+    assert [(asked.labelled([t])[1] != K.IGNORE_INDEX).sum() for t in ("Is it?", "Is it? Yes")] == [
         0,
         5,
     ]  # no end alone
@@ -805,4 +805,4 @@ def test_memory_does_not_grow_with_the_copies():
     n = data.source.count("train")
     for epoch in range(20):
         data.batch("train", 0, range(epoch * n, epoch * n + 8))
-        assert draws.pass_order.cache_info().currsize <= 2 and len(data.source.texts) == 800
+        assert draws.epoch_permutation.cache_info().currsize <= 2 and len(data.source.texts) == 800

@@ -90,7 +90,7 @@ def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
 
 def test_labels_count_alike_wherever_they_are(on_ranks, tmp_path, monkeypatch):
     """Row r has r labels, so ranks and parts differ in theirs, and the first part has none at all."""
-    batch = train.plan([]).data_module.MadeData.batch
+    batch = train.resolve([]).data_module.MadeData.batch
 
     def uneven(self, split, step, rows):
         tokens, targets, tags = batch(self, split, step, rows)
@@ -99,7 +99,7 @@ def test_labels_count_alike_wherever_they_are(on_ranks, tmp_path, monkeypatch):
             targets = torch.where(keep, targets, -100)
         return tokens, targets, tags
 
-    monkeypatch.setattr(train.plan([]).data_module.MadeData, "batch", uneven)
+    monkeypatch.setattr(train.resolve([]).data_module.MadeData, "batch", uneven)
     _, one = run(tmp_path, "one", **SHORT)
     assert_close(tensors(train_on(on_ranks, 2, tmp_path, "two", accumulate=8)), tensors(one), 5e-6)
     assert_close(tensors(train_on(on_ranks, 2, tmp_path, "sharded", accumulate=8, parallel="fsdp")), tensors(one), 5e-6)
@@ -140,8 +140,8 @@ def test_dropout_and_frozen_weights(on_ranks, tmp_path, monkeypatch, how):
     _, one = run(tmp_path, "one", **{**SHORT, **changes, "accumulate": 4})
     two = train_on(on_ranks, 2, tmp_path, "two", **changes)
     assert_close(tensors(two), tensors(one))
-    p = train.read_plan(one)
-    initial = train.make_model(p, train.model_config(p, p.data_module.Data(p.data)))
+    p = train.load_settings(one)
+    initial = train.build_model(p, train.build_model_config(p, p.data_module.Data(p.data)))
     assert torch.equal(tensors(two)["model.embed.weight"], initial.embed.weight)
     assert not torch.equal(tensors(two)["model.lm_head.weight"], initial.lm_head.weight)
     assert not any(name.startswith("optimizer.embed.") for name in tensors(two))
@@ -177,7 +177,7 @@ def test_gradients_are_exchanged_once_a_step(on_ranks, tmp_path, monkeypatch, ho
 
 @pytest.mark.parametrize("labels", [0, 1])
 def test_a_batch_of_few_labels(labels):
-    p = train.plan([])
+    p = train.resolve([])
     model = p.model_class(p.model_module.Config(vocab_size=32, seq_len=16))
     targets = torch.full((2, 16), -100)
     targets[0, :labels] = 3
@@ -194,7 +194,7 @@ def test_evaluation_is_shared_out_and_adds_up(on_ranks, tmp_path):
     whole = measure.evaluate(model, data, "test", 8, torch.device("cpu"))
 
     def work(rank):
-        with parallel.joined() as world:
+        with parallel.process_group() as world:
             seen = []
             batch = data.batch
             data.batch = lambda split, step, rows: seen.append(list(rows)) or batch(split, step, rows)
@@ -220,7 +220,7 @@ def test_resume_is_bit_exact(on_ranks, tmp_path, size, how):
 
 
 def test_one_rank_then_two_then_one_see_the_same_rows(on_ranks, tmp_path, monkeypatch):
-    module = train.plan([]).data_module
+    module = train.resolve([]).data_module
     batch, seen = module.MadeData.batch, tmp_path / "seen"
 
     def noted(self, split, step, rows):
@@ -254,22 +254,22 @@ def test_shards_of_two_ranks_load_on_one_and_three(on_ranks, tmp_path):
     p, data, model, _ = load_run(out, "ckpt")
 
     def work(rank):
-        with parallel.joined() as world:
-            copy = train.make_model(p, train.model_config(p, data))
+        with parallel.process_group() as world:
+            copy = train.build_model(p, train.build_model_config(p, data))
             for q in copy.parameters():
                 q.data.zero_()
-            parallel.spread(copy, "fsdp", torch.device("cpu"))
+            parallel.wrap_model(copy, "fsdp", torch.device("cpu"))
             optimizer = torch.optim.AdamW(copy.parameters(), fused=True)
-            state = checkpoint.read_checkpoint(out, checkpoint.find_checkpoint(out, "ckpt"))
-            parallel.restore_tensors(out, state, copy, optimizer)
-            got = {k: parallel.whole(t) for k, t in parallel.collect_tensors(copy, optimizer).items()}
+            state = checkpoint.read_checkpoint(out, checkpoint.first_valid_checkpoint(out, "ckpt"))
+            parallel.load_training_state(out, state, copy, optimizer)
+            got = {k: parallel.full_tensor(t) for k, t in parallel.training_state(copy, optimizer).items()}
             assert_same(got, saved)
             # and the other way: a share of one file
             state = {"tensors": saved}
             for q in copy.parameters():
                 q.data.zero_()
-            parallel.restore_tensors(out, state, copy, optimizer)
-            assert_same({k: parallel.whole(t) for k, t in parallel.collect_tensors(copy, optimizer).items()}, saved)
+            parallel.load_training_state(out, state, copy, optimizer)
+            assert_same({k: parallel.full_tensor(t) for k, t in parallel.training_state(copy, optimizer).items()}, saved)
             return 0 if world.size == size else 98
 
     for size in (1, 3):
@@ -306,7 +306,7 @@ def test_a_batch_that_does_not_divide_is_refused_in_one_sentence(on_ranks, tmp_p
     assert error.count("batch_size=64 does not divide into 2 ranks x 3 micro-batches; a multiple of 6 does") == 1
     assert "Traceback" not in error and not os.listdir(tmp_path)
     world = SimpleNamespace(size=2)
-    assert parallel.describe_split(64, world, 4) == "batch: 64 = 2 ranks x 4 micro x 8 rows"
+    assert parallel.describe_batch(64, world, 4) == "batch: 64 = 2 ranks x 4 micro x 8 rows"
 
 
 def test_a_mistake_that_only_the_first_rank_notices_stops_all(on_ranks, tmp_path, capfd):
@@ -323,7 +323,7 @@ def test_a_mistake_on_one_rank_stops_all(on_ranks, capfd):
             if rank == 1:
                 raise ConfigError("rank 1 has no such thing", "device")
 
-        with parallel.joined() as world:
+        with parallel.process_group() as world:
             world.together(fail)
 
     assert on_ranks(2, work) == [2, 2]
@@ -333,11 +333,11 @@ def test_a_mistake_on_one_rank_stops_all(on_ranks, capfd):
 def test_devices_of_ranks():
     world = parallel.World(rank=1, size=2, local_rank=1)
     with pytest.raises(ConfigError, match="all 2 ranks on one GPU"):
-        parallel.choose_device(train.TrainConfig(device="cuda:0"), world)
+        parallel.autodetect_device(train.TrainConfig(device="cuda:0"), world)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="'cuda:1' cannot be used"):
-            parallel.choose_device(train.TrainConfig(device="cuda"), world)
-    device, _, line = parallel.choose_device(train.TrainConfig(device="cpu"), world)
+            parallel.autodetect_device(train.TrainConfig(device="cuda"), world)
+    device, _, line = parallel.autodetect_device(train.TrainConfig(device="cpu"), world)
     assert device.type == "cpu" and line.startswith("ranks: 2")
 
 
@@ -346,7 +346,7 @@ def test_torchrun_leaves_our_flags_alone():
     `--` before the script's name helps."""
     from torch.distributed.run import get_args_parser
 
-    p = train.plan([])
+    p = train.resolve([])
     names = [f for c in (train.TrainConfig, p.model_module.Config, p.data_module.Config) for f in c.__dataclass_fields__]
     for name in names:
         dashes = ["--"] if name == "du" else []
@@ -386,7 +386,7 @@ def test_sigterm_to_torchrun_stops_both_ranks_on_one_step(on_ranks, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_all_on_one_step(on_ranks, tmp_path, rank):
     words = flags(tmp_path, "run", **{**SHORT, "max_steps": 5000, "eval_interval": 2500})
-    data = train.plan([]).data_module.MadeData
+    data = train.resolve([]).data_module.MadeData
     batch = data.batch
 
     def work(me):
@@ -426,7 +426,7 @@ def test_a_killed_rank_brings_the_job_down_and_restarted_it_ends_the_same(on_ran
 
 
 def test_a_rank_that_dies_takes_the_others_with_it(on_ranks, tmp_path, capfd):
-    data = train.plan([]).data_module.MadeData
+    data = train.resolve([]).data_module.MadeData
     batch = data.batch
 
     def work(rank):
@@ -447,7 +447,7 @@ def test_a_rank_that_dies_takes_the_others_with_it(on_ranks, tmp_path, capfd):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(on_ranks, tmp_path, how, bad):
-    data = train.plan([]).data_module.MadeData
+    data = train.resolve([]).data_module.MadeData
     batch = data.batch
     bad_steps = {"finished": (2, 4), "failed": (2, 4, 5, 6)}
     for outcome, steps in bad_steps.items():
@@ -475,7 +475,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(on_ranks, t
 
 def test_two_jobs_never_write_one_run(on_ranks, tmp_path, capfd):
     out = train_on(on_ranks, 2, tmp_path, "run")
-    held = checkpoint.lock(out)
+    held = checkpoint.lock_run_dir(out)
     assert on_ranks(2, lambda rank: train.main([f"--resume={out}", "--max_steps=30"])) == [2, 2]
     assert capfd.readouterr().err.count("another process is writing this run") == 1
     os.close(held)

@@ -53,7 +53,7 @@ def assert_all_close(ours, expected, tolerance):
 def test_the_loop_is_the_definition():
     """S_t = exp(g) (I - beta k k^T) S_{t-1} + beta k v^T; o = S^T q / sqrt(K), as matrices."""
     q, k, v, beta, g, S, _ = (x if x is None else x.detach() for x in inputs(T=9, gated=True))
-    o, last = D.delta_loop(q, k, v, beta, g, S)
+    o, last = D.delta_rule_recurrent(q, k, v, beta, g, S)
     for b in range(2):
         for h in range(H):
             state = S[b, h]
@@ -65,7 +65,7 @@ def test_the_loop_is_the_definition():
             torch.testing.assert_close(last[b, h], state)
 
 
-@pytest.mark.parametrize("rule", [D.delta_loop, D.delta_chunked, D.delta_rule])
+@pytest.mark.parametrize("rule", [D.delta_rule_recurrent, D.delta_rule_chunkwise, D.delta_rule])
 def test_a_key_stored_again_answers_with_its_last_value(rule):
     keys = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     stored = torch.cat([keys, keys[:3], keys[:1]])[None, None]
@@ -80,19 +80,19 @@ def test_a_key_stored_again_answers_with_its_last_value(rule):
 @pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
 def test_chunked_equals_loop_for_every_chunk_size(documents, gated):
     arguments = inputs(documents=documents, gated=gated)
-    expected = outputs_and_gradients(D.delta_loop, arguments)
+    expected = outputs_and_gradients(D.delta_rule_recurrent, arguments)
     for C in range(1, 129):
-        assert_all_close(outputs_and_gradients(D.delta_chunked, arguments, chunk_size=C), expected, 1e-10)
+        assert_all_close(outputs_and_gradients(D.delta_rule_chunkwise, arguments, chunk_size=C), expected, 1e-10)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
 @pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
 def test_chunked_equals_loop_in_float32(documents, gated):
-    exact = outputs_and_gradients(D.delta_loop, inputs(documents=documents, gated=gated, beta_max=1.0))
+    exact = outputs_and_gradients(D.delta_rule_recurrent, inputs(documents=documents, gated=gated, beta_max=1.0))
     arguments = [x if x is None or not x.is_floating_point() else x.detach().float().requires_grad_() for x in
                  inputs(documents=documents, gated=gated, beta_max=1.0)]  # fmt: skip
     for C in (1, 7, 16, 32, 64, 128):
-        for a, b in zip(outputs_and_gradients(D.delta_chunked, arguments, chunk_size=C), exact, strict=True):
+        for a, b in zip(outputs_and_gradients(D.delta_rule_chunkwise, arguments, chunk_size=C), exact, strict=True):
             assert a.dtype == torch.float32
             assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
 
@@ -101,18 +101,18 @@ def test_chunked_equals_loop_in_float32(documents, gated):
 def test_no_initial_state_is_zeros(T):
     q, k, v, beta, g, S, _ = inputs(T=T, gated=True)
     zeros = torch.zeros_like(S)
-    for rule in (D.delta_loop, D.delta_chunked, D.delta_rule):
-        assert_all_close(rule(q, k, v, beta, g), D.delta_loop(q, k, v, beta, g, zeros), 1e-12)
+    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise, D.delta_rule):
+        assert_all_close(rule(q, k, v, beta, g), D.delta_rule_recurrent(q, k, v, beta, g, zeros), 1e-12)
 
 
 def test_documents_do_not_mix():
     q, k, v, beta, g, S, ends = inputs(documents=True, gated=True)
-    whole, states = D.delta_chunked(q, k, v, beta, g, S, ends)
+    whole, states = D.delta_rule_chunkwise(q, k, v, beta, g, S, ends)
     for d, (a, b) in enumerate(zip(DOCUMENTS[:-1], DOCUMENTS[1:])):
         if a == b:
             torch.testing.assert_close(states[d], S[d])
             continue
-        o, state = D.delta_loop(*(x[:, :, a:b] for x in (q, k, v, beta, g)), S[d : d + 1])
+        o, state = D.delta_rule_recurrent(*(x[:, :, a:b] for x in (q, k, v, beta, g)), S[d : d + 1])
         torch.testing.assert_close(whole[:, :, a:b], o)
         torch.testing.assert_close(states[d], state[0])
 
@@ -131,21 +131,21 @@ def test_long_rows_of_nearly_parallel_keys_stay_exact(gated):
     beta = 1 - 0.01 * torch.rand(1, 1, 4096, generator=g, dtype=torch.float64)
     decay = -0.01 * torch.rand(1, 1, 4096, generator=g, dtype=torch.float64) if gated else None
     inputs = [x if x is None else x.requires_grad_() for x in (q, k, v, beta, decay)]
-    exact = outputs_and_gradients(D.delta_loop, [x if x is None else x[:, :, :2048].detach().requires_grad_() for x in inputs])
-    o_exact, S_exact = D.delta_loop(*inputs)
+    exact = outputs_and_gradients(D.delta_rule_recurrent, [x if x is None else x[:, :, :2048].detach().requires_grad_() for x in inputs])
+    o_exact, S_exact = D.delta_rule_recurrent(*inputs)
 
     def rounded(dtype, T):
         half = [None if x is None else x.detach()[:, :, :T].to(dtype) for x in inputs]
         return [None if x is None else x.requires_grad_() for x in half]
 
     for C in (16, 64):
-        o, S = D.delta_chunked(*rounded(torch.float32, 4096), chunk_size=C)
+        o, S = D.delta_rule_chunkwise(*rounded(torch.float32, 4096), chunk_size=C)
         assert error(o, o_exact) < 1e-5 and error(S, S_exact) < 1e-5
-        o, S = D.delta_chunked(*rounded(torch.bfloat16, 4096), chunk_size=C)
+        o, S = D.delta_rule_chunkwise(*rounded(torch.bfloat16, 4096), chunk_size=C)
         assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
         assert error(o, o_exact) < 0.05 and error(S, S_exact) < 0.05
         for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
-            ours = outputs_and_gradients(D.delta_chunked, rounded(dtype, 2048), chunk_size=C)
+            ours = outputs_and_gradients(D.delta_rule_chunkwise, rounded(dtype, 2048), chunk_size=C)
             assert all(error(a, b) < tolerance for a, b in zip(ours, exact, strict=True))
 
 
@@ -155,10 +155,10 @@ def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(strong, ev
     q, k, v, beta, _, S, _ = inputs(T=40)
     decay = torch.full((2, H, 40), -0.01, dtype=torch.float64)
     decay[:, :, ::every] = strong
-    exact = outputs_and_gradients(D.delta_loop, [q, k, v, beta, decay.requires_grad_(), S])
+    exact = outputs_and_gradients(D.delta_rule_recurrent, [q, k, v, beta, decay.requires_grad_(), S])
     single = [x.detach().float().requires_grad_() for x in (q, k, v, beta, decay, S)]
     for C in (4, 16, 64):
-        for a, b in zip(outputs_and_gradients(D.delta_chunked, single, chunk_size=C), exact, strict=True):
+        for a, b in zip(outputs_and_gradients(D.delta_rule_chunkwise, single, chunk_size=C), exact, strict=True):
             assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
 
 
@@ -169,14 +169,14 @@ def test_the_gradient_of_a_strong_decay_keeps_its_digits(strong):
     decay[:, :, ::5] = strong
     q, k, v, beta, _, S, _ = inputs(T=40)
     arguments = [q, k, v, beta, decay.requires_grad_(), S]
-    exact = outputs_and_gradients(D.delta_loop, arguments)[6]
+    exact = outputs_and_gradients(D.delta_rule_recurrent, arguments)[6]
     single = [x.detach().float().requires_grad_() for x in arguments]
     for C in (1, 4, 16, 64):
-        ours = outputs_and_gradients(D.delta_chunked, single, chunk_size=C)[6].double()
+        ours = outputs_and_gradients(D.delta_rule_chunkwise, single, chunk_size=C)[6].double()
         error = (ours - exact).abs() / exact.abs()
         assert error[:, :, ::5].max() < 1e-4
         assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
-        double = outputs_and_gradients(D.delta_chunked, arguments, chunk_size=C)[6]
+        double = outputs_and_gradients(D.delta_rule_chunkwise, arguments, chunk_size=C)[6]
         torch.testing.assert_close(double, exact, rtol=1e-9, atol=0)
 
 
@@ -185,8 +185,8 @@ def test_the_gradient_of_a_strong_decay_keeps_its_digits(strong):
 def test_half_precision_is_rounding_of_the_inputs_only(dtype, gated):
     """State and sums are float32: the error is that of float32 on the rounded inputs, then one rounding of o."""
     arguments = [x if x is None else x.detach().to(dtype) for x in inputs(gated=gated)[:6]]
-    exact, last = D.delta_loop(*(x if x is None else x.double() for x in arguments))
-    for rule in (D.delta_loop, D.delta_chunked):
+    exact, last = D.delta_rule_recurrent(*(x if x is None else x.double() for x in arguments))
+    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise):
         o, S = rule(*arguments)
         assert o.dtype == dtype and S.dtype == torch.float32
         torch.testing.assert_close(S.double(), last, rtol=1e-5, atol=1e-5)
@@ -198,26 +198,26 @@ def test_no_tokens_leave_the_state_alone(documents):
     S = torch.randn(2, H, K, V)
     empty = [torch.zeros(1 if documents else 2, H, 0, *w) for w in ((K,), (K,), (V,), (), ())]
     ends = torch.tensor([0, 0, 0]) if documents else None
-    for rule in (D.delta_loop, D.delta_chunked, D.delta_rule):
+    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise, D.delta_rule):
         o, after = rule(*empty, S, ends)
         assert o.shape == empty[2].shape and torch.equal(after, S)
 
 
 def test_gradients_passed_in_are_read_only_and_may_have_any_strides():
     arguments = inputs(gated=True)
-    for rule in (D.delta_loop, D.delta_chunked):
+    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise):
         o, S = rule(*arguments)
         do, dS = torch.ones(V, dtype=o.dtype).expand(o.shape), torch.randn(2, H, V, K, dtype=S.dtype).mT
         before = dS.clone()
         grads = torch.autograd.grad((o, S), arguments[:6], (do, dS))
         assert torch.equal(dS, before)
-        expected = torch.autograd.grad(D.delta_loop(*arguments), arguments[:6], (do.contiguous(), before))
+        expected = torch.autograd.grad(D.delta_rule_recurrent(*arguments), arguments[:6], (do.contiguous(), before))
         assert_all_close(grads, expected, 1e-10)
 
 
 def test_the_chosen_form_gets_every_argument(monkeypatch):
     arguments = inputs(documents=True, gated=True)
-    assert_all_close(D.delta_rule(*arguments), D.delta_loop(*arguments), 1e-10)
+    assert_all_close(D.delta_rule(*arguments), D.delta_rule_recurrent(*arguments), 1e-10)
     calls = []
     for name in ("delta_loop", "delta_chunked", "delta_fla"):
         monkeypatch.setattr(D, name, lambda *a, name=name: calls.append((name, *map(id, a[:7]), *a[7:])))
@@ -232,15 +232,15 @@ def test_the_chosen_form_gets_every_argument(monkeypatch):
 
 def test_autocast_changes_nothing_inside():
     arguments = inputs(dtype=torch.float32, gated=True)
-    expected = outputs_and_gradients(D.delta_chunked, arguments)
+    expected = outputs_and_gradients(D.delta_rule_chunkwise, arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = outputs_and_gradients(D.delta_chunked, arguments)
+        ours = outputs_and_gradients(D.delta_rule_chunkwise, arguments)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_shapes_that_do_not_fit_are_refused_by_name():
     q, k, v, beta, g, S, _ = inputs()
-    for rule in (D.delta_loop, D.delta_chunked):
+    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise):
         with pytest.raises(ValueError, match="beta must have shape"):
             rule(q, k, v, beta[..., None])
         with pytest.raises(ValueError, match="state must have shape"):
@@ -271,7 +271,7 @@ def test_odd_ends_of_documents_are_refused_alike_everywhere(ends, message):
     q, k, v, beta, g, S, _ = inputs(documents=True, gated=True)
     model = M.GPT(config(seq_len=70))
     tokens = torch.zeros(1, 70, dtype=torch.long)
-    for rule in (D.delta_loop, D.delta_chunked, D.delta_fla, D.delta_rule):
+    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise, D.delta_rule_fla, D.delta_rule):
         with pytest.raises(ValueError, match=message):
             rule(q, k, v, beta, g, None, torch.tensor(ends))
     with pytest.raises(ValueError, match=message):
@@ -284,7 +284,7 @@ def test_odd_ends_of_documents_are_refused_alike_everywhere(ends, message):
 def test_ends_may_be_integers_of_any_size(kind):
     arguments = inputs(documents=True, gated=True)
     ends = arguments[6].to(kind)
-    for rule in (D.delta_loop, D.delta_chunked):
+    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise):
         assert_all_close(rule(*arguments[:6], ends), rule(*arguments), 0)
 
 
@@ -322,7 +322,7 @@ def test_equals_the_naive_forms_of_flash_linear_attention():
     expected = outputs_and_gradients(theirs.delta_rule_recurrence, [*plain, S])
     no_state = outputs_and_gradients(theirs.delta_rule_chunkwise, plain)
     expected_gated = outputs_and_gradients(gated, [*plain, g, S])
-    for rule in (D.delta_loop, D.delta_chunked):
+    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise):
         ours = outputs_and_gradients(lambda *x, rule=rule: rule(*x[:4], None, *x[4:]), [*plain, S])
         assert_all_close(ours, expected, 2e-5)
         assert_all_close(outputs_and_gradients(rule, plain), no_state, 2e-5)
@@ -343,7 +343,7 @@ def test_kernels_get_their_arguments_in_their_layout(monkeypatch, gated, documen
         assert scale is None and output_final_state and (cu_seqlens is not None) == documents
         assert not documents or (cu_seqlens.dtype == torch.long and cu_seqlens.diff().min() > 0)
         layout = [x.transpose(1, 2) for x in (q, k, v, beta)]
-        o, state = D.delta_loop(*layout, None if g is None else g.transpose(1, 2), initial_state, cu_seqlens)
+        o, state = D.delta_rule_recurrent(*layout, None if g is None else g.transpose(1, 2), initial_state, cu_seqlens)
         return o.transpose(1, 2), state
 
     def chunk_delta_rule(q, k, v, beta, scale=None, initial_state=None, output_final_state=False,
@@ -358,28 +358,28 @@ def test_kernels_get_their_arguments_in_their_layout(monkeypatch, gated, documen
         return check(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens)
 
     monkeypatch.setattr(D, "load_fla", lambda: (chunk_delta_rule, chunk_gated_delta_rule))
-    assert_all_close(outputs_and_gradients(D.delta_fla, arguments), outputs_and_gradients(D.delta_loop, arguments), 1e-5)
-    new, wanted = (rule(*arguments[:5], None, arguments[6]) for rule in (D.delta_fla, D.delta_loop))
+    assert_all_close(outputs_and_gradients(D.delta_rule_fla, arguments), outputs_and_gradients(D.delta_rule_recurrent, arguments), 1e-5)
+    new, wanted = (rule(*arguments[:5], None, arguments[6]) for rule in (D.delta_rule_fla, D.delta_rule_recurrent))
     assert_all_close(new, wanted, 1e-5)
     half = [x if x is None or i > 3 else x.detach().to(torch.bfloat16) for i, x in enumerate(arguments)]
-    exact, last = D.delta_loop(*half)
+    exact, last = D.delta_rule_recurrent(*half)
     for mixed in (half, [*(x.float() for x in half[:2]), half[2], half[3].float(), *half[4:]]):
-        o, S = D.delta_fla(*mixed)
+        o, S = D.delta_rule_fla(*mixed)
         assert o.dtype == torch.bfloat16 and torch.equal(o, exact) and torch.equal(S, last)
     with pytest.raises(ValueError, match="state must have shape"):
-        D.delta_fla(*arguments[:5], arguments[5].mT, arguments[6])
+        D.delta_rule_fla(*arguments[:5], arguments[5].mT, arguments[6])
 
 
 def test_the_kernel_is_chosen_only_where_it_works(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert "CUDA" in D.fla_problem(cpu, torch.bfloat16, 64)
+    assert "CUDA" in D.why_no_fla(cpu, torch.bfloat16, 64)
     monkeypatch.setattr(D, "load_fla", lambda: "flash-linear-attention cannot be imported: no triton")
-    assert "no triton" in D.fla_problem(cuda, torch.bfloat16, 64)
+    assert "no triton" in D.why_no_fla(cuda, torch.bfloat16, 64)
     monkeypatch.setattr(D, "load_fla", lambda: (object(), object()))
-    assert "bfloat16" in D.fla_problem(cuda, torch.float32, 64) and "256" in D.fla_problem(cuda, torch.bfloat16, 273)
-    assert D.fla_problem(cuda, torch.bfloat16, 64) is None
-    assert "its own chunks" in D.DeltaNet.kernel_choice(config(), cuda, torch.bfloat16)
-    assert "chunks of 4 tokens (flash-linear-attention runs on" in D.DeltaNet.kernel_choice(config(), cpu, torch.bfloat16)
+    assert "bfloat16" in D.why_no_fla(cuda, torch.float32, 64) and "256" in D.why_no_fla(cuda, torch.bfloat16, 273)
+    assert D.why_no_fla(cuda, torch.bfloat16, 64) is None
+    assert "its own chunks" in D.DeltaNet.describe_backend(config(), cuda, torch.bfloat16)
+    assert "chunks of 4 tokens (flash-linear-attention runs on" in D.DeltaNet.describe_backend(config(), cpu, torch.bfloat16)
 
 
 def test_without_the_extra_the_reason_is_said(monkeypatch):
@@ -437,7 +437,7 @@ def naive_mixer(m, x):
                 if c.use_beta:
                     beta = 1 / (1 + torch.exp(-(m.proj_beta.weight[h] @ x[b, t]) / c.lr_temp))
                     beta = 2 * beta if c.allow_neg_eigval else beta
-                if isinstance(m, D.GatedDeltaMixer):
+                if isinstance(m, D.GatedDeltaNetLayer):
                     rate = torch.log(1 + torch.exp(m.proj_decay.weight[h] @ x[b, t] + m.dt_bias[h]))
                     states[h] = states[h] * torch.exp(-torch.exp(m.A_log[h]) * rate)
                 states[h] = states[h] + beta * torch.outer(k, v - states[h].T @ k)
@@ -466,7 +466,7 @@ SWITCHES = [
 ]
 
 
-@pytest.mark.parametrize("cls", [D.DeltaMixer, D.GatedDeltaMixer])
+@pytest.mark.parametrize("cls", [D.DeltaNetLayer, D.GatedDeltaNetLayer])
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_mixer_equals_naive_in_outputs_and_gradients(cls, switches):
     torch.manual_seed(0)
@@ -511,8 +511,8 @@ def test_state_bytes_is_the_size_of_what_is_kept(cls, changes):
     for T in (1, 2, 12):
         _, cache = model.read(torch.zeros(1, T, dtype=torch.long))
         kept = sum(x.untyped_storage().nbytes() for m in cache for x in m.values() if x is not T)
-        assert kept == cls.state_bytes(model.config) == cls.state_bytes(replace(model.config, seq_len=10**6)) > 0
-    assert cls.state_bytes(config(use_att=False, use_ffn=True)) == 0
+        assert kept == cls.inference_state_bytes(model.config) == cls.inference_state_bytes(replace(model.config, seq_len=10**6)) > 0
+    assert cls.inference_state_bytes(config(use_att=False, use_ffn=True)) == 0
 
 
 @pytest.mark.parametrize("cls", [D.DeltaNet, D.GatedDeltaNet])
@@ -537,7 +537,7 @@ def test_bfloat16_autocast_is_close_to_float32():
     assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max() and state[0]["S"].dtype == torch.float32
     for a, b in zip(torch.autograd.grad(half_loss, list(model.parameters())), grads):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
-    assert M.ShortConv(3, 4)(torch.zeros(1, 5, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert M.ShortConvolution(3, 4)(torch.zeros(1, 5, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
     x = 300 * torch.ones(2, 12).to(torch.float16)  # its square overflows float16
     with torch.autocast("cpu", torch.bfloat16):
         assert (M.NORMS["l2"](x).norm(dim=-1) - 1).abs().max() < 1e-5
@@ -547,12 +547,12 @@ def test_bfloat16_autocast_is_close_to_float32():
 
 
 def test_decay_starts_in_the_range_of_the_paper_and_is_not_decayed_itself():
-    mixer = D.GatedDeltaMixer(config(n_heads=200))
+    mixer = D.GatedDeltaNetLayer(config(n_heads=200))
     dt = F.softplus(mixer.dt_bias)
     assert 1e-3 <= dt.min() < 0.0015 and 0.007 < dt.median() < 0.014 and 0.065 < dt.max() <= 0.1  # log-uniform
     A = mixer.A_log.exp()
     assert A.min() < 0.5 and 6 < A.median() < 10 and 15 < A.max() <= 16
-    decays, stays = train.parameter_groups(mixer, 0.1)
+    decays, stays = train.parameter_groups_of(mixer, 0.1)
     assert {id(mixer.A_log), id(mixer.dt_bias)} <= {id(p) for p in stays["params"]} and stays["weight_decay"] == 0
     assert decays["weight_decay"] == 0.1
 
@@ -561,14 +561,14 @@ def test_short_convolution_and_l2_norm_have_the_right_gradients():
     torch.manual_seed(0)
     for T in (1, 2, 6):
         x, w = torch.randn(2, T, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-        torch.autograd.gradcheck(M.CausalConvolution.apply, (x.requires_grad_(), w.requires_grad_()))
-        torch.autograd.gradcheck(M.L2Norm.apply, (x,))
+        torch.autograd.gradcheck(M.CausalConv1d.apply, (x.requires_grad_(), w.requires_grad_()))
+        torch.autograd.gradcheck(M.L2Normalize.apply, (x,))
 
 
 def test_settings_without_effect_are_refused():
     def plan(*flags):
         p, _ = train.read_command_line(["--model", "delta", *flags])
-        return train.model_config(p, p.data_module.Data(p.data))
+        return train.build_model_config(p, p.data_module.Data(p.data))
 
     assert plan().conv == 4 and plan().k_norm == "l2"
     with pytest.raises(ConfigError, match="pos='rope' has no effect: the recurrence knows"):
@@ -577,12 +577,12 @@ def test_settings_without_effect_are_refused():
         plan("--n_kv_heads", "1")
     with pytest.raises(ConfigError, match="use_beta is 0"):
         plan("--use_beta", "0", "--allow_neg_eigval", "1")
-    line = D.DeltaNet.kernel_choice(plan("--k_norm", "none"), torch.device("cpu"), torch.float32)
+    line = D.DeltaNet.describe_backend(plan("--k_norm", "none"), torch.device("cpu"), torch.float32)
     assert "long keys may" in line
     for flags in (["--k_norm", "rms"], ["--k_norm", "layer", "--k_kernel", "softmax"]):
-        assert "long keys may" in D.DeltaNet.kernel_choice(plan(*flags), torch.device("cpu"), torch.float32)
+        assert "long keys may" in D.DeltaNet.describe_backend(plan(*flags), torch.device("cpu"), torch.float32)
     with pytest.raises(ConfigError, match="use_att is 0"):
         plan("--use_att", "0", "--use_ffn", "1", "--use_out_norm", "0")
     off = plan("--use_att", "0", "--use_ffn", "1")
-    assert D.DeltaNet.kernel_choice(off, torch.device("cpu"), torch.float32) == "none (use_att is 0)"
-    assert "long keys" not in D.DeltaNet.kernel_choice(plan(), torch.device("cpu"), torch.float32)
+    assert D.DeltaNet.describe_backend(off, torch.device("cpu"), torch.float32) == "none (use_att is 0)"
+    assert "long keys" not in D.DeltaNet.describe_backend(plan(), torch.device("cpu"), torch.float32)

@@ -19,8 +19,8 @@ import flex_generate
 import memory
 import plan
 import train
-from configs import ConfigError, RunFailed
-from parallel import ALONE
+from configs import ConfigError, RunError
+from parallel import SINGLE_PROCESS
 from test_ddp import torchrun
 from test_train import assert_same, contents, flags, run
 
@@ -100,9 +100,9 @@ def test_a_loss_that_is_not_finite_in_an_evaluation_ends_as_failed(tmp_path, mon
 
 def test_a_weight_that_no_loss_shows_counts_too():
     model = torch.nn.Linear(2, 2)
-    assert train.finite_weights(model, ALONE)
+    assert train.finite_weights(model, SINGLE_PROCESS)
     model.weight.data[1, 1] = math.nan
-    assert not train.finite_weights(model, ALONE)
+    assert not train.finite_weights(model, SINGLE_PROCESS)
 
 
 # ---- which weights were tested -----------------------------------------------------------------------------------------
@@ -168,9 +168,9 @@ def test_killed_before_its_config_torchrun_starts_it_again(on_ranks, tmp_path, m
 
 def test_two_starts_of_one_name_make_one_run(tmp_path):
     p, _ = train.read_command_line(flags(tmp_path, "run", **SHORT))
-    folder, held = plan.make_run_directory(p, None)
+    folder, held = plan.create_run_dir(p, None)
     with pytest.raises(ConfigError, match="another process is writing this run"):
-        plan.make_run_directory(p, None)
+        plan.create_run_dir(p, None)
     checkpoint.unlock(held)
 
 
@@ -367,7 +367,7 @@ def test_a_device_without_float64_leaves_it_to_the_cpu():
 
 def test_full_memory_names_what_is_too_large(tmp_path, monkeypatch):
     p, _ = train.read_command_line(["--model=memory", "--mem_n_keys=64", "--dim=32"])
-    model = plan.make_model(p, plan.model_config(p, p.data_module.Data(p.data)))
+    model = plan.build_model(p, plan.build_model_config(p, p.data_module.Data(p.data)))
     cpu, count = torch.device("cpu"), plan.count_parameters(model)["total"]
     assert plan.training_advice(model, cpu).startswith("raise accumulate or lower batch_size")
     monkeypatch.setattr(plan, "memory_size", lambda device: 20 * count)
@@ -385,17 +385,17 @@ def test_memory_that_a_model_does_not_get_is_a_sentence(tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(torch.nn.Module, "to", full)
-        with pytest.raises(RunFailed, match="memory is full; raise accumulate"):
+        with pytest.raises(RunError, match="memory is full; raise accumulate"):
             run(tmp_path, **SHORT)
     _, out = run(tmp_path, "whole", **SHORT)
     monkeypatch.setattr(eval_script, "predict", full)
-    with pytest.raises(RunFailed, match="memory is full; lower eval_batch_size"):
+    with pytest.raises(RunError, match="memory is full; lower eval_batch_size"):
         eval_script.main([out])
     monkeypatch.setattr(commands, "open_look", full)
-    with pytest.raises(RunFailed, match="memory is full; lower eval_batch_size"):
+    with pytest.raises(RunError, match="memory is full; lower eval_batch_size"):
         eval_script.main([out])
     monkeypatch.setattr(flex_generate, "generate", full)
-    with pytest.raises(RunFailed, match="memory is full; lower batch_size"):
+    with pytest.raises(RunError, match="memory is full; lower batch_size"):
         flex_generate.main([])
 
 

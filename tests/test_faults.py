@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import train
-from configs import ConfigError, RunFailed
+from configs import ConfigError, RunError
 from test_train import assert_same, contents, flags, run
 
 resource = pytest.importorskip("resource", reason="kills and signals are tested on POSIX only")
@@ -117,14 +117,14 @@ def signals():
 
 
 def test_a_signal_cuts_the_last_evaluation_short_too(tmp_path, monkeypatch, signals):
-    batch = train.plan([]).data_module.MadeData.batch
+    batch = train.resolve([]).data_module.MadeData.batch
 
     def signal_in_test(self, split, step, rows):
         if split == "test":
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, split, step, rows)
 
-    monkeypatch.setattr(train.plan([]).data_module.MadeData, "batch", signal_in_test)
+    monkeypatch.setattr(train.resolve([]).data_module.MadeData, "batch", signal_in_test)
     status, out = run(tmp_path, eval_batch_size=10)
     assert status == 128 + signal.SIGTERM
     assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == "preempted"
@@ -136,7 +136,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
     """It is done again after the resume, so nothing is lost and nothing waits for 100,000 rows."""
     settings = dict(max_steps=30, eval_interval=10, eval_batch_size=10)
     _, whole = run(tmp_path, "whole", **settings)
-    made, batch = [], train.plan([]).data_module.MadeData.batch
+    made, batch = [], train.resolve([]).data_module.MadeData.batch
 
     def signal_in_second_evaluation(self, split, step, rows):
         made.append(split)
@@ -144,7 +144,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, split, step, rows)
 
-    monkeypatch.setattr(train.plan([]).data_module.MadeData, "batch", signal_in_second_evaluation)
+    monkeypatch.setattr(train.resolve([]).data_module.MadeData, "batch", signal_in_second_evaluation)
     status, out = run(tmp_path, "cut", **settings)
     assert status == 128 + signal.SIGTERM and made.count("val") == 7
     assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 20
@@ -244,7 +244,7 @@ def test_every_damage_is_noticed_and_the_checkpoint_before_taken(tmp_path, capsy
         error = capsys.readouterr().err
         assert state["step"] == 40 and error.count("\n") == 1 and "ckpt.pt is damaged (" in error, spoil
         assert sorted(os.listdir(out)) == there
-        assert checkpoint.find_checkpoint(out, "ckpt", "ckpt_prev", holds_lock=True) == "ckpt_prev"
+        assert checkpoint.first_valid_checkpoint(out, "ckpt", "ckpt_prev", holds_lock=True) == "ckpt_prev"
         assert capsys.readouterr().err == error
         assert os.path.lexists(f"{path}.damaged") and not os.path.lexists(path)
     assert len(ways) == 225 and not fuse.exists()
@@ -252,7 +252,7 @@ def test_every_damage_is_noticed_and_the_checkpoint_before_taken(tmp_path, capsy
     # off either.
     checkpoint.save_checkpoint(out, "ckpt", {"step": 1, "tensors": Bomb(fuse)}, keep_old=False)
     with pytest.raises(ConfigError, match=r"ckpt\.pt cannot be read as weights"):
-        checkpoint.find_checkpoint(out, "ckpt", "ckpt_prev", holds_lock=True)
+        checkpoint.first_valid_checkpoint(out, "ckpt", "ckpt_prev", holds_lock=True)
     assert path.exists() and not fuse.exists()
     path.write_bytes(raw)
     assert checkpoint.load_checkpoint(out, "ckpt")["step"] == 60
@@ -302,9 +302,9 @@ def test_a_read_error_is_no_damage(tmp_path, monkeypatch, error, at):
     monkeypatch.setattr(*places[at], refuse)
     for names in (("ckpt", "ckpt_prev"), ("best",)):
         for holds_lock in (False, True):
-            with pytest.raises(RunFailed, match=r"cannot read .*; nothing was changed"):
-                checkpoint.find_checkpoint(str(tmp_path), *names, holds_lock=holds_lock)
-        with pytest.raises(RunFailed, match="cannot read"):
+            with pytest.raises(RunError, match=r"cannot read .*; nothing was changed"):
+                checkpoint.first_valid_checkpoint(str(tmp_path), *names, holds_lock=holds_lock)
+        with pytest.raises(RunError, match="cannot read"):
             checkpoint.load_checkpoint(str(tmp_path), *names)
     monkeypatch.undo()
     assert {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -355,7 +355,7 @@ def test_damaged_shards_are_noticed_too(tmp_path, capsys):
     with open(place, "wb") as f:
         f.write(bomb)
     state = checkpoint.read_checkpoint(out, "ckpt")
-    state["shards"]["files"][".metadata"] = checkpoint.file_hash(place)
+    state["shards"]["files"][".metadata"] = checkpoint.sha256_file(place)
     checkpoint.save_checkpoint(out, "best", state)
     with pytest.raises(ConfigError, match="system has no place"):
         checkpoint.load_checkpoint(out, "best")
@@ -393,7 +393,7 @@ def test_shards_stay_while_a_checkpoint_cannot_be_read(tmp_path, monkeypatch):
 
 
 def test_what_json_cannot_say_is_null(tmp_path):
-    log = checkpoint.Log(str(tmp_path), 0)
+    log = checkpoint.JsonlLog(str(tmp_path), 0)
     log.write(kind="eval", step=1, loss=math.nan, by_slice={"hops": {1: {"loss": math.inf, "right": 2}}})
     assert json.loads((tmp_path / "log.jsonl").read_text())["by_slice"] == {"hops": {"1": {"loss": None, "right": 2}}}
 
@@ -451,7 +451,7 @@ def test_without_locks_everything_runs(tmp_path, monkeypatch, capsys):
     status, out = run(tmp_path)
     assert status == 0 and run(tmp_path, resume=True, max_steps=80)[0] == 0
     assert "cannot be locked here" in capsys.readouterr().err
-    with checkpoint.new_directory(str(tmp_path / "made")) as work:
+    with checkpoint.atomic_directory(str(tmp_path / "made")) as work:
         checkpoint.write_json(os.path.join(work, "a.json"), 1)
     assert os.listdir(tmp_path / "made") == ["a.json"]
 
@@ -510,14 +510,14 @@ def test_the_temporary_file_of_a_dead_writer_goes_that_of_a_living_one_stays(tmp
         checkpoint.write_json(path, 2)
         assert len(os.listdir(tmp_path)) == 2  # the other file, and this one
 
-    assert status_of(in_child(lambda: checkpoint.write_file(path, die))) == -signal.SIGKILL
+    assert status_of(in_child(lambda: checkpoint.atomic_write(path, die))) == -signal.SIGKILL
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".x [1].json.tmp-")
-    checkpoint.write_file(path, meanwhile)
+    checkpoint.atomic_write(path, meanwhile)
     assert os.listdir(tmp_path) == ["x [1].json"] and checkpoint.read_json(path) == 1
     # Of a file that nobody writes again, the next process that holds the directory deletes it.
-    assert status_of(in_child(lambda: checkpoint.write_file(path, die))) == -signal.SIGKILL
-    checkpoint.unlock(checkpoint.lock(str(tmp_path)))
+    assert status_of(in_child(lambda: checkpoint.atomic_write(path, die))) == -signal.SIGKILL
+    checkpoint.unlock(checkpoint.lock_run_dir(str(tmp_path)))
     assert os.listdir(tmp_path) == ["x [1].json"]
 
 
@@ -534,7 +534,7 @@ def test_a_data_set_that_was_stopped_leaves_nothing(tmp_path, number):
     own.mkdir()  # a user's, whatever its name
 
     def stopped():
-        with checkpoint.new_directory(target) as work:
+        with checkpoint.atomic_directory(target) as work:
             checkpoint.write_json(os.path.join(work, "a.json"), 1)
             os.kill(os.getpid(), number)
             time.sleep(10)
@@ -549,10 +549,10 @@ def test_a_data_set_that_was_stopped_leaves_nothing(tmp_path, number):
         assert status == -number and len(left) == 1
     else:
         assert status == 128 + number and not left
-    with checkpoint.new_directory(target) as work:
-        with checkpoint.new_directory(str(tmp_path / "other")):
+    with checkpoint.atomic_directory(target) as work:
+        with checkpoint.atomic_directory(str(tmp_path / "other")):
             pass
-        with pytest.raises(ConfigError, match="stop"), checkpoint.new_directory(target) as second:
+        with pytest.raises(ConfigError, match="stop"), checkpoint.atomic_directory(target) as second:
             assert os.path.isdir(work) and second != work
             raise OSError("stop")
     assert sorted(os.listdir(tmp_path)) == ["other", "set", own.name]
@@ -588,7 +588,7 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint(tmp_path, monkeypatch, at
     monkeypatch.setattr(*places.get(at, (os, at)), full if at == "save" else refuse)
     if at == "link":
         monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(RunFailed, match=r"cannot write .*ckpt(_prev)?\.pt: (No space|Read-only)"):
+    with pytest.raises(RunError, match=r"cannot write .*ckpt(_prev)?\.pt: (No space|Read-only)"):
         checkpoint.save_checkpoint(tmp_path, "ckpt", {"step": 3})
     monkeypatch.undo()
     assert checkpoint.load_checkpoint(tmp_path, "ckpt")["step"] == 2
@@ -608,7 +608,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(on_ranks, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # files end there, as on a full disk
         try:
             return train.main([f"--resume={out}", "--max_steps=40"])
-        except RunFailed as e:  # while the error is at hand the wrapped model is gone: see parallel.leave
+        except RunError as e:  # while the error is at hand the wrapped model is gone: see parallel.leave
             assert e.__traceback__ and not any(isinstance(o, DistributedDataParallel) for o in gc.get_objects())
             raise
 

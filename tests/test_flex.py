@@ -40,24 +40,24 @@ def question(random, n=4, cue=7, manual=2, same_length=False):
     return fusion.Question(segments, torch.arange(n) < manual, cue, [3, 4])
 
 
-NEVER = fusion.Stop(torch.tensor([], dtype=torch.long), *torch.zeros(2, 256, dtype=torch.bool))
+NEVER = fusion.StopCriteria(torch.tensor([], dtype=torch.long), *torch.zeros(2, 256, dtype=torch.bool))
 
 
-def fused(model, prefix_ids, questions, scheme, positions, bias=0.0, most=6, encode=fusion.encode):
+def fused(model, prefix_ids, questions, scheme, positions, bias=0.0, most=6, encode=fusion.prefill):
     """As flex_generate does: prefix once, rows in a batch, caches, decoding."""
-    prefix, rows, places, at = fusion.encode_prefix(model, prefix_ids), [], [], []
+    prefix, rows, places, at = fusion.prefill_prefix(model, prefix_ids), [], [], []
     for q in questions:
-        mine, cue = fusion.lay_out(q, len(prefix_ids), scheme, positions)
+        mine, cue = fusion.layout(q, len(prefix_ids), scheme, positions)
         places.append(range(len(rows), len(rows) + len(mine)))
         rows += [(ids, where) for ids, where, _ in mine]
         at.append(cue)
-    cache = fusion.assemble(prefix, rows, encode(model, prefix, rows), places, at, bias)
-    return fusion.decode(model, cache, questions[0].cue, fusion.each, NEVER, most)[0]
+    cache = fusion.build_cache(prefix, rows, encode(model, prefix, rows), places, at, bias)
+    return fusion.greedy_decode(model, cache, questions[0].cue, fusion.argmax_each, NEVER, most)[0]
 
 
 def layout(prefix_ids, q, scheme, positions):
     """The whole sequence of a question: ids, positions, segments."""
-    rows, cue = fusion.lay_out(q, len(prefix_ids), scheme, positions)
+    rows, cue = fusion.layout(q, len(prefix_ids), scheme, positions)
     ids, at = list(prefix_ids) + [t for r in rows for t in r[0]] + [q.cue], list(range(len(prefix_ids)))
     at += [int(p) for r in rows for p in r[1]] + [cue]
     segment = [fusion.PREFIX] * len(prefix_ids) + [s for r in rows for s in r[2]] + [fusion.FUSED]
@@ -70,7 +70,7 @@ def naive(forward, prefix_ids, q, scheme, positions, bias=0.0, most=6):
     out, first = [], None
     for _ in range(most):
         numbers = torch.tensor(segment)
-        seen = fusion.visible(scheme, numbers, q.manual)
+        seen = fusion.dense_mask(scheme, numbers, q.manual)
         scores = torch.zeros(len(ids), len(ids)).masked_fill(~seen, -torch.inf)
         scores += bias * ((numbers[:, None] == fusion.FUSED) & (numbers[None] >= 0))
         logits = forward(torch.tensor([ids]), torch.tensor([at]), scores)[-1]
@@ -129,12 +129,12 @@ def test_logits_equal_transformers(tiny, name):
     tokens = torch.randint(256, (3, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(tokens).logits
-    got = model.logits(model(tokens, torch.arange(200).expand(3, -1), llama.plain))
+    got = model.logits(model(tokens, torch.arange(200).expand(3, -1), llama.causal_attention))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert torch.equal(got.argmax(-1), expected.argmax(-1)) and model.config.eos == (2, 5)
 
 
-@pytest.mark.parametrize("scheme", fusion.SCHEMES)
+@pytest.mark.parametrize("scheme", fusion.MASKS)
 @pytest.mark.parametrize("positions", ["restart", "sequential"])
 def test_fused_decoding_equals_transformers_with_a_dense_mask(tiny, scheme, positions):
     """200 questions over the schemes and positions; no cache, one at a time, a 4-D mask."""
@@ -158,7 +158,7 @@ def test_fused_decoding_equals_transformers_with_a_dense_mask(tiny, scheme, posi
 # ---- fusion ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", fusion.SCHEMES)
+@pytest.mark.parametrize("scheme", fusion.MASKS)
 @pytest.mark.parametrize("positions", ["restart", "sequential"])
 @pytest.mark.parametrize("bias", [0.0, -1.4])
 def test_batches_with_caches_equal_one_question_without(scheme, positions, bias):
@@ -171,20 +171,20 @@ def test_batches_with_caches_equal_one_question_without(scheme, positions, bias)
         assert naive(ours(model), prefix, q, scheme, positions, bias)[0] == answer
 
 
-@pytest.mark.parametrize("scheme", fusion.SCHEMES)
+@pytest.mark.parametrize("scheme", fusion.MASKS)
 def test_flex_attention_encodes_the_same(scheme):
     """The GPU path, uncompiled, on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
     model, random = small(), np.random.default_rng(2)
     prefix_ids = random.integers(10, V, 5).tolist()
-    prefix = fusion.encode_prefix(model, prefix_ids)
+    prefix = fusion.prefill_prefix(model, prefix_ids)
     rows = [
         (ids, at)
         for q in [question(random), question(random, n=3)]
-        for ids, at, _ in fusion.lay_out(q, 5, scheme, "sequential")[0]
+        for ids, at, _ in fusion.layout(q, 5, scheme, "sequential")[0]
     ]
-    plain, packed = fusion.encode_rows(model, prefix, rows), fusion.encode_packed(model, prefix, rows, flex_attention)
+    plain, packed = fusion.prefill_padded(model, prefix, rows), fusion.prefill_flex(model, prefix, rows, flex_attention)
     for a, b in zip(plain, packed):
         for x, y in zip(a, b):
             for r, (ids, _) in enumerate(rows):
@@ -192,13 +192,13 @@ def test_flex_attention_encodes_the_same(scheme):
 
 
 @pytest.mark.parametrize("positions", ["restart", "sequential"])
-@pytest.mark.parametrize("scheme", fusion.SCHEMES)
+@pytest.mark.parametrize("scheme", fusion.MASKS)
 def test_one_template_is_plain_decoding(scheme, positions):
     model, random = small(), np.random.default_rng(3)
     prefix, q = random.integers(10, V, 9).tolist(), question(random, n=1)
     ids = prefix + q.segments[0] + [q.cue]
     for token in fused(model, prefix, [q], scheme, positions)[0].tolist():
-        logits = model.logits(model(torch.tensor([ids]), torch.arange(len(ids))[None], llama.plain))[0, -1]
+        logits = model.logits(model(torch.tensor([ids]), torch.arange(len(ids))[None], llama.causal_attention))[0, -1]
         assert int(logits.argmax()) == token
         ids.append(token)
 
@@ -232,20 +232,20 @@ def test_the_first_token_sees_every_template():
 def test_who_sees_whom():
     manual = torch.tensor([True, True, False])
     segment = torch.tensor([fusion.PREFIX, 0, 1, 2, 2, fusion.FUSED])
-    seen = {scheme: fusion.visible(scheme, segment, manual).int().tolist() for scheme in fusion.SCHEMES}
+    seen = {scheme: fusion.dense_mask(scheme, segment, manual).int().tolist() for scheme in fusion.MASKS}
     assert seen["isolated"][:3] == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0]]
     assert seen["isolated"][3:] == [[1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0], [1] * 6]
     assert seen["manual_cross"][2] == [1, 1, 1, 0, 0, 0] and seen["manual_cross"][3] == [1, 0, 0, 1, 0, 0]
     assert seen["full"] == torch.ones(6, 6).tril().int().tolist()
     assert all(all(row[i] for i, row in enumerate(rows)) for rows in seen.values())  # no row is fully masked
-    assert [fusion.groups(s, manual) for s in fusion.SCHEMES] == [[[0], [1], [2]], [[0, 1], [2]], [[0, 1, 2]]]
+    assert [fusion.encode_groups(s, manual) for s in fusion.MASKS] == [[[0], [1], [2]], [[0, 1], [2]], [[0, 1, 2]]]
 
 
 def test_positions_by_hand():
     q = fusion.Question([[11, 12], [13], [14, 15, 16]], torch.tensor([True, True, False]), 7, [3])
-    rows, cue = fusion.lay_out(q, 10, "manual_cross", "restart")
+    rows, cue = fusion.layout(q, 10, "manual_cross", "restart")
     assert rows == [([11, 12, 13], [10, 11, 10], [0, 0, 1]), ([14, 15, 16], [10, 11, 12], [2, 2, 2])] and cue == 13
-    rows, cue = fusion.lay_out(q, 10, "isolated", "sequential")
+    rows, cue = fusion.layout(q, 10, "isolated", "sequential")
     assert rows[0] == ([11, 12, 7, 3], [10, 11, 12, 13], [0] * 4) and rows[1] == ([13, 7, 3], [14, 15, 16], [1] * 3)
     assert rows[2] == ([14, 15, 16], [17, 18, 19], [2] * 3) and cue == 20
 
@@ -254,17 +254,17 @@ def test_answers_stop_at_a_line_break_once_they_have_begun():
     """Tokens 1 and 2 break lines, 9 ends. Rows: a leading break is passed over; text, then a break; an end."""
     breaks, blank = torch.zeros(V, dtype=torch.bool), torch.zeros(V, dtype=torch.bool)
     breaks[[1, 2]] = blank[[1, 2]] = True
-    stop, model = fusion.Stop(torch.tensor([9]), breaks, blank), small()
-    prefix = fusion.encode_prefix(model, [20, 21])
+    stop, model = fusion.StopCriteria(torch.tensor([9]), breaks, blank), small()
+    prefix = fusion.prefill_prefix(model, [20, 21])
     rows = [([30], [2]), ([31], [2]), ([32], [2])]
-    cache = fusion.assemble(prefix, rows, fusion.encode_rows(model, prefix, rows), [[0], [1], [2]], [3, 3, 3])
+    cache = fusion.build_cache(prefix, rows, fusion.prefill_padded(model, prefix, rows), [[0], [1], [2]], [3, 3, 3])
     scripts, step = [[1, 40, 2, 41], [50, 1, 51, 52], [60, 9, 1, 1]], iter(range(10))
 
     def choose(logits):
         at = next(step)
         return torch.tensor([script[at] for script in scripts])
 
-    out, _ = fusion.decode(model, cache, 7, choose, stop, most=4)
+    out, _ = fusion.greedy_decode(model, cache, 7, choose, stop, most=4)
     assert out.tolist() == [[1, 40, -1], [50, -1, -1], [60, -1, -1]]
 
 
@@ -276,7 +276,7 @@ def test_ensembles_by_hand():
     torch.testing.assert_close(scores["max"], logits.softmax(-1).max(1).values[0])
     torch.testing.assert_close(scores["weighted_avg"], torch.tensor([0.5, 1.5, 1.375]))
     assert scores["weighted_max"].tolist() == [0.0, 2.0, 1.5]
-    flat = fusion.together(2, fusion.ENSEMBLES["avg"](None))(logits.flatten(0, 1))
+    flat = fusion.argmax_grouped(2, fusion.ENSEMBLES["avg"](None))(logits.flatten(0, 1))
     assert flat.tolist() == [2, 2]
 
 
@@ -286,7 +286,7 @@ def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
     prefix, made = random.integers(10, V, 7).tolist(), [question(random, n=3) for _ in range(4)]
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     run = SimpleNamespace(model=model, config=flex.Config(max_new_tokens=2), stop=NEVER, tokenizer=tokenizer)
-    batch = flex.Batch(run, made, fusion.encode_prefix(model, prefix))
+    batch = flex.Batch(run, made, fusion.prefill_prefix(model, prefix))
     for q, text in zip(made, flex.hybrid(batch)):
         alone = [fusion.Question([s], q.manual[:1], q.cue, q.between) for s in q.segments]
         single = torch.stack([naive(ours(model), prefix, x, "isolated", "restart")[1].log_softmax(-1) for x in alone]).mean(0)
@@ -299,8 +299,8 @@ def test_adaptive_takes_the_templates_that_are_surest():
     prefix, made = random.integers(10, V, 7).tolist(), [question(random, n=4)]
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     run = SimpleNamespace(model=model, config=flex.Config(max_new_tokens=3), stop=NEVER, tokenizer=tokenizer)
-    batch = flex.Batch(run, made, fusion.encode_prefix(model, prefix))
-    (text,), best = flex.flex_adaptive(batch), flex.answers_alone(batch)[1][0].topk(2).indices.sort().values.tolist()
+    batch = flex.Batch(run, made, fusion.prefill_prefix(model, prefix))
+    (text,), best = flex.flex_adaptive(batch), flex.separate_answers(batch)[1][0].topk(2).indices.sort().values.tolist()
     half = fusion.Question([made[0].segments[i] for i in best], made[0].manual[:2], made[0].cue, made[0].between)
     assert text.split() == list(map(str, naive(ours(model), prefix, half, "isolated", "restart", bias=-np.log(2), most=3)[0]))
 
@@ -309,7 +309,7 @@ def test_weighted_attention_by_hand(monkeypatch):
     """Attention to a template's tokens, times how sure the model is of it alone; equal weights change nothing."""
     model, random, caches = small(), np.random.default_rng(2), []
     prefix, q = random.integers(10, V, 7).tolist(), question(random, n=3)
-    batch = flex.Batch(SimpleNamespace(model=model, config=flex.Config()), [q], fusion.encode_prefix(model, prefix))
+    batch = flex.Batch(SimpleNamespace(model=model, config=flex.Config()), [q], fusion.prefill_prefix(model, prefix))
     batch.decode = lambda cache: (caches.append(cache), None)
     for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
         monkeypatch.setattr(flex, "answers_alone", lambda b, c=confidence: ([], torch.tensor([c])))
@@ -331,7 +331,7 @@ def test_shared_work_is_on_the_bill_of_each_method_once():
         ("origin", "per_prompt", "weighted_avg", "flex_adaptive", "flex"),
         ("flex_adaptive", "weighted_avg", "origin"),
     ):
-        batch, tokens = flex.Batch(run, [q], fusion.encode_prefix(model, [20, 21])), {}
+        batch, tokens = flex.Batch(run, [q], fusion.prefill_prefix(model, [20, 21])), {}
         for method in order:
             start = time.perf_counter()
             batch.start_bill()
@@ -368,55 +368,55 @@ def test_rows_of_every_kind(tmp_path):
     web = tmp_path / "web.jsonl"
     web.write_text(json.dumps({"question": "Who?", "paraphrases": ["Who is it?"], "answers": ["Me"]}) + "\n")
     (fact,) = prompts.read_facts(str(web))
-    assert fact["manual"] == ["Who?", "Who is it?"] and prompts.prefix_text([], True).startswith("Answer the question")
-    texts, manual = prompts.choose(facts[0], 1, 5, np.random.default_rng(0))
+    assert fact["manual"] == ["Who?", "Who is it?"] and prompts.few_shot_prefix([], True).startswith("Answer the question")
+    texts, manual = prompts.select_templates(facts[0], 1, 5, np.random.default_rng(0))
     assert texts == ["Paris is in [MASK].", "Where is Paris? [MASK]."] and manual.tolist() == [True, False]
 
 
 def test_manual_templates_never_fill_up_automatic_ones():
     """Upstream's slip: with 3 manual ones asked for, the other two counted as automatic."""
     fact = {"subject": "S", "manual": [f"m{i} [X] [Y]" for i in range(5)], "auto": [f"a{i} [X] [Y]" for i in range(5)]}
-    texts, manual = prompts.choose(fact, 3, 2, np.random.default_rng(0))
+    texts, manual = prompts.select_templates(fact, 3, 2, np.random.default_rng(0))
     assert [t[0] for t in texts] == ["m", "m", "m", "a", "a"] and manual.tolist() == [True] * 3 + [False] * 2
 
 
 def test_right_and_wrong():
-    assert prompts.right("Paris,", ["Paris"]) and prompts.right("cities", ["city"]) == prompts.right("city", ["cities"])
+    assert prompts.is_correct("Paris,", ["Paris"]) and prompts.is_correct("cities", ["city"]) == prompts.is_correct("city", ["cities"])
     assert (
-        not prompts.right("word", [" "])
-        and not prompts.right("", ["no"])
-        and not prompts.right("Parisian", ["Paris"])
-        and not prompts.right("New", ["New York"])
+        not prompts.is_correct("word", [" "])
+        and not prompts.is_correct("", ["no"])
+        and not prompts.is_correct("Parisian", ["Paris"])
+        and not prompts.is_correct("New", ["New York"])
     )
-    assert prompts.right("New York", ["York"]) and prompts.first_word("  \n ") == "" and prompts.first_word("New York") == "New"
+    assert prompts.is_correct("New York", ["York"]) and prompts.first_word("  \n ") == "" and prompts.first_word("New York") == "New"
     facts = [{"uuid": i, "relation": "r", "answers": [a]} for i, a in enumerate("xxy")]
-    assert prompts.majority({}, facts) == [True, True, False]
+    assert prompts.majority_baseline({}, facts) == [True, True, False]
     # an example that two relations show is one fact: "y" is no more frequent than "x" for that
     shown = {"uuid": 9, "relation": "r", "answers": ["y"]}
-    assert prompts.majority({"r": [shown], "s": [shown], "t": [shown]}, facts[:2]) == [True, True]
+    assert prompts.majority_baseline({"r": [shown], "s": [shown], "t": [shown]}, facts[:2]) == [True, True]
 
 
 def test_a_question_has_no_vote_in_its_majority():
     """Of two facts with different answers, each one's only other fact answers otherwise."""
     facts = [{"uuid": i, "relation": "r", "answers": [a]} for i, a in enumerate("xyx")]
-    assert prompts.majority({}, facts[:2]) == [False, False]
-    assert prompts.majority({}, facts) == [True, False, True]
+    assert prompts.majority_baseline({}, facts[:2]) == [False, False]
+    assert prompts.majority_baseline({}, facts) == [True, False, True]
     assert (
-        prompts.majority({}, [*facts, {"uuid": 9, "relation": "s", "answers": ["x"]}])[3] is False
+        prompts.majority_baseline({}, [*facts, {"uuid": 9, "relation": "s", "answers": ["x"]}])[3] is False
     )
 
 
 @pytest.mark.parametrize("text, found", [("1945", ["1945"]), ("true", ["true"]), ('["a", "b"]', ["a", "b"]), ("('a',)", ["a"])])
 def test_bare_answers(text, found):
-    assert prompts.texts(text, "f.csv:2", "answers") == found
+    assert prompts.parse_list(text, "f.csv:2", "answers") == found
 
 
 def test_no_question_is_among_its_own_examples():
     pool = [{"uuid": f"p{i}", "relation": "r", "subject": s, "manual": ["[X] [Y]"], "auto": []} for i, s in enumerate("abc")]
     facts = [{**pool[1], "uuid": "other"}]
-    assert [f["subject"] for f in prompts.without(pool, facts)] == ["a", "c"]
+    assert [f["subject"] for f in prompts.exclude(pool, facts)] == ["a", "c"]
     with pytest.raises(ConfigError, match="the pool has 2 facts that are not asked, too few for 3 shots"):
-        prompts.shots_from(prompts.without(pool, facts), {"r"}, 3, np.random.default_rng(0))
+        prompts.sample_few_shot(prompts.exclude(pool, facts), {"r"}, 3, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_every_method_and_its_files(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prompts, "words", lambda text: [w.lower() for w in text.split()])
     flex.main(command(tiny, tmp_path, "--lemmaize"))
     table = feather.read_table(folder / "myriadlama_avg.feather").to_pydict()
-    assert table["answer_lemmas"] == [[["q"]]] * 4 and table["predict_lemma"] == [prompts.words(p) for p in table["prediction"]]
+    assert table["answer_lemmas"] == [[["q"]]] * 4 and table["predict_lemma"] == [prompts.normalise(p) for p in table["prediction"]]
 
 
 def test_a_killed_run_goes_on_and_nothing_is_lost_or_doubled(tiny, tmp_path, capsys):
@@ -602,7 +602,7 @@ def smollm2():
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     transformers = pytest.importorskip("transformers")
-    folder, file = os.path.split(llama.find("smollm2_135m_it"))
+    folder, file = os.path.split(llama.resolve_path("smollm2_135m_it"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
     return *llama.load("smollm2_135m_it"), theirs, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
@@ -617,7 +617,7 @@ def test_smollm2_equals_transformers(smollm2):
     tokens = torch.tensor([[t for i in ids for t in i][:300]])
     with torch.no_grad():
         expected = theirs(tokens).logits
-    got = model.logits(model(tokens, torch.arange(300)[None], llama.plain))
+    got = model.logits(model(tokens, torch.arange(300)[None], llama.causal_attention))
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
 
@@ -626,21 +626,21 @@ def test_smollm2_fuses_as_transformers_does(smollm2):
     """20 questions, every scheme and both positions in turn: same tokens, no cache, dense 4-D mask."""
     model, tokenizer, theirs, _ = smollm2
     facts, ids = prompts.read_facts(""), lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    prefix = ids(prompts.prefix_text(facts[:3], False))
+    prefix = ids(prompts.few_shot_prefix(facts[:3], False))
 
     @torch.no_grad()
     def forward(tokens, at, scores):
         return theirs(tokens, position_ids=at, attention_mask=scores.clamp(min=-1e9)[None, None]).logits[0]
 
     for number in range(20):
-        scheme, positions = [(s, p) for s in fusion.SCHEMES for p in ("restart", "sequential")][number % 6]
+        scheme, positions = [(s, p) for s in fusion.MASKS for p in ("restart", "sequential")][number % 6]
         fact = facts[5 + 17 * number]
         segments = [ids(f"Q: {prompts.fill(t, fact['subject'])}\nA:") for t in (*fact["manual"][:2], fact["auto"][0])]
         q = fusion.Question([s[:-1] for s in segments], torch.tensor([True, True, False]), segments[0][-1], ids("\n\n"))
-        stop = fusion.Stop(torch.tensor([], dtype=torch.long), *torch.zeros(2, model.config.vocab_size, dtype=torch.bool))
-        rows, cue = fusion.lay_out(q, len(prefix), scheme, positions)
+        stop = fusion.StopCriteria(torch.tensor([], dtype=torch.long), *torch.zeros(2, model.config.vocab_size, dtype=torch.bool))
+        rows, cue = fusion.layout(q, len(prefix), scheme, positions)
         rows = [(i, at) for i, at, _ in rows]
-        shared = fusion.encode_prefix(model, prefix)
-        cache = fusion.assemble(shared, rows, fusion.encode_rows(model, shared, rows), [range(len(rows))], [cue], -0.5)
-        got, _ = fusion.decode(model, cache, q.cue, fusion.each, stop, most=3)
+        shared = fusion.prefill_prefix(model, prefix)
+        cache = fusion.build_cache(shared, rows, fusion.prefill_padded(model, shared, rows), [range(len(rows))], [cue], -0.5)
+        got, _ = fusion.greedy_decode(model, cache, q.cue, fusion.argmax_each, stop, most=3)
         assert got[0].tolist() == naive(forward, prefix, q, scheme, positions, bias=-0.5, most=3)[0]

@@ -100,7 +100,7 @@ def difference(folder, length=100):
     tokens = torch.randint(256, (2, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(tokens).logits
-    got = model.logits(model(tokens, torch.arange(length).expand(2, -1), llama.plain))
+    got = model.logits(model(tokens, torch.arange(length).expand(2, -1), llama.causal_attention))
     return float((got - expected).abs().max())
 
 
@@ -243,11 +243,11 @@ def test_tokens_that_end_an_answer(plain, generation, config, eos):
 def test_a_prompt_longer_than_the_positions_is_a_sentence(saved):
     model, _ = llama.load(saved)
     tokens = torch.zeros(1, 513, dtype=torch.long)
-    model(tokens[:, :512], torch.arange(512)[None], llama.plain)
+    model(tokens[:, :512], torch.arange(512)[None], llama.causal_attention)
     with pytest.raises(
         ConfigError, match="a prompt of 513 tokens is longer than the 512 positions"
     ):
-        model(tokens, torch.arange(513)[None], llama.plain)
+        model(tokens, torch.arange(513)[None], llama.causal_attention)
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def test_gguf_files_are_computed(tmp_path):
             tensors, fields = {"rope_freqs.weight": factors.numpy()}, {}
         file = gguf_file(tmp_path / f"{number}.gguf", folder, tensors, fields)
         model, _ = llama.load(file)
-        got = model.logits(model(tokens, torch.arange(200).expand(2, -1), llama.plain))
+        got = model.logits(model(tokens, torch.arange(200).expand(2, -1), llama.causal_attention))
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
@@ -651,7 +651,7 @@ def test_what_is_manual(tmp_path, value, manual):
     ],
 )
 def test_lists_in_cells(cell, answers):
-    assert prompts.texts(cell, "f.csv:2", "answers") == answers
+    assert prompts.parse_list(cell, "f.csv:2", "answers") == answers
 
 
 def test_csv_files_of_other_programs(tmp_path):
@@ -682,12 +682,12 @@ def test_csv_files_of_other_programs(tmp_path):
     ],
 )
 def test_one_answer_in_two_spellings(said, answer):
-    assert prompts.right(said, [answer])
+    assert prompts.is_correct(said, [answer])
 
 
 def test_marks_that_make_another_answer():
-    assert not prompts.right("C", ["C++"]) and not prompts.right("C", ["C#"])
-    assert not prompts.right("...", ["Paris..."]) and prompts.right("...", ["..."])
+    assert not prompts.is_correct("C", ["C++"]) and not prompts.is_correct("C", ["C#"])
+    assert not prompts.is_correct("...", ["Paris..."]) and prompts.is_correct("...", ["..."])
 
 
 def test_how_much_of_a_text_counts():
@@ -698,7 +698,7 @@ def test_how_much_of_a_text_counts():
     text = "New York City"
     said = [prompts.prediction(f, text) for f in (one, two, few)]
     assert said == ["New", "New York", "New York City"]
-    assert [prompts.right(p, f["answers"]) for p, f in zip(said, (one, two, few))] == [
+    assert [prompts.is_correct(p, f["answers"]) for p, f in zip(said, (one, two, few))] == [
         False,
         True,
         True,
@@ -708,17 +708,17 @@ def test_how_much_of_a_text_counts():
 def test_an_example_in_other_templates_gives_the_answer_away(tmp_path):
     asked = read(tmp_path, [fact(subject="New York", manual_templates=["[X] is [Y]"])])
     pool = read(tmp_path, [fact(subject="new  york"), fact(subject="Rome")], "pool.jsonl")
-    assert [f["subject"] for f in prompts.without(pool, asked)] == ["Rome"]
+    assert [f["subject"] for f in prompts.exclude(pool, asked)] == ["Rome"]
     asked, pool = read(tmp_path, [question("Who?")]), [question("who? "), question("Where?")]
     pool = read(tmp_path, pool, "pool.jsonl")
-    assert [f["manual"] for f in prompts.without(pool, asked)] == [["Where?"]]
+    assert [f["manual"] for f in prompts.exclude(pool, asked)] == [["Where?"]]
 
 
 def test_the_majority_of_two_files_that_number_their_rows():
     """Question 0 of the file of examples is not question 0 of the file of questions."""
     made = lambda u, a: {"uuid": u, "relation": "", "subject": "", "answers": [a]}
     facts, shots = [made("0", "New York"), made("1", "x")], {"": [made("0", "New York")]}
-    assert prompts.majority(shots, facts) == [True, False]
+    assert prompts.majority_baseline(shots, facts) == [True, False]
 
 
 # ---- results are bound to what they are made from ----------------------------------------------
@@ -764,7 +764,7 @@ def test_another_program_or_dtype_is_another_result(words, monkeypatch):
 
 def test_the_files_of_a_sharded_model_and_of_the_facts_that_come_with_it(plain):
     index(plain, {Q: "part.safetensors"})
-    before = flex.settings(flex.Config(model=str(plain)), torch.float32)
+    before = flex.result_key(flex.Config(model=str(plain)), torch.float32)
     assert {"file part.safetensors", f"file {llama.INDEX}", "file config.json"} <= before.keys()
     assert len(before["path"]) == 64
 

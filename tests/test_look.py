@@ -48,7 +48,7 @@ def runs(tmp_path_factory):
 
 def open_look(runs, name, **changes):
     config = ev.EvalConfig(rows=changes.pop("rows", 0), **changes)
-    return look_file.open_look(str(runs / name), config)
+    return look_file.open_run(str(runs / name), config)
 
 
 def latest(folder, what, end=".json"):
@@ -95,7 +95,7 @@ def test_one_row_at_a_time_gives_the_same(runs, name):
     found = []
     for size in (1, 64):
         look = open_look(runs, name, eval_batch_size=size)
-        found.append(look_file.over_rows(look, lambda batch: logits_file.answer_tokens(look, batch)))
+        found.append(look_file.map_batches(look, lambda batch: logits_file.score_answer_tokens(look, batch)))
     one, many = found
     assert np.array_equal(one["rank"], many["rank"]) and np.array_equal(one["row"], many["row"])
     np.testing.assert_allclose(one["nll"], many["nll"], atol=2e-5)
@@ -127,7 +127,7 @@ def test_logits_by_hand(runs):
     batch = SimpleNamespace(
         tokens=None, targets=torch.tensor([[-100, 2, 0]]), rows=np.array([7]), tags={"kind": np.array([1, 2])}
     )
-    found = logits_file.answer_tokens(look, batch)
+    found = logits_file.score_answer_tokens(look, batch)
     total = np.exp([0, 1, 2, 3]).sum()
     assert found["rank"].tolist() == [2, 1] and found["row"].tolist() == [7, 7] and found["place"].tolist() == [0, 1]
     assert (
@@ -167,7 +167,7 @@ def test_logits_agree_with_slices(runs):
 
 def test_reads_are_the_trace_one_by_one(runs):
     look = open_look(runs, "hops", eval_batch_size=5, rows=8)
-    found = look_file.over_rows(look, lambda batch: slots_file.reads(look, batch))
+    found = look_file.map_batches(look, lambda batch: slots_file.reads(look, batch))
     expected = []
     for rows in look_file.batches(look):
         tokens, targets, *_ = look.data.batch("test", 0, rows)
@@ -186,7 +186,7 @@ def test_reads_are_the_trace_one_by_one(runs):
 
 def test_use_by_hand():
     """Three reads of slot 0 and one of slot 2 of four: entropy 0.562 nats is 1.75 slots, ln 4 - 0.562 from even."""
-    use = slots_file.use(np.array([0, 0, 2, 0]), 4)
+    use = slots_file.usage_stats(np.array([0, 0, 2, 0]), 4)
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     assert use["used"] == 2 and use["share"] == 0.5
     assert use["effective"] == pytest.approx(np.exp(entropy)) and use["kl"] == pytest.approx(np.log(4) - entropy)
@@ -229,10 +229,10 @@ def test_activations_norms_and_track(runs, capsys):
 def test_a_shared_table_is_counted_once(runs):
     config = memory.Config(dim=8, dk=4, dv=4, n_layers=2, memory_layers=(0, 1), mem_n_keys=4, mem_knn=2, mem_k_dim=4)
     read = {"slot": np.array([1, 2]), "layer": np.array([0, 1])}
-    shared = slots_file.value_tables(memory.Memory(config), read)
+    shared = slots_file.value_norms(memory.MemoryGPT(config), read)
     assert list(shared) == ["layers 0 1"] and shared["layers 0 1"][1].sum() == 2
     config.mem_share_values = False
-    apart = slots_file.value_tables(memory.Memory(config), read)
+    apart = slots_file.value_norms(memory.MemoryGPT(config), read)
     assert [used.nonzero()[0].tolist() for _, used in apart.values()] == [[1], [2]]
 
 
@@ -257,7 +257,7 @@ def test_same_tokens_take_the_same_slots_where_only_the_token_counts(runs):
     look = open_look(runs, "memory")
     for layer in look.model.layers:
         layer.att = None
-    found = look_file.over_rows(look, lambda batch: routing.routed(look, batch))
+    found = look_file.map_batches(look, lambda batch: routing.routing_table(look, batch))
     cells = routing.consistency(found)["1"]
     assert cells["same token"]["slots in common"]["value"] == 1
     assert cells["other kind"]["slots in common"]["value"] < 0.9
@@ -284,7 +284,7 @@ def test_maps_are_softmax_of_queries_and_keys_by_hand():
     torch.manual_seed(0)
     model = M.GPT(M.Config(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, dk=4, dv=4, pos="none", vocab_size=9, seq_len=6)).eval()
     tokens = torch.randint(9, (3, 6))
-    found = maps_file.maps(model, tokens)
+    found = maps_file.attention_maps(model, tokens)
     x = model.layers[0].att_norm(model.embed(tokens))
     att = model.layers[0].att
     q, k = att.proj_q(x).view(3, 6, 2, 4), att.proj_k(x)
@@ -309,16 +309,16 @@ def test_no_weight_crosses_documents():
     torch.manual_seed(0)
     model = M.GPT(M.Config(dim=8, n_layers=1, n_heads=2, dk=4, dv=4, vocab_size=9, seq_len=6)).eval()
     tokens = torch.randint(9, (1, 9))
-    packed = maps_file.maps(model, tokens, torch.tensor([0, 4, 9], dtype=torch.int32))[0]
+    packed = maps_file.attention_maps(model, tokens, torch.tensor([0, 4, 9], dtype=torch.int32))[0]
     assert (packed[0, :, 4:, :4] == 0).all() and (packed[0, :, :4, 4:] == 0).all()
-    torch.testing.assert_close(packed[:, :, 4:, 4:], maps_file.maps(model, tokens[:, 4:])[0])
-    torch.testing.assert_close(packed[:, :, :4, :4], maps_file.maps(model, tokens[:, :4])[0])
+    torch.testing.assert_close(packed[:, :, 4:, 4:], maps_file.attention_maps(model, tokens[:, 4:])[0])
+    torch.testing.assert_close(packed[:, :, :4, :4], maps_file.attention_maps(model, tokens[:, :4])[0])
 
 
 def test_hooks_are_gone_after_an_exception():
     model = M.GPT(M.Config(dim=8, n_layers=2, n_heads=1, dk=4, dv=4, vocab_size=9, seq_len=4))
     with pytest.raises(IndexError):
-        maps_file.maps(model, torch.tensor([[99]]))
+        maps_file.attention_maps(model, torch.tensor([[99]]))
     assert all("attend" not in layer.att.__dict__ for layer in model.layers)
 
 
@@ -374,7 +374,7 @@ def test_maps_of_a_fork_are_those_of_its_own_attend(cls, weights):
     model = fork(cls, attend=staticmethod(attend))
     assert maps_file.why_not_maps(model) == ""
     caught.clear()
-    for block, found in maps_file.maps(model, torch.arange(6)[None]).items():
+    for block, found in maps_file.attention_maps(model, torch.arange(6)[None]).items():
         torch.testing.assert_close(found, weights(*caught[block]))
     assert (found.sum(-1) - 1).abs().max() > 0.1 or weights is window_weights
 
@@ -386,10 +386,10 @@ def test_a_method_or_an_attribute_may_attend():
     one, two = fork(attend=method), fork()
     for layer in two.layers:
         layer.att.attend = attend_with(sigmoid_weights)
-    expected = maps_file.maps(one, torch.arange(6)[None])
+    expected = maps_file.attention_maps(one, torch.arange(6)[None])
     for model in (one, two):
         before = [vars(layer.att).get("attend") for layer in model.layers]
-        torch.testing.assert_close(maps_file.maps(model, torch.arange(6)[None]), expected)
+        torch.testing.assert_close(maps_file.attention_maps(model, torch.arange(6)[None]), expected)
         assert [vars(layer.att).get("attend") for layer in model.layers] == before
 
 
@@ -416,7 +416,7 @@ def test_what_has_no_one_map_is_refused(message, parts):
 
 def test_shares_of_attention_that_does_not_sum_to_one():
     weights = torch.tensor([[[[0.5, 0.0, 0.0], [0.9, 0.3, 0.0], [0.0, 0.0, 0.0]]]])
-    found = maps_file.scores(weights, torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
+    found = maps_file.pattern_scores(weights, torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
     assert found["previous token"].item() == pytest.approx((0.75 + 0) / 2)
     assert found["itself"].item() == pytest.approx((0.25 + 0) / 2)
 
@@ -455,14 +455,14 @@ def test_a_hand_built_induction_head_is_found():
     torch.manual_seed(0)
     tokens = torch.stack([torch.randperm(12)[:8].repeat(2) for _ in range(6)])  # every token comes twice
     found = {}
-    for layer, weights in maps_file.maps(model, tokens).items():
-        cells = maps_file.scores(weights, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    for layer, weights in maps_file.attention_maps(model, tokens).items():
+        cells = maps_file.pattern_scores(weights, tokens, torch.ones_like(tokens, dtype=torch.bool))
         found[layer] = {name: float(x.nanmean()) for name, x in cells.items()}
-    assert maps_file.describe(found[0]) == "previous token" and found[0]["previous token"] > 0.99
-    assert maps_file.describe(found[1]) == "induction" and found[1]["induction"] > 0.9
+    assert maps_file.head_role(found[0]) == "previous token" and found[0]["previous token"] > 0.99
+    assert maps_file.head_role(found[1]) == "induction" and found[1]["induction"] > 0.9
     even = torch.ones(6, 1, 16, 16).tril()
-    even = maps_file.scores(even / even.sum(-1, keepdim=True), tokens, torch.ones_like(tokens, dtype=torch.bool))
-    assert maps_file.describe({n: float(x.nanmean()) for n, x in even.items()}) == "diffuse"
+    even = maps_file.pattern_scores(even / even.sum(-1, keepdim=True), tokens, torch.ones_like(tokens, dtype=torch.bool))
+    assert maps_file.head_role({n: float(x.nanmean()) for n, x in even.items()}) == "diffuse"
 
 
 def test_patterns_leave_padding_and_impossible_tokens_out():
@@ -470,10 +470,10 @@ def test_patterns_leave_padding_and_impossible_tokens_out():
     weights = torch.zeros(1, 1, 4, 4)
     weights[0, 0, 0, 0] = weights[0, 0, 1, 0] = weights[0, 0, 3, 3] = 1
     weights[0, 0, 2, 1] = 1  # the second 5 looks at what came behind the first
-    cells = maps_file.scores(weights, ids, torch.tensor([[True, True, True, False]]))
+    cells = maps_file.pattern_scores(weights, ids, torch.tensor([[True, True, True, False]]))
     assert float(cells["induction"]) == 1 and float(cells["previous token"]) == 1 and float(cells["itself"]) == 0
     assert torch.isnan(
-        maps_file.scores(weights, ids[:, [1, 0, 3, 3]] + torch.arange(4), torch.ones(1, 4) == 1)["induction"]
+        maps_file.pattern_scores(weights, ids[:, [1, 0, 3, 3]] + torch.arange(4), torch.ones(1, 4) == 1)["induction"]
     ).all()
 
 

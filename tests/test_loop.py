@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import train
-from plan import make_model, model_config, open_data, read_plan
+from plan import build_model, build_model_config, build_data, load_settings
 from test_train import run
 
 MEMORY = dict(model="memory", mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8)
@@ -20,9 +20,9 @@ def test_five_steps_by_hand(tmp_path, own, rate):
     settings = dict(beta1=0.8, beta2=0.9, weight_decay=0.1, clip_grad=0.1, warmup_steps=3)
     settings |= dict(schedule="linear", lr_min=0.5, max_steps=5, eval_interval=5, batch_size=4)
     _, out = run(tmp_path, **settings, **own)
-    p = read_plan(out)
-    data = open_data(p)
-    model = make_model(p, model_config(p, data))
+    p = load_settings(out)
+    data = build_data(p)
+    model = build_model(p, build_model_config(p, data))
     names, weights = zip(*model.named_parameters())
     first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
     for step in range(5):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import checkpoint
 import memory as Mem
 import train
-from configs import ConfigError, parse
+from configs import ConfigError, split_argv
 from plan import load_run
 from test_train import TOY as TOY_RUN
 from test_train import assert_same, contents, run
@@ -22,7 +22,7 @@ from test_train import assert_same, contents, run
 SMALL = dict(dim=16, n_layers=2, n_heads=2, dk=8, dv=8, mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
 
 
-def model(cls=Mem.Memory, seed=0, **changes):
+def model(cls=Mem.MemoryGPT, seed=0, **changes):
     torch.manual_seed(seed)
     return cls(Mem.Config(**{**SMALL, "vocab_size": 11, "seq_len": 12, **changes}))
 
@@ -43,7 +43,7 @@ def test_product_keys_find_the_best_of_all_slots(n, heads, data, seed, biased):
     keys = torch.randn(heads, 2, n, 3, dtype=torch.double, generator=g).requires_grad_()
     bias = torch.randn(heads, 2, n, dtype=torch.double, generator=g) if biased else None
     outcomes = []
-    for find in (Mem.lookup, Mem.naive_lookup):
+    for find in (Mem.product_key_topk, Mem.naive_product_key_topk):
         scores, slots = find(q, keys, k, bias)
         order = slots.argsort(-1)
         scores, slots = scores.gather(-1, order), slots.gather(-1, order)
@@ -58,7 +58,7 @@ def test_values_are_read_as_one_by_one():
     values = torch.randn(20, 4, dtype=torch.double, requires_grad=True)
     slots, weights = torch.randint(20, (7, 6)), torch.randn(7, 6, dtype=torch.double, requires_grad=True)
     outcomes = []
-    for read in (Mem.read_values, Mem.naive_read_values):
+    for read in (Mem.weighted_values, Mem.naive_weighted_values):
         y = read(values, slots, weights)
         outcomes.append((y, *torch.autograd.grad(y.square().sum(), (values, weights))))
     for a, b in zip(*outcomes):
@@ -130,18 +130,18 @@ def test_softmax_over_one_slot_is_refused_and_two_teach_the_keys():
     ],
 )
 def test_mistakes_are_named(words, message):
-    p = train.plan(parse(["--model=memory"])[1])
+    p = train.resolve(split_argv(["--model=memory"])[1])
     with pytest.raises(ConfigError, match=message):
-        p = train.plan(parse(["--model=memory", *words.split()])[1])
-        train.model_config(p, p.data_module.Data(p.data))
+        p = train.resolve(split_argv(["--model=memory", *words.split()])[1])
+        train.build_model_config(p, p.data_module.Data(p.data))
     with pytest.raises(ConfigError, match="mem_stats_every=5 has no effect: gpt has no memory layers"):
-        train.plan(parse(["--mem_stats_every=5"])[1])
+        train.resolve(split_argv(["--mem_stats_every=5"])[1])
 
 
 # ---- looking inside and reaching in ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", [Mem.Memory, Mem.MemoryRouter])
+@pytest.mark.parametrize("cls", [Mem.MemoryGPT, Mem.MemoryRouterGPT])
 def test_a_trace_tells_what_was_read_and_changes_nothing(cls):
     m, x, y = model(cls, memory_layers=(0, 1)).eval(), tokens(2, 6), tokens(2, 6, seed=1)
     y[:, :4] = -100
@@ -150,7 +150,7 @@ def test_a_trace_tells_what_was_read_and_changes_nothing(cls):
     for f in found:
         assert f["slots"].shape == f["weights"].shape == (2, 6, 2, 3) and f["read"].shape == (2, 6, 16)
         torch.testing.assert_close(f["weights"].sum(-1), torch.ones(2, 6, 2))
-        assert (f["slots"] >= 0).all() and (f["slots"] < 25).all() and ("route" in f) == (cls is Mem.MemoryRouter)
+        assert (f["slots"] >= 0).all() and (f["slots"] < 25).all() and ("route" in f) == (cls is Mem.MemoryRouterGPT)
     scored, loss, at_labels = m(x, y, trace=True)
     torch.testing.assert_close(scored, logits[y != -100], rtol=1e-4, atol=1e-5)
     assert torch.equal(at_labels[1]["slots"], found[1]["slots"][:, 4:])
@@ -178,7 +178,7 @@ def test_interventions_reach_one_layer_and_only_what_they_name():
 
 
 def test_a_router_is_a_weighted_sum_or_one_of_two():
-    m, x = model(Mem.MemoryRouter).eval(), torch.randn(2, 3, 16)
+    m, x = model(Mem.MemoryRouterGPT).eval(), torch.randn(2, 3, 16)
     block = m.layers[1]
     share = block.router(x).softmax(-1)
     mlp, read = block.ffn(x), block.memory(x)[0]
@@ -193,16 +193,16 @@ def test_a_router_is_a_weighted_sum_or_one_of_two():
 
 
 def test_usage_by_hand():
-    found = Mem.usage(torch.tensor([4, 0, 2, 2]))
+    found = Mem.slot_usage(torch.tensor([4, 0, 2, 2]))
     assert found["share"] == 0.75 and found["dead"] == 1 and found["top"][0] == (0, 0.5) and found["top"][1][1] == 0.25
     assert found["kl"] == pytest.approx(math.log(4) - 1.5 * math.log(2))  # log(slots) - entropy
-    assert Mem.usage(torch.tensor([3, 3]))["kl"] == 0 and Mem.usage(torch.tensor([0, 9, 0]))["kl"] == pytest.approx(math.log(3))
+    assert Mem.slot_usage(torch.tensor([3, 3]))["kl"] == 0 and Mem.slot_usage(torch.tensor([0, 9, 0]))["kl"] == pytest.approx(math.log(3))
 
 
 def test_a_step_counts_its_reads_and_forgets_them():
     m = model(memory_layers=(0, 1)).train()
     _, _, found = m(tokens(2, 6), trace=True)
-    report = m.after_step(report=True)
+    report = m.on_step_end(report=True)
     for i in (0, 1):
         slots = found[i]["slots"]
         assert report[str(i)]["share"] == len(slots.unique()) / 25
@@ -224,16 +224,16 @@ def test_balance_moves_the_reads_towards_even_use():
         m(tokens(8, 12))
         first = memory.reads.view(2, 8, 8).sum(2).float()
         spread.append(float((first.max(-1).values / first.mean(-1)).mean()))
-        m.after_step()
+        m.on_step_end()
     assert np.mean(spread[-10:]) < 0.75 * np.mean(spread[:10])
     assert memory.bias.abs().max() > 0 and "layers.1.memory.bias" in m.state_dict()
 
 
 def test_values_have_their_own_learning_rate_and_do_not_decay():
-    groups = train.parameter_groups(model(mem_value_lr=3.0), 0.1)
-    values = [g for g in groups if g["rate"] == 3.0]
+    groups = train.parameter_groups_of(model(mem_value_lr=3.0), 0.1)
+    values = [g for g in groups if g["lr_scale"] == 3.0]
     assert len(values) == 1 and values[0]["weight_decay"] == 0 and [p.shape for p in values[0]["params"]] == [(25, 16)]
-    assert all(g["weight_decay"] == (0.1 if g["params"][0].ndim >= 2 else 0) for g in groups if g["rate"] == 1)
+    assert all(g["weight_decay"] == (0.1 if g["params"][0].ndim >= 2 else 0) for g in groups if g["lr_scale"] == 1)
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------
@@ -258,8 +258,8 @@ def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
 def test_values_that_learn_at_rate_0_stay(tmp_path):
     for rate in (0, 1):
         _, out = run(tmp_path, f"rate{rate}", model="memory", **TOY, mem_value_lr=rate, max_steps=2)
-        p = train.read_plan(out)
-        first = train.make_model(p, train.model_config(p, p.data_module.Data(p.data))).state_dict()["layers.0.memory.values"]
+        p = train.load_settings(out)
+        first = train.build_model(p, train.build_model_config(p, p.data_module.Data(p.data))).state_dict()["layers.0.memory.values"]
         last = checkpoint.load_checkpoint(out, "ckpt")["tensors"]["model.layers.0.memory.values"]
         assert torch.equal(first, last) == (rate == 0)
 
@@ -292,7 +292,7 @@ def test_a_part_without_rows_of_its_own_reads_nothing(tmp_path):
 # ---- changing facts without gradients ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls, options", [(Mem.Memory, {}), (Mem.Memory, {"mem_v_dim": 24}), (Mem.MemoryRouter, {})])
+@pytest.mark.parametrize("cls, options", [(Mem.MemoryGPT, {}), (Mem.MemoryGPT, {"mem_v_dim": 24}), (Mem.MemoryRouterGPT, {})])
 def test_what_is_written_is_answered_and_taken_back_to_the_bit(cls, options):
     m = model(cls, mem_n_keys=16, dim=32, **options).eval()
     x, y = tokens(5, 6, seed=3), torch.full((5, 6), -100)
@@ -300,11 +300,11 @@ def test_what_is_written_is_answered_and_taken_back_to_the_bit(cls, options):
     x[:, 4:] = y[:, 3:5]  # each answer is read before the next of its letters
     before = {n: t.clone() for n, t in m.state_dict().items()}
     assert (m(x, y)[0].argmax(-1) != y[y != -100]).any()
-    record = Mem.write(m, x, y)
+    record = Mem.edit_facts(m, x, y)
     assert torch.equal(m(x, y)[0].argmax(-1), y[y != -100])
     changed = [n for n, t in m.state_dict().items() if not torch.equal(t, before[n])]
     assert changed == ["layers.1.memory.values"]
-    Mem.undo(m, record)
+    Mem.undo_edit(m, record)
     assert all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
 
 
@@ -313,23 +313,23 @@ def test_what_is_to_be_kept_changes_less():
     x, y, others = tokens(2, 4, seed=3), torch.full((2, 4), -100), tokens(30, 4, seed=5)
     y[:, 3] = torch.tensor([1, 2])
     labels = torch.where(torch.arange(4) == 3, others, -100)
-    keep = Mem.reading_statistics(m, [(others[:15], labels[:15]), (others[15:], labels[15:])])
-    torch.testing.assert_close(keep, Mem.reading_statistics(m, [(others, labels)]))
+    keep = Mem.key_second_moment(m, [(others[:15], labels[:15]), (others[15:], labels[15:])])
+    torch.testing.assert_close(keep, Mem.key_second_moment(m, [(others, labels)]))
     clean, moved = m(others, labels)[0], []
     for k in (None, keep):
-        record = Mem.write(m, x, y, keep=k)
+        record = Mem.edit_facts(m, x, y, keep=k)
         assert m(x, y)[0].argmax(-1).tolist() == [1, 2]
         moved.append((m(others, labels)[0] - clean).square().sum().item())
-        Mem.undo(m, record)
+        Mem.undo_edit(m, record)
     assert moved[1] < 0.8 * moved[0]
 
 
 def test_write_needs_a_memory_layer_it_can_reach():
     for options in (dict(memory_layers=(0,)), dict(mem_gated=True)):
         with pytest.raises(ValueError, match="write needs a memory layer without gate in the last block"):
-            Mem.write(model(**options), tokens(1, 4), tokens(1, 4))
+            Mem.edit_facts(model(**options), tokens(1, 4), tokens(1, 4))
     with pytest.raises(ValueError, match="values of the last block's own, as with mem_share_values=0"):
-        Mem.write(model(memory_layers=(0, 1)), tokens(1, 4), tokens(1, 4))
+        Mem.edit_facts(model(memory_layers=(0, 1)), tokens(1, 4), tokens(1, 4))
 
 
 # ---- counting, inspecting, converting ----------------------------------------------------------------------------------
@@ -372,8 +372,8 @@ def test_the_command_line(tmp_path, capsys):
     assert "new: layers.0.ffn.up.weight" in capsys.readouterr().out
     router = dict(options, model="memory_router", init_from=out)
     p = train.read_command_line([f"--{k}={v}" for k, v in {**TOY_RUN, **router, "log_dir": tmp_path}.items()])[0]
-    m = train.make_model(p, train.model_config(p, p.data_module.Data(p.data)))
-    train.prepare(m, p.train, goes_on=False)
+    m = train.build_model(p, train.build_model_config(p, p.data_module.Data(p.data)))
+    train.load_and_freeze(m, p.train, goes_on=False)
     _, data, before, _ = load_run(a, "ckpt")
     x = data.batch("test", 0, range(4))[0]
     torch.testing.assert_close(m.eval()(x)[0], before(x)[0])  # it answers as before
@@ -393,10 +393,10 @@ def test_the_command_line(tmp_path, capsys):
 def test_the_margin_of_a_write_is_in_logits_whatever_the_scale_of_the_norm():
     """By hand: hidden of length 3 a feature, so logits are a third of what is read; 2 more of them."""
     reach, hidden = torch.eye(2), torch.full((1, 5), 3.0)
-    change = Mem.lift(reach, hidden, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
+    change = Mem.target_updates(reach, hidden, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
     torch.testing.assert_close(change, torch.tensor([[-4.5, 4.5]]), rtol=1e-5, atol=1e-5)
     # and 0.5 a feature, where logits are twice what is read: 3 of them are 1.5 there
-    change = Mem.lift(reach, hidden / 6, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
+    change = Mem.target_updates(reach, hidden / 6, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
     torch.testing.assert_close(change, torch.tensor([[-0.75, 0.75]]), rtol=1e-5, atol=1e-5)
 
 
@@ -406,7 +406,7 @@ def test_frozen_keys_are_not_balanced():
     frozen.keys.requires_grad_(False)
     for layer in (frozen, free):
         layer.count(torch.zeros(1, layer.keys.shape[0], 1, dtype=torch.long))  # slot 0 alone
-    m.after_step()
+    m.on_step_end()
     assert not frozen.bias.any() and not frozen.reads.any()
     first = [-0.5] + [0.5] * (free.bias.shape[2] - 1)
     assert free.bias.tolist() == [[first, first]] * len(free.bias)

@@ -50,7 +50,7 @@ def main_data():
 @pytest.mark.parametrize("name", ["mqar", "digits", "notes.jsonl"])
 def test_steps_of_the_window_are_the_seconds_first(stored, main_data, name):
     """Inside the window the second data set's own steps 0, 1, ..., outside the main one's as if nothing had happened."""
-    both = mixture.mixed(main_data, settings(stored / name, 2, 5))
+    both = mixture.mix(main_data, settings(stored / name, 2, 5))
     second = both.second
     assert both.vocab_size == max(259, second.vocab_size) and both.seq_len == max(main_data.seq_len, second.seq_len)
     sources = [main_data, main_data, second, second, second, main_data]
@@ -63,7 +63,7 @@ def test_steps_of_the_window_are_the_seconds_first(stored, main_data, name):
 
 
 def test_a_weight_shares_out_the_window(stored, main_data):
-    both = mixture.mixed(main_data, settings(stored / "digits", 100, 1100, 0.3))
+    both = mixture.mix(main_data, settings(stored / "digits", 100, 1100, 0.3))
     turns = [both.turn(step) for step in range(1300)]
     seconds = [i for i, (data, _) in enumerate(turns) if data is both.second]
     assert 100 <= min(seconds) < 120 and 1080 < max(seconds) < 1100
@@ -73,7 +73,7 @@ def test_a_weight_shares_out_the_window(stored, main_data):
         assert numbers == list(range(len(numbers)))
     other = settings(stored / "digits", 100, 1100, 0.3)
     other.seed = 4
-    assert not np.array_equal(both.drawn, mixture.mixed(main_data, other).drawn)
+    assert not np.array_equal(both.drawn, mixture.mix(main_data, other).drawn)
 
 
 def test_a_window_may_be_for_ever_and_text_is_read_with_the_same_tokenizer(stored, tmp_path):
@@ -81,7 +81,7 @@ def test_a_window_may_be_for_ever_and_text_is_read_with_the_same_tokenizer(store
 
     path = tokenizer_json(tmp_path, ["n o"])
     main = data_synth.Data(data_synth.Config(task="twohop", entities=30, tokenizer=path))
-    both = mixture.mixed(main, settings(stored / "notes.jsonl", 0, 10**12))
+    both = mixture.mix(main, settings(stored / "notes.jsonl", 0, 10**12))
     assert len(both.drawn) == 2000 and both.second.tokenizer.name == path
 
 

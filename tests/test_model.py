@@ -26,7 +26,7 @@ def random_batch(labels=(3, 0, 5)):
     """Tokens, and targets with so many labels in each row, at random positions."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(V, (len(labels), T), generator=generator)
-    targets = torch.full_like(tokens, M.IGNORE)
+    targets = torch.full_like(tokens, M.IGNORE_INDEX)
     for row, n in enumerate(labels):
         where = torch.randperm(T, generator=generator)[:n]
         targets[row, where] = torch.randint(V, (n,), generator=generator)
@@ -221,7 +221,7 @@ def test_labelled_positions_only_gives_the_same_logits_loss_and_gradients(cls, c
     tokens, targets = random_batch(labels)
     full, none = model(tokens)
     assert none is None and full.shape == (B, T, V)
-    mask = targets != M.IGNORE
+    mask = targets != M.IGNORE_INDEX
     expected = F.cross_entropy(full[mask], targets[mask])
     logits, loss = model(tokens, targets)
     assert logits.shape == (sum(labels), V)
@@ -236,16 +236,16 @@ def test_labelled_positions_only_gives_the_same_logits_loss_and_gradients(cls, c
 def test_correct_counts_tokens_and_whole_rows():
     targets = torch.tensor([[-100, 2, 1], [0, -100, -100], [-100, -100, -100]])
     logits = F.one_hot(torch.tensor([2, 0, 0]), 3).float()
-    tokens, rows = M.correct(logits, targets)
+    tokens, rows = M.correct_predictions(logits, targets)
     assert tokens.tolist() == [True, False, True] and rows.tolist() == [False, True, True]
 
 
 def test_state_bytes_counts_the_cache():
-    assert M.GPT.state_bytes(config(seq_len=10)) == 4 * 2 * 2 * (6 + 4) * 10
-    assert M.UnifiedKV.state_bytes(config()) == 4 * 2 * 2 * 6 * T
-    assert M.UnifiedKV.state_bytes(config(k_gated=True, seq_len=1)) == 4 * 2 * 2 * (6 + 6)
-    assert M.GPT.state_bytes(config(conv=3, seq_len=10)) == 4 * 2 * (2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4))
-    assert M.GPT.state_bytes(config(n_kv_heads=1, k_kernel="taylor", seq_len=1)) == 4 * 2 * ((1 + 6 + 36) + 4)
+    assert M.GPT.inference_state_bytes(config(seq_len=10)) == 4 * 2 * 2 * (6 + 4) * 10
+    assert M.UnifiedKV.inference_state_bytes(config()) == 4 * 2 * 2 * 6 * T
+    assert M.UnifiedKV.inference_state_bytes(config(k_gated=True, seq_len=1)) == 4 * 2 * 2 * (6 + 6)
+    assert M.GPT.inference_state_bytes(config(conv=3, seq_len=10)) == 4 * 2 * (2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4))
+    assert M.GPT.inference_state_bytes(config(n_kv_heads=1, k_kernel="taylor", seq_len=1)) == 4 * 2 * ((1 + 6 + 36) + 4)
 
 
 @pytest.mark.parametrize(

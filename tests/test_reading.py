@@ -21,7 +21,7 @@ import measure
 import plan
 import sweep
 import train
-from configs import ConfigError, RunFailed, parse, printable
+from configs import ConfigError, RunError, split_argv, printable
 
 TOY = (
     "--n_layers=1 --dim=16 --dk=8 --dv=8 --conv=2 --max_steps=2 --fresh=1 --threads=1 --vocab_size=32 --input_seq_len=16 "
@@ -130,7 +130,7 @@ def test_any_value_may_be_odd(runs, file):
     for at in places(whole):
         for new in (KeyError, VALUES[random.integers(len(VALUES))]):
             path.write_text(json.dumps(put(whole, at, new)))
-            for work in (compare.read_result, plan.read_plan):
+            for work in (compare.read_result, plan.load_settings):
                 try:
                     work(str(runs / "r0"))
                 except ConfigError as e:
@@ -300,7 +300,7 @@ def test_a_fork_is_executed_as_recorded_and_announced(fork, capsys):
     place, _ = fork
     files = json.loads((place / "f" / "config.json").read_text())["files"]
     assert files == {
-        str(place / name): checkpoint.file_hash(place / name)
+        str(place / name): checkpoint.sha256_file(place / name)
         for name in ("my_fork.py", "my_helper.py")
     }
     capsys.readouterr()
@@ -387,10 +387,10 @@ def test_a_file_of_your_own_that_fails_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "my_broken.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="my_broken.py:1 does not run \\(SyntaxError"):
-        plan.plan(parse(["--model=my_broken"])[1])
+        plan.resolve(split_argv(["--model=my_broken"])[1])
     (tmp_path / "json.py").write_text("")
     with pytest.raises(ConfigError, match="json.py cannot be taken: Python has a module json, too"):
-        plan.plan(parse(["--model=json"])[1])
+        plan.resolve(split_argv(["--model=json"])[1])
 
 
 # ---- the terminal --------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_one_before(runs, monkeypatch
         ["attention", str(runs / "r0")],
     ):
         with pytest.raises(
-            RunFailed, match="No space left on device; what stood there before is whole"
+            RunError, match="No space left on device; what stood there before is whole"
         ):
             ev.main(words)
     assert (runs / "r0" / "eval_test.png").read_bytes() == whole
@@ -605,18 +605,18 @@ def test_intervals_are_shortest_where_all_is_right(size):
     """300 rows of `size` labels, with more and more errors, each in a row of its own or all in as
     few as hold them."""
     row = np.repeat(np.arange(300), size)
-    whole = measure.share_over_rows(np.ones(len(row)), row)
-    assert whole["ci95"] == pytest.approx(measure.wilson(300, 300))
+    whole = measure.clustered_proportion(np.ones(len(row)), row)
+    assert whole["ci95"] == pytest.approx(measure.wilson_interval(300, 300))
     for alone in (True, False):
         before = whole
         for errors in (1, 2, 3, 5, 9, 30, 100):
             hit = np.ones(len(row), bool)
             hit[np.arange(errors) * size % len(row) if alone else np.arange(errors)] = False
-            cell = measure.share_over_rows(hit, row)
+            cell = measure.clustered_proportion(hit, row)
             low, high = cell["ci95"]
             assert 0 <= low <= cell["value"] <= high <= 1 and length(cell) >= length(whole) - 1e-12
             assert low <= before["ci95"][0] + 1e-12
-            turned = measure.share_over_rows(~hit, row)
+            turned = measure.clustered_proportion(~hit, row)
             assert [1 - x for x in turned["ci95"]] == pytest.approx([high, low])
             before = cell
 
@@ -629,7 +629,7 @@ def test_a_bound_on_what_labels_count_by_hand():
     )
     for p in (0.99, 0.999, 0.9999):
         n = measure.most_effective(p, 100)
-        low, high = measure.wilson(p * n, n)
+        low, high = measure.wilson_interval(p * n, n)
         assert high - low == pytest.approx(3.841459 / 103.841459, rel=1e-5) and n > 100
     assert measure.most_effective(0.5, 100) > 100_000 / 100
 
@@ -641,7 +641,7 @@ def test_means_of_shares_stay_between_0_and_1():
             "value"
         ] == pytest.approx(np.mean(x))
     hits = np.arange(100) < 80  # of measurements that are 0 or 1: Wilson's, but for n - 1
-    assert measure.mean_share(hits)["ci95"] == pytest.approx(measure.wilson(80, 100), abs=2e-3)
+    assert measure.mean_share(hits)["ci95"] == pytest.approx(measure.wilson_interval(80, 100), abs=2e-3)
     random = np.random.default_rng(0)
     found = [measure.mean_share(random.beta(2, 5, 50))["ci95"] for _ in range(1000)]
     assert 0.93 < np.mean([low <= 2 / 7 <= high for low, high in found]) < 0.97
@@ -672,7 +672,7 @@ def test_a_setting_that_is_newer_than_the_run_has_its_default(runs, capsys):
 @pytest.mark.parametrize("name", ["model.GPTBlock", "model.RMSNorm", "memory.MemoryLayer"])
 def test_a_part_of_a_model_is_no_model(name):
     with pytest.raises(ConfigError, match="is a part of a model, no language model; choose from gpt"):
-        plan.plan(parse([f"--model={name}"])[1])
+        plan.resolve(split_argv([f"--model={name}"])[1])
 
 
 def test_a_log_without_evaluations_is_drawn(tmp_path):

@@ -16,7 +16,7 @@ import eval as evaluate
 import memory as Mem
 import train
 import transfer
-from configs import ConfigError, RunFailed
+from configs import ConfigError, RunError
 from test_faults import Bomb
 from test_train import flags, run
 
@@ -180,9 +180,9 @@ def reseal(folder, name):
     a stranger seals as well as we do.
     """
     state = checkpoint.read_checkpoint(folder, name)
-    place = checkpoint.shards_of(folder, state)
+    place = checkpoint.shard_dir(folder, state)
     files = [f for f in os.listdir(place) if os.path.isfile(os.path.join(place, f))]
-    state["shards"]["files"] = {f: checkpoint.file_hash(os.path.join(place, f)) for f in files}
+    state["shards"]["files"] = {f: checkpoint.sha256_file(os.path.join(place, f)) for f in files}
     checkpoint.save_checkpoint(folder, name, state, keep_old=False)
 
 
@@ -199,7 +199,7 @@ def readers_of_runs(folder, tmp_path):
 
 def assert_refused(read):
     """-> the sentence."""
-    with pytest.raises((ConfigError, RunFailed)) as caught:
+    with pytest.raises((ConfigError, RunError)) as caught:
         read()
     text = str(caught.value)
     assert "\n" not in text and len(text) < 500
@@ -237,7 +237,7 @@ def test_a_folder_of_a_strangers_shards(tmp_path, monkeypatch, trained, how):
     monkeypatch.chdir(tmp_path)
     try:
         found = transfer.read_weights(str(tmp_path / "a"))[0]
-    except (ConfigError, RunFailed) as e:
+    except (ConfigError, RunError) as e:
         assert "\n" not in str(e) and "traceback" not in str(e).lower()
     else:  # what is no tensor was left out
         assert (

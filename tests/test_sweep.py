@@ -43,11 +43,11 @@ def test_every_command_is_understood():
                 p, resume = train.read_command_line(shlex.split(point.train))
                 assert not resume and p.train.target == 0
             script, *words = shlex.split(point.then.format(run="runs/RUN", seed=0)) or [""]
-            settings = configs.parse(words)[1]
+            settings = configs.split_argv(words)[1]
             if script == "eval.py":
-                assert configs.build(ev.EvalConfig, settings)
+                assert configs.build_config(ev.EvalConfig, settings)
             elif script:
-                assert script == "flex_generate.py" and configs.build(flex_generate.Config, settings).out_dir == "runs/RUN"
+                assert script == "flex_generate.py" and configs.build_config(flex_generate.Config, settings).out_dir == "runs/RUN"
 
 
 def test_names_are_of_one_training_each():
@@ -63,7 +63,7 @@ def test_runs_are_kept_and_taken_up_again(toy, tmp_path, capsys):
     with pytest.raises(configs.ConfigError, match="2 runs are missing"):
         sweep.main(["toy", *toy, "--draw=1"])
     # one run is there, stopped after its first step
-    train.main(shlex.split(sweep.training(points()[1], 0, configs.build(sweep.Config, configs.parse(toy)[1])))[1:])
+    train.main(shlex.split(sweep.training(points()[1], 0, configs.build_config(sweep.Config, configs.split_argv(toy)[1])))[1:])
     status = tmp_path / "runs" / "toy4_seed0" / "status.json"
     first = status.read_text()
     sweep.main([*toy])
@@ -86,7 +86,7 @@ def test_runs_are_kept_and_taken_up_again(toy, tmp_path, capsys):
 def test_a_run_that_fails_is_named_and_the_others_are_kept(toy, tmp_path, monkeypatch):
     bad = lambda: [sweep.Point("gpt", 0, "bad", "--dimm 7"), points()[0]]
     monkeypatch.setattr(sweep, "FIGURES", {"toy": (bad, draw, "")})
-    with pytest.raises(configs.RunFailed, match=r"1 runs failed(.|\n)*did you mean dim\?"):
+    with pytest.raises(configs.RunError, match=r"1 runs failed(.|\n)*did you mean dim\?"):
         sweep.main(["toy", *toy])
     assert json.loads((tmp_path / "runs" / "toy2_seed0" / "status.json").read_text())["status"] == "finished"
 
@@ -126,7 +126,7 @@ def test_pictures_show_mean_and_range(name, tmp_path):
     found = {}
     for i, p in enumerate(points()):
         found.setdefault(p.line, {})[p.x] = [made_up(v, state=100 + i) for v in (0.2, 0.4, 0.9)]
-    c = configs.build(sweep.Config, configs.parse([f"--out={tmp_path}"])[1])
+    c = configs.build_config(sweep.Config, configs.split_argv([f"--out={tmp_path}"])[1])
     plt, fig, title = drawn(found)
     shown = [line.get_ydata() for axis in fig.axes for line in axis.lines if len(line.get_ydata())]
     if name in ("lr", "pairs", "width", "table", "templates"):
@@ -137,5 +137,5 @@ def test_pictures_show_mean_and_range(name, tmp_path):
 
 
 def test_time_to_99_is_the_first_evaluation_there():
-    assert sweep.to_99(made_up(1)) == 2.0
-    assert sweep.to_99({"evals": [{"seconds": 1.0, "accuracy": 0.98}]}) == float("inf")
+    assert sweep.seconds_to_99(made_up(1)) == 2.0
+    assert sweep.seconds_to_99({"evals": [{"seconds": 1.0, "accuracy": 0.98}]}) == float("inf")

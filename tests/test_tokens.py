@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import data_synth as D
 import model as M
 import tokens as K
-from configs import ConfigError, RunFailed
+from configs import ConfigError, RunError
 
 # ---- the rules, one letter after another -------------------------------------------------------------------------------
 
@@ -52,7 +52,7 @@ def naive_mask(ids, kind):
                 inside = False
             else:
                 keep[n] = inside and n >= begin
-    return np.where(keep, ids, K.IGNORE)
+    return np.where(keep, ids, K.IGNORE_INDEX)
 
 
 PIECES = [
@@ -90,15 +90,15 @@ def test_a_pack_is_its_documents_masked_alone_in_rows_too(kind, found):
     alone = [naive_mask(ids, kind) for ids in found]
     ends = np.cumsum([0, *map(len, found)])
     flat = np.concatenate([np.zeros(0, np.int64), *found])
-    packed = K.mask(flat, kind, ends)
+    packed = K.label_mask(flat, kind, ends)
     assert packed.tolist() == np.concatenate([np.zeros(0, np.int64), *alone]).tolist()
-    assert K.mask(flat[None], kind, ends)[0].tolist() == packed.tolist()
+    assert K.label_mask(flat[None], kind, ends)[0].tolist() == packed.tolist()
     longest = max(map(len, found), default=0) + 1
     rows = np.full((len(found), longest), K.BYTES.pad)
     for row, ids in zip(rows, found):
         row[: len(ids)] = ids
-    for ids, labels in zip(alone, K.mask(rows, kind)):
-        assert labels[: len(ids)].tolist() == ids.tolist() and (labels[len(ids) :] == K.IGNORE).all()
+    for ids, labels in zip(alone, K.label_mask(rows, kind)):
+        assert labels[: len(ids)].tolist() == ids.tolist() and (labels[len(ids) :] == K.IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize(
@@ -121,26 +121,26 @@ def test_a_pack_is_its_documents_masked_alone_in_rows_too(kind, found):
 )
 def test_what_is_left_of_an_example(kind, text, answer):
     ids = K.BYTES.encode(text)
-    labels = K.mask(ids[None], kind)[0]
-    assert K.BYTES.decode(labels[labels != K.IGNORE]) == answer
-    assert (labels[labels != K.IGNORE] == ids[labels != K.IGNORE]).all()
+    labels = K.label_mask(ids[None], kind)[0]
+    assert K.BYTES.decode(labels[labels != K.IGNORE_INDEX]) == answer
+    assert (labels[labels != K.IGNORE_INDEX] == ids[labels != K.IGNORE_INDEX]).all()
 
 
 def test_rows_without_an_answer_have_a_finite_loss():
     tokens = np.stack([K.BYTES.encode("12:34 "), K.BYTES.encode("123456")]).astype(np.int64)
     model = M.GPT(M.Config(dim=8, n_layers=1, dk=4, dv=4, vocab_size=259, seq_len=8))
     for rows in (tokens, tokens[1:]):
-        loss = model(torch.from_numpy(rows), torch.from_numpy(K.shift(K.mask(rows, "digits"))).long())[1]
+        loss = model(torch.from_numpy(rows), torch.from_numpy(K.shift_labels(K.label_mask(rows, "digits"))).long())[1]
         loss.backward()
         assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="must be one of qa, hashhop"):
-        K.mask(np.zeros((1, 3), int), "quiz")
+        K.label_mask(np.zeros((1, 3), int), "quiz")
     for ends in ([0, 2], [1, 3], [0, 2, 1, 3]):
         with pytest.raises(ValueError, match="must rise from 0 to the 3 tokens"):
-            K.mask(np.zeros((1, 3), int), "qa", ends)
+            K.label_mask(np.zeros((1, 3), int), "qa", ends)
 
 
 @given(st.text())
@@ -151,7 +151,7 @@ def test_bytes_come_back(text):
 
 
 def test_shift():
-    assert K.shift(np.array([[-100, 5, 6], [-100, -100, 7]])).tolist() == [[5, 6, -100], [-100, 7, -100]]
+    assert K.shift_labels(np.array([[-100, 5, 6], [-100, -100, 7]])).tolist() == [[5, 6, -100], [-100, 7, -100]]
 
 
 # ---- other tokenizers --------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_a_tokenizer_whose_masks_are_not_exact_is_found(tmp_path, merges, bad, c
     tokenizer = K.read_tokenizer(path)
     ids = tokenizer.encode("ab = 'cd'\n")
     assert tokenizer.decode(ids) == "ab = 'cd'\n" and tokenizer.vocab_size == len(tokenizer.texts) == 256 + len(merges) + 3
-    outcome = pytest.raises(RunFailed, match="would not be exact") if bad else contextlib.nullcontext()
+    outcome = pytest.raises(RunError, match="would not be exact") if bad else contextlib.nullcontext()
     with outcome:
         D.main(["check", f"--tokenizer={path}"])
     lines = [line.split(": ") for line in capsys.readouterr().out.splitlines()]

@@ -22,8 +22,8 @@ import memory as Mem
 import model as M
 import train
 import transfer
-from configs import ConfigError, RunFailed
-from look import open_look
+from configs import ConfigError, RunError
+from look import open_run
 from test_ablate import make, some_cases
 from test_memory import model as small_model
 from test_memory import tokens
@@ -104,7 +104,7 @@ SCRIPTS = {
 def test_commands_leave_no_trace(runs, run, script, monkeypatch, capsys):
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # drawing takes longest
     commands, kind, settings = SCRIPTS[script]
-    look = open_look(str(runs / run), kind(**settings))
+    look = open_run(str(runs / run), kind(**settings))
     look.prefix = script
     bomb, measured = Bomb(look.model.lm_head), 0
     before = state(look.model)
@@ -131,7 +131,7 @@ def test_commands_leave_no_trace(runs, run, script, monkeypatch, capsys):
 def test_opening_a_run_takes_no_random_numbers(runs):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    open_look(str(runs / "gpt"), ev.EvalConfig())
+    open_run(str(runs / "gpt"), ev.EvalConfig())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -142,9 +142,9 @@ def test_full_memory_is_a_sentence_with_what_to_lower(error):
     def work(look):
         raise error
 
-    command = commands.looks(work, "rows chunk", "")
+    command = commands.analysis(work, "rows chunk", "")
     sentence = "memory is full; lower eval_batch_size or rows or chunk"
-    with pytest.raises(RunFailed, match=sentence):
+    with pytest.raises(RunError, match=sentence):
         commands.perform(command, None)
     error.args = ("another error",)
     if isinstance(error, RuntimeError):
@@ -162,12 +162,12 @@ def labelled():
 
 
 def write_and_undo(model):
-    Mem.undo(model, Mem.write(model, *labelled()))
+    Mem.undo_edit(model, Mem.edit_facts(model, *labelled()))
 
 
 def change_nothing(model):
-    hooks = [I.changed_output("mixer", model.layers[1].att, torch.zeros_like)]
-    I.run_changed(model, some_cases(), hooks)
+    hooks = [I.hook_output("mixer", model.layers[1].att, torch.zeros_like)]
+    I.run_with_hooks(model, some_cases(), hooks)
 
 
 def exchange_all(model):
@@ -176,15 +176,15 @@ def exchange_all(model):
 
 FUNCTIONS = {
     "write": write_and_undo,
-    "reading_statistics": lambda model: Mem.reading_statistics(model, [labelled()]),
-    "answered": lambda model: edits.answered(model, *labelled()),
-    "maps": lambda model: attention_maps.maps(model, tokens(2, 6)),
-    "clean_run": lambda model: I.clean_run(model, some_cases()),
+    "reading_statistics": lambda model: Mem.key_second_moment(model, [labelled()]),
+    "answered": lambda model: edits.n_correct(model, *labelled()),
+    "maps": lambda model: attention_maps.attention_maps(model, tokens(2, 6)),
+    "clean_run": lambda model: I.run_with_cache(model, some_cases()),
     "run_changed": change_nothing,
     "remove_slots": lambda model: ablate.remove_slots(model, some_cases(), ["zero", "drop"]),
     "exchanged": exchange_all,
     "decode_with": lambda model: exchange.decode_with(model, some_cases(), {}),
-    "patched": lambda model: exchange.patched(model, some_cases(), some_cases(seed=2)),
+    "patched": lambda model: exchange.recovered(model, some_cases(), some_cases(seed=2)),
 }
 
 
@@ -222,7 +222,7 @@ def test_fine_tuning_changes_weights_only(at):
 
 
 def test_an_evaluation_that_fails_leaves_the_modes(runs):
-    look = open_look(str(runs / "gpt"), ev.EvalConfig())
+    look = open_run(str(runs / "gpt"), ev.EvalConfig())
     look.model.train()
     look.model.layers[0].eval()
     bomb = Bomb(look.model.lm_head)
@@ -246,7 +246,7 @@ def test_maps_keep_a_function_that_was_there():
         return M.softmax_attention(*args)
 
     mixer.attend = watched
-    attention_maps.maps(model, tokens(1, 4))
+    attention_maps.attention_maps(model, tokens(1, 4))
     assert mixer.attend is watched and len(seen) == 2  # once more for its weights
     assert "attend" not in model.layers[1].att.__dict__
 
@@ -267,7 +267,7 @@ def two_writes(model):
     (x, y), values = labelled(), model.layers[-1].memory.values
     tables, records = [values.detach().clone()], []
     for answers in (y, torch.where(y >= 0, (y + 1) % 11, y)):
-        records.append(Mem.write(model, x, answers))
+        records.append(Mem.edit_facts(model, x, answers))
         tables.append(values.detach().clone())
     return records, tables
 
@@ -277,13 +277,13 @@ def test_edits_that_share_rows_are_undone_in_reverse_order_only():
     values = model.layers[-1].memory.values
     (first, second), (start, between, end) = two_writes(model)
     with pytest.raises(ValueError, match="this write left them; undo what came after it first"):
-        Mem.undo(model, first)
+        Mem.undo_edit(model, first)
     assert torch.equal(values, end)
-    Mem.undo(model, second)
+    Mem.undo_edit(model, second)
     assert torch.equal(values, between)
     with pytest.raises(ValueError, match="undo what came after"):  # a second time
-        Mem.undo(model, second)
-    Mem.undo(model, first)
+        Mem.undo_edit(model, second)
+    Mem.undo_edit(model, first)
     assert torch.equal(values, start)
 
 
@@ -293,17 +293,17 @@ def test_edits_of_different_rows_are_undone_in_any_order():
     start = values.detach().clone()
     x, y = labelled()
     y[:, 4:] = -100  # one label each
-    records = [Mem.write(model, x[i : i + 1], y[i : i + 1]) for i in (0, 1)]
+    records = [Mem.edit_facts(model, x[i : i + 1], y[i : i + 1]) for i in (0, 1)]
     assert not np.intersect1d(*(r["slots"] for r in records)).size
     for record in records:
-        Mem.undo(model, record)
+        Mem.undo_edit(model, record)
     assert torch.equal(values, start)
 
 
 def test_an_edit_of_another_model_is_not_undone_here():
-    record = Mem.write(small_model(mem_n_keys=16, dim=32), *labelled())
+    record = Mem.edit_facts(small_model(mem_n_keys=16, dim=32), *labelled())
     other = small_model(mem_n_keys=16, dim=32, seed=1)
     before = state(other)
     with pytest.raises(ValueError, match="not as this write left them"):
-        Mem.undo(other, record)
+        Mem.undo_edit(other, record)
     assert_untouched(before, other, "undo")

@@ -11,8 +11,8 @@ import torch
 import checkpoint
 import measure
 import train
-from configs import ConfigError, RunFailed, Setting, parse
-from plan import label, load_run
+from configs import ConfigError, RunError, Setting, split_argv
+from plan import run_label, load_run
 
 TOY = dict(
     n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
@@ -110,7 +110,7 @@ def test_our_names_mean_our_files(tmp_path, monkeypatch, capsys):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('was run')")
     monkeypatch.chdir(tmp_path)
     for name in ("gpt", "model.GPT"):
-        p = train.plan(parse([f"--model={name}"])[1])
+        p = train.resolve(split_argv([f"--model={name}"])[1])
         assert p.model_class.__name__ == "GPT" and p.data_module.__file__.startswith(
             os.path.dirname(train.__file__)
         )
@@ -125,7 +125,7 @@ def test_full_memory_is_a_sentence(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "backward", full)
-    with pytest.raises(RunFailed, match="memory is full; raise accumulate or lower batch_size"):
+    with pytest.raises(RunError, match="memory is full; raise accumulate or lower batch_size"):
         run(tmp_path)
     assert checkpoint.read_json(os.path.join(tmp_path, "run", "status.json"))["status"] == "failed"
 
@@ -157,10 +157,10 @@ def test_the_commands_of_updatable_long_term_memory_print_their_counts(script):
 
 
 def test_run_names_follow_the_documents_grammar(monkeypatch):
-    p = train.plan(parse("--exp_group 6 --dk 48 --dv 48".split())[1])
+    p = train.resolve(split_argv("--exp_group 6 --dk 48 --dv 48".split())[1])
     data = p.data_module.Data(p.data)
     name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none_data-128-32-2048_lr0.001"
-    assert label(p, train.model_config(p, data)) == name
+    assert run_label(p, train.build_model_config(p, data)) == name
 
 
 def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
@@ -220,7 +220,7 @@ def test_learning_rates():
 
 def test_matrices_decay_and_vectors_do_not():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    decayed, kept = train.parameter_groups(model, 0.1)
+    decayed, kept = train.parameter_groups_of(model, 0.1)
     assert [p.ndim for p in decayed["params"]] == [2] and [p.ndim for p in kept["params"]] == [1, 1, 1]
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
 
@@ -284,15 +284,15 @@ def test_a_fork_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "my_model.py").write_text(
         source.replace("class GPT(nn.Module)", "class Mine(nn.Module)")
         .replace("(GPT)", "(Mine)")
-        .replace("GPT.ignores", "Mine.ignores")
+        .replace("GPT.inactive_settings", "Mine.inactive_settings")
         .replace("Model = GPT", "Model = Mine")
     )
     monkeypatch.chdir(tmp_path)
     status, out = run(tmp_path, model="my_model", max_steps=2)
     assert status == 0 and checkpoint.read_json(os.path.join(out, "config.json"))["train"]["model"] == "my_model"
-    assert train.plan([Setting("model", "my_model.Mine", "--model")]).model_class.__name__ == "Mine"
+    assert train.resolve([Setting("model", "my_model.Mine", "--model")]).model_class.__name__ == "Mine"
     with pytest.raises(ConfigError, match="no Theirs"):
-        train.plan([Setting("model", "my_model.Theirs", "--model")])
+        train.resolve([Setting("model", "my_model.Theirs", "--model")])
 
 
 def test_shipped_configs_state_what_they_are_for():

@@ -17,7 +17,7 @@ from test_memory import TOY as MEMORY
 from test_memory import model
 from test_train import flags, run
 
-NAMES = [name for name, _ in model(Mem.MemoryRouter, memory_layers=(0, 1)).named_parameters(remove_duplicate=False)]
+NAMES = [name for name, _ in model(Mem.MemoryRouterGPT, memory_layers=(0, 1)).named_parameters(remove_duplicate=False)]
 
 
 def named(model):
@@ -84,10 +84,10 @@ def test_mistakes_in_freezing(what, message):
 def test_what_is_frozen_stays_to_the_last_bit_through_decay_and_resume(tmp_path):
     options = dict(MEMORY, model="memory", weight_decay=0.1, freeze='["embed", "*.memory.values"]', eval_interval=3)
     begun = train.read_command_line(flags(tmp_path, "x", **options))[0]
-    first = named(train.make_model(begun, train.model_config(begun, begun.data_module.Data(begun.data))))
+    first = named(train.build_model(begun, train.build_model_config(begun, begun.data_module.Data(begun.data))))
     run(tmp_path, "a", max_steps=3, **options)
     run(tmp_path, "a", resume=True, max_steps=6)
-    last = checkpoint.part(checkpoint.load_checkpoint(str(tmp_path / "a"), "ckpt")["tensors"], "model")
+    last = checkpoint.select_prefix(checkpoint.load_checkpoint(str(tmp_path / "a"), "ckpt")["tensors"], "model")
     for name, q in first.items():
         assert torch.equal(q, last[name]) == (name == "embed.weight" or name.endswith("memory.values")), name
 
@@ -150,7 +150,7 @@ def source(tmp_path_factory):
     """A run with checkpoints of steps 4 and 8, and its latest weights as one file and as a torch.distributed.checkpoint."""
     folder = tmp_path_factory.mktemp("source")
     _, out = run(folder, "run", model="memory", **{**MEMORY, "mem_stats_every": 0}, max_steps=8, eval_interval=4)
-    weights = checkpoint.part(checkpoint.load_checkpoint(out, "ckpt")["tensors"], "model")
+    weights = checkpoint.select_prefix(checkpoint.load_checkpoint(out, "ckpt")["tensors"], "model")
     torch.save({"state_dict": weights}, folder / "file.pt")
     for step in (2, 10):
         shifted = {"model." + n: t + (step == 2) for n, t in weights.items()}
@@ -161,8 +161,8 @@ def source(tmp_path_factory):
 def trained_from(folder, name, **options):
     """The weights of a run before its first step."""
     p = train.read_command_line(flags(folder, name, model="memory", **{**MEMORY, "mem_stats_every": 0, **options}))[0]
-    m = train.make_model(p, train.model_config(p, p.data_module.Data(p.data)))
-    return m, train.prepare(m, p.train, goes_on=False)
+    m = train.build_model(p, train.build_model_config(p, p.data_module.Data(p.data)))
+    return m, train.load_and_freeze(m, p.train, goes_on=False)
 
 
 @pytest.mark.parametrize("kind", ["run", "file.pt", "exp"])

@@ -22,8 +22,8 @@ MODELS = {
     "conv": lambda: M.GPT(M.Config(**SMALL, conv=3, pos="none")),
     "delta": lambda: D.DeltaNet(D.Config(**SMALL, chunk_size=4)),
     "gated_delta": lambda: D.GatedDeltaNet(D.Config(**SMALL, chunk_size=5, use_out_norm=False)),
-    "memory": lambda: memory.Memory(memory.Config(**SMALL, **TABLE)),
-    "memory_router": lambda: memory.MemoryRouter(memory.Config(**SMALL, **TABLE)),
+    "memory": lambda: memory.MemoryGPT(memory.Config(**SMALL, **TABLE)),
+    "memory_router": lambda: memory.MemoryRouterGPT(memory.Config(**SMALL, **TABLE)),
 }
 
 
@@ -32,7 +32,7 @@ def batch():
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(V, (3, T), generator=g)
     labelled = torch.rand(3, T, generator=g) < 0.4
-    return tokens, torch.where(labelled, tokens.flip(1), M.IGNORE)
+    return tokens, torch.where(labelled, tokens.flip(1), M.IGNORE_INDEX)
 
 
 def make(name):
@@ -70,13 +70,13 @@ def plain_l2(x):
 def test_hessian_vector_products_equal_those_of_plain_operations(name, batch, monkeypatch):
     model, parameters, direction = make(name)
     if name.startswith("memory"):
-        monkeypatch.setattr(memory, "read_values", memory.naive_read_values)
+        monkeypatch.setattr(memory, "read_values", memory.naive_weighted_values)
     with sdpa_kernel(SDPBackend.MATH):
         ours = hessian_times(model, parameters, direction, batch)
         monkeypatch.setattr(M.CrossEntropy, "apply", F.cross_entropy)
-        monkeypatch.setattr(M.CausalConvolution, "apply", plain_convolution)
-        monkeypatch.setattr(M.L2Norm, "apply", plain_l2)
-        monkeypatch.setattr(D, "delta_chunked", lambda *inputs: D.delta_loop(*inputs[:-1]))
+        monkeypatch.setattr(M.CausalConv1d, "apply", plain_convolution)
+        monkeypatch.setattr(M.L2Normalize, "apply", plain_l2)
+        monkeypatch.setattr(D, "delta_chunked", lambda *inputs: D.delta_rule_recurrent(*inputs[:-1]))
         plain = hessian_times(model, parameters, direction, batch)
     assert max(x.abs().max() for x in plain[len(parameters) :]) > 1e-2
     for a, b in zip(ours, plain, strict=True):
@@ -139,9 +139,9 @@ def operators():
     x, w = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((2, 6, 4), (3, 4)))
     answers = torch.tensor([1, 0, 3, 3, 2, 1])
     yield "cross-entropy", M.CrossEntropy, (x[0], answers)
-    yield "l2", M.L2Norm, (x,)
-    yield "convolution", M.CausalConvolution, (x, w)
-    yield "convolution wider than the row", M.CausalConvolution, (x[:, :2], w)
+    yield "l2", M.L2Normalize, (x,)
+    yield "convolution", M.CausalConv1d, (x, w)
+    yield "convolution wider than the row", M.CausalConv1d, (x[:, :2], w)
     yield "delta rule", D.ChunkedDeltaRule, chunks(gated=False)
     yield "gated delta rule", D.ChunkedDeltaRule, chunks(gated=True)
 
@@ -193,13 +193,13 @@ def test_kernels_without_a_twin_refuse_second_derivatives(monkeypatch):
 
     def kernel(q, k, v, beta, **options):
         parts = (x.transpose(1, 2) for x in (q, k, v, beta))
-        o, state = D.delta_loop(*parts)
+        o, state = D.delta_rule_recurrent(*parts)
         return o.transpose(1, 2), state
 
     monkeypatch.setattr(D, "load_fla", lambda: (kernel, None))
     monkeypatch.setattr(A, "flash_attn_varlen_func", lambda q, *_, **__: q * q)
     with torch.enable_grad():
-        outputs = D.delta_fla(**shape)[0], A.flash_attention(q, q, q)
+        outputs = D.delta_rule_fla(**shape)[0], A.flash_attention(q, q, q)
     for o in outputs:
         torch.autograd.grad(o.sum(), q, retain_graph=True)
         with pytest.raises(RuntimeError, match="^flash-.* has no second derivatives; take them in"):
@@ -215,7 +215,7 @@ def test_forward_mode_goes_by_the_twin():
 
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with fw.dual_level():
-        y = M.L2Norm.apply(fw.make_dual(x, x.sin()))
+        y = M.L2Normalize.apply(fw.make_dual(x, x.sin()))
         change = fw.unpack_dual(y).tangent
     assert not twins.transformed()
     torch.testing.assert_close(change, torch.func.jvp(plain_l2, (x,), (x.sin(),))[1])
