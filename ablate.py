@@ -25,29 +25,35 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import configs
-import exchange
-import impact
-from commands import fits_all, analysis, report, run_command
-from configs import one_of, require, say
-from edits import why_not_facts
-from interventions import (
+from analysis import importance, patching
+from analysis.commands import analysis, fits_all, report, run_command
+from analysis.editing import why_not_facts
+from analysis.hooks import (
     ABLATIONS,
     SlotAblation,
+    ablate_head,
+    correct_cases,
+    forward_from,
     gather_labels,
     hook_output,
-    run_with_cache,
-    forward_from,
-    correct_cases,
-    logits_at,
-    logit_diff,
-    run_with_hooks,
     hook_points,
-    ablate_head,
+    logit_diff,
+    logits_at,
+    run_with_cache,
+    run_with_hooks,
 )
-from look import AnalysisConfig, concat, save_result
-from measure import figure, finish_figure, clustered_mean_ci, mean_share_over_rows, print_table, clustered_proportion, format_ci
-from slots import why_not_slots
+from analysis.memory_usage import why_not_slots
+from analysis.trained_run import AnalysisConfig, concat, save_result
+from nanorecall.metrics import (
+    clustered_mean_ci,
+    clustered_proportion,
+    figure,
+    finish_figure,
+    format_ci,
+    mean_share_over_rows,
+    print_table,
+)
+from nanorecall.settings import at_least, one_of, require, run_cli, say, within
 
 
 @dataclass
@@ -60,14 +66,14 @@ class AblateConfig(AnalysisConfig):
     seed: int = 0  # of what is drawn: pairs, random slots
 
     def check(self):
-        configs.at_least(self, 0, "rows", "pairs")
-        configs.within(self, 0, 2**62, "seed")
+        at_least(self, 0, "rows", "pairs")
+        within(self, 0, 2**62, "seed")
         super().check()
-        configs.at_least(self, 1, "chunk")
+        at_least(self, 1, "chunk")
         for mode in self.modes.split():
             require(mode in ABLATIONS, f"modes={self.modes!r} must be some of {', '.join(ABLATIONS)}", "modes")
         require(self.modes.split(), f"modes is empty; choose some of {', '.join(ABLATIONS)}", "modes")
-        one_of(self, exchange.EXPOSURE_PAIRS, "type")
+        one_of(self, patching.EXPOSURE_PAIRS, "type")
 
 
 # ---- keys --------------------------------------------------------------------------------------------------------------
@@ -90,7 +96,7 @@ def keys(look):
     off = "zero is off-distribution: no row was trained with less weight. " * ("zero" in modes)
     print(off + "control: slots that the row does not read.")
     by_slice = {"mode, layer": {f"{mode}, {block}": cell for (mode, block), cell in effects.items()}}
-    plot = lambda path: impact.plot_keys(path, columns, look.name)
+    plot = lambda path: importance.plot_keys(path, columns, look.name)
     save_result(look, "keys", {"rows": len(cases), "modes": modes}, by_slice, (), columns, plot)
 
 
@@ -341,28 +347,28 @@ COMMANDS = {
         why_not_slots,
     ),
     "impact": analysis(
-        impact.impact,
+        importance.impact,
         KEYS,
         "Which slots matter, by how much more than a random one, for which facts.",
         why_not_slots,
     ),
     "keystats": analysis(
-        impact.keystats,
+        importance.keystats,
         KEYS,
         "How often slots are read, how their effects vary, which are alike.",
         why_not_slots,
     ),
     "occurrences": analysis(
-        impact.occurrences,
+        importance.occurrences,
         KEYS,
         "How reads spread over the slots: unused ones, Gini's coefficient.",
         why_not_slots,
     ),
     "position": analysis(
-        impact.position, KEYS, "At which places of the answer removal costs most.", why_not_slots
+        importance.position, KEYS, "At which places of the answer removal costs most.", why_not_slots
     ),
     "repeats": analysis(
-        impact.repeated_digits, KEYS, "Are keys with repeated digits easier to remove?", why_not_memory
+        importance.repeated_digits, KEYS, "Are keys with repeated digits easier to remove?", why_not_memory
     ),
     "layer": analysis(layer, "rows seed", "Whole parts of layers, taken out.", why_not_blocks),
     "heads": analysis(
@@ -373,7 +379,7 @@ COMMANDS = {
     ),
     **{
         name: analysis(
-            lambda look, name=name: exchange.interchange(look, name), PAIRS, shows, why_not_memory
+            lambda look, name=name: patching.interchange(look, name), PAIRS, shows, why_not_memory
         )
         for name, shows in (
             ("force", "One head reads another row's strongest slot alone."),
@@ -389,25 +395,25 @@ COMMANDS = {
         )
     },
     "swap-matrix": analysis(
-        exchange.swap_matrix,
+        patching.swap_matrix,
         PAIRS,
         "All that another row reads: which digits stand in for which.",
         why_not_memory,
     ),
     "swap-pred": analysis(
-        impact.swap_predictions,
+        importance.swap_predictions,
         "rows pairs type seed",
         "What each digit turns into after the exchange.",
         why_not_memory,
     ),
     "corr": analysis(
-        impact.ablation_vs_swap,
+        importance.ablation_vs_swap,
         "rows modes pairs type seed",
         "Do rows that suffer from removal take another row's answer?",
         why_not_memory,
     ),
     "patch": analysis(
-        exchange.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs
+        patching.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs
     ),
     "all": analysis(
         run_all, "rows modes pairs type chunk seed", "Everything that fits the run.", fits_all
@@ -420,4 +426,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    configs.run_cli(main)
+    run_cli(main)

@@ -32,10 +32,29 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-import configs
-from configs import ConfigError, at_least, require, say, within
-from draws import IGNORE_INDEX, SPLITS, sample_without_replacement, weighted_permutation, shuffled_epochs, nth_not_in, philox_key, row_uniforms
-from mqar_files import DatasetConfig, StoredMQAR, make_disk_sequences, write_dataset
+from nanorecall.mqar_files import DatasetConfig, StoredMQAR, make_disk_sequences, write_dataset
+from nanorecall.rng import (
+    IGNORE_INDEX,
+    SPLITS,
+    nth_not_in,
+    philox_key,
+    row_uniforms,
+    sample_without_replacement,
+    shuffled_epochs,
+    weighted_permutation,
+)
+from nanorecall.settings import (
+    ConfigError,
+    at_least,
+    build_config,
+    help_text,
+    read_argv,
+    reject_unknown,
+    require,
+    run_cli,
+    say,
+    within,
+)
 
 
 @dataclass
@@ -322,13 +341,13 @@ def show_stored(config):
 
 
 def main(argv=None):
-    words, settings = configs.read_argv(sys.argv[1:] if argv is None else argv)
+    words, settings = read_argv(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in settings):
-        say(configs.help_text(__doc__, DatasetConfig))
+        say(help_text(__doc__, DatasetConfig))
         return
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
-    configs.reject_unknown(settings, DatasetConfig)
-    config = configs.build_config(DatasetConfig, settings)
+    reject_unknown(settings, DatasetConfig)
+    config = build_config(DatasetConfig, settings)
     if not config.output_dir:
         require(not settings, "name the directory to write: --output-dir DIR", "output_dir")
         print(__doc__.strip())
@@ -343,4 +362,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    configs.run_cli(main)
+    run_cli(main)

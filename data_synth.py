@@ -43,13 +43,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import configs
-from configs import at_least, one_of, require, say, within
-from draws import IGNORE_INDEX, SPLITS
 from facts import TASKS, FactDataset, said
-from measure import print_baselines
-from synth_files import read_stored, write_facts
-from tokens import BYTES, MASKS, label_mask, check_label_mask, read_tokenizer, shift_labels
+from nanorecall.documents import read_stored, write_facts
+from nanorecall.metrics import print_baselines
+from nanorecall.rng import IGNORE_INDEX, SPLITS
+from nanorecall.settings import (
+    RunError,
+    Setting,
+    at_least,
+    build_config,
+    help_text,
+    one_of,
+    read_argv,
+    reject_unknown,
+    require,
+    run_cli,
+    say,
+    within,
+)
+from nanorecall.text import BYTES, MASKS, check_label_mask, label_mask, read_tokenizer, shift_labels
 
 TASK_OF = {  # setting: the tasks that use it
     "num_pairs": "qa digits",
@@ -389,9 +401,9 @@ def show(config, documents=2):
 
 
 def main(argv=None):
-    words, settings = configs.read_argv(sys.argv[1:] if argv is None else argv)
+    words, settings = read_argv(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in settings):
-        say(configs.help_text(__doc__, DatasetConfig))
+        say(help_text(__doc__, DatasetConfig))
         return 0
     command = words.pop(0) if words else ""
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
@@ -401,11 +413,11 @@ def main(argv=None):
     names = [*TASKS, "check"]
     require(command in names, f"name what to do first: python data_synth.py {'|'.join(names)} --key=value", None)
     if command == "check":
-        configs.reject_unknown(settings, CheckConfig)
-        return check(configs.build_config(CheckConfig, settings).tokenizer)
-    configs.reject_unknown(settings, DatasetConfig)
+        reject_unknown(settings, CheckConfig)
+        return check(build_config(CheckConfig, settings).tokenizer)
+    reject_unknown(settings, DatasetConfig)
     require("task" not in {s.key for s in settings}, f"the task is {command} already; leave out --task", None)
-    config = configs.build_config(DatasetConfig, [configs.Setting("task", command, command), *settings])
+    config = build_config(DatasetConfig, [Setting("task", command, command), *settings])
     start = time.perf_counter()
     metadata = write_facts(config, TASKS[config.task].make(config))
     rows = {split: sum(f["rows"] for f in files) for split, files in metadata["files"].items()}
@@ -438,9 +450,9 @@ def check(path):
         say(f"{tokenizer.name}: {kind}: {problem or 'exact'}")
         bad += [kind] if problem else []
     if bad:
-        raise configs.RunError(f"masks of {', '.join(bad)} would not be exact with {tokenizer.name}; use another, or bytes")
+        raise RunError(f"masks of {', '.join(bad)} would not be exact with {tokenizer.name}; use another, or bytes")
     return 0
 
 
 if __name__ == "__main__":
-    configs.run_cli(main)
+    run_cli(main)

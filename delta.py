@@ -45,9 +45,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
-from attention import document_ends
 from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm, accum_dtype, gather_positions
-from twins import FirstOrder, Twinned, needs_twin, transformed, twin_gradients
+from nanorecall.ops import document_ends
+from nanorecall.second_order import FirstOrder, Twinned, needs_twin, transformed, twin_gradients
 
 # ---- the rule, token by token ------------------------------------------------------------------------------------------
 

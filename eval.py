@@ -26,33 +26,31 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import attention_maps
-import configs
-import edits
-from commands import Command, fits_all, analysis, report, run_command
-from compare import compare
-from configs import one_of, require, say
-from draws import IGNORE_INDEX
-from logits import logits
-from look import AnalysisConfig, map_batches, save_result
-from measure import (
+from analysis import attention_maps, editing
+from analysis.commands import Command, analysis, fits_all, report, run_command
+from analysis.compare import compare
+from analysis.confidence import logits
+from analysis.memory_usage import activations, norms, track, why_not_slots
+from analysis.routing import routing
+from analysis.trained_run import AnalysisConfig, map_batches, save_result
+from nanorecall.metrics import (
     errorbars,
     figure,
     finish_figure,
+    format_ci,
+    iter_predictions,
     label_share,
     mean_ci,
-    iter_predictions,
+    merge_batches,
     print_baselines,
     print_slices,
     print_table,
     proportion,
     slice_metrics,
-    format_ci,
-    merge_batches,
 )
-from routing import routing
-from slots import activations, norms, track, why_not_slots
-from stats import repair, stats
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.settings import at_least, one_of, require, run_cli, say
+from nanorecall.stats import repair, stats
 
 
 @dataclass
@@ -67,8 +65,8 @@ class EvalConfig(AnalysisConfig):
 
     def check(self):
         super().check()
-        configs.at_least(self, 0, "examples", "rows")
-        configs.at_least(self, -1, "example")
+        at_least(self, 0, "examples", "rows")
+        at_least(self, -1, "example")
         require(self.edits and min(self.edits) >= 1, f"edits={self.edits} needs numbers of at least 1", "edits")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
 
@@ -295,7 +293,7 @@ COMMANDS = {
     "norms": analysis(norms, "rows", "How long the value rows are, and what is read from them.", why_not_slots),
     "track": analysis(track, "rows", "At which tokens each slot is read, and the use of slots while training.", why_not_slots),
     "routing": analysis(routing, "rows data", "MLP or memory, or which slots, by kind of token, place and layer.", why_not_slots),
-    "edit": analysis(edits.compare_editors, "edits", "Facts rewritten without gradients, beside fine-tuning.", edits.why_not_edit),
+    "edit": analysis(editing.compare_editors, "edits", "Facts rewritten without gradients, beside fine-tuning.", editing.why_not_edit),
     "stats": Command(stats, False, "split", fits_all, "Intervals of every slice, and what correlates with the loss."),
     "compare": Command(compare, False, "out", fits_all, "Runs side by side."),
     "repair": Command(repair, False, "", fits_all, "Every complete record of a cut file."),
@@ -308,4 +306,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    configs.run_cli(main)
+    run_cli(main)

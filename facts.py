@@ -12,10 +12,10 @@ import unicodedata
 
 import numpy as np
 
-from configs import require
-from draws import IGNORE_INDEX, SPLITS, rng_for, shuffled_epochs
-from synth_files import read_documents
-from tokens import BYTES, label_mask
+from nanorecall.documents import read_documents
+from nanorecall.rng import IGNORE_INDEX, SPLITS, rng_for, shuffled_epochs
+from nanorecall.settings import require
+from nanorecall.text import BYTES, label_mask
 
 # ---- documents with names ----------------------------------------------------------------------------------------------
 

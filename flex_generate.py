@@ -35,26 +35,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import configs
-import fusion
-import llama
-import prompts
-from checkpoint import (
+from myriadlama import fusion, llama, prompts
+from myriadlama.llama import require_package
+from nanorecall.checkpoint import (
+    atomic_write,
     check_kinds,
     dataset_sha256,
-    sha256_file,
     make_directory,
     only_writer,
     read_lines,
-    atomic_write,
+    sha256_file,
     write_json,
 )
-from configs import ConfigError, at_least, one_of, require, say
-from llama import require_package
-from measure import figure, print_table, proportion, clustered_proportion, format_ci, write_figure
-from parallel import autodetect_device, process_group
-from plan import enough_memory
-from stats import mcnemar
+from nanorecall.distributed import autodetect_device, process_group
+from nanorecall.metrics import clustered_proportion, figure, format_ci, print_table, proportion, write_figure
+from nanorecall.run import enough_memory
+from nanorecall.settings import (
+    ConfigError,
+    at_least,
+    build_config,
+    help_text,
+    one_of,
+    reject_unknown,
+    require,
+    run_cli,
+    say,
+    split_argv,
+)
+from nanorecall.stats import mcnemar
 
 ADVICE = "lower batch_size, or take a smaller model"  # when memory is full
 
@@ -397,14 +405,20 @@ def answer(run, batch, questions, methods, shots, prefixes):
 
 
 # What answers are made with, beside settings and files that a user gives.
-PROGRAM = ("flex_generate.py", "fusion.py", "prompts.py", "llama.py", "attention.py")
+PROGRAM = (
+    "flex_generate.py",
+    "myriadlama/fusion.py",
+    "myriadlama/prompts.py",
+    "myriadlama/llama.py",
+    "nanorecall/ops.py",
+)
 
 
 def result_key(c, dtype):
     """What a result depends on, files by their contents: runs that differ in it do not share a directory."""
     loose = ("method", "out_dir", "max_samples", "batch_size", "device", "threads", "lemmaize", "draw_mask")
     here = os.path.dirname(os.path.abspath(__file__))
-    path = c.path or os.path.join(here, "world_facts.py")
+    path = c.path or os.path.join(here, "myriadlama", "facts.py")
     files = {"path": dataset_sha256(path), "shots_path": dataset_sha256(c.shots_path) if c.shots_path else ""}
     sums = [sha256_file(os.path.join(here, name)) for name in PROGRAM]
     about = {k: v for k, v in vars(c).items() if k not in loose}
@@ -673,13 +687,13 @@ def show_mask(c):
 
 
 def main(argv=None):
-    words, given = configs.split_argv(sys.argv[1:] if argv is None else argv)
+    words, given = split_argv(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in given):
-        print(configs.help_text(__doc__, Config))
+        print(help_text(__doc__, Config))
         return
     require(not words, f"{' '.join(words)!r} is not a flag; flex_generate.py takes --key value only", None)
-    configs.reject_unknown(given, Config)
-    c = configs.build_config(Config, given)
+    reject_unknown(given, Config)
+    c = build_config(Config, given)
     if c.threads:
         torch.set_num_threads(c.threads)
     if c.draw_mask:
@@ -691,4 +705,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    configs.run_cli(main)
+    run_cli(main)

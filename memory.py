@@ -24,15 +24,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import configs
 import model as M
-from checkpoint import atomic_write
-from configs import at_least, one_of, require, say, within
-from measure import print_table
 from model import GPT, NORMS, GPTBlock, gather_positions
-from plan import resolve_model, load_run, build_model, build_model_config
-from transfer import ours, read_weights
-from twins import transformed
+from nanorecall.checkpoint import atomic_write
+from nanorecall.metrics import print_table
+from nanorecall.pretrained import ours, read_weights
+from nanorecall.run import build_model, build_model_config, load_run, resolve_model
+from nanorecall.second_order import transformed
+from nanorecall.settings import at_least, one_of, require, run_cli, say, split_argv, within
 
 
 @dataclass
@@ -530,7 +529,7 @@ def main(argv=None):
     if command == "params":
         params(rest)
         return 0
-    rest, settings = configs.split_argv(rest)
+    rest, settings = split_argv(rest)
     allowed = {"to"} if command == "convert" else set()
     unknown = [s.origin for s in settings if s.key not in allowed]
     require(not unknown, f"{command} takes no {' '.join(unknown)}", None)
@@ -539,4 +538,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    configs.run_cli(main)
+    run_cli(main)

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import PackedDocuments, why_no_flash, rope_table, apply_rotary, softmax_attention
-from configs import one_of, require, derived, within
-from draws import IGNORE_INDEX
-from twins import Twinned, needs_twin, twin_gradients
+from nanorecall.ops import PackedDocuments, apply_rotary, rope_table, softmax_attention, why_no_flash
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.second_order import Twinned, needs_twin, twin_gradients
+from nanorecall.settings import derived, one_of, require, within
 
 
 @dataclass

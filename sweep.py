@@ -21,11 +21,22 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm import tqdm
 
-import configs
-from checkpoint import make_directory, read_log, read_record
-from compare import mean_and_range, read_result, read_test
-from configs import ConfigError, RunError, at_least, require, say
-from measure import figure, finish_figure, print_table, slice_metrics
+from analysis.compare import mean_and_range, read_result, read_test
+from nanorecall.checkpoint import make_directory, read_log, read_record
+from nanorecall.metrics import figure, finish_figure, print_table, slice_metrics
+from nanorecall.settings import (
+    ConfigError,
+    RunError,
+    at_least,
+    build_config,
+    field_names,
+    help_text,
+    reject_unknown,
+    require,
+    run_cli,
+    say,
+    split_argv,
+)
 from train import read_command_line
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -423,9 +434,9 @@ def changed_settings(folder, words):
         os.path.join(folder, "config.json"), {"train": "dict", "data": "dict", "model": "dict"}
     )
     p, _ = read_command_line(words)
-    parts = {"train": p.train, "data": p.data, "model": configs.build_config(p.model_module.Config, p.settings)}
+    parts = {"train": p.train, "data": p.data, "model": build_config(p.model_module.Config, p.settings)}
     wanted = {part: json.loads(json.dumps(asdict(config))) for part, config in parts.items()}
-    names = [(part, k) for part, config in parts.items() for k in configs.field_names(type(config))]
+    names = [(part, k) for part, config in parts.items() for k in field_names(type(config))]
     names = [(part, k) for part, k in names if k not in ("log_dir", "resume")]
     return [k for part, k in names if saved[part].get(k) != wanted[part][k]]
 
@@ -456,12 +467,12 @@ def save_figure(name, found, draw, c):
 
 
 def main(argv=None):
-    words, given = configs.split_argv(sys.argv[1:] if argv is None else argv)
+    words, given = split_argv(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in given):
-        say(configs.help_text(__doc__, Config))
+        say(help_text(__doc__, Config))
         return
-    configs.reject_unknown(given, Config)
-    c = configs.build_config(Config, given)
+    reject_unknown(given, Config)
+    c = build_config(Config, given)
     names = list(FIGURES) if words == ["all"] else words
     unknown = [w for w in names if w not in FIGURES]
     require(not unknown, f"there is no figure {' '.join(unknown)}; choose from {', '.join(FIGURES)}, or all", None)
@@ -484,4 +495,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    configs.run_cli(main)
+    run_cli(main)

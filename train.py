@@ -29,8 +29,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import configs
-from checkpoint import (
+from nanorecall.checkpoint import (
     STATE,
     JsonlLog,
     check_kinds,
@@ -42,46 +41,46 @@ from checkpoint import (
     unlock,
     write_json,
 )
-from configs import ConfigError, RunError, printable, require, say
-from draws import IGNORE_INDEX
-from measure import autocast, evaluate, plot_curves, print_baselines, print_slices, check_slice, slice_accuracy
-from parallel import (
+from nanorecall.distributed import (
     World,
     autodetect_device,
-    training_state,
-    describe_batch,
-    sync_gradients,
-    is_sharded,
-    process_group,
-    load_training_state,
     convert_checkpoints,
-    micro_batches,
-    wrap_model,
+    describe_batch,
     full_tensor,
+    is_sharded,
+    load_training_state,
+    micro_batches,
+    process_group,
+    sync_gradients,
+    training_state,
+    wrap_model,
     write_checkpoint,
 )
-from plan import (
+from nanorecall.metrics import autocast, check_slice, evaluate, plot_curves, print_baselines, print_slices, slice_accuracy
+from nanorecall.pretrained import freeze, load_parts
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.run import (
     RESUMABLE,
     SCHEDULES,
     Settings,
     TrainConfig,
-    count_parameters,
-    run_metadata,
-    enough_memory,
-    launch_id,
-    build_model,
-    create_run_dir,
-    build_model_config,
     build_data,
-    resolve,
-    load_settings,
+    build_model,
+    build_model_config,
     check_data_unchanged,
-    require_same_settings,
+    count_parameters,
+    create_run_dir,
+    enough_memory,
     find_restarted_run,
+    launch_id,
+    load_settings,
+    require_same_settings,
+    resolve,
+    run_metadata,
     settings_text,
     training_advice,
 )
-from transfer import freeze, load_parts
+from nanorecall.settings import ConfigError, RunError, help_text, printable, read_argv, require, run_cli, say
 
 # ---- the loop ----------------------------------------------------------------------------------------------------------
 
@@ -297,10 +296,10 @@ def log_line(bar, text):
 
 def read_command_line(argv):
     """-> Plan, and the run directory to resume or ""."""
-    words, settings = configs.read_argv(argv)
+    words, settings = read_argv(argv)
     if any(s.key == "help" for s in settings):
         p = resolve([s for s in settings if s.key in ("model", "data")])
-        say(configs.help_text(__doc__, TrainConfig, p.model_module.Config, p.data_module.Config))
+        say(help_text(__doc__, TrainConfig, p.model_module.Config, p.data_module.Config))
         sys.exit(0)
     require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
     resume = [s for s in settings if s.key == "resume"]
@@ -603,4 +602,4 @@ def leave_run(folder, result, c, data, stopped_by):
 
 
 if __name__ == "__main__":
-    configs.run_cli(main)
+    run_cli(main)

@@ -33,16 +33,20 @@ import ablate  # noqa: E402
 import data_mqar  # noqa: E402
 import data_synth  # noqa: E402
 import delta as D  # noqa: E402
-import fusion  # noqa: E402
-import interventions  # noqa: E402
-import llama  # noqa: E402
-import measure  # noqa: E402
 import memory  # noqa: E402
 import model as M  # noqa: E402
-import parallel  # noqa: E402
-import tokens  # noqa: E402
 import train  # noqa: E402
+from analysis import hooks  # noqa: E402
 from facts import TASKS  # noqa: E402
+from myriadlama import (
+    fusion,  # noqa: E402
+    llama,  # noqa: E402
+)
+from nanorecall import (
+    distributed,  # noqa: E402
+    metrics,  # noqa: E402
+    text,  # noqa: E402
+)
 from test_data_mqar import loop_rows  # noqa: E402
 from test_delta import fla_naive  # noqa: E402
 from test_tokens import naive_mask  # noqa: E402
@@ -111,7 +115,7 @@ def count_flops(step):
 def train_rows(rounds):
     """A training step of configs/mqar_gpt.py on 32 pairs, against a plain loop: all logits, torch's default AdamW."""
     data = data_mqar.Data(data_mqar.Config(fresh=True))
-    tokens, targets, _ = data.batch("train", 0, data.rows(0, 32))
+    text, targets, _ = data.batch("train", 0, data.rows(0, 32))
 
     def stepper(loss_of, compiled=False):
         torch.manual_seed(0)
@@ -121,10 +125,10 @@ def train_rows(rounds):
         return make_stepper(model, loss_of, fused=loss_of is labelled)
 
     def labelled(model):
-        return model(tokens, targets)[1]
+        return model(text, targets)[1]
 
     def all_logits(model):
-        return F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten(), ignore_index=-100)
+        return F.cross_entropy(model(text)[0].flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     peak, peak_flops = make_peak()
     steps = {
@@ -156,10 +160,10 @@ def mask_rows(rounds):
     for kind, task in (("qa", {}), ("digits", {}), ("twohop", {}), ("hashhop", {"hops": (1, 2), "cot": 0.5})):
         c = data_synth.Config(task=kind, packing="documents", **task)
         texts, _ = TASKS[kind].make(c).read("train", range(1000))
-        documents = [tokens.BYTES.encode(text) for text in texts]
+        documents = [text.BYTES.encode(text) for text in texts]
         copies = 10**6 // sum(map(len, documents)) + 1
         flat, ends = np.concatenate(documents * copies), np.cumsum([0, *map(len, documents * copies)])
-        ours = {"ours": lambda: tokens.label_mask(flat, kind, ends)}
+        ours = {"ours": lambda: text.label_mask(flat, kind, ends)}
         times = take_turns(ours | {"loop": lambda: [naive_mask(d, kind) for d in documents]}, min(rounds, 5))
         yield f"{kind} mask of {len(flat)} tokens", times["ours"], "loop over tokens", [copies * t for t in times["loop"]], None
 
@@ -262,11 +266,11 @@ def length_rows(rounds):
     peak, peak_flops = make_peak()
     for T in (128, 512, 2048) if rounds < 5 else (128, 256, 512, 1024, 2048):
         data = data_mqar.Data(data_mqar.Config(fresh=True, input_seq_len=T))
-        tokens, targets, _ = data.batch("train", 0, data.rows(0, 4096 // T))
+        text, targets, _ = data.batch("train", 0, data.rows(0, 4096 // T))
         sizes = dict(dk=48, dv=48, seq_len=T)
         models = {f"DeltaNet, conv {conv}": D.DeltaNet(D.Config(conv=conv, **sizes)) for conv in (4, 0)}
         models |= {f"GPT, conv {conv}": M.GPT(M.Config(conv=conv, **sizes)) for conv in (4, 0)}
-        steps = {name: make_stepper(m, lambda m: m(tokens, targets)[1]) for name, m in models.items()}
+        steps = {name: make_stepper(m, lambda m: m(text, targets)[1]) for name, m in models.items()}
         times = take_turns(steps | {"peak": peak}, rounds)
         for ours, peer in ((4, 4), (0, 0), (4, 0)) if T == 128 else ((4, 4),):
             name, other = f"DeltaNet, conv {ours}", f"GPT, conv {peer}"
@@ -285,11 +289,11 @@ def rank_loop(rank, size, threads, port, orders):
     if size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), GLOO_SOCKET_IFNAME="lo")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with parallel.process_group() as world:
+    with distributed.process_group() as world:
         p, _ = train.read_command_line([os.path.join(ROOT, "configs", "mqar_gpt.py"), "--curriculum=[]"])
         data, device = p.data_module.Data(p.data), torch.device("cpu")
         model = train.build_model(p, train.build_model_config(p, data))
-        parts = {"step": parallel.wrap_model(model, "ddp", device), "step without exchange": model}
+        parts = {"step": distributed.wrap_model(model, "ddp", device), "step without exchange": model}
         runs = {k: train.Run(p, "", world, device, torch.float32, data, model, m) for k, m in parts.items()}
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         number = 0
@@ -340,7 +344,7 @@ def eval_rows(rounds):
     model = train.build_model(p, train.build_model_config(p, data)).eval()
 
     def all_rows(batch_size):
-        return lambda: list(measure.iter_predictions(model, data, "test", batch_size, torch.device("cpu")))
+        return lambda: list(metrics.iter_predictions(model, data, "test", batch_size, torch.device("cpu")))
 
     times = take_turns({"ours": all_rows(100), "one at a time": all_rows(1)}, max(1, rounds // 3))
     yield "evaluation of 180 rows", times["ours"], "one at a time", times["one at a time"], None
@@ -354,8 +358,8 @@ def ablate_rows(rounds):
     torch.manual_seed(0)
     model = train.build_model(p, train.build_model_config(p, data)).eval()
     look = SimpleNamespace(data=data, config=SimpleNamespace(split="test"), pad=data.tokenizer.pad, device="cpu")
-    cases, _ = interventions.read_cases(look, np.arange(10))
-    slots = interventions.run_with_cache(model, cases).found[0]["slots"]
+    cases, _ = hooks.read_cases(look, np.arange(10))
+    slots = hooks.run_with_cache(model, cases).found[0]["slots"]
     counted = len(ablate.remove_slots(model, cases, ["zero"])["fall"]) // cases.at.shape[1]
 
     @torch.no_grad()
@@ -495,7 +499,7 @@ def draw_curves(path, found, rounds):
     """found {bench: [(size, ours, peer's name, peer)]} in ms -> a panel for each."""
     from matplotlib.ticker import LogLocator  # matplotlib takes a second to import, and only --figure needs it
 
-    plt, fig, axes = measure.figure(1, max(1, len(found)), width=4)
+    plt, fig, axes = metrics.figure(1, max(1, len(found)), width=4)
     for axis, (name, rows) in zip(axes, found.items()):
         lines = {"ours": {x: ours for x, ours, _, _ in rows}}
         for x, _, peer, ms in rows:
@@ -513,7 +517,7 @@ def draw_curves(path, found, rounds):
         axis.grid(alpha=0.3)
     threads = torch.get_num_threads()
     fig.supxlabel(f"{threads} thread{'s' * (threads > 1)}, medians of up to {rounds} interleaved rounds", fontsize=7)
-    measure.finish_figure(fig, plt, path, "")
+    metrics.finish_figure(fig, plt, path, "")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def on_ranks():
     import socket
     import traceback
 
-    from configs import run_cli
+    from nanorecall.settings import run_cli
 
     def child(rank, size, port, work):
         status = 99

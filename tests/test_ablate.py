@@ -9,15 +9,14 @@ import pytest
 import torch
 
 import ablate
-import exchange
-import impact
-import interventions as I
 import memory
 import model as M
 import train
-from configs import ConfigError
+from analysis import hooks as I
+from analysis import importance, patching
 from eval import greedy_decode
-from measure import clustered_mean_ci
+from nanorecall.metrics import clustered_mean_ci
+from nanorecall.settings import ConfigError
 from test_look import latest
 
 SIZES = dict(dim=16, n_layers=3, n_heads=2, dk=8, dv=8, conv=2, vocab_size=11, seq_len=9)
@@ -301,10 +300,10 @@ def test_a_row_with_its_own_reading_decodes_as_before():
     cases.at = torch.arange(4, 7).expand(6, -1)  # answers that stand together
     clean = I.run_with_cache(model, cases)
     i = torch.arange(6)
-    changes = exchange.source_reads(clean, cases, i, i)
+    changes = patching.source_reads(clean, cases, i, i)
     torch.testing.assert_close(I.run_with_hooks(model, cases, intervene=changes), clean.logits)
     plain = greedy_decode(model, cases.tokens[:, :5], 3)
-    assert torch.equal(exchange.decode_with(model, cases, {b: lambda found: found for b in clean.found}), plain)
+    assert torch.equal(patching.decode_with(model, cases, {b: lambda found: found for b in clean.found}), plain)
 
 
 # ---- one slot, one fact ------------------------------------------------------------------------------------------------
@@ -351,9 +350,9 @@ def test_removal_finds_the_slot_that_holds_the_fact():
 @pytest.mark.parametrize("name", ["force", "inject", "replace", "swap"])
 def test_exchange_carries_the_fact(name):
     model, cases = planted()
-    a, b = exchange.draw_pairs(cases, 0, "any", 0)
+    a, b = patching.draw_pairs(cases, 0, "any", 0)
     assert len(a) == 72
-    columns = exchange.exchanged(model, cases, a, b, name)
+    columns = patching.exchanged(model, cases, a, b, name)
     assert columns["other's"].all() and columns["own lost"].all() and not columns["placebo"].any()
     assert (columns["p other"] > columns["p other before"]).all() and (columns["fall"] > 0).all()
 
@@ -361,7 +360,7 @@ def test_exchange_carries_the_fact(name):
 def test_patch_finds_memory_at_the_label():
     model, cases = planted()
     other = cases.pick(np.roll(np.arange(9), 1))
-    back, first, second = exchange.recovered(model, cases, other)
+    back, first, second = patching.recovered(model, cases, other)
     assert (first > 0).all() and (second < 0).all()
     np.testing.assert_allclose(back["memory", 0][1], 1, atol=1e-4)
     np.testing.assert_allclose(back["stream", 0][1], 1, atol=1e-4)
@@ -372,12 +371,12 @@ def test_patch_finds_memory_at_the_label():
 def test_exchanges_by_hand():
     mine = {"slots": torch.tensor([[[1, 2, 3], [4, 5, 6]]]), "weights": torch.tensor([[[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]]])}
     other = {"slots": torch.tensor([[[7, 8, 9], [10, 11, 12]]]), "weights": torch.tensor([[[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]]])}
-    forced = exchange.force(mine, other, torch.tensor([1]))
+    forced = patching.force(mine, other, torch.tensor([1]))
     assert forced["slots"].tolist() == [[[1, 2, 3], [11, 11, 11]]] and torch.equal(forced["weights"], mine["weights"])
-    swapped = exchange.swap(mine, other, torch.tensor([0]))
+    swapped = patching.swap(mine, other, torch.tensor([0]))
     assert swapped["slots"][0, 0].tolist() == [9, 7, 8]  # 0.5 reads the other's best, 0.3 its second, 0.2 its third
-    assert exchange.strongest(mine).tolist() == [6]
-    assert exchange.inject(mine, other, None) is other
+    assert patching.strongest(mine).tolist() == [6]
+    assert patching.inject(mine, other, None) is other
 
 
 def test_a_replaced_value_is_replaced_wherever_it_is_read():
@@ -385,10 +384,10 @@ def test_a_replaced_value_is_replaced_wherever_it_is_read():
     cases = some_cases()
     clean = I.run_with_cache(model, cases)
     i, place = torch.tensor([0, 1]), torch.tensor([2, 2])
-    got = exchange.forward_with_interchange(model, cases, clean, 0, "replace", i, i.flip(0), place, torch.zeros(2, dtype=torch.long))
+    got = patching.forward_with_interchange(model, cases, clean, 0, "replace", i, i.flip(0), place, torch.zeros(2, dtype=torch.long))
     for m in range(2):
         read = lambda r: {k: clean.found[0][k][r, cases.at[r, 2]][None] for k in ("slots", "weights")}
-        own, theirs = (exchange.strongest(read(r)) for r in (m, 1 - m))
+        own, theirs = (patching.strongest(read(r)) for r in (m, 1 - m))
         swap = lambda found, own=own, theirs=theirs: {
             **found,
             "slots": torch.where(found["slots"] == own, theirs, found["slots"]),
@@ -402,14 +401,14 @@ def test_a_replaced_value_is_replaced_wherever_it_is_read():
 def test_pairs_by_type():
     cases = some_cases(B=6)
     for kind, count in (("any", 30), ("less_less", 6), ("more_more", 6), ("less_more", 9), ("more_less", 9)):
-        a, b = exchange.draw_pairs(cases, 0, kind, 0)
+        a, b = patching.draw_pairs(cases, 0, kind, 0)
         assert len(a) == count and (a != b).all()
-        names = exchange.pair_types(cases.tags["exposures"], a, b)
+        names = patching.pair_types(cases.tags["exposures"], a, b)
         assert kind == "any" or set(names) == {kind}
-    a, b = exchange.draw_pairs(cases, 5, "any", 0)
+    a, b = patching.draw_pairs(cases, 5, "any", 0)
     assert len({*zip(a.tolist(), b.tolist())}) == 5
-    third = exchange.control_answers(np.array([1, 2]), np.array([2, 3]), np.array([1, 2, 3]), 0)
-    assert third.tolist() == [3, 1] and exchange.control_answers(np.array([1]), np.array([2]), np.array([1, 2]), 0) == [-1]
+    third = patching.control_answers(np.array([1, 2]), np.array([2, 3]), np.array([1, 2, 3]), 0)
+    assert third.tolist() == [3, 1] and patching.control_answers(np.array([1]), np.array([2]), np.array([1, 2]), 0) == [-1]
 
 
 # ---- reading what was measured -----------------------------------------------------------------------------------------
@@ -423,10 +422,10 @@ def test_tables_by_hand():
         "flip": np.array([1, 0, 0, 0, 0]) == 1,
         "fall": np.array([1.0, 2.0, 3.0, 4.0, 7.0]),
     }
-    slots = impact.slot_table(columns)
+    slots = importance.slot_table(columns)
     assert slots["slot"].tolist() == [4, 5] and slots["rows"].tolist() == [2, 1] and slots["mean"].tolist() == [2.5, 7]
     assert slots["median"].tolist() == [2.5, 7] and slots["max"].tolist() == [4, 7] and slots["flips"].tolist() == [0.25, 0]
-    assert impact.per_example_mean(columns, np.array([2, 0])).tolist() == [7, 1.5]
+    assert importance.per_example_mean(columns, np.array([2, 0])).tolist() == [7, 1.5]
     assert clustered_mean_ci(columns["fall"], columns["row"])["value"] == pytest.approx((1.5 + 3.5 + 7) / 3)
 
 
@@ -434,19 +433,19 @@ def test_groups_of_values_are_found_and_noise_is_none():
     random = np.random.default_rng(0)
     centres = np.eye(4)
     values = np.repeat(centres, 20, axis=0) + 0.05 * random.normal(size=(80, 4))
-    group, quality = max((impact.spherical_k_means(values, 4, seed) for seed in range(5)), key=lambda found: found[1])
+    group, quality = max((importance.spherical_k_means(values, 4, seed) for seed in range(5)), key=lambda found: found[1])
     assert quality > 0.9 and all(len(set(group[i : i + 20])) == 1 for i in range(0, 80, 20))
-    assert impact.spherical_k_means(random.normal(size=(80, 16)), 4)[1] < 0.2
+    assert importance.spherical_k_means(random.normal(size=(80, 16)), 4)[1] < 0.2
 
 
 def test_a_place_unlike_the_others_is_found():
     random = np.random.default_rng(0)
     by_row = random.normal(size=(60, 4))
-    assert (impact.position_permutation_test(by_row) > 0.01).all()
+    assert (importance.position_permutation_test(by_row) > 0.01).all()
     by_row[:, 2] += 1
-    p = impact.position_permutation_test(by_row)
+    p = importance.position_permutation_test(by_row)
     assert p[2] < 0.002
-    p = [impact.position_permutation_test(random.normal(size=(10, 3)), draws=99)[0] for _ in range(300)]
+    p = [importance.position_permutation_test(random.normal(size=(10, 3)), draws=99)[0] for _ in range(300)]
     assert np.mean(np.array(p) <= 0.05) < 0.1
 
 
@@ -457,7 +456,7 @@ def test_rare_and_frequent_facts_are_told_apart():
         "flip": np.array([1, 1, 1, 1, 0, 0, 0, 0]),
     }
     columns["fall"] = np.array([2.0, 2.0, 2.0, 2.0, 4.0, 0.0, 4.0, 0.0])
-    found = impact.frequent_or_rare(columns)
+    found = importance.frequent_or_rare(columns)
     carried = found["slots that carry the fall (effective number)"]
     assert carried[0]["value"] == pytest.approx(2) and carried[1]["value"] == pytest.approx(1)
     assert found["share of removals that flip an answer"][0]["value"] == 1 and found["largest fall"][1]["value"] == 4
@@ -532,7 +531,7 @@ def test_what_was_measured_on_another_checkpoint_is_refused(runs, capsys):
 
 
 def test_rows_are_as_many_of_each_group(runs):
-    from look import open_run
+    from analysis.trained_run import open_run
 
     look = open_run(str(runs / "two"), ablate.AblateConfig(rows=10))
     cases = I.correct_cases(look)
@@ -543,7 +542,7 @@ def test_rows_are_as_many_of_each_group(runs):
 
 
 def test_dropping_needs_a_next_best_slot(runs):
-    from look import open_run
+    from analysis.trained_run import open_run
 
     look = open_run(str(runs / "one"), ablate.AblateConfig(rows=4, modes="zero drop"))
     look.model.config.mem_knn = look.model.config.mem_n_keys

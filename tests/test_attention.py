@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import attention as A
 import delta as D
 import model as M
 from eval import greedy_decode
+from nanorecall import ops as A
 from test_model import T, V, build
 
 

@@ -7,19 +7,11 @@ import pytest
 import torch
 
 import ablate
-import attention_maps
-import compare
-import edits
-import exchange
-import impact
-import interventions as I
-import logits
-import look
-import measure
-import routing
-import stats
-from configs import ConfigError
-from look import write_parquet
+from analysis import attention_maps, compare, confidence, editing, importance, patching, routing, trained_run
+from analysis import hooks as I
+from analysis.trained_run import write_parquet
+from nanorecall import metrics, stats
+from nanorecall.settings import ConfigError
 from test_ablate import make, some_cases
 
 # ---- stats.py ------------------------------------------------------------------------------------
@@ -120,7 +112,7 @@ def test_counts_of_a_batch():
         "row_hit": np.array([False, True, True]),
         "tags": {"kind": np.array([0, 1, 0, 0])},
     }
-    found = measure.merge_batches([batch, batch])
+    found = metrics.merge_batches([batch, batch])
     assert (found["accuracy"], found["labels"]) == (6 / 8, 8)
     assert (found["row_accuracy"], found["rows"]) == (4 / 6, 6)
     assert found["loss"] == 2 * 3 / 8
@@ -182,17 +174,17 @@ def test_high_is_above_the_median():
     exposures = np.array([1, 4, 4, 4, 9])
     cases = some_cases(B=5)
     cases.tags = {"exposures": exposures}
-    count = lambda kind: len(exchange.draw_pairs(cases, 0, kind, 0)[0])
+    count = lambda kind: len(patching.draw_pairs(cases, 0, kind, 0)[0])
     assert [count(kind) for kind in ("less_less", "less_more", "more_less")] == [12, 4, 4]
     with pytest.raises(ConfigError, match="no two rows fit"):
         count("more_more")
-    kinds = exchange.pair_types(exposures, np.array([0, 4, 1]), np.array([1, 3, 4]))
+    kinds = patching.pair_types(exposures, np.array([0, 4, 1]), np.array([1, 3, 4]))
     assert kinds.tolist() == ["less_less", "more_less", "less_more"]
 
 
 def test_pairs_are_drawn_once_each_by_the_seed():
     cases = some_cases(B=6)
-    first, again, other = (exchange.draw_pairs(cases, 25, "any", seed) for seed in (1, 1, 2))
+    first, again, other = (patching.draw_pairs(cases, 25, "any", seed) for seed in (1, 1, 2))
     assert len({*zip(*(x.tolist() for x in first))}) == 25
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
@@ -202,13 +194,13 @@ def test_an_exchange_against_the_whole_model():
     """One pair, one place, all columns; row 0 reads in block 2 what row 1 reads at its label."""
     model, cases = make(mem_share_values=False), some_cases(B=2)
     cases.answers[:, 1] = cases.answers[0, 1]  # nothing to tell apart there
-    columns = exchange.exchanged(model, cases, np.array([0]), np.array([1]), "inject", seed=3)
+    columns = patching.exchanged(model, cases, np.array([0]), np.array([1]), "inject", seed=3)
     (clean, _, found), (a, b) = model(cases.tokens, trace=True), cases.at
     assert sorted({*zip(columns["layer"].tolist(), columns["place"].tolist())}) == [
         (block, place) for block in (0, 2) for place in (0, 2)
     ]
     answers = cases.answers.numpy()
-    third = exchange.control_answers(
+    third = patching.control_answers(
         answers[:1].repeat(2, 0)[[0, 1], [0, 2]], answers[1, [0, 2]], np.unique(answers), 3
     )
     for i, place in enumerate(columns["place"]):
@@ -245,7 +237,7 @@ def test_where_two_rows_agree_nothing_is_counted():
         "other answer": np.array([3, 5, 4, 5]),
         "how": np.array([3, 5, 3, 5]),
     }
-    cells = exchange.matches(columns, "how", "other answer", "place")
+    cells = patching.matches(columns, "how", "other answer", "place")
     assert {k: (c["value"], c["n"]) for k, c in cells.items()} == {"0": (0, 1), "1": (1, 1)}
 
 
@@ -254,14 +246,14 @@ def test_a_corrupted_mqar_row_has_another_value_everywhere():
     tokens = torch.tensor([[1, 6, 2, 7, 1, 0], [1, 8, 3, 9, 3, 0]] * 20)
     at, answers = torch.tensor([[4]] * 40), torch.tensor([[6], [9]] * 20)
     cases = I.Examples(np.arange(40), tokens, at, answers, {})
-    first, other = exchange.corrupt(SimpleNamespace(data=data), cases, 0)
+    first, other = patching.corrupt(SimpleNamespace(data=data), cases, 0)
     assert first is cases and torch.equal(cases.tokens, tokens)
     old, new = cases.answers[:, 0], other.answers[:, 0]
     expected = torch.where(tokens == old[:, None], new[:, None], tokens)
     assert torch.equal(other.tokens, expected) and (new >= 6).all()
     assert not (tokens == new[:, None]).any()
     again, seeded = (
-        exchange.corrupt(SimpleNamespace(data=data), cases, seed)[1] for seed in (0, 1)
+        patching.corrupt(SimpleNamespace(data=data), cases, seed)[1] for seed in (0, 1)
     )
     assert torch.equal(again.answers, other.answers) and not torch.equal(
         seeded.answers, other.answers
@@ -271,16 +263,16 @@ def test_a_corrupted_mqar_row_has_another_value_everywhere():
 # ---- impact.py -----------------------------------------------------------------------------------
 
 
-def result_of(monkeypatch, work, columns, **look):
+def result_of(monkeypatch, work, columns, **trained_run):
     """What an analysis saves of measurements {column: (N,)}: its metrics, by_slice and columns."""
     kept = {}
 
-    def save(look, what, metrics, by_slice, examples, columns, plot):
+    def save(trained_run, what, metrics, by_slice, examples, columns, plot):
         kept.update(metrics=metrics, by_slice=by_slice, columns=columns)
 
-    monkeypatch.setattr(impact, "read_columns", lambda look, what: columns)
-    monkeypatch.setattr(impact, "save", save)
-    work(SimpleNamespace(config=SimpleNamespace(seed=0, split="test"), name="x", token=str, **look))
+    monkeypatch.setattr(importance, "read_columns", lambda trained_run, what: columns)
+    monkeypatch.setattr(importance, "save", save)
+    work(SimpleNamespace(config=SimpleNamespace(seed=0, split="test"), name="x", token=str, **trained_run))
     return kept["metrics"], kept["by_slice"], kept["columns"]
 
 
@@ -302,7 +294,7 @@ def test_the_first_mode_without_controls_is_chosen():
     columns = measurements(
         fall=[1.0, 2.0, 3.0], mode=["drop", "zero", "drop"], control=[False, False, True]
     )
-    found, mode = impact.first_ablation(columns)
+    found, mode = importance.first_ablation(columns)
     assert mode == "drop" and found["fall"].tolist() == [1]
 
 
@@ -312,7 +304,7 @@ def test_the_best_slots_are_measured_on_the_other_half_of_the_rows():
     fall = np.concatenate(
         [np.where(np.arange(20) == 0, 10.0, 0), np.where(np.arange(20) == 1, 7.0, 1)]
     )
-    best, every = impact.top_and_all(measurements(fall=fall, slot=slot, row=np.repeat([0, 1], 20)))
+    best, every = importance.top_and_all(measurements(fall=fall, slot=slot, row=np.repeat([0, 1], 20)))
     assert best.tolist() == [1, 0] and every.sum() == 10 + 7 + 19
 
 
@@ -324,7 +316,7 @@ def test_impact_in_numbers(monkeypatch, capsys):
         flip=[False, True, False, False, True, True],
         control=[False] * 4 + [True] * 2,
     )
-    metrics, by_slice, slots = result_of(monkeypatch, impact.impact, columns)
+    metrics, by_slice, slots = result_of(monkeypatch, importance.impact, columns)
     cell = by_slice["layer"]["0"]
     assert metrics["largest change by an unread slot"] == 0.25 and slots["slot"].tolist() == [
         1,
@@ -342,7 +334,7 @@ def test_impact_in_numbers(monkeypatch, capsys):
 def test_rare_comes_before_frequent():
     columns = measurements(fall=[4.0, 2.0, 1.0, 1.0], row=[0, 1, 2, 3])
     columns["exposures"] = np.array([1, 1, 1, 5])
-    rare, frequent = impact.frequent_or_rare(columns)["mean fall of the lead"]
+    rare, frequent = importance.frequent_or_rare(columns)["mean fall of the lead"]
     assert rare["value"] == pytest.approx(7 / 3) and rare["n"] == 3 and frequent["value"] == 1
 
 
@@ -353,7 +345,7 @@ def test_reads_of_a_row_count_once(monkeypatch, capsys):
     )
     memory = SimpleNamespace(values=torch.zeros(4, 2))
     model = SimpleNamespace(memories=lambda: {0: memory})
-    _, by_slice, found = result_of(monkeypatch, impact.occurrences, columns, model=model)
+    _, by_slice, found = result_of(monkeypatch, importance.occurrences, columns, model=model)
     cell = by_slice["layer"]["0"]
     assert found["times"].tolist() == [3, 1, 0, 0] and cell["reads"] == 4
     assert cell["unused"]["value"] == 0.5
@@ -365,8 +357,8 @@ def test_the_least_p_of_a_place_is_that_of_the_given_order():
     """Place 1 is far below the others in all of 40 rows, which no permutation of 99 repeats."""
     by_row = np.random.default_rng(0).normal(size=(40, 3))
     by_row[:, 1] -= 5
-    p = impact.position_permutation_test(by_row, draws=99)
-    assert p[1] == 1 / 100 and (impact.position_permutation_test(np.ones((5, 2)), draws=9) == 1).all()
+    p = importance.position_permutation_test(by_row, draws=99)
+    assert p[1] == 1 / 100 and (importance.position_permutation_test(np.ones((5, 2)), draws=9) == 1).all()
 
 
 def test_the_variance_of_an_effect(monkeypatch, capsys):
@@ -374,7 +366,7 @@ def test_the_variance_of_an_effect(monkeypatch, capsys):
     columns = measurements(fall=[0.0, 4.0, 1.0, 1.0], slot=[0, 0, 1, 2])
     memory = SimpleNamespace(values=torch.eye(3))
     model = SimpleNamespace(memories=lambda: {0: memory})
-    _, by_slice, found = result_of(monkeypatch, impact.keystats, columns, model=model)
+    _, by_slice, found = result_of(monkeypatch, importance.keystats, columns, model=model)
     assert by_slice["layer"]["0"]["variance of effect"]["value"] == pytest.approx(4 / 3)
     assert found["std"].tolist() == [2, 0, 0] and found["rows"].tolist() == [2, 1, 1]
 
@@ -400,13 +392,13 @@ def naive_silhouette(x, group):
 @pytest.mark.parametrize("clusters", [2, 3, 9])
 def test_the_silhouette_pair_by_pair(clusters):
     values = np.random.default_rng(clusters).normal(size=(17, 3))
-    group, quality = impact.spherical_k_means(values, clusters)
+    group, quality = importance.spherical_k_means(values, clusters)
     assert quality == pytest.approx(naive_silhouette(values, group))
 
 
 def test_shuffled_values_keep_their_columns():
     values = np.arange(60).reshape(20, 3)
-    found, other = impact.permute_columns(values, 0), impact.permute_columns(values, 1)
+    found, other = importance.permute_columns(values, 0), importance.permute_columns(values, 1)
     assert np.array_equal(np.sort(found, axis=0), values) and not np.array_equal(found, other)
     assert not np.array_equal(found - found[:, :1], values - values[:, :1])  # each in its own order
 
@@ -417,7 +409,7 @@ def test_repeated_digits(monkeypatch, capsys):
     source = SimpleNamespace(read=lambda split, rows: ([texts[r] for r in rows], {}))
     columns = measurements(fall=[1.0, 0.0, 2.0, 1.0])
     data = SimpleNamespace(source=source)
-    metrics, _, found = result_of(monkeypatch, impact.repeated_digits, columns, data=data)
+    metrics, _, found = result_of(monkeypatch, importance.repeated_digits, columns, data=data)
     assert found["repeated digits of the key"].tolist() == [1, 0, 2, 1]
     assert found["repeated digits of the value"].tolist() == [1, 0, 2, 2]
     assert found["digits that key and value share"].tolist() == [2, 0, 1, 0]
@@ -432,7 +424,7 @@ def test_what_a_digit_turns_into(monkeypatch, capsys):
         "teacher-forced": np.array([2, 2, 3, 2, 2]),
         "token by token": np.array([1, 1, 1, 1, 1]),
     }
-    _, by_slice, _ = result_of(monkeypatch, impact.swap_predictions, columns)
+    _, by_slice, _ = result_of(monkeypatch, importance.swap_predictions, columns)
     shares = lambda how: [(c["value"], c["n"]) for c in by_slice[how].values()]
     assert shares("teacher-forced") == [(0.25, 4), (0.5, 4), (0.25, 4)]
     assert shares("token by token") == [(0.75, 4), (0.25, 4), (0, 4)]
@@ -459,7 +451,7 @@ def test_layers_and_heads_taken_out_against_the_model_without_them(monkeypatch, 
     cases.answers = model(cases.tokens)[0].argmax(-1).gather(1, cases.at)  # all are right
     about = SimpleNamespace(model=model, config=SimpleNamespace(seed=0), name="x", token=str)
     monkeypatch.setattr(ablate, "known_cases", lambda look: cases)
-    monkeypatch.setattr(ablate, "save", lambda look, what, *found: kept.update({what: found}))
+    monkeypatch.setattr(ablate, "save", lambda trained_run, what, *found: kept.update({what: found}))
     ablate.layer(about)
     ablate.heads(about)
     weight = model.layers[1].att.out_proj.weight
@@ -533,7 +525,7 @@ def test_kinds_that_read_alike():
 
 
 def test_a_sure_model_is_in_the_last_bin():
-    bins, error = logits.calibration(np.array([1.0, 0.95]), np.array([True, False]), np.arange(2))
+    bins, error = confidence.calibration(np.array([1.0, 0.95]), np.array([True, False]), np.arange(2))
     assert len(bins) == 1 and bins[0]["value"] == 0.5 and error == pytest.approx(0.475)
 
 
@@ -548,12 +540,12 @@ def test_means_are_over_rows():
         "place": np.array([0, 1, 0, 0]),
         "nll": np.log([2.0, 8.0, 1.0, 99.0]),
     }
-    cell = logits.summary(found, found["row"] < 2)
+    cell = confidence.summary(found, found["row"] < 2)
     assert cell["accuracy"]["value"] == pytest.approx(2 / 3) and cell["rank"]["value"] == 1.5
     assert cell["probability"]["value"] == pytest.approx(0.6) and cell["perplexity"][
         "value"
     ] == pytest.approx(2)
-    assert logits.exact_match(found)["value"] == pytest.approx(1 / 3)
+    assert confidence.exact_match(found)["value"] == pytest.approx(1 / 3)
 
 
 # ---- attention_maps.py ---------------------------------------------------------------------------
@@ -622,7 +614,7 @@ def test_rows_are_spread_over_their_segments():
     data = SimpleNamespace(segments=lambda split: segments)
     batches = lambda **c: [
         b.tolist()
-        for b in look.batches(SimpleNamespace(data=data, config=SimpleNamespace(split="test", **c)))
+        for b in trained_run.batches(SimpleNamespace(data=data, config=SimpleNamespace(split="test", **c)))
     ]
     assert batches(rows=7, eval_batch_size=2) == [[0, 6], [13], [20, 30], [40], [50, 51]]
     assert sum(map(len, batches(rows=0, eval_batch_size=7))) == 52
@@ -634,15 +626,15 @@ def test_a_known_row_has_no_wrong_label(monkeypatch):
         {"row": np.array([3, 3, 4, 4, 5]), "hit": np.array([True, True, True, False, True])},
         {"row": np.array([9, 8]), "hit": np.array([False, True])},
     ]
-    monkeypatch.setattr(look, "predict", lambda *_, **__: found)
+    monkeypatch.setattr(trained_run, "predict", lambda *_, **__: found)
     config = SimpleNamespace(split="test", eval_batch_size=5)
     about = SimpleNamespace(config=config, model=None, data=None, device=None, dtype=None)
-    assert look.correct_examples(about).tolist() == [3, 5, 8]
+    assert trained_run.correct_examples(about).tolist() == [3, 5, 8]
 
 
 def test_labels_have_places_in_their_rows():
     targets = torch.tensor([[-100, 4, -100, 6], [-100, -100, -100, -100], [7, -100, 8, 9]])
-    rows, at, place, answer = look.label_positions(
+    rows, at, place, answer = trained_run.label_positions(
         SimpleNamespace(targets=targets, rows=np.array([5, 6, 7]))
     )
     assert rows.tolist() == [5, 5, 7, 7, 7] and at.tolist() == [1, 3, 0, 2, 3]
@@ -666,15 +658,15 @@ def test_sides_of_an_edit_share_no_fact(monkeypatch, capsys):
             model=model, config=config, plan=plan, world=world, data=data, name="x", folder="x"
         )
 
-    monkeypatch.setattr(edits, "known_rows", lambda look: np.arange(30))
-    monkeypatch.setattr(edits, "encode", lambda look, some: (some, some))
+    monkeypatch.setattr(editing, "known_rows", lambda look: np.arange(30))
+    monkeypatch.setattr(editing, "encode", lambda trained_run, some: (some, some))
     method = lambda model, x, y, kept, kept_y: given.append((x, kept))
-    monkeypatch.setattr(edits, "EDITORS", {"none": method})
-    monkeypatch.setattr(edits, "answered", lambda model, x, y: asked.append(x) or len(x) - 1)
+    monkeypatch.setattr(editing, "EDITORS", {"none": method})
+    monkeypatch.setattr(editing, "answered", lambda model, x, y: asked.append(x) or len(x) - 1)
     kept = {}
-    monkeypatch.setattr(edits, "save", lambda look, what, metrics, *rest: kept.update(rest[0]))
+    monkeypatch.setattr(editing, "save", lambda trained_run, what, metrics, *rest: kept.update(rest[0]))
     for seed in (0, 1):
-        edits.compare_editors(a_look(seed))
+        editing.compare_editors(a_look(seed))
     (new, may_use), (new_again, _) = given
     _, others, measured = asked[:3]
     assert len(new) == 4 and len(may_use) == len(others) == 13 and measured == may_use

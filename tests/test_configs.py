@@ -7,10 +7,22 @@ from types import SimpleNamespace
 
 import pytest
 
-import configs
 import delta
 import train
-from configs import ConfigError, Setting, build_config, reject_unknown, split_argv, run_override_file
+from nanorecall.settings import (
+    ConfigError,
+    Setting,
+    at_least,
+    build_config,
+    derived,
+    field_comments,
+    field_names,
+    help_text,
+    read_argv,
+    reject_unknown,
+    run_override_file,
+    split_argv,
+)
 
 
 @dataclass
@@ -20,10 +32,10 @@ class Toy:
     tie: bool = False  # share weights
     name: str = "a"  # label
     stages: tuple[tuple[int, int], ...] = ()  # pairs, steps
-    vocab: int = configs.derived(7)
+    vocab: int = derived(7)
 
     def check(self):
-        configs.at_least(self, 1, "layers")
+        at_least(self, 1, "layers")
 
     def unused(self):
         return {"name": "tie is 0"} if not self.tie else {}
@@ -75,7 +87,7 @@ def test_unknown_names_point_to_the_nearest():
 def test_files_come_first_and_in_order(tmp_path):
     for name, lr in (("a.py", 1), ("b.py", 2)):
         (tmp_path / name).write_text(f"lr = {lr}\nlayers = {lr}")
-    words, found = configs.read_argv(["--layers=7", str(tmp_path / "a.py"), "x", str(tmp_path / "b.py")])
+    words, found = read_argv(["--layers=7", str(tmp_path / "a.py"), "x", str(tmp_path / "b.py")])
     assert words == ["x"] and build_config(Toy, found) == Toy(lr=2.0, layers=7)
 
 
@@ -98,10 +110,10 @@ def test_override_file_gives_file_and_line(tmp_path):
 
 @pytest.mark.parametrize("cls", [train.TrainConfig, delta.Config], ids=["train", "delta"])  # one extends another
 def test_help_shows_every_setting_with_its_reason(cls):
-    text = configs.help_text("Title.", cls)
-    reasons = configs.field_comments(cls)
-    assert "Title." in text and set(configs.field_names(cls)) <= set(reasons)
-    for name in configs.field_names(cls):
+    text = help_text("Title.", cls)
+    reasons = field_comments(cls)
+    assert "Title." in text and set(field_names(cls)) <= set(reasons)
+    for name in field_names(cls):
         assert len(reasons[name]) > 10, f"{name} has no reason beside it"
         assert f"--{name}=" in text and reasons[name] in text
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import eval as evaluate
 import train
-from configs import Setting, build_config
-from plan import MODELS, resolve_model, import_source_file
+from nanorecall.run import MODELS, import_source_file, resolve_model
+from nanorecall.settings import Setting, build_config
 
 SMALL = {
     "vocab_size": 64,

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import data_mqar as D
-import draws
-import mqar_files as S
-from configs import ConfigError, build_config, split_argv
+from nanorecall import mqar_files as S
+from nanorecall import rng
+from nanorecall.settings import ConfigError, build_config, split_argv
 
 IGNORE = D.IGNORE_INDEX
 
@@ -224,8 +224,8 @@ def test_the_law_is_that_of_a_per_row_loop(power_a):
 
 
 def test_uniform_without_replacement():
-    u = draws.row_uniforms(draws.philox_key(3), np.arange(60000), 3)
-    seen = np.bincount(draws.sample_without_replacement(u, 5) @ [25, 5, 1], minlength=125)
+    u = rng.row_uniforms(rng.philox_key(3), np.arange(60000), 3)
+    seen = np.bincount(rng.sample_without_replacement(u, 5) @ [25, 5, 1], minlength=125)
     seen = seen[seen > 0]
     assert len(seen) == 5 * 4 * 3 and np.abs(seen - 1000).max() < 5 * 1000**0.5
 
@@ -256,7 +256,7 @@ def test_a_row_is_a_function_of_seed_split_step_and_row(extra):
 def test_splits_share_no_row_and_passes_cover_the_set_in_new_orders():
     c = config(input_seq_len=32, num_kv_pairs=4, vocab_size=512, n_train_examples=300, n_val_examples=300, n_test_examples=300)
     data = D.Data(c)
-    sets = {s: {r.tobytes() for r in data.batch(s, 0, range(300))[0].numpy()} for s in draws.SPLITS}
+    sets = {s: {r.tobytes() for r in data.batch(s, 0, range(300))[0].numpy()} for s in rng.SPLITS}
     assert all(len(rows) == 300 for rows in sets.values()) and len(set.union(*sets.values())) == 900
     first, second = (data.batch("train", 0, range(a, a + 300))[0].numpy() for a in (0, 300))
     assert {r.tobytes() for r in first} == {r.tobytes() for r in second} == sets["train"]

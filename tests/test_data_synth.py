@@ -12,17 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import checkpoint
 import data_synth as D
 import delta
-import draws
 import eval as ev
 import facts as F
-import measure
 import model as M
-import tokens as K
 import train
-from configs import ConfigError
+from nanorecall import checkpoint, metrics, rng
+from nanorecall import text as K
+from nanorecall.settings import ConfigError
 
 SMALL = {
     "qa": dict(num_pairs=16, buckets=(1, 2, 4, 8)),
@@ -348,7 +346,7 @@ def test_a_run_on_a_slice(tmp_path, capsys):
     options = dict(task="qa", num_pairs=8, buckets="(1,8)", max_steps=150, lr=1e-2, init_std=1, use_ffn=1, eval_interval=10)
     assert train.main(flags(tmp_path, "a", **options, target_slice="exposures=8", target=0.9)) == 0
     measured = [r for r in checkpoint.read_log(str(tmp_path / "a")) if r["kind"] == "eval"]
-    watched = [(measure.slice_accuracy(r, "exposures=8"), r["accuracy"]) for r in measured]
+    watched = [(metrics.slice_accuracy(r, "exposures=8"), r["accuracy"]) for r in measured]
     assert sum(w[0] == 1 for w in watched) >= 2  # the slice is at 1 more than once: the best of these is the best of all rows
     assert checkpoint.load_checkpoint(str(tmp_path / "a"), "best")["step"] == measured[watched.index(max(watched))]["step"]
     printed = capsys.readouterr().out
@@ -805,4 +803,4 @@ def test_memory_does_not_grow_with_the_copies():
     n = data.source.count("train")
     for epoch in range(20):
         data.batch("train", 0, range(epoch * n, epoch * n + 8))
-        assert draws.epoch_permutation.cache_info().currsize <= 2 and len(data.source.texts) == 800
+        assert rng.epoch_permutation.cache_info().currsize <= 2 and len(data.source.texts) == 800

@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import measure
-import parallel
 import train
-from configs import ConfigError
-from plan import load_run
+from nanorecall import checkpoint, distributed, metrics
+from nanorecall.run import load_run
+from nanorecall.settings import ConfigError
 from test_faults import wait_for_step
 from test_train import assert_same, contents, counts, flags, run
 
@@ -84,7 +82,7 @@ def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
     a, b = ([r["grad_norm"] for r in contents(out)[1] if r["kind"] == "train"] for out in (ddp, fsdp))
     assert a == pytest.approx(b, rel=1e-4) and len(a) == 20
     assert len([f for f in os.listdir(os.path.join(fsdp, "shards", "ckpt-20")) if f.endswith(".distcp")]) == 2
-    a, b = (measure.evaluate(m, d, "test", 7, torch.device("cpu")) for _, d, m, _ in map(load_run, (ddp, fsdp)))
+    a, b = (metrics.evaluate(m, d, "test", 7, torch.device("cpu")) for _, d, m, _ in map(load_run, (ddp, fsdp)))
     assert counts(a) == counts(b) and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
@@ -164,9 +162,9 @@ def test_each_part_of_each_step_has_a_seed_of_its_own(tmp_path, monkeypatch):
 def test_gradients_are_exchanged_once_a_step(on_ranks, tmp_path, monkeypatch, how):
     """However many parts the step has."""
     calls, orders = [], []
-    reduce, order = torch.distributed.all_reduce, parallel.FSDPModule.set_requires_gradient_sync
+    reduce, order = torch.distributed.all_reduce, distributed.FSDPModule.set_requires_gradient_sync
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: calls.append(1) or reduce(*args, **kwargs))
-    monkeypatch.setattr(parallel.FSDPModule, "set_requires_gradient_sync", lambda m, now: orders.append(now) or order(m, now))
+    monkeypatch.setattr(distributed.FSDPModule, "set_requires_gradient_sync", lambda m, now: orders.append(now) or order(m, now))
 
     def work(rank):
         assert train.main(flags(tmp_path, how, parallel=how, accumulate=4, **SHORT)) == 0
@@ -191,14 +189,14 @@ def test_evaluation_is_shared_out_and_adds_up(on_ranks, tmp_path):
     """7 batches on 3 ranks: the sums are those of one process, in its order."""
     _, out = run(tmp_path, "run", **SHORT)
     _, data, model, _ = load_run(out)
-    whole = measure.evaluate(model, data, "test", 8, torch.device("cpu"))
+    whole = metrics.evaluate(model, data, "test", 8, torch.device("cpu"))
 
     def work(rank):
-        with parallel.process_group() as world:
+        with distributed.process_group() as world:
             seen = []
             batch = data.batch
             data.batch = lambda split, step, rows: seen.append(list(rows)) or batch(split, step, rows)
-            got = measure.evaluate(model, data, "test", 8, torch.device("cpu"), world=world)
+            got = metrics.evaluate(model, data, "test", 8, torch.device("cpu"), world=world)
             return 0 if got == whole and len(seen) == 3 else 98
 
     assert on_ranks(3, work) == [0, 0, 0]
@@ -254,22 +252,22 @@ def test_shards_of_two_ranks_load_on_one_and_three(on_ranks, tmp_path):
     p, data, model, _ = load_run(out, "ckpt")
 
     def work(rank):
-        with parallel.process_group() as world:
+        with distributed.process_group() as world:
             copy = train.build_model(p, train.build_model_config(p, data))
             for q in copy.parameters():
                 q.data.zero_()
-            parallel.wrap_model(copy, "fsdp", torch.device("cpu"))
+            distributed.wrap_model(copy, "fsdp", torch.device("cpu"))
             optimizer = torch.optim.AdamW(copy.parameters(), fused=True)
             state = checkpoint.read_checkpoint(out, checkpoint.first_valid_checkpoint(out, "ckpt"))
-            parallel.load_training_state(out, state, copy, optimizer)
-            got = {k: parallel.full_tensor(t) for k, t in parallel.training_state(copy, optimizer).items()}
+            distributed.load_training_state(out, state, copy, optimizer)
+            got = {k: distributed.full_tensor(t) for k, t in distributed.training_state(copy, optimizer).items()}
             assert_same(got, saved)
             # and the other way: a share of one file
             state = {"tensors": saved}
             for q in copy.parameters():
                 q.data.zero_()
-            parallel.load_training_state(out, state, copy, optimizer)
-            assert_same({k: parallel.full_tensor(t) for k, t in parallel.training_state(copy, optimizer).items()}, saved)
+            distributed.load_training_state(out, state, copy, optimizer)
+            assert_same({k: distributed.full_tensor(t) for k, t in distributed.training_state(copy, optimizer).items()}, saved)
             return 0 if world.size == size else 98
 
     for size in (1, 3):
@@ -306,7 +304,7 @@ def test_a_batch_that_does_not_divide_is_refused_in_one_sentence(on_ranks, tmp_p
     assert error.count("batch_size=64 does not divide into 2 ranks x 3 micro-batches; a multiple of 6 does") == 1
     assert "Traceback" not in error and not os.listdir(tmp_path)
     world = SimpleNamespace(size=2)
-    assert parallel.describe_batch(64, world, 4) == "batch: 64 = 2 ranks x 4 micro x 8 rows"
+    assert distributed.describe_batch(64, world, 4) == "batch: 64 = 2 ranks x 4 micro x 8 rows"
 
 
 def test_a_mistake_that_only_the_first_rank_notices_stops_all(on_ranks, tmp_path, capfd):
@@ -323,7 +321,7 @@ def test_a_mistake_on_one_rank_stops_all(on_ranks, capfd):
             if rank == 1:
                 raise ConfigError("rank 1 has no such thing", "device")
 
-        with parallel.process_group() as world:
+        with distributed.process_group() as world:
             world.together(fail)
 
     assert on_ranks(2, work) == [2, 2]
@@ -331,13 +329,13 @@ def test_a_mistake_on_one_rank_stops_all(on_ranks, capfd):
 
 
 def test_devices_of_ranks():
-    world = parallel.World(rank=1, size=2, local_rank=1)
+    world = distributed.World(rank=1, size=2, local_rank=1)
     with pytest.raises(ConfigError, match="all 2 ranks on one GPU"):
-        parallel.autodetect_device(train.TrainConfig(device="cuda:0"), world)
+        distributed.autodetect_device(train.TrainConfig(device="cuda:0"), world)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="'cuda:1' cannot be used"):
-            parallel.autodetect_device(train.TrainConfig(device="cuda"), world)
-    device, _, line = parallel.autodetect_device(train.TrainConfig(device="cpu"), world)
+            distributed.autodetect_device(train.TrainConfig(device="cuda"), world)
+    device, _, line = distributed.autodetect_device(train.TrainConfig(device="cpu"), world)
     assert device.type == "cpu" and line.startswith("ranks: 2")
 
 

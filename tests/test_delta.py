@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import delta as D
 import model as M
 import train
-from configs import ConfigError
+from nanorecall.settings import ConfigError
 from test_model import naive_feature
 
 H, K, V = 2, 6, 5

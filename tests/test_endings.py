@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
-import commands
 import eval as eval_script
 import flex_generate
 import memory
-import plan
+import nanorecall.run as run_module
 import train
-from configs import ConfigError, RunError
-from parallel import SINGLE_PROCESS
+from analysis import commands
+from nanorecall import checkpoint
+from nanorecall.distributed import SINGLE_PROCESS
+from nanorecall.settings import ConfigError, RunError
 from test_ddp import torchrun
 from test_train import assert_same, contents, flags, run
 
@@ -145,7 +145,7 @@ def test_killed_before_its_config_a_run_starts_again(on_ranks, tmp_path, monkeyp
     assert on_ranks(1, lambda rank: train.main(words)) == [-signal.SIGKILL]
     monkeypatch.undo()
     assert len(os.listdir(out)) == (where == "in config.json")
-    for look in (lambda: train.main([f"--resume={out}"]), lambda: plan.load_run(out)):
+    for look in (lambda: train.main([f"--resume={out}"]), lambda: run_module.load_run(out)):
         with pytest.raises(ConfigError, match="no config.json: .*start it again .* --run_name run"):
             look()
     assert train.main(words) == 0 and status_of(out)["status"] == "finished"
@@ -168,9 +168,9 @@ def test_killed_before_its_config_torchrun_starts_it_again(on_ranks, tmp_path, m
 
 def test_two_starts_of_one_name_make_one_run(tmp_path):
     p, _ = train.read_command_line(flags(tmp_path, "run", **SHORT))
-    folder, held = plan.create_run_dir(p, None)
+    folder, held = run_module.create_run_dir(p, None)
     with pytest.raises(ConfigError, match="another process is writing this run"):
-        plan.create_run_dir(p, None)
+        run_module.create_run_dir(p, None)
     checkpoint.unlock(held)
 
 
@@ -311,7 +311,7 @@ def test_a_config_that_was_changed_is_not_resumed(tmp_path, part, key, value):
     checkpoint.write_json(path, saved)
     trained = f"the checkpoint was trained with {key}={trained_with!r}; put that back"
     message = f"config.json says {key}={value!r}, but {trained}"
-    for look in (lambda: run(tmp_path, resume=True, max_steps=6), lambda: plan.load_run(out)):
+    for look in (lambda: run(tmp_path, resume=True, max_steps=6), lambda: run_module.load_run(out)):
         with pytest.raises(ConfigError, match=message):
             look()
     assert status_of(out)["step"] == 4
@@ -323,7 +323,7 @@ def test_a_checkpoint_that_does_not_say_is_resumed(tmp_path):
         state = checkpoint.load_checkpoint(out, name)
         assert json.loads(state.pop("settings"))["train"]["lr"] == 0.01
         checkpoint.save_checkpoint(out, name, state, keep_old=False)
-    plan.load_run(out)
+    run_module.load_run(out)
     assert run(tmp_path, resume=True, max_steps=6)[0] == 0
 
 
@@ -367,11 +367,11 @@ def test_a_device_without_float64_leaves_it_to_the_cpu():
 
 def test_full_memory_names_what_is_too_large(tmp_path, monkeypatch):
     p, _ = train.read_command_line(["--model=memory", "--mem_n_keys=64", "--dim=32"])
-    model = plan.build_model(p, plan.build_model_config(p, p.data_module.Data(p.data)))
-    cpu, count = torch.device("cpu"), plan.count_parameters(model)["total"]
-    assert plan.training_advice(model, cpu).startswith("raise accumulate or lower batch_size")
-    monkeypatch.setattr(plan, "memory_size", lambda device: 20 * count)
-    advice = plan.training_advice(model, cpu)
+    model = run_module.build_model(p, run_module.build_model_config(p, p.data_module.Data(p.data)))
+    cpu, count = torch.device("cpu"), run_module.count_parameters(model)["total"]
+    assert run_module.training_advice(model, cpu).startswith("raise accumulate or lower batch_size")
+    monkeypatch.setattr(run, "memory_size", lambda device: 20 * count)
+    advice = run_module.training_advice(model, cpu)
     assert "the model is too large" in advice and "batch_size" not in advice
     assert "memory.values (4096, 32); make that smaller" in advice
     words = ["--model=memory", "--mem_n_keys=4096", "--dim=1048576", "--dk=2", "--dv=2"]

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import compare
 import eval as ev
-import measure
 import train
-from configs import ConfigError
-from plan import load_run
+from analysis import compare
+from nanorecall import metrics
+from nanorecall.run import load_run
+from nanorecall.settings import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +32,18 @@ def runs(tmp_path_factory):
 
 def test_wilson_by_hand():
     """8 of 10: (0.8 + 0.19207) / 1.38415 -+ ... = 0.4902 to 0.9433; the ends stay in [0, 1]."""
-    assert measure.wilson_interval(8, 10) == pytest.approx((0.49016, 0.94331), abs=1e-4)
-    low, high = measure.wilson_interval(0, 10)
+    assert metrics.wilson_interval(8, 10) == pytest.approx((0.49016, 0.94331), abs=1e-4)
+    low, high = metrics.wilson_interval(0, 10)
     assert low == 0 and high == pytest.approx(0.27753, abs=1e-4)
-    assert measure.wilson_interval(10, 10) == pytest.approx((1 - 0.27753, 1), abs=1e-4)
-    assert measure.wilson_interval(0, 0) == (0, 1)
+    assert metrics.wilson_interval(10, 10) == pytest.approx((1 - 0.27753, 1), abs=1e-4)
+    assert metrics.wilson_interval(0, 0) == (0, 1)
 
 
 def test_wilson_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     coverage = []
     for p in (0.02, 0.1, 0.5, 0.9, 0.97):  # it swings about 95% with p, so the mean is held tighter than each
-        hits = [low <= p <= high for low, high in (measure.wilson_interval(int(k), 200) for k in rng.binomial(200, p, 1000))]
+        hits = [low <= p <= high for low, high in (metrics.wilson_interval(int(k), 200) for k in rng.binomial(200, p, 1000))]
         coverage.append(np.mean(hits))
     assert 0.91 < min(coverage) and max(coverage) < 0.985 and abs(np.mean(coverage) - 0.95) < 0.015
 
@@ -174,11 +174,11 @@ def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
 
 
 def test_another_answer_is_made_of_the_letters_that_answers_have():
-    import edits
+    from analysis import editing
 
     random, letters = np.random.default_rng(0), list("12345")
     for _ in range(50):
-        other = edits.counterfactual("34512:51234 ", letters, random)
+        other = editing.counterfactual("34512:51234 ", letters, random)
         key, value = other.strip().split(":")
         assert key == "34512" and set(value) <= set(letters) and all(a != b for a, b in zip(value, "51234"))
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
 import train
-from configs import ConfigError, RunError
+from nanorecall import checkpoint
+from nanorecall.settings import ConfigError, RunError
 from test_train import assert_same, contents, flags, run
 
 resource = pytest.importorskip("resource", reason="kills and signals are tested on POSIX only")

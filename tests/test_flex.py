@@ -12,12 +12,10 @@ import pyarrow.feather as feather
 import pytest
 import torch
 
-import checkpoint
 import flex_generate as flex
-import fusion
-import llama
-import prompts
-from configs import ConfigError
+from myriadlama import fusion, llama, prompts
+from nanorecall import checkpoint
+from nanorecall.settings import ConfigError
 
 V = 61  # vocabulary of the small random models
 

@@ -7,7 +7,7 @@ import pytest
 import ablate
 import eval as evaluate
 import train
-from configs import ConfigError
+from nanorecall.settings import ConfigError
 
 TINY = """
 from dataclasses import dataclass

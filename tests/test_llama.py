@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import flex_generate as flex
-import llama
-import prompts
-from configs import ConfigError
+from myriadlama import llama, prompts
+from nanorecall.settings import ConfigError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")

@@ -11,17 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import attention_maps as maps_file
 import eval as ev
-import logits as logits_file
-import look as look_file
 import memory
 import model as M
-import routing
-import slots as slots_file
 import train
-from configs import ConfigError
-from tokens import BYTES
+from analysis import attention_maps as maps_file
+from analysis import confidence as logits_file
+from analysis import memory_usage as slots_file
+from analysis import routing
+from analysis import trained_run as look_file
+from nanorecall.settings import ConfigError
+from nanorecall.text import BYTES
 
 
 @pytest.fixture(scope="module")

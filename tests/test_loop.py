@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import train
-from plan import build_model, build_model_config, build_data, load_settings
+from nanorecall import checkpoint
+from nanorecall.run import build_data, build_model, build_model_config, load_settings
 from test_train import run
 
 MEMORY = dict(model="memory", mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8)

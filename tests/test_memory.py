@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import memory as Mem
 import train
-from configs import ConfigError, split_argv
-from plan import load_run
+from nanorecall import checkpoint
+from nanorecall.run import load_run
+from nanorecall.settings import ConfigError, split_argv
 from test_train import TOY as TOY_RUN
 from test_train import assert_same, contents, run
 

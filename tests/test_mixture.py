@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import data_mqar
 import data_synth
-import mixture
 import train
-from configs import ConfigError
-from plan import load_run
+from nanorecall import checkpoint, mixture
+from nanorecall.run import load_run
+from nanorecall.settings import ConfigError
 from test_train import assert_same, contents
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
-from configs import ConfigError
+from nanorecall.settings import ConfigError
 
 B, T, V = 3, 12, 19
 

@@ -11,14 +11,14 @@ import shlex
 import pytest
 
 import ablate
-import configs
 import data_mqar
 import data_synth
 import eval as ev
 import flex_generate
-import mqar_files
 import sweep
 import train
+from nanorecall import mqar_files
+from nanorecall.settings import Setting, build_config, read_argv, reject_unknown, split_argv
 
 ROOT = os.path.dirname(train.__file__)
 DOCUMENTS = ("README.md", "RESULTS.md", "GUIDE.md")
@@ -72,33 +72,33 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
         assert rest[0] == "pytest" and all(os.path.exists(w) for w in rest[1:] if not w.startswith("-"))
         return
     assert os.path.isfile(script)
-    positional, settings = configs.split_argv(rest)
+    positional, settings = split_argv(rest)
     if script == "train.py" and not {"resume", "path", "help"} & {s.key for s in settings} and "mine" not in rest:
         assert train.read_command_line(rest)[0].train.log_dir == "runs"
     elif script == "train.py":
         data = data_synth if ("data", "data_synth") in {(s.key, s.value) for s in settings} else data_mqar
-        configs.reject_unknown([s for s in settings if s.key != "help"], train.TrainConfig, data.Config)
+        reject_unknown([s for s in settings if s.key != "help"], train.TrainConfig, data.Config)
     elif script == "eval.py":
-        configs.reject_unknown(settings, ev.EvalConfig)
+        reject_unknown(settings, ev.EvalConfig)
         assert positional[0].startswith("runs/") or all(w.startswith(("runs/", "results.")) for w in positional[1:])
         name = positional[0] if positional[0] in ev.COMMANDS else "slices"
         assert name == positional[0] or positional[0].startswith("runs/")
         assert {s.key for s in settings} <= {*ev.COMMANDS[name].uses.split()}
     elif script == "flex_generate.py":
-        configs.build_config(flex_generate.Config, settings)
+        build_config(flex_generate.Config, settings)
     elif script == "sweep.py":
-        assert configs.build_config(sweep.Config, settings) and set(positional) <= {*sweep.FIGURES, "all"}
+        assert build_config(sweep.Config, settings) and set(positional) <= {*sweep.FIGURES, "all"}
     elif script == "ablate.py":
         assert positional[0] in ablate.COMMANDS and all(w.startswith("runs/") for w in positional[1:])
         assert {s.key for s in settings} <= {*ablate.COMMANDS[positional[0]].uses.split()}
     elif script == "memory.py":
         assert positional[0] in ("params", "inspect", "convert") and {s.key for s in settings} <= {"to"}
     elif script == "data_synth.py" and positional == ["check"]:
-        configs.reject_unknown(settings, data_synth.CheckConfig)
+        reject_unknown(settings, data_synth.CheckConfig)
     elif script == "data_synth.py" and positional:
-        assert configs.build_config(data_synth.DatasetConfig, [configs.Setting("task", *positional, "task"), *settings]).output_dir
+        assert build_config(data_synth.DatasetConfig, [Setting("task", *positional, "task"), *settings]).output_dir
     elif script == "data_mqar.py" and settings:
-        assert configs.build_config(mqar_files.DatasetConfig, settings).num_copies == 100
+        assert build_config(mqar_files.DatasetConfig, settings).num_copies == 100
 
 
 # ---- and they work, at toy size ----------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_a_command_works(words, place, monkeypatch, capsys):
     if script == "train" and "--resume" not in rest:
         rest += [*FACTS.split(), "--target_slice="] if "--init_from" in rest else []  # of the same sizes
         rest += f"{TOY} {len(os.listdir(place / 'made')) if (place / 'made').exists() else 0}".split()
-        p = train.resolve(configs.read_argv(rest)[1])
+        p = train.resolve(read_argv(rest)[1])
         small = {"n_val_examples": 8, "n_test_examples": 8, "num_pairs": 80, "num_queries": 2, "n_train_examples": 400}
         used = {f.name: f.default for f in dataclasses.fields(p.data)}
         smaller = {k: v for k, v in small.items() if k in used and k not in p.data.unused()} if not p.data.path else {}

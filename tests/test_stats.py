@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import eval as ev
-import measure
-import stats
-from configs import ConfigError
+from nanorecall import metrics, stats
+from nanorecall.settings import ConfigError
 
 
 def test_mcnemar_by_hand():
@@ -56,7 +55,7 @@ def covers(interval, truth):
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """1,000 draws each; 3 standard errors of 95% in 1,000 are 2%, and a bootstrap of 60 examples is a bit narrow."""
     random = np.random.default_rng(0)
-    plain = np.mean([covers(measure.mean_ci(random.exponential(1, 80)), 1) for _ in range(1000)])
+    plain = np.mean([covers(metrics.mean_ci(random.exponential(1, 80)), 1) for _ in range(1000)])
     drawn = np.mean([covers(stats.paired_bootstrap(random.normal(0.3, 1, 60), draws=300), 0.3) for _ in range(1000)])
     assert 0.91 < plain < 0.97 and 0.915 < drawn < 0.97
 
@@ -96,9 +95,9 @@ def test_the_given_order_is_one_of_the_permutations():
 
 def test_the_mean_by_hand():
     """1 and 3 have the variance 2 about their mean, so that its standard error is 1."""
-    cell = measure.mean_ci([1, 3])
+    cell = metrics.mean_ci([1, 3])
     assert cell == {"value": 2, "ci95": pytest.approx([2 - 1.959964, 2 + 1.959964]), "n": 2}
-    assert measure.mean_ci([5.0])["ci95"] == [-np.inf, np.inf]
+    assert metrics.mean_ci([5.0])["ci95"] == [-np.inf, np.inf]
 
 
 def test_effective_labels_by_hand():
@@ -108,23 +107,23 @@ def test_effective_labels_by_hand():
     1, 1 and 1 right rows vary less than chance, and no label counts for more than one.
     """
     row = np.repeat([0, 1, 2], 2)
-    assert measure.effective_sample_size(measure.row_counts(np.array([1, 1, 0, 0, 1, 0]) == 1, row)) == 3
-    assert measure.effective_sample_size(measure.row_counts(np.array([1, 0, 0, 1, 1, 0]) == 1, row)) == 6
+    assert metrics.effective_sample_size(metrics.row_counts(np.array([1, 1, 0, 0, 1, 0]) == 1, row)) == 3
+    assert metrics.effective_sample_size(metrics.row_counts(np.array([1, 0, 0, 1, 1, 0]) == 1, row)) == 6
 
 
 def test_a_share_over_rows_knows_that_rows_hang_together():
     """Ten alike labels in a row count as one; independent ones as ten; coverage by simulation, rows of unequal difficulty."""
     random = np.random.default_rng(0)
     rows = np.repeat(np.arange(100), 10)
-    alike = measure.clustered_proportion(np.repeat(random.random(100) < 0.3, 10), rows)
-    assert alike["ci95"] == pytest.approx(measure.wilson_interval(100 * alike["value"], 100), abs=0.01)
-    apart = measure.clustered_proportion(random.random(1000) < 0.3, rows)
-    assert apart["ci95"] == pytest.approx(measure.wilson_interval(1000 * apart["value"], 1000), abs=0.01)
-    assert measure.clustered_proportion(np.ones(1000), rows)["ci95"] == pytest.approx(measure.wilson_interval(100, 100))
+    alike = metrics.clustered_proportion(np.repeat(random.random(100) < 0.3, 10), rows)
+    assert alike["ci95"] == pytest.approx(metrics.wilson_interval(100 * alike["value"], 100), abs=0.01)
+    apart = metrics.clustered_proportion(random.random(1000) < 0.3, rows)
+    assert apart["ci95"] == pytest.approx(metrics.wilson_interval(1000 * apart["value"], 1000), abs=0.01)
+    assert metrics.clustered_proportion(np.ones(1000), rows)["ci95"] == pytest.approx(metrics.wilson_interval(100, 100))
     found = []
     for _ in range(1000):
         hard = random.beta(1, 2, 60).repeat(6)
-        cell = measure.clustered_proportion(random.random(360) < hard, np.arange(360) // 6)
+        cell = metrics.clustered_proportion(random.random(360) < hard, np.arange(360) // 6)
         found.append(covers(cell, 1 / 3))
     assert 0.92 < np.mean(found) < 0.975
 
@@ -135,12 +134,12 @@ def test_counts_of_batches_add_up_to_the_interval_of_all_rows():
     row = np.repeat(np.arange(200), random.integers(1, 9, 200))
     hit = random.random(len(row)) < random.beta(0.3, 0.3, 200)[row]
     batches = [(hit[row % 7 == i], row[row % 7 == i]) for i in range(7)]
-    counts = [{**measure.row_counts(*b), "loss": 0.0, "by_slice": {}} for b in batches]
-    cell = measure.slice_metrics(measure.merge_counts(counts)["all"])
-    whole = measure.clustered_proportion(hit, row)
+    counts = [{**metrics.row_counts(*b), "loss": 0.0, "by_slice": {}} for b in batches]
+    cell = metrics.slice_metrics(metrics.merge_counts(counts)["all"])
+    whole = metrics.clustered_proportion(hit, row)
     assert cell["value"] == whole["value"] and cell["ci95"] == pytest.approx(whole["ci95"]) and cell["n"] == len(hit)
     width = lambda c: c["ci95"][1] - c["ci95"][0]
-    assert width(cell) > 1.5 * width(measure.proportion(int(hit.sum()), len(hit)))
+    assert width(cell) > 1.5 * width(metrics.proportion(int(hit.sum()), len(hit)))
 
 
 def test_permutation_p_values_are_even_where_nothing_goes_together():

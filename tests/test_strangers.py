@@ -11,12 +11,11 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorProperties
 
 import ablate
-import checkpoint
 import eval as evaluate
 import memory as Mem
 import train
-import transfer
-from configs import ConfigError, RunError
+from nanorecall import checkpoint, pretrained
+from nanorecall.settings import ConfigError, RunError
 from test_faults import Bomb
 from test_train import flags, run
 
@@ -236,7 +235,7 @@ def test_a_folder_of_a_strangers_shards(tmp_path, monkeypatch, trained, how):
     SPOILED[how](place, fuse)
     monkeypatch.chdir(tmp_path)
     try:
-        found = transfer.read_weights(str(tmp_path / "a"))[0]
+        found = pretrained.read_weights(str(tmp_path / "a"))[0]
     except (ConfigError, RunError) as e:
         assert "\n" not in str(e) and "traceback" not in str(e).lower()
     else:  # what is no tensor was left out
@@ -348,7 +347,7 @@ def test_odd_tensors_that_are_weights_are_read(tmp_path, capsys):
     }
     weights |= {"repeated": torch.ones(1).expand(64)}
     torch.save(weights, tmp_path / "x.pt")
-    found, _ = transfer.read_weights(str(tmp_path / "x.pt"))
+    found, _ = pretrained.read_weights(str(tmp_path / "x.pt"))
     assert found.keys() == weights.keys() and not vars(found["odd"])
     for files in (["x.pt"], ["x.pt", "x.pt"]):
         assert Mem.main(["inspect", *(str(tmp_path / f) for f in files)]) == 0

@@ -7,11 +7,11 @@ import shlex
 import numpy as np
 import pytest
 
-import configs
 import eval as ev
 import flex_generate
 import sweep
 import train
+from nanorecall.settings import ConfigError, RunError, build_config, split_argv
 
 TOY = (
     "--vocab_size 32 --input_seq_len 16 --num_kv_pairs 2 --n_layers 1 --dim 16 --dk 8 --dv 8 --conv 2 --n_val_examples 10 "
@@ -43,11 +43,11 @@ def test_every_command_is_understood():
                 p, resume = train.read_command_line(shlex.split(point.train))
                 assert not resume and p.train.target == 0
             script, *words = shlex.split(point.then.format(run="runs/RUN", seed=0)) or [""]
-            settings = configs.split_argv(words)[1]
+            settings = split_argv(words)[1]
             if script == "eval.py":
-                assert configs.build_config(ev.EvalConfig, settings)
+                assert build_config(ev.EvalConfig, settings)
             elif script:
-                assert script == "flex_generate.py" and configs.build_config(flex_generate.Config, settings).out_dir == "runs/RUN"
+                assert script == "flex_generate.py" and build_config(flex_generate.Config, settings).out_dir == "runs/RUN"
 
 
 def test_names_are_of_one_training_each():
@@ -60,10 +60,10 @@ def test_names_are_of_one_training_each():
 
 
 def test_runs_are_kept_and_taken_up_again(toy, tmp_path, capsys):
-    with pytest.raises(configs.ConfigError, match="2 runs are missing"):
+    with pytest.raises(ConfigError, match="2 runs are missing"):
         sweep.main(["toy", *toy, "--draw=1"])
     # one run is there, stopped after its first step
-    train.main(shlex.split(sweep.training(points()[1], 0, configs.build_config(sweep.Config, configs.split_argv(toy)[1])))[1:])
+    train.main(shlex.split(sweep.training(points()[1], 0, build_config(sweep.Config, split_argv(toy)[1])))[1:])
     status = tmp_path / "runs" / "toy4_seed0" / "status.json"
     first = status.read_text()
     sweep.main([*toy])
@@ -79,20 +79,20 @@ def test_runs_are_kept_and_taken_up_again(toy, tmp_path, capsys):
     config = json.loads(path.read_text())
     config["model"]["conv"] = config["train"]["lr"] = 3  # as of a config file that has changed since
     path.write_text(json.dumps(config))
-    with pytest.raises(configs.ConfigError, match="toy4_seed0 was trained with another lr, conv; delete it"):
+    with pytest.raises(ConfigError, match="toy4_seed0 was trained with another lr, conv; delete it"):
         sweep.main(["toy", *toy])
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(toy, tmp_path, monkeypatch):
     bad = lambda: [sweep.Point("gpt", 0, "bad", "--dimm 7"), points()[0]]
     monkeypatch.setattr(sweep, "FIGURES", {"toy": (bad, draw, "")})
-    with pytest.raises(configs.RunError, match=r"1 runs failed(.|\n)*did you mean dim\?"):
+    with pytest.raises(RunError, match=r"1 runs failed(.|\n)*did you mean dim\?"):
         sweep.main(["toy", *toy])
     assert json.loads((tmp_path / "runs" / "toy2_seed0" / "status.json").read_text())["status"] == "finished"
 
 
 def test_a_figure_that_is_not_there():
-    with pytest.raises(configs.ConfigError, match="there is no figure lrs; choose from lr, pairs"):
+    with pytest.raises(ConfigError, match="there is no figure lrs; choose from lr, pairs"):
         sweep.main(["lrs"])
 
 
@@ -126,7 +126,7 @@ def test_pictures_show_mean_and_range(name, tmp_path):
     found = {}
     for i, p in enumerate(points()):
         found.setdefault(p.line, {})[p.x] = [made_up(v, state=100 + i) for v in (0.2, 0.4, 0.9)]
-    c = configs.build_config(sweep.Config, configs.split_argv([f"--out={tmp_path}"])[1])
+    c = build_config(sweep.Config, split_argv([f"--out={tmp_path}"])[1])
     plt, fig, title = drawn(found)
     shown = [line.get_ydata() for axis in fig.axes for line in axis.lines if len(line.get_ydata())]
     if name in ("lr", "pairs", "width", "table", "templates"):

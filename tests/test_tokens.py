@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import data_synth as D
 import model as M
-import tokens as K
-from configs import ConfigError, RunError
+from nanorecall import text as K
+from nanorecall.settings import ConfigError, RunError
 
 # ---- the rules, one letter after another -------------------------------------------------------------------------------
 

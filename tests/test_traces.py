@@ -11,19 +11,15 @@ import torch
 from matplotlib.figure import Figure
 
 import ablate
-import attention_maps
-import commands
-import edits
 import eval as ev
-import exchange
-import interventions as I
-import measure
 import memory as Mem
 import model as M
 import train
-import transfer
-from configs import ConfigError, RunError
-from look import open_run
+from analysis import attention_maps, commands, editing, patching
+from analysis import hooks as I
+from analysis.trained_run import open_run
+from nanorecall import metrics, pretrained
+from nanorecall.settings import ConfigError, RunError
 from test_ablate import make, some_cases
 from test_memory import model as small_model
 from test_memory import tokens
@@ -171,20 +167,20 @@ def change_nothing(model):
 
 
 def exchange_all(model):
-    exchange.exchanged(model, some_cases(), np.array([0, 1]), np.array([2, 3]), "swap")
+    patching.exchanged(model, some_cases(), np.array([0, 1]), np.array([2, 3]), "swap")
 
 
 FUNCTIONS = {
     "write": write_and_undo,
     "reading_statistics": lambda model: Mem.key_second_moment(model, [labelled()]),
-    "answered": lambda model: edits.n_correct(model, *labelled()),
+    "answered": lambda model: editing.n_correct(model, *labelled()),
     "maps": lambda model: attention_maps.attention_maps(model, tokens(2, 6)),
     "clean_run": lambda model: I.run_with_cache(model, some_cases()),
     "run_changed": change_nothing,
     "remove_slots": lambda model: ablate.remove_slots(model, some_cases(), ["zero", "drop"]),
     "exchanged": exchange_all,
-    "decode_with": lambda model: exchange.decode_with(model, some_cases(), {}),
-    "patched": lambda model: exchange.recovered(model, some_cases(), some_cases(seed=2)),
+    "decode_with": lambda model: patching.decode_with(model, some_cases(), {}),
+    "patched": lambda model: patching.recovered(model, some_cases(), some_cases(seed=2)),
 }
 
 
@@ -212,7 +208,7 @@ def test_fine_tuning_changes_weights_only(at):
     before = state(model)
     bomb.at = at
     try:
-        edits.EDITORS["fine-tune everything, replaying others"](model, *facts)
+        editing.EDITORS["fine-tune everything, replaying others"](model, *facts)
     except Broken:
         assert at
     after = state(model)
@@ -227,11 +223,11 @@ def test_an_evaluation_that_fails_leaves_the_modes(runs):
     look.model.layers[0].eval()
     bomb = Bomb(look.model.lm_head)
     before = state(look.model)
-    measure.evaluate(look.model, look.data, "val", 16, look.device)
+    metrics.evaluate(look.model, look.data, "val", 16, look.device)
     assert_untouched(before, look.model, "evaluate")
     bomb.at, bomb.calls = 2, 0
     with pytest.raises(Broken):
-        measure.evaluate(look.model, look.data, "val", 16, look.device)
+        metrics.evaluate(look.model, look.data, "val", 16, look.device)
     assert_untouched(before, look.model, "evaluate with an error")
 
 
@@ -255,7 +251,7 @@ def test_a_refused_freeze_freezes_nothing():
     model = small_model()
     for patterns in ("*", ["layers.0", "nothing"]):
         with pytest.raises(ConfigError):
-            transfer.freeze(model, patterns)
+            pretrained.freeze(model, patterns)
         assert all(q.requires_grad for q in model.parameters())
 
 

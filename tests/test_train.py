@@ -8,11 +8,10 @@ import re
 import pytest
 import torch
 
-import checkpoint
-import measure
 import train
-from configs import ConfigError, RunError, Setting, split_argv
-from plan import run_label, load_run
+from nanorecall import checkpoint, metrics
+from nanorecall.run import load_run, run_label
+from nanorecall.settings import ConfigError, RunError, Setting, split_argv
 
 TOY = dict(
     n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
@@ -228,7 +227,7 @@ def test_matrices_decay_and_vectors_do_not():
 def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
     _, out = run(tmp_path)
     _, data, model, _ = load_run(out)
-    small, large = (measure.evaluate(model, data, "test", n, torch.device("cpu")) for n in (7, 50))
+    small, large = (metrics.evaluate(model, data, "test", n, torch.device("cpu")) for n in (7, 50))
     assert counts(small) == counts(large) and small["row_accuracy"] == large["row_accuracy"]
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
 

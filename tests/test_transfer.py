@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import checkpoint
 import memory as Mem
 import train
-import transfer
-from configs import ConfigError
+from nanorecall import checkpoint, pretrained
+from nanorecall.settings import ConfigError
 from test_memory import TOY as MEMORY
 from test_memory import model
 from test_train import flags, run
@@ -43,12 +42,12 @@ def named(model):
     ],
 )
 def test_what_a_pattern_means(pattern, expected):
-    found = transfer.matching(pattern, NAMES) or transfer.matching(transfer.ours(pattern), NAMES)
+    found = pretrained.matching(pattern, NAMES) or pretrained.matching(pretrained.ours(pattern), NAMES)
     assert found == [n for n in NAMES if expected in n] and found
 
 
 def test_a_prefix_ends_at_a_dot():
-    assert transfer.matching("layers.1", ["layers.1.a", "layers.10.a"]) == ["layers.1.a"]
+    assert pretrained.matching("layers.1", ["layers.1.a", "layers.10.a"]) == ["layers.1.a"]
 
 
 # ---- freezing ----------------------------------------------------------------------------------------------------------
@@ -56,7 +55,7 @@ def test_a_prefix_ends_at_a_dot():
 
 def test_freezing_says_what_it_holds():
     m = model(memory_layers=(0, 1))
-    line = transfer.freeze(m, {"model.layers.0.memory.*": "freeze", "*.attn.k_proj": "freeze"})
+    line = pretrained.freeze(m, {"model.layers.0.memory.*": "freeze", "*.attn.k_proj": "freeze"})
     still = {n for n, q in named(m).items() if not q.requires_grad}
     # the table is shared, so it is held by the name it has in the other block, too
     others = {"layers.1.memory.values", *(f"layers.{i}.att.proj_k.weight" for i in (0, 1))}
@@ -78,7 +77,7 @@ def test_freezing_says_what_it_holds():
 )
 def test_mistakes_in_freezing(what, message):
     with pytest.raises(ConfigError, match=message):
-        transfer.freeze(model(memory_layers=(0, 1)), what)
+        pretrained.freeze(model(memory_layers=(0, 1)), what)
 
 
 def test_what_is_frozen_stays_to_the_last_bit_through_decay_and_resume(tmp_path):
@@ -113,7 +112,7 @@ def test_what_is_frozen_stays_to_the_last_bit_through_decay_and_resume(tmp_path)
     ids=str,
 )
 def test_what_a_map_means(mapping, expected):
-    assert transfer.pairs(mapping, ["embed", "layers.0.a.w", "layers.0.b", "layers.1.a.w"]) == expected
+    assert pretrained.pairs(mapping, ["embed", "layers.0.a.w", "layers.0.b", "layers.1.a.w"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_mistakes_in_maps(tmp_path, mapping, message):
     target = model(seed=1)
     before = {n: t.clone() for n, t in target.state_dict().items()}
     with pytest.raises(ConfigError, match=message):
-        transfer.load_parts(target, str(tmp_path / "x.pt"), mapping=mapping)
+        pretrained.load_parts(target, str(tmp_path / "x.pt"), mapping=mapping)
     assert all(torch.equal(before[n], t) for n, t in target.state_dict().items())
 
 
@@ -231,18 +230,18 @@ def test_a_strangers_shards_are_read_without_running_anything(tmp_path, source):
     """The index of torch.distributed.checkpoint is a pickle; and what is no tensor, a trainer's own state, is passed over."""
     folder, weights = source
     dcp.save({**weights, "train_state": {"step": 3}}, checkpoint_id=str(tmp_path / "step-1"))
-    found, _ = transfer.read_weights(str(tmp_path))
+    found, _ = pretrained.read_weights(str(tmp_path))
     assert found.keys() == weights.keys() and all(torch.equal(t, weights[n]) for n, t in found.items())
     (tmp_path / "step-1" / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "gone off")))
     with pytest.raises(ConfigError, match="step-1 cannot be read as weights .*has no place in the index"):
-        transfer.read_weights(str(tmp_path))
+        pretrained.read_weights(str(tmp_path))
     assert not (tmp_path / "gone off").exists()
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path):
     torch.save({"layers.0.memory.keys": torch.zeros(2), "layers.0.memory_retrieval.keys": torch.ones(2)}, tmp_path / "x.pt")
     with pytest.raises(ConfigError, match="has two tensors for layers.0.memory.keys"):
-        transfer.load_parts(model(), str(tmp_path / "x.pt"))
+        pretrained.load_parts(model(), str(tmp_path / "x.pt"))
 
 
 def test_another_models_weights_need_a_map(tmp_path):
@@ -250,4 +249,4 @@ def test_another_models_weights_need_a_map(tmp_path):
         weights = (other or model()).state_dict()
         torch.save({n: t for n, t in weights.items() if other or n != "embed.weight"}, tmp_path / "x.pt")
         with pytest.raises(ConfigError, match=message + ".*; name the parts to take with init_map"):
-            transfer.load_parts(model(), str(tmp_path / "x.pt"))
+            pretrained.load_parts(model(), str(tmp_path / "x.pt"))

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import attention as A
 import delta as D
 import memory
 import model as M
-import twins
+from nanorecall import ops as A
+from nanorecall import second_order
 
 V, T = 19, 12
 SMALL = dict(dim=8, n_layers=2, n_heads=2, dk=4, dv=6, vocab_size=V, seq_len=T, init_std=0.3)
@@ -217,5 +217,5 @@ def test_forward_mode_goes_by_the_twin():
     with fw.dual_level():
         y = M.L2Normalize.apply(fw.make_dual(x, x.sin()))
         change = fw.unpack_dual(y).tangent
-    assert not twins.transformed()
+    assert not second_order.transformed()
     torch.testing.assert_close(change, torch.func.jvp(plain_l2, (x,), (x.sin(),))[1])

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from configs import require
-from draws import IGNORE_INDEX
-from look import correct_examples
+from analysis.trained_run import correct_examples
 from memory import SCORES, weighted_values
-from model import in_eval_mode, gather_positions
+from model import gather_positions, in_eval_mode
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.settings import require
 
 # ---- rows and where they are asked --------------------------------------------------------------------------------------
 

@@ -11,12 +11,12 @@ import os
 import numpy as np
 import torch
 
-from attention import attention_weights, softmax_attention
-from checkpoint import make_directory
-from configs import require, say
-from look import batches, concat, ending, map_batches, save_result
-from measure import figure, finish_figure, mean_share, print_table, write_figure
+from analysis.trained_run import batches, concat, ending, map_batches, save_result
 from model import in_eval_mode
+from nanorecall.checkpoint import make_directory
+from nanorecall.metrics import figure, finish_figure, mean_share, print_table, write_figure
+from nanorecall.ops import attention_weights, softmax_attention
+from nanorecall.settings import require, say
 
 PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (T, 1), s (1, T)) -> (B, T, T) or (T, T) bool
     "previous token": lambda ids, t, s: s == t - 1,

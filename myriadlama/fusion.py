@@ -68,7 +68,7 @@ def draw_mask(scheme, manual, path=None, generated=2):
     lines = ["    " + " ".join(f"{name:>2}" for name in names)]
     lines += [f"{name:>2} [" + " ".join(" x" if x else " ." for x in row) + " ]" for name, row in zip(names, seen.tolist())]
     if path:
-        from measure import figure, write_figure
+        from nanorecall.metrics import figure, write_figure
 
         plt, fig, (axis,) = figure(1, 1, width=4.5)
         axis.imshow(seen.numpy(), cmap="Blues", vmin=0, vmax=1.4)

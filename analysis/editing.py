@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 import model as model_file
-from configs import require
-from look import correct_examples, save_result
-from measure import errorbars, figure, finish_figure, print_table, proportion, format_ci
-from memory import key_second_moment, check_editable, edit_facts
-from tokens import label_mask, shift_labels
+from analysis.trained_run import correct_examples, save_result
+from memory import check_editable, edit_facts, key_second_moment
+from nanorecall.metrics import errorbars, figure, finish_figure, format_ci, print_table, proportion
+from nanorecall.settings import require
+from nanorecall.text import label_mask, shift_labels
 
 
 def compare_editors(look):

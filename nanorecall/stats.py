@@ -20,10 +20,10 @@ import os
 
 import numpy as np
 
-from checkpoint import read_record, atomic_write, write_json
-from configs import ConfigError, require, say
-from look import BOOLEAN, NUMBER, WHOLE, read_parquet
-from measure import figure, finish_figure, label_share, mean_ci, print_table, proportion, format_ci, cluster_sums
+from analysis.trained_run import BOOLEAN, NUMBER, WHOLE, read_parquet
+from nanorecall.checkpoint import atomic_write, read_record, write_json
+from nanorecall.metrics import cluster_sums, figure, finish_figure, format_ci, label_share, mean_ci, print_table, proportion
+from nanorecall.settings import ConfigError, require, say
 
 # ---- tests -------------------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as model_file
-from checkpoint import read_log, atomic_write
-from configs import printable, require, say
-from draws import IGNORE_INDEX
-from parallel import SINGLE_PROCESS
+from nanorecall.checkpoint import atomic_write, read_log
+from nanorecall.distributed import SINGLE_PROCESS
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.settings import printable, require, say
 
 
 def autocast(device, dtype):

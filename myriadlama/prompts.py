@@ -27,8 +27,8 @@ from collections import Counter
 
 import numpy as np
 
-from configs import ConfigError, convert, require
-from synth_files import read_rows
+from nanorecall.documents import read_rows
+from nanorecall.settings import ConfigError, convert, require
 
 INSTRUCTION = "Predict the [MASK] in the sentence in one word."
 ASK = "Answer the question in a few words."  # where templates are whole questions
@@ -40,9 +40,9 @@ def read_facts(path, key="path"):
     """A file of facts, or "" for those of world_facts.py -> list of facts. ConfigError says which row is at fault; key: the
     setting that names the file."""
     if not path:
-        import world_facts
+        from myriadlama import facts
 
-        return [from_fact(row, "world_facts.py") for row in world_facts.facts()]
+        return [from_fact(row, "world_facts.py") for row in facts.facts()]
     ending = os.path.splitext(path)[1]
     require(os.path.exists(path), f"{key}={path} does not exist", key)
     require(ending in (".jsonl", ".parquet", ".csv"), f"{path} is neither .jsonl, .parquet nor .csv", "path")

@@ -12,9 +12,9 @@ from dataclasses import asdict
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import check_kinds, sha256_file, atomic_directory, read_record, atomic_write, write_json
-from configs import ConfigError, require
-from tokens import MASKS
+from nanorecall.checkpoint import atomic_directory, atomic_write, check_kinds, read_record, sha256_file, write_json
+from nanorecall.settings import ConfigError, require
+from nanorecall.text import MASKS
 
 SPLIT_DIRS = {"train": "train", "val": "validation", "test": "test"}
 LONGEST_LINE = 2**20  # bytes

@@ -34,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from configs import ConfigError, RunError, require, say
+from nanorecall.settings import ConfigError, RunError, require, say
 
 try:
     import fcntl

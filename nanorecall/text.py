@@ -15,8 +15,8 @@ import json
 
 import numpy as np
 
-from configs import ConfigError, require
-from draws import IGNORE_INDEX
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.settings import ConfigError, require
 
 # ---- tokenizers --------------------------------------------------------------------------------------------------------
 

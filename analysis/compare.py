@@ -12,11 +12,11 @@ import sys
 
 import numpy as np
 
-from checkpoint import check_kinds, read_log, read_record
-from configs import ConfigError, printable, require, say
-from look import write_parquet
-from measure import errorbars, figure, finish_figure, print_table, slice_metrics, format_ci
-from plan import load_settings, saved_model_config
+from analysis.trained_run import write_parquet
+from nanorecall.checkpoint import check_kinds, read_log, read_record
+from nanorecall.metrics import errorbars, figure, finish_figure, format_ci, print_table, slice_metrics
+from nanorecall.run import load_settings, saved_model_config
+from nanorecall.settings import ConfigError, printable, require, say
 
 
 def compare(words, config):

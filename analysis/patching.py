@@ -8,23 +8,23 @@ Letters: B rows, P pairs, M changed copies of rows, T tokens, n labels of a row,
 import numpy as np
 import torch
 
-from configs import require
-from interventions import (
+from analysis.hooks import (
     Examples,
+    correct_cases,
+    forward_from,
     gather_labels,
     hook_output,
-    run_with_cache,
-    forward_from,
-    correct_cases,
-    logits_at,
-    logit_diff,
-    hooked,
-    run_with_hooks,
     hook_points,
+    hooked,
+    logit_diff,
+    logits_at,
+    run_with_cache,
+    run_with_hooks,
 )
-from look import concat, save_result
-from measure import errorbars, figure, finish_figure, mean_ci, print_table, clustered_proportion, format_ci
+from analysis.trained_run import concat, save_result
 from model import in_eval_mode
+from nanorecall.metrics import clustered_proportion, errorbars, figure, finish_figure, format_ci, mean_ci, print_table
+from nanorecall.settings import require
 
 EXPOSURE_PAIRS = {  # is this pair of exposures wanted? f(of the row is high, of the other is high)
     "any": lambda a, b: np.ones_like(a),

@@ -11,12 +11,12 @@ import re
 import numpy as np
 import torch
 
-from configs import require
-from draws import IGNORE_INDEX
-from look import concat, map_batches, save_result
-from measure import errorbars, figure, finish_figure, mean_share, print_table, format_ci
-from slots import usage_stats
-from synth_files import documents_in
+from analysis.memory_usage import usage_stats
+from analysis.trained_run import concat, map_batches, save_result
+from nanorecall.documents import documents_in
+from nanorecall.metrics import errorbars, figure, finish_figure, format_ci, mean_share, print_table
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.settings import require
 
 FUNCTION_WORDS = set(
     "a about after all also an and any are as at be because been before both but by can could did do does each for from had "

@@ -19,8 +19,8 @@ import zipfile
 
 import torch
 
-from checkpoint import load_checkpoint, select_prefix, plain_tensors, read_shards, reading, unreadable
-from configs import ConfigError, require
+from nanorecall.checkpoint import load_checkpoint, plain_tensors, read_shards, reading, select_prefix, unreadable
+from nanorecall.settings import ConfigError, require
 
 PARTS = {  # LLMonade's names of parts: ours
     "attn": "att",

@@ -12,11 +12,11 @@ import math
 import numpy as np
 import torch
 
-from checkpoint import read_log
-from draws import IGNORE_INDEX
-from look import map_batches, save_result
-from measure import errorbars, figure, finish_figure, mean_ci, mean_share, print_table, format_ci
+from analysis.trained_run import map_batches, save_result
 from memory import slot_usage
+from nanorecall.checkpoint import read_log
+from nanorecall.metrics import errorbars, figure, finish_figure, format_ci, mean_ci, mean_share, print_table
+from nanorecall.rng import IGNORE_INDEX
 
 
 def why_not_slots(look):

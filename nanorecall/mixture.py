@@ -12,13 +12,12 @@ import os
 
 import numpy as np
 
-import configs
 import data_mqar
 import data_synth
-from checkpoint import read_record
-from configs import ConfigError, Setting, require
-from draws import rng_for
-from synth_files import LONGEST_LINE
+from nanorecall.checkpoint import read_record
+from nanorecall.documents import LONGEST_LINE
+from nanorecall.rng import rng_for
+from nanorecall.settings import ConfigError, Setting, build_config, require
 
 
 def mix(main, c):
@@ -39,7 +38,7 @@ def open_dataset(path, seed, tokenizer=""):
     module, task = (data_mqar, {}) if kind == "mqar" else (data_synth, {"task": kind, "tokenizer": tokenizer})
     task |= {"block_size": LONGEST_LINE} if kind == "text" else {}
     settings = [Setting(k, v, "synthetic_dataset") for k, v in {**task, "path": path, "seed": seed}.items()]
-    return module.Data(configs.build_config(module.Config, settings))
+    return module.Data(build_config(module.Config, settings))
 
 
 class Mixture:

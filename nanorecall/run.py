@@ -32,23 +32,37 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-import configs
-from checkpoint import (
+from nanorecall.checkpoint import (
     check_kinds,
     dataset_sha256,
-    nan_to_null,
     load_checkpoint,
     lock_run_dir,
+    nan_to_null,
     parse_json,
-    select_prefix,
     read_record,
     remove,
+    select_prefix,
     unlock,
 )
-from configs import ConfigError, RunError, Setting, at_least, one_of, require, say, within
-from parallel import CHECKPOINT_FORMATS, PARALLEL
+from nanorecall.distributed import CHECKPOINT_FORMATS, PARALLEL
+from nanorecall.settings import (
+    ConfigError,
+    Json,
+    RunError,
+    Setting,
+    at_least,
+    build_config,
+    field_names,
+    line_of,
+    one_of,
+    reject_unknown,
+    reject_unused,
+    require,
+    say,
+    within,
+)
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repo
 # A model file needs Config and Model (see GUIDE.md, Your own model or data file). A model class may also have
 #   inactive_settings {setting: why it has no effect}        the settings of Config that are refused for this model
 #   label(config) -> str                           its part of a run's name
@@ -105,8 +119,8 @@ class TrainConfig:
     target_slice: str = ""  # a slice of the data, tag=value (seen=1), that target, stop_accuracy and best.pt go by; empty: all
     init_from: str = ""  # begin with weights of this run, checkpoint file or folder of torch.distributed.checkpoint
     init_step: int = -1  # which of its steps; -1: the latest
-    init_map: configs.Json = ""  # JSON {source: target} of blocks ("0-5": "0-5"), names or patterns; empty: all weights
-    freeze: configs.Json = ""  # names or patterns of parameters to hold still (*.att,embed), a JSON list or dict
+    init_map: Json = ""  # JSON {source: target} of blocks ("0-5": "0-5"), names or patterns; empty: all weights
+    freeze: Json = ""  # names or patterns of parameters to hold still (*.att,embed), a JSON list or dict
     synthetic_dataset: str = ""  # a second data set on disk, mixed into training within a window of steps
     synthetic_start_step: int = 0  # the window's first step
     synthetic_end_step: int = 0  # and the one after its last
@@ -313,7 +327,7 @@ def import_foreign(name, path, key, foreign):
         raise
     except (Exception, SystemExit) as e:
         del sys.modules[name]
-        line = configs.line_of(e, path)
+        line = line_of(e, path)
         raise ConfigError(f"{path}:{line} does not run ({type(e).__name__}: {e})", key) from None
     finally:
         sys.meta_path.remove(finder)
@@ -360,17 +374,17 @@ def resolve(settings, recorded=None):
     Foreign."""
     foreign = Foreign(recorded)
     try:
-        first = configs.build_config(TrainConfig, [s for s in settings if s.key in ("model", "data")])
+        first = build_config(TrainConfig, [s for s in settings if s.key in ("model", "data")])
         model_module, model_class = resolve_model(first.model, foreign)
         data_module = import_source_file(first.data, "data", "Config", "Data", foreign=foreign)
     except ConfigError as e:
         origin = {s.key: s.origin for s in settings}.get(e.key)
         raise ConfigError(f"{origin}: {e}" if origin else str(e)) from None
-    configs.reject_unknown(settings, TrainConfig, model_module.Config, data_module.Config)
-    train = configs.build_config(TrainConfig, settings)
+    reject_unknown(settings, TrainConfig, model_module.Config, data_module.Config)
+    train = build_config(TrainConfig, settings)
     message = f"mem_stats_every={train.mem_stats_every} has no effect: {train.model} has no memory layers"
     require(not train.mem_stats_every or hasattr(model_class, "on_step_end"), message, "mem_stats_every")
-    data = configs.build_config(data_module.Config, settings)
+    data = build_config(data_module.Config, settings)
     return Settings(train, model_module, model_class, data_module, data, settings, foreign.files)
 
 
@@ -379,15 +393,15 @@ def build_data(p):
     data = p.data_module.Data(p.data)
     if not p.train.synthetic_dataset:
         return data
-    from mixture import mix  # only now: it imports both data files
+    from nanorecall.mixture import mix  # only now: it imports both data files
 
     return mix(data, p.train)
 
 
 def build_model_config(p, data):
     """The model's Config: settings, and what the data tells it."""
-    config = configs.build_config(p.model_module.Config, p.settings, vocab_size=data.vocab_size, seq_len=data.seq_len)
-    configs.reject_unused(config, getattr(p.model_class, "inactive_settings", {}), {s.key: s for s in p.settings})
+    config = build_config(p.model_module.Config, p.settings, vocab_size=data.vocab_size, seq_len=data.seq_len)
+    reject_unused(config, getattr(p.model_class, "inactive_settings", {}), {s.key: s for s in p.settings})
     return config
 
 
@@ -654,7 +668,7 @@ def load_settings(folder, changes=()):
         )
     p = resolve(settings + list(changes), saved["files"])
     for cls, group in zip((TrainConfig, p.model_module.Config, type(p.data)), groups):
-        lost = [n for n in configs.field_names(cls) if n not in group and n not in told]
+        lost = [n for n in field_names(cls) if n not in group and n not in told]
         # Settings that are newer than the run. What the checkpoint knows of is compared with it.
         if lost and os.environ.get("RANK", "0") == "0":
             note = f"note: {path} has no {', '.join(lost)}; their defaults are taken"

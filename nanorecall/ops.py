@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configs import require
-from twins import FirstOrder, transformed
+from nanorecall.second_order import FirstOrder, transformed
+from nanorecall.settings import require
 
 try:  # an optional extra, CUDA only: pip install flash-attn --no-build-isolation
     from flash_attn import flash_attn_varlen_func

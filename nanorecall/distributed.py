@@ -24,17 +24,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (
+from nanorecall.checkpoint import (
     load_checkpoint,
-    select_prefix,
     read_shards,
     remove_old_shards,
     save_checkpoint,
     save_shards,
-    shard_metadata,
+    select_prefix,
     shard_dir,
+    shard_metadata,
 )
-from configs import ConfigError, RunError, require, say
+from nanorecall.settings import ConfigError, RunError, require, say
 
 # ---- ranks -------------------------------------------------------------------------------------------------------------
 

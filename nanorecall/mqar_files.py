@@ -13,10 +13,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import configs
-from checkpoint import check_kinds, sha256_file, atomic_directory, read_lines, read_record, atomic_write, write_json
-from configs import ConfigError, at_least, require
-from draws import IGNORE_INDEX, SPLITS, sample_without_replacement, weighted_permutation, rng_for, philox_key, row_uniforms
+from nanorecall.checkpoint import atomic_directory, atomic_write, check_kinds, read_lines, read_record, sha256_file, write_json
+from nanorecall.rng import (
+    IGNORE_INDEX,
+    SPLITS,
+    philox_key,
+    rng_for,
+    row_uniforms,
+    sample_without_replacement,
+    weighted_permutation,
+)
+from nanorecall.settings import ConfigError, at_least, one_of, require
 
 
 @dataclass
@@ -34,7 +41,7 @@ class DatasetConfig:
     def check(self):
         at_least(self, 1, "num_samples", "num_kv_pairs", "num_copies")
         at_least(self, 0, "power_a", "seed")
-        configs.one_of(self, ("parquet", "jsonl"), "output_format")
+        one_of(self, ("parquet", "jsonl"), "output_format")
         V, block = self.vocab_size, 4 * self.num_kv_pairs
         low = max(block, self.seq_len // block * block)
         near = f"the nearest are {low} and {low + block}"

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import dataset_sha256, atomic_write, write_json
-from configs import ConfigError, at_least, one_of, require, say
-from draws import IGNORE_INDEX
-from measure import autocast, iter_predictions
-from parallel import SINGLE_PROCESS, autodetect_device
-from plan import load_run
+from nanorecall.checkpoint import atomic_write, dataset_sha256, write_json
+from nanorecall.distributed import SINGLE_PROCESS, autodetect_device
+from nanorecall.metrics import autocast, iter_predictions
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.run import load_run
+from nanorecall.settings import ConfigError, at_least, one_of, require, say
 
 
 @dataclass

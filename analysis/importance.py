@@ -12,13 +12,22 @@ import os
 import numpy as np
 import torch
 
-from checkpoint import read_record
-from configs import ConfigError, require, say
-from exchange import DECODING
-from look import BOOLEAN, DECIDE, NUMBER, TEXT, WHOLE, ending, read_parquet, results, save_result
-from measure import errorbars, figure, finish_figure, mean_ci, print_table, proportion, clustered_proportion, format_ci
+from analysis.patching import DECODING
+from analysis.trained_run import BOOLEAN, DECIDE, NUMBER, TEXT, WHOLE, ending, read_parquet, results, save_result
 from memory import slot_usage
-from stats import add_holm, correlation
+from nanorecall.checkpoint import read_record
+from nanorecall.metrics import (
+    clustered_proportion,
+    errorbars,
+    figure,
+    finish_figure,
+    format_ci,
+    mean_ci,
+    print_table,
+    proportion,
+)
+from nanorecall.settings import ConfigError, require, say
+from nanorecall.stats import add_holm, correlation
 
 COLUMNS = {  # what is read here of each measurement
     "keys": {

@@ -12,12 +12,21 @@ import sys
 import time
 from collections import namedtuple
 
-import configs
-from checkpoint import atomic_write
-from configs import ConfigError, printable, require, say
-from look import ending, open_run
-from parallel import process_group
-from plan import enough_memory
+from analysis.trained_run import ending, open_run
+from nanorecall.checkpoint import atomic_write
+from nanorecall.distributed import process_group
+from nanorecall.run import enough_memory
+from nanorecall.settings import (
+    ConfigError,
+    build_config,
+    help_text,
+    printable,
+    reject_unknown,
+    reject_unused,
+    require,
+    say,
+    split_argv,
+)
 
 ADVICE = "lower eval_batch_size, or measure on the CPU with --device cpu"  # when memory is full
 MODEL = "split checkpoint eval_batch_size device dtype"  # settings of whatever runs a model
@@ -39,14 +48,14 @@ def analysis(work, uses, shows, why_not=fits_all):
 def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     """Read a command line, refuse what the command does not use, and run it. kind: the dataclass of settings; prefix: of the
     names of result files."""
-    words, settings = configs.split_argv(sys.argv[1:] if argv is None else argv)
+    words, settings = split_argv(sys.argv[1:] if argv is None else argv)
     asked = any(s.key == "help" for s in settings)
     if asked or not words:
-        say(configs.help_text(doc, kind))
+        say(help_text(doc, kind))
         require(asked, "name a run directory or a command" if default else "name a command and a run directory", None)
         return
-    configs.reject_unknown(settings, kind)
-    config = configs.build_config(kind, settings)
+    reject_unknown(settings, kind)
+    config = build_config(kind, settings)
     near = difflib.get_close_matches(words[0], commands, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(commands)}"
     is_run = default and (len(words) == 1 or os.path.isdir(words[0]))
@@ -55,7 +64,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     command = commands[name]
     users = {s: ", ".join(n for n, c in commands.items() if s in c.uses.split()) for s in kind.__dataclass_fields__}
     idle = {s: f"{name} does not use it, only {by}" for s, by in users.items() if s not in command.uses.split()}
-    configs.reject_unused(config, idle, {s.key: s for s in settings})
+    reject_unused(config, idle, {s.key: s for s in settings})
     if not command.looks:
         perform(command, words, config)
         return

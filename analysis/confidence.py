@@ -8,20 +8,20 @@ Letters: N labels, V vocabulary.
 import numpy as np
 import torch
 
-from draws import IGNORE_INDEX
-from look import label_positions, map_batches, save_result
-from measure import (
+from analysis.trained_run import label_positions, map_batches, save_result
+from nanorecall.metrics import (
+    clustered_mean_ci,
+    clustered_proportion,
     errorbars,
     figure,
     finish_figure,
-    clustered_mean_ci,
+    format_ci,
     mean_share_over_rows,
     print_table,
-    row_counts,
     proportion,
-    clustered_proportion,
-    format_ci,
+    row_counts,
 )
+from nanorecall.rng import IGNORE_INDEX
 
 
 def score_answer_tokens(look, batch):
