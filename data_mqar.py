@@ -247,9 +247,9 @@ def Data(config):
     """The task as train.py and eval.py use it: made in memory, or read from config.path.
 
     .vocab_size, .seq_len (the longest row), and
-    .rows(step, batch_size) -> the global row numbers of a training step, a range
+    .batch_indices(step, batch_size) -> the global row numbers of a training step, a range
     .batch(split, step, rows) -> tokens (B, T) long, targets (B, T) long, tags {name: (N,) array}
-    .segments(split) -> ranges of rows of one length, for evaluation
+    .eval_groups(split) -> ranges of rows of one length, for evaluation
     .steps_per_epoch(batch_size)
     """
     return StoredMQAR(config) if config.path else InMemoryMQAR(config)
@@ -277,7 +277,7 @@ class InMemoryMQAR:
         turn = step % len(self.train_cells)
         return self.train_cells[turn], step // len(self.train_cells), not self.config.fresh
 
-    def rows(self, step, batch_size):
+    def batch_indices(self, step, batch_size):
         cell, visit, _ = self.stage(step)
         count = self.rows_per_step(cell, batch_size)
         return range(visit * count, (visit + 1) * count)
@@ -291,7 +291,7 @@ class InMemoryMQAR:
         share = self.config.n_train_examples / len(self.train_cells)
         return max(1, round(sum(share / self.rows_per_step(cell, batch_size) for cell in self.train_cells)))
 
-    def segments(self, split):
+    def eval_groups(self, split):
         n = self.config.n_val_examples if split == "val" else self.config.n_test_examples
         return [range(i * n, (i + 1) * n) for i in range(len(self.test_cells))]
 
@@ -301,7 +301,7 @@ class InMemoryMQAR:
             cell, _, fixed = self.stage(step)
             tokens, targets, tags = self.from_fixed_set(cell, rows) if fixed else make_sequences(cell, split, rows)
         else:
-            segment = rows // len(self.segments(split)[0])
+            segment = rows // len(self.eval_groups(split)[0])
             if (segment != segment[0]).any():
                 raise ValueError("the rows of one batch must come from one segment")
             tokens, targets, tags = make_sequences(self.test_cells[segment[0]], split, rows)

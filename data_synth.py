@@ -167,12 +167,12 @@ class Config:
 
 
 class Data:
-    """.vocab_size, .seq_len (tokens of the longest document), .chance {name: accuracy without knowledge}, and
+    """.vocab_size, .seq_len (tokens of the longest document), .baselines {name: accuracy without knowledge}, and
 
-    .rows(step, batch_size) -> the global row numbers of a training step, a range; a row is a document
+    .batch_indices(step, batch_size) -> the global row numbers of a training step, a range; a row is a document
     .batch(split, step, rows) -> tokens (B, T) long, targets (B, T) long, tags {name: (N,) array}; and cu_seqlens (R + 1,) if
         packing=documents and split is train: then B is 1
-    .segments(split) -> ranges of rows, for evaluation
+    .eval_groups(split) -> ranges of rows, for evaluation
     .steps_per_epoch(batch_size)
     .notes: lines about documents of your own, for train.py to print
     """
@@ -182,7 +182,7 @@ class Data:
         self.tokenizer = read_tokenizer(c.tokenizer)
         stored = c.path and c.task != "text"
         self.source = FactDataset(c, *read_stored(c.path, c.task, TASKS)) if stored else TASKS[c.task].make(c)
-        self.kind, self.chance, self.vocab_size = self.source.kind, self.source.chance, self.tokenizer.vocab_size
+        self.kind, self.baselines, self.vocab_size = self.source.kind, self.source.baselines, self.tokenizer.vocab_size
         self.seq_len = self.longest()
         # the place of a digit or letter in its answer is a tag, unless every answer is a sentence
         self.has_positions = self.kind != "text" and any(isinstance(t, str) for t in getattr(self.source, "texts", [""]))
@@ -210,14 +210,14 @@ class Data:
         # bytes fill block_size at most; another tokenizer makes no more tokens than bytes of text, and a few for its own needs
         return self.config.block_size + (0 if self.tokenizer.name == "bytes" else 64)
 
-    def rows(self, step, batch_size):
+    def batch_indices(self, step, batch_size):
         return range(step * batch_size, (step + 1) * batch_size)
 
     def steps_per_epoch(self, batch_size):
         return max(1, self.source.count("train") // batch_size)
 
-    def segments(self, split):
-        return self.source.segments(split)
+    def eval_groups(self, split):
+        return self.source.eval_groups(split)
 
     def document(self, text):
         """A text, or (question, answer) -> tokens (L,), and where the answer begins (0: not said)."""

@@ -79,7 +79,7 @@ def accuracy_by_slice(look):
     c, data, model, world = look.config, look.data, look.model, look.world
     can_decode = hasattr(model, "read") or (c.examples == 0 and c.example < 0)
     require(can_decode, "examples are decoded, for which the model needs a method `read` as in model.py", "examples")
-    last = data.segments(c.split)[-1][-1]
+    last = data.eval_groups(c.split)[-1][-1]
     require(c.example <= last, f"example={c.example} is no row of {c.split}; the last is {last}", "example")
     mine = iter_predictions(model, data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True, world=world)
     batches = [b for turn in zip(*world.all_gather_object(list(mine))) for b in turn if b]  # in the order that one process would take
@@ -91,7 +91,7 @@ def accuracy_by_slice(look):
         "accuracy": label_share(result["all"]),
         "row_accuracy": everything["exact"],
         "loss": {"value": result["loss"], "n": result["labels"]},
-        "without_knowledge": getattr(data, "chance", {}),
+        "without_knowledge": getattr(data, "baselines", {}),
         "stored": stored_bits(batches, data, model),
     }
     by_slice = {tag: {str(v): slice_metrics(cell) for v, cell in cells.items()} for tag, cells in result["by_slice"].items()}
@@ -101,7 +101,7 @@ def accuracy_by_slice(look):
         say(f"{name}: {value['value']:.4g} (95% interval {value['ci95'][0]:.4g} - {value['ci95'][1]:.4g})")
     columns = {k: np.concatenate([b[k] for b in batches]) for k in ("row", "hit", "loss")}
     columns |= {tag: np.concatenate([b["tags"][tag] for b in batches]) for tag in batches[0]["tags"]}
-    rows = np.concatenate([list(s) for s in data.segments(c.split)])
+    rows = np.concatenate([list(s) for s in data.eval_groups(c.split)])
     some = rows[np.linspace(0, len(rows) - 1, min(c.examples, len(rows))).astype(int)] if c.examples else []
     shown_rows = [*some, *([c.example] if c.example >= 0 else [])]
     examples = [decode_example(look, row) for row in shown_rows]
@@ -118,7 +118,7 @@ def stored_bits(batches, data, model):
     Of each fact the bits of its answer less its loss, at least 0 (Allen-Zhu and Li 2024, arXiv 2404.05405), here with the facts
     that were measured, times the number of all; the interval is that of the mean over facts.
     """
-    knowledge = getattr(getattr(data, "source", None), "knowledge", {})
+    knowledge = getattr(getattr(data, "source", None), "capacity", {})
     if not knowledge:
         return {}
     tag, value = knowledge["slice"].split("=")

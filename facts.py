@@ -1,7 +1,7 @@
 """The generators of data_synth.py: pairs of numbers, digit lookup, two-hop queries, HashHop, and your own documents.
 
 Each has check(config), label(config) and make(config) -> its documents. What `make` returns has count(split), segments(split),
-read(split, rows) -> texts and tags, .kind, the kind of its label mask, and .chance, the accuracy of guesses without knowledge.
+read(split, rows) -> texts and tags, .kind, the kind of its label mask, and .baselines, the accuracy of guesses without knowledge.
 
 Letters: n pairs or entities, N letters of a word, R rows or relations, E documents in an epoch.
 """
@@ -29,7 +29,7 @@ class FactDataset:
         tags {name: (n,)}: the first names the groups that val and test should have in equal numbers. knowledge, where answers
         can only be known: {"slice": "tag=value" of those trained on, "facts": their number, "bits": of a digit not known}.
         """
-        self.config, self.kind, self.texts, self.chance, self.knowledge = c, kind, texts, chance or {}, knowledge or {}
+        self.config, self.kind, self.texts, self.baselines, self.capacity = c, kind, texts, chance or {}, knowledge or {}
         self.tags = {k: np.asarray(v) for k, v in tags.items()}
         for name, values in self.tags.items():
             plain = values.shape == (len(texts),) and values.dtype.kind in "biufU"
@@ -49,7 +49,7 @@ class FactDataset:
     def count(self, split):
         return len(self.splits[split])
 
-    def segments(self, split):
+    def eval_groups(self, split):
         return [range(self.count(split))]
 
     def numbers(self, split, rows):
@@ -264,7 +264,7 @@ class HashHop:
 
     def __init__(self, c):
         self.config = c
-        self.chance = {f"any end of a chain, whole answers, hops={h}": 1 / self.chains(c, h, 1) for h in c.test_hops}
+        self.baselines = {f"any end of a chain, whole answers, hops={h}": 1 / self.chains(c, h, 1) for h in c.test_hops}
 
     @staticmethod
     def header(hops, cot):
@@ -296,9 +296,9 @@ class HashHop:
 
     def count(self, split):
         c = self.config
-        return {"train": c.n_train_examples}.get(split) or sum(map(len, self.segments(split)))
+        return {"train": c.n_train_examples}.get(split) or sum(map(len, self.eval_groups(split)))
 
-    def segments(self, split):
+    def eval_groups(self, split):
         n = {"val": self.config.n_val_examples, "test": self.config.n_test_examples}[split] or self.default
         return [range(i * n, (i + 1) * n) for i in range(len(self.config.test_hops))]
 
@@ -313,7 +313,7 @@ class HashHop:
         """-> text, hops, cot of one row"""
         c, random = self.config, rng_for(self.config.seed, SPLITS[split], row)
         levels = c.hops if split == "train" else c.test_hops
-        hops = levels[row % len(levels)] if split == "train" else levels[row // len(self.segments(split)[0])]
+        hops = levels[row % len(levels)] if split == "train" else levels[row // len(self.eval_groups(split)[0])]
         cot = hops > 1 and random.random() < c.cot
         queries = c.num_queries if split == "train" else 1
         n = self.chains(c, hops, queries)

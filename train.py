@@ -227,7 +227,7 @@ def forward_backward(run, step, stopped_by):
     ranks also agree here whether one of them has been told to stop (`stopped_by`).
     """
     c, world = run.plan.train, run.world
-    rows = np.asarray(run.data.rows(step, c.batch_size))
+    rows = np.asarray(run.data.batch_indices(step, c.batch_size))
     parts = []
     for number, mine in micro_batches(rows, world, c.accumulate):
         tokens, targets, _, *more = run.data.batch("train", step, mine if len(mine) else rows[:1])  # none left: run one along
@@ -386,7 +386,7 @@ def start(p, folder, world):
         everything = (c, config, p.data)
         world.print0({k: v for part in everything for k, v in dataclasses.asdict(part).items()})
         # a batch never crosses segments
-        val_steps = sum(-(-len(s) // c.eval_batch_size) for s in data.segments("val"))
+        val_steps = sum(-(-len(s) // c.eval_batch_size) for s in data.eval_groups("val"))
         steps = data.steps_per_epoch(c.batch_size), val_steps
         world.print0(f"{split_line}\n>>> n_train_steps = {steps[0]}, n_val_steps = {steps[1]}")
         with enough_memory(lambda: training_advice(model, device)):
@@ -520,7 +520,7 @@ def report(folder, status, c, data):
     by_label = f"{test['accuracy']:.4f} of {test['labels']} labels"
     summary = f"test accuracy {by_label}, {test['row_accuracy']:.4f} of {test['rows']} rows"
     print_slices(test)
-    print_baselines(getattr(data, "chance", {}))
+    print_baselines(getattr(data, "baselines", {}))
     plot_curves(folder, f"{os.path.basename(os.path.normpath(folder))}\n{summary}")
     print(f"{summary}; {status['step']} steps, {status['seconds']:.0f} s; {folder}", flush=True)
     if status["status"] == "finished":

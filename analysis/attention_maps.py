@@ -192,7 +192,7 @@ def example_row(look):
     """The row that --example names, or the first one looked at."""
     if look.config.example < 0:
         return int(batches(look)[0][0])
-    last = look.data.segments(look.config.split)[-1][-1]
+    last = look.data.eval_groups(look.config.split)[-1][-1]
     message = f"example={look.config.example} is no row of {look.config.split}; the last is {last}"
     require(look.config.example <= last, message, "example")
     return look.config.example

@@ -103,7 +103,7 @@ def open_run(folder, config, world=SINGLE_PROCESS):
 
 def batches(look):
     """Row numbers in batches: all of the split, or look.config.rows of them, as many from each of its segments."""
-    c, segments = look.config, look.data.segments(look.config.split)
+    c, segments = look.config, look.data.eval_groups(look.config.split)
     each = -(-c.rows // len(segments)) if c.rows else 0
     some = [s if not each or each >= len(s) else [s[i * len(s) // each] for i in range(each)] for s in segments]
     return [np.asarray(s[i : i + c.eval_batch_size]) for s in some for i in range(0, len(s), c.eval_batch_size)]

@@ -37,8 +37,8 @@ def write_facts(c, source, shard_rows=200_000):
             "format_version": 1,
             **{k: v for k, v in asdict(c).items() if k not in not_stored},
             "mask": source.kind,
-            "chance": source.chance,
-            "knowledge": getattr(source, "knowledge", {}),
+            "chance": source.baselines,
+            "knowledge": getattr(source, "capacity", {}),
             "files": files,
         }
         write_json(os.path.join(work, "metadata.json"), metadata)

@@ -32,7 +32,7 @@ def iter_predictions(model, data, split, batch_size, device, dtype=torch.float32
     the others, once `stop` (a list that a signal fills) of any is not empty.
     """
     correct = scorer(model)
-    batches = [s[i : i + batch_size] for s in data.segments(split) for i in range(0, len(s), batch_size)]
+    batches = [s[i : i + batch_size] for s in data.eval_groups(split) for i in range(0, len(s), batch_size)]
     hidden = not (bar and world.is_main and sys.stderr.isatty())
     for turn in tqdm(range(0, len(batches), world.size), desc=split, disable=hidden, leave=False):
         if world.all_gather(len(stop)).any():
@@ -265,7 +265,7 @@ def check_slice(data, name, batch_size):
     """ConfigError unless the slice "tag=value" is among those of validation and of test."""
     for split in ("val", "test"):
         there = {}
-        for segment in data.segments(split):
+        for segment in data.eval_groups(split):
             for first in range(0, len(segment), batch_size):
                 for tag, values in data.batch(split, 0, segment[first : first + batch_size])[2].items():
                     there.setdefault(tag, set()).update(map(str, np.unique(values)))

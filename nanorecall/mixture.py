@@ -45,7 +45,7 @@ class Mixture:
     """Two data sets as one: what train.py needs of a data file's Data."""
 
     def __init__(self, main, second, c):
-        self.main, self.second, self.chance = main, second, getattr(main, "chance", {})
+        self.main, self.second, self.baselines = main, second, getattr(main, "baselines", {})
         self.notes = getattr(main, "notes", [])
         self.vocab_size = max(main.vocab_size, second.vocab_size)
         self.seq_len = max(main.seq_len, second.seq_len)
@@ -63,16 +63,16 @@ class Mixture:
         inside = 0 <= place < len(self.drawn) and self.drawn[place]
         return (self.second, gone) if inside else (self.main, step - gone)
 
-    def rows(self, step, batch_size):
+    def batch_indices(self, step, batch_size):
         data, number = self.turn(step)
-        return data.rows(number, batch_size)
+        return data.batch_indices(number, batch_size)
 
     def batch(self, split, step, rows):
         data, number = self.turn(step) if split == "train" else (self.main, step)
         return data.batch(split, number, rows)
 
-    def segments(self, split):
-        return self.main.segments(split)
+    def eval_groups(self, split):
+        return self.main.eval_groups(split)
 
     def steps_per_epoch(self, batch_size):
         return self.main.steps_per_epoch(batch_size)

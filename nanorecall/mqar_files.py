@@ -344,13 +344,13 @@ class StoredMQAR:
         require(whole, f"{path} holds something else than tokens", "path")
         return numbers.astype(np.int32).reshape(-1, self.seq_len)
 
-    def rows(self, step, batch_size):
+    def batch_indices(self, step, batch_size):
         return range(step * batch_size, (step + 1) * batch_size)
 
     def steps_per_epoch(self, batch_size):
         return max(1, self.orders.size // batch_size)
 
-    def segments(self, split):
+    def eval_groups(self, split):
         return [range(min(self.metadata["num_samples"], self.limit[split]))]
 
     def batch(self, split, step, rows):

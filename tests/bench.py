@@ -115,7 +115,7 @@ def count_flops(step):
 def train_rows(rounds):
     """A training step of configs/mqar_gpt.py on 32 pairs, against a plain loop: all logits, torch's default AdamW."""
     data = data_mqar.Data(data_mqar.Config(fresh=True))
-    text, targets, _ = data.batch("train", 0, data.rows(0, 32))
+    text, targets, _ = data.batch("train", 0, data.batch_indices(0, 32))
 
     def stepper(loss_of, compiled=False):
         torch.manual_seed(0)
@@ -266,7 +266,7 @@ def length_rows(rounds):
     peak, peak_flops = make_peak()
     for T in (128, 512, 2048) if rounds < 5 else (128, 256, 512, 1024, 2048):
         data = data_mqar.Data(data_mqar.Config(fresh=True, input_seq_len=T))
-        text, targets, _ = data.batch("train", 0, data.rows(0, 4096 // T))
+        text, targets, _ = data.batch("train", 0, data.batch_indices(0, 4096 // T))
         sizes = dict(dk=48, dv=48, seq_len=T)
         models = {f"DeltaNet, conv {conv}": D.DeltaNet(D.Config(conv=conv, **sizes)) for conv in (4, 0)}
         models |= {f"GPT, conv {conv}": M.GPT(M.Config(conv=conv, **sizes)) for conv in (4, 0)}

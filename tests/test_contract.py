@@ -100,7 +100,7 @@ def data(data_name):
 
 
 def test_batches_are_pure_and_fit_together(data):
-    first = data.rows(0, 8)
+    first = data.batch_indices(0, 8)
     tokens, targets, tags = data.batch("train", 0, first)
     assert tokens.dtype == targets.dtype == torch.long and tokens.shape == targets.shape == (len(first), tokens.shape[1])
     assert tokens.shape[1] <= data.seq_len and 0 <= tokens.min() and tokens.max() < data.vocab_size
@@ -114,8 +114,8 @@ def test_batches_are_pure_and_fit_together(data):
 
 def test_segments_cover_val_and_test(data):
     for split in ("val", "test"):
-        rows = [r for segment in data.segments(split) for r in segment]
+        rows = [r for segment in data.eval_groups(split) for r in segment]
         assert len(rows) == len(set(rows)) > 0
-        for segment in data.segments(split):
+        for segment in data.eval_groups(split):
             assert data.batch(split, 0, segment)[0].shape[0] == len(segment)
     assert data.steps_per_epoch(8) >= 1

@@ -262,15 +262,15 @@ def test_splits_share_no_row_and_passes_cover_the_set_in_new_orders():
     assert {r.tobytes() for r in first} == {r.tobytes() for r in second} == sets["train"]
     assert (first != second).any()
     steps = data.steps_per_epoch(30)
-    assert steps == 10 and [data.rows(s, 30) for s in (0, 9)] == [range(0, 30), range(270, 300)]
+    assert steps == 10 and [data.batch_indices(s, 30) for s in (0, 9)] == [range(0, 30), range(270, 300)]
 
 
 def test_curriculum_goes_through_its_stages_at_equal_tokens():
     c = config(input_seq_len=64, num_kv_pairs=16, vocab_size=64, curriculum=((2, 3), (4, 2)), fresh=True)
     data = D.Data(c)
-    shapes = [tuple(data.batch("train", s, data.rows(s, 4))[0].shape) for s in range(7)]
+    shapes = [tuple(data.batch("train", s, data.batch_indices(s, 4))[0].shape) for s in range(7)]
     assert shapes == [(32, 8)] * 3 + [(16, 16)] * 2 + [(4, 64)] * 2
-    assert data.rows(5, 4) == range(0, 4) and data.rows(6, 4) == range(4, 8)
+    assert data.batch_indices(5, 4) == range(0, 4) and data.batch_indices(6, 4) == range(4, 8)
 
 
 def test_cells_take_turns_and_test_cells_are_reported_apart():
@@ -278,9 +278,9 @@ def test_cells_take_turns_and_test_cells_are_reported_apart():
         vocab_size=256, train_cells=((32, 4), (64, 8)), test_cells=((32, 4), (128, 32)), n_test_examples=5, n_val_examples=5
     )
     data = D.Data(c)
-    assert [data.batch("train", s, data.rows(s, 2))[0].shape for s in range(3)] == [(8, 32), (4, 64), (8, 32)]
-    assert data.seq_len == 128 and [len(s) for s in data.segments("test")] == [5, 5]
-    tokens, _, tags = data.batch("test", 0, data.segments("test")[1])
+    assert [data.batch("train", s, data.batch_indices(s, 2))[0].shape for s in range(3)] == [(8, 32), (4, 64), (8, 32)]
+    assert data.seq_len == 128 and [len(s) for s in data.eval_groups("test")] == [5, 5]
+    tokens, _, tags = data.batch("test", 0, data.eval_groups("test")[1])
     assert tokens.shape == (5, 128) and set(tags["num_kv_pairs"]) == {32} and set(tags["cell"]) == {"128x32"}
     with pytest.raises(ValueError, match="one segment"):
         data.batch("test", 0, range(3, 7))
@@ -361,8 +361,8 @@ def test_training_reads_what_was_written(tmp_path):
     for r, x, y in zip([0, 61, 179, 0], tokens.tolist(), targets.tolist()):
         assert x == rows[order[r]]["input_ids"] and y == rows[order[r]]["labels"][1:] + [IGNORE]
     assert all(len(v) == (targets != IGNORE).sum() for v in tags.values())
-    assert data.segments("test") == [range(60)]
-    assert D.Data(config("--path", str(folder), "--n_test_examples=7")).segments("test") == [range(7)]
+    assert data.eval_groups("test") == [range(60)]
+    assert D.Data(config("--path", str(folder), "--n_test_examples=7")).eval_groups("test") == [range(7)]
     with pytest.raises(ConfigError, match="no effect: the data comes from"):
         config("--path", str(folder), "--num_kv_pairs", "4")
 

@@ -119,7 +119,7 @@ def test_digit_lookup_keys(num_pairs, width):
 def test_what_is_measured_has_as_many_of_each_kind():
     data = D.Data(D.Config(task="digits", num_pairs=900, num_novel=100, n_val_examples=60, n_test_examples=0))
     for split, known, novel in (("val", 30, 30), ("test", 900, 50)):
-        (rows,) = data.segments(split)
+        (rows,) = data.eval_groups(split)
         assert collections.Counter(data.source.read(split, rows)[1]["key"]) == {"known": known, "novel": novel}
     val = texts(data, "val")
     assert sorted(val) != val and len({*val}) == 60
@@ -143,7 +143,7 @@ def test_chance_by_hand():
     ties = [("1", digit) for digit in "73"]  # the smallest of the most frequent digits, in every process
     assert F.guess_baselines(ties, [("1", "3")])["majority digit"] == 1
     data = D.Data(D.Config(task="digits", num_pairs=20000, num_novel=1000))
-    assert data.chance["majority digit"] == pytest.approx(1 / 6, abs=0.02) == data.chance["copy the key"]
+    assert data.baselines["majority digit"] == pytest.approx(1 / 6, abs=0.02) == data.baselines["copy the key"]
 
 
 def split_pair(text):
@@ -182,7 +182,7 @@ def test_what_is_asked_has_no_vote_in_the_guess(settings, tag, known, asked):
         hits = [a == b for _, answer in pairs[1] for a, b in zip(answer, usual)]
         return sum(hits) / len(hits)
 
-    (found,) = (value for name, value in source.chance.items() if name.startswith("majority"))
+    (found,) = (value for name, value in source.baselines.items() if name.startswith("majority"))
     assert found == pytest.approx(share(pairs[0]))
     assert found != pytest.approx(share(pairs[0] + pairs[1]))  # the check sees the difference
 
@@ -276,7 +276,7 @@ def test_hash_chains_followed_by_hand():
     every = [{*texts(data, split, range(400))} for split in ("train", "val", "test")]
     assert len(set.union(*every)) == 1200  # no row stands in two splits
     for split in ("val", "test"):
-        for level, segment in zip(c.test_hops, data.segments(split)):
+        for level, segment in zip(c.test_hops, data.eval_groups(split)):
             assert all(follow(t)[0] == level and len(follow(t)[2]) == 1 for t in texts(data, split, list(segment)[:5]))
 
 
@@ -295,7 +295,7 @@ def test_hashhop_at_its_edges(hops, hash_len, block):
 def test_only_answers_are_scored_and_tags_fit(task):
     data = D.Data(small(task))
     for split in ("train", "val", "test"):
-        rows = data.segments(split)[0] if split != "train" else range(12)
+        rows = data.eval_groups(split)[0] if split != "train" else range(12)
         for text, answer in zip(texts(data, split, rows), scored(data, split, rows)):
             assert answer == re.split(r"[:>]|= '", text)[-1].strip(" '\n")
         tokens, targets, tags = data.batch(split, 0, rows)
@@ -427,9 +427,9 @@ def test_what_is_written_is_the_task_in_memory(tmp_path, variant, format, capsys
     assert frame["text"].tolist() == texts(made, "train", range(count))  # in the order of the first epoch
     tags = [data.batch("test", 0, [0])[2].keys() for data in (stored, made)]
     assert (stored.batch("test", 0, range(8))[1] != K.IGNORE_INDEX).any()
-    assert stored.kind == made.kind and stored.chance == made.chance and tags[0] == tags[1]
-    assert stored.source.knowledge == getattr(made.source, "knowledge", {})
-    assert bool(stored.source.knowledge) == (variant in ("qa", "digits"))
+    assert stored.kind == made.kind and stored.baselines == made.baselines and tags[0] == tags[1]
+    assert stored.source.capacity == getattr(made.source, "capacity", {})
+    assert bool(stored.source.capacity) == (variant in ("qa", "digits"))
     assert D.main([task, "--output_dir", str(tmp_path / "b"), "--format", format, *words]) == 0
     for file in sorted(p for p in (tmp_path / "a").rglob("*.*") if p.name != "metadata.json"):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()  # same seed, same bytes

@@ -191,8 +191,8 @@ def test_bits_stored_by_hand():
 
     nats = np.log(2) * np.array([0.5, 0.5, 2.0, 1.0, 9.0, 9.0, 0.0, 0.0])
     batch = {"row": np.repeat(range(4), 2), "loss": nats, "tags": {"seen": np.repeat([1, 1, 1, 0], 2)}}
-    source = SimpleNamespace(knowledge={"slice": "seen=1", "facts": 6, "bits": 3.0})
+    source = SimpleNamespace(capacity={"slice": "seen=1", "facts": 6, "bits": 3.0})
     found = ev.stored_bits([batch], SimpleNamespace(source=source), torch.nn.Linear(3, 1))
     assert found["bits stored"]["value"] == pytest.approx(6 * (5 + 3 + 0) / 3) and found["bits stored"]["n"] == 3
     assert found["bits stored per parameter"]["value"] == pytest.approx(16 / 4) and len(found) == 2
-    assert ev.stored_bits([batch], SimpleNamespace(source=SimpleNamespace(knowledge={})), None) == {}
+    assert ev.stored_bits([batch], SimpleNamespace(source=SimpleNamespace(capacity={})), None) == {}

@@ -84,7 +84,7 @@ def test_the_examples_in_docstrings(file):
 def test_rows_are_as_many_of_each_segment(runs):
     look = open_look(runs, "hops", rows=8, eval_batch_size=3)
     rows = np.concatenate(look_file.batches(look))
-    segments = look.data.segments("test")
+    segments = look.data.eval_groups("test")
     assert [sum(r in s for r in rows) for s in segments] == [2] * len(segments) and len(set(rows)) == len(rows)
     assert len(np.concatenate(look_file.batches(open_look(runs, "hops")))) == sum(map(len, segments))
 

@@ -26,7 +26,7 @@ def test_five_steps_by_hand(tmp_path, own, rate):
     names, weights = zip(*model.named_parameters())
     first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
     for step in range(5):
-        tokens, targets, *_ = data.batch("train", step, data.rows(step, 4))
+        tokens, targets, *_ = data.batch("train", step, data.batch_indices(step, 4))
         loss = F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
         gradients = torch.autograd.grad(loss, weights)
         norm = sum(g.square().sum() for g in gradients).sqrt()

@@ -54,11 +54,11 @@ def test_steps_of_the_window_are_the_seconds_first(stored, main_data, name):
     assert both.vocab_size == max(259, second.vocab_size) and both.seq_len == max(main_data.seq_len, second.seq_len)
     sources = [main_data, main_data, second, second, second, main_data]
     for step, (data, own) in enumerate(zip(sources, [0, 1, 0, 1, 2, 2])):
-        rows = both.rows(step, 8)
-        assert rows == data.rows(own, 8)
+        rows = both.batch_indices(step, 8)
+        assert rows == data.batch_indices(own, 8)
         assert_same([*both.batch("train", step, rows)[:2]], [*data.batch("train", own, rows)[:2]])
     assert_same([*both.batch("val", 3, range(5))[:2]], [*main_data.batch("val", 0, range(5))[:2]])
-    assert both.segments("val") == main_data.segments("val") and both.steps_per_epoch(8) == main_data.steps_per_epoch(8)
+    assert both.eval_groups("val") == main_data.eval_groups("val") and both.steps_per_epoch(8) == main_data.steps_per_epoch(8)
 
 
 def test_a_weight_shares_out_the_window(stored, main_data):
