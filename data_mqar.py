@@ -1,41 +1,48 @@
-"""Multi-query associative recall (MQAR): pairs of a key and a value, then the keys again; say the value of each.
+"""Multi-query associative recall (MQAR): store pairs of a key and a value, then query the keys.
 
-    python data_mqar.py                                            # print an example and this text
-    python data_mqar.py --output-dir mqar_data --num-samples 100000 --seq-len 512 --num-kv-pairs 16 \\
-        --vocab-size 32000 --power-a 0.01 --num-copies 100 --output-format parquet
-    python train.py --data data_mqar --path mqar_data              # train on what that wrote
+    python data_mqar.py                                # print this text, with an example
+    python data_mqar.py --output-dir mqar_data --num-samples 100000 --seq-len 512 \\
+        --num-kv-pairs 16 --vocab-size 32000 --power-a 0.01 --num-copies 100
+    python train.py --data data_mqar --path mqar_data  # train on what that wrote
 
-Two layouts of one task. In memory, for training (`Data`), as in Zoology (arXiv 2312.04927): the value is never in the
-input after a query, and its target is at the query's own position (logits there predict it; nothing to shift).
+In memory, for training (`Data`), as in Zoology (arXiv 2312.04927). A value never follows its query
+in the input. Its target is at the position of the query, where the logits predict it.
 
 >>> show(Config(input_seq_len=16, num_kv_pairs=3, vocab_size=20, seed=1))
 tokens   5 19  7 17  4 15  7  0  5  0  4  0  0  0  0  0
 targets  .  .  .  .  .  . 17  . 19  . 15  .  .  .  .  .
 
-On disk, for others (`write_dataset`), as in the LLMonade data set: storage and queries both hold the values, several
-such blocks fill a row, and labels are unshifted (labels[i] == input_ids[i] at the values of the query half).
+On disk, for other programs (nanorecall/mqar_files.py), as in the LLMonade data set. Storage and
+queries both show the values, several such blocks fill a sequence, and labels are unshifted.
 
->>> show_stored(StoreConfig(seq_len=16, num_kv_pairs=4, vocab_size=20, seed=0))
+>>> show_on_disk(DatasetConfig(seq_len=16, num_kv_pairs=4, vocab_size=20, seed=0))
 input_ids  4 11  3 16  6 13  2 19  6 13  2 19  3 16  4 11
 labels     .  .  .  .  .  .  .  .  . 13  . 19  . 16  . 11
 
-Every row is a pure function of (seed, split, length, pairs, row number): no batch size, call order or other generator
-changes it. Letters: R rows, L tokens in a row, n pairs, u updates, V vocabulary, S query slots.
+Each sequence is a pure function of (seed, split, length, pairs, index): it is the same in every
+batch and at every batch size.
+
+Letters: B sequences, T tokens, V vocabulary, n pairs, u updates, S query slots, N labels.
 """
 
 import math
 import os
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nanorecall.mqar_files import DatasetConfig, StoredMQAR, make_disk_sequences, write_dataset
+from nanorecall.mqar_files import (
+    DatasetConfig,
+    StoredMQAR,
+    make_disk_sequences,
+    show_columns,
+    write_and_report,
+)
 from nanorecall.rng import (
     IGNORE_INDEX,
-    SPLITS,
+    STREAMS,
     nth_not_in,
     philox_key,
     row_uniforms,
@@ -57,25 +64,31 @@ from nanorecall.settings import (
 )
 
 
+IntPairs = tuple[tuple[int, int], ...]
+
+
 @dataclass
 class Config:
-    input_seq_len: int = 128  # tokens in a row
-    num_kv_pairs: int = 32  # pairs in a row, each queried once
+    input_seq_len: int = 128  # tokens in a sequence
+    num_kv_pairs: int = 32  # pairs in a sequence, each queried once
     vocab_size: int = 2048  # token 0 is blank, keys are 1..V/2-1, values V/2..V-1
-    power_a: float = 0.01  # query slot s has weight s^(a-1): 1 is uniform, small asks early pairs early
-    random_non_queries: bool = False  # fill blanks with random tokens, never with one of the row's keys
-    n_train_examples: int = 40000  # rows in the training set, and in an epoch
-    n_val_examples: int = 1000  # rows per cell of the split that training watches; of a path, at most this many
-    n_test_examples: int = 3000  # rows per cell of the split that is measured once, at the end; likewise
-    fresh: bool = False  # new training rows for ever, instead of a fixed set seen again each epoch
-    curriculum: tuple[tuple[int, int], ...] = ()  # first, stages (pairs, steps) of short fresh rows; same tokens a step
-    train_cells: tuple[tuple[int, int], ...] = ()  # cells (length, pairs) that steps take turns in; empty: the one above
-    test_cells: tuple[tuple[int, int], ...] = ()  # cells of val and test, reported one by one; empty: as in training
-    updates: int = 0  # this many of the keys are stored again with a new value; the last one counts
+    power_a: float = 0.01  # query slot s has weight s^(a-1); 1: uniform, small: early pairs early
+    random_non_queries: bool = False  # fill blanks with random tokens, no keys of the sequence
+    n_train_examples: int = 40000  # sequences in the training set, and in an epoch
+    n_val_examples: int = 1000  # validation sequences of each size; with path, at most so many
+    n_test_examples: int = 3000  # test sequences of each size, for the end; with path, at most
+    fresh: bool = False  # new training sequences in every step, instead of epochs over a fixed set
+    curriculum: IntPairs = ()  # [(num_kv_pairs, steps), ...] first: short sequences, more of them
+    train_cells: IntPairs = ()  # [(input_seq_len, num_kv_pairs), ...] in turn; empty: see above
+    test_cells: IntPairs = ()  # sizes to validate and test on, each reported; empty: train_cells
+    updates: int = 0  # keys that are stored again with a new value; the last value counts
     gap: int = 0  # 0..gap random tokens after each stored pair
-    key_len: int = 1  # tokens in a key; longer keys are words over a small alphabet, so that they share tokens
-    path: str = ""  # a directory that `python data_mqar.py --output-dir` wrote, to train on instead
+    key_len: int = 1  # tokens in a key; longer keys share tokens, as words share letters
+    path: str = ""  # train on a directory that `python data_mqar.py --output-dir` wrote instead
     seed: int = 0  # of data and model
+
+    def sizes(self):
+        return self.train_cells or ((self.input_seq_len, self.num_kv_pairs),)
 
     def check(self):
         at_least(self, 0, "updates", "gap", "seed", "power_a")
@@ -83,52 +96,55 @@ class Config:
         within(self, 1, 2**40, "n_val_examples", "n_test_examples")
         if self.path:
             return
-        most = max(pairs for _, pairs in self.train_cells or ((0, self.num_kv_pairs),))
-        message = f"updates={self.updates} exceeds the {most} pairs of a row: a pair is stored again once at most"
-        require(self.updates <= most, message, "updates")
-        for name in ("train_cells", "test_cells"):
-            for length, pairs in getattr(self, name):
-                TaskSize(length, pairs, self).check(name)
+        n = max(pairs for _, pairs in self.sizes())
+        message = f"updates={self.updates} exceeds the {n} pairs: a pair is updated at most once"
+        require(self.updates <= n, message, "updates")
+        for key in ("train_cells", "test_cells"):
+            for length, pairs in getattr(self, key):
+                TaskSize(length, pairs, self).check(key)
         if not self.train_cells:
             TaskSize(self.input_seq_len, self.num_kv_pairs, self).check("input_seq_len")
-        # A cell that came twice would get the same rows twice.
-        stages = [(min_length(pairs, self), pairs) for pairs, _ in self.curriculum if pairs >= 1]
-        cells = self.train_cells or ((self.input_seq_len, self.num_kv_pairs),)
-        twice = [cell for cell in (*stages, *cells) if (*stages, *cells).count(cell) > 1]
+        self.check_curriculum()
+        n_tokens = self.n_train_examples * max(length for length, _ in self.sizes())
+        large = f"n_train_examples={self.n_train_examples} do not fit in memory; use fresh=1"
+        require(self.fresh or n_tokens <= 2**28, large, "n_train_examples")
+
+    def check_curriculum(self):
+        # Sequences are a function of their size: a size that comes twice would repeat its data.
+        sizes = [(min_length(pairs, self), pairs) for pairs, _ in self.curriculum if pairs >= 1]
+        sizes += self.sizes()
+        twice = [size for size in sizes if sizes.count(size) > 1]
         if twice:
             key = "train_cells" if set(twice) & set(self.train_cells) else "curriculum"
-            raise ConfigError(
-                f"rows of {twice[0]} (tokens, pairs) come twice in curriculum and train_cells; name them once", key
-            )
+            message = f"{twice[0]} (tokens, pairs) come twice in curriculum and train_cells"
+            raise ConfigError(f"{message}; name them once", key)
         for pairs, steps in self.curriculum:
-            require(
-                min(pairs, steps) >= 1, f"curriculum: stage {(pairs, steps)} needs at least 1 pair and 1 step", "curriculum"
-            )
-            length = min_length(pairs, self)
-            TaskSize(length, pairs, self).check("curriculum")
-            message = f"curriculum: {pairs} pairs need {length} tokens, more than input_seq_len={self.input_seq_len}"
-            require(length <= self.input_seq_len, message, "curriculum")
-        tokens = self.n_train_examples * max(length for length, _ in self.train_cells or [(self.input_seq_len, 0)])
-        message = f"n_train_examples={self.n_train_examples} rows do not fit in memory; use fresh=1"
-        require(self.fresh or tokens <= 2**28, message, "n_train_examples")
+            few = f"curriculum: stage {(pairs, steps)} needs at least 1 pair and 1 step"
+            require(min(pairs, steps) >= 1, few, "curriculum")
+            T = min_length(pairs, self)
+            TaskSize(T, pairs, self).check("curriculum")
+            longer = f"{pairs} pairs need {T} tokens, more than input_seq_len={self.input_seq_len}"
+            require(T <= self.input_seq_len, f"curriculum: {longer}", "curriculum")
 
     def unused(self):
         if self.path:
             used = ("path", "seed", "n_val_examples", "n_test_examples")
-            return {name: f"the data comes from path={self.path}" for name in asdict(self) if name not in used}
+            reason = f"the data comes from path={self.path}"
+            return {name: reason for name in vars(self) if name not in used}
         return {"num_kv_pairs": "train_cells say it"} if self.train_cells else {}
 
     def label(self):
         """The data's part of a run's name."""
         if self.path:
             return os.path.basename(os.path.normpath(self.path))
-        cells = self.train_cells or ((self.input_seq_len, self.num_kv_pairs),)
-        return "+".join(f"{length}-{pairs}" for length, pairs in cells) + f"-{self.vocab_size}"
+        sizes = "+".join(f"{length}-{pairs}" for length, pairs in self.sizes())
+        return f"{sizes}-{self.vocab_size}"
 
 
 @dataclass(frozen=True, eq=False)
 class TaskSize:
-    """Rows of one size: length tokens, pairs to store, and the layout that follows from the other settings."""
+    """Length and pairs of a sequence, and the layout that follows from them:
+    storage_len tokens of pairs and noise, then n_query_slots slots, each for a key and a blank."""
 
     length: int
     pairs: int
@@ -136,229 +152,259 @@ class TaskSize:
 
     @property
     def updates(self):
-        """How many of the pairs are stored a second time."""
         return min(self.config.updates, self.pairs)
 
     @property
     def alphabet(self):
-        """Tokens that keys are made of: one per key, or for longer keys so few that any one of them is in many keys."""
-        n, key_len = self.pairs, self.config.key_len
-        return n if key_len == 1 else max(2, math.ceil((n + 1) ** (1 / key_len)))
+        """Tokens that keys are made of: one per key; for longer keys the fewest that give one key
+        more than there are pairs, so that each token is in many keys."""
+        if self.config.key_len == 1:
+            return self.pairs
+        return max(2, math.ceil((self.pairs + 1) ** (1 / self.config.key_len)))
 
     @property
-    def storage(self):
-        """Tokens before the query slots."""
+    def storage_len(self):
         return (self.pairs + self.updates) * (self.config.key_len + 1 + self.config.gap)
 
     @property
-    def slots(self):
-        """Places for a query: a key and one blank."""
-        return max(0, self.length - self.storage) // (self.config.key_len + 1)
+    def n_query_slots(self):
+        return max(0, self.length - self.storage_len) // (self.config.key_len + 1)
 
     def check(self, key):
-        V, L, n = self.config.vocab_size, self.length, self.pairs
-        require(n >= 1, f"{key}: a cell needs at least one pair, not {n}", key)
-        require(L % 2 == 0, f"{key}: a row of {L} tokens is odd; keys and values come in twos, use {L + 1}", key)
-        need = min_length(n, self.config)
-        require(self.slots >= n, f"{key}: {n} pairs need a row of at least {need} tokens, not {L}", key)
-        require(L <= 2**20, f"{key}: a row of {L} tokens is longer than {2**20}", key)
+        c, T, n = self.config, self.length, self.pairs
+        V, key_len = c.vocab_size, c.key_len
+        require(n >= 1, f"{key}: there must be at least one pair, not {n}", key)
+        require(T % 2 == 0, f"{key}: a length of {T} is odd; use {T + 1}", key)
+        need = f"{n} pairs need a sequence of at least {min_length(n, c)} tokens"
+        require(self.n_query_slots >= n, f"{key}: {need}, not {T}", key)
+        require(T <= 2**20, f"{key}: {T} tokens are more than {2**20}", key)
         smallest = 2 * max(self.alphabet + 1, n + self.updates)
-        message = f"vocab_size={V} is too small for {n} pairs: half of it are keys, half values; use at least {smallest}"
-        require(V >= smallest, message, "vocab_size")
+        need = f"half of it are keys, half values; use at least {smallest}"
+        require(V >= smallest, f"vocab_size={V} is too small for {n} pairs: {need}", "vocab_size")
         require(V <= 2**24, f"vocab_size={V} is larger than {2**24}", "vocab_size")
-        words = self.alphabet**self.config.key_len if self.config.key_len <= 20 else math.inf
-        require(words <= 2**20, f"key_len={self.config.key_len} is too long: there are more than {2**20} such keys", "key_len")
+        n_keys = self.alphabet**key_len if key_len <= 20 else math.inf
+        many = f"key_len={key_len} is too long: there are more than {2**20} such keys"
+        require(n_keys <= 2**20, many, "key_len")
 
 
 def min_length(pairs, config):
-    """The least (even) number of tokens that holds `pairs` pairs and their queries: 4 per pair in the plain task."""
-    cell = TaskSize(0, pairs, config)
-    need = cell.storage + pairs * (config.key_len + 1)
-    return need + need % 2
+    """The least even number of tokens for so many pairs and their queries; by default 4 a pair."""
+    length = TaskSize(0, pairs, config).storage_len + pairs * (config.key_len + 1)
+    return length + length % 2
 
 
-# ---- the task in memory ------------------------------------------------------------------------------------------------
+def make_sequences(size, split, indices):
+    """Sequences `indices` (B,) of one TaskSize -> tokens (B, T) int32, targets (B, T) int32 (-100:
+    not scored), slices.
 
-
-def make_sequences(cell, split, rows):
-    """Rows of one cell: -> tokens (R, L) int32, targets (R, L) int32 (-100: not scored), tags.
-
-    tags: {name: (N,)} for the N labelled positions in row-major order: num_kv_pairs, input_seq_len, cell ("128x32"), distance
-    (tokens since the key was stored, rounded down to a power of two), and updated (0 or 1) where the task has updates.
+    slices {name: (N,)}, of the N labels in row-major order: num_kv_pairs, input_seq_len, distance
+    (tokens since the key was stored, rounded down to a power of two); with several test sizes cell
+    ("128x32"), with updates updated (0 or 1).
     """
-    c, L, n, u = cell.config, cell.length, cell.pairs, cell.updates
-    R, key_tokens, half = len(rows), c.vocab_size // 2 - 1, c.vocab_size // 2
+    c, T, n, u = size.config, size.length, size.pairs, size.updates
+    B, half = len(indices), c.vocab_size // 2
     noisy = c.gap > 0 or c.random_non_queries
-    sizes = [cell.alphabet, n * (c.key_len > 1), n + u, u, cell.slots, (n + u) * (c.gap > 0), L * noisy]
-    key = philox_key(c.seed, SPLITS[split], L, n)
-    parts = np.split(row_uniforms(key, rows, sum(sizes)), np.cumsum(sizes)[:-1], axis=1)
-    u_alphabet, u_keys, u_values, u_updates, u_slots, u_gaps, u_filler = parts
-    r = np.arange(R)[:, None]
 
-    alphabet = 1 + sample_without_replacement(u_alphabet, key_tokens)  # (R, alphabet)
+    # All random numbers of a sequence come from one call, cut up by what they are for.
+    n_draws = {
+        "alphabet": size.alphabet,
+        "keys": n if c.key_len > 1 else 0,
+        "values": n + u,
+        "updates": u,
+        "slots": size.n_query_slots,
+        "gaps": n + u if c.gap else 0,
+        "filler": T if noisy else 0,
+    }
+    key = philox_key(c.seed, STREAMS[split], T, n)
+    uniforms = row_uniforms(key, indices, sum(n_draws.values()))
+    ends = np.cumsum(list(n_draws.values()))
+    draws = dict(zip(n_draws, np.split(uniforms, ends[:-1], axis=1)))
+    b = np.arange(B)[:, None]
+
+    # Keys (B, n, key_len), all different; values (B, n+u), one for each time a pair is stored.
+    alphabet = 1 + sample_without_replacement(draws["alphabet"], half - 1)  # (B, alphabet)
     if c.key_len == 1:
-        keys = alphabet[:, :, None]  # (R, n, key_len)
-    else:  # n different words over the alphabet, as numbers in base `alphabet`
-        word = sample_without_replacement(u_keys, cell.alphabet**c.key_len)  # (R, n)
-        digits = word[:, :, None] // cell.alphabet ** np.arange(c.key_len) % cell.alphabet
-        keys = alphabet[r[:, :, None], digits]
-    values = half + sample_without_replacement(u_values, c.vocab_size - half)  # (R, n+u), one for each time something is stored
-    again = sample_without_replacement(u_updates, n)  # (R, u), the pairs that are stored a second time
-    stored = np.concatenate([np.tile(np.arange(n), (R, 1)), again], axis=1)  # (R, n+u), which pair is stored when
-    answer = values[:, :n].copy()
-    answer[r, again] = values[:, n:]
+        keys = alphabet[:, :, None]
+    else:  # different numbers, written with key_len digits of base `alphabet`
+        numbers = sample_without_replacement(draws["keys"], size.alphabet**c.key_len)  # (B, n)
+        powers = size.alphabet ** np.arange(c.key_len)
+        keys = alphabet[b[:, :, None], numbers[:, :, None] // powers % size.alphabet]
+    values = half + sample_without_replacement(draws["values"], c.vocab_size - half)
 
+    # The pairs in order, then u of them again with a new value.
+    updated = sample_without_replacement(draws["updates"], n)  # (B, u)
+    stored = np.concatenate([np.tile(np.arange(n), (B, 1)), updated], axis=1)  # (B, n+u)
+    answers = values[:, :n].copy()
+    answers[b, updated] = values[:, n:]
+
+    tokens = np.zeros((B, T), np.int32)
     if noisy:
-        filler = nth_not_in((u_filler * (c.vocab_size - cell.alphabet)).astype(np.int64), alphabet).astype(np.int32)
-    tokens = filler.copy() if c.random_non_queries else np.zeros((R, L), np.int32)
+        # A key of the sequence among the noise would be one more query, or one more pair.
+        numbers = (draws["filler"] * (c.vocab_size - size.alphabet)).astype(np.int64)
+        noise_len = T if c.random_non_queries else size.storage_len
+        filler = nth_not_in(numbers, alphabet).astype(np.int32)
+        tokens[:, :noise_len] = filler[:, :noise_len]
+    start = np.tile(np.arange(n + u) * (c.key_len + 1), (B, 1))  # (B, n+u), of each stored pair
     if c.gap:
-        tokens[:, : cell.storage] = filler[:, : cell.storage]
+        gaps = (draws["gaps"] * (c.gap + 1)).astype(np.int64)
+        start[:, 1:] += np.cumsum(gaps, axis=1)[:, :-1]
+    offsets = np.arange(c.key_len)
+    tokens[b[:, :, None], start[:, :, None] + offsets] = keys[b, stored]
+    tokens[b, start + c.key_len] = values
 
-    noise = (u_gaps * (c.gap + 1)).astype(np.int64)  # (R, n+u), tokens of noise after each stored pair
-    start = np.tile(np.arange(n + u) * (c.key_len + 1), (R, 1))
-    if c.gap:
-        start[:, 1:] += np.cumsum(noise, axis=1)[:, :-1]
-    letters = np.arange(c.key_len)
-    tokens[r[:, :, None], start[:, :, None] + letters] = keys[r, stored]
-    tokens[r, start + c.key_len] = values
+    slots = weighted_permutation(draws["slots"], c.power_a)[:, :n]  # pair i is queried in slot i
+    query_pos = size.storage_len + slots * (c.key_len + 1)  # (B, n), of the key's first token
+    tokens[b[:, :, None], query_pos[:, :, None] + offsets] = keys
+    targets = np.full((B, T), IGNORE_INDEX, np.int32)
+    targets[b, query_pos + c.key_len - 1] = answers  # at the key's last token
 
-    slot = weighted_permutation(u_slots, c.power_a)[:, :n]  # the i-th drawn slot asks for pair i
-    ask = cell.storage + slot * (c.key_len + 1)  # (R, n)
-    tokens[r[:, :, None], ask[:, :, None] + letters] = keys
-    targets = np.full((R, L), IGNORE_INDEX, np.int32)
-    label = ask + c.key_len - 1  # on the last token of the key
-    targets[r, label] = answer
-
-    stored_at = start[:, :n].copy()
-    stored_at[r, again] = start[:, n:]
-    by_position = np.argsort(ask, axis=1)  # labels in row-major order
-    distance = np.take_along_axis(2 ** np.log2(ask - stored_at).astype(np.int64), by_position, 1).ravel()
-    tags = {"num_kv_pairs": np.full(R * n, n), "input_seq_len": np.full(R * n, L), "distance": distance}
+    stored_pos = start[:, :n].copy()
+    stored_pos[b, updated] = start[:, n:]
+    distance = 2 ** np.log2(query_pos - stored_pos).astype(np.int64)
+    is_updated = np.zeros((B, n), np.int64)
+    is_updated[b, updated] = 1
+    # From the order of the pairs to that of the labels.
+    by_position = np.argsort(query_pos, axis=1)
+    slices = {
+        "num_kv_pairs": np.full(B * n, n),
+        "input_seq_len": np.full(B * n, T),
+        "distance": np.take_along_axis(distance, by_position, axis=1).ravel(),
+    }
     if len(c.test_cells or c.train_cells) > 1:
-        tags["cell"] = np.full(R * n, f"{L}x{n}")
+        slices["cell"] = np.full(B * n, f"{T}x{n}")
     if c.updates:
-        updated = np.zeros((R, n), np.int64)
-        updated[r, again] = 1
-        tags["updated"] = np.take_along_axis(updated, by_position, 1).ravel()
-    return tokens, targets, tags
+        slices["updated"] = np.take_along_axis(is_updated, by_position, axis=1).ravel()
+    return tokens, targets, slices
 
 
-def Data(config):
+class Data:
     """The task as train.py and eval.py use it: made in memory, or read from config.path.
 
-    .vocab_size, .seq_len (the longest row), and
-    .batch_indices(step, batch_size) -> the global row numbers of a training step, a range
-    .batch(split, step, rows) -> tokens (B, T) long, targets (B, T) long, tags {name: (N,) array}
-    .eval_groups(split) -> ranges of rows of one length, for evaluation
-    .steps_per_epoch(batch_size)
+    .vocab_size, .seq_len (of the longest sequence), and the methods below.
     """
-    return StoredMQAR(config) if config.path else InMemoryMQAR(config)
+
+    def __init__(self, config):
+        self.config = config
+        self.source = StoredMQAR(config) if config.path else InMemoryMQAR(config)
+        self.vocab_size = self.source.vocab_size
+        self.seq_len = self.source.seq_len
+
+    def batch_indices(self, step, batch_size):
+        """The indices of the sequences of a training step, over all ranks: a range."""
+        return self.source.batch_indices(step, batch_size)
+
+    def batch(self, split, step, indices):
+        """-> tokens (B, T) long, targets (B, T) long, slices {name: (N,) array}."""
+        return self.source.batch(split, step, indices)
+
+    def eval_groups(self, split):
+        """Indices of val or test in groups of equal length, a range each."""
+        return self.source.eval_groups(split)
+
+    def steps_per_epoch(self, batch_size):
+        return self.source.steps_per_epoch(batch_size)
 
 
 class InMemoryMQAR:
-    """Rows made when asked for."""
+    """Sequences made when they are asked for. The fixed training sets are kept."""
 
     def __init__(self, config):
         self.config = c = config
         self.vocab_size = c.vocab_size
-        cells = c.train_cells or ((c.input_seq_len, c.num_kv_pairs),)
-        self.train_cells = [TaskSize(*cell, c) for cell in cells]
-        self.test_cells = [TaskSize(*cell, c) for cell in c.test_cells or cells]
+        self.train_sizes = [TaskSize(*size, c) for size in c.sizes()]
+        self.test_sizes = [TaskSize(*size, c) for size in c.test_cells or c.sizes()]
         self.stages = [(TaskSize(min_length(n, c), n, c), steps) for n, steps in c.curriculum]
-        self.seq_len = max(cell.length for cell in self.train_cells + self.test_cells)
-        self.fixed = {}  # cell -> its fixed training set, made at first use
+        self.seq_len = max(size.length for size in self.train_sizes + self.test_sizes)
+        self.fixed_sets = {}  # TaskSize -> its training set, made at its first use
 
-    def stage(self, step):
-        """(cell, index of this step among the steps in that cell, is it a fixed set) for a training step."""
-        for cell, steps in self.stages:
+    def curriculum_stage(self, step):
+        """A training step -> its TaskSize, its number among the steps of that size, and whether
+        that size has a fixed training set."""
+        for size, steps in self.stages:
             if step < steps:
-                return cell, step, False
+                return size, step, False
             step -= steps
-        turn = step % len(self.train_cells)
-        return self.train_cells[turn], step // len(self.train_cells), not self.config.fresh
+        n = len(self.train_sizes)
+        return self.train_sizes[step % n], step // n, not self.config.fresh
+
+    def sequences_per_step(self, size, batch_size):
+        # A batch counts sequences of input_seq_len. Shorter ones are more, so that each step has
+        # as many tokens and takes as long.
+        return max(1, batch_size * self.config.input_seq_len // size.length)
 
     def batch_indices(self, step, batch_size):
-        cell, visit, _ = self.stage(step)
-        count = self.rows_per_step(cell, batch_size)
-        return range(visit * count, (visit + 1) * count)
-
-    def rows_per_step(self, cell, batch_size):
-        """As many tokens a step in every cell: batch_size counts rows of input_seq_len tokens, shorter ones are more."""
-        return max(1, batch_size * self.config.input_seq_len // cell.length)
+        size, step_of_size, _ = self.curriculum_stage(step)
+        n = self.sequences_per_step(size, batch_size)
+        return range(step_of_size * n, (step_of_size + 1) * n)
 
     def steps_per_epoch(self, batch_size):
-        """Steps that n_train_examples rows make up. Cells take equal turns, so short ones come round sooner than long ones."""
-        share = self.config.n_train_examples / len(self.train_cells)
-        return max(1, round(sum(share / self.rows_per_step(cell, batch_size) for cell in self.train_cells)))
+        # Sizes alternate step by step, so a set of short sequences is seen more often than one of
+        # long ones.
+        n_examples = self.config.n_train_examples / len(self.train_sizes)
+        steps = sum(n_examples / self.sequences_per_step(s, batch_size) for s in self.train_sizes)
+        return max(1, round(steps))
 
     def eval_groups(self, split):
         n = self.config.n_val_examples if split == "val" else self.config.n_test_examples
-        return [range(i * n, (i + 1) * n) for i in range(len(self.test_cells))]
+        return [range(i * n, (i + 1) * n) for i in range(len(self.test_sizes))]
 
-    def batch(self, split, step, rows):
-        rows = np.asarray(rows, dtype=np.int64)
+    def batch(self, split, step, indices):
+        indices = np.asarray(indices, dtype=np.int64)
         if split == "train":
-            cell, _, fixed = self.stage(step)
-            tokens, targets, tags = self.from_fixed_set(cell, rows) if fixed else make_sequences(cell, split, rows)
+            size, _, has_fixed_set = self.curriculum_stage(step)
         else:
-            segment = rows // len(self.eval_groups(split)[0])
-            if (segment != segment[0]).any():
-                raise ValueError("the rows of one batch must come from one segment")
-            tokens, targets, tags = make_sequences(self.test_cells[segment[0]], split, rows)
-        return torch.from_numpy(tokens).long(), torch.from_numpy(targets).long(), tags
+            group = indices // len(self.eval_groups(split)[0])
+            if (group != group[0]).any():
+                raise ValueError("the indices of one batch must be of one eval group")
+            size, has_fixed_set = self.test_sizes[group[0]], False
+        if has_fixed_set:
+            tokens, targets, slices = self.from_fixed_set(size, indices)
+        else:
+            tokens, targets, slices = make_sequences(size, split, indices)
+        return torch.from_numpy(tokens).long(), torch.from_numpy(targets).long(), slices
 
-    def from_fixed_set(self, cell, rows):
-        """Training rows in passes over the set, each pass in its own order (draws.rows_of_passes)."""
-        n = max(1, self.config.n_train_examples // len(self.train_cells))
-        if cell not in self.fixed:
-            self.fixed[cell] = make_sequences(cell, "train", np.arange(n))
-        which = shuffled_epochs(rows, n, self.config.seed, len(SPLITS), cell.length, cell.pairs)
-        tokens, targets, tags = self.fixed[cell]
-        return tokens[which], targets[which], {k: v.reshape(n, -1)[which].ravel() for k, v in tags.items()}
+    def from_fixed_set(self, size, indices):
+        """The training set of a size, epoch after epoch, each in an order of its own."""
+        n = max(1, self.config.n_train_examples // len(self.train_sizes))
+        if size not in self.fixed_sets:
+            self.fixed_sets[size] = make_sequences(size, "train", np.arange(n))
+        key = (self.config.seed, STREAMS["epoch"], size.length, size.pairs)
+        rows = shuffled_epochs(indices, n, *key)
+        tokens, targets, slices = self.fixed_sets[size]
+        slices = {name: values.reshape(n, -1)[rows].ravel() for name, values in slices.items()}
+        return tokens[rows], targets[rows], slices
 
 
-# ---- command line ------------------------------------------------------------------------------------------------------
-
-
-def show_row(**columns):
-    """Print one row per line, tokens under each other; -100 as a dot."""
-    name_width = max(map(len, columns))
-    width = max(len(str(t)) for row in columns.values() for t in row if t != IGNORE_INDEX)
-    for name, row in columns.items():
-        print(name.ljust(name_width), " ".join(("." if t == IGNORE_INDEX else str(t)).rjust(width) for t in row))
+# ---- command line --------------------------------------------------------------------------------
 
 
 def show(config):
-    """Print training row 0 of an in-memory task."""
-    tokens, targets, _ = make_sequences(TaskSize(config.input_seq_len, config.num_kv_pairs, config), "train", np.arange(1))
-    show_row(tokens=tokens[0].tolist(), targets=targets[0].tolist())
+    """Print training sequence 0 of the task in memory."""
+    size = TaskSize(config.input_seq_len, config.num_kv_pairs, config)
+    tokens, targets, _ = make_sequences(size, "train", np.arange(1))
+    show_columns(tokens=tokens[0], targets=targets[0])
 
 
-def show_stored(config):
-    """Print training row 0 of a data set on disk."""
-    ids, labels = make_disk_sequences(config, "train", np.arange(1))
-    show_row(input_ids=ids[0].tolist(), labels=labels[0].tolist())
+def show_on_disk(config):
+    """Print training sequence 0 of a data set on disk."""
+    input_ids, labels = make_disk_sequences(config, "train", np.arange(1))
+    show_columns(input_ids=input_ids[0], labels=labels[0])
 
 
 def main(argv=None):
-    words, settings = read_argv(sys.argv[1:] if argv is None else argv)
+    args, settings = read_argv(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in settings):
         say(help_text(__doc__, DatasetConfig))
         return
-    require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
+    unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
+    require(not args, unknown, None)
     reject_unknown(settings, DatasetConfig)
     config = build_config(DatasetConfig, settings)
     if not config.output_dir:
         require(not settings, "name the directory to write: --output-dir DIR", "output_dir")
         print(__doc__.strip())
         return
-    start = time.perf_counter()
-    metadata = write_dataset(config)
-    seconds = time.perf_counter() - start
-    size = sum(f["bytes"] for files in metadata["files"].values() for f in files) / 1e6
-    tokens = 3 * config.num_samples * config.seq_len
-    say(f"{config.output_dir}: {3 * config.num_samples} rows, {tokens / 1e6:.1f} M tokens, {size:.1f} MB on disk")
-    print(f"{seconds:.1f} s, {size / seconds:.1f} MB/s written, {tokens / 1e6 / seconds:.1f} M tokens/s")
+    write_and_report(config)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 r"""Facts to store, as text: synthetic QA, digit lookup, two-hop, HashHop, or your own documents.
 
-    python data_synth.py                                             # print examples and this text
-    python data_synth.py qa --num_pairs 10000 --output_dir qa_10K    # or digits, twohop, hashhop; --format parquet or jsonl
-    python data_synth.py check --tokenizer tokenizer.json            # would the label masks be exact with this tokenizer?
-    python train.py --data data_synth --task qa --num_pairs 2000     # made in memory
-    python train.py --data data_synth --path qa_10K                  # what the second line wrote
-    python train.py --data data_synth --task text --path notes.jsonl # lines with "text", or "question" and "answer"; or parquet
+    python data_synth.py                                           # print this text, with examples
+    python data_synth.py qa --num_pairs 10000 --output_dir qa_10K  # or digits, twohop, hashhop
+    python data_synth.py check --tokenizer tokenizer.json          # are label masks exact with it?
+    python train.py --data data_synth --task qa --num_pairs 2000   # made in memory
+    python train.py --data data_synth --path qa_10K                # what the second line wrote
+    python train.py --data data_synth --task text --path notes.jsonl  # documents of your own
 
-A document is one fact (or one HashHop problem). Only its answer is trained on and scored; [] marks it here.
+A document is one fact, or one HashHop problem. Only its answer is trained on and scored; [] marks
+it here.
 
-qa: pairs of numbers, each shown as often in an epoch as its bucket says (exposures), some of each bucket never (0).
+qa: pairs of numbers. An epoch shows a pair as often as its bucket says (exposures); some pairs of
+each bucket are held out (0).
 
 >>> show(Config(task="qa", num_pairs=16, buckets=(1, 4)))
 '266133:[972938] '       {'exposures': 4, 'seen': 1}
 '592345:[937705] '       {'exposures': 1, 'seen': 1}
 
-digits: keys are words over the digits 1..n; the value is another such word, or follows a rule (value[i] = key[key[i]]).
+digits: keys are words over the digits 1..n. The value is another such word, or follows a rule
+(selfindex: value[i] = key[key[i]]).
 
 >>> show(Config(task="digits", num_pairs=60, rule="selfindex"))
 '51342:[25341] '         {'key': 'known'}
@@ -27,28 +30,37 @@ twohop: a>b for all entities; a>>c, where b>c, for some of them.
 '16>>[30] '              {'query': 'trained'}
 '43>[17] '               {'query': 'single fact'}
 
-hashhop: chains of hashes in random order, and the end of one to tell (magicproduct/hash-hop).
+hashhop: chains of hashes in random order; say where one of them ends (magicproduct/hash-hop).
 
 >>> show(Config(task="hashhop", hash_len=2, block_size=80, hops=(2,)), 1)
 "Wn = uy\niY = Dn\nuy = 'Ge'\nDn = 'AW'\n\nCOMPLETION:\nHops=2\n\nCoT=False\n\nWn = '[Ge]'\n" {'hops': 2}
 
-Every document is a pure function of the settings and its number, every epoch an order of its own, from (seed, epoch).
+Each document is a pure function of the settings and its index. Each epoch has an order of its own,
+a function of (seed, epoch).
+
+Letters: n pairs or entities, W digits of a word, R relations, E documents in an epoch, B documents
+in a batch, T tokens, N labels.
 """
 
+import math
 import os
 import sys
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from facts import TASKS, FactDataset, said
-from nanorecall.documents import read_stored, write_facts
-from nanorecall.metrics import print_baselines
-from nanorecall.rng import IGNORE_INDEX, SPLITS
+from nanorecall.documents import is_fact, read_documents, split_by_content, survey
+from nanorecall.fact_files import (
+    CheckConfig,
+    FactDataset,
+    check_tokenizer,
+    guess_baselines,
+    read_facts,
+    write_and_report,
+)
+from nanorecall.rng import IGNORE_INDEX, SPLITS, STREAMS, rng_for
 from nanorecall.settings import (
-    RunError,
     Setting,
     at_least,
     build_config,
@@ -61,63 +73,54 @@ from nanorecall.settings import (
     say,
     within,
 )
-from nanorecall.text import BYTES, MASKS, check_label_mask, label_mask, read_tokenizer, shift_labels
+from nanorecall.text import (
+    BYTES,
+    MASKS,
+    check_label_mask,
+    label_documents,
+    mark_answers,
+    read_tokenizer,
+    shift_labels,
+)
 
-TASK_OF = {  # setting: the tasks that use it
-    "num_pairs": "qa digits",
-    "digits": "qa",
-    "buckets": "qa",
-    "heldout": "qa",
-    "inverse": "qa",
-    "rule": "digits",
-    "steps": "digits",
-    "num_novel": "digits",
-    "entities": "twohop",
-    "relations": "twohop",
-    "phi": "twohop",
-    "ood": "twohop",
-    "markers": "twohop",
-    "cot": "twohop hashhop",
-    "hops": "hashhop",
-    "test_hops": "hashhop",
-    "hash_len": "hashhop",
-    "num_queries": "hashhop",
-    "n_train_examples": "hashhop",
-    "block_size": "hashhop text",
-    "mask": "text",
-    "heldout_facts": "text",
+SETTINGS_OF = {  # task: the settings that not all tasks use
+    "qa": "num_pairs digits buckets heldout inverse",
+    "digits": "num_pairs rule steps num_novel",
+    "twohop": "entities relations phi ood markers cot",
+    "hashhop": "cot hops test_hops hash_len num_queries n_train_examples block_size",
+    "text": "block_size mask heldout_facts",
 }
 
 
 @dataclass
 class Config:
     task: str = "qa"  # qa, digits, twohop, hashhop or text
-    path: str = ""  # a directory that `python data_synth.py TASK --output_dir` wrote; text: .jsonl, .parquet or a directory
-    num_pairs: int = 2000  # qa: pairs, the held-out ones included; digits: keys to train on
+    path: str = ""  # a directory that data_synth.py wrote; text: .jsonl, .parquet or a directory
+    num_pairs: int = 2000  # qa: pairs, with the held-out ones; digits: keys to train on
     digits: int = 6  # qa: digits in a number
-    buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # qa: exposures in an epoch; as many pairs in each bucket
-    heldout: float = 0.1  # qa: share of the pairs of each bucket that are never trained on
-    inverse: str = "none"  # qa: "y:x" as well; probe: measured, never trained on; train: trained on, too
+    buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # qa: exposures in an epoch
+    heldout: float = 0.1  # qa: fraction of the pairs of each bucket that are never trained on
+    inverse: str = "none"  # qa: "y:x" as well; probe: only measured; train: trained on, too
     rule: str = "random"  # digits: random values, or selfindex: value[i] = key[key[i]]
     steps: int = 1  # digits, selfindex: times that the rule is applied to its own result
     num_novel: int = 1000  # digits: keys that are never trained on
     entities: int = 100  # twohop: entities, each with one fact per relation
     relations: int = 1  # twohop: kinds of fact; from 2 on each has a letter: a>xb, and a>x>yc
-    phi: float = 0.5  # twohop: trained queries of two hops per single fact that they may use (phi of Wang et al.)
-    ood: float = 0.2  # twohop: share of the single facts that are in no trained query of two hops
-    markers: bool = True  # twohop: 0 writes a:b and a:c alike, as LLMonade does, so that a query has two right answers
-    cot: float = 0.0  # share of multi-hop answers that spell out the hashes or entities on the way; twohop: 0 or 1
-    hops: tuple[int, ...] = (1,)  # hashhop: hops of training rows, which take turns in these
-    test_hops: tuple[int, ...] = (1, 2, 3, 4)  # hashhop: measured hops: easy, medium, hard, challenge
+    phi: float = 0.5  # twohop: trained two-hop queries per usable single fact (Wang et al.)
+    ood: float = 0.2  # twohop: fraction of the single facts that no trained two-hop query uses
+    markers: bool = True  # twohop: 0 writes a:b and a:c alike (LLMonade), with two answers a query
+    cot: float = 0.0  # fraction of multi-hop answers with chain of thought; twohop: 0 or 1
+    hops: tuple[int, ...] = (1,)  # hashhop: hops of training problems, in turn
+    test_hops: tuple[int, ...] = (1, 2, 3, 4)  # hashhop: hops of val and test: easy to challenge
     hash_len: int = 4  # hashhop: letters in a hash
-    num_queries: int = 1  # hashhop: queries in a training row; one in others
+    num_queries: int = 1  # hashhop: queries in a training problem; others have one
     block_size: int = 256  # hashhop: bytes to fill; text: bytes of the longest document allowed
-    n_train_examples: int = 20000  # hashhop: rows in an epoch; none is seen twice
-    n_val_examples: int = 500  # validation documents, as many of each group of the first tag; hashhop: per hops; 0: all
-    n_test_examples: int = 5000  # documents to measure at the end, likewise; 0: all (hashhop: 500)
-    mask: str = "text"  # text: what is trained on of "text": text (everything), qa, hashhop, digits or twohop
-    heldout_facts: float = 0.0  # text: share of the facts that are only measured, as seen=0
-    packing: str = "none"  # documents: training documents end to end in one row, nothing crosses; none: a padded row for each
+    n_train_examples: int = 20000  # hashhop: problems in an epoch; none is seen twice
+    n_val_examples: int = 500  # validation documents, of each group alike; hashhop: per hops; 0: all
+    n_test_examples: int = 5000  # test documents, likewise; 0: all (hashhop: 500)
+    mask: str = "text"  # text: what to train on: text (everything), qa, hashhop, digits or twohop
+    heldout_facts: float = 0.0  # text: fraction of the facts that are only measured, as seen=0
+    packing: str = "none"  # documents: training documents end to end in one row; none: padded rows
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
     seed: int = 0  # of data and model
 
@@ -139,19 +142,30 @@ class Config:
         require(self.phi > 0, "phi must be above 0", "phi")
         for key in ("buckets", "hops", "test_hops"):
             values = getattr(self, key)
-            require(values and min(values) >= 1, f"{key}={values} needs numbers of at least 1", key)
-        require(len(set(self.buckets)) == len(self.buckets), f"buckets={self.buckets} names a bucket twice", "buckets")
+            message = f"{key}={values} needs numbers of at least 1"
+            require(values and min(values) >= 1, message, key)
+        unique = len(set(self.buckets)) == len(self.buckets)
+        require(unique, f"buckets={self.buckets} names a bucket twice", "buckets")
         require(max(*self.hops, *self.test_hops) <= 16, "hops and test_hops end at 16", "hops")
         if self.task == "text":
-            require(self.path, "task=text needs the documents: --path FILE.jsonl, FILE.parquet or a directory", "path")
+            message = "--path FILE.jsonl, FILE.parquet or a directory"
+            require(self.path, f"task=text needs the documents: {message}", "path")
         elif not self.path:
             TASKS[self.task].check(self)
 
     def unused(self):
         if self.path and self.task != "text":
             used = "task path packing tokenizer seed n_val_examples n_test_examples".split()
-            return {name: f"the data comes from path={self.path}" for name in vars(self) if name not in used}
-        reasons = {key: f"only task {tasks} uses it" for key, tasks in TASK_OF.items() if self.task not in tasks.split()}
+            reason = f"the data comes from path={self.path}"
+            return {name: reason for name in vars(self) if name not in used}
+        tasks_of = {}  # setting: the tasks that use it
+        for task, names in SETTINGS_OF.items():
+            for name in names.split():
+                tasks_of.setdefault(name, []).append(task)
+        reasons = {}
+        for name, tasks in tasks_of.items():
+            if self.task not in tasks:
+                reasons[name] = f"only task {' '.join(tasks)} uses it"
         if self.rule == "random":
             reasons["steps"] = "rule is random"
         return reasons
@@ -163,52 +177,419 @@ class Config:
         return f"{self.task}-{TASKS[self.task].label(self)}"
 
 
-# ---- the task, as train.py and eval.py use it --------------------------------------------------------------------------
+# ---- the tasks: check(config), label(config), build(config) -> documents -------------------------
+#
+# What `build` returns has count(split), eval_groups(split), read(split, indices) -> texts and
+# slices, .kind (of label mask) and .baselines (accuracy without knowledge).
+
+
+class QA:
+    """ "x:y " of numbers of one width, all different (LLMonade: MQAR and Synthetic QA). Buckets of
+    equally many pairs have different exposures. The held-out pairs of each bucket are the control:
+    no model can know them."""
+
+    @staticmethod
+    def check(c):
+        n, n_buckets = c.num_pairs, len(c.buckets)
+        near = max(1, round(n / n_buckets)) * n_buckets
+        message = f"num_pairs={n} does not divide into {n_buckets} buckets; {near} does"
+        require(n % n_buckets == 0, message, "num_pairs")
+        need = f"{n} pairs need {2 * n} different numbers"
+        message = f"{need}; digits={c.digits} has {10**c.digits}"
+        require(2 * n <= 10**c.digits, message, "digits")
+        size = n // n_buckets
+        n_seen = size - QA.n_heldout(c)
+        message = f"heldout={c.heldout} leaves no pair of {size} to train on"
+        require(n_seen > 0, message, "heldout")
+        E = n_seen * sum(c.buckets)
+        message = f"an epoch of {E} documents is too long; lower buckets or num_pairs"
+        require(E <= 10**8, message, "buckets")
+
+    @staticmethod
+    def label(c):
+        return f"{c.num_pairs}-pairs"
+
+    @staticmethod
+    def n_heldout(c):
+        """Held-out pairs in each bucket."""
+        return max(1, round(c.heldout * c.num_pairs / len(c.buckets))) if c.heldout else 0
+
+    @staticmethod
+    def build(c):
+        n = c.num_pairs
+        rng = rng_for(c.seed, STREAMS["facts"])
+        numbers = rng.choice(10**c.digits, 2 * n, replace=False)
+        names = [f"{number:0{c.digits}d}" for number in numbers]
+        pairs = list(zip(names[:n], names[n:]))
+        # The names are in random order, so the first pairs of each bucket may be the held-out ones.
+        size = n // len(c.buckets)
+        bucket = np.repeat(c.buckets, size)
+        number = np.arange(n)
+        seen = number % size >= QA.n_heldout(c)
+        texts = [f"{x}:{y} " for x, y in pairs]
+        slices = {"exposures": np.where(seen, bucket, 0), "seen": seen.astype(int)}
+        train = np.repeat(number[seen].astype(np.int32), bucket[seen])
+        test = number
+        if c.inverse != "none":
+            texts += [f"{y}:{x} " for x, y in pairs]
+            slices = {name: np.tile(values, 2) for name, values in slices.items()}
+            slices["direction"] = np.repeat(["forward", "inverse"], n)
+            test = np.arange(2 * n)
+        if c.inverse == "train":
+            train = np.concatenate([train, train + n])
+        trained = [pair for pair, s in zip(pairs, seen) if s]
+        heldout = [pair for pair, s in zip(pairs, seen) if not s]
+        n_facts = len(trained) * (2 if c.inverse == "train" else 1)
+        capacity = {"slice": "seen=1", "facts": n_facts, "bits": math.log2(10)}
+        if c.inverse == "probe":  # an inverse answer follows from its pair
+            capacity = {}
+        splits = {"train": train, "val": test, "test": test}
+        baselines = guess_baselines(trained, heldout)
+        return FactDataset(c, "qa", texts, splits, slices, baselines, capacity)
+
+
+class Digits:
+    """ "key:value " of words of W digits from 1..W, W as small as the number of keys allows (6 for
+    6K and 20K pairs, 7 for 200K). rule=random must be memorised; rule=selfindex, value[i] =
+    key[key[i]], can be worked out for new keys."""
+
+    @staticmethod
+    def width(c):
+        return next(W for W in range(2, 10) if W**W >= c.num_pairs + c.num_novel)
+
+    @staticmethod
+    def check(c):
+        message = f"there are {9**9} keys; lower num_pairs"
+        require(c.num_pairs + c.num_novel <= 9**9, message, "num_pairs")
+
+    @staticmethod
+    def label(c):
+        return f"{c.num_pairs}-{c.rule}"
+
+    @staticmethod
+    def build(c):
+        W = Digits.width(c)
+        n, total = c.num_pairs, c.num_pairs + c.num_novel
+        numbers = rng_for(c.seed, STREAMS["facts"]).choice(W**W, total, replace=False)
+        keys = numbers[:, None] // W ** np.arange(W)[::-1] % W  # (total, W), digits from 0
+        if c.rule == "random":
+            values = rng_for(c.seed, STREAMS["values"]).integers(W, size=keys.shape)
+            capacity = {"slice": "key=known", "facts": n, "bits": math.log2(W)}
+        else:
+            values = keys
+            for _ in range(c.steps):  # the word, as a map of positions, applied to itself
+                values = np.take_along_axis(values, values, axis=1)
+            capacity = {}
+        pairs = [(word(key), word(value)) for key, value in zip(keys, values)]
+        known, novel = np.arange(n), np.arange(n, total)
+        splits = {
+            "train": known,
+            "val": np.concatenate([known, novel[::2]]),
+            "test": np.concatenate([known, novel[1::2]]),
+        }
+        texts = [f"{key}:{value} " for key, value in pairs]
+        slices = {"key": np.repeat(["known", "novel"], [n, c.num_novel])}
+        baselines = guess_baselines(pairs[:n], pairs[n:])
+        return FactDataset(c, "digits", texts, splits, slices, baselines, capacity)
+
+
+def word(digits):
+    return "".join(str(digit + 1) for digit in digits)
+
+
+class TwoHop:
+    """Single facts "a>b ", all trained on, and composed ones "a>>c ", c the fact of the fact, some
+    of them trained on (Wang et al. 2024, arXiv 2405.15071). A composed query is trained;
+    in-distribution: not trained, but trained queries use both of its facts; or out-of-distribution:
+    no trained query uses either. Each relation is a permutation without fixed points."""
+
+    @staticmethod
+    def check(c):
+        message = "cot must be 0 or 1 for twohop: a query has one right answer"
+        require(c.cot in (0, 1), message, "cot")
+        n_queries = c.entities * c.relations**2
+        message = f"{n_queries} queries of two hops are too many; lower entities or relations"
+        require(n_queries <= 10**6, message, "relations")
+        require(c.markers or not c.cot, "cot needs markers=1", "cot")
+        require(c.markers or c.relations == 1, "relations need markers=1", "relations")
+
+    @staticmethod
+    def label(c):
+        return f"{c.entities}x{c.relations}-phi{c.phi:g}"
+
+    @staticmethod
+    def build(c):
+        n, R = c.entities, c.relations
+        rng = rng_for(c.seed, STREAMS["facts"])
+        maps = np.stack([derangement(rng, n) for _ in range(R)])  # (R, n)
+        r1, r2, a = (index.ravel() for index in np.indices((R, R, n)))  # of all queries
+        b = maps[r1, a]
+        end = maps[r2, b]
+        trained, in_dist, out_dist = TwoHop.split_queries(c, rng, r1, r2, a, b)
+
+        def name(entity):
+            return f"{entity:0{len(str(n - 1))}d}"
+
+        mark = [""] if R == 1 else [chr(ord("a") + r) for r in range(R)]
+        one = ">" if c.markers else ":"
+        texts = [f"{name(a)}{one}{mark[r]}{name(maps[r, a])} " for r in range(R) for a in range(n)]
+        for i in np.concatenate([trained, in_dist, out_dist]):
+            marks = f">{mark[r1[i]]}>{mark[r2[i]]}" if c.markers else one
+            between = f"{name(b[i])}>" if c.cot else ""
+            texts.append(f"{name(a[i])}{marks}{between}{name(end[i])} ")
+        sizes = {
+            "single fact": n * R,
+            "trained": len(trained),
+            "in-distribution": len(in_dist),
+            "out-of-distribution": len(out_dist),
+        }
+        query = np.repeat(list(sizes), list(sizes.values()))
+        number = np.arange(len(texts))
+        # What is trained on is in all splits, the other queries in one of val and test.
+        train = (query == "single fact") | (query == "trained")
+        even = number % 2 == 0
+        splits = {
+            "train": number[train],
+            "val": number[train | even],
+            "test": number[train | ~even],
+        }
+        trained_pairs = [(name(a[i]), name(end[i])) for i in trained]
+        in_dist_pairs = [(name(a[i]), name(end[i])) for i in in_dist]
+        baselines = {}
+        for guess, accuracy in guess_baselines(trained_pairs, in_dist_pairs).items():
+            baselines[f"{guess} of the last entity"] = accuracy
+        kind = "twohop" if c.markers else "digits"
+        return FactDataset(c, kind, texts, splits, {"query": query}, baselines)
+
+    @staticmethod
+    def split_queries(c, rng, r1, r2, a, b):
+        """Queries a -r1-> b -r2-> ? -> numbers of the trained, in- and out-of-distribution ones."""
+        # Single facts that trained queries may use. The others are withheld in pairs that compose,
+        # so that there are out-of-distribution queries.
+        usable = np.ones((c.relations, c.entities), bool)
+        for i in rng.permutation(len(a)):
+            if (~usable).sum() >= c.ood * usable.size:
+                break
+            usable[r1[i], a[i]] = usable[r2[i], b[i]] = False
+        both = usable[r1, a] & usable[r2, b]
+        neither = ~usable[r1, a] & ~usable[r2, b]
+        inside = rng.permutation(np.flatnonzero(both))
+        out_dist = rng.permutation(np.flatnonzero(neither))
+        n_usable = int(usable.sum())
+        n_trained = round(c.phi * n_usable)
+        most = int(90 * len(inside) / max(1, n_usable)) / 100
+        asks = f"phi={c.phi:g} asks for {n_trained} of {len(inside)} queries"
+        message = f"{asks}; use at most {most:.2f} or more relations"
+        require(1 <= n_trained <= 0.9 * len(inside), message, "phi")
+        trained, in_dist = np.split(inside, [n_trained])
+        used = np.zeros_like(usable)
+        used[r1[trained], a[trained]] = used[r2[trained], b[trained]] = True
+        in_dist = in_dist[used[r1[in_dist], a[in_dist]] & used[r2[in_dist], b[in_dist]]]
+        return trained, in_dist, out_dist
+
+
+def derangement(rng, n):
+    """A permutation of range(n) that leaves nothing in its place."""
+    while True:
+        permutation = rng.permutation(n)
+        if (permutation != np.arange(n)).all():
+            return permutation
+
+
+LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+
+
+class HashHop:
+    """Chains of hashes, "a = b" and at their end "c = 'd'", in random order; then "COMPLETION:",
+    the number of hops, and queries: a hash and the end of its chain (the text of
+    github.com/magicproduct/hash-hop). Problems are made when they are asked for."""
+
+    kind = "hashhop"
+
+    def __init__(self, c):
+        self.config = c
+        self.baselines = {}
+        for hops in c.test_hops:
+            name = f"any end of a chain, whole answers, hops={hops}"
+            self.baselines[name] = 1 / self.n_chains(c, hops, 1)
+
+    @staticmethod
+    def header(hops, cot):
+        return f"\nCOMPLETION:\nHops={hops}\n\nCoT={cot}\n\n"
+
+    @staticmethod
+    def n_chains(c, hops, queries):
+        """Chains that fit into block_size tokens (bytes, and BOS) beside the completion."""
+        pair = 2 * c.hash_len + 4
+        answer = pair + 2
+        if c.cot > 0:
+            answer += (hops - 1) * (c.hash_len + 3)
+        rest = 1 + len(HashHop.header(hops, False)) + queries * answer
+        return (c.block_size - rest) // (hops * pair + 2)
+
+    @staticmethod
+    def check(c):
+        problems = [(hops, c.num_queries) for hops in c.hops]
+        problems += [(hops, 1) for hops in c.test_hops]
+        for hops, queries in problems:
+            fit = HashHop.n_chains(c, hops, queries)
+            need = max(2, queries)
+            more = c.block_size + (need - fit) * (hops * (2 * c.hash_len + 4) + 2)
+            small = f"block_size={c.block_size} is too small for {need} chains of {hops} hops"
+            require(fit >= need, f"{small}; use at least {more}", "block_size")
+            n_hashes = fit * (hops + 1)
+            message = f"hash_len={c.hash_len} is too short for {n_hashes} hashes"
+            # Else most draws of unique_hashes would repeat a hash and be thrown away.
+            require(n_hashes**2 < 52**c.hash_len * 8, message, "hash_len")
+
+    @staticmethod
+    def label(c):
+        return f"{'-'.join(map(str, c.hops))}-{c.block_size}"
+
+    @classmethod
+    def build(cls, c):
+        return cls(c)
+
+    def count(self, split):
+        if split == "train":
+            return self.config.n_train_examples
+        return sum(len(group) for group in self.eval_groups(split))
+
+    def eval_groups(self, split):
+        c = self.config
+        n = (c.n_val_examples if split == "val" else c.n_test_examples) or 500
+        return [range(i * n, (i + 1) * n) for i in range(len(c.test_hops))]
+
+    def read(self, split, indices):
+        texts, hops, hops_cot = [], [], []
+        for index in np.asarray(indices).tolist():
+            text, n_hops, cot = self.make_example(split, index)
+            texts.append(text)
+            hops.append(n_hops)
+            hops_cot.append(f"{n_hops} cot" if cot else f"{n_hops}")
+        slices = {"hops": np.array(hops)}
+        if self.config.cot:
+            slices["hops_cot"] = np.array(hops_cot)
+        return texts, slices
+
+    def make_example(self, split, index):
+        """-> text, hops, has it a chain of thought?"""
+        c = self.config
+        rng = rng_for(c.seed, STREAMS[split], index)
+        if split == "train":
+            hops, queries = c.hops[index % len(c.hops)], c.num_queries
+        else:
+            hops, queries = c.test_hops[index // len(self.eval_groups(split)[0])], 1
+        cot = hops > 1 and rng.random() < c.cot
+        n = self.n_chains(c, hops, queries)
+        hashes = unique_hashes(rng, n * (hops + 1), c.hash_len)
+        chains = [hashes[i * (hops + 1) : (i + 1) * (hops + 1)] for i in range(n)]
+        lines = [f"{a} = {b}" for chain in chains for a, b in zip(chain, chain[1:-1])]
+        lines += [f"{chain[-2]} = '{chain[-1]}'" for chain in chains]
+        lines = [lines[i] for i in rng.permutation(len(lines))]
+        answers = []
+        for chain in chains[:queries]:  # any will do: the lines are in random order
+            answer = " = ".join(chain[1:]) if cot else chain[-1]
+            answers.append(f"{chain[0]} = '{answer}'")
+        parts = ["\n".join(lines), self.header(hops, cot) + "\n".join(answers), ""]
+        return "\n".join(parts), hops, cot
+
+
+def unique_hashes(rng, n, length):
+    """n different random words."""
+    while True:
+        letters = LETTERS[rng.integers(len(LETTERS), size=(n, length))]
+        words = ["".join(row) for row in letters]
+        if len(set(words)) == n:
+            return words
+
+
+class Text:
+    """Your own documents: "text", or "question" and "answer", of which the answer is trained on.
+
+    A directory with train, validation and test in it says what is in each. Otherwise: a fact is a
+    question with its answer, or a text in which a mask finds one. All facts are trained on and
+    measured, for what counts is how many are stored; `heldout_facts` of them are only measured. Of
+    other texts a twentieth is for validation, and as many for the test.
+
+    A document that is there several times is trained on as often, and measured once.
+    """
+
+    @staticmethod
+    def build(c):
+        texts, origins, splits = read_documents(c.path, c.block_size)
+        facts = np.array([is_fact(text, c.mask) for text in texts], bool)
+        can_hold_out = "" in splits and facts.any()
+        message = "heldout_facts has no effect: it takes facts from a file that has no folders"
+        require(can_hold_out or not c.heldout_facts, message, "heldout_facts")
+        if "" in splits:
+            splits = split_by_content(c, texts, facts, splits[""])
+        for split in ("val", "test"):
+            splits[split] = np.unique(splits[split])
+        trained = np.isin(np.arange(len(texts)), splits["train"])
+        seen = trained[np.concatenate([splits["val"], splits["test"]])]
+        slices = {"seen": trained.astype(int)} if seen.any() and not seen.all() else {}
+        source = FactDataset(c, c.mask, texts, splits, slices)
+        source.origins = origins  # "file:line" of each document
+        # before n_val_examples and n_test_examples
+        source.sizes = {split: len(numbers) for split, numbers in splits.items()}
+        return source
+
+
+TASKS = {"qa": QA, "digits": Digits, "twohop": TwoHop, "hashhop": HashHop, "text": Text}
+
+
+# ---- the data, as train.py and eval.py use it ----------------------------------------------------
 
 
 class Data:
-    """.vocab_size, .seq_len (tokens of the longest document), .baselines {name: accuracy without knowledge}, and
-
-    .batch_indices(step, batch_size) -> the global row numbers of a training step, a range; a row is a document
-    .batch(split, step, rows) -> tokens (B, T) long, targets (B, T) long, tags {name: (N,) array}; and cu_seqlens (R + 1,) if
-        packing=documents and split is train: then B is 1
-    .eval_groups(split) -> ranges of rows, for evaluation
-    .steps_per_epoch(batch_size)
-    .notes: lines about documents of your own, for train.py to print
-    """
+    """.vocab_size, .seq_len (of the longest document), .baselines {name: accuracy without
+    knowledge}, .notes (lines about your own documents, for train.py to print), and the methods of
+    data_mqar.Data. With packing=documents a training batch is one row, and batch returns
+    cu_seqlens, too."""
 
     def __init__(self, config):
         self.config = c = config
         self.tokenizer = read_tokenizer(c.tokenizer)
-        stored = c.path and c.task != "text"
-        self.source = FactDataset(c, *read_stored(c.path, c.task, TASKS)) if stored else TASKS[c.task].make(c)
-        self.kind, self.baselines, self.vocab_size = self.source.kind, self.source.baselines, self.tokenizer.vocab_size
-        self.seq_len = self.longest()
-        # the place of a digit or letter in its answer is a tag, unless every answer is a sentence
-        self.has_positions = self.kind != "text" and any(isinstance(t, str) for t in getattr(self.source, "texts", [""]))
-        self.require_answers()
+        if c.path and c.task != "text":
+            self.source = read_facts(c, TASKS)
+        else:
+            self.source = TASKS[c.task].build(c)
+        self.kind, self.baselines = self.source.kind, self.source.baselines
+        self.vocab_size = self.tokenizer.vocab_size
+        self.seq_len = self.max_length()
+        # The position of a digit or letter in its answer is a slice, unless answers are sentences.
+        texts = getattr(self.source, "texts", [""])
+        has_words = any(isinstance(text, str) for text in texts)
+        self.has_positions = self.kind != "text" and has_words
+        self.check_answers()
         self.notes = survey(self) if c.task == "text" else []
 
-    def require_answers(self):
-        """ConfigError if a split has nothing to score, or if the labels would not be exact with this tokenizer."""
-        c, plain = self.config, []  # the documents whose answers the mask has to find
+    def max_length(self):
+        if isinstance(self.source, FactDataset):
+            return max(len(self.encode_document(text)[0]) for text in self.source.texts)
+        # Bytes fill block_size at most. Another tokenizer makes no more tokens than there are
+        # bytes, and a few for its own needs.
+        return self.config.block_size + (0 if self.tokenizer is BYTES else 64)
+
+    def check_answers(self):
+        """ConfigError if a split has nothing to score, or if the tokenizer cuts answers wrongly."""
+        c = self.config
+        plain = []  # texts whose answers the mask has to find
         for split in SPLITS:
-            rows = range(min(self.source.count(split), 1000))
-            require(rows, f"no document is left for {split}; give it more of them", "path")
-            texts, _ = self.source.read(split, rows)
+            indices = range(min(self.source.count(split), 1000))
+            require(indices, f"no document is left for {split}; give it more of them", "path")
+            texts, _ = self.source.read(split, indices)
             plain += [text for text in texts if isinstance(text, str)]
-            message = f"mask={self.kind} finds no answer in the first {len(rows)} documents of {split}"
-            require((self.batch(split, 0, rows)[1] != IGNORE_INDEX).any(), message, "mask")
-        require(plain or c.mask == "text", f"mask={c.mask} has no effect: the documents say what their answers are", "mask")
+            where = f"the first {len(indices)} documents of {split}"
+            has_labels = (self.batch(split, 0, indices)[1] != IGNORE_INDEX).any()
+            require(has_labels, f"mask={self.kind} finds no answer in {where}", "mask")
+        message = f"mask={c.mask} has no effect: the documents say what their answers are"
+        require(plain or c.mask == "text", message, "mask")
         if self.tokenizer is not BYTES and self.kind != "text":
             problem = check_label_mask(self.tokenizer, self.kind, plain[:300])
-            require(not problem, f"tokenizer={c.tokenizer} does not suit these documents: {problem}", "tokenizer")
-
-    def longest(self):
-        if isinstance(self.source, FactDataset):
-            return max(len(self.document(text)[0]) for text in self.source.texts)
-        # bytes fill block_size at most; another tokenizer makes no more tokens than bytes of text, and a few for its own needs
-        return self.config.block_size + (0 if self.tokenizer.name == "bytes" else 64)
+            message = f"tokenizer={c.tokenizer} does not suit these documents: {problem}"
+            require(not problem, message, "tokenizer")
 
     def batch_indices(self, step, batch_size):
         return range(step * batch_size, (step + 1) * batch_size)
@@ -219,157 +600,55 @@ class Data:
     def eval_groups(self, split):
         return self.source.eval_groups(split)
 
-    def document(self, text):
-        """A text, or (question, answer) -> tokens (L,), and where the answer begins (0: not said)."""
+    def batch(self, split, step, indices):
+        """-> tokens (B, T) long, targets (B, T) long, slices {name: (N,) array}; if packed, B is 1
+        and cu_seqlens (documents + 1,) int32 comes fourth."""
+        texts, slices = self.source.read(split, indices)
+        flat, labels, cu_seqlens = self.encode_and_label(texts)
+        n_labels = np.add.reduceat(labels != IGNORE_INDEX, cu_seqlens[:-1])  # of each document
+        slices = {name: np.repeat(values, n_labels) for name, values in slices.items()}
+        if self.has_positions:
+            first = np.cumsum(n_labels) - n_labels
+            slices["place"] = np.arange(n_labels.sum()) - np.repeat(first, n_labels)
+        if self.config.packing == "documents" and split == "train":
+            tokens = torch.from_numpy(flat[None]).long()
+            targets = torch.from_numpy(shift_labels(labels[None])).long()
+            return tokens, targets, slices, torch.from_numpy(cu_seqlens)
+        lengths = np.diff(cu_seqlens)
+        inside = np.arange(lengths.max()) < lengths[:, None]  # (B, T), not padding
+        tokens = np.full(inside.shape, self.tokenizer.pad, np.int64)
+        padded_labels = np.full(inside.shape, IGNORE_INDEX, np.int64)
+        tokens[inside] = flat
+        padded_labels[inside] = labels
+        targets = shift_labels(padded_labels)
+        return torch.from_numpy(tokens), torch.from_numpy(targets), slices
+
+    def encode_and_label(self, texts):
+        """-> tokens (N,) of documents end to end, labels (N,), cu_seqlens (documents + 1,)."""
+        documents, answer_starts = zip(*map(self.encode_document, texts))
+        return label_documents(documents, answer_starts, self.kind, self.tokenizer)
+
+    def encode_document(self, text):
+        """A text, or (question, answer) -> tokens (T,), start of the answer (0: unknown)."""
         if isinstance(text, tuple):
             question, answer = (self.tokenizer.encode(part) for part in text)
-            return self.framed(question, answer), 1 + len(question)
-        return self.framed(self.tokenizer.encode(text)), 0
+            return self.add_special_tokens(question, answer), 1 + len(question)
+        return self.add_special_tokens(self.tokenizer.encode(text)), 0
 
-    def framed(self, *parts):
+    def add_special_tokens(self, *parts):
         """BOS before, and EOS after what has no end of its own."""
-        end = [self.tokenizer.eos] * (self.config.task == "text")
+        end = [self.tokenizer.eos] if self.config.task == "text" else []
         return np.concatenate([[self.tokenizer.bos], *parts, end]).astype(np.int32)
 
-    def labelled(self, texts):
-        """R documents -> their tokens end to end (N,), labels (N,), cu_seqlens (R + 1,)."""
-        documents, begins = zip(*map(self.document, texts))
-        lengths = np.array([len(d) for d in documents])
-        ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        flat = np.concatenate(documents)
-        labels = label_mask(flat, self.kind, ends, self.tokenizer)
-        answered = np.array(begins) > 0
-        if answered.any():
-            place = np.arange(len(flat)) - np.repeat(ends[:-1], lengths)
-            known = np.repeat(answered, lengths)
-            labels = np.where(known, np.where(place >= np.repeat(begins, lengths), flat, IGNORE_INDEX), labels)
-        # An end without an answer before it asks for nothing: every model would be right.
-        spelled = np.add.reduceat((labels != IGNORE_INDEX) & (flat < self.tokenizer.pad), ends[:-1])
-        return flat, np.where(np.repeat(spelled > 0, lengths), labels, IGNORE_INDEX), ends
 
-    def batch(self, split, step, rows):
-        texts, tags = self.source.read(split, rows)
-        flat, labels, ends = self.labelled(texts)
-        lengths = np.diff(ends)
-        # (R, L), the tokens of each document in a padded row
-        inside = np.arange(lengths.max()) < lengths[:, None]
-        counts = np.add.reduceat(labels != IGNORE_INDEX, ends[:-1])
-        tags = {name: np.repeat(values, counts) for name, values in tags.items()}
-        if self.has_positions:
-            tags["place"] = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        if self.config.packing == "documents" and split == "train":
-            tokens, targets = flat[None], shift_labels(labels[None])
-            return *map(torch.from_numpy, (tokens.astype(np.int64), targets.astype(np.int64))), tags, torch.from_numpy(ends)
-        tokens, padded = np.full(inside.shape, self.tokenizer.pad, np.int64), np.full(inside.shape, IGNORE_INDEX, np.int64)
-        tokens[inside], padded[inside] = flat, labels
-        return torch.from_numpy(tokens), torch.from_numpy(shift_labels(padded)), tags
-
-
-# ---- what there is to say of your own documents ------------------------------------------------
-
-
-def survey(data):
-    """Lines about the documents of task text: what is in each split, and what is odd about them.
-
-    ConfigError for an answer that the tokenizer cannot spell: something else would be scored.
-    """
-    source, found = data.source, []
-    for first in range(0, len(source.texts), 1000):
-        texts = source.texts[first : first + 1000]
-        tokens, labels, ends = data.labelled(texts)
-        for number, (text, a, b) in enumerate(zip(texts, ends[:-1], ends[1:]), first):
-            where = source.places[number]
-            found.append(look_at(data, text, tokens[a:b], labels[a:b], where))
-    answered, altered, questions = zip(*found)
-    lines = [sizes_of_splits(source, np.array(answered))]
-    if any(altered):
-        lines.append(altered_documents(data, altered))
-    return lines + several_answers(source, questions)
-
-
-def look_at(data, text, tokens, labels, where):
-    """One document -> has it an answer? does the tokenizer alter it? what it asks, or ""."""
-    tokenizer, kind = data.tokenizer, data.kind
-    at = np.flatnonzero(labels != IGNORE_INDEX)
-    no_token = f"tokenizer={tokenizer.name} has no token for a part of the answer"
-    message = f"{where}: {no_token}; use another, or bytes"
-    if isinstance(text, tuple):
-        require(len(at), message, "tokenizer")
-    if isinstance(text, tuple) or kind != "text":
-        require(tokenizer.unknown < 0 or tokenizer.unknown not in labels, message, "tokenizer")
-    altered = tokenizer is not BYTES and tokenizer.decode(tokens) != joined(text)
-    question = ""
-    if isinstance(text, tuple):
-        question = said(text[0])
-    elif kind in TASKS["text"].FACT_MASKS and len(at):
-        question = said(tokenizer.decode(tokens[: at[0]]))
-    return len(at) > 0, altered, question
-
-
-def sizes_of_splits(source, answered):
-    """One line: documents in each split, how many are trained on, and how many have no answer."""
-    train, parts, without = source.splits["train"], [], []
-    for split in SPLITS:
-        mine = source.splits[split]
-        text, different = f"{split} {len(mine)}", len(np.unique(mine))
-        if split == "train":
-            text += f" ({different} different)" if different < len(mine) else ""
-        else:
-            text += f" of {source.sizes[split]}" if len(mine) < source.sizes[split] else ""
-            text += f" ({np.isin(mine, train).sum()} of them trained on)"
-        parts.append(text)
-        if not answered[mine].all():
-            without.append(f"{(~answered[mine]).sum()} of {split}")
-    line = "documents: " + ", ".join(parts)
-    if without:
-        line += f"; without an answer, so not counted: {', '.join(without)}"
-    return line
-
-
-def altered_documents(data, altered):
-    """A line about the documents that a tokenizer does not give back; altered (n,) bool."""
-    number = altered.index(True)
-    text = data.source.texts[number]
-    was, now = difference(joined(text), data.tokenizer.decode(data.document(text)[0]))
-    many = f"{sum(altered)} of {len(altered)} documents do not come back from the tokenizer"
-    example = f"{data.source.places[number]} for one, where {was!r} becomes {now!r}"
-    return f"note: {many} as they were, {example}"
-
-
-def several_answers(source, questions):
-    """A line about questions that two documents answer differently, or none."""
-    first, pairs = {}, []
-    for number, question in enumerate(questions):
-        before = first.setdefault(question, number)
-        texts = [said(joined(source.texts[i])) for i in (before, number)]
-        if question and texts[0] != texts[1]:
-            pairs.append(f"{source.places[before]} and {source.places[number]}")
-    if not pairs:
-        return []
-    many = f"questions with more than one answer: {len(pairs)}, {pairs[0]} for one"
-    return [f"note: {many}; no model can be right on both"]
-
-
-def joined(text):
-    return text if isinstance(text, str) else "".join(text)
-
-
-def difference(a, b, around=12):
-    """Where two texts begin to differ: a few letters of each."""
-    same = zip(a, b)
-    first = next((i for i, (x, y) in enumerate(same) if x != y), min(len(a), len(b)))
-    part = slice(max(0, first - around), first + around)
-    return a[part], b[part]
-
-
-# ---- command line ------------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 @dataclass
 class DatasetConfig(Config):
-    output_dir: str = ""  # directory to write; it must not exist yet; empty: qa-2000-pairs and the like
+    output_dir: str = ""  # directory to write; it must not exist yet; empty: qa-2000-pairs etc.
     format: str = "parquet"  # parquet or jsonl
-    n_val_examples: int = 0  # documents of validation at most; 0: all (hashhop: 500 per number of hops)
+    n_val_examples: int = 0  # documents of validation at most; 0: all (hashhop: 500 for each hops)
     n_test_examples: int = 0  # likewise
 
     def unused(self):
@@ -378,79 +657,48 @@ class DatasetConfig(Config):
     def check(self):
         super().check()
         one_of(self, ("parquet", "jsonl"), "format")
-        require(self.task != "text", "task=text reads documents; there is nothing to write", "task")
-        require(not self.path, f"path={self.path} is a data set already; leave it out to write another", "path")
+        message = "task=text reads documents; there is nothing to write"
+        require(self.task != "text", message, "task")
+        message = f"path={self.path} is a data set already; leave it out to write another"
+        require(not self.path, message, "path")
         self.output_dir = self.output_dir or self.label()
 
 
 def show(config, documents=2):
-    """Print the first training documents with [] around what is scored, and their tags."""
+    """Print the first training documents with [] around what is scored, and their slices."""
     data = Data(config)
     texts, _ = data.source.read("train", range(documents))
-    for row, text in enumerate(texts):
-        tokens, targets, tags, *_ = data.batch("train", 0, [row])
-        answer = np.flatnonzero(targets[0].numpy() != IGNORE_INDEX) + 1
-        marked = text
+    for index, text in enumerate(texts):
+        tokens, targets, slices, *_ = data.batch("train", 0, [index])
         if isinstance(text, str):
-            pieces, scored = [], set(answer.tolist())
-            for i, token in enumerate(tokens[0].tolist()):
-                opens, closes = i in scored and i - 1 not in scored, i not in scored and i - 1 in scored
-                pieces.append("[" * opens + "]" * closes + data.tokenizer.decode([token]))
-            marked = "".join(pieces)
-        say(f"{marked!r:24}", {k: v[0].item() for k, v in tags.items() if k != "place"} or "")
+            text = mark_answers(data.tokenizer, tokens[0].tolist(), targets[0].tolist())
+        slices.pop("place", None)
+        slices = {name: values[0].item() for name, values in slices.items()}
+        say(f"{text!r:24}", slices or "")
 
 
 def main(argv=None):
-    words, settings = read_argv(sys.argv[1:] if argv is None else argv)
+    args, settings = read_argv(sys.argv[1:] if argv is None else argv)
     if any(s.key == "help" for s in settings):
         say(help_text(__doc__, DatasetConfig))
         return 0
-    command = words.pop(0) if words else ""
-    require(not words, f"{' '.join(words)!r} is neither an override file (.py) nor a flag (--key=value)", None)
+    command = args.pop(0) if args else ""
+    unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
+    require(not args, unknown, None)
     if not command and not settings:
         print(__doc__.strip())
         return 0
-    names = [*TASKS, "check"]
-    require(command in names, f"name what to do first: python data_synth.py {'|'.join(names)} --key=value", None)
+    commands = [*TASKS, "check"]
+    usage = f"python data_synth.py {'|'.join(commands)} --key=value"
+    require(command in commands, f"name what to do first: {usage}", None)
     if command == "check":
         reject_unknown(settings, CheckConfig)
-        return check(build_config(CheckConfig, settings).tokenizer)
+        return check_tokenizer(build_config(CheckConfig, settings).tokenizer, Config, TASKS)
     reject_unknown(settings, DatasetConfig)
-    require("task" not in {s.key for s in settings}, f"the task is {command} already; leave out --task", None)
+    has_task = any(s.key == "task" for s in settings)
+    require(not has_task, f"the task is {command} already; leave out --task", None)
     config = build_config(DatasetConfig, [Setting("task", command, command), *settings])
-    start = time.perf_counter()
-    metadata = write_facts(config, TASKS[config.task].make(config))
-    rows = {split: sum(f["rows"] for f in files) for split, files in metadata["files"].items()}
-    size = sum(f["bytes"] for files in metadata["files"].values() for f in files) / 1e6
-    say(f"{config.output_dir}: {rows} rows, {size:.1f} MB, {time.perf_counter() - start:.1f} s")
-    print_baselines(metadata["chance"])
-    return 0
-
-
-@dataclass
-class CheckConfig:
-    tokenizer: str = ""  # a tokenizer.json; empty: bytes
-
-
-CHECK_CASES = {  # kind of mask: settings whose documents are tried
-    "digits": [dict(task="digits"), dict(task="twohop", markers=False)],
-    "qa": [dict(task="qa")],
-    "twohop": [dict(task="twohop"), dict(task="twohop", relations=4), dict(task="twohop", relations=4, cot=1)],
-    "hashhop": [dict(task="hashhop", hops=(1, 2, 3), cot=0.5), dict(task="hashhop", hash_len=16, block_size=512)],
-}
-
-
-def check(path):
-    """Print whether each label mask is exact with the tokenizer; RunFailed if one is not."""
-    tokenizer, bad = read_tokenizer(path), []
-    for kind, settings in CHECK_CASES.items():
-        texts = [t for s in settings for t in TASKS[s["task"]].make(Config(**s)).read("train", range(300))[0]]
-        asked = [f"What is the value of {t[:6]}?{t[7:13]}" for t in texts] if kind == "qa" else []
-        problem = check_label_mask(tokenizer, kind, texts + asked)
-        say(f"{tokenizer.name}: {kind}: {problem or 'exact'}")
-        bad += [kind] if problem else []
-    if bad:
-        raise RunError(f"masks of {', '.join(bad)} would not be exact with {tokenizer.name}; use another, or bytes")
+    write_and_report(config, TASKS[config.task].build(config))
     return 0
 
 

@@ -216,7 +216,7 @@ def hashhop(look):
     def work(batch):
         texts, tags = data.source.read(split, batch.rows)
         cuts = [text.index("'", text.index("COMPLETION:")) + 1 for text in texts]
-        prompts = [data.framed(data.tokenizer.encode(text[:cut])) for text, cut in zip(texts, cuts)]
+        prompts = [data.add_special_tokens(data.tokenizer.encode(text[:cut])) for text, cut in zip(texts, cuts)]
         answers = [data.tokenizer.encode(text[cut:].rstrip().rstrip("'")) for text, cut in zip(texts, cuts)]
         kinds, sizes = np.empty(len(texts), "U24"), np.array([(len(p), len(a)) for p, a in zip(prompts, answers)])
         for size in np.unique(sizes, axis=0):  # prompts and answers of one length are decoded together

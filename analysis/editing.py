@@ -81,7 +81,7 @@ def counterfactual(text, letters, random):
 
 def encode(look, texts):
     """Facts of one length -> tokens and targets (R, T)."""
-    ids = np.stack([look.data.document(text)[0] for text in texts])
+    ids = np.stack([look.data.encode_document(text)[0] for text in texts])
     targets = shift_labels(label_mask(ids, look.data.kind, tokenizer=look.data.tokenizer))
     return tuple(torch.from_numpy(x).long().to(look.device) for x in (ids, targets))
 

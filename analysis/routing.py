@@ -72,7 +72,7 @@ def token_types(look, ids):
     if not hasattr(look.data, "tokenizer"):
         half = look.data.vocab_size // 2  # MQAR: 0 is blank, keys come before values
         return ["blank" if i == 0 else "key" if i < half else "value" for i in ids]
-    spelled = [look.data.tokenizer.texts[int(i)] for i in ids]
+    spelled = [look.data.tokenizer.token_strings[int(i)] for i in ids]
     letters, at, kinds = char_types("".join(spelled)), 0, []
     for piece in spelled:
         # " the" is a word, not a blank: leading blanks of a token do not decide.

@@ -86,7 +86,7 @@ class TrainedRun:
         if not hasattr(self.data, "tokenizer"):
             return str(int(i))
         names = {self.pad: "PAD", self.pad + 1: "BOS", self.pad + 2: "EOS"}
-        text = names.get(int(i)) or self.data.tokenizer.texts[int(i)]
+        text = names.get(int(i)) or self.data.tokenizer.token_strings[int(i)]
         return "␣" if text == " " else text if text.isprintable() else repr(text)[1:-1]
 
 

@@ -27,7 +27,7 @@ from collections import Counter
 
 import numpy as np
 
-from nanorecall.documents import read_rows
+from nanorecall.shards import read_rows
 from nanorecall.settings import ConfigError, convert, require
 
 INSTRUCTION = "Predict the [MASK] in the sentence in one word."

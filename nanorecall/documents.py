@@ -1,299 +1,277 @@
-"""Documents on disk: what data_synth.py writes, parquet or jsonl with checksums, and documents that you bring.
+"""Documents that users bring: read from files, split, and surveyed before a run.
 
-Every problem with a file is one ConfigError that names the file and the line (in parquet, the row), before anything is trained.
+A document is a text, or a tuple (question, answer). Every problem with a file is one ConfigError
+that names the file and the line (parquet: the row), before anything is trained.
 """
 
 import glob
-import json
+import hashlib
 import os
-import sys
-from dataclasses import asdict
+import unicodedata
 
 import numpy as np
 from tqdm import tqdm
 
-from nanorecall.checkpoint import atomic_directory, atomic_write, check_kinds, read_record, sha256_file, write_json
+from nanorecall.rng import IGNORE_INDEX, SPLITS
 from nanorecall.settings import ConfigError, require
-from nanorecall.text import MASKS
+from nanorecall.shards import SPLIT_DIRS, has_data_suffix, read_rows
+from nanorecall.text import BYTES, label_mask
 
-SPLIT_DIRS = {"train": "train", "val": "validation", "test": "test"}
-LONGEST_LINE = 2**20  # bytes
-DOCUMENT = ("text", "question", "answer")  # what is read of a document of your own
+COLUMNS = ("text", "question", "answer")  # what is read of a row
+FACT_MASKS = ("qa", "digits", "twohop")  # masks that find the answer of a fact in a text
 
-# ---- writing -----------------------------------------------------------------------------------------------------------
-
-
-def write_facts(c, source, shard_rows=200_000):
-    """Write an epoch of `source` (data_synth.Facts or HashHop), shuffled, as train/, and validation/, test/ and metadata.json.
-
-    A row is {"text": ..., tags}; a document with k exposures is there k times. -> the metadata. Memory is that of
-    one shard.
-    """
-    not_stored = ("output_dir", "path", "packing", "tokenizer", "heldout_facts")
-    with atomic_directory(c.output_dir) as work:
-        files = {name: write_split(c, source, work, split, name, shard_rows) for split, name in SPLIT_DIRS.items()}
-        metadata = {
-            "dataset_type": c.task,
-            "format_version": 1,
-            **{k: v for k, v in asdict(c).items() if k not in not_stored},
-            "mask": source.kind,
-            "chance": source.baselines,
-            "knowledge": getattr(source, "capacity", {}),
-            "files": files,
-        }
-        write_json(os.path.join(work, "metadata.json"), metadata)
-    return metadata
+# ---- reading -------------------------------------------------------------------------------------
 
 
-def write_split(c, source, work, split, name, shard_rows):
-    os.mkdir(os.path.join(work, name))
-    files, total = [], source.count(split)
-    with tqdm(total=total, desc=name, unit="row", disable=not sys.stderr.isatty()) as bar:
-        for first in range(0, total, shard_rows):
-            rows = range(first, min(first + shard_rows, total))
-            path = os.path.join(work, name, f"part-{len(files):05d}.{c.format}")
-            atomic_write(path, lambda f: WRITERS[c.format](f, source, split, rows, bar))
-            about = {"name": f"{name}/{os.path.basename(path)}", "rows": len(rows), "bytes": os.path.getsize(path)}
-            files.append(about | {"sha256": sha256_file(path)})
-    return files
-
-
-def chunks(source, split, rows, bar, size=10_000):
-    for first in range(rows.start, rows.stop, size):
-        texts, tags = source.read(split, np.arange(first, min(first + size, rows.stop)))
-        yield {"text": texts, **{k: v.tolist() for k, v in tags.items()}}
-        bar.update(len(texts))
-
-
-def write_parquet(f, source, split, rows, bar):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    writer = None
-    for columns in chunks(source, split, rows, bar):
-        table = pa.table(columns)
-        writer = writer or pq.ParquetWriter(f, table.schema, compression="zstd", write_page_checksum=True)
-        writer.write_table(table)
-    writer.close()
-
-
-def write_jsonl(f, source, split, rows, bar):
-    for columns in chunks(source, split, rows, bar):
-        for row in zip(*columns.values()):
-            f.write(json.dumps(dict(zip(columns, row))).encode() + b"\n")
-
-
-WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
-
-# ---- reading what was written here -------------------------------------------------------------------------------------
-
-
-STORED_FILE = {
-    "name": "path inside",
-    "rows": "count",
-    "sha256": "hash",
-}  # of a data set, in metadata.json
-METADATA = {
-    **{"mask": "text", "chance": {"*": "share"}, "knowledge": "dict"},
-    "files": {name: [STORED_FILE] for name in SPLIT_DIRS.values()},
-}
-
-
-def read_stored(path, task, tasks):
-    """A directory of write_facts -> what data_synth.Facts is made of: kind of mask, texts, splits, tags, chance, knowledge."""
-    place = os.path.join(path, "metadata.json")
-    make = f"`python data_synth.py {task} --output_dir DIR` makes one; documents of your own need --task text"
-    require(
-        os.path.exists(place),
-        f"path={path} holds no data set (no metadata.json there); {make}",
-        "path",
-    )
-    metadata = read_record(place, {"dataset_type": "text", "format_version": "count"})
-    kind = metadata["dataset_type"]
-    known = kind in tasks and metadata["format_version"] == 1
-    require(known, f"{path} holds a data set of {kind!r}, not of data_synth.py", "path")
-    require(kind == task, f"{path} holds task {kind}; say --task {kind}", "task")
-    check_kinds(metadata, METADATA, place)
-    knowledge = metadata["knowledge"]
-    if knowledge:
-        check_kinds(
-            knowledge, {"slice": "text", "facts": "size", "bits": "number"}, f"{place}: 'knowledge'"
-        )
-        require(
-            knowledge["slice"].count("=") == 1,
-            f"{place}: {knowledge['slice']!r} is no slice tag=value",
-            "path",
-        )
-    require(
-        metadata["mask"] in MASKS,
-        f"{place}: mask={metadata['mask']!r} is not one of {', '.join(MASKS)}",
-        "path",
-    )
-    number, tags, splits, columns = {}, {}, {}, None  # text -> its number; the tags of a text are the same in every split
-    for split, name in SPLIT_DIRS.items():
-        which = []
-        for file in metadata["files"][name]:
-            rows = 0
-            for row, where in read_rows(verified_path(path, file["name"], file["sha256"])):
-                rows += 1
-                text = row.pop("text", None)
-                require(isinstance(text, str), f'{where}: "text" is no text', "path")
-                columns = columns or set(row)
-                require(set(row) == columns, f"{where}: its tags are not those of the rows before", "path")
-                if text not in number:
-                    number[text] = len(number)
-                    for key, value in row.items():
-                        tags.setdefault(key, []).append(value)
-                which.append(number[text])
-            message = f"{place} says that {file['name']} has {file['rows']} rows; it has {rows}: write the data set again"
-            require(rows == file["rows"], message, "path")
-        splits[split] = np.array(which, np.int32)
-    if knowledge:
-        tag = knowledge["slice"].split("=")[0]
-        require(tag in tags, f"{place}: there is no tag {tag!r}", "path")
-    return metadata["mask"], list(number), splits, tags, metadata["chance"], knowledge
-
-
-def verified_path(path, name, sha256):
-    """The path of a file of the data set, once its checksum is right."""
-    place = os.path.join(path, name)
-    if not os.path.isfile(place) or sha256_file(place) != sha256:
-        raise ConfigError(f"{place} is missing or damaged (its checksum differs); write the data set again", "path")
-    return place
-
-
-# ---- reading documents of your own -------------------------------------------------------------------------------------
-
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what such a file begins with
-
-
-def read_documents(path, longest):
-    """Files with "text", or with "question" and "answer" -> {split: [(document, "file:line")]}.
+def read_documents(path, max_bytes):
+    """Files with "text", or with "question" and "answer" -> documents that differ, the "file:line"
+    of each, {split: numbers of documents, one for each time it is there}.
 
     path: a .jsonl or .parquet file or a directory of them, all of it the split ""; or a directory
-    with train/, validation/ and test/. A document is a string or (question, answer). ConfigError
-    for one of more than `longest` tokens, counted as bytes with the two at its ends.
+    with train/, validation/ and test/. ConfigError for a document of more than `max_bytes` tokens,
+    counted as bytes and two for its ends.
     """
+    number_of, origins, splits = {}, [], {}
+    for split, place in split_paths(path).items():
+        numbers = []
+        for document, where in documents_in(place, max_bytes):
+            if document not in number_of:
+                number_of[document] = len(number_of)
+                origins.append(where)
+            numbers.append(number_of[document])
+        splits[split] = np.array(numbers, np.int32)
+    return list(number_of), origins, splits
+
+
+def split_paths(path):
+    """{split: where its documents are}."""
     require(os.path.exists(path), f"path={path} does not exist", "path")
-    folders = {split: os.path.join(path, name) for split, name in SPLIT_DIRS.items()}
-    if all(map(os.path.isdir, folders.values())):
-        return {split: list(documents_in(folder, longest)) for split, folder in folders.items()}
-    there = [name for name in ("train", "val", *SPLIT_DIRS.values()) if os.path.isdir(os.path.join(path, name))]
-    require(not there, f"{path} has {', '.join(there)}; name all three: {', '.join(SPLIT_DIRS.values())}", "path")
-    return {"": list(documents_in(path, longest))}
+    directories = {split: os.path.join(path, name) for split, name in SPLIT_DIRS.items()}
+    if all(map(os.path.isdir, directories.values())):
+        return directories
+    names = ("train", "val", *SPLIT_DIRS.values())
+    found = [name for name in names if os.path.isdir(os.path.join(path, name))]
+    message = f"{path} has {', '.join(found)}; name all three: {', '.join(SPLIT_DIRS.values())}"
+    require(not found, message, "path")
+    return {"": path}
 
 
-def documents_in(path, longest):
+def documents_in(path, max_bytes):
     """(document, "file:line") of a file, or of all files in a directory."""
-    files = [path] if os.path.isfile(path) else sorted(f for f in glob.glob(os.path.join(glob.escape(path), "*")) if has_data_suffix(f))
+    if os.path.isfile(path):
+        files = [path]
+    else:
+        entries = glob.glob(os.path.join(glob.escape(path), "*"))
+        files = sorted(file for file in entries if has_data_suffix(file))
     require(files, f"{path} holds no .jsonl or .parquet file", "path")
-    for file in tqdm(files, desc="read", disable=not sys.stderr.isatty()):
+    for file in tqdm(files, desc="read", disable=None):
         require(has_data_suffix(file), f"{file} is neither .jsonl nor .parquet", "path")
-        for row, where in read_rows(file, DOCUMENT):
-            yield document(row, where, longest), where
+        for row, where in read_rows(file, COLUMNS):
+            yield validate_document(row, where, max_bytes), where
 
 
-def has_data_suffix(file):
-    return file.endswith((".jsonl", ".parquet"))
-
-
-def document(row, where, longest):
+def validate_document(row, where, max_bytes):
     """One row -> its text, or (question, answer)."""
-    given = [name for name in DOCUMENT if row.get(name) is not None]
+    given = [name for name in COLUMNS if row.get(name) is not None]
     message = f'{where}: has "text", and "question" and "answer", too; leave out one or the others'
-    require(len(given) < len(DOCUMENT), message, "path")
+    require(len(given) < len(COLUMNS), message, "path")
     # A table of both kinds holds null for what a row lacks.
-    asked = "text" not in row or given == ["question", "answer"]
-    names = ("question", "answer") if asked else ("text",)
-    missing = [n for n in names if n not in row]
+    is_question = "text" not in row or given == ["question", "answer"]
+    names = ("question", "answer") if is_question else ("text",)
+    missing = [name for name in names if name not in row]
     found = ", ".join(map(str, row)) or "nothing"
     message = f'{where}: needs "text", or "question" and "answer"; it has {found[:200]}'
     require(not missing, message, "path")
     for name in names:
-        require(isinstance(row[name], str), f'{where}: "{name}" is {type(row[name]).__name__}, not text', "path")
-        require(row[name].strip(), f'{where}: "{name}" is empty', "path")
-        try:
-            row[name].encode()
-        except UnicodeEncodeError:
-            raise ConfigError(f'{where}: "{name}" holds half of a surrogate pair, which is no text', "path") from None
+        validate_text(row[name], f'{where}: "{name}"')
     parts = [row[name] for name in names]
-    if len(parts) == 2 and not parts[0][-1].isspace():
+    if is_question and not parts[0][-1].isspace():
         parts[0] += " "
-    size = sum(len(p.encode()) for p in parts) + 2
-    long = f"{where}: a document of {size} bytes, more than block_size={longest}; cut it, or raise block_size"
-    require(size <= longest, long, "path")
-    return parts[0] if len(parts) == 1 else tuple(parts)
+    size = sum(len(part.encode()) for part in parts) + 2
+    message = f"{where}: a document of {size} bytes, more than block_size={max_bytes}"
+    require(size <= max_bytes, f"{message}; cut it, or raise block_size", "path")
+    return tuple(parts) if is_question else parts[0]
 
 
-def read_rows(path, names=()):
-    """(row as a dict, "file:line") one after another.
+def validate_text(text, where):
+    require(isinstance(text, str), f"{where} is {type(text).__name__}, not text", "path")
+    require(text.strip(), f"{where} is empty", "path")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        message = f"{where} holds half of a surrogate pair, which is no text"
+        raise ConfigError(message, "path") from None
 
-    names: the columns to read of a table, if it has any of them; else all are read.
+
+# ---- splits --------------------------------------------------------------------------------------
+
+
+def is_fact(document, kind):
+    """Has a document an answer to store: its own, or one that the mask `kind` finds?"""
+    if isinstance(document, tuple):
+        return True
+    if kind not in FACT_MASKS:
+        return False
+    labels = label_mask(BYTES.encode(document)[None], kind)
+    return bool((labels != IGNORE_INDEX).any())
+
+
+def split_by_content(c, texts, facts, numbers):
+    """The documents of one file in splits: {"train": numbers of texts (E,), "val", "test"}.
+
+    facts (n,) bool: is each text one? numbers (E,): of texts, one for each time it is there.
+    The splits depend on the seed and on what the documents say, not on their order. Documents that
+    say the same stay together.
     """
-    return READERS[os.path.splitext(path)[1]](path, names)
+    same_fact, same_text = {}, {}  # what they say -> numbers of the documents that say it
+    for number, text in enumerate(texts):
+        groups = same_fact if facts[number] else same_text
+        key = normalize(text[0] if isinstance(text, tuple) else text)
+        groups.setdefault(key, []).append(number)
+    stored = hash_order(same_fact, c.seed)
+    others = hash_order(same_text, c.seed)
+    n_heldout = round(c.heldout_facts * len(stored))
+    message = f"heldout_facts={c.heldout_facts} of {len(stored)} holds out none, or all"
+    require(not c.heldout_facts or 0 < n_heldout < len(stored), message, "heldout_facts")
+    few = f"{c.path} has {len(others)} documents that differ"
+    need = "training, validation and test need one each at least"
+    require(stored or len(others) >= 3, f"{few}; {need}", "path")
+    n = max(1, len(others) // 20) if len(others) >= 3 else 0
+    untrained = concatenate(stored[:n_heldout] + others[: 2 * n])
+    return {
+        "train": numbers[~np.isin(numbers, untrained)],
+        "val": concatenate(stored + others[:n]),
+        "test": concatenate(stored + others[n : 2 * n]),
+    }
 
 
-def read_jsonl(path, names=()):
-    try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE + 1), b""), 1):
-                where = f"{path}:{number}"
-                if number == 1:
-                    utf_16 = line.startswith(UTF_16)
-                    require(not utf_16, f"{path} is UTF-16; save it as UTF-8", "path")
-                    line = line.removeprefix(BYTE_ORDER_MARK)
-                require(len(line) <= LONGEST_LINE, f"{where}: a line of more than {LONGEST_LINE} bytes; cut it", "path")
-                if line.strip():
-                    yield parse_line(line, where), where
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}", "path") from None
+def normalize(text):
+    """What two documents that say the same have in common: Unicode form and blanks may differ."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def parse_line(line, where):
-    try:
-        row = json.loads(line.decode(), object_pairs_hook=once)
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{where}: byte {e.start + 1} of the line is no UTF-8", "path") from None
-    except json.JSONDecodeError as e:
-        raise ConfigError(f"{where}: no JSON ({e.msg}); is the line torn?", "path") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: no JSON (nested too deeply)", "path") from None
-    except ValueError as e:
-        raise ConfigError(f"{where}: JSON that cannot be read ({str(e)[:120]})", "path") from None
-    require(isinstance(row, dict), f"{where}: a JSON {type(row).__name__}, not an object", "path")
-    return row
+def hash_order(groups, seed):
+    """{text: group} -> the groups in an order that the seed and each text alone decide."""
+
+    def digest(text):
+        return hashlib.sha256(f"{seed} {text}".encode()).digest()
+
+    return [groups[text] for text in sorted(groups, key=digest)]
 
 
-def once(pairs):
-    """A JSON object as a dict; ValueError if a name comes twice, where json would take the last."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} comes twice")
-    return row
+def concatenate(groups):
+    return np.array([number for group in groups for number in group], np.int32)
 
 
-def read_parquet(path, names=()):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            there = file.schema_arrow.names
-            twice = [name for name in there if there.count(name) > 1]
-            require(not twice, f"{path} has two columns named {twice[:1]}; leave one out", "path")
-            # The others may be of types that Python has no values for.
-            wanted = [name for name in names if name in there] or None
-            for batch in file.iter_batches(10_000, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{path}: row {number}"
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
-        reason = " ".join(str(e).split())[:120]
-        raise ConfigError(f"{path}: damaged after row {number}, or no parquet ({reason})", "path") from None
+# ---- survey: what train.py prints about the documents --------------------------------------------
 
 
-READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
+def survey(data):
+    """Lines about the documents of data (data_synth.Data of task text): what is in each split, and
+    what is odd about them.
+
+    ConfigError for an answer that the tokenizer cannot spell: something else would be scored.
+    """
+    source = data.source
+    answered, altered, questions = [], [], []
+    for first in range(0, len(source.texts), 1000):
+        texts = source.texts[first : first + 1000]
+        flat, labels, cu_seqlens = data.encode_and_label(texts)
+        for i, text in enumerate(texts):
+            document = slice(cu_seqlens[i], cu_seqlens[i + 1])
+            tokens, document_labels = flat[document], labels[document]
+            is_label = document_labels != IGNORE_INDEX
+            check_spelling(data, text, document_labels[is_label], source.origins[first + i])
+            answered.append(is_label.any())
+            comes_back = data.tokenizer is BYTES or data.tokenizer.decode(tokens) == joined(text)
+            altered.append(not comes_back)
+            questions.append(question_of(data, text, tokens, is_label))
+    lines = [describe_splits(source, np.array(answered))]
+    if any(altered):
+        lines.append(describe_altered(data, altered))
+    return lines + describe_several_answers(source, questions)
+
+
+def check_spelling(data, text, answer, where):
+    """ConfigError if the tokenizer has no token for a part of the answer (n,)."""
+    tokenizer = data.tokenizer
+    lacks = f"tokenizer={tokenizer.name} has no token for a part of the answer"
+    message = f"{where}: {lacks}; use another, or bytes"
+    if isinstance(text, tuple):
+        require(len(answer), message, "tokenizer")
+    if isinstance(text, tuple) or data.kind != "text":
+        require(tokenizer.unknown < 0 or tokenizer.unknown not in answer, message, "tokenizer")
+
+
+def question_of(data, text, tokens, is_label):
+    """What a document asks, or ""."""
+    if isinstance(text, tuple):
+        return normalize(text[0])
+    if data.kind in FACT_MASKS and is_label.any():
+        return normalize(data.tokenizer.decode(tokens[: is_label.argmax()]))
+    return ""
+
+
+def describe_splits(source, answered):
+    """One line: documents in each split, how many are trained on, and how many have no answer.
+    answered (n,) bool."""
+    train = source.splits["train"]
+    parts, unanswered = [], []
+    for split in SPLITS:
+        numbers = source.splits[split]
+        part = f"{split} {len(numbers)}"
+        if split == "train":
+            different = len(np.unique(numbers))
+            if different < len(numbers):
+                part += f" ({different} different)"
+        else:
+            if len(numbers) < source.sizes[split]:
+                part += f" of {source.sizes[split]}"
+            part += f" ({np.isin(numbers, train).sum()} of them trained on)"
+        parts.append(part)
+        if not answered[numbers].all():
+            unanswered.append(f"{(~answered[numbers]).sum()} of {split}")
+    line = "documents: " + ", ".join(parts)
+    if unanswered:
+        line += f"; without an answer, so not counted: {', '.join(unanswered)}"
+    return line
+
+
+def describe_altered(data, altered):
+    """A line about the documents that a tokenizer does not give back; altered: n bools."""
+    number = altered.index(True)
+    text = data.source.texts[number]
+    decoded = data.tokenizer.decode(data.encode_document(text)[0])
+    was, now = difference(joined(text), decoded)
+    many = f"{sum(altered)} of {len(altered)} documents do not come back from the tokenizer"
+    example = f"{data.source.origins[number]} for one, where {was!r} becomes {now!r}"
+    return f"note: {many} as they were, {example}"
+
+
+def describe_several_answers(source, questions):
+    """A line about questions that two documents answer differently, or none."""
+    first, pairs = {}, []
+    for number, question in enumerate(questions):
+        other = first.setdefault(question, number)
+        same = normalize(joined(source.texts[other])) == normalize(joined(source.texts[number]))
+        if question and not same:
+            pairs.append(f"{source.origins[other]} and {source.origins[number]}")
+    if not pairs:
+        return []
+    many = f"questions with more than one answer: {len(pairs)}, {pairs[0]} for one"
+    return [f"note: {many}; no model can be right on both"]
+
+
+def joined(text):
+    return text if isinstance(text, str) else "".join(text)
+
+
+def difference(a, b, around=12):
+    """Where two texts begin to differ: a few letters of each."""
+    first = min(len(a), len(b))
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            first = i
+            break
+    part = slice(max(0, first - around), first + around)
+    return a[part], b[part]

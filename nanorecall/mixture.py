@@ -1,78 +1,96 @@
-"""A second data set, mixed into training within a window of steps: the synthetic start of LLMonade's pipeline.
+"""A synthetic data set, mixed into training within a window of steps (LLMonade's synthetic start).
 
     python train.py --data data_synth --task text --path notes.jsonl \\
         --synthetic_dataset mqar_data --synthetic_start_step 0 --synthetic_end_step 200
 
-Each step of the window takes all of its rows from one of the two: from the second with probability synthetic_weight. Which one,
-and which rows, is a function of seed and step alone, so a resumed run repeats it. Validation and test stay with the main data.
-Text is read with the main data's tokenizer. Tokens of MQAR are numbers, which share their embeddings with those of text.
+A step of the window takes its whole batch from the synthetic data set with probability
+synthetic_weight. Which steps do is a function of the seed, so a resumed run repeats it. Validation
+and test stay with the primary data. Text is read with the primary data's tokenizer. Tokens of MQAR
+are numbers, which share their embeddings with those of text.
 """
 
+import importlib
 import os
 
 import numpy as np
 
-import data_mqar
-import data_synth
 from nanorecall.checkpoint import read_record
-from nanorecall.documents import LONGEST_LINE
-from nanorecall.rng import rng_for
+from nanorecall.rng import STREAMS, rng_for
 from nanorecall.settings import ConfigError, Setting, build_config, require
+from nanorecall.shards import MAX_LINE_BYTES
 
 
-def mix(main, c):
-    """`main` with the data set of c (train.TrainConfig) in its window."""
-    path, tokenizer = c.synthetic_dataset, getattr(getattr(main, "config", None), "tokenizer", "")
+def mix(primary, c):
+    """Data `primary` with the synthetic data set of c (train.TrainConfig) in its window."""
+    path = c.synthetic_dataset
+    tokenizer = getattr(getattr(primary, "config", None), "tokenizer", "")
     try:
-        second = open_dataset(path, c.seed, tokenizer)
+        synthetic = open_dataset(path, c.seed, tokenizer)
     except ConfigError as e:
         raise ConfigError(f"synthetic_dataset={path}: {e}", "synthetic_dataset") from None
-    return Mixture(main, second, c)
+    return Mixture(primary, synthetic, c)
 
 
 def open_dataset(path, seed, tokenizer=""):
-    """The Data of a directory that data_mqar.py or data_synth.py wrote, or of documents of your own."""
+    """The Data of a directory that data_mqar.py or data_synth.py wrote, or of other documents."""
+    metadata = os.path.join(path, "metadata.json")
     kind = "text"
-    if os.path.exists(os.path.join(path, "metadata.json")):
-        kind = read_record(os.path.join(path, "metadata.json"), {"dataset_type": "text"})["dataset_type"]
-    module, task = (data_mqar, {}) if kind == "mqar" else (data_synth, {"task": kind, "tokenizer": tokenizer})
-    task |= {"block_size": LONGEST_LINE} if kind == "text" else {}
-    settings = [Setting(k, v, "synthetic_dataset") for k, v in {**task, "path": path, "seed": seed}.items()]
+    if os.path.exists(metadata):
+        kind = read_record(metadata, {"dataset_type": "text"})["dataset_type"]
+    values = {"path": path, "seed": seed}
+    if kind == "mqar":
+        data_file = "data_mqar"
+    else:
+        data_file = "data_synth"
+        values = {"task": kind, "tokenizer": tokenizer, **values}
+    if kind == "text":
+        values["block_size"] = MAX_LINE_BYTES
+    settings = [Setting(key, value, "synthetic_dataset") for key, value in values.items()]
+    module = importlib.import_module(data_file)  # by name: nanorecall imports no data file
     return module.Data(build_config(module.Config, settings))
 
 
 class Mixture:
-    """Two data sets as one: what train.py needs of a data file's Data."""
+    """Two data sets as one, with the methods of data_mqar.Data."""
 
-    def __init__(self, main, second, c):
-        self.main, self.second, self.baselines = main, second, getattr(main, "baselines", {})
-        self.notes = getattr(main, "notes", [])
-        self.vocab_size = max(main.vocab_size, second.vocab_size)
-        self.seq_len = max(main.seq_len, second.seq_len)
-        steps = c.max_steps or c.n_epochs * main.steps_per_epoch(c.batch_size)
-        late = f"synthetic_start_step={c.synthetic_start_step} lies after the last of {steps} steps"
-        require(c.synthetic_start_step < steps or not c.n_epochs, late, "synthetic_start_step")
-        self.start, window = c.synthetic_start_step, max(0, min(c.synthetic_end_step, steps) - c.synthetic_start_step)
-        self.drawn = rng_for(c.seed, 9).random(window) < c.synthetic_weight  # (window,), does that step go to the second?
-        self.before = np.concatenate([[0], np.cumsum(self.drawn)])  # (window + 1,), steps of the second before it
+    def __init__(self, primary, synthetic, c):
+        self.primary, self.synthetic = primary, synthetic
+        self.baselines = getattr(primary, "baselines", {})
+        self.notes = getattr(primary, "notes", [])
+        self.vocab_size = max(primary.vocab_size, synthetic.vocab_size)
+        self.seq_len = max(primary.seq_len, synthetic.seq_len)
+        steps = c.max_steps or c.n_epochs * primary.steps_per_epoch(c.batch_size)
+        start = c.synthetic_start_step
+        late = f"synthetic_start_step={start} lies after the last of {steps} steps"
+        require(start < steps or not c.n_epochs, late, "synthetic_start_step")
+        self.start = start
+        n = max(0, min(c.synthetic_end_step, steps) - start)
+        # (n,): does that step of the window take the synthetic data set?
+        self.is_synthetic = rng_for(c.seed, STREAMS["mixture"]).random(n) < c.synthetic_weight
+        # (n + 1,): how many steps before it did
+        self.n_synthetic = np.concatenate([[0], np.cumsum(self.is_synthetic)])
 
-    def turn(self, step):
+    def source_of_step(self, step):
         """A step -> the data set it belongs to, and its number among that one's steps."""
-        place = step - self.start
-        gone = int(self.before[min(max(place, 0), len(self.drawn))])
-        inside = 0 <= place < len(self.drawn) and self.drawn[place]
-        return (self.second, gone) if inside else (self.main, step - gone)
+        n = len(self.is_synthetic)
+        position = step - self.start
+        n_before = int(self.n_synthetic[min(max(position, 0), n)])
+        if 0 <= position < n and self.is_synthetic[position]:
+            return self.synthetic, n_before
+        return self.primary, step - n_before
 
     def batch_indices(self, step, batch_size):
-        data, number = self.turn(step)
-        return data.batch_indices(number, batch_size)
+        data, own_step = self.source_of_step(step)
+        return data.batch_indices(own_step, batch_size)
 
-    def batch(self, split, step, rows):
-        data, number = self.turn(step) if split == "train" else (self.main, step)
-        return data.batch(split, number, rows)
+    def batch(self, split, step, indices):
+        if split != "train":
+            return self.primary.batch(split, step, indices)
+        data, own_step = self.source_of_step(step)
+        return data.batch(split, own_step, indices)
 
     def eval_groups(self, split):
-        return self.main.eval_groups(split)
+        return self.primary.eval_groups(split)
 
     def steps_per_epoch(self, batch_size):
-        return self.main.steps_per_epoch(batch_size)
+        return self.primary.steps_per_epoch(batch_size)

@@ -393,7 +393,7 @@ def build_data(p):
     data = p.data_module.Data(p.data)
     if not p.train.synthetic_dataset:
         return data
-    from nanorecall.mixture import mix  # only now: it imports both data files
+    from nanorecall.mixture import mix  # only now: most runs need none
 
     return mix(data, p.train)
 

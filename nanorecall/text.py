@@ -1,13 +1,14 @@
-"""Text into tokens, the tokens to train on, and documents packed end to end.
+"""Text into tokens, and the tokens of the answers as labels.
 
 >>> ids = BYTES.encode("152435:145344 ")
->>> BYTES.decode(ids[mask(ids[None], "digits")[0] != IGNORE])
+>>> labels = label_mask(ids[None], "digits")[0]
+>>> BYTES.decode(labels[labels != IGNORE_INDEX])
 '145344'
 
-A document is BOS, its text, and EOS where the text has no end of its own. Labels are unshifted (labels[i] is tokens[i] or
--100); `shift` moves each onto the position that predicts it.
+A document is BOS, its text, and EOS where the text has no end of its own. Labels are unshifted:
+labels[i] is tokens[i] or -100. `shift_labels` moves each to the position that predicts it.
 
-Letters: B rows, T tokens in a row, N tokens altogether, R documents, L tokens in the longest.
+Letters: B rows, T tokens in a row, N tokens in all documents, D documents.
 """
 
 import functools
@@ -18,16 +19,18 @@ import numpy as np
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, require
 
-# ---- tokenizers --------------------------------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 
 class ByteTokenizer:
-    """Every byte of the UTF-8 text is a token: nothing to download, and no token ever spans two digits or a quote."""
+    """Every byte of the UTF-8 text is a token: nothing to download, and no token ever spans two
+    digits or a quote."""
 
     name = "bytes"
     pad, bos, eos, vocab_size = 256, 257, 258, 259
-    unknown = -1  # there is no token for what has none: every text has its bytes
-    texts = (*map(chr, range(128)), *["\ufffd"] * 128, "", "", "")  # what each token stands for; from 128, part of a letter
+    unknown = -1  # no such token: every text has its bytes
+    # What each token stands for. A byte from 128 on is a part of a letter.
+    token_strings = (*map(chr, range(128)), *["\ufffd"] * 128, "", "", "")
 
     def encode(self, text):
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
@@ -36,37 +39,39 @@ class ByteTokenizer:
         return bytes(i for i in np.asarray(ids).tolist() if i < 256).decode(errors="replace")
 
 
-MOST_TOKENS = 2**20  # numbers of tokens end there; each costs a row of the embedding, used or not
+MAX_TOKENS = 2**20  # token ids end there; each costs a row of the embedding, used or not
 
 
 class FileTokenizer:
-    """A tokenizer.json, read by the `tokenizers` package.
+    """A tokenizer.json, read by the `tokenizers` package. Padding, BOS and EOS are three tokens
+    after its own.
 
-    Padding, begin and end are three tokens after its own.
-
-    It cuts text into tokens and does nothing else. What the file says of a longest length, of
-    padding and of dropout is for other uses: it is left out.
+    It only cuts text into tokens. The file may ask for truncation, padding or dropout; these are
+    for other uses and switched off.
     """
 
     def __init__(self, path):
-        self.name, self.inner = path, read_json_tokenizer(path)
+        self.name = path
+        self.inner = read_json_tokenizer(path)
         self.inner.no_truncation()
         self.inner.no_padding()
         if getattr(self.inner.model, "dropout", None):
             self.inner.model.dropout = None
         vocabulary = self.inner.get_vocab()
-        own = 1 + max(vocabulary.values(), default=0)  # numbers may have gaps
-        large = f"{path} numbers a token {own - 1}; the largest number allowed is {MOST_TOKENS - 1}"
-        require(own <= MOST_TOKENS, large, "tokenizer")
-        named = {}
+        size = 1 + max(vocabulary.values(), default=0)  # ids may have gaps
+        large = f"{path} numbers a token {size - 1}; the largest number allowed is {MAX_TOKENS - 1}"
+        require(size <= MAX_TOKENS, large, "tokenizer")
+        token_of = {}
         for token, number in vocabulary.items():
-            other = named.setdefault(number, token)
+            other = token_of.setdefault(number, token)
             message = f"{path} gives number {number} to two tokens, {other!r} and {token!r}"
             require(other == token, message, "tokenizer")
-        self.pad, self.bos, self.eos, self.vocab_size = own, own + 1, own + 2, own + 3
+        self.pad, self.bos, self.eos, self.vocab_size = size, size + 1, size + 2, size + 3
         self.unknown = unknown_token(self.inner)
-        spelled = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n"})  # SentencePiece and byte-level BPE
-        self.texts = (*(named.get(i, "").translate(spelled) for i in range(own)), "", "", "")
+        # SentencePiece and byte-level BPE write blanks as visible characters.
+        blanks = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n"})
+        strings = [token_of.get(i, "").translate(blanks) for i in range(size)]
+        self.token_strings = (*strings, "", "", "")
 
     def encode(self, text):
         try:
@@ -75,8 +80,9 @@ class FileTokenizer:
             raise refusal(e, f"{self.name} cannot encode {text[:40]!r}") from None
 
     def decode(self, ids):
-        mine = [i for i in np.asarray(ids).tolist() if i < self.pad]
-        return self.inner.decode(mine, skip_special_tokens=False)  # a text may spell one
+        ids = [i for i in np.asarray(ids).tolist() if i < self.pad]
+        # A text may spell a special token of the file's, so these are not skipped.
+        return self.inner.decode(ids, skip_special_tokens=False)
 
 
 def read_json_tokenizer(path):
@@ -96,8 +102,8 @@ def read_json_tokenizer(path):
 def refusal(error, what):
     """The ConfigError for an error of the `tokenizers` package; any other comes back as it is.
 
-    The package raises plain Exception. Where its own code fails it raises a PanicException,
-    which is no Exception.
+    The package raises plain Exception. Where its own code fails it raises a PanicException, which
+    is no Exception.
     """
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return ConfigError(f"{what} ({' '.join(str(error).split())[:80]})", "tokenizer")
@@ -105,12 +111,12 @@ def refusal(error, what):
 
 
 def unknown_token(inner):
-    """The number of the token that stands for whatever has none; -1: there is no such token."""
-    about = json.loads(inner.to_str())["model"]
-    if "unk_token" in about:
-        number = inner.token_to_id(about["unk_token"] or "")
+    """The id of the token that stands for whatever has none; -1: there is no such token."""
+    model = json.loads(inner.to_str())["model"]
+    if "unk_token" in model:
+        number = inner.token_to_id(model["unk_token"] or "")
     else:
-        number = about.get("unk_id")
+        number = model.get("unk_id")
     return -1 if number is None else number
 
 
@@ -124,59 +130,72 @@ def read_tokenizer(path):
 
 @functools.cache
 def token_class(tokenizer, characters):
-    """(vocabulary,) bool: the tokens made of `characters`, with spaces around them or not; " " finds blank ones."""
+    """(vocabulary,) bool: the tokens made of `characters`, with or without spaces around them;
+    " " finds blank tokens."""
     if characters == " ":
-        return np.array([text != "" and text.isspace() for text in tokenizer.texts])
-    return np.array([text.strip() != "" and set(text.strip()) <= set(characters) for text in tokenizer.texts])
+        return np.array([text != "" and text.isspace() for text in tokenizer.token_strings])
+    allowed = set(characters)
+    stripped = [text.strip() for text in tokenizer.token_strings]
+    return np.array([text != "" and set(text) <= allowed for text in stripped])
 
 
-# ---- masks -------------------------------------------------------------------------------------------------------------
+# ---- label masks ---------------------------------------------------------------------------------
 
 
 class Segments:
-    """Flat tokens (N,) and where each one's segment, a row or a document, begins and ends."""
+    """Tokens of segments (rows or documents) end to end, and what the masks ask of them.
 
-    def __init__(self, ids, first, end, tokenizer):
-        self.ids, self.is_main, self.end, self.tokenizer = ids, first, end, tokenizer
-        self.here = np.arange(len(ids))
+    ids (N,); start, end (N,): where the segment of each token begins and ends. All methods look at
+    one segment at a time, for all tokens at once.
+    """
+
+    def __init__(self, ids, start, end, tokenizer):
+        self.ids, self.start, self.end = ids, start, end
+        self.tokenizer = tokenizer
+        self.index = np.arange(len(ids))
         self.special = ids >= tokenizer.pad
 
-    def are(self, characters):
+    def is_in(self, characters):
         return token_class(self.tokenizer, characters)[self.ids]
 
-    def last(self, event):
-        """(N,) index of the latest event at or before each token in its segment; -1: none."""
-        found = np.maximum.accumulate(np.where(event, self.here, -1))
-        return np.where(found >= self.is_main, found, -1)
+    def last_index(self, event):
+        """(N,) index of the latest event up to each token; -1: none."""
+        latest = np.maximum.accumulate(np.where(event, self.index, -1))
+        return np.where(latest >= self.start, latest, -1)
 
-    def before(self, event):
-        """As `last`, but strictly before."""
-        found = np.concatenate([[-1], np.maximum.accumulate(np.where(event, self.here, -1))[:-1]])
-        return np.where(found >= self.is_main, found, -1)
+    def last_index_before(self, event):
+        """As `last_index`, but strictly before each token."""
+        latest = np.maximum.accumulate(np.where(event, self.index, -1))
+        latest = np.concatenate([[-1], latest[:-1]])
+        return np.where(latest >= self.start, latest, -1)
 
-    def count(self, event):
-        """Events in each token's segment up to it, and in all of it."""
+    def cumulative_count(self, event):
+        """-> events up to each token (N,), and in all of its segment (N,)."""
         sums = np.concatenate([[0], np.cumsum(event)])
-        return sums[1:] - sums[self.is_main], sums[self.end] - sums[self.is_main]
+        before = sums[self.start]
+        return sums[1:] - before, sums[self.end] - before
 
-    def spelled(self, text):
-        """(N,) bool: the tokens that complete `text`, however the tokenizer cuts it after a line break or a space."""
+    def completes(self, text):
+        """(N,) bool: does this token end `text`, in any way that the tokenizer may cut it?"""
         found = np.zeros(len(self.ids), bool)
-        for tail in tokenizations(self.tokenizer, text):
-            hit = np.ones(len(self.ids), bool)
-            for back, token in enumerate(reversed(tail)):
-                hit &= (np.roll(self.ids, back) == token) & (self.here - back >= self.is_main)
-            found |= hit
+        for tokens in tokenizations(self.tokenizer, text):
+            matches = np.ones(len(self.ids), bool)
+            for back, token in enumerate(reversed(tokens)):
+                inside = self.index - back >= self.start
+                matches &= (np.roll(self.ids, back) == token) & inside
+            found |= matches
         return found
 
 
 @functools.cache
 def tokenizations(tokenizer, text):
-    """The token sequences that `text` may come as: the ends of its encodings after a few neighbours."""
+    """The token sequences that `text` may come as: a tokenizer may cut it differently after a line
+    break or a space."""
     found = set()
     for before in ("", "\n", "\n\n", " "):
         ids = tokenizer.encode(before + text).tolist()
-        while "".join(tokenizer.texts[i] for i in ids[1:]).strip().endswith(text):
+        # Drop tokens in front as long as the rest still spells the text.
+        while "".join(tokenizer.token_strings[i] for i in ids[1:]).strip().endswith(text):
             ids = ids[1:]
         found.add(tuple(ids))
     return found
@@ -184,38 +203,48 @@ def tokenizations(tokenizer, text):
 
 def digits_mask(s):
     """`key:value `: from each colon to the next blank."""
-    colon, end = s.are(":"), s.are(" ") | s.special
-    opened = s.last(colon)
-    return (opened >= 0) & (opened == s.last(colon | end)) & ~colon
+    colon = s.is_in(":")
+    end = s.is_in(" ") | s.special
+    opened = s.last_index(colon)
+    return (opened >= 0) & (opened == s.last_index(colon | end)) & ~colon
 
 
 def qa_mask(s):
-    """Everything after the segment's last question mark, its end token too; without one, the value after its last colon."""
-    seen, all_of = s.count(s.are("?"))
-    answer = (seen == all_of) & ~s.are("?") & (s.ids != s.tokenizer.pad) & (s.ids != s.tokenizer.bos)
-    colons, all_colons = s.count(s.are(":"))
-    return np.where(all_of > 0, answer, digits_mask(s) & (colons == all_colons))
+    """Everything after the last question mark, the end token too; without a question mark, the
+    value after the last colon."""
+    mark = s.is_in("?")
+    marks, all_marks = s.cumulative_count(mark)
+    answer = (marks == all_marks) & ~mark & text_mask(s)
+    colons, all_colons = s.cumulative_count(s.is_in(":"))
+    return np.where(all_marks > 0, answer, digits_mask(s) & (colons == all_colons))
 
 
 def hashhop_mask(s):
-    """Between `= '` and the next quote, in the part after COMPLETION: if the segment has one; quotes are masked."""
-    completion = s.spelled("COMPLETION:")
-    quote, blank = s.are("'"), s.are(" ")
-    word = s.before(~blank)  # the last token that is no blank
-    may_open = quote & (word >= 0) & s.are("=")[word]
-    # The next quote closes, even after a "=": of quotes in a row that may open, every other one does.
-    count, closed = s.count(may_open)[0], s.last((quote & ~may_open) | s.special)
-    opens = may_open & ((count - np.where(closed >= 0, count[closed], 0)) % 2 == 1)
-    opened = s.last(opens)
-    inside = (opened >= 0) & (opened == s.last(quote | s.special)) & ~quote
-    return inside & ((s.before(completion) >= 0) | (s.count(completion)[1] == 0))
+    """Between `= '` and the next quote, without the quotes; in a segment with COMPLETION: only
+    after it."""
+    quote = s.is_in("'")
+    last_word = s.last_index_before(~s.is_in(" "))  # the last token that is no blank
+    may_open = quote & (last_word >= 0) & s.is_in("=")[last_word]
+    # The next quote closes, even after a "=". Of quotes in a row that may open, every other one
+    # does, so count them from the last certain end.
+    count = s.cumulative_count(may_open)[0]
+    closed = s.last_index((quote & ~may_open) | s.special)
+    since_closed = count - np.where(closed >= 0, count[closed], 0)
+    opened = s.last_index(may_open & (since_closed % 2 == 1))
+    inside = (opened >= 0) & (opened == s.last_index(quote | s.special)) & ~quote
+    completion = s.completes("COMPLETION:")
+    has_completion = s.cumulative_count(completion)[1] > 0
+    return inside & (~has_completion | (s.last_index_before(completion) >= 0))
 
 
 def twohop_mask(s):
-    """`a>b `, `a>>c `, `a>>b>c `, with letters among the marks or not: from the first digit after them to the blank."""
-    digit, end = s.are("0123456789"), s.are(" ") | s.special
-    starts = digit & (s.before(s.are(">")) > s.before(end)) & ~digit[np.maximum(s.here - 1, 0)]
-    return (s.last(starts) > s.last(end)) & ~end
+    """`a>b `, `a>>c `, `a>>b>c `, with or without letters among the marks: from the first digit
+    after the marks to the blank."""
+    digit = s.is_in("0123456789")
+    end = s.is_in(" ") | s.special
+    after_mark = s.last_index_before(s.is_in(">")) > s.last_index_before(end)
+    starts = digit & after_mark & ~digit[np.maximum(s.index - 1, 0)]
+    return (s.last_index(starts) > s.last_index(end)) & ~end
 
 
 def text_mask(s):
@@ -223,60 +252,113 @@ def text_mask(s):
     return (s.ids != s.tokenizer.pad) & (s.ids != s.tokenizer.bos)
 
 
-MASKS = {"qa": qa_mask, "hashhop": hashhop_mask, "digits": digits_mask, "twohop": twohop_mask, "text": text_mask}
+MASKS = {
+    "qa": qa_mask,
+    "hashhop": hashhop_mask,
+    "digits": digits_mask,
+    "twohop": twohop_mask,
+    "text": text_mask,
+}
 
 
 def label_mask(tokens, kind, cu_seqlens=None, tokenizer=BYTES):
-    """Labels of tokens: the tokens of the answers, -100 elsewhere; unshifted.
+    """Labels of tokens: the tokens of the answers, -100 elsewhere; unshifted, int32, of the same
+    shape.
 
-    tokens: integers (B, T), each row a segment, padding at its end; or, with cu_seqlens (R + 1,), documents end to end, (N,) or
-    (1, N), each a segment of its own: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1]. -> int32, of the same shape.
-    kind: a key of MASKS. These are the label masks of LLMonade (Masking Framework), taken segment by segment.
+    tokens: integers (B, T), each row a segment with padding at its end; or, with cu_seqlens
+    (D + 1,), documents end to end, (N,) or (1, N): document d is tokens cu_seqlens[d] to
+    cu_seqlens[d + 1]. kind: a key of MASKS. ValueError for another kind, or if cu_seqlens does
+    not fit. These are the label masks of LLMonade (Masking Framework), segment by segment.
     """
     if kind not in MASKS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(MASKS)}")
     tokens = np.asarray(tokens)
     flat = tokens.reshape(-1)
     if cu_seqlens is None:
-        ends = np.arange(0, flat.size + 1, max(1, tokens.shape[-1]))
+        cu_seqlens = np.arange(0, flat.size + 1, max(1, tokens.shape[-1]))
     else:
-        ends = np.asarray(cu_seqlens)
-        if len(ends) < 1 or ends[0] != 0 or ends[-1] != flat.size or (np.diff(ends) < 0).any():
-            raise ValueError(f"cu_seqlens must rise from 0 to the {flat.size} tokens, got {ends.tolist()[:8]}...")
+        cu_seqlens = np.asarray(cu_seqlens)
+        fits = len(cu_seqlens) >= 1 and cu_seqlens[0] == 0 and cu_seqlens[-1] == flat.size
+        if not fits or (np.diff(cu_seqlens) < 0).any():
+            start = cu_seqlens.tolist()[:8]
+            message = f"cu_seqlens must rise from 0 to the {flat.size} tokens, got {start}..."
+            raise ValueError(message)
     if flat.size == 0:
         return tokens.astype(np.int32)
-    lengths = np.diff(ends)
-    s = Segments(flat, np.repeat(ends[:-1], lengths), np.repeat(ends[1:], lengths), tokenizer)
-    return np.where(MASKS[kind](s), flat.astype(np.int32), IGNORE_INDEX).reshape(tokens.shape)
+    lengths = np.diff(cu_seqlens)
+    start = np.repeat(cu_seqlens[:-1], lengths)
+    end = np.repeat(cu_seqlens[1:], lengths)
+    is_label = MASKS[kind](Segments(flat, start, end, tokenizer))
+    return np.where(is_label, flat.astype(np.int32), IGNORE_INDEX).reshape(tokens.shape)
 
 
-# ---- targets -----------------------------------------------------------------------------------------------------------
+def label_documents(documents, answer_starts, kind, tokenizer):
+    """D documents, arrays of tokens, end to end -> tokens (N,), labels (N,), cu_seqlens (D + 1,).
+
+    answer_starts (D,): where a document says that its answer begins; 0: the mask `kind` finds it.
+    """
+    lengths = np.array([len(document) for document in documents])
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    flat = np.concatenate(documents)
+    labels = label_mask(flat, kind, cu_seqlens, tokenizer)
+    answer_start = np.repeat(answer_starts, lengths)
+    position = np.arange(len(flat)) - np.repeat(cu_seqlens[:-1], lengths)
+    said = np.where(position >= answer_start, flat, IGNORE_INDEX)
+    labels = np.where(answer_start > 0, said, labels)
+    # A document whose only label is its end has no answer. To score it would count a point that
+    # every model gets.
+    is_answer = (labels != IGNORE_INDEX) & (flat < tokenizer.pad)
+    has_answer = np.add.reduceat(is_answer, cu_seqlens[:-1]) > 0
+    return flat, np.where(np.repeat(has_answer, lengths), labels, IGNORE_INDEX), cu_seqlens
 
 
 def shift_labels(labels):
-    """Labels (B, T) -> targets (B, T): each label one position earlier, where it is predicted. The first token of a document
-    has no label, so none moves into the document before."""
+    """Labels (B, T) -> targets (B, T): each label one position earlier, where it is predicted.
+
+    The first token of a document has no label, so none moves into the document before.
+    """
     targets = np.full_like(labels, IGNORE_INDEX)
     targets[:, :-1] = labels[:, 1:]
     return targets
 
 
-# ---- check a tokenizer -------------------------------------------------------------------------------------------------
+def mark_answers(tokenizer, tokens, targets):
+    """The text of a document, lists of tokens and targets, with [] around what is scored."""
+    pieces, scored = [], False
+    for i, token in enumerate(tokens):
+        was_scored, scored = scored, i > 0 and targets[i - 1] != IGNORE_INDEX
+        if scored and not was_scored:
+            pieces.append("[")
+        if was_scored and not scored:
+            pieces.append("]")
+        pieces.append(tokenizer.decode([token]))
+    return "".join(pieces)
+
+
+# ---- check a tokenizer ---------------------------------------------------------------------------
 
 
 def check_label_mask(tokenizer, kind, texts):
-    """What is wrong with the labels of texts under this tokenizer, as text; "" if they spell the answers that bytes spell,
-    with a token for each digit."""
+    """What is wrong with the labels of texts under this tokenizer, as a sentence; "" if they spell
+    the answers that bytes spell, with a token for each digit."""
     for text in texts:
-        spelled = []
-        for t in (BYTES, tokenizer):
-            labels = label_mask(t.encode(text)[None], kind, tokenizer=t)[0]
-            ids = labels[labels != IGNORE_INDEX]
-            spelled.append([t.texts[i] for i in ids] if text.isascii() else [t.decode(ids)])
-        answer, found = map("".join, spelled)
+        answer = "".join(answer_tokens(BYTES, kind, text))
+        tokens = answer_tokens(tokenizer, kind, text)
+        found = "".join(tokens)
         if answer != found:
-            return f"the mask of {text!r} gives {found!r}, not {answer!r}: a token spans the end of an answer"
-        merged = [token for token in spelled[1] if text.isascii() and sum(letter.isdigit() for letter in token) > 1]
-        if merged:
-            return f"{merged[0]!r} in {text!r} is one token: digits are merged"
+            problem = "a token spans the end of an answer"
+            return f"the mask of {text!r} gives {found!r}, not {answer!r}: {problem}"
+        for token in tokens:
+            if text.isascii() and sum(letter.isdigit() for letter in token) > 1:
+                return f"{token!r} in {text!r} is one token: digits are merged"
     return ""
+
+
+def answer_tokens(tokenizer, kind, text):
+    """What the mask keeps of a text: a string for each token; if bytes may be parts of letters, one
+    string for all."""
+    labels = label_mask(tokenizer.encode(text)[None], kind, tokenizer=tokenizer)[0]
+    ids = labels[labels != IGNORE_INDEX]
+    if text.isascii():
+        return [tokenizer.token_strings[i] for i in ids]
+    return [tokenizer.decode(ids)]

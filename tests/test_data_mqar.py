@@ -32,15 +32,18 @@ def test_doctests():
 # ---- the law -----------------------------------------------------------------------------------------------------------
 
 
-def solve(tokens, cell):
-    """Read one row with a dict: yield (position of the key's last token, value) for every query. Knows no generator."""
-    c, L = cell.config, len(tokens)
+def solve(tokens, size, alphabet):
+    """Read one sequence with a dict: yield (position of the key's last token, value) for every query.
+
+    Knows no generator. alphabet: the tokens that its keys are made of.
+    """
+    c, L = size.config, len(tokens)
     half, width = c.vocab_size // 2, c.key_len
     memory, t = {}, 0
-    while t < cell.storage:  # a value token that follows a key closes a pair; anything else is noise
+    while t < size.storage_len:  # a value token that follows a key closes a pair; anything else is noise
         key = tuple(tokens[t : t + width])
-        is_key = all(1 <= x < half for x in key) and t + width < cell.storage and tokens[t + width] >= half
-        if is_key and set(key) <= cell.alphabet_of_row:
+        is_key = all(1 <= x < half for x in key) and t + width < size.storage_len and tokens[t + width] >= half
+        if is_key and set(key) <= alphabet:
             memory[key] = tokens[t + width]
             t += width + 1
         else:
@@ -68,14 +71,14 @@ TASKS = [
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_a_dict_gives_every_label_and_no_other(task):
     c = config(**task)
-    cell = D.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
-    tokens, targets, tags = D.make_sequences(cell, "train", np.arange(300))
-    assert len(tags["distance"]) == (targets != IGNORE).sum() == 300 * c.num_kv_pairs
+    size = D.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
+    tokens, targets, slices = D.make_sequences(size, "train", np.arange(300))
+    assert len(slices["distance"]) == (targets != IGNORE).sum() == 300 * c.num_kv_pairs
     for x, y in zip(tokens.tolist(), targets.tolist()):
         queried = [x[t - c.key_len + 1 : t + 1] for t in range(len(x)) if y[t] != IGNORE]
-        object.__setattr__(cell, "alphabet_of_row", {token for key in queried for token in key})
+        alphabet = {token for key in queried for token in key}
         expected = [IGNORE] * len(x)
-        for t, value in solve(x, cell):
+        for t, value in solve(x, size, alphabet):
             expected[t] = value
         assert y == expected
         assert len({tuple(k) for k in queried}) == c.num_kv_pairs  # every key once
@@ -85,26 +88,26 @@ def test_a_dict_gives_every_label_and_no_other(task):
 def test_labels_moved_by_one_are_wrong():
     """The check above is not blind: what it accepts is lost when labels move."""
     c = config(input_seq_len=32, num_kv_pairs=4, vocab_size=64)
-    cell = D.TaskSize(32, 4, c)
-    tokens, targets, _ = D.make_sequences(cell, "train", np.arange(1))
-    object.__setattr__(cell, "alphabet_of_row", set(tokens[0][targets[0] != IGNORE].tolist()))
+    size = D.TaskSize(32, 4, c)
+    tokens, targets, _ = D.make_sequences(size, "train", np.arange(1))
+    alphabet = set(tokens[0][targets[0] != IGNORE].tolist())
     expected = np.full(32, IGNORE)
-    for t, value in solve(tokens[0].tolist(), cell):
+    for t, value in solve(tokens[0].tolist(), size, alphabet):
         expected[t] = value
     assert (expected == targets[0]).all() and (expected != np.roll(targets[0], 1)).any()
 
 
-def read_slices(tokens, targets, cell):
+def read_slices(tokens, targets, size):
     """For each label of a row, as a person would read it: how far back its key was stored last, and
     how often it was stored."""
-    c, width, found = cell.config, cell.config.key_len, []
+    c, width, found = size.config, size.config.key_len, []
     for label in (t for t in range(len(tokens)) if targets[t] != IGNORE):
         key = tokens[label - width + 1 : label + 1]
         stored = [
             t
-            for t in range(cell.storage)
+            for t in range(size.storage_len)
             if tokens[t : t + width] == key
-            and t + width < cell.storage
+            and t + width < size.storage_len
             and tokens[t + width] >= c.vocab_size // 2
         ]
         assert tokens[stored[-1] + width] == targets[label]
@@ -115,18 +118,18 @@ def read_slices(tokens, targets, cell):
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_the_slices_are_what_a_person_would_count(task):
     c = config(**task)
-    cell = D.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
-    tokens, targets, tags = D.make_sequences(cell, "test", np.arange(60))
+    size = D.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
+    tokens, targets, slices = D.make_sequences(size, "test", np.arange(60))
     found = [
-        pair for x, y in zip(tokens.tolist(), targets.tolist()) for pair in read_slices(x, y, cell)
+        pair for x, y in zip(tokens.tolist(), targets.tolist()) for pair in read_slices(x, y, size)
     ]
     powers = [1 << (distance.bit_length() - 1) for distance, _ in found]
-    assert tags["distance"].tolist() == powers and len(set(powers)) > 2
+    assert slices["distance"].tolist() == powers and len(set(powers)) > 2
     if c.updates:
-        assert tags["updated"].tolist() == [times - 1 for _, times in found]
-        assert tags["updated"].sum() == 60 * c.updates
+        assert slices["updated"].tolist() == [times - 1 for _, times in found]
+        assert slices["updated"].sum() == 60 * c.updates
     else:
-        assert "updated" not in tags
+        assert "updated" not in slices
 
 
 def test_the_slices_of_a_row_by_hand():
@@ -134,13 +137,13 @@ def test_the_slices_of_a_row_by_hand():
     tokens; from 8 back to 2 are 6, which count as 4."""
     c = config(input_seq_len=10, num_kv_pairs=2, updates=1, vocab_size=10)
     for row in range(50):
-        tokens, targets, tags = D.make_sequences(D.TaskSize(10, 2, c), "train", np.arange(row, row + 1))
+        tokens, targets, slices = D.make_sequences(D.TaskSize(10, 2, c), "train", np.arange(row, row + 1))
         x = tokens[0].tolist()
         last = {x[0]: 0, x[2]: 2} | {x[4]: 4}
         asked = [t for t in range(10) if targets[0, t] != IGNORE]
         assert asked == [6, 8] and x[4] in (x[0], x[2])
-        assert tags["updated"].tolist() == [int(x[t] == x[4]) for t in asked]
-        assert tags["distance"].tolist() == [
+        assert slices["updated"].tolist() == [int(x[t] == x[4]) for t in asked]
+        assert slices["distance"].tolist() == [
             {2: 2, 4: 4, 6: 4, 8: 8}[t - last[x[t]]] for t in asked
         ]
 
@@ -152,22 +155,22 @@ def test_the_slices_of_a_row_by_hand():
 )
 def test_noise_is_any_token_but_the_keys_of_its_row(task):
     c = config(input_seq_len=96, num_kv_pairs=6, vocab_size=32, **task)
-    cell, R = D.TaskSize(96, 6, c), 4000
-    tokens, targets, _ = D.make_sequences(cell, "train", np.arange(R))
+    size, R = D.TaskSize(96, 6, c), 4000
+    tokens, targets, _ = D.make_sequences(size, "train", np.arange(R))
     seen, possible = np.zeros(32), np.zeros(32)
     for x, y in zip(tokens.tolist(), targets.tolist()):
         keys = {x[t] for t in range(96) if y[t] != IGNORE}
         used = {t for t in range(96) if x[t] in keys}
-        used |= {t + 1 for t in used if t < cell.storage}
+        used |= {t + 1 for t in used if t < size.storage_len}
         rest = [t for t in range(96) if t not in used]
         noise = [
             x[t]
             for t in rest
-            if (t < cell.storage if c.gap else False)
-            or (t >= cell.storage and c.random_non_queries)
+            if (t < size.storage_len if c.gap else False)
+            or (t >= size.storage_len and c.random_non_queries)
         ]
         assert [x.count(key) for key in keys] == [2] * 6  # stored and asked, and nowhere else
-        assert all(x[t] == 0 for t in rest if t >= cell.storage) or c.random_non_queries
+        assert all(x[t] == 0 for t in rest if t >= size.storage_len) or c.random_non_queries
         seen += np.bincount(noise, minlength=32)
         possible += [0 if token in keys else len(noise) / 26 for token in range(32)]
     assert possible.min() > 1000  # 0 and values, too: each as often as any other
@@ -176,20 +179,20 @@ def test_noise_is_any_token_but_the_keys_of_its_row(task):
 
 def test_gaps_are_of_every_length_up_to_the_longest():
     """Tokens of noise after a stored pair: 0, 1, 2 and 3 as often as each other."""
-    cell, R = D.TaskSize(64, 6, config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, gap=3)), 2000
-    tokens, targets, _ = D.make_sequences(cell, "train", np.arange(R))
+    size, R = D.TaskSize(64, 6, config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, gap=3)), 2000
+    tokens, targets, _ = D.make_sequences(size, "train", np.arange(R))
     gaps = []
     for x, y in zip(tokens.tolist(), targets.tolist()):
         keys = {x[t] for t in range(64) if y[t] != IGNORE}
-        stored = [t for t in range(cell.storage) if x[t] in keys]
+        stored = [t for t in range(size.storage_len) if x[t] in keys]
         gaps += [later - t - 2 for t, later in zip(stored, stored[1:])]  # a key and its value
     counts = np.bincount(gaps, minlength=4)
     assert len(counts) == 4 and (np.abs(counts - 2500) < 5 * np.sqrt(2500)).all()
 
 
-def loop_rows(cell, R, rng):
+def loop_rows(size, R, rng):
     """Zoology's law row by row with numpy: the naive twin, and the peer of the speed bench."""
-    c, L, n = cell.config, cell.length, cell.pairs
+    c, L, n = size.config, size.length, size.pairs
     half, slots = c.vocab_size // 2, (L - 2 * n) // 2
     p = np.arange(1, slots + 1) ** (c.power_a - 1)
     tokens, targets = np.zeros((R, L), np.int64), np.full((R, L), IGNORE)
@@ -205,9 +208,9 @@ def loop_rows(cell, R, rng):
 @pytest.mark.parametrize("power_a", [0.01, 1.0])
 def test_the_law_is_that_of_a_per_row_loop(power_a):
     c = config(input_seq_len=64, num_kv_pairs=8, vocab_size=64, power_a=power_a)
-    cell, R = D.TaskSize(64, 8, c), 20000
-    ours = D.make_sequences(cell, "train", np.arange(R))[:2]
-    theirs = loop_rows(cell, R, np.random.default_rng(0))
+    size, R = D.TaskSize(64, 8, c), 20000
+    ours = D.make_sequences(size, "train", np.arange(R))[:2]
+    theirs = loop_rows(size, R, np.random.default_rng(0))
 
     def statistics(tokens, targets):
         """How often pair i is asked in slot s (8, 24), and how often token v is key i or value i."""
@@ -280,9 +283,9 @@ def test_cells_take_turns_and_test_cells_are_reported_apart():
     data = D.Data(c)
     assert [data.batch("train", s, data.batch_indices(s, 2))[0].shape for s in range(3)] == [(8, 32), (4, 64), (8, 32)]
     assert data.seq_len == 128 and [len(s) for s in data.eval_groups("test")] == [5, 5]
-    tokens, _, tags = data.batch("test", 0, data.eval_groups("test")[1])
-    assert tokens.shape == (5, 128) and set(tags["num_kv_pairs"]) == {32} and set(tags["cell"]) == {"128x32"}
-    with pytest.raises(ValueError, match="one segment"):
+    tokens, _, slices = data.batch("test", 0, data.eval_groups("test")[1])
+    assert tokens.shape == (5, 128) and set(slices["num_kv_pairs"]) == {32} and set(slices["cell"]) == {"128x32"}
+    with pytest.raises(ValueError, match="one eval group"):
         data.batch("test", 0, range(3, 7))
 
 
@@ -357,10 +360,10 @@ def test_training_reads_what_was_written(tmp_path):
     assert (data.vocab_size, data.seq_len, data.steps_per_epoch(10)) == (200, 48, 18)
     rows = read(folder, "train")
     order = np.load(folder / "orders" / "train.npy").reshape(-1)
-    tokens, targets, tags = data.batch("train", 3, [0, 61, 179, 180])
+    tokens, targets, slices = data.batch("train", 3, [0, 61, 179, 180])
     for r, x, y in zip([0, 61, 179, 0], tokens.tolist(), targets.tolist()):
         assert x == rows[order[r]]["input_ids"] and y == rows[order[r]]["labels"][1:] + [IGNORE]
-    assert all(len(v) == (targets != IGNORE).sum() for v in tags.values())
+    assert all(len(v) == (targets != IGNORE).sum() for v in slices.values())
     assert data.eval_groups("test") == [range(60)]
     assert D.Data(config("--path", str(folder), "--n_test_examples=7")).eval_groups("test") == [range(7)]
     with pytest.raises(ConfigError, match="no effect: the data comes from"):
@@ -437,7 +440,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     """Peak memory of a writer of 15,000 long rows stays near that of one of 1,500."""
 
     def peak(samples):
-        code = f"import mqar_files as S, resource\nS.write_dataset(S.StoreConfig(output_dir={str(tmp_path / str(samples))!r},"
+        code = f"import resource\nfrom nanorecall import mqar_files as S\nS.write_dataset(S.DatasetConfig(output_dir={str(tmp_path / str(samples))!r},"
         code += f"num_samples={samples}, num_copies=4))\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(D.__file__))
         return int(done.stdout) / 1024
@@ -458,7 +461,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
         (["--num_kv_pairs=0"], "at least 1"),
         (["--updates=40"], "updates=40 exceeds the 32 pairs"),
         (["--updates=70", "--train_cells=[(512,64)]"], "updates=70 exceeds the 64 pairs"),
-        (["--updates=20"], "32 pairs need a row of at least 168 tokens"),
+        (["--updates=20"], "32 pairs need a sequence of at least 168 tokens"),
         (["--curriculum=[(64,10)]"], "more than input_seq_len"),
         (["--test_cells=[(128,33)]"], "test_cells"),
         (["--train_cells=[(64,4),(64,4)]"], "come twice"),

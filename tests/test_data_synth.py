@@ -15,10 +15,9 @@ import torch
 import data_synth as D
 import delta
 import eval as ev
-import facts as F
 import model as M
 import train
-from nanorecall import checkpoint, metrics, rng
+from nanorecall import checkpoint, fact_files, metrics, rng
 from nanorecall import text as K
 from nanorecall.settings import ConfigError
 
@@ -68,13 +67,13 @@ def test_qa_counts_and_held_out_pairs(num_pairs, buckets, held, digits):
     size = num_pairs // len(buckets)
     by_count = collections.Counter(epochs[0].values())
     assert by_count == {b: size - round(held * size) for b in buckets}
-    everything, tags = data.source.read("test", np.arange(data.source.count("test")))
+    everything, slices = data.source.read("test", np.arange(data.source.count("test")))
     assert len(set(everything)) == num_pairs and all(re.fullmatch(rf"\d{{{digits}}}:\d{{{digits}}} ", t) for t in everything)
     numbers = [n for t in everything for n in t.strip().split(":")]
     assert len(set(numbers)) == 2 * num_pairs  # all different
-    for text, exposures, seen in zip(everything, tags["exposures"], tags["seen"]):
+    for text, exposures, seen in zip(everything, slices["exposures"], slices["seen"]):
         assert epochs[0].get(text, 0) == exposures and seen == (exposures > 0)
-    assert (tags["seen"] == 0).sum() == round(held * size) * len(buckets)
+    assert (slices["seen"] == 0).sum() == round(held * size) * len(buckets)
 
 
 def test_qa_epochs_are_shuffled_and_pure_functions_of_the_row():
@@ -91,13 +90,13 @@ def test_qa_epochs_are_shuffled_and_pure_functions_of_the_row():
 def test_qa_inverse_pairs():
     for inverse in ("probe", "train"):
         data = D.Data(small("qa", inverse=inverse))
-        found, tags = data.source.read("test", np.arange(data.source.count("test")))
-        forward = {t for t, d in zip(found, tags["direction"]) if d == "forward"}
-        backward = {":".join(reversed(t.strip().split(":"))) + " " for t, d in zip(found, tags["direction"]) if d == "inverse"}
+        found, slices = data.source.read("test", np.arange(data.source.count("test")))
+        forward = {t for t, d in zip(found, slices["direction"]) if d == "forward"}
+        backward = {":".join(reversed(t.strip().split(":"))) + " " for t, d in zip(found, slices["direction"]) if d == "inverse"}
         assert forward == backward and len(forward) == 16
         trained = set(texts(data, "train"))
         assert bool(trained - forward) == (inverse == "train")
-        assert not trained & {t for t, s in zip(found, tags["seen"]) if not s}
+        assert not trained & {t for t, s in zip(found, slices["seen"]) if not s}
 
 
 # ---- digits ------------------------------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ def test_qa_inverse_pairs():
 @pytest.mark.parametrize("num_pairs, width", [(6000, 6), (20000, 6), (200000, 7), (1, 4)])
 def test_digit_lookup_keys(num_pairs, width):
     many = dict(n_test_examples=10**6, n_val_examples=10**6)
-    source = F.Digits.make(D.Config(task="digits", num_pairs=num_pairs, num_novel=100, **many))
+    source = D.Digits.build(D.Config(task="digits", num_pairs=num_pairs, num_novel=100, **many))
     known = [source.texts[i] for i in source.splits["train"]]
     alphabet = f"[1-{width}]{{{width}}}"
     assert len(known) == num_pairs and all(re.fullmatch(f"{alphabet}:{alphabet} ", t) for t in known)
@@ -127,7 +126,7 @@ def test_what_is_measured_has_as_many_of_each_kind():
 
 def test_the_rule_of_selfindex():
     for steps in (1, 2):
-        source = F.Digits.make(D.Config(task="digits", num_pairs=10000, rule="selfindex", steps=steps))
+        source = D.Digits.build(D.Config(task="digits", num_pairs=10000, rule="selfindex", steps=steps))
         for text in source.texts[:10000]:
             key, value = text.strip().split(":")
             for _ in range(steps):  # the word as a map, applied to itself
@@ -139,9 +138,9 @@ def test_the_rule_of_selfindex():
 
 def test_chance_by_hand():
     train_pairs, test_pairs = [("12", "11"), ("21", "11"), ("22", "12")], [("11", "12"), ("12", "11")]
-    assert F.guess_baselines(train_pairs, test_pairs) == {"majority digit": 3 / 4, "copy the key": 2 / 4}
+    assert fact_files.guess_baselines(train_pairs, test_pairs) == {"majority digit": 3 / 4, "copy the key": 2 / 4}
     ties = [("1", digit) for digit in "73"]  # the smallest of the most frequent digits, in every process
-    assert F.guess_baselines(ties, [("1", "3")])["majority digit"] == 1
+    assert fact_files.guess_baselines(ties, [("1", "3")])["majority digit"] == 1
     data = D.Data(D.Config(task="digits", num_pairs=20000, num_novel=1000))
     assert data.baselines["majority digit"] == pytest.approx(1 / 6, abs=0.02) == data.baselines["copy the key"]
 
@@ -169,7 +168,7 @@ def test_what_is_asked_has_no_vote_in_the_guess(settings, tag, known, asked):
     """The most frequent digit of each place among trained answers, counted letter by letter."""
     source = D.Data(D.Config(**settings)).source
     pairs = [
-        [split_pair(t) for t, v in zip(source.texts, source.tags[tag]) if v == kind]
+        [split_pair(t) for t, v in zip(source.texts, source.slices[tag]) if v == kind]
         for kind in (known, asked)
     ]
 
@@ -209,7 +208,7 @@ def read_facts(found):
 def test_twohop_answers_and_splits(entities, relations, phi, cot, ood):
     many = dict(n_test_examples=10**6, n_val_examples=10**6)
     c = D.Config(task="twohop", entities=entities, relations=relations, phi=phi, cot=cot, ood=ood, **many)
-    source = F.TwoHop.make(c)
+    source = D.TwoHop.build(c)
     facts, trained = read_facts(source.texts[i] for i in source.splits["train"])
     assert len(facts) == entities * relations and all(a != b for (a, _), b in facts.items())
     used = set()
@@ -217,7 +216,7 @@ def test_twohop_answers_and_splits(entities, relations, phi, cot, ood):
         middle, end = facts[a, r1], facts[facts[a, r1], r2]
         assert answer == (f"{middle}>{end}" if cot else end)
         used |= {(a, r1), (middle, r2)}
-    query = source.tags["query"]
+    query = source.slices["query"]
     assert (query == "trained").sum() == len(trained) == len(set(trained))
     for split, other in (("val", "test"), ("test", "val")):
         for kind in ("in-distribution", "out-of-distribution"):
@@ -265,8 +264,8 @@ def follow(text):
 def test_hash_chains_followed_by_hand():
     c = D.Config(task="hashhop", hops=(1, 2, 3, 4), num_queries=3, cot=0.3, block_size=500)
     data, seen = D.Data(c), collections.Counter()
-    rows, tags = data.source.read("train", range(10000))
-    for text, *tag in zip(rows, tags["hops"], tags["hops_cot"]):
+    rows, slices = data.source.read("train", range(10000))
+    for text, *tag in zip(rows, slices["hops"], slices["hops_cot"]):
         hops, cot, found = follow(text)
         seen[hops, cot] += 1
         assert tag == [hops, f"{hops}{' cot' * cot}"]
@@ -298,11 +297,11 @@ def test_only_answers_are_scored_and_tags_fit(task):
         rows = data.eval_groups(split)[0] if split != "train" else range(12)
         for text, answer in zip(texts(data, split, rows), scored(data, split, rows)):
             assert answer == re.split(r"[:>]|= '", text)[-1].strip(" '\n")
-        tokens, targets, tags = data.batch(split, 0, rows)
+        tokens, targets, slices = data.batch(split, 0, rows)
         assert tokens.shape == targets.shape and tokens.max() < data.vocab_size and tokens.shape[1] <= data.seq_len
-        assert {len(v) for v in tags.values()} == {int((targets != -100).sum())}
+        assert {len(v) for v in slices.values()} == {int((targets != -100).sum())}
         counts = (targets != -100).sum(1).tolist()
-        assert tags["place"].tolist() == [i for n in counts for i in range(n)]
+        assert slices["place"].tolist() == [i for n in counts for i in range(n)]
 
 
 @pytest.mark.parametrize("cls", [M.GPT, delta.DeltaNet])
@@ -420,14 +419,14 @@ def test_what_is_written_is_the_task_in_memory(tmp_path, variant, format, capsys
     assert sorted(texts(stored, "train")) == sorted(texts(made, "train", range(count)))
     for split in ("val", "test"):
         rows = range(made.source.count(split))
-        a, b = (sorted(zip(found, *tags.values())) for found, tags in (d.source.read(split, rows) for d in (made, stored)))
+        a, b = (sorted(zip(found, *slices.values())) for found, slices in (d.source.read(split, rows) for d in (made, stored)))
         assert a == b
     kind = getattr(pandas, f"read_{'json' if format == 'jsonl' else format}")
     frame = kind(tmp_path / "a" / "train" / f"part-00000.{format}", **{"lines": True} if format == "jsonl" else {})
     assert frame["text"].tolist() == texts(made, "train", range(count))  # in the order of the first epoch
-    tags = [data.batch("test", 0, [0])[2].keys() for data in (stored, made)]
+    slices = [data.batch("test", 0, [0])[2].keys() for data in (stored, made)]
     assert (stored.batch("test", 0, range(8))[1] != K.IGNORE_INDEX).any()
-    assert stored.kind == made.kind and stored.baselines == made.baselines and tags[0] == tags[1]
+    assert stored.kind == made.kind and stored.baselines == made.baselines and slices[0] == slices[1]
     assert stored.source.capacity == getattr(made.source, "capacity", {})
     assert bool(stored.source.capacity) == (variant in ("qa", "digits"))
     assert D.main([task, "--output_dir", str(tmp_path / "b"), "--format", format, *words]) == 0
@@ -519,9 +518,9 @@ def test_held_out_facts_are_a_slice(tmp_path):
     data = own(write_lines(tmp_path / "x.jsonl", NAMES + NAMES[:3]), heldout_facts=0.1)
     trained, measured = set(texts(data, "train")), texts(data, "test")
     assert len(trained) == 180 and len(measured) == 200 and trained < set(measured)
-    _, targets, tags = data.batch("test", 0, range(200))
+    _, targets, slices = data.batch("test", 0, range(200))
     seen = np.repeat([t in trained for t in measured], (targets != K.IGNORE_INDEX).sum(1))
-    assert tags["seen"].tolist() == seen.astype(int).tolist()
+    assert slices["seen"].tolist() == seen.astype(int).tolist()
     assert set(texts(data, "val")) == set(measured)
     held_out = {question for question, _ in set(measured) - trained}
     surnames = {question.split()[-2] for question in held_out}
@@ -645,7 +644,7 @@ def test_rows_without_an_answer_are_not_counted_as_right(tmp_path, capsys):
         write_lines(tmp_path / "q.jsonl", [{"text": "Is it?"}, {"text": "Is it? Yes"}] * 9),
         mask="qa",
     )
-    assert [(asked.labelled([t])[1] != K.IGNORE_INDEX).sum() for t in ("Is it?", "Is it? Yes")] == [
+    assert [(asked.encode_and_label([t])[1] != K.IGNORE_INDEX).sum() for t in ("Is it?", "Is it? Yes")] == [
         0,
         5,
     ]  # no end alone

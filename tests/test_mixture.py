@@ -50,7 +50,7 @@ def main_data():
 def test_steps_of_the_window_are_the_seconds_first(stored, main_data, name):
     """Inside the window the second data set's own steps 0, 1, ..., outside the main one's as if nothing had happened."""
     both = mixture.mix(main_data, settings(stored / name, 2, 5))
-    second = both.second
+    second = both.synthetic
     assert both.vocab_size == max(259, second.vocab_size) and both.seq_len == max(main_data.seq_len, second.seq_len)
     sources = [main_data, main_data, second, second, second, main_data]
     for step, (data, own) in enumerate(zip(sources, [0, 1, 0, 1, 2, 2])):
@@ -63,16 +63,16 @@ def test_steps_of_the_window_are_the_seconds_first(stored, main_data, name):
 
 def test_a_weight_shares_out_the_window(stored, main_data):
     both = mixture.mix(main_data, settings(stored / "digits", 100, 1100, 0.3))
-    turns = [both.turn(step) for step in range(1300)]
-    seconds = [i for i, (data, _) in enumerate(turns) if data is both.second]
+    turns = [both.source_of_step(step) for step in range(1300)]
+    seconds = [i for i, (data, _) in enumerate(turns) if data is both.synthetic]
     assert 100 <= min(seconds) < 120 and 1080 < max(seconds) < 1100
     assert len(seconds) == pytest.approx(300, abs=60)  # four standard deviations
-    for data in (both.main, both.second):  # each runs through its own steps, none left out
+    for data in (both.primary, both.synthetic):  # each runs through its own steps, none left out
         numbers = [number for which, number in turns if which is data]
         assert numbers == list(range(len(numbers)))
     other = settings(stored / "digits", 100, 1100, 0.3)
     other.seed = 4
-    assert not np.array_equal(both.drawn, mixture.mix(main_data, other).drawn)
+    assert not np.array_equal(both.is_synthetic, mixture.mix(main_data, other).is_synthetic)
 
 
 def test_a_window_may_be_for_ever_and_text_is_read_with_the_same_tokenizer(stored, tmp_path):
@@ -81,7 +81,7 @@ def test_a_window_may_be_for_ever_and_text_is_read_with_the_same_tokenizer(store
     path = tokenizer_json(tmp_path, ["n o"])
     main = data_synth.Data(data_synth.Config(task="twohop", entities=30, tokenizer=path))
     both = mixture.mix(main, settings(stored / "notes.jsonl", 0, 10**12))
-    assert len(both.drawn) == 2000 and both.second.tokenizer.name == path
+    assert len(both.is_synthetic) == 2000 and both.synthetic.tokenizer.name == path
 
 
 def flags(folder, name, stored, **changes):

@@ -190,7 +190,7 @@ def test_a_tokenizer_whose_masks_are_not_exact_is_found(tmp_path, merges, bad, c
     path = tokenizer_json(tmp_path, merges)
     tokenizer = K.read_tokenizer(path)
     ids = tokenizer.encode("ab = 'cd'\n")
-    assert tokenizer.decode(ids) == "ab = 'cd'\n" and tokenizer.vocab_size == len(tokenizer.texts) == 256 + len(merges) + 3
+    assert tokenizer.decode(ids) == "ab = 'cd'\n" and tokenizer.vocab_size == len(tokenizer.token_strings) == 256 + len(merges) + 3
     outcome = pytest.raises(RunError, match="would not be exact") if bad else contextlib.nullcontext()
     with outcome:
         D.main(["check", f"--tokenizer={path}"])
@@ -207,7 +207,7 @@ def test_numbers_of_tokens_may_have_gaps(tmp_path):
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     inner.save(str(tmp_path / "t.json"))
     tokenizer = K.read_tokenizer(str(tmp_path / "t.json"))
-    assert (tokenizer.pad, tokenizer.vocab_size, len(tokenizer.texts)) == (10, 13, 13)
+    assert (tokenizer.pad, tokenizer.vocab_size, len(tokenizer.token_strings)) == (10, 13, 13)
     assert tokenizer.encode("b d").tolist() == [1, 9] and tokenizer.decode([9, 10]) == "d"
 
 

@@ -1,0 +1,222 @@
+"""Data sets on disk: train/, validation/ and test/ hold .parquet or .jsonl shards, metadata.json
+their names, sizes and SHA-256. data_mqar.py and data_synth.py write and read them with this file.
+
+Every problem with a file is one ConfigError that names the file and the line (parquet: the row).
+
+Letters: R rows of a file, T tokens in a row.
+"""
+
+import functools
+import json
+import os
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from nanorecall.checkpoint import atomic_write, read_record, sha256_file
+from nanorecall.settings import ConfigError, require
+
+SPLIT_DIRS = {"train": "train", "val": "validation", "test": "test"}
+SHARD = {"name": "path inside", "rows": "count", "sha256": "hash"}
+SHARDS = {name: [SHARD] for name in SPLIT_DIRS.values()}  # kinds of "files" in metadata.json
+MAX_LINE_BYTES = 2**20
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def write_splits(
+    work,
+    n_rows,
+    read_columns,
+    file_format,
+    shard_rows,
+    chunk_rows,
+    parquet_options=None,
+    json_separators=None,
+):
+    """Write each split as shards into the directory `work`. -> "files" of metadata.json:
+    {directory: [{"name", "rows", "bytes", "sha256"}]}.
+
+    n_rows: {split: number of rows}. read_columns(split, indices (R,)) -> {name: column}; a column
+    is a list of R values or an integer array (R, T). file_format: "parquet" or "jsonl".
+    Memory is that of `chunk_rows` rows, however many there are.
+    """
+    files = {}
+    for split, directory in SPLIT_DIRS.items():
+        os.mkdir(os.path.join(work, directory))
+        files[directory] = []
+        total = n_rows[split]
+        with tqdm(total=total, desc=directory, unit="row", disable=None) as bar:
+            for first in range(0, total, shard_rows):
+                rows = range(first, min(first + shard_rows, total))
+                name = f"{directory}/part-{len(files[directory]):05d}.{file_format}"
+                path = os.path.join(work, name)
+                chunks = read_chunks(read_columns, split, rows, chunk_rows, bar)
+                if file_format == "parquet":
+                    write = functools.partial(write_parquet, chunks, parquet_options or {})
+                else:
+                    write = functools.partial(write_jsonl, chunks, json_separators)
+                atomic_write(path, write)
+                shard = {"name": name, "rows": len(rows), "bytes": os.path.getsize(path)}
+                files[directory].append(shard | {"sha256": sha256_file(path)})
+                if bar.disable:  # no terminal: a line in the log of a batch job instead
+                    print(f"{directory}: {rows.stop} of {total} rows", file=sys.stderr)
+    return files
+
+
+def read_chunks(read_columns, split, rows, chunk_rows, bar):
+    """Columns of `rows`, at most chunk_rows rows at a time."""
+    for first in range(rows.start, rows.stop, chunk_rows):
+        indices = np.arange(first, min(first + chunk_rows, rows.stop))
+        yield read_columns(split, indices)
+        bar.update(len(indices))
+
+
+def write_parquet(chunks, options, f):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    for columns in chunks:
+        table = pa.table({name: arrow_column(column) for name, column in columns.items()})
+        if writer is None:
+            options = {"compression": "zstd", "write_page_checksum": True, **options}
+            writer = pq.ParquetWriter(f, table.schema, **options)
+        writer.write_table(table)
+    writer.close()
+
+
+def arrow_column(column):
+    """A list of values, or an array (R, T) as R lists. (From the flat array: far faster than
+    from Python lists.)"""
+    import pyarrow as pa
+
+    if not isinstance(column, np.ndarray):
+        return pa.array(column)
+    R, T = column.shape
+    offsets = pa.array(np.arange(R + 1, dtype=np.int32) * T)
+    return pa.ListArray.from_arrays(offsets, pa.array(column.ravel()))
+
+
+def write_jsonl(chunks, separators, f):
+    for columns in chunks:
+        lists = [c.tolist() if isinstance(c, np.ndarray) else c for c in columns.values()]
+        for values in zip(*lists):
+            row = dict(zip(columns, values))
+            f.write(json.dumps(row, separators=separators).encode() + b"\n")
+
+
+def n_bytes(metadata):
+    """Bytes of all shards."""
+    return sum(shard["bytes"] for shards in metadata["files"].values() for shard in shards)
+
+
+# ---- reading a data set --------------------------------------------------------------------------
+
+
+def read_metadata(path, hint):
+    """metadata.json of a data set -> (dict with dataset_type and format_version, its path). The
+    other keys are still to be checked. hint: how to write such a data set."""
+    file = os.path.join(path, "metadata.json")
+    missing = f"path={path} holds no data set (no metadata.json there); {hint}"
+    require(os.path.exists(file), missing, "path")
+    return read_record(file, {"dataset_type": "text", "format_version": "count"}), file
+
+
+def verified_path(path, file):
+    """The path of a file of the data set, {"name", "sha256"} in its metadata.json; ConfigError
+    unless its checksum is right."""
+    full = os.path.join(path, file["name"])
+    if not os.path.isfile(full) or sha256_file(full) != file["sha256"]:
+        damaged = f"{full} is missing or damaged (its checksum differs); write the data set again"
+        raise ConfigError(damaged, "path")
+    return full
+
+
+# ---- reading rows --------------------------------------------------------------------------------
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what such a file begins with
+
+
+def has_data_suffix(file):
+    return file.endswith((".jsonl", ".parquet"))
+
+
+def read_rows(path, columns=()):
+    """Rows of a .jsonl or .parquet file, one after another -> (row as a dict, "file:line").
+
+    columns: read these columns of a table, if it has any of them; otherwise all.
+    """
+    return READERS[os.path.splitext(path)[1]](path, columns)
+
+
+def read_jsonl(path, columns=()):
+    try:
+        with open(path, "rb") as f:
+            # readline with a limit: a file without line breaks must not fill the memory
+            lines = iter(functools.partial(f.readline, MAX_LINE_BYTES + 1), b"")
+            for number, line in enumerate(lines, 1):
+                where = f"{path}:{number}"
+                if number == 1:
+                    is_utf_16 = line.startswith(UTF_16)
+                    require(not is_utf_16, f"{path} is UTF-16; save it as UTF-8", "path")
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                long = f"{where}: a line of more than {MAX_LINE_BYTES} bytes; cut it"
+                require(len(line) <= MAX_LINE_BYTES, long, "path")
+                if line.strip():
+                    yield parse_line(line, where), where
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}", "path") from None
+
+
+def parse_line(line, where):
+    """One line of JSON -> dict."""
+    try:
+        row = json.loads(line.decode(), object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{where}: byte {e.start + 1} of the line is no UTF-8", "path") from None
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{where}: no JSON ({e.msg}); is the line torn?", "path") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: no JSON (nested too deeply)", "path") from None
+    except ValueError as e:
+        raise ConfigError(f"{where}: JSON that cannot be read ({str(e)[:120]})", "path") from None
+    require(isinstance(row, dict), f"{where}: a JSON {type(row).__name__}, not an object", "path")
+    return row
+
+
+def unique_keys(pairs):
+    """A JSON object as a dict; ValueError if a name comes twice, where json would take the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} comes twice")
+    return row
+
+
+def read_parquet(path, columns=()):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            twice = [name for name in names if names.count(name) > 1]
+            require(not twice, f"{path} has two columns named {twice[:1]}; leave one out", "path")
+            # Other columns may be of types that Python has no values for, so they are not read.
+            wanted = [name for name in columns if name in names] or None
+            for batch in file.iter_batches(10_000, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{path}: row {number}"
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
+        reason = " ".join(str(e).split())[:120]
+        damaged = f"{path}: damaged after row {number}, or no parquet ({reason})"
+        raise ConfigError(damaged, "path") from None
+
+
+READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
