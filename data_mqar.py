@@ -63,7 +63,6 @@ from nanorecall.settings import (
     within,
 )
 
-
 IntPairs = tuple[tuple[int, int], ...]
 
 
@@ -116,8 +115,8 @@ class Config:
         twice = [size for size in sizes if sizes.count(size) > 1]
         if twice:
             key = "train_cells" if set(twice) & set(self.train_cells) else "curriculum"
-            message = f"{twice[0]} (tokens, pairs) come twice in curriculum and train_cells"
-            raise ConfigError(f"{message}; name them once", key)
+            message = f"{twice[0]} (tokens, pairs) comes twice in curriculum and train_cells"
+            raise ConfigError(f"{message}; name it once", key)
         for pairs, steps in self.curriculum:
             few = f"curriculum: stage {(pairs, steps)} needs at least 1 pair and 1 step"
             require(min(pairs, steps) >= 1, few, "curriculum")

@@ -33,7 +33,9 @@ twohop: a>b for all entities; a>>c, where b>c, for some of them.
 hashhop: chains of hashes in random order; say where one of them ends (magicproduct/hash-hop).
 
 >>> show(Config(task="hashhop", hash_len=2, block_size=80, hops=(2,)), 1)
-"Wn = uy\niY = Dn\nuy = 'Ge'\nDn = 'AW'\n\nCOMPLETION:\nHops=2\n\nCoT=False\n\nWn = '[Ge]'\n" {'hops': 2}
+... # doctest: +NORMALIZE_WHITESPACE
+"Wn = uy\niY = Dn\nuy = 'Ge'\nDn = 'AW'\n\nCOMPLETION:\nHops=2\n\nCoT=False\n\nWn = '[Ge]'\n"
+{'hops': 2}
 
 Each document is a pure function of the settings and its index. Each epoch has an order of its own,
 a function of (seed, epoch).
@@ -50,7 +52,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanorecall.documents import is_fact, read_documents, split_by_content, survey
+from nanorecall.documents import (
+    check_answers,
+    is_fact,
+    read_documents,
+    split_by_content,
+    survey,
+)
 from nanorecall.fact_files import (
     CheckConfig,
     FactDataset,
@@ -59,7 +67,7 @@ from nanorecall.fact_files import (
     read_facts,
     write_and_report,
 )
-from nanorecall.rng import IGNORE_INDEX, SPLITS, STREAMS, rng_for
+from nanorecall.rng import IGNORE_INDEX, STREAMS, rng_for
 from nanorecall.settings import (
     Setting,
     at_least,
@@ -76,7 +84,6 @@ from nanorecall.settings import (
 from nanorecall.text import (
     BYTES,
     MASKS,
-    check_label_mask,
     label_documents,
     mark_answers,
     read_tokenizer,
@@ -116,7 +123,7 @@ class Config:
     num_queries: int = 1  # hashhop: queries in a training problem; others have one
     block_size: int = 256  # hashhop: bytes to fill; text: bytes of the longest document allowed
     n_train_examples: int = 20000  # hashhop: problems in an epoch; none is seen twice
-    n_val_examples: int = 500  # validation documents, of each group alike; hashhop: per hops; 0: all
+    n_val_examples: int = 500  # validation documents, all groups alike; hashhop: per hops; 0: all
     n_test_examples: int = 5000  # test documents, likewise; 0: all (hashhop: 500)
     mask: str = "text"  # text: what to train on: text (everything), qa, hashhop, digits or twohop
     heldout_facts: float = 0.0  # text: fraction of the facts that are only measured, as seen=0
@@ -332,7 +339,10 @@ class TwoHop:
 
         mark = [""] if R == 1 else [chr(ord("a") + r) for r in range(R)]
         one = ">" if c.markers else ":"
-        texts = [f"{name(a)}{one}{mark[r]}{name(maps[r, a])} " for r in range(R) for a in range(n)]
+        texts = []
+        for r in range(R):
+            for entity in range(n):
+                texts.append(f"{name(entity)}{one}{mark[r]}{name(maps[r, entity])} ")
         for i in np.concatenate([trained, in_dist, out_dist]):
             marks = f">{mark[r1[i]]}>{mark[r2[i]]}" if c.markers else one
             between = f"{name(b[i])}>" if c.cot else ""
@@ -484,7 +494,9 @@ class HashHop:
         n = self.n_chains(c, hops, queries)
         hashes = unique_hashes(rng, n * (hops + 1), c.hash_len)
         chains = [hashes[i * (hops + 1) : (i + 1) * (hops + 1)] for i in range(n)]
-        lines = [f"{a} = {b}" for chain in chains for a, b in zip(chain, chain[1:-1])]
+        lines = []
+        for chain in chains:
+            lines += [f"{a} = {b}" for a, b in zip(chain, chain[1:-1])]
         lines += [f"{chain[-2]} = '{chain[-1]}'" for chain in chains]
         lines = [lines[i] for i in rng.permutation(len(lines))]
         answers = []
@@ -562,7 +574,7 @@ class Data:
         texts = getattr(self.source, "texts", [""])
         has_words = any(isinstance(text, str) for text in texts)
         self.has_positions = self.kind != "text" and has_words
-        self.check_answers()
+        check_answers(self)
         self.notes = survey(self) if c.task == "text" else []
 
     def max_length(self):
@@ -571,25 +583,6 @@ class Data:
         # Bytes fill block_size at most. Another tokenizer makes no more tokens than there are
         # bytes, and a few for its own needs.
         return self.config.block_size + (0 if self.tokenizer is BYTES else 64)
-
-    def check_answers(self):
-        """ConfigError if a split has nothing to score, or if the tokenizer cuts answers wrongly."""
-        c = self.config
-        plain = []  # texts whose answers the mask has to find
-        for split in SPLITS:
-            indices = range(min(self.source.count(split), 1000))
-            require(indices, f"no document is left for {split}; give it more of them", "path")
-            texts, _ = self.source.read(split, indices)
-            plain += [text for text in texts if isinstance(text, str)]
-            where = f"the first {len(indices)} documents of {split}"
-            has_labels = (self.batch(split, 0, indices)[1] != IGNORE_INDEX).any()
-            require(has_labels, f"mask={self.kind} finds no answer in {where}", "mask")
-        message = f"mask={c.mask} has no effect: the documents say what their answers are"
-        require(plain or c.mask == "text", message, "mask")
-        if self.tokenizer is not BYTES and self.kind != "text":
-            problem = check_label_mask(self.tokenizer, self.kind, plain[:300])
-            message = f"tokenizer={c.tokenizer} does not suit these documents: {problem}"
-            require(not problem, message, "tokenizer")
 
     def batch_indices(self, step, batch_size):
         return range(step * batch_size, (step + 1) * batch_size)

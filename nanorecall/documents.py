@@ -1,4 +1,4 @@
-"""Documents that users bring: read from files, split, and surveyed before a run.
+"""Documents that users bring: read from files, split, and checked before a run.
 
 A document is a text, or a tuple (question, answer). Every problem with a file is one ConfigError
 that names the file and the line (parquet: the row), before anything is trained.
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nanorecall.rng import IGNORE_INDEX, SPLITS
 from nanorecall.settings import ConfigError, require
 from nanorecall.shards import SPLIT_DIRS, has_data_suffix, read_rows
-from nanorecall.text import BYTES, label_mask
+from nanorecall.text import BYTES, check_label_mask, label_mask
 
 COLUMNS = ("text", "question", "answer")  # what is read of a row
 FACT_MASKS = ("qa", "digits", "twohop")  # masks that find the answer of a fact in a text
@@ -163,7 +163,28 @@ def concatenate(groups):
     return np.array([number for group in groups for number in group], np.int32)
 
 
-# ---- survey: what train.py prints about the documents --------------------------------------------
+# ---- checks before a run -------------------------------------------------------------------------
+
+
+def check_answers(data):
+    """ConfigError if a split of data_synth.Data has nothing to score, or if its tokenizer cuts
+    answers so that their labels would not be exact."""
+    source, mask = data.source, data.config.mask
+    plain = []  # texts whose answers the mask has to find
+    for split in SPLITS:
+        indices = range(min(source.count(split), 1000))
+        require(indices, f"no document is left for {split}; give it more of them", "path")
+        texts, _ = source.read(split, indices)
+        plain += [text for text in texts if isinstance(text, str)]
+        where = f"the first {len(indices)} documents of {split}"
+        has_labels = (data.batch(split, 0, indices)[1] != IGNORE_INDEX).any()
+        require(has_labels, f"mask={data.kind} finds no answer in {where}", "mask")
+    message = f"mask={mask} has no effect: the documents say what their answers are"
+    require(plain or mask == "text", message, "mask")
+    if data.tokenizer is not BYTES and data.kind != "text":
+        problem = check_label_mask(data.tokenizer, data.kind, plain[:300])
+        message = f"tokenizer={data.config.tokenizer} does not suit these documents: {problem}"
+        require(not problem, message, "tokenizer")
 
 
 def survey(data):

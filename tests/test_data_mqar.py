@@ -1,4 +1,4 @@
-"""data_mqar.py against a solver that only has a dict, against a per-row loop with the same law, and on a damaged disk."""
+"""data_mqar.py against a solver that only has a dict, a loop with the same law, a damaged disk."""
 
 import doctest
 import json
@@ -29,20 +29,26 @@ def test_doctests():
     assert doctest.testmod(D).failed == 0
 
 
-# ---- the law -----------------------------------------------------------------------------------------------------------
+# ---- the law -------------------------------------------------------------------------------------
 
 
 def solve(tokens, size, alphabet):
-    """Read one sequence with a dict: yield (position of the key's last token, value) for every query.
+    """Read a sequence with a dict: yield (position of the key's last token, value) of every query.
 
     Knows no generator. alphabet: the tokens that its keys are made of.
     """
     c, L = size.config, len(tokens)
     half, width = c.vocab_size // 2, c.key_len
     memory, t = {}, 0
-    while t < size.storage_len:  # a value token that follows a key closes a pair; anything else is noise
+    while (
+        t < size.storage_len
+    ):  # a value token that follows a key closes a pair; anything else is noise
         key = tuple(tokens[t : t + width])
-        is_key = all(1 <= x < half for x in key) and t + width < size.storage_len and tokens[t + width] >= half
+        is_key = (
+            all(1 <= x < half for x in key)
+            and t + width < size.storage_len
+            and tokens[t + width] >= half
+        )
         if is_key and set(key) <= alphabet:
             memory[key] = tokens[t + width]
             t += width + 1
@@ -63,7 +69,15 @@ TASKS = [
     dict(input_seq_len=64, num_kv_pairs=8, updates=5, vocab_size=101),
     dict(input_seq_len=96, num_kv_pairs=6, gap=3, vocab_size=64),
     dict(input_seq_len=96, num_kv_pairs=9, key_len=2, vocab_size=64),
-    dict(input_seq_len=200, num_kv_pairs=12, key_len=3, updates=4, gap=2, random_non_queries=True, vocab_size=128),
+    dict(
+        input_seq_len=200,
+        num_kv_pairs=12,
+        key_len=3,
+        updates=4,
+        gap=2,
+        random_non_queries=True,
+        vocab_size=128,
+    ),
     dict(input_seq_len=128, num_kv_pairs=32, power_a=1.0, vocab_size=66),
 ]
 
@@ -137,7 +151,9 @@ def test_the_slices_of_a_row_by_hand():
     tokens; from 8 back to 2 are 6, which count as 4."""
     c = config(input_seq_len=10, num_kv_pairs=2, updates=1, vocab_size=10)
     for row in range(50):
-        tokens, targets, slices = D.make_sequences(D.TaskSize(10, 2, c), "train", np.arange(row, row + 1))
+        tokens, targets, slices = D.make_sequences(
+            D.TaskSize(10, 2, c), "train", np.arange(row, row + 1)
+        )
         x = tokens[0].tolist()
         last = {x[0]: 0, x[2]: 2} | {x[4]: 4}
         asked = [t for t in range(10) if targets[0, t] != IGNORE]
@@ -179,7 +195,10 @@ def test_noise_is_any_token_but_the_keys_of_its_row(task):
 
 def test_gaps_are_of_every_length_up_to_the_longest():
     """Tokens of noise after a stored pair: 0, 1, 2 and 3 as often as each other."""
-    size, R = D.TaskSize(64, 6, config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, gap=3)), 2000
+    size, R = (
+        D.TaskSize(64, 6, config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, gap=3)),
+        2000,
+    )
     tokens, targets, _ = D.make_sequences(size, "train", np.arange(R))
     gaps = []
     for x, y in zip(tokens.tolist(), targets.tolist()):
@@ -213,17 +232,22 @@ def test_the_law_is_that_of_a_per_row_loop(power_a):
     theirs = loop_rows(size, R, np.random.default_rng(0))
 
     def statistics(tokens, targets):
-        """How often pair i is asked in slot s (8, 24), and how often token v is key i or value i."""
+        """How often slot s asks for pair i (8, 24), and how often token v is key i or value i."""
         r = np.arange(R)[:, None]
         asked = np.argmax(tokens[:, None, 16::2] == tokens[:, :16:2, None], axis=2)  # (R, 8)
         slot = np.stack([np.bincount(asked[:, i], minlength=24) for i in range(8)])
-        key, value = (np.stack([np.bincount(tokens[:, j + 2 * i], minlength=64) for i in range(8)]) for j in (0, 1))
+        key, value = (
+            np.stack([np.bincount(tokens[:, j + 2 * i], minlength=64) for i in range(8)])
+            for j in (0, 1)
+        )
         assert (targets[r, 16 + 2 * asked] == tokens[:, 1:16:2]).all()
         return slot, key, value
 
     for a, b in zip(statistics(*ours), statistics(*theirs)):
         assert ((a == 0) == (b == 0)).all() and (a > 0).mean() > 0.4
-        assert (np.abs(a - b) / np.sqrt(a + b + 1)).max() < 5  # in deviations of a difference of two counts
+        assert (
+            np.abs(a - b) / np.sqrt(a + b + 1)
+        ).max() < 5  # in deviations of a difference of two counts
 
 
 def test_uniform_without_replacement():
@@ -233,14 +257,28 @@ def test_uniform_without_replacement():
     assert len(seen) == 5 * 4 * 3 and np.abs(seen - 1000).max() < 5 * 1000**0.5
 
 
-# ---- purity, splits, stages --------------------------------------------------------------------------------------------
+# ---- purity, splits, stages ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"fresh": True}, {"fresh": True, "curriculum": ((2, 3),)}, {"train_cells": ((32, 4), (16, 2))}], ids=str
+    "extra",
+    [
+        {},
+        {"fresh": True},
+        {"fresh": True, "curriculum": ((2, 3),)},
+        {"train_cells": ((32, 4), (16, 2))},
+    ],
+    ids=str,
 )
 def test_a_row_is_a_function_of_seed_split_step_and_row(extra):
-    c = dict(input_seq_len=32, num_kv_pairs=4, vocab_size=64, n_train_examples=50, n_val_examples=9, n_test_examples=9)
+    c = dict(
+        input_seq_len=32,
+        num_kv_pairs=4,
+        vocab_size=64,
+        n_train_examples=50,
+        n_val_examples=9,
+        n_test_examples=9,
+    )
     data = D.Data(config(**c, **extra))
     whole = {s: data.batch("train", s, range(40, 60)) for s in (7, 2, 0)}
     torch.manual_seed(99)
@@ -256,8 +294,15 @@ def test_a_row_is_a_function_of_seed_split_step_and_row(extra):
     assert not torch.equal(changed, whole[0][0])
 
 
-def test_splits_share_no_row_and_passes_cover_the_set_in_new_orders():
-    c = config(input_seq_len=32, num_kv_pairs=4, vocab_size=512, n_train_examples=300, n_val_examples=300, n_test_examples=300)
+def test_splits_share_no_sequence_and_epochs_cover_the_set_in_new_orders():
+    c = config(
+        input_seq_len=32,
+        num_kv_pairs=4,
+        vocab_size=512,
+        n_train_examples=300,
+        n_val_examples=300,
+        n_test_examples=300,
+    )
     data = D.Data(c)
     sets = {s: {r.tobytes() for r in data.batch(s, 0, range(300))[0].numpy()} for s in rng.SPLITS}
     assert all(len(rows) == 300 for rows in sets.values()) and len(set.union(*sets.values())) == 900
@@ -265,31 +310,48 @@ def test_splits_share_no_row_and_passes_cover_the_set_in_new_orders():
     assert {r.tobytes() for r in first} == {r.tobytes() for r in second} == sets["train"]
     assert (first != second).any()
     steps = data.steps_per_epoch(30)
-    assert steps == 10 and [data.batch_indices(s, 30) for s in (0, 9)] == [range(0, 30), range(270, 300)]
+    assert steps == 10 and [data.batch_indices(s, 30) for s in (0, 9)] == [
+        range(0, 30),
+        range(270, 300),
+    ]
 
 
 def test_curriculum_goes_through_its_stages_at_equal_tokens():
-    c = config(input_seq_len=64, num_kv_pairs=16, vocab_size=64, curriculum=((2, 3), (4, 2)), fresh=True)
+    c = config(
+        input_seq_len=64, num_kv_pairs=16, vocab_size=64, curriculum=((2, 3), (4, 2)), fresh=True
+    )
     data = D.Data(c)
     shapes = [tuple(data.batch("train", s, data.batch_indices(s, 4))[0].shape) for s in range(7)]
     assert shapes == [(32, 8)] * 3 + [(16, 16)] * 2 + [(4, 64)] * 2
     assert data.batch_indices(5, 4) == range(0, 4) and data.batch_indices(6, 4) == range(4, 8)
 
 
-def test_cells_take_turns_and_test_cells_are_reported_apart():
+def test_sizes_take_turns_and_test_sizes_are_reported_apart():
     c = config(
-        vocab_size=256, train_cells=((32, 4), (64, 8)), test_cells=((32, 4), (128, 32)), n_test_examples=5, n_val_examples=5
+        vocab_size=256,
+        train_cells=((32, 4), (64, 8)),
+        test_cells=((32, 4), (128, 32)),
+        n_test_examples=5,
+        n_val_examples=5,
     )
     data = D.Data(c)
-    assert [data.batch("train", s, data.batch_indices(s, 2))[0].shape for s in range(3)] == [(8, 32), (4, 64), (8, 32)]
+    assert [data.batch("train", s, data.batch_indices(s, 2))[0].shape for s in range(3)] == [
+        (8, 32),
+        (4, 64),
+        (8, 32),
+    ]
     assert data.seq_len == 128 and [len(s) for s in data.eval_groups("test")] == [5, 5]
     tokens, _, slices = data.batch("test", 0, data.eval_groups("test")[1])
-    assert tokens.shape == (5, 128) and set(slices["num_kv_pairs"]) == {32} and set(slices["cell"]) == {"128x32"}
+    assert (
+        tokens.shape == (5, 128)
+        and set(slices["num_kv_pairs"]) == {32}
+        and set(slices["cell"]) == {"128x32"}
+    )
     with pytest.raises(ValueError, match="one eval group"):
         data.batch("test", 0, range(3, 7))
 
 
-# ---- on disk -----------------------------------------------------------------------------------------------------------
+# ---- on disk -------------------------------------------------------------------------------------
 
 STORE = dict(num_samples=60, seq_len=48, num_kv_pairs=4, vocab_size=200, num_copies=3, seed=1)
 
@@ -318,20 +380,32 @@ def test_stored_rows_are_solved_by_a_dict_and_splits_are_apart(tmp_path, form):
     rows = {split: read(folder, split) for split in ("train", "validation", "test")}
     for row in rows["train"]:
         ids, labels = row["input_ids"], row["labels"]
-        assert len(ids) == len(labels) == len(row["attention_mask"]) == 48 and set(row["attention_mask"]) == {1}
+        assert len(ids) == len(labels) == len(row["attention_mask"]) == 48 and set(
+            row["attention_mask"]
+        ) == {1}
         seen_keys = set()
         for b in range(0, 48, 16):
             memory = dict(zip(ids[b : b + 8 : 2], ids[b + 1 : b + 8 : 2]))
-            assert len(memory) == 4 and not seen_keys & set(memory) and all(1 <= k < 100 <= v < 200 for k, v in memory.items())
+            assert (
+                len(memory) == 4
+                and not seen_keys & set(memory)
+                and all(1 <= k < 100 <= v < 200 for k, v in memory.items())
+            )
             seen_keys |= set(memory)
             assert sorted(ids[b + 8 : b + 16 : 2]) == sorted(memory)
-            expected = [IGNORE] * 8 + [x for key in ids[b + 8 : b + 16 : 2] for x in (IGNORE, memory[key])]
+            expected = [IGNORE] * 8 + [
+                x for key in ids[b + 8 : b + 16 : 2] for x in (IGNORE, memory[key])
+            ]
             assert labels[b : b + 16] == expected
     different = {tuple(r["input_ids"]) for split in rows.values() for r in split}
     assert len(different) == 180
     assert [len(files) for files in metadata["files"].values()] == [3, 3, 3]
     orders = np.load(folder / "orders" / "train.npy")
-    assert orders.shape == (3, 60) and all(sorted(o) == list(range(60)) for o in orders) and (orders[0] != orders[1]).any()
+    assert (
+        orders.shape == (3, 60)
+        and all(sorted(o) == list(range(60)) for o in orders)
+        and (orders[0] != orders[1]).any()
+    )
 
 
 def test_the_latest_pairs_are_asked_first_when_power_a_is_small():
@@ -347,7 +421,11 @@ def test_the_latest_pairs_are_asked_first_when_power_a_is_small():
 
 
 def test_same_seed_same_bytes_and_other_sizes_share_their_rows(tmp_path):
-    a, b, more = write(tmp_path, "a"), write(tmp_path, "b"), write(tmp_path, "more", num_samples=100)
+    a, b, more = (
+        write(tmp_path, "a"),
+        write(tmp_path, "b"),
+        write(tmp_path, "more", num_samples=100),
+    )
     files = [f.relative_to(a) for f in a.rglob("*") if f.is_file()]
     assert len(files) == 11 and all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
     assert read(more, "test")[:60] == read(a, "test")
@@ -365,7 +443,9 @@ def test_training_reads_what_was_written(tmp_path):
         assert x == rows[order[r]]["input_ids"] and y == rows[order[r]]["labels"][1:] + [IGNORE]
     assert all(len(v) == (targets != IGNORE).sum() for v in slices.values())
     assert data.eval_groups("test") == [range(60)]
-    assert D.Data(config("--path", str(folder), "--n_test_examples=7")).eval_groups("test") == [range(7)]
+    assert D.Data(config("--path", str(folder), "--n_test_examples=7")).eval_groups("test") == [
+        range(7)
+    ]
     with pytest.raises(ConfigError, match="no effect: the data comes from"):
         config("--path", str(folder), "--num_kv_pairs", "4")
 
@@ -374,7 +454,9 @@ def test_hugging_face_datasets_reads_it(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for form in ("parquet", "jsonl"):
-        loaded = datasets.load_dataset(str(write(tmp_path, form, output_format=form)), cache_dir=str(tmp_path / "cache"))
+        loaded = datasets.load_dataset(
+            str(write(tmp_path, form, output_format=form)), cache_dir=str(tmp_path / "cache")
+        )
         assert {k: len(v) for k, v in loaded.items()} == {"train": 60, "validation": 60, "test": 60}
         assert loaded["test"][0] == read(tmp_path / form, "test")[0]
 
@@ -418,14 +500,18 @@ def test_a_damaged_or_missing_shard_is_refused(tmp_path, form):
 
 def test_interruption_leaves_nothing_that_looks_finished(tmp_path):
     flags = ["--output-dir", tmp_path / "big", "--num-samples", "2000000", "--seq-len", "64"]
-    process = subprocess.Popen([sys.executable, D.__file__, *map(str, flags)], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, D.__file__, *map(str, flags)], stderr=subprocess.PIPE
+    )
     while not any(tmp_path.iterdir()) and process.poll() is None:
         time.sleep(0.05)
     time.sleep(0.5)
     process.terminate()
     process.wait()
     assert not (tmp_path / "big").exists()
-    assert process.returncode == 128 + 15 and not any(tmp_path.iterdir())  # not even the temporary directory
+    assert process.returncode == 128 + 15 and not any(
+        tmp_path.iterdir()
+    )  # not even the temporary directory
 
 
 def test_writing_twice_is_refused_and_loses_nothing(tmp_path, script):
@@ -440,16 +526,24 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     """Peak memory of a writer of 15,000 long rows stays near that of one of 1,500."""
 
     def peak(samples):
-        code = f"import resource\nfrom nanorecall import mqar_files as S\nS.write_dataset(S.DatasetConfig(output_dir={str(tmp_path / str(samples))!r},"
-        code += f"num_samples={samples}, num_copies=4))\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(D.__file__))
+        code = [
+            "import resource",
+            "from nanorecall.mqar_files import DatasetConfig, write_dataset",
+            f"folder = {str(tmp_path / str(samples))!r}",
+            f"c = DatasetConfig(output_dir=folder, num_samples={samples}, num_copies=4)",
+            "write_dataset(c)",
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)",
+        ]
+        words = [sys.executable, "-c", "\n".join(code)]
+        folder = os.path.dirname(D.__file__)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=folder)
         return int(done.stdout) / 1024
 
     small, large = peak(1500), peak(15000)
     assert large < small + 80 and large < 1024
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -464,8 +558,8 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
         (["--updates=20"], "32 pairs need a sequence of at least 168 tokens"),
         (["--curriculum=[(64,10)]"], "more than input_seq_len"),
         (["--test_cells=[(128,33)]"], "test_cells"),
-        (["--train_cells=[(64,4),(64,4)]"], "come twice"),
-        (["--curriculum=[(2,5),(32,5)]"], "come twice"),
+        (["--train_cells=[(64,4),(64,4)]"], "comes twice"),
+        (["--curriculum=[(2,5),(32,5)]"], "comes twice"),
         (["--key_len=40", "--input_seq_len=4096"], "key_len=40 is too long"),
         (["--path=/nowhere"], "holds no data set"),
         (["--n_train_examples=1e12"], "fresh=1"),
@@ -496,4 +590,6 @@ def test_impossible_data_sets_are_refused_in_one_sentence(flags, words, script):
 
 def test_without_arguments_it_explains_itself(script):
     done = script("data_mqar.py")
-    assert done.returncode == 0 and "--output-dir mqar_data" in done.stdout and "labels" in done.stdout
+    assert (
+        done.returncode == 0 and "--output-dir mqar_data" in done.stdout and "labels" in done.stdout
+    )

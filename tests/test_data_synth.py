@@ -1,4 +1,4 @@
-"""data_synth.py, facts.py, synth_files.py: each generator against a reader of its text; packing; files, bad ones too."""
+"""data_synth.py and its files: each generator against a reader of its text; packing; bad files."""
 
 import collections
 import doctest
@@ -25,7 +25,14 @@ SMALL = {
     "qa": dict(num_pairs=16, buckets=(1, 2, 4, 8)),
     "digits": dict(num_pairs=40, num_novel=10),
     "twohop": dict(entities=30),
-    "hashhop": dict(block_size=120, hash_len=3, hops=(1, 2), test_hops=(1, 2), n_val_examples=6, n_test_examples=8),
+    "hashhop": dict(
+        block_size=120,
+        hash_len=3,
+        hops=(1, 2),
+        test_hops=(1, 2),
+        n_val_examples=6,
+        n_test_examples=8,
+    ),
 }
 
 
@@ -55,20 +62,31 @@ def test_the_docstrings_examples(module):
     assert result.attempted >= 2 and result.failed == 0
 
 
-# ---- qa ----------------------------------------------------------------------------------------------------------------
+# ---- qa ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_pairs, buckets, held, digits", [(10000, (1, 2, 4, 8, 16, 32, 64, 128), 0.1, 6), (1, (3,), 0, 2)])
+@pytest.mark.parametrize(
+    "num_pairs, buckets, held, digits",
+    [(10000, (1, 2, 4, 8, 16, 32, 64, 128), 0.1, 6), (1, (3,), 0, 2)],
+)
 def test_qa_counts_and_held_out_pairs(num_pairs, buckets, held, digits):
-    data = D.Data(D.Config(num_pairs=num_pairs, buckets=buckets, heldout=held, digits=digits, n_test_examples=10**6))
+    data = D.Data(
+        D.Config(
+            num_pairs=num_pairs, buckets=buckets, heldout=held, digits=digits, n_test_examples=10**6
+        )
+    )
     rows = np.arange(data.source.count("train"))
-    epochs = [collections.Counter(texts(data, "train", rows + epoch * len(rows))) for epoch in (0, 7)]
+    epochs = [
+        collections.Counter(texts(data, "train", rows + epoch * len(rows))) for epoch in (0, 7)
+    ]
     assert epochs[0] == epochs[1]
     size = num_pairs // len(buckets)
     by_count = collections.Counter(epochs[0].values())
     assert by_count == {b: size - round(held * size) for b in buckets}
     everything, slices = data.source.read("test", np.arange(data.source.count("test")))
-    assert len(set(everything)) == num_pairs and all(re.fullmatch(rf"\d{{{digits}}}:\d{{{digits}}} ", t) for t in everything)
+    assert len(set(everything)) == num_pairs and all(
+        re.fullmatch(rf"\d{{{digits}}}:\d{{{digits}}} ", t) for t in everything
+    )
     numbers = [n for t in everything for n in t.strip().split(":")]
     assert len(set(numbers)) == 2 * num_pairs  # all different
     for text, exposures, seen in zip(everything, slices["exposures"], slices["seen"]):
@@ -81,9 +99,14 @@ def test_qa_epochs_are_shuffled_and_pure_functions_of_the_row():
     n = a.source.count("train")
     first, second = texts(a, "train", range(n)), texts(a, "train", range(n, 2 * n))
     assert first != second and sorted(first) == sorted(second)
-    assert [texts(b, "train", [r])[0] for r in reversed(range(2 * n))] == (first + second)[::-1]  # any order, one by one
+    assert [texts(b, "train", [r])[0] for r in reversed(range(2 * n))] == (first + second)[
+        ::-1
+    ]  # any order, one by one
     assert texts(D.Data(small("qa", seed=4)), "train", range(n)) != first
-    whole, halves = a.batch("train", 0, range(8)), [a.batch("train", 5, rows) for rows in (range(4), range(4, 8))]
+    whole, halves = (
+        a.batch("train", 0, range(8)),
+        [a.batch("train", 5, rows) for rows in (range(4), range(4, 8))],
+    )
     assert torch.equal(whole[0], torch.cat([h[0] for h in halves]))
 
 
@@ -92,14 +115,15 @@ def test_qa_inverse_pairs():
         data = D.Data(small("qa", inverse=inverse))
         found, slices = data.source.read("test", np.arange(data.source.count("test")))
         forward = {t for t, d in zip(found, slices["direction"]) if d == "forward"}
-        backward = {":".join(reversed(t.strip().split(":"))) + " " for t, d in zip(found, slices["direction"]) if d == "inverse"}
+        inverse_pairs = [t for t, d in zip(found, slices["direction"]) if d == "inverse"]
+        backward = {":".join(reversed(t.strip().split(":"))) + " " for t in inverse_pairs}
         assert forward == backward and len(forward) == 16
         trained = set(texts(data, "train"))
         assert bool(trained - forward) == (inverse == "train")
         assert not trained & {t for t, s in zip(found, slices["seen"]) if not s}
 
 
-# ---- digits ------------------------------------------------------------------------------------------------------------
+# ---- digits --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_pairs, width", [(6000, 6), (20000, 6), (200000, 7), (1, 4)])
@@ -108,7 +132,9 @@ def test_digit_lookup_keys(num_pairs, width):
     source = D.Digits.build(D.Config(task="digits", num_pairs=num_pairs, num_novel=100, **many))
     known = [source.texts[i] for i in source.splits["train"]]
     alphabet = f"[1-{width}]{{{width}}}"
-    assert len(known) == num_pairs and all(re.fullmatch(f"{alphabet}:{alphabet} ", t) for t in known)
+    assert len(known) == num_pairs and all(
+        re.fullmatch(f"{alphabet}:{alphabet} ", t) for t in known
+    )
     keys = [t.split(":")[0] for t in source.texts]
     assert len(set(keys)) == num_pairs + 100
     val, test = ({source.texts[i] for i in source.splits[s]} - set(known) for s in ("val", "test"))
@@ -116,17 +142,24 @@ def test_digit_lookup_keys(num_pairs, width):
 
 
 def test_what_is_measured_has_as_many_of_each_kind():
-    data = D.Data(D.Config(task="digits", num_pairs=900, num_novel=100, n_val_examples=60, n_test_examples=0))
+    data = D.Data(
+        D.Config(task="digits", num_pairs=900, num_novel=100, n_val_examples=60, n_test_examples=0)
+    )
     for split, known, novel in (("val", 30, 30), ("test", 900, 50)):
         (rows,) = data.eval_groups(split)
-        assert collections.Counter(data.source.read(split, rows)[1]["key"]) == {"known": known, "novel": novel}
+        assert collections.Counter(data.source.read(split, rows)[1]["key"]) == {
+            "known": known,
+            "novel": novel,
+        }
     val = texts(data, "val")
     assert sorted(val) != val and len({*val}) == 60
 
 
 def test_the_rule_of_selfindex():
     for steps in (1, 2):
-        source = D.Digits.build(D.Config(task="digits", num_pairs=10000, rule="selfindex", steps=steps))
+        source = D.Digits.build(
+            D.Config(task="digits", num_pairs=10000, rule="selfindex", steps=steps)
+        )
         for text in source.texts[:10000]:
             key, value = text.strip().split(":")
             for _ in range(steps):  # the word as a map, applied to itself
@@ -137,12 +170,24 @@ def test_the_rule_of_selfindex():
 
 
 def test_chance_by_hand():
-    train_pairs, test_pairs = [("12", "11"), ("21", "11"), ("22", "12")], [("11", "12"), ("12", "11")]
-    assert fact_files.guess_baselines(train_pairs, test_pairs) == {"majority digit": 3 / 4, "copy the key": 2 / 4}
-    ties = [("1", digit) for digit in "73"]  # the smallest of the most frequent digits, in every process
+    train_pairs, test_pairs = (
+        [("12", "11"), ("21", "11"), ("22", "12")],
+        [("11", "12"), ("12", "11")],
+    )
+    assert fact_files.guess_baselines(train_pairs, test_pairs) == {
+        "majority digit": 3 / 4,
+        "copy the key": 2 / 4,
+    }
+    ties = [
+        ("1", digit) for digit in "73"
+    ]  # the smallest of the most frequent digits, in every process
     assert fact_files.guess_baselines(ties, [("1", "3")])["majority digit"] == 1
     data = D.Data(D.Config(task="digits", num_pairs=20000, num_novel=1000))
-    assert data.baselines["majority digit"] == pytest.approx(1 / 6, abs=0.02) == data.baselines["copy the key"]
+    assert (
+        data.baselines["majority digit"]
+        == pytest.approx(1 / 6, abs=0.02)
+        == data.baselines["copy the key"]
+    )
 
 
 def split_pair(text):
@@ -186,7 +231,7 @@ def test_what_is_asked_has_no_vote_in_the_guess(settings, tag, known, asked):
     assert found != pytest.approx(share(pairs[0] + pairs[1]))  # the check sees the difference
 
 
-# ---- twohop ------------------------------------------------------------------------------------------------------------
+# ---- twohop --------------------------------------------------------------------------------------
 
 
 def read_facts(found):
@@ -203,11 +248,14 @@ def read_facts(found):
 
 
 @pytest.mark.parametrize(
-    "entities, relations, phi, cot, ood", [(5000, 1, 0.5, 0, 0.2), (100, 8, 4.0, 1, 0.2), (40, 3, 1.0, 0, 0), (3, 1, 0.3, 0, 0)]
+    "entities, relations, phi, cot, ood",
+    [(5000, 1, 0.5, 0, 0.2), (100, 8, 4.0, 1, 0.2), (40, 3, 1.0, 0, 0), (3, 1, 0.3, 0, 0)],
 )
 def test_twohop_answers_and_splits(entities, relations, phi, cot, ood):
     many = dict(n_test_examples=10**6, n_val_examples=10**6)
-    c = D.Config(task="twohop", entities=entities, relations=relations, phi=phi, cot=cot, ood=ood, **many)
+    c = D.Config(
+        task="twohop", entities=entities, relations=relations, phi=phi, cot=cot, ood=ood, **many
+    )
     source = D.TwoHop.build(c)
     facts, trained = read_facts(source.texts[i] for i in source.splits["train"])
     assert len(facts) == entities * relations and all(a != b for (a, _), b in facts.items())
@@ -221,7 +269,9 @@ def test_twohop_answers_and_splits(entities, relations, phi, cot, ood):
     for split, other in (("val", "test"), ("test", "val")):
         for kind in ("in-distribution", "out-of-distribution"):
             mine = [i for i in source.splits[split] if query[i] == kind]
-            assert not set(mine) & set(source.splits[other].tolist()) and not set(mine) & set(source.splits["train"].tolist())
+            assert not set(mine) & set(source.splits[other].tolist()) and not set(mine) & set(
+                source.splits["train"].tolist()
+            )
             for a, (r1, r2), answer in read_facts(source.texts[i] for i in mine)[1]:
                 assert answer.split(">")[-1] == facts[facts[a, r1], r2]
                 atoms = {(a, r1), (facts[a, r1], r2)}
@@ -236,18 +286,23 @@ def test_without_markers_a_query_has_two_answers():
     data = D.Data(small("twohop", markers=False))
     questions = collections.Counter(t.split(":")[0] for t in texts(data, "train"))
     assert max(questions.values()) == 2 and data.kind == "digits"
-    assert scored(data, "train", range(3)) == [t.strip().split(":")[1] for t in texts(data, "train", range(3))]
+    assert scored(data, "train", range(3)) == [
+        t.strip().split(":")[1] for t in texts(data, "train", range(3))
+    ]
 
 
-# ---- hashhop -----------------------------------------------------------------------------------------------------------
+# ---- hashhop -------------------------------------------------------------------------------------
 
 
 def follow(text):
-    """Read a problem as a person would: -> hops, [(key, what is between the quotes, the end of the chain by hand, steps)]"""
+    """Read a problem as a person would: -> hops, has it a chain of thought, [(key, answer between
+    the quotes, the chain by hand)]."""
     lines, completion = text.split("\n\nCOMPLETION:\n")
     pairs = dict(line.split(" = ") for line in lines.split("\n"))
     assert len(pairs) == lines.count("\n") + 1
-    hops, cot, answers = re.fullmatch(r"Hops=(\d+)\n\nCoT=(True|False)\n\n(.*)\n", completion, re.S).groups()
+    hops, cot, answers = re.fullmatch(
+        r"Hops=(\d+)\n\nCoT=(True|False)\n\n(.*)\n", completion, re.S
+    ).groups()
     found = []
     for answer in answers.split("\n"):
         key, value = re.fullmatch(r"(\w+) = '(.*)'", answer).groups()
@@ -269,36 +324,52 @@ def test_hash_chains_followed_by_hand():
         hops, cot, found = follow(text)
         seen[hops, cot] += 1
         assert tag == [hops, f"{hops}{' cot' * cot}"]
-        assert len({key for key, *_ in found}) == 3 and c.block_size - 40 - 14 * hops < len(text) + 1 <= c.block_size
-    assert {hops: seen[hops, True] + seen[hops, False] for hops in c.hops} == dict.fromkeys(c.hops, 2500)
+        assert (
+            len({key for key, *_ in found}) == 3
+            and c.block_size - 40 - 14 * hops < len(text) + 1 <= c.block_size
+        )
+    assert {hops: seen[hops, True] + seen[hops, False] for hops in c.hops} == dict.fromkeys(
+        c.hops, 2500
+    )
     assert seen[1, True] == 0 and all(650 < seen[h, True] < 850 for h in (2, 3, 4))
     every = [{*texts(data, split, range(400))} for split in ("train", "val", "test")]
     assert len(set.union(*every)) == 1200  # no row stands in two splits
     for split in ("val", "test"):
         for level, segment in zip(c.test_hops, data.eval_groups(split)):
-            assert all(follow(t)[0] == level and len(follow(t)[2]) == 1 for t in texts(data, split, list(segment)[:5]))
+            assert all(
+                follow(t)[0] == level and len(follow(t)[2]) == 1
+                for t in texts(data, split, list(segment)[:5])
+            )
 
 
 @pytest.mark.parametrize("hops, hash_len, block", [(1, 2, 64), (4, 16, 400), (16, 2, 400)])
 def test_hashhop_at_its_edges(hops, hash_len, block):
-    data = D.Data(D.Config(task="hashhop", hops=(hops,), test_hops=(hops,), hash_len=hash_len, block_size=block))
+    data = D.Data(
+        D.Config(
+            task="hashhop", hops=(hops,), test_hops=(hops,), hash_len=hash_len, block_size=block
+        )
+    )
     for text in texts(data, "train", range(20)):
         assert follow(text)[0] == hops and len(text) + 1 <= block
     assert scored(data, "train", [3]) == [follow(texts(data, "train", [3])[0])[2][0][1]]
 
 
-# ---- what a model gets -------------------------------------------------------------------------------------------------
+# ---- what a model gets ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", SMALL)
-def test_only_answers_are_scored_and_tags_fit(task):
+def test_only_answers_are_scored_and_slices_fit(task):
     data = D.Data(small(task))
     for split in ("train", "val", "test"):
         rows = data.eval_groups(split)[0] if split != "train" else range(12)
         for text, answer in zip(texts(data, split, rows), scored(data, split, rows)):
             assert answer == re.split(r"[:>]|= '", text)[-1].strip(" '\n")
         tokens, targets, slices = data.batch(split, 0, rows)
-        assert tokens.shape == targets.shape and tokens.max() < data.vocab_size and tokens.shape[1] <= data.seq_len
+        assert (
+            tokens.shape == targets.shape
+            and tokens.max() < data.vocab_size
+            and tokens.shape[1] <= data.seq_len
+        )
         assert {len(v) for v in slices.values()} == {int((targets != -100).sum())}
         counts = (targets != -100).sum(1).tolist()
         assert slices["place"].tolist() == [i for n in counts for i in range(n)]
@@ -309,12 +380,29 @@ def test_only_answers_are_scored_and_tags_fit(task):
 def test_packed_training_equals_unpacked(cls, task, tmp_path):
     if task == "text":
         write_lines(tmp_path / "x.jsonl", [{"text": "ab " * n} for n in range(1, 40)])
-    settings = dict(SMALL.get(task, dict(path=str(tmp_path / "x.jsonl"))), cot=1.0 * (task == "twohop"))
-    apart, packed = (D.Data(D.Config(task=task, packing=p, **settings)) for p in ("none", "documents"))
+    settings = dict(
+        SMALL.get(task, dict(path=str(tmp_path / "x.jsonl"))), cot=1.0 * (task == "twohop")
+    )
+    apart, packed = (
+        D.Data(D.Config(task=task, packing=p, **settings)) for p in ("none", "documents")
+    )
     rows = range(10, 27)
     tokens, targets, _, ends = packed.batch("train", 0, rows)
-    assert tokens.shape[0] == 1 and len(ends) == 18 and tokens.shape[1] == ends[-1] and ends.dtype == torch.int32
-    config = dict(dim=32, dk=16, dv=16, n_layers=2, vocab_size=apart.vocab_size, seq_len=apart.seq_len, init_std=0.3)
+    assert (
+        tokens.shape[0] == 1
+        and len(ends) == 18
+        and tokens.shape[1] == ends[-1]
+        and ends.dtype == torch.int32
+    )
+    config = dict(
+        dim=32,
+        dk=16,
+        dv=16,
+        n_layers=2,
+        vocab_size=apart.vocab_size,
+        seq_len=apart.seq_len,
+        init_std=0.3,
+    )
     outcomes = []
     for inputs in ((tokens, targets, ends), apart.batch("train", 0, rows)[:2]):
         torch.manual_seed(0)
@@ -326,15 +414,37 @@ def test_packed_training_equals_unpacked(cls, task, tmp_path):
 
 
 def flags(folder, name, **changes):
-    toy = dict(n_layers=1, dim=16, n_heads=1, dk=16, dv=16, batch_size=8, eval_interval=10, max_steps=20, threads=1)
-    changes = {**toy, "n_val_examples": 20, **changes, "log_dir": folder, "run_name": name, "data": "data_synth"}
+    toy = dict(
+        n_layers=1,
+        dim=16,
+        n_heads=1,
+        dk=16,
+        dv=16,
+        batch_size=8,
+        eval_interval=10,
+        max_steps=20,
+        threads=1,
+    )
+    changes = {
+        **toy,
+        "n_val_examples": 20,
+        **changes,
+        "log_dir": folder,
+        "run_name": name,
+        "data": "data_synth",
+    }
     return [f"--{k}={v}" for k, v in changes.items()]
 
 
 @pytest.mark.parametrize("model", ["gpt", "delta"])
 def test_runs_with_packing_equal_runs_without(tmp_path, model, capsys):
     for name, packing in (("a", "none"), ("b", "documents")):
-        assert train.main(flags(tmp_path, name, task="twohop", entities=30, packing=packing, model=model)) == 0
+        assert (
+            train.main(
+                flags(tmp_path, name, task="twohop", entities=30, packing=packing, model=model)
+            )
+            == 0
+        )
     a, b = (checkpoint.load_checkpoint(str(tmp_path / name), "ckpt")["tensors"] for name in "ab")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
@@ -342,20 +452,41 @@ def test_runs_with_packing_equal_runs_without(tmp_path, model, capsys):
 
 
 def test_a_run_on_a_slice(tmp_path, capsys):
-    options = dict(task="qa", num_pairs=8, buckets="(1,8)", max_steps=150, lr=1e-2, init_std=1, use_ffn=1, eval_interval=10)
+    options = dict(
+        task="qa",
+        num_pairs=8,
+        buckets="(1,8)",
+        max_steps=150,
+        lr=1e-2,
+        init_std=1,
+        use_ffn=1,
+        eval_interval=10,
+    )
     assert train.main(flags(tmp_path, "a", **options, target_slice="exposures=8", target=0.9)) == 0
     measured = [r for r in checkpoint.read_log(str(tmp_path / "a")) if r["kind"] == "eval"]
     watched = [(metrics.slice_accuracy(r, "exposures=8"), r["accuracy"]) for r in measured]
-    assert sum(w[0] == 1 for w in watched) >= 2  # the slice is at 1 more than once: the best of these is the best of all rows
-    assert checkpoint.load_checkpoint(str(tmp_path / "a"), "best")["step"] == measured[watched.index(max(watched))]["step"]
+    assert (
+        sum(w[0] == 1 for w in watched) >= 2
+    )  # the slice is at 1 more than once: the best of these is the best of all rows
+    assert (
+        checkpoint.load_checkpoint(str(tmp_path / "a"), "best")["step"]
+        == measured[watched.index(max(watched))]["step"]
+    )
     printed = capsys.readouterr().out
-    assert re.search(r"^exposures +8 .* 1\.0000", printed, re.M) and "val accuracy of exposures=8" in printed
+    assert (
+        re.search(r"^exposures +8 .* 1\.0000", printed, re.M)
+        and "val accuracy of exposures=8" in printed
+    )
     test = checkpoint.read_json(str(tmp_path / "a" / "status.json"))["test"]["by_slice"]
     assert test["seen"]["0"]["right"] < 0.6 * test["seen"]["0"]["labels"]
     ev.main([str(tmp_path / "a"), "--examples=72"])  # all rows
-    examples = re.findall(r"prompt +'(.*)'\n +answer +'(.*)'\n +model +'(.*)'", capsys.readouterr().out)
+    examples = re.findall(
+        r"prompt +'(.*)'\n +answer +'(.*)'\n +model +'(.*)'", capsys.readouterr().out
+    )
     rows = checkpoint.read_json(str(tmp_path / "a" / "eval_test.json"))["metrics"]["row_accuracy"]
-    assert len(examples) == rows["n"] and all(re.fullmatch(r"\d{6}:", prompt) for prompt, *_ in examples)
+    assert len(examples) == rows["n"] and all(
+        re.fullmatch(r"\d{6}:", prompt) for prompt, *_ in examples
+    )
     assert sum(answer == model for _, answer, model in examples) == round(rows["value"] * rows["n"])
     stored = checkpoint.read_json(str(tmp_path / "a" / "eval_test.json"))["metrics"]["stored"]
     table = pq.read_table(tmp_path / "a" / "eval_test.parquet").to_pydict()
@@ -365,23 +496,31 @@ def test_a_run_on_a_slice(tmp_path, capsys):
     bits = [max(0.0, 6 * np.log2(10) - n / np.log(2)) for n in nats.values() if n]
     assert len(bits) == 6 and stored["bits stored"]["value"] == pytest.approx(sum(bits), rel=1e-5)
     assert stored["bits stored"]["ci95"][0] < sum(bits) < stored["bits stored"]["ci95"][1]
-    with pytest.raises(ConfigError, match="target_slice=exposures=9 is not among the slices of val: exposures=0 exposures=1"):
+    with pytest.raises(
+        ConfigError,
+        match="target_slice=exposures=9 is not among the slices of val: exposures=0 exposures=1",
+    ):
         train.main(flags(tmp_path, "b", **options, target_slice="exposures=9"))
     assert not (tmp_path / "b").exists()
     ev.main(["compare", str(tmp_path / "*")])
     assert (tmp_path / "compare.png").stat().st_size > 5000
 
 
-# ---- on disk -----------------------------------------------------------------------------------------------------------
+# ---- on disk -------------------------------------------------------------------------------------
 
 
 def test_a_run_on_text_is_measured_and_knows_its_documents(tmp_path, capsys):
     path = write_lines(tmp_path / "t.jsonl", [{"text": f"note {i}"} for i in range(30)])
     assert train.main(flags(tmp_path, "a", task="text", path=path, max_steps=4)) == 0
     ev.main([str(tmp_path / "a"), "--examples=1"])
-    assert (tmp_path / "a" / "eval_test.png").stat().st_size > 3000 and "model " in capsys.readouterr().out
+    assert (
+        tmp_path / "a" / "eval_test.png"
+    ).stat().st_size > 3000 and "model " in capsys.readouterr().out
     write_lines(tmp_path / "t.jsonl", [{"text": f"Note {i}"} for i in range(30)])
-    for again in (lambda: train.main([f"--resume={tmp_path / 'a'}", "--max_steps=8"]), lambda: ev.main([str(tmp_path / "a")])):
+    for again in (
+        lambda: train.main([f"--resume={tmp_path / 'a'}", "--max_steps=8"]),
+        lambda: ev.main([str(tmp_path / "a")]),
+    ):
         with pytest.raises(ConfigError, match="t.jsonl is another one than .*a was trained on"):
             again()
     os.remove(path)
@@ -391,10 +530,16 @@ def test_a_run_on_text_is_measured_and_knows_its_documents(tmp_path, capsys):
 
 def test_what_a_mask_cannot_find_is_said_before_training(tmp_path):
     path = write_lines(tmp_path / "t{a}.jsonl", [{"text": f"note {i}"} for i in range(30)])
-    with pytest.raises(ConfigError, match="mask=digits finds no answer in the first 28 documents of train"):
+    with pytest.raises(
+        ConfigError, match="mask=digits finds no answer in the first 28 documents of train"
+    ):
         D.Data(D.Config(task="text", path=path, mask="digits"))
-    write_lines(tmp_path / "t{a}.jsonl", [{"question": "a?", "answer": f"note {i}"} for i in range(30)])
-    with pytest.raises(ConfigError, match="mask=digits has no effect: the documents say what their answers are"):
+    write_lines(
+        tmp_path / "t{a}.jsonl", [{"question": "a?", "answer": f"note {i}"} for i in range(30)]
+    )
+    with pytest.raises(
+        ConfigError, match="mask=digits has no effect: the documents say what their answers are"
+    ):
         D.Data(D.Config(task="text", path=path, mask="digits"))
 
 
@@ -412,26 +557,43 @@ def test_what_is_written_is_the_task_in_memory(tmp_path, variant, format, capsys
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     task, changes = VARIANTS[variant]
     options = {**SMALL[task], **changes}
-    words = [f"--{k}={v}" for k, v in options.items()] + ["--n_train_examples=30"] * (task == "hashhop")
+    words = [f"--{k}={v}" for k, v in options.items()] + ["--n_train_examples=30"] * (
+        task == "hashhop"
+    )
     assert D.main([task, "--output_dir", str(tmp_path / "a"), "--format", format, *words]) == 0
-    made, stored = D.Data(small(task, **changes)), D.Data(D.Config(task=task, path=str(tmp_path / "a"), n_test_examples=10**6))
+    made, stored = (
+        D.Data(small(task, **changes)),
+        D.Data(D.Config(task=task, path=str(tmp_path / "a"), n_test_examples=10**6)),
+    )
     count = 30 if task == "hashhop" else made.source.count("train")
     assert sorted(texts(stored, "train")) == sorted(texts(made, "train", range(count)))
     for split in ("val", "test"):
         rows = range(made.source.count(split))
-        a, b = (sorted(zip(found, *slices.values())) for found, slices in (d.source.read(split, rows) for d in (made, stored)))
+        a, b = (
+            sorted(zip(found, *slices.values()))
+            for found, slices in (d.source.read(split, rows) for d in (made, stored))
+        )
         assert a == b
     kind = getattr(pandas, f"read_{'json' if format == 'jsonl' else format}")
-    frame = kind(tmp_path / "a" / "train" / f"part-00000.{format}", **{"lines": True} if format == "jsonl" else {})
-    assert frame["text"].tolist() == texts(made, "train", range(count))  # in the order of the first epoch
+    frame = kind(
+        tmp_path / "a" / "train" / f"part-00000.{format}",
+        **{"lines": True} if format == "jsonl" else {},
+    )
+    assert frame["text"].tolist() == texts(
+        made, "train", range(count)
+    )  # in the order of the first epoch
     slices = [data.batch("test", 0, [0])[2].keys() for data in (stored, made)]
     assert (stored.batch("test", 0, range(8))[1] != K.IGNORE_INDEX).any()
-    assert stored.kind == made.kind and stored.baselines == made.baselines and slices[0] == slices[1]
+    assert (
+        stored.kind == made.kind and stored.baselines == made.baselines and slices[0] == slices[1]
+    )
     assert stored.source.capacity == getattr(made.source, "capacity", {})
     assert bool(stored.source.capacity) == (variant in ("qa", "digits"))
     assert D.main([task, "--output_dir", str(tmp_path / "b"), "--format", format, *words]) == 0
     for file in sorted(p for p in (tmp_path / "a").rglob("*.*") if p.name != "metadata.json"):
-        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()  # same seed, same bytes
+        assert (
+            file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
+        )  # same seed, same bytes
     with pytest.raises(ConfigError, match="exists already"):
         D.main([task, "--output_dir", str(tmp_path / "a"), *words])
     other = "digits" if task != "digits" else "qa"
@@ -459,7 +621,7 @@ def test_damage_to_a_data_set_is_noticed(tmp_path):
         D.Data(D.Config(path=str(tmp_path)))
 
 
-# ---- documents of your own ---------------------------------------------------------------------------------------------
+# ---- documents of your own -----------------------------------------------------------------------
 
 
 def write_lines(path, rows):
@@ -481,9 +643,17 @@ def test_texts_questions_and_folders(tmp_path):
     data = D.Data(D.Config(task="text", path=str(tmp_path / "d")))
     assert [data.source.count(s) for s in ("train", "val", "test")] == [3, 3, 3]
     assert sorted(scored(data, "test", range(3))) == ["You? 0", "You? 1", "You? 2"]
-    packed = D.Data(D.Config(task="text", path=str(tmp_path / "d"), packing="documents")).batch("train", 0, range(3))
+    packed = D.Data(D.Config(task="text", path=str(tmp_path / "d"), packing="documents")).batch(
+        "train", 0, range(3)
+    )
     assert (packed[1] != -100).sum() == 3 * 7
-    data = D.Data(D.Config(task="text", path=write_lines(tmp_path / "y.jsonl", [{"text": "Is it? Yes"}] * 3), mask="qa"))
+    data = D.Data(
+        D.Config(
+            task="text",
+            path=write_lines(tmp_path / "y.jsonl", [{"text": "Is it? Yes"}] * 3),
+            mask="qa",
+        )
+    )
     assert scored(data, "train", [0]) == [" Yes"]
 
 
@@ -550,7 +720,7 @@ def test_a_held_out_question_is_not_trained_on_in_other_words(tmp_path):
     assert len(data.notes) == 1  # two forms of one fact are no second answer
 
 
-def test_tags_of_a_data_set_are_numbers_or_text(tmp_path):
+def test_slices_of_a_data_set_are_numbers_or_text(tmp_path):
     D.main(["qa", "--output_dir", str(tmp_path / "a"), "--num_pairs=16", "--format=jsonl"])
     path, about = tmp_path / "a" / "validation/part-00000.jsonl", tmp_path / "a" / "metadata.json"
     path.write_text(path.read_text().replace('"exposures": 0', '"exposures": null'))
@@ -644,7 +814,9 @@ def test_rows_without_an_answer_are_not_counted_as_right(tmp_path, capsys):
         write_lines(tmp_path / "q.jsonl", [{"text": "Is it?"}, {"text": "Is it? Yes"}] * 9),
         mask="qa",
     )
-    assert [(asked.encode_and_label([t])[1] != K.IGNORE_INDEX).sum() for t in ("Is it?", "Is it? Yes")] == [
+    assert [
+        (asked.encode_and_label([t])[1] != K.IGNORE_INDEX).sum() for t in ("Is it?", "Is it? Yes")
+    ] == [
         0,
         5,
     ]  # no end alone
@@ -684,7 +856,10 @@ BAD = {  # name: (bytes of line 2, what the sentence says)
     "list": (b'["text"]', "a JSON list, not an object"),
     "empty": (b'{"text": " "}', '"text" is empty'),
     "long": (b'{"text": "' + b"a" * 10_000_000 + b'"}', "a line of more than 1048576 bytes"),
-    "document": (b'{"text": "' + b"a" * 300 + b'"}', "a document of 302 bytes, more than block_size=256"),
+    "document": (
+        b'{"text": "' + b"a" * 300 + b'"}',
+        "a document of 302 bytes, more than block_size=256",
+    ),
     "surrogate": (b'{"text": "\\ud800"}', "half of a surrogate pair"),
     "deep": (b"[" * 100_000, "no JSON"),
     "twice": (b'{"question": "a", "question": "b"}', "the name 'question' comes twice"),
@@ -698,14 +873,23 @@ def test_a_bad_line_is_named(tmp_path, name):
     line, message = BAD[name]
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "ab"}\n' + line + b'\n{"text": "cd"}\n')
-    with pytest.raises(ConfigError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(message)) as e:
+    with pytest.raises(
+        ConfigError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(message)
+    ) as e:
         D.Data(D.Config(task="text", path=str(path)))
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
 
 def test_bad_input_ends_a_run_with_a_sentence_and_leaves_nothing(tmp_path, script):
     (tmp_path / "x.jsonl").write_text('{"text": "ab"}\n{"text": "a')
-    done = script("train.py", "--data=data_synth", "--task=text", "--path=x.jsonl", "--log_dir=runs", cwd=tmp_path)
+    done = script(
+        "train.py",
+        "--data=data_synth",
+        "--task=text",
+        "--path=x.jsonl",
+        "--log_dir=runs",
+        cwd=tmp_path,
+    )
     assert done.returncode == 2 and "x.jsonl:2" in done.stderr and "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == ["x.jsonl"]
 
@@ -713,7 +897,9 @@ def test_bad_input_ends_a_run_with_a_sentence_and_leaves_nothing(tmp_path, scrip
 def test_bad_parquet_is_named(tmp_path):
     path = tmp_path / "x.parquet"
     generator = np.random.default_rng(0)
-    table = pa.table({"text": ["".join(map(chr, generator.integers(97, 122, 40))) for _ in range(2000)]})
+    table = pa.table(
+        {"text": ["".join(map(chr, generator.integers(97, 122, 40))) for _ in range(2000)]}
+    )
     pq.write_table(table, path, write_page_checksum=True, use_dictionary=False, compression="none")
     whole, noticed = path.read_bytes(), 0
     for place in np.linspace(0, len(whole) - 1, 60).astype(int):
@@ -726,14 +912,22 @@ def test_bad_parquet_is_named(tmp_path):
             noticed += 1
             assert "x.parquet: " in str(e) and "\n" not in str(e)
     assert noticed >= 55  # a flip in a part that no reader needs changes nothing
-    for rows, message in (([{"text": "a"}, {"text": None}], 'row 2: "text" is NoneType'), ([{"x": 1}], "row 1: needs")):
+    for rows, message in (
+        ([{"text": "a"}, {"text": None}], 'row 2: "text" is NoneType'),
+        ([{"x": 1}], "row 1: needs"),
+    ):
         pq.write_table(pa.Table.from_pylist(rows), path)
         with pytest.raises(ConfigError, match=message):
             D.Data(D.Config(task="text", path=str(path)))
 
 
 def test_paths_that_hold_nothing(tmp_path):
-    mistakes = {"nowhere": "does not exist", "": "holds no .jsonl", "x.txt": "neither .jsonl nor", "e.jsonl": "has 0 doc"}
+    mistakes = {
+        "nowhere": "does not exist",
+        "": "holds no .jsonl",
+        "x.txt": "neither .jsonl nor",
+        "e.jsonl": "has 0 doc",
+    }
     for path, message in mistakes.items():
         if "." in path:
             (tmp_path / path).write_text("")
@@ -741,7 +935,7 @@ def test_paths_that_hold_nothing(tmp_path):
             D.Data(D.Config(task="text", path=str(tmp_path / path)))
 
 
-# ---- command line ------------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -752,14 +946,26 @@ def test_paths_that_hold_nothing(tmp_path):
         (["qa", "--packing=documents"], "what is written is text"),
         (["check", "--num_pairs=8"], "there is no setting 'num_pairs'"),
         (["qa", "--path=x"], "path=x is a data set already"),
-        (["qa", "--output_dir=x", "--num_pairs=15"], "num_pairs=15 does not divide into 8 buckets; 16 does"),
-        (["qa", "--output_dir=x", "--digits=2", "--num_pairs=800"], "800 pairs need 1600 different numbers"),
+        (
+            ["qa", "--output_dir=x", "--num_pairs=15"],
+            "num_pairs=15 does not divide into 8 buckets; 16 does",
+        ),
+        (
+            ["qa", "--output_dir=x", "--digits=2", "--num_pairs=800"],
+            "800 pairs need 1600 different numbers",
+        ),
         (["digits", "--output_dir=x", "--buckets=[1,2]"], "only task qa uses it"),
         (["digits", "--output_dir=x", "--steps=2"], "rule is random"),
         (["twohop", "--output_dir=x", "--phi=3"], "at most 0.8\\d or more relations"),
         (["twohop", "--output_dir=x", "--cot=0.5"], "cot must be 0 or 1"),
-        (["hashhop", "--output_dir=x", "--block_size=60"], "block_size=60 is too small for 2 chains of 1 hops"),
-        (["hashhop", "--output_dir=x", "--hash_len=2", "--block_size=3000"], "hash_len=2 is too short"),
+        (
+            ["hashhop", "--output_dir=x", "--block_size=60"],
+            "block_size=60 is too small for 2 chains of 1 hops",
+        ),
+        (
+            ["hashhop", "--output_dir=x", "--hash_len=2", "--block_size=3000"],
+            "hash_len=2 is too short",
+        ),
         (["text", "--output_dir=x"], "task=text"),
         (["qa", "--output_dir=x", "--pairs=3"], "no setting 'pairs'"),
     ],
@@ -774,10 +980,15 @@ def test_mistakes_are_named(words, message, tmp_path, monkeypatch):
 def test_the_advice_of_a_refusal_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = [f"--n_{split}_examples=3" for split in ("train", "val", "test")]
-    commands = {"block_size": ["hashhop", *few, "--block_size=60"], "num_pairs": ["qa", "--num_pairs=15"]}
+    commands = {
+        "block_size": ["hashhop", *few, "--block_size=60"],
+        "num_pairs": ["qa", "--num_pairs=15"],
+    }
     commands |= {"phi": ["twohop", "--phi=3"]}
     for number, (advice, words) in enumerate(commands.items()):
-        for _ in range(5):  # one setting may ask for more than once: each number of hops needs its own size
+        for _ in range(
+            5
+        ):  # one setting may ask for more than once: each number of hops needs its own size
             try:
                 assert D.main([*words, f"--output_dir=d{number}"]) == 0
                 break
@@ -793,11 +1004,15 @@ def test_check_speaks_and_fails_loudly(capsys, tmp_path, script):
     from test_tokens import tokenizer_json
 
     done = script("data_synth.py", "check", f"--tokenizer={tokenizer_json(tmp_path, ['1 2'])}")
-    assert done.returncode == 1 and "would not be exact" in done.stderr and "digits are merged" in done.stdout
+    assert (
+        done.returncode == 1
+        and "would not be exact" in done.stderr
+        and "digits are merged" in done.stdout
+    )
 
 
 def test_memory_does_not_grow_with_the_copies():
-    """The second epoch costs what the first did: the orders of two epochs are kept, documents are kept once."""
+    """The orders of two epochs are kept, and each document once, however many epochs pass."""
     data = D.Data(D.Config(num_pairs=800))
     n = data.source.count("train")
     for epoch in range(20):

@@ -1,4 +1,4 @@
-"""tokens.py: masks against a reader that goes letter by letter, in rows and in packs; packing; other tokenizers."""
+"""text.py: label masks against a reader that goes letter by letter, packing, other tokenizers."""
 
 import contextlib
 import json
@@ -14,12 +14,14 @@ import model as M
 from nanorecall import text as K
 from nanorecall.settings import ConfigError, RunError
 
-# ---- the rules, one letter after another -------------------------------------------------------------------------------
+# ---- the rules, one letter after another ---------------------------------------------------------
 
 
 def naive_mask(ids, kind):
     """Labels of one document, written from the rules."""
-    text = ["" if i > 255 else chr(i) if i < 128 else "*" for i in ids]  # "" stands for BOS, EOS and padding
+    text = [
+        "" if i > 255 else chr(i) if i < 128 else "*" for i in ids
+    ]  # "" stands for BOS, EOS and padding
     keep = [False] * len(text)
     if kind == "text":
         keep = [i not in (K.BYTES.pad, K.BYTES.bos) for i in ids]
@@ -47,7 +49,9 @@ def naive_mask(ids, kind):
         begin, inside = 0 if start < 0 else start + len("COMPLETION:"), False
         for n, letter in enumerate(text):
             if letter == "'":
-                inside = joined[:n].rstrip(" \n\t\r\v\f\x1c\x1d\x1e\x1f").endswith("=") and not inside
+                inside = (
+                    joined[:n].rstrip(" \n\t\r\v\f\x1c\x1d\x1e\x1f").endswith("=") and not inside
+                )
             elif letter == "":
                 inside = False
             else:
@@ -77,9 +81,14 @@ PIECES = [
     "…",
 ]
 words = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
-begin, end = st.sampled_from([[], [K.BYTES.bos]]), st.sampled_from([[], [K.BYTES.eos], [K.BYTES.eos, K.BYTES.bos]])
+begin, end = (
+    st.sampled_from([[], [K.BYTES.bos]]),
+    st.sampled_from([[], [K.BYTES.eos], [K.BYTES.eos, K.BYTES.bos]]),
+)
 frames = st.tuples(begin, words, end)
-documents = frames.map(lambda parts: np.concatenate([parts[0], K.BYTES.encode(parts[1]), parts[2]]).astype(np.int64))
+documents = frames.map(
+    lambda parts: np.concatenate([parts[0], K.BYTES.encode(parts[1]), parts[2]]).astype(np.int64)
+)
 
 
 @pytest.mark.parametrize("kind", K.MASKS)
@@ -98,7 +107,10 @@ def test_a_pack_is_its_documents_masked_alone_in_rows_too(kind, found):
     for row, ids in zip(rows, found):
         row[: len(ids)] = ids
     for ids, labels in zip(alone, K.label_mask(rows, kind)):
-        assert labels[: len(ids)].tolist() == ids.tolist() and (labels[len(ids) :] == K.IGNORE_INDEX).all()
+        assert (
+            labels[: len(ids)].tolist() == ids.tolist()
+            and (labels[len(ids) :] == K.IGNORE_INDEX).all()
+        )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +124,11 @@ def test_a_pack_is_its_documents_masked_alone_in_rows_too(kind, found):
         ("twohop", "017>>231 ", "231"),
         ("twohop", "017>>423>231 ", "423>231"),
         ("twohop", "017>a>b423>231 ", "423>231"),
-        ("hashhop", "ab = 'cd'\n\nCOMPLETION:\nHops=1\n\nCoT=False\n\nab = 'cd'\nx = 'a = b'\n", "cda = b"),
+        (
+            "hashhop",
+            "ab = 'cd'\n\nCOMPLETION:\nHops=1\n\nCoT=False\n\nab = 'cd'\nx = 'a = b'\n",
+            "cda = b",
+        ),
         ("text", "all", "all"),
         ("digits", "nothing here", ""),
         ("digits", "la:voilà Å:Åse ", "voilàÅse"),
@@ -130,9 +146,14 @@ def test_rows_without_an_answer_have_a_finite_loss():
     tokens = np.stack([K.BYTES.encode("12:34 "), K.BYTES.encode("123456")]).astype(np.int64)
     model = M.GPT(M.Config(dim=8, n_layers=1, dk=4, dv=4, vocab_size=259, seq_len=8))
     for rows in (tokens, tokens[1:]):
-        loss = model(torch.from_numpy(rows), torch.from_numpy(K.shift_labels(K.label_mask(rows, "digits"))).long())[1]
+        loss = model(
+            torch.from_numpy(rows),
+            torch.from_numpy(K.shift_labels(K.label_mask(rows, "digits"))).long(),
+        )[1]
         loss.backward()
-        assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
+        assert torch.isfinite(loss) and all(
+            torch.isfinite(p.grad).all() for p in model.parameters()
+        )
 
 
 def test_wrong_arguments_are_named():
@@ -151,10 +172,13 @@ def test_bytes_come_back(text):
 
 
 def test_shift():
-    assert K.shift_labels(np.array([[-100, 5, 6], [-100, -100, 7]])).tolist() == [[5, 6, -100], [-100, 7, -100]]
+    assert K.shift_labels(np.array([[-100, 5, 6], [-100, -100, 7]])).tolist() == [
+        [5, 6, -100],
+        [-100, 7, -100],
+    ]
 
 
-# ---- other tokenizers --------------------------------------------------------------------------------------------------
+# ---- other tokenizers ----------------------------------------------------------------------------
 
 
 def tokenizer_json(folder, merges):
@@ -164,7 +188,9 @@ def tokenizer_json(folder, merges):
     pairs = [tuple(m.split()) for m in merges]
     vocabulary = {t: i for i, t in enumerate(letters + ["".join(p) for p in pairs])}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     inner.decoder = tokenizers.decoders.ByteLevel()
     inner.save(str(folder / "tokenizer.json"))
     return str(folder / "tokenizer.json")
@@ -174,7 +200,10 @@ def tokenizer_json(folder, merges):
     "merges, bad",
     [
         ([], set()),
-        (["C O", "M P", "Ġ =", "a b", "c d"], set()),  # words and pieces of hashes: masks stay exact
+        (
+            ["C O", "M P", "Ġ =", "a b", "c d"],
+            set(),
+        ),  # words and pieces of hashes: masks stay exact
         (["1 2"], {"digits", "qa", "twohop"}),
         ([": 1"], {"digits", "qa"}),
         (["2 Ġ"], {"digits", "qa", "twohop"}),
@@ -190,20 +219,31 @@ def test_a_tokenizer_whose_masks_are_not_exact_is_found(tmp_path, merges, bad, c
     path = tokenizer_json(tmp_path, merges)
     tokenizer = K.read_tokenizer(path)
     ids = tokenizer.encode("ab = 'cd'\n")
-    assert tokenizer.decode(ids) == "ab = 'cd'\n" and tokenizer.vocab_size == len(tokenizer.token_strings) == 256 + len(merges) + 3
-    outcome = pytest.raises(RunError, match="would not be exact") if bad else contextlib.nullcontext()
+    assert (
+        tokenizer.decode(ids) == "ab = 'cd'\n"
+        and tokenizer.vocab_size == len(tokenizer.token_strings) == 256 + len(merges) + 3
+    )
+    outcome = (
+        pytest.raises(RunError, match="would not be exact") if bad else contextlib.nullcontext()
+    )
     with outcome:
         D.main(["check", f"--tokenizer={path}"])
     lines = [line.split(": ") for line in capsys.readouterr().out.splitlines()]
     assert {kind for _, kind, *problem in lines if problem != ["exact"]} == bad and len(lines) == 4
     for task in ("digits", "qa"):
-        with pytest.raises(ConfigError, match="does not suit these documents") if task in bad else contextlib.nullcontext():
+        with (
+            pytest.raises(ConfigError, match="does not suit these documents")
+            if task in bad
+            else contextlib.nullcontext()
+        ):
             D.Data(D.Config(task=task, tokenizer=path))
 
 
 def test_numbers_of_tokens_may_have_gaps(tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "d": 9}, unk_token="a"))
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "b": 1, "d": 9}, unk_token="a")
+    )
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     inner.save(str(tmp_path / "t.json"))
     tokenizer = K.read_tokenizer(str(tmp_path / "t.json"))
