@@ -7,6 +7,7 @@ import delta as D
 import model as M
 from eval import greedy_decode
 from nanorecall import ops as A
+from nanorecall.rng import IGNORE_INDEX
 from test_model import T, V, build
 
 
@@ -81,10 +82,10 @@ def test_rotation_keeps_the_digits_of_its_input_and_rounds_no_position():
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_model_in_another_dtype_has_positions_of_its_own_precision(kind):
     att = M.CausalSelfAttention(M.Config(dim=8, dk=6, dv=6, seq_len=300))
-    single, moved = att.turns.clone(), att.to(kind).turns
+    single, moved = att.rope.clone(), att.to(kind).rope
     assert torch.equal(moved, A.rope_table(6, 300, kind))
     assert moved.dtype == torch.promote_types(kind, torch.float32)
-    assert torch.equal(att.float().turns, single)
+    assert torch.equal(att.float().rope, single)
 
 
 # ---- documents end to end ----------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def test_packed_equals_a_row_for_each_document(kind, lengths, share):
     model, g = build_kind(kind, seq_len=30), torch.Generator().manual_seed(0)
     tokens = torch.randint(V, (len(lengths), max(lengths)), generator=g)
     inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    targets = torch.where((torch.rand(tokens.shape, generator=g) < share) & inside, tokens.flip(1), M.IGNORE_INDEX)
+    targets = torch.where((torch.rand(tokens.shape, generator=g) < share) & inside, tokens.flip(1), IGNORE_INDEX)
     targets[0, 0] = 3  # one at least
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     packed = outcome(model, tokens[inside][None], targets[inside][None], ends)
@@ -150,7 +151,7 @@ def test_reading_on_from_the_cache_equals_one_forward_pass(kind):
     for pieces in ([1] * T, [T], [5, 1, 1, 5]):
         cache, logits = None, []
         for piece in tokens.split(pieces, dim=1):
-            part, cache = model.read(piece, cache)
+            part, cache = model.forward_cached(piece, cache)
             logits.append(part)
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-6, atol=1e-7)
 
@@ -161,12 +162,12 @@ def test_models_of_any_dtype_and_batches_without_rows_tokens_or_labels(kind, dty
     model = build_kind(kind).to(dtype)
     for shape in ((2, T), (0, T), (2, 0), (1, 1)):
         tokens = torch.randint(V, shape)
-        for targets in (tokens, torch.full_like(tokens, M.IGNORE_INDEX)):
+        for targets in (tokens, torch.full_like(tokens, IGNORE_INDEX)):
             logits, loss = model(tokens, targets)
             loss.backward()
-            labels = int((targets != M.IGNORE_INDEX).sum())
+            labels = int((targets != IGNORE_INDEX).sum())
             assert logits.shape == (labels, V) and (loss == 0) == (labels == 0)
-        assert model.read(tokens)[0].shape == (*shape, V)
+        assert model.forward_cached(tokens)[0].shape == (*shape, V)
     assert all(q.grad.dtype == dtype and q.grad.isfinite().all() for q in model.parameters())
     tokens = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0))
     exact, ours = build_kind(kind)(tokens)[0], model(tokens)[0]
@@ -197,7 +198,7 @@ def test_state_bytes_is_the_size_of_the_cache_and_reading_from_it_is_right(cls, 
     tokens = torch.randint(V, (1, T))
     cache, logits = None, []
     for token in tokens.T:
-        some, cache = model.read(token[None], cache)
+        some, cache = model.forward_cached(token[None], cache)
         logits.append(some)
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens)[0], rtol=1e-4, atol=1e-4)
     kept = [x for layer in cache for x in layer.values() if torch.is_tensor(x)]
@@ -218,8 +219,8 @@ def test_greedy_equals_the_argmax_of_whole_rows(kind):
 
 def test_reading_beyond_the_positions_is_refused():
     with pytest.raises(ValueError, match="positions for 12 tokens, not for 13"):
-        build().read(torch.zeros(1, T + 1, dtype=torch.long))
-    build(pos="none", conv=2).read(torch.zeros(1, T + 1, dtype=torch.long))
+        build().forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
+    build(pos="none", conv=2).forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("ends", [[0, 2, 4], [1, 3, 6], [0, 4, 2, 6], [0], [0, 6, 7]])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import delta as D
 import model as M
 import train
+from nanorecall.ops import CausalConv1d, L2Normalize
 from nanorecall.settings import ConfigError
 from test_model import naive_feature
 
@@ -219,15 +220,15 @@ def test_the_chosen_form_gets_every_argument(monkeypatch):
     arguments = inputs(documents=True, gated=True)
     assert_all_close(D.delta_rule(*arguments), D.delta_rule_recurrent(*arguments), 1e-10)
     calls = []
-    for name in ("delta_loop", "delta_chunked", "delta_fla"):
+    for name in ("delta_rule_recurrent", "delta_rule_chunkwise", "delta_rule_fla"):
         monkeypatch.setattr(D, name, lambda *a, name=name: calls.append((name, *map(id, a[:7]), *a[7:])))
     one = [x[:, :, :1] for x in arguments[:5]] + [arguments[5][:1], torch.tensor([0, 1])]
     D.delta_rule(*arguments, chunk_size=5)
     D.delta_rule(*one, chunk_size=5)
-    monkeypatch.setattr(D, "fla_problem", lambda *a: None)
+    monkeypatch.setattr(D, "why_no_fla", lambda *a: None)
     D.delta_rule(*arguments, chunk_size=5)
     ids = list(map(id, arguments))
-    assert calls == [("delta_chunked", *ids, 5), ("delta_loop", *map(id, one)), ("delta_fla", *ids)]
+    assert calls == [("delta_rule_chunkwise", *ids, 5), ("delta_rule_recurrent", *map(id, one)), ("delta_rule_fla", *ids)]
 
 
 def test_autocast_changes_nothing_inside():
@@ -414,7 +415,7 @@ def naive_mixer(m, x):
     """DeltaMixer and GatedDeltaMixer one vector at a time, from the weights alone."""
     c, out = m.config, []
     for b in range(len(x)):
-        key_width, value_width = m.widths(c)
+        key_width, value_width = m.head_dims(c)
         states = [torch.zeros(key_width, value_width, dtype=x.dtype) for _ in range(c.n_heads)]
         for t in range(x.shape[1]):
             parts, first = {}, 0
@@ -495,13 +496,13 @@ def test_reading_in_pieces_equals_one_forward_pass(cls, changes):
     for pieces in ([1] * 12, [12], [5, 1, 1, 5], [2, 10]):
         cache, logits = None, []
         for piece in tokens.split(pieces, dim=1):
-            part, cache = model.read(piece, cache)
+            part, cache = model.forward_cached(piece, cache)
             logits.append(part)
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-9, atol=1e-10)
-    _, prompt = model.read(tokens[:, :6])
-    first, _ = model.read(tokens[:, 6:], prompt)
-    model.read(tokens[:, :6].flip(1), prompt)  # another continuation leaves the prompt's cache as it was
-    torch.testing.assert_close(model.read(tokens[:, 6:], prompt)[0], first)
+    _, prompt = model.forward_cached(tokens[:, :6])
+    first, _ = model.forward_cached(tokens[:, 6:], prompt)
+    model.forward_cached(tokens[:, :6].flip(1), prompt)  # another continuation leaves the prompt's cache as it was
+    torch.testing.assert_close(model.forward_cached(tokens[:, 6:], prompt)[0], first)
 
 
 @pytest.mark.parametrize("cls", [D.DeltaNet, D.GatedDeltaNet])
@@ -509,7 +510,7 @@ def test_reading_in_pieces_equals_one_forward_pass(cls, changes):
 def test_state_bytes_is_the_size_of_what_is_kept(cls, changes):
     model = build(cls, **changes).float()
     for T in (1, 2, 12):
-        _, cache = model.read(torch.zeros(1, T, dtype=torch.long))
+        _, cache = model.forward_cached(torch.zeros(1, T, dtype=torch.long))
         kept = sum(x.untyped_storage().nbytes() for m in cache for x in m.values() if x is not T)
         assert kept == cls.inference_state_bytes(model.config) == cls.inference_state_bytes(replace(model.config, seq_len=10**6)) > 0
     assert cls.inference_state_bytes(config(use_att=False, use_ffn=True)) == 0
@@ -533,8 +534,8 @@ def test_bfloat16_autocast_is_close_to_float32():
     grads = torch.autograd.grad(loss, list(model.parameters()))
     with torch.autocast("cpu", torch.bfloat16):
         half, half_loss = model(tokens, tokens)
-        _, state = model.read(tokens)
-    assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max() and state[0]["S"].dtype == torch.float32
+        _, state = model.forward_cached(tokens)
+    assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max() and state[0]["state"].dtype == torch.float32
     for a, b in zip(torch.autograd.grad(half_loss, list(model.parameters())), grads):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
     assert M.ShortConvolution(3, 4)(torch.zeros(1, 5, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -561,8 +562,8 @@ def test_short_convolution_and_l2_norm_have_the_right_gradients():
     torch.manual_seed(0)
     for T in (1, 2, 6):
         x, w = torch.randn(2, T, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-        torch.autograd.gradcheck(M.CausalConv1d.apply, (x.requires_grad_(), w.requires_grad_()))
-        torch.autograd.gradcheck(M.L2Normalize.apply, (x,))
+        torch.autograd.gradcheck(CausalConv1d.apply, (x.requires_grad_(), w.requires_grad_()))
+        torch.autograd.gradcheck(L2Normalize.apply, (x,))
 
 
 def test_settings_without_effect_are_refused():

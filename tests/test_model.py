@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import model as M
+from nanorecall import metrics, ops
+from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
 
 B, T, V = 3, 12, 19
@@ -26,7 +28,7 @@ def random_batch(labels=(3, 0, 5)):
     """Tokens, and targets with so many labels in each row, at random positions."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(V, (len(labels), T), generator=generator)
-    targets = torch.full_like(tokens, M.IGNORE_INDEX)
+    targets = torch.full_like(tokens, IGNORE_INDEX)
     for row, n in enumerate(labels):
         where = torch.randperm(T, generator=generator)[:n]
         targets[row, where] = torch.randint(V, (n,), generator=generator)
@@ -141,7 +143,7 @@ def naive_module(att, x):
 
 
 SWITCHES = (
-    [dict(q_kernel=k, k_kernel=k, v_kernel=k, pos="none") for k in M.KERNELS]
+    [dict(q_kernel=k, k_kernel=k, v_kernel=k, pos="none") for k in M.FEATURE_MAPS]
     + [dict(q_kernel="silu", k_norm=n, q_norm=n) for n in M.NORMS]
     + [dict(att_use_output_gate=True, att_output_gate_act=a) for a in ("silu", "sigmoid", "none")]
     + [dict(q_gated=True), dict(k_gated=True), dict(conv=3), dict(n_kv_heads=1, conv=2, q_gated=True, k_gated=True)]
@@ -179,7 +181,7 @@ def test_rms_norm_and_cross_entropy_equal_torch():
     torch.nn.init.normal_(norm.weight)
     torch.testing.assert_close(norm(x), F.rms_norm(x, (8,), norm.weight, 1e-6))
     answers = torch.tensor([1, 0, 7, 3])
-    ours, theirs = M.CrossEntropy.apply(x, answers), F.cross_entropy(x, answers)
+    ours, theirs = ops.CrossEntropy.apply(x, answers), F.cross_entropy(x, answers)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(3 * ours, x), torch.autograd.grad(3 * theirs, x))
 
@@ -221,7 +223,7 @@ def test_labelled_positions_only_gives_the_same_logits_loss_and_gradients(cls, c
     tokens, targets = random_batch(labels)
     full, none = model(tokens)
     assert none is None and full.shape == (B, T, V)
-    mask = targets != M.IGNORE_INDEX
+    mask = targets != IGNORE_INDEX
     expected = F.cross_entropy(full[mask], targets[mask])
     logits, loss = model(tokens, targets)
     assert logits.shape == (sum(labels), V)
@@ -236,7 +238,7 @@ def test_labelled_positions_only_gives_the_same_logits_loss_and_gradients(cls, c
 def test_correct_counts_tokens_and_whole_rows():
     targets = torch.tensor([[-100, 2, 1], [0, -100, -100], [-100, -100, -100]])
     logits = F.one_hot(torch.tensor([2, 0, 0]), 3).float()
-    tokens, rows = M.correct_predictions(logits, targets)
+    tokens, rows = metrics.correct_predictions(logits, targets)
     assert tokens.tolist() == [True, False, True] and rows.tolist() == [False, True, True]
 
 

@@ -10,6 +10,7 @@ import memory
 import model as M
 from nanorecall import ops as A
 from nanorecall import second_order
+from nanorecall.rng import IGNORE_INDEX
 
 V, T = 19, 12
 SMALL = dict(dim=8, n_layers=2, n_heads=2, dk=4, dv=6, vocab_size=V, seq_len=T, init_std=0.3)
@@ -32,7 +33,7 @@ def batch():
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(V, (3, T), generator=g)
     labelled = torch.rand(3, T, generator=g) < 0.4
-    return tokens, torch.where(labelled, tokens.flip(1), M.IGNORE_INDEX)
+    return tokens, torch.where(labelled, tokens.flip(1), IGNORE_INDEX)
 
 
 def make(name):
@@ -70,13 +71,13 @@ def plain_l2(x):
 def test_hessian_vector_products_equal_those_of_plain_operations(name, batch, monkeypatch):
     model, parameters, direction = make(name)
     if name.startswith("memory"):
-        monkeypatch.setattr(memory, "read_values", memory.naive_weighted_values)
+        monkeypatch.setattr(memory, "weighted_values", memory.naive_weighted_values)
     with sdpa_kernel(SDPBackend.MATH):
         ours = hessian_times(model, parameters, direction, batch)
-        monkeypatch.setattr(M.CrossEntropy, "apply", F.cross_entropy)
-        monkeypatch.setattr(M.CausalConv1d, "apply", plain_convolution)
-        monkeypatch.setattr(M.L2Normalize, "apply", plain_l2)
-        monkeypatch.setattr(D, "delta_chunked", lambda *inputs: D.delta_rule_recurrent(*inputs[:-1]))
+        monkeypatch.setattr(A.CrossEntropy, "apply", F.cross_entropy)
+        monkeypatch.setattr(A.CausalConv1d, "apply", plain_convolution)
+        monkeypatch.setattr(A.L2Normalize, "apply", plain_l2)
+        monkeypatch.setattr(D, "delta_rule_chunkwise", lambda *inputs: D.delta_rule_recurrent(*inputs[:-1]))
         plain = hessian_times(model, parameters, direction, batch)
     assert max(x.abs().max() for x in plain[len(parameters) :]) > 1e-2
     for a, b in zip(ours, plain, strict=True):
@@ -123,7 +124,7 @@ def test_torch_func_equals_autograd(name, batch):
 
 
 def chunks(gated):
-    """Arguments of ChunkedDeltaRule: one sequence of two chunks of three tokens, one of one."""
+    """Arguments of ChunkwiseDeltaRule: one sequence of two chunks of three tokens, one of one."""
     g = torch.Generator().manual_seed(0)
 
     def some(*shape):
@@ -138,12 +139,12 @@ def operators():
     g = torch.Generator().manual_seed(0)
     x, w = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((2, 6, 4), (3, 4)))
     answers = torch.tensor([1, 0, 3, 3, 2, 1])
-    yield "cross-entropy", M.CrossEntropy, (x[0], answers)
-    yield "l2", M.L2Normalize, (x,)
-    yield "convolution", M.CausalConv1d, (x, w)
-    yield "convolution wider than the row", M.CausalConv1d, (x[:, :2], w)
-    yield "delta rule", D.ChunkedDeltaRule, chunks(gated=False)
-    yield "gated delta rule", D.ChunkedDeltaRule, chunks(gated=True)
+    yield "cross-entropy", A.CrossEntropy, (x[0], answers)
+    yield "l2", A.L2Normalize, (x,)
+    yield "convolution", A.CausalConv1d, (x, w)
+    yield "convolution wider than the row", A.CausalConv1d, (x[:, :2], w)
+    yield "delta rule", D.ChunkwiseDeltaRule, chunks(gated=False)
+    yield "gated delta rule", D.ChunkwiseDeltaRule, chunks(gated=True)
 
 
 OPERATORS = {name: rest for name, *rest in operators()}
@@ -169,7 +170,7 @@ def test_one_tensor_as_several_inputs_and_inputs_without_gradient():
         (first,) = torch.autograd.grad(o.square().sum(), x, create_graph=True)
         return first, torch.autograd.grad(first.sin().sum(), x)[0]
 
-    for a, b in zip(tied(D.ChunkedDeltaRule.apply), tied(D.naive_chunks)):
+    for a, b in zip(tied(D.ChunkwiseDeltaRule.apply), tied(D.naive_chunks)):
         torch.testing.assert_close(a, b)
 
 
@@ -177,7 +178,7 @@ def test_an_ordinary_backward_leaves_the_twins_alone(monkeypatch, batch):
     def fail(*_):
         raise AssertionError("the slow twin was called")
 
-    for file in (M, D):
+    for file in (A, D):
         monkeypatch.setattr(file, "twin_gradients", fail)
     for name in ("gpt, normed", "conv", "gated_delta"):
         make(name)[0](*batch)[1].backward()
@@ -204,8 +205,8 @@ def test_kernels_without_a_twin_refuse_second_derivatives(monkeypatch):
         torch.autograd.grad(o.sum(), q, retain_graph=True)
         with pytest.raises(RuntimeError, match="^flash-.* has no second derivatives; take them in"):
             torch.autograd.grad(o.sum(), q, create_graph=True)
-    monkeypatch.setattr(D, "fla_problem", lambda *_: None)
-    monkeypatch.setattr(D, "delta_fla", None)  # a kernel that torch.func must not reach
+    monkeypatch.setattr(D, "why_no_fla", lambda *_: None)
+    monkeypatch.setattr(D, "delta_rule_fla", None)  # a kernel that torch.func must not reach
     gradient = torch.func.grad(lambda q: D.delta_rule(**{**shape, "q": q})[0].sum())(q.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(outputs[0].sum(), q)[0])
 
@@ -215,7 +216,7 @@ def test_forward_mode_goes_by_the_twin():
 
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with fw.dual_level():
-        y = M.L2Normalize.apply(fw.make_dual(x, x.sin()))
+        y = A.L2Normalize.apply(fw.make_dual(x, x.sin()))
         change = fw.unpack_dual(y).tangent
     assert not second_order.transformed()
     torch.testing.assert_close(change, torch.func.jvp(plain_l2, (x,), (x.sin(),))[1])
