@@ -540,9 +540,9 @@ class DeltaNetLayer(CausalSelfAttention):
 
     @classmethod
     def cache_size(cls, c, tokens):
-        """Numbers in the state of one sequence: a matrix per head, after any number of tokens."""
+        """Numbers in the cache of one sequence: a matrix per head, after any number of tokens."""
         K, V = cls.head_dims(c)
-        return c.n_heads * K * V
+        return c.n_heads * K * V + cls.conv_state_size(c)
 
     @classmethod
     def describe_backend(cls, c, device, dtype):

@@ -19,20 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanorecall.ops import (
-    PackedDocuments,
-    apply_rotary,
-    causal_conv1d,
-    cross_entropy,
-    dot,
-    fused_linear,
-    gather_positions,
-    l2_normalize,
-    labelled_positions,
-    rope_table,
-    softmax_attention,
-    why_no_flash,
-)
+from nanorecall import ops
 from nanorecall.settings import derived, one_of, require, within
 
 
@@ -110,8 +97,10 @@ def taylor(x):
     phi(x).phi(y) = 1 + s + s^2/2 with s = x.y / sqrt(K).
     """
     width = x.shape[-1]
+    # sqrt(sqrt(K)) on both sides gives the usual sqrt(K) in the score
     x = x / width**0.25
-    second = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2)
+    # all K^2 products; |x y^T|^2 = s^2, and the series wants half of it
+    second = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2)  # (..., K^2)
     return torch.cat([torch.ones_like(x[..., :1]), x, second], dim=-1)
 
 
@@ -126,9 +115,9 @@ FEATURE_MAPS = {  # of a vector per head, over its last axis
     "taylor": taylor,
 }
 
-NORMS = {
+NORMS = {  # of a vector after its feature map; 1e-6 keeps a vector of zeros finite
     "none": lambda x: x,
-    "l2": l2_normalize,
+    "l2": ops.l2_normalize,
     "l1": lambda x: x / (x.abs().sum(-1, keepdim=True) + 1e-6),  # "sum" norm, Schlag et al. 2021
     "rms": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6),
     "layer": lambda x: F.layer_norm(x, x.shape[-1:]),
@@ -155,13 +144,15 @@ def feature_width(kernel, width):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019)."""
 
+    # Not nn.RMSNorm: that prints its shape, and the experiments' document prints `RMSNorm()`.
+
     def __init__(self, width):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        # `dot` sums in float32 even under autocast: squares of large activations overflow float16
-        y = x * torch.rsqrt(dot(x, x) / x.shape[-1] + 1e-6) * self.weight
+        # ops.dot sums in float32: squares of large activations overflow float16
+        y = x * torch.rsqrt(ops.dot(x, x) / x.shape[-1] + 1e-6) * self.weight
         return y.to(self.weight.dtype)  # a model in half precision stays in it
 
 
@@ -179,17 +170,17 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x, cache=None, documents=None):
         """x (B, T, C) -> (B, T, C). cache["conv_state"]: the width - 1 tokens before x."""
-        weight = self.weight.to(x.dtype)
+        weight = self.weight.to(x.dtype)  # x is bfloat16 under autocast
         if documents:
             # padded to a sequence each, or the first tokens of one would see the end of another
-            return documents.pack(causal_conv1d(documents.pad(x), weight))
+            return documents.pack(ops.causal_conv1d(documents.pad(x), weight))
         if cache is None:
-            return causal_conv1d(x, weight)
+            return ops.causal_conv1d(x, weight)
         n_before = len(weight) - 1
         before = cache.get("conv_state", x.new_zeros(len(x), n_before, x.shape[-1]))
         x = torch.cat([before, x], dim=1)
         cache["conv_state"] = x[:, x.shape[1] - n_before :].clone()  # a view would keep all of x
-        return causal_conv1d(x, weight)[:, n_before:]
+        return ops.causal_conv1d(x, weight)[:, n_before:]
 
 
 class MLP(nn.Module):
@@ -205,23 +196,6 @@ class MLP(nn.Module):
         return self.down(ACTIVATIONS[self.act](self.up(x)))
 
 
-def token_positions(x, cache=None, documents=None):
-    """Positions of the tokens of x (B, T, D) in their documents, (B, T); None: 0 to T - 1."""
-    if documents:
-        return documents.position[None]
-    if cache and cache["seen"]:
-        positions = torch.arange(x.shape[1], device=x.device) + cache["seen"]
-        return positions.expand(len(x), -1)
-    return None
-
-
-def append_to_cache(cache, name, new):
-    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it, stored and returned."""
-    # torch.cat copies even the first: a view would keep all that was projected beside it
-    cache[name] = torch.cat([cache[name], new] if name in cache else [new], dim=1)
-    return cache[name]
-
-
 # ---- attention -----------------------------------------------------------------------------------
 
 
@@ -234,7 +208,7 @@ class CausalSelfAttention(nn.Module):
     positions.
     """
 
-    attention_fn = staticmethod(softmax_attention)  # eval.py attention wraps it to see q and k
+    attention_fn = staticmethod(ops.softmax_attention)  # `eval.py attention` wraps it
 
     def __init__(self, c):
         super().__init__()
@@ -242,6 +216,7 @@ class CausalSelfAttention(nn.Module):
         self.n_heads = c.n_heads
         self.n_kv_heads = c.n_kv_heads or c.n_heads
         self.add_projections(c)
+        # after the feature maps, since taylor widens a vector: all below sees the wider one
         K, V = self.head_dims(c)
         self.gate_q = nn.Linear(c.dim, self.n_heads * K, bias=False) if c.q_gated else None
         self.gate_k = nn.Linear(c.dim, self.n_kv_heads * K, bias=False) if c.k_gated else None
@@ -250,7 +225,7 @@ class CausalSelfAttention(nn.Module):
             self.gate_out = nn.Linear(c.dim, self.n_heads * V, bias=False)
         if c.pos == "rope":
             # not in the checkpoint: it can be computed, and a longer seq_len would not fit
-            self.register_buffer("rope", rope_table(K, c.seq_len), persistent=False)
+            self.register_buffer("rope", ops.rope_table(K, c.seq_len), persistent=False)
         self.out_proj = nn.Linear(self.n_heads * V, c.dim, bias=False)
 
     def add_projections(self, c):
@@ -268,7 +243,7 @@ class CausalSelfAttention(nn.Module):
         # They would round the rotary table, or pad float32 digits with zeros: make it anew.
         if "rope" in self._buffers:
             T, pairs, _ = self.rope.shape
-            self.rope = rope_table(2 * pairs, T, self.rope.dtype).to(self.rope.device)
+            self.rope = ops.rope_table(2 * pairs, T, self.rope.dtype).to(self.rope.device)
         return self
 
     def forward(self, x, query_pos=None, cache=None, documents=None):
@@ -280,12 +255,13 @@ class CausalSelfAttention(nn.Module):
         c = self.config
         # Kernels for packed documents take every token as a query; query_pos are picked at the end.
         asked = None if documents else query_pos
-        query_x = gather_positions(x, asked)  # (B, n, D)
+        query_x = ops.gather_positions(x, asked)  # (B, n, D)
         q, k, v = self.qkv(x, query_x, asked, cache, documents)
-        positions = token_positions(x, cache, documents)
+        positions = ops.token_positions(x, cache, documents)
         q = self.split_heads(q, self.n_heads, c.q_kernel, c.q_norm, self.gate_q, query_x)
         if c.pos == "rope":
-            q = apply_rotary(q, self.rope, positions if asked is None else asked)
+            q = ops.apply_rotary(q, self.rope, positions if asked is None else asked)
+        # Keys and values of all tokens, also of those that ask nothing: (B, T, G, K or V).
         if cache is None:
             k = self.keys(k, x, positions)
             v = self.values(v)
@@ -296,9 +272,9 @@ class CausalSelfAttention(nn.Module):
         o = self.attention_fn(q, k, v, asked, documents)  # (B, H, n, V)
         o = o.transpose(1, 2).flatten(2)  # (B, n, H*V)
         if documents:
-            o = gather_positions(o, query_pos)
+            o = ops.gather_positions(o, query_pos)
         if self.gate_out:
-            z = self.gate_out(gather_positions(x, query_pos))
+            z = self.gate_out(ops.gather_positions(x, query_pos))
             o = o * ACTIVATIONS[c.att_output_gate_act](z)
         return self.out_proj(o)
 
@@ -308,20 +284,20 @@ class CausalSelfAttention(nn.Module):
         widths = [m.out_features for m in kv]
         if query_pos is not None and not self.conv:
             # the last block in training: queries of the labelled tokens only
-            return self.proj_q(query_x), *fused_linear(x, *kv).split(widths, dim=-1)
-        y = fused_linear(x, self.proj_q, *kv)  # (B, T, C)
+            return self.proj_q(query_x), *ops.fused_linear(x, *kv).split(widths, dim=-1)
+        y = ops.fused_linear(x, self.proj_q, *kv)  # (B, T, C)
         if self.conv:
             # needs the neighbours of a query's token, so queries are picked after it; one
             # convolution serves all three, since every channel is on its own
             y = self.conv(y, cache, documents)
         q, *kv = y.split([self.proj_q.out_features, *widths], dim=-1)
-        return gather_positions(q, query_pos), *kv
+        return ops.gather_positions(q, query_pos), *kv
 
     def keys(self, k, x=None, positions=None):
         """Projected keys (B, T, G*dk) of x (B, T, D) -> (B, T, G, K)."""
         c = self.config
         k = self.split_heads(k, self.n_kv_heads, c.k_kernel, c.k_norm, self.gate_k, x)
-        return apply_rotary(k, self.rope, positions) if c.pos == "rope" else k
+        return ops.apply_rotary(k, self.rope, positions) if c.pos == "rope" else k
 
     def values(self, v):
         """Projected values (B, T, G*dv) -> (B, T, G, V)."""
@@ -339,8 +315,9 @@ class CausalSelfAttention(nn.Module):
 
     def update_cache(self, cache, k, v, x, positions):
         """Add projected keys and values to the cache -> keys and values of all tokens seen."""
-        k = append_to_cache(cache, "k", self.keys(k, x, positions))
-        v = append_to_cache(cache, "v", self.values(v))
+        # Stored ready for use, rotation included: a new token costs one key and one value.
+        k = ops.append_to_cache(cache, "k", self.keys(k, x, positions))
+        v = ops.append_to_cache(cache, "v", self.values(v))
         return k, v
 
     # Sizes, for buffers and for what is printed at the start.
@@ -358,12 +335,17 @@ class CausalSelfAttention(nn.Module):
 
     @classmethod
     def cache_size(cls, c, tokens):
-        """Numbers in the cache of one sequence after `tokens` tokens, without the conv_state."""
-        return tokens * (c.n_kv_heads or c.n_heads) * sum(cls.head_dims(c))
+        """Numbers in the cache of one sequence after `tokens` tokens."""
+        per_head = sum(cls.head_dims(c))
+        return tokens * (c.n_kv_heads or c.n_heads) * per_head + cls.conv_state_size(c)
+
+    @classmethod
+    def conv_state_size(cls, c):
+        return (c.conv - 1) * cls.qkv_dim(c) if c.conv else 0
 
     @classmethod
     def describe_backend(cls, c, device, dtype):
-        problem = why_no_flash(device, dtype, *cls.head_dims(c))
+        problem = ops.why_no_flash(device, dtype, *cls.head_dims(c))
         if problem:
             return f"scaled_dot_product_attention ({problem})"
         return "flash-attn varlen; scaled_dot_product_attention at labels of the last block"
@@ -394,10 +376,12 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
         return q, u, u
 
     def update_cache(self, cache, k, v, x, positions):
-        """Stores u alone, and makes keys and values from it; a gated key needs its token x."""
+        """Stores u alone, and makes keys and values from it."""
+        # Half the memory, but all keys and values are made again for every new token. A gated key
+        # depends on its token x, which is gone by then, so it is stored as well.
         if self.gate_k:
-            k = append_to_cache(cache, "k", self.keys(k, x, positions))
-        u = append_to_cache(cache, "u", v)
+            k = ops.append_to_cache(cache, "k", self.keys(k, x, positions))
+        u = ops.append_to_cache(cache, "u", v)
         return k if self.gate_k else self.keys(u), self.values(u)
 
     @staticmethod
@@ -411,7 +395,7 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
     @classmethod
     def cache_size(cls, c, tokens):
         per_head = c.du + (cls.head_dims(c)[0] if c.k_gated else 0)
-        return tokens * (c.n_kv_heads or c.n_heads) * per_head
+        return tokens * (c.n_kv_heads or c.n_heads) * per_head + cls.conv_state_size(c)
 
 
 # ---- block and model -----------------------------------------------------------------------------
@@ -442,7 +426,8 @@ class GPTBlock(nn.Module):
 
     def forward(self, x, query_pos=None, **options):
         """x (B, T, D) -> (B, T, D), or (B, n, D) at query_pos; options are for the mixer."""
-        y = gather_positions(x, query_pos)
+        # The mixer reads all of x, but the residual stream goes on at query_pos alone.
+        y = ops.gather_positions(x, query_pos)
         if self.att is not None:
             y = self.add(y, self.mix(self.att_norm(x), query_pos, **options))
         if self.ffn is not None:
@@ -450,11 +435,14 @@ class GPTBlock(nn.Module):
         return y
 
     def mix(self, x, query_pos=None, **options):
+        """The mixer's output at query_pos: (B, n, D)"""
         if self.att_takes_query_pos:
             return self.att(x, query_pos, **options)
-        return gather_positions(self.att(x, **options), query_pos)
+        # a plain mixer computes all positions; correct, only slower in the last block
+        return ops.gather_positions(self.att(x, **options), query_pos)
 
     def add(self, x, change):
+        # residual_mul is an experiment: each feature gates the change to itself
         return x + change * x if self.residual_mul else x + change
 
 
@@ -489,16 +477,17 @@ class GPT(nn.Module):
         if self.pos_embed:
             nn.init.normal_(self.pos_embed.weight, std=c.init_std)
         if c.tie:
+            # one parameter under two names: the checkpoint holds it once, and both uses train it
             self.lm_head.weight = self.embed.weight
 
     def forward(self, tokens, targets=None, cu_seqlens=None, **options):
         query_pos = documents = None
         if targets is not None:
-            # before the blocks: it waits for the GPU, which has nothing to do yet
-            query_pos, label_index, labels = labelled_positions(targets)
+            # First of all, because it waits for the GPU: later, that would have a queue to finish.
+            query_pos, label_index, labels = ops.labelled_positions(targets)
         if cu_seqlens is not None:
             self.require_mixers("documents", "packed documents need a mixer that keeps them apart")
-            documents = options["documents"] = PackedDocuments(cu_seqlens, tokens)
+            documents = options["documents"] = ops.PackedDocuments(cu_seqlens, tokens)
         x = self.embed_tokens(tokens, documents=documents)  # (B, T, D)
         for layer in self.layers[:-1]:
             x = layer(x, **options)
@@ -509,14 +498,14 @@ class GPT(nn.Module):
             return self.lm_head(self.final_norm(x)), None
         x = x.flatten(0, 1)[label_index]  # (N, D)
         logits = self.lm_head(self.final_norm(x))  # (N, vocabulary)
-        return logits, cross_entropy(logits, labels)
+        return logits, ops.cross_entropy(logits, labels)
 
     def embed_tokens(self, tokens, cache=None, documents=None):
         """tokens (B, T) -> (B, T, D), with learned positions if it has them"""
         x = self.embed(tokens)
         if self.pos_embed:
-            positions = token_positions(x, cache, documents)
-            if positions is None:
+            positions = ops.token_positions(x, cache, documents)
+            if positions is None:  # a slice needs no gather, and adds to all sequences at once
                 x = x + self.pos_embed.weight[: tokens.shape[1]]
             else:
                 x = x + self.pos_embed(positions)
@@ -531,9 +520,10 @@ class GPT(nn.Module):
         continuations can start from it. T may be 1 (decoding) or a whole prompt (prefill).
         ValueError beyond seq_len, where a model has positions.
         """
-        self.require_mixers("cache", "decoding needs a mixer with a cache")
         if cache is None:
+            self.require_mixers("cache", "decoding needs a mixer with a cache")
             cache = [{"seen": 0} for _ in self.layers]
+        # Mixers put new tensors in and change none in place, so copies of the dicts are enough.
         cache = [dict(of_layer) for of_layer in cache]
         end = cache[0]["seen"] + tokens.shape[1]
         if end > self.config.seq_len and self.config.pos != "none":
@@ -542,7 +532,7 @@ class GPT(nn.Module):
         x = self.embed_tokens(tokens, cache[0])
         for layer, of_layer in zip(self.layers, cache):
             x = layer(x, cache=of_layer)
-            of_layer["seen"] = end
+            of_layer["seen"] = end  # after the layer, which takes its positions from it
         return self.lm_head(self.final_norm(x)), cache
 
     def require_mixers(self, option, why):
@@ -571,8 +561,7 @@ class GPT(nn.Module):
             return 0
         if not hasattr(mixer, "cache_size"):
             return None
-        conv_state = (c.conv - 1) * mixer.qkv_dim(c) if c.conv else 0
-        return 4 * c.n_layers * (mixer.cache_size(c, c.seq_len) + conv_state)
+        return 4 * c.n_layers * mixer.cache_size(c, c.seq_len)
 
     @classmethod
     def describe_backend(cls, c, device, dtype):

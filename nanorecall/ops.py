@@ -64,6 +64,13 @@ def fused_linear(x, *linears):
     return F.linear(x, torch.cat([m.weight for m in linears]))
 
 
+def append_to_cache(cache, name, new):
+    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it, stored and returned."""
+    # torch.cat copies even the first: a view would keep all that was projected beside it
+    cache[name] = torch.cat([cache[name], new] if name in cache else [new], dim=1)
+    return cache[name]
+
+
 # Sizes depend on the data, so compiled code would be made anew for every batch. (The public
 # torch.compiler.disable imports torch._dynamo at once, which takes a second of every --help.)
 @torch._disable_dynamo
@@ -266,6 +273,16 @@ class PackedDocuments:
         if self.flat_index is not None:
             x = x[self.flat_index]
         return x.unsqueeze(0)
+
+
+def token_positions(x, cache=None, documents=None):
+    """Positions of the tokens of x (B, T, D) in their documents, (B, T); None: 0 to T - 1."""
+    if documents:
+        return documents.position[None]
+    if cache and cache["seen"]:
+        positions = torch.arange(x.shape[1], device=x.device) + cache["seen"]
+        return positions.expand(len(x), -1)
+    return None
 
 
 # ---- softmax attention ---------------------------------------------------------------------------
