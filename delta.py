@@ -131,9 +131,7 @@ def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
 
 
 @torch._disable_dynamo  # traced, the scan would be unrolled into a copy for each chunk
-def delta_rule_chunkwise(
-    q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16
-):
+def delta_rule_chunkwise(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
     """delta_rule_recurrent by matrix products over chunks: same arguments and results, any T.
 
     Best on a CPU: 16 tokens for short sequences and narrow heads, 32 for T >= 1024 or K = 64.

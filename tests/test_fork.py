@@ -85,7 +85,11 @@ def test_every_command_works_or_refuses_in_a_sentence(name, here, capsys):
         assert os.path.exists(path)
     ablate.main(["all", "r/a", "--rows=8"])
     for main, words, message in (
-        (evaluate.main, ["r/a", "--examples=2"], "method `forward_cached`|decoding needs a mixer with a cache"),
+        (
+            evaluate.main,
+            ["r/a", "--examples=2"],
+            "method `forward_cached`|decoding needs a mixer with a cache",
+        ),
         (evaluate.main, ["attention", "r/a"], "attention maps need"),
         (ablate.main, ["heads", "r/a"], "it needs a model with|have no heads|have no mixer"),
     ):
@@ -101,11 +105,14 @@ def test_a_config_that_is_no_dataclass_is_refused(here):
 
 
 def test_logits_that_are_not_the_sum_of_the_parts_are_not_taken_apart(here):
-    code = OWN_BLOCK + """
+    code = (
+        OWN_BLOCK
+        + """
     def forward(self, tokens, targets=None):
         logits, loss = super().forward(tokens, targets)
         return 2 * logits, loss
 """
+    )
     (here / "fork_twice.py").write_text(code)
     assert train.main(["--model=fork_twice", *SMALL, "--run_name=a"]) == 0
     with pytest.raises(ConfigError, match="one after another, do not give its logits"):
