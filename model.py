@@ -142,9 +142,10 @@ def feature_width(kernel, width):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019)."""
+    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019).
 
-    # Not nn.RMSNorm: that prints its shape, and the experiments' document prints `RMSNorm()`.
+    Not nn.RMSNorm, which prints its shape: the document of the experiments prints `RMSNorm()`.
+    """
 
     def __init__(self, width):
         super().__init__()
@@ -159,8 +160,8 @@ class RMSNorm(nn.Module):
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution on (B, T, C).
 
-    It lets a token see the tokens just before it ahead of any attention. In MQAR that binds a key
-    to the value after it, which attention alone needs a layer for.
+    It lets a token see the tokens just before it ahead of any attention. In MQAR that binds a value
+    to the key before it, for which attention alone needs a layer.
     """
 
     def __init__(self, channels, width):
@@ -216,6 +217,7 @@ class CausalSelfAttention(nn.Module):
         self.n_heads = c.n_heads
         self.n_kv_heads = c.n_kv_heads or c.n_heads
         self.add_projections(c)
+        self.conv = ShortConvolution(self.qkv_dim(c), c.conv) if c.conv else None
         # after the feature maps, since taylor widens a vector: all below sees the wider one
         K, V = self.head_dims(c)
         self.gate_q = nn.Linear(c.dim, self.n_heads * K, bias=False) if c.q_gated else None
@@ -232,9 +234,9 @@ class CausalSelfAttention(nn.Module):
         self.proj_q = nn.Linear(c.dim, self.n_heads * c.dk, bias=False)
         self.proj_k = nn.Linear(c.dim, self.n_kv_heads * c.dk, bias=False)
         self.proj_v = nn.Linear(c.dim, self.n_kv_heads * c.dv, bias=False)
-        self.conv = ShortConvolution(self.qkv_dim(c), c.conv) if c.conv else None
 
     def kv_projections(self):
+        """In the order in which `qkv` returns their outputs."""
         return self.proj_k, self.proj_v
 
     def _apply(self, fn, recurse=True):
@@ -253,28 +255,30 @@ class CausalSelfAttention(nn.Module):
         place. documents (PackedDocuments): no token sees another document.
         """
         c = self.config
-        # Kernels for packed documents take every token as a query; query_pos are picked at the end.
-        asked = None if documents else query_pos
-        query_x = ops.gather_positions(x, asked)  # (B, n, D)
-        q, k, v = self.qkv(x, query_x, asked, cache, documents)
+        output_pos = query_pos
+        if documents:
+            # their kernels take every token as a query, so output_pos are picked at the end
+            query_pos = None
+        query_x = ops.gather_positions(x, query_pos)  # (B, n, D)
+        q, k, v = self.qkv(x, query_x, query_pos, cache, documents)
         positions = ops.token_positions(x, cache, documents)
         q = self.split_heads(q, self.n_heads, c.q_kernel, c.q_norm, self.gate_q, query_x)
         if c.pos == "rope":
-            q = ops.apply_rotary(q, self.rope, positions if asked is None else asked)
+            q = ops.apply_rotary(q, self.rope, positions if query_pos is None else query_pos)
         # Keys and values of all tokens, also of those that ask nothing: (B, T, G, K or V).
         if cache is None:
             k = self.keys(k, x, positions)
             v = self.values(v)
         else:
             k, v = self.update_cache(cache, k, v, x, positions)
-            asked = positions  # there are more keys than queries, so these need their positions
+            query_pos = positions  # there are more keys than queries: say which these are
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, n or T, K or V)
-        o = self.attention_fn(q, k, v, asked, documents)  # (B, H, n, V)
+        o = self.attention_fn(q, k, v, query_pos, documents)  # (B, H, n, V)
         o = o.transpose(1, 2).flatten(2)  # (B, n, H*V)
         if documents:
-            o = ops.gather_positions(o, query_pos)
+            o = ops.gather_positions(o, output_pos)
         if self.gate_out:
-            z = self.gate_out(ops.gather_positions(x, query_pos))
+            z = self.gate_out(ops.gather_positions(x, output_pos))
             o = o * ACTIVATIONS[c.att_output_gate_act](z)
         return self.out_proj(o)
 
@@ -366,7 +370,6 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
     def add_projections(self, c):
         self.proj_q = nn.Linear(c.dim, self.n_heads * c.du, bias=False)
         self.proj_kv = nn.Linear(c.dim, self.n_kv_heads * c.du, bias=False)
-        self.conv = ShortConvolution(self.qkv_dim(c), c.conv) if c.conv else None
 
     def kv_projections(self):
         return (self.proj_kv,)
