@@ -232,8 +232,8 @@ def check_cu_seqlens(cu_seqlens, B, T, device):
     ends = cu_seqlens.tolist()
     fits = len(ends) >= 2 and ends[0] == 0 and ends[-1] == T and ends == sorted(ends)
     if B != 1 or not fits:
-        what = f"cu_seqlens must rise from 0 to T={T} over one row of tokens"
-        raise ValueError(f"{what}; got {ends[:9]} for {B} rows")
+        what = f"cu_seqlens must rise from 0 to T={T} over one sequence"
+        raise ValueError(f"{what}; got {ends[:9]} for {B} sequences")
     return cu_seqlens.to(device, torch.long)
 
 

@@ -12,15 +12,16 @@ from test_model import T, V, build
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("some_rows", [False, True])
-def test_softmax_attention_equals_naive(groups, some_rows):
+@pytest.mark.parametrize("some_positions", [False, True])
+def test_softmax_attention_equals_naive(groups, some_positions):
     torch.manual_seed(0)
-    rows = torch.tensor([[0, 3, 11], [2, 2, 5]]) if some_rows else None
+    query_pos = torch.tensor([[0, 3, 11], [2, 2, 5]]) if some_positions else None
     inputs = [
         torch.randn(2, h, t, w, dtype=torch.float64, requires_grad=True)
-        for h, t, w in ((4, 3 if some_rows else T, 6), (groups, T, 6), (groups, T, 5))
+        for h, t, w in ((4, 3 if some_positions else T, 6), (groups, T, 6), (groups, T, 5))
     ]
-    ours, naive = ops.softmax_attention(*inputs, rows), ops.naive_attention(*inputs, rows)
+    ours = ops.softmax_attention(*inputs, query_pos)
+    naive = ops.naive_attention(*inputs, query_pos)
     torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(ours)
     for a, b in zip(
@@ -252,9 +253,7 @@ def test_ends_that_do_not_fit_the_row_are_refused(cls, ends):
             dim=8, n_layers=1, dk=4, dv=4, vocab_size=9, seq_len=8
         )
     )
-    with pytest.raises(
-        ValueError, match="cu_seqlens must rise from 0 to T=6 over one row of tokens"
-    ):
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T=6 over one sequence"):
         model(torch.zeros(1, 6, dtype=torch.long), cu_seqlens=torch.tensor(ends))
-    with pytest.raises(ValueError, match="for 2 rows"):
+    with pytest.raises(ValueError, match="for 2 sequences"):
         model(torch.zeros(2, 6, dtype=torch.long), cu_seqlens=torch.tensor([0, 6]))

@@ -281,7 +281,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
             rule(q[:1], k[:1], v[:1], beta[:1], None, None, torch.tensor([0, 30, 60]))
         with pytest.raises(ValueError, match="cu_seqlens must rise"):
             rule(q[:1], k[:1], v[:1], beta[:1], None, None, torch.tensor([0]))
-        with pytest.raises(ValueError, match="one row"):
+        with pytest.raises(ValueError, match="one sequence"):
             rule(q, k, v, beta, None, None, torch.tensor([0, 70]))
 
 
@@ -555,9 +555,9 @@ def test_mixer_equals_naive_in_outputs_and_gradients(cls, switches):
         torch.autograd.grad(ours, parameters, grad), torch.autograd.grad(naive, parameters, grad)
     ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    rows = torch.tensor([[1, 4], [0, 6]])
+    query_pos = torch.tensor([[1, 4], [0, 6]])
     picked = torch.stack([ours[0, [1, 4]], ours[1, [0, 6]]])
-    torch.testing.assert_close(mixer(x, rows), picked)
+    torch.testing.assert_close(mixer(x, query_pos), picked)
 
 
 VARIANTS = [
@@ -616,7 +616,7 @@ def test_chunk_size_is_used_and_changes_nothing(cls, monkeypatch):
     tokens = torch.randint(19, (3, 12), generator=torch.Generator().manual_seed(0))
     models = [
         build(cls, chunk_size=C) for C in (1, 5, 16)
-    ]  # the last is cut to the row's 12 tokens
+    ]  # the last is cut to the 12 tokens
     for model in models[1:]:
         torch.testing.assert_close(
             model(tokens, tokens)[1], models[0](tokens, tokens)[1], rtol=1e-10, atol=1e-12

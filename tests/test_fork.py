@@ -55,8 +55,8 @@ GUIDE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 with open(GUIDE, encoding="utf-8") as f:
     MIXER = re.search(r"### A mixer of your own.*?```python\n(.*?)```", f.read(), re.S).group(1)
 FORKS = {
-    "told": TINY.format(fields="vocab_size: int = 8; seq_len: int = 8", extra=""),
-    "untold": TINY.format(fields="width: int = 4", extra="layers = 3"),
+    "sizes told": TINY.format(fields="vocab_size: int = 8; seq_len: int = 8", extra=""),
+    "sizes unknown": TINY.format(fields="width: int = 4", extra="layers = 3"),
     "mixer": MIXER,
     "block": OWN_BLOCK,
 }
@@ -74,7 +74,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", FORKS)
 def test_every_command_works_or_refuses_in_a_sentence(name, here, capsys):
-    fork = f"fork_{name}"
+    fork = f"fork_{name}".replace(" ", "_")
     (here / f"{fork}.py").write_text(FORKS[name])
     assert train.main([f"--model={fork}", *SMALL, "--run_name=a"]) == 0
     assert "state: " not in capsys.readouterr().out  # it does not say what it keeps

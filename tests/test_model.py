@@ -37,13 +37,13 @@ def build(cls=GPT, dtype=torch.float64, **changes):
 
 
 def random_batch(labels=(3, 0, 5)):
-    """Tokens, and targets with so many labels in each row, at random positions."""
+    """Tokens, and targets with this many labels in each sequence, at random positions."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(V, (len(labels), T), generator=generator)
     targets = torch.full_like(tokens, IGNORE_INDEX)
-    for row, n in enumerate(labels):
+    for i, n in enumerate(labels):
         where = torch.randperm(T, generator=generator)[:n]
-        targets[row, where] = torch.randint(V, (n,), generator=generator)
+        targets[i, where] = torch.randint(V, (n,), generator=generator)
     return tokens, targets
 
 
@@ -202,8 +202,8 @@ def test_attention_module_equals_naive_in_outputs_and_gradients(cls, switches):
         torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(naive, inputs, grad)
     ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    rows = torch.tensor([[1, 4]])
-    torch.testing.assert_close(att(x, rows), ours[:, [1, 4]], rtol=1e-9, atol=1e-11)
+    query_pos = torch.tensor([[1, 4]])
+    torch.testing.assert_close(att(x, query_pos), ours[:, [1, 4]], rtol=1e-9, atol=1e-11)
 
 
 # ---- small parts ---------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_rms_norm_and_cross_entropy_equal_torch():
     torch.testing.assert_close(torch.autograd.grad(3 * ours, x), torch.autograd.grad(3 * theirs, x))
 
 
-# ---- the trunk -----------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 VARIANTS = [
     dict(),
@@ -275,11 +275,11 @@ def test_labelled_positions_only_gives_the_same_logits_loss_and_gradients(cls, c
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-def test_correct_counts_tokens_and_whole_rows():
+def test_correct_predictions_of_tokens_and_of_whole_sequences():
     targets = torch.tensor([[-100, 2, 1], [0, -100, -100], [-100, -100, -100]])
     logits = F.one_hot(torch.tensor([2, 0, 0]), 3).float()
-    tokens, rows = metrics.correct_predictions(logits, targets)
-    assert tokens.tolist() == [True, False, True] and rows.tolist() == [False, True, True]
+    tokens, sequences = metrics.correct_predictions(logits, targets)
+    assert tokens.tolist() == [True, False, True] and sequences.tolist() == [False, True, True]
 
 
 def test_state_bytes_counts_the_cache():

@@ -145,7 +145,7 @@ def operators():
     yield "cross-entropy", ops.CrossEntropy, (x[0], answers)
     yield "l2", ops.L2Normalize, (x,)
     yield "convolution", ops.CausalConv1d, (x, w)
-    yield "convolution wider than the row", ops.CausalConv1d, (x[:, :2], w)
+    yield "convolution wider than the sequence", ops.CausalConv1d, (x[:, :2], w)
     yield "delta rule", delta.ChunkwiseDeltaRule, chunks(gated=False)
     yield "gated delta rule", delta.ChunkwiseDeltaRule, chunks(gated=True)
 
