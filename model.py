@@ -352,7 +352,8 @@ class CausalSelfAttention(nn.Module):
         problem = ops.why_no_flash(device, dtype, *cls.head_dims(c))
         if problem:
             return f"scaled_dot_product_attention ({problem})"
-        return "flash-attn varlen; scaled_dot_product_attention at labels of the last block"
+        at_labels = "scaled_dot_product_attention for the labelled positions of the last block"
+        return f"flash-attn varlen; {at_labels}"
 
 
 class CausalSelfAttentionUnifiedKV(CausalSelfAttention):

@@ -1,6 +1,9 @@
 """model.py against definitions written out naively, and against the document it follows."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -314,3 +317,10 @@ def test_impossible_settings_are_refused(changes):
 def test_odd_widths_cannot_turn():
     with pytest.raises(ConfigError, match="even"):
         build(dk=5)
+
+
+def test_importing_a_model_does_not_load_the_compiler():
+    """It takes a second, which `train.py --help` would take, too."""
+    code = "import delta, sys; assert 'torch._dynamo' not in sys.modules"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
