@@ -266,8 +266,8 @@ def heads(look):
     lead, _, _ = logit_diff(run_with_cache(look.model, cases).logits, cases.answers)
     parts = []
     for block, mixer in hook_points(look.model).get("mixer", {}).items():
-        for head in range(mixer.heads):
-            hooks = [ablate_head(mixer.out_proj, mixer.heads, head)]
+        for head in range(mixer.n_heads):
+            hooks = [ablate_head(mixer.out_proj, mixer.n_heads, head)]
             now, p, right = logit_diff(run_with_hooks(look.model, cases, hooks), cases.answers)
             parts.append(measured(cases, {"layer": block, "head": head}, lead - now, p, right))
     columns = concat(parts)
@@ -306,7 +306,7 @@ def why_not_memory(look):
 
 def why_not_blocks(look):
     """Why blocks cannot be taken apart, or ""."""
-    model, needed = look.model, ("embedded", "layers", "final_norm", "lm_head")
+    model, needed = look.model, ("embed_tokens", "layers", "final_norm", "lm_head")
     if not all(hasattr(model, name) for name in needed):
         return f"it needs a model with {', '.join(needed)}"
     tokens = torch.arange(min(4, look.data.seq_len), device=look.device)[None]
@@ -328,7 +328,7 @@ def why_not_heads(look):
     mixers = hook_points(look.model).get("mixer", {}).values()
     if not mixers:
         return "its layers have no mixer (use_att=0)"
-    parted = all(hasattr(m, "heads") and hasattr(m, "out_proj") for m in mixers)
+    parted = all(hasattr(m, "n_heads") and hasattr(m, "out_proj") for m in mixers)
     return "" if parted else "its mixers have no heads and out_proj"
 
 

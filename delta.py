@@ -1,38 +1,43 @@
-"""The delta rule three ways (token by token, in chunks, a GPU kernel) and DeltaNet, a language model on model.py's trunk.
+"""The delta rule three ways (token by token, in chunks, a GPU kernel), and DeltaNet on model.py.
 
     python train.py configs/mqar_delta.py            # DeltaNet
     python train.py configs/mqar_gated_delta.py      # and its state decays
 
-The memory of one head is a matrix S (K, V) that maps keys to values. Each token reads what S holds under its key, and
-corrects it towards its value by the write strength beta in [0, 1] (Schlag et al. 2021, arXiv 2102.11174; Widrow and
-Hoff's rule of 1960):
+The memory of one head is a matrix S (K, V) that maps keys to values. Each token reads what S holds
+under its key, and corrects it towards its value by the write strength beta in [0, 1] (Schlag et al.
+2021, arXiv 2102.11174; Widrow and Hoff's rule of 1960):
 
     u_t = beta_t (v_t - S_{t-1}^T k_t)        the error, times the write strength
     S_t = S_{t-1} + k_t u_t^T                 = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
     o_t = S_t^T q_t / sqrt(K)
 
-Storing a key again replaces its value (wholly if beta = 1 and |k| = 1), where linear attention would add the two. Gated
-DeltaNet (Yang et al. 2024, arXiv 2412.06464) lets S decay first: S_{t-1} above becomes exp(g_t) S_{t-1}, with g_t <= 0 a
-number per head. The recurrence is stable if beta_t |k_t|^2 <= 2, hence keys of length 1; beta in (1, 2) overshoots, which
-gives the transition a negative eigenvalue and lets the state flip signs (Grazzi et al. 2024, arXiv 2411.12537).
+Storing a key again replaces its value (wholly if beta = 1 and |k| = 1), where linear attention
+would add the two. Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) lets S decay first: S_{t-1}
+above becomes exp(g_t) S_{t-1}, with g_t <= 0 a number per head. The recurrence is stable if
+beta_t |k_t|^2 <= 2, hence keys of length 1; beta in (1, 2) overshoots, which gives the transition a
+negative eigenvalue and lets the state flip signs (Grazzi et al. 2024, arXiv 2411.12537).
 
-Token by token this is T small steps one after another. In chunks of C tokens (Yang et al. 2024, arXiv 2406.06484: the WY
-or UT form) nearly all of it is matrix products. Let S be the state before a chunk, G_i = g_1 + ... + g_i within the chunk
-(0 without decay), and D_ij = exp(g_{j+1} + ... + g_i) for j <= i, the decay from j to i, else 0. Inserting one step into
-the next,
+Token by token this is T small steps one after another. In chunks of C tokens (Yang et al. 2024,
+arXiv 2406.06484: the WY or UT form) nearly all of it is matrix products. Let S be the state before
+a chunk, G_i = g_1 + ... + g_i within the chunk (0 without decay), and D_ij = exp(g_{j+1} + ... +
+g_i) for j <= i, the decay from j to i, else 0. Inserting one step into the next,
 
-    u_i + sum_{j<i} beta_i D_ij (k_i.k_j) u_j = beta_i (v_i - exp(G_i) S^T k_i)      for all i of the chunk, so with
-    A = tril(diag(beta) K K^T * D, -1), P = tril(Q K^T * D)
-    U = (I + A)^-1 diag(beta) V - (I + A)^-1 diag(beta exp(G)) K S =: U' - W S       errors of the chunk, (C, V)
+    u_i + sum_{j<i} beta_i D_ij (k_i.k_j) u_j = beta_i (v_i - exp(G_i) S^T k_i)
+
+for all i of the chunk, so with A = tril(diag(beta) K K^T * D, -1) and P = tril(Q K^T * D)
+
+    U = (I + A)^-1 diag(beta) V - (I + A)^-1 diag(beta exp(G)) K S =: U' - W S       errors, (C, V)
     O = diag(exp(G)) Q S + P U
     S <- exp(G_C) S + (diag(exp(G_C - G)) K)^T U
 
-Only the lines with S wait for the chunk before; the rest is done for all chunks at once. Cost per head and chunk, in
-multiply-adds: C^2 (3 K + 2 V) + 3 C K V, and C^3 / 2 for the inverse, so linear in T. Solving with the triangular matrix
-is safe where the product (I - A)(I + A^2)(I + A^4)... is not: for keys that resemble each other its factors overflow.
+Only the lines with S wait for the chunk before; the rest is done for all chunks at once. Cost per
+head and chunk, in multiply-adds: C^2 (3 K + 2 V) + 3 C K V, and C^3 / 2 for the inverse, so linear
+in T. Solving with the triangular matrix is safe where the product (I - A)(I + A^2)(I + A^4)... is
+not: for keys that resemble each other its factors overflow.
 
-Letters: B batch, T tokens, H heads, K key width, V value width, C tokens in a chunk, M sequences times heads, R all their
-chunks. In shapes of the model, D is the width of the residual stream; what is D above is `decay` in the code.
+Letters: B batch, T tokens, H heads, K key width, V value width, C tokens in a chunk, M sequences
+times heads, R all their chunks. In shapes of the model, D is the width of the residual stream; what
+is D above is `decay` in the code.
 """
 
 import functools
@@ -45,77 +50,91 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
-from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm, accum_dtype, gather_positions
-from nanorecall.ops import document_ends
+from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm
+from nanorecall.ops import accum_dtype, check_cu_seqlens, gather_positions
 from nanorecall.second_order import FirstOrder, Twinned, needs_twin, transformed, twin_gradients
 
-# ---- the rule, token by token ------------------------------------------------------------------------------------------
+# ---- the rule, token by token --------------------------------------------------------------------
 
 
 def delta_rule_recurrent(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
-    """The recurrence as it is written: the oracle of the tests, and one step of decoding.
+    """The recurrence as it is written: the tests' oracle, and one step of decoding.
 
-    q, k (B, H, T, K); v (B, H, T, V); beta (B, H, T); log_decay (B, H, T), at most 0, or None for no decay;
-    state (B, H, K, V) before the first token, or None for zeros. -> o (B, H, T, V) in v's dtype, and the state after the
-    last token. It computes in float32 or, if q is float64, in that.
+    q, k (B, H, T, K); v (B, H, T, V); beta (B, H, T); log_decay (B, H, T), at most 0, or None for
+    no decay; state (B, H, K, V) before the first token, or None for zeros. -> o (B, H, T, V) in v's
+    dtype, and the state after the last token, which is float32 (float64 if q is).
 
-    cu_seqlens (documents + 1,): rows of several documents end to end. Then B must be 1, document d is tokens
-    cu_seqlens[d] to cu_seqlens[d + 1], each begins with its own state, and states are (documents, H, K, V).
+    With cu_seqlens (documents + 1,), B is 1, document d is tokens cu_seqlens[d] to
+    cu_seqlens[d + 1] and starts from a state of its own; states are (documents, H, K, V).
+    ValueError if shapes do not fit.
     """
     cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
     if cu_seqlens is not None:
         return recurrent_varlen(q, k, v, beta, log_decay, state, cu_seqlens)
-    kind = accum_dtype(q)
-    S = zero_state(q, v) if state is None else state.to(kind)
+    dtype = accum_dtype(q)
+    S = zero_state(q, v) if state is None else state.to(dtype)
     outputs = []
     for t in range(q.shape[2]):
-        q_t, k_t, v_t, beta_t = (x[:, :, t].to(kind) for x in (q, k, v, beta))
+        q_t, k_t, v_t, beta_t = (x[:, :, t].to(dtype) for x in (q, k, v, beta))
         if log_decay is not None:
-            S = S * log_decay[:, :, t, None, None].to(kind).exp()
+            S = S * log_decay[:, :, t, None, None].to(dtype).exp()
         u_t = beta_t[..., None] * (v_t - (S * k_t[..., None]).sum(-2))  # (B, H, V)
         S = S + k_t[..., None] * u_t[..., None, :]
         outputs.append((S * q_t[..., None]).sum(-2) / math.sqrt(q.shape[-1]))
-    return torch.stack(outputs, dim=2).to(v.dtype) if outputs else v, S
+    if not outputs:
+        return v, S
+    return torch.stack(outputs, dim=2).to(v.dtype), S
 
 
 def recurrent_varlen(q, k, v, beta, log_decay, state, cu_seqlens):
-    ends, results = cu_seqlens.tolist(), []
-    for d, (start, end) in enumerate(zip(ends[:-1], ends[1:])):
-        parts = [None if x is None else x[:, :, start:end] for x in (q, k, v, beta, log_decay)]
+    """delta_rule_recurrent over one document after another."""
+    outputs = []
+    states = []
+    for d, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        tokens = [None if x is None else x[:, :, start:end] for x in (q, k, v, beta, log_decay)]
         before = zero_state(q, v) if state is None else state[d : d + 1]
-        results.append(delta_rule_recurrent(*parts, before))
-    o, states = zip(*results)
-    return torch.cat(o, dim=2), torch.cat(states)
+        o, after = delta_rule_recurrent(*tokens, before)
+        outputs.append(o)
+        states.append(after)
+    return torch.cat(outputs, dim=2), torch.cat(states)
 
 
 def zero_state(q, v, n=None):
     """Zeros (n or B, H, K, V)."""
-    return q.new_zeros(n or len(q), q.shape[1], q.shape[-1], v.shape[-1], dtype=accum_dtype(q))
+    n = len(q) if n is None else n
+    return q.new_zeros(n, q.shape[1], q.shape[-1], v.shape[-1], dtype=accum_dtype(q))
 
 
 def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
-    """cu_seqlens as document_ends gives them; ValueError in one sentence if shapes do not fit."""
+    """cu_seqlens as long; ValueError in one sentence if shapes do not fit."""
     B, H, T, K = q.shape
-    sequences = B
-    expected = {"k": (k, (B, H, T, K)), "v": (v, (B, H, T, v.shape[-1])), "beta": (beta, (B, H, T))}
+    V = v.shape[-1]
+    n_states = B
     if cu_seqlens is not None:
-        cu_seqlens = document_ends(cu_seqlens, B, T, q.device)
-        sequences = len(cu_seqlens) - 1
-    expected |= {"log_decay": (log_decay, (B, H, T)), "state": (state, (sequences, H, K, v.shape[-1]))}
+        cu_seqlens = check_cu_seqlens(cu_seqlens, B, T, q.device)
+        n_states = len(cu_seqlens) - 1
+    expected = {
+        "k": (k, (B, H, T, K)),
+        "v": (v, (B, H, T, V)),
+        "beta": (beta, (B, H, T)),
+        "log_decay": (log_decay, (B, H, T)),
+        "state": (state, (n_states, H, K, V)),
+    }
     for name, (x, shape) in expected.items():
         if x is not None and x.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} beside q of {tuple(q.shape)}, not {tuple(x.shape)}")
+            what = f"{name} must have shape {shape} beside q of {tuple(q.shape)}"
+            raise ValueError(f"{what}, not {tuple(x.shape)}")
     return cu_seqlens
 
 
-# ---- the rule, in chunks -----------------------------------------------------------------------------------------------
+# ---- the rule, in chunks -------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # traced, the scan would be unrolled into a copy for each chunk
+@torch._disable_dynamo  # traced, the scan would be unrolled into a copy for each chunk
 def delta_rule_chunkwise(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
-    """delta_loop by matrix products over chunks of chunk_size tokens: same arguments, same results, any T.
+    """delta_rule_recurrent by matrix products over chunks: same arguments and results, any T.
 
-    Best on a CPU: 16 tokens for short rows and narrow heads, 32 for T >= 1024 or K = 64.
+    Best on a CPU: 16 tokens for short sequences and narrow heads, 32 for T >= 1024 or K = 64.
     """
     cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
     chunk_size = max(1, min(chunk_size, q.shape[2]))
@@ -123,104 +142,124 @@ def delta_rule_chunkwise(q, k, v, beta, log_decay=None, state=None, cu_seqlens=N
         chunks = BatchChunks(*q.shape[:3], chunk_size)
     else:
         chunks = DocumentChunks(cu_seqlens, q.shape[1], chunk_size)
-    kind = accum_dtype(q)
+    dtype = accum_dtype(q)
     with torch.autocast(q.device.type, enabled=False):  # a triangular solve has no half precision
-        S = zero_state(q, v, chunks.sequences) if state is None else state.to(kind)
-        g = None if log_decay is None else chunks.cut(log_decay[..., None].to(kind))
-        scaled = q.to(kind) / math.sqrt(q.shape[-1])
-        parts = [chunks.cut(x.to(kind)) for x in (scaled, k, v, beta[..., None])]
-        o, S = ChunkedDeltaRule.apply(*parts, g, chunks.sort(S).flatten(0, 1), chunks.sizes)
-        return chunks.join(o).to(v.dtype), chunks.unsort(S.unflatten(0, (-1, q.shape[1])))
+        S = zero_state(q, v, chunks.n_sequences) if state is None else state.to(dtype)
+        S = chunks.to_chunk_order(S).flatten(0, 1)  # (M, K, V)
+        g = None
+        if log_decay is not None:
+            g = chunks.to_chunks(log_decay[..., None].to(dtype))  # (R, C, 1)
+        scaled = q.to(dtype) / math.sqrt(q.shape[-1])
+        inputs = [chunks.to_chunks(x.to(dtype)) for x in (scaled, k, v, beta[..., None])]
+        o, S = ChunkwiseDeltaRule.apply(*inputs, g, S, chunks.sizes)
+        S = chunks.from_chunk_order(S.unflatten(0, (-1, q.shape[1])))
+        return chunks.from_chunks(o).to(v.dtype), S
 
 
 class BatchChunks:
-    """How B rows of T tokens are cut into chunks: all rows' first chunks, then all second ones, and so on.
+    """B sequences of T tokens as chunks: all first chunks, then all second ones, and so on.
 
-    So a step of the scan finds its chunks side by side in memory: sizes[n] of them in step n, each (C, width). Rows are
-    padded at the end with zeros, which change neither outputs nor state: a key of zeros writes nothing.
+    So a step of the scan finds its chunks side by side in memory: sizes[n] of them in step n, each
+    (C, width). Sequences are padded at the end with zeros, which change neither outputs nor state:
+    a key of zeros writes nothing.
     """
 
     def __init__(self, B, H, T, C):
-        self.sequences, self.heads, self.tokens, self.chunk = B, H, T, C
-        self.steps = -(-T // C)
-        self.sizes = [B * H] * self.steps
+        self.n_sequences = B
+        self.n_heads = H
+        self.n_tokens = T
+        self.chunk_size = C
+        self.n_steps = -(-T // C)
+        self.sizes = [B * H] * self.n_steps
 
-    def cut(self, x):
+    def to_chunks(self, x):
         """(B, H, T, width) -> (R, C, width)"""
-        missing = self.steps * self.chunk - self.tokens
-        x = F.pad(x, (0, 0, 0, missing)) if missing else x
-        return x.unflatten(2, (self.steps, self.chunk)).permute(2, 0, 1, 3, 4).flatten(0, 2).contiguous()
+        missing = self.n_steps * self.chunk_size - self.n_tokens
+        if missing:
+            x = F.pad(x, (0, 0, 0, missing))
+        x = x.unflatten(2, (self.n_steps, self.chunk_size))  # (B, H, steps, C, width)
+        return x.permute(2, 0, 1, 3, 4).flatten(0, 2).contiguous()
 
-    def join(self, x):
+    def from_chunks(self, x):
         """(R, C, width) -> (B, H, T, width)"""
-        x = x.unflatten(0, (self.steps, self.sequences, self.heads)).permute(1, 2, 0, 3, 4)
-        return x.flatten(2, 3)[:, :, : self.tokens]
+        x = x.unflatten(0, (self.n_steps, self.n_sequences, self.n_heads))
+        return x.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : self.n_tokens]
 
-    def sort(self, S):
+    def to_chunk_order(self, S):
         return S
 
-    def unsort(self, S):
+    def from_chunk_order(self, S):
         return S
 
 
 class DocumentChunks:
-    """As BatchChunks, for documents end to end in one row. Each is cut on its own, the one with the most chunks comes
-    first, so those that still go on in step n are the first sizes[n] / H ones."""
+    """As BatchChunks, for documents end to end in one sequence, each cut on its own.
+
+    The document with the most chunks comes first, so that those which still have a chunk in step n
+    are the first sizes[n] / H ones, and their states are one slice.
+    """
 
     def __init__(self, cu_seqlens, H, C):
-        device, starts, lengths = cu_seqlens.device, cu_seqlens[:-1], cu_seqlens.diff()
-        counts = (lengths + C - 1) // C  # chunks of each document
-        self.sequences, self.heads = len(lengths), H
-        self.order = counts.argsort(descending=True, stable=True)
-        active = [int((counts > n).sum()) for n in range(int(counts.max()))]  # documents in step n
+        device = cu_seqlens.device
+        T = int(cu_seqlens[-1])
+        starts = cu_seqlens[:-1]
+        lengths = cu_seqlens.diff()
+        n_chunks = (lengths + C - 1) // C  # of each document
+        self.n_sequences = len(lengths)
+        self.n_heads = H
+        self.order = n_chunks.argsort(descending=True, stable=True)
+        active = [int((n_chunks > n).sum()) for n in range(int(n_chunks.max()))]  # in step n
         self.sizes = [m * H for m in active]
-        step = torch.repeat_interleave(
-            torch.arange(len(active), device=device), torch.tensor(active, device=device, dtype=torch.long)
-        )
-        which = torch.cat([self.order[:m] for m in active]) if active else self.order[:0]  # (R / H,) document of each chunk
-        inside = step[:, None] * C + torch.arange(C, device=device)  # (R / H, C) position in its document
-        padding = inside >= lengths[which][:, None]
-        self.token = (starts[which][:, None] + inside).masked_fill(padding, int(cu_seqlens[-1]))  # one past the end: zeros
-        self.place = torch.empty(int(cu_seqlens[-1]) + 1, dtype=torch.long, device=device)  # token -> where cut puts it
-        self.place[self.token.flatten()] = torch.arange(self.token.numel(), device=device)
+        steps = torch.arange(len(active), device=device)
+        step = steps.repeat_interleave(torch.tensor(active, device=device, dtype=torch.long))
+        doc_id = self.order[:0]
+        if active:
+            doc_id = torch.cat([self.order[:m] for m in active])  # (R / H,)
+        position = step[:, None] * C + torch.arange(C, device=device)  # (R / H, C) in the document
+        is_padding = position >= lengths[doc_id][:, None]
+        # Padding takes the token one past the end, which to_chunks fills with zeros.
+        self.token = (starts[doc_id][:, None] + position).masked_fill(is_padding, T)
+        self.flat_index = torch.empty(T + 1, dtype=torch.long, device=device)  # of each token
+        self.flat_index[self.token.flatten()] = torch.arange(self.token.numel(), device=device)
 
-    def cut(self, x):
+    def to_chunks(self, x):
         """(1, H, T, width) -> (R, C, width)"""
         x = F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, 0, 1))  # (T + 1, H, width)
         return x[self.token].transpose(1, 2).flatten(0, 1).contiguous()
 
-    def join(self, x):
+    def from_chunks(self, x):
         """(R, C, width) -> (1, H, T, width)"""
-        x = x.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(0, 1)  # (R / H * C, H, width)
-        return x[self.place[:-1]].transpose(0, 1)[None]
+        x = x.unflatten(0, (-1, self.n_heads)).transpose(1, 2).flatten(0, 1)  # (R/H * C, H, width)
+        return x[self.flat_index[:-1]].transpose(0, 1)[None]
 
-    def sort(self, S):
+    def to_chunk_order(self, S):
         return S[self.order]
 
-    def unsort(self, S):
+    def from_chunk_order(self, S):
         return S[self.order.argsort()]
 
 
-def scale(x, scale):
-    """x * scale, where None stands for 1: without decay nothing is multiplied."""
-    return x if scale is None else x * scale
+def scale(x, factor):
+    """x * factor; None stands for 1, since without decay nothing should be multiplied."""
+    return x if factor is None else x * factor
 
 
 def chunk_slices(sizes):
     """[(the chunks of step n as a slice of all R, how many)] in order."""
-    ends = list(itertools.accumulate(sizes))
+    ends = itertools.accumulate(sizes)
     return [(slice(end - m, end), m) for end, m in zip(ends, sizes)]
 
 
 def naive_chunks(q, k, v, beta, g, S, sizes):
-    """ChunkedDeltaRule token by token; q is scaled already."""
+    """ChunkwiseDeltaRule token by token; q is scaled already."""
     outputs = []
-    for rows, m in chunk_slices(sizes):
-        parts = (x[rows, None] for x in (q * math.sqrt(q.shape[-1]), k, v))
-        strengths = (None if x is None else x[rows, None, :, 0] for x in (beta, g))
-        o, after = delta_rule_recurrent(*parts, *strengths, S[:m, None])
+    q = q * math.sqrt(q.shape[-1])
+    for chunks, m in chunk_slices(sizes):
+        tokens = [x[chunks, None] for x in (q, k, v)]
+        numbers = [None if x is None else x[chunks, None, :, 0] for x in (beta, g)]
+        o, after = delta_rule_recurrent(*tokens, *numbers, S[:m, None])
         outputs.append(o[:, 0])
-        S = torch.cat([after[:, 0], S[m:]])
+        S = torch.cat([after[:, 0], S[m:]])  # sequences that have ended keep their state
     return torch.cat(outputs) if outputs else torch.zeros_like(v), S
 
 
@@ -228,116 +267,132 @@ def naive_chunks(q, k, v, beta, g, S, sizes):
 STRONG_DECAY = -8.0
 
 
-def decay_gradient(between, reads, writes, through):
+def strong_decay_gradient(between, reads, writes, carried):
     """Gradients of the log decays (R, C, 1), each a sum of terms with exp(g_t) as a factor.
 
     Gradient times value of what decays from an earlier token j to i: between (R, C, C), [i, j];
     from the chunk's start to i: reads (R, C, 1); from j to its end: writes (R, C, 1); from its
-    start to its end: through (R,).
+    start to its end: carried (R,).
     """
     across = between.cumsum(2).flip(1).cumsum(1).flip(1)
     across = across.diagonal(-1, 1, 2)  # (R, C - 1): the sum over i >= t > j
     later = reads.flip(1).cumsum(1).flip(1)
     earlier = F.pad(writes.cumsum(1)[:, :-1], (0, 0, 1, 0))
-    return F.pad(across, (1, 0))[..., None] + later + earlier + through[:, None, None]
+    return F.pad(across, (1, 0))[..., None] + later + earlier + carried[:, None, None]
 
 
-class ChunkedDeltaRule(Twinned):
+class ChunkwiseDeltaRule(Twinned):
     """The chunk form of the module's docstring, with its backward written out for speed.
 
-    q, k (R, C, K); v (R, C, V); beta (R, C, 1); g (R, C, 1), the log decays, or None; S (M, K, V), the states before the
-    first chunks; sizes: chunks in each step, at most M, never rising. -> o (R, C, V) and the states after the last
-    chunks. All of one dtype, float32 or float64.
+    q, k (R, C, K), q scaled; v (R, C, V); beta (R, C, 1); g (R, C, 1), the log decays, or None;
+    S (M, K, V), the states before the first chunks; sizes: chunks in each step, at most M, never
+    rising. -> o (R, C, V) and the states after the last chunks. All of one dtype, float32 or
+    float64. decay_in is exp(G_i), decay_out exp(G_C - G_j), decay_chunk exp(G_C).
     """
 
     twin = staticmethod(naive_chunks)
 
     @staticmethod
     def forward(ctx, q, k, v, beta, g, S, sizes):
-        decay = since_start = to_end = whole = None
+        decay = decay_in = decay_out = decay_chunk = None
         if g is not None:
-            # Sums over the tokens between j and i, not differences of two long sums, which would cancel.
-            decay = g.expand(-1, -1, g.shape[1]).tril(-1).cumsum(1).exp()  # (R, C, C), [i, j]; only j <= i has a meaning
-            since_start, to_end = g.cumsum(1).exp(), decay[:, -1:].mT  # (R, C, 1): exp(G_i) and exp(G_C - G_j)
-            whole = since_start[:, -1:]  # (R, 1, 1)
+            # Sums over the tokens from j to i, not differences of two long sums, which would
+            # cancel. Only j <= i has a meaning.
+            decay = g.expand(-1, -1, g.shape[1]).tril(-1).cumsum(1).exp()  # (R, C, C), [i, j]
+            decay_in = g.cumsum(1).exp()  # (R, C, 1)
+            decay_out = decay[:, -1:].mT  # (R, C, 1)
+            decay_chunk = decay_in[:, -1:]  # (R, 1, 1)
+        # For all chunks at once: everything without S.
         P = scale(torch.bmm(q, k.mT), decay).tril_()
         A = scale(torch.bmm(k, k.mT), decay).tril_(-1).mul_(beta)
         eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device).expand_as(A)
-        inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)  # (I + A)^-1
+        inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
         solve_beta = inverse * beta.mT  # (I + A)^-1 diag(beta)
-        U, W = torch.bmm(solve_beta, v), torch.bmm(solve_beta, scale(k, since_start))
-        k_out = scale(k, to_end)
+        U = torch.bmm(solve_beta, v)
+        W = torch.bmm(solve_beta, scale(k, decay_in))
+        k_out = scale(k, decay_out)
+        # The scan, one chunk of every sequence after another.
         before = q.new_empty(len(q), *S.shape[1:])  # (R, K, V), the state before each chunk
-        initial, S = S, S.clone()
-        for rows, m in chunk_slices(sizes):
-            before[rows] = S[:m]
-            U[rows].baddbmm_(W[rows], S[:m], alpha=-1)
-            if whole is not None:
-                S[:m] *= whole[rows]
-            S[:m].baddbmm_(k_out[rows].mT, U[rows])
-        o = torch.bmm(scale(q, since_start), before).baddbmm_(P, U)
-        made = decay, since_start, to_end, whole, P, inverse, U, W, before
-        ctx.save_for_backward(q, k, v, beta, g, initial, *made)
+        initial = S
+        S = S.clone()
+        for chunks, m in chunk_slices(sizes):
+            before[chunks] = S[:m]
+            U[chunks].baddbmm_(W[chunks], S[:m], alpha=-1)
+            if decay_chunk is not None:
+                S[:m] *= decay_chunk[chunks]
+            S[:m].baddbmm_(k_out[chunks].mT, U[chunks])
+        o = torch.bmm(scale(q, decay_in), before).baddbmm_(P, U)
+        decays = decay, decay_in, decay_out, decay_chunk
+        ctx.save_for_backward(q, k, v, beta, g, initial, *decays, P, inverse, U, W, before)
         ctx.sizes = sizes
         return o, S
 
     @staticmethod
     def backward(ctx, do, dS):
-        inputs, made = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        q, k, v, beta, g, _ = inputs
-        decay, since_start, to_end, whole, P, inverse, U, W, before = made
+        q, k, v, beta, g, initial, *computed = ctx.saved_tensors
+        decay, decay_in, decay_out, decay_chunk, P, inverse, U, W, before = computed
         with torch.autocast(q.device.type, enabled=False):
             if needs_twin():
-                return twin_gradients(naive_chunks, ctx, (*inputs, ctx.sizes), do, dS)
-            do, dS = do.contiguous(), dS.clone()
-            # The scan backwards. Keys have two parts to play: as `k` they are written, as `r` they read the state and the
-            # keys before them; dk collects the first, dr the second.
-            dU, dk = torch.bmm(P.mT, do), torch.empty_like(k)
-            q_in, k_out, carried = scale(q, since_start), scale(k, to_end), q.new_empty(len(q))
-            for rows, m in reversed(chunk_slices(ctx.sizes)):
-                torch.bmm(U[rows], dS[:m].mT, out=dk[rows])
-                dU[rows].baddbmm_(k_out[rows], dS[:m])
-                if whole is not None:
-                    dS[:m] *= whole[rows]
-                    carried[rows] = (before[rows] * dS[:m]).sum((1, 2))
-                dS[:m].baddbmm_(q_in[rows].mT, do[rows]).baddbmm_(W[rows].mT, dU[rows], alpha=-1)
+                inputs = q, k, v, beta, g, initial, ctx.sizes
+                return twin_gradients(naive_chunks, ctx, inputs, do, dS)
+            do = do.contiguous()
+            dS = dS.clone()
+            # The scan backwards. Keys have two parts to play: as `k` they are written, as `r` they
+            # read the state and the keys before them; dk collects the first, dr the second.
+            dU = torch.bmm(P.mT, do)
+            dk = torch.empty_like(k)
+            q_in = scale(q, decay_in)
+            k_out = scale(k, decay_out)
+            carried = q.new_empty(len(q))
+            for chunks, m in reversed(chunk_slices(ctx.sizes)):
+                torch.bmm(U[chunks], dS[:m].mT, out=dk[chunks])
+                dU[chunks].baddbmm_(k_out[chunks], dS[:m])
+                if decay_chunk is not None:
+                    dS[:m] *= decay_chunk[chunks]
+                    carried[chunks] = (before[chunks] * dS[:m]).sum((1, 2))
+                dS[:m].baddbmm_(q_in[chunks].mT, do[chunks])
+                dS[:m].baddbmm_(W[chunks].mT, dU[chunks], alpha=-1)
             # U solves (I + A) U = diag(beta) E with E = V - diag(exp(G)) K S.
             dE = torch.bmm(inverse.mT, dU)  # of E, over beta
             dP = scale(torch.bmm(do, U.mT), decay).tril_()
             dA = scale(torch.bmm(dE, U.mT), decay).tril_(-1)  # of -A, over beta
-            dq = scale(torch.bmm(do, before.mT), since_start).baddbmm_(dP, k)
-            dr = scale(torch.bmm(dE, before.mT), since_start).baddbmm_(dA, k)  # of -r, over beta
-            dk = scale(dk, to_end)
-            strong = whole is not None and bool((g < STRONG_DECAY).any())
-            if strong:
+            dq = scale(torch.bmm(do, before.mT), decay_in).baddbmm_(dP, k)
+            dr = scale(torch.bmm(dE, before.mT), decay_in).baddbmm_(dA, k)  # of -r, over beta
+            dk = scale(dk, decay_out)
+            is_strong = g is not None and bool((g < STRONG_DECAY).any())
+            if is_strong:
                 between = dP * torch.bmm(q, k.mT) - beta * dA * torch.bmm(k, k.mT)  # (R, C, C)
                 from_q = (q * torch.bmm(do, before.mT)).sum(-1, True)
                 from_k = (k * torch.bmm(dE, before.mT)).sum(-1, True)
-                reads = since_start * (from_q - beta * from_k)  # (R, C, 1)
-                dg_strong = decay_gradient(between.tril(-1), reads, (k * dk).sum(-1, True), carried)
-            if whole is not None:
+                reads = decay_in * (from_q - beta * from_k)  # (R, C, 1)
+                writes = (k * dk).sum(-1, True)  # (R, C, 1)
+                dg_strong = strong_decay_gradient(between.tril(-1), reads, writes, carried)
+            if g is not None:
                 carried += (k * dk).sum((1, 2))
             dk.baddbmm_(dP.mT, q).baddbmm_((dA * beta).mT, k, alpha=-1)
             dbeta = ((v * dE).sum(-1) - (k * dr).sum(-1))[..., None]
             dr *= beta
             dg = None
-            if whole is not None:
-                # What reads at i carries exp(G_i), what is written at j exp(-G_j), the state at the end exp(G_C); g_t is
-                # in all G_i from t on.
+            if g is not None:
+                # What reads at i carries exp(G_i), what is written at j exp(-G_j), the state at
+                # the end exp(G_C); g_t is in all G_i from t on.
                 dG = (q * dq).sum(-1) - (k * dr).sum(-1) - (k * dk).sum(-1)  # (R, C)
                 dG[:, -1] += carried
                 dg = dG.flip(1).cumsum(1).flip(1)[..., None]
-            if strong:
+            if is_strong:
                 dg = torch.where(g < STRONG_DECAY, dg_strong, dg)
             return dq, dk.sub_(dr), dE.mul_(beta), dbeta, dg, dS, None
 
 
-# ---- the rule on a GPU, and which of the three runs ----------------------------------------------------------------------
+# ---- the rule on a GPU, and which of the three runs ----------------------------------------------
 
 
 @functools.cache
 def load_fla():
-    """flash-linear-attention's two kernels (an optional extra, CUDA only: pip install "fla-core[cuda]"), or why not."""
+    """flash-linear-attention's two kernels, or why they cannot be imported, as text.
+
+    An optional extra, CUDA only: pip install "fla-core[cuda]"
+    """
     try:
         from fla.ops.delta_rule import chunk_delta_rule
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -358,34 +413,40 @@ def why_no_fla(device, dtype, key_width):
 
 
 def delta_rule_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
-    """delta_loop through flash-linear-attention's Triton kernels; q, k and beta are rounded to v's dtype."""
+    """delta_rule_recurrent through flash-linear-attention's Triton kernels.
+
+    q, k and beta are rounded to v's dtype.
+    """
     cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
     if cu_seqlens is not None and (cu_seqlens.diff() == 0).any():
         return without_empty(delta_rule_fla, q, k, v, beta, log_decay, state, cu_seqlens)
     plain, gated = load_fla()
-    q, k, v, beta = (x.transpose(1, 2).contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, beta.to(v.dtype)))
-    options = dict(initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)  # the kernels scale by 1 / sqrt(K)
+    # the kernels' layout is (B, T, H, width); they scale by 1 / sqrt(K) themselves
+    q, k, v, beta = (x.to(v.dtype).transpose(1, 2).contiguous() for x in (q, k, v, beta))
+    options = dict(initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
     if log_decay is None:
         o, state = plain(q, k, v, beta, **options)
     else:
         o, state = gated(q, k, v, g=log_decay.transpose(1, 2).float(), beta=beta, **options)
-    o, state = (FirstOrder.apply(x, "flash-linear-attention") for x in (o, state))
+    o = FirstOrder.apply(o, "flash-linear-attention")
+    state = FirstOrder.apply(state, "flash-linear-attention")
     return o.transpose(1, 2), state
 
 
 def without_empty(rule, q, k, v, beta, log_decay, state, cu_seqlens):
-    """rule over documents of which some are empty, for a kernel that may not know such.
+    """rule over the documents that are not empty; the others keep their state.
 
-    They keep their state.
+    A kernel may not know documents without tokens.
     """
-    full = cu_seqlens.diff() > 0
-    states = zero_state(q, v, len(full)) if state is None else state.to(accum_dtype(q))
-    o, after = rule(q, k, v, beta, log_decay, states[full], cu_seqlens.unique_consecutive())
-    return o, states.index_copy(0, full.nonzero().squeeze(1), after)
+    is_full = cu_seqlens.diff() > 0
+    states = zero_state(q, v, len(is_full)) if state is None else state.to(accum_dtype(q))
+    ends = cu_seqlens.unique_consecutive()
+    o, after = rule(q, k, v, beta, log_decay, states[is_full], ends)
+    return o, states.index_copy(0, is_full.nonzero().squeeze(1), after)
 
 
 def delta_rule(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
-    """The fastest form for these inputs; arguments and results as in delta_loop."""
+    """The fastest form for these inputs; arguments and results as in delta_rule_recurrent."""
     if q.shape[2] <= 1:
         return delta_rule_recurrent(q, k, v, beta, log_decay, state, cu_seqlens)
     if why_no_fla(v.device, v.dtype, k.shape[-1]) is None and not transformed():
@@ -393,7 +454,7 @@ def delta_rule(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk
     return delta_rule_chunkwise(q, k, v, beta, log_decay, state, cu_seqlens, chunk_size)
 
 
-# ---- DeltaNet ------------------------------------------------------------------------------------------------------------
+# ---- DeltaNet ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -402,10 +463,10 @@ class Config(model.Config):
     k_kernel: str = "silu"  # feature map of keys, as for queries
     v_kernel: str = "silu"  # feature map of values, as for queries
     q_norm: str = "l2"  # norm of each query after its feature map: none l2 l1 rms layer
-    k_norm: str = "l2"  # norm of each key, as for queries; keys longer than 1 may make the state grow without bound
+    k_norm: str = "l2"  # norm of each key; keys longer than 1 may make the state grow without bound
     conv: int = 4  # width of a short causal convolution on queries, keys and values; 0: none
     pos: str = "none"  # the recurrence knows the order; nothing is added
-    use_beta: bool = True  # write with strength sigmoid(z / lr_temp), z a projection of the token; 0: with strength 1
+    use_beta: bool = True  # write strength sigmoid(z / lr_temp), z a projection of the token; 0: 1
     allow_neg_eigval: bool = False  # twice that strength, in (0, 2)
     use_out_norm: bool = True  # RMSNorm of each head's output
 
@@ -414,72 +475,60 @@ class Config(model.Config):
         if not self.use_beta:
             reasons |= dict.fromkeys(("lr_temp", "allow_neg_eigval"), "use_beta is 0")
         if not self.use_att:
-            reasons |= dict.fromkeys(("chunk_size", "lr_temp", "use_beta", "allow_neg_eigval", "use_out_norm"), "use_att is 0")
+            names = ("chunk_size", "lr_temp", "use_beta", "allow_neg_eigval", "use_out_norm")
+            reasons |= dict.fromkeys(names, "use_att is 0")
         return reasons
 
 
 class DeltaNetLayer(CausalSelfAttention):
-    """The delta rule in attention's place (the DeltaNet layer of arXiv 2406.06484). Queries, keys and values go
+    """The delta rule in attention's place (the DeltaNet layer of arXiv 2406.06484).
 
-        projection -> short convolution -> heads -> feature map -> norm -> gate
-
-    as in CausalSelfAttention, beta = sigmoid(W x / lr_temp) per head, and the output goes
+    Queries, keys and values are made as in CausalSelfAttention, without positions;
+    beta = sigmoid(W x / lr_temp) per head. The output goes
 
         delta rule -> RMSNorm per head -> output gate -> last projection.
     """
 
-    attend = None  # there are no attention weights to look at
+    attention_fn = None  # there are no attention weights to look at
 
     def __init__(self, c):
         super().__init__(c)
         self.proj_beta = nn.Linear(c.dim, c.n_heads, bias=False) if c.use_beta else None
-        self.out_norm = RMSNorm(self.widths(c)[1]) if c.use_out_norm else None
+        self.out_norm = RMSNorm(self.head_dims(c)[1]) if c.use_out_norm else None
 
-    @classmethod
-    def state_size(cls, c, tokens):
-        """Numbers per row that must be kept to read on: one matrix per head, after any number of tokens."""
-        key_width, value_width = cls.widths(c)
-        return c.n_heads * key_width * value_width
+    def forward(self, x, query_pos=None, cache=None, documents=None):
+        """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions query_pos (B, n).
 
-    @classmethod
-    def describe_backend(cls, c, device, dtype):
-        """Which form of the delta rule runs and why, as one line."""
-        problem = why_no_fla(device, dtype, cls.widths(c)[0])
-        choice = f"chunks of {c.chunk_size} tokens ({problem})" if problem else "flash-linear-attention, its own chunks"
-        bounded = c.k_norm in ("l2", "l1") or (c.k_norm == "none" and c.k_kernel == "softmax")
-        note = "" if bounded else f"; note: with k_norm={c.k_norm} long keys may make the state grow without bound"
-        return f"delta rule, {choice}{note}"
-
-    def forward(self, x, rows=None, cache=None, documents=None):
-        """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions rows (B, n): the recurrence still needs every token.
-
-        cache: {"seen": 0} before the first token, then what was left there by earlier calls, of constant size: "S"
-        (B, H, K, V) and "window", what the convolution looks back on. It is brought up to date in place.
-        documents (attention.Documents): each begins with an empty state.
+        cache: {"seen": 0} before the first token, then also "state" (B, H, K, V) and "conv_state";
+        of constant size, updated in place. documents (PackedDocuments) start from an empty state.
         """
         c = self.config
-        q, k, v = self.queries_keys_values(x, x, None, cache, documents)
-        q = self.feature(q, self.heads, c.q_kernel, c.q_norm, self.gate_q, x)  # (B, T, H, K)
-        k = self.feature(k, self.heads, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, H, K)
-        v = self.feature(v, self.heads, c.v_kernel).to(v.dtype)  # (B, T, H, V)
+        # The recurrence needs every token, so query_pos are picked from its output.
+        q, k, v = self.qkv(x, x, None, cache, documents)
+        q = self.split_heads(q, self.n_heads, c.q_kernel, c.q_norm, self.gate_q, x)  # (B, T, H, K)
+        k = self.split_heads(k, self.n_heads, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, H, K)
+        v = self.split_heads(v, self.n_heads, c.v_kernel).to(v.dtype)  # (B, T, H, V)
         q, k, v, beta = (y.transpose(1, 2) for y in (q, k, v, self.beta(x)))
-        state = cache.get("S") if cache else None
-        ends = documents.ends if documents else None
-        o, state = delta_rule(q, k, v, beta, self.log_decay(x), state, ends, c.chunk_size)  # (B, H, T, V)
+        state = cache.get("state") if cache else None
+        cu_seqlens = documents.cu_seqlens if documents else None
+        o, state = delta_rule(
+            q, k, v, beta, self.log_decay(x), state, cu_seqlens, c.chunk_size
+        )  # (B, H, T, V)
         if cache is not None:
-            cache["S"] = state
-        o = gather_positions(o.transpose(1, 2).flatten(2), rows)  # (B, n, H*V)
+            cache["state"] = state
+        o = gather_positions(o.transpose(1, 2).flatten(2), query_pos)  # (B, n, H*V)
         if self.out_norm:
-            o = self.out_norm(o.unflatten(-1, (self.heads, -1))).flatten(2)
+            o = self.out_norm(o.unflatten(-1, (self.n_heads, -1))).flatten(2)
         if self.gate_out:
-            o = o * ACTIVATIONS[c.att_output_gate_act](self.gate_out(gather_positions(x, rows)))
+            z = self.gate_out(gather_positions(x, query_pos))
+            o = o * ACTIVATIONS[c.att_output_gate_act](z)
         return self.out_proj(o)
 
     def beta(self, x):
-        """beta (B, T, H)"""
+        """Write strength (B, T, H)"""
         c = self.config
         if not c.use_beta:
-            return x.new_ones(*x.shape[:2], self.heads)
+            return x.new_ones(*x.shape[:2], self.n_heads)
         beta = torch.sigmoid(self.proj_beta(x) / c.lr_temp)
         return 2 * beta if c.allow_neg_eigval else beta
 
@@ -487,10 +536,31 @@ class DeltaNetLayer(CausalSelfAttention):
         """g (B, H, T), or None: no decay"""
         return None
 
+    @classmethod
+    def cache_size(cls, c, tokens):
+        """Numbers in the cache of one sequence: a matrix per head, after any number of tokens."""
+        K, V = cls.head_dims(c)
+        return c.n_heads * K * V + cls.conv_state_size(c)
+
+    @classmethod
+    def describe_backend(cls, c, device, dtype):
+        problem = why_no_fla(device, dtype, cls.head_dims(c)[0])
+        form = "flash-linear-attention, its own chunks"
+        if problem:
+            form = f"chunks of {c.chunk_size} tokens ({problem})"
+        is_bounded = c.k_norm in ("l2", "l1") or (c.k_norm == "none" and c.k_kernel == "softmax")
+        if is_bounded:
+            return f"delta rule, {form}"
+        note = f"note: with k_norm={c.k_norm} long keys may make the state grow without bound"
+        return f"delta rule, {form}; {note}"
+
 
 class GatedDeltaNetLayer(DeltaNetLayer):
-    """DeltaMixer whose state decays by alpha = exp(-exp(A_log) softplus(W x + dt_bias)) per head before each token, the
-    parametrisation and initial values of Gated DeltaNet. The paper's output gate is att_use_output_gate=1."""
+    """DeltaNetLayer whose state decays by exp(-exp(A_log) softplus(W x + dt_bias)) per token.
+
+    Per head, with the parametrisation and initial values of Gated DeltaNet. The paper's output gate
+    is att_use_output_gate=1.
+    """
 
     def __init__(self, c):
         super().__init__(c)
@@ -506,15 +576,15 @@ class GatedDeltaNetLayer(DeltaNetLayer):
 
 
 class DeltaBlock(GPTBlock):
-    attention = DeltaNetLayer
+    mixer = DeltaNetLayer
 
 
 class GatedDeltaBlock(GPTBlock):
-    attention = GatedDeltaNetLayer
+    mixer = GatedDeltaNetLayer
 
 
 class DeltaNet(GPT):
-    """The trunk of model.py with the delta rule in place of attention. What `read` keeps does not grow (inference_state_bytes)."""
+    """model.py's GPT with the delta rule in place of attention: its cache does not grow."""
 
     block = DeltaBlock
     inactive_settings = {
@@ -525,7 +595,7 @@ class DeltaNet(GPT):
 
 
 class GatedDeltaNet(DeltaNet):
-    """DeltaNet whose state decays: see GatedDeltaMixer."""
+    """DeltaNet whose state decays: see GatedDeltaNetLayer."""
 
     block = GatedDeltaBlock
 

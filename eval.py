@@ -77,8 +77,8 @@ class EvalConfig(AnalysisConfig):
 def accuracy_by_slice(look):
     """Accuracy of one run, whole and by slice, and what facts it stores."""
     c, data, model, world = look.config, look.data, look.model, look.world
-    can_decode = hasattr(model, "read") or (c.examples == 0 and c.example < 0)
-    require(can_decode, "examples are decoded, for which the model needs a method `read` as in model.py", "examples")
+    can_decode = hasattr(model, "forward_cached") or (c.examples == 0 and c.example < 0)
+    require(can_decode, "examples are decoded, for which the model needs a method `forward_cached` as in model.py", "examples")
     last = data.eval_groups(c.split)[-1][-1]
     require(c.example <= last, f"example={c.example} is no row of {c.split}; the last is {last}", "example")
     mine = iter_predictions(model, data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True, world=world)
@@ -138,10 +138,10 @@ def stored_bits(batches, data, model):
 
 def greedy_decode(model, tokens, count):
     """The count >= 1 tokens that follow tokens (B, T), each the most likely one after all before it -> (B, count)."""
-    logits, cache = model.read(tokens)
+    logits, cache = model.forward_cached(tokens)
     out = [logits[:, -1:].argmax(-1)]  # (B, 1)
     while len(out) < count:
-        logits, cache = model.read(out[-1], cache)
+        logits, cache = model.forward_cached(out[-1], cache)
         out.append(logits.argmax(-1))
     return torch.cat(out, dim=1)
 
@@ -272,7 +272,7 @@ def of_task(name):
     def work(look):
         message = f"{look.folder} is a run of {task_of(look)}, not of {name}: python eval.py {task_of(look)} {look.folder}"
         require(task_of(look) == name, message, None)
-        (hashhop if name == "hashhop" and hasattr(look.model, "read") else accuracy_by_slice)(look)
+        (hashhop if name == "hashhop" and hasattr(look.model, "forward_cached") else accuracy_by_slice)(look)
 
     return work
 

@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as M
-from model import GPT, NORMS, GPTBlock, gather_positions
+from model import GPT, NORMS, GPTBlock
 from nanorecall.checkpoint import atomic_write
-from nanorecall.metrics import print_table
+from nanorecall.metrics import in_eval_mode, print_table
+from nanorecall.ops import gather_positions, labelled_positions
 from nanorecall.pretrained import ours, read_weights
 from nanorecall.run import build_model, build_model_config, load_run, resolve_model
 from nanorecall.second_order import transformed
@@ -221,7 +222,7 @@ class MemoryBlock(GPTBlock):
     def forward(self, x, rows=None, trace=None, intervene=None, **extra):
         y = gather_positions(x, rows)
         if self.att:
-            y = self.add(y, self.att(self.att_norm(x), rows, **extra))
+            y = self.add(y, self.mix(self.att_norm(x), rows, **extra))
         return self.add(y, self.feed(self.ffn_norm(y), trace, (intervene or {}).get(self.number)))
 
     def feed(self, x, trace=None, intervene=None, found=None):
@@ -307,7 +308,7 @@ class MemoryRouterGPT(MemoryGPT):
 # ---- changing facts without gradients ----------------------------------------------------------------------------------
 
 
-@M.in_eval_mode
+@in_eval_mode
 def edit_facts(model, tokens, targets, keep=None, margin=2.0, ridge=1e-4):
     """Change rows of the last block's values so that the model answers `targets` -> what `undo` needs to take it back.
 
@@ -363,7 +364,7 @@ def last_layer_reads(model, tokens, targets):
     keep = lambda module, inputs, output: caught.append(inputs[0])
     with model.final_norm.register_forward_hook(keep):
         logits, _, found = model(tokens, targets, trace=True)
-    _, flat, answers = M.labelled_positions(targets)
+    _, flat, answers = labelled_positions(targets)
     last = found[-1]
     slots, weights = (last[name].flatten(-2).flatten(0, 1)[flat] for name in ("slots", "weights"))
     if "route" in last:
@@ -395,7 +396,7 @@ def target_updates(reach, hidden, logits, answers, margin, rounds=100):
     return change
 
 
-@M.in_eval_mode
+@in_eval_mode
 def key_second_moment(model, batches):
     """Sum over labels of (tokens, targets) batches of w w^T, w the weights of all slots that the last block reads: `keep`."""
     values = model.layers[-1].memory.values

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from analysis.trained_run import batches, concat, ending, map_batches, save_result
-from model import in_eval_mode
 from nanorecall.checkpoint import make_directory
-from nanorecall.metrics import figure, finish_figure, mean_share, print_table, write_figure
+from nanorecall.metrics import figure, finish_figure, in_eval_mode, mean_share, print_table, write_figure
 from nanorecall.ops import attention_weights, softmax_attention
 from nanorecall.settings import require, say
 
@@ -53,19 +52,19 @@ def attention_maps(model, tokens, cu_seqlens=None):
         return attend_and_keep
 
     mixers = [layer.att for layer in model.layers]
-    own = [{k: f for k, f in vars(mixer).items() if k == "attend"} for mixer in mixers]
+    own = [{k: f for k, f in vars(mixer).items() if k == "attention_fn"} for mixer in mixers]
     try:
         for i, mixer in enumerate(mixers):
-            vars(mixer)["attend"] = watching(i, mixer.attend)
+            vars(mixer)["attention_fn"] = watching(i, mixer.attention_fn)
         model(tokens, *(() if cu_seqlens is None else (None, cu_seqlens)))
     finally:
         for mixer, before in zip(mixers, own):
-            vars(mixer).pop("attend", None)
+            vars(mixer).pop("attention_fn", None)
             vars(mixer).update(before)
     for i in range(len(mixers)):
         calls = len(caught.get(i, ()))
         if calls != 1:
-            raise ValueError(f"block {i} called its attend {calls} times, so it has no one map")
+            raise ValueError(f"block {i} called its attention_fn {calls} times, so it has no one map")
     return {i: weights_of(i, *calls[0]) for i, calls in sorted(caught.items())}
 
 
@@ -101,7 +100,7 @@ def why_no_mixer(model):
     """Why a model has no mixers to watch, or ""."""
     layers = getattr(model, "layers", ())
     layers = layers if isinstance(layers, torch.nn.ModuleList) else ()
-    if len(layers) and all(getattr(getattr(layer, "att", None), "attend", None) for layer in layers):
+    if len(layers) and all(getattr(getattr(layer, "att", None), "attention_fn", None) for layer in layers):
         return ""
     return "attention maps need softmax attention in every block, as in gpt, unified_kv and memory"
 

@@ -9,10 +9,19 @@ import time
 import numpy as np
 import torch
 
-import model as model_file
 from analysis.trained_run import correct_examples, save_result
 from memory import check_editable, edit_facts, key_second_moment
-from nanorecall.metrics import errorbars, figure, finish_figure, format_ci, print_table, proportion
+from nanorecall.metrics import (
+    correct_predictions,
+    errorbars,
+    evaluating,
+    figure,
+    finish_figure,
+    format_ci,
+    in_eval_mode,
+    print_table,
+    proportion,
+)
 from nanorecall.settings import require
 from nanorecall.text import label_mask, shift_labels
 
@@ -86,10 +95,10 @@ def encode(look, texts):
     return tuple(torch.from_numpy(x).long().to(look.device) for x in (ids, targets))
 
 
-@model_file.in_eval_mode
+@in_eval_mode
 def n_correct(model, tokens, targets):
     """How many rows are right as a whole."""
-    return int(model_file.correct_predictions(model(tokens, targets)[0], targets)[1].sum())
+    return int(correct_predictions(model(tokens, targets)[0], targets)[1].sum())
 
 
 def fine_tune(lr, names, replay=False):
@@ -110,7 +119,7 @@ def fine_tune(lr, names, replay=False):
 
     def method(model, *facts):
         try:
-            with model_file.evaluating(model):
+            with evaluating(model):
                 learn(model, *facts)
         finally:
             model.zero_grad()  # or the next training step would add its own to them

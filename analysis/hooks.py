@@ -16,7 +16,8 @@ import torch
 
 from analysis.trained_run import correct_examples
 from memory import SCORES, weighted_values
-from model import gather_positions, in_eval_mode
+from nanorecall.metrics import in_eval_mode
+from nanorecall.ops import gather_positions
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import require
 
@@ -119,7 +120,7 @@ def run_with_cache(model, cases):
 
 def logits_at(model, tokens, at, **extra):
     """The model's logits at positions (B, n) alone: tokens (B, T) -> (B, n, tokens). extra is handed on to the blocks."""
-    x = model.embedded(tokens)
+    x = model.embed_tokens(tokens)
     for layer in model.layers:
         x = layer(x, **extra)
     return model.lm_head(model.final_norm(gather_labels(x, at)))

@@ -22,8 +22,16 @@ from analysis.hooks import (
     run_with_hooks,
 )
 from analysis.trained_run import concat, save_result
-from model import in_eval_mode
-from nanorecall.metrics import clustered_proportion, errorbars, figure, finish_figure, format_ci, mean_ci, print_table
+from nanorecall.metrics import (
+    clustered_proportion,
+    errorbars,
+    figure,
+    finish_figure,
+    format_ci,
+    in_eval_mode,
+    mean_ci,
+    print_table,
+)
 from nanorecall.settings import require
 
 EXPOSURE_PAIRS = {  # is this pair of exposures wanted? f(of the row is high, of the other is high)

@@ -1,6 +1,7 @@
 """Accuracy and loss of a model over a split, and the curves of a run, for train.py to watch itself and for eval.py."""
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import model as model_file
 from nanorecall.checkpoint import atomic_write, read_log
 from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.rng import IGNORE_INDEX
@@ -31,7 +31,7 @@ def iter_predictions(model, data, split, batch_size, device, dtype=torch.float32
     Ranks take turns: each yields its own batches, None where there is none left for it, and ends early, together with
     the others, once `stop` (a list that a signal fills) of any is not empty.
     """
-    correct = scorer(model)
+    correct = getattr(model, "correct_predictions", correct_predictions)
     batches = [s[i : i + batch_size] for s in data.eval_groups(split) for i in range(0, len(s), batch_size)]
     hidden = not (bar and world.is_main and sys.stderr.isatty())
     for turn in tqdm(range(0, len(batches), world.size), desc=split, disable=hidden, leave=False):
@@ -53,13 +53,42 @@ def iter_predictions(model, data, split, batch_size, device, dtype=torch.float32
         yield {"hit": hit.numpy(), "loss": loss.numpy(), "tags": tags, "row": row, "row_hit": asked}
 
 
-def scorer(model):
-    """`correct` of the file that the model comes from, or model.py's."""
-    files = (sys.modules[cls.__module__] for cls in type(model).__mro__)  # the class of a sharded model is made by torch
-    return next((f.correct for f in files if hasattr(f, "correct")), model_file.correct_predictions)
+def correct_predictions(logits, targets):
+    """Which predictions at labels are correct: logits (N, vocabulary), targets (B, T) -> (N,), (B,) bool.
+
+    The second is exact match: are all labels of a sequence correct? True for one without labels. A
+    model with another rule has a method of this name.
+    """
+    is_label = targets != IGNORE_INDEX
+    correct = torch.ones_like(is_label)
+    correct[is_label] = logits.argmax(-1) == targets[is_label]
+    return correct[is_label], correct.all(1)
 
 
-@model_file.in_eval_mode
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode for a while. Then every module has its own mode again, also after an error."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def in_eval_mode(work):
+    """A decorator for work(model, ...): it runs in `evaluating`, without gradients."""
+
+    @functools.wraps(work)
+    def quiet(model, *args, **kwargs):
+        with evaluating(model), torch.no_grad():
+            return work(model, *args, **kwargs)
+
+    return quiet
+
+
+@in_eval_mode
 def evaluate(model, data, split, batch_size, device, dtype=torch.float32, stop=(), world=SINGLE_PROCESS):
     """Token accuracy, row accuracy (exact match), mean loss, and by_slice {tag: {value: counts}} over all labels.
 

@@ -1,7 +1,13 @@
-"""Causal softmax attention over rows or over documents end to end, its naive twin, and rotary positions.
+"""Operators of the models: what exists for speed, each beside its naive twin, and attention.
 
-Letters: B batch, T tokens, n queried positions, H query heads, G key/value heads, K key width per head, V value width per
-head, R documents in a row, L tokens in the longest.
+From top to bottom: small helpers, labelled positions, L2 norm, causal convolution, cross-entropy,
+packed documents, softmax attention, rotary positions. A model calls them by name, so it can be read
+without opening this file. The twins, written from the definition, are what the tests compare with
+and what second derivatives use (see second_order.py).
+
+Letters: B batch, T tokens, n queried positions, N labelled positions, C channels, H query heads,
+G key/value heads, K key width per head, V value width per head (in cross-entropy: vocabulary),
+R documents in a packed sequence, L tokens in the longest of them.
 """
 
 import contextlib
@@ -11,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanorecall.second_order import FirstOrder, transformed
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.second_order import (
+    FirstOrder,
+    Twinned,
+    needs_twin,
+    transformed,
+    twin_gradients,
+)
 from nanorecall.settings import require
 
 try:  # an optional extra, CUDA only: pip install flash-attn --no-build-isolation
@@ -20,84 +33,293 @@ except ImportError:
     flash_attn_varlen_func = None
 
 
-def document_ends(cu_seqlens, rows, tokens, device):
-    """cu_seqlens (documents + 1,) of any integer dtype on any device -> long, on `device`.
+# ---- small helpers -------------------------------------------------------------------------------
 
-    ValueError if they do not rise from 0 to the number of tokens in a single row. Two may be equal:
-    a document may be empty.
+
+def accum_dtype(x):
+    """The dtype for sums over x: float32 for half precision, else x's own."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def dot(x, y):
+    """x.y over the last axis, in float32 at least: (..., K), (..., K) -> (..., 1)."""
+    dtype = accum_dtype(x)
+    # autocast would round x to bfloat16 first
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.linalg.vecdot(x.to(dtype), y.to(dtype)).unsqueeze(-1)
+
+
+def gather_positions(x, positions):
+    """x (B, T, C) at positions (B, n) -> (B, n, C); all of x if positions is None."""
+    if positions is None:
+        return x
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def fused_linear(x, *linears):
+    """Bias-free nn.Linears of the same tokens, as one matrix product: (B, T, D) -> (B, T, sum).
+
+    The outputs lie side by side; one large product is faster than several small ones.
     """
-    number = torch.is_tensor(cu_seqlens) and not (
+    return F.linear(x, torch.cat([m.weight for m in linears]))
+
+
+def append_to_cache(cache, name, new):
+    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it, stored and returned."""
+    # torch.cat copies even the first: a view would keep all that was projected beside it
+    cache[name] = torch.cat([cache[name], new] if name in cache else [new], dim=1)
+    return cache[name]
+
+
+# Sizes depend on the data, so compiled code would be made anew for every batch. (The public
+# torch.compiler.disable imports torch._dynamo at once, which takes a second of every --help.)
+@torch._disable_dynamo
+def labelled_positions(targets):
+    """Where the labels are: targets (B, T) -> query_pos (B, n), label_index (N,), labels (N,).
+
+    n is the largest number of labels in a sequence; sequences with fewer are padded. query_pos are
+    positions in ascending order, label_index picks the real ones from the flattened (B, n). If
+    that would save less than half of the positions, query_pos is None and label_index picks from
+    the flattened (B, T). All are long, labels in row-major order.
+    """
+    mask = targets != IGNORE_INDEX
+    labels = targets[mask]
+    counts = mask.sum(1)
+    # 1 at least: a batch without labels, or without sequences, has a loss of 0, not an error
+    n = max(1, int(counts.max()) if len(counts) else 0)
+    if 2 * n > targets.shape[1]:
+        return None, mask.flatten().nonzero().squeeze(1), labels
+    # A stable sort puts the labelled positions first and keeps their order.
+    query_pos = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
+    is_real = torch.arange(n, device=targets.device) < counts[:, None]  # (B, n)
+    return query_pos, is_real.flatten().nonzero().squeeze(1), labels
+
+
+# ---- L2 norm -------------------------------------------------------------------------------------
+
+
+def naive_l2_normalize(x):
+    """x / sqrt(|x|^2 + 1e-6) over the last axis, in float32 at least."""
+    return x * torch.rsqrt(dot(x, x) + 1e-6)
+
+
+class L2Normalize(Twinned):
+    """naive_l2_normalize whose backward takes half as many passes over memory as autograd's."""
+
+    twin = staticmethod(naive_l2_normalize)
+
+    @staticmethod
+    def forward(ctx, x):
+        scale = torch.rsqrt(dot(x, x) + 1e-6)
+        y = x * scale
+        ctx.save_for_backward(x, y, scale)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, y, scale = ctx.saved_tensors
+        if needs_twin():
+            return twin_gradients(naive_l2_normalize, ctx, (x,), dy)
+        # dx = (dy - y (y.dy)) scale
+        return torch.addcmul(dy, y, dot(y, dy), value=-1).mul_(scale).to(ctx.dtype)
+
+
+def l2_normalize(x):
+    """Vectors of length 1 (but for the 1e-6 that keeps zeros finite): (..., K) -> (..., K)."""
+    return L2Normalize.apply(x)
+
+
+# ---- causal convolution --------------------------------------------------------------------------
+
+
+def naive_causal_conv1d(x, w):
+    """y_t = sum_j w_j * x_{t-j}, j = 0..width-1, for each channel; x (B, T, C), w (width, C)."""
+    y = 0
+    for j in range(len(w)):
+        y = y + w[j] * F.pad(x, (0, 0, j, 0))[:, : x.shape[1]]
+    return y
+
+
+class CausalConv1d(Twinned):
+    """naive_causal_conv1d by shifted multiply-adds into one buffer.
+
+    On a CPU, forward and backward take less than half the time of the same sum left to autograd,
+    and of nn.Conv1d.
+    """
+
+    twin = staticmethod(naive_causal_conv1d)
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        y = x * w[0]
+        for j in range(1, min(len(w), x.shape[1])):
+            y[:, j:].addcmul_(x[:, :-j], w[j])
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        if needs_twin():
+            return twin_gradients(naive_causal_conv1d, ctx, (x, w), dy)
+        dx = dy * w[0]
+        dw = torch.zeros_like(w)
+        for j in range(min(len(w), x.shape[1])):
+            if j:
+                dx[:, :-j].addcmul_(dy[:, j:], w[j])
+            dw[j] = (dy[:, j:] * x[:, : x.shape[1] - j]).sum((0, 1))
+        return dx, dw
+
+
+def causal_conv1d(x, w):
+    """Depthwise causal convolution: x (B, T, C), w (width, C) -> (B, T, C), zeros before x."""
+    return CausalConv1d.apply(x, w)
+
+
+# ---- cross-entropy -------------------------------------------------------------------------------
+
+
+def naive_cross_entropy(logits, labels):
+    """Mean cross-entropy in nats of logits (N, V) and labels (N,); 0 if N is 0."""
+    log_p = logits.log_softmax(-1)
+    return -log_p.gather(1, labels[:, None]).sum() / max(1, len(labels))
+
+
+class CrossEntropy(Twinned):
+    """naive_cross_entropy with a leaner backward.
+
+    The gradient is (softmax - one_hot) / N, written in one buffer; torch's own first fills an
+    (N, V) gradient of the log probabilities with zeros. Worth 5% of a training step on a CPU.
+    """
+
+    twin = staticmethod(naive_cross_entropy)
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        log_p = logits.log_softmax(-1)
+        ctx.save_for_backward(logits, log_p, labels)
+        return -log_p.gather(1, labels[:, None]).sum() / max(1, len(labels))
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, log_p, labels = ctx.saved_tensors
+        if needs_twin():
+            return twin_gradients(naive_cross_entropy, ctx, (logits, labels), grad)
+        p = log_p.exp()
+        p[torch.arange(len(p), device=p.device), labels] -= 1
+        return p.mul_(grad / max(1, len(p))), None
+
+
+def cross_entropy(logits, labels):
+    """Mean cross-entropy in nats, in float32 at least: logits (N, V), labels (N,) -> scalar."""
+    return CrossEntropy.apply(logits.to(accum_dtype(logits)), labels)
+
+
+# ---- packed documents ----------------------------------------------------------------------------
+
+
+def check_cu_seqlens(cu_seqlens, B, T, device):
+    """cu_seqlens (R + 1,) of any integer dtype on any device -> long, on `device`.
+
+    ValueError unless B is 1 and they rise from 0 to T. Two may be equal: a document may be empty.
+    """
+    is_integer = torch.is_tensor(cu_seqlens) and not (
         cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool
     )
-    if not number or cu_seqlens.ndim != 1:
+    if not is_integer or cu_seqlens.ndim != 1:
         raise ValueError("cu_seqlens must be a tensor of integers with one axis")
     ends = cu_seqlens.tolist()
-    fits = len(ends) >= 2 and ends[0] == 0 and ends[-1] == tokens and ends == sorted(ends)
-    if rows != 1 or not fits:
-        what = f"cu_seqlens must rise from 0 to T={tokens} over one row of tokens"
-        raise ValueError(f"{what}; got {ends[:9]} for {rows} rows")
+    fits = len(ends) >= 2 and ends[0] == 0 and ends[-1] == T and ends == sorted(ends)
+    if B != 1 or not fits:
+        what = f"cu_seqlens must rise from 0 to T={T} over one sequence"
+        raise ValueError(f"{what}; got {ends[:9]} for {B} sequences")
     return cu_seqlens.to(device, torch.long)
 
 
 class PackedDocuments:
-    """Documents end to end in one row (1, T, ...), and the same with a row for each, padded with zeros (R, L, ...)."""
+    """R documents end to end in one sequence (1, T, ...), and padded to one sequence each.
+
+    cu_seqlens (R + 1,): document d is tokens cu_seqlens[d] to cu_seqlens[d + 1].
+    doc_id, position (T,): the document of each token, and where in it the token is, from 0.
+    """
 
     def __init__(self, cu_seqlens, tokens):
-        """cu_seqlens (R + 1,) integers: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1] of tokens (1, T).
+        """tokens (1, T); ValueError if cu_seqlens do not fit them: see check_cu_seqlens."""
+        self.cu_seqlens = check_cu_seqlens(cu_seqlens, *tokens.shape, tokens.device)
+        lengths = self.cu_seqlens.diff()
+        self.count = len(lengths)
+        self.longest = int(lengths.max())
+        device = lengths.device
+        self.doc_id = torch.arange(self.count, device=device).repeat_interleave(lengths)
+        all_tokens = torch.arange(len(self.doc_id), device=device)
+        self.position = all_tokens - self.cu_seqlens[:-1][self.doc_id]
+        # Where each token goes in the padded (R * L); None if no document needs padding.
+        self.flat_index = None
+        if int(lengths.min()) < self.longest:
+            self.flat_index = self.doc_id * self.longest + self.position
 
-        ValueError if they do not fit: see document_ends.
-        """
-        self.ends = document_ends(cu_seqlens, *tokens.shape, tokens.device)
-        lengths = self.ends.diff()
-        self.count, self.longest = len(lengths), int(lengths.max())
-        self.number = number = torch.arange(self.count, device=lengths.device).repeat_interleave(lengths)  # (T,)
-        every = torch.arange(len(number), device=lengths.device)
-        self.position = every - self.ends[:-1][number]  # (T,), from 0
-        self.place = None if int(lengths.min()) == self.longest else number * self.longest + self.position
-
-    def split(self, x):
-        """(1, T, ...) -> (R, L, ...)"""
-        if self.place is None:  # all of one length
+    def pad(self, x):
+        """(1, T, ...) -> (R, L, ...), zeros at the end of shorter documents."""
+        if self.flat_index is None:
             return x.unflatten(1, (self.count, self.longest)).squeeze(0)
-        rows = x.new_zeros(self.count * self.longest, *x.shape[2:])
-        return rows.index_copy(0, self.place, x[0]).unflatten(0, (self.count, self.longest))
+        padded = x.new_zeros(self.count * self.longest, *x.shape[2:])
+        padded = padded.index_copy(0, self.flat_index, x[0])
+        return padded.unflatten(0, (self.count, self.longest))
 
-    def join(self, x):
+    def pack(self, x):
         """(R, L, ...) -> (1, T, ...)"""
-        flat = x.flatten(0, 1)
-        return (flat if self.place is None else flat[self.place]).unsqueeze(0)
+        x = x.flatten(0, 1)
+        if self.flat_index is not None:
+            x = x[self.flat_index]
+        return x.unsqueeze(0)
 
 
-# ---- softmax attention -------------------------------------------------------------------------------------------------
+def token_positions(x, cache=None, documents=None):
+    """Positions of the tokens of x (B, T, D) in their documents, (B, T); None: 0 to T - 1."""
+    if documents:
+        return documents.position[None]
+    if cache and cache["seen"]:
+        positions = torch.arange(x.shape[1], device=x.device) + cache["seen"]
+        return positions.expand(len(x), -1)
+    return None
 
 
-def softmax_attention(q, k, v, rows=None, documents=None):
-    """Causal softmax attention: o_t = sum_{s<=t} softmax_s(q_t.k_s / sqrt(K)) v_s. The one function all models call.
+# ---- softmax attention ---------------------------------------------------------------------------
 
-    q (B, H, n, K); k (B, G, T, K); v (B, G, T, V) with G dividing H -> (B, H, n, V).
-    rows (B, n) gives the position of each query; None means n == T, in order. With documents (and no rows), B is 1 and no
-    query sees beyond its own document.
-    flash-attn's varlen kernel where `flash_problem` finds nothing against it, else scaled_dot_product_attention.
+
+def softmax_attention(q, k, v, query_pos=None, documents=None):
+    """Causal softmax attention: o_t = sum_{s<=t} softmax_s(q_t.k_s / sqrt(K)) v_s.
+
+    The one function that all models call. q (B, H, n, K); k (B, G, T, K); v (B, G, T, V) with G
+    dividing H -> (B, H, n, V). query_pos (B, n) is the position of each query; None means n == T,
+    in order. With documents (and no query_pos), B is 1 and no query sees beyond its own document.
+    Runs flash-attn's varlen kernel where why_no_flash returns None, else
+    scaled_dot_product_attention.
     """
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast some norms and feature maps return float32
+    # Under autocast some norms and feature maps return float32, but the kernels want one dtype.
+    q = q.to(v.dtype)
+    k = k.to(v.dtype)
     problem = why_no_flash(q.device, q.dtype, q.shape[-1], v.shape[-1])
-    if rows is None and problem is None and not transformed():
+    if query_pos is None and problem is None and not transformed():
         return flash_attention(q, k, v, documents)
     grouped = q.shape[1] != k.shape[1]
-    if documents:  # a document per row: on a CPU faster than a mask over all pairs of tokens
-        q, k, v = (documents.split(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
+    if documents:
+        # One padded sequence a document: on a CPU faster than a mask over all pairs of tokens.
+        q, k, v = (documents.pad(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
         o = dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return documents.join(o.transpose(1, 2)).transpose(1, 2)
-    if rows is None:
+        return documents.pack(o.transpose(1, 2)).transpose(1, 2)
+    if query_pos is None:
         return dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    seen = rows[:, None, :, None] >= torch.arange(k.shape[2], device=k.device)  # (B, 1, n, T)
-    return dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+    key_pos = torch.arange(k.shape[2], device=k.device)
+    visible = query_pos[:, None, :, None] >= key_pos  # (B, 1, n, T)
+    return dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 
 def dot_product_attention(q, k, v, **options):
-    """F.scaled_dot_product_attention, under torch.func in the one form that has every derivative.
+    """F.scaled_dot_product_attention; under torch.func in the one form with all derivatives.
 
-    Its fast forms refuse a second derivative in a sentence. Around a model that is to have one, put
+    Its fast forms refuse a second derivative in a sentence. For a model that needs one, use
     torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
     """
     with sdpa_kernel(SDPBackend.MATH) if transformed() else contextlib.nullcontext():
@@ -118,7 +340,7 @@ def why_no_flash(device, dtype, key_width, value_width):
 
 
 def flash_attention(q, k, v, documents=None):
-    """Causal attention over B rows of T tokens through flash-attn's varlen kernel; arguments as in softmax_attention.
+    """softmax_attention over B sequences of T tokens through flash-attn's varlen kernel.
 
     Deterministic, so that a resumed run repeats the interrupted one.
     """
@@ -126,59 +348,72 @@ def flash_attention(q, k, v, documents=None):
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*T, H or G, width)
     if documents:
         # The kernel is not known to take a document without tokens, and none is needed for it.
-        ends, longest = documents.ends.unique_consecutive().int(), documents.longest
+        ends = documents.cu_seqlens.unique_consecutive().int()
+        longest = documents.longest
     else:
-        ends, longest = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32), T
-    o = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True, deterministic=True)  # (B*T, H, V)
+        ends = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+        longest = T
+    o = flash_attn_varlen_func(
+        q, k, v, ends, ends, longest, longest, causal=True, deterministic=True
+    )  # (B*T, H, V)
     o = FirstOrder.apply(o, "flash-attn")
     return o.unflatten(0, (B, T)).transpose(1, 2)
 
 
-def naive_attention(q, k, v, rows=None):
-    """softmax_attention one query at a time, written from the definition: the oracle of the tests."""
+def naive_attention(q, k, v, query_pos=None):
+    """softmax_attention one query at a time, written from the definition: the tests' oracle."""
     B, H, n, K = q.shape
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     out = []
     for b in range(B):
         for i in range(n):
-            t = i if rows is None else int(rows[b, i])
+            t = i if query_pos is None else int(query_pos[b, i])
             scores = (k[b, :, : t + 1] @ q[b, :, i, :, None]).squeeze(-1) / math.sqrt(K)  # (H, t+1)
             out.append((scores.softmax(-1)[:, :, None] * v[b, :, : t + 1]).sum(1))
     return torch.stack(out).unflatten(0, (B, n)).transpose(1, 2)
 
 
 def attention_weights(q, k, documents=None):
-    """The weights in softmax_attention, as a matrix: q (B, H, T, K), k (B, G, T, K) -> (B, H, T, T), row t over s <= t."""
+    """The weights of softmax_attention: q (B, H, T, K), k (B, G, T, K) -> (B, H, T, T).
+
+    Row t holds the weights on tokens s <= t, zeros after.
+    """
     H, T, K = q.shape[1:]
     k = k.repeat_interleave(H // k.shape[1], dim=1)
-    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if documents:
-        seen &= documents.number[:, None] == documents.number
+        visible &= documents.doc_id[:, None] == documents.doc_id
     scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(K)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
 
-# ---- rotary positions --------------------------------------------------------------------------------------------------
+# ---- rotary positions ----------------------------------------------------------------------------
 
 
 def rope_table(width, seq_len, dtype=None):
-    """Rotary positions (Su et al. 2021) as unit complex numbers, (T, K/2): position t turns the j-th pair of neighbouring
-    features by t * 10000^(-2j/K). Stored as (T, K/2, 2) real numbers of dtype (None: torch's
-    default), in float32 at least: bfloat16 cannot tell position 257 from 256.
+    """Rotary positions (Su et al. 2021) as unit complex numbers, (T, K/2, 2) real numbers.
+
+    Position t turns the j-th pair of neighbouring features by t * 10000^(-2j/K). The table has
+    dtype (None: torch's default), or float32 if that is wider: bfloat16 cannot tell position 257
+    from 256.
     """
-    message = f"pos=rope turns features in pairs, so a key's width must be even, not {width}; or set pos=none"
-    require(width % 2 == 0, message, "pos")
-    kind = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-    exponent = -torch.arange(0, width, 2, dtype=kind) / width
-    angle = torch.outer(torch.arange(seq_len, dtype=kind), 10000.0**exponent)
+    message = f"pos=rope turns features in pairs, so a key's width must be even, not {width}"
+    require(width % 2 == 0, f"{message}; or set pos=none", "pos")
+    dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+    exponent = -torch.arange(0, width, 2, dtype=dtype) / width
+    angle = torch.outer(torch.arange(seq_len, dtype=dtype), 10000.0**exponent)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-def apply_rotary(x, table, rows=None):
-    """Turn x (B, n, H, K) by its positions: rows (B, n), or None for 0..n-1.
+def apply_rotary(x, table, positions=None):
+    """Turn x (B, n, H, K) by its positions (B, n), or by 0..n-1 if they are None.
 
-    A rotation is one complex product, in float32 at least.
+    A rotation is one complex product, in float32 at least; the result has x's dtype.
     """
-    turn = table[: x.shape[1], None] if rows is None else table[rows].unsqueeze(2)  # (n or B, n, 1, K/2, 2)
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2).to(x.dtype)
+    if positions is None:
+        turn = table[: x.shape[1], None]  # (n, 1, K/2, 2)
+    else:
+        turn = table[positions].unsqueeze(2)  # (B, n, 1, K/2, 2)
+    pairs = x.to(accum_dtype(x)).unflatten(-1, (-1, 2))
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(turn)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)

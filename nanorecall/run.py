@@ -67,13 +67,12 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repo
 #   inactive_settings {setting: why it has no effect}        the settings of Config that are refused for this model
 #   label(config) -> str                           its part of a run's name
 #   describe_backend(config, device, dtype) -> str    which kernel runs and why, printed at the start
-#   inference_state_bytes(config) -> int or None             what must be kept to read on, printed at the start and compared
+#   inference_state_bytes(config) -> int or None      size of the cache of one sequence, printed at the start and compared
 #   lr_scales() -> {end of a name: factor}    parameters with a learning rate of their own (train.parameter_groups)
 #   on_step_end(report) -> {block: usage} or {}     called after each training step
-#   read(tokens, cache) -> logits, cache           decoding, for `eval.py --examples`
-# A mixer of your own in a block of model.py needs `forward` alone; with state_size, describe_backend and
-# channels (see CausalSelfAttention) the model can also read on from a cache, and say more of itself.
-# And its file `correct(logits, targets)`, what counts as right (measure.scorer).
+#   forward_cached(tokens, cache) -> logits, cache    decoding, for `eval.py --examples`
+#   correct_predictions(logits, targets)              what counts as correct, if not metrics.correct_predictions
+# A mixer of your own in a block of model.py needs forward(x) alone; with cache as a parameter the model can decode.
 MODELS = {  # short names; anything else is file or file.Class
     "gpt": "model.GPT",
     "unified_kv": "model.UnifiedKV",

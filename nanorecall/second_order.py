@@ -1,9 +1,8 @@
 """What a fast operator leaves to its naive twin: second derivatives, and torch.func.
 
-A kernel without a twin refuses them.
-
-A backward written out by hand gives numbers without a graph. A second derivative through it would
-be wrong without a word, so where a graph is wanted the twin, in plain operations, takes over.
+A backward written out by hand gives numbers without a graph, so a second derivative through it
+would be wrong without a word. Where a graph is wanted, the twin, in plain operations, takes over.
+A kernel without a twin refuses.
 """
 
 import torch
@@ -41,11 +40,12 @@ def twin_gradients(twin, ctx, inputs, *grads):
         inputs = [x.view_as(x) if w else x for x, w in zip(inputs, wanted)]
         outputs = twin(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        # autograd.grad refuses outputs that depend on no input with a gradient
         linked = [(y, g) for y, g in zip(outputs, grads) if y.requires_grad]
         outputs, grads = zip(*linked)
         sources = [x for x, w in zip(inputs, wanted) if w]
-        found = iter(torch.autograd.grad(outputs, sources, grads, create_graph=True))
-    return tuple(next(found) if w else None for w in wanted)
+        input_grads = iter(torch.autograd.grad(outputs, sources, grads, create_graph=True))
+    return tuple(next(input_grads) if w else None for w in wanted)
 
 
 class FirstOrder(torch.autograd.Function):

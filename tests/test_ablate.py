@@ -250,9 +250,9 @@ def test_a_head_taken_out_is_its_columns_at_zero():
         cases = some_cases()
         for block, head in ((0, 1), (2, 0)):
             mixer = model.layers[block].att
-            hooked = I.run_with_hooks(model, cases, [I.ablate_head(mixer.out_proj, mixer.heads, head)])
+            hooked = I.run_with_hooks(model, cases, [I.ablate_head(mixer.out_proj, mixer.n_heads, head)])
             kept = mixer.out_proj.weight.clone()
-            mixer.out_proj.weight.unflatten(1, (mixer.heads, -1))[:, head] = 0
+            mixer.out_proj.weight.unflatten(1, (mixer.n_heads, -1))[:, head] = 0
             torch.testing.assert_close(hooked, I.logits_at(model, cases.tokens, cases.at), msg=name)
             mixer.out_proj.weight.copy_(kept)
             assert not torch.allclose(hooked, I.logits_at(model, cases.tokens, cases.at))

@@ -1,60 +1,72 @@
-"""attention.py against definitions written out naively: rows, documents end to end, the cache of decoding, positions."""
+"""Attention against its definition: queried positions, packed documents, the cache, positions."""
 
 import pytest
 import torch
 
-import delta as D
-import model as M
+import delta
 from eval import greedy_decode
-from nanorecall import ops as A
+from model import GPT, CausalSelfAttention, Config, UnifiedKV
+from nanorecall import ops
+from nanorecall.rng import IGNORE_INDEX
 from test_model import T, V, build
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("some_rows", [False, True])
-def test_softmax_attention_equals_naive(groups, some_rows):
+@pytest.mark.parametrize("some_positions", [False, True])
+def test_softmax_attention_equals_naive(groups, some_positions):
     torch.manual_seed(0)
-    rows = torch.tensor([[0, 3, 11], [2, 2, 5]]) if some_rows else None
+    query_pos = torch.tensor([[0, 3, 11], [2, 2, 5]]) if some_positions else None
     inputs = [
         torch.randn(2, h, t, w, dtype=torch.float64, requires_grad=True)
-        for h, t, w in ((4, 3 if some_rows else T, 6), (groups, T, 6), (groups, T, 5))
+        for h, t, w in ((4, 3 if some_positions else T, 6), (groups, T, 6), (groups, T, 5))
     ]
-    ours, naive = A.softmax_attention(*inputs, rows), A.naive_attention(*inputs, rows)
+    ours = ops.softmax_attention(*inputs, query_pos)
+    naive = ops.naive_attention(*inputs, query_pos)
     torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(naive, inputs, grad)):
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(naive, inputs, grad)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_flash_attention_lays_its_arguments_out_as_varlen_expects(monkeypatch):
-    """The kernel itself needs a GPU; here a stand-in with its documented semantics checks the thin call."""
+    """The kernel needs a GPU; a stand-in with its documented semantics checks the call."""
 
     def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, causal, deterministic):
         assert causal and deterministic and cu_q.dtype == torch.int32 and max_q == max_k == T
-        assert q.shape == (2 * T, 4, 6) and k.shape == v.shape == (2 * T, 2, 6) and cu_q.tolist() == [0, T, 2 * T]
-        pieces = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in zip(cu_q[:-1], cu_q[1:])]
-        return torch.cat([A.naive_attention(*piece)[0].transpose(0, 1) for piece in pieces])
+        assert (
+            q.shape == (2 * T, 4, 6)
+            and k.shape == v.shape == (2 * T, 2, 6)
+            and cu_q.tolist() == [0, T, 2 * T]
+        )
+        pieces = [
+            [x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in zip(cu_q[:-1], cu_q[1:])
+        ]
+        return torch.cat([ops.naive_attention(*piece)[0].transpose(0, 1) for piece in pieces])
 
-    monkeypatch.setattr(A, "flash_attn_varlen_func", stand_in)
+    monkeypatch.setattr(ops, "flash_attn_varlen_func", stand_in)
     q, k, v = (torch.randn(2, h, T, 6) for h in (4, 2, 2))
-    torch.testing.assert_close(A.flash_attention(q, k, v), A.softmax_attention(q, k, v))
+    torch.testing.assert_close(ops.flash_attention(q, k, v), ops.softmax_attention(q, k, v))
 
 
 def test_flash_is_chosen_only_where_it_works(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert "CUDA" in A.why_no_flash(cpu, torch.bfloat16, 64, 64)
-    monkeypatch.setattr(A, "flash_attn_varlen_func", None)
-    assert "not installed" in A.why_no_flash(cuda, torch.bfloat16, 64, 64)
-    monkeypatch.setattr(A, "flash_attn_varlen_func", object())
-    assert "bfloat16" in A.why_no_flash(cuda, torch.float32, 64, 64)
-    assert "one width" in A.why_no_flash(cuda, torch.bfloat16, 64, 32) and A.why_no_flash(cuda, torch.bfloat16, 512, 512)
-    assert A.why_no_flash(cuda, torch.bfloat16, 64, 64) is None
+    assert "CUDA" in ops.why_no_flash(cpu, torch.bfloat16, 64, 64)
+    monkeypatch.setattr(ops, "flash_attn_varlen_func", None)
+    assert "not installed" in ops.why_no_flash(cuda, torch.bfloat16, 64, 64)
+    monkeypatch.setattr(ops, "flash_attn_varlen_func", object())
+    assert "bfloat16" in ops.why_no_flash(cuda, torch.float32, 64, 64)
+    assert "one width" in ops.why_no_flash(cuda, torch.bfloat16, 64, 32) and ops.why_no_flash(
+        cuda, torch.bfloat16, 512, 512
+    )
+    assert ops.why_no_flash(cuda, torch.bfloat16, 64, 64) is None
 
 
 def test_rotary_scores_depend_on_distance_only():
-    table = A.rope_table(6, 32)
+    table = ops.rope_table(6, 32)
     q, k = torch.randn(2, 6)
-    turned = [A.apply_rotary(x.expand(1, 32, 1, 6), table)[0, :, 0] for x in (q, k)]
+    turned = [ops.apply_rotary(x.expand(1, 32, 1, 6), table)[0, :, 0] for x in (q, k)]
     scores = turned[0] @ turned[1].T  # (32, 32)
     for distance in range(32):
         diagonal = scores.diagonal(-distance)
@@ -70,41 +82,44 @@ def test_rotation_keeps_the_digits_of_its_input_and_rounds_no_position():
     pairs = torch.view_as_complex(x.unflatten(-1, (3, 2)))
     turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, None])
     exact = turned.flatten(-2)
-    double = A.apply_rotary(x, A.rope_table(6, 300, torch.float64))
+    double = ops.apply_rotary(x, ops.rope_table(6, 300, torch.float64))
     assert double.dtype == torch.float64
     torch.testing.assert_close(double, exact, rtol=1e-12, atol=1e-12)
     for kind, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03), (torch.float16, 0.004)):
-        turned = A.apply_rotary(x.to(kind), A.rope_table(6, 300, kind))
+        turned = ops.apply_rotary(x.to(kind), ops.rope_table(6, 300, kind))
         assert turned.dtype == kind and (turned.double() - exact).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_model_in_another_dtype_has_positions_of_its_own_precision(kind):
-    att = M.CausalSelfAttention(M.Config(dim=8, dk=6, dv=6, seq_len=300))
-    single, moved = att.turns.clone(), att.to(kind).turns
-    assert torch.equal(moved, A.rope_table(6, 300, kind))
+    att = CausalSelfAttention(Config(dim=8, dk=6, dv=6, seq_len=300))
+    single, moved = att.rope.clone(), att.to(kind).rope
+    assert torch.equal(moved, ops.rope_table(6, 300, kind))
     assert moved.dtype == torch.promote_types(kind, torch.float32)
-    assert torch.equal(att.float().turns, single)
+    assert torch.equal(att.float().rope, single)
 
 
-# ---- documents end to end ----------------------------------------------------------------------------------------------
+# ---- documents end to end ------------------------------------------------------------------------
 
 KINDS = {
-    "gpt": (M.GPT, dict(n_kv_heads=1)),
-    "gpt, learned positions, gates": (M.GPT, dict(pos="learned", q_gated=True, k_gated=True, att_use_output_gate=True)),
-    "unified_kv, conv, mlp": (M.UnifiedKV, dict(conv=3, use_ffn=True)),
-    "delta": (D.DeltaNet, {}),
-    "gated_delta": (D.GatedDeltaNet, dict(att_use_output_gate=True)),
+    "gpt": (GPT, dict(n_kv_heads=1)),
+    "gpt, learned positions, gates": (
+        GPT,
+        dict(pos="learned", q_gated=True, k_gated=True, att_use_output_gate=True),
+    ),
+    "unified_kv, conv, mlp": (UnifiedKV, dict(conv=3, use_ffn=True)),
+    "delta": (delta.DeltaNet, {}),
+    "gated_delta": (delta.GatedDeltaNet, dict(att_use_output_gate=True)),
 }
 
 
 def build_kind(kind, **changes):
     cls, options = KINDS[kind]
-    if not issubclass(cls, D.DeltaNet):
+    if not issubclass(cls, delta.DeltaNet):
         return build(cls, **{**options, **changes})
     torch.manual_seed(0)
     sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, vocab_size=V, seq_len=T, init_std=0.3)
-    return cls(D.Config(**{**sizes, **options, **changes})).double()
+    return cls(delta.Config(**{**sizes, **options, **changes})).double()
 
 
 def outcome(model, *inputs):
@@ -115,12 +130,16 @@ def outcome(model, *inputs):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [(7, 1, 12, 5), (6, 6, 6), (1, 1)], ids=str)
-@pytest.mark.parametrize("share", [0.3, 1.0])  # of tokens with a label: few enough for the last block to skip some, or all
+@pytest.mark.parametrize(
+    "share", [0.3, 1.0]
+)  # of tokens with a label: few enough for the last block to skip some, or all
 def test_packed_equals_a_row_for_each_document(kind, lengths, share):
     model, g = build_kind(kind, seq_len=30), torch.Generator().manual_seed(0)
     tokens = torch.randint(V, (len(lengths), max(lengths)), generator=g)
     inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    targets = torch.where((torch.rand(tokens.shape, generator=g) < share) & inside, tokens.flip(1), M.IGNORE_INDEX)
+    targets = torch.where(
+        (torch.rand(tokens.shape, generator=g) < share) & inside, tokens.flip(1), IGNORE_INDEX
+    )
     targets[0, 0] = 3  # one at least
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     packed = outcome(model, tokens[inside][None], targets[inside][None], ends)
@@ -139,7 +158,7 @@ def test_packed_logits_without_targets_and_an_empty_document(kind):
     torch.testing.assert_close(logits, apart, rtol=1e-6, atol=1e-7)
 
 
-# ---- decoding ----------------------------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +169,7 @@ def test_reading_on_from_the_cache_equals_one_forward_pass(kind):
     for pieces in ([1] * T, [T], [5, 1, 1, 5]):
         cache, logits = None, []
         for piece in tokens.split(pieces, dim=1):
-            part, cache = model.read(piece, cache)
+            part, cache = model.forward_cached(piece, cache)
             logits.append(part)
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-6, atol=1e-7)
 
@@ -161,12 +180,12 @@ def test_models_of_any_dtype_and_batches_without_rows_tokens_or_labels(kind, dty
     model = build_kind(kind).to(dtype)
     for shape in ((2, T), (0, T), (2, 0), (1, 1)):
         tokens = torch.randint(V, shape)
-        for targets in (tokens, torch.full_like(tokens, M.IGNORE_INDEX)):
+        for targets in (tokens, torch.full_like(tokens, IGNORE_INDEX)):
             logits, loss = model(tokens, targets)
             loss.backward()
-            labels = int((targets != M.IGNORE_INDEX).sum())
+            labels = int((targets != IGNORE_INDEX).sum())
             assert logits.shape == (labels, V) and (loss == 0) == (labels == 0)
-        assert model.read(tokens)[0].shape == (*shape, V)
+        assert model.forward_cached(tokens)[0].shape == (*shape, V)
     assert all(q.grad.dtype == dtype and q.grad.isfinite().all() for q in model.parameters())
     tokens = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0))
     exact, ours = build_kind(kind)(tokens)[0], model(tokens)[0]
@@ -175,34 +194,38 @@ def test_models_of_any_dtype_and_batches_without_rows_tokens_or_labels(kind, dty
 
 
 KEPT = [
-    (M.GPT, dict(n_kv_heads=1, conv=3)),
-    (M.GPT, dict(k_kernel="taylor", q_kernel="taylor", v_kernel="exp", pos="none", conv=1)),
-    (M.GPT, dict(use_att=False, use_ffn=True)),
-    (M.UnifiedKV, dict()),
-    (M.UnifiedKV, dict(n_kv_heads=1, conv=4, v_kernel="taylor", pos="none")),
-    (M.UnifiedKV, dict(k_gated=True, k_norm="l2", k_kernel="silu")),
-    (D.DeltaNet, dict(conv=2)),
-    (D.DeltaNet, dict(conv=0, k_kernel="taylor", q_kernel="taylor", v_kernel="taylor")),
-    (D.GatedDeltaNet, dict(n_layers=1)),
+    (GPT, dict(n_kv_heads=1, conv=3)),
+    (GPT, dict(k_kernel="taylor", q_kernel="taylor", v_kernel="exp", pos="none", conv=1)),
+    (GPT, dict(use_att=False, use_ffn=True)),
+    (UnifiedKV, dict()),
+    (UnifiedKV, dict(n_kv_heads=1, conv=4, v_kernel="taylor", pos="none")),
+    (UnifiedKV, dict(k_gated=True, k_norm="l2", k_kernel="silu")),
+    (delta.DeltaNet, dict(conv=2)),
+    (delta.DeltaNet, dict(conv=0, k_kernel="taylor", q_kernel="taylor", v_kernel="taylor")),
+    (delta.GatedDeltaNet, dict(n_layers=1)),
 ]
 
 
 @pytest.mark.parametrize("cls, changes", KEPT, ids=str)
 @pytest.mark.parametrize("T", [1, 5, 12])
 def test_state_bytes_is_the_size_of_the_cache_and_reading_from_it_is_right(cls, changes, T):
-    file = D if issubclass(cls, D.DeltaNet) else M
+    config_class = delta.Config if issubclass(cls, delta.DeltaNet) else Config
     torch.manual_seed(0)
     sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, du=6, vocab_size=V, seq_len=T)
-    model = cls(file.Config(**{**sizes, **changes}))
+    model = cls(config_class(**{**sizes, **changes}))
     tokens = torch.randint(V, (1, T))
     cache, logits = None, []
     for token in tokens.T:
-        some, cache = model.read(token[None], cache)
+        some, cache = model.forward_cached(token[None], cache)
         logits.append(some)
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens)[0], rtol=1e-4, atol=1e-4)
     kept = [x for layer in cache for x in layer.values() if torch.is_tensor(x)]
     storage = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
-    assert sum(storage.values()) == sum(4 * x.numel() for x in kept) == cls.inference_state_bytes(model.config)
+    assert (
+        sum(storage.values())
+        == sum(4 * x.numel() for x in kept)
+        == cls.inference_state_bytes(model.config)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,15 +241,19 @@ def test_greedy_equals_the_argmax_of_whole_rows(kind):
 
 def test_reading_beyond_the_positions_is_refused():
     with pytest.raises(ValueError, match="positions for 12 tokens, not for 13"):
-        build().read(torch.zeros(1, T + 1, dtype=torch.long))
-    build(pos="none", conv=2).read(torch.zeros(1, T + 1, dtype=torch.long))
+        build().forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
+    build(pos="none", conv=2).forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("ends", [[0, 2, 4], [1, 3, 6], [0, 4, 2, 6], [0], [0, 6, 7]])
-@pytest.mark.parametrize("cls", [M.GPT, D.DeltaNet])
+@pytest.mark.parametrize("cls", [GPT, delta.DeltaNet])
 def test_ends_that_do_not_fit_the_row_are_refused(cls, ends):
-    model = cls((D if cls is D.DeltaNet else M).Config(dim=8, n_layers=1, dk=4, dv=4, vocab_size=9, seq_len=8))
-    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T=6 over one row of tokens"):
+    model = cls(
+        (delta.Config if cls is delta.DeltaNet else Config)(
+            dim=8, n_layers=1, dk=4, dv=4, vocab_size=9, seq_len=8
+        )
+    )
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T=6 over one sequence"):
         model(torch.zeros(1, 6, dtype=torch.long), cu_seqlens=torch.tensor(ends))
-    with pytest.raises(ValueError, match="for 2 rows"):
+    with pytest.raises(ValueError, match="for 2 sequences"):
         model(torch.zeros(2, 6, dtype=torch.long), cu_seqlens=torch.tensor([0, 6]))

@@ -1,4 +1,4 @@
-"""delta.py: the three forms of the rule against each other and against its definition; DeltaNet against a naive twin."""
+"""delta.py: the three forms of the rule against each other and its definition; DeltaNet."""
 
 import importlib.metadata
 import importlib.util
@@ -11,18 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import delta as D
-import model as M
+import delta
 import train
+from delta import delta_rule, delta_rule_chunkwise, delta_rule_fla, delta_rule_recurrent
+from model import GPT, NORMS, RMSNorm, ShortConvolution
+from nanorecall.ops import CausalConv1d, L2Normalize
 from nanorecall.settings import ConfigError
-from test_model import naive_feature
+from test_model import naive_activation, naive_heads, naive_qkv
 
 H, K, V = 2, 6, 5
 DOCUMENTS = [0, 5, 5, 30, 37, 69, 70]  # one is empty, one is a single token
 
 
 def inputs(T=70, documents=False, gated=False, dtype=torch.float64, B=2, beta_max=2.0, seed=0):
-    """q, k, v, beta, log_decay, state, cu_seqlens with keys of length 1 and a random initial state; all want gradients."""
+    """Arguments of the rule that want gradients: keys of length 1, a random initial state."""
     g = torch.Generator().manual_seed(seed)
     B = 1 if documents else B
     q, k, v = (torch.randn(B, H, T, width, generator=g, dtype=dtype) for width in (K, K, V))
@@ -30,7 +32,9 @@ def inputs(T=70, documents=False, gated=False, dtype=torch.float64, B=2, beta_ma
     decay = -3 * torch.rand(B, H, T, generator=g, dtype=dtype) ** 3 if gated else None
     state = torch.randn(len(DOCUMENTS) - 1 if documents else B, H, K, V, generator=g, dtype=dtype)
     arguments = [q, F.normalize(k, dim=-1), v, beta, decay, state]
-    return [x if x is None else x.requires_grad_() for x in arguments] + [torch.tensor(DOCUMENTS) if documents else None]
+    return [x if x is None else x.requires_grad_() for x in arguments] + [
+        torch.tensor(DOCUMENTS) if documents else None
+    ]
 
 
 def outputs_and_gradients(rule, arguments, **options):
@@ -47,13 +51,13 @@ def assert_all_close(ours, expected, tolerance):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# ---- the rule ----------------------------------------------------------------------------------------------------------
+# ---- the rule ------------------------------------------------------------------------------------
 
 
 def test_the_loop_is_the_definition():
     """S_t = exp(g) (I - beta k k^T) S_{t-1} + beta k v^T; o = S^T q / sqrt(K), as matrices."""
     q, k, v, beta, g, S, _ = (x if x is None else x.detach() for x in inputs(T=9, gated=True))
-    o, last = D.delta_rule_recurrent(q, k, v, beta, g, S)
+    o, last = delta_rule_recurrent(q, k, v, beta, g, S)
     for b in range(2):
         for h in range(H):
             state = S[b, h]
@@ -65,9 +69,11 @@ def test_the_loop_is_the_definition():
             torch.testing.assert_close(last[b, h], state)
 
 
-@pytest.mark.parametrize("rule", [D.delta_rule_recurrent, D.delta_rule_chunkwise, D.delta_rule])
+@pytest.mark.parametrize("rule", [delta_rule_recurrent, delta_rule_chunkwise, delta_rule])
 def test_a_key_stored_again_answers_with_its_last_value(rule):
-    keys = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    keys = torch.linalg.qr(
+        torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )[0]
     stored = torch.cat([keys, keys[:3], keys[:1]])[None, None]
     v = torch.randn(1, 1, 12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     _, S = rule(torch.zeros_like(stored), stored, v, torch.ones(1, 1, 12, dtype=torch.float64))
@@ -80,19 +86,25 @@ def test_a_key_stored_again_answers_with_its_last_value(rule):
 @pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
 def test_chunked_equals_loop_for_every_chunk_size(documents, gated):
     arguments = inputs(documents=documents, gated=gated)
-    expected = outputs_and_gradients(D.delta_rule_recurrent, arguments)
+    expected = outputs_and_gradients(delta_rule_recurrent, arguments)
     for C in range(1, 129):
-        assert_all_close(outputs_and_gradients(D.delta_rule_chunkwise, arguments, chunk_size=C), expected, 1e-10)
+        assert_all_close(
+            outputs_and_gradients(delta_rule_chunkwise, arguments, chunk_size=C), expected, 1e-10
+        )
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
 @pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
 def test_chunked_equals_loop_in_float32(documents, gated):
-    exact = outputs_and_gradients(D.delta_rule_recurrent, inputs(documents=documents, gated=gated, beta_max=1.0))
-    arguments = [x if x is None or not x.is_floating_point() else x.detach().float().requires_grad_() for x in
-                 inputs(documents=documents, gated=gated, beta_max=1.0)]  # fmt: skip
+    arguments = inputs(documents=documents, gated=gated, beta_max=1.0)
+    exact = outputs_and_gradients(delta_rule_recurrent, arguments)
+    for i, x in enumerate(arguments):
+        if x is not None and x.is_floating_point():
+            arguments[i] = x.detach().float().requires_grad_()
     for C in (1, 7, 16, 32, 64, 128):
-        for a, b in zip(outputs_and_gradients(D.delta_rule_chunkwise, arguments, chunk_size=C), exact, strict=True):
+        for a, b in zip(
+            outputs_and_gradients(delta_rule_chunkwise, arguments, chunk_size=C), exact, strict=True
+        ):
             assert a.dtype == torch.float32
             assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
 
@@ -101,18 +113,20 @@ def test_chunked_equals_loop_in_float32(documents, gated):
 def test_no_initial_state_is_zeros(T):
     q, k, v, beta, g, S, _ = inputs(T=T, gated=True)
     zeros = torch.zeros_like(S)
-    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise, D.delta_rule):
-        assert_all_close(rule(q, k, v, beta, g), D.delta_rule_recurrent(q, k, v, beta, g, zeros), 1e-12)
+    for rule in (delta_rule_recurrent, delta_rule_chunkwise, delta_rule):
+        assert_all_close(
+            rule(q, k, v, beta, g), delta_rule_recurrent(q, k, v, beta, g, zeros), 1e-12
+        )
 
 
 def test_documents_do_not_mix():
     q, k, v, beta, g, S, ends = inputs(documents=True, gated=True)
-    whole, states = D.delta_rule_chunkwise(q, k, v, beta, g, S, ends)
+    whole, states = delta_rule_chunkwise(q, k, v, beta, g, S, ends)
     for d, (a, b) in enumerate(zip(DOCUMENTS[:-1], DOCUMENTS[1:])):
         if a == b:
             torch.testing.assert_close(states[d], S[d])
             continue
-        o, state = D.delta_rule_recurrent(*(x[:, :, a:b] for x in (q, k, v, beta, g)), S[d : d + 1])
+        o, state = delta_rule_recurrent(*(x[:, :, a:b] for x in (q, k, v, beta, g)), S[d : d + 1])
         torch.testing.assert_close(whole[:, :, a:b], o)
         torch.testing.assert_close(states[d], state[0])
 
@@ -123,7 +137,7 @@ def error(ours, exact):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
 def test_long_rows_of_nearly_parallel_keys_stay_exact(gated):
-    """T = 4,096, beta near 1, keys within 0.2 radians of each other: the solve must not amplify rounding."""
+    """Keys within 0.2 radians of each other, beta near 1: the solve must not amplify rounding."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, 4096, 16, generator=g, dtype=torch.float64) for _ in range(3))
     k = F.normalize(torch.ones(16, dtype=torch.float64) + 0.06 * k, dim=-1)
@@ -131,21 +145,24 @@ def test_long_rows_of_nearly_parallel_keys_stay_exact(gated):
     beta = 1 - 0.01 * torch.rand(1, 1, 4096, generator=g, dtype=torch.float64)
     decay = -0.01 * torch.rand(1, 1, 4096, generator=g, dtype=torch.float64) if gated else None
     inputs = [x if x is None else x.requires_grad_() for x in (q, k, v, beta, decay)]
-    exact = outputs_and_gradients(D.delta_rule_recurrent, [x if x is None else x[:, :, :2048].detach().requires_grad_() for x in inputs])
-    o_exact, S_exact = D.delta_rule_recurrent(*inputs)
+    exact = outputs_and_gradients(
+        delta_rule_recurrent,
+        [x if x is None else x[:, :, :2048].detach().requires_grad_() for x in inputs],
+    )
+    o_exact, S_exact = delta_rule_recurrent(*inputs)
 
     def rounded(dtype, T):
         half = [None if x is None else x.detach()[:, :, :T].to(dtype) for x in inputs]
         return [None if x is None else x.requires_grad_() for x in half]
 
     for C in (16, 64):
-        o, S = D.delta_rule_chunkwise(*rounded(torch.float32, 4096), chunk_size=C)
+        o, S = delta_rule_chunkwise(*rounded(torch.float32, 4096), chunk_size=C)
         assert error(o, o_exact) < 1e-5 and error(S, S_exact) < 1e-5
-        o, S = D.delta_rule_chunkwise(*rounded(torch.bfloat16, 4096), chunk_size=C)
+        o, S = delta_rule_chunkwise(*rounded(torch.bfloat16, 4096), chunk_size=C)
         assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
         assert error(o, o_exact) < 0.05 and error(S, S_exact) < 0.05
         for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
-            ours = outputs_and_gradients(D.delta_rule_chunkwise, rounded(dtype, 2048), chunk_size=C)
+            ours = outputs_and_gradients(delta_rule_chunkwise, rounded(dtype, 2048), chunk_size=C)
             assert all(error(a, b) < tolerance for a, b in zip(ours, exact, strict=True))
 
 
@@ -155,10 +172,12 @@ def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(strong, ev
     q, k, v, beta, _, S, _ = inputs(T=40)
     decay = torch.full((2, H, 40), -0.01, dtype=torch.float64)
     decay[:, :, ::every] = strong
-    exact = outputs_and_gradients(D.delta_rule_recurrent, [q, k, v, beta, decay.requires_grad_(), S])
+    exact = outputs_and_gradients(delta_rule_recurrent, [q, k, v, beta, decay.requires_grad_(), S])
     single = [x.detach().float().requires_grad_() for x in (q, k, v, beta, decay, S)]
     for C in (4, 16, 64):
-        for a, b in zip(outputs_and_gradients(D.delta_rule_chunkwise, single, chunk_size=C), exact, strict=True):
+        for a, b in zip(
+            outputs_and_gradients(delta_rule_chunkwise, single, chunk_size=C), exact, strict=True
+        ):
             assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
 
 
@@ -169,28 +188,30 @@ def test_the_gradient_of_a_strong_decay_keeps_its_digits(strong):
     decay[:, :, ::5] = strong
     q, k, v, beta, _, S, _ = inputs(T=40)
     arguments = [q, k, v, beta, decay.requires_grad_(), S]
-    exact = outputs_and_gradients(D.delta_rule_recurrent, arguments)[6]
+    exact = outputs_and_gradients(delta_rule_recurrent, arguments)[6]
     single = [x.detach().float().requires_grad_() for x in arguments]
     for C in (1, 4, 16, 64):
-        ours = outputs_and_gradients(D.delta_rule_chunkwise, single, chunk_size=C)[6].double()
+        ours = outputs_and_gradients(delta_rule_chunkwise, single, chunk_size=C)[6].double()
         error = (ours - exact).abs() / exact.abs()
         assert error[:, :, ::5].max() < 1e-4
         assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
-        double = outputs_and_gradients(D.delta_rule_chunkwise, arguments, chunk_size=C)[6]
+        double = outputs_and_gradients(delta_rule_chunkwise, arguments, chunk_size=C)[6]
         torch.testing.assert_close(double, exact, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
 def test_half_precision_is_rounding_of_the_inputs_only(dtype, gated):
-    """State and sums are float32: the error is that of float32 on the rounded inputs, then one rounding of o."""
+    """State and sums are float32: its error on the rounded inputs, then one rounding of o."""
     arguments = [x if x is None else x.detach().to(dtype) for x in inputs(gated=gated)[:6]]
-    exact, last = D.delta_rule_recurrent(*(x if x is None else x.double() for x in arguments))
-    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise):
+    exact, last = delta_rule_recurrent(*(x if x is None else x.double() for x in arguments))
+    for rule in (delta_rule_recurrent, delta_rule_chunkwise):
         o, S = rule(*arguments)
         assert o.dtype == dtype and S.dtype == torch.float32
         torch.testing.assert_close(S.double(), last, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(o.double(), exact.to(dtype).double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        torch.testing.assert_close(
+            o.double(), exact.to(dtype).double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
@@ -198,49 +219,60 @@ def test_no_tokens_leave_the_state_alone(documents):
     S = torch.randn(2, H, K, V)
     empty = [torch.zeros(1 if documents else 2, H, 0, *w) for w in ((K,), (K,), (V,), (), ())]
     ends = torch.tensor([0, 0, 0]) if documents else None
-    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise, D.delta_rule):
+    for rule in (delta_rule_recurrent, delta_rule_chunkwise, delta_rule):
         o, after = rule(*empty, S, ends)
         assert o.shape == empty[2].shape and torch.equal(after, S)
 
 
 def test_gradients_passed_in_are_read_only_and_may_have_any_strides():
     arguments = inputs(gated=True)
-    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise):
+    for rule in (delta_rule_recurrent, delta_rule_chunkwise):
         o, S = rule(*arguments)
-        do, dS = torch.ones(V, dtype=o.dtype).expand(o.shape), torch.randn(2, H, V, K, dtype=S.dtype).mT
+        do, dS = (
+            torch.ones(V, dtype=o.dtype).expand(o.shape),
+            torch.randn(2, H, V, K, dtype=S.dtype).mT,
+        )
         before = dS.clone()
         grads = torch.autograd.grad((o, S), arguments[:6], (do, dS))
         assert torch.equal(dS, before)
-        expected = torch.autograd.grad(D.delta_rule_recurrent(*arguments), arguments[:6], (do.contiguous(), before))
+        expected = torch.autograd.grad(
+            delta_rule_recurrent(*arguments), arguments[:6], (do.contiguous(), before)
+        )
         assert_all_close(grads, expected, 1e-10)
 
 
 def test_the_chosen_form_gets_every_argument(monkeypatch):
     arguments = inputs(documents=True, gated=True)
-    assert_all_close(D.delta_rule(*arguments), D.delta_rule_recurrent(*arguments), 1e-10)
+    assert_all_close(delta_rule(*arguments), delta_rule_recurrent(*arguments), 1e-10)
     calls = []
     for name in ("delta_rule_recurrent", "delta_rule_chunkwise", "delta_rule_fla"):
-        monkeypatch.setattr(D, name, lambda *a, name=name: calls.append((name, *map(id, a[:7]), *a[7:])))
+        monkeypatch.setattr(
+            delta, name, lambda *a, name=name: calls.append((name, *map(id, a[:7]), *a[7:]))
+        )
     one = [x[:, :, :1] for x in arguments[:5]] + [arguments[5][:1], torch.tensor([0, 1])]
-    D.delta_rule(*arguments, chunk_size=5)
-    D.delta_rule(*one, chunk_size=5)
-    monkeypatch.setattr(D, "why_no_fla", lambda *a: None)
-    D.delta_rule(*arguments, chunk_size=5)
+    delta_rule(*arguments, chunk_size=5)
+    delta_rule(*one, chunk_size=5)
+    monkeypatch.setattr(delta, "why_no_fla", lambda *a: None)
+    delta_rule(*arguments, chunk_size=5)
     ids = list(map(id, arguments))
-    assert calls == [("delta_rule_chunkwise", *ids, 5), ("delta_rule_recurrent", *map(id, one)), ("delta_rule_fla", *ids)]
+    assert calls == [
+        ("delta_rule_chunkwise", *ids, 5),
+        ("delta_rule_recurrent", *map(id, one)),
+        ("delta_rule_fla", *ids),
+    ]
 
 
 def test_autocast_changes_nothing_inside():
     arguments = inputs(dtype=torch.float32, gated=True)
-    expected = outputs_and_gradients(D.delta_rule_chunkwise, arguments)
+    expected = outputs_and_gradients(delta_rule_chunkwise, arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = outputs_and_gradients(D.delta_rule_chunkwise, arguments)
+        ours = outputs_and_gradients(delta_rule_chunkwise, arguments)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_shapes_that_do_not_fit_are_refused_by_name():
     q, k, v, beta, g, S, _ = inputs()
-    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise):
+    for rule in (delta_rule_recurrent, delta_rule_chunkwise):
         with pytest.raises(ValueError, match="beta must have shape"):
             rule(q, k, v, beta[..., None])
         with pytest.raises(ValueError, match="state must have shape"):
@@ -249,7 +281,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
             rule(q[:1], k[:1], v[:1], beta[:1], None, None, torch.tensor([0, 30, 60]))
         with pytest.raises(ValueError, match="cu_seqlens must rise"):
             rule(q[:1], k[:1], v[:1], beta[:1], None, None, torch.tensor([0]))
-        with pytest.raises(ValueError, match="one row"):
+        with pytest.raises(ValueError, match="one sequence"):
             rule(q, k, v, beta, None, None, torch.tensor([0, 70]))
 
 
@@ -269,9 +301,9 @@ ODD_ENDS = [
 @pytest.mark.parametrize("ends, message", ODD_ENDS, ids=str)
 def test_odd_ends_of_documents_are_refused_alike_everywhere(ends, message):
     q, k, v, beta, g, S, _ = inputs(documents=True, gated=True)
-    model = M.GPT(config(seq_len=70))
+    model = GPT(config(seq_len=70))
     tokens = torch.zeros(1, 70, dtype=torch.long)
-    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise, D.delta_rule_fla, D.delta_rule):
+    for rule in (delta_rule_recurrent, delta_rule_chunkwise, delta_rule_fla, delta_rule):
         with pytest.raises(ValueError, match=message):
             rule(q, k, v, beta, g, None, torch.tensor(ends))
     with pytest.raises(ValueError, match=message):
@@ -284,15 +316,15 @@ def test_odd_ends_of_documents_are_refused_alike_everywhere(ends, message):
 def test_ends_may_be_integers_of_any_size(kind):
     arguments = inputs(documents=True, gated=True)
     ends = arguments[6].to(kind)
-    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise):
+    for rule in (delta_rule_recurrent, delta_rule_chunkwise):
         assert_all_close(rule(*arguments[:6], ends), rule(*arguments), 0)
 
 
-# ---- flash-linear-attention: its naive form as a second opinion, its kernels through a stand-in -----------------------------
+# ---- flash-linear-attention: its naive form as an oracle, its kernels by a stand-in --------------
 
 
 def fla_naive(name):
-    """fla's pure PyTorch file, loaded by its path (importing the package would need triton), or None if it is not there."""
+    """fla's pure PyTorch file, or None. Loaded by path: the package would import triton."""
     if importlib.util.find_spec("einops") is None:
         return None
     try:
@@ -316,13 +348,15 @@ def test_equals_the_naive_forms_of_flash_linear_attention():
 
     def gated(q, k, v, beta, g, S):
         layout = [swap(x) for x in (q, k, v, beta, g)]
-        o, state = fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule(*layout, None, S, True)
+        o, state = fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule(
+            *layout, None, S, True
+        )
         return swap(o), state
 
     expected = outputs_and_gradients(theirs.delta_rule_recurrence, [*plain, S])
     no_state = outputs_and_gradients(theirs.delta_rule_chunkwise, plain)
     expected_gated = outputs_and_gradients(gated, [*plain, g, S])
-    for rule in (D.delta_rule_recurrent, D.delta_rule_chunkwise):
+    for rule in (delta_rule_recurrent, delta_rule_chunkwise):
         ours = outputs_and_gradients(lambda *x, rule=rule: rule(*x[:4], None, *x[4:]), [*plain, S])
         assert_all_close(ours, expected, 2e-5)
         assert_all_close(outputs_and_gradients(rule, plain), no_state, 2e-5)
@@ -332,125 +366,165 @@ def test_equals_the_naive_forms_of_flash_linear_attention():
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
 @pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
 def test_kernels_get_their_arguments_in_their_layout(monkeypatch, gated, documents):
-    """The kernels need a GPU. Stand-ins with the signatures of fla-core 0.6.0 and their documented meaning check the call."""
+    """The kernels need a GPU. Stand-ins with the signatures of fla-core 0.6.0 check the call."""
     arguments = inputs(gated=gated, documents=documents, dtype=torch.float32)
 
     def check(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
         T = arguments[0].shape[2]
-        assert q.shape[1:] == k.shape[1:] == (T, H, K) and v.shape[1:] == (T, H, V) and beta.shape[1:] == (T, H)
-        assert all(x.is_contiguous() for x in (q, k, v, beta)) and q.dtype == k.dtype == v.dtype == beta.dtype
+        assert q.shape[1:] == k.shape[1:] == (T, H, K)
+        assert v.shape[1:] == (T, H, V) and beta.shape[1:] == (T, H)
+        assert all(x.is_contiguous() and x.dtype == q.dtype for x in (q, k, v, beta))
         assert g is None or g.dtype == torch.float32
         assert scale is None and output_final_state and (cu_seqlens is not None) == documents
         assert not documents or (cu_seqlens.dtype == torch.long and cu_seqlens.diff().min() > 0)
         layout = [x.transpose(1, 2) for x in (q, k, v, beta)]
-        o, state = D.delta_rule_recurrent(*layout, None if g is None else g.transpose(1, 2), initial_state, cu_seqlens)
+        o, state = delta_rule_recurrent(
+            *layout, None if g is None else g.transpose(1, 2), initial_state, cu_seqlens
+        )
         return o.transpose(1, 2), state
 
-    def chunk_delta_rule(q, k, v, beta, scale=None, initial_state=None, output_final_state=False,
-                         use_qk_l2norm_in_kernel=False, cu_seqlens=None, cu_seqlens_cpu=None, **kwargs):  # fmt: skip
+    def chunk_delta_rule(
+        q,
+        k,
+        v,
+        beta,
+        scale=None,
+        initial_state=None,
+        output_final_state=False,
+        use_qk_l2norm_in_kernel=False,
+        cu_seqlens=None,
+        cu_seqlens_cpu=None,
+        **kwargs,
+    ):
         assert not use_qk_l2norm_in_kernel and not kwargs
         return check(q, k, v, None, beta, scale, initial_state, output_final_state, cu_seqlens)
 
-    def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
-                               use_qk_l2norm_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False,
-                               state_v_first=False, cu_seqlens=None, **kwargs):  # fmt: skip
-        assert not use_qk_l2norm_in_kernel and not use_beta_sigmoid_in_kernel and not state_v_first and not kwargs
+    def chunk_gated_delta_rule(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=None,
+        initial_state=None,
+        output_final_state=False,
+        use_qk_l2norm_in_kernel=False,
+        use_beta_sigmoid_in_kernel=False,
+        allow_neg_eigval=False,
+        state_v_first=False,
+        cu_seqlens=None,
+        **kwargs,
+    ):
+        assert not use_qk_l2norm_in_kernel and not use_beta_sigmoid_in_kernel
+        assert not state_v_first and not kwargs
         return check(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens)
 
-    monkeypatch.setattr(D, "load_fla", lambda: (chunk_delta_rule, chunk_gated_delta_rule))
-    assert_all_close(outputs_and_gradients(D.delta_rule_fla, arguments), outputs_and_gradients(D.delta_rule_recurrent, arguments), 1e-5)
-    new, wanted = (rule(*arguments[:5], None, arguments[6]) for rule in (D.delta_rule_fla, D.delta_rule_recurrent))
+    monkeypatch.setattr(delta, "load_fla", lambda: (chunk_delta_rule, chunk_gated_delta_rule))
+    assert_all_close(
+        outputs_and_gradients(delta_rule_fla, arguments),
+        outputs_and_gradients(delta_rule_recurrent, arguments),
+        1e-5,
+    )
+    new, wanted = (
+        rule(*arguments[:5], None, arguments[6]) for rule in (delta_rule_fla, delta_rule_recurrent)
+    )
     assert_all_close(new, wanted, 1e-5)
-    half = [x if x is None or i > 3 else x.detach().to(torch.bfloat16) for i, x in enumerate(arguments)]
-    exact, last = D.delta_rule_recurrent(*half)
+    half = [
+        x if x is None or i > 3 else x.detach().to(torch.bfloat16) for i, x in enumerate(arguments)
+    ]
+    exact, last = delta_rule_recurrent(*half)
     for mixed in (half, [*(x.float() for x in half[:2]), half[2], half[3].float(), *half[4:]]):
-        o, S = D.delta_rule_fla(*mixed)
+        o, S = delta_rule_fla(*mixed)
         assert o.dtype == torch.bfloat16 and torch.equal(o, exact) and torch.equal(S, last)
     with pytest.raises(ValueError, match="state must have shape"):
-        D.delta_rule_fla(*arguments[:5], arguments[5].mT, arguments[6])
+        delta_rule_fla(*arguments[:5], arguments[5].mT, arguments[6])
 
 
 def test_the_kernel_is_chosen_only_where_it_works(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert "CUDA" in D.why_no_fla(cpu, torch.bfloat16, 64)
-    monkeypatch.setattr(D, "load_fla", lambda: "flash-linear-attention cannot be imported: no triton")
-    assert "no triton" in D.why_no_fla(cuda, torch.bfloat16, 64)
-    monkeypatch.setattr(D, "load_fla", lambda: (object(), object()))
-    assert "bfloat16" in D.why_no_fla(cuda, torch.float32, 64) and "256" in D.why_no_fla(cuda, torch.bfloat16, 273)
-    assert D.why_no_fla(cuda, torch.bfloat16, 64) is None
-    assert "its own chunks" in D.DeltaNet.describe_backend(config(), cuda, torch.bfloat16)
-    assert "chunks of 4 tokens (flash-linear-attention runs on" in D.DeltaNet.describe_backend(config(), cpu, torch.bfloat16)
+    assert "CUDA" in delta.why_no_fla(cpu, torch.bfloat16, 64)
+    monkeypatch.setattr(
+        delta, "load_fla", lambda: "flash-linear-attention cannot be imported: no triton"
+    )
+    assert "no triton" in delta.why_no_fla(cuda, torch.bfloat16, 64)
+    monkeypatch.setattr(delta, "load_fla", lambda: (object(), object()))
+    assert "bfloat16" in delta.why_no_fla(cuda, torch.float32, 64) and "256" in delta.why_no_fla(
+        cuda, torch.bfloat16, 273
+    )
+    assert delta.why_no_fla(cuda, torch.bfloat16, 64) is None
+    assert "its own chunks" in delta.DeltaNet.describe_backend(config(), cuda, torch.bfloat16)
+    assert "chunks of 4 tokens (flash-linear-attention runs on" in delta.DeltaNet.describe_backend(
+        config(), cpu, torch.bfloat16
+    )
 
 
 def test_without_the_extra_the_reason_is_said(monkeypatch):
     for name in ("fla", "fla.ops.delta_rule", "fla.ops.gated_delta_rule"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    D.load_fla.cache_clear()
-    assert "cannot be imported" in D.load_fla()
+    delta.load_fla.cache_clear()
+    assert "cannot be imported" in delta.load_fla()
     kernels = types.SimpleNamespace(chunk_delta_rule="plain", chunk_gated_delta_rule="gated")
     for name in ("fla", "fla.ops", "fla.ops.delta_rule", "fla.ops.gated_delta_rule"):
         monkeypatch.setitem(sys.modules, name, kernels)
-    D.load_fla.cache_clear()
-    assert D.load_fla() == ("plain", "gated")
-    D.load_fla.cache_clear()
+    delta.load_fla.cache_clear()
+    assert delta.load_fla() == ("plain", "gated")
+    delta.load_fla.cache_clear()
 
 
-# ---- DeltaNet ------------------------------------------------------------------------------------------------------------
+# ---- DeltaNet ------------------------------------------------------------------------------------
 
 
 def config(**changes):
-    sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, vocab_size=19, seq_len=12, init_std=0.3, chunk_size=4)
-    return D.Config(**{**sizes, **changes})
+    sizes = dict(
+        dim=8,
+        n_layers=2,
+        n_heads=2,
+        dk=6,
+        dv=4,
+        vocab_size=19,
+        seq_len=12,
+        init_std=0.3,
+        chunk_size=4,
+    )
+    return delta.Config(**{**sizes, **changes})
 
 
-def build(cls=D.DeltaNet, **changes):
+def build(cls=delta.DeltaNet, **changes):
     torch.manual_seed(0)
     c = config(**changes)
     c.check()
     return cls(c).double()
 
 
-def naive_mixer(m, x):
-    """DeltaMixer and GatedDeltaMixer one vector at a time, from the weights alone."""
-    c, out = m.config, []
-    for b in range(len(x)):
-        key_width, value_width = m.widths(c)
-        states = [torch.zeros(key_width, value_width, dtype=x.dtype) for _ in range(c.n_heads)]
-        for t in range(x.shape[1]):
-            parts, first = {}, 0
-            for name, kernel, norm, gate in (("q", c.q_kernel, c.q_norm, m.gate_q), ("k", c.k_kernel, c.k_norm, m.gate_k),
-                                             ("v", c.v_kernel, "none", None)):  # fmt: skip
-                weight = getattr(m, f"proj_{name}").weight
-                y = weight @ x[b, t]
-                if m.conv:
-                    taps = m.conv.weight[:, first : first + len(weight)]
-                    y = sum(taps[j] * (weight @ x[b, t - j]) for j in range(len(taps)) if t - j >= 0)
-                first += len(weight)
-                y = torch.stack([naive_feature(part, kernel, norm) for part in y.view(c.n_heads, -1)])
-                if gate is not None:
-                    y = y / (1 + torch.exp(-(gate.weight @ x[b, t]))).view(y.shape)
-                parts[name] = y
-            heads = []
-            for h in range(c.n_heads):
-                q, k, v = (parts[name][h] for name in "qkv")
-                beta = torch.ones((), dtype=x.dtype)
-                if c.use_beta:
-                    beta = 1 / (1 + torch.exp(-(m.proj_beta.weight[h] @ x[b, t]) / c.lr_temp))
-                    beta = 2 * beta if c.allow_neg_eigval else beta
-                if isinstance(m, D.GatedDeltaNetLayer):
-                    rate = torch.log(1 + torch.exp(m.proj_decay.weight[h] @ x[b, t] + m.dt_bias[h]))
-                    states[h] = states[h] * torch.exp(-torch.exp(m.A_log[h]) * rate)
-                states[h] = states[h] + beta * torch.outer(k, v - states[h].T @ k)
-                o = states[h].T @ q / math.sqrt(len(q))
-                if m.out_norm:
-                    o = o / torch.sqrt((o**2).mean() + 1e-6) * m.out_norm.weight
-                heads.append(o)
-            o = torch.cat(heads)
-            if m.gate_out:
-                z = m.gate_out.weight @ x[b, t]
-                o = o * {"silu": z / (1 + torch.exp(-z)), "sigmoid": 1 / (1 + torch.exp(-z))}[c.att_output_gate_act]
-            out.append(m.out_proj.weight @ o)
-    return torch.stack(out).view(x.shape)
+def naive_sequence(m, x):
+    """DeltaNetLayer and GatedDeltaNetLayer on x (T, D) one vector at a time."""
+    c = m.config
+    out = []
+    states = [torch.zeros(m.head_dims(c), dtype=x.dtype) for _ in range(c.n_heads)]
+    for t in range(len(x)):
+        q, k, v = naive_qkv(m, x, t)
+        q = naive_heads(q, x[t], c.q_kernel, c.q_norm, m.gate_q)
+        k = naive_heads(k, x[t], c.k_kernel, c.k_norm, m.gate_k)
+        v = naive_heads(v, x[t], c.v_kernel)
+        heads = []
+        for h in range(c.n_heads):
+            beta = torch.ones((), dtype=x.dtype)
+            if c.use_beta:
+                beta = naive_activation("sigmoid", m.proj_beta.weight[h] @ x[t] / c.lr_temp)
+                beta = 2 * beta if c.allow_neg_eigval else beta
+            if isinstance(m, delta.GatedDeltaNetLayer):
+                rate = torch.log(1 + torch.exp(m.proj_decay.weight[h] @ x[t] + m.dt_bias[h]))
+                states[h] = states[h] * torch.exp(-torch.exp(m.A_log[h]) * rate)
+            states[h] = states[h] + beta * torch.outer(k[h], v[h] - states[h].T @ k[h])
+            o = states[h].T @ q[h] / math.sqrt(q.shape[1])
+            if m.out_norm:
+                o = o / torch.sqrt((o**2).mean() + 1e-6) * m.out_norm.weight
+            heads.append(o)
+        o = torch.cat(heads)
+        if m.gate_out:
+            o = o * naive_activation(c.att_output_gate_act, m.gate_out.weight @ x[t])
+        out.append(m.out_proj.weight @ o)
+    return torch.stack(out)
 
 
 SWITCHES = [
@@ -466,27 +540,34 @@ SWITCHES = [
 ]
 
 
-@pytest.mark.parametrize("cls", [D.DeltaNetLayer, D.GatedDeltaNetLayer])
+@pytest.mark.parametrize("cls", [delta.DeltaNetLayer, delta.GatedDeltaNetLayer])
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_mixer_equals_naive_in_outputs_and_gradients(cls, switches):
     torch.manual_seed(0)
     mixer = cls(config(**switches)).double()
     x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
     parameters = [x, *mixer.parameters()]
-    ours, naive = mixer(x), naive_mixer(mixer, x)
+    ours = mixer(x)
+    naive = torch.stack([naive_sequence(mixer, sequence) for sequence in x])
     torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-11)
     grad = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, parameters, grad), torch.autograd.grad(naive, parameters, grad)):
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters, grad), torch.autograd.grad(naive, parameters, grad)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    rows = torch.tensor([[1, 4], [0, 6]])
+    query_pos = torch.tensor([[1, 4], [0, 6]])
     picked = torch.stack([ours[0, [1, 4]], ours[1, [0, 6]]])
-    torch.testing.assert_close(mixer(x, rows), picked)
+    torch.testing.assert_close(mixer(x, query_pos), picked)
 
 
-VARIANTS = [dict(), dict(conv=0, use_ffn=True, residual_mul=True), dict(att_use_output_gate=True, tie=True, conv=1)]
+VARIANTS = [
+    dict(),
+    dict(conv=0, use_ffn=True, residual_mul=True),
+    dict(att_use_output_gate=True, tie=True, conv=1),
+]
 
 
-@pytest.mark.parametrize("cls", [D.DeltaNet, D.GatedDeltaNet])
+@pytest.mark.parametrize("cls", [delta.DeltaNet, delta.GatedDeltaNet])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_reading_in_pieces_equals_one_forward_pass(cls, changes):
     model = build(cls, **changes)
@@ -495,34 +576,51 @@ def test_reading_in_pieces_equals_one_forward_pass(cls, changes):
     for pieces in ([1] * 12, [12], [5, 1, 1, 5], [2, 10]):
         cache, logits = None, []
         for piece in tokens.split(pieces, dim=1):
-            part, cache = model.read(piece, cache)
+            part, cache = model.forward_cached(piece, cache)
             logits.append(part)
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-9, atol=1e-10)
-    _, prompt = model.read(tokens[:, :6])
-    first, _ = model.read(tokens[:, 6:], prompt)
-    model.read(tokens[:, :6].flip(1), prompt)  # another continuation leaves the prompt's cache as it was
-    torch.testing.assert_close(model.read(tokens[:, 6:], prompt)[0], first)
+    _, prompt = model.forward_cached(tokens[:, :6])
+    first, _ = model.forward_cached(tokens[:, 6:], prompt)
+    model.forward_cached(
+        tokens[:, :6].flip(1), prompt
+    )  # another continuation leaves the prompt's cache as it was
+    torch.testing.assert_close(model.forward_cached(tokens[:, 6:], prompt)[0], first)
 
 
-@pytest.mark.parametrize("cls", [D.DeltaNet, D.GatedDeltaNet])
-@pytest.mark.parametrize("changes", [*VARIANTS, dict(q_kernel="taylor", k_kernel="taylor"), dict(conv=3)], ids=str)
+@pytest.mark.parametrize("cls", [delta.DeltaNet, delta.GatedDeltaNet])
+@pytest.mark.parametrize(
+    "changes", [*VARIANTS, dict(q_kernel="taylor", k_kernel="taylor"), dict(conv=3)], ids=str
+)
 def test_state_bytes_is_the_size_of_what_is_kept(cls, changes):
     model = build(cls, **changes).float()
     for T in (1, 2, 12):
-        _, cache = model.read(torch.zeros(1, T, dtype=torch.long))
+        _, cache = model.forward_cached(torch.zeros(1, T, dtype=torch.long))
         kept = sum(x.untyped_storage().nbytes() for m in cache for x in m.values() if x is not T)
-        assert kept == cls.inference_state_bytes(model.config) == cls.inference_state_bytes(replace(model.config, seq_len=10**6)) > 0
+        assert (
+            kept
+            == cls.inference_state_bytes(model.config)
+            == cls.inference_state_bytes(replace(model.config, seq_len=10**6))
+            > 0
+        )
     assert cls.inference_state_bytes(config(use_att=False, use_ffn=True)) == 0
 
 
-@pytest.mark.parametrize("cls", [D.DeltaNet, D.GatedDeltaNet])
+@pytest.mark.parametrize("cls", [delta.DeltaNet, delta.GatedDeltaNet])
 def test_chunk_size_is_used_and_changes_nothing(cls, monkeypatch):
-    used, cut = [], D.BatchChunks.__init__
-    monkeypatch.setattr(D.BatchChunks, "__init__", lambda self, B, H, T, C: (used.append(C), cut(self, B, H, T, C))[1])
+    used, cut = [], delta.BatchChunks.__init__
+    monkeypatch.setattr(
+        delta.BatchChunks,
+        "__init__",
+        lambda self, B, H, T, C: (used.append(C), cut(self, B, H, T, C))[1],
+    )
     tokens = torch.randint(19, (3, 12), generator=torch.Generator().manual_seed(0))
-    models = [build(cls, chunk_size=C) for C in (1, 5, 16)]  # the last is cut to the row's 12 tokens
+    models = [
+        build(cls, chunk_size=C) for C in (1, 5, 16)
+    ]  # the last is cut to the 12 tokens
     for model in models[1:]:
-        torch.testing.assert_close(model(tokens, tokens)[1], models[0](tokens, tokens)[1], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            model(tokens, tokens)[1], models[0](tokens, tokens)[1], rtol=1e-10, atol=1e-12
+        )
     assert set(used) == {1, 5, 12}
 
 
@@ -533,27 +631,35 @@ def test_bfloat16_autocast_is_close_to_float32():
     grads = torch.autograd.grad(loss, list(model.parameters()))
     with torch.autocast("cpu", torch.bfloat16):
         half, half_loss = model(tokens, tokens)
-        _, state = model.read(tokens)
-    assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max() and state[0]["S"].dtype == torch.float32
+        _, state = model.forward_cached(tokens)
+    assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max() and state[0][
+        "state"
+    ].dtype == torch.float32
     for a, b in zip(torch.autograd.grad(half_loss, list(model.parameters())), grads):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
-    assert M.ShortConvolution(3, 4)(torch.zeros(1, 5, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert (
+        ShortConvolution(3, 4)(torch.zeros(1, 5, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    )
     x = 300 * torch.ones(2, 12).to(torch.float16)  # its square overflows float16
     with torch.autocast("cpu", torch.bfloat16):
-        assert (M.NORMS["l2"](x).norm(dim=-1) - 1).abs().max() < 1e-5
-        norm = M.RMSNorm(64)
+        assert (NORMS["l2"](x).norm(dim=-1) - 1).abs().max() < 1e-5
+        norm = RMSNorm(64)
         x = torch.randn(4, 64)
         torch.testing.assert_close(norm(x), F.rms_norm(x, (64,), eps=1e-6))
 
 
 def test_decay_starts_in_the_range_of_the_paper_and_is_not_decayed_itself():
-    mixer = D.GatedDeltaNetLayer(config(n_heads=200))
+    mixer = delta.GatedDeltaNetLayer(config(n_heads=200))
     dt = F.softplus(mixer.dt_bias)
-    assert 1e-3 <= dt.min() < 0.0015 and 0.007 < dt.median() < 0.014 and 0.065 < dt.max() <= 0.1  # log-uniform
-    A = mixer.A_log.exp()
-    assert A.min() < 0.5 and 6 < A.median() < 10 and 15 < A.max() <= 16
+    assert (
+        1e-3 <= dt.min() < 0.0015 and 0.007 < dt.median() < 0.014 and 0.065 < dt.max() <= 0.1
+    )  # log-uniform
+    rate = mixer.A_log.exp()
+    assert rate.min() < 0.5 and 6 < rate.median() < 10 and 15 < rate.max() <= 16
     decays, stays = train.parameter_groups_of(mixer, 0.1)
-    assert {id(mixer.A_log), id(mixer.dt_bias)} <= {id(p) for p in stays["params"]} and stays["weight_decay"] == 0
+    assert {id(mixer.A_log), id(mixer.dt_bias)} <= {id(p) for p in stays["params"]} and stays[
+        "weight_decay"
+    ] == 0
     assert decays["weight_decay"] == 0.1
 
 
@@ -561,8 +667,8 @@ def test_short_convolution_and_l2_norm_have_the_right_gradients():
     torch.manual_seed(0)
     for T in (1, 2, 6):
         x, w = torch.randn(2, T, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-        torch.autograd.gradcheck(M.CausalConv1d.apply, (x.requires_grad_(), w.requires_grad_()))
-        torch.autograd.gradcheck(M.L2Normalize.apply, (x,))
+        torch.autograd.gradcheck(CausalConv1d.apply, (x.requires_grad_(), w.requires_grad_()))
+        torch.autograd.gradcheck(L2Normalize.apply, (x,))
 
 
 def test_settings_without_effect_are_refused():
@@ -577,12 +683,21 @@ def test_settings_without_effect_are_refused():
         plan("--n_kv_heads", "1")
     with pytest.raises(ConfigError, match="use_beta is 0"):
         plan("--use_beta", "0", "--allow_neg_eigval", "1")
-    line = D.DeltaNet.describe_backend(plan("--k_norm", "none"), torch.device("cpu"), torch.float32)
+    line = delta.DeltaNet.describe_backend(
+        plan("--k_norm", "none"), torch.device("cpu"), torch.float32
+    )
     assert "long keys may" in line
     for flags in (["--k_norm", "rms"], ["--k_norm", "layer", "--k_kernel", "softmax"]):
-        assert "long keys may" in D.DeltaNet.describe_backend(plan(*flags), torch.device("cpu"), torch.float32)
+        assert "long keys may" in delta.DeltaNet.describe_backend(
+            plan(*flags), torch.device("cpu"), torch.float32
+        )
     with pytest.raises(ConfigError, match="use_att is 0"):
         plan("--use_att", "0", "--use_ffn", "1", "--use_out_norm", "0")
     off = plan("--use_att", "0", "--use_ffn", "1")
-    assert D.DeltaNet.describe_backend(off, torch.device("cpu"), torch.float32) == "none (use_att is 0)"
-    assert "long keys" not in D.DeltaNet.describe_backend(plan(), torch.device("cpu"), torch.float32)
+    assert (
+        delta.DeltaNet.describe_backend(off, torch.device("cpu"), torch.float32)
+        == "none (use_att is 0)"
+    )
+    assert "long keys" not in delta.DeltaNet.describe_backend(
+        plan(), torch.device("cpu"), torch.float32
+    )

@@ -1,12 +1,15 @@
 """Forks with the least that the contract asks: each command works, or refuses in one sentence."""
 
 import os
+import re
 
 import pytest
+import torch
 
 import ablate
 import eval as evaluate
 import train
+from nanorecall.run import resolve_model
 from nanorecall.settings import ConfigError
 
 TINY = """
@@ -32,42 +35,29 @@ class Model(torch.nn.Module):
         some = targets != -100
         return logits[some], F.cross_entropy(logits[some], targets[some])
 """
-MIXER = """
+OWN_BLOCK = """
 import torch
-import model as M
-from model import Config
+from model import GPT, Config
+from nanorecall.ops import gather_positions
 
-class Mixer(torch.nn.Module):
+class Block(torch.nn.Module):
     def __init__(self, c):
         super().__init__()
         self.proj = torch.nn.Linear(c.dim, c.dim)
 
-    def forward(self, x, rows=None, **extra):
-        return M.gather_positions(self.proj(x).cumsum(1), rows)
-"""
-BLOCK = MIXER + """
-class Block(M.GPTBlock):
-    attention = Mixer
+    def forward(self, x, query_pos=None, **options):
+        return gather_positions(x + self.proj(x).cumsum(1), query_pos)
 
-class Model(M.GPT):
+class Model(GPT):
     block = Block
 """
-OWN_BLOCK = MIXER + """
-class Block(torch.nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.mixer = Mixer(c)
-
-    def forward(self, x, rows=None, **extra):
-        return M.gather_positions(x, rows) + self.mixer(x, rows)
-
-class Model(M.GPT):
-    block = Block
-"""
+GUIDE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "GUIDE.md")
+with open(GUIDE, encoding="utf-8") as f:
+    MIXER = re.search(r"### A mixer of your own.*?```python\n(.*?)```", f.read(), re.S).group(1)
 FORKS = {
-    "told": TINY.format(fields="vocab_size: int = 8; seq_len: int = 8", extra=""),
-    "untold": TINY.format(fields="width: int = 4", extra="layers = 3"),
-    "mixer": BLOCK,
+    "sizes told": TINY.format(fields="vocab_size: int = 8; seq_len: int = 8", extra=""),
+    "sizes unknown": TINY.format(fields="width: int = 4", extra="layers = 3"),
+    "mixer": MIXER,
     "block": OWN_BLOCK,
 }
 SMALL = (
@@ -84,7 +74,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", FORKS)
 def test_every_command_works_or_refuses_in_a_sentence(name, here, capsys):
-    fork = f"fork_{name}"
+    fork = f"fork_{name}".replace(" ", "_")
     (here / f"{fork}.py").write_text(FORKS[name])
     assert train.main([f"--model={fork}", *SMALL, "--run_name=a"]) == 0
     assert "state: " not in capsys.readouterr().out  # it does not say what it keeps
@@ -95,7 +85,11 @@ def test_every_command_works_or_refuses_in_a_sentence(name, here, capsys):
         assert os.path.exists(path)
     ablate.main(["all", "r/a", "--rows=8"])
     for main, words, message in (
-        (evaluate.main, ["r/a", "--examples=2"], "method `read`|it cannot read on: .* has no"),
+        (
+            evaluate.main,
+            ["r/a", "--examples=2"],
+            "method `forward_cached`|decoding needs a mixer with a cache",
+        ),
         (evaluate.main, ["attention", "r/a"], "attention maps need"),
         (ablate.main, ["heads", "r/a"], "it needs a model with|have no heads|have no mixer"),
     ):
@@ -111,12 +105,30 @@ def test_a_config_that_is_no_dataclass_is_refused(here):
 
 
 def test_logits_that_are_not_the_sum_of_the_parts_are_not_taken_apart(here):
-    code = OWN_BLOCK + """
+    code = (
+        OWN_BLOCK
+        + """
     def forward(self, tokens, targets=None):
         logits, loss = super().forward(tokens, targets)
         return 2 * logits, loss
 """
+    )
     (here / "fork_twice.py").write_text(code)
     assert train.main(["--model=fork_twice", *SMALL, "--run_name=a"]) == 0
     with pytest.raises(ConfigError, match="one after another, do not give its logits"):
         ablate.main(["layer", "r/a"])
+
+
+def test_a_mixer_of_x_alone_refuses_what_it_cannot_do(here):
+    (here / "fork_alone.py").write_text(MIXER)
+    module, cls = resolve_model("fork_alone")
+    model = cls(module.Config(n_layers=2, vocab_size=64, seq_len=8))
+    tokens = torch.randint(64, (1, 8))
+    logits, _ = model(tokens)
+    scored, _ = model(tokens, torch.where(torch.arange(8) % 4 == 1, tokens, -100))
+    torch.testing.assert_close(scored, logits[0, [1, 5]])
+    assert cls.describe_backend(model.config, None, None) == "Mixer"
+    with pytest.raises(ConfigError, match="forward of Mixer does not take cache"):
+        model.forward_cached(tokens)
+    with pytest.raises(ConfigError, match="forward of Mixer does not take documents"):
+        model(tokens, tokens, torch.tensor([0, 3, 8]))

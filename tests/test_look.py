@@ -20,6 +20,7 @@ from analysis import confidence as logits_file
 from analysis import memory_usage as slots_file
 from analysis import routing
 from analysis import trained_run as look_file
+from nanorecall.ops import softmax_attention
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
 
@@ -300,7 +301,7 @@ def test_maps_are_softmax_of_queries_and_keys_by_hand():
         assert (found[0][b, h, t, t + 1 :] == 0).all()
     for weights in found.values():
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 6))
-    assert all("attend" not in layer.att.__dict__ for layer in model.layers)
+    assert all("attention_fn" not in layer.att.__dict__ for layer in model.layers)
 
 
 def test_weights_times_values_are_what_attention_gives():
@@ -308,7 +309,7 @@ def test_weights_times_values_are_what_attention_gives():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 7, 6), torch.randn(2, 2, 7, 6), torch.randn(2, 2, 7, 5)
     weights = maps_file.attention_weights(q, k)
-    torch.testing.assert_close(weights @ v.repeat_interleave(2, 1), M.softmax_attention(q, k, v))
+    torch.testing.assert_close(weights @ v.repeat_interleave(2, 1), softmax_attention(q, k, v))
 
 
 def test_no_weight_crosses_documents():
@@ -325,7 +326,7 @@ def test_hooks_are_gone_after_an_exception():
     model = M.GPT(M.Config(dim=8, n_layers=2, n_heads=1, dk=4, dv=4, vocab_size=9, seq_len=4))
     with pytest.raises(IndexError):
         maps_file.attention_maps(model, torch.tensor([[99]]))
-    assert all("attend" not in layer.att.__dict__ for layer in model.layers)
+    assert all("attention_fn" not in layer.att.__dict__ for layer in model.layers)
 
 
 def scores_of(q, k):
@@ -361,8 +362,8 @@ def attend_with(weights):
 
 def fork(cls=M.GPT, **parts):
     """A model whose mixers are of a subclass with these attributes."""
-    mixer = type("Mixer", (cls.block.attention,), parts)
-    block = type("Block", (cls.block,), {"attention": mixer})
+    mixer = type("Mixer", (cls.block.mixer,), parts)
+    block = type("Block", (cls.block,), {"mixer": mixer})
     torch.manual_seed(0)
     sizes = dict(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, dk=4, dv=6, du=4, k_kernel="silu")
     return type("Fork", (cls,), {"block": block})(M.Config(**sizes, vocab_size=9, seq_len=6)).eval()
@@ -377,7 +378,7 @@ def test_maps_of_a_fork_are_those_of_its_own_attend(cls, weights):
         caught.append((q, k))
         return attend_with(weights)(q, k, v)
 
-    model = fork(cls, attend=staticmethod(attend))
+    model = fork(cls, attention_fn=staticmethod(attend))
     assert maps_file.why_not_maps(model) == ""
     caught.clear()
     for block, found in maps_file.attention_maps(model, torch.arange(6)[None]).items():
@@ -389,14 +390,14 @@ def test_a_method_or_an_attribute_may_attend():
     def method(self, *args):
         return attend_with(sigmoid_weights)(*args)
 
-    one, two = fork(attend=method), fork()
+    one, two = fork(attention_fn=method), fork()
     for layer in two.layers:
-        layer.att.attend = attend_with(sigmoid_weights)
+        layer.att.attention_fn = attend_with(sigmoid_weights)
     expected = maps_file.attention_maps(one, torch.arange(6)[None])
     for model in (one, two):
-        before = [vars(layer.att).get("attend") for layer in model.layers]
+        before = [vars(layer.att).get("attention_fn") for layer in model.layers]
         torch.testing.assert_close(maps_file.attention_maps(model, torch.arange(6)[None]), expected)
-        assert [vars(layer.att).get("attend") for layer in model.layers] == before
+        assert [vars(layer.att).get("attention_fn") for layer in model.layers] == before
 
 
 def twice(self, x, rows=None, **extra):
@@ -405,13 +406,13 @@ def twice(self, x, rows=None, **extra):
 
 
 NO_MAPS = {
-    "block 0 called its attend 0 times": dict(forward=lambda self, x, rows=None, **extra: x),
-    "block 0 called its attend 2 times": dict(forward=twice),
+    "block 0 called its attention_fn 0 times": dict(forward=lambda self, x, rows=None, **extra: x),
+    "block 0 called its attention_fn 2 times": dict(forward=twice),
     "block 0 attends with is no weighted sum": dict(
-        attend=staticmethod(lambda q, k, v, *_: attend_with(sigmoid_weights)(q, k, v).tanh())
+        attention_fn=staticmethod(lambda q, k, v, *_: attend_with(sigmoid_weights)(q, k, v).tanh())
     ),
-    "are below 0": dict(attend=staticmethod(attend_with(linear_weights))),
-    "attention maps need softmax attention": dict(attend=None, forward=lambda self, x, *_, **__: x),
+    "are below 0": dict(attention_fn=staticmethod(attend_with(linear_weights))),
+    "attention maps need softmax attention": dict(attention_fn=None, forward=lambda self, x, *_, **__: x),
 }
 
 

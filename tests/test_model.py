@@ -1,39 +1,56 @@
-"""model.py against definitions written out naively, against the document it follows, and against itself reordered."""
+"""model.py against definitions written out naively, and against the document it follows."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import model as M
+from model import (
+    FEATURE_MAPS,
+    GPT,
+    NORMS,
+    CausalSelfAttention,
+    CausalSelfAttentionUnifiedKV,
+    Config,
+    RMSNorm,
+    UnifiedKV,
+    taylor,
+)
+from nanorecall import metrics, ops
+from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
 
 B, T, V = 3, 12, 19
 
 
 def config(**changes):
-    defaults = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, du=6, vocab_size=V, seq_len=T, init_std=0.3)
-    return M.Config(**{**defaults, **changes})
+    defaults = dict(
+        dim=8, n_layers=2, n_heads=2, dk=6, dv=4, du=6, vocab_size=V, seq_len=T, init_std=0.3
+    )
+    return Config(**{**defaults, **changes})
 
 
-def build(cls=M.GPT, dtype=torch.float64, **changes):
+def build(cls=GPT, dtype=torch.float64, **changes):
     torch.manual_seed(0)
     return cls(config(**changes)).to(dtype)
 
 
 def random_batch(labels=(3, 0, 5)):
-    """Tokens, and targets with so many labels in each row, at random positions."""
+    """Tokens, and targets with this many labels in each sequence, at random positions."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(V, (len(labels), T), generator=generator)
-    targets = torch.full_like(tokens, M.IGNORE_INDEX)
-    for row, n in enumerate(labels):
+    targets = torch.full_like(tokens, IGNORE_INDEX)
+    for i, n in enumerate(labels):
         where = torch.randperm(T, generator=generator)[:n]
-        targets[row, where] = torch.randint(V, (n,), generator=generator)
+        targets[i, where] = torch.randint(V, (n,), generator=generator)
     return tokens, targets
 
 
-# ---- the document: parameter counts and the printed tree ---------------------------------------------------------------
+# ---- the document: parameter counts and the printed tree -----------------------------------------
 
 TREE = """GPT(
   (embed): Embedding(2048, 64)
@@ -57,15 +74,15 @@ def test_parameter_counts_and_tree_of_updatable_long_term_memory():
     def layers(model):
         return sum(p.numel() for p in model.layers.parameters())
 
-    gpt = M.GPT(M.Config(dk=48, dv=48))
+    gpt = GPT(Config(dk=48, dv=48))
     assert str(gpt) == TREE
     assert layers(gpt) == 98560 and sum(p.numel() for p in gpt.parameters()) == 360768
-    assert layers(M.GPT(M.Config(dk=32, dv=32))) == 65792
-    assert layers(M.UnifiedKV(M.Config(du=64))) == 98560
-    assert sum(p.numel() for p in M.GPT(M.Config(dk=48, dv=48, tie=True)).parameters()) == 229696
+    assert layers(GPT(Config(dk=32, dv=32))) == 65792
+    assert layers(UnifiedKV(Config(du=64))) == 98560
+    assert sum(p.numel() for p in GPT(Config(dk=48, dv=48, tie=True)).parameters()) == 229696
 
 
-# ---- attention against its definition ----------------------------------------------------------------------------------
+# ---- attention against its definition ------------------------------------------------------------
 
 
 def naive_feature(x, kernel, norm):
@@ -79,7 +96,9 @@ def naive_feature(x, kernel, norm):
         "silu": lambda: x / (1 + torch.exp(-x)),
         "exp": lambda: torch.exp(x - x.max()),
         "softmax": lambda: torch.exp(x) / torch.exp(x).sum(),
-        "taylor": lambda: torch.cat([torch.ones(1).to(x), x / n**0.25, torch.outer(x, x).flatten() / n**0.5 / 2**0.5]),
+        "taylor": lambda: torch.cat(
+            [torch.ones(1).to(x), x / n**0.25, torch.outer(x, x).flatten() / n**0.5 / 2**0.5]
+        ),
     }[kernel]()
     m = len(y)
     return {
@@ -91,100 +110,126 @@ def naive_feature(x, kernel, norm):
     }[norm]()
 
 
-def naive_module(att, x):
-    """CausalSelfAttention and its UnifiedKV form one vector at a time, from the projections' weights alone."""
-    c = att.config
-    heads, groups = c.n_heads, c.n_kv_heads or c.n_heads
-    unified = isinstance(att, M.CausalSelfAttentionUnifiedKV)
-    names = ["proj_q", "proj_kv"] if unified else ["proj_q", "proj_k", "proj_v"]
-    weights = [getattr(att, name).weight for name in names]
-
-    def projected(i, b, t):
-        """Row t of projection i, after the short convolution."""
-        if not att.conv:
-            return weights[i] @ x[b, t]
-        first = sum(len(w) for w in weights[:i])
-        taps = att.conv.weight[:, first : first + len(weights[i])]
-        return sum(taps[j] * (weights[i] @ x[b, t - j]) for j in range(len(taps)) if t - j >= 0)
-
-    def one(i, b, t, head, count, kernel, norm, gate, turn):
-        y = naive_feature(projected(i, b, t).view(count, -1)[head], kernel, norm)
-        if gate:
-            y = y * (1 / (1 + torch.exp(-(gate.weight @ x[b, t]).view(count, -1)[head])))
-        if turn:
-            z = y.clone()
-            for j in range(len(y) // 2):
-                angle = t * 10000.0 ** (-2 * j / len(y))
-                cos, sin = math.cos(angle), math.sin(angle)
-                z[2 * j], z[2 * j + 1] = y[2 * j] * cos - y[2 * j + 1] * sin, y[2 * j] * sin + y[2 * j + 1] * cos
-            y = z
-        return y
-
+def naive_qkv(att, x, t):
+    """Projections of token t of x (T, D) after the short convolution: (heads, width) each."""
     out = []
-    for b in range(len(x)):
-        for t in range(x.shape[1]):
-            parts = []
-            for h in range(heads):
-                g = h // (heads // groups)
-                q = one(0, b, t, h, heads, c.q_kernel, c.q_norm, att.gate_q, c.pos == "rope")
-                keys = [one(1, b, s, g, groups, c.k_kernel, c.k_norm, att.gate_k, c.pos == "rope") for s in range(t + 1)]
-                values = [one(len(names) - 1, b, s, g, groups, c.v_kernel, "none", None, False) for s in range(t + 1)]
-                scores = torch.stack([q @ k for k in keys]) / math.sqrt(len(q))
-                p = torch.exp(scores - scores.max())
-                parts.append(sum(w * v for w, v in zip(p / p.sum(), values)))
-            o = torch.cat(parts)
-            if att.gate_out:
-                z = att.gate_out.weight @ x[b, t]
-                o = o * {"silu": z / (1 + torch.exp(-z)), "sigmoid": 1 / (1 + torch.exp(-z)), "none": z}[c.att_output_gate_act]
-            out.append(att.out_proj.weight @ o)
-    return torch.stack(out).view(x.shape)
+    first = 0
+    for m in (att.proj_q, *att.kv_projections()):
+        y = m.weight @ x[t]
+        if att.conv:
+            taps = att.conv.weight[:, first : first + len(y)]
+            y = sum(taps[j] * (m.weight @ x[t - j]) for j in range(len(taps)) if j <= t)
+        first += len(y)
+        out.append(y.view(att.n_heads if m is att.proj_q else att.n_kv_heads, -1))
+    q, *kv = out
+    return q, kv[0], kv[-1]
+
+
+def naive_heads(y, x, kernel, norm="none", gate=None):
+    """Feature map, norm and gate of each head's vector: y (heads, width) of token x (D,)."""
+    y = torch.stack([naive_feature(head, kernel, norm) for head in y])
+    if gate is not None:
+        y = y * naive_activation("sigmoid", gate.weight @ x).view(y.shape)
+    return y
+
+
+def naive_activation(name, z):
+    return {
+        "none": z,
+        "sigmoid": 1 / (1 + torch.exp(-z)),
+        "silu": z / (1 + torch.exp(-z)),
+    }[name]
+
+
+def naive_rotation(y, t):
+    """Each pair of neighbouring features of y (heads, width) turned by position t."""
+    z = y.clone()
+    width = y.shape[1]
+    for j in range(width // 2):
+        angle = t * 10000.0 ** (-2 * j / width)
+        cos, sin = math.cos(angle), math.sin(angle)
+        z[:, 2 * j] = y[:, 2 * j] * cos - y[:, 2 * j + 1] * sin
+        z[:, 2 * j + 1] = y[:, 2 * j] * sin + y[:, 2 * j + 1] * cos
+    return z
+
+
+def naive_sequence(att, x):
+    """Attention, either kind, on x (T, D), one vector at a time, from the weights alone."""
+    c = att.config
+    keys, values, out = [], [], []
+    for t in range(len(x)):
+        q, k, v = naive_qkv(att, x, t)
+        q = naive_heads(q, x[t], c.q_kernel, c.q_norm, att.gate_q)
+        k = naive_heads(k, x[t], c.k_kernel, c.k_norm, att.gate_k)
+        if c.pos == "rope":
+            q, k = naive_rotation(q, t), naive_rotation(k, t)
+        keys.append(k)
+        values.append(naive_heads(v, x[t], c.v_kernel))
+        heads = []
+        for h in range(att.n_heads):
+            g = h * att.n_kv_heads // att.n_heads
+            scores = torch.stack([q[h] @ k[g] for k in keys]) / math.sqrt(q.shape[1])
+            p = torch.exp(scores - scores.max())
+            heads.append(sum(w * v[g] for w, v in zip(p / p.sum(), values)))
+        o = torch.cat(heads)
+        if att.gate_out:
+            o = o * naive_activation(c.att_output_gate_act, att.gate_out.weight @ x[t])
+        out.append(att.out_proj.weight @ o)
+    return torch.stack(out)
 
 
 SWITCHES = (
-    [dict(q_kernel=k, k_kernel=k, v_kernel=k, pos="none") for k in M.KERNELS]
-    + [dict(q_kernel="silu", k_norm=n, q_norm=n) for n in M.NORMS]
+    [dict(q_kernel=k, k_kernel=k, v_kernel=k, pos="none") for k in FEATURE_MAPS]
+    + [dict(q_kernel="silu", k_norm=n, q_norm=n) for n in NORMS]
     + [dict(att_use_output_gate=True, att_output_gate_act=a) for a in ("silu", "sigmoid", "none")]
-    + [dict(q_gated=True), dict(k_gated=True), dict(conv=3), dict(n_kv_heads=1, conv=2, q_gated=True, k_gated=True)]
+    + [
+        dict(q_gated=True),
+        dict(k_gated=True),
+        dict(conv=3),
+        dict(n_kv_heads=1, conv=2, q_gated=True, k_gated=True),
+    ]
 )
 
 
-@pytest.mark.parametrize("cls", [M.CausalSelfAttention, M.CausalSelfAttentionUnifiedKV])
+@pytest.mark.parametrize("cls", [CausalSelfAttention, CausalSelfAttentionUnifiedKV])
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_attention_module_equals_naive_in_outputs_and_gradients(cls, switches):
     torch.manual_seed(0)
     att = cls(config(**switches)).double()
     x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
     inputs = [x, *att.parameters()]
-    ours, naive = att(x), naive_module(att, x)
+    ours, naive = att(x), naive_sequence(att, x[0])[None]
     torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-11)
     grad = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(naive, inputs, grad)):
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(naive, inputs, grad)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    rows = torch.tensor([[1, 4]])
-    torch.testing.assert_close(att(x, rows), ours[:, [1, 4]], rtol=1e-9, atol=1e-11)
+    query_pos = torch.tensor([[1, 4]])
+    torch.testing.assert_close(att(x, query_pos), ours[:, [1, 4]], rtol=1e-9, atol=1e-11)
 
 
-# ---- small parts -------------------------------------------------------------------------------------------------------
+# ---- small parts ---------------------------------------------------------------------------------
 
 
 def test_taylor_features_are_a_second_order_exponential():
     x, y = torch.randn(2, 16, dtype=torch.float64)
     s = x @ y / 4
-    torch.testing.assert_close(M.taylor(x) @ M.taylor(y), 1 + s + s**2 / 2)
+    torch.testing.assert_close(taylor(x) @ taylor(y), 1 + s + s**2 / 2)
 
 
 def test_rms_norm_and_cross_entropy_equal_torch():
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
-    norm = M.RMSNorm(8).double()
+    norm = RMSNorm(8).double()
     torch.nn.init.normal_(norm.weight)
     torch.testing.assert_close(norm(x), F.rms_norm(x, (8,), norm.weight, 1e-6))
     answers = torch.tensor([1, 0, 7, 3])
-    ours, theirs = M.CrossEntropy.apply(x, answers), F.cross_entropy(x, answers)
+    ours, theirs = ops.CrossEntropy.apply(x, answers), F.cross_entropy(x, answers)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(3 * ours, x), torch.autograd.grad(3 * theirs, x))
 
 
-# ---- the trunk ---------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 VARIANTS = [
     dict(),
@@ -195,7 +240,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("cls", [M.GPT, M.UnifiedKV])
+@pytest.mark.parametrize("cls", [GPT, UnifiedKV])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_no_logit_sees_the_future(cls, changes):
     model = build(cls, **changes)
@@ -213,7 +258,7 @@ def test_no_logit_sees_the_future(cls, changes):
         assert (model(changed)[0] - before)[:, -1].abs().max() > 1e-6  # and the past is seen
 
 
-@pytest.mark.parametrize("cls", [M.GPT, M.UnifiedKV])
+@pytest.mark.parametrize("cls", [GPT, UnifiedKV])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("labels", [(3, 0, 5), (4, 4, 4), (T, 1, T)], ids=str)
 def test_labelled_positions_only_gives_the_same_logits_loss_and_gradients(cls, changes, labels):
@@ -221,7 +266,7 @@ def test_labelled_positions_only_gives_the_same_logits_loss_and_gradients(cls, c
     tokens, targets = random_batch(labels)
     full, none = model(tokens)
     assert none is None and full.shape == (B, T, V)
-    mask = targets != M.IGNORE_INDEX
+    mask = targets != IGNORE_INDEX
     expected = F.cross_entropy(full[mask], targets[mask])
     logits, loss = model(tokens, targets)
     assert logits.shape == (sum(labels), V)
@@ -233,19 +278,23 @@ def test_labelled_positions_only_gives_the_same_logits_loss_and_gradients(cls, c
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-def test_correct_counts_tokens_and_whole_rows():
+def test_correct_predictions_of_tokens_and_of_whole_sequences():
     targets = torch.tensor([[-100, 2, 1], [0, -100, -100], [-100, -100, -100]])
     logits = F.one_hot(torch.tensor([2, 0, 0]), 3).float()
-    tokens, rows = M.correct_predictions(logits, targets)
-    assert tokens.tolist() == [True, False, True] and rows.tolist() == [False, True, True]
+    tokens, sequences = metrics.correct_predictions(logits, targets)
+    assert tokens.tolist() == [True, False, True] and sequences.tolist() == [False, True, True]
 
 
 def test_state_bytes_counts_the_cache():
-    assert M.GPT.inference_state_bytes(config(seq_len=10)) == 4 * 2 * 2 * (6 + 4) * 10
-    assert M.UnifiedKV.inference_state_bytes(config()) == 4 * 2 * 2 * 6 * T
-    assert M.UnifiedKV.inference_state_bytes(config(k_gated=True, seq_len=1)) == 4 * 2 * 2 * (6 + 6)
-    assert M.GPT.inference_state_bytes(config(conv=3, seq_len=10)) == 4 * 2 * (2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4))
-    assert M.GPT.inference_state_bytes(config(n_kv_heads=1, k_kernel="taylor", seq_len=1)) == 4 * 2 * ((1 + 6 + 36) + 4)
+    assert GPT.inference_state_bytes(config(seq_len=10)) == 4 * 2 * 2 * (6 + 4) * 10
+    assert UnifiedKV.inference_state_bytes(config()) == 4 * 2 * 2 * 6 * T
+    assert UnifiedKV.inference_state_bytes(config(k_gated=True, seq_len=1)) == 4 * 2 * 2 * (6 + 6)
+    assert GPT.inference_state_bytes(config(conv=3, seq_len=10)) == 4 * 2 * (
+        2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4)
+    )
+    assert GPT.inference_state_bytes(
+        config(n_kv_heads=1, k_kernel="taylor", seq_len=1)
+    ) == 4 * 2 * ((1 + 6 + 36) + 4)
 
 
 @pytest.mark.parametrize(
@@ -268,3 +317,10 @@ def test_impossible_settings_are_refused(changes):
 def test_odd_widths_cannot_turn():
     with pytest.raises(ConfigError, match="even"):
         build(dk=5)
+
+
+def test_importing_a_model_does_not_load_the_compiler():
+    """It takes a second, which `train.py --help` would take, too."""
+    code = "import delta, sys; assert 'torch._dynamo' not in sys.modules"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

@@ -18,7 +18,7 @@ import train
 from analysis import attention_maps, commands, editing, patching
 from analysis import hooks as I
 from analysis.trained_run import open_run
-from nanorecall import metrics, pretrained
+from nanorecall import metrics, ops, pretrained
 from nanorecall.settings import ConfigError, RunError
 from test_ablate import make, some_cases
 from test_memory import model as small_model
@@ -239,12 +239,12 @@ def test_maps_keep_a_function_that_was_there():
 
     def watched(*args):
         seen.append(1)
-        return M.softmax_attention(*args)
+        return ops.softmax_attention(*args)
 
-    mixer.attend = watched
+    mixer.attention_fn = watched
     attention_maps.attention_maps(model, tokens(1, 4))
-    assert mixer.attend is watched and len(seen) == 2  # once more for its weights
-    assert "attend" not in model.layers[1].att.__dict__
+    assert mixer.attention_fn is watched and len(seen) == 2  # once more for its weights
+    assert "attention_fn" not in model.layers[1].att.__dict__
 
 
 def test_a_refused_freeze_freezes_nothing():

@@ -5,23 +5,25 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import delta as D
+import delta
 import memory
-import model as M
-from nanorecall import ops as A
-from nanorecall import second_order
+from model import GPT, Config, UnifiedKV
+from nanorecall import ops, second_order
+from nanorecall.rng import IGNORE_INDEX
 
 V, T = 19, 12
 SMALL = dict(dim=8, n_layers=2, n_heads=2, dk=4, dv=6, vocab_size=V, seq_len=T, init_std=0.3)
 TABLE = dict(mem_n_keys=4, mem_knn=2, mem_heads=2, mem_k_dim=4)
 NORMED = dict(q_norm="l2", k_norm="l2")
 MODELS = {
-    "gpt": lambda: M.GPT(M.Config(**SMALL)),
-    "gpt, normed": lambda: M.GPT(M.Config(**SMALL, **NORMED)),
-    "unified_kv": lambda: M.UnifiedKV(M.Config(**SMALL, du=6, pos="learned")),
-    "conv": lambda: M.GPT(M.Config(**SMALL, conv=3, pos="none")),
-    "delta": lambda: D.DeltaNet(D.Config(**SMALL, chunk_size=4)),
-    "gated_delta": lambda: D.GatedDeltaNet(D.Config(**SMALL, chunk_size=5, use_out_norm=False)),
+    "gpt": lambda: GPT(Config(**SMALL)),
+    "gpt, normed": lambda: GPT(Config(**SMALL, **NORMED)),
+    "unified_kv": lambda: UnifiedKV(Config(**SMALL, du=6, pos="learned")),
+    "conv": lambda: GPT(Config(**SMALL, conv=3, pos="none")),
+    "delta": lambda: delta.DeltaNet(delta.Config(**SMALL, chunk_size=4)),
+    "gated_delta": lambda: delta.GatedDeltaNet(
+        delta.Config(**SMALL, chunk_size=5, use_out_norm=False)
+    ),
     "memory": lambda: memory.MemoryGPT(memory.Config(**SMALL, **TABLE)),
     "memory_router": lambda: memory.MemoryRouterGPT(memory.Config(**SMALL, **TABLE)),
 }
@@ -32,7 +34,7 @@ def batch():
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(V, (3, T), generator=g)
     labelled = torch.rand(3, T, generator=g) < 0.4
-    return tokens, torch.where(labelled, tokens.flip(1), M.IGNORE_INDEX)
+    return tokens, torch.where(labelled, tokens.flip(1), IGNORE_INDEX)
 
 
 def make(name):
@@ -73,10 +75,12 @@ def test_hessian_vector_products_equal_those_of_plain_operations(name, batch, mo
         monkeypatch.setattr(memory, "weighted_values", memory.naive_weighted_values)
     with sdpa_kernel(SDPBackend.MATH):
         ours = hessian_times(model, parameters, direction, batch)
-        monkeypatch.setattr(M.CrossEntropy, "apply", F.cross_entropy)
-        monkeypatch.setattr(M.CausalConv1d, "apply", plain_convolution)
-        monkeypatch.setattr(M.L2Normalize, "apply", plain_l2)
-        monkeypatch.setattr(D, "delta_rule_chunkwise", lambda *inputs: D.delta_rule_recurrent(*inputs[:-1]))
+        monkeypatch.setattr(ops.CrossEntropy, "apply", F.cross_entropy)
+        monkeypatch.setattr(ops.CausalConv1d, "apply", plain_convolution)
+        monkeypatch.setattr(ops.L2Normalize, "apply", plain_l2)
+        monkeypatch.setattr(
+            delta, "delta_rule_chunkwise", lambda *inputs: delta.delta_rule_recurrent(*inputs[:-1])
+        )
         plain = hessian_times(model, parameters, direction, batch)
     assert max(x.abs().max() for x in plain[len(parameters) :]) > 1e-2
     for a, b in zip(ours, plain, strict=True):
@@ -87,7 +91,7 @@ def test_where_torch_has_no_second_derivative_it_says_so(batch):
     model, parameters, direction = make("memory")
     with sdpa_kernel(SDPBackend.MATH), pytest.raises(RuntimeError, match="embedding_bag.*not impl"):
         hessian_times(model, parameters, direction, batch)
-    equal = M.GPT(M.Config(**{**SMALL, "dv": 4})).double()
+    equal = GPT(Config(**{**SMALL, "dv": 4})).double()
     weight = equal.embed.weight
     (first,) = torch.autograd.grad(equal(*batch)[1], weight, create_graph=True)
     with pytest.raises(RuntimeError, match="flash_attention.*not implemented"):
@@ -123,7 +127,7 @@ def test_torch_func_equals_autograd(name, batch):
 
 
 def chunks(gated):
-    """Arguments of ChunkedDeltaRule: one sequence of two chunks of three tokens, one of one."""
+    """Arguments of ChunkwiseDeltaRule: one sequence of two chunks of three tokens, one of one."""
     g = torch.Generator().manual_seed(0)
 
     def some(*shape):
@@ -138,12 +142,12 @@ def operators():
     g = torch.Generator().manual_seed(0)
     x, w = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((2, 6, 4), (3, 4)))
     answers = torch.tensor([1, 0, 3, 3, 2, 1])
-    yield "cross-entropy", M.CrossEntropy, (x[0], answers)
-    yield "l2", M.L2Normalize, (x,)
-    yield "convolution", M.CausalConv1d, (x, w)
-    yield "convolution wider than the row", M.CausalConv1d, (x[:, :2], w)
-    yield "delta rule", D.ChunkedDeltaRule, chunks(gated=False)
-    yield "gated delta rule", D.ChunkedDeltaRule, chunks(gated=True)
+    yield "cross-entropy", ops.CrossEntropy, (x[0], answers)
+    yield "l2", ops.L2Normalize, (x,)
+    yield "convolution", ops.CausalConv1d, (x, w)
+    yield "convolution wider than the sequence", ops.CausalConv1d, (x[:, :2], w)
+    yield "delta rule", delta.ChunkwiseDeltaRule, chunks(gated=False)
+    yield "gated delta rule", delta.ChunkwiseDeltaRule, chunks(gated=True)
 
 
 OPERATORS = {name: rest for name, *rest in operators()}
@@ -169,7 +173,7 @@ def test_one_tensor_as_several_inputs_and_inputs_without_gradient():
         (first,) = torch.autograd.grad(o.square().sum(), x, create_graph=True)
         return first, torch.autograd.grad(first.sin().sum(), x)[0]
 
-    for a, b in zip(tied(D.ChunkedDeltaRule.apply), tied(D.naive_chunks)):
+    for a, b in zip(tied(delta.ChunkwiseDeltaRule.apply), tied(delta.naive_chunks)):
         torch.testing.assert_close(a, b)
 
 
@@ -177,7 +181,7 @@ def test_an_ordinary_backward_leaves_the_twins_alone(monkeypatch, batch):
     def fail(*_):
         raise AssertionError("the slow twin was called")
 
-    for file in (M, D):
+    for file in (ops, delta):
         monkeypatch.setattr(file, "twin_gradients", fail)
     for name in ("gpt, normed", "conv", "gated_delta"):
         make(name)[0](*batch)[1].backward()
@@ -193,20 +197,20 @@ def test_kernels_without_a_twin_refuse_second_derivatives(monkeypatch):
 
     def kernel(q, k, v, beta, **options):
         parts = (x.transpose(1, 2) for x in (q, k, v, beta))
-        o, state = D.delta_rule_recurrent(*parts)
+        o, state = delta.delta_rule_recurrent(*parts)
         return o.transpose(1, 2), state
 
-    monkeypatch.setattr(D, "load_fla", lambda: (kernel, None))
-    monkeypatch.setattr(A, "flash_attn_varlen_func", lambda q, *_, **__: q * q)
+    monkeypatch.setattr(delta, "load_fla", lambda: (kernel, None))
+    monkeypatch.setattr(ops, "flash_attn_varlen_func", lambda q, *_, **__: q * q)
     with torch.enable_grad():
-        outputs = D.delta_rule_fla(**shape)[0], A.flash_attention(q, q, q)
+        outputs = delta.delta_rule_fla(**shape)[0], ops.flash_attention(q, q, q)
     for o in outputs:
         torch.autograd.grad(o.sum(), q, retain_graph=True)
         with pytest.raises(RuntimeError, match="^flash-.* has no second derivatives; take them in"):
             torch.autograd.grad(o.sum(), q, create_graph=True)
-    monkeypatch.setattr(D, "why_no_fla", lambda *_: None)
-    monkeypatch.setattr(D, "delta_rule_fla", None)  # a kernel that torch.func must not reach
-    gradient = torch.func.grad(lambda q: D.delta_rule(**{**shape, "q": q})[0].sum())(q.detach())
+    monkeypatch.setattr(delta, "why_no_fla", lambda *_: None)
+    monkeypatch.setattr(delta, "delta_rule_fla", None)  # a kernel that torch.func must not reach
+    gradient = torch.func.grad(lambda q: delta.delta_rule(**{**shape, "q": q})[0].sum())(q.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(outputs[0].sum(), q)[0])
 
 
@@ -215,7 +219,7 @@ def test_forward_mode_goes_by_the_twin():
 
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with fw.dual_level():
-        y = M.L2Normalize.apply(fw.make_dual(x, x.sin()))
+        y = ops.L2Normalize.apply(fw.make_dual(x, x.sin()))
         change = fw.unpack_dual(y).tangent
     assert not second_order.transformed()
     torch.testing.assert_close(change, torch.func.jvp(plain_l2, (x,), (x.sin(),))[1])
