@@ -11,8 +11,6 @@ Letters: B batch, T tokens, n queried positions, D model width, H query heads, G
 V value width per head, N labelled positions in the batch, C channels of the short convolution.
 """
 
-import contextlib
-import functools
 import math
 from dataclasses import dataclass
 
@@ -673,37 +671,3 @@ class UnifiedKV(GPT):
 
 
 Model = GPT  # what `--model model` names
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Eval mode for a while. Then every module has its own mode again, also after an error."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def in_eval_mode(work):
-    """A decorator for work(model, ...): it runs in `evaluating`, without gradients."""
-
-    @functools.wraps(work)
-    def quiet(model, *args, **kwargs):
-        with evaluating(model), torch.no_grad():
-            return work(model, *args, **kwargs)
-
-    return quiet
-
-
-def correct_predictions(logits, targets):
-    """Which labelled positions are right: logits (N, vocabulary), targets (B, T) -> (tokens (N,) bool, rows (B,) bool).
-
-    A row is right if all of its labels are: exact match. A row without labels counts as right.
-    """
-    mask = targets != IGNORE_INDEX
-    hit = torch.ones_like(mask)
-    hit[mask] = logits.argmax(-1) == targets[mask]
-    return hit[mask], hit.all(1)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import memory as Mem
 import train
+from analysis import editing, weights
 from nanorecall import checkpoint
 from nanorecall.run import load_run
 from nanorecall.settings import ConfigError, split_argv
@@ -87,14 +88,14 @@ def test_a_layer_by_hand(score, gated, width):
                 w = s.softmax(0) if score == "softmax" else s.sigmoid()
                 torch.testing.assert_close(found["weights"][b, t, h], w, rtol=1e-4, atol=1e-5)
                 total = total + sum(share * m.values[slot] for share, slot in zip(w, best))
-            torch.testing.assert_close(found["read"][b, t], total, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found["output"][b, t], total, rtol=1e-4, atol=1e-5)
             total = total * F.silu(m.gate(x[b, t])) if gated else total
             torch.testing.assert_close(y[b, t], m.out(total) if m.out else total, rtol=1e-4, atol=1e-5)
 
 
 def test_one_table_inside_a_model_and_none_between_two():
     a, b = (model(memory_layers=(0, 1)) for _ in range(2))
-    first, second = a.memories().values()
+    first, second = a.memory_layers().values()
     assert first.values is second.values and first.keys is not second.keys
     assert b.layers[0].memory.values is not first.values
     with torch.no_grad():
@@ -148,7 +149,7 @@ def test_a_trace_tells_what_was_read_and_changes_nothing(cls):
     logits, loss, found = m(x, trace=True)
     assert loss is None and torch.equal(logits, m(x)[0]) and len(found) == 2
     for f in found:
-        assert f["slots"].shape == f["weights"].shape == (2, 6, 2, 3) and f["read"].shape == (2, 6, 16)
+        assert f["slots"].shape == f["weights"].shape == (2, 6, 2, 3) and f["output"].shape == (2, 6, 16)
         torch.testing.assert_close(f["weights"].sum(-1), torch.ones(2, 6, 2))
         assert (f["slots"] >= 0).all() and (f["slots"] < 25).all() and ("route" in f) == (cls is Mem.MemoryRouterGPT)
     scored, loss, at_labels = m(x, y, trace=True)
@@ -165,10 +166,10 @@ def test_interventions_reach_one_layer_and_only_what_they_name():
     def silence(f):
         return {**f, "weights": torch.zeros_like(f["weights"])}
 
-    without = {**found[1], "read": torch.zeros_like(found[1]["read"])}
+    without = {**found[1], "output": torch.zeros_like(found[1]["output"])}
     assert torch.equal(m(x, intervene={1: silence})[0], m(x, intervene={1: lambda f: without})[0])
     traced = m(x, intervene={1: silence}, trace=True)[2]
-    assert torch.equal(traced[0]["read"], found[0]["read"]) and not traced[1]["read"].any()
+    assert torch.equal(traced[0]["output"], found[0]["output"]) and not traced[1]["output"].any()
     unread = next(s for s in range(25) if s not in found[1]["slots"])
 
     def swap(f):  # a slot that nobody reads, set to another that nobody reads
@@ -182,10 +183,10 @@ def test_a_router_is_a_weighted_sum_or_one_of_two():
     block = m.layers[1]
     share = block.router(x).softmax(-1)
     mlp, read = block.ffn(x), block.memory(x)[0]
-    torch.testing.assert_close(block.feed(x, None, None), share[..., :1] * mlp + share[..., 1:] * read)
-    block.hard = True
+    torch.testing.assert_close(block.mlp_or_memory(x, None, None), share[..., :1] * mlp + share[..., 1:] * read)
+    block.top1 = True
     first = (share[..., :1] > share[..., 1:]).float()
-    torch.testing.assert_close(block.feed(x, None, None), first * share[..., :1] * mlp + (1 - first) * share[..., 1:] * read)
+    torch.testing.assert_close(block.mlp_or_memory(x, None, None), first * share[..., :1] * mlp + (1 - first) * share[..., 1:] * read)
     assert m.layers[0].memory is None and m.layers[0].router is None
 
 
@@ -207,10 +208,10 @@ def test_a_step_counts_its_reads_and_forgets_them():
         slots = found[i]["slots"]
         assert report[str(i)]["share"] == len(slots.unique()) / 25
         assert report[str(i)]["top"][0][1] == pytest.approx(slots.flatten().bincount().max().item() / slots.numel())
-        assert not m.layers[i].memory.reads.any()
+        assert not m.layers[i].memory.read_counts.any()
     m.eval()
     m(tokens(2, 6))
-    assert not any(memory.reads.any() for memory in m.memories().values())
+    assert not any(memory.read_counts.any() for memory in m.memory_layers().values())
 
 
 def test_balance_moves_the_reads_towards_even_use():
@@ -222,7 +223,7 @@ def test_balance_moves_the_reads_towards_even_use():
     spread = []
     for _ in range(200):
         m(tokens(8, 12))
-        first = memory.reads.view(2, 8, 8).sum(2).float()
+        first = memory.read_counts.view(2, 8, 8).sum(2).float()
         spread.append(float((first.max(-1).values / first.mean(-1)).mean()))
         m.on_step_end()
     assert np.mean(spread[-10:]) < 0.75 * np.mean(spread[:10])
@@ -300,11 +301,11 @@ def test_what_is_written_is_answered_and_taken_back_to_the_bit(cls, options):
     x[:, 4:] = y[:, 3:5]  # each answer is read before the next of its letters
     before = {n: t.clone() for n, t in m.state_dict().items()}
     assert (m(x, y)[0].argmax(-1) != y[y != -100]).any()
-    record = Mem.edit_facts(m, x, y)
+    record = editing.edit_facts(m, x, y)
     assert torch.equal(m(x, y)[0].argmax(-1), y[y != -100])
     changed = [n for n, t in m.state_dict().items() if not torch.equal(t, before[n])]
     assert changed == ["layers.1.memory.values"]
-    Mem.undo_edit(m, record)
+    editing.undo_edit(m, record)
     assert all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
 
 
@@ -313,23 +314,23 @@ def test_what_is_to_be_kept_changes_less():
     x, y, others = tokens(2, 4, seed=3), torch.full((2, 4), -100), tokens(30, 4, seed=5)
     y[:, 3] = torch.tensor([1, 2])
     labels = torch.where(torch.arange(4) == 3, others, -100)
-    keep = Mem.key_second_moment(m, [(others[:15], labels[:15]), (others[15:], labels[15:])])
-    torch.testing.assert_close(keep, Mem.key_second_moment(m, [(others, labels)]))
+    keep = editing.key_second_moment(m, [(others[:15], labels[:15]), (others[15:], labels[15:])])
+    torch.testing.assert_close(keep, editing.key_second_moment(m, [(others, labels)]))
     clean, moved = m(others, labels)[0], []
     for k in (None, keep):
-        record = Mem.edit_facts(m, x, y, keep=k)
+        record = editing.edit_facts(m, x, y, covariance=k)
         assert m(x, y)[0].argmax(-1).tolist() == [1, 2]
         moved.append((m(others, labels)[0] - clean).square().sum().item())
-        Mem.undo_edit(m, record)
+        editing.undo_edit(m, record)
     assert moved[1] < 0.8 * moved[0]
 
 
 def test_write_needs_a_memory_layer_it_can_reach():
     for options in (dict(memory_layers=(0,)), dict(mem_gated=True)):
-        with pytest.raises(ValueError, match="write needs a memory layer without gate in the last block"):
-            Mem.edit_facts(model(**options), tokens(1, 4), tokens(1, 4))
-    with pytest.raises(ValueError, match="values of the last block's own, as with mem_share_values=0"):
-        Mem.edit_facts(model(memory_layers=(0, 1)), tokens(1, 4), tokens(1, 4))
+        with pytest.raises(ValueError, match="editing needs a memory layer without gate in the last block"):
+            editing.edit_facts(model(**options), tokens(1, 4), tokens(1, 4))
+    with pytest.raises(ValueError, match="editing needs mem_share_values=0"):
+        editing.edit_facts(model(memory_layers=(0, 1)), tokens(1, 4), tokens(1, 4))
 
 
 # ---- counting, inspecting, converting ----------------------------------------------------------------------------------
@@ -337,14 +338,14 @@ def test_write_needs_a_memory_layer_it_can_reach():
 
 def test_parameters_by_hand():
     """16 wide, 2 blocks: block 0 with an MLP of 64, block 1 with 25 slots read 2 * 3 at a time."""
-    rows = {name: numbers for name, *numbers in Mem.count_active(model())}
+    rows = {name: numbers for name, *numbers in weights.count_active(model())}
     assert rows["layers.1.memory.values"] == [25 * 16, 6 * 16, 2 * 6 * 16]
     assert rows["layers.1.memory.keys"] == [2 * 2 * 5 * 3] * 2 + [2 * 60] and rows["layers.0.ffn.up.weight"][0] == 64 * 16
     assert rows["embed.weight"] == [11 * 16, 16, 0] and rows["lm_head.weight"][2] == 2 * 11 * 16
     for options in ({}, dict(memory_layers=(0, 1)), dict(tie=True)):
         m = model(**options)
-        assert sum(total for _, total, *_ in Mem.count_active(m)) == sum(q.numel() for q in m.parameters())
-    assert {n: a for n, _, a, _ in Mem.count_active(model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
+        assert sum(total for _, total, *_ in weights.count_active(m)) == sum(q.numel() for q in m.parameters())
+    assert {n: a for n, _, a, _ in weights.count_active(model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
 
 
 def test_conversion_as_a_user_starts_it(tmp_path, script):
@@ -393,20 +394,20 @@ def test_the_command_line(tmp_path, capsys):
 def test_the_margin_of_a_write_is_in_logits_whatever_the_scale_of_the_norm():
     """By hand: hidden of length 3 a feature, so logits are a third of what is read; 2 more of them."""
     reach, hidden = torch.eye(2), torch.full((1, 5), 3.0)
-    change = Mem.target_updates(reach, hidden, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
+    change = editing.target_updates(reach, hidden, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
     torch.testing.assert_close(change, torch.tensor([[-4.5, 4.5]]), rtol=1e-5, atol=1e-5)
     # and 0.5 a feature, where logits are twice what is read: 3 of them are 1.5 there
-    change = Mem.target_updates(reach, hidden / 6, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
+    change = editing.target_updates(reach, hidden / 6, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
     torch.testing.assert_close(change, torch.tensor([[-0.75, 0.75]]), rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_keys_are_not_balanced():
     m = model(mem_balance=0.5, memory_layers=(0, 1))
-    frozen, free = m.memories().values()
+    frozen, free = m.memory_layers().values()
     frozen.keys.requires_grad_(False)
     for layer in (frozen, free):
-        layer.count(torch.zeros(1, layer.keys.shape[0], 1, dtype=torch.long))  # slot 0 alone
+        layer.count_reads(torch.zeros(1, layer.keys.shape[0], 1, dtype=torch.long))  # slot 0 alone
     m.on_step_end()
-    assert not frozen.bias.any() and not frozen.reads.any()
+    assert not frozen.bias.any() and not frozen.read_counts.any()
     first = [-0.5] + [0.5] * (free.bias.shape[2] - 1)
     assert free.bias.tolist() == [[first, first]] * len(free.bias)

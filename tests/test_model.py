@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
+from nanorecall import metrics
 from nanorecall.settings import ConfigError
 
 B, T, V = 3, 12, 19
@@ -236,7 +237,7 @@ def test_labelled_positions_only_gives_the_same_logits_loss_and_gradients(cls, c
 def test_correct_counts_tokens_and_whole_rows():
     targets = torch.tensor([[-100, 2, 1], [0, -100, -100], [-100, -100, -100]])
     logits = F.one_hot(torch.tensor([2, 0, 0]), 3).float()
-    tokens, rows = M.correct_predictions(logits, targets)
+    tokens, rows = metrics.correct_predictions(logits, targets)
     assert tokens.tolist() == [True, False, True] and rows.tolist() == [False, True, True]
 
 
