@@ -50,7 +50,7 @@ def max_sample_size(p, n):
     2 z sqrt(p (1 - p) / N + z^2 / 4 N^2) / (1 + z^2 / N) and z^2 / (n + z^2).
 
     >>> round(max_sample_size(1.0, 100), 6), round(max_sample_size(0.999, 100), 1)
-    (100.0, 105.5)
+    (100.0, 105.6)
     """
     zz = Z95 * Z95
     squared = (n + zz) ** 2

@@ -354,7 +354,7 @@ def test_reads_of_a_row_count_once(monkeypatch, capsys):
         fall=[0.0] * 4, row=[0, 0, 1, 1], place=[0, 1, 0, 1], slot=[0, 0, 1, 1], reads=[3, 3, 1, 1]
     )
     memory = SimpleNamespace(values=torch.zeros(4, 2))
-    model = SimpleNamespace(memories=lambda: {0: memory})
+    model = SimpleNamespace(memory_layers=lambda: {0: memory})
     _, by_slice, found = result_of(monkeypatch, importance.occurrences, columns, model=model)
     cell = by_slice["layer"]["0"]
     assert found["times"].tolist() == [3, 1, 0, 0] and cell["reads"] == 4
@@ -375,7 +375,7 @@ def test_the_variance_of_an_effect(monkeypatch, capsys):
     """Slot 0 falls by 0 and 4 (variance 4), slots 1 and 2 by 1 each."""
     columns = measurements(fall=[0.0, 4.0, 1.0, 1.0], slot=[0, 0, 1, 2])
     memory = SimpleNamespace(values=torch.eye(3))
-    model = SimpleNamespace(memories=lambda: {0: memory})
+    model = SimpleNamespace(memory_layers=lambda: {0: memory})
     _, by_slice, found = result_of(monkeypatch, importance.keystats, columns, model=model)
     assert by_slice["layer"]["0"]["variance of effect"]["value"] == pytest.approx(4 / 3)
     assert found["std"].tolist() == [2, 0, 0] and found["rows"].tolist() == [2, 1, 1]

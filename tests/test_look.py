@@ -74,6 +74,7 @@ def saved(runs, name, what):
 
 @pytest.mark.parametrize("file", [
         "nanorecall.stats",
+        "analysis.repair",
         "analysis.routing",
         "eval",
         "analysis.importance",

@@ -171,7 +171,7 @@ def exchange_all(model):
 
 FUNCTIONS = {
     "write": write_and_undo,
-    "reading_statistics": lambda model: editing.key_second_moment(model, [labelled()]),
+    "key_second_moment": lambda model: editing.key_second_moment(model, [labelled()]),
     "answered": lambda model: editing.n_correct(model, *labelled()),
     "maps": lambda model: attention_maps.attention_maps(model, tokens(2, 6)),
     "clean_run": lambda model: I.run_with_cache(model, some_cases()),
@@ -271,7 +271,7 @@ def test_edits_that_share_rows_are_undone_in_reverse_order_only():
     model = small_model(mem_n_keys=16, dim=32)
     values = model.layers[-1].memory.values
     (first, second), (start, between, end) = two_writes(model)
-    with pytest.raises(ValueError, match="this write left them; undo what came after it first"):
+    with pytest.raises(ValueError, match="this edit left them; undo later edits first"):
         editing.undo_edit(model, first)
     assert torch.equal(values, end)
     editing.undo_edit(model, second)
@@ -299,6 +299,6 @@ def test_an_edit_of_another_model_is_not_undone_here():
     record = editing.edit_facts(small_model(mem_n_keys=16, dim=32), *labelled())
     other = small_model(mem_n_keys=16, dim=32, seed=1)
     before = state(other)
-    with pytest.raises(ValueError, match="not as this write left them"):
+    with pytest.raises(ValueError, match="not as this edit left them"):
         editing.undo_edit(other, record)
     assert_untouched(before, other, "undo")
