@@ -1,4 +1,4 @@
-"""memory.py: product keys against all slots, the layer by hand, sharing, balance, routing, use of the slots, runs with it."""
+"""memory.py, editing and weights: lookup, layers, routing, slot usage, runs, edits, commands."""
 
 import math
 import os
@@ -32,7 +32,7 @@ def tokens(*shape, seed=0):
     return torch.randint(11, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- lookup ------------------------------------------------------------------------------------------------------------
+# ---- lookup --------------------------------------------------------------------------------------
 
 
 @given(n=st.integers(1, 9), heads=st.integers(1, 3), data=st.data(), seed=st.integers(0, 2**20), biased=st.booleans())
@@ -66,7 +66,7 @@ def test_values_are_read_as_one_by_one():
         torch.testing.assert_close(a, b)
 
 
-# ---- the layer ---------------------------------------------------------------------------------------------------------
+# ---- the layer -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", Mem.SCORES)
@@ -139,11 +139,11 @@ def test_mistakes_are_named(words, message):
         train.resolve(split_argv(["--mem_stats_every=5"])[1])
 
 
-# ---- looking inside and reaching in ------------------------------------------------------------------------------------
+# ---- traces and interventions --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [Mem.MemoryGPT, Mem.MemoryRouterGPT])
-def test_a_trace_tells_what_was_read_and_changes_nothing(cls):
+def test_a_trace_holds_the_reads_and_changes_nothing(cls):
     m, x, y = model(cls, memory_layers=(0, 1)).eval(), tokens(2, 6), tokens(2, 6, seed=1)
     y[:, :4] = -100
     logits, loss, found = m(x, trace=True)
@@ -157,7 +157,7 @@ def test_a_trace_tells_what_was_read_and_changes_nothing(cls):
     assert torch.equal(at_labels[1]["slots"], found[1]["slots"][:, 4:])
 
 
-def test_interventions_reach_one_layer_and_only_what_they_name():
+def test_interventions_change_one_layer():
     m, x = model(memory_layers=(0, 1)).eval(), tokens(2, 6)
     clean, _, found = m(x, trace=True)
     unchanged, _ = m(x, intervene={1: lambda f: f})
@@ -190,7 +190,7 @@ def test_a_router_is_a_weighted_sum_or_one_of_two():
     assert m.layers[0].memory is None and m.layers[0].router is None
 
 
-# ---- use of the slots --------------------------------------------------------------------------------------------------
+# ---- slot usage ----------------------------------------------------------------------------------
 
 
 def test_usage_by_hand():
@@ -200,7 +200,7 @@ def test_usage_by_hand():
     assert Mem.slot_usage(torch.tensor([3, 3]))["kl"] == 0 and Mem.slot_usage(torch.tensor([0, 9, 0]))["kl"] == pytest.approx(math.log(3))
 
 
-def test_a_step_counts_its_reads_and_forgets_them():
+def test_read_counts_are_those_of_one_step():
     m = model(memory_layers=(0, 1)).train()
     _, _, found = m(tokens(2, 6), trace=True)
     report = m.on_step_end(report=True)
@@ -214,7 +214,7 @@ def test_a_step_counts_its_reads_and_forgets_them():
     assert not any(memory.read_counts.any() for memory in m.memory_layers().values())
 
 
-def test_balance_moves_the_reads_towards_even_use():
+def test_load_balancing_evens_out_slot_usage():
     m = model(mem_n_keys=8, mem_balance=0.02).train()
     memory = m.layers[1].memory
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_values_have_their_own_learning_rate_and_do_not_decay():
     assert all(g["weight_decay"] == (0.1 if g["params"][0].ndim >= 2 else 0) for g in groups if g["lr_scale"] == 1)
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 TOY = MEMORY_FLAGS = dict(mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8, memory_layers="[0,1]", mem_stats_every=5)
 
@@ -281,8 +281,8 @@ def test_ranks_agree(tmp_path, on_ranks):
         assert [r for r in rows if r["kind"] == "memory"] == [r for r in log if r["kind"] == "memory"]
 
 
-def test_a_part_without_rows_of_its_own_reads_nothing(tmp_path):
-    """One row of 64 tokens a step in four parts: three of them run a row along that is not theirs."""
+def test_dummy_micro_batches_do_not_count_as_reads(tmp_path):
+    """One sequence of 64 tokens per step in four micro-batches: three are dummies."""
     options = dict(TOY, model="memory", mem_balance=0.01, max_steps=3, mem_stats_every=1, batch_size=4, eval_interval=3)
     options |= dict(num_kv_pairs=None, train_cells="[(64,4)]")
     logs = [contents(run(tmp_path, f"a{n}", accumulate=n, **options)[1])[1] for n in (1, 4)]
@@ -290,11 +290,11 @@ def test_a_part_without_rows_of_its_own_reads_nothing(tmp_path):
     assert len(one) == 3 and one == four
 
 
-# ---- changing facts without gradients ----------------------------------------------------------------------------------
+# ---- editing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls, options", [(Mem.MemoryGPT, {}), (Mem.MemoryGPT, {"mem_v_dim": 24}), (Mem.MemoryRouterGPT, {})])
-def test_what_is_written_is_answered_and_taken_back_to_the_bit(cls, options):
+def test_edits_are_answered_and_undone_to_the_bit(cls, options):
     m = model(cls, mem_n_keys=16, dim=32, **options).eval()
     x, y = tokens(5, 6, seed=3), torch.full((5, 6), -100)
     y[:, 3:] = tokens(5, 3, seed=4)
@@ -309,7 +309,7 @@ def test_what_is_written_is_answered_and_taken_back_to_the_bit(cls, options):
     assert all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
 
 
-def test_what_is_to_be_kept_changes_less():
+def test_a_covariance_protects_other_facts():
     m = model(mem_n_keys=6, dim=32).eval()
     x, y, others = tokens(2, 4, seed=3), torch.full((2, 4), -100), tokens(30, 4, seed=5)
     y[:, 3] = torch.tensor([1, 2])
@@ -325,7 +325,7 @@ def test_what_is_to_be_kept_changes_less():
     assert moved[1] < 0.8 * moved[0]
 
 
-def test_write_needs_a_memory_layer_it_can_reach():
+def test_what_cannot_be_edited_is_refused():
     for options in (dict(memory_layers=(0,)), dict(mem_gated=True)):
         with pytest.raises(ValueError, match="editing needs a memory layer without gate in the last block"):
             editing.edit_facts(model(**options), tokens(1, 4), tokens(1, 4))
@@ -333,7 +333,7 @@ def test_write_needs_a_memory_layer_it_can_reach():
         editing.edit_facts(model(memory_layers=(0, 1)), tokens(1, 4), tokens(1, 4))
 
 
-# ---- counting, inspecting, converting ----------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def test_parameters_by_hand():
@@ -391,12 +391,12 @@ def test_the_command_line(tmp_path, capsys):
             Mem.main(words)
 
 
-def test_the_margin_of_a_write_is_in_logits_whatever_the_scale_of_the_norm():
-    """By hand: hidden of length 3 a feature, so logits are a third of what is read; 2 more of them."""
+def test_the_margin_of_an_edit_is_in_logits_at_any_scale_of_the_norm():
+    """By hand: with hidden features of 3, logits are a third of the memory output."""
     reach, hidden = torch.eye(2), torch.full((1, 5), 3.0)
     change = editing.target_updates(reach, hidden, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
     torch.testing.assert_close(change, torch.tensor([[-4.5, 4.5]]), rtol=1e-5, atol=1e-5)
-    # and 0.5 a feature, where logits are twice what is read: 3 of them are 1.5 there
+    # With features of 0.5, logits are twice the output, so a lead of 3 logits is 1.5 there.
     change = editing.target_updates(reach, hidden / 6, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
     torch.testing.assert_close(change, torch.tensor([[-0.75, 0.75]]), rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""stats.py: by hand, against scipy, and by simulation; repaired files."""
+"""stats.py: by hand, against scipy, and by simulation. repair.py: files cut at every byte."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from nanorecall.settings import ConfigError
 
 
 def test_mcnemar_by_hand():
-    """Of 11 examples that only one answers, 1 is a's and 10 are b's: 2 (1 + 11) / 2^11; examples alike do not count."""
+    """11 examples only one model gets right, 1 of them a: 2 (1 + 11) / 2^11. Others do not count."""
     a = np.array([1] * 1 + [0] * 10 + [1] * 30 + [0] * 7) == 1
     b = np.array([0] * 1 + [1] * 10 + [1] * 30 + [0] * 7) == 1
     assert stats.mcnemar(a, b) == {"only_a": 1, "only_b": 10, "p": pytest.approx(2 * 12 / 2**11)}
@@ -54,15 +54,15 @@ def covers(interval, truth):
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
-    """1,000 draws each; 3 standard errors of 95% in 1,000 are 2%, and a bootstrap of 60 examples is a bit narrow."""
+    """1,000 draws each: 3 standard errors are 2%. A bootstrap of 60 examples is slightly narrow."""
     random = np.random.default_rng(0)
     plain = np.mean([covers(stats.mean_ci(random.exponential(1, 80)), 1) for _ in range(1000)])
     drawn = np.mean([covers(stats.paired_bootstrap(random.normal(0.3, 1, 60), draws=300), 0.3) for _ in range(1000)])
     assert 0.91 < plain < 0.97 and 0.915 < drawn < 0.97
 
 
-def test_rows_are_what_is_resampled():
-    """Ten labels of one row move together: the interval is that of rows, three times as wide as that of independent labels."""
+def test_bootstrap_resamples_examples():
+    """Ten equal labels per row: the interval is sqrt(10) times as wide as that of independent ones."""
     random = np.random.default_rng(0)
     rows = random.normal(0, 1, 200)
     width = lambda cell: cell["ci95"][1] - cell["ci95"][0]
@@ -112,8 +112,8 @@ def test_effective_labels_by_hand():
     assert stats.effective_sample_size(stats.cluster_counts(np.array([1, 0, 0, 1, 1, 0]) == 1, row)) == 6
 
 
-def test_a_share_over_rows_knows_that_rows_hang_together():
-    """Ten alike labels in a row count as one; independent ones as ten; coverage by simulation, rows of unequal difficulty."""
+def test_clustered_proportion_allows_for_correlated_labels():
+    """Ten equal labels count as one, independent ones as ten; and coverage by simulation."""
     random = np.random.default_rng(0)
     rows = np.repeat(np.arange(100), 10)
     alike = stats.clustered_proportion(np.repeat(random.random(100) < 0.3, 10), rows)
@@ -130,7 +130,7 @@ def test_a_share_over_rows_knows_that_rows_hang_together():
 
 
 def test_counts_of_batches_add_up_to_the_interval_of_all_rows():
-    """What evaluation adds up batch by batch is share_over_rows of the whole; six digits of a fact are no six facts."""
+    """Sums over batches give clustered_proportion of the whole."""
     random = np.random.default_rng(1)
     row = np.repeat(np.arange(200), random.integers(1, 9, 200))
     hit = random.random(len(row)) < random.beta(0.3, 0.3, 200)[row]
@@ -143,18 +143,18 @@ def test_counts_of_batches_add_up_to_the_interval_of_all_rows():
     assert width(cell) > 1.5 * width(stats.proportion(int(hit.sum()), len(hit)))
 
 
-def test_permutation_p_values_are_even_where_nothing_goes_together():
+def test_permutation_p_values_are_uniform_without_correlation():
     random = np.random.default_rng(0)
     p = [stats.correlation(random.normal(size=12), random.normal(size=12), draws=99)["p"] for _ in range(1000)]
     assert abs(np.mean(np.array(p) <= 0.05) - 0.05) < 0.02 and abs(np.mean(np.array(p) <= 0.5) - 0.5) < 0.05
 
 
-def test_a_constant_goes_with_nothing():
+def test_correlation_with_a_constant_is_nan():
     found = stats.correlation([1, 1, 1], [1, 2, 3])
     assert np.isnan(found["value"]) and np.isnan(found["p"])
 
 
-# ---- cut files ---------------------------------------------------------------------------------------------------------
+# ---- cut files -----------------------------------------------------------------------------------
 
 RECORDS = [{"row": i, "text": 'a "b", [c] {d} ü\n', "more": [1.5, None, True, {"x": []}]} for i in range(4)]
 
