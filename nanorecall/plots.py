@@ -11,6 +11,7 @@ STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
     "figure.titlesize": 8,
+    "figure.labelsize": 8,
     "legend.fontsize": 7,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
