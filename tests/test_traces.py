@@ -276,7 +276,7 @@ def test_edits_that_share_rows_are_undone_in_reverse_order_only():
     assert torch.equal(values, end)
     editing.undo_edit(model, second)
     assert torch.equal(values, between)
-    with pytest.raises(ValueError, match="undo what came after"):  # a second time
+    with pytest.raises(ValueError, match="undo later edits first"):  # a second time
         editing.undo_edit(model, second)
     editing.undo_edit(model, first)
     assert torch.equal(values, start)
