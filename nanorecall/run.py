@@ -73,7 +73,7 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repo
 #   read(tokens, cache) -> logits, cache           decoding, for `eval.py --examples`
 # A mixer of your own in a block of model.py needs `forward` alone; with state_size, describe_backend and
 # channels (see CausalSelfAttention) the model can also read on from a cache, and say more of itself.
-# And its file `correct(logits, targets)`, what counts as right (measure.scorer).
+#   correct(logits, targets)                     what counts as correct (metrics.correct_predictions)
 MODELS = {  # short names; anything else is file or file.Class
     "gpt": "model.GPT",
     "unified_kv": "model.UnifiedKV",
