@@ -44,16 +44,15 @@ from analysis.hooks import (
 )
 from analysis.memory_usage import why_not_slots
 from analysis.trained_run import AnalysisConfig, concat, save_result
-from nanorecall.metrics import (
-    clustered_mean_ci,
-    clustered_proportion,
-    figure,
-    finish_figure,
-    format_ci,
-    mean_share_over_rows,
-    print_table,
-)
+from nanorecall.metrics import print_table
+from nanorecall.plots import figure, finish_figure
 from nanorecall.settings import at_least, one_of, require, run_cli, say, within
+from nanorecall.stats import (
+    clustered_mean_ci,
+    clustered_mean_proportion,
+    clustered_proportion,
+    format_ci,
+)
 
 
 @dataclass
@@ -110,13 +109,13 @@ def remove_slots(model, cases, modes, chunk=512, seed=0):
     """
     clean, random, parts = run_with_cache(model, cases), np.random.default_rng(seed), []
     lead, p_clean, right = logit_diff(clean.logits, cases.answers)  # (B, n)
-    for block, memory in model.memories().items():
+    for block, memory in model.memory_layers().items():
         stream, found, at = clean.stream[block], {k: clean.found[block][k] for k in ("slots", "weights")}, cases.at
         if block == len(model.layers) - 1:  # what other positions read there, no answer sees
             stream, found = gather_labels(stream, at), {k: gather_labels(v, at) for k, v in found.items()}
             at = torch.arange(at.shape[1], device=at.device).expand(len(at), -1)
         size = len(memory.values)
-        more = memory.search(model.layers[block].ffn_norm(stream), model.config.mem_knn + 1) if "drop" in modes else None
+        more = memory.topk_slots(model.layers[block].ffn_norm(stream), model.config.mem_knn + 1) if "drop" in modes else None
         case, slot, reads, weight = with_unread(*read_in_rows(found, size), size, random)
         other, borrowed = random.integers(size, size=len(case)), random.permutation(slot)
         for mode in modes:
@@ -162,7 +161,7 @@ def effects_by_mode(columns):
             mine = mine & (columns["mode"] == mode)
             if mine.any():
                 fall = clustered_mean_ci(columns["fall"][mine].astype(float), columns["row"][mine])
-                flip = mean_share_over_rows(columns["flip"][mine], columns["row"][mine])
+                flip = clustered_mean_proportion(columns["flip"][mine], columns["row"][mine])
                 strongest = np.sort(columns["fall"][mine])[-max(1, mine.sum() // 100) :].mean()
                 cells[mode, name] = {"fall": fall, "flip": flip, "strongest": float(strongest), "n": int(mine.sum())}
     return cells
@@ -178,7 +177,7 @@ def whole_block_changes(model, seed=0):
     for name, blocks in hook_points(model).items():
         for i, module in blocks.items() if name != "stream" else ():
             changes[i, "memory, full" if name == "memory" else name] = ([hook_output(name, module, torch.zeros_like)], None)
-    for i, memory in model.memories().items() if hasattr(model, "memories") else ():
+    for i, memory in model.memory_layers().items() if hasattr(model, "memory_layers") else ():
         changes[i, "memory, values"] = ([], {i: other_values(torch.randperm(len(memory.values), generator=g))})
         changes[i, "memory, keys"] = ([], {i: random_slots(len(memory.values), g)})
     return dict(sorted(changes.items()))
@@ -242,7 +241,7 @@ def print_effects(head, cells):
 def plot_effects(path, by_slice, title):
     """Accuracy that is left without each part; the fall of the lead by place in the answer."""
     whole, by_place = by_slice.values()
-    plt, fig, (left, right) = figure(1, 2, width=5.5)
+    plt, fig, (left, right) = figure(1, 2, width=5.5, grid=False)
     fig.set_size_inches(11, max(3.2, 0.6 + 0.24 * len(whole)))
     cells, at = [c["accuracy"] for c in whole.values()], np.arange(len(whole))[::-1]
     y, (low, high) = np.array([c["value"] for c in cells]), np.array([c["ci95"] for c in cells]).T

@@ -31,26 +31,22 @@ from analysis.commands import Command, analysis, fits_all, report, run_command
 from analysis.compare import compare
 from analysis.confidence import logits
 from analysis.memory_usage import activations, norms, track, why_not_slots
+from analysis.repair import repair
 from analysis.routing import routing
+from analysis.significance import stats
 from analysis.trained_run import AnalysisConfig, map_batches, save_result
 from nanorecall.metrics import (
-    errorbars,
-    figure,
-    finish_figure,
-    format_ci,
     iter_predictions,
-    label_share,
-    mean_ci,
     merge_batches,
     print_baselines,
     print_slices,
     print_table,
-    proportion,
     slice_metrics,
 )
+from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import at_least, one_of, require, run_cli, say
-from nanorecall.stats import repair, stats
+from nanorecall.stats import format_ci, label_accuracy, mean_ci, proportion
 
 
 @dataclass
@@ -81,14 +77,14 @@ def accuracy_by_slice(look):
     require(can_decode, "examples are decoded, for which the model needs a method `forward_cached` as in model.py", "examples")
     last = data.eval_groups(c.split)[-1][-1]
     require(c.example <= last, f"example={c.example} is no row of {c.split}; the last is {last}", "example")
-    mine = iter_predictions(model, data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True, world=world)
+    mine = iter_predictions(model, data, c.split, c.eval_batch_size, look.device, look.dtype, show_progress=True, world=world)
     batches = [b for turn in zip(*world.all_gather_object(list(mine))) for b in turn if b]  # in the order that one process would take
     if not world.is_main:
         return
     result = merge_batches(batches)
     everything = slice_metrics(result["all"])
     metrics = {
-        "accuracy": label_share(result["all"]),
+        "accuracy": label_accuracy(result["all"]),
         "row_accuracy": everything["exact"],
         "loss": {"value": result["loss"], "n": result["labels"]},
         "without_knowledge": getattr(data, "baselines", {}),

@@ -48,7 +48,8 @@ from nanorecall.checkpoint import (
     write_json,
 )
 from nanorecall.distributed import autodetect_device, process_group
-from nanorecall.metrics import clustered_proportion, figure, format_ci, print_table, proportion, write_figure
+from nanorecall.metrics import print_table
+from nanorecall.plots import figure, write_figure
 from nanorecall.run import enough_memory
 from nanorecall.settings import (
     ConfigError,
@@ -62,7 +63,7 @@ from nanorecall.settings import (
     say,
     split_argv,
 )
-from nanorecall.stats import mcnemar
+from nanorecall.stats import clustered_proportion, format_ci, mcnemar, proportion
 
 ADVICE = "lower batch_size, or take a smaller model"  # when memory is full
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from analysis.compare import mean_and_range, read_result, read_test
 from nanorecall.checkpoint import make_directory, read_log, read_record
-from nanorecall.metrics import figure, finish_figure, print_table, slice_metrics
+from nanorecall.metrics import print_table, slice_metrics
+from nanorecall.plots import figure, finish_figure
 from nanorecall.settings import (
     ConfigError,
     RunError,

@@ -56,7 +56,8 @@ from nanorecall.distributed import (
     wrap_model,
     write_checkpoint,
 )
-from nanorecall.metrics import autocast, check_slice, evaluate, plot_curves, print_baselines, print_slices, slice_accuracy
+from nanorecall.metrics import autocast, check_slice, evaluate, print_baselines, print_slices, slice_accuracy
+from nanorecall.plots import plot_curves
 from nanorecall.pretrained import freeze, load_parts
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.run import (

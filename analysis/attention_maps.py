@@ -13,9 +13,11 @@ import torch
 
 from analysis.trained_run import batches, concat, ending, map_batches, save_result
 from nanorecall.checkpoint import make_directory
-from nanorecall.metrics import figure, finish_figure, in_eval_mode, mean_share, print_table, write_figure
+from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.ops import attention_weights, softmax_attention
+from nanorecall.plots import figure, finish_figure, write_figure
 from nanorecall.settings import require, say
+from nanorecall.stats import mean_proportion
 
 PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (T, 1), s (1, T)) -> (B, T, T) or (T, T) bool
     "previous token": lambda ids, t, s: s == t - 1,
@@ -93,7 +95,7 @@ def close(x, y):
 
 def nanmean_ci(x):
     """Mean and interval of what is not nan, shares; None if all is."""
-    return mean_share(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
+    return mean_proportion(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
 
 
 def why_no_mixer(model):
@@ -209,7 +211,7 @@ def draw_map(axis, weights, texts, title):
 
 def plot_grid(path, maps, texts, by_head, title):
     """A row of maps for each layer."""
-    plt, fig, axes = figure(len(maps), max(len(w) for w in maps.values()), width=3.0)
+    plt, fig, axes = figure(len(maps), max(len(w) for w in maps.values()), width=3.0, grid=False)
     cells = [(layer, h, m) for layer, w in maps.items() for h, m in enumerate(w)]
     for axis, (layer, h, m) in zip(axes, cells):
         drawn = draw_map(axis, m, texts, f"layer {layer}, head {h}: {by_head[f'layer {layer}, head {h}']['does']}")
@@ -226,7 +228,7 @@ def plot_heads(folder, maps, texts, by_head):
     make_directory(folder)
     for layer, weights in maps.items():
         for h, m in enumerate(weights):
-            plt, fig, (axis,) = figure(1, 1, width=6)
+            plt, fig, (axis,) = figure(1, 1, width=6, grid=False)
             fig.set_size_inches(6.4, 5.6)
             drawn = draw_map(axis, m, texts, f"layer {layer}, head {h}: {by_head[f'layer {layer}, head {h}']['does']}")
             axis.set(xlabel="token looked at", ylabel="token that looks")

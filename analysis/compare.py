@@ -1,6 +1,9 @@
-"""Finished runs side by side: one table, and how each learned, with the mean and range of runs that differ in their seed only.
+"""Finished runs side by side: a table, learning curves, and accuracy against size.
 
-python eval.py compare 'runs/*' [--out figures/mine]
+    python eval.py compare 'runs/*' [--out figures/mine]
+
+Runs that differ in their seed only are drawn as one line: their mean, with a band from lowest to
+highest.
 """
 
 import glob
@@ -14,177 +17,227 @@ import numpy as np
 
 from analysis.trained_run import write_parquet
 from nanorecall.checkpoint import check_kinds, read_log, read_record
-from nanorecall.metrics import errorbars, figure, finish_figure, format_ci, print_table, slice_metrics
+from nanorecall.metrics import print_table, slice_metrics
+from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.run import load_settings, saved_model_config
 from nanorecall.settings import ConfigError, printable, require, say
+from nanorecall.stats import format_ci
+
+COLUMNS = ("run", "model", "params", "state", "seed", "steps", "seconds")
 
 
-def compare(words, config):
-    """Finished runs side by side."""
-    require(words, "name the runs to compare: python eval.py compare 'runs/*'", None)
-    folders = sorted({f for word in words for f in glob.glob(word) if os.path.isdir(f)})
+def compare(args, config):
+    """Print, write and draw all finished runs that match the patterns in args."""
+    require(args, "name the runs to compare: python eval.py compare 'runs/*'", None)
+    folders = sorted({f for arg in args for f in glob.glob(arg) if os.path.isdir(f)})
     runs, left_out = [], []
     for folder in folders:
-        if os.path.exists(os.path.join(folder, "config.json")):
-            try:
-                runs.append(read_result(folder))
-            except ConfigError as e:
-                left_out.append(f"{folder} ({e})")
+        if not os.path.exists(os.path.join(folder, "config.json")):
+            continue
+        try:
+            runs.append(read_result(folder))
+        except ConfigError as e:
+            left_out.append(f"{folder} ({e})")
     if left_out:
         say("left out, for want of a test result:", *left_out, sep="\n  ", file=sys.stderr)
-    require(runs, f"no run with a test result matches {' '.join(words)}", None)
-    head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds", "accuracy", "95% interval")
-    names = ("run", "model", "params", "state", "seed", "steps", "seconds")
-    print_table(head, [(*(r[k] for k in names), *format_ci(r["all"])[1:]) for r in runs])
-    out = config.out or os.path.join(os.path.dirname(os.path.normpath(folders[0])) or ".", name_of(folders))
-    flat = [
-        {k: v for k, v in r.items() if k not in ("all", "by_slice", "curve", "settings")} | {"accuracy": r["all"]["value"]}
-        for r in runs
-    ]
-    write_parquet(out + ".parquet", {k: [r[k] for r in flat] for k in flat[0]})
+    require(runs, f"no run with a test result matches {' '.join(args)}", None)
+    lines = []
+    head = ("run", "model", "layer params", "state bytes", "seed", "steps", "seconds")
+    for run in runs:
+        lines.append((*(run[name] for name in COLUMNS), *format_ci(run["all"])[1:]))
+    print_table((*head, "accuracy", "95% interval"), lines)
+    parent = os.path.dirname(os.path.normpath(folders[0])) or "."
+    out = config.out or os.path.join(parent, name_of(folders))
+    names = [name for name in runs[0] if name not in ("all", "by_slice", "curve", "settings")]
+    columns = {name: [run[name] for run in runs] for name in names}
+    columns["accuracy"] = [run["all"]["value"] for run in runs]
+    write_parquet(out + ".parquet", columns)
     plot_compare(out + ".png", runs)
     say(f"wrote {out}.parquet, {out}.png")
 
 
 def name_of(folders):
-    """compare, if these are all the runs in their directory; else with a name for these, so that a
-    table of some does not take the place of another's."""
-    beside = os.path.join(
-        glob.escape(os.path.dirname(os.path.normpath(folders[0]))), "*", "config.json"
-    )
-    every = {os.path.realpath(os.path.dirname(path)) for path in glob.glob(beside)}
-    mine = {os.path.realpath(f) for f in folders if os.path.exists(os.path.join(f, "config.json"))}
-    if mine == every:
+    """compare, if these are all runs of their directory, else a name that depends on the choice.
+
+    The table of some runs must not replace that of others.
+    """
+    parent = glob.escape(os.path.dirname(os.path.normpath(folders[0])))
+    paths = glob.glob(os.path.join(parent, "*", "config.json"))
+    all_runs = {os.path.realpath(os.path.dirname(path)) for path in paths}
+    chosen = set()
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, "config.json")):
+            chosen.add(os.path.realpath(folder))
+    if chosen == all_runs:
         return "compare"
-    return f"compare_{len(mine)}_runs-{hashlib.sha256(json.dumps(sorted(mine)).encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(json.dumps(sorted(chosen)).encode()).hexdigest()
+    return f"compare_{len(chosen)}_runs-{digest[:8]}"
 
 
-SUMS = "right row_right rows right_right right_labels labels_labels".split()
-COUNTS = {
-    **dict.fromkeys(SUMS, "count"),
+# ---- results of a run ----------------------------------------------------------------------------
+
+
+COUNTS = {  # of nanorecall.metrics.merge_counts
+    **dict.fromkeys(("right", "row_right"), "count"),
+    **dict.fromkeys(("right_right", "right_labels", "labels_labels"), "count"),
     "labels": "size",
     "rows": "size",
     "loss": "number or null",
-}  # measure.count's
+}
 TEST = {"all": COUNTS, "by_slice": {"*": {"*": COUNTS}}}
 
 
 def read_test(folder):
-    """(status.json of a finished run, its test result); ConfigError if it has none, or none that
-    can be."""
+    """status.json of a finished run, and its test result; ConfigError if that is missing or bad."""
     path = os.path.join(folder, "status.json")
     require(os.path.exists(path), "it has not finished", None)
     status = read_record(path, "dict")
     require("test" in status, "it has not finished", None)
     check_kinds(status, {"step": "count", "seconds": "number", "test": TEST}, path)
     test = status["test"]
-    for cell in [
-        test["all"],
-        *(cell for cells in test["by_slice"].values() for cell in cells.values()),
-    ]:
+    cells = [test["all"]]
+    for of_values in test["by_slice"].values():
+        cells += of_values.values()
+    for cell in cells:
         possible = cell["right"] <= cell["labels"] and cell["row_right"] <= cell["rows"]
         require(possible, f"{path} is damaged: more is right than there is", None)
-        if cell["loss"] is None:  # JSON has no nan
-            cell["loss"] = math.nan
+        cell["loss"] = or_nan(cell["loss"])
     return status, test
 
 
+def or_nan(x):
+    """JSON has no nan; it was written as null."""
+    return math.nan if x is None else x
+
+
+# Settings that may differ between runs of one line in the figure.
+NOT_COMPARED = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")
+
+
 def read_result(folder):
-    """What compare shows of one finished run; ConfigError if it has no test result, or is
-    damaged."""
+    """What compare shows of a finished run; ConfigError if it has no test result or is damaged."""
     path = os.path.join(folder, "config.json")
-    saved = read_record(
-        path, {"parameters": {"layers": "count"}, "train": "dict", "model": "dict", "data": "dict"}
-    )
+    kinds = {"parameters": {"layers": "count"}, "train": "dict", "model": "dict", "data": "dict"}
+    saved = read_record(path, kinds)
     status, test = read_test(folder)
-    own = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
     p = load_settings(folder)
-    sizes = saved_model_config(folder, p)
-    # A model file may leave inference_state_bytes out, or have no n_layers: compare takes forks, too.
-    state = (p.model_class.inference_state_bytes(sizes) if hasattr(p.model_class, "inference_state_bytes") else 0) or 0
-    known = hasattr(sizes, "dim") and hasattr(sizes, "n_layers")
-    shape = f"D{sizes.dim} L{sizes.n_layers}" if known else ""
+    config = saved_model_config(folder, p)
+    n_params = saved["parameters"]["layers"]
+    # A forked model file may lack inference_state_bytes, dim or n_layers.
+    state_bytes = getattr(p.model_class, "inference_state_bytes", lambda config: 0)(config) or 0
+    shape = ""
+    if hasattr(config, "dim") and hasattr(config, "n_layers"):
+        shape = f"D{config.dim} L{config.n_layers}"
+    settings = []
+    for part in ("train", "model", "data"):
+        settings.append({k: v for k, v in saved[part].items() if k not in NOT_COMPARED})
+    curve = []
+    for record in read_log(folder):
+        if record["kind"] == "eval":
+            curve.append((record["step"], or_nan(record["loss"]), record["accuracy"]))
+    by_slice = {}
+    for tag, cells in test["by_slice"].items():
+        by_slice[tag] = {value: slice_metrics(c)["value"] for value, c in cells.items()}
     return {
         "run": printable(os.path.basename(os.path.normpath(folder))),
         "model": p.train.model,
-        "line": f"{p.train.model} {shape}, {saved['parameters']['layers']} params",
-        "settings": json.dumps([{k: v for k, v in saved[part].items() if k not in own} for part in ("train", "model", "data")]),
-        "params": saved["parameters"]["layers"],
-        "state": state,
+        "line": f"{p.train.model} {shape}, {n_params} params",
+        "settings": json.dumps(settings),
+        "params": n_params,
+        "state": state_bytes,
         "seed": p.train.seed,
         "steps": status["step"],
         "seconds": round(status["seconds"], 1),
         "all": slice_metrics(test["all"]),
-        "curve": [(r["step"], or_nan(r["loss"]), r["accuracy"]) for r in read_log(folder) if r["kind"] == "eval"],
-        "by_slice": {tag: {v: slice_metrics(c)["value"] for v, c in cells.items()} for tag, cells in test["by_slice"].items()},
+        "curve": curve,
+        "by_slice": by_slice,
     }
 
 
-def or_nan(x):
-    return math.nan if x is None else x
+# ---- figure --------------------------------------------------------------------------------------
 
 
 def plot_compare(path, runs):
-    """Loss and accuracy against steps, the first slices that all runs have, and accuracy against what differs: state, or size.
-
-    Runs that differ in their seed only are one colour, with mean and range.
-    """
-    # Runs of different tasks share no slices; the panel then stays empty rather than mixing them.
-    common = [tag for tag in runs[0]["by_slice"] if all(tag in r["by_slice"] for r in runs)]
+    """Loss and accuracy against steps, accuracy by slice, and accuracy against state or size."""
+    # Runs of different tasks share no slices. Then the panel stays empty.
+    common = [tag for tag in runs[0]["by_slice"] if all(tag in run["by_slice"] for run in runs)]
     tag = common[0] if common else None
-    names = list(dict.fromkeys(v for r in runs for v in r["by_slice"].get(tag, {})))
-    names = sorted(names, key=int) if all(v.isdigit() for v in names) else names
-    by_state = len({r["state"] for r in runs}) > 1
+    values = list(dict.fromkeys(v for run in runs for v in run["by_slice"].get(tag, {})))
+    if all(value.isdigit() for value in values):
+        values = sorted(values, key=int)
+    by_state = len({run["state"] for run in runs}) > 1
+    size = "state" if by_state else "params"
+    groups = group_seeds(runs)
+
     plt, fig, (losses, accuracies, slices, sizes) = figure(2, 2)
-    for label, same in group_seeds(runs).items():
-        # A mean over seeds only where all of them were evaluated: some may have stopped earlier.
-        steps = [s for s in (r[0] for r in same[0]["curve"]) if all(s in {x[0] for x in r["curve"]} for r in same)]
-        color = None
-        for axis, at in ((losses, 1), (accuracies, 2)):
-            curves = np.array([[x[at] for x in r["curve"] if x[0] in steps] for r in same])
-            color = mean_and_range(axis, steps, curves, color)
-        at = [i for i, v in enumerate(names) if all(v in r["by_slice"].get(tag, {}) for r in same)]
-        values = np.array([[r["by_slice"][tag][names[i]] for i in at] for r in same])
-        mean_and_range(slices, at, values, color, f"{label} (runs: {len(same)})")
-        errorbars(sizes, [r["state" if by_state else "params"] for r in same], [r["all"] for r in same], ls="none", color=color)
+    for label, seeds in groups.items():
+        steps, loss, accuracy = shared_curve(seeds)
+        color = mean_and_range(losses, steps, loss)
+        mean_and_range(accuracies, steps, accuracy, color)
+        tables = [run["by_slice"].get(tag, {}) for run in seeds]
+        shared = [i for i, v in enumerate(values) if all(v in table for table in tables)]
+        heights = np.array([[table[values[i]] for i in shared] for table in tables])
+        mean_and_range(slices, shared, heights, color, f"{label} (runs: {len(seeds)})")
+        x, cells = [run[size] for run in seeds], [run["all"] for run in seeds]
+        errorbars(sizes, x, cells, ls="none", color=color)
+
     losses.set(xlabel="step", ylabel="val loss (nats per label)", yscale="log")
     accuracies.set(xlabel="step", ylabel="val token accuracy")
     slices.set(xlabel=tag or "(no slices that all runs have)", ylabel="test token accuracy")
-    slices.set_xticks(range(len(names)), names, fontsize=7)
-    size = "state at the longest test row (bytes, float32)" if by_state else "parameters without embedding and head"
-    sizes.set(xlabel=size, ylabel="test token accuracy, 95% interval")
-    fig.legend(*slices.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=1 + (len(group_seeds(runs)) > 4))
-    fig.supxlabel("lines: mean over seeds; bands: lowest to highest", fontsize=7)
+    slices.set_xticks(range(len(values)), values)
+    xlabel = "parameters without embedding and head"
+    if by_state:
+        xlabel = "state at the longest test row (bytes, float32)"
+    sizes.set(xlabel=xlabel, ylabel="test token accuracy, 95% interval")
+    n_columns = 2 if len(groups) > 4 else 1
+    handles, labels = slices.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=n_columns)
+    fig.supxlabel("lines: mean over seeds; bands: lowest to highest")
     for axis in (losses, accuracies):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
-    there = sorted({r["state" if by_state else "params"] for r in runs})
-    if there[0] > 0:
+    ticks = sorted({run[size] for run in runs})
+    if ticks[0] > 0:
         sizes.set_xscale("log")
-    elif there[-1] > 0:  # a logarithm has no place for 0
-        sizes.set_xscale("symlog", linthresh=min(n for n in there if n > 0))
-    sizes.set_xticks(there, [f"{n:,}" for n in there], rotation=20, ha="right", fontsize=7)
+    elif ticks[-1] > 0:
+        # A logarithmic axis cannot show 0, a model without state.
+        sizes.set_xscale("symlog", linthresh=min(n for n in ticks if n > 0))
+    sizes.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=20, ha="right")
     sizes.minorticks_off()
-    for axis in (losses, accuracies, slices, sizes):
-        axis.grid(alpha=0.3)
-        axis.yaxis.label.set_fontsize(8)
     for axis in (accuracies, slices, sizes):
         axis.set_ylim(-0.02, 1.02)
     finish_figure(fig, plt, path, "")
 
 
+def shared_curve(runs):
+    """Steps at which all runs were evaluated, and loss and accuracy (runs, steps) there.
+
+    Some runs may have stopped early; a mean over the others alone would jump.
+    """
+    curves = [{step: (loss, accuracy) for step, loss, accuracy in run["curve"]} for run in runs]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    measured = np.array([[curve[step] for step in steps] for curve in curves])
+    measured = measured.reshape(len(runs), len(steps), 2)
+    return steps, measured[..., 0], measured[..., 1]
+
+
 def group_seeds(runs):
     """{label: runs that differ in their seed only}"""
     by_settings = {}
-    for r in runs:
-        by_settings.setdefault(r["settings"], []).append(r)
-    named = [same[0]["line"] for same in by_settings.values()]
-    label = lambda r: r["line"] if named.count(r["line"]) == 1 else f"{r['line']}, {r['run'][-40:]}"
-    return {label(same[0]): same for same in by_settings.values()}
+    for run in runs:
+        by_settings.setdefault(run["settings"], []).append(run)
+    lines = [seeds[0]["line"] for seeds in by_settings.values()]
+    groups = {}
+    for seeds in by_settings.values():
+        label = seeds[0]["line"]
+        if lines.count(label) > 1:
+            label += f", {seeds[0]['run'][-40:]}"
+        groups[label] = seeds
+    return groups
 
 
 def mean_and_range(axis, x, values, color=None, label=None):
-    """Mean of values (runs, points) with a band from lowest to highest -> its colour."""
-    (drawn,) = axis.plot(x, values.mean(0), "o-", ms=3, lw=1, color=color, label=label)
-    axis.fill_between(x, values.min(0), values.max(0), alpha=0.2, color=drawn.get_color())
-    return drawn.get_color()
+    """Draw the mean of values (runs, points), with a band from lowest to highest -> its colour."""
+    (line,) = axis.plot(x, values.mean(0), "o-", ms=3, lw=1, color=color, label=label)
+    axis.fill_between(x, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
+    return line.get_color()

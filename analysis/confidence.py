@@ -9,19 +9,17 @@ import numpy as np
 import torch
 
 from analysis.trained_run import label_positions, map_batches, save_result
-from nanorecall.metrics import (
-    clustered_mean_ci,
-    clustered_proportion,
-    errorbars,
-    figure,
-    finish_figure,
-    format_ci,
-    mean_share_over_rows,
-    print_table,
-    proportion,
-    row_counts,
-)
+from nanorecall.metrics import print_table
+from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
+from nanorecall.stats import (
+    cluster_counts,
+    clustered_mean_ci,
+    clustered_mean_proportion,
+    clustered_proportion,
+    format_ci,
+    proportion,
+)
 
 
 def score_answer_tokens(look, batch):
@@ -78,14 +76,14 @@ def summary(found, mine):
     perplexity = {"value": float(np.exp(nll["value"])), "ci95": np.exp(nll["ci95"]).tolist(), "n": nll["n"]}
     return {
         "accuracy": clustered_proportion(found["hit"][mine], row),
-        "probability": mean_share_over_rows(found["probability"][mine], row),
+        "probability": clustered_mean_proportion(found["probability"][mine], row),
         "rank": clustered_mean_ci(found["rank"][mine], row),
         "perplexity": perplexity,
     }
 
 
 def exact_match(found):
-    counts = row_counts(found["hit"], found["row"])
+    counts = cluster_counts(found["hit"], found["row"])
     return proportion(counts["row_right"], counts["rows"])
 
 

@@ -1,7 +1,14 @@
-"""Rewrite facts that a memory model knows: efficacy (they have the new answer) and specificity (the others keep theirs).
+"""Edit facts that a memory model knows, in closed form, and compare with fine-tuning.
 
-python eval.py edit runs/RUN                       # 1 to 100 facts: memory.write beside fine-tuning
-python eval.py edit runs/RUN --edits "[1,300]"
+    python eval.py edit runs/RUN                       # 1 to 100 facts
+    python eval.py edit runs/RUN --edits "[1,300]"
+
+edit_facts solves for the memory output that yields the new answers, then for the value vectors
+that produce it (as MEMIT does in MLPs: Meng et al. 2023, arXiv 2210.07229). A comparison measures
+efficacy (edited facts get their new answer) and specificity (other facts keep theirs).
+
+Letters: B facts, T tokens, N labels, H heads, k slots that a head reads, S slots read at any label,
+D model width, V width of a value.
 """
 
 import time
@@ -10,143 +17,318 @@ import numpy as np
 import torch
 
 from analysis.trained_run import correct_examples, save_result
-from memory import check_editable, edit_facts, key_second_moment
-from nanorecall.metrics import (
-    correct_predictions,
-    errorbars,
-    evaluating,
-    figure,
-    finish_figure,
-    format_ci,
-    in_eval_mode,
-    print_table,
-    proportion,
-)
+from nanorecall.metrics import correct_predictions, evaluating, in_eval_mode, print_table
+from nanorecall.ops import labelled_positions
+from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import require
+from nanorecall.stats import format_ci, proportion
 from nanorecall.text import label_mask, shift_labels
 
+# ---- editing -------------------------------------------------------------------------------------
 
-def compare_editors(look):
-    """Rewrite n facts at once, for each n of `edits`, with every method, and measure both sides.
 
-    Of the other known facts one half may be used by a method (kept), the other half is only measured (others).
+@in_eval_mode
+def edit_facts(model, tokens, targets, covariance=None, margin=2.0, ridge=1e-4):
+    """Change values of the last block so that the model answers `targets` -> record for undo_edit.
+
+    tokens, targets (B, T): labels as in training; each prompt is read with its new answer. There
+    are two closed forms and no gradients. First, for each label, the smallest change of the memory
+    output that puts the answer's logit `margin` above all others. Then the smallest change of
+    values that produces it: least squares with a ridge. With covariance (slots, slots), see
+    key_second_moment, it is the change that disturbs those texts least (MEMIT, eq. 14).
+    ValueError if the model is not editable.
     """
-    data, model, config = look.data, look.model, look.config
-    require(look.world.size == 1, "edit is the work of one process; run it without torchrun", None)
-    known = correct_examples(look)
-    need = max(config.edits) + 10
-    require(len(known) >= need, f"{look.folder} answers {len(known)} facts rightly; edits={config.edits} needs {need}", "edits")
-    random = np.random.default_rng(look.plan.train.seed)
-    texts = [data.source.read(config.split, [row])[0][0] for row in random.permutation(known)]
-    letters = sorted(set("".join(text.strip().split(":")[1] for text in texts)))
-    first = {n: t.clone() for n, t in model.state_dict().items()}
+    check_editable(model)
+    memory = model.layers[-1].memory
+    slots, weights, hidden, logits, answers = last_layer_reads(model, tokens, targets)
+    # Logits are head @ hidden, times a scale per position that the final norm sets.
+    head = model.lm_head.weight * model.final_norm.weight  # (tokens, D)
+    readout = head if memory.out is None else head @ memory.out.weight  # (tokens, V)
+    updates = target_updates(readout, hidden, logits, answers, margin)  # (N, V)
+    read_slots, columns = slots.unique(return_inverse=True)  # (S,), (N, H * k)
+    # keys @ values[read_slots] is the memory output.
+    keys = hidden.new_zeros(len(slots), len(read_slots))  # (N, S)
+    keys.scatter_add_(1, columns.view_as(slots), weights)
+    whitened = keys  # (N, S)
+    if covariance is not None:
+        C = add_ridge(covariance[read_slots][:, read_slots].to(keys), ridge)
+        whitened = torch.linalg.solve(C, keys.T).T
+    solved = torch.linalg.solve(add_ridge(keys @ whitened.T, ridge), updates)  # (N, V)
+    before = memory.values[read_slots]
+    memory.values[read_slots] += whitened.T @ solved
+    return {"slots": read_slots, "values": before, "written": memory.values[read_slots]}
+
+
+@torch.no_grad()
+def undo_edit(model, record):
+    """Restore the values before an edit_facts, to the last bit; undo the latest edit first.
+
+    ValueError, and no change, if these values are not as that edit left them.
+    """
+    values, slots = model.layers[-1].memory.values, record["slots"]
+    # Compare bytes, because nan differs from itself.
+    if not torch.equal(values[slots].view(torch.uint8), record["written"].view(torch.uint8)):
+        raise ValueError("the values are not as this edit left them; undo later edits first")
+    values[slots] = record["values"]
+
+
+def check_editable(model):
+    """ValueError unless values of the last block's memory act on the logits alone and linearly."""
+    memory = model.layers[-1].memory
+    if memory is None or memory.gate is not None or model.layers[-1].residual_mul:
+        message = "editing needs a memory layer without gate in the last block, and no residual_mul"
+        raise ValueError(message)
+    if sum(m.values is memory.values for m in model.memory_layers().values()) > 1:
+        # Earlier blocks would change, too.
+        raise ValueError("editing needs mem_share_values=0, or no other block with a memory layer")
+
+
+def last_layer_reads(model, tokens, targets):
+    """What the last block reads at each label, and what follows from it.
+
+    -> slots (N, H * k), weights (N, H * k) times the router's, last hidden state before the final
+    norm (N, D), logits (N, tokens), answers (N,)
+    """
+    hidden = []
+
+    def keep_input(module, inputs, output):
+        hidden.append(inputs[0])
+
+    with model.final_norm.register_forward_hook(keep_input):
+        logits, _, reads = model(tokens, targets, trace=True)
+    _, flat, answers = labelled_positions(targets)
+    last = reads[-1]
+    slots = last["slots"].flatten(-2).flatten(0, 1)[flat]
+    weights = last["weights"].flatten(-2).flatten(0, 1)[flat]
+    if "route" in last:
+        weights = weights * last["route"].flatten(0, 1)[flat][:, 1:]
+    return slots, weights.to(hidden[0].dtype), hidden[0], logits, answers
+
+
+def target_updates(readout, hidden, logits, answers, margin, rounds=100):
+    """Smallest updates to the memory output (N, V) that put each answer `margin` logits above all
+    other tokens, with the final norm's scale held fixed. readout (tokens, V): d logits / d output.
+
+    Each round projects onto the half-space in which the answer leads its strongest rival.
+    """
+    scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)  # (N, 1)
+    # Divided by the scale, logits are linear in the memory output.
+    start = logits / scale
+    updates = hidden.new_zeros(len(hidden), readout.shape[1])
+    for _ in range(rounds):
+        now = start + updates @ readout.T  # (N, tokens)
+        strongest, rival = now.scatter(1, answers[:, None], -torch.inf).max(1, keepdim=True)
+        missing = strongest + margin / scale - now.gather(1, answers[:, None])  # (N, 1)
+        if (missing <= 1e-3 / scale).all():
+            break
+        direction = readout[answers] - readout[rival.squeeze(1)]
+        length = direction.square().sum(-1, keepdim=True)
+        updates = updates + missing.clamp(min=0) * direction / length
+    return updates
+
+
+def add_ridge(matrix, ridge):
+    """matrix + ridge * its mean diagonal * I, so that it can be inverted"""
+    identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
+    return matrix + ridge * matrix.diagonal().mean() * identity
+
+
+@in_eval_mode
+def key_second_moment(model, batches):
+    """Covariance for edit_facts: sum over labels of w w^T (slots, slots), MEMIT's C0.
+
+    w are the weights of all slots in the last block. batches: [(tokens, targets)] of facts to keep.
+    """
+    values = model.layers[-1].memory.values
+    total = torch.zeros(len(values), len(values), device=values.device)
+    for tokens, targets in batches:
+        slots, weights, *_ = last_layer_reads(model, tokens, targets)
+        keys = torch.zeros(len(slots), len(values), device=values.device)
+        keys.scatter_add_(1, slots, weights.float())
+        total += keys.T @ keys
+    return total
+
+
+# ---- editors: f(model, tokens, targets, kept tokens, kept targets) -------------------------------
+
+
+def closed_form(model, tokens, targets, kept, kept_targets):
+    edit_facts(model, tokens, targets)
+
+
+def closed_form_keeping(model, tokens, targets, kept, kept_targets):
+    covariance = key_second_moment(model, [(kept, kept_targets)])
+    edit_facts(model, tokens, targets, covariance)
+
+
+def fine_tune_values(model, *facts):
+    values = [q for name, q in model.named_parameters() if "memory.values" in name]
+    fine_tune(model, values, 1e-2, *facts)
+
+
+def fine_tune_all(model, *facts):
+    fine_tune(model, list(model.parameters()), 1e-3, *facts)
+
+
+def fine_tune_all_replaying(model, *facts):
+    fine_tune(model, list(model.parameters()), 1e-3, *facts, replay=True)
+
+
+def fine_tune(model, parameters, lr, tokens, targets, kept, kept_targets, replay=False, steps=200):
+    """Train parameters on the new facts until all are answered; with replay, on kept facts, too."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    try:
+        with evaluating(model):
+            for _ in range(steps):
+                model.zero_grad()
+                loss = model(tokens, targets)[1]
+                if replay:
+                    loss = loss + model(kept, kept_targets)[1]
+                loss.backward()
+                optimizer.step()
+                done = n_correct(model, tokens, targets) == len(tokens)
+                if done and replay:
+                    done = n_correct(model, kept, kept_targets) == len(kept)
+                if done:
+                    break
+    finally:
+        # Or the next training step would add its own gradients to these.
+        model.zero_grad()
+
+
+EDITORS = {
+    "write": closed_form,
+    "write, keeping others": closed_form_keeping,
+    "fine-tune the values": fine_tune_values,
+    "fine-tune everything": fine_tune_all,
+    "fine-tune everything, replaying others": fine_tune_all_replaying,
+}
+
+
+# ---- comparison ----------------------------------------------------------------------------------
+
+
+METRICS = {
+    "efficacy": "edited facts, new answer",
+    "specificity": "other facts, old answer",
+    "kept": "facts that an editor may use, old answer",
+}
+
+
+def compare_editors(run):
+    """Edit n facts at a time, for each n of `edits`, with every editor, and measure METRICS.
+
+    Of up to 1000 other facts that the model knows, editors may use one half, and not the other.
+    """
+    data, model, config = run.data, run.model, run.config
+    message = "edit is the work of one process; run it without torchrun"
+    require(run.world.size == 1, message, None)
+    known = correct_examples(run)
+    n_needed = max(config.edits) + 10
+    message = f"{run.folder} answers {len(known)} facts correctly; edits={config.edits} needs"
+    require(len(known) >= n_needed, f"{message} {n_needed}", "edits")
+    rng = np.random.default_rng(run.plan.train.seed)
+    facts = []
+    for row in rng.permutation(known):
+        texts, _ = data.source.read(config.split, [row])
+        facts.append(texts[0])
+    alphabet = sorted(set("".join(fact.strip().split(":")[1] for fact in facts)))
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
     results = []
     for n in config.edits:
-        rewritten, rest = [counterfactual(t, letters, random) for t in texts[:n]], texts[n : n + 1000]
-        new, kept, others = (encode(look, t) for t in (rewritten, rest[::2], rest[1::2]))
-        for name, method in EDITORS.items():
+        others = facts[n : n + 1000]
+        edited = encode(run, [counterfactual(fact, alphabet, rng) for fact in facts[:n]])
+        kept, unseen = encode(run, others[::2]), encode(run, others[1::2])
+        for name, editor in EDITORS.items():
             start = time.perf_counter()
             try:
-                method(model, *new, *kept)
+                editor(model, *edited, *kept)
                 seconds = time.perf_counter() - start
-                sides = zip(METRICS, (new, others, kept))
-                shares = {side: proportion(n_correct(model, *x), len(x[0])) for side, x in sides}
+                result = {"method": name, "edits": n}
+                for metric, (tokens, targets) in zip(METRICS, (edited, unseen, kept)):
+                    correct = n_correct(model, tokens, targets)
+                    result[metric] = proportion(correct, len(tokens))
             finally:
-                model.load_state_dict(first)
-            results.append({"method": name, "edits": n, **shares, "seconds": seconds})
-    head = ("method", "edits", *(word for side in METRICS for word in (side, "95% interval")), "seconds")
-    cells = [[word for side in METRICS for word in format_ci(r[side])[1:]] for r in results]
-    print_table(head, [(r["method"], r["edits"], *words, f"{r['seconds']:.2f}") for r, words in zip(results, cells)])
-    print(
-        "efficacy: rewritten facts, new answer; specificity: others, old answer; kept: others that a method may use, old answer"
-    )
+                model.load_state_dict(weights)
+            results.append({**result, "seconds": seconds})
+    print_results(results)
     by_slice = {"method and edits": {f"{r['method']}, {r['edits']}": r for r in results}}
-    flat = [{k: v["value"] if isinstance(v, dict) else v for k, v in r.items()} for r in results]
-    columns = {k: [r[k] for r in flat] for k in flat[0]}
-    save_result(look, "edit", {"edits": list(config.edits)}, by_slice, (), columns, lambda path: plot_edits(path, results, look.name))
+    columns = {"method": [r["method"] for r in results], "edits": [r["edits"] for r in results]}
+    for metric in METRICS:
+        columns[metric] = [r[metric]["value"] for r in results]
+    columns["seconds"] = [r["seconds"] for r in results]
+
+    def plot(path):
+        plot_edits(path, results, run.name)
+
+    save_result(run, "edit", {"edits": list(config.edits)}, by_slice, (), columns, plot)
 
 
-METRICS = ("efficacy", "specificity", "kept")  # shares of the rewritten facts, of the others, of those that a method may use
+def print_results(results):
+    head = ["method", "edits"]
+    for metric in METRICS:
+        head += [metric, "95% interval"]
+    lines = []
+    for r in results:
+        line = [r["method"], r["edits"]]
+        for metric in METRICS:
+            line += format_ci(r[metric])[1:]
+        lines.append([*line, f"{r['seconds']:.2f}"])
+    print_table([*head, "seconds"], lines)
+    print("; ".join(f"{metric}: {meaning}" for metric, meaning in METRICS.items()))
 
 
-def why_not_edit(look):
-    """Why the facts of this run cannot be rewritten, or ""."""
-    if not hasattr(look.model, "memories"):
-        return f"it rewrites memory layers, and {look.plan.train.model} has none"
-    return why_not_facts(look) or check_editable(look.model)
+def why_not_edit(run):
+    """Why the facts of this run cannot be edited, or ""."""
+    if not hasattr(run.model, "memory_layers"):
+        return f"it edits memory layers, and {run.plan.train.model} has none"
+    try:
+        check_editable(run.model)
+    except ValueError as e:
+        return why_not_facts(run) or str(e)
+    return why_not_facts(run)
 
 
-def why_not_facts(look):
-    """Why the rows of this run are no facts "key:value" of digits, or ""."""
-    task = getattr(look.plan.data, "task", look.plan.train.data)
-    return "" if task in ("qa", "digits") else f"it needs facts of digits, task=qa or digits, not {task}"
+def why_not_facts(run):
+    """Why the examples of this run are no facts "key:value" of digits, or ""."""
+    task = getattr(run.plan.data, "task", run.plan.train.data)
+    if task in ("qa", "digits"):
+        return ""
+    return f"it needs facts of digits, task=qa or digits, not {task}"
 
 
-def counterfactual(text, letters, random):
-    """The fact "key:value " with another value: each letter is another one of `letters`, those that values are made of."""
-    key, value = text.strip().split(":")
-    return f"{key}:{''.join(random.choice([x for x in letters if x != v]) for v in value)} "
+def counterfactual(fact, alphabet, rng):
+    """The fact "key:value " with another value: each character becomes another one of alphabet."""
+    key, value = fact.strip().split(":")
+    new = [rng.choice([x for x in alphabet if x != character]) for character in value]
+    return f"{key}:{''.join(new)} "
 
 
-def encode(look, texts):
-    """Facts of one length -> tokens and targets (R, T)."""
-    ids = np.stack([look.data.encode_document(text)[0] for text in texts])
-    targets = shift_labels(label_mask(ids, look.data.kind, tokenizer=look.data.tokenizer))
-    return tuple(torch.from_numpy(x).long().to(look.device) for x in (ids, targets))
+def encode(run, facts):
+    """Facts of one length -> tokens and targets (B, T)."""
+    ids = np.stack([run.data.encode_document(fact)[0] for fact in facts])
+    targets = shift_labels(label_mask(ids, run.data.kind, tokenizer=run.data.tokenizer))
+    return run.tensor(ids), run.tensor(targets)
 
 
 @in_eval_mode
 def n_correct(model, tokens, targets):
-    """How many rows are right as a whole."""
-    return int(correct_predictions(model(tokens, targets)[0], targets)[1].sum())
-
-
-def fine_tune(lr, names, replay=False):
-    """An editor that trains the parameters with one of `names` in theirs on the new facts until all are answered; with replay,
-    on the kept ones beside them, until those are answered, too. 200 steps at most."""
-
-    def learn(model, tokens, targets, kept, kept_targets):
-        mine = [q for name, q in model.named_parameters() if any(n in name for n in names)]
-        optimizer = torch.optim.Adam(mine, lr=lr)
-        for _ in range(200):
-            model.zero_grad()
-            loss = model(tokens, targets)[1]
-            (loss + model(kept, kept_targets)[1] if replay else loss).backward()
-            optimizer.step()
-            done = n_correct(model, tokens, targets) == len(tokens)
-            if done and (not replay or n_correct(model, kept, kept_targets) == len(kept)):
-                break
-
-    def method(model, *facts):
-        try:
-            with evaluating(model):
-                learn(model, *facts)
-        finally:
-            model.zero_grad()  # or the next training step would add its own to them
-
-    return method
-
-
-# f(model, tokens, targets, kept tokens, kept targets) changes the model so that it answers targets; the kept should stay
-EDITORS = {
-    "write": lambda model, x, y, *kept: edit_facts(model, x, y),
-    "write, keeping others": lambda model, x, y, *kept: edit_facts(model, x, y, keep=key_second_moment(model, [kept])),
-    "fine-tune the values": fine_tune(1e-2, ["memory.values"]),
-    "fine-tune everything": fine_tune(1e-3, [""]),
-    "fine-tune everything, replaying others": fine_tune(1e-3, [""], replay=True),
-}
+    """Number of examples whose labels are all predicted correctly."""
+    logits, _ = model(tokens, targets)
+    return int(correct_predictions(logits, targets)[1].sum())
 
 
 def plot_edits(path, results, title):
-    """The three shares of each method against the number of facts rewritten."""
+    """METRICS of each editor against the number of edited facts."""
     plt, fig, axes = figure(1, len(METRICS), width=3.8)
-    for axis, side in zip(axes, METRICS):
+    for axis, metric in zip(axes, METRICS):
         for name in EDITORS:
-            mine = [r for r in results if r["method"] == name]
-            errorbars(axis, [r["edits"] for r in mine], [r[side] for r in mine], label=name)
-        n = "" if side == "efficacy" else f" (n = {mine[-1][side]['n']})"
-        ylabel = f"{side}{n}\nexact match, 95% interval"
-        axis.set(xscale="log", xlabel="facts rewritten at once", ylabel=ylabel, ylim=(-0.02, 1.02))
-    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=5)
-    fig.supxlabel(title, fontsize=8)
+            of_editor = [r for r in results if r["method"] == name]
+            n_edits, cells = [r["edits"] for r in of_editor], [r[metric] for r in of_editor]
+            errorbars(axis, n_edits, cells, label=name)
+        n = "" if metric == "efficacy" else f" (n = {cells[-1]['n']})"
+        ylabel = f"{metric}{n}\nexact match, 95% interval"
+        axis.set(xscale="log", xlabel="facts edited together", ylabel=ylabel, ylim=(-0.02, 1.02))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    fig.supxlabel(title)
     finish_figure(fig, plt, path, "")

@@ -100,7 +100,7 @@ class Clean:
     """What an untouched model computes: of each block with a memory layer, the stream before it and what it reads."""
 
     stream: dict  # {block: (B, T, D)}
-    found: dict  # {block: {"slots", "weights" (B, T, H, k), "read" (B, T, V)}}
+    found: dict  # {block: {"slots", "weights" (B, T, H, k), "output" (B, T, V)}}
     logits: torch.Tensor  # (B, n, tokens)
 
 
@@ -112,7 +112,7 @@ def run_with_cache(model, cases):
     def keep(i):
         return lambda module, args: stream.__setitem__(i, args[0])  # ffn_norm sees the stream between attention and memory
 
-    trace, blocks = [], list(model.memories()) if hasattr(model, "memories") else []
+    trace, blocks = [], list(model.memory_layers()) if hasattr(model, "memory_layers") else []
     with hooked([(model.layers[i].ffn_norm, "before", keep(i)) for i in blocks]):
         logits = logits_at(model, cases.tokens, cases.at, **({"trace": trace} if blocks else {}))
     return Clean(stream, dict(zip(blocks, trace)), logits)
@@ -139,7 +139,7 @@ def forward_from(model, block, stream, found, at):
     if block == last:
         stream, found = gather_positions(stream, at), {name: gather_labels(x, at) for name, x in found.items()}
     layer = model.layers[block]
-    x = layer.add(stream, layer.feed(layer.ffn_norm(stream), found=found))
+    x = layer.add(stream, layer.mlp_or_memory(layer.ffn_norm(stream), reads=found))
     for i in range(block + 1, last + 1):
         x = model.layers[i](x, at if i == last else None)
     return model.lm_head(model.final_norm(x))
@@ -191,7 +191,7 @@ def mean(r):
     """The mean of all values under its weight."""
     rest, lost = zero(r), (r.found["weights"] * hit(r)).sum((-1, -2))  # (B, T)
     read = weighted_values(r.memory.values, rest["slots"].flatten(0, 1).flatten(1), rest["weights"].flatten(0, 1).flatten(1))
-    return {**rest, "read": read.unflatten(0, lost.shape) + lost.unsqueeze(-1) * r.memory.values.mean(0)}
+    return {**rest, "output": read.unflatten(0, lost.shape) + lost.unsqueeze(-1) * r.memory.values.mean(0)}
 
 
 ABLATIONS = {"zero": zero, "drop": next_best, "random": random, "mean": mean, "resample": resample}

@@ -16,18 +16,10 @@ from analysis.patching import DECODING
 from analysis.trained_run import BOOLEAN, DECIDE, NUMBER, TEXT, WHOLE, ending, read_parquet, results, save_result
 from memory import slot_usage
 from nanorecall.checkpoint import read_record
-from nanorecall.metrics import (
-    clustered_proportion,
-    errorbars,
-    figure,
-    finish_figure,
-    format_ci,
-    mean_ci,
-    print_table,
-    proportion,
-)
+from nanorecall.metrics import print_table
+from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import ConfigError, require, say
-from nanorecall.stats import add_holm, correlation
+from nanorecall.stats import add_holm, clustered_proportion, correlation, format_ci, mean_ci, proportion
 
 COLUMNS = {  # what is read here of each measurement
     "keys": {
@@ -64,7 +56,7 @@ def load_table(look, what):
         raise ConfigError(f"{e}; measure again") from None
     message = f"{path} is of step {step}, the checkpoint of step {look.step}; measure again"
     require(step == look.step, message, "checkpoint")
-    memories = look.model.memories()
+    memories = look.model.memory_layers()
     if "layer" in columns:
         there = np.isin(columns["layer"], list(memories)).all()
         require(there, f"{path} names layers without a memory; measure again", None)
@@ -245,7 +237,7 @@ def plot_keys(path, columns, title):
 def plot_impact(path, columns, slots, look, mode, most=60):
     """The importance matrix: rows (examples) by the slots that matter most; and every slot's mean fall, sorted."""
     blocks = np.unique(slots["layer"])
-    plt, fig, axes = figure(1, 1 + len(blocks), width=5.2)
+    plt, fig, axes = figure(1, 1 + len(blocks), width=5.2, grid=False)
     for block in blocks:
         mine = slots["layer"] == block
         axes[0].plot(np.sort(slots["mean"][mine])[::-1], lw=1, label=f"layer {block}: {mine.sum()} slots")
@@ -277,7 +269,7 @@ def keystats(look, clusters=8):
     found, by_slice = {**slots, "cluster": np.zeros(len(slots["slot"]), int)}, {"layer": {}}
     for block in np.unique(slots["layer"]):
         mine = np.flatnonzero(slots["layer"] == block)
-        values = look.model.memories()[int(block)].values.detach().float().cpu().numpy()[slots["slot"][mine]]
+        values = look.model.memory_layers()[int(block)].values.detach().float().cpu().numpy()[slots["slot"][mine]]
         group, quality = spherical_k_means(values, min(clusters, len(values) // 2 or 1), look.config.seed)
         by_chance = np.mean(
             [spherical_k_means(permute_columns(values, s), min(clusters, len(values) // 2 or 1), s)[1] for s in range(5)]
@@ -359,7 +351,7 @@ def occurrences(look):
     columns, _ = first_ablation(load_table(look, "keys"))
     first = columns["place"] == 0  # `reads` is of the row and stands at each of its labels: count it once
     by_slice, counts = {"layer": {}}, {}
-    for block, memory in look.model.memories().items():
+    for block, memory in look.model.memory_layers().items():
         mine = first & (columns["layer"] == block)
         times = np.bincount(columns["slot"][mine], columns["reads"][mine], minlength=len(memory.values))
         counts[block] = times
@@ -596,7 +588,7 @@ def swap_predictions(look):
 
 
 def plot_swap_predictions(path, columns, digits, look):
-    plt, fig, axes = figure(1, 2, width=4.8)
+    plt, fig, axes = figure(1, 2, width=4.8, grid=False)
     differ = columns["answer"] != columns["other answer"]
     for axis, how in zip(axes, DECODING):
         now = np.unique(columns[how])

@@ -1,10 +1,11 @@
-"""Which slots of its memory layers a model reads, how long their values are, and at which tokens they are read.
+"""Which slots of its memory layers a model reads, how long their values are, and for which tokens.
 
-    python eval.py activations runs/RUN    # slots and weights by row, layer, position and head
-    python eval.py norms runs/RUN          # lengths of the value rows, and of what is read from them
-    python eval.py track runs/RUN          # the tokens at which each slot is read; use of the slots while training
+    python eval.py activations runs/RUN    # slots and weights by example, layer, position and head
+    python eval.py norms runs/RUN          # norms of values and of memory outputs
+    python eval.py track runs/RUN          # tokens at which each slot is read; usage in training
 
-Letters: B rows, T tokens in a row, H heads, k slots that a head reads.
+A table of reads has one entry for each example, layer, position, head and slot.
+Letters: B examples, T tokens, H heads, k slots that a head reads.
 """
 
 import math
@@ -15,224 +16,298 @@ import torch
 from analysis.trained_run import map_batches, save_result
 from memory import slot_usage
 from nanorecall.checkpoint import read_log
-from nanorecall.metrics import errorbars, figure, finish_figure, format_ci, mean_ci, mean_share, print_table
+from nanorecall.metrics import print_table
+from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
+from nanorecall.stats import format_ci, mean_ci, mean_proportion
 
 
-def why_not_slots(look):
-    """Why there are no slots to look at, or ""."""
-    return "" if hasattr(look.model, "memories") else f"{look.plan.train.model} has no memory layers"
+def why_not_slots(run):
+    """Why the model has no slots, or ""."""
+    if hasattr(run.model, "memory_layers"):
+        return ""
+    return f"{run.plan.train.model} has no memory layers"
 
 
-def reads(look, batch):
-    """Everything that memory layers read: one element for each row, layer, position, head and slot, padding left out."""
-    *_, found = look.model(batch.tokens, trace=True)
-    real = (batch.tokens != look.pad).cpu()  # (B, T)
-    b, t = real.nonzero(as_tuple=True)
-    asked = (batch.targets != IGNORE_INDEX).cpu()[b, t]
-    parts = []
-    for layer, f in zip(look.model.memories(), found):
-        slots, weights = (f[name].cpu()[b, t] for name in ("slots", "weights"))  # (tokens, H, k)
+def slot_reads(run, batch):
+    """The table of reads of one batch, without padding: {column: (reads,)}."""
+    *_, trace = run.model(batch.tokens, trace=True)
+    tokens = batch.tokens.cpu()
+    b, t = (tokens != run.pad).nonzero(as_tuple=True)  # of each token that is no padding
+    of_token = {
+        "row": torch.from_numpy(batch.rows)[b],
+        "position": t,
+        "token": tokens[b, t],
+        "labelled": (batch.targets != IGNORE_INDEX).cpu()[b, t],
+    }
+    tables = []
+    for layer, reads in zip(run.model.memory_layers(), trace):
+        slots, weights = reads["slots"].cpu()[b, t], reads["weights"].cpu()[b, t]  # (tokens, H, k)
         H, k = slots.shape[1:]
-        each = {"row": torch.from_numpy(batch.rows)[b], "position": t, "token": batch.tokens.cpu()[b, t], "labelled": asked}
-        flat = {name: x.repeat_interleave(H * k) for name, x in each.items()}
-        head = torch.arange(H).repeat_interleave(k).repeat(len(slots))
-        read = {
-            "layer": torch.full_like(head, layer),
-            "head": head,
-            "slot": slots.flatten(),
-            "weight": weights.float().flatten(),
-        }
-        parts.append(flat | read)
-    return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}
+        table = {name: x.repeat_interleave(H * k) for name, x in of_token.items()}
+        table["head"] = torch.arange(H).repeat_interleave(k).repeat(len(slots))
+        table["layer"] = torch.full_like(table["head"], layer)
+        table["slot"] = slots.flatten()
+        table["weight"] = weights.float().flatten()
+        tables.append(table)
+    columns = ("row", "position", "token", "labelled", "layer", "head", "slot", "weight")
+    return {name: torch.cat([table[name] for table in tables]).numpy() for name in columns}
+
+
+def reads_of(run, *columns):
+    """These columns of the table of reads, of all batches."""
+
+    def work(batch):
+        table = slot_reads(run, batch)
+        return {name: table[name] for name in columns}
+
+    return map_batches(run, work)
 
 
 def usage_stats(slots, size):
-    """How reads (n,) spread over a table: slots used, their share, the number of equally used ones that would be as uncertain
-    (exp of the entropy), and the KL divergence from even use in nats."""
-    u = slot_usage(torch.from_numpy(np.bincount(slots, minlength=size)))
-    return {"used": size - u["dead"], "share": u["share"], "effective": size / math.exp(u["kl"]), "kl": u["kl"]}
+    """How evenly reads (n,) use a table of `size` slots -> {"used", "share", "effective", "kl"}.
+
+    used: number of slots read; share: fraction of slots read; effective: exp of the entropy, the
+    number of equally used slots with this uncertainty; kl: divergence from even use, in nats.
+    """
+    usage = slot_usage(torch.from_numpy(np.bincount(slots, minlength=size)))
+    effective = size / math.exp(usage["kl"])
+    used = size - usage["dead"]
+    return {"used": used, "share": usage["share"], "effective": effective, "kl": usage["kl"]}
 
 
-def activations(look):
-    """Which slots each row reads, by layer, position and head."""
-    found = map_batches(look, lambda batch: reads(look, batch))
-    size = look.model.config.mem_n_keys**2
-    layers = np.unique(found["layer"])
-    by_slice = {"layer": {}, "layer and position": {}}
-    for layer in layers:
-        mine = found["layer"] == layer
-        by_slice["layer"][str(layer)] = usage_stats(found["slot"][mine], size)
-        for t in np.unique(found["position"][mine]):
-            here = mine & (found["position"] == t)
-            by_slice["layer and position"][f"{layer}, {t}"] = usage_stats(found["slot"][here], size)
-    if look.world.is_main:
-        rows = []
-        for layer, u in by_slice["layer"].items():
-            slots, times = np.unique(found["slot"][found["layer"] == int(layer)], return_counts=True)
-            best = np.argsort(times)[::-1][:5]
-            often = " ".join(f"{slots[i]}:{times[i] / times.sum():.1%}" for i in best)
-            rows.append((layer, u["used"], f"{u['share']:.1%}", f"{u['effective']:.0f}", f"{u['kl']:.2f}", often))
-        print_table(("layer", "slots used", f"of {size}", "effective", "KL from even", "most read"), rows)
-    metrics = {"slots": size, "rows": len(np.unique(found["row"])), "reads": len(found["slot"])}
-    plot = lambda path: plot_activations(path, found, by_slice, size, look.name)
-    save_result(look, "activations", metrics, by_slice, read_examples(look, found), found, plot)
+# ---- activations ---------------------------------------------------------------------------------
 
 
-def read_examples(look, found, count=4, top=5):
-    """A few rows: at each label, the slots read with the largest weights in each layer, as (first sub-key, second, weight)."""
-    n = look.model.config.mem_n_keys
-    rows = np.unique(found["row"])
-    for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
-        tokens, _, *_ = look.data.batch(look.config.split, 0, [row])
-        mine = (found["row"] == row) & found["labelled"]
+def activations(run):
+    """Which slots are read, by example, layer, position and head."""
+    reads = map_batches(run, lambda batch: slot_reads(run, batch))
+    size = run.model.config.mem_n_keys**2
+    by_layer, by_position = {}, {}
+    lines = []
+    for layer in np.unique(reads["layer"]):
+        in_layer = reads["layer"] == layer
+        slots = reads["slot"][in_layer]
+        usage = by_layer[str(layer)] = usage_stats(slots, size)
+        for t in np.unique(reads["position"][in_layer]):
+            here = in_layer & (reads["position"] == t)
+            by_position[f"{layer}, {t}"] = usage_stats(reads["slot"][here], size)
+        numbers = (usage["used"], f"{usage['share']:.1%}", f"{usage['effective']:.0f}")
+        lines.append((str(layer), *numbers, f"{usage['kl']:.2f}", most_read(slots)))
+    if run.world.is_main:
+        head = ("layer", "slots used", f"of {size}", "effective", "KL from even", "most read")
+        print_table(head, lines)
+    metrics = {"slots": size, "rows": len(np.unique(reads["row"])), "reads": len(reads["slot"])}
+    by_slice = {"layer": by_layer, "layer and position": by_position}
+
+    def plot(path):
+        plot_activations(path, reads, by_slice, size, run.name)
+
+    save_result(run, "activations", metrics, by_slice, read_examples(run, reads), reads, plot)
+
+
+def most_read(slots):
+    """The five slots that occur most among slots (n,), with their share, as text."""
+    values, counts = np.unique(slots, return_counts=True)
+    best = np.argsort(counts)[::-1][:5]
+    return " ".join(f"{values[i]}:{counts[i] / counts.sum():.1%}" for i in best)
+
+
+def read_examples(run, reads, n_examples=4, n_slots=5):
+    """Yield a few examples with the slots of largest weight by layer and label.
+
+    Each slot is (first sub-key, second sub-key, weight).
+    """
+    n = run.model.config.mem_n_keys
+    rows = np.unique(reads["row"])
+    chosen = np.linspace(0, len(rows) - 1, min(n_examples, len(rows))).astype(int)
+    for row in rows[chosen]:
+        tokens, _, *_ = run.data.batch(run.config.split, 0, [row])
+        in_row = (reads["row"] == row) & reads["labelled"]
+        places = set(zip(reads["layer"][in_row].tolist(), reads["position"][in_row].tolist()))
         top_slots = {}
-        for layer, t in sorted({*zip(found["layer"][mine].tolist(), found["position"][mine].tolist())}):
-            here = np.flatnonzero(mine & (found["layer"] == layer) & (found["position"] == t))
-            best = here[np.argsort(-found["weight"][here])][:top]
-            slots = [(int(found["slot"][i]) // n, int(found["slot"][i]) % n, round(float(found["weight"][i]), 4)) for i in best]
+        for layer, t in sorted(places):
+            in_place = in_row & (reads["layer"] == layer) & (reads["position"] == t)
+            here = np.flatnonzero(in_place)
+            slots = []
+            for i in here[np.argsort(-reads["weight"][here])][:n_slots]:
+                slot, weight = int(reads["slot"][i]), round(float(reads["weight"][i]), 4)
+                slots.append((slot // n, slot % n, weight))
             top_slots.setdefault(f"layer {layer}", {})[f"position {t}"] = slots
-        yield {"row": int(row), "text": look.text(tokens[0].numpy())[-200:], "top_slots": top_slots}
+        text = run.text(tokens[0].numpy())[-200:]
+        yield {"row": int(row), "text": text, "top_slots": top_slots}
 
 
-def plot_activations(path, found, by_slice, size, title):
-    """How unevenly slots are read; how many at each position."""
+def positions_of(cells, layer):
+    """{position: cell} from cells {"layer, position": cell}"""
+    split = {tuple(map(int, key.split(", "))): cell for key, cell in cells.items()}
+    return {t: cell for (of_layer, t), cell in split.items() if of_layer == int(layer)}
+
+
+def plot_activations(path, reads, by_slice, size, title):
+    """Reads per slot in falling order, and the effective number of slots by position."""
     plt, fig, (left, right) = figure(1, 2)
     for layer in by_slice["layer"]:
-        times = np.sort(np.bincount(found["slot"][found["layer"] == int(layer)], minlength=size))[::-1]
-        left.plot(np.arange(1, size + 1), times / times.sum(), label=f"layer {layer}")
-        at = {
-            int(k.split(", ")[1]): u["effective"]
-            for k, u in by_slice["layer and position"].items()
-            if k.split(", ")[0] == layer
-        }
-        right.plot(list(at), list(at.values()), "o-", ms=3, label=f"layer {layer}")
+        slots = reads["slot"][reads["layer"] == int(layer)]
+        counts = np.sort(np.bincount(slots, minlength=size))[::-1]
+        left.plot(np.arange(1, size + 1), counts / counts.sum(), label=f"layer {layer}")
+        cells = positions_of(by_slice["layer and position"], layer)
+        effective = [usage["effective"] for usage in cells.values()]
+        right.plot(list(cells), effective, "o-", ms=3, label=f"layer {layer}")
     left.axhline(1 / size, ls="--", color="gray", lw=1, label="even use")
     left.set(xscale="log", yscale="log", xlabel="slots, most read first", ylabel="share of reads")
-    right.set(xlabel="position in the row", ylabel=f"effective number of slots (of {size})")
+    right.set(xlabel="position", ylabel=f"effective number of slots (of {size})")
     right.set_ylim(0, 1.1 * right.get_ylim()[1])
-    for axis in (left, right):
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-    finish_figure(fig, plt, path, f"{title}, {len(np.unique(found['row']))} rows")
+    left.legend()
+    right.legend()
+    finish_figure(fig, plt, path, f"{title}, {len(np.unique(reads['row']))} rows")
 
 
-# ---- norms -------------------------------------------------------------------------------------------------------------
+# ---- norms ---------------------------------------------------------------------------------------
 
 
-def norms(look):
-    """Lengths of the value rows, of slots read and never read, and of what is read at each position."""
-
-    def work(batch):
-        *_, found = look.model(batch.tokens, trace=True)
-        b, t = (batch.tokens != look.pad).nonzero(as_tuple=True)
-        parts = [(layer, f["read"][b, t].float().norm(dim=-1).cpu().numpy()) for layer, f in zip(look.model.memories(), found)]
-        return {
-            "layer": np.repeat([layer for layer, _ in parts], len(b)),
-            "position": np.tile(t.cpu().numpy(), len(parts)),
-            "norm": np.concatenate([x for _, x in parts]),
-        }
-
-    found = map_batches(look, work)
-    read = map_batches(look, lambda batch: {k: v for k, v in reads(look, batch).items() if k in ("layer", "slot")})
-    tables, by_slice = value_norms(look.model, read), {"layer and position": {}}
-    for layer in np.unique(found["layer"]):
-        for t in np.unique(found["position"]):
-            here = found["norm"][(found["layer"] == layer) & (found["position"] == t)]
-            if len(here):
-                by_slice["layer and position"][f"{layer}, {t}"] = {**mean_ci(here), "std": float(here.std())}
-    metrics = {}
+def norms(run):
+    """Norms of the values, of slots read and never read, and of the memory output by position."""
+    outputs = map_batches(run, lambda batch: output_norms(run, batch))
+    tables = value_norms(run.model, reads_of(run, "layer", "slot"))
+    metrics, lines = {}, []
     for name, (lengths, used) in tables.items():
-        metrics[name] = {kind: mean_ci(x) for kind, x in (("read", lengths[used]), ("never read", lengths[~used])) if len(x)}
-    if look.world.is_main:
-        cells = [(f"value rows, {name}, {kind}", c) for name, m in metrics.items() for kind, c in m.items()]
-        places = [(f"read in layer {k.replace(', ', ', position ')}", c) for k, c in by_slice["layer and position"].items()]
-        cells += places if len(places) <= 60 else []  # the figure shows them better
-        print_table(("length of", "n", "mean", "95% interval"), [(name, *format_ci(c)) for name, c in cells])
-    save_result(look, "norms", metrics, by_slice, (), found, lambda path: plot_norms(path, tables, by_slice, look.name))
+        metrics[name] = {}
+        for kind, x in (("read", lengths[used]), ("never read", lengths[~used])):
+            if len(x):
+                metrics[name][kind] = mean_ci(x)
+                lines.append((f"value rows, {name}, {kind}", *format_ci(metrics[name][kind])))
+    by_position, position_lines = {}, []
+    for layer in np.unique(outputs["layer"]):
+        for t in np.unique(outputs["position"]):
+            x = outputs["norm"][(outputs["layer"] == layer) & (outputs["position"] == t)]
+            if len(x):
+                cell = by_position[f"{layer}, {t}"] = {**mean_ci(x), "std": float(x.std())}
+                name = f"output of layer {layer}, position {t}"
+                position_lines.append((name, *format_ci(cell)))
+    if run.world.is_main:
+        # The figure shows many positions better.
+        if len(position_lines) <= 60:
+            lines += position_lines
+        print_table(("length of", "n", "mean", "95% interval"), lines)
+
+    def plot(path):
+        plot_norms(path, tables, by_position, run.name)
+
+    save_result(run, "norms", metrics, {"layer and position": by_position}, (), outputs, plot)
 
 
-def value_norms(model, read):
-    """{"layers 0 1": (lengths of the rows (slots,), which were read (slots,) bool)}, a shared table once."""
+def output_norms(run, batch):
+    """{"layer", "position", "norm"} of the memory output at each token that is no padding."""
+    *_, trace = run.model(batch.tokens, trace=True)
+    b, t = (batch.tokens != run.pad).nonzero(as_tuple=True)
+    layers = list(run.model.memory_layers())
+    lengths = [reads["output"][b, t].float().norm(dim=-1).cpu().numpy() for reads in trace]
+    return {
+        "layer": np.repeat(layers, len(b)),
+        "position": np.tile(t.cpu().numpy(), len(layers)),
+        "norm": np.concatenate(lengths),
+    }
+
+
+def value_norms(model, reads):
+    """{"layers 0 1": (norms of the values (slots,), which are read (slots,) bool)}, by table."""
+    layers_of = {}
+    for layer, memory in model.memory_layers().items():
+        layers_of.setdefault(memory.values, []).append(layer)
     tables = {}
-    for layer, memory in model.memories().items():
-        tables.setdefault(id(memory.values), (memory.values, []))[1].append(layer)
-    out = {}
-    for values, layers in tables.values():  # a slot of a shared table is in use if any layer reads it
+    for values, layers in layers_of.items():
         used = np.zeros(len(values), bool)
-        used[read["slot"][np.isin(read["layer"], layers)]] = True
-        out["layers " + " ".join(map(str, layers))] = (values.detach().float().norm(dim=1).cpu().numpy(), used)
-    return out
+        # A slot of a shared table is in use if any layer reads it.
+        used[reads["slot"][np.isin(reads["layer"], layers)]] = True
+        lengths = values.detach().float().norm(dim=1).cpu().numpy()
+        tables["layers " + " ".join(map(str, layers))] = (lengths, used)
+    return tables
 
 
-def plot_norms(path, tables, by_slice, title):
+def plot_norms(path, tables, by_position, title):
+    """Histograms of the norms of values, and the mean norm of the output by position."""
     plt, fig, (left, right) = figure(1, 2)
     for name, (lengths, used) in tables.items():
         edges = np.linspace(0, lengths.max() * 1.05, 40)
         for kind, x in (("read", lengths[used]), ("never read", lengths[~used])):
             if len(x):
                 left.hist(x, edges, alpha=0.5, label=f"{name}, {kind}: n = {len(x)}")
-    left.set(xlabel="length of a value row", ylabel="slots")
-    for layer in dict.fromkeys(k.split(", ")[0] for k in by_slice["layer and position"]):
-        cells = {int(k.split(", ")[1]): c for k, c in by_slice["layer and position"].items() if k.split(", ")[0] == layer}
-        errorbars(right, list(cells), list(cells.values()), label=f"layer {layer}, n = {max(c['n'] for c in cells.values())}")
-    right.set(xlabel="position in the row", ylabel="mean length of what is read (95%)", ylim=(0, None))
-    for axis in (left, right):
-        axis.legend(fontsize=7)
+    left.set(xlabel="norm of a value", ylabel="slots")
+    for layer in dict.fromkeys(key.split(", ")[0] for key in by_position):
+        cells = positions_of(by_position, layer)
+        n = max(cell["n"] for cell in cells.values())
+        errorbars(right, list(cells), list(cells.values()), label=f"layer {layer}, n = {n}")
+    right.set(xlabel="position", ylabel="mean norm of the memory output (95%)", ylim=(0, None))
+    left.legend()
+    right.legend()
     finish_figure(fig, plt, path, title)
 
 
-# ---- tokens of a slot --------------------------------------------------------------------------------------------------
+# ---- tokens of a slot ----------------------------------------------------------------------------
 
 
-def track(look):
-    """The tokens at which each slot is read, and how the use of slots grew in training (log.jsonl, mem_stats_every)."""
-    found = map_batches(
-        look, lambda batch: {k: v for k, v in reads(look, batch).items() if k in ("layer", "slot", "token", "weight")}
-    )
-    size, vocabulary = look.model.config.mem_n_keys**2, look.data.vocab_size
-    # One number for each (layer, slot, token), to count them in one pass; taken apart again below.
-    place = (found["layer"].astype(np.int64) * size + found["slot"]) * vocabulary + found["token"]
-    key, which, times = np.unique(place, return_inverse=True, return_counts=True)
-    token, slot, layer = key % vocabulary, key // vocabulary % size, key // vocabulary // size
-    cells = {"layer": layer, "slot": slot, "token": token, "times": times, "weight": np.bincount(which, found["weight"])}
-    cells["text"] = [look.token(t) for t in token]
-    group, which = np.unique(layer * size + slot, return_inverse=True)
-    # Purity: does a slot stand for one token, or is it read all over the text?
-    sums, most = np.bincount(which, times), np.zeros(len(group))
-    np.maximum.at(most, which, times)
-    purity = {str(n): mean_share((most / sums)[group // size == n]) for n in np.unique(layer)}
-    log = [r for r in read_log(look.folder) if r["kind"] == "memory"]
-    if look.world.is_main:
+def track(run):
+    """The tokens at which each slot is read, and the usage of slots in training (log.jsonl)."""
+    reads = reads_of(run, "layer", "slot", "token", "weight")
+    size = run.model.config.mem_n_keys**2
+    shape = (int(reads["layer"].max()) + 1, size, run.data.vocab_size)
+    # One number for each (layer, slot, token), because np.unique is slow on triples.
+    key = np.ravel_multi_index((reads["layer"], reads["slot"], reads["token"]), shape)
+    key, index, times = np.unique(key, return_inverse=True, return_counts=True)
+    layer, slot, token = np.unravel_index(key, shape)
+    columns = {"layer": layer, "slot": slot, "token": token, "times": times}
+    columns["weight"] = np.bincount(index, reads["weight"])
+    columns["text"] = [run.token(t) for t in token]
+    # Purity: is a slot read at one token, or all over the text?
+    group, of_group = np.unique(layer * size + slot, return_inverse=True)
+    total, largest = np.bincount(of_group, times), np.zeros(len(group))
+    np.maximum.at(largest, of_group, times)
+    purity, layers = largest / total, group // size
+    by_layer = {str(n): mean_proportion(purity[layers == n]) for n in np.unique(layer)}
+    log = [record for record in read_log(run.folder) if record["kind"] == "memory"]
+    if run.world.is_main:
         lines = []
         for n in np.unique(layer):
-            mine = np.flatnonzero(group // size == n)
-            for g in mine[np.argsort(-sums[mine])][:5]:
-                at = np.flatnonzero(which == g)
-                best = at[np.argsort(-times[at])][:4]
-                often = " ".join(f"{cells['text'][i]!r}:{times[i] / sums[g]:.0%}" for i in best)
-                lines.append((int(n), int(group[g] % size), int(sums[g]), often))
+            of_layer = np.flatnonzero(layers == n)
+            for g in of_layer[np.argsort(-total[of_layer])][:5]:
+                cells = np.flatnonzero(of_group == g)
+                tokens = []
+                for i in cells[np.argsort(-times[cells])][:4]:
+                    tokens.append(f"{columns['text'][i]!r}:{times[i] / total[g]:.0%}")
+                lines.append((int(n), int(group[g] % size), int(total[g]), " ".join(tokens)))
         print_table(("layer", "slot", "reads", "at these tokens"), lines)
-        for n, c in purity.items():
-            print(f"layer {n}: a slot's most frequent token has {c['value']:.1%} of its reads on average (n = {c['n']} slots)")
+        for n, cell in by_layer.items():
+            mean, n_slots = f"{cell['value']:.1%}", cell["n"]
+            print(f"layer {n}: {mean} of a slot's reads are at one token (mean of {n_slots} slots)")
         if not log:
-            print("no use of slots in log.jsonl: train with --mem_stats_every 100")
-    metrics = {"share of a slot's most frequent token": purity, "while training": log[-1]["layers"] if log else {}}
-    save_result(look, "track", metrics, {}, (), cells, lambda path: plot_track(path, log, most / sums, group // size, look.name))
+            print("no usage of slots in log.jsonl: train with --mem_stats_every 100")
+    metrics = {"share of a slot's most frequent token": by_layer}
+    metrics["while training"] = log[-1]["layers"] if log else {}
+
+    def plot(path):
+        plot_track(path, log, purity, layers, run.name)
+
+    save_result(run, "track", metrics, {}, (), columns, plot)
 
 
-def plot_track(path, log, purity, layer, title):
-    plt, fig, (left, middle, right) = figure(1, 3)
-    for n in np.unique(layer):
-        right.hist(purity[layer == n], np.linspace(0, 1, 21), alpha=0.5, label=f"layer {n}: {(layer == n).sum()} slots read")
-    right.set(xlabel="share of its most frequent token", ylabel="slots")
-    for n in log[0]["layers"] if log else ():
-        for axis, name in ((left, "share"), (middle, "kl")):
-            axis.plot([r["step"] for r in log], [r["layers"][n][name] for r in log], "o-", ms=3, label=f"layer {n}")
-    left.set(xlabel="step", ylabel="share of slots read in a step", ylim=(0, 1.02))
-    middle.set(xlabel="step", ylabel="KL divergence from even use (nats)", ylim=(0, None))
-    for axis in (left, middle, right):
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+def plot_track(path, log, purity, layers, title):
+    """Usage of slots against training steps, and a histogram of purity."""
+    plt, fig, (shares, divergences, purities) = figure(1, 3)
+    if log:
+        steps = [record["step"] for record in log]
+        for n in log[0]["layers"]:
+            for axis, name in ((shares, "share"), (divergences, "kl")):
+                values = [record["layers"][n][name] for record in log]
+                axis.plot(steps, values, "o-", ms=3, label=f"layer {n}")
+        shares.legend()
+        divergences.legend()
+    for n in np.unique(layers):
+        x = purity[layers == n]
+        edges = np.linspace(0, 1, 21)
+        purities.hist(x, edges, alpha=0.5, label=f"layer {n}: {len(x)} slots read")
+    purities.legend()
+    shares.set(xlabel="step", ylabel="share of slots read in a step", ylim=(0, 1.02))
+    divergences.set(xlabel="step", ylabel="KL divergence from even use (nats)", ylim=(0, None))
+    purities.set(xlabel="share of its most frequent token", ylabel="slots")
     finish_figure(fig, plt, path, title)

@@ -22,17 +22,10 @@ from analysis.hooks import (
     run_with_hooks,
 )
 from analysis.trained_run import concat, save_result
-from nanorecall.metrics import (
-    clustered_proportion,
-    errorbars,
-    figure,
-    finish_figure,
-    format_ci,
-    in_eval_mode,
-    mean_ci,
-    print_table,
-)
+from nanorecall.metrics import in_eval_mode, print_table
+from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import require
+from nanorecall.stats import clustered_proportion, format_ci, mean_ci
 
 EXPOSURE_PAIRS = {  # is this pair of exposures wanted? f(of the row is high, of the other is high)
     "any": lambda a, b: np.ones_like(a),
@@ -138,7 +131,7 @@ def exchanged(model, cases, a, b, name, chunk=512, seed=0):
     pair, place, head = pair[differ], place[differ], head[differ]
     require(len(pair), "all pairs of rows have the same answers; raise rows", None)
     third = control_answers(answers[a[pair], place], answers[b[pair], place], np.unique(answers), seed)
-    for block in model.memories():
+    for block in model.memory_layers():
         for first in range(0, len(pair), chunk):
             i, p, h, x = (v[first : first + chunk] for v in (pair, place, head, third))
             mine, other, t = (torch.as_tensor(v, device=device) for v in (a[i], b[i], p))
@@ -203,7 +196,7 @@ def forward_with_interchange(model, cases, clean, block, name, mine, other, plac
 def plot_exchange(path, columns, by_slice, look):
     """Where the other row's answer comes through, by block and place; and which digits become which."""
     blocks, places, digits = (np.unique(columns[name]) for name in ("layer", "place", "answer"))
-    plt, fig, axes = figure(1, 1 + len(blocks), width=4.6)
+    plt, fig, axes = figure(1, 1 + len(blocks), width=4.6, grid=False)
     for block in blocks:
         cells = [by_slice["layer, place"][f"{block}, {p}"] for p in places]
         errorbars(axes[0], places, [c["other's"] for c in cells], label=f"layer {block}: the other's")
@@ -312,7 +305,7 @@ def digit_pairs(columns, how, look):
 
 
 def plot_swap_matrix(path, columns, look):
-    plt, fig, axes = figure(2, 2, width=4.6)
+    plt, fig, axes = figure(2, 2, width=4.6, grid=False)
     for axis, below, how in zip(axes[:2], axes[2:], DECODING):
         hit = columns[how] == columns["other answer"]
         digit_heatmap(fig, axis, columns, hit, np.unique(columns["answer"]), look, f"{how}: share that became the other's")
@@ -409,7 +402,7 @@ def plot_patch(path, back, cases, look):
         list(dict.fromkeys(name for name, _ in back)),
         [look.token(i) for i in cases.tokens[0, : len(next(iter(back.values())))].tolist()],
     )
-    plt, fig, axes = figure(len(names), 1, width=9)
+    plt, fig, axes = figure(len(names), 1, width=9, grid=False)
     fig.set_size_inches(max(7, min(16, 0.22 * len(texts) + 2)), 1.2 + 1.5 * len(names))
     step = max(1, len(texts) // 40)
     for axis, name in zip(axes, names):

@@ -14,9 +14,11 @@ import torch
 from analysis.memory_usage import usage_stats
 from analysis.trained_run import concat, map_batches, save_result
 from nanorecall.documents import documents_in
-from nanorecall.metrics import errorbars, figure, finish_figure, format_ci, mean_share, print_table
+from nanorecall.metrics import print_table
+from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import require
+from nanorecall.stats import format_ci, mean_proportion
 
 FUNCTION_WORDS = set(
     "a about after all also an and any are as at be because been before both but by can could did do does each for from had "
@@ -91,7 +93,7 @@ def routing_table(look, batch):
     for b in range(len(ids)):
         mine = ids[b][real[b]]
         kinds, decile = np.array(token_types(look, mine)), 10 * np.arange(len(mine)) // len(mine)
-        for layer, f in zip(look.model.memories(), found):
+        for layer, f in zip(look.model.memory_layers(), found):
             n, slots = len(mine), f["slots"][b].flatten(1).cpu().numpy()[real[b]]  # (tokens, H * k)
             route = f["route"][b, :, 1].float().cpu().numpy()[real[b]] if "route" in f else np.full(n, np.nan, np.float32)
             cells = {"row": np.full(n, batch.rows[b]), "layer": np.full(n, layer), "position": np.arange(n), "token": mine}
@@ -108,7 +110,7 @@ def routing(look):
     router = not np.isnan(found["memory"]).all()
     size = look.model.config.mem_n_keys**2
     if router:
-        measured = lambda mine: mean_share(found["memory"][mine])
+        measured = lambda mine: mean_proportion(found["memory"][mine])
     else:
         measured = lambda mine: usage_stats(found["slots"][mine].ravel(), size)
     by_slice = {name: {} for name in ("layer and kind", "layer and decile")}
@@ -191,9 +193,9 @@ def consistency(found, pairs=2000):
             if len(i) < 20:  # too few for an interval
                 continue
             common = [len(np.intersect1d(x, y)) / len(np.union1d(x, y)) for x, y in zip(found["slots"][i], found["slots"][j])]
-            cells[name] = {"slots in common": mean_share(common)}
+            cells[name] = {"slots in common": mean_proportion(common)}
             if not np.isnan(found["memory"]).all():
-                cells[name]["difference of shares"] = mean_share(np.abs(found["memory"][i] - found["memory"][j]))
+                cells[name]["difference of shares"] = mean_proportion(np.abs(found["memory"][i] - found["memory"][j]))
         out[str(layer)] = cells
     return out
 
@@ -214,7 +216,8 @@ def print_routing(by_slice, steady, router, size):
 
 def plot_routing(path, found, by_slice, alike, steady, router, title):
     layers = list(alike)
-    plt, fig, axes = figure(2, 3, width=4.6) if len(layers) <= 3 else figure(2, 3 + len(layers) // 2, width=4.6)
+    n_columns = 3 if len(layers) <= 3 else 3 + len(layers) // 2
+    plt, fig, axes = figure(2, n_columns, width=4.6, grid=False)
     for axis in axes[3 + len(layers) :]:
         axis.axis("off")
     for axis, name, label in ((axes[0], "layer and kind", "kind of token"), (axes[1], "layer and decile", "tenth of the row")):

@@ -137,7 +137,7 @@ def concat(parts):
 def correct_examples(look):
     """Numbers of the split's rows that the model answers rightly, every label of them."""
     c = look.config
-    found = list(iter_predictions(look.model, look.data, c.split, c.eval_batch_size, look.device, look.dtype, bar=True))
+    found = list(iter_predictions(look.model, look.data, c.split, c.eval_batch_size, look.device, look.dtype, show_progress=True))
     return np.concatenate([np.setdiff1d(b["row"], b["row"][~b["hit"]]) for b in found])
 
 

@@ -2,7 +2,7 @@
 
 1 minute on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
 
-`python eval.py edit runs/RUN` rewrites 1, 10 and 100 facts (memory.write) and says what became of the others.
+`python eval.py edit runs/RUN` rewrites 1, 10 and 100 facts (editing.edit_facts) and says what became of the others.
 """
 
 model = "memory"

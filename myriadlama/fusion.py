@@ -68,9 +68,9 @@ def draw_mask(scheme, manual, path=None, generated=2):
     lines = ["    " + " ".join(f"{name:>2}" for name in names)]
     lines += [f"{name:>2} [" + " ".join(" x" if x else " ." for x in row) + " ]" for name, row in zip(names, seen.tolist())]
     if path:
-        from nanorecall.metrics import figure, write_figure
+        from nanorecall.plots import figure, write_figure
 
-        plt, fig, (axis,) = figure(1, 1, width=4.5)
+        plt, fig, (axis,) = figure(1, 1, width=4.5, grid=False)
         axis.imshow(seen.numpy(), cmap="Blues", vmin=0, vmax=1.4)
         axis.set_xticks(range(len(names)), names, fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)

@@ -27,8 +27,8 @@ from collections import Counter
 
 import numpy as np
 
-from nanorecall.shards import read_rows
 from nanorecall.settings import ConfigError, convert, require
+from nanorecall.shards import read_rows
 
 INSTRUCTION = "Predict the [MASK] in the sentence in one word."
 ASK = "Answer the question in a few words."  # where templates are whole questions

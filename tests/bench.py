@@ -45,6 +45,7 @@ from myriadlama import (
 from nanorecall import (
     distributed,  # noqa: E402
     metrics,  # noqa: E402
+    plots,  # noqa: E402
     text,  # noqa: E402
 )
 from test_data_mqar import loop_rows  # noqa: E402
@@ -499,7 +500,7 @@ def draw_curves(path, found, rounds):
     """found {bench: [(size, ours, peer's name, peer)]} in ms -> a panel for each."""
     from matplotlib.ticker import LogLocator  # matplotlib takes a second to import, and only --figure needs it
 
-    plt, fig, axes = metrics.figure(1, max(1, len(found)), width=4)
+    plt, fig, axes = plots.figure(1, max(1, len(found)), width=4)
     for axis, (name, rows) in zip(axes, found.items()):
         lines = {"ours": {x: ours for x, ours, _, _ in rows}}
         for x, _, peer, ms in rows:
@@ -517,7 +518,7 @@ def draw_curves(path, found, rounds):
         axis.grid(alpha=0.3)
     threads = torch.get_num_threads()
     fig.supxlabel(f"{threads} thread{'s' * (threads > 1)}, medians of up to {rounds} interleaved rounds", fontsize=7)
-    metrics.finish_figure(fig, plt, path, "")
+    plots.finish_figure(fig, plt, path, "")
 
 
 if __name__ == "__main__":

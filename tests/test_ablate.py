@@ -15,8 +15,8 @@ import train
 from analysis import hooks as I
 from analysis import importance, patching
 from eval import greedy_decode
-from nanorecall.metrics import clustered_mean_ci
 from nanorecall.settings import ConfigError
+from nanorecall.stats import clustered_mean_ci
 from test_look import latest
 
 SIZES = dict(dim=16, n_layers=3, n_heads=2, dk=8, dv=8, conv=2, vocab_size=11, seq_len=9)
@@ -26,7 +26,7 @@ SLOTS = dict(memory_layers=(0, 2), mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_d
 def make(cls=memory.MemoryGPT, seed=0, **changes):
     torch.manual_seed(seed)
     made = cls(memory.Config(**{**SIZES, **SLOTS, **changes})).eval()
-    for layer in made.memories().values():
+    for layer in made.memory_layers().values():
         if layer.bias is not None:
             torch.nn.init.normal_(layer.bias, std=0.5)
     return made
@@ -99,7 +99,7 @@ def test_going_on_from_the_middle_is_the_whole_model(model):
 
 def remove_naively(model, block, slot, mode, other, borrowed):
     """One slot removed in one block, written from the definition: a change for the whole model."""
-    layer = model.memories()[block]
+    layer = model.memory_layers()[block]
 
     def change(found):
         slots, weights = found["slots"].clone(), found["weights"].clone()
@@ -110,7 +110,7 @@ def remove_naively(model, block, slot, mode, other, borrowed):
             slots[hit] = other if mode == "random" else borrowed
         elif mode == "mean":
             read = (layer.values[slots] * (weights * ~hit)[..., None]).sum((-2, -3))
-            return {**found, "read": read + (weights * hit).sum((-1, -2))[..., None] * layer.values.mean(0)}
+            return {**found, "output": read + (weights * hit).sum((-1, -2))[..., None] * layer.values.mean(0)}
         return {"slots": slots, "weights": weights}
 
     return {block: change}
@@ -121,7 +121,7 @@ def drop_naively(model, block, slot, tokens):
     """The whole model with one slot's score at minus infinity, all slots scored."""
 
     def change(found, caught):
-        layer, x = model.memories()[block], caught[0]
+        layer, x = model.memory_layers()[block], caught[0]
         q = M.NORMS[layer.config.mem_query_norm](layer.query(x).unflatten(-1, (layer.config.mem_heads, 2, -1)))
         halves = torch.einsum("bthse,hske->bthsk", q, layer.keys)
         biased = halves if layer.bias is None else halves + layer.bias
@@ -147,7 +147,7 @@ def test_many_removals_at_once_equal_one_whole_forward_pass_each(model, mode):
     n = cases.at.shape[1]
     assert (np.bincount(found["case"]) > 20).all() and found["control"].sum() == len(cases) * 2 * n
     random, seen = np.random.default_rng(0), 0
-    for block in model.memories():
+    for block in model.memory_layers():
         mine = found["layer"] == block
         case, slot = found["case"][mine][::n], found["slot"][mine][::n]
         other, borrowed = random.integers(25, size=len(case)), None
@@ -173,7 +173,7 @@ def test_many_removals_at_once_equal_one_whole_forward_pass_each(model, mode):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["random", "resample"])
 def test_another_slots_value_comes_in(mode):
-    layer = make().memories()[0]
+    layer = make().memory_layers()[0]
     found = {"slots": torch.tensor([[[[3, 4], [3, 7]]]]), "weights": torch.tensor([[[[0.5, 0.5], [0.9, 0.1]]]])}
     removal = I.SlotAblation(layer, found, torch.tensor([3]), None, torch.tensor([11]), torch.tensor([12]))
     changed = I.ABLATIONS[mode](removal)
@@ -201,11 +201,11 @@ def test_reads_of_a_row_by_hand():
 def test_a_slot_that_is_not_read_changes_nothing_bit_for_bit(model, mode):
     cases = some_cases()
     clean = I.run_with_cache(model, cases)
-    for block, layer in model.memories().items():
+    for block, layer in model.memory_layers().items():
         stream, found = clean.stream[block], {k: clean.found[block][k] for k in ("slots", "weights")}
         unread = np.setdiff1d(np.arange(25), found["slots"][:1].unique())
         cell = lambda x: torch.full((1,), int(x))
-        more = tuple(x[:1] for x in layer.search(model.layers[block].ffn_norm(stream), 4))
+        more = tuple(x[:1] for x in layer.topk_slots(model.layers[block].ffn_norm(stream), 4))
         one = {k: v[:1] for k, v in found.items()}
         changed = I.ABLATIONS[mode](I.SlotAblation(layer, one, cell(unread[0]), more, cell(1), cell(2)))
         before, after = (I.forward_from(model, block, stream[:1], f, cases.at[:1]) for f in (one, changed))
@@ -219,9 +219,9 @@ def test_a_slot_that_is_not_read_changes_nothing_bit_for_bit(model, mode):
 def test_all_slots_at_zero_are_the_layer_taken_out(model):
     cases = some_cases()
     silence = lambda found: {"slots": found["slots"], "weights": torch.zeros_like(found["weights"])}
-    zeroed = I.run_with_hooks(model, cases, intervene=dict.fromkeys(model.memories(), silence))
+    zeroed = I.run_with_hooks(model, cases, intervene=dict.fromkeys(model.memory_layers(), silence))
     changes = ablate.whole_block_changes(model)
-    hooks = [hook for block in model.memories() for hook in changes[block, "memory, full"][0]]
+    hooks = [hook for block in model.memory_layers() for hook in changes[block, "memory, full"][0]]
     assert torch.equal(zeroed, I.run_with_hooks(model, cases, hooks))
     assert not torch.allclose(zeroed, I.run_with_cache(model, cases).logits)
 
@@ -231,7 +231,7 @@ def test_values_and_keys_of_a_layer_taken_out(model):
     """Exchanged values: as a model whose table was permuted. Random slots: weights stay, slots are others."""
     cases, changes = some_cases(), ablate.whole_block_changes(model, seed=3)
     clean = I.run_with_cache(model, cases)
-    for block in model.memories():
+    for block in model.memory_layers():
         exchanged = changes[block, "memory, values"][1][block](clean.found[block])
         order = torch.empty(25, dtype=torch.long)
         order[clean.found[block]["slots"].flatten()] = exchanged["slots"].flatten()
@@ -392,7 +392,7 @@ def test_a_replaced_value_is_replaced_wherever_it_is_read():
             **found,
             "slots": torch.where(found["slots"] == own, theirs, found["slots"]),
         }
-        without_read = lambda found, swap=swap: {k: v for k, v in swap(found).items() if k != "read"}
+        without_read = lambda found, swap=swap: {k: v for k, v in swap(found).items() if k != "output"}
         with torch.no_grad():
             naive = model(cases.tokens[m : m + 1], intervene={0: without_read})[0][0, cases.at[m, 2]]
         torch.testing.assert_close(got[m], naive)

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 import ablate
-from analysis import attention_maps, compare, confidence, editing, importance, patching, routing, trained_run
+from analysis import (
+    attention_maps,
+    compare,
+    confidence,
+    editing,
+    importance,
+    patching,
+    routing,
+    significance,
+    trained_run,
+)
 from analysis import hooks as I
 from analysis.trained_run import write_parquet
 from nanorecall import metrics, stats
@@ -27,7 +37,7 @@ LABELS = {  # two rows of two labels, one of one; `kind` is of a row, `place` of
 
 def test_labels_are_read_in_the_order_of_their_rows(tmp_path):
     write_parquet(str(tmp_path / "eval_test.parquet"), LABELS)
-    found = stats.read_labels(str(tmp_path), "test")
+    found = significance.read_labels(str(tmp_path), "test")
     assert found["row"].tolist() == [2, 2, 5, 5, 9] and found["loss"].tolist() == [
         0.5,
         0.5,
@@ -38,7 +48,7 @@ def test_labels_are_read_in_the_order_of_their_rows(tmp_path):
 
 
 def test_rows_of_labels():
-    found = stats.per_example(LABELS)
+    found = significance.per_example(LABELS)
     assert found.keys() == {"row", "right", "labels", "hits", "loss", "kind"}
     assert found["row"].tolist() == [2, 5, 9] and found["right"].tolist() == [True, False, False]
     assert found["hits"].tolist() == [2, 1, 0] and found["labels"].tolist() == [2, 2, 1]
@@ -52,7 +62,7 @@ def test_slices_have_two_to_24_values():
         "b": np.arange(50) % 25,
         "c": np.ones(50),
     }
-    assert [name for name, _ in stats.slices_of(rows, ["a", "b", "c"])][1:] == [
+    assert [name for name, _ in significance.slices_of(rows, ["a", "b", "c"])][1:] == [
         f"a={v}" for v in range(24)
     ]
 
@@ -67,7 +77,7 @@ def test_one_run_is_measured_per_label(capsys):
         "hits": size,
         "size": size,
     }
-    found = stats.one_run({**rows, "loss": 1.0 * size}, ["size"])
+    found = significance.one_run({**rows, "loss": 1.0 * size}, ["size"])
     assert found["metrics"]["all"]["nll"]["value"] == pytest.approx(np.mean(1 / size))
     assert found["metrics"]["correlation with loss"]["size"]["value"] == pytest.approx(-1)
     assert found["metrics"]["all"]["exact"]["value"] == 2 / 8
@@ -80,7 +90,7 @@ def test_two_runs_are_the_second_less_the_first(capsys):
     a = {**same, "right": np.array([True, False]), "hits": np.array([1, 0])}
     b = {**same, "right": np.array([False, True]), "hits": np.array([0, 9])}
     a["loss"], b["loss"] = np.array([1.0, 18.0]), np.array([3.0, 0.0])
-    found = stats.two_runs([a, b], ["kind"])
+    found = significance.two_runs([a, b], ["kind"])
     whole = found["metrics"]["all"]
     assert whole["accuracy difference"]["value"] == pytest.approx(0.8)
     assert whole["nll difference"]["value"] == pytest.approx((3 - 1 + 0 - 18) / 10)
@@ -100,7 +110,7 @@ def test_seeds_decide_what_is_drawn():
         assert f(1) == f(1) and f(1)["ci95"] != f(2)["ci95"]
 
 
-# ---- measure.py ----------------------------------------------------------------------------------
+# ---- metrics.py ----------------------------------------------------------------------------------
 
 
 def test_counts_of_a_batch():
@@ -344,7 +354,7 @@ def test_reads_of_a_row_count_once(monkeypatch, capsys):
         fall=[0.0] * 4, row=[0, 0, 1, 1], place=[0, 1, 0, 1], slot=[0, 0, 1, 1], reads=[3, 3, 1, 1]
     )
     memory = SimpleNamespace(values=torch.zeros(4, 2))
-    model = SimpleNamespace(memories=lambda: {0: memory})
+    model = SimpleNamespace(memory_layers=lambda: {0: memory})
     _, by_slice, found = result_of(monkeypatch, importance.occurrences, columns, model=model)
     cell = by_slice["layer"]["0"]
     assert found["times"].tolist() == [3, 1, 0, 0] and cell["reads"] == 4
@@ -365,7 +375,7 @@ def test_the_variance_of_an_effect(monkeypatch, capsys):
     """Slot 0 falls by 0 and 4 (variance 4), slots 1 and 2 by 1 each."""
     columns = measurements(fall=[0.0, 4.0, 1.0, 1.0], slot=[0, 0, 1, 2])
     memory = SimpleNamespace(values=torch.eye(3))
-    model = SimpleNamespace(memories=lambda: {0: memory})
+    model = SimpleNamespace(memory_layers=lambda: {0: memory})
     _, by_slice, found = result_of(monkeypatch, importance.keystats, columns, model=model)
     assert by_slice["layer"]["0"]["variance of effect"]["value"] == pytest.approx(4 / 3)
     assert found["std"].tolist() == [2, 0, 0] and found["rows"].tolist() == [2, 1, 1]
@@ -485,7 +495,7 @@ def test_tenths_are_of_the_row_without_its_padding():
     found = {"slots": torch.zeros(2, 6, 1, 1, dtype=torch.long)}
     found["route"] = torch.tensor([0.25, 0.75]).expand(2, 6, 2)
     model = lambda tokens, trace: (None, None, [found])
-    model.memories = lambda: {3: None}
+    model.memory_layers = lambda: {3: None}
     about = SimpleNamespace(model=model, pad=0, data=SimpleNamespace(vocab_size=8))
     got = routing.routing_table(about, SimpleNamespace(tokens=tokens, rows=np.array([7, 9])))
     assert got["decile"].tolist() == [0, 2, 5, 7] + [0, 1, 3, 5, 6, 8]

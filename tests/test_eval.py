@@ -11,7 +11,7 @@ import pytest
 import eval as ev
 import train
 from analysis import compare
-from nanorecall import metrics
+from nanorecall import stats
 from nanorecall.run import load_run
 from nanorecall.settings import ConfigError
 
@@ -32,18 +32,18 @@ def runs(tmp_path_factory):
 
 def test_wilson_by_hand():
     """8 of 10: (0.8 + 0.19207) / 1.38415 -+ ... = 0.4902 to 0.9433; the ends stay in [0, 1]."""
-    assert metrics.wilson_interval(8, 10) == pytest.approx((0.49016, 0.94331), abs=1e-4)
-    low, high = metrics.wilson_interval(0, 10)
+    assert stats.wilson_interval(8, 10) == pytest.approx((0.49016, 0.94331), abs=1e-4)
+    low, high = stats.wilson_interval(0, 10)
     assert low == 0 and high == pytest.approx(0.27753, abs=1e-4)
-    assert metrics.wilson_interval(10, 10) == pytest.approx((1 - 0.27753, 1), abs=1e-4)
-    assert metrics.wilson_interval(0, 0) == (0, 1)
+    assert stats.wilson_interval(10, 10) == pytest.approx((1 - 0.27753, 1), abs=1e-4)
+    assert stats.wilson_interval(0, 0) == (0, 1)
 
 
 def test_wilson_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     coverage = []
     for p in (0.02, 0.1, 0.5, 0.9, 0.97):  # it swings about 95% with p, so the mean is held tighter than each
-        hits = [low <= p <= high for low, high in (metrics.wilson_interval(int(k), 200) for k in rng.binomial(200, p, 1000))]
+        hits = [low <= p <= high for low, high in (stats.wilson_interval(int(k), 200) for k in rng.binomial(200, p, 1000))]
         coverage.append(np.mean(hits))
     assert 0.91 < min(coverage) and max(coverage) < 0.985 and abs(np.mean(coverage) - 0.95) < 0.015
 

@@ -75,6 +75,7 @@ def saved(runs, name, what):
 
 @pytest.mark.parametrize("file", [
         "nanorecall.stats",
+        "analysis.repair",
         "analysis.routing",
         "eval",
         "analysis.importance",
@@ -174,13 +175,13 @@ def test_logits_agree_with_slices(runs):
 
 def test_reads_are_the_trace_one_by_one(runs):
     look = open_look(runs, "hops", eval_batch_size=5, rows=8)
-    found = look_file.map_batches(look, lambda batch: slots_file.reads(look, batch))
+    found = look_file.map_batches(look, lambda batch: slots_file.slot_reads(look, batch))
     expected = []
     for rows in look_file.batches(look):
         tokens, targets, *_ = look.data.batch("test", 0, rows)
         with torch.no_grad():
             trace = look.model(tokens, trace=True)[2]
-        for layer, f in zip(look.model.memories(), trace):
+        for layer, f in zip(look.model.memory_layers(), trace):
             for b, t in [(b, t) for b in range(len(tokens)) for t in range(tokens.shape[1]) if tokens[b, t] != look.pad]:
                 for h in range(f["slots"].shape[2]):
                     for slot, weight in zip(f["slots"][b, t, h].tolist(), f["weights"][b, t, h].tolist()):
@@ -225,7 +226,7 @@ def test_activations_norms_and_track(runs, capsys):
     assert purity["value"] == pytest.approx(np.mean(purest)) and purity["n"] == len(purest)
     result, norms = saved(runs, "memory", "norms")
     model = open_look(runs, "memory").model
-    lengths = model.memories()[0].values.norm(dim=1)
+    lengths = model.memory_layers()[0].values.norm(dim=1)
     cells = [c for name, c in result["metrics"]["layers 0"].items()]
     assert sum(c["value"] * c["n"] for c in cells) == pytest.approx(float(lengths.detach().sum()), rel=1e-4)
     cell, here = result["by_slice"]["layer and position"]["1, 3"], norms["layer"] == 1

@@ -1,4 +1,4 @@
-"""memory.py: product keys against all slots, the layer by hand, sharing, balance, routing, use of the slots, runs with it."""
+"""memory.py, editing and weights: lookup, layers, routing, slot usage, runs, edits, commands."""
 
 import math
 import os
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import memory as Mem
 import train
+from analysis import editing, weights
 from nanorecall import checkpoint
 from nanorecall.run import load_run
 from nanorecall.settings import ConfigError, split_argv
@@ -31,7 +32,7 @@ def tokens(*shape, seed=0):
     return torch.randint(11, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- lookup ------------------------------------------------------------------------------------------------------------
+# ---- lookup --------------------------------------------------------------------------------------
 
 
 @given(n=st.integers(1, 9), heads=st.integers(1, 3), data=st.data(), seed=st.integers(0, 2**20), biased=st.booleans())
@@ -65,7 +66,7 @@ def test_values_are_read_as_one_by_one():
         torch.testing.assert_close(a, b)
 
 
-# ---- the layer ---------------------------------------------------------------------------------------------------------
+# ---- the layer -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", Mem.SCORES)
@@ -87,14 +88,14 @@ def test_a_layer_by_hand(score, gated, width):
                 w = s.softmax(0) if score == "softmax" else s.sigmoid()
                 torch.testing.assert_close(found["weights"][b, t, h], w, rtol=1e-4, atol=1e-5)
                 total = total + sum(share * m.values[slot] for share, slot in zip(w, best))
-            torch.testing.assert_close(found["read"][b, t], total, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found["output"][b, t], total, rtol=1e-4, atol=1e-5)
             total = total * F.silu(m.gate(x[b, t])) if gated else total
             torch.testing.assert_close(y[b, t], m.out(total) if m.out else total, rtol=1e-4, atol=1e-5)
 
 
 def test_one_table_inside_a_model_and_none_between_two():
     a, b = (model(memory_layers=(0, 1)) for _ in range(2))
-    first, second = a.memories().values()
+    first, second = a.memory_layers().values()
     assert first.values is second.values and first.keys is not second.keys
     assert b.layers[0].memory.values is not first.values
     with torch.no_grad():
@@ -138,17 +139,17 @@ def test_mistakes_are_named(words, message):
         train.resolve(split_argv(["--mem_stats_every=5"])[1])
 
 
-# ---- looking inside and reaching in ------------------------------------------------------------------------------------
+# ---- traces and interventions --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [Mem.MemoryGPT, Mem.MemoryRouterGPT])
-def test_a_trace_tells_what_was_read_and_changes_nothing(cls):
+def test_a_trace_holds_the_reads_and_changes_nothing(cls):
     m, x, y = model(cls, memory_layers=(0, 1)).eval(), tokens(2, 6), tokens(2, 6, seed=1)
     y[:, :4] = -100
     logits, loss, found = m(x, trace=True)
     assert loss is None and torch.equal(logits, m(x)[0]) and len(found) == 2
     for f in found:
-        assert f["slots"].shape == f["weights"].shape == (2, 6, 2, 3) and f["read"].shape == (2, 6, 16)
+        assert f["slots"].shape == f["weights"].shape == (2, 6, 2, 3) and f["output"].shape == (2, 6, 16)
         torch.testing.assert_close(f["weights"].sum(-1), torch.ones(2, 6, 2))
         assert (f["slots"] >= 0).all() and (f["slots"] < 25).all() and ("route" in f) == (cls is Mem.MemoryRouterGPT)
     scored, loss, at_labels = m(x, y, trace=True)
@@ -156,7 +157,7 @@ def test_a_trace_tells_what_was_read_and_changes_nothing(cls):
     assert torch.equal(at_labels[1]["slots"], found[1]["slots"][:, 4:])
 
 
-def test_interventions_reach_one_layer_and_only_what_they_name():
+def test_interventions_change_one_layer():
     m, x = model(memory_layers=(0, 1)).eval(), tokens(2, 6)
     clean, _, found = m(x, trace=True)
     unchanged, _ = m(x, intervene={1: lambda f: f})
@@ -165,10 +166,10 @@ def test_interventions_reach_one_layer_and_only_what_they_name():
     def silence(f):
         return {**f, "weights": torch.zeros_like(f["weights"])}
 
-    without = {**found[1], "read": torch.zeros_like(found[1]["read"])}
+    without = {**found[1], "output": torch.zeros_like(found[1]["output"])}
     assert torch.equal(m(x, intervene={1: silence})[0], m(x, intervene={1: lambda f: without})[0])
     traced = m(x, intervene={1: silence}, trace=True)[2]
-    assert torch.equal(traced[0]["read"], found[0]["read"]) and not traced[1]["read"].any()
+    assert torch.equal(traced[0]["output"], found[0]["output"]) and not traced[1]["output"].any()
     unread = next(s for s in range(25) if s not in found[1]["slots"])
 
     def swap(f):  # a slot that nobody reads, set to another that nobody reads
@@ -182,14 +183,14 @@ def test_a_router_is_a_weighted_sum_or_one_of_two():
     block = m.layers[1]
     share = block.router(x).softmax(-1)
     mlp, read = block.ffn(x), block.memory(x)[0]
-    torch.testing.assert_close(block.feed(x, None, None), share[..., :1] * mlp + share[..., 1:] * read)
-    block.hard = True
+    torch.testing.assert_close(block.mlp_or_memory(x, None, None), share[..., :1] * mlp + share[..., 1:] * read)
+    block.top1 = True
     first = (share[..., :1] > share[..., 1:]).float()
-    torch.testing.assert_close(block.feed(x, None, None), first * share[..., :1] * mlp + (1 - first) * share[..., 1:] * read)
+    torch.testing.assert_close(block.mlp_or_memory(x, None, None), first * share[..., :1] * mlp + (1 - first) * share[..., 1:] * read)
     assert m.layers[0].memory is None and m.layers[0].router is None
 
 
-# ---- use of the slots --------------------------------------------------------------------------------------------------
+# ---- slot usage ----------------------------------------------------------------------------------
 
 
 def test_usage_by_hand():
@@ -199,7 +200,7 @@ def test_usage_by_hand():
     assert Mem.slot_usage(torch.tensor([3, 3]))["kl"] == 0 and Mem.slot_usage(torch.tensor([0, 9, 0]))["kl"] == pytest.approx(math.log(3))
 
 
-def test_a_step_counts_its_reads_and_forgets_them():
+def test_read_counts_are_those_of_one_step():
     m = model(memory_layers=(0, 1)).train()
     _, _, found = m(tokens(2, 6), trace=True)
     report = m.on_step_end(report=True)
@@ -207,13 +208,13 @@ def test_a_step_counts_its_reads_and_forgets_them():
         slots = found[i]["slots"]
         assert report[str(i)]["share"] == len(slots.unique()) / 25
         assert report[str(i)]["top"][0][1] == pytest.approx(slots.flatten().bincount().max().item() / slots.numel())
-        assert not m.layers[i].memory.reads.any()
+        assert not m.layers[i].memory.read_counts.any()
     m.eval()
     m(tokens(2, 6))
-    assert not any(memory.reads.any() for memory in m.memories().values())
+    assert not any(memory.read_counts.any() for memory in m.memory_layers().values())
 
 
-def test_balance_moves_the_reads_towards_even_use():
+def test_load_balancing_evens_out_slot_usage():
     m = model(mem_n_keys=8, mem_balance=0.02).train()
     memory = m.layers[1].memory
     with torch.no_grad():
@@ -222,7 +223,7 @@ def test_balance_moves_the_reads_towards_even_use():
     spread = []
     for _ in range(200):
         m(tokens(8, 12))
-        first = memory.reads.view(2, 8, 8).sum(2).float()
+        first = memory.read_counts.view(2, 8, 8).sum(2).float()
         spread.append(float((first.max(-1).values / first.mean(-1)).mean()))
         m.on_step_end()
     assert np.mean(spread[-10:]) < 0.75 * np.mean(spread[:10])
@@ -236,7 +237,7 @@ def test_values_have_their_own_learning_rate_and_do_not_decay():
     assert all(g["weight_decay"] == (0.1 if g["params"][0].ndim >= 2 else 0) for g in groups if g["lr_scale"] == 1)
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 TOY = MEMORY_FLAGS = dict(mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8, memory_layers="[0,1]", mem_stats_every=5)
 
@@ -280,8 +281,8 @@ def test_ranks_agree(tmp_path, on_ranks):
         assert [r for r in rows if r["kind"] == "memory"] == [r for r in log if r["kind"] == "memory"]
 
 
-def test_a_part_without_rows_of_its_own_reads_nothing(tmp_path):
-    """One row of 64 tokens a step in four parts: three of them run a row along that is not theirs."""
+def test_dummy_micro_batches_do_not_count_as_reads(tmp_path):
+    """One sequence of 64 tokens per step in four micro-batches: three are dummies."""
     options = dict(TOY, model="memory", mem_balance=0.01, max_steps=3, mem_stats_every=1, batch_size=4, eval_interval=3)
     options |= dict(num_kv_pairs=None, train_cells="[(64,4)]")
     logs = [contents(run(tmp_path, f"a{n}", accumulate=n, **options)[1])[1] for n in (1, 4)]
@@ -289,62 +290,62 @@ def test_a_part_without_rows_of_its_own_reads_nothing(tmp_path):
     assert len(one) == 3 and one == four
 
 
-# ---- changing facts without gradients ----------------------------------------------------------------------------------
+# ---- editing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls, options", [(Mem.MemoryGPT, {}), (Mem.MemoryGPT, {"mem_v_dim": 24}), (Mem.MemoryRouterGPT, {})])
-def test_what_is_written_is_answered_and_taken_back_to_the_bit(cls, options):
+def test_edits_are_answered_and_undone_to_the_bit(cls, options):
     m = model(cls, mem_n_keys=16, dim=32, **options).eval()
     x, y = tokens(5, 6, seed=3), torch.full((5, 6), -100)
     y[:, 3:] = tokens(5, 3, seed=4)
     x[:, 4:] = y[:, 3:5]  # each answer is read before the next of its letters
     before = {n: t.clone() for n, t in m.state_dict().items()}
     assert (m(x, y)[0].argmax(-1) != y[y != -100]).any()
-    record = Mem.edit_facts(m, x, y)
+    record = editing.edit_facts(m, x, y)
     assert torch.equal(m(x, y)[0].argmax(-1), y[y != -100])
     changed = [n for n, t in m.state_dict().items() if not torch.equal(t, before[n])]
     assert changed == ["layers.1.memory.values"]
-    Mem.undo_edit(m, record)
+    editing.undo_edit(m, record)
     assert all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
 
 
-def test_what_is_to_be_kept_changes_less():
+def test_a_covariance_protects_other_facts():
     m = model(mem_n_keys=6, dim=32).eval()
     x, y, others = tokens(2, 4, seed=3), torch.full((2, 4), -100), tokens(30, 4, seed=5)
     y[:, 3] = torch.tensor([1, 2])
     labels = torch.where(torch.arange(4) == 3, others, -100)
-    keep = Mem.key_second_moment(m, [(others[:15], labels[:15]), (others[15:], labels[15:])])
-    torch.testing.assert_close(keep, Mem.key_second_moment(m, [(others, labels)]))
+    keep = editing.key_second_moment(m, [(others[:15], labels[:15]), (others[15:], labels[15:])])
+    torch.testing.assert_close(keep, editing.key_second_moment(m, [(others, labels)]))
     clean, moved = m(others, labels)[0], []
     for k in (None, keep):
-        record = Mem.edit_facts(m, x, y, keep=k)
+        record = editing.edit_facts(m, x, y, covariance=k)
         assert m(x, y)[0].argmax(-1).tolist() == [1, 2]
         moved.append((m(others, labels)[0] - clean).square().sum().item())
-        Mem.undo_edit(m, record)
+        editing.undo_edit(m, record)
     assert moved[1] < 0.8 * moved[0]
 
 
-def test_write_needs_a_memory_layer_it_can_reach():
+def test_what_cannot_be_edited_is_refused():
     for options in (dict(memory_layers=(0,)), dict(mem_gated=True)):
-        with pytest.raises(ValueError, match="write needs a memory layer without gate in the last block"):
-            Mem.edit_facts(model(**options), tokens(1, 4), tokens(1, 4))
-    with pytest.raises(ValueError, match="values of the last block's own, as with mem_share_values=0"):
-        Mem.edit_facts(model(memory_layers=(0, 1)), tokens(1, 4), tokens(1, 4))
+        with pytest.raises(ValueError, match="editing needs a memory layer without gate in the last block"):
+            editing.edit_facts(model(**options), tokens(1, 4), tokens(1, 4))
+    with pytest.raises(ValueError, match="editing needs mem_share_values=0"):
+        editing.edit_facts(model(memory_layers=(0, 1)), tokens(1, 4), tokens(1, 4))
 
 
-# ---- counting, inspecting, converting ----------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def test_parameters_by_hand():
     """16 wide, 2 blocks: block 0 with an MLP of 64, block 1 with 25 slots read 2 * 3 at a time."""
-    rows = {name: numbers for name, *numbers in Mem.count_active(model())}
+    rows = {name: numbers for name, *numbers in weights.count_active(model())}
     assert rows["layers.1.memory.values"] == [25 * 16, 6 * 16, 2 * 6 * 16]
     assert rows["layers.1.memory.keys"] == [2 * 2 * 5 * 3] * 2 + [2 * 60] and rows["layers.0.ffn.up.weight"][0] == 64 * 16
     assert rows["embed.weight"] == [11 * 16, 16, 0] and rows["lm_head.weight"][2] == 2 * 11 * 16
     for options in ({}, dict(memory_layers=(0, 1)), dict(tie=True)):
         m = model(**options)
-        assert sum(total for _, total, *_ in Mem.count_active(m)) == sum(q.numel() for q in m.parameters())
-    assert {n: a for n, _, a, _ in Mem.count_active(model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
+        assert sum(total for _, total, *_ in weights.count_active(m)) == sum(q.numel() for q in m.parameters())
+    assert {n: a for n, _, a, _ in weights.count_active(model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
 
 
 def test_conversion_as_a_user_starts_it(tmp_path, script):
@@ -390,23 +391,23 @@ def test_the_command_line(tmp_path, capsys):
             Mem.main(words)
 
 
-def test_the_margin_of_a_write_is_in_logits_whatever_the_scale_of_the_norm():
-    """By hand: hidden of length 3 a feature, so logits are a third of what is read; 2 more of them."""
+def test_the_margin_of_an_edit_is_in_logits_at_any_scale_of_the_norm():
+    """By hand: with hidden features of 3, logits are a third of the memory output."""
     reach, hidden = torch.eye(2), torch.full((1, 5), 3.0)
-    change = Mem.target_updates(reach, hidden, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
+    change = editing.target_updates(reach, hidden, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
     torch.testing.assert_close(change, torch.tensor([[-4.5, 4.5]]), rtol=1e-5, atol=1e-5)
-    # and 0.5 a feature, where logits are twice what is read: 3 of them are 1.5 there
-    change = Mem.target_updates(reach, hidden / 6, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
+    # With features of 0.5, logits are twice the output, so a lead of 3 logits is 1.5 there.
+    change = editing.target_updates(reach, hidden / 6, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
     torch.testing.assert_close(change, torch.tensor([[-0.75, 0.75]]), rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_keys_are_not_balanced():
     m = model(mem_balance=0.5, memory_layers=(0, 1))
-    frozen, free = m.memories().values()
+    frozen, free = m.memory_layers().values()
     frozen.keys.requires_grad_(False)
     for layer in (frozen, free):
-        layer.count(torch.zeros(1, layer.keys.shape[0], 1, dtype=torch.long))  # slot 0 alone
+        layer.count_reads(torch.zeros(1, layer.keys.shape[0], 1, dtype=torch.long))  # slot 0 alone
     m.on_step_end()
-    assert not frozen.bias.any() and not frozen.reads.any()
+    assert not frozen.bias.any() and not frozen.read_counts.any()
     first = [-0.5] + [0.5] * (free.bias.shape[2] - 1)
     assert free.bias.tolist() == [[first, first]] * len(free.bias)

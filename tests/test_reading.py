@@ -18,7 +18,7 @@ import eval as ev
 import sweep
 import train
 from analysis import compare
-from nanorecall import checkpoint, metrics, run
+from nanorecall import checkpoint, plots, run, stats
 from nanorecall.settings import ConfigError, RunError, printable, split_argv
 
 TOY = (
@@ -450,13 +450,13 @@ def test_a_figure_that_cannot_be_written_leaves_the_one_before(runs, monkeypatch
 
 
 def test_every_figure_is_written_by_one_function():
-    folder = os.path.dirname(metrics.__file__)
+    folder = os.path.dirname(plots.__file__)
     found = [
         f
         for f in os.listdir(folder)
         if f.endswith(".py") and "savefig" in open(os.path.join(folder, f)).read()
     ]
-    assert found == ["metrics.py"]
+    assert found == ["plots.py"]
 
 
 # ---- results beside each other -------------------------------------------------------------------
@@ -603,18 +603,18 @@ def test_intervals_are_shortest_where_all_is_right(size):
     """300 rows of `size` labels, with more and more errors, each in a row of its own or all in as
     few as hold them."""
     row = np.repeat(np.arange(300), size)
-    whole = metrics.clustered_proportion(np.ones(len(row)), row)
-    assert whole["ci95"] == pytest.approx(metrics.wilson_interval(300, 300))
+    whole = stats.clustered_proportion(np.ones(len(row)), row)
+    assert whole["ci95"] == pytest.approx(stats.wilson_interval(300, 300))
     for alone in (True, False):
         before = whole
         for errors in (1, 2, 3, 5, 9, 30, 100):
             hit = np.ones(len(row), bool)
             hit[np.arange(errors) * size % len(row) if alone else np.arange(errors)] = False
-            cell = metrics.clustered_proportion(hit, row)
+            cell = stats.clustered_proportion(hit, row)
             low, high = cell["ci95"]
             assert 0 <= low <= cell["value"] <= high <= 1 and length(cell) >= length(whole) - 1e-12
             assert low <= before["ci95"][0] + 1e-12
-            turned = metrics.clustered_proportion(~hit, row)
+            turned = stats.clustered_proportion(~hit, row)
             assert [1 - x for x in turned["ci95"]] == pytest.approx([high, low])
             before = cell
 
@@ -623,25 +623,25 @@ def test_a_bound_on_what_labels_count_by_hand():
     """Of 1 in 100 rows: as long as 3.8415 / 103.8415; far from the ends the bound is far above all
     labels."""
     assert (
-        metrics.most_effective(1.0, 100) == pytest.approx(100) == metrics.most_effective(0.0, 100)
+        stats.max_sample_size(1.0, 100) == pytest.approx(100) == stats.max_sample_size(0.0, 100)
     )
     for p in (0.99, 0.999, 0.9999):
-        n = metrics.most_effective(p, 100)
-        low, high = metrics.wilson_interval(p * n, n)
+        n = stats.max_sample_size(p, 100)
+        low, high = stats.wilson_interval(p * n, n)
         assert high - low == pytest.approx(3.841459 / 103.841459, rel=1e-5) and n > 100
-    assert metrics.most_effective(0.5, 100) > 100_000 / 100
+    assert stats.max_sample_size(0.5, 100) > 100_000 / 100
 
 
 def test_means_of_shares_stay_between_0_and_1():
     for x in ([1.0] * 10, [0.0] * 10, [0.999] * 9 + [0.9], [0.5], [0.2, 0.9, 0.4]):
-        cell = metrics.mean_share(x)
+        cell = stats.mean_proportion(x)
         assert 0 <= cell["ci95"][0] <= cell["value"] <= cell["ci95"][1] <= 1 and cell[
             "value"
         ] == pytest.approx(np.mean(x))
     hits = np.arange(100) < 80  # of measurements that are 0 or 1: Wilson's, but for n - 1
-    assert metrics.mean_share(hits)["ci95"] == pytest.approx(metrics.wilson_interval(80, 100), abs=2e-3)
+    assert stats.mean_proportion(hits)["ci95"] == pytest.approx(stats.wilson_interval(80, 100), abs=2e-3)
     random = np.random.default_rng(0)
-    found = [metrics.mean_share(random.beta(2, 5, 50))["ci95"] for _ in range(1000)]
+    found = [stats.mean_proportion(random.beta(2, 5, 50))["ci95"] for _ in range(1000)]
     assert 0.93 < np.mean([low <= 2 / 7 <= high for low, high in found]) < 0.97
 
 
@@ -675,5 +675,5 @@ def test_a_part_of_a_model_is_no_model(name):
 
 def test_a_log_without_evaluations_is_drawn(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
-    metrics.plot_curves(str(tmp_path), "title")
+    plots.plot_curves(str(tmp_path), "title")
     assert (tmp_path / "curves.png").stat().st_size > 5000

@@ -1,4 +1,4 @@
-"""stats.py: by hand, against scipy, and by simulation; repaired files."""
+"""stats.py: by hand, against scipy, and by simulation. repair.py: files cut at every byte."""
 
 import json
 import os
@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 import eval as ev
+from analysis.repair import complete_json, complete_lines
 from nanorecall import metrics, stats
 from nanorecall.settings import ConfigError
 
 
 def test_mcnemar_by_hand():
-    """Of 11 examples that only one answers, 1 is a's and 10 are b's: 2 (1 + 11) / 2^11; examples alike do not count."""
+    """11 examples only one model gets right, 1 of them a: 2 (1 + 11) / 2^11. Others do not count."""
     a = np.array([1] * 1 + [0] * 10 + [1] * 30 + [0] * 7) == 1
     b = np.array([0] * 1 + [1] * 10 + [1] * 30 + [0] * 7) == 1
     assert stats.mcnemar(a, b) == {"only_a": 1, "only_b": 10, "p": pytest.approx(2 * 12 / 2**11)}
@@ -53,15 +54,15 @@ def covers(interval, truth):
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
-    """1,000 draws each; 3 standard errors of 95% in 1,000 are 2%, and a bootstrap of 60 examples is a bit narrow."""
+    """1,000 draws each: 3 standard errors are 2%. A bootstrap of 60 examples is slightly narrow."""
     random = np.random.default_rng(0)
-    plain = np.mean([covers(metrics.mean_ci(random.exponential(1, 80)), 1) for _ in range(1000)])
+    plain = np.mean([covers(stats.mean_ci(random.exponential(1, 80)), 1) for _ in range(1000)])
     drawn = np.mean([covers(stats.paired_bootstrap(random.normal(0.3, 1, 60), draws=300), 0.3) for _ in range(1000)])
     assert 0.91 < plain < 0.97 and 0.915 < drawn < 0.97
 
 
-def test_rows_are_what_is_resampled():
-    """Ten labels of one row move together: the interval is that of rows, three times as wide as that of independent labels."""
+def test_bootstrap_resamples_examples():
+    """Ten equal labels per row: the interval is sqrt(10) times as wide as that of independent ones."""
     random = np.random.default_rng(0)
     rows = random.normal(0, 1, 200)
     width = lambda cell: cell["ci95"][1] - cell["ci95"][0]
@@ -95,9 +96,9 @@ def test_the_given_order_is_one_of_the_permutations():
 
 def test_the_mean_by_hand():
     """1 and 3 have the variance 2 about their mean, so that its standard error is 1."""
-    cell = metrics.mean_ci([1, 3])
+    cell = stats.mean_ci([1, 3])
     assert cell == {"value": 2, "ci95": pytest.approx([2 - 1.959964, 2 + 1.959964]), "n": 2}
-    assert metrics.mean_ci([5.0])["ci95"] == [-np.inf, np.inf]
+    assert stats.mean_ci([5.0])["ci95"] == [-np.inf, np.inf]
 
 
 def test_effective_labels_by_hand():
@@ -107,53 +108,53 @@ def test_effective_labels_by_hand():
     1, 1 and 1 right rows vary less than chance, and no label counts for more than one.
     """
     row = np.repeat([0, 1, 2], 2)
-    assert metrics.effective_sample_size(metrics.row_counts(np.array([1, 1, 0, 0, 1, 0]) == 1, row)) == 3
-    assert metrics.effective_sample_size(metrics.row_counts(np.array([1, 0, 0, 1, 1, 0]) == 1, row)) == 6
+    assert stats.effective_sample_size(stats.cluster_counts(np.array([1, 1, 0, 0, 1, 0]) == 1, row)) == 3
+    assert stats.effective_sample_size(stats.cluster_counts(np.array([1, 0, 0, 1, 1, 0]) == 1, row)) == 6
 
 
-def test_a_share_over_rows_knows_that_rows_hang_together():
-    """Ten alike labels in a row count as one; independent ones as ten; coverage by simulation, rows of unequal difficulty."""
+def test_clustered_proportion_allows_for_correlated_labels():
+    """Ten equal labels count as one, independent ones as ten; and coverage by simulation."""
     random = np.random.default_rng(0)
     rows = np.repeat(np.arange(100), 10)
-    alike = metrics.clustered_proportion(np.repeat(random.random(100) < 0.3, 10), rows)
-    assert alike["ci95"] == pytest.approx(metrics.wilson_interval(100 * alike["value"], 100), abs=0.01)
-    apart = metrics.clustered_proportion(random.random(1000) < 0.3, rows)
-    assert apart["ci95"] == pytest.approx(metrics.wilson_interval(1000 * apart["value"], 1000), abs=0.01)
-    assert metrics.clustered_proportion(np.ones(1000), rows)["ci95"] == pytest.approx(metrics.wilson_interval(100, 100))
+    alike = stats.clustered_proportion(np.repeat(random.random(100) < 0.3, 10), rows)
+    assert alike["ci95"] == pytest.approx(stats.wilson_interval(100 * alike["value"], 100), abs=0.01)
+    apart = stats.clustered_proportion(random.random(1000) < 0.3, rows)
+    assert apart["ci95"] == pytest.approx(stats.wilson_interval(1000 * apart["value"], 1000), abs=0.01)
+    assert stats.clustered_proportion(np.ones(1000), rows)["ci95"] == pytest.approx(stats.wilson_interval(100, 100))
     found = []
     for _ in range(1000):
         hard = random.beta(1, 2, 60).repeat(6)
-        cell = metrics.clustered_proportion(random.random(360) < hard, np.arange(360) // 6)
+        cell = stats.clustered_proportion(random.random(360) < hard, np.arange(360) // 6)
         found.append(covers(cell, 1 / 3))
     assert 0.92 < np.mean(found) < 0.975
 
 
 def test_counts_of_batches_add_up_to_the_interval_of_all_rows():
-    """What evaluation adds up batch by batch is share_over_rows of the whole; six digits of a fact are no six facts."""
+    """Sums over batches give clustered_proportion of the whole."""
     random = np.random.default_rng(1)
     row = np.repeat(np.arange(200), random.integers(1, 9, 200))
     hit = random.random(len(row)) < random.beta(0.3, 0.3, 200)[row]
     batches = [(hit[row % 7 == i], row[row % 7 == i]) for i in range(7)]
-    counts = [{**metrics.row_counts(*b), "loss": 0.0, "by_slice": {}} for b in batches]
+    counts = [{**stats.cluster_counts(*b), "loss": 0.0, "by_slice": {}} for b in batches]
     cell = metrics.slice_metrics(metrics.merge_counts(counts)["all"])
-    whole = metrics.clustered_proportion(hit, row)
+    whole = stats.clustered_proportion(hit, row)
     assert cell["value"] == whole["value"] and cell["ci95"] == pytest.approx(whole["ci95"]) and cell["n"] == len(hit)
     width = lambda c: c["ci95"][1] - c["ci95"][0]
-    assert width(cell) > 1.5 * width(metrics.proportion(int(hit.sum()), len(hit)))
+    assert width(cell) > 1.5 * width(stats.proportion(int(hit.sum()), len(hit)))
 
 
-def test_permutation_p_values_are_even_where_nothing_goes_together():
+def test_permutation_p_values_are_uniform_without_correlation():
     random = np.random.default_rng(0)
     p = [stats.correlation(random.normal(size=12), random.normal(size=12), draws=99)["p"] for _ in range(1000)]
     assert abs(np.mean(np.array(p) <= 0.05) - 0.05) < 0.02 and abs(np.mean(np.array(p) <= 0.5) - 0.5) < 0.05
 
 
-def test_a_constant_goes_with_nothing():
+def test_correlation_with_a_constant_is_nan():
     found = stats.correlation([1, 1, 1], [1, 2, 3])
     assert np.isnan(found["value"]) and np.isnan(found["p"])
 
 
-# ---- cut files ---------------------------------------------------------------------------------------------------------
+# ---- cut files -----------------------------------------------------------------------------------
 
 RECORDS = [{"row": i, "text": 'a "b", [c] {d} ü\n', "more": [1.5, None, True, {"x": []}]} for i in range(4)]
 
@@ -162,7 +163,7 @@ def test_json_lines_cut_at_any_byte_keep_every_complete_record(tmp_path):
     whole = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()
     ends = np.cumsum([len(line) + 1 for line in whole.split(b"\n")[:-1]])
     for cut in range(len(whole)):
-        records, lost = stats.complete_lines(whole[:cut].decode(errors="ignore"))
+        records, lost = complete_lines(whole[:cut].decode(errors="ignore"))
         complete = sum(cut >= end - 1 for end in ends)  # the record is whole without its line's end
         assert records == RECORDS[:complete] and lost == (cut > ([0, *ends][complete]))
 
@@ -170,10 +171,10 @@ def test_json_lines_cut_at_any_byte_keep_every_complete_record(tmp_path):
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_list_cut_at_any_byte_keeps_every_complete_record(indent):
     whole = json.dumps(RECORDS, indent=indent)
-    assert stats.complete_json(whole) == (RECORDS, True)
+    assert complete_json(whole) == (RECORDS, True)
     kept = []
     for cut in range(1, len(whole)):
-        value, was_whole = stats.complete_json(whole[:cut])
+        value, was_whole = complete_json(whole[:cut])
         assert not was_whole and value == RECORDS[: len(value)] and len(value) in (len(kept), len(kept) + 1)
         kept = value
     assert kept == RECORDS
@@ -183,7 +184,7 @@ def test_a_result_cut_at_any_byte_keeps_its_head_and_whole_examples():
     result = {"config": {"run": "a", "step": 12}, "metrics": {"accuracy": {"value": 0.5, "n": 34}}, "examples": RECORDS}
     whole = json.dumps(result, indent=1)
     for cut in range(1, len(whole)):
-        value, _ = stats.complete_json(whole[:cut])
+        value, _ = complete_json(whole[:cut])
         assert list(value) == list(result)[: len(value)]
         assert value.get("examples", []) == RECORDS[: len(value.get("examples", []))]
         if cut >= whole.index('"metrics"'):
@@ -194,9 +195,9 @@ def test_a_result_cut_at_any_byte_keeps_its_head_and_whole_examples():
 
 @pytest.mark.parametrize("text", ["12 x", "true x", '"abc" x', "", "nul", "[" * 100_000])
 def test_what_is_no_record_is_none(text):
-    value, whole = stats.complete_json(text)
+    value, whole = complete_json(text)
     assert not isinstance(value, (dict, list)) and not whole
-    assert stats.complete_lines(text + '\n{"a": 1}\n') == ([{"a": 1}], 1 if text else 0)
+    assert complete_lines(text + '\n{"a": 1}\n') == ([{"a": 1}], 1 if text else 0)
 
 
 def test_repair_writes_a_new_file_and_says_what_it_kept(tmp_path, capsys):

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 import ablate
 import eval as ev
-import memory as Mem
 import model as M
 import train
 from analysis import attention_maps, commands, editing, patching
@@ -158,7 +157,7 @@ def labelled():
 
 
 def write_and_undo(model):
-    Mem.undo_edit(model, Mem.edit_facts(model, *labelled()))
+    editing.undo_edit(model, editing.edit_facts(model, *labelled()))
 
 
 def change_nothing(model):
@@ -172,7 +171,7 @@ def exchange_all(model):
 
 FUNCTIONS = {
     "write": write_and_undo,
-    "reading_statistics": lambda model: Mem.key_second_moment(model, [labelled()]),
+    "key_second_moment": lambda model: editing.key_second_moment(model, [labelled()]),
     "answered": lambda model: editing.n_correct(model, *labelled()),
     "maps": lambda model: attention_maps.attention_maps(model, tokens(2, 6)),
     "clean_run": lambda model: I.run_with_cache(model, some_cases()),
@@ -263,7 +262,7 @@ def two_writes(model):
     (x, y), values = labelled(), model.layers[-1].memory.values
     tables, records = [values.detach().clone()], []
     for answers in (y, torch.where(y >= 0, (y + 1) % 11, y)):
-        records.append(Mem.edit_facts(model, x, answers))
+        records.append(editing.edit_facts(model, x, answers))
         tables.append(values.detach().clone())
     return records, tables
 
@@ -272,14 +271,14 @@ def test_edits_that_share_rows_are_undone_in_reverse_order_only():
     model = small_model(mem_n_keys=16, dim=32)
     values = model.layers[-1].memory.values
     (first, second), (start, between, end) = two_writes(model)
-    with pytest.raises(ValueError, match="this write left them; undo what came after it first"):
-        Mem.undo_edit(model, first)
+    with pytest.raises(ValueError, match="this edit left them; undo later edits first"):
+        editing.undo_edit(model, first)
     assert torch.equal(values, end)
-    Mem.undo_edit(model, second)
+    editing.undo_edit(model, second)
     assert torch.equal(values, between)
-    with pytest.raises(ValueError, match="undo what came after"):  # a second time
-        Mem.undo_edit(model, second)
-    Mem.undo_edit(model, first)
+    with pytest.raises(ValueError, match="undo later edits first"):  # a second time
+        editing.undo_edit(model, second)
+    editing.undo_edit(model, first)
     assert torch.equal(values, start)
 
 
@@ -289,17 +288,17 @@ def test_edits_of_different_rows_are_undone_in_any_order():
     start = values.detach().clone()
     x, y = labelled()
     y[:, 4:] = -100  # one label each
-    records = [Mem.edit_facts(model, x[i : i + 1], y[i : i + 1]) for i in (0, 1)]
+    records = [editing.edit_facts(model, x[i : i + 1], y[i : i + 1]) for i in (0, 1)]
     assert not np.intersect1d(*(r["slots"] for r in records)).size
     for record in records:
-        Mem.undo_edit(model, record)
+        editing.undo_edit(model, record)
     assert torch.equal(values, start)
 
 
 def test_an_edit_of_another_model_is_not_undone_here():
-    record = Mem.edit_facts(small_model(mem_n_keys=16, dim=32), *labelled())
+    record = editing.edit_facts(small_model(mem_n_keys=16, dim=32), *labelled())
     other = small_model(mem_n_keys=16, dim=32, seed=1)
     before = state(other)
-    with pytest.raises(ValueError, match="not as this write left them"):
-        Mem.undo_edit(other, record)
+    with pytest.raises(ValueError, match="not as this edit left them"):
+        editing.undo_edit(other, record)
     assert_untouched(before, other, "undo")

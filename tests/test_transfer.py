@@ -1,4 +1,4 @@
-"""transfer.py: what patterns match, what stays still, what is loaded from where; the documents' own examples."""
+"""pretrained.py: what patterns match, what is frozen, what is loaded from where."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def named(model):
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-# ---- patterns ----------------------------------------------------------------------------------------------------------
+# ---- patterns ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_a_prefix_ends_at_a_dot():
     assert pretrained.matching("layers.1", ["layers.1.a", "layers.10.a"]) == ["layers.1.a"]
 
 
-# ---- freezing ----------------------------------------------------------------------------------------------------------
+# ---- freezing ------------------------------------------------------------------------------------
 
 
-def test_freezing_says_what_it_holds():
+def test_freezing_reports_what_is_frozen():
     m = model(memory_layers=(0, 1))
     line = pretrained.freeze(m, {"model.layers.0.memory.*": "freeze", "*.attn.k_proj": "freeze"})
     still = {n for n, q in named(m).items() if not q.requires_grad}
@@ -80,7 +80,7 @@ def test_mistakes_in_freezing(what, message):
         pretrained.freeze(model(memory_layers=(0, 1)), what)
 
 
-def test_what_is_frozen_stays_to_the_last_bit_through_decay_and_resume(tmp_path):
+def test_frozen_weights_are_bit_equal_after_decay_and_resume(tmp_path):
     options = dict(MEMORY, model="memory", weight_decay=0.1, freeze='["embed", "*.memory.values"]', eval_interval=3)
     begun = train.read_command_line(flags(tmp_path, "x", **options))[0]
     first = named(train.build_model(begun, train.build_model_config(begun, begun.data_module.Data(begun.data))))
@@ -91,7 +91,7 @@ def test_what_is_frozen_stays_to_the_last_bit_through_decay_and_resume(tmp_path)
         assert torch.equal(q, last[name]) == (name == "embed.weight" or name.endswith("memory.values")), name
 
 
-# ---- loading -----------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_mistakes_in_maps(tmp_path, mapping, message):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A run with checkpoints of steps 4 and 8, and its latest weights as one file and as a torch.distributed.checkpoint."""
+    """A run with checkpoints of steps 4 and 8; its last weights as one file and as DCP shards."""
     folder = tmp_path_factory.mktemp("source")
     _, out = run(folder, "run", model="memory", **{**MEMORY, "mem_stats_every": 0}, max_steps=8, eval_interval=4)
     weights = checkpoint.select_prefix(checkpoint.load_checkpoint(out, "ckpt")["tensors"], "model")
@@ -227,7 +227,7 @@ class Bomb:
 
 
 def test_a_strangers_shards_are_read_without_running_anything(tmp_path, source):
-    """The index of torch.distributed.checkpoint is a pickle; and what is no tensor, a trainer's own state, is passed over."""
+    """The index of DCP is a pickle. Entries that are no tensors are skipped."""
     folder, weights = source
     dcp.save({**weights, "train_state": {"step": 3}}, checkpoint_id=str(tmp_path / "step-1"))
     found, _ = pretrained.read_weights(str(tmp_path))

@@ -1,0 +1,235 @@
+"""Intervals of one run's results, and significance tests between two runs on the same examples.
+
+    python eval.py stats runs/A            # intervals by slice; correlations with the loss
+    python eval.py stats runs/A runs/B     # McNemar's test and paired bootstrap by slice
+
+Letters: N labels, R examples (rows of the data set).
+"""
+
+import hashlib
+import os
+
+import numpy as np
+
+from analysis.trained_run import BOOLEAN, NUMBER, WHOLE, read_parquet
+from nanorecall.checkpoint import read_record, write_json
+from nanorecall.metrics import print_table
+from nanorecall.plots import errorbars, figure, finish_figure
+from nanorecall.settings import require, say
+from nanorecall.stats import (
+    add_holm,
+    cluster_sums,
+    correlation,
+    format_ci,
+    label_accuracy,
+    mcnemar,
+    mean_ci,
+    paired_bootstrap,
+    proportion,
+)
+
+
+def stats(args, config):
+    """Analyse the results of one run, or compare two -> the path of the figure."""
+    require(len(args) in (1, 2), "name one or two runs: python eval.py stats runs/A [runs/B]", None)
+    labels = [read_labels(arg, config.split) for arg in args]
+    examples = [per_example(columns) for columns in labels]
+    tags = [name for name in examples[0] if name not in MEASURED]
+    if len(args) == 1:
+        result = one_run(examples[0], tags)
+    else:
+        message = f"{args[0]} and {args[1]} were not measured on the same rows"
+        advice = "give both the same data, seed and split"
+        require(same_examples(args, labels), f"{message}; {advice}", None)
+        result = two_runs(examples, tags)
+    path = result_path(args, config.split)
+    provenance = {"runs": args, "split": config.split}
+    write_json(path + ".json", {"config": provenance, **result, "examples": []})
+    plot_stats(path + ".png", result, args)
+    say(f"wrote {path}.json, .png")
+    return path + ".png"
+
+
+# ---- results of a run ----------------------------------------------------------------------------
+
+
+LABELS = {"row": WHOLE, "hit": BOOLEAN, "loss": NUMBER}
+MEASURED = ("row", "right", "labels", "hits", "loss")  # columns of per_example that are no slices
+
+
+def read_labels(path, split):
+    """A run, or its eval_<split>.json or .parquet -> {column: (N,)}, sorted by row."""
+    if os.path.isdir(path):
+        file = os.path.join(path, f"eval_{split}.parquet")
+    else:
+        file = os.path.splitext(path)[0] + ".parquet"
+    columns = read_parquet(file, LABELS, f"python eval.py {path} --split {split} writes it")
+    order = np.argsort(columns["row"], kind="stable")
+    return {name: values[order] for name, values in columns.items()}
+
+
+def per_example(labels):
+    """{column: (N,)} -> {column: (R,)}: "row", "right" (all labels are), "labels", "hits", "loss".
+
+    The loss is summed. Slices are kept if all labels of an example have the same value.
+    """
+    row, first, index = np.unique(labels["row"], return_index=True, return_inverse=True)
+    n_labels, hits = np.bincount(index), np.bincount(index, labels["hit"])
+    examples = {
+        "row": row,
+        "right": hits == n_labels,
+        "labels": n_labels,
+        "hits": hits,
+        "loss": np.bincount(index, labels["loss"]),
+    }
+    for name, values in labels.items():
+        if name not in LABELS and (values == values[first][index]).all():
+            examples[name] = values[first]
+    return examples
+
+
+def same_examples(paths, labels):
+    """Whether two results have the same examples, slices and data."""
+    a, b = labels
+    if a.keys() != b.keys():
+        return False
+    shared = [name for name in a if name not in ("hit", "loss")]
+    if not all(np.array_equal(a[name], b[name]) for name in shared):
+        return False
+    return data_of(paths[0]) == data_of(paths[1])
+
+
+def data_of(path):
+    """The settings and checksums that decide which examples a run has; None without config.json."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        return None
+    saved = read_record(path, {"data": "dict", "data_sha256": "dict"})
+    only_training = ("curriculum", "train_cells", "fresh", "n_train_examples")
+    data = {k: v for k, v in saved["data"].items() if k not in only_training}
+    return data, saved["data_sha256"]
+
+
+def result_path(args, split):
+    """Where the result is written, without extension: beside the last run's results."""
+    last = args[-1]
+    name = f"eval_stats{result_suffix(last, split)}"
+    if len(args) == 2:
+        other = os.path.basename(os.path.splitext(os.path.normpath(args[0]))[0])
+        name += f"_against_{other}"
+        folders = [os.path.dirname(os.path.realpath(arg)) for arg in args]
+        # Another directory may have a run of the same name.
+        if folders[0] != folders[1]:
+            name += f"-{hashlib.sha256(folders[0].encode()).hexdigest()[:8]}"
+    folder = last if os.path.isdir(last) else os.path.dirname(last)
+    return os.path.join(folder, name)
+
+
+def result_suffix(path, split):
+    """What the result read from path adds to the name of its statistics.
+
+    eval_test.json -> "", eval_test_rows-10.json -> "_rows-10", eval_val.json -> "_val"
+    """
+    if os.path.isdir(path):
+        stem = f"eval_{split}"
+    else:
+        stem = os.path.basename(os.path.splitext(path)[0])
+    stem = stem.removeprefix("eval_")
+    if stem == "test":
+        return ""
+    if stem.startswith("test_"):
+        return stem.removeprefix("test")
+    return f"_{stem}"
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def slices_of(examples, tags):
+    """Yield ("all", mask) and ("tag=value", mask (R,) bool) for tags with 2 to 24 values."""
+    yield "all", np.ones(len(examples["row"]), bool)
+    for tag in tags:
+        values = np.unique(examples[tag])
+        if 1 < len(values) <= 24:
+            for value in values:
+                yield f"{tag}={value}", examples[tag] == value
+
+
+def one_run(examples, tags):
+    """Intervals of every slice, and Spearman's correlation of numeric tags with the loss."""
+    by_slice, lines = {}, []
+    for name, mask in slices_of(examples, tags):
+        n_labels, loss = examples["labels"][mask], examples["loss"][mask]
+        accuracy = label_accuracy(cluster_sums(n_labels, examples["hits"][mask]))
+        exact = proportion(int(examples["right"][mask].sum()), int(mask.sum()))
+        nll = mean_ci(loss / n_labels)
+        by_slice[name] = {**accuracy, "exact": exact, "nll": nll}
+        lines.append((name, *format_ci(accuracy), *format_ci(exact), *format_ci(nll)[1:]))
+    head = ("slice", "labels", "accuracy", "95% interval", "rows", "exact", "95% interval")
+    print_table((*head, "nats per label", "95% interval"), lines)
+
+    correlations = {}
+    for tag in tags:
+        values = examples[tag]
+        if np.issubdtype(values.dtype, np.number) and len(np.unique(values)) > 1:
+            correlations[tag] = correlation(values, examples["loss"] / examples["labels"])
+    add_holm(correlations.values())
+    if correlations:
+        lines = []
+        for tag, c in correlations.items():
+            lines.append((tag, *format_ci(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}"))
+        head = ("Spearman's correlation with the loss", "rows", "value", "95% interval")
+        print_table((*head, "p (permutations)", "Holm"), lines)
+    metrics = {"all": by_slice.pop("all"), "correlation with loss": correlations}
+    return {"metrics": metrics, "by_slice": by_slice}
+
+
+def two_runs(examples, tags):
+    """For every slice McNemar's test of exact match, and bootstrapped differences B - A."""
+    a, b = examples
+    by_slice = {}
+    for name, mask in slices_of(a, tags):
+        n_labels = a["labels"][mask]
+        accuracy_change = (b["hits"][mask] - a["hits"][mask]) / n_labels
+        nll_change = (b["loss"][mask] - a["loss"][mask]) / n_labels
+        by_slice[name] = {
+            "exact": [proportion(int(x["right"][mask].sum()), int(mask.sum())) for x in examples],
+            "mcnemar": mcnemar(a["right"][mask], b["right"][mask]),
+            "accuracy difference": paired_bootstrap(accuracy_change, n_labels),
+            "nll difference": paired_bootstrap(nll_change, n_labels),
+        }
+    # The test over all examples is not one of several.
+    add_holm([cell["mcnemar"] for name, cell in by_slice.items() if name != "all"])
+
+    lines = []
+    for name, cell in by_slice.items():
+        exact = [f"{x['value']:.4f}" for x in cell["exact"]]
+        test = cell["mcnemar"]
+        p_holm = f"{test['p_holm']:.4g}" if "p_holm" in test else ""
+        tests = (test["only_a"], test["only_b"], f"{test['p']:.4g}", p_holm)
+        change = cell["accuracy difference"]
+        low, high = change["ci95"]
+        changes = (f"{change['value']:+.4f}", f"{low:+.4f} - {high:+.4f}")
+        lines.append((name, change["n"], *exact, *tests, *changes))
+    head = ("slice", "rows", "exact A", "exact B", "only A", "only B", "McNemar p", "Holm")
+    print_table((*head, "labels B - A", "95% interval"), lines)
+    return {"metrics": {"all": by_slice.pop("all")}, "by_slice": by_slice}
+
+
+def plot_stats(path, result, runs):
+    """Accuracy of every slice with its interval; of two runs, the difference."""
+    slices = {"all": result["metrics"]["all"], **result["by_slice"]}
+    cells = [cell.get("accuracy difference", cell) for cell in slices.values()]
+    plt, fig, (axis,) = figure(1, 1, width=6)
+    fig.set_size_inches(6, 1.2 + 0.22 * len(cells))
+    heights = np.arange(len(cells))[::-1]
+    errorbars(axis, heights, cells, horizontal=True, ls="none")
+    axis.set_yticks(heights, [f"{name}, n = {c['n']}" for name, c in zip(slices, cells)])
+    names = [os.path.basename(os.path.normpath(run)) for run in runs]
+    xlabel = "accuracy of labels"
+    if len(runs) == 2:
+        xlabel += f", {names[1]} less {names[0]}"
+        axis.axvline(0, color="gray", lw=1)
+    axis.set_xlabel(f"{xlabel} (95% interval)")
+    finish_figure(fig, plt, path, " against ".join(names))

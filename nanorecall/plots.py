@@ -1,0 +1,95 @@
+"""Figures without a window: axes, points with intervals, titles, and the curves of a run."""
+
+import os
+
+import numpy as np
+
+from nanorecall.checkpoint import atomic_write, read_log
+from nanorecall.settings import printable
+
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "figure.titlesize": 8,
+    "figure.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "grid.alpha": 0.3,
+}
+
+
+def figure(n_rows, n_columns, width=4.2, grid=True):
+    """A figure of n_rows x n_columns panels, each `width` inches wide -> (pyplot, figure, axes).
+
+    grid: draw grid lines; False for heat maps, which they would cover.
+    """
+    # Importing matplotlib takes as long as importing torch, and few commands draw.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({**STYLE, "axes.grid": grid})
+    size = (width * n_columns, 3.2 * n_rows)
+    fig, axes = plt.subplots(
+        n_rows, n_columns, figsize=size, squeeze=False, constrained_layout=True
+    )
+    return plt, fig, list(axes.flat)
+
+
+def errorbars(axis, x, cells, horizontal=False, **kwargs):
+    """Points with intervals. cells: [{"value", "ci95"}], maybe none; horizontal: x is the height."""
+    if not len(cells):
+        return
+    y = np.array([cell["value"] for cell in cells])
+    low, high = np.array([cell["ci95"] for cell in cells]).T
+    lengths = np.maximum(0, [y - low, high - y])
+    kwargs = {"marker": "o", "ms": 4, "capsize": 3, **kwargs}
+    if horizontal:
+        axis.errorbar(y, x, xerr=lengths, **kwargs)
+    else:
+        axis.errorbar(x, y, yerr=lengths, **kwargs)
+    axis.grid(True)
+
+
+def finish_figure(fig, plt, path, title):
+    """Add the title, write the figure to path and close it."""
+    # A $ would begin a formula.
+    fig.suptitle(printable(title, keep="\n").replace("$", r"\$"))
+    write_figure(fig, plt, path)
+
+
+def write_figure(fig, plt, path):
+    """Write path, a .png, and close the figure. If that fails, an older file stays as it was."""
+    try:
+        atomic_write(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    finally:
+        plt.close(fig)
+
+
+def plot_curves(folder, title):
+    """Write curves.png: loss and validation accuracy against steps, from the run's log.jsonl."""
+    records = read_log(folder)
+    train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
+    val = [r for r in records if r["kind"] == "eval"]
+    plt, fig, (losses, accuracies) = figure(1, 2, width=4.5)
+    losses.plot([r["step"] for r in train], [r["loss"] for r in train], lw=1, label="train batch")
+    for axis, key, label in (
+        (losses, "loss", "val"),
+        (accuracies, "accuracy", "labels (token accuracy)"),
+        (accuracies, "row_accuracy", "whole rows (exact match)"),
+    ):
+        axis.plot([r["step"] for r in val], [r[key] for r in val], "o-", ms=3, label=label)
+        axis.legend()
+    # A log that lost its evaluations still has a training loss to draw.
+    n = f"{val[-1]['labels']} labels in {val[-1]['rows']} rows" if val else "0"
+    losses.set(xlabel="step", ylabel="loss (nats per label)", yscale="log")
+    accuracies.set(
+        xlabel="step",
+        ylabel="val accuracy",
+        ylim=(-0.02, 1.02),
+        xlim=losses.get_xlim(),
+        title=f"n = {n}",
+    )
+    finish_figure(fig, plt, os.path.join(folder, "curves.png"), title)
