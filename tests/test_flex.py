@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flex_generate as flex
-from myriadlama import fusion, llama, prompts
+from myriadlama import fact_files, fusion, llama, loading, prompts, results
 from nanorecall import checkpoint
 from nanorecall.settings import ConfigError
 
@@ -24,7 +24,7 @@ def small(seed=0, **changes):
     """A random Llama without files."""
     torch.manual_seed(seed)
     sizes = dict(
-        vocab_size=V, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_width=8, ffn_width=48, max_tokens=512, tied=False
+        vocab_size=V, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, intermediate_size=48, max_seq_len=512, tie_weights=False
     )
     model = llama.Llama(llama.Config(**{**sizes, **changes})).eval().requires_grad_(False)
     for p in model.parameters():
@@ -50,15 +50,15 @@ def fused(model, prefix_ids, questions, scheme, positions, bias=0.0, most=6, enc
         rows += [(ids, where) for ids, where, _ in mine]
         at.append(cue)
     cache = fusion.build_cache(prefix, rows, encode(model, prefix, rows), places, at, bias)
-    return fusion.greedy_decode(model, cache, questions[0].cue, fusion.argmax_each, NEVER, most)[0]
+    return fusion.greedy_decode(model, cache, questions[0].answer_start, fusion.argmax_each, NEVER, most)[0]
 
 
 def layout(prefix_ids, q, scheme, positions):
     """The whole sequence of a question: ids, positions, segments."""
     rows, cue = fusion.layout(q, len(prefix_ids), scheme, positions)
-    ids, at = list(prefix_ids) + [t for r in rows for t in r[0]] + [q.cue], list(range(len(prefix_ids)))
+    ids, at = list(prefix_ids) + [t for r in rows for t in r[0]] + [q.answer_start], list(range(len(prefix_ids)))
     at += [int(p) for r in rows for p in r[1]] + [cue]
-    segment = [fusion.PREFIX] * len(prefix_ids) + [s for r in rows for s in r[2]] + [fusion.FUSED]
+    segment = [fusion.PREFIX] * len(prefix_ids) + [s for r in rows for s in r[2]] + [fusion.ANSWER]
     return ids, at, segment
 
 
@@ -68,13 +68,13 @@ def naive(forward, prefix_ids, q, scheme, positions, bias=0.0, most=6):
     out, first = [], None
     for _ in range(most):
         numbers = torch.tensor(segment)
-        seen = fusion.dense_mask(scheme, numbers, q.manual)
+        seen = fusion.dense_mask(scheme, numbers, q.is_manual)
         scores = torch.zeros(len(ids), len(ids)).masked_fill(~seen, -torch.inf)
-        scores += bias * ((numbers[:, None] == fusion.FUSED) & (numbers[None] >= 0))
+        scores += bias * ((numbers[:, None] == fusion.ANSWER) & (numbers[None] >= 0))
         logits = forward(torch.tensor([ids]), torch.tensor([at]), scores)[-1]
         first = logits if first is None else first
         out.append(int(logits.argmax()))
-        ids, at, segment = ids + [out[-1]], at + [at[-1] + 1], segment + [fusion.FUSED]
+        ids, at, segment = ids + [out[-1]], at + [at[-1] + 1], segment + [fusion.ANSWER]
     return out, first
 
 
@@ -122,14 +122,14 @@ def tiny(tmp_path_factory):
 def test_logits_equal_transformers(tiny, name):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tiny / name, dtype=torch.float32).eval()
-    model, _ = llama.load(str(tiny / name))
+    model, _ = loading.load(str(tiny / name))
     assert (name == "scaled") == (len([f for f in os.listdir(tiny / name) if f.endswith(".safetensors")]) > 1)
     tokens = torch.randint(256, (3, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(tokens).logits
     got = model.logits(model(tokens, torch.arange(200).expand(3, -1), llama.causal_attention))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
-    assert torch.equal(got.argmax(-1), expected.argmax(-1)) and model.config.eos == (2, 5)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1)) and model.config.eos_token_ids == (2, 5)
 
 
 @pytest.mark.parametrize("scheme", fusion.MASKS)
@@ -140,7 +140,7 @@ def test_fused_decoding_equals_transformers_with_a_dense_mask(tiny, scheme, posi
     theirs = transformers.LlamaForCausalLM.from_pretrained(
         tiny / "scaled", dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    model, _ = llama.load(str(tiny / "scaled"))
+    model, _ = loading.load(str(tiny / "scaled"))
     random = np.random.default_rng(0)
     prefix = random.integers(10, 250, 13).tolist()
     made = [question(random, n=int(random.integers(1, 5))) for _ in range(34)]
@@ -194,7 +194,7 @@ def test_flex_attention_encodes_the_same(scheme):
 def test_one_template_is_plain_decoding(scheme, positions):
     model, random = small(), np.random.default_rng(3)
     prefix, q = random.integers(10, V, 9).tolist(), question(random, n=1)
-    ids = prefix + q.segments[0] + [q.cue]
+    ids = prefix + q.templates[0] + [q.answer_start]
     for token in fused(model, prefix, [q], scheme, positions)[0].tolist():
         logits = model.logits(model(torch.tensor([ids]), torch.arange(len(ids))[None], llama.causal_attention))[0, -1]
         assert int(logits.argmax()) == token
@@ -204,7 +204,7 @@ def test_one_template_is_plain_decoding(scheme, positions):
 def test_the_order_of_isolated_templates_does_not_matter_when_they_restart():
     model, random = small(), np.random.default_rng(4)
     prefix, q = random.integers(10, V, 9).tolist(), question(random, n=4)
-    other = fusion.Question([q.segments[i] for i in (2, 0, 3, 1)], q.manual, q.cue, q.between)
+    other = fusion.Question([q.templates[i] for i in (2, 0, 3, 1)], q.is_manual, q.answer_start, q.separator)
     first = [naive(ours(model), prefix, x, "isolated", "restart")[1] for x in (q, other)]
     torch.testing.assert_close(*first, atol=1e-4, rtol=1e-4)
     assert (
@@ -221,15 +221,15 @@ def test_the_first_token_sees_every_template():
     prefix, q = random.integers(10, V, 9).tolist(), question(random, n=3)
     first = naive(ours(model), prefix, q, "isolated", "restart")[1]
     for i in range(3):
-        segments = [list(s) for s in q.segments]
+        segments = [list(s) for s in q.templates]
         segments[i][0] = 10 + (segments[i][0] - 9) % (V - 10)
-        changed = fusion.Question(segments, q.manual, q.cue, q.between)
+        changed = fusion.Question(segments, q.is_manual, q.answer_start, q.separator)
         assert (naive(ours(model), prefix, changed, "isolated", "restart")[1] - first).abs().max() > 1e-3
 
 
-def test_who_sees_whom():
+def test_dense_masks_of_each_scheme():
     manual = torch.tensor([True, True, False])
-    segment = torch.tensor([fusion.PREFIX, 0, 1, 2, 2, fusion.FUSED])
+    segment = torch.tensor([fusion.PREFIX, 0, 1, 2, 2, fusion.ANSWER])
     seen = {scheme: fusion.dense_mask(scheme, segment, manual).int().tolist() for scheme in fusion.MASKS}
     assert seen["isolated"][:3] == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0]]
     assert seen["isolated"][3:] == [[1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0], [1] * 6]
@@ -262,19 +262,19 @@ def test_answers_stop_at_a_line_break_once_they_have_begun():
         at = next(step)
         return torch.tensor([script[at] for script in scripts])
 
-    out, _ = fusion.greedy_decode(model, cache, 7, choose, stop, most=4)
+    out, _ = fusion.greedy_decode(model, cache, 7, choose, stop, max_new_tokens=4)
     assert out.tolist() == [[1, 40, -1], [50, -1, -1], [60, -1, -1]]
 
 
 def test_ensembles_by_hand():
     logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 2.0, 1.5]]])
     w = torch.tensor([[0.2, 0.6]])
-    scores = {name: make(w)(logits)[0] for name, make in fusion.ENSEMBLES.items()}
+    scores = {name: combine(logits, w)[0] for name, combine in fusion.ENSEMBLES.items()}
     assert scores["avg"].tolist() == [1.0, 1.0, 1.25]
     torch.testing.assert_close(scores["max"], logits.softmax(-1).max(1).values[0])
     torch.testing.assert_close(scores["weighted_avg"], torch.tensor([0.5, 1.5, 1.375]))
     assert scores["weighted_max"].tolist() == [0.0, 2.0, 1.5]
-    flat = fusion.argmax_grouped(2, fusion.ENSEMBLES["avg"](None))(logits.flatten(0, 1))
+    flat = fusion.argmax_grouped(2, fusion.ENSEMBLES["avg"])(logits.flatten(0, 1))
     assert flat.tolist() == [2, 2]
 
 
@@ -286,7 +286,7 @@ def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
     run = SimpleNamespace(model=model, config=flex.Config(max_new_tokens=2), stop=NEVER, tokenizer=tokenizer)
     batch = flex.Batch(run, made, fusion.prefill_prefix(model, prefix))
     for q, text in zip(made, flex.hybrid(batch)):
-        alone = [fusion.Question([s], q.manual[:1], q.cue, q.between) for s in q.segments]
+        alone = [fusion.Question([s], q.is_manual[:1], q.answer_start, q.separator) for s in q.templates]
         single = torch.stack([naive(ours(model), prefix, x, "isolated", "restart")[1].log_softmax(-1) for x in alone]).mean(0)
         together = naive(ours(model), prefix, q, "isolated", "restart", bias=-np.log(3))[1].log_softmax(-1)
         assert text.split()[0] == str(int((single + together).argmax()))
@@ -299,7 +299,7 @@ def test_adaptive_takes_the_templates_that_are_surest():
     run = SimpleNamespace(model=model, config=flex.Config(max_new_tokens=3), stop=NEVER, tokenizer=tokenizer)
     batch = flex.Batch(run, made, fusion.prefill_prefix(model, prefix))
     (text,), best = flex.flex_adaptive(batch), flex.separate_answers(batch)[1][0].topk(2).indices.sort().values.tolist()
-    half = fusion.Question([made[0].segments[i] for i in best], made[0].manual[:2], made[0].cue, made[0].between)
+    half = fusion.Question([made[0].templates[i] for i in best], made[0].is_manual[:2], made[0].answer_start, made[0].separator)
     assert text.split() == list(map(str, naive(ours(model), prefix, half, "isolated", "restart", bias=-np.log(2), most=3)[0]))
 
 
@@ -310,10 +310,10 @@ def test_weighted_attention_by_hand(monkeypatch):
     batch = flex.Batch(SimpleNamespace(model=model, config=flex.Config()), [q], fusion.prefill_prefix(model, prefix))
     batch.decode = lambda cache: (caches.append(cache), None)
     for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
-        monkeypatch.setattr(flex, "answers_alone", lambda b, c=confidence: ([], torch.tensor([c])))
+        monkeypatch.setattr(flex, "separate_answers", lambda b, c=confidence: ([], torch.tensor([c])))
         flex.flex_weighted(batch)
-    weighted, even = (cache.bias[0, 0, 0] for cache in caches)
-    factors = torch.tensor([1.0, 1.5, 0.5]).repeat_interleave(torch.tensor([len(s) for s in q.segments]))
+    weighted, even = (cache.score_bias[0, 0, 0] for cache in caches)
+    factors = torch.tensor([1.0, 1.5, 0.5]).repeat_interleave(torch.tensor([len(s) for s in q.templates]))
     torch.testing.assert_close(weighted[7:].exp(), factors / 3)
     torch.testing.assert_close(even[7:].exp(), torch.full_like(factors, 1 / 3))
     assert weighted[:7].eq(0).all() and even[:7].eq(0).all()
@@ -332,9 +332,9 @@ def test_shared_work_is_on_the_bill_of_each_method_once():
         batch, tokens = flex.Batch(run, [q], fusion.prefill_prefix(model, [20, 21])), {}
         for method in order:
             start = time.perf_counter()
-            batch.start_bill()
-            flex.METHODS[method][0](batch)
-            seconds, tokens[method] = batch.bill()
+            batch.meter.reset_cost()
+            flex.METHODS[method].generate(batch)
+            seconds, tokens[method] = batch.meter.cost()
             assert seconds > 0 and (method != order[0] or seconds <= time.perf_counter() - start)
         assert tokens["origin"] == 15 / 3 + 1 + 2 and tokens["weighted_avg"] == 15 + 2 * (3 + 6)
         assert tokens["flex_adaptive"] == 15 + (3 + 6) + (1 + 2) and tokens.get("flex", 18) == 15 + 1 + 2
@@ -344,28 +344,28 @@ def test_shared_work_is_on_the_bill_of_each_method_once():
 
 
 def test_the_facts_that_come_with_it():
-    facts = prompts.read_facts("")
+    facts = fact_files.read_facts("")
     relations = {f["relation"] for f in facts}
     assert len(relations) >= 12 and all(sum(f["relation"] == r for f in facts) >= 25 for r in relations)
     assert all(len(f["manual"]) == len(f["auto"]) == 5 and len(set(f["manual"] + f["auto"])) == 10 for f in facts)
     assert len({f["uuid"] for f in facts}) == len(facts) == len({(f["relation"], f["subject"]) for f in facts})
 
 
-def test_rows_of_every_kind(tmp_path):
+def test_fact_files_in_three_formats(tmp_path):
     own = tmp_path / "own.csv"
     own.write_text(
         "uuid,rel_uri,sub_ent,obj_aliases,template,is_manual\n"
         'a,P1,Paris,"[""France"", ""FR""]",[X] is in [Y].,True\na,P1,Paris,"[""France""]",Where is [X]? [Y].,False\n'
         'b,P1,Rome,"[""Italy""]",[X] is in [Y].,True\n'
     )
-    facts = prompts.read_facts(str(own))
+    facts = fact_files.read_facts(str(own))
     assert [(f["uuid"], f["answers"], len(f["manual"]), len(f["auto"])) for f in facts] == [
         ("a", ["France", "FR"], 1, 1),
         ("b", ["Italy"], 1, 0),
     ]
     web = tmp_path / "web.jsonl"
     web.write_text(json.dumps({"question": "Who?", "paraphrases": ["Who is it?"], "answers": ["Me"]}) + "\n")
-    (fact,) = prompts.read_facts(str(web))
+    (fact,) = fact_files.read_facts(str(web))
     assert fact["manual"] == ["Who?", "Who is it?"] and prompts.few_shot_prefix([], True).startswith("Answer the question")
     texts, manual = prompts.select_templates(facts[0], 1, 5, np.random.default_rng(0))
     assert texts == ["Paris is in [MASK].", "Where is Paris? [MASK]."] and manual.tolist() == [True, False]
@@ -378,7 +378,7 @@ def test_manual_templates_never_fill_up_automatic_ones():
     assert [t[0] for t in texts] == ["m", "m", "m", "a", "a"] and manual.tolist() == [True] * 3 + [False] * 2
 
 
-def test_right_and_wrong():
+def test_is_correct_matches_whole_words():
     assert prompts.is_correct("Paris,", ["Paris"]) and prompts.is_correct("cities", ["city"]) == prompts.is_correct("city", ["cities"])
     assert (
         not prompts.is_correct("word", [" "])
@@ -405,8 +405,8 @@ def test_a_question_has_no_vote_in_its_majority():
 
 
 @pytest.mark.parametrize("text, found", [("1945", ["1945"]), ("true", ["true"]), ('["a", "b"]', ["a", "b"]), ("('a',)", ["a"])])
-def test_bare_answers(text, found):
-    assert prompts.parse_list(text, "f.csv:2", "answers") == found
+def test_answers_may_be_json_python_or_plain_text(text, found):
+    assert fact_files.parse_list(text, "f.csv:2", "answers") == found
 
 
 def test_no_question_is_among_its_own_examples():
@@ -432,7 +432,7 @@ def test_bad_rows_are_one_sentence(tmp_path, row, message):
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ConfigError, match=message) as error:
-        prompts.read_facts(str(path))
+        fact_files.read_facts(str(path))
     assert "\n" not in str(error.value)
 
 
@@ -473,7 +473,7 @@ def test_every_method_and_its_files(tiny, tmp_path, capsys, monkeypatch):
     with pytest.raises(ConfigError, match="--lemmaize needs a package: pip install simplemma"):
         flex.main(command(tiny, tmp_path, "--lemmaize"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(prompts, "words", lambda text: [w.lower() for w in text.split()])
+    monkeypatch.setattr(prompts, "normalise", lambda text: [w.lower() for w in text.split()])
     flex.main(command(tiny, tmp_path, "--lemmaize"))
     table = feather.read_table(folder / "myriadlama_avg.feather").to_pydict()
     assert table["answer_lemmas"] == [[["q"]]] * 4 and table["predict_lemma"] == [prompts.normalise(p) for p in table["prediction"]]
@@ -518,7 +518,7 @@ def test_two_processes_never_answer_in_one_directory(tiny, tmp_path):
 def test_a_method_that_is_there_is_not_run_again(tiny, tmp_path, monkeypatch):
     flex.main(command(tiny, tmp_path, "--method=origin"))
     again = lambda work: pytest.fail("origin was there")
-    monkeypatch.setitem(flex.METHODS, "origin", (again, *flex.METHODS["origin"][1:]))
+    monkeypatch.setitem(flex.METHODS, "origin", flex.METHODS["origin"]._replace(generate=again))
     flex.main(command(tiny, tmp_path))
     assert len(feather.read_table(tmp_path / "out" / "plain" / "myriadlama_hybrid.feather")["uuid"]) == 4
 
@@ -531,21 +531,22 @@ def test_ranks_share_the_questions(tiny, tmp_path, on_ranks):
     assert {f.name: feather.read_table(f).to_pydict() for f in (tmp_path / "out" / "plain").glob("*.feather")} == two
 
 
-def test_names_of_files():
+def test_result_file_names():
     c = flex.Config(num_manual=3, num_auto=5)
-    assert flex.file_name(c, "flex_myriadlama_xattn") == "myriadlama_flex_m3_a5_xattn"
-    assert flex.file_name(flex.Config(), "flex_myriadlama") == "myriadlama_flex_all_a5"
-    assert flex.file_name(flex.Config(allow_manual_cross_attention=True), "flex_myriadlama") == "myriadlama_flex_all_a5_xattn"
+    assert results.file_name(c, "flex_myriadlama_xattn") == "myriadlama_flex_m3_a5_xattn.feather"
+    assert results.file_name(flex.Config(), "flex_myriadlama") == "myriadlama_flex_all_a5.feather"
+    cross = flex.Config(allow_manual_cross_attention=True)
+    assert results.file_name(cross, "flex_myriadlama") == "myriadlama_flex_all_a5_xattn.feather"
 
 
-def test_half_precision(tiny, tmp_path):
+def test_rope_stays_float32_under_bfloat16(tiny, tmp_path):
     """The rotary angles stay in float32; weights and activations do not."""
-    model, _ = llama.load(str(tiny / "plain"), dtype=torch.bfloat16)
-    assert model.turns.dtype == torch.float32 and model.embed.weight.dtype == torch.bfloat16
+    model, _ = loading.load(str(tiny / "plain"), dtype=torch.bfloat16)
+    assert model.rope_table.dtype == torch.float32 and model.embed_tokens.weight.dtype == torch.bfloat16
     flex.main(command(tiny, tmp_path, "--dtype=bfloat16"))
 
 
-def test_other_facts_are_other_results(tiny, tmp_path):
+def test_results_are_bound_to_their_fact_file(tiny, tmp_path):
     flex.main(command(tiny, tmp_path, "--method=origin"))
     words = command(tiny, tmp_path, "--method=origin")
     path = tmp_path / "facts.jsonl"
@@ -600,14 +601,14 @@ def smollm2():
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     transformers = pytest.importorskip("transformers")
-    folder, file = os.path.split(llama.resolve_path("smollm2_135m_it"))
+    folder, file = os.path.split(loading.resolve_path("smollm2_135m_it"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
-    return *llama.load("smollm2_135m_it"), theirs, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return *loading.load("smollm2_135m_it"), theirs, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
 def test_smollm2_equals_transformers(smollm2):
     model, tokenizer, theirs, their_tokenizer = smollm2
-    facts = prompts.read_facts("")[:100]
+    facts = fact_files.read_facts("")[:100]
     texts = [f"Q: {prompts.fill(t, f['subject'])}\nA: {f['answers'][0]}\n\n" for f in facts for t in f["manual"] + f["auto"]]
     assert len(texts) == 1000
     ids = [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
@@ -623,7 +624,7 @@ def test_smollm2_equals_transformers(smollm2):
 def test_smollm2_fuses_as_transformers_does(smollm2):
     """20 questions, every scheme and both positions in turn: same tokens, no cache, dense 4-D mask."""
     model, tokenizer, theirs, _ = smollm2
-    facts, ids = prompts.read_facts(""), lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    facts, ids = fact_files.read_facts(""), lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     prefix = ids(prompts.few_shot_prefix(facts[:3], False))
 
     @torch.no_grad()
@@ -640,5 +641,5 @@ def test_smollm2_fuses_as_transformers_does(smollm2):
         rows = [(i, at) for i, at, _ in rows]
         shared = fusion.prefill_prefix(model, prefix)
         cache = fusion.build_cache(shared, rows, fusion.prefill_padded(model, shared, rows), [range(len(rows))], [cue], -0.5)
-        got, _ = fusion.greedy_decode(model, cache, q.cue, fusion.argmax_each, stop, most=3)
+        got, _ = fusion.greedy_decode(model, cache, q.answer_start, fusion.argmax_each, stop, max_new_tokens=3)
         assert got[0].tolist() == naive(forward, prefix, q, scheme, positions, bias=-0.5, most=3)[0]
