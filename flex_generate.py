@@ -432,11 +432,11 @@ def answer_all(run, folder, facts, missing, key, world):
     # Prepare all questions first: a prompt that is too long must not stop a run halfway.
     questions = world.together(lambda: list(map(run.prepare, batches)))
     world.first_does(lambda: os.makedirs(folder, exist_ok=True))
-    hide_progress = not (world.is_main and sys.stderr.isatty())
+    no_bar = None if world.is_main else True  # None: a bar on terminals only
     with open(results.progress_file(folder, world.rank), "a", encoding="utf-8") as file:
         results.start_progress(file, key)
         pairs = list(zip(batches, questions))
-        for batch, batch_questions in tqdm(pairs, desc="questions", disable=hide_progress):
+        for batch, batch_questions in tqdm(pairs, desc="questions", disable=no_bar):
             uuids = [prompted.fact["uuid"] for prompted in batch]
             batch_missing = missing.intersection(product(uuids, run.methods))
             missing_methods = {method for _, method in batch_missing}

@@ -79,8 +79,8 @@ MODELS = {  # short names; anything else is file or file.Class
     "unified_kv": "model.UnifiedKV",
     "delta": "delta.DeltaNet",
     "gated_delta": "delta.GatedDeltaNet",
-    "memory": "memory.Memory",
-    "memory_router": "memory.MemoryRouter",
+    "memory": "memory.MemoryGPT",
+    "memory_router": "memory.MemoryRouterGPT",
 }
 SCHEDULES = {  # share of lr at a step: f(config, epoch, progress in [0, 1])
     "exponential": lambda c, epoch, progress: c.lr_gamma**epoch,

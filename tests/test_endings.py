@@ -63,10 +63,11 @@ def test_measuring_goes_on_without_its_output(tmp_path):
 
 
 def test_a_screen_without_the_letters_shows_their_numbers():
-    line = "import configs; configs.exit_with_sentence(lambda: print('␣\\udcff'))"
+    line = "from nanorecall.settings import run_cli; run_cli(lambda: print('␣\\udcff'))"
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
     words = [sys.executable, "-c", line]
-    done = subprocess.run(words, capture_output=True, text=True, env=ascii_only)
+    here = os.path.dirname(train.__file__)
+    done = subprocess.run(words, capture_output=True, text=True, env=ascii_only, cwd=here)
     assert (done.returncode, done.stdout) == (0, "\\u2423\\udcff\n")
 
 
@@ -158,7 +159,7 @@ def test_killed_before_its_config_torchrun_starts_it_again(on_ranks, tmp_path, m
     words = flags(tmp_path, "run", **SHORT)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    monkeypatch.setattr(train, "describe_run", killed)
+    monkeypatch.setattr(train, "run_metadata", killed)
     assert on_ranks(2, lambda rank: train.main(words)) == [-signal.SIGKILL, 1]
     monkeypatch.undo()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
@@ -388,10 +389,10 @@ def test_memory_that_a_model_does_not_get_is_a_sentence(tmp_path, monkeypatch):
         with pytest.raises(RunError, match="memory is full; raise accumulate"):
             run(tmp_path, **SHORT)
     _, out = run(tmp_path, "whole", **SHORT)
-    monkeypatch.setattr(eval_script, "predict", full)
+    monkeypatch.setattr(eval_script, "iter_predictions", full)
     with pytest.raises(RunError, match="memory is full; lower eval_batch_size"):
         eval_script.main([out])
-    monkeypatch.setattr(commands, "open_look", full)
+    monkeypatch.setattr(commands, "open_run", full)
     with pytest.raises(RunError, match="memory is full; lower eval_batch_size"):
         eval_script.main([out])
     monkeypatch.setattr(flex_generate, "generate", full)

@@ -117,14 +117,14 @@ def signals():
 
 
 def test_a_signal_cuts_the_last_evaluation_short_too(tmp_path, monkeypatch, signals):
-    batch = train.resolve([]).data_module.MadeData.batch
+    batch = train.resolve([]).data_module.InMemoryMQAR.batch
 
     def signal_in_test(self, split, step, rows):
         if split == "test":
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, split, step, rows)
 
-    monkeypatch.setattr(train.resolve([]).data_module.MadeData, "batch", signal_in_test)
+    monkeypatch.setattr(train.resolve([]).data_module.InMemoryMQAR, "batch", signal_in_test)
     status, out = run(tmp_path, eval_batch_size=10)
     assert status == 128 + signal.SIGTERM
     assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == "preempted"
@@ -136,7 +136,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
     """It is done again after the resume, so nothing is lost and nothing waits for 100,000 rows."""
     settings = dict(max_steps=30, eval_interval=10, eval_batch_size=10)
     _, whole = run(tmp_path, "whole", **settings)
-    made, batch = [], train.resolve([]).data_module.MadeData.batch
+    made, batch = [], train.resolve([]).data_module.InMemoryMQAR.batch
 
     def signal_in_second_evaluation(self, split, step, rows):
         made.append(split)
@@ -144,7 +144,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, split, step, rows)
 
-    monkeypatch.setattr(train.resolve([]).data_module.MadeData, "batch", signal_in_second_evaluation)
+    monkeypatch.setattr(train.resolve([]).data_module.InMemoryMQAR, "batch", signal_in_second_evaluation)
     status, out = run(tmp_path, "cut", **settings)
     assert status == 128 + signal.SIGTERM and made.count("val") == 7
     assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 20
@@ -289,7 +289,7 @@ def test_a_read_error_is_no_damage(tmp_path, monkeypatch, error, at):
         "lstat": (checkpoint.os, "lstat"),
         "stat": (checkpoint.os, "stat"),
         "open": (builtins, "open"),
-        "hash": (checkpoint, "file_hash"),
+        "hash": (checkpoint, "sha256_file"),
         "load": (torch, "load"),
     }
     whole = getattr(*places[at])

@@ -274,7 +274,10 @@ def set_weight(name, value):
         (set_weight(Q, torch.zeros(31, 32)), r"q_proj.weight has shape \(31, 32\), not \(32, 32\)"),
         (set_weight(Q, torch.zeros(32)), r"q_proj.weight has shape \(32,\)"),
         (set_weight("layers.0.self_attn.q_proj.weight", torch.ones(1)), "is there twice"),
-        (set_weight("model.rotary_emb.inv_freq", torch.ones(4)), "other frequencies than config.json's"),
+        (
+            set_weight("model.rotary_emb.inv_freq", torch.ones(4)),
+            "other frequencies than config.json's",
+        ),
         (lambda weights: weights.pop("lm_head.weight"), "has no weights for lm_head.weight"),
         (lambda weights: weights.pop(Q), f"has no weights for {Q}"),
     ],
@@ -772,7 +775,11 @@ def test_another_program_or_dtype_is_another_result(words, monkeypatch):
 def test_the_files_of_a_sharded_model_and_of_the_facts_that_come_with_it(plain):
     index(plain, {Q: "part.safetensors"})
     before = results.result_key(flex.Config(model=str(plain)), torch.float32)
-    assert {"file part.safetensors", f"file {hugging_face.INDEX}", "file config.json"} <= before.keys()
+    assert {
+        "file part.safetensors",
+        f"file {hugging_face.INDEX}",
+        "file config.json",
+    } <= before.keys()
     assert len(before["path"]) == 64
 
 

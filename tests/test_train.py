@@ -123,7 +123,7 @@ def test_full_memory_is_a_sentence(tmp_path, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "backward", full)
+    monkeypatch.setattr(train, "forward_backward", full)
     with pytest.raises(RunError, match="memory is full; raise accumulate or lower batch_size"):
         run(tmp_path)
     assert checkpoint.read_json(os.path.join(tmp_path, "run", "status.json"))["status"] == "failed"
