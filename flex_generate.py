@@ -135,9 +135,11 @@ def separate_answers(batch):
     return texts, probability.view(-1, batch.n)
 
 
-def decode_ensemble(batch, name, confidence=None):
-    """Decode all templates in parallel; their logits together choose each token."""
-    combine = fusion.ENSEMBLES[name]
+def decode_ensemble(batch, combine, confidence=None):
+    """Decode all templates in parallel; their logits together choose each token.
+
+    combine: see fusion.argmax_grouped.
+    """
     choose = fusion.argmax_grouped(batch.n, combine, confidence)
     texts, _ = batch.decode(separate_cache(batch), choose)
     return texts[:: batch.n]  # all templates of a question have the same answer
@@ -188,20 +190,20 @@ def per_prompt(batch):
     return [texts[i : i + batch.n] for i in range(0, len(texts), batch.n)]
 
 
-def avg(batch):
-    return decode_ensemble(batch, "avg")
+def average(batch):
+    return decode_ensemble(batch, fusion.mean_logits)
 
 
-def max_(batch):
-    return decode_ensemble(batch, "max")
+def maximum(batch):
+    return decode_ensemble(batch, fusion.max_probability)
 
 
-def weighted_avg(batch):
-    return decode_ensemble(batch, "weighted_avg", separate_answers(batch)[1])
+def weighted_average(batch):
+    return decode_ensemble(batch, fusion.weighted_mean_logits, separate_answers(batch)[1])
 
 
-def weighted_max(batch):
-    return decode_ensemble(batch, "weighted_max", separate_answers(batch)[1])
+def weighted_maximum(batch):
+    return decode_ensemble(batch, fusion.most_confident_logits, separate_answers(batch)[1])
 
 
 def flex(batch):
@@ -271,10 +273,10 @@ class Method(NamedTuple):
 METHODS = {
     "origin": Method(origin, "one", "nothing"),
     "per_prompt": Method(per_prompt, "one", "nothing"),
-    "avg": Method(avg, "all", "logits"),
-    "max": Method(max_, "all", "probabilities"),
-    "weighted_avg": Method(weighted_avg, "all", "logits, by confidence"),
-    "weighted_max": Method(weighted_max, "all", "the most confident one"),
+    "avg": Method(average, "all", "logits"),
+    "max": Method(maximum, "all", "probabilities"),
+    "weighted_avg": Method(weighted_average, "all", "logits, by confidence"),
+    "weighted_max": Method(weighted_maximum, "all", "the most confident one"),
     "flex": Method(flex, "all", "attention"),
     "flex_adaptive": Method(flex_adaptive, "half", "attention, the most confident half"),
     "flex_weighted": Method(flex_weighted, "all", "attention, by confidence"),

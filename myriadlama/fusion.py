@@ -407,7 +407,7 @@ def argmax_grouped(n, combine, confidence=None):
 
 
 def mean_logits(logits, confidence):
-    """Geometric mean of the probabilities, up to a factor."""
+    """Log of the geometric mean of the probabilities, up to a constant."""
     return logits.mean(1)
 
 
@@ -420,14 +420,6 @@ def weighted_mean_logits(logits, confidence):
     return (logits * weights.unsqueeze(-1)).sum(1)
 
 
-def most_confident(logits, confidence):
+def most_confident_logits(logits, confidence):
     """The logits of the template of which the model is most confident."""
     return logits[torch.arange(len(logits), device=logits.device), confidence.argmax(1)]
-
-
-ENSEMBLES = {
-    "avg": mean_logits,
-    "max": max_probability,
-    "weighted_avg": weighted_mean_logits,
-    "weighted_max": most_confident,
-}
