@@ -141,7 +141,7 @@ def killed(*args):
 @pytest.mark.parametrize("where", ["before config.json", "in config.json"])
 def test_killed_before_its_config_a_run_starts_again(on_ranks, tmp_path, monkeypatch, where):
     words, out = flags(tmp_path, "run", **SHORT), str(tmp_path / "run")
-    place = (train, "describe_run") if where == "before config.json" else (checkpoint.os, "replace")
+    place = (train, "run_metadata") if where == "before config.json" else (checkpoint.os, "replace")
     monkeypatch.setattr(*place, killed)
     assert on_ranks(1, lambda rank: train.main(words)) == [-signal.SIGKILL]
     monkeypatch.undo()
@@ -371,7 +371,7 @@ def test_full_memory_names_what_is_too_large(tmp_path, monkeypatch):
     model = run_module.build_model(p, run_module.build_model_config(p, p.data_module.Data(p.data)))
     cpu, count = torch.device("cpu"), run_module.count_parameters(model)["total"]
     assert run_module.training_advice(model, cpu).startswith("raise accumulate or lower batch_size")
-    monkeypatch.setattr(run, "memory_size", lambda device: 20 * count)
+    monkeypatch.setattr(run_module, "memory_size", lambda device: 20 * count)
     advice = run_module.training_advice(model, cpu)
     assert "the model is too large" in advice and "batch_size" not in advice
     assert "memory.values (4096, 32); make that smaller" in advice

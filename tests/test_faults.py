@@ -319,7 +319,7 @@ def test_a_reader_takes_the_checkpoint_that_replaced_its_own(tmp_path, monkeypat
     capsys.readouterr()
     files = [os.path.join(out, name) for name in ("ckpt.pt", "ckpt_prev.pt")]
     aside = tmp_path / "aside"
-    for function in ("check_shards", "read_shards"):
+    for function in ("verify_shards", "read_shards"):
         whole = getattr(checkpoint, function)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(out, aside)
