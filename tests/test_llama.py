@@ -287,7 +287,7 @@ def test_tensors_that_are_refused_by_name(plain, spoil, message):
     refused(plain, message)
 
 
-def test_old_copies_of_the_turns_and_a_head_that_is_tied(plain):
+def test_copies_of_rope_frequencies_and_a_tied_head(plain):
     turns = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
     change_weights(plain, set_weight("model.layers.1.self_attn.rotary_emb.inv_freq", turns))
     assert difference(plain) < 1e-4
@@ -397,7 +397,7 @@ def gguf_file(path, folder, tensors=None, fields=None):
 
 
 def test_gguf_files_are_computed(tmp_path):
-    """Biases, factors of the turns (Llama 3's scaling) and linear scaling, as in transformers."""
+    """Biases, factors of the rotary frequencies (Llama 3's scaling) and linear scaling, as in transformers."""
     tokens = torch.randint(256, (2, 200), generator=torch.Generator().manual_seed(1))
     settings = {"attention_bias": True, "mlp_bias": True}
     for number, rope in enumerate(
