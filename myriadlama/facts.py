@@ -1,7 +1,8 @@
-"""Facts that a small language model may know, with templates to ask for them; written for this repository.
+"""Facts that a small language model may know, with templates to ask for them.
 
-[X] is the subject and [Y] the answer, shown as [MASK]. Manual templates are worded with care, automatic ones more loosely.
-A subject's answers are separated by |; the first is the main one, and any of them counts as right.
+They were written for this repository. [X] is the subject and [Y] the answer, which a prompt shows
+as [MASK]. Manual templates are worded with care, automatic ones more loosely. The answers of a
+subject are separated by |. Each of them is correct; the first is the one that examples show.
 """
 
 RELATIONS = {
@@ -22,13 +23,12 @@ RELATIONS = {
             "The parliament of [X] is found in [Y].",
         ),
         "facts": (
-            "Japan=Tokyo; France=Paris; Germany=Berlin; Italy=Rome; Spain=Madrid; Portugal=Lisbon; "
-            "Russia=Moscow; Egypt=Cairo; "
-            "Greece=Athens; Austria=Vienna; Poland=Warsaw; Hungary=Budapest; Sweden=Stockholm; Norway=Oslo; "
-            "Denmark=Copenhagen; "
+            "Japan=Tokyo; France=Paris; Germany=Berlin; Italy=Rome; Spain=Madrid; "
+            "Portugal=Lisbon; Russia=Moscow; Egypt=Cairo; Greece=Athens; Austria=Vienna; "
+            "Poland=Warsaw; Hungary=Budapest; Sweden=Stockholm; Norway=Oslo; Denmark=Copenhagen; "
             "Finland=Helsinki; Ireland=Dublin; Turkey=Ankara; Iran=Tehran; Iraq=Baghdad; "
-            "China=Beijing|Peking; Thailand=Bangkok; "
-            "Cuba=Havana; Peru=Lima; Canada=Ottawa; Kenya=Nairobi; Chile=Santiago; Belgium=Brussels"
+            "China=Beijing|Peking; Thailand=Bangkok; Cuba=Havana; Peru=Lima; Canada=Ottawa; "
+            "Kenya=Nairobi; Chile=Santiago; Belgium=Brussels"
         ),
     },
     "language": {
@@ -48,13 +48,12 @@ RELATIONS = {
             "The language you hear in the streets of [X] is [Y].",
         ),
         "facts": (
-            "France=French; Germany=German; Austria=German; Italy=Italian; Spain=Spanish; Mexico=Spanish; "
-            "Argentina=Spanish; "
-            "Brazil=Portuguese; Portugal=Portuguese; Japan=Japanese; Russia=Russian; Poland=Polish; Hungary=Hungarian; "
-            "Sweden=Swedish; Norway=Norwegian; Denmark=Danish; Finland=Finnish; Greece=Greek; "
-            "Turkey=Turkish; Egypt=Arabic; "
-            "Iraq=Arabic; Iran=Persian|Farsi; Thailand=Thai; Vietnam=Vietnamese; Australia=English; Jamaica=English; "
-            "Israel=Hebrew; China=Chinese|Mandarin"
+            "France=French; Germany=German; Austria=German; Italy=Italian; Spain=Spanish; "
+            "Mexico=Spanish; Argentina=Spanish; Brazil=Portuguese; Portugal=Portuguese; "
+            "Japan=Japanese; Russia=Russian; Poland=Polish; Hungary=Hungarian; Sweden=Swedish; "
+            "Norway=Norwegian; Denmark=Danish; Finland=Finnish; Greece=Greek; Turkey=Turkish; "
+            "Egypt=Arabic; Iraq=Arabic; Iran=Persian|Farsi; Thailand=Thai; Vietnam=Vietnamese; "
+            "Australia=English; Jamaica=English; Israel=Hebrew; China=Chinese|Mandarin"
         ),
     },
     "continent": {
@@ -74,13 +73,14 @@ RELATIONS = {
             "The land of [X] is in the part of the world called [Y].",
         ),
         "facts": (
-            "Kenya=Africa; Nigeria=Africa; Ghana=Africa; Morocco=Africa; Ethiopia=Africa; Zambia=Africa; "
-            "Japan=Asia; China=Asia; "
-            "India=Asia; Thailand=Asia; Vietnam=Asia; Mongolia=Asia; Nepal=Asia; France=Europe; "
-            "Poland=Europe; Norway=Europe; "
-            "Greece=Europe; Austria=Europe; Portugal=Europe; Sweden=Europe; Brazil=South America|America; "
-            "Peru=South America|America; Chile=South America|America; Canada=North America|America; "
-            "Cuba=North America|America; Mexico=North America|America; Senegal=Africa; Pakistan=Asia"
+            "Kenya=Africa; Nigeria=Africa; Ghana=Africa; Morocco=Africa; Ethiopia=Africa; "
+            "Zambia=Africa; Japan=Asia; China=Asia; India=Asia; Thailand=Asia; Vietnam=Asia; "
+            "Mongolia=Asia; Nepal=Asia; France=Europe; Poland=Europe; Norway=Europe; "
+            "Greece=Europe; Austria=Europe; Portugal=Europe; Sweden=Europe; "
+            "Brazil=South America|America; Peru=South America|America; "
+            "Chile=South America|America; Canada=North America|America; "
+            "Cuba=North America|America; Mexico=North America|America; Senegal=Africa; "
+            "Pakistan=Asia"
         ),
     },
     "currency": {
@@ -100,13 +100,12 @@ RELATIONS = {
             "The national money of [X] has the name [Y].",
         ),
         "facts": (
-            "Japan=yen; India=rupee; China=yuan|renminbi; Russia=ruble|rouble; Germany=euro; France=euro; "
-            "Italy=euro; Spain=euro; "
-            "Brazil=real; Mexico=peso; Chile=peso; Argentina=peso; Canada=dollar; Australia=dollar; "
-            "Turkey=lira; Poland=zloty; "
-            "Hungary=forint; Sweden=krona; Norway=krone; Denmark=krone; Switzerland=franc; Thailand=baht; "
-            "Israel=shekel; "
-            "Vietnam=dong; Egypt=pound; Kenya=shilling; South Africa=rand; Saudi Arabia=riyal"
+            "Japan=yen; India=rupee; China=yuan|renminbi; Russia=ruble|rouble; Germany=euro; "
+            "France=euro; Italy=euro; Spain=euro; Brazil=real; Mexico=peso; Chile=peso; "
+            "Argentina=peso; Canada=dollar; Australia=dollar; Turkey=lira; Poland=zloty; "
+            "Hungary=forint; Sweden=krona; Norway=krone; Denmark=krone; Switzerland=franc; "
+            "Thailand=baht; Israel=shekel; Vietnam=dong; Egypt=pound; Kenya=shilling; "
+            "South Africa=rand; Saudi Arabia=riyal"
         ),
     },
     "country": {
@@ -126,14 +125,14 @@ RELATIONS = {
             "On a map, [X] lies within the borders of [Y].",
         ),
         "facts": (
-            "Munich=Germany; Hamburg=Germany; Lyon=France; Marseille=France; Milan=Italy; Naples=Italy; "
-            "Barcelona=Spain; "
-            "Seville=Spain; Porto=Portugal; Osaka=Japan; Kyoto=Japan; Mumbai=India; Kolkata=India; Shanghai=China; "
-            "Chicago=United States|USA|America|U.S.; Boston=United States|USA|America|U.S.; Toronto=Canada; "
-            "Montreal=Canada; "
-            "Sydney=Australia; Melbourne=Australia; Istanbul=Turkey; Krakow=Poland; Salzburg=Austria; "
-            "Geneva=Switzerland; "
-            "Alexandria=Egypt; Manchester=England|United Kingdom|UK|Britain; Antwerp=Belgium; Lagos=Nigeria"
+            "Munich=Germany; Hamburg=Germany; Lyon=France; Marseille=France; Milan=Italy; "
+            "Naples=Italy; Barcelona=Spain; Seville=Spain; Porto=Portugal; Osaka=Japan; "
+            "Kyoto=Japan; Mumbai=India; Kolkata=India; Shanghai=China; "
+            "Chicago=United States|USA|America|U.S.; Boston=United States|USA|America|U.S.; "
+            "Toronto=Canada; Montreal=Canada; Sydney=Australia; Melbourne=Australia; "
+            "Istanbul=Turkey; Krakow=Poland; Salzburg=Austria; Geneva=Switzerland; "
+            "Alexandria=Egypt; Manchester=England|United Kingdom|UK|Britain; Antwerp=Belgium; "
+            "Lagos=Nigeria"
         ),
     },
     "author": {
@@ -153,18 +152,21 @@ RELATIONS = {
             "The story of [X] was told by [Y].",
         ),
         "facts": (
-            "Hamlet=Shakespeare|William Shakespeare|William; Macbeth=Shakespeare|William Shakespeare|William; "
-            "Oliver Twist=Dickens|Charles Dickens|Charles; David Copperfield=Dickens|Charles Dickens|Charles; "
+            "Hamlet=Shakespeare|William Shakespeare|William; "
+            "Macbeth=Shakespeare|William Shakespeare|William; "
+            "Oliver Twist=Dickens|Charles Dickens|Charles; "
+            "David Copperfield=Dickens|Charles Dickens|Charles; "
             "Pride and Prejudice=Austen|Jane Austen|Jane; Emma=Austen|Jane Austen|Jane; "
-            "Ulysses=Joyce|James Joyce|James; "
-            "Animal Farm=Orwell|George Orwell|George; War and Peace=Tolstoy|Leo Tolstoy|Leo; "
-            "Anna Karenina=Tolstoy|Leo Tolstoy|Leo; Crime and Punishment=Dostoevsky|Fyodor Dostoevsky|Fyodor; "
-            "Don Quixote=Cervantes|Miguel de Cervantes|Miguel; Les Miserables=Hugo|Victor Hugo|Victor; "
-            "The Hobbit=Tolkien|J.R.R. Tolkien; Dracula=Stoker|Bram Stoker|Bram; "
-            "Frankenstein=Shelley|Mary Shelley|Mary; "
-            "Moby Dick=Melville|Herman Melville|Herman; Faust=Goethe; The Trial=Kafka|Franz Kafka|Franz; "
-            "The Odyssey=Homer; The Iliad=Homer; The Republic=Plato; The Divine Comedy=Dante; Candide=Voltaire; "
-            "The Aeneid=Virgil; Lolita=Nabokov|Vladimir Nabokov|Vladimir; Walden=Thoreau|Henry David Thoreau|Henry; "
+            "Ulysses=Joyce|James Joyce|James; Animal Farm=Orwell|George Orwell|George; "
+            "War and Peace=Tolstoy|Leo Tolstoy|Leo; Anna Karenina=Tolstoy|Leo Tolstoy|Leo; "
+            "Crime and Punishment=Dostoevsky|Fyodor Dostoevsky|Fyodor; "
+            "Don Quixote=Cervantes|Miguel de Cervantes|Miguel; "
+            "Les Miserables=Hugo|Victor Hugo|Victor; The Hobbit=Tolkien|J.R.R. Tolkien; "
+            "Dracula=Stoker|Bram Stoker|Bram; Frankenstein=Shelley|Mary Shelley|Mary; "
+            "Moby Dick=Melville|Herman Melville|Herman; Faust=Goethe; "
+            "The Trial=Kafka|Franz Kafka|Franz; The Odyssey=Homer; The Iliad=Homer; "
+            "The Republic=Plato; The Divine Comedy=Dante; Candide=Voltaire; The Aeneid=Virgil; "
+            "Lolita=Nabokov|Vladimir Nabokov|Vladimir; Walden=Thoreau|Henry David Thoreau|Henry; "
             "The Jungle Book=Kipling|Rudyard Kipling|Rudyard"
         ),
     },
@@ -185,16 +187,16 @@ RELATIONS = {
             "[X] was first put on paper by [Y].",
         ),
         "facts": (
-            "The Magic Flute=Mozart|Wolfgang; Don Giovanni=Mozart|Wolfgang; The Marriage of Figaro=Mozart|Wolfgang; "
-            "the Moonlight Sonata=Beethoven|Ludwig; Fidelio=Beethoven|Ludwig; the Eroica Symphony=Beethoven|Ludwig; "
+            "The Magic Flute=Mozart|Wolfgang; Don Giovanni=Mozart|Wolfgang; "
+            "The Marriage of Figaro=Mozart|Wolfgang; the Moonlight Sonata=Beethoven|Ludwig; "
+            "Fidelio=Beethoven|Ludwig; the Eroica Symphony=Beethoven|Ludwig; "
             "the Brandenburg Concertos=Bach|Johann; the Goldberg Variations=Bach|Johann; "
-            "the St Matthew Passion=Bach|Johann; "
-            "The Four Seasons=Vivaldi|Antonio; Messiah=Handel|George; Water Music=Handel|George; "
-            "The Creation=Haydn|Joseph; "
+            "the St Matthew Passion=Bach|Johann; The Four Seasons=Vivaldi|Antonio; "
+            "Messiah=Handel|George; Water Music=Handel|George; The Creation=Haydn|Joseph; "
             "Swan Lake=Tchaikovsky|Pyotr; The Nutcracker=Tchaikovsky|Pyotr; Aida=Verdi|Giuseppe; "
-            "Rigoletto=Verdi|Giuseppe; "
-            "La Traviata=Verdi|Giuseppe; Tosca=Puccini|Giacomo; Turandot=Puccini|Giacomo; Carmen=Bizet|Georges; "
-            "Bolero=Ravel|Maurice; La Mer=Debussy|Claude; Parsifal=Wagner|Richard; Tannhauser=Wagner|Richard; "
+            "Rigoletto=Verdi|Giuseppe; La Traviata=Verdi|Giuseppe; Tosca=Puccini|Giacomo; "
+            "Turandot=Puccini|Giacomo; Carmen=Bizet|Georges; Bolero=Ravel|Maurice; "
+            "La Mer=Debussy|Claude; Parsifal=Wagner|Richard; Tannhauser=Wagner|Richard; "
             "The Rite of Spring=Stravinsky|Igor; The Planets=Holst|Gustav; Finlandia=Sibelius|Jean"
         ),
     },
@@ -216,12 +218,12 @@ RELATIONS = {
         ),
         "facts": (
             "iPhone=Apple; iPad=Apple; Macintosh=Apple; Windows system=Microsoft; Xbox=Microsoft; "
-            "Excel program=Microsoft; "
-            "PlayStation=Sony; Walkman=Sony; Game Boy=Nintendo; Wii=Nintendo; Android system=Google; "
-            "Chrome browser=Google; "
-            "Kindle=Amazon; Echo speaker=Amazon; Galaxy phone=Samsung; ThinkPad=Lenovo|IBM; Photoshop program=Adobe; "
-            "Mustang car=Ford; Model T=Ford; Corolla=Toyota; Prius=Toyota; Civic=Honda; Beetle car=Volkswagen; "
-            "Golf car=Volkswagen; Model S=Tesla; 747 jet=Boeing; A380 jet=Airbus; Pentium chip=Intel"
+            "Excel program=Microsoft; PlayStation=Sony; Walkman=Sony; Game Boy=Nintendo; "
+            "Wii=Nintendo; Android system=Google; Chrome browser=Google; Kindle=Amazon; "
+            "Echo speaker=Amazon; Galaxy phone=Samsung; ThinkPad=Lenovo|IBM; "
+            "Photoshop program=Adobe; Mustang car=Ford; Model T=Ford; Corolla=Toyota; "
+            "Prius=Toyota; Civic=Honda; Beetle car=Volkswagen; Golf car=Volkswagen; "
+            "Model S=Tesla; 747 jet=Boeing; A380 jet=Airbus; Pentium chip=Intel"
         ),
     },
     "profession": {
@@ -242,17 +244,19 @@ RELATIONS = {
         ),
         "facts": (
             "Albert Einstein=physicist|scientist; Isaac Newton=physicist|scientist|mathematician; "
-            "Niels Bohr=physicist|scientist; Marie Curie=physicist|chemist|scientist; Pablo Picasso=painter|artist; "
-            "Claude Monet=painter|artist; Vincent van Gogh=painter|artist; Rembrandt=painter|artist; "
+            "Niels Bohr=physicist|scientist; Marie Curie=physicist|chemist|scientist; "
+            "Pablo Picasso=painter|artist; Claude Monet=painter|artist; "
+            "Vincent van Gogh=painter|artist; Rembrandt=painter|artist; "
             "Wolfgang Amadeus Mozart=composer|musician; Johann Sebastian Bach=composer|musician; "
-            "Ludwig van Beethoven=composer|musician; Frederic Chopin=composer|pianist|musician; Plato=philosopher; "
-            "Aristotle=philosopher; Immanuel Kant=philosopher; Socrates=philosopher; "
-            "William Shakespeare=playwright|writer|poet; "
+            "Ludwig van Beethoven=composer|musician; Frederic Chopin=composer|pianist|musician; "
+            "Plato=philosopher; Aristotle=philosopher; Immanuel Kant=philosopher; "
+            "Socrates=philosopher; William Shakespeare=playwright|writer|poet; "
             "Charles Dickens=writer|novelist|author; Leo Tolstoy=writer|novelist|author; "
-            "Jane Austen=writer|novelist|author; "
-            "Emily Dickinson=poet|writer; Carl Friedrich Gauss=mathematician; Leonhard Euler=mathematician; "
-            "Charles Darwin=biologist|naturalist|scientist; Louis Armstrong=musician|singer|trumpeter; "
-            "Charlie Chaplin=actor|comedian; Pele=footballer|player; Muhammad Ali=boxer"
+            "Jane Austen=writer|novelist|author; Emily Dickinson=poet|writer; "
+            "Carl Friedrich Gauss=mathematician; Leonhard Euler=mathematician; "
+            "Charles Darwin=biologist|naturalist|scientist; "
+            "Louis Armstrong=musician|singer|trumpeter; Charlie Chaplin=actor|comedian; "
+            "Pele=footballer|player; Muhammad Ali=boxer"
         ),
     },
     "element": {
@@ -273,10 +277,10 @@ RELATIONS = {
         ),
         "facts": (
             "H=hydrogen; He=helium; C=carbon; N=nitrogen; O=oxygen; Na=sodium; Mg=magnesium; "
-            "Al=aluminium|aluminum; Si=silicon; "
-            "P=phosphorus; S=sulfur|sulphur; Cl=chlorine; K=potassium; Ca=calcium; Fe=iron; Cu=copper; "
-            "Zn=zinc; Ag=silver; "
-            "Au=gold; Hg=mercury; Pb=lead; Sn=tin; U=uranium; I=iodine; Ne=neon; Ni=nickel; Li=lithium; Pt=platinum"
+            "Al=aluminium|aluminum; Si=silicon; P=phosphorus; S=sulfur|sulphur; Cl=chlorine; "
+            "K=potassium; Ca=calcium; Fe=iron; Cu=copper; Zn=zinc; Ag=silver; Au=gold; "
+            "Hg=mercury; Pb=lead; Sn=tin; U=uranium; I=iodine; Ne=neon; Ni=nickel; Li=lithium; "
+            "Pt=platinum"
         ),
     },
     "animal": {
@@ -296,13 +300,12 @@ RELATIONS = {
             "In the zoo, the sign at the [X] says [Y].",
         ),
         "facts": (
-            "dog=mammal; whale=mammal; bat=mammal; horse=mammal; lion=mammal; eagle=bird; sparrow=bird; "
-            "penguin=bird; owl=bird; "
-            "parrot=bird; shark=fish; salmon=fish; trout=fish; tuna=fish; herring=fish; ant=insect; "
-            "bee=insect; beetle=insect; "
+            "dog=mammal; whale=mammal; bat=mammal; horse=mammal; lion=mammal; eagle=bird; "
+            "sparrow=bird; penguin=bird; owl=bird; parrot=bird; shark=fish; salmon=fish; "
+            "trout=fish; tuna=fish; herring=fish; ant=insect; bee=insect; beetle=insect; "
             "butterfly=insect; mosquito=insect; cobra=snake|reptile; python=snake|reptile; "
-            "crocodile=reptile; lizard=reptile; "
-            "turtle=reptile; frog=amphibian; toad=amphibian; salamander=amphibian"
+            "crocodile=reptile; lizard=reptile; turtle=reptile; frog=amphibian; toad=amphibian; "
+            "salamander=amphibian"
         ),
     },
     "opposite": {
@@ -322,28 +325,27 @@ RELATIONS = {
             "Where one says [X], the other says [Y].",
         ),
         "facts": (
-            "hot=cold; big=small|little; fast=slow; high=low; old=young|new; rich=poor; strong=weak; "
-            "happy=sad|unhappy; "
-            "light=dark|heavy; open=closed|shut; wet=dry; hard=soft|easy; full=empty; clean=dirty; "
-            "early=late; near=far; "
-            "thick=thin; wide=narrow; loud=quiet|silent; left=right; north=south; east=west; day=night; summer=winter; "
-            "love=hate; war=peace; black=white; true=false"
+            "hot=cold; big=small|little; fast=slow; high=low; old=young|new; rich=poor; "
+            "strong=weak; happy=sad|unhappy; light=dark|heavy; open=closed|shut; wet=dry; "
+            "hard=soft|easy; full=empty; clean=dirty; early=late; near=far; thick=thin; "
+            "wide=narrow; loud=quiet|silent; left=right; north=south; east=west; day=night; "
+            "summer=winter; love=hate; war=peace; black=white; true=false"
         ),
     },
 }
 
 
 def facts():
-    """One dict for each fact: uuid, relation, relation_label, subject, answers, manual_templates, auto_templates."""
-    for relation, about in RELATIONS.items():
-        for number, text in enumerate(about["facts"].split("; ")):
+    """Yield a row of the format "fact" (see fact_files.py) for each fact."""
+    for relation, data in RELATIONS.items():
+        for number, text in enumerate(data["facts"].split("; ")):
             subject, answers = text.split("=")
             yield {
                 "uuid": f"{relation}-{number:02d}",
                 "relation": relation,
-                "relation_label": about["label"],
+                "relation_label": data["label"],
                 "subject": subject.strip(),
                 "answers": answers.strip().split("|"),
-                "manual_templates": list(about["manual"]),
-                "auto_templates": list(about["auto"]),
+                "manual_templates": list(data["manual"]),
+                "auto_templates": list(data["auto"]),
             }

@@ -1,301 +1,425 @@
-"""Many templates of one question, one answer: which tokens attend to which, encoding each template once, decoding from caches.
+"""One question in many templates, one answer: attention masks, caches and decoding.
 
-A prompt has a prefix (instruction and examples), segments (one template each), and a cue, the last token, ":" of "A:". Segments
-see the prefix and, by the scheme, themselves or each other; the cue and everything that is generated see all of them, so the
-first token of the answer is fused already. Positions: "sequential", segments one after another, or "restart", each begins
-right after the prefix, so that none is further from the answer than another and its keys serve alone and fused. Turning keys
-to other positions afterwards would not do: after a shared prefix the values depend on the distance to it, too.
+A prompt is a prefix (instruction and examples), then templates, then the answer start, which is the
+":" of "A:". A template attends to the prefix, to itself and, depending on the scheme, to other
+templates. The answer start and all generated tokens attend to everything, so already the first
+token of the answer depends on every template.
 
-Letters: B questions, n segments of a question, R rows, P tokens of the prefix, L tokens in the longest segment, S tokens of a
-question in all, H query heads, G key/value heads, K width of a head, V vocabulary.
+Positions are "sequential" (templates one after another) or "restart" (every template begins right
+after the prefix). With "restart" no template is further from the answer than another, and a
+template's keys and values can be used both alone and fused. They cannot be rotated to other
+positions afterwards: its values already depend on the distance to the prefix.
+
+A row is a pair (token ids, positions) of tokens that are encoded together.
+
+Letters: B questions, n templates of a question, R rows, P tokens of the prefix, L tokens of the
+longest row, S tokens in a cache, H query heads, G key/value heads, K head_dim, V vocabulary.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-# ---- who sees whom -----------------------------------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------
 
-PREFIX, FUSED = -1, -2  # "segments" of tokens before and after the templates
+PREFIX, ANSWER = -1, -2  # template numbers of tokens before and after the templates
 
 
-def isolated(q, kv, manual):
-    """A segment sees itself."""
+def isolated(q, kv, is_manual):
+    """A template attends to itself."""
     return q == kv
 
 
-def manual_cross(q, kv, manual):
-    """A segment sees itself; manual ones see each other, too (those before them: attention stays causal)."""
-    return (q == kv) | (manual[q] & manual[kv])
+def manual_cross(q, kv, is_manual):
+    """A template attends to itself, and a manual one also to the manual ones before it."""
+    return (q == kv) | (is_manual[q] & is_manual[kv])
 
 
-def full(q, kv, manual):
-    """Every segment sees all before it: plain concatenation."""
-    return q == q  # always
+def full(q, kv, is_manual):
+    """A template attends to all templates before it: plain concatenation."""
+    return q == q
 
 
-# f(segment of the token that looks, segment of the token looked at, which segments are manual) -> bool, numbers or tensors
+# scheme -> f(template of the query, template of the key, is_manual (n,)) -> bool
 MASKS = {"isolated": isolated, "manual_cross": manual_cross, "full": full}
 
 
-def dense_mask(scheme, segment, manual):
-    """The dense mask of a question: segment (S,) of each token (PREFIX, FUSED or a number) -> (S, S) bool, row sees column."""
-    q, kv, place = segment[:, None], segment[None, :], torch.arange(len(segment))
-    inner = MASKS[scheme](q.clamp(min=0), kv.clamp(min=0), manual) & (q >= 0) & (kv >= 0)
-    return (place[:, None] >= place) & (inner | (kv == PREFIX) | (q == FUSED))
+def dense_mask(scheme, template, is_manual):
+    """Template number of each token, (S,), or PREFIX or ANSWER -> (S, S) bool, query x key."""
+    q, kv = template[:, None], template[None, :]
+    index = torch.arange(len(template))
+    causal = index[:, None] >= index
+    both_in_templates = (q >= 0) & (kv >= 0)
+    allowed = MASKS[scheme](q.clamp(min=0), kv.clamp(min=0), is_manual) & both_in_templates
+    return causal & (allowed | (kv == PREFIX) | (q == ANSWER))
 
 
-def encode_groups(scheme, manual):
-    """Segments that see each other, as lists of their numbers: what is encoded as one row."""
-    rows, left = [], list(range(len(manual)))
-    while left:
-        i = left[0]
-        together = [j for j in left if bool(MASKS[scheme](torch.tensor(j), torch.tensor(i), manual))]
-        rows.append(together)
-        left = [j for j in left if j not in together]
-    return rows
+def encode_groups(scheme, is_manual):
+    """Templates that attend to each other must be encoded together -> lists of their numbers."""
+    groups, rest = [], list(range(len(is_manual)))
+    while rest:
+        first = torch.tensor(rest[0])
+        group = [i for i in rest if MASKS[scheme](torch.tensor(i), first, is_manual)]
+        groups.append(group)
+        rest = [i for i in rest if i not in group]
+    return groups
 
 
-def draw_mask(scheme, manual, path=None, generated=2):
-    """The mask between templates as text, a row for each and for generated tokens; with a path also as a picture."""
-    n = len(manual)
-    kinds = ["M" if m else "A" for m in manual.tolist()]
-    names = ["P", *(f"{k}{kinds[: i + 1].count(k)}" for i, k in enumerate(kinds)), *(f"G{i + 1}" for i in range(generated))]
-    segment = torch.tensor([PREFIX, *range(n), *[FUSED] * generated])
-    seen = dense_mask(scheme, segment, manual)
+def draw_mask(scheme, is_manual, path=None, n_generated=2):
+    """The mask as text: a row for the prefix, each template and each generated token.
+
+    With a path it is also saved as a picture.
+    """
+    names, counts = ["P"], {"M": 0, "A": 0}
+    for manual in is_manual.tolist():
+        kind = "M" if manual else "A"
+        counts[kind] += 1
+        names.append(f"{kind}{counts[kind]}")
+    names += [f"G{i + 1}" for i in range(n_generated)]
+    template = torch.tensor([PREFIX, *range(len(is_manual)), *[ANSWER] * n_generated])
+    mask = dense_mask(scheme, template, is_manual)
     lines = ["    " + " ".join(f"{name:>2}" for name in names)]
-    lines += [f"{name:>2} [" + " ".join(" x" if x else " ." for x in row) + " ]" for name, row in zip(names, seen.tolist())]
+    for name, row in zip(names, mask.tolist()):
+        crosses = " ".join(" x" if attends else " ." for attends in row)
+        lines.append(f"{name:>2} [{crosses} ]")
     if path:
-        from nanorecall.plots import figure, write_figure
-
-        plt, fig, (axis,) = figure(1, 1, width=4.5, grid=False)
-        axis.imshow(seen.numpy(), cmap="Blues", vmin=0, vmax=1.4)
-        axis.set_xticks(range(len(names)), names, fontsize=7)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
-        axis.set(xlabel="seen (P: prefix)", ylabel="sees", title=f"{scheme}: manual M, automatic A, generated G")
-        axis.title.set_fontsize(8)
-        write_figure(fig, plt, path)
+        plot_mask(mask, names, f"{scheme}: manual M, automatic A, generated G", path)
     return "\n".join(lines)
 
 
-# ---- layout ------------------------------------------------------------------------------------------------------------
+def plot_mask(mask, names, title, path):
+    from nanorecall.plots import figure, write_figure
+
+    plt, fig, (axis,) = figure(1, 1, width=4.5)
+    axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.4)
+    axis.set_xticks(range(len(names)), names, fontsize=7)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set(xlabel="key (P: prefix)", ylabel="query", title=title)
+    axis.title.set_fontsize(8)
+    write_figure(fig, plt, path)
+
+
+# ---- layout --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Question:
-    """Token ids of one question: segments without their last token, which is the cue, the same for all."""
+    """Token ids of one question."""
 
-    segments: list  # n arrays
-    manual: torch.Tensor  # (n,) bool
-    cue: int
-    between: list  # token ids between two segments under sequential positions (the cue comes before them)
+    templates: list  # n lists of token ids, each without its last token, which is answer_start
+    is_manual: torch.Tensor  # (n,) bool
+    answer_start: int  # the last token of every template, the first that attends to all of them
+    separator: list  # token ids between two templates under sequential positions
 
 
-def layout(question, prefix, scheme, positions):
-    """Where everything goes -> rows [(ids, positions, segment of each token)], one for each group, and the cue's position."""
-    whole = [list(s) for s in question.segments]
+def layout(question, prefix_length, scheme, positions):
+    """Tokens and positions of one question -> rows, position of the answer start.
+
+    A row here is (token ids, positions, template number of each token), one for each group of
+    templates that attend to each other.
+    """
+    templates = [list(ids) for ids in question.templates]
     if positions == "sequential":
-        whole = [s + [question.cue, *question.between] for s in whole[:-1]] + whole[-1:]
-        starts = prefix + np.concatenate([[0], np.cumsum([len(s) for s in whole])])
-        cue = int(starts[-1])
+        for ids in templates[:-1]:
+            ids += [question.answer_start, *question.separator]
+        ends = prefix_length + np.cumsum([len(ids) for ids in templates])
+        starts = [prefix_length, *ends[:-1]]
+        answer_position = int(ends[-1])
     else:
-        starts, cue = np.full(len(whole), prefix), prefix + max(map(len, whole))
+        starts = [prefix_length] * len(templates)
+        answer_position = prefix_length + max(map(len, templates))
     rows = []
-    for group in encode_groups(scheme, question.manual):
-        ids = [t for i in group for t in whole[i]]
-        at = [starts[i] + j for i in group for j in range(len(whole[i]))]
-        rows.append((ids, at, [i for i in group for _ in whole[i]]))
-    return rows, cue
+    for group in encode_groups(scheme, question.is_manual):
+        ids, row_positions, template_of_token = [], [], []
+        for i in group:
+            ids += templates[i]
+            row_positions += range(starts[i], starts[i] + len(templates[i]))
+            template_of_token += [i] * len(templates[i])
+        rows.append((ids, row_positions, template_of_token))
+    return rows, answer_position
 
 
-# ---- encoding ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Cache:
-    """Keys and values of R rows, per layer (R, G, S, K), and a bias on the scores (R, 1, 1, S): 0, -inf for padding."""
-
-    k: list
-    v: list
-    bias: torch.Tensor
-    at: torch.Tensor  # (R,) position of the next token
+# ---- prefill -------------------------------------------------------------------------------------
+#
+# Keys and values of rows are a list with a pair (keys, values) for each layer.
 
 
 @torch.no_grad()
 def prefill_prefix(model, ids):
-    """The tokens that all questions share, once -> keys and values (1, G, P, K) of each layer."""
-    kept = []
+    """Encode the tokens that all questions share -> keys and values (1, G, P, K)."""
+    kv = []
 
     def attend(layer, q, k, v):
-        kept.append((k, v))
+        kv.append((k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    tokens = torch.tensor([ids], device=model.turns.device)
+    tokens = torch.tensor([ids], device=model.rope_table.device)
     model(tokens, torch.arange(len(ids), device=tokens.device)[None], attend)
-    return kept
+    return kv
 
 
 @torch.no_grad()
-def prefill_padded(model, prefix, rows):
-    """Rows of [(ids, positions)] after a shared prefix, each seeing it and itself, causally -> keys and values (R, G, L, K) of
-    each layer. Padding is at the end, where no token attends to it."""
-    L, device = max(len(ids) for ids, _ in rows), model.turns.device
-    tokens, at = torch.zeros(len(rows), L, dtype=torch.long), torch.zeros(len(rows), L, dtype=torch.long)
-    for r, (ids, where) in enumerate(rows):
-        tokens[r, : len(ids)], at[r, : len(ids)] = torch.tensor(ids), torch.as_tensor(np.asarray(where))
-    P, kept = prefix[0][0].shape[2], []
-    seen = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)
+def prefill_padded(model, prefix_kv, rows):
+    """Encode rows; each attends to the prefix and, causally, to itself -> (R, G, L, K).
+
+    The padding is at the end of a row, where no token attends to it.
+    """
+    R, L = len(rows), max(len(ids) for ids, _ in rows)
+    P, device = prefix_kv[0][0].shape[2], model.rope_table.device
+    tokens = torch.zeros(R, L, dtype=torch.long)
+    positions = torch.zeros(R, L, dtype=torch.long)
+    for r, (ids, row_positions) in enumerate(rows):
+        tokens[r, : len(ids)] = torch.tensor(ids)
+        positions[r, : len(ids)] = torch.as_tensor(np.asarray(row_positions))
+    mask = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)
+    kv = []
 
     def attend(layer, q, k, v):
-        kept.append((k, v))
-        k, v = (torch.cat([old.expand(len(rows), -1, -1, -1), new], dim=2) for old, new in zip(prefix[layer], (k, v)))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        kv.append((k, v))
+        prefix_k, prefix_v = prefix_kv[layer]
+        k = torch.cat([prefix_k.expand(R, -1, -1, -1), k], dim=2)  # (R, G, P + L, K)
+        v = torch.cat([prefix_v.expand(R, -1, -1, -1), v], dim=2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
-    model(tokens.to(device), at.to(device), attend)
-    return kept
+    model(tokens.to(device), positions.to(device), attend)
+    return kv
 
 
 @torch.no_grad()
-def prefill_flex(model, prefix, rows, attention=None):
-    """encode_rows with all rows end to end in one, under a FlexAttention block mask: for GPUs, where short rows leave most of
-    the device idle. attention: flex_attention itself (compiled on CUDA if None)."""
+def prefill_flex(model, prefix_kv, rows, attention=None):
+    """prefill_padded without padding: all rows end to end, under a FlexAttention block mask.
+
+    Made for GPUs, where short rows leave most of the device idle. attention: flex_attention,
+    compiled if None.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    device, P = model.turns.device, prefix[0][0].shape[2]
-    lengths = [len(ids) for ids, _ in rows]
-    tokens = torch.tensor([[t for ids, _ in rows for t in ids]], device=device)
-    at = torch.tensor([[int(p) for _, where in rows for p in where]], device=device)
-    row = torch.arange(len(rows), device=device).repeat_interleave(torch.tensor(lengths, device=device))
-    row_of_key = torch.cat([torch.full((P,), -1, device=device), row])  # -1: the prefix
+    P, device = prefix_kv[0][0].shape[2], model.rope_table.device
+    tokens, positions, lengths = [], [], []
+    for ids, row_positions in rows:
+        tokens += ids
+        positions += [int(p) for p in row_positions]
+        lengths.append(len(ids))
+    T = len(tokens)
+    tokens = torch.tensor([tokens], device=device)
+    positions = torch.tensor([positions], device=device)
+    row = torch.arange(len(rows), device=device)
+    row = row.repeat_interleave(torch.tensor(lengths, device=device))  # (T,)
+    row_of_key = torch.cat([torch.full((P,), PREFIX, device=device), row])  # (P + T,)
 
     def mask(b, h, q, kv):
-        return (row_of_key[kv] == -1) | ((row_of_key[kv] == row[q]) & (kv - P <= q))
+        same_row = row_of_key[kv] == row[q]
+        return (row_of_key[kv] == PREFIX) | (same_row & (kv - P <= q))
 
-    attention = attention or torch.compile(flex_attention)
-    block_mask, kept = create_block_mask(mask, None, None, len(row), P + len(row), device=device), []
+    if attention is None:
+        attention = torch.compile(flex_attention)
+    block_mask = create_block_mask(mask, None, None, T, P + T, device=device)
+    packed_kv = []
 
     def attend(layer, q, k, v):
-        kept.append((k, v))
-        k, v = (torch.cat([old, new], dim=2) for old, new in zip(prefix[layer], (k, v)))
+        packed_kv.append((k, v))
+        prefix_k, prefix_v = prefix_kv[layer]
+        k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
         return attention(q, k, v, block_mask=block_mask, enable_gqa=True)
 
-    model(tokens, at, attend)
-    place = torch.nn.utils.rnn.pad_sequence(torch.arange(len(row), device=device).split(lengths), batch_first=True)  # (R, L)
-    return [tuple(x[0][:, place].transpose(0, 1) for x in layer) for layer in kept]
+    model(tokens, positions, attend)
+    indices = torch.arange(T, device=device).split(lengths)
+    index = pad_sequence(indices, batch_first=True)  # (R, L)
+    kv = []
+    for k, v in packed_kv:  # each (1, G, T, K)
+        kv.append((k[0][:, index].transpose(0, 1), v[0][:, index].transpose(0, 1)))
+    return kv
 
 
-def prefill(model, prefix, rows):
-    """encode_packed on CUDA; else encode_rows for rows of about one length at a time, so that little of the work is padding."""
-    if model.turns.device.type == "cuda":
-        return prefill_flex(model, prefix, rows)
-    sizes = [len(ids).bit_length() for ids, _ in rows]
-    L, parts, order = max(len(ids) for ids, _ in rows), [], []
-    for size in sorted(set(sizes)):
-        mine = [r for r, s in enumerate(sizes) if s == size]
-        order += mine
-        kept = prefill_padded(model, prefix, [rows[r] for r in mine])
-        parts.append([tuple(F.pad(x, (0, 0, 0, L - x.shape[2])) for x in layer) for layer in kept])
-    back = torch.tensor(order).argsort().to(model.turns.device)
-    return [tuple(torch.cat(side)[back] for side in zip(*layers)) for layers in zip(*parts)]
+def prefill(model, prefix_kv, rows):
+    """Encode rows after the prefix -> keys and values (R, G, L, K)."""
+    device = model.rope_table.device
+    if device.type == "cuda":
+        return prefill_flex(model, prefix_kv, rows)
+    # Encode rows of similar length together, so that little of the work is padding.
+    rows_by_size = {}
+    for r, (ids, _) in enumerate(rows):
+        rows_by_size.setdefault(len(ids).bit_length(), []).append(r)
+    L = max(len(ids) for ids, _ in rows)
+    order, batches = [], []
+    for size in sorted(rows_by_size):
+        members = rows_by_size[size]
+        order += members
+        batches.append(prefill_padded(model, prefix_kv, [rows[r] for r in members]))
+    original_order = torch.tensor(order).argsort().to(device)
+    kv = []
+    for layer in range(len(prefix_kv)):
+        keys, values = [], []
+        for batch in batches:
+            k, v = batch[layer]
+            padding = (0, 0, 0, L - k.shape[2])
+            keys.append(F.pad(k, padding))
+            values.append(F.pad(v, padding))
+        kv.append((torch.cat(keys)[original_order], torch.cat(values)[original_order]))
+    return kv
+
+
+# ---- caches --------------------------------------------------------------------------------------
+
+
+@dataclass
+class KVCache:
+    k: list  # for each layer (B, G, S, K)
+    v: list
+    score_bias: torch.Tensor  # (B, 1, 1, S), added to attention scores; -inf at padding
+    next_pos: torch.Tensor  # (B,) position of the next token
 
 
 @torch.no_grad()
-def build_cache(prefix, rows, encoded, places, next_at, bias=0.0):
-    """What B caches hold: the prefix, then the tokens of some rows -> Cache.
+def build_cache(prefix_kv, rows, rows_kv, members, next_pos, bias=0.0):
+    """Caches of the prefix followed by some rows -> KVCache.
 
-    rows [(ids, positions)], encoded: their keys and values; places: for each cache the numbers of its rows; next_at (B,): the
-    position of the next token; bias: on the scores of the rows' tokens, a number, one for each cache, or for each row of each.
+    rows_kv: their keys and values. members: for each of B caches the numbers of its rows. next_pos
+    (B,). bias is added to the attention scores of the rows' tokens: a number, or for each cache a
+    number or one for each of its rows.
     """
-    device, P = encoded[0][0].device, prefix[0][0].shape[2]
-    L = encoded[0][0].shape[2]
-    tokens = [torch.tensor([r * L + j for r in mine for j in range(len(rows[r][0]))], device=device) for mine in places]
-    lengths = torch.tensor([len(t) for t in tokens], device=device)
-    at = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # (B, longest) into the flattened (R, L)
+    rows_k = rows_kv[0][0]
+    L, device = rows_k.shape[2], rows_k.device
+    B, P = len(members), prefix_kv[0][0].shape[2]
+    lengths = []
+    for cache_rows in members:
+        lengths.append(sum(len(rows[r][0]) for r in cache_rows))
+    # index: where each token of a cache is among the R * L tokens of the padded rows
+    index = torch.zeros(B, max(lengths), dtype=torch.long)
+    score_bias = torch.full((B, P + max(lengths)), -torch.inf, dtype=rows_k.dtype)
+    score_bias[:, :P] = 0
+    for b, cache_rows in enumerate(members):
+        cache_bias = bias if np.ndim(bias) == 0 else bias[b]
+        row_bias = np.broadcast_to(cache_bias, len(cache_rows)).tolist()
+        start = 0
+        for i, r in enumerate(cache_rows):
+            end = start + len(rows[r][0])
+            index[b, start:end] = torch.arange(end - start) + r * L
+            score_bias[b, P + start : P + end] = row_bias[i]
+            start = end
+    index = index.to(device)
 
-    def gather(x, old):
-        G, K = x.shape[1], x.shape[3]
-        mine = x.transpose(1, 2).reshape(-1, G, K)[at].transpose(1, 2)  # (B, G, longest, K)
-        return torch.cat([old.expand(len(at), -1, -1, -1), mine], dim=2)
+    def gather(prefix, x):
+        """prefix (1, G, P, K), x (R, G, L, K) -> (B, G, S, K)"""
+        tokens = x.transpose(1, 2).flatten(0, 1)  # (R * L, G, K)
+        tokens = tokens[index].transpose(1, 2)
+        return torch.cat([prefix.expand(B, -1, -1, -1), tokens], dim=2)
 
-    k, v = ([gather(layer[i], old[i]) for layer, old in zip(encoded, prefix)] for i in (0, 1))
-    there = torch.arange(at.shape[1], device=device) < lengths[:, None]
-    bias = [bias] * len(places) if np.ndim(bias) == 0 else bias
-    of_rows = [np.broadcast_to(b, len(mine)).tolist() for b, mine in zip(bias, places)]
-    of_tokens = [[b for b, r in zip(bs, mine) for _ in rows[r][0]] for bs, mine in zip(of_rows, places)]
-    of_tokens = [torch.tensor(b, dtype=k[0].dtype, device=device) for b in of_tokens]
-    scores = torch.where(there, torch.nn.utils.rnn.pad_sequence(of_tokens, batch_first=True), -torch.inf)
-    scores = torch.cat([scores.new_zeros(len(at), P), scores], dim=1)[:, None, None]
-    return Cache(k, v, scores, torch.as_tensor(next_at, device=device))
+    keys, values = [], []
+    for (prefix_k, prefix_v), (k, v) in zip(prefix_kv, rows_kv):
+        keys.append(gather(prefix_k, k))
+        values.append(gather(prefix_v, v))
+    score_bias = score_bias.to(device)[:, None, None]
+    return KVCache(keys, values, score_bias, torch.as_tensor(next_pos, device=device))
 
 
-# ---- decoding ----------------------------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 
 @dataclass
 class StopCriteria:
-    """Which tokens end an answer: one of `eos`, or with a line break in it once there is something before it."""
+    """An answer ends before an eos token, or before a line break once it has some text."""
 
-    eos: torch.Tensor  # (E,)
-    breaks: torch.Tensor  # (V,) bool
-    blank: torch.Tensor  # (V,) bool
+    eos: torch.Tensor  # (number of eos tokens,)
+    has_line_break: torch.Tensor  # (V,) bool
+    is_blank: torch.Tensor  # (V,) bool
 
     @classmethod
-    def of(cls, tokenizer, eos, device, size):
-        texts = [tokenizer.decode([i], skip_special_tokens=False) for i in range(size)]
-        table = lambda f: torch.tensor([f(t) for t in texts], device=device)
+    def from_tokenizer(cls, tokenizer, eos, vocab_size, device):
+        has_line_break, is_blank = [], []
+        for token in range(vocab_size):
+            text = tokenizer.decode([token], skip_special_tokens=False)
+            has_line_break.append("\n" in text)
+            is_blank.append(not text.strip())
         return cls(
-            torch.tensor(list(eos), device=device, dtype=torch.long), table(lambda t: "\n" in t), table(lambda t: not t.strip())
+            torch.tensor(list(eos), device=device, dtype=torch.long),
+            torch.tensor(has_line_break, device=device),
+            torch.tensor(is_blank, device=device),
         )
 
 
 @torch.no_grad()
-def greedy_decode(model, cache, cue, choose, stop, most=10):
-    """Decode greedily from R caches, the cue first: -> tokens (R, up to `most`), -1 after the end, and the probability (R,)
-    that the model gives to what was chosen. choose(logits (R, V)) -> tokens (R,). The cache is not changed."""
-    R, device = len(cache.at), cache.at.device
+def greedy_decode(model, cache, first_token, choose, stop, max_new_tokens=10):
+    """Decode greedily from B caches, after first_token.
+
+    choose(logits (B, V)) -> tokens (B,). Returns tokens (B, up to max_new_tokens), -1 after the end
+    of an answer, and the probability (B,) that the model gives to the answer and its end. The
+    cache is not changed.
+    """
+    B, device = len(cache.next_pos), cache.next_pos.device
     S = cache.k[0].shape[2]
-    # room for what comes, so that nothing is copied in a step
-    k, v = ([F.pad(x, (0, 0, 0, most)) for x in side] for side in (cache.k, cache.v))
-    bias = F.pad(cache.bias, (0, most))
-    token, out = torch.as_tensor(cue, device=device).expand(R).clone(), []
-    done, begun, probability = (torch.zeros(R, dtype=kind, device=device) for kind in (torch.bool, torch.bool, torch.float))
-    for step in range(most):
-        end = S + step + 1
+    # Make room for the new tokens once, so that no step copies the cache.
+    keys = [F.pad(k, (0, 0, 0, max_new_tokens)) for k in cache.k]
+    values = [F.pad(v, (0, 0, 0, max_new_tokens)) for v in cache.v]
+    score_bias = F.pad(cache.score_bias, (0, max_new_tokens))
 
-        def attend(layer, q, new_k, new_v, end=end):
-            k[layer][:, :, end - 1 : end], v[layer][:, :, end - 1 : end] = new_k, new_v
-            old = k[layer][:, :, :end], v[layer][:, :, :end]
-            return F.scaled_dot_product_attention(q, *old, attn_mask=bias[..., :end], enable_gqa=True)
+    def attend(length, layer, q, k, v):
+        """Store one new key and value, attend to the first `length` tokens."""
+        keys[layer][:, :, length - 1 : length] = k
+        values[layer][:, :, length - 1 : length] = v
+        k, v = keys[layer][:, :, :length], values[layer][:, :, :length]
+        bias = score_bias[..., :length]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
 
-        logits = model.logits(model(token[:, None], (cache.at + step)[:, None], attend)[:, -1]).float()  # (R, V)
+    token = torch.as_tensor(first_token, device=device).expand(B).clone()
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    has_text = torch.zeros(B, dtype=torch.bool, device=device)
+    log_probability = torch.zeros(B, device=device)
+    generated = []
+    for step in range(max_new_tokens):
+        positions = (cache.next_pos + step)[:, None]
+        attention_fn = functools.partial(attend, S + step + 1)
+        x = model(token[:, None], positions, attention_fn)  # (B, 1, D)
+        logits = model.logits(x[:, -1]).float()  # (B, V)
         token = choose(logits)
-        ends = torch.isin(token, stop.eos) | (stop.breaks[token] & begun)
-        live = ~done & ~ends
-        probability += torch.where(done, 0, logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1))
-        out.append(torch.where(live, token, -1))
-        begun |= live & ~stop.blank[token]
-        done |= ends
-        if done.all():
+        ends = torch.isin(token, stop.eos) | (stop.has_line_break[token] & has_text)
+        token_log_prob = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+        log_probability += torch.where(finished, 0, token_log_prob)
+        in_answer = ~finished & ~ends
+        generated.append(torch.where(in_answer, token, -1))
+        has_text |= in_answer & ~stop.is_blank[token]
+        finished |= ends
+        if finished.all():
             break
-    return torch.stack(out, 1), probability.exp()
+    return torch.stack(generated, 1), log_probability.exp()
 
 
 def argmax_each(logits):
-    """Every row goes its own way."""
+    """Every row chooses its own token."""
     return logits.argmax(-1)
 
 
-def argmax_grouped(n, combine):
-    """Rows in groups of n go one way, that of combine(logits (B, n, V)) -> scores (B, V)."""
-    return lambda logits: combine(logits.unflatten(0, (-1, n))).argmax(-1).repeat_interleave(n)
+def argmax_grouped(n, combine, confidence=None):
+    """A `choose` for rows in groups of n that all take the same token.
+
+    The token is the argmax of combine(logits (B, n, V), confidence (B, n)) -> scores (B, V).
+    """
+
+    def choose(logits):
+        scores = combine(logits.unflatten(0, (-1, n)), confidence)
+        return scores.argmax(-1).repeat_interleave(n)
+
+    return choose
 
 
-# combine(weights (B, n)) -> f(logits (B, n, V)) -> scores (B, V)
-ENSEMBLES = {
-    "avg": lambda w: lambda logits: logits.mean(1),  # of raw logits: the geometric mean of the probabilities
-    "max": lambda w: lambda logits: logits.softmax(-1).amax(1),
-    "weighted_avg": lambda w: lambda logits: (logits * (w / w.sum(1, keepdim=True)).unsqueeze(-1)).sum(1),
-    "weighted_max": lambda w: lambda logits: logits[torch.arange(len(w), device=w.device), w.argmax(1)],
-}
+def mean_logits(logits, confidence):
+    """Log of the geometric mean of the probabilities, up to a constant."""
+    return logits.mean(1)
+
+
+def max_probability(logits, confidence):
+    return logits.softmax(-1).amax(1)
+
+
+def weighted_mean_logits(logits, confidence):
+    weights = confidence / confidence.sum(1, keepdim=True)
+    return (logits * weights.unsqueeze(-1)).sum(1)
+
+
+def most_confident_logits(logits, confidence):
+    """The logits of the template of which the model is most confident."""
+    return logits[torch.arange(len(logits), device=logits.device), confidence.argmax(1)]

@@ -377,7 +377,7 @@ def ablate_rows(rounds):
 def small_llama():
     """A random Llama of SmolLM2's shape, 10 layers instead of 30, and the shared prefix of its questions: 5 examples."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=49152, dim=576, n_layers=10, n_heads=9, n_kv_heads=3, head_width=64, ffn_width=1536)
+    sizes = dict(vocab_size=49152, dim=576, n_layers=10, n_heads=9, n_kv_heads=3, head_dim=64, intermediate_size=1536)
     prefix = np.random.default_rng(0).integers(10, 49152, 104).tolist()
     return llama.Llama(llama.Config(**sizes)).eval().requires_grad_(False), prefix
 
@@ -393,7 +393,7 @@ def fuse(model, prefix, questions, n, new_tokens=4):
         rows = [(s, range(104, 119)) for s in segments]
         places = [range(i, i + n) for i in range(0, len(rows), n)]
         cache = fusion.build_cache(shared, rows, fusion.prefill(model, shared, rows), places, [119] * questions)
-        fusion.greedy_decode(model, cache, 7, fusion.argmax_each, never, most=new_tokens)
+        fusion.greedy_decode(model, cache, 7, fusion.argmax_each, never, max_new_tokens=new_tokens)
 
     return f, segments
 
@@ -413,7 +413,7 @@ def flex_rows(rounds):
             seen = fusion.dense_mask("isolated", torch.tensor(segment), manual)
             attend = lambda layer, q, k, v, seen=seen: F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
             x = model(torch.tensor([ids]), torch.arange(len(ids))[None], attend)
-            ids, segment = [*ids, int(model.logits(x[:, -1]).argmax())], [*segment, fusion.FUSED]
+            ids, segment = [*ids, int(model.logits(x[:, -1]).argmax())], [*segment, fusion.ANSWER]
 
     functions = {"ours": ours, "no cache, own shots each": documented}
     if transformers := imported("transformers"):

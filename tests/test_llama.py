@@ -10,7 +10,15 @@ import pytest
 import torch
 
 import flex_generate as flex
-from myriadlama import llama, prompts
+from myriadlama import (
+    fact_files,
+    gguf_files,
+    hugging_face,
+    llama,
+    loading,
+    prompts,
+    results,
+)
 from nanorecall.settings import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -95,7 +103,7 @@ def difference(folder, length=100):
     """The largest difference between our logits and transformers'."""
     folder = str(folder)
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model, _ = llama.load(folder)
+    model, _ = loading.load(folder)
     tokens = torch.randint(256, (2, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(tokens).logits
@@ -105,7 +113,7 @@ def difference(folder, length=100):
 
 def refused(folder, message):
     with pytest.raises(ConfigError, match=message) as error:
-        llama.load(str(folder))
+        loading.load(str(folder))
     assert "\n" not in str(error.value)
 
 
@@ -236,11 +244,11 @@ def test_tokens_that_end_an_answer(plain, generation, config, eos):
     if generation is not None:
         (plain / "generation_config.json").write_text(json.dumps(generation))
     change(plain / "config.json", eos_token_id=config)
-    assert llama.load(str(plain))[0].config.eos == eos
+    assert loading.load(str(plain))[0].config.eos_token_ids == eos
 
 
 def test_a_prompt_longer_than_the_positions_is_a_sentence(saved):
-    model, _ = llama.load(saved)
+    model, _ = loading.load(saved)
     tokens = torch.zeros(1, 513, dtype=torch.long)
     model(tokens[:, :512], torch.arange(512)[None], llama.causal_attention)
     with pytest.raises(
@@ -266,7 +274,10 @@ def set_weight(name, value):
         (set_weight(Q, torch.zeros(31, 32)), r"q_proj.weight has shape \(31, 32\), not \(32, 32\)"),
         (set_weight(Q, torch.zeros(32)), r"q_proj.weight has shape \(32,\)"),
         (set_weight("layers.0.self_attn.q_proj.weight", torch.ones(1)), "is there twice"),
-        (set_weight("model.rotary_emb.inv_freq", torch.ones(4)), "other turns than config.json's"),
+        (
+            set_weight("model.rotary_emb.inv_freq", torch.ones(4)),
+            "other frequencies than config.json's",
+        ),
         (lambda weights: weights.pop("lm_head.weight"), "has no weights for lm_head.weight"),
         (lambda weights: weights.pop(Q), f"has no weights for {Q}"),
     ],
@@ -276,7 +287,7 @@ def test_tensors_that_are_refused_by_name(plain, spoil, message):
     refused(plain, message)
 
 
-def test_old_copies_of_the_turns_and_a_head_that_is_tied(plain):
+def test_copies_of_rope_frequencies_and_a_tied_head(plain):
     turns = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
     change_weights(plain, set_weight("model.layers.1.self_attn.rotary_emb.inv_freq", turns))
     assert difference(plain) < 1e-4
@@ -291,7 +302,7 @@ def test_old_copies_of_the_turns_and_a_head_that_is_tied(plain):
 def index(folder, names):
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     text = json.dumps({"metadata": {}, "weight_map": names})
-    (folder / llama.INDEX).write_text(text)
+    (folder / hugging_face.INDEX).write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +332,7 @@ def test_an_index_and_its_files_say_the_same(plain):
     shutil.copy(plain / "model.safetensors", plain / "copy")
     index(plain, {Q: "part.safetensors", "model.more.weight": "part.safetensors"})
     refused(plain, "no file holds 'model.more.weight', which model.safetensors.index.json names")
-    (plain / llama.INDEX).write_text(json.dumps({"weight_map": [1]}))
+    (plain / hugging_face.INDEX).write_text(json.dumps({"weight_map": [1]}))
     refused(plain, "has no weight_map of file names")
     (plain / "copy").rename(plain / "model.safetensors")
     refused(plain, "holds both model.safetensors and model.safetensors.index.json")
@@ -370,7 +381,7 @@ def gguf_file(path, folder, tensors=None, fields=None):
         stem, kind = name.removeprefix("model.").rsplit(".", 1)
         if stem.startswith("layers."):
             _, number, part = stem.split(".", 2)
-            theirs = f"blk.{number}.{dict(llama.INNER.values())[part]}.{kind}"
+            theirs = f"blk.{number}.{gguf_files.LAYER_NAMES[part]}.{kind}"
         else:
             theirs = f"{parts[stem]}.{kind}"
         if "attn_q" in theirs or "attn_k" in theirs:  # the converter's order of rows
@@ -386,7 +397,7 @@ def gguf_file(path, folder, tensors=None, fields=None):
 
 
 def test_gguf_files_are_computed(tmp_path):
-    """Biases, factors of the turns (Llama 3's scaling) and linear scaling, as in transformers."""
+    """Biases, factors of the rotary frequencies (Llama 3's scaling) and linear scaling, as in transformers."""
     tokens = torch.randint(256, (2, 200), generator=torch.Generator().manual_seed(1))
     settings = {"attention_bias": True, "mlp_bias": True}
     for number, rope in enumerate(
@@ -404,7 +415,7 @@ def test_gguf_files_are_computed(tmp_path):
             factors = plain / theirs.model.rotary_emb.inv_freq
             tensors, fields = {"rope_freqs.weight": factors.numpy()}, {}
         file = gguf_file(tmp_path / f"{number}.gguf", folder, tensors, fields)
-        model, _ = llama.load(file)
+        model, _ = loading.load(file)
         got = model.logits(model(tokens, torch.arange(200).expand(2, -1), llama.causal_attention))
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
@@ -412,7 +423,7 @@ def test_gguf_files_are_computed(tmp_path):
 def test_ends_of_answers_in_gguf_files(plain, tmp_path):
     names = {f"tokenizer.ggml.{k}_token_id": ("add_uint32", v) for k, v in (("eot", 7), ("eom", 9))}
     file = gguf_file(tmp_path / "model.gguf", plain, fields=names)
-    assert llama.load(file)[0].config.eos == (2, 7, 9)
+    assert loading.load(file)[0].config.eos_token_ids == (2, 7, 9)
 
 
 @pytest.mark.parametrize(
@@ -480,11 +491,11 @@ def test_pieces_of_a_prompt_are_encoded_as_in_the_whole():
     for tokenizer in (sentencepiece(), byte_level()):
         prefix, segment = "a b\n\nQ: a\nA: b\n\n", "Q: ab [MASK].\nA:"
         whole = tokenizer.encode(prefix + segment, add_special_tokens=False).ids
-        first = llama.ids_of(tokenizer, prefix, 300, begins=True)
-        assert first + llama.ids_of(tokenizer, segment, 300) == whole
+        first = loading.encode(tokenizer, prefix, 300, starts_prompt=True)
+        assert first + loading.encode(tokenizer, segment, 300) == whole
         both = tokenizer.encode(segment + "\n\n" + segment, add_special_tokens=False).ids
-        second = llama.ids_of(tokenizer, "\n\n", 300) + llama.ids_of(tokenizer, segment, 300)
-        assert llama.ids_of(tokenizer, segment, 300, begins=True) + second == both
+        second = loading.encode(tokenizer, "\n\n", 300) + loading.encode(tokenizer, segment, 300)
+        assert loading.encode(tokenizer, segment, 300, starts_prompt=True) + second == both
 
 
 def test_settings_hidden_in_a_tokenizer(plain):
@@ -492,7 +503,7 @@ def test_settings_hidden_in_a_tokenizer(plain):
     tokenizer.enable_truncation(16)
     tokenizer.enable_padding(length=64, pad_token="!")
     tokenizer.save(str(plain / "tokenizer.json"))
-    assert len(llama.load(str(plain))[1].encode("a" * 40).ids) == 40
+    assert len(loading.load(str(plain))[1].encode("a" * 40).ids) == 40
 
 
 def test_merges_that_a_tokenizer_drops_at_random(plain):
@@ -503,14 +514,14 @@ def test_merges_that_a_tokenizer_drops_at_random(plain):
     found["model"]["vocab"] = {t: i for i, t in enumerate([*letters[:255], "".join(pair)])}
     found["model"] |= {"merges": [list(pair)], "dropout": 0.9}
     (plain / "tokenizer.json").write_text(json.dumps(found))
-    assert llama.load(str(plain))[1].encode("".join(pair) * 30).ids == [255] * 30
+    assert loading.load(str(plain))[1].encode("".join(pair) * 30).ids == [255] * 30
 
 
 def test_what_a_tokenizer_puts_before_a_text(plain):
     """Whatever config.json says: the prompt begins as the tokenizer begins it."""
     sentencepiece().save(str(plain / "tokenizer.json"))
     change(plain / "config.json", bos_token_id=None)
-    assert llama.load(str(plain))[0].config.bos == 1
+    assert loading.load(str(plain))[0].config.bos_token_id == 1
     twice = sentencepiece()
     twice.post_processor = processors.TemplateProcessing("<s> <s> $A", special_tokens=[("<s>", 1)])
     twice.save(str(plain / "tokenizer.json"))
@@ -521,7 +532,7 @@ def test_a_tokenizer_of_another_model():
     tokenizer = byte_level()
     tokenizer.add_tokens([AddedToken("Paris")])
     with pytest.raises(ConfigError, match="has tokens up to 256, the model only 256"):
-        llama.ids_of(tokenizer, "Paris", 256)
+        loading.encode(tokenizer, "Paris", 256)
 
 
 # ---- damaged files -----------------------------------------------------------------------------
@@ -546,7 +557,7 @@ def test_damaged_files_are_sentences(saved, tmp_path, plain):
             data = data[: draw.randrange(len(data))]
         (plain / name).write_bytes(data)
         try:
-            llama.load(name if name == file else str(plain))
+            loading.load(name if name == file else str(plain))
             loaded += 1
         except ConfigError as e:
             assert "\n" not in str(e)
@@ -561,7 +572,7 @@ def read(tmp_path, rows, name="facts.jsonl"):
     path = tmp_path / name
     text = rows if isinstance(rows, str) else "".join(json.dumps(r) + "\n" for r in rows)
     path.write_text(text, encoding="utf-8")
-    return prompts.read_facts(str(path))
+    return fact_files.read_facts(str(path))
 
 
 def question(text="Who?", **more):
@@ -650,7 +661,7 @@ def test_what_is_manual(tmp_path, value, manual):
     ],
 )
 def test_lists_in_cells(cell, answers):
-    assert prompts.parse_list(cell, "f.csv:2", "answers") == answers
+    assert fact_files.parse_list(cell, "f.csv:2", "answers") == answers
 
 
 def test_csv_files_of_other_programs(tmp_path):
@@ -756,15 +767,19 @@ def test_another_program_or_dtype_is_another_result(words, monkeypatch):
     flex.main(words)
     with pytest.raises(ConfigError, match="holds results with another dtype"):
         flex.main([*words, "--dtype=bfloat16"])
-    monkeypatch.setattr(flex, "PROGRAM", flex.PROGRAM[:-1])
+    monkeypatch.setattr(results, "PROGRAM", results.PROGRAM[:-1])
     with pytest.raises(ConfigError, match="holds results with another program"):
         flex.main(words)
 
 
 def test_the_files_of_a_sharded_model_and_of_the_facts_that_come_with_it(plain):
     index(plain, {Q: "part.safetensors"})
-    before = flex.result_key(flex.Config(model=str(plain)), torch.float32)
-    assert {"file part.safetensors", f"file {llama.INDEX}", "file config.json"} <= before.keys()
+    before = results.result_key(flex.Config(model=str(plain)), torch.float32)
+    assert {
+        "file part.safetensors",
+        f"file {hugging_face.INDEX}",
+        "file config.json",
+    } <= before.keys()
     assert len(before["path"]) == 64
 
 

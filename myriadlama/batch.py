@@ -1,0 +1,105 @@
+"""A batch of questions with the work that the methods of flex_generate.py share, and its cost."""
+
+import time
+
+import numpy as np
+
+from myriadlama import fusion
+
+
+class CostMeter:
+    """Seconds and tokens of each method.
+
+    Methods share intermediate results. Each method is charged for all that it uses, no matter which
+    method computed it first, so that costs do not depend on the order of the methods.
+    """
+
+    def __init__(self):
+        self.results = {}  # name of a shared result -> value, seconds, tokens
+        self.reset_cost()
+
+    def reset_cost(self):
+        """Start counting for the next method."""
+        self.tokens = 0
+        self.start = time.perf_counter()
+        self.seconds_sharing = 0.0  # spent on shared results since the start
+        self.fractions = {}  # name of a shared result -> the fraction charged to this method
+
+    def cost(self):
+        """-> seconds, tokens of this method"""
+        seconds = time.perf_counter() - self.start - self.seconds_sharing
+        tokens = self.tokens
+        for name, fraction in self.fractions.items():
+            _, shared_seconds, shared_tokens = self.results[name]
+            seconds += fraction * shared_seconds
+            tokens += fraction * shared_tokens
+        return seconds, tokens
+
+    def shared(self, name, compute, fraction=1.0):
+        """compute(), or its result from an earlier method.
+
+        fraction: the part of the cost to charge, for a method that needs only a part of the result.
+        """
+        self.fractions[name] = max(fraction, self.fractions.get(name, 0.0))
+        if name not in self.results:
+            start, tokens_before = time.perf_counter(), self.tokens
+            sharing_before = self.seconds_sharing
+            value = compute()
+            seconds = time.perf_counter() - start
+            # compute() may have called shared(), whose time is charged under its own name
+            nested_seconds = self.seconds_sharing - sharing_before
+            own_tokens = self.tokens - tokens_before
+            self.results[name] = value, seconds - nested_seconds, own_tokens
+            self.seconds_sharing = sharing_before + seconds
+            self.tokens = tokens_before
+        return self.results[name][0]
+
+
+class Batch:
+    """Questions of one relation with n templates each, after one prefix."""
+
+    def __init__(self, run, questions, prefix_kv):
+        self.run, self.questions, self.prefix_kv = run, questions, prefix_kv
+        self.prefix_length = prefix_kv[0][0].shape[2]
+        self.n = len(questions[0].templates)
+        self.meter = CostMeter()
+
+    def encode(self, rows):
+        """rows [(token ids, positions)] -> their keys and values"""
+        self.meter.tokens += sum(len(ids) for ids, _ in rows)
+        return fusion.prefill(self.run.model, self.prefix_kv, rows)
+
+    def encode_separately(self, fraction=1.0):
+        """Encode every template as a prompt of its own, right after the prefix.
+
+        -> rows, question by question, and their keys and values
+        """
+
+        def compute():
+            rows, start = [], self.prefix_length
+            for question in self.questions:
+                for ids in question.templates:
+                    rows.append((ids, range(start, start + len(ids))))
+            return rows, self.encode(rows)
+
+        return self.meter.shared("encode_separately", compute, fraction)
+
+    def decode(self, cache, choose=fusion.argmax_each):
+        """-> texts, and the probability that the model gives to each"""
+        run = self.run
+        first_token, limit = self.questions[0].answer_start, run.config.max_new_tokens
+        tokens, probability = fusion.greedy_decode(
+            run.model, cache, first_token, choose, run.stop, limit
+        )
+        # Every row reads the answer start and what it has generated.
+        self.meter.tokens += len(tokens) + int((tokens >= 0).sum())
+        texts = []
+        for row in tokens.tolist():
+            text = run.tokenizer.decode([token for token in row if token >= 0])
+            texts.append(text.strip())
+        return texts, probability
+
+    def score_bias(self, n):
+        """Bias on the attention scores of n fused templates, so that they do not outweigh the
+        prefix: with -log(n) they weigh as much as one template."""
+        return self.run.config.score_bias * np.log(n)

@@ -1,0 +1,215 @@
+"""Read a GGUF file of architecture llama with a byte-level BPE tokenizer."""
+
+import numpy as np
+import torch
+
+from myriadlama.file_checks import (
+    ANY,
+    check_settings,
+    check_sizes,
+    eos_ids,
+    match_weights,
+    positive_number,
+    require_package,
+    shown,
+    true_or_false,
+    whole_number,
+)
+from myriadlama.llama import Config
+from nanorecall.settings import ConfigError, require
+
+MODEL_NAMES = {  # module of Llama -> tensor in a GGUF file, without .weight
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
+LAYER_NAMES = {  # the same within a layer
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+READ_BELOW = """
+    llama.vocab_size llama.context_length llama.embedding_length llama.block_count
+    llama.feed_forward_length llama.attention.head_count llama.attention.head_count_kv
+    llama.attention.layer_norm_rms_epsilon llama.attention.key_length llama.attention.value_length
+    llama.rope.dimension_count llama.rope.freq_base llama.rope.scaling.type
+    llama.rope.scaling.factor llama.rope.scale_linear
+""".split()
+NO_EFFECT = """
+    llama.rope.scaling.original_context_length llama.rope.scaling.finetuned llama.tensor_data_layout
+""".split()
+ALLOWED_VALUES = {  # key -> values with which this model computes what the file means
+    **dict.fromkeys(READ_BELOW + NO_EFFECT, ANY),
+    "llama.expert_count": (0,),
+    "llama.expert_used_count": (0,),
+    "llama.use_parallel_residual": (False,),
+    "llama.attention.causal": (True,),
+    "llama.attention.scale": (0,),
+    "llama.logit_scale": (0, 1),
+    "split.count": (0, 1),
+    "tokenizer.ggml.add_space_prefix": (False,),
+    "tokenizer.ggml.remove_extra_whitespaces": (False,),
+}
+# Descriptions, how the file was quantized, and the tokenizer, which gguf_tokenizer checks.
+HARMLESS_PREFIXES = ("general.", "GGUF.", "quantize.", "split.", "tokenizer.")
+# Kinds of tokens in tokenizer.ggml.token_type.
+CONTROL, USER_DEFINED = 3, 4
+
+
+def gguf_name(parameter):
+    """layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
+    module, kind = parameter.rsplit(".", 1)
+    if not module.startswith("layers."):
+        return f"{MODEL_NAMES[module]}.{kind}"
+    _, layer, inner = module.split(".", 2)
+    return f"blk.{layer}.{LAYER_NAMES[inner]}.{kind}"
+
+
+def read_gguf(path):
+    """-> Config, {parameter name: float32 tensor}, tokenizer"""
+    require_package("gguf", "this model needs a package: pip install gguf")
+    fields, tensors = read_contents(path)
+    is_llama = fields.get("general.architecture") == "llama"
+    require(is_llama, f"{path} is not of architecture llama", "model")
+    check_settings(fields, ALLOWED_VALUES, path, HARMLESS_PREFIXES)
+    tokenizer, vocab_size = gguf_tokenizer(fields, path)
+
+    def size(key, default=None):
+        return whole_number(fields, f"llama.{key}", path, default)
+
+    n_heads, dim = size("attention.head_count"), size("embedding_length")
+    head_dim = size("attention.key_length", dim // n_heads or 1)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        message = f"{path}: llama.{key} is not the width of a head, {head_dim}"
+        require(size(key, head_dim) == head_dim, message, "model")
+    message = f"{path}: llama.vocab_size is not its number of tokens, {vocab_size}"
+    require(size("vocab_size", vocab_size) == vocab_size, message, "model")
+    config = Config(
+        vocab_size=vocab_size,
+        dim=dim,
+        n_layers=size("block_count"),
+        n_heads=n_heads,
+        n_kv_heads=size("attention.head_count_kv", n_heads),
+        head_dim=head_dim,
+        intermediate_size=size("feed_forward_length"),
+        norm_eps=positive_number(fields, "llama.attention.layer_norm_rms_epsilon", path),
+        rope_base=positive_number(fields, "llama.rope.freq_base", path, 10000.0),
+        rope_scaling=gguf_rope_scaling(fields, tensors, head_dim, path),
+        max_seq_len=min(size("context_length"), 8192),
+        tie_weights="output.weight" not in tensors,
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        bos_token_id=gguf_bos(fields, path, vocab_size),
+        eos_token_ids=gguf_eos(fields, path, vocab_size),
+    )
+    check_sizes(config, path)
+    return config, match_weights(config, tensors, gguf_name, path), tokenizer
+
+
+def read_contents(path):
+    """-> {key: value}, {name: float32 tensor}. ConfigError for a truncated or damaged file."""
+    from gguf import GGUFReader, dequantize
+
+    class BoundedReader(GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            # The package does not check lengths: one of 10^12 would keep it busy for hours.
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError("it ends too early")
+            return super()._get(offset, dtype, count, override_order)
+
+    try:
+        reader = BoundedReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {}
+        for tensor in reader.tensors:
+            values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
+            tensors[tensor.name] = torch.from_numpy(values)
+    except Exception as e:  # damaged files raise all kinds of exceptions
+        reason = " ".join(str(e).split())[:100] or type(e).__name__
+        raise ConfigError(f"{path} cannot be read as GGUF ({reason})", "model") from None
+    return fields, tensors
+
+
+def gguf_rope_scaling(fields, tensors, head_dim, path):
+    """Config.rope_scaling. Removes rope_freqs.weight, the factors of each frequency, from tensors.
+
+    llama.rope.scale_linear is the older name of llama.rope.scaling.factor.
+    """
+    kind = fields.get("llama.rope.scaling.type", "none")
+    unknown = f"{path}: rotary scaling {shown(kind)} is not known, only none and linear"
+    require(kind in ("none", "linear"), unknown, "model")
+    factor = positive_number(fields, "llama.rope.scale_linear", path, 1.0)
+    factor = positive_number(fields, "llama.rope.scaling.factor", path, factor)
+    if kind == "none" and "llama.rope.scaling.type" in fields:
+        factor = 1.0
+    factors = tensors.pop("rope_freqs.weight", None)
+    if factors is None:
+        return {"rope_type": "linear", "factor": factor} if factor != 1 else None
+    n = head_dim // 2
+    valid = factors.shape == (n,) and bool((factors > 0).all() & factors.isfinite().all())
+    require(valid, f"{path}: rope_freqs.weight are not {n} factors above 0", "model")
+    return {"rope_type": "each", "factors": (factors * factor).tolist()}
+
+
+def gguf_bos(fields, path, vocab_size):
+    """The token that the tokenizer puts before a prompt, or None."""
+    if not true_or_false(fields, "tokenizer.ggml.add_bos_token", path):
+        return None
+    return whole_number(fields, "tokenizer.ggml.bos_token_id", path, None, 0, vocab_size - 1)
+
+
+def gguf_eos(fields, path, vocab_size):
+    """All tokens that end an answer: end of sequence, of turn, of message."""
+    ids = []
+    for name in ("eos", "eot", "eom"):
+        for token in eos_ids(fields.get(f"tokenizer.ggml.{name}_token_id"), path, vocab_size):
+            if token not in ids:
+                ids.append(token)
+    return tuple(ids)
+
+
+def gguf_tokenizer(fields, path):
+    """-> the byte-level BPE tokenizer in a GGUF file's metadata, its number of tokens"""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    pre = fields.get("tokenizer.ggml.pre")
+    hint = "only smollm is known, give a directory instead"
+    require(pre == "smollm", f"{path}: its tokenizer is of kind {pre!r}; {hint}", "model")
+    algorithm = fields.get("tokenizer.ggml.model")
+    message = f"{path}: its tokenizer is {shown(algorithm)}; only gpt2 is known"
+    require(algorithm == "gpt2", message, "model")
+    tokens = fields.get("tokenizer.ggml.tokens")
+    merges = fields.get("tokenizer.ggml.merges")
+    kinds = fields.get("tokenizer.ggml.token_type")
+    all_lists = all(isinstance(x, list) for x in (tokens, merges, kinds))
+    require(all_lists, f"{path}: its tokenizer has no tokens, merges or kinds of tokens", "model")
+    consistent = len(tokens) == len(kinds) == len(set(tokens))
+    require(consistent, f"{path}: its tokenizer has tokens twice, or without a kind", "model")
+    try:
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+        tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+    except Exception as e:  # the package raises plain Exception
+        message = f"{path}: its tokenizer cannot be built ({shown(str(e))})"
+        raise ConfigError(message, "model") from None
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
+    tokenizer.decoder = decoders.ByteLevel()
+    control, user_defined = [], []
+    for token, kind in zip(tokens, kinds):
+        if kind == CONTROL:
+            control.append(AddedToken(token, normalized=False, special=True))
+        elif kind == USER_DEFINED:
+            user_defined.append(AddedToken(token, normalized=False))
+    tokenizer.add_special_tokens(control)
+    tokenizer.add_tokens(user_defined)
+    return tokenizer, len(tokens)

@@ -1,0 +1,66 @@
+"""Which facts are asked, in which templates, after which examples."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from myriadlama import fact_files, prompts
+from nanorecall.settings import require
+
+
+def choose_facts(config):
+    """-> facts to ask, {relation: facts to show as examples}"""
+    facts = fact_files.read_facts(config.path, "path")
+    rng = np.random.default_rng(config.seed)
+    if config.shots == 0:
+        examples = {fact["relation"]: [] for fact in facts}
+    elif config.shots_path:
+        pool = fact_files.read_facts(config.shots_path, "shots_path")
+        pool = prompts.exclude(pool, facts)
+        relations = dict.fromkeys(fact["relation"] for fact in facts)
+        examples = prompts.sample_few_shot(pool, relations, config.shots, rng)
+    else:
+        examples, facts = prompts.split_few_shot(facts, config.shots, rng)
+    if config.shots and not config.same_relation:
+        everything = sum(examples.values(), [])
+        some = [everything[i] for i in rng.permutation(len(everything))[: config.shots]]
+        examples = dict.fromkeys(examples, some)
+    if 0 < config.max_samples < len(facts):
+        facts = spread_over_relations(facts, config.max_samples, rng)
+    return facts, examples
+
+
+def spread_over_relations(facts, n, rng):
+    """n random facts, as evenly from all relations as possible, in their old order."""
+    counts, ranked = {}, []  # ranked: (number of the fact within its relation, index)
+    for i in rng.permutation(len(facts)):
+        relation = facts[i]["relation"]
+        ranked.append((counts.get(relation, 0), i))
+        counts[relation] = counts.get(relation, 0) + 1
+    chosen = sorted(i for _, i in sorted(ranked)[:n])
+    return [facts[i] for i in chosen]
+
+
+class Prompted(NamedTuple):
+    """A fact with the templates in which it is asked."""
+
+    fact: dict
+    texts: list  # n filled templates
+    is_manual: np.ndarray  # (n,) bool
+
+
+def make_batches(facts, config):
+    """Facts -> lists of Prompted with the same relation and numbers of templates."""
+    groups = {}
+    for fact in facts:
+        rng = np.random.default_rng([config.seed, *fact["uuid"].encode()])
+        texts, is_manual = prompts.select_templates(fact, config.num_manual, config.num_auto, rng)
+        message = f"question {fact['uuid']} has no template of the kind asked for"
+        require(texts, f"{message}; raise num_manual or num_auto", "num_auto")
+        group = groups.setdefault((fact["relation"], is_manual.tobytes()), [])
+        group.append(Prompted(fact, texts, is_manual))
+    batches = []
+    for group in groups.values():
+        for first in range(0, len(group), config.batch_size):
+            batches.append(group[first : first + config.batch_size])
+    return batches

@@ -1,0 +1,327 @@
+"""Results of flex_generate.py: answers kept while it runs, a feather file per method, one table.
+
+A record is what one method answered to one question: {"uuid", "method", "templates", "answers",
+"generation", "seconds", "tokens"}. The generation is a text, or with per_prompt a list with a text
+for each template. A key is what results depend on: settings and SHA-256 of files.
+"""
+
+import hashlib
+import json
+import os
+import re
+
+import numpy as np
+
+from myriadlama import facts as builtin_facts
+from myriadlama import loading, prompts
+from myriadlama.file_checks import require_package
+from nanorecall.checkpoint import (
+    atomic_write,
+    check_kinds,
+    dataset_sha256,
+    only_writer,
+    read_lines,
+    sha256_file,
+    write_json,
+)
+from nanorecall.metrics import print_table
+from nanorecall.plots import figure, write_figure
+from nanorecall.settings import ConfigError, require, say
+from nanorecall.stats import clustered_proportion, format_ci, mcnemar, proportion
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Source files that decide what is generated.
+PROGRAM = (
+    "flex_generate.py",
+    "myriadlama/batch.py",
+    "myriadlama/fusion.py",
+    "myriadlama/questions.py",
+    "myriadlama/prompts.py",
+    "myriadlama/fact_files.py",
+    "myriadlama/llama.py",
+    "myriadlama/loading.py",
+    "myriadlama/hugging_face.py",
+    "myriadlama/gguf_files.py",
+    "nanorecall/ops.py",
+)
+# Settings that do not change an answer, or whose results lie beside each other.
+NOT_IN_KEY = (
+    "method",
+    "out_dir",
+    "max_samples",
+    "batch_size",
+    "device",
+    "threads",
+    "lemmaize",
+    "draw_mask",
+)
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def results_folder(config):
+    """<out_dir>/<name of the model>"""
+    return os.path.join(config.out_dir, os.path.basename(os.path.normpath(config.model)))
+
+
+def file_name(config, method):
+    """The name of a method's feather file, such as myriadlama_flex_m3_a5_xattn.feather."""
+    if method not in ("flex_myriadlama", "flex_myriadlama_xattn"):
+        return f"myriadlama_{method}.feather"
+    manual = "all" if config.num_manual < 0 else f"m{config.num_manual}"
+    auto = "all" if config.num_auto < 0 else f"a{config.num_auto}"
+    cross = method == "flex_myriadlama_xattn" or config.allow_manual_cross_attention
+    return f"myriadlama_flex_{manual}_{auto}{'_xattn' if cross else ''}.feather"
+
+
+# ---- answers on disk -----------------------------------------------------------------------------
+
+
+def result_key(config, dtype):
+    """Settings and hashes that results depend on. One directory holds results of one key."""
+    key = {name: value for name, value in vars(config).items() if name not in NOT_IN_KEY}
+    key["path"] = dataset_sha256(config.path or builtin_facts.__file__)
+    key["shots_path"] = dataset_sha256(config.shots_path) if config.shots_path else ""
+    key["dtype"] = str(dtype).removeprefix("torch.")
+    hashes = [sha256_file(os.path.join(ROOT, name)) for name in PROGRAM]
+    key["program"] = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return key | loading.fingerprint(config.model)
+
+
+def progress_file(folder, rank):
+    return os.path.join(folder, f"progress.{rank}.jsonl")
+
+
+def start_progress(file, key):
+    """Write the key of the records that follow."""
+    # The last line may have been cut off by a crash, so begin a new one.
+    file.write("\n" + json.dumps({"settings": key}) + "\n")
+
+
+def append_records(file, records):
+    """Append records to a progress file and flush them to disk."""
+    for record in records:
+        file.write(json.dumps(record) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_progress(folder, key):
+    """-> records that earlier runs left in this directory, number of other lines.
+
+    Other lines were cut off by a crash, are damaged, or belong to another tool. Raises ConfigError
+    if an earlier run had another key.
+    """
+    records, n_other_lines = [], 0
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    for name in sorted(names):
+        if not re.fullmatch(r"progress\.\d+\.jsonl", name):
+            continue
+        lines, n_unreadable = read_lines(os.path.join(folder, name), "dict")
+        n_other_lines += n_unreadable
+        has_key = False  # records before the first key could be anybody's
+        for line in lines:
+            if isinstance(line.get("settings"), dict):
+                check_same_key(line["settings"], key, folder)
+                has_key = True
+            elif has_key and is_record(line):
+                records.append(line)
+            else:
+                n_other_lines += 1
+    return records, n_other_lines
+
+
+def check_same_key(found, key, folder):
+    names = [*key, *(name for name in found if name not in key)]
+    different = [name for name in names if found.get(name) != key.get(name)]
+    message = f"{folder} holds results with another {', '.join(different)}"
+    require(not different, f"{message}; give another --out_dir, or delete it", "out_dir")
+
+
+def is_record(line):
+    per_template = line.get("method") == "per_prompt"
+    kinds = {
+        "uuid": "text",
+        "method": "text",
+        "templates": ["text"],
+        "answers": ["text"],
+        "seconds": "number",
+        "tokens": "number",
+        "generation": ["text"] if per_template else "text",
+    }
+    try:
+        check_kinds(line, kinds, "")
+    except ConfigError:
+        return False
+    return not per_template or len(line["generation"]) == len(line["templates"])
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def write_results(config, folder, facts, examples, key, chosen, methods):
+    """Write a feather file for each chosen method, and the table of all methods in the directory.
+
+    methods: {name: Method}, in the order of the table. examples: {relation: facts}.
+    """
+    fact_of = {fact["uuid"]: fact for fact in facts}
+    latest = {}  # a question may have been answered twice, by runs that were killed
+    for record in read_progress(folder, key)[0]:
+        if record["uuid"] in fact_of:
+            latest[record["method"], record["uuid"]] = record
+    columns, summaries = {}, {}
+    for name, method in methods.items():
+        records = [latest[name, uuid] for uuid in fact_of if (name, uuid) in latest]
+        if not records:
+            continue
+        columns[name] = to_columns(records, fact_of)
+        if name in chosen:
+            write_feather(os.path.join(folder, file_name(config, name)), columns[name])
+        if len(records) == len(fact_of):
+            summaries[name] = summarise(method, records, columns[name])
+    hits = prompts.majority_baseline(examples, facts)
+    baseline = proportion(sum(hits), len(hits))
+    add_p_values(summaries, columns)
+    print_results(summaries, baseline, methods)
+    result = {
+        "config": {**key, "lemmas": prompts.has_lemmas()},
+        "metrics": {"majority": baseline, **summaries},
+        "by_slice": {},
+        "examples": [],
+    }
+    write_json(os.path.join(folder, "table.json"), result)
+    title = f"{config.model}: {len(facts)} questions"
+    plot_table(os.path.join(folder, "table.png"), summaries, baseline, title)
+    say(f"wrote {folder}/*.feather, table.json, table.png")
+
+
+def to_columns(records, fact_of):
+    """Records -> columns with a row for each generation. fact_of: {uuid: fact}."""
+    columns = {"uuid": [], "templates": [], "answers": [], "prediction": [], "generation": []}
+    for record in records:
+        if isinstance(record["generation"], list):
+            generations = record["generation"]
+            templates = [[template] for template in record["templates"]]
+        else:
+            generations, templates = [record["generation"]], [record["templates"]]
+        for text, used_templates in zip(generations, templates):
+            columns["uuid"].append(record["uuid"])
+            columns["templates"].append(used_templates)
+            columns["answers"].append(record["answers"])
+            columns["prediction"].append(prompts.prediction(fact_of[record["uuid"]], text))
+            columns["generation"].append(text)
+    return columns
+
+
+def correctness(columns):
+    return list(map(prompts.is_correct, columns["prediction"], columns["answers"]))
+
+
+def summarise(method, records, columns):
+    """Accuracy with its interval, number of templates, seconds and tokens per question.
+
+    Answers to the same question are correlated, so they form one cluster.
+    """
+    counts = [len(record["templates"]) for record in records]
+    n = str(min(counts))
+    if max(counts) > min(counts):
+        n += f"-{max(counts)}"
+    return {
+        "accuracy": clustered_proportion(correctness(columns), columns["uuid"]),
+        "templates": {"one": "1", "half": f"half of {n}", "all": n}[method.templates],
+        "seconds": float(np.mean([record["seconds"] for record in records])),
+        "tokens": float(np.mean([record["tokens"] for record in records])),
+    }
+
+
+def add_p_values(summaries, columns):
+    """Add the p value of McNemar's test against origin, the first template alone."""
+    if "origin" not in summaries:
+        return
+    origin = correctness(columns["origin"])
+    for name, summary in summaries.items():
+        if name not in ("origin", "per_prompt"):  # per_prompt has several answers to a question
+            p = mcnemar(correctness(columns[name]), origin)["p"]
+            summary["p"] = f"{p:.2g}"
+
+
+def print_results(summaries, baseline, methods):
+    rows = []
+    for name, summary in summaries.items():
+        cost = f"{summary['seconds']:.3f}", f"{summary['tokens']:.0f}"
+        accuracy = format_ci(summary["accuracy"])
+        label = name, summary["templates"], methods[name].fused_by
+        rows.append((*label, *accuracy, summary.get("p", ""), *cost))
+    label = "majority of the relation", "", "no model"
+    rows.append((*label, *format_ci(baseline), "", "", ""))
+    head = ("method", "templates", "fused by", "answers", "accuracy", "95% interval")
+    print_table((*head, "p against origin", "seconds a question", "tokens a question"), rows)
+    if prompts.has_lemmas():
+        print("words are compared as lemmas")
+    else:
+        print("words are compared as they are: pip install simplemma")
+
+
+def plot_table(path, summaries, baseline, title):
+    plt, fig, (axis,) = figure(1, 1, width=6)
+    fig.set_size_inches(6.4, 1.4 + 0.28 * len(summaries))
+    accuracies = [summary["accuracy"] for summary in summaries.values()]
+    x = np.array([accuracy["value"] for accuracy in accuracies])
+    low, high = np.array([accuracy["ci95"] for accuracy in accuracies]).T
+    y = np.arange(len(summaries))[::-1]
+    errors = np.maximum(0, [x - low, high - x])
+    axis.errorbar(x, y, xerr=errors, fmt="o", ms=4, capsize=3)
+    label = "majority answer of the relation"
+    axis.axvline(baseline["value"], ls="--", color="gray", lw=1, label=label)
+    names = []
+    for name, accuracy in zip(summaries, accuracies):
+        names.append(f"{name}, n = {accuracy['n']}")
+    axis.set_yticks(y, names, fontsize=7)
+    axis.set(xlabel="accuracy of the first word (95% interval)", xlim=(-0.02, 1.02), title=title)
+    axis.title.set_fontsize(8)
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    write_figure(fig, plt, path)
+
+
+# ---- feather files -------------------------------------------------------------------------------
+
+
+def write_feather(path, columns):
+    import pyarrow as pa
+    import pyarrow.feather as feather
+
+    atomic_write(path, lambda f: feather.write_feather(pa.table(columns), f))
+
+
+def read_feather(path):
+    import pyarrow as pa
+    import pyarrow.feather as feather
+
+    try:
+        return feather.read_table(path).to_pydict()
+    except (pa.ArrowException, OSError) as e:
+        reason = " ".join(str(e).split())[:80]
+        message = f"{path} cannot be read ({reason}); delete it and run again"
+        raise ConfigError(message) from None
+
+
+def add_lemmas(config, methods):
+    """Add the columns predict_lemma and answer_lemmas to the feather files of these methods."""
+    require_package("simplemma", "--lemmaize needs a package: pip install simplemma")
+    folder = results_folder(config)
+    names = [file_name(config, method) for method in methods]
+    with only_writer(folder, "results there"):
+        paths = [os.path.join(folder, name) for name in names]
+        paths = list(filter(os.path.exists, paths))
+        message = f"{folder} has none of {', '.join(names)}; generate first"
+        require(paths, message, "out_dir")
+        for path in paths:
+            columns = read_feather(path)
+            columns["predict_lemma"] = list(map(prompts.normalise, columns["prediction"]))
+            columns["answer_lemmas"] = []
+            for answers in columns["answers"]:
+                columns["answer_lemmas"].append(list(map(prompts.normalise, answers)))
+            write_feather(path, columns)
+            say(f"{path}: lemmas of {len(columns['uuid'])} predictions")
