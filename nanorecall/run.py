@@ -71,9 +71,9 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repo
 #   lr_scales() -> {end of a name: factor}    parameters with a learning rate of their own (train.parameter_groups)
 #   on_step_end(report) -> {block: usage} or {}     called after each training step
 #   read(tokens, cache) -> logits, cache           decoding, for `eval.py --examples`
+#   correct(logits, targets)                     what counts as correct (metrics.correct_predictions)
 # A mixer of your own in a block of model.py needs `forward` alone; with state_size, describe_backend and
 # channels (see CausalSelfAttention) the model can also read on from a cache, and say more of itself.
-#   correct(logits, targets)                     what counts as correct (metrics.correct_predictions)
 MODELS = {  # short names; anything else is file or file.Class
     "gpt": "model.GPT",
     "unified_kv": "model.UnifiedKV",
