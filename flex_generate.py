@@ -49,7 +49,7 @@ from nanorecall.checkpoint import (
 )
 from nanorecall.distributed import autodetect_device, process_group
 from nanorecall.metrics import clustered_proportion, figure, format_ci, print_table, proportion, write_figure
-from nanorecall.run import enough_memory
+from nanorecall.build import enough_memory
 from nanorecall.settings import (
     ConfigError,
     at_least,

@@ -29,7 +29,7 @@ from model import GPT, NORMS, GPTBlock, gather_positions
 from nanorecall.checkpoint import atomic_write
 from nanorecall.metrics import print_table
 from nanorecall.pretrained import ours, read_weights
-from nanorecall.run import build_model, build_model_config, load_run, resolve_model
+from nanorecall.build import build_model, build_model_config, resolve_model
 from nanorecall.second_order import transformed
 from nanorecall.settings import at_least, one_of, require, run_cli, say, split_argv, within
 
@@ -432,9 +432,9 @@ def count_active(model):
 
 def params(words):
     """Parameters of a config: in all, active for each token, and what reading them costs."""
-    from train import read_command_line  # not above: train.py builds its model from this file
+    from train import parse  # not above: train.py builds its model from this file
 
-    p, _ = read_command_line(words)
+    p = parse(words)
     model = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
     modules = {}
     for name, *numbers in count_active(model):
@@ -499,6 +499,8 @@ def convert_checkpoint(words, to):
     require(len(words) == 2, message, None)
     folder, path = words
     require(not os.path.exists(path), f"{path} exists already; name another file or delete it first", None)
+    from train import load_run
+
     p, data, model, _ = load_run(folder, "ckpt")
     kind, kinds = p.train.model, ("memory", "memory_router")
     require(to in kinds, f"--to must be memory or memory_router, not {to!r}", None)
@@ -531,7 +533,7 @@ def main(argv=None):
         return 0
     rest, settings = split_argv(rest)
     allowed = {"to"} if command == "convert" else set()
-    unknown = [s.origin for s in settings if s.key not in allowed]
+    unknown = [s.source for s in settings if s.key not in allowed]
     require(not unknown, f"{command} takes no {' '.join(unknown)}", None)
     compare_weights(rest) if command == "inspect" else convert_checkpoint(rest, next((s.value for s in settings), ""))
     return 0

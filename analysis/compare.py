@@ -17,6 +17,7 @@ from nanorecall.checkpoint import check_kinds, read_log, read_record
 from nanorecall.metrics import errorbars, figure, finish_figure, format_ci, print_table, slice_metrics
 from nanorecall.run import load_settings, saved_model_config
 from nanorecall.settings import ConfigError, printable, require, say
+from train import TrainConfig
 
 
 def compare(words, config):
@@ -98,7 +99,7 @@ def read_result(folder):
     )
     status, test = read_test(folder)
     own = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")  # what may differ between runs of one line
-    p = load_settings(folder)
+    p = load_settings(folder, TrainConfig)
     sizes = saved_model_config(folder, p)
     # A model file may leave inference_state_bytes out, or have no n_layers: compare takes forks, too.
     state = (p.model_class.inference_state_bytes(sizes) if hasattr(p.model_class, "inference_state_bytes") else 0) or 0

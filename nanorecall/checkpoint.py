@@ -30,9 +30,6 @@ import warnings
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from nanorecall.settings import ConfigError, RunError, require, say
 
@@ -40,6 +37,8 @@ try:
     import fcntl
 except ImportError:  # Windows: everything runs, without locks
     fcntl = None
+
+# torch.distributed.checkpoint takes a second to import, so the functions that need it import it.
 
 # ---- files that are whole or absent ------------------------------------------------------------------------------------
 
@@ -49,7 +48,7 @@ def atomic_write(path, write, before=lambda: None):
 
     Readers see all or nothing. Two writers of one path do not disturb each other; the last one
     counts.
-    RunFailed if that fails (disk full, read-only, ...); then path is as it was.
+    RunError if that fails (disk full, read-only, ...); then path is as it was.
     """
     f = None
     try:
@@ -170,7 +169,7 @@ def atomic_directory(path):
             yield work
             os.rename(work, target)
         except (OSError, RunError) as e:
-            cause = e if isinstance(e, OSError) else e.__context__  # see write_file
+            cause = e if isinstance(e, OSError) else e.__context__  # see atomic_write
             why = cause.strerror or cause
             raise ConfigError(f"writing {path} failed ({why}); nothing was left behind") from None
         finally:
@@ -292,7 +291,7 @@ KINDS = {
 
 
 def parse_json(text):
-    """JSON as `write_json` and `Log` write it -> value; ValueError says what else it is.
+    """JSON as `write_json` and `JsonlLog` write it -> value; ValueError says what else it is.
 
     text: str or bytes. Refused beside what is no JSON: NaN and Infinity, deep nesting.
     """
@@ -482,11 +481,11 @@ def read_log(folder):
     return rows
 
 
-# What a checkpoint holds beside tensors: see train.train.
+# What a checkpoint holds beside tensors: see run.Run.state.
 STATE = {
     "step": "count",
     "bad_steps": "count",
-    **dict.fromkeys(("best", "best_of_all", "seconds"), "number"),
+    **dict.fromkeys(("best", "best_overall", "seconds"), "number"),
 }
 
 # ---- checkpoints in one file -------------------------------------------------------------------------------------------
@@ -530,7 +529,7 @@ def append_sha256(f):
 
 
 def verify_sha256(path):
-    """Damaged unless the file is as `seal` left it."""
+    """Damaged unless the file is as append_sha256 left it."""
     if not os.path.isfile(path):
         os.stat(path)  # a disk that does not answer looks like no file, too
         raise Damaged("it is no file")
@@ -553,7 +552,7 @@ def first_valid_checkpoint(folder, *names, holds_lock=False):
 
     Damage means: a checksum differs. The user is told of it. Only the process that holds the lock
     of the run sets the damaged file aside under another name, so that it never replaces a whole
-    one; a reader changes nothing. RunFailed if the disk or memory refuses, which says nothing
+    one; a reader changes nothing. RunError if the disk or memory refuses, which says nothing
     about the file; ConfigError if nothing is whole, or if a whole file is no checkpoint of
     train.py.
     """
@@ -587,7 +586,7 @@ def check_whole(folder, name):
 def stamp(path):
     """What changes when a file is replaced; None if there is none.
 
-    RunFailed if the disk does not answer.
+    RunError if the disk does not answer.
     """
     with reading(path):
         try:
@@ -600,7 +599,7 @@ def stamp(path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Errors of the disk or of memory become RunFailed inside:
+    """Errors of the disk or of memory become RunError inside:
     they say nothing about what is in the file.
     """
     try:
@@ -630,7 +629,7 @@ def read_checkpoint(folder, name):
     """The contents of <folder>/<name>.pt, its checksum unchecked; tensors stay on disk until they
     are used.
 
-    ConfigError if they are not those of a checkpoint of train.py; RunFailed if the disk or memory
+    ConfigError if they are not those of a checkpoint of train.py; RunError if the disk or memory
     refuses.
     """
     path = os.path.join(folder, name + ".pt")
@@ -707,7 +706,7 @@ def plain_tensors(found, path):
 
 def load_checkpoint(folder, *names):
     """The first of the named checkpoints that is whole, with all tensors,
-    from whichever form it has. See find_checkpoint.
+    from whichever form it has. See first_valid_checkpoint.
     """
     while True:
         name = first_valid_checkpoint(folder, *names)
@@ -737,7 +736,12 @@ def save_shards(folder, label, tensors, world):
 
     It does not count until a checkpoint that holds the returned value is saved.
     """
-    label = world.first_does(lambda: unused_name(folder, label))
+    import torch.distributed.checkpoint as dcp
+
+    with world.agree():
+        if world.is_main:
+            label = unused_name(folder, label)
+    label = world.broadcast(label)
     place = os.path.join(folder, "shards", label)
     try:
         with warnings.catch_warnings():
@@ -781,18 +785,20 @@ def read_shards(place, into=None):
     """Fill the tensors of `into` {name: tensor or DTensor} from shards, of however many ranks;
     without it, all, whole.
 
-    ConfigError if they are not such shards; RunFailed if the disk or memory refuses.
+    ConfigError if they are not such shards; RunError if the disk or memory refuses.
     """
-    reader, alone = TensorReader(place), not dist.is_initialized()
+    import torch.distributed.checkpoint as dcp
+
+    alone = not dist.is_initialized()
     with reading(place):
         try:
-            reader.index = read_index(place)
+            index = read_index(place)
             if into is None:
-                about = reader.index.state_dict_metadata
+                about = index.state_dict_metadata
                 into = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in about.items()}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that there is one process
-                dcp.load(into, storage_reader=reader, planner=TensorPlanner(), no_dist=alone)
+                dcp.load(into, **tensor_reader(place, index), no_dist=alone)
         # The latter, errors of all ranks, is no Exception.
         except (Exception, dcp.CheckpointException) as e:
             cause = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
@@ -802,18 +808,22 @@ def read_shards(place, into=None):
     return into
 
 
-class TensorReader(dcp.FileSystemReader):
-    """torch's own, with an index that was checked: its own would run what it finds there."""
+def tensor_reader(place, index):
+    """Arguments of dcp.load that read tensors alone, by an index that was checked.
 
-    def read_metadata(self, *args, **kwargs):
-        return self.index
+    torch's own reader and planner would execute what they find in the index or in anything else.
+    """
+    import torch.distributed.checkpoint as dcp
 
+    class TensorReader(dcp.FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            return index
 
-class TensorPlanner(dcp.DefaultLoadPlanner):
-    """torch's own, for tensors alone: its own would run what it finds in anything else."""
+    class TensorPlanner(dcp.DefaultLoadPlanner):
+        def load_bytes(self, read_item, value):
+            raise ConfigError("only tensors are read from shards")
 
-    def load_bytes(self, read_item, value):
-        raise ConfigError("only tensors are read from shards")
+    return {"storage_reader": TensorReader(place), "planner": TensorPlanner()}
 
 
 def read_index(place):
@@ -822,6 +832,8 @@ def read_index(place):
 
     What else a trainer keeps there is left out. ConfigError if it does not fit the files beside it.
     """
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
     path = os.path.join(place, ".metadata")
     with reading(path):
         try:
@@ -844,8 +856,7 @@ def read_index(place):
             raise
         except Exception as e:  # a pickle of anything
             raise unreadable(place, e) from None
-    meta = dcp_metadata.StorageMeta()
-    return dcp_metadata.Metadata(tensors, storage_data=storage, storage_meta=meta)
+    return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta())
 
 
 def said(thing, kind):
@@ -859,6 +870,8 @@ def describe_tensor(thing):
     """TensorStorageMetadata of the index -> torch's own;
     ValueError unless its chunks fill the tensor.
     """
+    from torch.distributed.checkpoint import metadata
+
     about = said(thing, "TensorStorageMetadata")
     size, dtype = about["size"], about["properties"].state[0]
     if type(size) is not torch.Size or dtype not in DTYPES:
@@ -871,21 +884,24 @@ def describe_tensor(thing):
         fits = len(begin) == len(extent) == len(size)
         if not fits or any(a < 0 or n < 0 or a + n > whole for a, n, whole in edges):
             raise ValueError("a part outside its tensor")
-        chunks.append(dcp_metadata.ChunkStorageMetadata(begin, extent))
+        chunks.append(metadata.ChunkStorageMetadata(begin, extent))
     if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
         raise ValueError("a tensor that its parts do not fill")
-    return dcp_metadata.TensorStorageMetadata(dcp_metadata.TensorProperties(dtype), size, chunks)
+    return metadata.TensorStorageMetadata(metadata.TensorProperties(dtype), size, chunks)
 
 
 def find_chunk(index, info):
     """An entry of the index, which part of a tensor is where -> the same in torch's own classes."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
     index, info = said(index, "MetadataIndex"), said(info, "_StorageInfo")
     numbers = info["offset"], info["length"]
     if type(index["fqn"]) is not str or any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a part without a place")
     if info.get("transform_descriptors"):
         raise ValueError("its files are compressed")
-    key = dcp_metadata.MetadataIndex(index["fqn"], index.get("offset"))
+    key = MetadataIndex(index["fqn"], index.get("offset"))
     return key, _StorageInfo(info["relative_path"], *numbers)
 
 

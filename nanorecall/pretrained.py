@@ -129,7 +129,7 @@ def read_file(path):
     """{name: tensor} of a file that torch.save wrote: ours, or a state dict, in "model" or
     "state_dict" or bare.
 
-    ConfigError if it holds anything but plain tensors there; RunFailed if the disk or memory
+    ConfigError if it holds anything but plain tensors there; RunError if the disk or memory
     refuses.
     """
     with reading(path):

@@ -42,12 +42,12 @@ class Setting:
 
     key: str
     value: object
-    origin: str
+    source: str
 
 
 def derived(default):
     """A field that another part of the program fills in (data tells the model its vocabulary); users cannot set it."""
-    return field(default=default, metadata={"told": True})
+    return field(default=default, metadata={"derived": True})
 
 
 # ---- reading: command line and files -> a list of Settings -------------------------------------------------------------
@@ -129,7 +129,7 @@ def _assigned_lines(tree):
 
 def field_names(cls):
     """The names a user may set on this dataclass."""
-    return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("told")]
+    return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("derived")]
 
 
 def reject_unknown(settings, *classes):
@@ -137,7 +137,7 @@ def reject_unknown(settings, *classes):
     known = [name for cls in classes for name in field_names(cls)]
     for s in settings:
         if s.key not in known:
-            raise ConfigError(f"{s.origin}: there is no setting {s.key!r}{_nearest(s.key, known)}")
+            raise ConfigError(f"{s.source}: there is no setting {s.key!r}{_nearest(s.key, known)}")
 
 
 def build_config(cls, settings, **told_values):
@@ -154,13 +154,13 @@ def build_config(cls, settings, **told_values):
         try:
             values[key] = convert(s.value, hints[key])
         except ValueError as e:
-            raise ConfigError(f"{s.origin}: {key} {e}") from None
+            raise ConfigError(f"{s.source}: {key} {e}") from None
     # What is told wins, and goes only to a config that has a field for it.
     config = cls(**{**values, **{k: v for k, v in told_values.items() if k in hints}})
     try:
         getattr(config, "check", lambda: None)()
     except ConfigError as e:
-        raise ConfigError(f"{mine[e.key].origin}: {e}" if e.key in mine else str(e), e.key) from None
+        raise ConfigError(f"{mine[e.key].source}: {e}" if e.key in mine else str(e), e.key) from None
     reject_unused(config, getattr(config, "unused", dict)(), mine)
     return config
 
@@ -173,7 +173,7 @@ def reject_unused(config, reasons, mine):
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if f.name in reasons and value != f.default:
-            where = f"{mine[f.name].origin}: " if f.name in mine else ""
+            where = f"{mine[f.name].source}: " if f.name in mine else ""
             raise ConfigError(f"{where}{f.name}={value!r} has no effect: {reasons[f.name]}; leave it out", f.name)
 
 
@@ -323,29 +323,52 @@ def say(*words, sep=" ", **where):
 # ---- help and the way out ----------------------------------------------------------------------------------------------
 
 
-def field_comments(cls):
-    """{field name: the comment beside it}, read from the source of the dataclass and of those it extends."""
-    inherited = {} if cls.__base__ is object else field_comments(cls.__base__)
-    source = inspect.getsource(cls)
-    by_line = {
-        t.start[0]: t.string.lstrip("# ")
-        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-        if t.type == tokenize.COMMENT
-    }
-    body = ast.parse(inspect.cleandoc(source) if source[0] == " " else source).body[0].body
-    return inherited | {n.target.id: by_line.get(n.end_lineno, "") for n in body if isinstance(n, ast.AnnAssign)}
+def field_docs(cls):
+    """{field: (group, comment)} from the source of a dataclass and of those that it extends.
+
+    The comment stands beside the field. A line `# -- optimizer` begins the group "optimizer".
+    """
+    found = {} if cls.__base__ is object else field_docs(cls.__base__)
+    source = inspect.cleandoc("\n" + inspect.getsource(cls))
+    comments, groups = {}, {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, text = token.start[0], token.string.lstrip("# ")
+            comments[line] = text
+            if text.startswith("-- "):
+                groups[line] = text[3:]
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            begun = [line for line in groups if line < node.lineno]
+            group = groups[max(begun)] if begun else ""
+            found[node.target.id] = group, comments.get(node.end_lineno, "")
+    return found
 
 
-def help_text(doc, *classes):
-    """The script's docstring, then every setting with its default and reason, one dataclass after another."""
-    lines = [doc.strip(), ""]
+def help_text(doc, *classes, common=()):
+    """The script's docstring, then every setting with its default and reason.
+
+    common: names of settings to show first. The others follow by dataclass and group.
+    """
+    sections = {"the settings that one turns most": dict.fromkeys(common)}
     for cls in classes:
-        lines.append(f"settings of {os.path.basename(inspect.getsourcefile(cls))}:")
-        reasons = field_comments(cls)
+        file = os.path.basename(inspect.getsourcefile(cls))
+        docs = field_docs(cls)
         for f in dataclasses.fields(cls):
-            if not f.metadata.get("told"):
-                lines.append(f"  --{f.name + '=' + str(f.default):32s} {reasons[f.name]}")
-        lines.append("")
+            if f.metadata.get("derived"):
+                continue
+            group, comment = docs[f.name]
+            title = f"settings of {file}, {group}" if group else f"settings of {file}"
+            section = sections["the settings that one turns most"]
+            if f.name not in common:
+                section = sections.setdefault(title, {})
+            default = f"{f.name}={f.default}"
+            section[f.name] = f"  --{default:32s} {comment}"
+    lines = [doc.strip(), ""]
+    for title, section in sections.items():
+        shown = [line for line in section.values() if line]
+        if shown:
+            lines += [f"{title}:", *shown, ""]
     return "\n".join(lines)
 
 
@@ -398,7 +421,7 @@ def open_screens():
 
 
 def run_cli(main):
-    """Run main(); a ConfigError becomes one line on standard error and exit status 2, a RunFailed one and exit status 1.
+    """Run main(); a ConfigError becomes one line on standard error and exit status 2, a RunError one and exit status 1.
 
     Of the ranks under torchrun, the first one speaks.
     """

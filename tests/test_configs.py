@@ -9,6 +9,7 @@ import pytest
 
 import delta
 import train
+from nanorecall.build import build_model_config
 from nanorecall.settings import (
     ConfigError,
     Setting,
@@ -175,8 +176,8 @@ def test_only_config_errors_escape_4000_random_command_lines_and_files(tmp_path,
             (tmp_path / "c.py").write_bytes(random_file(r))
             argv.insert(0, "c.py")
         try:
-            p, _ = train.read_command_line(argv)
-            train.build_model_config(p, SimpleNamespace(vocab_size=64, seq_len=32))
+            p = train.parse(argv)
+            build_model_config(p, SimpleNamespace(vocab_size=64, seq_len=32))
             outcomes["accepted"] += 1
         except ConfigError as e:
             outcomes["refused"] += 1

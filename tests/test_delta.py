@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import delta as D
 import model as M
 import train
+from nanorecall.build import build_model_config
 from nanorecall.settings import ConfigError
 from test_model import naive_feature
 
@@ -552,7 +553,7 @@ def test_decay_starts_in_the_range_of_the_paper_and_is_not_decayed_itself():
     assert 1e-3 <= dt.min() < 0.0015 and 0.007 < dt.median() < 0.014 and 0.065 < dt.max() <= 0.1  # log-uniform
     A = mixer.A_log.exp()
     assert A.min() < 0.5 and 6 < A.median() < 10 and 15 < A.max() <= 16
-    decays, stays = train.parameter_groups_of(mixer, 0.1)
+    decays, stays = train.configure_optimizer(mixer, train.TrainConfig(weight_decay=0.1)).param_groups
     assert {id(mixer.A_log), id(mixer.dt_bias)} <= {id(p) for p in stays["params"]} and stays["weight_decay"] == 0
     assert decays["weight_decay"] == 0.1
 
@@ -567,8 +568,8 @@ def test_short_convolution_and_l2_norm_have_the_right_gradients():
 
 def test_settings_without_effect_are_refused():
     def plan(*flags):
-        p, _ = train.read_command_line(["--model", "delta", *flags])
-        return train.build_model_config(p, p.data_module.Data(p.data))
+        p = train.parse(["--model", "delta", *flags])
+        return build_model_config(p, p.data_module.Data(p.data))
 
     assert plan().conv == 4 and plan().k_norm == "l2"
     with pytest.raises(ConfigError, match="pos='rope' has no effect: the recurrence knows"):

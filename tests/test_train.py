@@ -10,8 +10,10 @@ import torch
 
 import train
 from nanorecall import checkpoint, metrics
-from nanorecall.run import load_run, run_label
-from nanorecall.settings import ConfigError, RunError, Setting, split_argv
+from nanorecall import run as run_file
+from nanorecall.build import build_model_config
+from nanorecall.run import run_label
+from nanorecall.settings import ConfigError, RunError
 
 TOY = dict(
     n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
@@ -87,7 +89,7 @@ def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys, mode
 
 def test_the_best_weights_are_the_same_after_a_resume(tmp_path, monkeypatch):
     """The watched slice is at 1 in every evaluation; among those, all labels decide, also those before an interruption."""
-    real, all_labels = train.evaluate, iter([0.9, 0.8, 0.7, 0.6])
+    real, all_labels = run_file.evaluate, iter([0.9, 0.8, 0.7, 0.6])
 
     def measured(model, data, split, *rest):
         result = real(model, data, split, *rest)
@@ -96,7 +98,7 @@ def test_the_best_weights_are_the_same_after_a_resume(tmp_path, monkeypatch):
             result["by_slice"]["num_kv_pairs"][4]["right"] = result["by_slice"]["num_kv_pairs"][4]["labels"]
         return result
 
-    monkeypatch.setattr(train, "evaluate", measured)
+    monkeypatch.setattr(run_file, "evaluate", measured)
     _, out = run(tmp_path, target_slice="num_kv_pairs=4", max_steps=40)
     assert checkpoint.load_checkpoint(out, "best")["step"] == 20
     run(tmp_path, resume=True, max_steps=60)
@@ -109,7 +111,7 @@ def test_our_names_mean_our_files(tmp_path, monkeypatch, capsys):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('was run')")
     monkeypatch.chdir(tmp_path)
     for name in ("gpt", "model.GPT"):
-        p = train.resolve(split_argv([f"--model={name}"])[1])
+        p = train.parse([f"--model={name}"])
         assert p.model_class.__name__ == "GPT" and p.data_module.__file__.startswith(
             os.path.dirname(train.__file__)
         )
@@ -123,7 +125,7 @@ def test_full_memory_is_a_sentence(tmp_path, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "backward", full)
+    monkeypatch.setattr(train, "forward_backward", full)
     with pytest.raises(RunError, match="memory is full; raise accumulate or lower batch_size"):
         run(tmp_path)
     assert checkpoint.read_json(os.path.join(tmp_path, "run", "status.json"))["status"] == "failed"
@@ -156,10 +158,10 @@ def test_the_commands_of_updatable_long_term_memory_print_their_counts(script):
 
 
 def test_run_names_follow_the_documents_grammar(monkeypatch):
-    p = train.resolve(split_argv("--exp_group 6 --dk 48 --dv 48".split())[1])
+    p = train.parse("--exp_group 6 --dk 48 --dv 48".split())
     data = p.data_module.Data(p.data)
     name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none_data-128-32-2048_lr0.001"
-    assert run_label(p, train.build_model_config(p, data)) == name
+    assert run_label(p, build_model_config(p, data)) == name
 
 
 def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
@@ -219,14 +221,14 @@ def test_learning_rates():
 
 def test_matrices_decay_and_vectors_do_not():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    decayed, kept = train.parameter_groups_of(model, 0.1)
+    decayed, kept = train.configure_optimizer(model, train.TrainConfig(weight_decay=0.1)).param_groups
     assert [p.ndim for p in decayed["params"]] == [2] and [p.ndim for p in kept["params"]] == [1, 1, 1]
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
 
 
 def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
     _, out = run(tmp_path)
-    _, data, model, _ = load_run(out)
+    _, data, model, _ = train.load_run(out)
     small, large = (metrics.evaluate(model, data, "test", n, torch.device("cpu")) for n in (7, 50))
     assert counts(small) == counts(large) and small["row_accuracy"] == large["row_accuracy"]
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
@@ -289,9 +291,9 @@ def test_a_fork_is_one_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out = run(tmp_path, model="my_model", max_steps=2)
     assert status == 0 and checkpoint.read_json(os.path.join(out, "config.json"))["train"]["model"] == "my_model"
-    assert train.resolve([Setting("model", "my_model.Mine", "--model")]).model_class.__name__ == "Mine"
+    assert train.parse(["--model=my_model.Mine"]).model_class.__name__ == "Mine"
     with pytest.raises(ConfigError, match="no Theirs"):
-        train.resolve([Setting("model", "my_model.Theirs", "--model")])
+        train.parse(["--model=my_model.Theirs"])
 
 
 def test_shipped_configs_state_what_they_are_for():
@@ -299,7 +301,7 @@ def test_shipped_configs_state_what_they_are_for():
     names = [n for n in sorted(os.listdir(folder)) if n.endswith(".py") and n != "__init__.py"]
     assert "mqar_gpt.py" in names
     for name in names:
-        p, _ = train.read_command_line([os.path.join(folder, name)])
+        p = train.parse([os.path.join(folder, name)])
         assert p.train.target > 0, name
         header = open(os.path.join(folder, name)).read().split('"""')[1]
         assert re.search(r"\b(minutes?|seconds?|hours?)\b", header) and "CPU cores" in header, f"{name}: how long, on what?"
