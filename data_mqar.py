@@ -15,7 +15,7 @@ targets  .  .  .  .  .  . 17  . 19  . 15  .  .  .  .  .
 On disk, for others (`write_dataset`), as in the LLMonade data set: storage and queries both hold the values, several
 such blocks fill a row, and labels are unshifted (labels[i] == input_ids[i] at the values of the query half).
 
->>> show_stored(StoreConfig(seq_len=16, num_kv_pairs=4, vocab_size=20, seed=0))
+>>> show_stored(DatasetConfig(seq_len=16, num_kv_pairs=4, vocab_size=20, seed=0))
 input_ids  4 11  3 16  6 13  2 19  6 13  2 19  3 16  4 11
 labels     .  .  .  .  .  .  .  .  . 13  . 19  . 16  . 11
 

@@ -188,7 +188,7 @@ def classify_error(text, written):
     The closing quote is no label, so no model learns to write it: what counts is as many letters as the right answer has.
 
     >>> text = "ab = cd\\ncd = 'ef'\\ngh = 'ij'\\n\\nCOMPLETION:\\nHops=2\\n\\nCoT=False\\n\\nab = 'ef'\\n"
-    >>> [mistake(text, w) for w in ("ef", "xx = ef", "cd", "ij", "xy", "e=")]  # doctest: +NORMALIZE_WHITESPACE
+    >>> [classify_error(text, w) for w in ("ef", "xx = ef", "cd", "ij", "xy", "e=")]  # doctest: +NORMALIZE_WHITESPACE
     ['right', 'right end, wrong way', 'another hop of its chain', 'another hash of the row', 'not in the row', 'malformed']
     """
     head, completion = text.split("COMPLETION:")

@@ -107,7 +107,7 @@ def mean_drops(columns, rows, name, values):
     """Mean fall of the lead by row and by value of the column `name` -> (rows, values), nan where nothing was measured.
 
     >>> measured = {"row": np.array([4, 4, 7]), "slot": np.array([9, 9, 2]), "fall": np.array([1.0, 3.0, 5.0])}
-    >>> falls(measured, np.array([4, 7]), "slot", np.array([9, 2])).tolist()
+    >>> mean_drops(measured, np.array([4, 7]), "slot", np.array([9, 2])).tolist()
     [[2.0, nan], [nan, 5.0]]
     """
     mine = np.isin(columns["row"], rows) & np.isin(columns[name], values)

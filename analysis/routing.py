@@ -28,7 +28,7 @@ FUNCTION_WORDS = set(
 def char_types(text):
     """A name for the kind of token that each letter of a text belongs to.
 
-    >>> [(word, kinds_of_letters(word)[0]) for word in ("7", "+", "(", ".", "Tom", "the", "apples", "USA", "aBc", " ")]
+    >>> [(word, char_types(word)[0]) for word in ("7", "+", "(", ".", "Tom", "the", "apples", "USA", "aBc", " ")]
     ... # doctest: +NORMALIZE_WHITESPACE
     [('7', 'digit'), ('+', 'operator'), ('(', 'bracket'), ('.', 'punctuation'), ('Tom', 'capitalized'),
      ('the', 'function word'), ('apples', 'content word'), ('USA', 'all caps'), ('aBc', 'mixed letters'), (' ', 'blank')]

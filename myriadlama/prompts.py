@@ -8,7 +8,7 @@ uuid of its own: rows without one are numbered.
 
 >>> fill("[X] plays the [Y].", "Marty Ehrlich")
 'Marty Ehrlich plays the [MASK].'
->>> right("Saxophone,", ["saxophone", "sax"]), right("", ["saxophone"]), right("Saxophone player", ["sax"])
+>>> is_correct("Saxophone,", ["saxophone", "sax"]), is_correct("", ["saxophone"]), is_correct("Saxophone player", ["sax"])
 (True, False, False)
 """
 

@@ -44,8 +44,8 @@ MODELS = {  # short names; anything else is file or file.Class
     "unified_kv": "model.UnifiedKV",
     "delta": "delta.DeltaNet",
     "gated_delta": "delta.GatedDeltaNet",
-    "memory": "memory.Memory",
-    "memory_router": "memory.MemoryRouter",
+    "memory": "memory.MemoryGPT",
+    "memory_router": "memory.MemoryRouterGPT",
 }
 
 

@@ -140,7 +140,7 @@ def look_at_rows(monkeypatch, groups, **config):
         torch.tensor([[-100, -100, 2]]).expand(len(rows), -1),
         {"group": groups[rows]},
     )
-    monkeypatch.setattr(I, "known_rows", lambda look: np.arange(len(groups)))
+    monkeypatch.setattr(I, "correct_examples", lambda look: np.arange(len(groups)))
     settings = SimpleNamespace(split="test", **config)
     world = SimpleNamespace(size=1)
     data = SimpleNamespace(batch=read)
@@ -270,8 +270,8 @@ def result_of(monkeypatch, work, columns, **trained_run):
     def save(trained_run, what, metrics, by_slice, examples, columns, plot):
         kept.update(metrics=metrics, by_slice=by_slice, columns=columns)
 
-    monkeypatch.setattr(importance, "read_columns", lambda trained_run, what: columns)
-    monkeypatch.setattr(importance, "save", save)
+    monkeypatch.setattr(importance, "load_table", lambda trained_run, what: columns)
+    monkeypatch.setattr(importance, "save_result", save)
     work(SimpleNamespace(config=SimpleNamespace(seed=0, split="test"), name="x", token=str, **trained_run))
     return kept["metrics"], kept["by_slice"], kept["columns"]
 
@@ -450,8 +450,8 @@ def test_layers_and_heads_taken_out_against_the_model_without_them(monkeypatch, 
     model, cases, kept = make(mem_share_values=False), some_cases(), {}
     cases.answers = model(cases.tokens)[0].argmax(-1).gather(1, cases.at)  # all are right
     about = SimpleNamespace(model=model, config=SimpleNamespace(seed=0), name="x", token=str)
-    monkeypatch.setattr(ablate, "known_cases", lambda look: cases)
-    monkeypatch.setattr(ablate, "save", lambda trained_run, what, *found: kept.update({what: found}))
+    monkeypatch.setattr(ablate, "correct_cases", lambda look: cases)
+    monkeypatch.setattr(ablate, "save_result", lambda trained_run, what, *found: kept.update({what: found}))
     ablate.layer(about)
     ablate.heads(about)
     weight = model.layers[1].att.out_proj.weight
@@ -626,7 +626,7 @@ def test_a_known_row_has_no_wrong_label(monkeypatch):
         {"row": np.array([3, 3, 4, 4, 5]), "hit": np.array([True, True, True, False, True])},
         {"row": np.array([9, 8]), "hit": np.array([False, True])},
     ]
-    monkeypatch.setattr(trained_run, "predict", lambda *_, **__: found)
+    monkeypatch.setattr(trained_run, "iter_predictions", lambda *_, **__: found)
     config = SimpleNamespace(split="test", eval_batch_size=5)
     about = SimpleNamespace(config=config, model=None, data=None, device=None, dtype=None)
     assert trained_run.correct_examples(about).tolist() == [3, 5, 8]
@@ -658,13 +658,13 @@ def test_sides_of_an_edit_share_no_fact(monkeypatch, capsys):
             model=model, config=config, plan=plan, world=world, data=data, name="x", folder="x"
         )
 
-    monkeypatch.setattr(editing, "known_rows", lambda look: np.arange(30))
+    monkeypatch.setattr(editing, "correct_examples", lambda look: np.arange(30))
     monkeypatch.setattr(editing, "encode", lambda trained_run, some: (some, some))
     method = lambda model, x, y, kept, kept_y: given.append((x, kept))
     monkeypatch.setattr(editing, "EDITORS", {"none": method})
-    monkeypatch.setattr(editing, "answered", lambda model, x, y: asked.append(x) or len(x) - 1)
+    monkeypatch.setattr(editing, "n_correct", lambda model, x, y: asked.append(x) or len(x) - 1)
     kept = {}
-    monkeypatch.setattr(editing, "save", lambda trained_run, what, metrics, *rest: kept.update(rest[0]))
+    monkeypatch.setattr(editing, "save_result", lambda trained_run, what, metrics, *rest: kept.update(rest[0]))
     for seed in (0, 1):
         editing.compare_editors(a_look(seed))
     (new, may_use), (new_again, _) = given
@@ -707,7 +707,7 @@ def test_seeds_share_a_line_with_mean_and_range(monkeypatch, tmp_path):
     ]
     assert [len(same) for same in compare.group_seeds(runs).values()] == [2, 1]
     drawn = []
-    monkeypatch.setattr(compare, "finish", lambda fig, *_: drawn.extend(fig.axes))
+    monkeypatch.setattr(compare, "finish_figure", lambda fig, *_: drawn.extend(fig.axes))
     compare.plot_compare(str(tmp_path / "x.png"), runs)
     losses, accuracies, slices, _ = drawn
     assert losses.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]

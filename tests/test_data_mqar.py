@@ -437,7 +437,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     """Peak memory of a writer of 15,000 long rows stays near that of one of 1,500."""
 
     def peak(samples):
-        code = f"import mqar_files as S, resource\nS.write_dataset(S.StoreConfig(output_dir={str(tmp_path / str(samples))!r},"
+        code = f"from nanorecall import mqar_files as S\nimport resource\nS.write_dataset(S.DatasetConfig(output_dir={str(tmp_path / str(samples))!r},"
         code += f"num_samples={samples}, num_copies=4))\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(D.__file__))
         return int(done.stdout) / 1024

@@ -90,7 +90,7 @@ def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
 
 def test_labels_count_alike_wherever_they_are(on_ranks, tmp_path, monkeypatch):
     """Row r has r labels, so ranks and parts differ in theirs, and the first part has none at all."""
-    batch = train.parse([]).data_module.MadeData.batch
+    batch = train.parse([]).data_module.InMemoryMQAR.batch
 
     def uneven(self, split, step, rows):
         tokens, targets, tags = batch(self, split, step, rows)
@@ -99,7 +99,7 @@ def test_labels_count_alike_wherever_they_are(on_ranks, tmp_path, monkeypatch):
             targets = torch.where(keep, targets, -100)
         return tokens, targets, tags
 
-    monkeypatch.setattr(train.parse([]).data_module.MadeData, "batch", uneven)
+    monkeypatch.setattr(train.parse([]).data_module.InMemoryMQAR, "batch", uneven)
     _, one = run(tmp_path, "one", **SHORT)
     assert_close(tensors(train_on(on_ranks, 2, tmp_path, "two", accumulate=8)), tensors(one), 5e-6)
     assert_close(tensors(train_on(on_ranks, 2, tmp_path, "sharded", accumulate=8, parallel="fsdp")), tensors(one), 5e-6)
@@ -221,7 +221,7 @@ def test_resume_is_bit_exact(on_ranks, tmp_path, size, how):
 
 def test_one_rank_then_two_then_one_see_the_same_rows(on_ranks, tmp_path, monkeypatch):
     module = train.parse([]).data_module
-    batch, seen = module.MadeData.batch, tmp_path / "seen"
+    batch, seen = module.InMemoryMQAR.batch, tmp_path / "seen"
 
     def noted(self, split, step, rows):
         if split == "train":
@@ -229,7 +229,7 @@ def test_one_rank_then_two_then_one_see_the_same_rows(on_ranks, tmp_path, monkey
                 f.write(json.dumps([step, [int(r) for r in rows]]) + "\n")
         return batch(self, split, step, rows)
 
-    monkeypatch.setattr(module.MadeData, "batch", noted)
+    monkeypatch.setattr(module.InMemoryMQAR, "batch", noted)
 
     def rows_by_step():
         found = {}
@@ -387,7 +387,7 @@ def test_sigterm_to_torchrun_stops_both_ranks_on_one_step(on_ranks, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_all_on_one_step(on_ranks, tmp_path, rank):
     words = flags(tmp_path, "run", **{**SHORT, "max_steps": 5000, "eval_interval": 2500})
-    data = train.parse([]).data_module.MadeData
+    data = train.parse([]).data_module.InMemoryMQAR
     batch = data.batch
 
     def work(me):
@@ -427,7 +427,7 @@ def test_a_killed_rank_brings_the_job_down_and_restarted_it_ends_the_same(on_ran
 
 
 def test_a_rank_that_dies_takes_the_others_with_it(on_ranks, tmp_path, capfd):
-    data = train.parse([]).data_module.MadeData
+    data = train.parse([]).data_module.InMemoryMQAR
     batch = data.batch
 
     def work(rank):
@@ -448,7 +448,7 @@ def test_a_rank_that_dies_takes_the_others_with_it(on_ranks, tmp_path, capfd):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(on_ranks, tmp_path, how, bad):
-    data = train.parse([]).data_module.MadeData
+    data = train.parse([]).data_module.InMemoryMQAR
     batch = data.batch
     bad_steps = {"finished": (2, 4), "failed": (2, 4, 5, 6)}
     for outcome, steps in bad_steps.items():

@@ -225,7 +225,7 @@ def test_the_chosen_form_gets_every_argument(monkeypatch):
     one = [x[:, :, :1] for x in arguments[:5]] + [arguments[5][:1], torch.tensor([0, 1])]
     D.delta_rule(*arguments, chunk_size=5)
     D.delta_rule(*one, chunk_size=5)
-    monkeypatch.setattr(D, "fla_problem", lambda *a: None)
+    monkeypatch.setattr(D, "why_no_fla", lambda *a: None)
     D.delta_rule(*arguments, chunk_size=5)
     ids = list(map(id, arguments))
     assert calls == [("delta_chunked", *ids, 5), ("delta_loop", *map(id, one)), ("delta_fla", *ids)]

@@ -63,10 +63,11 @@ def test_measuring_goes_on_without_its_output(tmp_path):
 
 
 def test_a_screen_without_the_letters_shows_their_numbers():
-    line = "from nanorecall import settings; settings.run_cli(lambda: print('␣\\udcff'))"
+    line = "from nanorecall.settings import run_cli; run_cli(lambda: print('␣\\udcff'))"
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
     words = [sys.executable, "-c", line]
-    done = subprocess.run(words, capture_output=True, text=True, env=ascii_only)
+    here = os.path.dirname(train.__file__)
+    done = subprocess.run(words, capture_output=True, text=True, env=ascii_only, cwd=here)
     assert (done.returncode, done.stdout) == (0, "\\u2423\\udcff\n")
 
 

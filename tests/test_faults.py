@@ -118,14 +118,14 @@ def signals():
 
 
 def test_a_signal_cuts_the_last_evaluation_short_too(tmp_path, monkeypatch, signals):
-    batch = train.parse([]).data_module.MadeData.batch
+    batch = train.parse([]).data_module.InMemoryMQAR.batch
 
     def signal_in_test(self, split, step, rows):
         if split == "test":
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, split, step, rows)
 
-    monkeypatch.setattr(train.parse([]).data_module.MadeData, "batch", signal_in_test)
+    monkeypatch.setattr(train.parse([]).data_module.InMemoryMQAR, "batch", signal_in_test)
     status, out = run(tmp_path, eval_batch_size=10)
     assert status == 128 + signal.SIGTERM
     assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == "preempted"
@@ -137,7 +137,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
     """It is done again after the resume, so nothing is lost and nothing waits for 100,000 rows."""
     settings = dict(max_steps=30, eval_interval=10, eval_batch_size=10)
     _, whole = run(tmp_path, "whole", **settings)
-    made, batch = [], train.parse([]).data_module.MadeData.batch
+    made, batch = [], train.parse([]).data_module.InMemoryMQAR.batch
 
     def signal_in_second_evaluation(self, split, step, rows):
         made.append(split)
@@ -145,7 +145,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, split, step, rows)
 
-    monkeypatch.setattr(train.parse([]).data_module.MadeData, "batch", signal_in_second_evaluation)
+    monkeypatch.setattr(train.parse([]).data_module.InMemoryMQAR, "batch", signal_in_second_evaluation)
     status, out = run(tmp_path, "cut", **settings)
     assert status == 128 + signal.SIGTERM and made.count("val") == 7
     assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 20

@@ -310,7 +310,7 @@ def test_weighted_attention_by_hand(monkeypatch):
     batch = flex.Batch(SimpleNamespace(model=model, config=flex.Config()), [q], fusion.prefill_prefix(model, prefix))
     batch.decode = lambda cache: (caches.append(cache), None)
     for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
-        monkeypatch.setattr(flex, "answers_alone", lambda b, c=confidence: ([], torch.tensor([c])))
+        monkeypatch.setattr(flex, "separate_answers", lambda b, c=confidence: ([], torch.tensor([c])))
         flex.flex_weighted(batch)
     weighted, even = (cache.bias[0, 0, 0] for cache in caches)
     factors = torch.tensor([1.0, 1.5, 0.5]).repeat_interleave(torch.tensor([len(s) for s in q.segments]))
@@ -473,7 +473,7 @@ def test_every_method_and_its_files(tiny, tmp_path, capsys, monkeypatch):
     with pytest.raises(ConfigError, match="--lemmaize needs a package: pip install simplemma"):
         flex.main(command(tiny, tmp_path, "--lemmaize"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(prompts, "words", lambda text: [w.lower() for w in text.split()])
+    monkeypatch.setattr(prompts, "normalise", lambda text: [w.lower() for w in text.split()])
     flex.main(command(tiny, tmp_path, "--lemmaize"))
     table = feather.read_table(folder / "myriadlama_avg.feather").to_pydict()
     assert table["answer_lemmas"] == [[["q"]]] * 4 and table["predict_lemma"] == [prompts.normalise(p) for p in table["prediction"]]

@@ -43,7 +43,7 @@ class Mixer(torch.nn.Module):
         self.proj = torch.nn.Linear(c.dim, c.dim)
 
     def forward(self, x, rows=None, **extra):
-        return M.take(self.proj(x).cumsum(1), rows)
+        return M.gather_positions(self.proj(x).cumsum(1), rows)
 """
 BLOCK = MIXER + """
 class Block(M.GPTBlock):
@@ -59,7 +59,7 @@ class Block(torch.nn.Module):
         self.mixer = Mixer(c)
 
     def forward(self, x, rows=None, **extra):
-        return M.take(x, rows) + self.mixer(x, rows)
+        return M.gather_positions(x, rows) + self.mixer(x, rows)
 
 class Model(M.GPT):
     block = Block

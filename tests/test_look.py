@@ -72,7 +72,13 @@ def saved(runs, name, what):
     return result, {k: np.array(v) for k, v in pq.read_table(folder / f"{what}.parquet").to_pydict().items()}
 
 
-@pytest.mark.parametrize("file", ["stats", "routing", "eval", "impact", "prompts"])
+@pytest.mark.parametrize("file", [
+        "nanorecall.stats",
+        "analysis.routing",
+        "eval",
+        "analysis.importance",
+        "myriadlama.prompts",
+    ])
 def test_the_examples_in_docstrings(file):
     result = doctest.testmod(importlib.import_module(file))
     assert result.attempted > 0 and result.failed == 0

@@ -70,13 +70,13 @@ def plain_l2(x):
 def test_hessian_vector_products_equal_those_of_plain_operations(name, batch, monkeypatch):
     model, parameters, direction = make(name)
     if name.startswith("memory"):
-        monkeypatch.setattr(memory, "read_values", memory.naive_weighted_values)
+        monkeypatch.setattr(memory, "weighted_values", memory.naive_weighted_values)
     with sdpa_kernel(SDPBackend.MATH):
         ours = hessian_times(model, parameters, direction, batch)
         monkeypatch.setattr(M.CrossEntropy, "apply", F.cross_entropy)
         monkeypatch.setattr(M.CausalConv1d, "apply", plain_convolution)
         monkeypatch.setattr(M.L2Normalize, "apply", plain_l2)
-        monkeypatch.setattr(D, "delta_chunked", lambda *inputs: D.delta_rule_recurrent(*inputs[:-1]))
+        monkeypatch.setattr(D, "delta_rule_chunkwise", lambda *inputs: D.delta_rule_recurrent(*inputs[:-1]))
         plain = hessian_times(model, parameters, direction, batch)
     assert max(x.abs().max() for x in plain[len(parameters) :]) > 1e-2
     for a, b in zip(ours, plain, strict=True):
@@ -204,8 +204,8 @@ def test_kernels_without_a_twin_refuse_second_derivatives(monkeypatch):
         torch.autograd.grad(o.sum(), q, retain_graph=True)
         with pytest.raises(RuntimeError, match="^flash-.* has no second derivatives; take them in"):
             torch.autograd.grad(o.sum(), q, create_graph=True)
-    monkeypatch.setattr(D, "fla_problem", lambda *_: None)
-    monkeypatch.setattr(D, "delta_fla", None)  # a kernel that torch.func must not reach
+    monkeypatch.setattr(D, "why_no_fla", lambda *_: None)
+    monkeypatch.setattr(D, "delta_rule_fla", None)  # a kernel that torch.func must not reach
     gradient = torch.func.grad(lambda q: D.delta_rule(**{**shape, "q": q})[0].sum())(q.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(outputs[0].sum(), q)[0])
 
