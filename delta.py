@@ -111,7 +111,7 @@ def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
 # ---- the rule, in chunks -----------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # traced, the scan would be unrolled into a copy for each chunk
+@torch._disable_dynamo  # traced, the scan would be unrolled into a copy for each chunk
 def delta_rule_chunkwise(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk_size=16):
     """delta_loop by matrix products over chunks of chunk_size tokens: same arguments, same results, any T.
 

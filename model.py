@@ -501,7 +501,7 @@ class UnifiedKVBlock(GPTBlock):
     attention = CausalSelfAttentionUnifiedKV
 
 
-@torch.compiler.disable  # sizes depend on the labels, so this part stays eager
+@torch._disable_dynamo  # sizes depend on the labels, so this part stays eager
 def labelled_positions(targets):
     """Where the labels are: targets (B, T) -> rows (B, n), flat (N,), answers (N,), all long.
 

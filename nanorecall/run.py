@@ -493,7 +493,7 @@ class Run:
         rows = [{"slice": "all", "value": "", **table_row(test["all"])}]
         for name, values in test["by_slice"].items():
             for value, counts in values.items():
-                rows.append({"slice": name, "value": value, **table_row(counts)})
+                rows.append({"slice": name, "value": str(value), **table_row(counts)})
         return rows
 
 

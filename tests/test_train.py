@@ -4,6 +4,9 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -313,3 +316,48 @@ def test_log_lines_are_json(tmp_path):
     _, out = run(tmp_path, max_steps=5)
     rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
     assert {r["kind"] for r in rows} == {"train", "eval"}
+
+
+# ---- start-up, and from Python -------------------------------------------------------------------
+
+SLOW_IMPORTS = {
+    *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
+    *("torch.distributed.tensor", "matplotlib", "pyarrow", "sympy"),
+}
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_help_does_not_import_what_it_does_not_use(name):
+    code = f"""
+import sys
+import {name} as script
+try:
+    script.main(["--help"])
+except SystemExit:
+    pass
+print(*sys.modules, file=sys.stderr)
+"""
+    root = os.path.dirname(train.__file__)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert "--eval_batch_size" in done.stdout and "torch" in done.stderr.split()
+    assert not SLOW_IMPORTS.intersection(done.stderr.split())
+
+
+def test_a_run_from_python(tmp_path):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    trained = train.train_run(flags(tmp_path, "run", target_slice="num_kv_pairs=4"))
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [row["step"] for row in trained.log("eval")] == [20, 40, 60]
+    assert {row["kind"] for row in trained.log()} == {"train", "eval"}
+    metrics = trained.metrics()
+    assert [(row["slice"], row["value"]) for row in metrics[:2]] == [("all", ""), ("num_kv_pairs", "4")]
+    assert metrics[0]["accuracy"] == metrics[1]["accuracy"] == trained.result["test"]["accuracy"]
+    tokens, targets, _ = trained.data.batch("test", 0, range(3))
+    logits, _ = trained.model(tokens)
+    assert not trained.model.training and logits.shape == (3, 16, 32)
+    again = train.train_run([f"--resume={trained.folder}"])
+    assert again.has_ended and torch.equal(again.model(tokens)[0], logits)
+    assert again.metrics() == metrics
+    _, _, model, _ = train.load_run(trained.folder)
+    assert torch.equal(model(tokens)[0], logits)
