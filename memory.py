@@ -28,7 +28,7 @@ import model as M
 from model import GPT, NORMS, GPTBlock, gather_positions
 from nanorecall.checkpoint import atomic_write
 from nanorecall.metrics import print_table
-from nanorecall.pretrained import ours, read_weights
+from nanorecall.pretrained import our_name, read_weights
 from nanorecall.build import build_model, build_model_config, resolve_model
 from nanorecall.second_order import transformed
 from nanorecall.settings import at_least, one_of, require, run_cli, say, split_argv, within
@@ -448,7 +448,7 @@ def params(words):
 def compare_weights(words):
     """Names, shapes and sizes of the weights in one run or file; of two, where they differ."""
     require(1 <= len(words) <= 2, "name one or two runs or files: python memory.py inspect A [B]", None)
-    found = [{ours(n): t for n, t in read_weights(path)[0].items()} for path in words]
+    found = [{our_name(n): t for n, t in read_weights(path)[0].items()} for path in words]
     rows = []
     for name in dict.fromkeys(n for weights in found for n in weights):
         tensors = [weights.get(name) for weights in found]

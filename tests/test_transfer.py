@@ -43,7 +43,7 @@ def named(model):
     ],
 )
 def test_what_a_pattern_means(pattern, expected):
-    found = pretrained.matching(pattern, NAMES) or pretrained.matching(pretrained.ours(pattern), NAMES)
+    found = pretrained.matching(pattern, NAMES) or pretrained.matching(pretrained.our_name(pattern), NAMES)
     assert found == [n for n in NAMES if expected in n] and found
 
 
@@ -113,7 +113,7 @@ def test_what_is_frozen_stays_to_the_last_bit_through_decay_and_resume(tmp_path)
     ids=str,
 )
 def test_what_a_map_means(mapping, expected):
-    assert pretrained.pairs(mapping, ["embed", "layers.0.a.w", "layers.0.b", "layers.1.a.w"]) == expected
+    assert pretrained.resolve_map(mapping, ["embed", "layers.0.a.w", "layers.0.b", "layers.1.a.w"]) == expected
 
 
 @pytest.mark.parametrize(
