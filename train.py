@@ -199,11 +199,7 @@ def train(run, stop):
                 run.save("ckpt", optimizer)
                 return "preempted"
             accuracy = slice_accuracy(result, c.target_slice)
-            run.write_log(kind="eval", step=step, split="val", seconds=run.seconds(), **result)
-            where = f" of {c.target_slice}" if c.target_slice else ""
-            exact, loss = result["row_accuracy"], result["loss"]
-            found = f"val accuracy{where} {accuracy:.4f}, rows {exact:.4f}, loss {loss:.4f}"
-            run.print(f"step {step}: {found}")
+            run.log_eval(result, accuracy)
             # A run with broken weights must fail here, not be saved over the last good checkpoint.
             if not math.isfinite(result["loss"]) or not all_finite(model, run.world):
                 run.print(f"stopped: weights or loss are not finite after step {step}; {LOWER_LR}")
@@ -223,8 +219,8 @@ def train(run, stop):
 
         # Clip the gradient. A single NaN in it would reach all weights and both of AdamW's moments,
         # so such a step is skipped. The gradient is a sum over ranks, so all ranks skip it.
-        max_norm = c.clip_grad or math.inf
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_grad or math.inf)
+        norm = full_tensor(norm)  # of FSDP's shards
         is_finite = bool(torch.isfinite(norm))
         if is_finite:
             optimizer.step()
@@ -240,6 +236,7 @@ def train(run, stop):
                 run.write_log(kind="memory", step=state["step"], layers=usage)
 
         # Log. Reading the loss makes the CPU wait for the GPU, so not in every step.
+        run.bar.update()
         if state["step"] % c.log_interval == 0 or not is_finite:
             mean_loss = run.world.all_gather(loss.item()).sum().item()
             run.log_step(mean_loss, lr, grad_norm=norm.item(), skipped=not is_finite)
@@ -343,7 +340,7 @@ def learning_rate(c, step, steps_per_epoch, total_steps):
 
 
 def configure_optimizer(model, c):
-    """AdamW. Matrices decay; vectors (norm weights, biases) do not, for there it only hurts.
+    """AdamW. Matrices decay toward 0; vectors do not, since norm weights belong near 1.
 
     A model's lr_scales() may name parameters with a learning rate of their own: the values of a
     memory layer, each of which gets a gradient only when it is read. They do not decay either.
@@ -372,12 +369,16 @@ def configure_optimizer(model, c):
 def train_run(argv):
     """Train as the command line would, in one process -> the Run, with the tested weights.
 
+    With n_epochs=0 the Run has a new model and the data, and no directory.
+
         run = train_run(["configs/mqar_gpt.py", "--max_steps", "100"])
         pandas.DataFrame(run.log("train")), pandas.DataFrame(run.metrics()), run.model(tokens)
     """
     settings = parse(argv)
     create = Run.resume if settings.resume else Run.create
     run = create(settings, SINGLE_PROCESS)
+    if settings.train.n_epochs == 0:
+        return run
     with run.running() as stop:
         if run.has_ended:
             run.load_best()

@@ -118,7 +118,6 @@ class Run:
         """Build data and model. Every rank does the same, and the ranks agree on each error."""
         c = settings.train
         self.settings, self.world, self.folder = settings, world, settings.resume
-        self.has_checkpoint = has_checkpoint
         if c.threads:
             torch.set_num_threads(c.threads)
         with world.agree():
@@ -396,6 +395,15 @@ class Run:
             say(text, flush=True)
         else:
             tqdm.write(printable(text))
+
+    def log_eval(self, result, accuracy):
+        """Log an evaluation on val: a row of log.jsonl, and a line. accuracy: of target_slice."""
+        step, name = self.state["step"], self.settings.train.target_slice
+        self.write_log(kind="eval", step=step, split="val", seconds=self.seconds(), **result)
+        where = f" of {name}" if name else ""
+        exact, loss = result["row_accuracy"], result["loss"]
+        found = f"val accuracy{where} {accuracy:.4f}, rows {exact:.4f}, loss {loss:.4f}"
+        self.print(f"step {step}: {found}")
 
     def log_step(self, loss, lr, **row):
         """Log the step that was just made: a row of log.jsonl, and a line or the progress bar."""
