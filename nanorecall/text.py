@@ -1,7 +1,7 @@
 """Text into tokens, the tokens to train on, and documents packed end to end.
 
 >>> ids = BYTES.encode("152435:145344 ")
->>> BYTES.decode(ids[label_mask(ids[None], "digits")[0] != IGNORE])
+>>> BYTES.decode(ids[label_mask(ids[None], "digits")[0] != IGNORE_INDEX])
 '145344'
 
 A document is BOS, its text, and EOS where the text has no end of its own. Labels are unshifted (labels[i] is tokens[i] or

@@ -220,7 +220,7 @@ def test_the_chosen_form_gets_every_argument(monkeypatch):
     arguments = inputs(documents=True, gated=True)
     assert_all_close(D.delta_rule(*arguments), D.delta_rule_recurrent(*arguments), 1e-10)
     calls = []
-    for name in ("delta_loop", "delta_chunked", "delta_fla"):
+    for name in ("delta_rule_recurrent", "delta_rule_chunkwise", "delta_rule_fla"):
         monkeypatch.setattr(D, name, lambda *a, name=name: calls.append((name, *map(id, a[:7]), *a[7:])))
     one = [x[:, :, :1] for x in arguments[:5]] + [arguments[5][:1], torch.tensor([0, 1])]
     D.delta_rule(*arguments, chunk_size=5)
@@ -228,7 +228,7 @@ def test_the_chosen_form_gets_every_argument(monkeypatch):
     monkeypatch.setattr(D, "why_no_fla", lambda *a: None)
     D.delta_rule(*arguments, chunk_size=5)
     ids = list(map(id, arguments))
-    assert calls == [("delta_chunked", *ids, 5), ("delta_loop", *map(id, one)), ("delta_fla", *ids)]
+    assert calls == [("delta_rule_chunkwise", *ids, 5), ("delta_rule_recurrent", *map(id, one)), ("delta_rule_fla", *ids)]
 
 
 def test_autocast_changes_nothing_inside():

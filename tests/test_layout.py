@@ -1,0 +1,65 @@
+"""Three rules of imports: supporting code knows no script, a model file only models, and no cycle."""
+
+import ast
+import os
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FOLDERS = ("nanorecall", "analysis", "myriadlama")
+MODELS = ("model", "delta", "memory")
+SUPPORT = ("nanorecall.ops", "nanorecall.second_order", "nanorecall.settings")
+
+
+def modules():
+    """{dotted name: path} of every file of the project but tests and configs."""
+    found = {}
+    for folder in ("", *FOLDERS):
+        for file in os.listdir(os.path.join(ROOT, folder)):
+            stem, dot_py = os.path.splitext(file)
+            if dot_py == ".py" and stem != "__init__":
+                name = f"{folder}.{stem}" if folder else stem
+                found[name] = os.path.join(ROOT, folder, file)
+    return found
+
+
+def imports(name, at_import_only=True):
+    """Our modules that a module imports: when it is imported itself, or anywhere in its text."""
+    with open(modules()[name], encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    found = set()
+    for node in tree.body if at_import_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & modules().keys()
+
+
+@pytest.mark.parametrize("name", sorted(n for n in modules() if n.startswith("nanorecall.")))
+def test_supporting_code_imports_supporting_code(name):
+    assert all(other.startswith("nanorecall.") for other in imports(name, at_import_only=False))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_file_imports_models_and_what_they_are_made_of(name):
+    """A command of a model file may import more inside its main."""
+    assert imports(name) <= {*MODELS, *SUPPORT}
+
+
+def test_no_import_leads_back():
+    """Each module can be put after all that it imports."""
+    left = {name: imports(name) for name in modules()}
+    while left:
+        free = {name for name, needed in left.items() if not needed & left.keys()}
+        assert free, f"a cycle among {sorted(left)}"
+        left = {name: needed for name, needed in left.items() if name not in free}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folders_readme_has_a_line_for_each_file(folder):
+    with open(os.path.join(ROOT, folder, "README.md"), encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    named = sorted(line.split("`")[1] for line in lines if line.startswith("| `"))
+    files = [f for f in os.listdir(os.path.join(ROOT, folder)) if f.endswith(".py")]
+    assert named == sorted(f for f in files if f != "__init__.py")
