@@ -269,6 +269,7 @@ def write_json(path, value):
 
 # ---- reading what this project wrote -------------------------------------------------------------
 
+
 def is_inside(name):
     """Is this, from a file, the name of a place in that file's folder?"""
     if not isinstance(name, str) or not name.isprintable() or len(name) >= 256:

@@ -609,7 +609,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(on_ranks, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # files end there, as on a full disk
         try:
             return train.main([f"--resume={out}", "--max_steps=40"])
-        except RunError as e:  # while the error is at hand the wrapped model is gone: see parallel.leave
+        except RunError as e:  # while the error is at hand the DDP model is gone: distributed.shutdown
             assert e.__traceback__ and not any(isinstance(o, DistributedDataParallel) for o in gc.get_objects())
             raise
 
