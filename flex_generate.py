@@ -42,9 +42,9 @@ from tqdm import tqdm
 from myriadlama import fusion, loading, prompts, results
 from myriadlama.batch import Batch
 from myriadlama.questions import choose_facts, make_batches
+from nanorecall.build import enough_memory
 from nanorecall.checkpoint import make_directory, only_writer
 from nanorecall.distributed import autodetect_device, process_group
-from nanorecall.run import enough_memory
 from nanorecall.settings import (
     at_least,
     build_config,

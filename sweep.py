@@ -38,7 +38,7 @@ from nanorecall.settings import (
     say,
     split_argv,
 )
-from train import read_command_line
+from train import parse
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -434,8 +434,8 @@ def changed_settings(folder, words):
     saved = read_record(
         os.path.join(folder, "config.json"), {"train": "dict", "data": "dict", "model": "dict"}
     )
-    p, _ = read_command_line(words)
-    parts = {"train": p.train, "data": p.data, "model": build_config(p.model_module.Config, p.settings)}
+    p = parse(words)
+    parts = {"train": p.train, "data": p.data, "model": build_config(p.model_module.Config, p.assignments)}
     wanted = {part: json.loads(json.dumps(asdict(config))) for part, config in parts.items()}
     names = [(part, k) for part, config in parts.items() for k in field_names(type(config))]
     names = [(part, k) for part, k in names if k not in ("log_dir", "resume")]

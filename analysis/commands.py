@@ -13,9 +13,9 @@ import time
 from collections import namedtuple
 
 from analysis.trained_run import ending, open_run
+from nanorecall.build import enough_memory
 from nanorecall.checkpoint import atomic_write
 from nanorecall.distributed import process_group
-from nanorecall.run import enough_memory
 from nanorecall.settings import (
     ConfigError,
     build_config,
@@ -70,7 +70,8 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
         return
     require(len(words) == 1, f"name one run directory, as in: {name} runs/RUN", None)
     with process_group(config.device) as world, enough_memory(lambda: ADVICE):
-        look = world.together(lambda: open_run(words[0], config, world))
+        with world.agree():
+            look = open_run(words[0], config, world)
         look.prefix, look.uses = prefix, {n: c.uses for n, c in commands.items()}
         why_not = command.why_not(look)
         require(not why_not, f"{look.folder}: {why_not}", None)

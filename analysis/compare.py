@@ -22,6 +22,7 @@ from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.run import load_settings, saved_model_config
 from nanorecall.settings import ConfigError, printable, require, say
 from nanorecall.stats import format_ci
+from train import TrainConfig
 
 COLUMNS = ("run", "model", "params", "state", "seed", "steps", "seconds")
 
@@ -120,7 +121,7 @@ def read_result(folder):
     kinds = {"parameters": {"layers": "count"}, "train": "dict", "model": "dict", "data": "dict"}
     saved = read_record(path, kinds)
     status, test = read_test(folder)
-    p = load_settings(folder)
+    p = load_settings(folder, TrainConfig)
     config = saved_model_config(folder, p)
     n_params = saved["parameters"]["layers"]
     # A forked model file may lack inference_state_bytes, dim or n_layers.

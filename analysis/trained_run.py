@@ -24,8 +24,8 @@ from nanorecall.checkpoint import atomic_write, dataset_sha256, write_json
 from nanorecall.distributed import SINGLE_PROCESS, autodetect_device
 from nanorecall.metrics import autocast, iter_predictions
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.run import load_run
 from nanorecall.settings import ConfigError, at_least, one_of, require, say
+from train import load_run
 
 
 @dataclass

@@ -9,12 +9,12 @@ import os
 
 import torch
 
+from nanorecall.build import build_model, build_model_config, resolve_model
 from nanorecall.checkpoint import atomic_write
 from nanorecall.metrics import print_table
-from nanorecall.pretrained import ours, read_weights
-from nanorecall.run import build_model, build_model_config, load_run, resolve_model
+from nanorecall.pretrained import our_name, read_weights
 from nanorecall.settings import require, say, split_argv
-from train import read_command_line
+from train import load_run, parse
 
 
 def main(argv, usage):
@@ -29,7 +29,7 @@ def main(argv, usage):
         return 0
     paths, settings = split_argv(rest)
     allowed = ("to",) if command == "convert" else ()
-    unknown = [s.origin for s in settings if s.key not in allowed]
+    unknown = [s.source for s in settings if s.key not in allowed]
     require(not unknown, f"{command} takes no {' '.join(unknown)}", None)
     if command == "inspect":
         compare_weights(paths)
@@ -43,7 +43,7 @@ def main(argv, usage):
 
 def print_parameters(argv):
     """Print parameters by module: total, active per token, and FLOP and bytes of the active."""
-    p, _ = read_command_line(argv)
+    p = parse(argv)
     model = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
     modules = {}
     for name, *numbers in count_active(model):
@@ -89,7 +89,7 @@ def compare_weights(paths):
     require(1 <= len(paths) <= 2, message, None)
     weights = []
     for path in paths:
-        weights.append({ours(name): t for name, t in read_weights(path)[0].items()})
+        weights.append({our_name(name): t for name, t in read_weights(path)[0].items()})
     rows = []
     for name in dict.fromkeys(name for of_one in weights for name in of_one):
         tensors = [of_one.get(name) for of_one in weights]

@@ -1,14 +1,19 @@
 """The run directory: files that a crash, a full disk or a second process cannot spoil.
 
-    python train.py --resume runs/RUN --export file      # rewrite the checkpoints of a run as one file each
-    python train.py --resume runs/RUN --export shards    # or with their tensors in shards; every script reads either
+    python train.py --resume runs/RUN --export file      # rewrite the checkpoints as one file each
+    python train.py --resume runs/RUN --export shards    # or as shards; every script reads either
 
-<log_dir>/<run>/ holds config.json, log.jsonl, status.json and the checkpoints ckpt.pt (latest), ckpt_prev.pt (the one
-before) and best.pt. A checkpoint is a dict of numbers and text and, under "tensors", a flat dict of tensors, named
-"model.<parameter>" and "optimizer.<parameter>.exp_avg"; the names are those of the bare model, whatever wrapped it. It is
-what torch.save writes, with the SHA-256 of everything before it as the comment of the zip: torch.load reads it, and no
-changed byte goes unnoticed. A model spread over ranks (FSDP) writes its tensors with torch.distributed.checkpoint into
-shards/<name>-<step>/, and the small file names them with their checksums; one rename makes both count.
+<log_dir>/<run>/ holds config.json, log.jsonl, status.json and the checkpoints ckpt.pt (latest),
+ckpt_prev.pt (the one before) and best.pt.
+
+A checkpoint is a dict of numbers and text and, under "tensors", a flat dict of tensors, named
+"model.<parameter>" and "optimizer.<parameter>.exp_avg". The names are those of the bare model,
+whatever wraps it. The file is what torch.save writes, so torch.load reads it. The comment of its
+zip is the SHA-256 of everything before, so no changed byte goes unnoticed.
+
+A model sharded over ranks (FSDP) writes its tensors with torch.distributed.checkpoint into
+shards/<name>-<step>/. The small .pt file names them with their checksums. One rename makes both
+valid.
 """
 
 import contextlib
@@ -30,9 +35,6 @@ import warnings
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from nanorecall.settings import ConfigError, RunError, require, say
 
@@ -41,15 +43,17 @@ try:
 except ImportError:  # Windows: everything runs, without locks
     fcntl = None
 
-# ---- files that are whole or absent ------------------------------------------------------------------------------------
+# torch.distributed.checkpoint takes a second to import, so the functions that need it import it.
+
+# ---- atomic files --------------------------------------------------------------------------------
 
 
 def atomic_write(path, write, before=lambda: None):
-    """Call write(f) on a temporary file, bring it to disk, call before(), then give it its name.
+    """Write a file so that readers see all of it or nothing.
 
-    Readers see all or nothing. Two writers of one path do not disturb each other; the last one
-    counts.
-    RunFailed if that fails (disk full, read-only, ...); then path is as it was.
+    write(f) fills a temporary file; it is flushed and fsynced; before() is called; then it is
+    renamed to path. If two processes write one path, the last one wins. RunError if the system
+    refuses (disk full, read-only, ...); then path is as it was.
     """
     f = None
     try:
@@ -62,31 +66,32 @@ def atomic_write(path, write, before=lambda: None):
                 f.close()
             before()
             os.replace(f.name, path)
-        bring_names_to_disk(os.path.dirname(path) or ".")
+        fsync_directory(os.path.dirname(path) or ".")
     except BaseException as e:
         if f is not None:
             with contextlib.suppress(OSError):
                 remove(f.name)
-        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides it in a RuntimeError
+        # torch.save hides the OSError in a RuntimeError.
+        cause = e if isinstance(e, OSError) else e.__context__
         if isinstance(e, (OSError, RuntimeError)) and isinstance(cause, OSError):
             message = f"cannot write {path}: {cause.strerror}; what stood there before is whole"
             raise RunError(message) from None
         raise
 
 
-LETTERS = 16  # hexadecimal ones, at the end of a temporary name
+N_HEX_DIGITS = 16  # random ones, at the end of a temporary name
 
 
 def temporary_name(path):
-    """A new name beside `path`, and hidden: what stands there under a name of its own is whole."""
+    """A new hidden name beside `path`. A file under its final name is always complete."""
     folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name[:100]}.tmp-{secrets.token_hex(LETTERS // 2)}")
+    return os.path.join(folder, f".{name[:100]}.tmp-{secrets.token_hex(N_HEX_DIGITS // 2)}")
 
 
 def temporary_names(path):
     """The pattern of such names; `path` may end with a star."""
-    name = glob.escape(temporary_name(path)[:-LETTERS])
-    return name.replace("[*]", "*") + "[0-9a-f]" * LETTERS
+    name = glob.escape(temporary_name(path)[:-N_HEX_DIGITS])
+    return name.replace("[*]", "*") + "[0-9a-f]" * N_HEX_DIGITS
 
 
 def new_temporary(path):
@@ -118,10 +123,9 @@ def remove_stale(pattern):
 
 
 def take_lock(handle):
-    """True: this process has the lock of an open file now; False: another one has it; None: there
-    are no locks here.
+    """Lock an open file -> True; False if another process has the lock; None if there are no locks.
 
-    The system gives a lock back when its process ends, however it ends.
+    The system releases a lock when its process ends, however it ends.
     """
     if fcntl is None:
         return None
@@ -134,8 +138,8 @@ def take_lock(handle):
     return True
 
 
-def bring_names_to_disk(folder):
-    """A new name in a directory survives a power cut only once the directory is on disk, too."""
+def fsync_directory(folder):
+    """fsync a directory. Only then does a new name in it survive a power cut."""
     if fcntl is None:  # Windows opens no directories
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -144,8 +148,7 @@ def bring_names_to_disk(folder):
 
 
 def make_directory(path):
-    """Make a directory to write into, if there is none; ConfigError if something else is in its
-    place."""
+    """Make a directory if there is none. ConfigError if something else is in its place."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
@@ -156,13 +159,14 @@ def make_directory(path):
 def atomic_directory(path):
     """A temporary directory beside `path` to fill; it gets the name when the block ends.
 
-    A directory of that name is always complete. ConfigError in one sentence if there is one already
-    or the disk refuses. Nothing is left behind then, nor after a signal; what a killed process
-    left, the next one for this path deletes.
+    A directory of that name is therefore always complete. ConfigError if it exists already or the
+    disk refuses. Nothing is left behind then, nor after a signal. What a killed process has left,
+    the next call for this path deletes.
     """
     target = os.path.abspath(path)
     if os.path.exists(target):
-        raise ConfigError(f"{path} exists already; name another --output-dir or delete it first", "output_dir")
+        message = f"{path} exists already; name another --output-dir or delete it first"
+        raise ConfigError(message, "output_dir")
     with signals_end_the_block():
         work = handle = None
         try:
@@ -170,7 +174,7 @@ def atomic_directory(path):
             yield work
             os.rename(work, target)
         except (OSError, RunError) as e:
-            cause = e if isinstance(e, OSError) else e.__context__  # see write_file
+            cause = e if isinstance(e, OSError) else e.__context__  # see atomic_write
             why = cause.strerror or cause
             raise ConfigError(f"writing {path} failed ({why}); nothing was left behind") from None
         finally:
@@ -186,9 +190,9 @@ def open_partial(path):
     begin = target + ".partial-"
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        remove_stale(glob.escape(begin) + "[0-9a-f]" * LETTERS)
+        remove_stale(glob.escape(begin) + "[0-9a-f]" * N_HEX_DIGITS)
         while True:
-            work = begin + secrets.token_hex(LETTERS // 2)
+            work = begin + secrets.token_hex(N_HEX_DIGITS // 2)
             os.mkdir(work)
             if fcntl is None:
                 return work, None
@@ -229,13 +233,16 @@ def signals_end_the_block():
 
 
 def dataset_sha256(path):
-    """SHA-256 of a data set: of its metadata.json, which has the sums of its files, or else of the file or files there."""
+    """SHA-256 of a data set, a file or a directory.
+
+    Of a directory with metadata.json that file counts, for it holds the checksums of the others.
+    """
     if os.path.isfile(os.path.join(path, "metadata.json")):
         return sha256_file(os.path.join(path, "metadata.json"))
     if os.path.isfile(path):
         return sha256_file(path)
-    found = sorted(f for f in glob.glob(os.path.join(glob.escape(path), "**"), recursive=True) if os.path.isfile(f))
-    sums = [(os.path.relpath(f, path), sha256_file(f)) for f in found]
+    found = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
+    sums = [(os.path.relpath(f, path), sha256_file(f)) for f in sorted(found) if os.path.isfile(f)]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
@@ -248,7 +255,7 @@ def remove(path):
 
 
 def nan_to_null(value):
-    """The same with null for numbers that JSON does not know: the interval of one measurement, the loss of a run gone wrong."""
+    """The same with None for NaN and infinity, which JSON lacks (the loss of a failed run)."""
     if isinstance(value, dict):
         return {str(k): nan_to_null(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -260,7 +267,8 @@ def write_json(path, value):
     atomic_write(path, lambda f: f.write(json.dumps(nan_to_null(value), indent=1).encode() + b"\n"))
 
 
-# ---- what this project wrote, read back ----------------------------------------------------------
+# ---- reading what this project wrote -------------------------------------------------------------
+
 
 def is_inside(name):
     """Is this, from a file, the name of a place in that file's folder?"""
@@ -292,7 +300,7 @@ KINDS = {
 
 
 def parse_json(text):
-    """JSON as `write_json` and `Log` write it -> value; ValueError says what else it is.
+    """JSON as `write_json` and `JsonlLog` write it -> value; ValueError says what else it is.
 
     text: str or bytes. Refused beside what is no JSON: NaN and Infinity, deep nesting.
     """
@@ -433,14 +441,18 @@ def only_writer(folder, what):
 
 
 class JsonlLog:
-    """log.jsonl: one JSON object per line, {"kind": "train" | "eval" | "memory", "step": ..., ...}."""
+    """log.jsonl: a JSON object per line, {"kind": "train", "eval" or "memory", "step", ...}."""
 
     def __init__(self, folder, step):
-        """Open for appending. Rows logged after `step`, the checkpoint's, are dropped, so that no step is logged twice."""
+        """Open for appending. Rows after `step` (of the checkpoint) go: they will be made again."""
         self.path = os.path.join(folder, "log.jsonl")
         rows = read_log(folder) if os.path.exists(self.path) else []
-        kept = [r for r in rows if r["step"] < step or (r["step"] == step and r["kind"] != "eval")]
-        atomic_write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
+        lines = []
+        for row in rows:
+            # A resumed run begins with the evaluation of its first step.
+            if row["step"] < step or (row["step"] == step and row["kind"] != "eval"):
+                lines.append(json.dumps(row).encode() + b"\n")
+        atomic_write(self.path, lambda f: f.writelines(lines))
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **row):
@@ -448,7 +460,8 @@ class JsonlLog:
             self.file.write(json.dumps(nan_to_null(row)) + "\n")
             self.file.flush()
         except OSError as e:
-            raise RunError(f"cannot write {self.path}: {e.strerror}; the checkpoints are whole") from None
+            message = f"cannot write {self.path}: {e.strerror}; the checkpoints are whole"
+            raise RunError(message) from None
 
 
 MEASURED = {
@@ -482,28 +495,33 @@ def read_log(folder):
     return rows
 
 
-# What a checkpoint holds beside tensors: see train.train.
+# What a checkpoint holds beside tensors: see run.Run.state.
 STATE = {
     "step": "count",
     "bad_steps": "count",
-    **dict.fromkeys(("best", "best_of_all", "seconds"), "number"),
+    **dict.fromkeys(("best", "best_overall", "seconds"), "number"),
 }
 
-# ---- checkpoints in one file -------------------------------------------------------------------------------------------
+# ---- checkpoints in one file ---------------------------------------------------------------------
 
 
 def save_checkpoint(folder, name, state, keep_old=True):
-    """Write state (tensors, numbers, text) as <folder>/<name>.pt; an older ckpt.pt stays as ckpt_prev.pt if keep_old.
+    """Write state (tensors, numbers, text) as <folder>/<name>.pt.
 
-    Until the new file has its name, ckpt.pt is the old one: there is no moment without it.
+    keep_old: an older ckpt.pt stays as ckpt_prev.pt. At every moment there is a ckpt.pt, the old
+    one until the new one is complete.
     """
-    path, previous = (os.path.join(folder, n + ".pt") for n in (name, "ckpt_prev"))
+    path = os.path.join(folder, name + ".pt")
 
     def write(f):
         torch.save(state, f)
         append_sha256(f)
 
-    atomic_write(path, write, before=(lambda: keep_previous(path, previous)) if keep_old and name == "ckpt" else lambda: None)
+    def before():
+        if keep_old and name == "ckpt":
+            keep_previous(path, os.path.join(folder, "ckpt_prev.pt"))
+
+    atomic_write(path, write, before)
 
 
 def keep_previous(path, previous):
@@ -521,16 +539,17 @@ def keep_previous(path, previous):
 
 
 def append_sha256(f):
-    """Put the SHA-256 of a zip file (open for reading and writing, without a comment) into its comment."""
+    """Make the SHA-256 of a zip file its comment. f: open for reading and writing."""
     f.seek(-2, os.SEEK_END)
-    f.write((64).to_bytes(2, "little"))  # a zip ends with the length of its comment, then the comment
+    # A zip ends with the length of its comment (2 bytes), then the comment.
+    f.write((64).to_bytes(2, "little"))
     f.seek(0)
     digest = hashlib.file_digest(f, "sha256").hexdigest()
     f.write(digest.encode())
 
 
 def verify_sha256(path):
-    """Damaged unless the file is as `seal` left it."""
+    """Damaged unless the file is as append_sha256 left it."""
     if not os.path.isfile(path):
         os.stat(path)  # a disk that does not answer looks like no file, too
         raise Damaged("it is no file")
@@ -553,7 +572,7 @@ def first_valid_checkpoint(folder, *names, holds_lock=False):
 
     Damage means: a checksum differs. The user is told of it. Only the process that holds the lock
     of the run sets the damaged file aside under another name, so that it never replaces a whole
-    one; a reader changes nothing. RunFailed if the disk or memory refuses, which says nothing
+    one; a reader changes nothing. RunError if the disk or memory refuses, which says nothing
     about the file; ConfigError if nothing is whole, or if a whole file is no checkpoint of
     train.py.
     """
@@ -587,7 +606,7 @@ def check_whole(folder, name):
 def stamp(path):
     """What changes when a file is replaced; None if there is none.
 
-    RunFailed if the disk does not answer.
+    RunError if the disk does not answer.
     """
     with reading(path):
         try:
@@ -600,7 +619,7 @@ def stamp(path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Errors of the disk or of memory become RunFailed inside:
+    """Errors of the disk or of memory become RunError inside:
     they say nothing about what is in the file.
     """
     try:
@@ -630,7 +649,7 @@ def read_checkpoint(folder, name):
     """The contents of <folder>/<name>.pt, its checksum unchecked; tensors stay on disk until they
     are used.
 
-    ConfigError if they are not those of a checkpoint of train.py; RunFailed if the disk or memory
+    ConfigError if they are not those of a checkpoint of train.py; RunError if the disk or memory
     refuses.
     """
     path = os.path.join(folder, name + ".pt")
@@ -707,7 +726,7 @@ def plain_tensors(found, path):
 
 def load_checkpoint(folder, *names):
     """The first of the named checkpoints that is whole, with all tensors,
-    from whichever form it has. See find_checkpoint.
+    from whichever form it has. See first_valid_checkpoint.
     """
     while True:
         name = first_valid_checkpoint(folder, *names)
@@ -726,18 +745,28 @@ def load_checkpoint(folder, *names):
 
 def select_prefix(tensors, prefix):
     """{"model.a": x, "optimizer.b": y}, "model" -> {"a": x}."""
-    return {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
+    found = {}
+    for name, t in tensors.items():
+        if name.startswith(prefix + "."):
+            found[name.removeprefix(prefix + ".")] = t
+    return found
 
 
-# ---- checkpoints in shards ---------------------------------------------------------------------------------------------
+# ---- checkpoints in shards -----------------------------------------------------------------------
 
 
 def save_shards(folder, label, tensors, world):
-    """Every rank writes its part of the tensors (DTensors too) under <folder>/shards/<label>; -> what names them.
+    """Every rank writes its shards of the tensors (DTensors, too) into <folder>/shards/<label>.
 
-    It does not count until a checkpoint that holds the returned value is saved.
+    -> {"folder", "files": {name: SHA-256}}. They are valid once a checkpoint is saved that holds
+    this value.
     """
-    label = world.first_does(lambda: unused_name(folder, label))
+    import torch.distributed.checkpoint as dcp
+
+    with world.agree():
+        if world.is_main:
+            label = unused_name(folder, label)
+    label = world.broadcast(label)
     place = os.path.join(folder, "shards", label)
     try:
         with warnings.catch_warnings():
@@ -746,16 +775,26 @@ def save_shards(folder, label, tensors, world):
     except (OSError, dcp.CheckpointException) as e:  # on all ranks, once all have stopped writing
         if world.is_main:
             shutil.rmtree(place, ignore_errors=True)
-        raise RunError(f"cannot write {place} ({str(e).splitlines()[-1]}); the checkpoints before it are whole") from None
-    mine = [f for f in os.listdir(place) if f.startswith(f"__{world.rank}_") or (world.is_main and f == ".metadata")]
-    sums = world.all_gather_object({f: sha256_file(os.path.join(place, f)) for f in mine})
-    return {"folder": label, "files": {f: h for select_prefix in sums for f, h in select_prefix.items()}}
+        why = str(e).splitlines()[-1]
+        message = f"cannot write {place} ({why}); the checkpoints before it are whole"
+        raise RunError(message) from None
+    mine = {}
+    for file in os.listdir(place):
+        if file.startswith(f"__{world.rank}_") or (world.is_main and file == ".metadata"):
+            mine[file] = sha256_file(os.path.join(place, file))
+    files = {}
+    for sums in world.all_gather_object(mine):
+        files |= sums
+    return {"folder": label, "files": files}
 
 
 def unused_name(folder, label):
-    """label, with a number after it if it is taken: shards that are there may be in use, or half written."""
-    taken = set(os.listdir(os.path.join(folder, "shards"))) if os.path.isdir(os.path.join(folder, "shards")) else set()
-    return next(name for name in (label, *(f"{label}-{i}" for i in range(1, len(taken) + 2))) if name not in taken)
+    """label, or label-N if it exists: shards that are there may be in use, or half written."""
+    name, n = label, 0
+    while os.path.exists(os.path.join(folder, "shards", name)):
+        n += 1
+        name = f"{label}-{n}"
+    return name
 
 
 def shard_dir(folder, state):
@@ -781,18 +820,20 @@ def read_shards(place, into=None):
     """Fill the tensors of `into` {name: tensor or DTensor} from shards, of however many ranks;
     without it, all, whole.
 
-    ConfigError if they are not such shards; RunFailed if the disk or memory refuses.
+    ConfigError if they are not such shards; RunError if the disk or memory refuses.
     """
-    reader, alone = TensorReader(place), not dist.is_initialized()
+    import torch.distributed.checkpoint as dcp
+
+    alone = not dist.is_initialized()
     with reading(place):
         try:
-            reader.index = read_index(place)
+            index = read_index(place)
             if into is None:
-                about = reader.index.state_dict_metadata
+                about = index.state_dict_metadata
                 into = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in about.items()}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that there is one process
-                dcp.load(into, storage_reader=reader, planner=TensorPlanner(), no_dist=alone)
+                dcp.load(into, **tensor_reader(place, index), no_dist=alone)
         # The latter, errors of all ranks, is no Exception.
         except (Exception, dcp.CheckpointException) as e:
             cause = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
@@ -802,18 +843,22 @@ def read_shards(place, into=None):
     return into
 
 
-class TensorReader(dcp.FileSystemReader):
-    """torch's own, with an index that was checked: its own would run what it finds there."""
+def tensor_reader(place, index):
+    """Arguments of dcp.load that read tensors alone, by an index that was checked.
 
-    def read_metadata(self, *args, **kwargs):
-        return self.index
+    torch's own reader and planner would execute what they find in the index or in anything else.
+    """
+    import torch.distributed.checkpoint as dcp
 
+    class TensorReader(dcp.FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            return index
 
-class TensorPlanner(dcp.DefaultLoadPlanner):
-    """torch's own, for tensors alone: its own would run what it finds in anything else."""
+    class TensorPlanner(dcp.DefaultLoadPlanner):
+        def load_bytes(self, read_item, value):
+            raise ConfigError("only tensors are read from shards")
 
-    def load_bytes(self, read_item, value):
-        raise ConfigError("only tensors are read from shards")
+    return {"storage_reader": TensorReader(place), "planner": TensorPlanner()}
 
 
 def read_index(place):
@@ -822,11 +867,13 @@ def read_index(place):
 
     What else a trainer keeps there is left out. ConfigError if it does not fit the files beside it.
     """
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
     path = os.path.join(place, ".metadata")
     with reading(path):
         try:
             with open(path, "rb") as f:
-                found = said(RestrictedUnpickler(f).load(), "Metadata")
+                found = fields_of(RestrictedUnpickler(f).load(), "Metadata")
             tensors = {}
             for name, about in found["state_dict_metadata"].items():
                 if type(about).__name__ == "TensorStorageMetadata":
@@ -844,11 +891,10 @@ def read_index(place):
             raise
         except Exception as e:  # a pickle of anything
             raise unreadable(place, e) from None
-    meta = dcp_metadata.StorageMeta()
-    return dcp_metadata.Metadata(tensors, storage_data=storage, storage_meta=meta)
+    return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta())
 
 
-def said(thing, kind):
+def fields_of(thing, kind):
     """{field: value} of one of torch's objects in the index; ValueError if it is another kind."""
     if type(thing).__name__ != kind or not isinstance(thing.state, dict):
         raise ValueError(f"no {kind} in its place")
@@ -859,33 +905,38 @@ def describe_tensor(thing):
     """TensorStorageMetadata of the index -> torch's own;
     ValueError unless its chunks fill the tensor.
     """
-    about = said(thing, "TensorStorageMetadata")
+    from torch.distributed.checkpoint import metadata
+
+    about = fields_of(thing, "TensorStorageMetadata")
     size, dtype = about["size"], about["properties"].state[0]
     if type(size) is not torch.Size or dtype not in DTYPES:
         raise ValueError("a tensor without shape or type")
     chunks = []
     for chunk in about["chunks"]:
-        place = said(chunk, "ChunkStorageMetadata")
+        place = fields_of(chunk, "ChunkStorageMetadata")
         begin, extent = torch.Size(place["offsets"]), torch.Size(place["sizes"])
         edges = zip(begin, extent, size)
         fits = len(begin) == len(extent) == len(size)
         if not fits or any(a < 0 or n < 0 or a + n > whole for a, n, whole in edges):
             raise ValueError("a part outside its tensor")
-        chunks.append(dcp_metadata.ChunkStorageMetadata(begin, extent))
+        chunks.append(metadata.ChunkStorageMetadata(begin, extent))
     if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
         raise ValueError("a tensor that its parts do not fill")
-    return dcp_metadata.TensorStorageMetadata(dcp_metadata.TensorProperties(dtype), size, chunks)
+    return metadata.TensorStorageMetadata(metadata.TensorProperties(dtype), size, chunks)
 
 
 def find_chunk(index, info):
     """An entry of the index, which part of a tensor is where -> the same in torch's own classes."""
-    index, info = said(index, "MetadataIndex"), said(info, "_StorageInfo")
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    index, info = fields_of(index, "MetadataIndex"), fields_of(info, "_StorageInfo")
     numbers = info["offset"], info["length"]
     if type(index["fqn"]) is not str or any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a part without a place")
     if info.get("transform_descriptors"):
         raise ValueError("its files are compressed")
-    key = dcp_metadata.MetadataIndex(index["fqn"], index.get("offset"))
+    key = MetadataIndex(index["fqn"], index.get("offset"))
     return key, _StorageInfo(info["relative_path"], *numbers)
 
 
@@ -897,10 +948,8 @@ def size_of_file(path):
     return about.st_size
 
 
-class Described:
-    """Stands in for a class of torch in an index:
-    it keeps what the pickle says of an object, and does nothing.
-    """
+class Stub:
+    """Stands in for a class of torch in the index: it keeps an object's state and does nothing."""
 
     state = None
 
@@ -914,14 +963,15 @@ class Described:
 # Python's own unpickler, because a few bytes make the one in C fill all memory.
 class RestrictedUnpickler(pickle._Unpickler):
     """Reads the index, a pickle, and calls nothing in it:
-    an object of torch becomes a Described of the same name.
+    an object of torch becomes a Stub of the same name.
     """
 
     VALUES = {"Size", *(str(kind).removeprefix("torch.") for kind in DTYPES)}
     KINDS = {
         "torch.distributed.checkpoint.metadata": {
-            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
-            *("TensorProperties", "_MEM_FORMAT_ENCODING", "BytesStorageMetadata"),
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
+            *("ChunkStorageMetadata", "TensorProperties", "BytesStorageMetadata"),
+            "_MEM_FORMAT_ENCODING",
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch.serialization": {"_get_layout"},
@@ -932,8 +982,9 @@ class RestrictedUnpickler(pickle._Unpickler):
         if module == "torch" and name in self.VALUES:
             return getattr(torch, name)
         if name not in self.KINDS.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
-        return type(name, (Described,), {})
+            message = f"{module}.{name} has no place in the index of a checkpoint"
+            raise pickle.UnpicklingError(message)
+        return type(name, (Stub,), {})
 
 
 def verify_shards(folder, state):
@@ -951,7 +1002,7 @@ def verify_shards(folder, state):
 
 
 def remove_old_shards(folder):
-    """Delete shards that no checkpoint names; none, while a checkpoint is there that cannot be read."""
+    """Delete shards that no checkpoint names. While a checkpoint cannot be read, delete none."""
     place, used = os.path.join(folder, "shards"), set()
     if not os.path.isdir(place):
         return
@@ -962,7 +1013,7 @@ def remove_old_shards(folder):
             state = read_checkpoint(folder, name)
             if "shards" in state:
                 used.add(state["shards"]["folder"])
-        except Exception:  # a disk that does not answer says nothing about what the checkpoint needs
+        except Exception:  # it may need any of them
             return
     for label in os.listdir(place):
         ours = re.fullmatch(r"(ckpt|ckpt_prev|best)-\d+(-\d+)?", label)

@@ -1,13 +1,14 @@
-"""Weights from one model into another, and weights held still.
+"""Weights of another model, and weights that are not trained.
 
-    python train.py configs/qa_2k_memory.py --freeze "*.att"                      # attention keeps its first weights
-    python train.py configs/qa_10k_memory.py --init_from runs/RUN                 # all weights of another run's
-    python train.py ... --init_from runs/RUN --init_map '{"0-5": "0-5", "6": "10"}'                   # blocks by number
-    python train.py ... --init_from runs/RUN --init_map '{"layers.0.ffn.*": "layers.1.ffn.*"}'        # by name or pattern
+    python train.py configs/qa_2k_memory.py --freeze "*.att"        # do not train attention
+    python train.py configs/qa_10k_memory.py --init_from runs/RUN   # all weights of another run
+    python train.py ... --init_from runs/RUN --init_map '{"0-5": "0-5", "6": "10"}'  # blocks
+    python train.py ... --init_from runs/RUN --init_map '{"layers.0.ffn.*": "layers.1.ffn.*"}'
 
-Both take the forms of LLMonade's experiments and pipeline: names with or without "model." before them, its names of parts
-(attn, mlp, k_proj), the JSON dict {pattern: "freeze"}, and {"layer_mappings": ..., "component_mappings": ...}.
-A pattern that matches nothing is an error, not silence. The order is: build, load, freeze, wrap, make the optimizer.
+Both take the forms of LLMonade's experiments and pipeline: names with or without "model." before
+them, its names of modules (attn, mlp, k_proj), the JSON dict {pattern: "freeze"}, and
+{"layer_mappings": ..., "component_mappings": ...}. A pattern that matches nothing is an error. The
+order is: build, load, freeze, wrap, make the optimizer.
 """
 
 import difflib
@@ -19,10 +20,17 @@ import zipfile
 
 import torch
 
-from nanorecall.checkpoint import load_checkpoint, plain_tensors, read_shards, reading, select_prefix, unreadable
+from nanorecall.checkpoint import (
+    load_checkpoint,
+    plain_tensors,
+    read_shards,
+    reading,
+    select_prefix,
+    unreadable,
+)
 from nanorecall.settings import ConfigError, require
 
-PARTS = {  # LLMonade's names of parts: ours
+OUR_MODULES = {  # LLMonade's names of modules: ours
     "attn": "att",
     "mlp": "ffn",
     "q_proj": "proj_q",
@@ -33,18 +41,25 @@ PARTS = {  # LLMonade's names of parts: ours
     "memory_unlocking": "memory",
 }
 
-# ---- patterns ----------------------------------------------------------------------------------------------------------
+# ---- patterns ------------------------------------------------------------------------------------
 
 
-def ours(name):
-    """A name or pattern in this project's words: without "model.", and with our names of parts."""
-    return ".".join(PARTS.get(word, word) for word in name.removeprefix("model.").split("."))
+def our_name(name):
+    """A name or pattern as this project writes it: without "model.", with our names of modules."""
+    return ".".join(OUR_MODULES.get(word, word) for word in name.removeprefix("model.").split("."))
 
 
 def matching(pattern, names):
-    """The names that a pattern means: that very one, all under it ("layers.0", "layers.0."), or by stars ("*.memory.keys")."""
+    """The names that a pattern means.
+
+    That is the name itself, all under it ("layers.0", "layers.0."), or by stars ("*.memory.keys").
+    """
     p = pattern.rstrip(".")
-    return [n for n in names if n == p or any(fnmatch.fnmatchcase(n, end) for end in (p, p + ".*"))]
+    found = []
+    for n in names:
+        if n == p or fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(n, p + ".*"):
+            found.append(n)
+    return found
 
 
 def nearest(pattern, names):
@@ -53,41 +68,48 @@ def nearest(pattern, names):
     return ", ".join(found or list(names)[:3])
 
 
-# ---- freezing ----------------------------------------------------------------------------------------------------------
+# ---- freezing ------------------------------------------------------------------------------------
 
 
 def freeze(model, patterns):
-    """Hold still what patterns name -> one line about it. They are text (with commas), a list, or {pattern: "freeze"}.
+    """Freeze the parameters that patterns name -> one line about it.
 
-    ConfigError for a pattern that matches no parameter, and if nothing is left to train.
+    patterns: text (with commas), a list, or {pattern: "freeze"}. ConfigError for a pattern that
+    matches no parameter, and if nothing is left to train.
     """
     if isinstance(patterns, dict):
         wrong = [f"{k!r}: {v!r}" for k, v in patterns.items() if v != "freeze"]
-        require(not wrong, f'freeze takes {{pattern: "freeze"}}, not {{{", ".join(wrong)}}}', "freeze")
-    patterns = [p.strip() for p in patterns.split(",")] if isinstance(patterns, str) else list(patterns)
+        message = f'freeze takes {{pattern: "freeze"}}, not {{{", ".join(wrong)}}}'
+        require(not wrong, message, "freeze")
+    if isinstance(patterns, str):
+        patterns = [p.strip() for p in patterns.split(",")]
     named = dict(model.named_parameters(remove_duplicate=False))
     frozen = set()
     for pattern in patterns:
-        require(isinstance(pattern, str) and pattern, f"freeze needs names or patterns, not {pattern!r}", "freeze")
-        found = matching(pattern, named) or matching(ours(pattern), named)
-        message = f"freeze: {pattern!r} matches no parameter; near it: {nearest(ours(pattern), named)}"
+        message = f"freeze needs names or patterns, not {pattern!r}"
+        require(isinstance(pattern, str) and pattern, message, "freeze")
+        found = matching(pattern, named) or matching(our_name(pattern), named)
+        near = nearest(our_name(pattern), named)
+        message = f"freeze: {pattern!r} matches no parameter; near it: {near}"
         require(found, message, "freeze")
         frozen |= {named[n] for n in found}
     every = list(model.parameters())
     require(len(frozen) < len(every), "freeze leaves nothing to train", "freeze")
     for q in frozen:
         q.requires_grad_(False)
-    size, whole = (sum(q.numel() for q in some) for some in (frozen, every))
-    return f"frozen: {len(frozen)} of {len(every)} tensors, {size} of {whole} parameters ({size / whole:.1%})"
+    size, total = sum(q.numel() for q in frozen), sum(q.numel() for q in every)
+    parameters = f"{size} of {total} parameters ({size / total:.1%})"
+    return f"frozen: {len(frozen)} of {len(every)} tensors, {parameters}"
 
 
-# ---- loading parts of another model ------------------------------------------------------------------------------------
+# ---- loading parts of another model --------------------------------------------------------------
 
 
 def read_weights(path, step=-1):
-    """{name: tensor} of a run directory, a checkpoint file, or a folder of torch.distributed.checkpoint; and where it is from.
+    """Weights on disk -> {name: tensor}, and where they are from, as text.
 
-    step: -1 for the latest; else that of one of the run's checkpoints, or N of LLMonade's checkpoint/step-N.
+    path: a run directory, a checkpoint file, or a folder of torch.distributed.checkpoint. step: -1
+    for the latest, else that of a checkpoint of the run, or N of LLMonade's checkpoint/step-N.
     """
     require(os.path.exists(path), f"{path} does not exist", "init_from")
     if os.path.isfile(path):
@@ -100,13 +122,16 @@ def read_weights(path, step=-1):
     folders = {int(f.rsplit("-", 1)[1]): f for f in found if f.rsplit("-", 1)[1].isdigit()}
     if folders:
         chosen = max(folders) if step == -1 else step
-        message = f"init_step={step} is not in {path}; there is {', '.join(map(str, sorted(folders)))}"
+        there = ", ".join(map(str, sorted(folders)))
+        message = f"init_step={step} is not in {path}; there is {there}"
         require(chosen in folders, message, "init_step")
         path = folders[chosen]
-    message = f"{path} is no run directory, checkpoint file or folder of torch.distributed.checkpoint"
+    kinds = "run directory, checkpoint file or folder of torch.distributed.checkpoint"
+    message = f"{path} is no {kinds}"
     require(os.path.exists(os.path.join(path, ".metadata")), message, "init_from")
     tensors = read_shards(path)
-    return next(filter(None, (select_prefix(tensors, "model"), select_prefix(tensors, "state_dict"))), tensors), path
+    named = select_prefix(tensors, "model") or select_prefix(tensors, "state_dict")
+    return named or tensors, path
 
 
 def pick_checkpoint(folder, step):
@@ -122,14 +147,15 @@ def pick_checkpoint(folder, step):
         if state["step"] == step:
             return state
         there.append(str(state["step"]))
-    raise ConfigError(f"init_step={step} is not in {folder}; there is {', '.join(there) or 'no checkpoint'}", "init_step")
+    steps = ", ".join(there) or "no checkpoint"
+    raise ConfigError(f"init_step={step} is not in {folder}; there is {steps}", "init_step")
 
 
 def read_file(path):
     """{name: tensor} of a file that torch.save wrote: ours, or a state dict, in "model" or
     "state_dict" or bare.
 
-    ConfigError if it holds anything but plain tensors there; RunFailed if the disk or memory
+    ConfigError if it holds anything but plain tensors there; RunError if the disk or memory
     refuses.
     """
     with reading(path):
@@ -141,12 +167,15 @@ def read_file(path):
         except Exception as e:  # torch raises many kinds
             raise unreadable(path, e) from None
     in_shards = isinstance(state, dict) and "shards" in state
-    require(not in_shards, f"the tensors of {path} are in shards beside it; name the run directory instead", "init_from")
+    message = f"the tensors of {path} are in shards beside it; name the run directory instead"
+    require(not in_shards, message, "init_from")
     if isinstance(state, dict) and "tensors" in state:
         return select_prefix(plain_tensors(state["tensors"], path), "model")
     for key in ("model", "state_dict"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    named = state if isinstance(state, dict) else {}
+    tensors = {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
     require(tensors, f"{path} holds no named tensors", "init_from")
     return plain_tensors(tensors, path)
 
@@ -162,39 +191,48 @@ def refuse_compressed(path):
             raise ValueError(f"it expands to {held} bytes")
 
 
-def pairs(mapping, names):
-    """{target name: source name} that a map means for these source names; an empty one: each onto its own name.
+def resolve_map(mapping, names):
+    """{target name: source name} that a map means for these source names.
 
-    Entries, source to target: "0-5": "0-5" and "6": "10" (numbers of blocks), "layers.0.ffn": "layers.1.ffn" (a name, and all
-    under it), "*.memory.keys": "*.memory.keys" (each star on the right stands for what that on the left matched).
+    An empty map maps each name onto itself. Entries, source to target: "0-5": "0-5" and "6": "10"
+    (numbers of blocks), "layers.0.ffn": "layers.1.ffn" (a name, and all under it), "*.memory.keys":
+    "*.memory.keys" (a star on the right stands for what the one on the left matched).
     """
     if not mapping:
         return {n: n for n in names}
     nested = ("layer_mappings", "component_mappings")
     if set(mapping) & set(nested):
         unknown = set(mapping) - set(nested)
-        require(not unknown, f"init_map: {', '.join(unknown)} beside {' and '.join(nested)}", "init_map")
+        message = f"init_map: {', '.join(unknown)} beside {' and '.join(nested)}"
+        require(not unknown, message, "init_map")
         flat = [name for name in nested if not isinstance(mapping.get(name, {}), dict)]
-        require(not flat, f"init_map: {', '.join(flat)} must hold a dict of source: target", "init_map")
+        message = f"init_map: {', '.join(flat)} must hold a dict of source: target"
+        require(not flat, message, "init_map")
         mapping = {k: v for name in nested for k, v in mapping.get(name, {}).items()}
     found = {}
     for source, target in mapping.items():
-        message = f'init_map: {source!r}: {target!r} must both be text, such as "0-5" or "layers.0.ffn"'
+        such = 'such as "0-5" or "layers.0.ffn"'
+        message = f"init_map: {source!r}: {target!r} must both be text, {such}"
         require(isinstance(source, str) and isinstance(target, str), message, "init_map")
         blocks = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", x.strip()) for x in (source, target)]
         if all(blocks):
-            entry = by_number(source, target, *(range(int(b[1]), int(b[2] or b[1]) + 1) for b in blocks), names)
+            sources, targets = (range(int(b[1]), int(b[2] or b[1]) + 1) for b in blocks)
+            entry = map_blocks(source, target, sources, targets, names)
         else:
-            entry = by_name(source, target, names) or by_name(ours(source), ours(target), names)
-        near = nearest(ours(source), names)
-        require(entry, f"init_map: {source!r} matches nothing in the source; near it: {near}", "init_map")
+            entry = map_names(source, target, names)
+            if not entry:
+                entry = map_names(our_name(source), our_name(target), names)
+        near = nearest(our_name(source), names)
+        message = f"init_map: {source!r} matches nothing in the source; near it: {near}"
+        require(entry, message, "init_map")
         twice = set(entry) & set(found)
         require(not twice, f"init_map gives {min(twice, default='')} two sources", "init_map")
         found |= entry
     return found
 
 
-def by_number(source, target, sources, targets, names):
+def map_blocks(source, target, sources, targets, names):
+    """{target name: source name} of an entry such as "0-5": "0-5". sources, targets: ranges."""
     message = f"init_map: {source!r} is {len(sources)} blocks, {target!r} is {len(targets)}"
     require(len(sources) == len(targets), message, "init_map")
     entry = {}
@@ -205,10 +243,12 @@ def by_number(source, target, sources, targets, names):
     return entry
 
 
-def by_name(source, target, names):
+def map_names(source, target, names):
+    """{target name: source name} of an entry with names or patterns."""
     source, target = source.rstrip("."), target.rstrip(".")
     stars = source.count("*"), target.count("*")
-    require(stars[0] == stars[1], f"init_map: {source!r} has {stars[0]} stars and {target!r} {stars[1]}", "init_map")
+    message = f"init_map: {source!r} has {stars[0]} stars and {target!r} {stars[1]}"
+    require(stars[0] == stars[1], message, "init_map")
     pattern = re.compile("(.*)".join(map(re.escape, source.split("*"))) + r"((?:\..*)?)")
     entry = {}
     for n in names:
@@ -222,23 +262,28 @@ def by_name(source, target, names):
 
 @torch.no_grad()
 def load_parts(model, path, step=-1, mapping=None):
-    """Copy weights of another model into this one -> one line about it. ConfigError if a name or a shape does not fit.
+    """Copy weights of another model into this one -> one line about it.
 
-    The optimizer starts afresh. Every rank reads the source; DDP and FSDP then share the result out as usual.
+    ConfigError if a name or a shape does not fit. Every rank reads the source; DDP or FSDP wraps
+    the result as usual.
     """
     source, where = read_weights(path, step)
-    names = {ours(n): n for n in source}
-    lost = [n for n in source if names[ours(n)] != n]
-    require(not lost, f"{path} has two tensors for {', '.join(map(ours, lost[:1]))}", "init_from")
+    names = {our_name(n): n for n in source}
+    for n in source:
+        message = f"{path} has two tensors for {our_name(n)}"
+        require(names[our_name(n)] == n, message, "init_from")
     target = model.state_dict()
-    wanted = pairs(mapping, list(names))
+    wanted = resolve_map(mapping, list(names))
     for to, name in wanted.items():
-        message = f"init_map: the model has no {to}; near it: {nearest(to, target)}; name the parts to take with init_map"
+        near = f"near it: {nearest(to, target)}; name the parts to take with init_map"
+        message = f"init_map: the model has no {to}; {near}"
         require(to in target, message, "init_map")
         have, need = tuple(source[names[name]].shape), tuple(target[to].shape)
-        require(have == need, f"init_map: {name} is {have} in the source, {to} is {need} here", "init_map")
+        message = f"init_map: {name} is {have} in the source, {to} is {need} here"
+        require(have == need, message, "init_map")
     missing = [] if mapping else [n for n in target if n not in wanted]
-    message = f"init_from={path} has no {', '.join(missing[:3])}; name the parts to take with init_map"
+    first = ", ".join(missing[:3])
+    message = f"init_from={path} has no {first}; name the parts to take with init_map"
     require(not missing, message, "init_from")
     for to, name in wanted.items():
         target[to].copy_(source[names[name]])

@@ -1,502 +1,656 @@
-"""What is to be trained: settings become checked configs, the classes to build, and a run directory; and back again.
+"""What train.py calls: a run, its directory, its settings.
 
-    p, resume = train.read_command_line(["configs/mqar_gpt.py", "--lr", "1e-3"])   # settings -> Plan
-    p, data, model, state = load_run("runs/RUN")                                    # a trained run, ready to look at
+    settings = read_command_line(argv, TrainConfig, doc)     # -> Settings, see build.py
+    run = Run.create(settings, world)                        # or Run.resume
+    settings, data, model, checkpoint = load_run("runs/RUN", TrainConfig)   # a trained run
 
-A model is a short name, file or file.Class; a task is a file. Names of this repo's files mean these
-files; any other file is imported by its name, from here or from the working directory, so a fork
-needs no registry.
-config.json keeps the path and the SHA-256 of such a file and of the files beside it that it
-imports: looking at a run or resuming it
-executes those and no others.
+config.json in a run directory holds every setting and the checksum of every file that the run
+reads, so that resume, eval.py and ablate.py rebuild it from there alone.
 """
 
 import contextlib
 import dataclasses
 import glob
-import hashlib
-import importlib
-import importlib.machinery
-import importlib.util
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import types
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from nanorecall.build import (
+    build_data,
+    build_model,
+    build_model_config,
+    count_parameters,
+    enough_memory,
+    load_and_freeze,
+    resolve,
+    total_steps,
+    training_advice,
+)
 from nanorecall.checkpoint import (
+    STATE,
+    JsonlLog,
     check_kinds,
     dataset_sha256,
+    first_valid_checkpoint,
     load_checkpoint,
     lock_run_dir,
     nan_to_null,
     parse_json,
+    read_checkpoint,
+    read_log,
     read_record,
+    reading,
     remove,
     select_prefix,
     unlock,
+    write_json,
 )
-from nanorecall.distributed import CHECKPOINT_FORMATS, PARALLEL
+from nanorecall.distributed import (
+    autodetect_device,
+    convert_checkpoints,
+    describe_batch,
+    is_sharded,
+    load_training_state,
+    training_state,
+    wrap_model,
+    write_checkpoint,
+)
+from nanorecall.metrics import (
+    check_slice,
+    evaluate,
+    print_baselines,
+    print_slices,
+    slice_accuracy,
+    slice_metrics,
+)
+from nanorecall.plots import plot_curves
 from nanorecall.settings import (
     ConfigError,
-    Json,
     RunError,
     Setting,
-    at_least,
-    build_config,
     field_names,
-    line_of,
-    one_of,
-    reject_unknown,
-    reject_unused,
+    help_text,
+    printable,
+    read_argv,
     require,
     say,
-    within,
 )
+from nanorecall.source_files import REPO, is_main_rank
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repo
-# A model file needs Config and Model (see GUIDE.md, Your own model or data file). A model class may also have
-#   inactive_settings {setting: why it has no effect}        the settings of Config that are refused for this model
-#   label(config) -> str                           its part of a run's name
-#   describe_backend(config, device, dtype) -> str    which kernel runs and why, printed at the start
-#   inference_state_bytes(config) -> int or None      size of the cache of one sequence, printed at the start and compared
-#   lr_scales() -> {end of a name: factor}    parameters with a learning rate of their own (train.parameter_groups)
-#   on_step_end(report) -> {block: usage} or {}     called after each training step
-#   forward_cached(tokens, cache) -> logits, cache    decoding, for `eval.py --examples`
-#   correct_predictions(logits, targets)              what counts as correct, if not metrics.correct_predictions
-# A mixer of your own in a block of model.py needs forward(x) alone; with cache as a parameter the model can decode.
-MODELS = {  # short names; anything else is file or file.Class
-    "gpt": "model.GPT",
-    "unified_kv": "model.UnifiedKV",
-    "delta": "delta.DeltaNet",
-    "gated_delta": "delta.GatedDeltaNet",
-    "memory": "memory.MemoryGPT",
-    "memory_router": "memory.MemoryRouterGPT",
-}
-SCHEDULES = {  # share of lr at a step: f(config, epoch, progress in [0, 1])
-    "exponential": lambda c, epoch, progress: c.lr_gamma**epoch,
-    "cosine": lambda c, epoch, progress: c.lr_min + (1 - c.lr_min) * (1 + math.cos(math.pi * progress)) / 2,
-    "linear": lambda c, epoch, progress: c.lr_min + (1 - c.lr_min) * (1 - progress),
-    "constant": lambda c, epoch, progress: 1.0,
-}
+RESUMABLE = (  # settings that may change when a run is resumed
+    *("n_epochs", "max_steps", "stop_accuracy", "target", "log_interval", "eval_interval"),
+    *("save_every", "nan_limit", "accumulate", "parallel", "export", "device", "threads"),
+    "compile",
+)
+# Where things are does not change the weights. What is in them, check_data_unchanged compares.
+PATHS = (
+    *("log_dir", "run_name", "exp_group", "resume", "init_from", "path", "tokenizer"),
+    "synthetic_dataset",
+)
+LOWER_LR = "lower lr or raise warmup_steps"
+
+# ---- a run ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class TrainConfig:
-    model: str = "gpt"  # gpt, unified_kv, delta, gated_delta, memory, memory_router, or file or file.Class of your own
-    data: str = "data_mqar"  # file with the task
-    n_epochs: int = 10  # passes over the training set, as long as the data file says; 0 prints the model and stops
-    max_steps: int = 0  # stop after this many optimizer steps instead; 0: by epochs
-    batch_size: int = 32  # rows per optimizer step, over all ranks and micro-batches; more where a task has shorter rows
-    accumulate: int = 1  # micro-batches that each rank's share of the batch is split into, to save memory
-    parallel: str = "ddp"  # under torchrun: ddp (a copy of the model on every rank) or fsdp (a share of it)
-    lr: float = 1e-3  # highest learning rate of AdamW
-    schedule: str = "exponential"  # exponential (times lr_gamma an epoch), cosine (to lr_min), linear (to lr_min) or constant
-    lr_gamma: float = 0.95  # factor an epoch of the exponential schedule
-    lr_min: float = 0.0  # cosine, linear: share of lr at the last step
-    warmup_steps: int = 0  # raise the learning rate from 0 over this many steps
-    weight_decay: float = 0.0  # AdamW's, on matrices only
-    beta1: float = 0.9  # AdamW's decay of the mean gradient
-    beta2: float = 0.999  # AdamW's decay of the mean squared gradient
-    clip_grad: float = 1.0  # scale gradients down to this norm; 0: never
-    nan_limit: int = 5  # give up after this many steps in a row whose gradient is not finite (each is skipped)
-    eval_interval: int = 0  # steps between evaluations on the val split; 0: an epoch
-    save_every: int = 0  # steps between checkpoints, beside those at each evaluation; 0: only those
-    eval_batch_size: int = 100  # rows in a forward pass of an evaluation
-    log_interval: int = 20  # steps between rows of log.jsonl
-    mem_stats_every: int = 0  # memory models: steps between rows of log.jsonl with the use of the slots; 0: none
-    stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
-    target: float = 0.0  # exit with status 1 if test token accuracy ends below this
-    target_slice: str = ""  # a slice of the data, tag=value (seen=1), that target, stop_accuracy and best.pt go by; empty: all
-    init_from: str = ""  # begin with weights of this run, checkpoint file or folder of torch.distributed.checkpoint
-    init_step: int = -1  # which of its steps; -1: the latest
-    init_map: Json = ""  # JSON {source: target} of blocks ("0-5": "0-5"), names or patterns; empty: all weights
-    freeze: Json = ""  # names or patterns of parameters to hold still (*.att,embed), a JSON list or dict
-    synthetic_dataset: str = ""  # a second data set on disk, mixed into training within a window of steps
-    synthetic_start_step: int = 0  # the window's first step
-    synthetic_end_step: int = 0  # and the one after its last
-    synthetic_weight: float = 1.0  # share of the window's steps that take their rows from there
-    log_dir: str = "runs"  # where run directories go
-    exp_group: str = "0"  # label in the run's name
-    run_name: str = ""  # name of the run directory; empty: made from the settings and the time
-    resume: str = ""  # a run directory to continue; its config.json holds the settings
-    export: str = ""  # with resume: rewrite the run's checkpoints as one `file` each or as `shards`, and stop
-    seed: int = 0  # of the initial weights and of the data
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
-    compile: bool = False  # torch.compile the model: 10-60 s at the start, steps up to 1.1 times as fast on a CPU
-    threads: int = 0  # CPU threads; 0: torch's choice. Sums differ in the last bit between thread counts
+class Run:
+    """One training run: data and model, built from settings, and a directory to write into.
 
-    def check(self):
-        at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "eval_interval", "save_every", "clip_grad")
-        at_least(self, 0, "mem_stats_every")
-        within(self, 0, 1024, "threads")
-        at_least(self, 1, "accumulate", "nan_limit", "eval_batch_size", "log_interval")
-        within(self, 1, 2**24, "batch_size")
-        one_of(self, SCHEDULES, "schedule")
-        one_of(self, ("auto", "float32", "bfloat16"), "dtype")
-        one_of(self, PARALLEL, "parallel")
-        one_of(self, ("", *CHECKPOINT_FORMATS), "export")
-        within(self, 0, 1, "lr_gamma", "lr_min", "stop_accuracy", "target", "synthetic_weight")
-        at_least(self, 0, "synthetic_start_step", "synthetic_end_step")
-        window = f"synthetic_end_step={self.synthetic_end_step} must be above synthetic_start_step={self.synthetic_start_step}"
-        ends = self.synthetic_end_step > self.synthetic_start_step
-        require(ends or not self.synthetic_dataset, window, "synthetic_end_step")
-        within(self, 0, 0.99999, "beta1", "beta2")
-        within(self, 0, 2**62, "seed")
-        require(self.lr > 0, f"lr={self.lr} must be above 0", "lr")
-        for name in ("run_name", "exp_group"):
-            message = f"{name}={getattr(self, name)!r} becomes part of a directory name: letters, digits, . _ - only"
-            require(re.fullmatch(r"[\w.-]*", getattr(self, name)) and getattr(self, name) not in (".", ".."), message, name)
-        require(self.accumulate <= self.batch_size, "accumulate must not exceed batch_size", "accumulate")
+        run = Run.create(settings, world)      # or Run.resume(settings, world)
+        with run.running() as stop:
+            run.finish(train(run, stop), stop)
 
-    def unused(self):
-        reasons = {} if self.schedule == "exponential" else {"lr_gamma": f"schedule is {self.schedule}"}
-        if not self.init_from:
-            reasons |= dict.fromkeys(("init_step", "init_map"), "there is no init_from")
-        if not self.synthetic_dataset:
-            window = ("synthetic_start_step", "synthetic_end_step", "synthetic_weight")
-            reasons |= dict.fromkeys(window, "there is no synthetic_dataset")
-        if self.schedule not in ("cosine", "linear"):
-            reasons["lr_min"] = f"schedule is {self.schedule}"
-        return reasons
-
-
-# ---- settings -> model and data ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Settings:
-    """Everything that settings decide: checked configs, the classes to build, and who set what."""
-
-    train: TrainConfig
-    model_module: object
-    model_class: type
-    data_module: object
-    data: object  # the data file's Config
-    settings: list  # in the order in which they win
-    files: dict  # {path: SHA-256} of files that were executed and are not this repo's
-
-
-OURS = (
-    "model",
-    "delta",
-    "memory",
-    "data_mqar",
-    "data_synth",
-)  # files of this repo that a run may name
-
-
-@dataclass
-class Foreign:
-    """Files outside OURS that a plan executes. recorded: {path: SHA-256} of a run, and no other
-    file is executed; None: the user names the files now, and they are recorded in `files`."""
-
-    recorded: dict = None
-    files: dict = field(default_factory=dict)
-
-    def place_of(self, file):
-        """The end of a sentence: where the run had a file of this name, if it recorded one."""
-        there = [p for p in self.recorded or () if os.path.basename(p) == file]
-        advice = "put that file there, and call this from its directory"
-        return f"; the run used {there[0]}: {advice}" if there else ""
-
-    def admit(self, path, source, key):
-        """Take down a file whose source (bytes) is about to be executed; ConfigError if the run did
-        not record this very file."""
-        path, digest = os.path.realpath(path), hashlib.sha256(source).hexdigest()
-        if self.recorded is not None:
-            moved = self.place_of(os.path.basename(path))
-            message = f"{path} is not executed: the run did not record it{moved}"
-            require(path in self.recorded, message, key)
-            changed = f"{path} is not executed: it has changed since the run began; put back the file that it was"
-            require(self.recorded[path] == digest, changed, key)
-            if path not in self.files and os.environ.get("RANK", "0") == "0":
-                say(f"note: executing {path}, as the run recorded it", file=sys.stderr)
-        self.files[path] = digest
-
-
-class Admitted(importlib.machinery.SourceFileLoader):
-    """Executes the bytes that were admitted: no compiled copy in __pycache__, which may be of
-    another source."""
-
-    def __init__(self, name, path, foreign, key):
-        super().__init__(name, path)
-        self.foreign, self.key = foreign, key
-
-    def get_code(self, name):
-        source = self.get_data(self.path)
-        self.foreign.admit(self.path, source, self.key)
-        return self.source_to_code(source, self.path)
-
-    def spec(self, inside=None):
-        return importlib.util.spec_from_file_location(
-            self.name, self.path, loader=self, submodule_search_locations=inside
-        )
-
-
-class Beside:
-    """Finds modules in the folder of a foreign file. Python asks it last: its own modules, those
-    installed, and ours come first, and what is found here is admitted like the foreign file
-    itself."""
-
-    def __init__(self, folder, foreign, key):
-        self.folder, self.foreign, self.key = folder, foreign, key
-
-    def find_spec(self, name, path=None, target=None):
-        place = os.path.join(self.folder, *name.split("."))
-        for file, inside in ((os.path.join(place, "__init__.py"), []), (place + ".py", None)):
-            if os.path.isfile(file):
-                return Admitted(name, file, self.foreign, self.key).spec(inside)
-        return None
-
-
-def import_source_file(name, key, *needed, foreign=None):
-    """Import NAME.py: this repo's if it is one of OURS, else from the current directory or this
-    repo; it must define the names in `needed`. foreign: what may be executed beside OURS (see
-    Foreign)."""
-    require(re.fullmatch(r"[A-Za-z_]\w*", name), f"{key}={name!r} must be the name of a Python file, without .py", key)
-    places = [os.path.join(folder, name + ".py") for folder in (os.getcwd(), HERE)]
-    there = [path for path in places if os.path.isfile(path)]
-    foreign = foreign or Foreign()
-    lost = f"{key}={name!r}: there is no {name}.py here{foreign.place_of(name + '.py')}"
-    require(there, lost, key)
-    if name in OURS:
-        module = import_ours(name, key, there)
-    else:
-        module = import_foreign(name, there[0], key, foreign)
-    missing = [n for n in needed if not hasattr(module, n)]
-    require(
-        not missing, f"{name}.py has no {' and no '.join(missing)}, so it is no file for {key}", key
-    )
-    return module
-
-
-def import_ours(name, key, there):
-    """A file of this repo, whatever lies in the current directory under its name. there: the files
-    of that name."""
-    ours = os.path.join(HERE, name + ".py")
-    if not os.path.samefile(there[0], ours) and os.environ.get("RANK", "0") == "0":
-        say(
-            f"note: {name} is this project's own; {there[0]} is not used: give it another name",
-            file=sys.stderr,
-        )
-    module = importlib.import_module(name)
-    other = (
-        f"{key}={name}: Python takes {module.__file__} for this project's {name}.py; move it away"
-    )
-    require(os.path.samefile(module.__file__, ours), other, key)
-    return module
-
-
-def import_foreign(name, path, key, foreign):
-    """Execute a file that is not one of OURS, once it is admitted; so are those beside it that it
-    imports."""
-    found = module_place(name)
-    same = found in ("", path) or os.path.isfile(found) and os.path.samefile(found, path)
-    require(
-        same,
-        f"{path} cannot be taken: Python has a module {name}, too ({found}); give yours another name",
-        key,
-    )
-    if name in sys.modules:  # executed before in this process
-        for file in getattr(sys.modules[name], "__executed__", [path]):
-            with open(file, "rb") as f:
-                foreign.admit(file, f.read(), key)
-        return sys.modules[name]
-    spec = Admitted(name, path, foreign, key).spec()
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    before, finder = (
-        set(foreign.files),
-        Beside(os.path.dirname(os.path.realpath(path)), foreign, key),
-    )
-    sys.meta_path.append(finder)
-    try:
-        spec.loader.exec_module(module)
-    except ConfigError:
-        del sys.modules[name]
-        raise
-    except (Exception, SystemExit) as e:
-        del sys.modules[name]
-        line = line_of(e, path)
-        raise ConfigError(f"{path}:{line} does not run ({type(e).__name__}: {e})", key) from None
-    finally:
-        sys.meta_path.remove(finder)
-    module.__executed__ = [file for file in foreign.files if file not in before]
-    return module
-
-
-def module_place(name):
-    """Where Python has a module of this name: its file, "built in", or "" if it has none."""
-    if name in sys.modules:
-        return getattr(sys.modules[name], "__file__", None) or "built in"
-    spec = importlib.util.find_spec(name)
-    return "" if spec is None else spec.origin or "built in"
-
-
-def resolve_model(name, foreign=None):
-    """`gpt`, `file` or `file.Class` -> (module, class). foreign: Foreign."""
-    full = MODELS.get(name, name)
-    file, _, cls = full.partition(".")
-    folders = (os.getcwd(), HERE)
-    here = any(os.path.isfile(os.path.join(folder, file + ".py")) for folder in folders)
-    if file not in OURS and not here:
-        moved = foreign.place_of(file + ".py") if foreign else ""
-        raise ConfigError(
-            f"model={name!r} is neither one of {', '.join(MODELS)} nor a file here{moved}", "model"
-        )
-    cls = cls or "Model"
-    require(cls.isidentifier() and cls != "py", f"model={name!r} must be file or file.Class, without .py", "model")
-    module = import_source_file(file, "model", "Config", cls, foreign=foreign)
-    found = getattr(module, cls)
-    message = f"model={name!r}: Config of {file}.py must be a dataclass (@dataclass)"
-    require(dataclasses.is_dataclass(module.Config), message, "model")
-    is_module = isinstance(found, type) and issubclass(found, torch.nn.Module)
-    require(is_module, f"model={name!r} is no torch.nn.Module", "model")
-    # A part of one of our own models is no model; what a fork calls its own is its affair.
-    whole = file not in OURS or issubclass(found, importlib.import_module("model").GPT)
-    choice = f"choose from {', '.join(MODELS)}"
-    require(whole, f"model={name!r} is a part of a model, no language model; {choice}", "model")
-    return module, found
-
-
-def resolve(settings, recorded=None):
-    """Settings, in order -> Plan; ConfigError for whatever is wrong with them. recorded: see
-    Foreign."""
-    foreign = Foreign(recorded)
-    try:
-        first = build_config(TrainConfig, [s for s in settings if s.key in ("model", "data")])
-        model_module, model_class = resolve_model(first.model, foreign)
-        data_module = import_source_file(first.data, "data", "Config", "Data", foreign=foreign)
-    except ConfigError as e:
-        origin = {s.key: s.origin for s in settings}.get(e.key)
-        raise ConfigError(f"{origin}: {e}" if origin else str(e)) from None
-    reject_unknown(settings, TrainConfig, model_module.Config, data_module.Config)
-    train = build_config(TrainConfig, settings)
-    message = f"mem_stats_every={train.mem_stats_every} has no effect: {train.model} has no memory layers"
-    require(not train.mem_stats_every or hasattr(model_class, "on_step_end"), message, "mem_stats_every")
-    data = build_config(data_module.Config, settings)
-    return Settings(train, model_module, model_class, data_module, data, settings, foreign.files)
-
-
-def build_data(p):
-    """The task, with the synthetic data set mixed in if there is one."""
-    data = p.data_module.Data(p.data)
-    if not p.train.synthetic_dataset:
-        return data
-    from nanorecall.mixture import mix  # only now: most runs need none
-
-    return mix(data, p.train)
-
-
-def build_model_config(p, data):
-    """The model's Config: settings, and what the data tells it."""
-    config = build_config(p.model_module.Config, p.settings, vocab_size=data.vocab_size, seq_len=data.seq_len)
-    reject_unused(config, getattr(p.model_class, "inactive_settings", {}), {s.key: s for s in p.settings})
-    return config
-
-
-def build_model(p, config):
-    """A new model on the CPU, its weights a function of the seed alone."""
-    torch.manual_seed(p.train.seed)
-    try:
-        return p.model_class(config)
-    except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
-            raise
-        with torch.device("meta"):  # sizes without numbers
-            sizes = describe_size(p.model_class(config), 4)
-        message = f"a model of these sizes does not fit in memory: {sizes}; make that smaller"
-        raise ConfigError(message) from None
-
-
-def describe_size(model, bytes_each):
-    """How much memory a model takes at so many bytes a parameter, and what is largest, as text."""
-    named = dict(model.named_parameters())
-    count = sum(q.numel() for q in named.values())
-    name, largest = max(named.items(), key=lambda item: item[1].numel())
-    share = f"{largest.numel() / count:.0%} of it for {name} {tuple(largest.shape)}"
-    return f"{count:,} parameters need {bytes_each * count / 2**30:.3g} GiB, {share}"
-
-
-def out_of_memory(error):
-    """Does this error of torch, numpy or Python mean that memory is full?"""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def enough_memory(advice):
-    """RunFailed if the block needs more memory than there is. advice() says what to do."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
-            raise
-        raise RunError(f"memory is full; {advice()}") from None
-
-
-def training_advice(model, device):
-    """What to make smaller when training does not fit, as text.
-
-    That is the batch, unless the model by itself takes half of the memory or more.
+    For a notebook: .settings (Settings), .data, .model, .folder, .state (step, best accuracy, ...),
+    .result (what status.json says), .log() and .metrics(), lists of dicts for pandas.
     """
-    each = 16  # bytes in float32: weight, gradient, and AdamW's two moments
-    if 2 * each * count_parameters(model)["total"] < memory_size(device):
-        return "raise accumulate or lower batch_size or eval_batch_size"
-    sizes = describe_size(model, each)
-    return f"with gradients and AdamW's moments the model is too large: {sizes}; make that smaller"
+
+    def __init__(self, settings, world, has_checkpoint=False):
+        """Build data and model. Every rank does the same, and the ranks agree on each error."""
+        c = settings.train
+        self.settings, self.world, self.folder = settings, world, settings.resume
+        if c.threads:
+            torch.set_num_threads(c.threads)
+        with world.agree():
+            self.device, self.dtype, self.device_line = autodetect_device(c, world)
+        self.batch_line = describe_batch(c.batch_size, world, c.accumulate)
+        with world.agree():
+            self.data = build_data(settings)
+        for note in getattr(self.data, "notes", ()):
+            world.print0(note)
+        with world.agree():
+            if c.target_slice:
+                check_slice(self.data, c.target_slice, c.eval_batch_size)
+        self.config = build_model_config(settings, self.data)
+        with world.agree():
+            self.model = build_model(settings, self.config)
+        with world.agree():
+            self.notes = load_and_freeze(self.model, c, has_checkpoint)
+        self.steps_per_epoch = self.data.steps_per_epoch(c.batch_size)
+        self.total_steps = total_steps(c, self.data)
+        self.fixed_settings = fixed_settings_json(settings, self.config)  # goes into checkpoints
+        self.state = {"step": 0, "best": -1.0, "best_overall": -1.0, "bad_steps": 0, "seconds": 0.0}
+        self.result = None  # status.json, once the run has ended
+        self.previous = None  # TrainConfig of the last start, if there is a checkpoint to resume
+        self.has_ended = False
+        self.parallel_model = None  # the model as a training step calls it, under DDP or FSDP
+
+    @classmethod
+    def create(cls, settings, world):
+        """A new run. Its directory is made by `running`."""
+        return cls(settings, world)
+
+    @classmethod
+    def resume(cls, settings, world):
+        """The run in settings.resume. Its checkpoint is read by `running`."""
+        found = False
+        with world.agree():
+            if world.is_main:
+                check_data_unchanged(settings.resume, settings)
+                found = has_checkpoint(settings.resume)
+        return cls(settings, world, world.broadcast(found))
+
+    def print_summary(self):
+        """Print the model, its parameters, the device, and what it needs when it decodes."""
+        print0, model_class = self.world.print0, self.settings.model_class
+        counts = count_parameters(self.model)
+        total = f"{counts['total']} with embedding, last norm and head"
+        print0(self.model)
+        print0(f"params: {counts['layers']} in the layers, {total}")
+        for note in self.notes:
+            print0(note)
+        print0(self.device_line)
+        if hasattr(model_class, "describe_backend"):
+            backend = model_class.describe_backend(self.config, self.device, self.dtype)
+            print0(f"mixer: {backend}")
+        if hasattr(model_class, "inference_state_bytes"):
+            size = model_class.inference_state_bytes(self.config)
+            if size is not None:
+                after = f"after {self.data.seq_len} tokens, in float32"
+                print0(f"state: {size} bytes to read on {after}")
+
+    # ---- from the first step to the last ----
+
+    @contextlib.contextmanager
+    def running(self):
+        """Hold the run directory and train in the block -> stop, a list of the signals caught.
+
+        In this order: make or lock the directory, read the last checkpoint, write config.json,
+        move the model to its device, catch signals. An error in the block is recorded in
+        status.json. If the run has ended already (has_ended), only the lock is taken.
+        """
+        lock = self.lock_folder()
+        try:
+            self.read_last_checkpoint()
+            if self.has_ended:
+                yield []
+                return
+            self.write_config()
+            self.print_start()
+            with enough_memory(lambda: training_advice(self.model, self.device)):
+                c = self.settings.train
+                self.model.to(self.device)
+                if c.compile:
+                    self.model.compile()
+                self.parallel_model = wrap_model(self.model, c.parallel, self.device)
+                with self.status_on_error():
+                    yield self.stop_on_signals()
+        finally:
+            # Even if an error holds a reference to the run: see distributed.shutdown.
+            self.parallel_model = None
+            if self.world.is_main:
+                unlock(lock)
+
+    def lock_folder(self):
+        """Make the directory of a new run, or lock a resumed one's -> the main rank's lock."""
+        lock = None
+        with self.world.agree():
+            if self.world.is_main:
+                if self.folder:
+                    lock = lock_run_dir(self.folder)
+                else:
+                    self.folder, lock = create_run_dir(self.settings, self.config)
+        self.folder = self.world.broadcast(self.folder)
+        return lock
+
+    def read_last_checkpoint(self):
+        """Set state and has_ended of a resumed run. Without a checkpoint it starts at step 0."""
+        world, c = self.world, self.settings.train
+        self.checkpoint = None
+        if not self.settings.resume:
+            return
+        name = ""
+        with world.agree():
+            if world.is_main and has_checkpoint(self.folder):
+                name = first_valid_checkpoint(self.folder, "ckpt", "ckpt_prev", holds_lock=True)
+        name = world.broadcast(name)
+        if not name:
+            return
+        self.checkpoint = read_checkpoint(self.folder, name)
+        missing = ", ".join(sorted(STATE.keys() - self.checkpoint.keys()))
+        message = f"{self.folder}: {name}.pt has no {missing}; training cannot go on from it"
+        require(not missing, message, "resume")
+        require_same_settings(self.folder, self.settings, self.config, self.checkpoint)
+        self.state = {key: self.checkpoint[key] for key in self.state}
+        with world.agree():
+            if world.is_main:
+                self.result = read_ended_status(self.folder, self.state, c, self.total_steps)
+        self.result = world.broadcast(self.result)
+        self.has_ended = self.result is not None
+
+    def write_config(self):
+        """Write config.json of a new run, or add this start to that of a resumed one."""
+        path = os.path.join(self.folder, "config.json")
+        with self.world.agree():
+            if self.world.is_main:
+                if self.settings.resume:
+                    config = self.resumed_config(path)
+                else:
+                    config = run_metadata(self)
+                write_json(path, config)
+        self.previous = self.world.broadcast(self.previous)
+
+    def resumed_config(self, path):
+        """config.json with this start added; says what differs from the run's first start."""
+        c, step = self.settings.train, self.state["step"]
+        config = read_record(path, {"world_size": "count", "threads": "count"})
+        check_kinds(config.get("resumed", []), "list", f"{path}: 'resumed'")
+        if (config["world_size"], config["threads"]) != (self.world.size, torch.get_num_threads()):
+            began = f"{config['world_size']} ranks of {config['threads']} threads"
+            note = f"note: the run began with {began}; with other numbers its last bits will differ"
+            self.world.print0(note)
+        if self.checkpoint:
+            self.previous = load_settings(self.folder, type(c)).train
+        start = {"step": step, "world_size": self.world.size, "launch": launch_id()}
+        start["argv"] = sys.argv
+        # n_epochs and a few others may be new.
+        config |= {"train": dataclasses.asdict(c), "launch": launch_id()}
+        config["resumed"] = [*config.get("resumed", []), start]
+        return config
+
+    def print_start(self):
+        """Print the directory, all settings, and how many steps there are."""
+        print0, settings = self.world.print0, self.settings
+        values = {}
+        for config in (settings.train, self.config, settings.data):
+            values |= dataclasses.asdict(config)
+        # A batch never crosses groups.
+        size = settings.train.eval_batch_size
+        n_val_steps = sum(math.ceil(len(s) / size) for s in self.data.eval_groups("val"))
+        print0(f"### LOGDIR: {self.folder}")
+        print0(values)
+        print0(self.batch_line)
+        print0(f">>> n_train_steps = {self.steps_per_epoch}, n_val_steps = {n_val_steps}")
+
+    @contextlib.contextmanager
+    def status_on_error(self):
+        """Say in status.json that the run is running, and, if the block raises, that it failed."""
+        self.write_status({"status": "running", "pid": os.getpid()})
+        try:
+            yield
+        except BaseException as e:
+            if self.world.is_main and self.result is None:
+                status = {"status": "failed", "error": f"{type(e).__name__}: {e}"}
+                with contextlib.suppress(RunError):  # what failed may be the disk
+                    write_json(os.path.join(self.folder, "status.json"), status)
+            raise
+
+    def write_status(self, status):
+        with self.world.agree():
+            if self.world.is_main:
+                write_json(os.path.join(self.folder, "status.json"), status)
+
+    def stop_on_signals(self):
+        """Catch SIGTERM, SIGINT, SIGHUP and SIGUSR1, so that train can finish its step and save.
+
+        -> a list that collects them. On one process a second signal has its default effect. Under
+        torchrun repeats are ignored: it forwards signals that each rank has got already.
+        """
+        stop = []
+
+        def on_signal(number, frame):
+            stop.append(number)
+            if self.world.size == 1:
+                signal.signal(number, signal.SIG_DFL)
+
+        self.old_handlers = {}
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows lacks two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                self.old_handlers[number] = signal.signal(number, on_signal)
+        return stop
+
+    def restore_signals(self):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+
+    # ---- in the loop ----
+
+    def begin(self, optimizer):
+        """Load the last checkpoint, if there is one, and open log.jsonl and the progress bar."""
+        world = self.world
+        if self.checkpoint:
+            load_training_state(self.folder, self.checkpoint, self.model, optimizer)
+            self.checkpoint = None
+        with world.agree():
+            if world.is_main:
+                self.jsonl = JsonlLog(self.folder, self.state["step"])
+        self.bar = tqdm(
+            total=self.total_steps,
+            initial=self.state["step"],
+            desc="train",
+            unit="step",
+            disable=not (world.is_main and sys.stderr.isatty()),
+        )
+        self.start_time = time.perf_counter() - self.state["seconds"]
+
+    def note_new_schedule(self, learning_rate):
+        """Say so if the learning rate jumps, because a resumed run is to end at another step."""
+        if not self.previous:
+            return
+        c, step, each = self.settings.train, self.state["step"], self.steps_per_epoch
+        old_end, new_end = total_steps(self.previous, self.data), self.total_steps
+        new = learning_rate(c, step, each, new_end)
+        if learning_rate(c, step, each, old_end) != new:
+            last = learning_rate(c, max(0, step - 1), each, old_end)
+            end = f"the {c.schedule} schedule now ends at step {new_end} instead of {old_end}"
+            jump = f"the learning rate goes from {last:.3g} to {new:.3g}"
+            self.world.print0(f"note: {end}: {jump}")
+
+    def seconds(self):
+        """Time spent in the loop, earlier starts included."""
+        return time.perf_counter() - self.start_time
+
+    def evaluate(self, split, stop):
+        """metrics.evaluate on a split, shared by the ranks; None if a signal cut it short."""
+        size, on = self.settings.train.eval_batch_size, (self.device, self.dtype)
+        return evaluate(self.model, self.data, split, size, *on, stop, self.world)
+
+    def save(self, name, optimizer=None):
+        """Write <name>.pt, on all ranks together. Without an optimizer, the weights alone."""
+        self.state["seconds"] = self.seconds()
+        about = {**self.state, "settings": self.fixed_settings}
+        tensors = training_state(self.model, optimizer)
+        write_checkpoint(self.folder, name, about, tensors, is_sharded(self.model), self.world)
+
+    def write_log(self, **row):
+        """Add a row to log.jsonl (main rank only)."""
+        if self.world.is_main:
+            self.jsonl.write(**row)
+
+    def print(self, text):
+        """Print a line without breaking the progress bar (main rank only)."""
+        if not self.world.is_main:
+            return
+        if self.bar.disable:
+            say(text, flush=True)
+        else:
+            tqdm.write(printable(text))
+
+    def log_eval(self, result, accuracy):
+        """Log an evaluation on val: a row of log.jsonl, and a line. accuracy: of target_slice."""
+        step, name = self.state["step"], self.settings.train.target_slice
+        self.write_log(kind="eval", step=step, split="val", seconds=self.seconds(), **result)
+        where = f" of {name}" if name else ""
+        exact, loss = result["row_accuracy"], result["loss"]
+        found = f"val accuracy{where} {accuracy:.4f}, rows {exact:.4f}, loss {loss:.4f}"
+        self.print(f"step {step}: {found}")
+
+    def log_step(self, loss, lr, **row):
+        """Log the step that was just made: a row of log.jsonl, and a line or the progress bar."""
+        step = self.state["step"]
+        self.write_log(kind="train", step=step, seconds=self.seconds(), loss=loss, lr=lr, **row)
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        if self.bar.disable:
+            self.print(f"step {step}/{self.total_steps}: loss {loss:.4f}, lr {lr:.2e}")
+
+    # ---- after the loop ----
+
+    def finish(self, outcome, stop):
+        """Test the best weights, write status.json, draw curves.png -> exit status.
+
+        outcome: "finished", "preempted" or "failed", as train returned it.
+        """
+        world, c = self.world, self.settings.train
+        self.bar.close()
+        result = {"status": outcome, "step": self.state["step"], "seconds": self.state["seconds"]}
+        if outcome == "finished":
+            tested = self.load_best()
+            why = f"; {tested['why']}" if "why" in tested else ""
+            world.print0(f"tested: the {tested['weights']} weights, of step {tested['step']}{why}")
+            result |= describe_test(self.evaluate("test", stop), tested, c)
+        self.write_status(result)
+        self.result = result
+        # Else they stay caught: torchrun may repeat them until this process has ended.
+        if world.size == 1 and result["status"] != "preempted":
+            self.restore_signals()
+        exit_status = None
+        with world.agree():
+            if world.is_main:
+                exit_status = self.report(stop)
+        return world.broadcast(exit_status)
+
+    def load_best(self):
+        """Load the weights to be tested -> {"weights": "best" or "last", "step", "why" if last}."""
+        tested = None
+        with self.world.agree():
+            if self.world.is_main:
+                tested = tested_weights(self.folder, self.state["step"])
+        tested = self.world.broadcast(tested)
+        if tested["weights"] == "best":
+            best = read_checkpoint(self.folder, "best")
+            load_training_state(self.folder, best, self.model)
+        return tested
+
+    def report_again(self):
+        """Report on a run that has_ended, as finish did -> exit status."""
+        advice = "to train it longer, raise --n_epochs or --max_steps"
+        self.world.print0(f"{self.folder} has ended; {advice}")
+        exit_status = None
+        with self.world.agree():
+            if self.world.is_main:
+                exit_status = self.report()
+        return self.world.broadcast(exit_status)
+
+    def report(self, stop=()):
+        """Print how the run ended, and draw curves.png if it was tested -> exit status."""
+        result, c = self.result, self.settings.train
+        if result["status"] == "preempted":
+            how = f"go on with: python train.py --resume {self.folder}"
+            print(f"stopped after step {result['step']} and saved; {how}", flush=True)
+            return 128 + (stop[0] if stop else signal.SIGTERM)
+        if result["status"] == "failed":
+            if "test" in result:
+                print(f"failed: the loss of the test is not finite; {LOWER_LR}", flush=True)
+            return 1
+        test = result["test"]
+        by_label = f"{test['accuracy']:.4f} of {test['labels']} labels"
+        summary = f"test accuracy {by_label}, {test['row_accuracy']:.4f} of {test['rows']} rows"
+        print_slices(test)
+        print_baselines(getattr(self.data, "baselines", {}))
+        plot_curves(self.folder, f"{os.path.basename(os.path.normpath(self.folder))}\n{summary}")
+        took = f"{result['step']} steps, {result['seconds']:.0f} s"
+        print(f"{summary}; {took}; {self.folder}", flush=True)
+        if result["status"] == "finished":
+            return 0
+        where = f" on {c.target_slice}" if c.target_slice else ""
+        reached = slice_accuracy(test, c.target_slice)
+        print(f"below target{where}: {reached:.4f} < {c.target}", file=sys.stderr)
+        return 1
+
+    # ---- for pandas ----
+
+    def log(self, kind=None):
+        """Rows of log.jsonl as dicts. kind: "train", "eval" or "memory" alone."""
+        return [row for row in read_log(self.folder) if kind in (None, row["kind"])]
+
+    def metrics(self):
+        """Test accuracy, a dict {"slice", "value", "accuracy", "ci95", ...} for each slice."""
+        test = (self.result or {}).get("test")
+        if not test:
+            return []
+        rows = [{"slice": "all", "value": "", **table_row(test["all"])}]
+        for name, values in test["by_slice"].items():
+            for value, counts in values.items():
+                rows.append({"slice": name, "value": str(value), **table_row(counts)})
+        return rows
 
 
-def memory_size(device):
-    """Bytes of the memory that a model on this device lives in; infinity where nothing says so."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+def table_row(counts):
+    """Counts of a slice -> {"accuracy", "ci95", "n", ...}."""
+    found = slice_metrics(counts)
+    return {"accuracy": found.pop("value"), **found}
+
+
+def describe_test(test, tested, c):
+    """What status.json says of the test. test: what evaluate returned, None if cut short."""
+    if test is None:
+        return {"status": "preempted"}
+    about = {"tested": tested, "target": c.target, "test": test}
+    if not math.isfinite(test["loss"]):
+        return {"status": "failed", **about}
+    is_reached = slice_accuracy(test, c.target_slice) >= c.target
+    return {"status": "finished" if is_reached else "below target", **about}
+
+
+def tested_weights(folder, step):
+    """Which weights to test: {"weights": "best" or "last", "step": theirs, "why" if last}.
+
+    step: the last one of the run.
+    """
     try:
-        import resource
-    except ImportError:  # Windows
-        return math.inf
-    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return installed if allowed == resource.RLIM_INFINITY else min(installed, allowed)
+        name = first_valid_checkpoint(folder, "best", holds_lock=True)
+    except ConfigError:
+        return {"weights": "last", "step": step, "why": "best.pt is missing or damaged"}
+    return {"weights": name, "step": read_checkpoint(folder, name)["step"]}
 
 
-def count_parameters(model):
-    """{"layers": parameters of the blocks only, "total": all of them, shared ones once}."""
-    layers = getattr(model, "layers", None)
-    layers = layers if isinstance(layers, torch.nn.Module) else torch.nn.Module()
-    return {name: sum(q.numel() for q in m.parameters()) for name, m in (("layers", layers), ("total", model))}
+def has_checkpoint(folder):
+    """Has a run saved a checkpoint, even one damaged since? Without any it starts again."""
+    with reading(folder):
+        names = os.listdir(folder)
+    return any(re.match(r"ckpt(_prev)?\.pt(\.damaged|$)", name) for name in names)
 
 
-# ---- the run directory -------------------------------------------------------------------------------------------------
+SLICE_COUNTS = {  # see metrics.merge_counts
+    "right": "count",
+    "labels": "size",
+    "row_right": "count",
+    "rows": "size",
+    "right_right": "count",
+    "right_labels": "count",
+    "labels_labels": "count",
+    "loss": "number",
+}
+TESTED_STATUS = {  # status.json of a run that was tested
+    "status": "text",
+    "step": "count",
+    "seconds": "number",
+    "target": "number",
+    "test": {
+        "accuracy": "share",
+        "labels": "size",
+        "row_accuracy": "share",
+        "rows": "size",
+        "all": SLICE_COUNTS,
+        "by_slice": {"*": {"*": SLICE_COUNTS}},
+    },
+}
 
 
-def run_label(p, config):
-    """`exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_..._lr0.001`, as the ULTM experiments name their runs."""
-    parts = [f"exp{p.train.exp_group}", p.train.model]
-    if hasattr(p.model_class, "label"):
-        parts.append(p.model_class.label(config))
-    parts.append("data-" + p.data.label() if hasattr(p.data, "label") else p.train.data)
-    return "_".join(parts) + f"_lr{p.train.lr:g}"
+def read_ended_status(folder, state, c, last_step):
+    """status.json of a run that has nothing left to do, else None. state: of its checkpoint."""
+    status = {}
+    # If it is missing (killed before) or damaged, the run is tested again.
+    with contextlib.suppress(ConfigError):
+        status = read_record(os.path.join(folder, "status.json"), TESTED_STATUS)
+    was_tested = status.get("status") in ("finished", "below target")
+    if not was_tested or status["target"] != c.target or status["step"] != state["step"]:
+        return None
+    is_accurate = c.stop_accuracy and state["best"] >= c.stop_accuracy
+    return status if state["step"] >= last_step or is_accurate else None
 
 
-def create_run_dir(p, config):
+# ---- starts by torchrun, and exports -------------------------------------------------------------
+
+
+def launch_id():
+    """torchrun's name for the processes it started together, kept when it restarts them; or ""."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name
+
+
+def after_restart(settings, world):
+    """Settings of the run that this launch has begun already, if torchrun has restarted it.
+
+    torchrun repeats the command line after a rank has died, and that names no run to resume.
+    """
+    restarted = ""
+    with world.agree():
+        if world.is_main:
+            restarted = find_restarted_run(settings.train.log_dir)
+    restarted = world.broadcast(restarted)
+    if settings.resume or not restarted:
+        return settings
+    world.print0(f"started again by torchrun: going on with {restarted}")
+    return load_settings(restarted, type(settings.train))
+
+
+def find_restarted_run(log_dir):
+    """The run directory of this very launch if torchrun has started it again, else ""."""
+    if not launch_id() or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return ""
+    paths = glob.glob(os.path.join(glob.escape(log_dir), "*", "config.json"))
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(ConfigError):  # another run's may be damaged
+            if read_record(path, {"launch": "text"})["launch"] == launch_id():
+                return os.path.dirname(path)
+    return ""
+
+
+def export_checkpoints(settings, world):
+    """Rewrite the checkpoints of a run as settings.train.export says -> exit status."""
+    message = "export is the work of one process; run it without torchrun"
+    require(world.size == 1, message, "export")
+    lock = lock_run_dir(settings.resume)
+    convert_checkpoints(settings.resume, settings.train.export, world)
+    unlock(lock)
+    return 0
+
+
+# ---- the run directory ---------------------------------------------------------------------------
+
+
+def run_label(settings, config):
+    """`exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_..._lr0.001`, as the ULTM experiments do."""
+    parts = [f"exp{settings.train.exp_group}", settings.train.model]
+    if hasattr(settings.model_class, "label"):
+        parts.append(settings.model_class.label(config))
+    data = settings.train.data
+    parts.append("data-" + settings.data.label() if hasattr(settings.data, "label") else data)
+    return "_".join(parts) + f"_lr{settings.train.lr:g}"
+
+
+def create_run_dir(settings, config):
     """Create <log_dir>/<run> -> its path, and its lock.
 
-    Without `run_name`, it ends in the Unix time, raised until it is free.
-    A directory that a run left before its config.json was written is taken again.
+    Without `run_name`, it ends in the Unix time, raised until the name is free. A directory that a
+    run left before its config.json was written is used again.
     """
-    c, now = p.train, int(time.time())
+    c, now = settings.train, int(time.time())
     while True:
-        folder = os.path.join(c.log_dir, c.run_name or f"{run_label(p, config)}_{now}")
-        message = f"{folder} exists; continue it with --resume {folder}, or give another --run_name"
+        folder = os.path.join(c.log_dir, c.run_name or f"{run_label(settings, config)}_{now}")
+        how = f"continue it with --resume {folder}, or give another --run_name"
+        message = f"{folder} exists; {how}"
         try:
             os.makedirs(folder)
         except FileExistsError:
@@ -505,14 +659,15 @@ def create_run_dir(p, config):
                 continue
             require(never_began(folder), message, "run_name")
         except OSError as e:
-            raise ConfigError(f"cannot make the run directory {folder}: {e.strerror}", "log_dir") from None
-        held = lock_run_dir(folder)
+            message = f"cannot make the run directory {folder}: {e.strerror}"
+            raise ConfigError(message, "log_dir") from None
+        lock = lock_run_dir(folder)
         if not never_began(folder):  # another process was faster
-            unlock(held)
+            unlock(lock)
             raise ConfigError(message, "run_name")
         for leftover in os.listdir(folder):
             remove(os.path.join(folder, leftover))
-        return folder, held
+        return folder, lock
 
 
 def never_began(folder):
@@ -522,112 +677,132 @@ def never_began(folder):
     return all("config.json" in name and name != "config.json" for name in os.listdir(folder))
 
 
-def run_metadata(p, config, model, device, dtype, world):
+def run_metadata(run):
     """config.json: enough to repeat the run, and to rebuild its model and data."""
-    values = {"train": p.train, "model": config, "data": p.data}
+    settings = run.settings
     return {
-        **{name: dataclasses.asdict(value) for name, value in values.items()},
-        "set_by": {s.key: s.origin for s in p.settings},
+        "train": dataclasses.asdict(settings.train),
+        "model": dataclasses.asdict(run.config),
+        "data": dataclasses.asdict(settings.data),
+        "set_by": {s.key: s.source for s in settings.assignments},
         "argv": sys.argv,
         "git_commit": git_commit(),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-        "device": str(device),
-        "dtype": str(dtype)[6:],
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "device": str(run.device),
+        "dtype": str(run.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "world_size": world.size,
+        "world_size": run.world.size,
         "launch": launch_id(),
-        "parameters": count_parameters(model),
-        "data_sha256": {key: dataset_sha256(path) for key, path in data_paths(p).items()},
-        "files": p.files,
+        "parameters": count_parameters(run.model),
+        "data_sha256": {key: dataset_sha256(path) for key, path in data_paths(settings).items()},
+        "files": settings.files,
     }
 
 
-def data_paths(p):
-    """{setting: path} of what a run reads from disk, except weights to begin with."""
-    settings = {**vars(p.data), "synthetic_dataset": p.train.synthetic_dataset}
-    return {key: settings[key] for key in ("path", "tokenizer", "synthetic_dataset") if settings.get(key)}
+def git_commit():
+    """The commit of this repo, or None outside git."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", REPO, "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-def check_data_unchanged(folder, p, *left_out):
-    """ConfigError if something that the run reads from disk is not what it was when the run began."""
+def data_paths(settings):
+    """{setting: path} of what a run reads from disk, except the weights of init_from."""
+    values = {**vars(settings.data), "synthetic_dataset": settings.train.synthetic_dataset}
+    names = ("path", "tokenizer", "synthetic_dataset")
+    return {key: values[key] for key in names if values.get(key)}
+
+
+def check_data_unchanged(folder, settings, *except_for):
+    """ConfigError if a file that the run reads is not what it was when the run began."""
     config = os.path.join(folder, "config.json")
-    began = read_record(config, {"data_sha256": {"*": "hash"}})["data_sha256"]
-    for key, path in data_paths(p).items():
-        if key not in left_out:
-            require(key in began, f"{config} does not say which {key} the run began with", key)
-            require(os.path.exists(path), f"{key}={path} does not exist, and {folder} was trained on it", key)
-            message = f"{key}={path} is another one than {folder} was trained on; put that one back, or start a new run"
-            require(dataset_sha256(path) == began[key], message, key)
+    before = read_record(config, {"data_sha256": {"*": "hash"}})["data_sha256"]
+    for key, path in data_paths(settings).items():
+        if key not in except_for:
+            require(key in before, f"{config} does not say which {key} the run began with", key)
+            message = f"{key}={path} does not exist, and {folder} was trained on it"
+            require(os.path.exists(path), message, key)
+            how = "put that one back, or start a new run"
+            message = f"{key}={path} is another one than {folder} was trained on; {how}"
+            require(dataset_sha256(path) == before[key], message, key)
 
 
-RESUMABLE = (  # on resume
-    "n_epochs max_steps stop_accuracy target log_interval eval_interval save_every nan_limit "
-    "accumulate parallel export device threads compile"
-).split()
-# Where things are does not change the weights. What is in them is compared by require_same_data.
-PLACES = "log_dir run_name exp_group resume init_from path tokenizer synthetic_dataset".split()
+def fixed_settings_json(settings, config):
+    """JSON of the settings that may not change, for checkpoints.
 
-
-def settings_text(p, config):
-    """What a checkpoint says of the settings that it was trained with.
-
-    -> JSON: {"train": {name: value}, "model": {...}, "data": {...}}, without what may change.
+    -> {"train": {name: value}, "model": {...}, "data": {...}}
     """
-    parts = {"train": p.train, "model": config, "data": p.data}
     values = {}
-    for part_name, part_config in parts.items():
-        fixed = {k: v for k, v in vars(part_config).items() if k not in (*RESUMABLE, *PLACES)}
-        values[part_name] = fixed
+    for name, part in (("train", settings.train), ("model", config), ("data", settings.data)):
+        values[name] = {k: v for k, v in vars(part).items() if k not in RESUMABLE + PATHS}
     return json.dumps(nan_to_null(values), sort_keys=True, default=str)
 
 
-def require_same_settings(folder, p, config, state):
-    """ConfigError if config.json is not what the checkpoint `state` was trained with.
+def require_same_settings(folder, settings, config, checkpoint):
+    """ConfigError if config.json is not what the checkpoint was trained with.
 
     Older checkpoints do not say.
     """
-    if "settings" not in state:
+    if "settings" not in checkpoint:
         return
-    now, path = json.loads(settings_text(p, config)), os.path.join(folder, "config.json")
+    now = json.loads(fixed_settings_json(settings, config))
+    path = os.path.join(folder, "config.json")
     try:
-        began = parse_json(state["settings"])
-        check_kinds(began, dict.fromkeys(now, "dict"), f"{folder}: the checkpoint's settings")
+        before = parse_json(checkpoint["settings"])
+        check_kinds(before, dict.fromkeys(now, "dict"), f"{folder}: the checkpoint's settings")
     except ValueError as e:
-        raise ConfigError(f"{folder}: the settings in its checkpoint are damaged ({e})") from None
-    for part_name, values in now.items():
-        for key, value in began[part_name].items():
+        message = f"{folder}: the settings in its checkpoint are damaged ({e})"
+        raise ConfigError(message) from None
+    for name, values in now.items():
+        for key, value in before[name].items():
             mine = values.get(key, value)
-            said = f"{path} says {key}={mine!r}"
             trained = f"the checkpoint was trained with {key}={value!r}"
-            message = f"{said}, but {trained}; put that back, or start a new run"
-            require(mine == value, message, None)
+            message = f"{path} says {key}={mine!r}, but {trained}"
+            require(mine == value, f"{message}; put that back, or start a new run", None)
 
 
-def launch_id():
-    """torchrun's name for the processes that it started together, the same when it starts them again; "" without one."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return "" if name == "none" else name
+# ---- settings of a command line, and of a run directory ------------------------------------------
 
 
-def find_restarted_run(log_dir):
-    """The run directory of this very launch, if torchrun has started it again after a rank died; else ""."""
-    if not launch_id() or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return ""
-    found = sorted(glob.glob(os.path.join(glob.escape(log_dir), "*", "config.json")), key=os.path.getmtime, reverse=True)
-    for path in found:
-        with contextlib.suppress(ConfigError):  # another run's may be damaged
-            if read_record(path, {"launch": "text"})["launch"] == launch_id():
-                return os.path.dirname(path)
-    return ""
+def read_command_line(argv, train_config, doc, common=()):
+    """Command line -> Settings; with --resume, those of the run's config.json.
+
+    train_config: the class TrainConfig. --help prints doc and all settings, `common` first, and
+    exits.
+    """
+    words, assignments = read_argv(argv)
+    if any(s.key == "help" for s in assignments):
+        chosen = [s for s in assignments if s.key in ("model", "data")]
+        settings = resolve(chosen, train_config)
+        classes = (train_config, settings.model_module.Config, settings.data_module.Config)
+        say(help_text(doc, *classes, common=common))
+        sys.exit(0)
+    unread = " ".join(words)
+    message = f"{unread!r} is neither an override file (.py) nor a flag (--key=value)"
+    require(not words, message, None)
+    resume = [s for s in assignments if s.key == "resume"]
+    if not resume:
+        settings = resolve(assignments, train_config)
+        message = "--export rewrites the checkpoints of a run: name it with --resume"
+        require(not settings.train.export, message, "export")
+        return settings
+    folder = str(resume[-1].value)
+    require(folder, f"{resume[-1].source}: resume needs a run directory", "resume")
+    changes = [s for s in assignments if s.key != "resume"]
+    for s in changes:
+        can = f"(only {', '.join(RESUMABLE)} can)"
+        message = f"{s.source}: {s.key} cannot change in the middle of a run {can}"
+        require(s.key in RESUMABLE, message, s.key)
+    return load_settings(folder, train_config, changes)
 
 
-def git_commit():
-    if not shutil.which("git"):
-        return None
-    return subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-
-
-SETTINGS = {  # what config.json must hold, whichever model and data it is of
+DERIVED = ("vocab_size", "seq_len")  # settings of a model that its data gives
+SAVED_CONFIG = {  # what config.json must hold, whichever model and data it is of
     "train": {"model": "text", "data": "text"},
     "model": "dict",
     "data": "dict",
@@ -635,75 +810,76 @@ SETTINGS = {  # what config.json must hold, whichever model and data it is of
 }
 
 
-def load_settings(folder, changes=()):
-    """The Plan of an existing run, from its config.json alone; `changes` are Settings that win over
-    it.
+def load_settings(folder, train_config, changes=()):
+    """Settings of an existing run, from its config.json alone. changes: [Setting] that win over it.
 
-    ConfigError if a setting is missing or has two values, rather than a run with another one.
+    ConfigError if a setting is missing or has two values.
     """
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         why = "it has no config.json"
         if never_began(folder):
             name = os.path.basename(os.path.normpath(folder))
-            again = f"start it again as before, with --run_name {name}"
-            why = f"{why}: the run was stopped before it began; {again}"
+            how = f"start it again as before, with --run_name {name}"
+            why = f"{why}: the run was stopped before it began; {how}"
         raise ConfigError(f"{folder} is not a run directory: {why}")
-    saved = read_record(path, SETTINGS)
-    told = ("vocab_size", "seq_len")  # the data tells the model again
-    groups = [
-        saved["train"],
-        {k: v for k, v in saved["model"].items() if k not in told},
-        saved["data"],
-    ]
-    settings = [Setting(k, v, path) for group in groups for k, v in group.items()]
-    values = {}
-    for s in settings:
-        same = values.setdefault(s.key, s.value) == s.value
-        require(
-            same,
-            f"{path}: {s.key} has two values, {values[s.key]!r} and {s.value!r}; which was it?",
-            s.key,
-        )
-    p = resolve(settings + list(changes), saved["files"])
-    for cls, group in zip((TrainConfig, p.model_module.Config, type(p.data)), groups):
-        lost = [n for n in field_names(cls) if n not in group and n not in told]
-        # Settings that are newer than the run. What the checkpoint knows of is compared with it.
-        if lost and os.environ.get("RANK", "0") == "0":
-            note = f"note: {path} has no {', '.join(lost)}; their defaults are taken"
-            say(note, file=sys.stderr)
-    return p
+    saved = read_record(path, SAVED_CONFIG)
+    model = {k: v for k, v in saved["model"].items() if k not in DERIVED}
+    assignments, values = [], {}
+    for group in (saved["train"], model, saved["data"]):
+        for key, value in group.items():
+            assignments.append(Setting(key, value, path))
+            first = values.setdefault(key, value)
+            message = f"{path}: {key} has two values, {first!r} and {value!r}; which was it?"
+            require(first == value, message, key)
+    settings = resolve(assignments + list(changes), train_config, saved["files"])
+    settings.resume = folder
+    note_new_settings(path, train_config, saved["train"])
+    note_new_settings(path, settings.model_module.Config, model)
+    note_new_settings(path, type(settings.data), saved["data"])
+    return settings
 
 
-def saved_model_config(folder, p):
+def note_new_settings(path, cls, saved):
+    """Print which settings of the class are newer than the run and take their defaults.
+
+    Those that the checkpoint knows of are compared with it: see require_same_settings.
+    """
+    new = [n for n in field_names(cls) if n not in saved and n not in DERIVED]
+    if new and is_main_rank():
+        say(f"note: {path} has no {', '.join(new)}; their defaults are taken", file=sys.stderr)
+
+
+def saved_model_config(folder, settings):
     """The model's Config of an existing run, without its data."""
     path = os.path.join(folder, "config.json")
-    saved = read_record(path, SETTINGS)["model"]
-    # A model file's Config may leave out what the data tells it.
-    told = {"vocab_size": None, "seq_len": None}
-    needed = told.keys() & {f.name for f in dataclasses.fields(p.model_module.Config)}
-    check_kinds(saved, dict.fromkeys(sorted(needed), "size"), f"{path}: 'model'")
-    return build_model_config(p, types.SimpleNamespace(**{**told, **saved}))
+    saved = read_record(path, SAVED_CONFIG)["model"]
+    # A model file's Config need not have all that is derived.
+    fields = {f.name for f in dataclasses.fields(settings.model_module.Config)}
+    needed = sorted(fields.intersection(DERIVED))
+    check_kinds(saved, dict.fromkeys(needed, "size"), f"{path}: 'model'")
+    derived = {**dict.fromkeys(DERIVED), **saved}
+    return build_model_config(settings, types.SimpleNamespace(**derived))
 
 
-def shapes(tensors):
-    return {name: t.shape for name, t in tensors.items()}
-
-
-def load_run(folder, which="best"):
-    """A trained run, ready to look at: -> (Plan, data, model in eval mode on the CPU, checkpoint).
+def load_run(folder, train_config, which="best"):
+    """A trained run: -> (Settings, data, model in eval mode on the CPU, checkpoint).
 
     which: "best" (highest validation accuracy) or "ckpt" (latest).
     """
-    p = load_settings(folder)
-    check_data_unchanged(folder, p, "synthetic_dataset")  # that start is over, and its data set may be gone
-    data = p.data_module.Data(p.data)
-    config = saved_model_config(folder, p)
-    model = build_model(p, config)
-    state = load_checkpoint(folder, *(("best",) if which == "best" else ("ckpt", "ckpt_prev")))
-    require_same_settings(folder, p, config, state)
-    weights = select_prefix(state["tensors"], "model")
+    settings = load_settings(folder, train_config)
+    # The synthetic data set was mixed into training only, and may be gone.
+    check_data_unchanged(folder, settings, "synthetic_dataset")
+    data = settings.data_module.Data(settings.data)
+    config = saved_model_config(folder, settings)
+    model = build_model(settings, config)
+    names = ("best",) if which == "best" else ("ckpt", "ckpt_prev")
+    checkpoint = load_checkpoint(folder, *names)
+    require_same_settings(folder, settings, config, checkpoint)
+    weights = select_prefix(checkpoint["tensors"], "model")
+    shapes = {name: t.shape for name, t in weights.items()}
+    same = shapes == {name: t.shape for name, t in model.state_dict().items()}
     message = f"the checkpoint in {folder} is not of the model that its config.json describes"
-    require(shapes(weights) == shapes(model.state_dict()), message, None)
+    require(same, message, None)
     model.load_state_dict(weights)
-    return p, data, model.eval(), state
+    return settings, data, model.eval(), checkpoint

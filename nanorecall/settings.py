@@ -1,11 +1,13 @@
-"""Settings: dataclass defaults, then override files, then command-line flags; the last one wins.
+"""Settings: dataclass defaults, then override files, then command-line flags. The last one wins.
 
     python train.py configs/mqar_gpt.py --lr 3e-3 --n_layers=2
 
-An override file is plain Python run in an empty namespace; every top-level name it sets is a setting (names that start
-with an underscore are the file's own). A flag is `--key=value` or `--key value`; dashes in a key count as underscores and
-a flag without a value means true. The dataclasses say what exists, of which type, and (in the comment beside each field)
-why; `--help` is made from those comments. Whatever is wrong ends as one ConfigError: where, what, and what to do.
+An override file is plain Python, run in an empty namespace. Every top-level name that it sets is a
+setting, except names that start with an underscore. A flag is `--key=value` or `--key value`.
+Dashes in a key count as underscores, and a flag without a value means true.
+
+The dataclasses say which settings exist, of which type, and why: `--help` is made from the comment
+beside each field. Every mistake ends as one ConfigError: where, what, and what to do.
 """
 
 import ast
@@ -25,7 +27,7 @@ from dataclasses import dataclass, field
 
 
 class ConfigError(Exception):
-    """One sentence for the user. `key` names the setting at fault, so that `build` can say where it was set."""
+    """One sentence for the user about a mistake. key: the setting at fault, if there is one."""
 
     def __init__(self, message, key=None):
         super().__init__(message)
@@ -33,59 +35,64 @@ class ConfigError(Exception):
 
 
 class RunError(Exception):
-    """One sentence about a run that cannot go on although its settings are right: disk full, a rank lost."""
+    """One sentence about a run that fails although its settings are right (disk full, ...)."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One assignment as the user wrote it: the key, its text or Python value, and where it was set ("--lr", "f.py:3")."""
+    """One assignment as the user wrote it."""
 
     key: str
-    value: object
-    origin: str
+    value: object  # text of a flag, or a Python value of a file
+    source: str  # where it was set: "--lr" or "f.py:3"
 
 
 def derived(default):
-    """A field that another part of the program fills in (data tells the model its vocabulary); users cannot set it."""
-    return field(default=default, metadata={"told": True})
+    """A field that the program fills in (a model's vocabulary, from the data), never the user."""
+    return field(default=default, metadata={"derived": True})
 
 
-# ---- reading: command line and files -> a list of Settings -------------------------------------------------------------
+# ---- reading: command line and files -> a list of Setting ----------------------------------------
 
 
 def split_argv(argv):
-    """Split a command line into positional words and a list of Settings, in order. `-h` is `--help`."""
-    words, settings = [], []
+    """Command line -> positional arguments, and its flags as [Setting]. `-h` is `--help`."""
+    args, flags = [], []
     i = 0
     while i < len(argv):
-        word = argv[i]
+        arg = argv[i]
         i += 1
-        if word == "-h":
-            word = "--help"
-        if not word.startswith("--"):
-            words.append(word)
+        if arg == "-h":
+            arg = "--help"
+        if not arg.startswith("--"):
+            args.append(arg)
             continue
-        key, equals, value = word[2:].partition("=")
+        key, equals, value = arg[2:].partition("=")
         if not key.replace("-", "_").isidentifier():
-            raise ConfigError(f"{word!r} is not a flag; write --key=value or --key value")
+            raise ConfigError(f"{arg!r} is not a flag; write --key=value or --key value")
         if not equals:
             takes_next = i < len(argv) and not argv[i].startswith("--")
             value = argv[i] if takes_next else "true"
             i += takes_next
-        settings.append(Setting(key.replace("-", "_"), value, "--" + key))
-    return words, settings
+        flags.append(Setting(key.replace("-", "_"), value, "--" + key))
+    return args, flags
 
 
 def read_argv(argv):
-    """A command line -> words that are no override files, and all Settings in the order in which they win."""
-    words, flags = split_argv(argv)
-    files = [w for w in words if w.endswith(".py")]
-    return [w for w in words if w not in files], [s for path in files for s in run_override_file(path)] + flags
+    """Command line -> arguments that are no override files, and [Setting] of files, then flags."""
+    args, flags = split_argv(argv)
+    rest, settings = [], []
+    for arg in args:
+        if arg.endswith(".py"):
+            settings += run_override_file(arg)
+        else:
+            rest.append(arg)
+    return rest, settings + flags
 
 
 def run_override_file(path):
-    """Run one override file and return its Settings, each with the line that set it last."""
-    # A device may have no end.
+    """Run one override file -> [Setting], each with the line that set it last."""
+    # Reading from a device might never end.
     require(os.path.isfile(path) or not os.path.exists(path), f"{path} is no file", None)
     try:
         with open(path, encoding="utf-8") as f:
@@ -95,18 +102,19 @@ def run_override_file(path):
     namespace = {}
     try:
         tree = ast.parse(source, path)
-        # The file is the user's own program; what it prints belongs on the screen, but not on our standard output.
+        # What the user's program prints must not get into our own standard output.
         with contextlib.redirect_stdout(sys.stderr):
             exec(compile(tree, path, "exec"), namespace)
     except (Exception, SystemExit) as e:
-        line = line_of(e, path)
-        raise ConfigError(f"{path}:{line}: this override file does not run ({type(e).__name__}: {e})") from None
+        why = f"this override file does not run ({type(e).__name__}: {e})"
+        raise ConfigError(f"{path}:{line_of(e, path)}: {why}") from None
     lines = _assigned_lines(tree)
-    return [
-        Setting(key, value, f"{path}:{lines.get(key, 1)}")
-        for key, value in namespace.items()
-        if isinstance(key, str) and not key.startswith("_") and not isinstance(value, types.ModuleType)
-    ]
+    settings = []
+    for key, value in namespace.items():
+        is_setting = isinstance(key, str) and not key.startswith("_")
+        if is_setting and not isinstance(value, types.ModuleType):
+            settings.append(Setting(key, value, f"{path}:{lines.get(key, 1)}"))
+    return settings
 
 
 def line_of(error, path):
@@ -120,32 +128,37 @@ def line_of(error, path):
 
 
 def _assigned_lines(tree):
-    stores = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-    return {n.id: n.lineno for n in sorted(stores, key=lambda n: n.lineno)}
+    """{name: the last line that assigns it}"""
+    lines = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            lines[node.id] = max(node.lineno, lines.get(node.id, 0))
+    return lines
 
 
-# ---- checking: Settings -> dataclass instances -------------------------------------------------------------------------
+# ---- checking: [Setting] -> dataclass instances --------------------------------------------------
 
 
 def field_names(cls):
-    """The names a user may set on this dataclass."""
-    return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("told")]
+    """The names that a user may set on this dataclass."""
+    return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("derived")]
 
 
 def reject_unknown(settings, *classes):
-    """Refuse the first setting that none of the dataclasses has, naming the nearest one that exists."""
+    """ConfigError for the first setting that no dataclass has; it names the nearest one."""
     known = [name for cls in classes for name in field_names(cls)]
     for s in settings:
         if s.key not in known:
-            raise ConfigError(f"{s.origin}: there is no setting {s.key!r}{_nearest(s.key, known)}")
+            nearest = _nearest(s.key, known)
+            raise ConfigError(f"{s.source}: there is no setting {s.key!r}{nearest}")
 
 
-def build_config(cls, settings, **told_values):
-    """One checked instance of `cls` from the settings that belong to it; a key set twice takes its last value.
+def build_config(cls, settings, **derived_values):
+    """A checked instance of `cls` from those settings that belong to it. The last one wins.
 
-    A dataclass may have `check()`, which raises ConfigError(message, key) for values that cannot be, and `unused()`,
-    which returns {name: reason} for settings that have no effect beside the others: setting one of those away from its
-    default is refused rather than ignored.
+    A dataclass may have two methods. `check()` raises ConfigError(message, key) for values that
+    cannot be. `unused()` returns {name: reason} for settings without effect: if one of them is not
+    at its default, it is refused rather than ignored.
     """
     hints = typing.get_type_hints(cls)
     mine = {s.key: s for s in settings if s.key in field_names(cls)}
@@ -154,39 +167,46 @@ def build_config(cls, settings, **told_values):
         try:
             values[key] = convert(s.value, hints[key])
         except ValueError as e:
-            raise ConfigError(f"{s.origin}: {key} {e}") from None
-    # What is told wins, and goes only to a config that has a field for it.
-    config = cls(**{**values, **{k: v for k, v in told_values.items() if k in hints}})
+            raise ConfigError(f"{s.source}: {key} {e}") from None
+    for key, value in derived_values.items():
+        if key in hints:  # a model file need not have a field for it
+            values[key] = value
+    config = cls(**values)
     try:
-        getattr(config, "check", lambda: None)()
+        if hasattr(config, "check"):
+            config.check()
     except ConfigError as e:
-        raise ConfigError(f"{mine[e.key].origin}: {e}" if e.key in mine else str(e), e.key) from None
-    reject_unused(config, getattr(config, "unused", dict)(), mine)
+        where = f"{mine[e.key].source}: " if e.key in mine else ""
+        raise ConfigError(f"{where}{e}", e.key) from None
+    if hasattr(config, "unused"):
+        reject_unused(config, config.unused(), mine)
     return config
 
 
 def reject_unused(config, reasons, mine):
-    """Raise for a setting in `reasons` (name -> why it has no effect) that differs from its default.
+    """ConfigError for a setting in `reasons` (name -> why) that differs from its default.
 
     mine: {name: Setting}, to say where it was set.
     """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if f.name in reasons and value != f.default:
-            where = f"{mine[f.name].origin}: " if f.name in mine else ""
-            raise ConfigError(f"{where}{f.name}={value!r} has no effect: {reasons[f.name]}; leave it out", f.name)
+            where = f"{mine[f.name].source}: " if f.name in mine else ""
+            message = f"{where}{f.name}={value!r} has no effect: {reasons[f.name]}; leave it out"
+            raise ConfigError(message, f.name)
 
 
 Json = dict | list | str  # the type of a setting that takes JSON
 
 
 def convert(value, kind):
-    """`value` (text from a flag, or a Python value from a file) as the annotated type; ValueError says what is wrong.
+    """A value (text of a flag, or a Python value of a file) as the annotated type.
 
-    Types: bool, int, float, str, tuples of them (`tuple[tuple[int, int], ...]`, written as a Python literal), and Structure.
+    Types: bool, int, float, str, Json, and tuples of them (`tuple[tuple[int, int], ...]`, written
+    as a Python literal). ValueError says what is wrong.
     """
     if kind == Json:
-        return _convert_structure(value)
+        return _convert_json(value)
     if typing.get_origin(kind) is tuple:
         return _convert_tuple(value, kind)
     shown = _short(value)
@@ -223,7 +243,7 @@ def convert(value, kind):
     return number
 
 
-def _convert_structure(value):
+def _convert_json(value):
     if isinstance(value, (dict, list, tuple)):
         return value
     if not isinstance(value, str):
@@ -240,8 +260,10 @@ def _convert_tuple(value, kind):
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value.strip() or "()")
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
-            raise ValueError(f"takes a list such as [(2, 200), (4, 60)], not {_short(value)}") from None
+        # All that literal_eval raises.
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            message = f"takes a list such as [(2, 200), (4, 60)], not {_short(value)}"
+            raise ValueError(message) from None
     if not isinstance(value, (tuple, list)):
         raise ValueError(f"takes a list, not {_short(value)}")
     kinds = typing.get_args(kind)
@@ -265,7 +287,7 @@ def _nearest(name, known):
     return f"; did you mean {close[0]}?" if close else "; --help lists them all"
 
 
-# ---- for check() in the dataclasses ------------------------------------------------------------------------------------
+# ---- for check() in the dataclasses --------------------------------------------------------------
 
 
 def at_least(config, low, *names):
@@ -278,8 +300,9 @@ def at_least(config, low, *names):
 def within(config, low, high, *names):
     """Every named setting is in [low, high]."""
     for name in names:
-        if not low <= getattr(config, name) <= high:
-            raise ConfigError(f"{name}={getattr(config, name)} must be between {low} and {high}", name)
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ConfigError(f"{name}={value} must be between {low} and {high}", name)
 
 
 def one_of(config, table, *names):
@@ -298,12 +321,13 @@ def require(condition, message, key):
         raise ConfigError(message, key)
 
 
-# ---- what goes to the screen ---------------------------------------------------------------------
+# ---- the screen ----------------------------------------------------------------------------------
 
 
 def printable(text, keep=""):
-    """Text with every character spelled out that a terminal would obey or hide; those in `keep`
-    stay as they are.
+    """Text with control characters, which a terminal would obey or hide, spelled out.
+
+    keep: characters that stay as they are.
 
     >>> printable("a\\x1b[2Jb")
     'a\\\\x1b[2Jb'
@@ -314,38 +338,60 @@ def printable(text, keep=""):
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
-def say(*words, sep=" ", **where):
-    """print(), for text that holds names and contents of files: they may hold escape sequences.
-    Ends of lines stay."""
-    print(printable(sep.join(map(str, words)), keep="\n\t"), **where)
+def say(*values, sep=" ", **kwargs):
+    """print() for names and contents of files: escape sequences in them are spelled out."""
+    print(printable(sep.join(map(str, values)), keep="\n\t"), **kwargs)
 
 
-# ---- help and the way out ----------------------------------------------------------------------------------------------
+# ---- help, and the exit status -------------------------------------------------------------------
 
 
-def field_comments(cls):
-    """{field name: the comment beside it}, read from the source of the dataclass and of those it extends."""
-    inherited = {} if cls.__base__ is object else field_comments(cls.__base__)
-    source = inspect.getsource(cls)
-    by_line = {
-        t.start[0]: t.string.lstrip("# ")
-        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-        if t.type == tokenize.COMMENT
-    }
-    body = ast.parse(inspect.cleandoc(source) if source[0] == " " else source).body[0].body
-    return inherited | {n.target.id: by_line.get(n.end_lineno, "") for n in body if isinstance(n, ast.AnnAssign)}
+def field_docs(cls):
+    """{field: (group, comment)} from the source of a dataclass and of those that it extends.
+
+    The comment stands beside the field. A line `# -- optimizer` begins the group "optimizer".
+    """
+    found = {} if cls.__base__ is object else field_docs(cls.__base__)
+    source = inspect.cleandoc("\n" + inspect.getsource(cls))
+    comments, groups = {}, {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, text = token.start[0], token.string.lstrip("# ")
+            comments[line] = text
+            if text.startswith("-- "):
+                groups[line] = text[3:]
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            begun = [line for line in groups if line < node.lineno]
+            group = groups[max(begun)] if begun else ""
+            found[node.target.id] = group, comments.get(node.end_lineno, "")
+    return found
 
 
-def help_text(doc, *classes):
-    """The script's docstring, then every setting with its default and reason, one dataclass after another."""
-    lines = [doc.strip(), ""]
+def help_text(doc, *classes, common=()):
+    """The script's docstring, then every setting with its default and reason.
+
+    common: names of settings to show first. The others follow by dataclass and group.
+    """
+    sections = {"the settings that one turns most": dict.fromkeys(common)}
     for cls in classes:
-        lines.append(f"settings of {os.path.basename(inspect.getsourcefile(cls))}:")
-        reasons = field_comments(cls)
+        file = os.path.basename(inspect.getsourcefile(cls))
+        docs = field_docs(cls)
         for f in dataclasses.fields(cls):
-            if not f.metadata.get("told"):
-                lines.append(f"  --{f.name + '=' + str(f.default):32s} {reasons[f.name]}")
-        lines.append("")
+            if f.metadata.get("derived"):
+                continue
+            group, comment = docs[f.name]
+            title = f"settings of {file}, {group}" if group else f"settings of {file}"
+            section = sections["the settings that one turns most"]
+            if f.name not in common:
+                section = sections.setdefault(title, {})
+            default = f"{f.name}={f.default}"
+            section[f.name] = f"  --{default:32s} {comment}"
+    lines = [doc.strip(), ""]
+    for title, section in sections.items():
+        shown = [line for line in section.values() if line]
+        if shown:
+            lines += [f"{title}:", *shown, ""]
     return "\n".join(lines)
 
 
@@ -398,9 +444,10 @@ def open_screens():
 
 
 def run_cli(main):
-    """Run main(); a ConfigError becomes one line on standard error and exit status 2, a RunFailed one and exit status 1.
+    """Run main() and exit with the status that it returns.
 
-    Of the ranks under torchrun, the first one speaks.
+    A ConfigError becomes one line on standard error and exit status 2, a RunError one and status 1.
+    Under torchrun only the main rank prints it.
     """
     open_screens()
     try:

@@ -48,6 +48,8 @@ from nanorecall import (
     plots,  # noqa: E402
     text,  # noqa: E402
 )
+from nanorecall.build import build_model, build_model_config  # noqa: E402
+from nanorecall.run import Run  # noqa: E402
 from test_data_mqar import loop_rows  # noqa: E402
 from test_delta import fla_naive  # noqa: E402
 from test_tokens import naive_mask  # noqa: E402
@@ -291,11 +293,11 @@ def rank_loop(rank, size, threads, port, orders):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), GLOO_SOCKET_IFNAME="lo")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     with distributed.process_group() as world:
-        p, _ = train.read_command_line([os.path.join(ROOT, "configs", "mqar_gpt.py"), "--curriculum=[]"])
-        data, device = p.data_module.Data(p.data), torch.device("cpu")
-        model = train.build_model(p, train.build_model_config(p, data))
-        parts = {"step": distributed.wrap_model(model, "ddp", device), "step without exchange": model}
-        runs = {k: train.Run(p, "", world, device, torch.float32, data, model, m) for k, m in parts.items()}
+        p = train.parse([os.path.join(ROOT, "configs", "mqar_gpt.py"), "--curriculum=[]", "--device=cpu"])
+        runs = {"step": Run.create(p, world), "step without exchange": Run.create(p, world)}
+        model = runs["step"].model
+        runs["step"].parallel_model = distributed.wrap_model(model, "ddp", torch.device("cpu"))
+        runs["step without exchange"].parallel_model = model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         number = 0
         while order := orders.recv():
@@ -339,10 +341,10 @@ def rank_rows(rounds):
 
 def eval_rows(rounds):
     """Evaluation of 180 rows of synthetic QA (configs/qa_2k_memory.py), 100 rows at once against one at a time."""
-    p, _ = train.read_command_line([os.path.join(ROOT, "configs", "qa_2k_memory.py"), "--n_test_examples=180"])
+    p = train.parse([os.path.join(ROOT, "configs", "qa_2k_memory.py"), "--n_test_examples=180"])
     data = p.data_module.Data(p.data)
     torch.manual_seed(0)
-    model = train.build_model(p, train.build_model_config(p, data)).eval()
+    model = build_model(p, build_model_config(p, data)).eval()
 
     def all_rows(batch_size):
         return lambda: list(metrics.iter_predictions(model, data, "test", batch_size, torch.device("cpu")))
@@ -354,10 +356,10 @@ def eval_rows(rounds):
 def ablate_rows(rounds):
     """Every slot of ten rows of synthetic QA removed (configs/qa_2k_memory.py), many at once from the memory layer on, against
     a whole forward pass for each; per (row, slot)."""
-    p, _ = train.read_command_line([os.path.join(ROOT, "configs", "qa_2k_memory.py")])
+    p = train.parse([os.path.join(ROOT, "configs", "qa_2k_memory.py")])
     data = p.data_module.Data(p.data)
     torch.manual_seed(0)
-    model = train.build_model(p, train.build_model_config(p, data)).eval()
+    model = build_model(p, build_model_config(p, data)).eval()
     look = SimpleNamespace(data=data, config=SimpleNamespace(split="test"), pad=data.tokenizer.pad, device="cpu")
     cases, _ = hooks.read_cases(look, np.arange(10))
     slots = hooks.run_with_cache(model, cases).found[0]["slots"]

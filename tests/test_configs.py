@@ -9,13 +9,14 @@ import pytest
 
 import delta
 import train
+from nanorecall.build import build_model_config
 from nanorecall.settings import (
     ConfigError,
     Setting,
     at_least,
     build_config,
     derived,
-    field_comments,
+    field_docs,
     field_names,
     help_text,
     read_argv,
@@ -108,14 +109,33 @@ def test_override_file_gives_file_and_line(tmp_path):
         run_override_file(str(tmp_path / "none.py"))
 
 
-@pytest.mark.parametrize("cls", [train.TrainConfig, delta.Config], ids=["train", "delta"])  # one extends another
+@pytest.mark.parametrize("cls", [train.TrainConfig, delta.Config])  # one extends another
 def test_help_shows_every_setting_with_its_reason(cls):
     text = help_text("Title.", cls)
-    reasons = field_comments(cls)
-    assert "Title." in text and set(field_names(cls)) <= set(reasons)
+    docs = field_docs(cls)
+    assert "Title." in text and set(field_names(cls)) <= set(docs)
     for name in field_names(cls):
-        assert len(reasons[name]) > 10, f"{name} has no reason beside it"
-        assert f"--{name}=" in text and reasons[name] in text
+        _, reason = docs[name]
+        assert len(reason) > 10, f"{name} has no reason beside it"
+        assert f"--{name}=" in text and reason in text
+
+
+@dataclass
+class Grouped:
+    steps: int = 5  # how many
+    # -- optimizer
+    lr: float = 1.0  # how fast
+    decay: float = 0.0  # and how slow
+
+
+def test_help_shows_common_settings_first_then_groups():
+    file = "settings of test_configs.py"
+    assert help_text("Title.", Grouped, common=("decay", "no_such")).splitlines() == [
+        *("Title.", ""),
+        *("the settings that one turns most:", f"  --{'decay=0.0':32s} and how slow", ""),
+        *(f"{file}:", f"  --{'steps=5':32s} how many", ""),
+        *(f"{file}, optimizer:", f"  --{'lr=1.0':32s} how fast"),
+    ]
 
 
 KEYS = "lr model data n_layers num_kv_pairs curriculum test_cells path use_ffn q_kernel k_norm pos conv dim dk du seed zzz"
@@ -175,8 +195,8 @@ def test_only_config_errors_escape_4000_random_command_lines_and_files(tmp_path,
             (tmp_path / "c.py").write_bytes(random_file(r))
             argv.insert(0, "c.py")
         try:
-            p, _ = train.read_command_line(argv)
-            train.build_model_config(p, SimpleNamespace(vocab_size=64, seq_len=32))
+            p = train.parse(argv)
+            build_model_config(p, SimpleNamespace(vocab_size=64, seq_len=32))
             outcomes["accepted"] += 1
         except ConfigError as e:
             outcomes["refused"] += 1

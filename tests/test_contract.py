@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 import eval as evaluate
 import train
-from nanorecall.run import MODELS, import_source_file, resolve_model
+from nanorecall.build import MODELS, build_model, build_model_config, resolve_model
 from nanorecall.settings import Setting, build_config
+from nanorecall.source_files import import_source_file
 
 SMALL = {
     "vocab_size": 64,
@@ -85,8 +86,8 @@ def test_it_trains_resumes_and_is_evaluated(model_name, tmp_path, capsys):
 def test_weights_are_a_function_of_the_seed(model_name):
     def weights(noise):
         torch.rand(noise)
-        p = train.resolve([Setting("model", model_name, "--model"), *(Setting(k, v, k) for k, v in SMALL.items())])
-        return train.build_model(p, train.build_model_config(p, p.data_module.Data(p.data))).state_dict()
+        p = train.parse([f"--model={model_name}", *(f"--{k}={v}" for k, v in SMALL.items())])
+        return build_model(p, build_model_config(p, p.data_module.Data(p.data))).state_dict()
 
     a, b = weights(1), weights(100)
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import train
 from nanorecall import checkpoint, distributed, metrics
-from nanorecall.run import load_run
+from nanorecall.build import build_model, build_model_config
+from nanorecall.run import load_settings
 from nanorecall.settings import ConfigError
 from test_faults import wait_for_step
 from test_train import assert_same, contents, counts, flags, run
@@ -82,13 +84,13 @@ def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
     a, b = ([r["grad_norm"] for r in contents(out)[1] if r["kind"] == "train"] for out in (ddp, fsdp))
     assert a == pytest.approx(b, rel=1e-4) and len(a) == 20
     assert len([f for f in os.listdir(os.path.join(fsdp, "shards", "ckpt-20")) if f.endswith(".distcp")]) == 2
-    a, b = (metrics.evaluate(m, d, "test", 7, torch.device("cpu")) for _, d, m, _ in map(load_run, (ddp, fsdp)))
+    a, b = (metrics.evaluate(m, d, "test", 7, torch.device("cpu")) for _, d, m, _ in map(train.load_run, (ddp, fsdp)))
     assert counts(a) == counts(b) and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
 def test_labels_count_alike_wherever_they_are(on_ranks, tmp_path, monkeypatch):
     """Row r has r labels, so ranks and parts differ in theirs, and the first part has none at all."""
-    batch = train.resolve([]).data_module.InMemoryMQAR.batch
+    batch = train.parse([]).data_module.InMemoryMQAR.batch
 
     def uneven(self, split, step, rows):
         tokens, targets, tags = batch(self, split, step, rows)
@@ -97,7 +99,7 @@ def test_labels_count_alike_wherever_they_are(on_ranks, tmp_path, monkeypatch):
             targets = torch.where(keep, targets, -100)
         return tokens, targets, tags
 
-    monkeypatch.setattr(train.resolve([]).data_module.InMemoryMQAR, "batch", uneven)
+    monkeypatch.setattr(train.parse([]).data_module.InMemoryMQAR, "batch", uneven)
     _, one = run(tmp_path, "one", **SHORT)
     assert_close(tensors(train_on(on_ranks, 2, tmp_path, "two", accumulate=8)), tensors(one), 5e-6)
     assert_close(tensors(train_on(on_ranks, 2, tmp_path, "sharded", accumulate=8, parallel="fsdp")), tensors(one), 5e-6)
@@ -138,8 +140,8 @@ def test_dropout_and_frozen_weights(on_ranks, tmp_path, monkeypatch, how):
     _, one = run(tmp_path, "one", **{**SHORT, **changes, "accumulate": 4})
     two = train_on(on_ranks, 2, tmp_path, "two", **changes)
     assert_close(tensors(two), tensors(one))
-    p = train.load_settings(one)
-    initial = train.build_model(p, train.build_model_config(p, p.data_module.Data(p.data)))
+    p = load_settings(one, train.TrainConfig)
+    initial = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
     assert torch.equal(tensors(two)["model.embed.weight"], initial.embed.weight)
     assert not torch.equal(tensors(two)["model.lm_head.weight"], initial.lm_head.weight)
     assert not any(name.startswith("optimizer.embed.") for name in tensors(two))
@@ -162,9 +164,9 @@ def test_each_part_of_each_step_has_a_seed_of_its_own(tmp_path, monkeypatch):
 def test_gradients_are_exchanged_once_a_step(on_ranks, tmp_path, monkeypatch, how):
     """However many parts the step has."""
     calls, orders = [], []
-    reduce, order = torch.distributed.all_reduce, distributed.FSDPModule.set_requires_gradient_sync
+    reduce, order = torch.distributed.all_reduce, FSDPModule.set_requires_gradient_sync
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: calls.append(1) or reduce(*args, **kwargs))
-    monkeypatch.setattr(distributed.FSDPModule, "set_requires_gradient_sync", lambda m, now: orders.append(now) or order(m, now))
+    monkeypatch.setattr(FSDPModule, "set_requires_gradient_sync", lambda m, now: orders.append(now) or order(m, now))
 
     def work(rank):
         assert train.main(flags(tmp_path, how, parallel=how, accumulate=4, **SHORT)) == 0
@@ -175,7 +177,7 @@ def test_gradients_are_exchanged_once_a_step(on_ranks, tmp_path, monkeypatch, ho
 
 @pytest.mark.parametrize("labels", [0, 1])
 def test_a_batch_of_few_labels(labels):
-    p = train.resolve([])
+    p = train.parse([])
     model = p.model_class(p.model_module.Config(vocab_size=32, seq_len=16))
     targets = torch.full((2, 16), -100)
     targets[0, :labels] = 3
@@ -188,7 +190,7 @@ def test_a_batch_of_few_labels(labels):
 def test_evaluation_is_shared_out_and_adds_up(on_ranks, tmp_path):
     """7 batches on 3 ranks: the sums are those of one process, in its order."""
     _, out = run(tmp_path, "run", **SHORT)
-    _, data, model, _ = load_run(out)
+    _, data, model, _ = train.load_run(out)
     whole = metrics.evaluate(model, data, "test", 8, torch.device("cpu"))
 
     def work(rank):
@@ -218,7 +220,7 @@ def test_resume_is_bit_exact(on_ranks, tmp_path, size, how):
 
 
 def test_one_rank_then_two_then_one_see_the_same_rows(on_ranks, tmp_path, monkeypatch):
-    module = train.resolve([]).data_module
+    module = train.parse([]).data_module
     batch, seen = module.InMemoryMQAR.batch, tmp_path / "seen"
 
     def noted(self, split, step, rows):
@@ -249,11 +251,11 @@ def test_one_rank_then_two_then_one_see_the_same_rows(on_ranks, tmp_path, monkey
 def test_shards_of_two_ranks_load_on_one_and_three(on_ranks, tmp_path):
     out = train_on(on_ranks, 2, tmp_path, "two", parallel="fsdp", batch_size=24)
     saved = tensors(out)
-    p, data, model, _ = load_run(out, "ckpt")
+    p, data, model, _ = train.load_run(out, "ckpt")
 
     def work(rank):
         with distributed.process_group() as world:
-            copy = train.build_model(p, train.build_model_config(p, data))
+            copy = build_model(p, build_model_config(p, data))
             for q in copy.parameters():
                 q.data.zero_()
             distributed.wrap_model(copy, "fsdp", torch.device("cpu"))
@@ -322,7 +324,8 @@ def test_a_mistake_on_one_rank_stops_all(on_ranks, capfd):
                 raise ConfigError("rank 1 has no such thing", "device")
 
         with distributed.process_group() as world:
-            world.together(fail)
+            with world.agree():
+                fail()
 
     assert on_ranks(2, work) == [2, 2]
     assert capfd.readouterr().err.count("rank 1 has no such thing") == 1
@@ -344,7 +347,7 @@ def test_torchrun_leaves_our_flags_alone():
     `--` before the script's name helps."""
     from torch.distributed.run import get_args_parser
 
-    p = train.resolve([])
+    p = train.parse([])
     names = [f for c in (train.TrainConfig, p.model_module.Config, p.data_module.Config) for f in c.__dataclass_fields__]
     for name in names:
         dashes = ["--"] if name == "du" else []
@@ -384,7 +387,7 @@ def test_sigterm_to_torchrun_stops_both_ranks_on_one_step(on_ranks, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_all_on_one_step(on_ranks, tmp_path, rank):
     words = flags(tmp_path, "run", **{**SHORT, "max_steps": 5000, "eval_interval": 2500})
-    data = train.resolve([]).data_module.InMemoryMQAR
+    data = train.parse([]).data_module.InMemoryMQAR
     batch = data.batch
 
     def work(me):
@@ -424,7 +427,7 @@ def test_a_killed_rank_brings_the_job_down_and_restarted_it_ends_the_same(on_ran
 
 
 def test_a_rank_that_dies_takes_the_others_with_it(on_ranks, tmp_path, capfd):
-    data = train.resolve([]).data_module.InMemoryMQAR
+    data = train.parse([]).data_module.InMemoryMQAR
     batch = data.batch
 
     def work(rank):
@@ -445,7 +448,7 @@ def test_a_rank_that_dies_takes_the_others_with_it(on_ranks, tmp_path, capfd):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(on_ranks, tmp_path, how, bad):
-    data = train.resolve([]).data_module.InMemoryMQAR
+    data = train.parse([]).data_module.InMemoryMQAR
     batch = data.batch
     bad_steps = {"finished": (2, 4), "failed": (2, 4, 5, 6)}
     for outcome, steps in bad_steps.items():

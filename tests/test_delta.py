@@ -15,6 +15,7 @@ import delta
 import train
 from delta import delta_rule, delta_rule_chunkwise, delta_rule_fla, delta_rule_recurrent
 from model import GPT, NORMS, RMSNorm, ShortConvolution
+from nanorecall.build import build_model_config
 from nanorecall.ops import CausalConv1d, L2Normalize
 from nanorecall.settings import ConfigError
 from test_model import naive_activation, naive_heads, naive_qkv
@@ -656,7 +657,8 @@ def test_decay_starts_in_the_range_of_the_paper_and_is_not_decayed_itself():
     )  # log-uniform
     rate = mixer.A_log.exp()
     assert rate.min() < 0.5 and 6 < rate.median() < 10 and 15 < rate.max() <= 16
-    decays, stays = train.parameter_groups_of(mixer, 0.1)
+    settings = train.TrainConfig(weight_decay=0.1)
+    decays, stays = train.configure_optimizer(mixer, settings).param_groups
     assert {id(mixer.A_log), id(mixer.dt_bias)} <= {id(p) for p in stays["params"]} and stays[
         "weight_decay"
     ] == 0
@@ -673,8 +675,8 @@ def test_short_convolution_and_l2_norm_have_the_right_gradients():
 
 def test_settings_without_effect_are_refused():
     def plan(*flags):
-        p, _ = train.read_command_line(["--model", "delta", *flags])
-        return train.build_model_config(p, p.data_module.Data(p.data))
+        p = train.parse(["--model", "delta", *flags])
+        return build_model_config(p, p.data_module.Data(p.data))
 
     assert plan().conv == 4 and plan().k_norm == "l2"
     with pytest.raises(ConfigError, match="pos='rope' has no effect: the recurrence knows"):

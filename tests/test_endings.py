@@ -18,8 +18,8 @@ import memory
 import nanorecall.run as run_module
 import train
 from analysis import commands
-from nanorecall import checkpoint
-from nanorecall.distributed import SINGLE_PROCESS
+from nanorecall import build, checkpoint
+from nanorecall.distributed import SINGLE_PROCESS, all_finite
 from nanorecall.settings import ConfigError, RunError
 from test_ddp import torchrun
 from test_train import assert_same, contents, flags, run
@@ -84,7 +84,7 @@ def test_weights_that_are_not_finite_end_as_failed(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_in_an_evaluation_ends_as_failed(tmp_path, monkeypatch, capsys):
-    evaluate = train.evaluate
+    evaluate = run_module.evaluate
 
     for bad in ("val", "test"):
 
@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_in_an_evaluation_ends_as_failed(tmp_path, mon
             result = evaluate(model, data, split, *rest)
             return {**result, "loss": math.nan} if split == bad else result
 
-        monkeypatch.setattr(train, "evaluate", spoilt)
+        monkeypatch.setattr(run_module, "evaluate", spoilt)
         status, out = run(tmp_path, bad, **SHORT)
         assert status == 1 and status_of(out)["status"] == "failed"
         assert "not finite" in capsys.readouterr().out
@@ -101,9 +101,9 @@ def test_a_loss_that_is_not_finite_in_an_evaluation_ends_as_failed(tmp_path, mon
 
 def test_a_weight_that_no_loss_shows_counts_too():
     model = torch.nn.Linear(2, 2)
-    assert train.finite_weights(model, SINGLE_PROCESS)
+    assert all_finite(model, SINGLE_PROCESS)
     model.weight.data[1, 1] = math.nan
-    assert not train.finite_weights(model, SINGLE_PROCESS)
+    assert not all_finite(model, SINGLE_PROCESS)
 
 
 # ---- which weights were tested -----------------------------------------------------------------------------------------
@@ -118,13 +118,13 @@ def test_the_tested_weights_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("spoil", [os.remove, lambda path: os.truncate(path, 100)])
 def test_without_the_best_weights_the_last_are_tested(tmp_path, monkeypatch, capsys, spoil):
-    tested = train.tested_weights
+    tested = run_module.tested_weights
 
     def spoilt(folder, step):
         spoil(os.path.join(folder, "best.pt"))
         return tested(folder, step)
 
-    monkeypatch.setattr(train, "tested_weights", spoilt)
+    monkeypatch.setattr(run_module, "tested_weights", spoilt)
     status, out = run(tmp_path)
     why = "best.pt is missing or damaged"
     assert status == 0 and status_of(out)["tested"] == {"weights": "last", "step": 60, "why": why}
@@ -141,12 +141,12 @@ def killed(*args):
 @pytest.mark.parametrize("where", ["before config.json", "in config.json"])
 def test_killed_before_its_config_a_run_starts_again(on_ranks, tmp_path, monkeypatch, where):
     words, out = flags(tmp_path, "run", **SHORT), str(tmp_path / "run")
-    place = (train, "run_metadata") if where == "before config.json" else (checkpoint.os, "replace")
+    place = (run_module, "run_metadata") if where == "before config.json" else (checkpoint.os, "replace")
     monkeypatch.setattr(*place, killed)
     assert on_ranks(1, lambda rank: train.main(words)) == [-signal.SIGKILL]
     monkeypatch.undo()
     assert len(os.listdir(out)) == (where == "in config.json")
-    for look in (lambda: train.main([f"--resume={out}"]), lambda: run_module.load_run(out)):
+    for look in (lambda: train.main([f"--resume={out}"]), lambda: train.load_run(out)):
         with pytest.raises(ConfigError, match="no config.json: .*start it again .* --run_name run"):
             look()
     assert train.main(words) == 0 and status_of(out)["status"] == "finished"
@@ -159,7 +159,7 @@ def test_killed_before_its_config_torchrun_starts_it_again(on_ranks, tmp_path, m
     words = flags(tmp_path, "run", **SHORT)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    monkeypatch.setattr(train, "run_metadata", killed)
+    monkeypatch.setattr(run_module, "run_metadata", killed)
     assert on_ranks(2, lambda rank: train.main(words)) == [-signal.SIGKILL, 1]
     monkeypatch.undo()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
@@ -168,7 +168,7 @@ def test_killed_before_its_config_torchrun_starts_it_again(on_ranks, tmp_path, m
 
 
 def test_two_starts_of_one_name_make_one_run(tmp_path):
-    p, _ = train.read_command_line(flags(tmp_path, "run", **SHORT))
+    p = train.parse(flags(tmp_path, "run", **SHORT))
     folder, held = run_module.create_run_dir(p, None)
     with pytest.raises(ConfigError, match="another process is writing this run"):
         run_module.create_run_dir(p, None)
@@ -196,7 +196,7 @@ def test_a_run_that_has_ended_says_so_and_trains_no_more(tmp_path, monkeypatch, 
     before = {name: os.stat(os.path.join(out, name)).st_mtime_ns for name in os.listdir(out)}
     said = capsys.readouterr()
     with monkeypatch.context() as m:
-        m.setattr(train, "finish", None)
+        m.setattr(train, "train", None)
         assert run(tmp_path, resume=True)[0] == status == 1
     again = capsys.readouterr()
     assert f"{out} has ended; to train it longer" in again.out
@@ -312,7 +312,7 @@ def test_a_config_that_was_changed_is_not_resumed(tmp_path, part, key, value):
     checkpoint.write_json(path, saved)
     trained = f"the checkpoint was trained with {key}={trained_with!r}; put that back"
     message = f"config.json says {key}={value!r}, but {trained}"
-    for look in (lambda: run(tmp_path, resume=True, max_steps=6), lambda: run_module.load_run(out)):
+    for look in (lambda: run(tmp_path, resume=True, max_steps=6), lambda: train.load_run(out)):
         with pytest.raises(ConfigError, match=message):
             look()
     assert status_of(out)["step"] == 4
@@ -324,7 +324,7 @@ def test_a_checkpoint_that_does_not_say_is_resumed(tmp_path):
         state = checkpoint.load_checkpoint(out, name)
         assert json.loads(state.pop("settings"))["train"]["lr"] == 0.01
         checkpoint.save_checkpoint(out, name, state, keep_old=False)
-    run_module.load_run(out)
+    train.load_run(out)
     assert run(tmp_path, resume=True, max_steps=6)[0] == 0
 
 
@@ -367,12 +367,12 @@ def test_a_device_without_float64_leaves_it_to_the_cpu():
 
 
 def test_full_memory_names_what_is_too_large(tmp_path, monkeypatch):
-    p, _ = train.read_command_line(["--model=memory", "--mem_n_keys=64", "--dim=32"])
-    model = run_module.build_model(p, run_module.build_model_config(p, p.data_module.Data(p.data)))
-    cpu, count = torch.device("cpu"), run_module.count_parameters(model)["total"]
-    assert run_module.training_advice(model, cpu).startswith("raise accumulate or lower batch_size")
-    monkeypatch.setattr(run_module, "memory_size", lambda device: 20 * count)
-    advice = run_module.training_advice(model, cpu)
+    p = train.parse(["--model=memory", "--mem_n_keys=64", "--dim=32"])
+    model = build.build_model(p, build.build_model_config(p, p.data_module.Data(p.data)))
+    cpu, count = torch.device("cpu"), build.count_parameters(model)["total"]
+    assert build.training_advice(model, cpu).startswith("raise accumulate or lower batch_size")
+    monkeypatch.setattr(build, "memory_size", lambda device: 20 * count)
+    advice = build.training_advice(model, cpu)
     assert "the model is too large" in advice and "batch_size" not in advice
     assert "memory.values (4096, 32); make that smaller" in advice
     words = ["--model=memory", "--mem_n_keys=4096", "--dim=1048576", "--dk=2", "--dv=2"]

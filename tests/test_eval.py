@@ -12,7 +12,6 @@ import eval as ev
 import train
 from analysis import compare
 from nanorecall import stats
-from nanorecall.run import load_run
 from nanorecall.settings import ConfigError
 
 
@@ -89,7 +88,7 @@ def test_compare_puts_runs_side_by_side(runs, capsys, tmp_path):
     assert (runs / "compare.png").stat().st_size > 5000
     both = [compare.read_result(str(runs / name)) for name in ("r1", "r2")]
     assert [len(same) for same in compare.group_seeds(both).values()] == [2]  # two seeds of one line
-    layers = load_run(str(runs / "r1"))[2].layers
+    layers = train.load_run(str(runs / "r1"))[2].layers
     assert both[0]["params"] == sum(q.numel() for q in layers.parameters())
     shutil.copytree(runs / "r1", tmp_path / "early")
     status = json.loads((runs / "r1" / "status.json").read_text()) | {"step": 17}

@@ -17,6 +17,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -117,14 +118,14 @@ def signals():
 
 
 def test_a_signal_cuts_the_last_evaluation_short_too(tmp_path, monkeypatch, signals):
-    batch = train.resolve([]).data_module.InMemoryMQAR.batch
+    batch = train.parse([]).data_module.InMemoryMQAR.batch
 
     def signal_in_test(self, split, step, rows):
         if split == "test":
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, split, step, rows)
 
-    monkeypatch.setattr(train.resolve([]).data_module.InMemoryMQAR, "batch", signal_in_test)
+    monkeypatch.setattr(train.parse([]).data_module.InMemoryMQAR, "batch", signal_in_test)
     status, out = run(tmp_path, eval_batch_size=10)
     assert status == 128 + signal.SIGTERM
     assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == "preempted"
@@ -136,7 +137,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
     """It is done again after the resume, so nothing is lost and nothing waits for 100,000 rows."""
     settings = dict(max_steps=30, eval_interval=10, eval_batch_size=10)
     _, whole = run(tmp_path, "whole", **settings)
-    made, batch = [], train.resolve([]).data_module.InMemoryMQAR.batch
+    made, batch = [], train.parse([]).data_module.InMemoryMQAR.batch
 
     def signal_in_second_evaluation(self, split, step, rows):
         made.append(split)
@@ -144,7 +145,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, split, step, rows)
 
-    monkeypatch.setattr(train.resolve([]).data_module.InMemoryMQAR, "batch", signal_in_second_evaluation)
+    monkeypatch.setattr(train.parse([]).data_module.InMemoryMQAR, "batch", signal_in_second_evaluation)
     status, out = run(tmp_path, "cut", **settings)
     assert status == 128 + signal.SIGTERM and made.count("val") == 7
     assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 20
@@ -179,14 +180,14 @@ def test_two_ranks_killed_while_they_write_shards_go_on_from_the_last_whole_ones
 
             checkpoint.torch.save = killed_here
         else:
-            save = checkpoint.dcp.save
+            save = dcp.save
 
             def killed_there(*args, **kwargs):
                 if steps_logged(out) > limit + 1:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return save(*args, **kwargs)
 
-            checkpoint.dcp.save = killed_there
+            dcp.save = killed_there
         return train.main([f"--resume={out}"] if reached else words)
 
     for _ in range(6):
@@ -608,7 +609,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(on_ranks, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # files end there, as on a full disk
         try:
             return train.main([f"--resume={out}", "--max_steps=40"])
-        except RunError as e:  # while the error is at hand the wrapped model is gone: see parallel.leave
+        except RunError as e:  # while the error is at hand the DDP model is gone: distributed.shutdown
             assert e.__traceback__ and not any(isinstance(o, DistributedDataParallel) for o in gc.get_objects())
             raise
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 import train
 from nanorecall import checkpoint
-from nanorecall.run import build_data, build_model, build_model_config, load_settings
+from nanorecall import run as run_file
+from nanorecall.build import build_data, build_model, build_model_config
+from nanorecall.run import load_settings
 from test_train import run
 
 MEMORY = dict(model="memory", mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8)
@@ -20,7 +22,7 @@ def test_five_steps_by_hand(tmp_path, own, rate):
     settings = dict(beta1=0.8, beta2=0.9, weight_decay=0.1, clip_grad=0.1, warmup_steps=3)
     settings |= dict(schedule="linear", lr_min=0.5, max_steps=5, eval_interval=5, batch_size=4)
     _, out = run(tmp_path, **settings, **own)
-    p = load_settings(out)
+    p = load_settings(out, train.TrainConfig)
     data = build_data(p)
     model = build_model(p, build_model_config(p, data))
     names, weights = zip(*model.named_parameters())
@@ -50,7 +52,7 @@ def test_five_steps_by_hand(tmp_path, own, rate):
 @pytest.fixture
 def scripted(tmp_path, monkeypatch):
     """scripted(val accuracies, test accuracy, ...) -> status, folder, saved, weights tested."""
-    evaluate, write = train.evaluate, train.write_checkpoint
+    evaluate, write = run_file.evaluate, run_file.write_checkpoint
     saved, tested = [], []
 
     def start(val, test, **changes):
@@ -66,8 +68,8 @@ def scripted(tmp_path, monkeypatch):
             saved.append((name, state["step"]))
             write(folder, name, state, *args)
 
-        monkeypatch.setattr(train, "evaluate", measured)
-        monkeypatch.setattr(train, "write_checkpoint", written)
+        monkeypatch.setattr(run_file, "evaluate", measured)
+        monkeypatch.setattr(run_file, "write_checkpoint", written)
         status, out = run(tmp_path, max_steps=8, eval_interval=2, **changes)
         return status, out, saved, tested
 

@@ -15,8 +15,9 @@ import memory as Mem
 import train
 from analysis import editing, weights
 from nanorecall import checkpoint
-from nanorecall.run import load_run
-from nanorecall.settings import ConfigError, split_argv
+from nanorecall.build import build_model, build_model_config, load_and_freeze
+from nanorecall.run import load_settings
+from nanorecall.settings import ConfigError
 from test_train import TOY as TOY_RUN
 from test_train import assert_same, contents, run
 
@@ -131,12 +132,12 @@ def test_softmax_over_one_slot_is_refused_and_two_teach_the_keys():
     ],
 )
 def test_mistakes_are_named(words, message):
-    p = train.resolve(split_argv(["--model=memory"])[1])
+    p = train.parse(["--model=memory"])
     with pytest.raises(ConfigError, match=message):
-        p = train.resolve(split_argv(["--model=memory", *words.split()])[1])
-        train.build_model_config(p, p.data_module.Data(p.data))
+        p = train.parse(["--model=memory", *words.split()])
+        build_model_config(p, p.data_module.Data(p.data))
     with pytest.raises(ConfigError, match="mem_stats_every=5 has no effect: gpt has no memory layers"):
-        train.resolve(split_argv(["--mem_stats_every=5"])[1])
+        train.parse(["--mem_stats_every=5"])
 
 
 # ---- traces and interventions --------------------------------------------------------------------
@@ -231,7 +232,7 @@ def test_load_balancing_evens_out_slot_usage():
 
 
 def test_values_have_their_own_learning_rate_and_do_not_decay():
-    groups = train.parameter_groups_of(model(mem_value_lr=3.0), 0.1)
+    groups = train.configure_optimizer(model(mem_value_lr=3.0), train.TrainConfig(weight_decay=0.1)).param_groups
     values = [g for g in groups if g["lr_scale"] == 3.0]
     assert len(values) == 1 and values[0]["weight_decay"] == 0 and [p.shape for p in values[0]["params"]] == [(25, 16)]
     assert all(g["weight_decay"] == (0.1 if g["params"][0].ndim >= 2 else 0) for g in groups if g["lr_scale"] == 1)
@@ -259,8 +260,8 @@ def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
 def test_values_that_learn_at_rate_0_stay(tmp_path):
     for rate in (0, 1):
         _, out = run(tmp_path, f"rate{rate}", model="memory", **TOY, mem_value_lr=rate, max_steps=2)
-        p = train.load_settings(out)
-        first = train.build_model(p, train.build_model_config(p, p.data_module.Data(p.data))).state_dict()["layers.0.memory.values"]
+        p = load_settings(out, train.TrainConfig)
+        first = build_model(p, build_model_config(p, p.data_module.Data(p.data))).state_dict()["layers.0.memory.values"]
         last = checkpoint.load_checkpoint(out, "ckpt")["tensors"]["model.layers.0.memory.values"]
         assert torch.equal(first, last) == (rate == 0)
 
@@ -372,10 +373,10 @@ def test_the_command_line(tmp_path, capsys):
     assert Mem.main(["convert", a, out, "--to", "memory_router"]) == 0
     assert "new: layers.0.ffn.up.weight" in capsys.readouterr().out
     router = dict(options, model="memory_router", init_from=out)
-    p = train.read_command_line([f"--{k}={v}" for k, v in {**TOY_RUN, **router, "log_dir": tmp_path}.items()])[0]
-    m = train.build_model(p, train.build_model_config(p, p.data_module.Data(p.data)))
-    train.load_and_freeze(m, p.train, goes_on=False)
-    _, data, before, _ = load_run(a, "ckpt")
+    p = train.parse([f"--{k}={v}" for k, v in {**TOY_RUN, **router, "log_dir": tmp_path}.items()])
+    m = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
+    load_and_freeze(m, p.train, has_checkpoint=False)
+    _, data, before, _ = train.load_run(a, "ckpt")
     x = data.batch("test", 0, range(4))[0]
     torch.testing.assert_close(m.eval()(x)[0], before(x)[0])  # it answers as before
     for words, message in (

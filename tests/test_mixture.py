@@ -12,7 +12,6 @@ import data_mqar
 import data_synth
 import train
 from nanorecall import checkpoint, mixture
-from nanorecall.run import load_run
 from nanorecall.settings import ConfigError
 from test_train import assert_same, contents
 
@@ -141,7 +140,7 @@ def test_a_finished_run_is_measured_without_the_second_data_set(tmp_path, stored
     os.system(f"cp -r {stored / 'mqar'} {copy}")
     assert train.main(flags(tmp_path, "run", stored, synthetic_dataset=copy)) == 0
     os.system(f"rm -r {copy}")
-    _, data, model, _ = load_run(str(tmp_path / "run"))
+    _, data, model, _ = train.load_run(str(tmp_path / "run"))
     assert (
         isinstance(data, data_synth.Data)
         and model(torch.zeros(1, 4, dtype=torch.long))[0].shape[-1] == 259

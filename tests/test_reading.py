@@ -18,8 +18,9 @@ import eval as ev
 import sweep
 import train
 from analysis import compare
-from nanorecall import checkpoint, plots, run, stats
-from nanorecall.settings import ConfigError, RunError, printable, split_argv
+from nanorecall import checkpoint, plots, stats
+from nanorecall.run import load_settings
+from nanorecall.settings import ConfigError, RunError, printable
 
 TOY = (
     "--n_layers=1 --dim=16 --dk=8 --dv=8 --conv=2 --max_steps=2 --fresh=1 --threads=1 --vocab_size=32 --input_seq_len=16 "
@@ -128,7 +129,7 @@ def test_any_value_may_be_odd(runs, file):
     for at in places(whole):
         for new in (KeyError, VALUES[random.integers(len(VALUES))]):
             path.write_text(json.dumps(put(whole, at, new)))
-            for work in (compare.read_result, run.load_settings):
+            for work in (compare.read_result, lambda folder: load_settings(folder, train.TrainConfig)):
                 try:
                     work(str(runs / "r0"))
                 except ConfigError as e:
@@ -171,7 +172,7 @@ def test_a_model_of_other_sizes_is_a_sentence(runs):
     ],
 )
 def test_a_sealed_checkpoint_of_another_tool_is_refused_and_stays(runs, state):
-    rest = {"best": 0.0, "best_of_all": 0.0, "bad_steps": 0, "seconds": 0.0}
+    rest = {"best": 0.0, "best_overall": 0.0, "bad_steps": 0, "seconds": 0.0}
     state = {**rest, **state} if isinstance(state, dict) else state
     checkpoint.save_checkpoint(str(runs / "r0"), "best", state)
     before = (runs / "r0" / "best.pt").read_bytes()
@@ -385,10 +386,10 @@ def test_a_file_of_your_own_that_fails_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "my_broken.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="my_broken.py:1 does not run \\(SyntaxError"):
-        run.resolve(split_argv(["--model=my_broken"])[1])
+        train.parse(["--model=my_broken"])
     (tmp_path / "json.py").write_text("")
     with pytest.raises(ConfigError, match="json.py cannot be taken: Python has a module json, too"):
-        run.resolve(split_argv(["--model=json"])[1])
+        train.parse(["--model=json"])
 
 
 # ---- the terminal --------------------------------------------------------------------------------
@@ -670,7 +671,7 @@ def test_a_setting_that_is_newer_than_the_run_has_its_default(runs, capsys):
 @pytest.mark.parametrize("name", ["model.GPTBlock", "model.RMSNorm", "memory.MemoryLayer"])
 def test_a_part_of_a_model_is_no_model(name):
     with pytest.raises(ConfigError, match="is a part of a model, no language model; choose from gpt"):
-        run.resolve(split_argv([f"--model={name}"])[1])
+        train.parse([f"--model={name}"])
 
 
 def test_a_log_without_evaluations_is_drawn(tmp_path):

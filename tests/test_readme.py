@@ -18,7 +18,7 @@ import flex_generate
 import sweep
 import train
 from nanorecall import mqar_files
-from nanorecall.settings import Setting, build_config, read_argv, reject_unknown, split_argv
+from nanorecall.settings import Setting, build_config, reject_unknown, split_argv
 
 ROOT = os.path.dirname(train.__file__)
 DOCUMENTS = ("README.md", "RESULTS.md", "GUIDE.md")
@@ -74,7 +74,7 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
     assert os.path.isfile(script)
     positional, settings = split_argv(rest)
     if script == "train.py" and not {"resume", "path", "help"} & {s.key for s in settings} and "mine" not in rest:
-        assert train.read_command_line(rest)[0].train.log_dir == "runs"
+        assert train.parse(rest).train.log_dir == "runs"
     elif script == "train.py":
         data = data_synth if ("data", "data_synth") in {(s.key, s.value) for s in settings} else data_mqar
         reject_unknown([s for s in settings if s.key != "help"], train.TrainConfig, data.Config)
@@ -150,7 +150,7 @@ def test_a_command_works(words, place, monkeypatch, capsys):
     if script == "train" and "--resume" not in rest:
         rest += [*FACTS.split(), "--target_slice="] if "--init_from" in rest else []  # of the same sizes
         rest += f"{TOY} {len(os.listdir(place / 'made')) if (place / 'made').exists() else 0}".split()
-        p = train.resolve(read_argv(rest)[1])
+        p = train.parse(rest)
         small = {"n_val_examples": 8, "n_test_examples": 8, "num_pairs": 80, "num_queries": 2, "n_train_examples": 400}
         used = {f.name: f.default for f in dataclasses.fields(p.data)}
         smaller = {k: v for k, v in small.items() if k in used and k not in p.data.unused()} if not p.data.path else {}

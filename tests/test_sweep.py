@@ -40,8 +40,8 @@ def test_every_command_is_understood():
     for points, _, _ in sweep.FIGURES.values():
         for point in points():
             if point.train:
-                p, resume = train.read_command_line(shlex.split(point.train))
-                assert not resume and p.train.target == 0
+                p = train.parse(shlex.split(point.train))
+                assert not p.resume and p.train.target == 0
             script, *words = shlex.split(point.then.format(run="runs/RUN", seed=0)) or [""]
             settings = split_argv(words)[1]
             if script == "eval.py":

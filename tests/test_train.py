@@ -4,14 +4,19 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import train
 from nanorecall import checkpoint, metrics
-from nanorecall.run import load_run, run_label
-from nanorecall.settings import ConfigError, RunError, Setting, split_argv
+from nanorecall import run as run_file
+from nanorecall.build import build_model_config
+from nanorecall.run import run_label
+from nanorecall.settings import ConfigError, RunError
 
 TOY = dict(
     n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
@@ -87,7 +92,7 @@ def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys, mode
 
 def test_the_best_weights_are_the_same_after_a_resume(tmp_path, monkeypatch):
     """The watched slice is at 1 in every evaluation; among those, all labels decide, also those before an interruption."""
-    real, all_labels = train.evaluate, iter([0.9, 0.8, 0.7, 0.6])
+    real, all_labels = run_file.evaluate, iter([0.9, 0.8, 0.7, 0.6])
 
     def measured(model, data, split, *rest):
         result = real(model, data, split, *rest)
@@ -96,7 +101,7 @@ def test_the_best_weights_are_the_same_after_a_resume(tmp_path, monkeypatch):
             result["by_slice"]["num_kv_pairs"][4]["right"] = result["by_slice"]["num_kv_pairs"][4]["labels"]
         return result
 
-    monkeypatch.setattr(train, "evaluate", measured)
+    monkeypatch.setattr(run_file, "evaluate", measured)
     _, out = run(tmp_path, target_slice="num_kv_pairs=4", max_steps=40)
     assert checkpoint.load_checkpoint(out, "best")["step"] == 20
     run(tmp_path, resume=True, max_steps=60)
@@ -109,7 +114,7 @@ def test_our_names_mean_our_files(tmp_path, monkeypatch, capsys):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('was run')")
     monkeypatch.chdir(tmp_path)
     for name in ("gpt", "model.GPT"):
-        p = train.resolve(split_argv([f"--model={name}"])[1])
+        p = train.parse([f"--model={name}"])
         assert p.model_class.__name__ == "GPT" and p.data_module.__file__.startswith(
             os.path.dirname(train.__file__)
         )
@@ -156,10 +161,10 @@ def test_the_commands_of_updatable_long_term_memory_print_their_counts(script):
 
 
 def test_run_names_follow_the_documents_grammar(monkeypatch):
-    p = train.resolve(split_argv("--exp_group 6 --dk 48 --dv 48".split())[1])
+    p = train.parse("--exp_group 6 --dk 48 --dv 48".split())
     data = p.data_module.Data(p.data)
     name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none_data-128-32-2048_lr0.001"
-    assert run_label(p, train.build_model_config(p, data)) == name
+    assert run_label(p, build_model_config(p, data)) == name
 
 
 def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
@@ -219,14 +224,14 @@ def test_learning_rates():
 
 def test_matrices_decay_and_vectors_do_not():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    decayed, kept = train.parameter_groups_of(model, 0.1)
+    decayed, kept = train.configure_optimizer(model, train.TrainConfig(weight_decay=0.1)).param_groups
     assert [p.ndim for p in decayed["params"]] == [2] and [p.ndim for p in kept["params"]] == [1, 1, 1]
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
 
 
 def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
     _, out = run(tmp_path)
-    _, data, model, _ = load_run(out)
+    _, data, model, _ = train.load_run(out)
     small, large = (metrics.evaluate(model, data, "test", n, torch.device("cpu")) for n in (7, 50))
     assert counts(small) == counts(large) and small["row_accuracy"] == large["row_accuracy"]
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
@@ -289,9 +294,9 @@ def test_a_fork_is_one_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out = run(tmp_path, model="my_model", max_steps=2)
     assert status == 0 and checkpoint.read_json(os.path.join(out, "config.json"))["train"]["model"] == "my_model"
-    assert train.resolve([Setting("model", "my_model.Mine", "--model")]).model_class.__name__ == "Mine"
+    assert train.parse(["--model=my_model.Mine"]).model_class.__name__ == "Mine"
     with pytest.raises(ConfigError, match="no Theirs"):
-        train.resolve([Setting("model", "my_model.Theirs", "--model")])
+        train.parse(["--model=my_model.Theirs"])
 
 
 def test_shipped_configs_state_what_they_are_for():
@@ -299,7 +304,7 @@ def test_shipped_configs_state_what_they_are_for():
     names = [n for n in sorted(os.listdir(folder)) if n.endswith(".py") and n != "__init__.py"]
     assert "mqar_gpt.py" in names
     for name in names:
-        p, _ = train.read_command_line([os.path.join(folder, name)])
+        p = train.parse([os.path.join(folder, name)])
         assert p.train.target > 0, name
         header = open(os.path.join(folder, name)).read().split('"""')[1]
         assert re.search(r"\b(minutes?|seconds?|hours?)\b", header) and "CPU cores" in header, f"{name}: how long, on what?"
@@ -311,3 +316,48 @@ def test_log_lines_are_json(tmp_path):
     _, out = run(tmp_path, max_steps=5)
     rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
     assert {r["kind"] for r in rows} == {"train", "eval"}
+
+
+# ---- start-up, and from Python -------------------------------------------------------------------
+
+SLOW_IMPORTS = {
+    *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
+    *("torch.distributed.tensor", "matplotlib", "pyarrow", "sympy"),
+}
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_help_does_not_import_what_it_does_not_use(name):
+    code = f"""
+import sys
+import {name} as script
+try:
+    script.main(["--help"])
+except SystemExit:
+    pass
+print(*sys.modules, file=sys.stderr)
+"""
+    root = os.path.dirname(train.__file__)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert "--eval_batch_size" in done.stdout and "torch" in done.stderr.split()
+    assert not SLOW_IMPORTS.intersection(done.stderr.split())
+
+
+def test_a_run_from_python(tmp_path):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    trained = train.train_run(flags(tmp_path, "run", target_slice="num_kv_pairs=4"))
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [row["step"] for row in trained.log("eval")] == [20, 40, 60]
+    assert {row["kind"] for row in trained.log()} == {"train", "eval"}
+    metrics = trained.metrics()
+    assert [(row["slice"], row["value"]) for row in metrics[:2]] == [("all", ""), ("num_kv_pairs", "4")]
+    assert metrics[0]["accuracy"] == metrics[1]["accuracy"] == trained.result["test"]["accuracy"]
+    tokens, targets, _ = trained.data.batch("test", 0, range(3))
+    logits, _ = trained.model(tokens)
+    assert not trained.model.training and logits.shape == (3, 16, 32)
+    again = train.train_run([f"--resume={trained.folder}"])
+    assert again.has_ended and torch.equal(again.model(tokens)[0], logits)
+    assert again.metrics() == metrics
+    _, _, model, _ = train.load_run(trained.folder)
+    assert torch.equal(model(tokens)[0], logits)

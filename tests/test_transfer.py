@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 import memory as Mem
 import train
 from nanorecall import checkpoint, pretrained
+from nanorecall.build import build_model, build_model_config, load_and_freeze
 from nanorecall.settings import ConfigError
 from test_memory import TOY as MEMORY
 from test_memory import model
@@ -42,7 +43,7 @@ def named(model):
     ],
 )
 def test_what_a_pattern_means(pattern, expected):
-    found = pretrained.matching(pattern, NAMES) or pretrained.matching(pretrained.ours(pattern), NAMES)
+    found = pretrained.matching(pattern, NAMES) or pretrained.matching(pretrained.our_name(pattern), NAMES)
     assert found == [n for n in NAMES if expected in n] and found
 
 
@@ -82,8 +83,8 @@ def test_mistakes_in_freezing(what, message):
 
 def test_frozen_weights_are_bit_equal_after_decay_and_resume(tmp_path):
     options = dict(MEMORY, model="memory", weight_decay=0.1, freeze='["embed", "*.memory.values"]', eval_interval=3)
-    begun = train.read_command_line(flags(tmp_path, "x", **options))[0]
-    first = named(train.build_model(begun, train.build_model_config(begun, begun.data_module.Data(begun.data))))
+    begun = train.parse(flags(tmp_path, "x", **options))
+    first = named(build_model(begun, build_model_config(begun, begun.data_module.Data(begun.data))))
     run(tmp_path, "a", max_steps=3, **options)
     run(tmp_path, "a", resume=True, max_steps=6)
     last = checkpoint.select_prefix(checkpoint.load_checkpoint(str(tmp_path / "a"), "ckpt")["tensors"], "model")
@@ -112,7 +113,7 @@ def test_frozen_weights_are_bit_equal_after_decay_and_resume(tmp_path):
     ids=str,
 )
 def test_what_a_map_means(mapping, expected):
-    assert pretrained.pairs(mapping, ["embed", "layers.0.a.w", "layers.0.b", "layers.1.a.w"]) == expected
+    assert pretrained.resolve_map(mapping, ["embed", "layers.0.a.w", "layers.0.b", "layers.1.a.w"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -159,9 +160,9 @@ def source(tmp_path_factory):
 
 def trained_from(folder, name, **options):
     """The weights of a run before its first step."""
-    p = train.read_command_line(flags(folder, name, model="memory", **{**MEMORY, "mem_stats_every": 0, **options}))[0]
-    m = train.build_model(p, train.build_model_config(p, p.data_module.Data(p.data)))
-    return m, train.load_and_freeze(m, p.train, goes_on=False)
+    p = train.parse(flags(folder, name, model="memory", **{**MEMORY, "mem_stats_every": 0, **options}))
+    m = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
+    return m, load_and_freeze(m, p.train, has_checkpoint=False)
 
 
 @pytest.mark.parametrize("kind", ["run", "file.pt", "exp"])

@@ -1,0 +1,236 @@
+"""Settings -> checked configs, the classes they name, data and model.
+
+    settings = resolve(assignments, TrainConfig)          # -> Settings
+    data = build_data(settings)
+    model = build_model(settings, build_model_config(settings, data))
+
+A model is a short name of MODELS, file or file.Class; a task is a file (see source_files.py).
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from nanorecall.pretrained import freeze, load_parts
+from nanorecall.settings import (
+    ConfigError,
+    RunError,
+    build_config,
+    reject_unknown,
+    reject_unused,
+    require,
+)
+from nanorecall.source_files import REPO_FILES, UserFiles, find_source_file, import_source_file
+
+# A model file needs Config and Model (see GUIDE.md, Your own model or data file).
+# A model class may also have
+#   inactive_settings {setting: reason}          settings of Config that this model refuses
+#   label(config) -> str                         its part of a run's name
+#   describe_backend(config, device, dtype)      -> str: which kernel runs and why
+#   inference_state_bytes(config) -> int or None size of its cache when it decodes
+#   lr_scales() -> {end of a name: factor}       parameters with a learning rate of their own
+#   on_step_end(report) -> {block: usage} or {}  called after each training step
+#   forward_cached(tokens, cache) -> logits, cache   decoding, for `eval.py --examples`
+#   correct_predictions(logits, targets)         what counts as correct (see metrics.py)
+# A mixer of your own in a block of model.py needs forward(x) alone; with a parameter `cache` the
+# model can decode.
+MODELS = {  # short names; anything else is file or file.Class
+    "gpt": "model.GPT",
+    "unified_kv": "model.UnifiedKV",
+    "delta": "delta.DeltaNet",
+    "gated_delta": "delta.GatedDeltaNet",
+    "memory": "memory.MemoryGPT",
+    "memory_router": "memory.MemoryRouterGPT",
+}
+
+
+# ---- settings -> classes ------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """Everything that settings decide: checked configs, the classes to build, and who set what."""
+
+    train: object  # TrainConfig
+    model_module: object
+    model_class: type
+    data_module: object
+    data: object  # the data file's Config
+    assignments: list  # [Setting] as the user wrote them; later ones win
+    files: dict  # {path: SHA-256} of the user's own files that were executed
+    resume: str = ""  # the run directory to continue
+
+
+def resolve(assignments, train_config, recorded=None):
+    """[Setting] in order -> Settings; ConfigError for whatever is wrong with them.
+
+    recorded: the user's files that may be executed (see UserFiles).
+    """
+    user_files = UserFiles(recorded)
+    try:
+        first = build_config(train_config, [s for s in assignments if s.key in ("model", "data")])
+        model_module, model_class = resolve_model(first.model, user_files)
+        data_module = import_source_file(
+            first.data, "data", "Config", "Data", user_files=user_files
+        )
+    except ConfigError as e:
+        source = {s.key: s.source for s in assignments}.get(e.key)
+        raise ConfigError(f"{source}: {e}" if source else str(e)) from None
+    reject_unknown(assignments, train_config, model_module.Config, data_module.Config)
+    c = build_config(train_config, assignments)
+    message = f"mem_stats_every={c.mem_stats_every} has no effect: {c.model} has no memory layers"
+    has_memory = hasattr(model_class, "on_step_end")
+    require(not c.mem_stats_every or has_memory, message, "mem_stats_every")
+    data = build_config(data_module.Config, assignments)
+    return Settings(c, model_module, model_class, data_module, data, assignments, user_files.files)
+
+
+def resolve_model(name, user_files=None):
+    """`gpt`, `file` or `file.Class` -> (module, class). user_files: UserFiles."""
+    file, _, cls = MODELS.get(name, name).partition(".")
+    if file not in REPO_FILES and not find_source_file(file):
+        moved = user_files.moved_hint(file + ".py") if user_files else ""
+        choice = f"is neither one of {', '.join(MODELS)} nor a file here{moved}"
+        raise ConfigError(f"model={name!r} {choice}", "model")
+    cls = cls or "Model"
+    message = f"model={name!r} must be file or file.Class, without .py"
+    require(cls.isidentifier() and cls != "py", message, "model")
+    module = import_source_file(file, "model", "Config", cls, user_files=user_files)
+    found = getattr(module, cls)
+    message = f"model={name!r}: Config of {file}.py must be a dataclass (@dataclass)"
+    require(dataclasses.is_dataclass(module.Config), message, "model")
+    is_module = isinstance(found, type) and issubclass(found, torch.nn.Module)
+    require(is_module, f"model={name!r} is no torch.nn.Module", "model")
+    # A layer of one of our own models is refused; what a fork calls a model is its own affair.
+    is_whole = file not in REPO_FILES or issubclass(found, importlib.import_module("model").GPT)
+    choice = f"choose from {', '.join(MODELS)}"
+    message = f"model={name!r} is a part of a model, no language model; {choice}"
+    require(is_whole, message, "model")
+    return module, found
+
+
+# ---- Settings -> data and model ------------------------------------------------------------------
+
+
+def build_data(settings):
+    """The task, with the synthetic data set mixed in if there is one."""
+    data = settings.data_module.Data(settings.data)
+    if not settings.train.synthetic_dataset:
+        return data
+    from nanorecall.mixture import mix  # here, because it imports both data files
+
+    return mix(data, settings.train)
+
+
+def build_model_config(settings, data):
+    """The model's Config: settings, and what is derived from the data."""
+    sizes = {"vocab_size": data.vocab_size, "seq_len": data.seq_len}
+    config = build_config(settings.model_module.Config, settings.assignments, **sizes)
+    inactive = getattr(settings.model_class, "inactive_settings", {})
+    reject_unused(config, inactive, {s.key: s for s in settings.assignments})
+    return config
+
+
+def build_model(settings, config):
+    """A new model on the CPU. Its weights are a function of the seed alone."""
+    torch.manual_seed(settings.train.seed)
+    try:
+        return settings.model_class(config)
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        with torch.device("meta"):  # shapes without memory
+            sizes = describe_size(settings.model_class(config), 4)
+        message = f"a model of these sizes does not fit in memory: {sizes}; make that smaller"
+        raise ConfigError(message) from None
+
+
+def load_and_freeze(model, c, has_checkpoint):
+    """Load and freeze the weights that settings name -> lines about it.
+
+    has_checkpoint: all weights will come from the run's own checkpoint, so init_from is done.
+    """
+    notes = []
+    if c.init_from and not has_checkpoint:
+        is_map = isinstance(c.init_map, dict) or not c.init_map
+        require(is_map, f"init_map={c.init_map!r} is no JSON dict", "init_map")
+        notes.append(load_parts(model, c.init_from, c.init_step, c.init_map))
+    if c.freeze:
+        notes.append(freeze(model, c.freeze))
+    return notes
+
+
+def count_parameters(model):
+    """{"layers": parameters of the blocks, "total": all of them}; shared ones count once."""
+    layers = getattr(model, "layers", None)
+    in_layers = layers.parameters() if isinstance(layers, torch.nn.Module) else ()
+    return {
+        "layers": sum(q.numel() for q in in_layers),
+        "total": sum(q.numel() for q in model.parameters()),
+    }
+
+
+def total_steps(c, data):
+    """Optimizer steps of a whole run."""
+    return c.max_steps or c.n_epochs * data.steps_per_epoch(c.batch_size)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def describe_size(model, bytes_each):
+    """The model's memory at so many bytes a parameter, and its largest tensor, as text."""
+    named = dict(model.named_parameters())
+    count = sum(q.numel() for q in named.values())
+    name = max(named, key=lambda n: named[n].numel())
+    largest = named[name]
+    part = f"{largest.numel() / count:.0%} of it for {name} {tuple(largest.shape)}"
+    return f"{count:,} parameters need {bytes_each * count / 2**30:.3g} GiB, {part}"
+
+
+def is_out_of_memory(error):
+    """Does this error of torch, numpy or Python mean that memory is full?"""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def enough_memory(advice):
+    """RunError if the block runs out of memory. advice() says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise RunError(f"memory is full; {advice()}") from None
+
+
+def training_advice(model, device):
+    """What to make smaller when training does not fit, as text.
+
+    That is the batch, unless the model by itself takes half of the memory or more.
+    """
+    bytes_each = 16  # float32: weight, gradient, and AdamW's two moments
+    if 2 * bytes_each * count_parameters(model)["total"] < memory_size(device):
+        return "raise accumulate or lower batch_size or eval_batch_size"
+    sizes = describe_size(model, bytes_each)
+    return f"with gradients and AdamW's moments the model is too large: {sizes}; make that smaller"
+
+
+def memory_size(device):
+    """Bytes of memory for a model on this device; infinity where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return installed if allowed == resource.RLIM_INFINITY else min(installed, allowed)

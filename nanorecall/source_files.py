@@ -1,0 +1,191 @@
+"""Model and data files, those of this repo and those that a user brings.
+
+A run names its model and its task by file. A name of REPO_FILES means that file of this repo. Any
+other NAME.py is looked for in the working directory, then in this repo; the user's code in it is
+executed, so a fork needs no registry.
+
+config.json records the path and the SHA-256 of each such file, and of the files beside it that it
+imports. Whoever opens the run later (resume, eval.py, ablate.py) executes those bytes or nothing: a
+run directory from somebody else must not be able to name other code, and a file that was edited
+since would be another model.
+"""
+
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+
+from nanorecall.settings import ConfigError, line_of, require, say
+
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+REPO_FILES = ("model", "delta", "memory", "data_mqar", "data_synth")  # that a run may name
+
+
+def is_main_rank():
+    """Before the process group exists: is this the rank that prints?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@dataclass
+class UserFiles:
+    """The files that a user brings and that a run executes.
+
+    recorded: {path: SHA-256} from config.json: only these may be executed. None: this is a new
+    run, in which the user names files freely.
+    files: {path: SHA-256} of those that were executed, for config.json.
+    """
+
+    recorded: dict = None
+    files: dict = field(default_factory=dict)
+
+    def moved_hint(self, file):
+        """Where the run had a file of this name, as the end of a sentence; "" if it had none."""
+        for path in self.recorded or ():
+            if os.path.basename(path) == file:
+                advice = "put that file there, and call this from its directory"
+                return f"; the run used {path}: {advice}"
+        return ""
+
+    def admit(self, path, source, key):
+        """Record a file whose source (bytes) is about to be executed.
+
+        ConfigError about the setting `key` if the run did not record this very file.
+        """
+        path, digest = os.path.realpath(path), hashlib.sha256(source).hexdigest()
+        if self.recorded is not None:
+            refused = f"{path} is not executed:"
+            moved = self.moved_hint(os.path.basename(path))
+            message = f"{refused} the run did not record it{moved}"
+            require(path in self.recorded, message, key)
+            message = f"{refused} it has changed since the run began; put back the file that it was"
+            require(self.recorded[path] == digest, message, key)
+            if path not in self.files and is_main_rank():
+                say(f"note: executing {path}, as the run recorded it", file=sys.stderr)
+        self.files[path] = digest
+
+
+class AdmittedLoader(importlib.machinery.SourceFileLoader):
+    """Executes exactly the bytes that were admitted.
+
+    Python's own loader may take a compiled copy in __pycache__, which may be of another source.
+    """
+
+    def __init__(self, name, path, user_files, key):
+        super().__init__(name, path)
+        self.user_files, self.key = user_files, key
+
+    def get_code(self, name):
+        source = self.get_data(self.path)
+        self.user_files.admit(self.path, source, self.key)
+        return self.source_to_code(source, self.path)
+
+    def spec(self, subfolders=None):
+        return importlib.util.spec_from_file_location(
+            self.name, self.path, loader=self, submodule_search_locations=subfolders
+        )
+
+
+class SiblingFinder:
+    """Finds modules in the folder of a user's file, and admits them like that file.
+
+    It is last in sys.meta_path, so Python's own modules, installed ones and ours come first.
+    """
+
+    def __init__(self, folder, user_files, key):
+        self.folder, self.user_files, self.key = folder, user_files, key
+
+    def find_spec(self, name, path=None, target=None):
+        place = os.path.join(self.folder, *name.split("."))
+        package, module = os.path.join(place, "__init__.py"), place + ".py"
+        if os.path.isfile(package):
+            return AdmittedLoader(name, package, self.user_files, self.key).spec([])
+        if os.path.isfile(module):
+            return AdmittedLoader(name, module, self.user_files, self.key).spec()
+        return None
+
+
+def import_source_file(name, key, *needed, user_files=None):
+    """Import NAME.py: this repo's if in REPO_FILES, else the user's -> module.
+
+    It must define the names in `needed`. key: the setting that named it, for error messages.
+    user_files: what may be executed (see UserFiles).
+    """
+    message = f"{key}={name!r} must be the name of a Python file, without .py"
+    require(re.fullmatch(r"[A-Za-z_]\w*", name), message, key)
+    user_files = user_files or UserFiles()
+    found = find_source_file(name)
+    moved = user_files.moved_hint(name + ".py")
+    require(found, f"{key}={name!r}: there is no {name}.py here{moved}", key)
+    if name in REPO_FILES:
+        module = import_repo_file(name, key, found)
+    else:
+        module = import_user_file(name, key, found, user_files)
+    missing = [n for n in needed if not hasattr(module, n)]
+    lacks = " and no ".join(missing)
+    require(not missing, f"{name}.py has no {lacks}, so it is no file for {key}", key)
+    return module
+
+
+def find_source_file(name):
+    """Path of NAME.py in the working directory, else in this repo; "" if there is none."""
+    for folder in (os.getcwd(), REPO):
+        path = os.path.join(folder, name + ".py")
+        if os.path.isfile(path):
+            return path
+    return ""
+
+
+def import_repo_file(name, key, found):
+    """Import a file of this repo, whatever file of its name the working directory has (found)."""
+    path = os.path.join(REPO, name + ".py")
+    if not os.path.samefile(found, path) and is_main_rank():
+        note = f"note: {name} is this project's own; {found} is not used: give it another name"
+        say(note, file=sys.stderr)
+    module = importlib.import_module(name)
+    message = f"{key}={name}: Python takes {module.__file__} for this project's {name}.py"
+    require(os.path.samefile(module.__file__, path), f"{message}; move it away", key)
+    return module
+
+
+def import_user_file(name, key, path, user_files):
+    """Admit and execute a user's file, and those beside it that it imports -> module."""
+    taken = module_path(name)
+    is_free = taken in ("", path) or (os.path.isfile(taken) and os.path.samefile(taken, path))
+    message = f"{path} cannot be taken: Python has a module {name}, too ({taken})"
+    require(is_free, f"{message}; give yours another name", key)
+    if name in sys.modules:  # executed before in this process
+        module = sys.modules[name]
+        for file in getattr(module, "__executed__", [path]):
+            with open(file, "rb") as f:
+                user_files.admit(file, f.read(), key)
+        return module
+    spec = AdmittedLoader(name, path, user_files, key).spec()
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    before = set(user_files.files)
+    finder = SiblingFinder(os.path.dirname(os.path.realpath(path)), user_files, key)
+    sys.meta_path.append(finder)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        del sys.modules[name]
+        raise
+    except (Exception, SystemExit) as e:
+        del sys.modules[name]
+        where = f"{path}:{line_of(e, path)}"
+        raise ConfigError(f"{where} does not run ({type(e).__name__}: {e})", key) from None
+    finally:
+        sys.meta_path.remove(finder)
+    module.__executed__ = [file for file in user_files.files if file not in before]
+    return module
+
+
+def module_path(name):
+    """Where Python has a module of this name: its file, "built in", or "" if it has none."""
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__file__", None) or "built in"
+    spec = importlib.util.find_spec(name)
+    return "" if spec is None else spec.origin or "built in"
