@@ -72,7 +72,7 @@ def test_killed_a_hundred_times_while_saving_it_always_has_a_checkpoint(tmp_path
                 train.main([f"--resume={out}"] if os.path.exists(out) else words)
             finally:
                 os._exit(99)
-        while os.waitpid(pid, os.WNOHANG) == (0, 0) and steps_logged(out) < reached + 6:
+        while os.waitpid(pid, os.WNOHANG) == (0, 0) and steps_logged(out) < reached + 7:
             time.sleep(0.001)
         time.sleep(r.random() * 0.05)
         os.kill(pid, signal.SIGKILL)
