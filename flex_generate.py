@@ -389,16 +389,22 @@ def generate(config, world):
     facts, examples = choose_facts(config)
     folder = results.results_folder(config)
     with contextlib.ExitStack() as stack:
-        lock = only_writer(folder, "results there")
-        world.together(lambda: stack.enter_context(lock), first_only=True)
+        with world.agree():
+            if world.is_main:
+                stack.enter_context(only_writer(folder, "results there"))
         generate_in(folder, config, world, facts, examples)
 
 
 def generate_in(folder, config, world, facts, examples):
     methods = chosen_methods(config)
     device, dtype, device_line = autodetect_device(config, world)
-    key = world.first_does(lambda: results.result_key(config, dtype))
-    records, n_other_lines = world.together(lambda: results.read_progress(folder, key))
+    key = None
+    with world.agree():
+        if world.is_main:
+            key = results.result_key(config, dtype)
+    key = world.broadcast(key)
+    with world.agree():
+        records, n_other_lines = results.read_progress(folder, key)
     if n_other_lines:
         note = f"note: {n_other_lines} lines of {folder}/progress.*.jsonl are no records"
         world.print0(f"{note}; their questions are asked again")
@@ -409,7 +415,8 @@ def generate_in(folder, config, world, facts, examples):
     open_facts = [fact for fact in facts if fact["uuid"] in missing_uuids]
     if open_facts:
         start = time.perf_counter()
-        model, tokenizer = world.together(lambda: loading.load(config.model, device, dtype))
+        with world.agree():
+            model, tokenizer = loading.load(config.model, device, dtype)
         seconds, size = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
         world.print0(f"{config.model}: {size:,} parameters in {seconds:.1f} s; {device_line}")
         n_answered = len(facts) - len(open_facts)
@@ -417,7 +424,9 @@ def generate_in(folder, config, world, facts, examples):
         world.print0(f"{note}; results go to {folder}")
         eos, vocab_size = model.config.eos_token_ids, model.config.vocab_size
         stop = fusion.StopCriteria.from_tokenizer(tokenizer, eos, vocab_size, device)
-        world.first_does(lambda: make_directory(folder))
+        with world.agree():
+            if world.is_main:
+                make_directory(folder)
         run = Run(config, methods, examples, model, tokenizer, stop)
         answer_all(run, folder, open_facts, missing, key, world)
         world.print0(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
@@ -432,8 +441,8 @@ def answer_all(run, folder, facts, missing, key, world):
     """
     batches = make_batches(facts, run.config)[world.rank :: world.size]
     # Prepare all questions first: a prompt that is too long must not stop a run halfway.
-    questions = world.together(lambda: list(map(run.prepare, batches)))
-    world.first_does(lambda: os.makedirs(folder, exist_ok=True))
+    with world.agree():
+        questions = [run.prepare(batch) for batch in batches]
     no_bar = None if world.is_main else True  # None: a bar on terminals only
     with open(results.progress_file(folder, world.rank), "a", encoding="utf-8") as file:
         results.start_progress(file, key)

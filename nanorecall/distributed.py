@@ -96,18 +96,6 @@ class World:
                 kind, message, key = found
                 raise kind(message, key) if kind is ConfigError else kind(message)
 
-    def together(self, work, first_only=False):
-        """What work() returns, in `agree`. first_only: on the main rank alone, None elsewhere."""
-        value = None
-        with self.agree():
-            if self.is_main or not first_only:
-                value = work()
-        return value
-
-    def first_does(self, work):
-        """What work() returns on the main rank, on every rank."""
-        return self.broadcast(self.together(work, first_only=True))
-
 
 SINGLE_PROCESS = World()
 

@@ -9,7 +9,7 @@ import torch
 import ablate
 import eval as evaluate
 import train
-from nanorecall.run import resolve_model
+from nanorecall.build import resolve_model
 from nanorecall.settings import ConfigError
 
 TINY = """
