@@ -621,7 +621,7 @@ def test_a_head_in_a_word(cell, word):
 def test_rows_are_spread_over_their_segments():
     """Five of 20 and 30 rows are three of each, evenly; a segment of two gives both."""
     segments = [range(0, 20), range(20, 50), range(50, 52)]
-    data = SimpleNamespace(segments=lambda split: segments)
+    data = SimpleNamespace(eval_groups=lambda split: segments)
     batches = lambda **c: [
         b.tolist()
         for b in trained_run.batches(SimpleNamespace(data=data, config=SimpleNamespace(split="test", **c)))

@@ -23,6 +23,8 @@ from nanorecall.settings import ConfigError
 from test_faults import wait_for_step
 from test_train import assert_same, contents, counts, flags, run
 
+pytestmark = pytest.mark.slow  # ranks are started again and again
+
 SHORT = dict(max_steps=20, eval_interval=10, log_interval=1, lr=1e-3)
 
 

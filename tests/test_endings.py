@@ -24,6 +24,8 @@ from nanorecall.settings import ConfigError, RunError
 from test_ddp import torchrun
 from test_train import assert_same, contents, flags, run
 
+pytestmark = pytest.mark.slow  # whole runs from start to end
+
 SHORT = dict(max_steps=4, eval_interval=2, log_interval=1, n_val_examples=8, n_test_examples=8)
 
 
@@ -416,7 +418,7 @@ def test_memory_that_a_model_does_not_get_is_a_sentence(tmp_path, monkeypatch):
         ("--device=privateuseone", "cannot be used on this machine"),
         ("--log_dir=a\0b", "takes text that may name a file"),
         ("--seed=1e30", "takes a number below 2"),
-        ("--input_seq_len=1e18", "longer than 1048576"),
+        ("--input_seq_len=1e18", "more than 1048576"),
     ],
 )
 def test_a_setting_out_of_reach_is_one_sentence(tmp_path, word, says):

@@ -25,6 +25,8 @@ from nanorecall import checkpoint
 from nanorecall.settings import ConfigError, RunError
 from test_train import assert_same, contents, flags, run
 
+pytestmark = pytest.mark.slow  # runs are killed and resumed
+
 resource = pytest.importorskip("resource", reason="kills and signals are tested on POSIX only")
 
 
