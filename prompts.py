@@ -45,6 +45,7 @@ def read_facts(path, key="path"):
         return [from_fact(row, "world_facts.py") for row in world_facts.facts()]
     ending = os.path.splitext(path)[1]
     require(os.path.exists(path), f"{key}={path} does not exist", key)
+    require(os.path.isfile(path), f"{key}={path} is no file", key)  # a device may have no end
     require(ending in (".jsonl", ".parquet", ".csv"), f"{path} is neither .jsonl, .parquet nor .csv", "path")
     rows = list(read_csv(path) if ending == ".csv" else read_rows(path))
     require(rows, f"{path} holds no rows", "path")
