@@ -36,6 +36,7 @@ def read_facts(path, key="path"):
         return [parse_fact(row, "myriadlama/facts.py") for row in builtin.facts()]
     extension = os.path.splitext(path)[1]
     require(os.path.exists(path), f"{key}={path} does not exist", key)
+    require(os.path.isfile(path), f"{key}={path} is no file", key)  # a device may have no end
     known = extension in (".jsonl", ".parquet", ".csv")
     require(known, f"{path} is neither .jsonl, .parquet nor .csv", "path")
     rows = list(read_csv(path) if extension == ".csv" else read_rows(path))

@@ -839,3 +839,9 @@ def test_a_question_too_long_for_the_model_leaves_nothing(words, tmp_path, posit
     with pytest.raises(ConfigError, match="is longer than the 512 positions of this model"):
         flex.main([*words, *more])
     assert not (tmp_path / "out").exists()
+
+
+def test_facts_are_a_file(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match="a.jsonl is no file"):
+        fact_files.read_facts(str(tmp_path / "a.jsonl"))
