@@ -179,7 +179,7 @@ ERRORS = (
 
 
 def classify_error(text, written):
-    """What a model wrote after the last "= '" of a HashHop row -> one of MISTAKES.
+    """What a model wrote after the last "= '" of a HashHop row -> one of ERRORS.
 
     The closing quote is no label, so no model learns to write it: what counts is as many letters as the right answer has.
 

@@ -79,7 +79,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
 
 
 def perform(command, *args):
-    """What command.work(*args) returns; RunFailed, with the settings to lower, if memory is full."""
+    """What command.work(*args) returns; RunError, with the settings to lower, if memory is full."""
     used = command.uses.split()
     sizes = [s for s in ("eval_batch_size", "rows", "pairs", "chunk") if s in used]
     lower = f"lower {' or '.join(sizes)}" if sizes else "look at fewer or smaller files"

@@ -1,6 +1,6 @@
 """Change what a model does inside and go on from there: slots of memory layers, heads, whole outputs of a block.
 
-Two ways. `go_on` starts at a block's memory layer from what was computed before, so that many changed copies of a row cost only
+Two ways. `forward_from` starts at a block's memory layer from what was computed before, so that many changed copies of a row cost only
 what comes after the change. `replaced` puts functions after (or before) any modules of a model, for whole forward passes.
 Nothing stays in the model afterwards.
 

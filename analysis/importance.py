@@ -525,7 +525,7 @@ def ablation_vs_swap(look):
             len(rows) >= 5, "fewer than 5 rows are in both files; measure keys and swap with the same --rows and --seed", None
         )
         x, y = (per_example_mean(c, rows) for c in (a, b))
-        # by_rows averages whatever stands in "fall": here, whether the answer became the other row's.
+        # per_example_mean averages whatever stands in "fall": here, whether the answer became the other row's.
         taken = per_example_mean({"row": b["row"], "fall": b["other's"].astype(float)}, rows)
         for name, other in (("fall by swap", y), ("other's answer by swap", taken)):
             for kind in ("pearson", "spearman"):

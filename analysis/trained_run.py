@@ -1,7 +1,7 @@
 """A trained run, opened for a look inside: some of its rows in batches, shared out over the ranks, and one form of results.
 
-    look = open_look("runs/RUN", config)
-    found = over_rows(look, lambda batch: {"row": batch.rows, ...})      # arrays of all batches, end to end
+    look = open_run("runs/RUN", config)
+    found = map_batches(look, lambda batch: {"row": batch.rows, ...})      # arrays of all batches, end to end
 
 A result is eval_<what>.json (of ablate.py, ablate_<what>.json), {config, metrics, by_slice, examples}, with every measured
 number as {"value", "ci95", "n"}; eval_<what>.parquet, the measurements; and eval_<what>.png.
