@@ -142,11 +142,6 @@ def lemma(word):
     return simplemma.lemmatize(word, lang="en").lower()
 
 
-def first_word(text):
-    """The first word of a text, or ""."""
-    return (text.split() or [""])[0]
-
-
 def prediction(fact, text):
     """The part of a generated text that is scored.
 
