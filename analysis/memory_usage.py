@@ -26,7 +26,7 @@ def why_not_slots(run):
     """Why the model has no slots, or ""."""
     if hasattr(run.model, "memory_layers"):
         return ""
-    return f"{run.plan.train.model} has no memory layers"
+    return f"{run.settings.train.model} has no memory layers"
 
 
 def slot_reads(run, batch):
