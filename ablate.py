@@ -20,13 +20,13 @@ are. Removing a slot with weight 0 leaves the layer in a state it never was in (
 Letters: B rows, M changed copies of rows, T tokens, n labels of a row, H heads, k slots that a head reads.
 """
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from analysis import importance, patching
-from analysis.commands import analysis, fits_all, report, run_command
 from analysis.editing import why_not_facts
 from analysis.hooks import (
     ABLATIONS,
@@ -43,7 +43,15 @@ from analysis.hooks import (
     run_with_hooks,
 )
 from analysis.memory_usage import why_not_slots
-from analysis.trained_run import AnalysisConfig, concat, save_result
+from analysis.trained_run import (
+    AnalysisConfig,
+    Command,
+    concat,
+    parse_command,
+    report,
+    run_command,
+    save_result,
+)
 from nanorecall.metrics import print_table
 from nanorecall.plots import figure, finish_figure
 from nanorecall.settings import at_least, one_of, require, run_cli, say, within
@@ -336,92 +344,109 @@ def why_not_pairs(run):
     return why_not_blocks(run) or ("" if run.settings.train.data == "data_mqar" else why_not_facts(run))
 
 
-PAIRS = "rows pairs type chunk seed"
-KEYS = "rows modes seed"  # of what reads the result of keys: which one
+def checked(function, why_not):
+    """The function, refusing runs for which why_not(run) gives a reason."""
+
+    def analysis(run):
+        require(not why_not(run), why_not(run), None)
+        return function(run)
+
+    return analysis
+
+
+def interchange_command(name, summary):
+    function = checked(lambda run: patching.interchange(run, name), why_not_memory)
+    return Command(function, PAIRS, summary)
+
+
+PAIRS = ("rows", "pairs", "type", "chunk", "seed")
+KEYS = ("rows", "modes", "seed")  # of what reads the result of keys: which one
+
 COMMANDS = {
-    "keys": analysis(
-        keys,
-        "rows modes chunk seed",
-        "Every slot that a row reads, removed: which matter, and how much.",
-        why_not_slots,
+    "keys": Command(
+        checked(keys, why_not_slots),
+        ("rows", "modes", "chunk", "seed"),
+        "Every slot that an example reads, ablated: which matter, and how much.",
     ),
-    "impact": analysis(
-        importance.impact,
+    "impact": Command(
+        checked(importance.impact, why_not_slots),
         KEYS,
         "Which slots matter, by how much more than a random one, for which facts.",
-        why_not_slots,
     ),
-    "keystats": analysis(
-        importance.keystats,
+    "keystats": Command(
+        checked(importance.keystats, why_not_slots),
         KEYS,
         "How often slots are read, how their effects vary, which are alike.",
-        why_not_slots,
     ),
-    "occurrences": analysis(
-        importance.occurrences,
+    "occurrences": Command(
+        checked(importance.occurrences, why_not_slots),
         KEYS,
         "How reads spread over the slots: unused ones, Gini's coefficient.",
-        why_not_slots,
     ),
-    "position": analysis(
-        importance.position, KEYS, "At which places of the answer removal costs most.", why_not_slots
+    "position": Command(
+        checked(importance.position, why_not_slots),
+        KEYS,
+        "At which answer positions ablation costs most.",
     ),
-    "repeats": analysis(
-        importance.repeated_digits, KEYS, "Are keys with repeated digits easier to remove?", why_not_memory
+    "repeats": Command(
+        checked(importance.repeated_digits, why_not_memory),
+        KEYS,
+        "Are keys with repeated digits easier to ablate?",
     ),
-    "layer": analysis(layer, "rows seed", "Whole parts of layers, taken out.", why_not_blocks),
-    "heads": analysis(
-        heads,
-        "rows seed",
-        "Heads, taken out one by one: which are needed, where, for which digit.",
-        why_not_heads,
+    "layer": Command(
+        checked(layer, why_not_blocks), ("rows", "seed"), "Whole parts of layers, ablated."
     ),
-    **{
-        name: analysis(
-            lambda run, name=name: patching.interchange(run, name), PAIRS, shows, why_not_memory
-        )
-        for name, shows in (
-            ("force", "One head reads another row's strongest slot alone."),
-            ("inject", "Everything that another row reads at its label, in one layer."),
-            (
-                "replace",
-                "The strongest slot's value, overwritten with that of another row's strongest slot.",
-            ),
-            (
-                "swap",
-                "Another row's slots under the row's own weights, by how often both were shown.",
-            ),
-        )
-    },
-    "swap-matrix": analysis(
-        patching.swap_matrix,
+    "heads": Command(
+        checked(heads, why_not_heads),
+        ("rows", "seed"),
+        "Heads, ablated one by one: which are needed, where, for which digit.",
+    ),
+    "force": interchange_command("force", "One head reads the source's strongest slot alone."),
+    "inject": interchange_command(
+        "inject", "Everything that the source reads at its label, in one layer."
+    ),
+    "replace": interchange_command(
+        "replace", "The strongest slot's value becomes that of the source's strongest slot."
+    ),
+    "swap": interchange_command(
+        "swap", "The source's slots with the base's weights, by how often both were shown."
+    ),
+    "swap-matrix": Command(
+        checked(patching.swap_matrix, why_not_memory),
         PAIRS,
-        "All that another row reads: which digits stand in for which.",
-        why_not_memory,
+        "All that the source reads: which digits stand in for which.",
     ),
-    "swap-pred": analysis(
-        importance.swap_predictions,
-        "rows pairs type seed",
-        "What each digit turns into after the exchange.",
-        why_not_memory,
+    "swap-pred": Command(
+        checked(importance.swap_predictions, why_not_memory),
+        ("rows", "pairs", "type", "seed"),
+        "What each digit turns into after the interchange.",
     ),
-    "corr": analysis(
-        importance.ablation_vs_swap,
-        "rows modes pairs type seed",
-        "Do rows that suffer from removal take another row's answer?",
-        why_not_memory,
+    "corr": Command(
+        checked(importance.ablation_vs_swap, why_not_memory),
+        ("rows", "modes", "pairs", "type", "seed"),
+        "Do examples that suffer from ablation take the source's answer?",
     ),
-    "patch": analysis(
-        patching.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs
+    "patch": Command(
+        checked(patching.patch, why_not_pairs),
+        ("rows", "seed"),
+        "Activation patching (causal tracing): where the answer is decided.",
     ),
-    "all": analysis(
-        run_all, "rows modes pairs type chunk seed", "Everything that fits the run.", fits_all
+    "all": Command(
+        run_all,
+        ("rows", "modes", "pairs", "type", "chunk", "seed"),
+        "Everything that fits the run.",
     ),
 }
 
 
+def parse(argv):
+    """Command line -> name of the command, its paths, AblateConfig."""
+    return parse_command(argv, __doc__, COMMANDS, AblateConfig)
+
+
 def main(argv=None):
-    run_command(__doc__, COMMANDS, AblateConfig, argv, prefix="ablate")
+    name, paths, config = parse(sys.argv[1:] if argv is None else argv)
+    run_command(name, paths, config, COMMANDS, prefix="ablate")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from analysis.patching import DECODING
-from analysis.trained_run import BOOLEAN, DECIDE, NUMBER, TEXT, WHOLE, ending, read_parquet, results, save_result
+from analysis.trained_run import BOOLEAN, DECISIVE, NUMBER, TEXT, WHOLE, list_results, read_parquet, result_suffix, save_result
 from memory import slot_usage
 from nanorecall.checkpoint import read_record
 from nanorecall.metrics import print_table
@@ -38,14 +38,14 @@ def load_table(run, what):
     It is the one of the same settings; if none are given, the only one there is.
     """
     advice = f"python ablate.py {what.replace('_', '-')} {run.folder} writes it"
-    end, there = ending(run, what), results(run, what)
-    if end not in there and not any(f"_{name}-" in end for name in DECIDE) and there:
+    end, there = result_suffix(run, what), list_results(run, what)
+    if end not in there and not any(f"_{name}-" in end for name in DECISIVE) and there:
         names = ", ".join(f"ablate_{what}{e}" for e in there)
         message = f"{run.folder} has {names}; say with the same settings which is meant"
         require(len(there) == 1, message, None)
         (end,) = there
         run.world.print0(f"reading ablate_{what}{end}")
-    run.read.append(end)
+    run.suffixes_read.append(end)
     path = os.path.join(run.folder, f"ablate_{what}{end}.parquet")
     columns = read_parquet(path, COLUMNS[what], advice)
     try:
