@@ -32,7 +32,6 @@ from analysis.hooks import (
     ABLATIONS,
     SlotAblation,
     ablate_head,
-    correct_cases,
     forward_from,
     gather_labels,
     hook_output,
@@ -41,6 +40,7 @@ from analysis.hooks import (
     logits_at,
     run_with_cache,
     run_with_hooks,
+    sample_correct_examples,
 )
 from analysis.memory_usage import why_not_slots
 from analysis.trained_run import AnalysisConfig, concat, save_result
@@ -57,22 +57,22 @@ from nanorecall.stats import (
 
 @dataclass
 class AblateConfig(AnalysisConfig):
-    rows: int = 100  # rows to take apart, of those that the model answers rightly; 0: all of them
-    modes: str = "zero drop mean random resample"  # keys: how a slot is removed
-    pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of rows; 0: every pair
-    type: str = "any"  # swap and its kin: any, less_less, more_more, less_more, more_less (exposures of row and other row)
-    chunk: int = 512  # changed copies of rows in one forward pass
+    n_examples: int = 100  # rows to take apart, of those that the model answers rightly; 0: all of them
+    ablations: str = "zero next_best mean random resample"  # keys: how a slot is removed
+    n_pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of rows; 0: every pair
+    exposure_pairs: str = "any"  # swap and its kin: any, less_less, more_more, less_more, more_less (exposures of row and other row)
+    ablate_batch_size: int = 512  # changed copies of rows in one forward pass
     seed: int = 0  # of what is drawn: pairs, random slots
 
     def check(self):
-        at_least(self, 0, "rows", "pairs")
+        at_least(self, 0, "n_examples", "n_pairs")
         within(self, 0, 2**62, "seed")
         super().check()
-        at_least(self, 1, "chunk")
-        for mode in self.modes.split():
-            require(mode in ABLATIONS, f"modes={self.modes!r} must be some of {', '.join(ABLATIONS)}", "modes")
-        require(self.modes.split(), f"modes is empty; choose some of {', '.join(ABLATIONS)}", "modes")
-        one_of(self, patching.EXPOSURE_PAIRS, "type")
+        at_least(self, 1, "ablate_batch_size")
+        for mode in self.ablations.split():
+            require(mode in ABLATIONS, f"ablations={self.ablations!r} must be some of {', '.join(ABLATIONS)}", "ablations")
+        require(self.ablations.split(), f"ablations is empty; choose some of {', '.join(ABLATIONS)}", "ablations")
+        one_of(self, patching.EXPOSURE_PAIRS, "exposure_pairs")
 
 
 # ---- keys --------------------------------------------------------------------------------------------------------------
@@ -80,13 +80,13 @@ class AblateConfig(AnalysisConfig):
 
 def keys(run):
     """Remove each slot from each row that reads it, in every mode: how far does the right answer's lead fall?"""
-    c, modes = run.model.config, run.config.modes.split()
-    message = f"modes=drop needs a slot more than mem_knn={c.mem_knn} of mem_n_keys={c.mem_n_keys}; leave drop out"
-    require("drop" not in modes or c.mem_knn < c.mem_n_keys, message, "modes")
-    cases = correct_cases(run)
-    found = remove_slots(run.model, cases, modes, run.config.chunk, run.config.seed)
+    c, modes = run.model.config, run.config.ablations.split()
+    message = f"ablations=next_best needs a slot more than mem_knn={c.mem_knn} of mem_n_keys={c.mem_n_keys}; leave it out"
+    require("next_best" not in modes or c.mem_knn < c.mem_n_keys, message, "ablations")
+    cases = sample_correct_examples(run)
+    found = remove_slots(run.model, cases, modes, run.config.ablate_batch_size, run.config.seed)
     case = found.pop("case")
-    columns = {"row": cases.rows[case], **{name: v[case] for name, v in cases.tags.items()}, **found}
+    columns = {"row": cases.indices[case], **{name: v[case] for name, v in cases.slices.items()}, **found}
     effects = effects_by_mode(columns)
     lines = [(*k, c["n"], *format_ci(c["fall"])[1:], f"{c['strongest']:.3f}", *format_ci(c["flip"])[1:]) for k, c in effects.items()]
     print_table(
@@ -110,12 +110,12 @@ def remove_slots(model, cases, modes, chunk=512, seed=0):
     clean, random, parts = run_with_cache(model, cases), np.random.default_rng(seed), []
     lead, p_clean, right = logit_diff(clean.logits, cases.answers)  # (B, n)
     for block, memory in model.memory_layers().items():
-        stream, found, at = clean.stream[block], {k: clean.found[block][k] for k in ("slots", "weights")}, cases.at
+        stream, found, at = clean.resid_mid[block], {k: clean.reads[block][k] for k in ("slots", "weights")}, cases.label_pos
         if block == len(model.layers) - 1:  # what other positions read there, no answer sees
             stream, found = gather_labels(stream, at), {k: gather_labels(v, at) for k, v in found.items()}
             at = torch.arange(at.shape[1], device=at.device).expand(len(at), -1)
         size = len(memory.values)
-        more = memory.topk_slots(model.layers[block].ffn_norm(stream), model.config.mem_knn + 1) if "drop" in modes else None
+        more = memory.topk_slots(model.layers[block].ffn_norm(stream), model.config.mem_knn + 1) if "next_best" in modes else None
         case, slot, reads, weight = with_unread(*read_in_rows(found, size), size, random)
         other, borrowed = random.integers(size, size=len(case)), random.permutation(slot)
         for mode in modes:
@@ -175,7 +175,7 @@ def whole_block_changes(model, seed=0):
     among the slots (what is read where stays), or its slots are drawn at random (the values stay)."""
     changes, g = {}, torch.Generator().manual_seed(seed)
     for name, blocks in hook_points(model).items():
-        for i, module in blocks.items() if name != "stream" else ():
+        for i, module in blocks.items() if name != "resid_pre" else ():
             changes[i, "memory, full" if name == "memory" else name] = ([hook_output(name, module, torch.zeros_like)], None)
     for i, memory in model.memory_layers().items() if hasattr(model, "memory_layers") else ():
         changes[i, "memory, values"] = ([], {i: other_values(torch.randperm(len(memory.values), generator=g))})
@@ -197,7 +197,7 @@ def random_slots(size, g):
 
 def layer(run):
     """Take out what each block adds: attention or another mixer, MLP, memory; of memory also values or keys alone."""
-    cases = correct_cases(run)
+    cases = sample_correct_examples(run)
     lead, _, _ = logit_diff(run_with_cache(run.model, cases).logits, cases.answers)
     parts = []
     for (block, what), (hooks, intervene) in whole_block_changes(run.model, run.config.seed).items():
@@ -219,10 +219,10 @@ def measured(cases, about, fall, p, right):
     """Effects (B, n) -> columns (B * n,)"""
     B, n = fall.shape
     each = {name: np.full(B * n, v) for name, v in about.items()}
-    tags = {name: np.repeat(v, n) for name, v in cases.tags.items()}
+    tags = {name: np.repeat(v, n) for name, v in cases.slices.items()}
     place, answer = np.tile(np.arange(n), B), cases.answers.flatten().cpu().numpy()
     numbers = {"fall": fall, "p": p, "right": right}
-    return {**each, "row": np.repeat(cases.rows, n), **tags, "place": place, "answer": answer} | {
+    return {**each, "row": np.repeat(cases.indices, n), **tags, "place": place, "answer": answer} | {
         name: x.flatten().float().cpu().numpy() for name, x in numbers.items()
     }
 
@@ -261,7 +261,7 @@ def plot_effects(path, by_slice, title):
 
 def heads(run):
     """Take out each head: how far does the lead fall, at which place of the answer, for which digit?"""
-    cases = correct_cases(run)
+    cases = sample_correct_examples(run)
     lead, _, _ = logit_diff(run_with_cache(run.model, cases).logits, cases.answers)
     parts = []
     for block, mixer in hook_points(run.model).get("mixer", {}).items():
@@ -336,12 +336,12 @@ def why_not_pairs(run):
     return why_not_blocks(run) or ("" if run.settings.train.data == "data_mqar" else why_not_facts(run))
 
 
-PAIRS = "rows pairs type chunk seed"
-KEYS = "rows modes seed"  # of what reads the result of keys: which one
+PAIRS = "n_examples n_pairs exposure_pairs ablate_batch_size seed"
+KEYS = "n_examples ablations seed"  # of what reads the result of keys: which one
 COMMANDS = {
     "keys": analysis(
         keys,
-        "rows modes chunk seed",
+        "n_examples ablations ablate_batch_size seed",
         "Every slot that a row reads, removed: which matter, and how much.",
         why_not_slots,
     ),
@@ -369,10 +369,10 @@ COMMANDS = {
     "repeats": analysis(
         importance.repeated_digits, KEYS, "Are keys with repeated digits easier to remove?", why_not_memory
     ),
-    "layer": analysis(layer, "rows seed", "Whole parts of layers, taken out.", why_not_blocks),
+    "layer": analysis(layer, "n_examples seed", "Whole parts of layers, taken out.", why_not_blocks),
     "heads": analysis(
         heads,
-        "rows seed",
+        "n_examples seed",
         "Heads, taken out one by one: which are needed, where, for which digit.",
         why_not_heads,
     ),
@@ -401,21 +401,21 @@ COMMANDS = {
     ),
     "swap-pred": analysis(
         importance.swap_predictions,
-        "rows pairs type seed",
+        "n_examples n_pairs exposure_pairs seed",
         "What each digit turns into after the exchange.",
         why_not_memory,
     ),
     "corr": analysis(
         importance.ablation_vs_swap,
-        "rows modes pairs type seed",
+        "n_examples ablations n_pairs exposure_pairs seed",
         "Do rows that suffer from removal take another row's answer?",
         why_not_memory,
     ),
     "patch": analysis(
-        patching.patch, "rows seed", "Causal tracing: where the answer is decided.", why_not_pairs
+        patching.patch, "n_examples seed", "Causal tracing: where the answer is decided.", why_not_pairs
     ),
     "all": analysis(
-        run_all, "rows modes pairs type chunk seed", "Everything that fits the run.", fits_all
+        run_all, "n_examples ablations n_pairs exposure_pairs ablate_batch_size seed", "Everything that fits the run.", fits_all
     ),
 }
 

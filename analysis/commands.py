@@ -81,7 +81,7 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
 def perform(command, *args):
     """What command.work(*args) returns; RunError, with the settings to lower, if memory is full."""
     used = command.uses.split()
-    sizes = [s for s in ("eval_batch_size", "rows", "pairs", "chunk") if s in used]
+    sizes = [s for s in ("eval_batch_size", "rows", "n_examples", "n_pairs", "ablate_batch_size") if s in used]
     lower = f"lower {' or '.join(sizes)}" if sizes else "look at fewer or smaller files"
     with enough_memory(lambda: lower):
         return command.work(*args)

@@ -191,7 +191,7 @@ def read_parquet(path, kinds, advice):
 
 
 # Settings that decide what is measured. Others, as eval_batch_size and device, decide how.
-DECIDE = ("checkpoint", "dtype", "rows", "data", "edits", "modes", "pairs", "type", "seed")
+DECIDE = ("checkpoint", "dtype", "rows", "n_examples", "data", "edits", "ablations", "n_pairs", "exposure_pairs", "seed")
 
 
 def deciding(run, what):
@@ -211,7 +211,7 @@ def ending(run, what):
     """The end of a result's name: the split and the settings that differ from their defaults, so
     that a result never takes the place of one that was measured otherwise.
 
-    ablate.py swap --type less_more: ablate_swap_type-less_more
+    ablate.py swap --exposure_pairs less_more: ablate_swap_exposure_pairs-less_more
     """
     split = run.config.split
     text = "" if split in ("test", what) else f"_{split}"
