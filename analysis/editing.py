@@ -297,6 +297,13 @@ def why_not_facts(run):
     return f"it needs facts of digits, task=qa or digits, not {task}"
 
 
+def require_facts(run):
+    """ConfigError unless the examples are facts "key:value" of digits."""
+    task = getattr(run.settings.data, "task", run.settings.train.data)
+    message = f"it needs facts of digits, task=qa or digits, not {task}"
+    require(task in ("qa", "digits"), message, None)
+
+
 def counterfactual(fact, alphabet, rng):
     """The fact "key:value " with another value: each character becomes another one of alphabet."""
     key, value = fact.strip().split(":")

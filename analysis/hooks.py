@@ -128,6 +128,41 @@ def logit_diff(logits, answers):
     return of_answer - of_competitor, p, of_answer > of_competitor
 
 
+# ---- what a run must have ------------------------------------------------------------------------
+
+
+def require_blocks(run):
+    """ConfigError unless the model is its blocks one after another, as in model.py."""
+    model = run.model
+    names = ("embed_tokens", "layers", "final_norm", "lm_head")
+    has_all = all(hasattr(model, name) for name in names)
+    require(has_all, f"it needs a model with {', '.join(names)}", None)
+    T = min(4, run.data.seq_len)
+    positions = torch.arange(T, device=run.device)[None]
+    tokens = positions % run.data.vocab_size
+    same = False
+    with torch.no_grad():
+        try:
+            logits = logits_at(model, tokens, positions)
+            expected = model(tokens)[0]
+            if logits.shape == expected.shape:
+                same = torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
+        except (TypeError, AttributeError, ValueError, RuntimeError):
+            # The blocks of a model file of one's own may need more than x.
+            pass
+    require(same, f"{', '.join(names)}, one after another, do not give its logits", None)
+
+
+def require_heads(run):
+    """ConfigError unless the mixers have heads and an output projection."""
+    require_blocks(run)
+    mixers = hook_points(run.model).get("mixer", {}).values()
+    require(mixers, "its layers have no mixer (use_att=0)", None)
+    for mixer in mixers:
+        has_heads = hasattr(mixer, "n_heads") and hasattr(mixer, "out_proj")
+        require(has_heads, "its mixers have no heads and out_proj", None)
+
+
 # ---- forward passes from a memory layer on -------------------------------------------------------
 
 

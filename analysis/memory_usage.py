@@ -19,6 +19,7 @@ from nanorecall.checkpoint import read_log
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
+from nanorecall.settings import require
 from nanorecall.stats import format_ci, mean_ci, mean_proportion
 
 
@@ -27,6 +28,12 @@ def why_not_slots(run):
     if hasattr(run.model, "memory_layers"):
         return ""
     return f"{run.settings.train.model} has no memory layers"
+
+
+def require_slots(run):
+    """ConfigError unless the model has memory layers."""
+    message = f"{run.settings.train.model} has no memory layers"
+    require(hasattr(run.model, "memory_layers"), message, None)
 
 
 def slot_reads(run, batch):

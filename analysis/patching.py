@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from analysis.editing import require_facts
 from analysis.hooks import (
     Examples,
     forward_from,
@@ -24,10 +25,12 @@ from analysis.hooks import (
     hooked,
     logit_diff,
     logits_at,
+    require_blocks,
     run_with_cache,
     run_with_hooks,
     sample_correct_examples,
 )
+from analysis.memory_usage import require_slots
 from analysis.trained_run import concat, save_result
 from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.plots import errorbars, figure, finish_figure
@@ -221,6 +224,8 @@ OUTCOMES = {  # column of interchange_effects: title
 
 def interchange(run, name):
     """How often does the base get the source's answer with the source's reads?"""
+    require_slots(run)
+    require_facts(run)
     c = run.config
     examples = sample_correct_examples(run)
     base, source = draw_pairs(examples, c.n_pairs, c.exposure_pairs, c.seed)
@@ -370,6 +375,8 @@ def swap_matrix(run):
 
     Teacher-forced, with the base's answers so far in the sequence, and decoded token by token.
     """
+    require_slots(run)
+    require_facts(run)
     c = run.config
     examples = sample_correct_examples(run)
     base, source = draw_pairs(examples, c.n_pairs, c.exposure_pairs, c.seed)
@@ -477,6 +484,9 @@ def patch(run):
 
     For each hook point, block and position: the fraction of the logit difference recovered.
     """
+    require_blocks(run)
+    if run.settings.train.data != "data_mqar":
+        require_facts(run)
     clean, corrupted = corrupt(run, sample_correct_examples(run), run.config.seed)
     # Long examples have many positions to patch, so fewer of them are taken.
     few = np.arange(min(len(clean), max(10, 6000 // clean.tokens.shape[1])))
