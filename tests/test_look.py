@@ -55,7 +55,7 @@ def open_look(runs, name, **changes):
 def latest(folder, what, end=".json"):
     """The name, without its end, of the result that was written last, whatever the settings in its
     name."""
-    others = ("_rows-", "_edits-", "_example-", "_data-", "_modes-")
+    others = ("_rows-", "_n_examples-", "_edits-", "_example-", "_data-", "_ablations-")
     found = [
         p
         for p in folder.glob(what + "*" + end)
