@@ -6,12 +6,9 @@ import torch
 import memory
 from analysis.hooks import Examples
 
-ABLATION_SIZES = dict(
-    dim=16, n_layers=3, n_heads=2, dk=8, dv=8, conv_size=2, vocab_size=11, seq_len=9
-)
-N_SLOTS = 25
+N_SLOTS = 25  # of a memory layer of toys.ablation_model
 
-VARIANTS = {  # of ablation_model: the settings that change what a slot does
+VARIANTS = {  # of toys.ablation_model: the settings that change what a slot does
     "shared values": dict(),
     "own values": dict(mem_share_values=False),
     "gated": dict(mem_gated=True, mem_v_dim=4),
@@ -20,27 +17,6 @@ VARIANTS = {  # of ablation_model: the settings that change what a slot does
     "biased": dict(mem_balance_rate=0.01),
     "router": dict(cls=memory.MemoryRouterGPT),
 }
-
-
-def ablation_model(cls=memory.MemoryGPT, seed=0, **changes):
-    """Three blocks; the first and the last have a memory, whose selection bias is not 0."""
-    table = dict(memory_layers=(0, 2), mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
-    torch.manual_seed(seed)
-    made = cls(memory.Config(**{**ABLATION_SIZES, **table, **changes})).eval()
-    for layer in made.memory_layers().values():
-        if layer.bias is not None:
-            torch.nn.init.normal_(layer.bias, std=0.5)
-    return made
-
-
-def some_examples(B=6, T=9, n=3, seed=1):
-    """Random sequences for ablation_model, with n labels at random positions in each."""
-    g = torch.Generator().manual_seed(seed)
-    positions = [torch.randperm(T, generator=g)[:n].sort().values for _ in range(B)]
-    tokens = torch.randint(11, (B, T), generator=g)
-    answers = torch.randint(11, (B, n), generator=g)
-    slices = {"exposures": np.arange(B)}
-    return Examples(np.arange(B), tokens, torch.stack(positions), answers, slices)
 
 
 def planted_facts(V=9, n=3):

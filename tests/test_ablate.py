@@ -13,8 +13,8 @@ from analysis import hooks as I
 from analysis import importance
 from nanorecall.settings import ConfigError
 from nanorecall.stats import clustered_mean_ci
-from planted import VARIANTS, ablation_model, planted_facts, some_examples
-from test_look import latest
+from planted import VARIANTS, planted_facts
+from toys import ablation_model, latest, some_examples
 
 
 @pytest.fixture(params=VARIANTS)

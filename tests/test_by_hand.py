@@ -22,7 +22,7 @@ from analysis import hooks as I
 from analysis.trained_run import write_parquet
 from nanorecall import metrics, stats
 from nanorecall.settings import ConfigError
-from planted import ablation_model, some_examples
+from toys import ablation_model, some_examples
 
 # ---- stats.py ------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ def test_an_exchange_against_the_whole_model():
     model, cases = ablation_model(mem_share_values=False), some_examples(B=2)
     cases.answers[:, 1] = cases.answers[0, 1]  # nothing to tell apart there
     columns = patching.interchange_effects(model, cases, np.array([0]), np.array([1]), "inject", seed=3)
-    (clean, _, found), (a, b) = model(cases.tokens, trace=True), cases.at
+    (clean, _, found), (a, b) = model(cases.tokens, trace=True), cases.label_pos
     assert sorted({*zip(columns["layer"].tolist(), columns["answer_pos"].tolist())}) == [
         (block, place) for block in (0, 2) for place in (0, 2)
     ]

@@ -15,7 +15,8 @@ import train
 from analysis import hooks
 from analysis.trained_run import open_run
 from model import GPT, NORMS, Config
-from planted import ABLATION_SIZES, N_SLOTS, VARIANTS, ablation_model, some_examples
+from planted import N_SLOTS, VARIANTS
+from toys import ABLATION_SIZES, ablation_model, some_examples
 
 
 @pytest.fixture(params=VARIANTS)

@@ -7,7 +7,8 @@ import torch
 
 from analysis import hooks, patching
 from eval import greedy_decode
-from planted import ablation_model, planted_facts, some_examples
+from planted import planted_facts
+from toys import ablation_model, some_examples
 
 # ---- pairs ---------------------------------------------------------------------------------------
 

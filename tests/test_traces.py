@@ -19,9 +19,9 @@ from analysis import hooks as I
 from analysis.trained_run import open_run
 from nanorecall import metrics, ops, pretrained
 from nanorecall.settings import ConfigError, RunError
-from planted import ablation_model, some_examples
-from test_memory import model as small_model
-from test_memory import tokens
+from toys import ablation_model, some_examples
+from toys import memory_model as small_model
+from toys import random_tokens as tokens
 
 
 def hooks(module):
@@ -137,8 +137,8 @@ def test_full_memory_is_a_sentence_with_what_to_lower(error):
     def work(look):
         raise error
 
-    command = commands.analysis(work, "rows chunk", "")
-    sentence = "memory is full; lower eval_batch_size or rows or chunk"
+    command = commands.analysis(work, "n_examples ablate_batch_size", "")
+    sentence = "memory is full; lower eval_batch_size or n_examples or ablate_batch_size"
     with pytest.raises(RunError, match=sentence):
         commands.perform(command, None)
     error.args = ("another error",)
