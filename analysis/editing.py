@@ -291,9 +291,9 @@ def require_editable(run):
 
 
 def require_facts(run):
-    """ConfigError unless the examples of this run are facts "key:value" of digits."""
+    """ConfigError unless the examples are facts "key:value" of digits."""
     task = getattr(run.settings.data, "task", run.settings.train.data)
-    message = f"this needs facts of digits, task=qa or digits, not {task}"
+    message = f"it needs facts of digits, task=qa or digits, not {task}"
     require(task in ("qa", "digits"), message, None)
 
 

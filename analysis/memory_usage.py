@@ -24,7 +24,7 @@ from nanorecall.stats import format_ci, mean_ci, mean_proportion
 
 
 def require_slots(run):
-    """ConfigError if the model has no slots."""
+    """ConfigError unless the model has memory layers."""
     message = f"{run.settings.train.model} has no memory layers"
     require(hasattr(run.model, "memory_layers"), message, None)
 

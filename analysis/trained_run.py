@@ -277,7 +277,6 @@ DECISIVE = (
     "n_pairs",
     "exposure_pairs",
     "seed",
-    *("rows", "modes", "pairs", "type"),
 )
 
 
@@ -433,7 +432,7 @@ def run_command(name, paths, config, commands, prefix="eval"):
 
 def memory_advice(command):
     """What to do when memory is full."""
-    sizes = ("eval_batch_size", "n_examples", "n_pairs", "ablate_batch_size", "rows", "pairs", "chunk")
+    sizes = ("eval_batch_size", "n_examples", "n_pairs", "ablate_batch_size")
     used = [name for name in sizes if name in command.all_options()]
     return f"lower {' or '.join(used)}, or measure on the CPU with --device cpu"
 
