@@ -1,5 +1,7 @@
-"""analysis/hooks.py: sampling of examples, ablation of slots and heads, hooks. The naive twin of an
-ablation is a forward pass of the whole model."""
+"""analysis/hooks.py: sampling of examples, ablation of slots and heads, hooks.
+
+The naive twin of an ablation is a forward pass of the whole model.
+"""
 
 from functools import partial
 from types import SimpleNamespace
