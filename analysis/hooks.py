@@ -11,6 +11,7 @@ dict, as in memory.py: "slots" and "weights" (B, T, H, k), and "output" (B, T, V
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -137,19 +138,16 @@ def require_blocks(run):
     names = ("embed_tokens", "layers", "final_norm", "lm_head")
     has_all = all(hasattr(model, name) for name in names)
     require(has_all, f"it needs a model with {', '.join(names)}", None)
-    T = min(4, run.data.seq_len)
-    positions = torch.arange(T, device=run.device)[None]
+    positions = torch.arange(min(4, run.data.seq_len), device=run.device)[None]
     tokens = positions % run.data.vocab_size
-    same = False
     with torch.no_grad():
         try:
-            logits = logits_at(model, tokens, positions)
-            expected = model(tokens)[0]
-            if logits.shape == expected.shape:
-                same = torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
+            ours = logits_at(model, tokens, positions)
+            logits = model(tokens)[0]
+            same = ours.shape == logits.shape and torch.allclose(ours, logits, 1e-3, 1e-3)
         except (TypeError, AttributeError, ValueError, RuntimeError):
-            # The blocks of a model file of one's own may need more than x.
-            pass
+            # The blocks of a forked model file may need more than x.
+            same = False
     require(same, f"{', '.join(names)}, one after another, do not give its logits", None)
 
 
@@ -180,16 +178,13 @@ def run_with_cache(model, examples):
     """Examples -> CleanRun."""
     resid_mid = {}
 
-    def cache_as(block):
-        def cache(module, inputs):
-            resid_mid[block] = inputs[0]
-
-        return cache
+    def cache(block, module, inputs):
+        resid_mid[block] = inputs[0]
 
     blocks = list(model.memory_layers()) if hasattr(model, "memory_layers") else []
+    hooks = [(model.layers[block].ffn_norm, "before", partial(cache, block)) for block in blocks]
     reads = []
     options = {"trace": reads} if blocks else {}
-    hooks = [(model.layers[block].ffn_norm, "before", cache_as(block)) for block in blocks]
     with hooked(hooks):
         logits = logits_at(model, examples.tokens, examples.label_pos, **options)
     return CleanRun(resid_mid, dict(zip(blocks, reads)), logits)
@@ -207,6 +202,16 @@ def gather_labels(x, positions):
     """x (B, T, ...) at positions (B, n) -> (B, n, ...)"""
     example = torch.arange(len(x), device=x.device)[:, None]
     return x[example, positions]
+
+
+def index_reads(reads, index):
+    """Slots and weights of reads at an index of their first dimensions, such as (example, token)."""
+    return {part: reads[part][index] for part in ("slots", "weights")}
+
+
+def put_reads(index, new_reads, reads):
+    """The reads, with new slots and weights at an index of their first dimensions."""
+    return {part: reads[part].index_put(index, x) for part, x in new_reads.items()}
 
 
 @in_eval_mode
@@ -370,35 +375,6 @@ def hook_output(name, module, change):
     if name == "resid_pre":
         return module, "before", change_input
     return module, "after", change_output
-
-
-def require_blocks(run):
-    """ConfigError if the model is not its embed_tokens, layers, final_norm, lm_head in sequence."""
-    model = run.model
-    names = ("embed_tokens", "layers", "final_norm", "lm_head")
-    has_all = all(hasattr(model, name) for name in names)
-    require(has_all, f"it needs a model with {', '.join(names)}", None)
-    positions = torch.arange(min(4, run.data.seq_len), device=run.device)[None]
-    tokens = positions % run.data.vocab_size
-    with torch.no_grad():
-        try:
-            ours = logits_at(model, tokens, positions)
-            logits = model(tokens)[0]
-            equal = ours.shape == logits.shape and torch.allclose(ours, logits, 1e-3, 1e-3)
-        except (TypeError, AttributeError, ValueError, RuntimeError):
-            # The layers of a fork may need more than x.
-            equal = False
-    require(equal, f"{', '.join(names)}, one after another, do not give the model's logits", None)
-
-
-def require_heads(run):
-    """ConfigError if the model has no sequence mixers with heads that can be ablated."""
-    require_blocks(run)
-    mixers = hook_points(run.model).get("mixer", {}).values()
-    require(mixers, "its layers have no mixer (use_att=0)", None)
-    for mixer in mixers:
-        has_heads = hasattr(mixer, "n_heads") and hasattr(mixer, "out_proj")
-        require(has_heads, "its mixers have no n_heads and out_proj", None)
 
 
 @in_eval_mode

@@ -19,12 +19,13 @@ from analysis.editing import require_facts
 from analysis.hooks import (
     Examples,
     forward_from,
-    gather_labels,
     hook_output,
     hook_points,
     hooked,
+    index_reads,
     logit_diff,
     logits_at,
+    put_reads,
     require_blocks,
     run_with_cache,
     run_with_hooks,
@@ -131,12 +132,9 @@ def forward_with_interchange(model, examples, clean, block, name, base, source, 
     """
     base_pos = examples.label_pos[base, answer_pos]
     source_pos = examples.label_pos[source, answer_pos]
-    reads, base_reads, source_reads = {}, {}, {}
-    for part in ("slots", "weights"):
-        x = clean.reads[block][part]  # (B, T, H, k)
-        reads[part] = x[base]
-        base_reads[part] = x[base, base_pos]
-        source_reads[part] = x[source, source_pos]
+    reads = index_reads(clean.reads[block], base)  # (M, T, H, k)
+    base_reads = index_reads(clean.reads[block], (base, base_pos))  # (M, H, k)
+    source_reads = index_reads(clean.reads[block], (source, source_pos))
     if name == "replace":
         # As if the value in the table were overwritten: every read of the slot gives the new value.
         old = strongest_slot(base_reads)[:, None, None, None]
@@ -145,8 +143,7 @@ def forward_with_interchange(model, examples, clean, block, name, base, source, 
     else:
         new_reads = INTERCHANGES[name](base_reads, source_reads, head)
         m = torch.arange(len(base), device=base.device)
-        for part in reads:
-            reads[part] = reads[part].index_put((m, base_pos), new_reads[part])
+        reads = put_reads((m, base_pos), new_reads, reads)
     resid_mid = clean.resid_mid[block][base]
     return forward_from(model, block, resid_mid, reads, base_pos[:, None]).squeeze(1)
 
@@ -240,21 +237,12 @@ def interchange(run, name):
     by_slice = {}
     for names in slices:
         by_slice[names] = outcomes_by(columns, *names.split(", "))
-    head = [name]
-    for title in OUTCOMES.values():
-        head += [title, "95% interval"]
-    lines = []
-    for names in slices:
-        # The figure shows these.
-        if names == "layer, answer_pos":
-            continue
-        for values, cells in by_slice[names].items():
-            line = [f"{names}={values}"]
-            for outcome in OUTCOMES:
-                line += format_ci(cells[outcome])[1:]
-            lines.append(line)
-    print_table(head, lines)
-    metrics = {"n_examples": len(examples), "n_pairs": len(base), "exposure_pairs": c.exposure_pairs}
+    print_outcomes(name, by_slice)
+    metrics = {
+        "n_examples": len(examples),
+        "n_pairs": len(base),
+        "exposure_pairs": c.exposure_pairs,
+    }
     plot = partial(plot_interchange, run, columns, by_slice)
     save_result(run, name, metrics, by_slice, (), columns, plot)
 
@@ -273,6 +261,23 @@ def outcomes_by(columns, *names):
             proportion = clustered_proportion(columns[outcome][inside], columns["example"][inside])
             cells[key][outcome] = proportion
     return cells
+
+
+def print_outcomes(name, by_slice):
+    head = [name]
+    for title in OUTCOMES.values():
+        head += [title, "95% interval"]
+    lines = []
+    for names, values in by_slice.items():
+        # The figure shows these.
+        if names == "layer, answer_pos":
+            continue
+        for value, cells in values.items():
+            line = [f"{names}={value}"]
+            for outcome in OUTCOMES:
+                line += format_ci(cells[outcome])[1:]
+            lines.append(line)
+    print_table(head, lines)
 
 
 def plot_interchange(run, columns, by_slice, path):
@@ -332,23 +337,11 @@ def interchange_reads(clean, examples, base, source):
     base, source (M,) -> {block: function of the reads}, as forward(intervene=) takes them.
     """
     m = torch.arange(len(base), device=base.device)[:, None]
-    base_pos = examples.label_pos[base]  # (M, n)
-
-    def put(source_reads):
-        def intervene(reads):
-            changed = {}
-            for part, x in source_reads.items():
-                changed[part] = reads[part].index_put((m, base_pos), x)
-            return changed
-
-        return intervene
-
+    base_pos, source_pos = examples.label_pos[base], examples.label_pos[source]  # (M, n)
     interventions = {}
     for block, reads in clean.reads.items():
-        source_reads = {}
-        for part in ("slots", "weights"):
-            source_reads[part] = gather_labels(reads[part][source], examples.label_pos[source])
-        interventions[block] = put(source_reads)
+        source_reads = index_reads(reads, (source[:, None], source_pos))
+        interventions[block] = partial(put_reads, (m, base_pos), source_reads)
     return interventions
 
 
@@ -396,7 +389,11 @@ def swap_matrix(run):
             lines.append((decoding, answer_pos, *format_ci(cell)))
     head = ("source answer", "answer position", "answers", "fraction", "95% interval")
     print_table(head, lines)
-    metrics = {"n_examples": len(examples), "n_pairs": len(base), "exposure_pairs": c.exposure_pairs}
+    metrics = {
+        "n_examples": len(examples),
+        "n_pairs": len(base),
+        "exposure_pairs": c.exposure_pairs,
+    }
     plot = partial(plot_swap_matrix, run, columns)
     save_result(run, "swap_matrix", metrics, by_slice, (), columns, plot)
 
@@ -565,39 +562,34 @@ def activation_patching(model, clean, corrupted):
             logits = logits_at(model, examples.tokens[:, :T], examples.label_pos[:, :1])[:, 0]
         return logits[example, clean_answer] - logits[example, corrupted_answer]
 
-    activations = {}
-
-    def cache_as(key):
-        def cache(x):
-            activations[key] = x
-            return x
-
-        return cache
-
-    def patch_at(t, activation):
-        def patch_in(x):
-            return x.index_copy(1, torch.tensor([t], device=x.device), activation[:, t : t + 1])
-
-        return patch_in
-
-    modules = {}
-    caching = []
+    activations, modules, hooks = {}, {}, []
     for name, blocks in hook_points(model).items():
         for block, module in blocks.items():
             modules[name, block] = module
-            caching.append(hook_output(name, module, cache_as((name, block))))
-    clean_diff = answer_logit_diff(clean, caching)
+            cache = partial(cache_activation, activations, (name, block))
+            hooks.append(hook_output(name, module, cache))
+    clean_diff = answer_logit_diff(clean, hooks)
     corrupted_diff = answer_logit_diff(corrupted, [])
     recovered = {}
     for (name, block), module in modules.items():
         fractions = []
         for t in range(T):
-            patching = hook_output(name, module, patch_at(t, activations[name, block]))
-            patched_diff = answer_logit_diff(corrupted, [patching])
+            patch_in = partial(patch_position, activations[name, block], t)
+            patched_diff = answer_logit_diff(corrupted, [hook_output(name, module, patch_in)])
             fraction = (patched_diff - corrupted_diff) / (clean_diff - corrupted_diff)
             fractions.append(fraction.cpu().numpy())
         recovered[name, block] = np.stack(fractions)
     return recovered, clean_diff.cpu().numpy(), corrupted_diff.cpu().numpy()
+
+
+def cache_activation(activations, key, x):
+    activations[key] = x
+    return x
+
+
+def patch_position(activation, t, x):
+    """x (B, T, D) with position t of another activation."""
+    return x.index_copy(1, torch.tensor([t], device=x.device), activation[:, t : t + 1])
 
 
 def plot_patch(run, recovered, clean, path):

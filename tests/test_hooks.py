@@ -1,5 +1,7 @@
-"""analysis/hooks.py: sampling of examples, ablation of slots and heads, hooks. The naive twin of an
-ablation is a forward pass of the whole model."""
+"""analysis/hooks.py: sampling of examples, ablation of slots and heads, hooks.
+
+The naive twin of an ablation is a forward pass of the whole model.
+"""
 
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import delta
 import memory
 import train
 from analysis import hooks
+from analysis.ablation import measure_slots
 from analysis.trained_run import open_run
 from model import GPT, NORMS, Config
 from planted import N_SLOTS, VARIANTS
@@ -161,22 +164,22 @@ def test_measured_drops_equal_full_forwards(model, ablation):
     """The columns of `ablate.py keys`, in batches of 7, against a full forward pass for each entry."""
     examples = some_examples(B=2)
     n = examples.label_pos.shape[1]
-    columns = ablate.remove_slots(model, examples, [ablation], 7)
+    columns = measure_slots(model, examples, [ablation], 7)
     clean = hooks.run_with_cache(model, examples)
     clean_diff, _, _ = hooks.logit_diff(clean.logits, examples.answers)
     for i in range(0, len(columns["slot"]), n):
-        example, slot, block = columns["case"][i], columns["slot"][i], columns["layer"][i]
+        example, slot, block = columns["example"][i], columns["slot"][i], columns["layer"][i]
         tokens = examples.tokens[example][None]
         logits = naive_logits(model, block, ablation, tokens, slot, None)
         logits = logits[0, examples.label_pos[example]]
         diff, p, _ = hooks.logit_diff(logits, examples.answers[example])
         of_labels = slice(i, i + n)
         drop = clean_diff[example] - diff
-        np.testing.assert_allclose(columns["fall"][of_labels], drop, atol=1e-4)
+        np.testing.assert_allclose(columns["drop"][of_labels], drop, atol=1e-4)
         np.testing.assert_allclose(columns["p"][of_labels], p, atol=1e-5)
     # A control in each example and block, which changes nothing.
     assert columns["control"].sum() == 2 * 2 * n and len(columns["slot"]) > 20 * n
-    np.testing.assert_allclose(columns["fall"][columns["control"]], 0, atol=1e-5)
+    np.testing.assert_allclose(columns["drop"][columns["control"]], 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("ablation, new_slot", [("random", 11), ("resample", 12)])

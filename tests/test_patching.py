@@ -74,9 +74,8 @@ def test_replace_changes_every_read_of_the_slot():
     )
     strongest = []
     for b in range(2):
-        reads = {}
-        for part in ("slots", "weights"):
-            reads[part] = clean.reads[0][part][b, examples.label_pos[b, 2]][None]
+        at_label = ([b], examples.label_pos[b, 2][None])
+        reads = hooks.index_reads(clean.reads[0], at_label)
         strongest.append(patching.strongest_slot(reads))
     for b in range(2):
 
