@@ -334,11 +334,6 @@ class MemoryGPT(GPT):
             memory.read_counts.zero_()
         return usage
 
-    @classmethod
-    def label(cls, c):
-        layers = "-".join(map(str, c.memory_layers))
-        return f"{super().label(c)}_M{layers}_S{c.mem_n_keys**2}_H{c.mem_heads}_K{c.mem_knn}"
-
 
 class MemoryRouterGPT(MemoryGPT):
     """GPT in which some blocks have MLP and memory layer, weighted for each token by a router."""

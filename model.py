@@ -324,8 +324,6 @@ class CausalSelfAttention(nn.Module):
         v = ops.append_to_cache(cache, "v", self.values(v))
         return k, v
 
-    # Sizes, for buffers and for what is printed at the start.
-
     @staticmethod
     def head_dims(c):
         """Width per head of a key and of a value, after their feature maps."""
@@ -336,16 +334,6 @@ class CausalSelfAttention(nn.Module):
         """Width of queries, keys and values side by side."""
         n_kv = c.n_kv_heads or c.n_heads
         return (c.n_heads + n_kv) * c.dk + n_kv * c.dv
-
-    @classmethod
-    def cache_size(cls, c, tokens):
-        """Numbers in the cache of one sequence after `tokens` tokens."""
-        per_head = sum(cls.head_dims(c))
-        return tokens * (c.n_kv_heads or c.n_heads) * per_head + cls.conv_state_size(c)
-
-    @classmethod
-    def conv_state_size(cls, c):
-        return (c.conv_size - 1) * cls.qkv_dim(c) if c.conv_size else 0
 
     @classmethod
     def describe_backend(cls, c, device, dtype):
@@ -395,11 +383,6 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
     @staticmethod
     def qkv_dim(c):
         return (c.n_heads + (c.n_kv_heads or c.n_heads)) * c.du
-
-    @classmethod
-    def cache_size(cls, c, tokens):
-        per_head = c.du + (cls.head_dims(c)[0] if c.k_gated else 0)
-        return tokens * (c.n_kv_heads or c.n_heads) * per_head + cls.conv_state_size(c)
 
 
 # ---- block and model -----------------------------------------------------------------------------
@@ -545,27 +528,6 @@ class GPT(nn.Module):
             mixer = getattr(layer, "att", layer)
             message = f"{why}: the forward of {type(mixer).__name__} does not take {option}"
             require(mixer is None or takes(mixer, option), message, None)
-
-    # What train.py prints at the start, and names a run by. All three are optional in a fork.
-
-    @classmethod
-    def label(cls, c):
-        """Part of a run's name: sizes, then kernel, norm and gate of queries, keys and values."""
-        k, v = (c.du, c.du) if issubclass(cls, UnifiedKV) else (c.dk, c.dv)
-        blocks = f"L{c.n_layers}-D{c.dim}_FF{c.use_ffn:d}_OG{c.att_use_output_gate:d}_H{c.n_heads}"
-        queries = f"q-{k}-{c.q_kernel}-{c.q_norm}-{c.q_gated:d}"
-        keys = f"k-{k}-{c.k_kernel}-{c.k_norm}-{c.k_gated:d}"
-        return f"{blocks}_{queries}_{keys}_v-{v}-{c.v_kernel}"
-
-    @classmethod
-    def inference_state_bytes(cls, c):
-        """Size of the float32 cache of one sequence of seq_len tokens; None: the mixer has none."""
-        mixer = getattr(cls.block, "mixer", None)
-        if not c.use_att:
-            return 0
-        if not hasattr(mixer, "cache_size"):
-            return None
-        return 4 * c.n_layers * mixer.cache_size(c, c.seq_len)
 
     @classmethod
     def describe_backend(cls, c, device, dtype):

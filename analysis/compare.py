@@ -16,6 +16,7 @@ import sys
 import numpy as np
 
 from analysis.trained_run import write_parquet
+from nanorecall.build import inference_state_bytes
 from nanorecall.checkpoint import check_kinds, read_log, read_record
 from nanorecall.metrics import print_table, slice_metrics
 from nanorecall.plots import errorbars, figure, finish_figure
@@ -124,9 +125,9 @@ def read_result(folder):
     p = load_settings(folder, TrainConfig)
     config = saved_model_config(folder, p)
     n_params = saved["parameters"]["layers"]
-    # A forked model file may lack inference_state_bytes, dim or n_layers.
-    state_bytes = getattr(p.model_class, "inference_state_bytes", lambda config: 0)(config) or 0
+    state_bytes = inference_state_bytes(p.model_class, config) or 0
     shape = ""
+    # A forked model file may lack dim or n_layers.
     if hasattr(config, "dim") and hasattr(config, "n_layers"):
         shape = f"D{config.dim} L{config.n_layers}"
     settings = []

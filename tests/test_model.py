@@ -21,6 +21,7 @@ from model import (
     taylor,
 )
 from nanorecall import metrics, ops
+from nanorecall.build import inference_state_bytes
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
 
@@ -286,14 +287,14 @@ def test_correct_predictions_of_tokens_and_of_whole_sequences():
 
 
 def test_state_bytes_counts_the_cache():
-    assert GPT.inference_state_bytes(config(seq_len=10)) == 4 * 2 * 2 * (6 + 4) * 10
-    assert UnifiedKV.inference_state_bytes(config()) == 4 * 2 * 2 * 6 * T
-    assert UnifiedKV.inference_state_bytes(config(k_gated=True, seq_len=1)) == 4 * 2 * 2 * (6 + 6)
-    assert GPT.inference_state_bytes(config(conv_size=3, seq_len=10)) == 4 * 2 * (
+    assert inference_state_bytes(GPT, config(seq_len=10)) == 4 * 2 * 2 * (6 + 4) * 10
+    assert inference_state_bytes(UnifiedKV, config()) == 4 * 2 * 2 * 6 * T
+    assert inference_state_bytes(UnifiedKV, config(k_gated=True, seq_len=1)) == 4 * 2 * 2 * (6 + 6)
+    assert inference_state_bytes(GPT, config(conv_size=3, seq_len=10)) == 4 * 2 * (
         2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4)
     )
-    assert GPT.inference_state_bytes(
-        config(n_kv_heads=1, k_kernel="taylor", seq_len=1)
+    assert inference_state_bytes(GPT, 
+        config(n_kv_heads=1, q_kernel="taylor", k_kernel="taylor", pos_emb="none", seq_len=1)
     ) == 4 * 2 * ((1 + 6 + 36) + 4)
 
 
