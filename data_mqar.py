@@ -36,8 +36,9 @@ import torch
 from nanorecall.mqar_files import (
     DatasetConfig,
     StoredMQAR,
-    make_disk_sequences,
+    parse_dataset,
     show_columns,
+    show_on_disk,
     write_and_report,
 )
 from nanorecall.rng import (
@@ -50,18 +51,7 @@ from nanorecall.rng import (
     shuffled_epochs,
     weighted_permutation,
 )
-from nanorecall.settings import (
-    ConfigError,
-    at_least,
-    build_config,
-    help_text,
-    read_argv,
-    reject_unknown,
-    require,
-    run_cli,
-    say,
-    within,
-)
+from nanorecall.settings import ConfigError, at_least, require, run_cli, within
 
 IntPairs = tuple[tuple[int, int], ...]
 
@@ -197,15 +187,17 @@ def make_sequences(size, split, indices):
     """Sequences `indices` (B,) of one TaskSize -> tokens (B, T) int32, targets (B, T) int32 (-100:
     not scored), slices.
 
-    slices {name: (N,)}, of the N labels in row-major order: num_kv_pairs, input_seq_len, distance
-    (tokens since the key was stored, rounded down to a power of two); with several test sizes cell
-    ("128x32"), with num_updates updated (0 or 1).
+    slices {name: (N,)}, of the N labels in row-major order: num_kv_pairs, input_seq_len, and
+    distance (tokens since the key was stored, rounded down to a power of two). With several test
+    sizes also size ("128x32"), with num_updates also updated (0 or 1).
     """
     c, T, n, u = size.config, size.length, size.pairs, size.updates
     B, half = len(indices), c.vocab_size // 2
     noisy = c.max_noise > 0 or c.random_non_queries
 
-    # All random numbers of a sequence come from one call, cut up by what they are for.
+    # All random numbers of a sequence come from one call, cut up by what they are for. The
+    # generator is counter-based (Philox): sequence i has its own block of numbers, whichever others
+    # are made with it. So ranks can split a batch, and a resumed run needs no generator's state.
     n_draws = {
         "alphabet": size.alphabet,
         "keys": n if c.key_tokens > 1 else 0,
@@ -221,7 +213,8 @@ def make_sequences(size, split, indices):
     draws = dict(zip(n_draws, np.split(uniforms, ends[:-1], axis=1)))
     b = np.arange(B)[:, None]
 
-    # Keys (B, n, key_tokens), all different; values (B, n+u), one for each time a pair is stored.
+    # Keys (B, n, key_tokens), all different: a key stored by chance twice would have two answers.
+    # Values (B, n+u), one for each time a pair is stored.
     alphabet = 1 + sample_without_replacement(draws["alphabet"], half - 1)  # (B, alphabet)
     if c.key_tokens == 1:
         keys = alphabet[:, :, None]
@@ -252,9 +245,12 @@ def make_sequences(size, split, indices):
     tokens[b[:, :, None], start[:, :, None] + offsets] = keys[b, stored]
     tokens[b, start + c.key_tokens] = values
 
-    slots = weighted_permutation(draws["slots"], c.power_a)[:, :n]  # pair i is queried in slot i
+    # Pair i is queried in slot slots[:, i]. Slots are drawn without replacement, for pair 0 first.
+    # With a small power_a, most queries come soon after the pairs and a few much later (Zoology).
+    slots = weighted_permutation(draws["slots"], c.power_a)[:, :n]
     query_pos = size.storage_len + slots * (c.key_tokens + 1)  # (B, n), of the key's first token
     tokens[b[:, :, None], query_pos[:, :, None] + offsets] = keys
+    # Only answers are scored: all other tokens are random, and nothing could predict them.
     targets = np.full((B, T), IGNORE_INDEX, np.int32)
     targets[b, query_pos + c.key_tokens - 1] = answers  # at the key's last token
 
@@ -271,7 +267,7 @@ def make_sequences(size, split, indices):
         "distance": np.take_along_axis(distance, by_position, axis=1).ravel(),
     }
     if len(c.test_sizes or c.train_sizes) > 1:
-        slices["cell"] = np.full(B * n, f"{T}x{n}")
+        slices["size"] = np.full(B * n, f"{T}x{n}")
     if c.num_updates:
         slices["updated"] = np.take_along_axis(is_updated, by_position, axis=1).ravel()
     return tokens, targets, slices
@@ -361,6 +357,7 @@ class InMemoryMQAR:
             tokens, targets, slices = self.from_fixed_set(size, indices)
         else:
             tokens, targets, slices = make_sequences(size, split, indices)
+        # int32 on the way, to halve the memory of fixed sets; torch's embedding wants long
         return torch.from_numpy(tokens).long(), torch.from_numpy(targets).long(), slices
 
     def from_fixed_set(self, size, indices):
@@ -385,26 +382,15 @@ def show(config):
     show_columns(tokens=tokens[0], targets=targets[0])
 
 
-def show_on_disk(config):
-    """Print training sequence 0 of a data set on disk."""
-    input_ids, labels = make_disk_sequences(config, "train", np.arange(1))
-    show_columns(input_ids=input_ids[0], labels=labels[0])
+def parse(argv):
+    """Command line -> DatasetConfig, or None if help was all that it asked for."""
+    return parse_dataset(argv, __doc__)
 
 
 def main(argv=None):
-    args, settings = read_argv(sys.argv[1:] if argv is None else argv)
-    if any(s.key == "help" for s in settings):
-        say(help_text(__doc__, DatasetConfig))
-        return
-    unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
-    require(not args, unknown, None)
-    reject_unknown(settings, DatasetConfig)
-    config = build_config(DatasetConfig, settings)
-    if not config.output_dir:
-        require(not settings, "name the directory to write: --output-dir DIR", "output_dir")
-        print(__doc__.strip())
-        return
-    write_and_report(config)
+    config = parse(sys.argv[1:] if argv is None else argv)
+    if config:
+        write_and_report(config)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ def taylor(x):
     return torch.cat([torch.ones_like(x[..., :1]), x, second], dim=-1)
 
 
-FEATURE_MAPS = {  # of a vector per head, over its last axis
+# Of a vector per head, over its last axis. For the delta rule and linear attention the score is the
+# plain product of two features, so a map that is never negative takes the place of softmax's exp.
+FEATURE_MAPS = {
     "none": lambda x: x,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
@@ -115,7 +117,9 @@ FEATURE_MAPS = {  # of a vector per head, over its last axis
     "taylor": taylor,
 }
 
-NORMS = {  # of a vector after its feature map; 1e-6 keeps a vector of zeros finite
+# Of a vector after its feature map. Keys of length 1 keep the delta rule stable; queries and keys
+# of one length bound attention's scores. 1e-6 keeps a vector of zeros finite.
+NORMS = {
     "none": lambda x: x,
     "l2": ops.l2_normalize,
     "l1": lambda x: x / (x.abs().sum(-1, keepdim=True) + 1e-6),  # "sum" norm, Schlag et al. 2021
@@ -152,7 +156,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        # ops.dot sums in float32: squares of large activations overflow float16
+        # ops.dot sums in float32: squares of large activations overflow float16. As one product it
+        # is also faster on a CPU than a square and a mean, which write a tensor of x's size.
         y = x * torch.rsqrt(ops.dot(x, x) / x.shape[-1] + 1e-6) * self.weight
         return y.to(self.weight.dtype)  # a model in half precision stays in it
 
@@ -189,6 +194,7 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
+        # No biases, as in Llama: norms before and residuals after leave them little to do.
         self.up = nn.Linear(c.dim, c.ffn_expand_factor * c.dim, bias=False)
         self.down = nn.Linear(c.ffn_expand_factor * c.dim, c.dim, bias=False)
         self.act = c.ffn_act
@@ -215,6 +221,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = c
         self.n_heads = c.n_heads
+        # Fewer key/value heads than query heads make the cache smaller (grouped-query attention).
         self.n_kv_heads = c.n_kv_heads or c.n_heads
         self.add_projections(c)
         self.conv = ShortConvolution(self.qkv_dim(c), c.conv_size) if c.conv_size else None
@@ -264,6 +271,8 @@ class CausalSelfAttention(nn.Module):
         positions = ops.token_positions(x, cache, documents)
         q = self.split_heads(q, self.n_heads, c.q_kernel, c.q_norm, self.gate_q, query_x)
         if c.pos_emb == "rope":
+            # Turned by their positions, a query and a key have a product that depends only on how
+            # far apart they are.
             q = ops.apply_rotary(q, self.rope, positions if query_pos is None else query_pos)
         # Keys and values of all tokens, also of those that ask nothing: (B, T, G, K or V).
         if cache is None:
@@ -405,6 +414,8 @@ class GPTBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.residual_mul = c.residual_mul
+        # Norms stand before the modules, not after: the residual stream stays a plain sum, through
+        # which gradients reach the first block unchanged.
         self.att_norm = RMSNorm(c.dim) if c.use_att else None
         self.att = self.mixer(c) if c.use_att else None
         self.att_takes_query_pos = c.use_att and takes(self.att, "query_pos")
@@ -414,7 +425,7 @@ class GPTBlock(nn.Module):
     def forward(self, x, query_pos=None, **options):
         """x (B, T, D) -> (B, T, D), or (B, n, D) at query_pos; options are for the mixer."""
         # The mixer reads all of x, but the residual stream goes on at query_pos alone.
-        y = ops.gather_positions(x, query_pos)
+        y = ops.gather_positions(x, query_pos)  # (B, n, D)
         if self.att is not None:
             y = self.add(y, self.mix(self.att_norm(x), query_pos, **options))
         if self.ffn is not None:
@@ -458,6 +469,8 @@ class GPT(nn.Module):
         self.pos_embed = nn.Embedding(c.seq_len, c.dim) if c.pos_emb == "learned" else None
         self.layers = nn.ModuleList(self.block(c) for _ in range(c.n_layers))
         self.final_norm = RMSNorm(c.dim)
+        # With a weight of its own, unless tie_weights: in MQAR a key's vector must find its pair,
+        # and a value's must be told from all other values. That is different work.
         self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
         # torch's own std of 1 would give large first logits where the head shares this weight
         nn.init.normal_(self.embed.weight, std=c.init_std)
@@ -483,6 +496,7 @@ class GPT(nn.Module):
         x = self.layers[-1](x, query_pos, **options)  # (B, n, D)
         if targets is None:
             return self.lm_head(self.final_norm(x)), None
+        # Sequences may differ in their number of labels. label_index leaves the padding out.
         x = x.flatten(0, 1)[label_index]  # (N, D)
         logits = self.lm_head(self.final_norm(x))  # (N, vocabulary)
         return logits, ops.cross_entropy(logits, labels)

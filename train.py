@@ -17,7 +17,6 @@ Exit status: 0 if the run ended at or above `target_accuracy`, 1 if below it or 
 """
 
 import math
-import re
 import sys
 from dataclasses import dataclass
 
@@ -36,9 +35,17 @@ from nanorecall.distributed import (
     sync_gradients,
 )
 from nanorecall.metrics import autocast, slice_accuracy
-from nanorecall.rng import IGNORE_INDEX
+from nanorecall.rng import IGNORE_INDEX, micro_batch_seed
 from nanorecall.run import LOWER_LR, Run, after_restart, export_checkpoints, read_command_line
-from nanorecall.settings import Json, at_least, one_of, require, run_cli, within
+from nanorecall.settings import (
+    Json,
+    at_least,
+    fits_in_a_path,
+    one_of,
+    require,
+    run_cli,
+    within,
+)
 
 
 @dataclass
@@ -112,15 +119,10 @@ class TrainConfig:
         one_of(self, PARALLEL, "parallel")
         one_of(self, ("", *CHECKPOINT_FORMATS), "export_checkpoint")
         require(self.lr > 0, f"lr={self.lr} must be above 0", "lr")
+        fits_in_a_path(self, "run_name", "exp_group")
         start, end = self.synthetic_start_step, self.synthetic_end_step
         message = f"synthetic_end_step={end} must be above synthetic_start_step={start}"
         require(end > start or not self.synthetic_dataset, message, "synthetic_end_step")
-        for name in ("run_name", "exp_group"):
-            value = getattr(self, name)
-            is_name = re.fullmatch(r"[\w.-]*", value) and value not in (".", "..")
-            allowed = "letters, digits, . _ - only"
-            message = f"{name}={value!r} becomes part of a directory name: {allowed}"
-            require(is_name, message, name)
         message = "grad_accum_steps must not exceed batch_size"
         require(self.grad_accum_steps <= self.batch_size, message, "grad_accum_steps")
 
@@ -180,14 +182,15 @@ def train(run, stop):
     c, model = run.settings.train, run.model
     optimizer = configure_optimizer(model, c)
     run.begin(optimizer)  # loads the checkpoint of a resumed run
-    run.note_new_schedule(learning_rate)
+    run.note_new_schedule(learning_rate)  # a resumed run may end at another step than planned
     state = run.state
     eval_interval = c.eval_interval or run.steps_per_epoch
 
     while True:
         step = state["step"]
 
-        # Set the learning rate of this step, a function of the step alone.
+        # Set the learning rate of this step. It is a function of the step alone, so that a resumed
+        # run needs no state of a scheduler.
         lr = learning_rate(c, step, run.steps_per_epoch, run.total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -206,11 +209,12 @@ def train(run, stop):
             if not math.isfinite(result["loss"]) or not all_finite(model, run.world):
                 run.print(f"stopped: weights or loss are not finite after step {step}; {LOWER_LR}")
                 return "failed"
+            # best.pt holds the weights of highest val accuracy; these are tested at the end.
             # A slice may stay at an accuracy of 1. Then the accuracy over all labels decides.
             if (accuracy, result["accuracy"]) > (state["best"], state["best_overall"]):
                 state["best"], state["best_overall"] = accuracy, result["accuracy"]
                 run.save("best")
-            run.save("ckpt", optimizer)
+            run.save("ckpt", optimizer)  # to resume from: weights, optimizer and run.state
             if is_last or (c.stop_accuracy and accuracy >= c.stop_accuracy):
                 return "finished"
         elif c.save_interval and step % c.save_interval == 0 and step > 0:
@@ -285,28 +289,24 @@ def forward_backward(run, step, stop):
     loss = 0.0
     for i, (number, inputs, n_labels, is_real) in enumerate(batches):
         run.parallel_model.train(is_real)  # in eval mode, memory layers do not count reads
+        # Dropout is then a function of seed, step and micro-batch: the same after a resume, and the
+        # same on 1 rank and on 4. No checkpoint has to hold the state of a generator.
         torch.manual_seed(micro_batch_seed(c.seed, step, number))
         # Gradients add up over micro-batches. The ranks exchange them with the last one only.
         is_last = i == len(batches) - 1
         with sync_gradients(run.parallel_model, enabled=is_last):
+            # Under bfloat16, matrix products run in half precision; weights stay in float32.
             with autocast(run.device, run.dtype):
                 _, micro_loss = run.parallel_model(*(x.to(run.device) for x in inputs))
             micro_loss = micro_loss * (n_labels / max(1, n_labels_all))
             micro_loss.backward()
         loss = loss + micro_loss.detach()
-    run.parallel_model.train()
+    run.parallel_model.train()  # as it was, also after a dummy sequence
     return loss, n_stop > 0
 
 
-def micro_batch_seed(*key):
-    """Seed of what is random in a micro-batch (dropout).
-
-    It is a function of seed, step and number, so a checkpoint needs no state of a generator.
-    """
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-# Schedules: factor of lr. epoch counts from 0; progress through the run is in [0, 1].
+# Schedules: factor of lr. epoch counts from 0; progress through the run is in [0, 1]. A new one is
+# a function and a line in the table; its name is then a value of --lr_schedule.
 
 
 def exponential(c, epoch, progress):
@@ -335,6 +335,8 @@ SCHEDULES = {
 
 def learning_rate(c, step, steps_per_epoch, total_steps):
     """Learning rate of a step counted from 0: linear warm-up times the schedule."""
+    # AdamW's first steps are as long as lr whatever the gradient is, since its moments are still
+    # those of a few batches. Small steps at first keep them from throwing the model far off.
     warmup = min(1.0, (step + 1) / c.warmup_steps) if c.warmup_steps else 1.0
     epoch = step // steps_per_epoch
     progress = min(1.0, step / max(1, total_steps))
@@ -350,7 +352,7 @@ def configure_optimizer(model, c):
     lr_scales = model.lr_scales() if hasattr(model, "lr_scales") else {}
     groups = {}
     for name, q in model.named_parameters():
-        if not q.requires_grad:
+        if not q.requires_grad:  # frozen by --freeze
             continue
         scale = next((lr_scales[end] for end in lr_scales if name.endswith(end)), None)
         has_own_scale, is_matrix = scale is not None, q.ndim >= 2
@@ -362,6 +364,7 @@ def configure_optimizer(model, c):
         # Matrices come first in a sorted order of the keys.
         groups.setdefault((has_own_scale, not is_matrix), group)["params"].append(q)
     groups = [groups[key] for key in sorted(groups)]
+    # fused: one kernel updates all parameters, instead of a dozen small ones for each of them
     return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
 
 

@@ -31,7 +31,17 @@ from nanorecall.rng import (
     sample_without_replacement,
     weighted_permutation,
 )
-from nanorecall.settings import ConfigError, at_least, one_of, require, say
+from nanorecall.settings import (
+    ConfigError,
+    at_least,
+    build_config,
+    help_text,
+    one_of,
+    read_argv,
+    reject_unknown,
+    require,
+    say,
+)
 from nanorecall.shards import (
     SHARDS,
     SPLIT_DIRS,
@@ -214,6 +224,23 @@ def dataset_metadata(c, files):
     }
 
 
+def parse_dataset(argv, doc):
+    """Command line of data_mqar.py -> DatasetConfig; None after printing help or doc."""
+    args, settings = read_argv(argv)
+    if any(s.key == "help" for s in settings):
+        say(help_text(doc, DatasetConfig))
+        return None
+    unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
+    require(not args, unknown, None)
+    reject_unknown(settings, DatasetConfig)
+    config = build_config(DatasetConfig, settings)
+    if config.output_dir:
+        return config
+    require(not settings, "name the directory to write: --output-dir DIR", "output_dir")
+    print(doc.strip())
+    return None
+
+
 def write_and_report(c):
     """Write a data set; print its size and how fast it was written."""
     start = time.perf_counter()
@@ -225,6 +252,12 @@ def write_and_report(c):
     say(f"{c.output_dir}: {n_rows} rows, {tokens:.1f} M tokens, {megabytes:.1f} MB on disk")
     rates = f"{megabytes / seconds:.1f} MB/s written, {tokens / seconds:.1f} M tokens/s"
     print(f"{seconds:.1f} s, {rates}")
+
+
+def show_on_disk(config):
+    """Print training sequence 0 of a data set on disk."""
+    input_ids, labels = make_disk_sequences(config, "train", np.arange(1))
+    show_columns(input_ids=input_ids[0], labels=labels[0])
 
 
 def show_columns(**columns):
