@@ -390,20 +390,27 @@ def show_on_disk(config):
     show_columns(input_ids=input_ids[0], labels=labels[0])
 
 
-def main(argv=None):
-    args, settings = read_argv(sys.argv[1:] if argv is None else argv)
+def parse(argv):
+    """Command line -> DatasetConfig."""
+    args, settings = read_argv(argv)
     if any(s.key == "help" for s in settings):
         say(help_text(__doc__, DatasetConfig))
-        return
+        sys.exit(0)
     unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
     require(not args, unknown, None)
     reject_unknown(settings, DatasetConfig)
     config = build_config(DatasetConfig, settings)
-    if not config.output_dir:
-        require(not settings, "name the directory to write: --output-dir DIR", "output_dir")
+    has_directory = config.output_dir or not settings
+    require(has_directory, "name the directory to write: --output-dir DIR", "output_dir")
+    return config
+
+
+def main(argv=None):
+    config = parse(sys.argv[1:] if argv is None else argv)
+    if config.output_dir:
+        write_and_report(config)
+    else:
         print(__doc__.strip())
-        return
-    write_and_report(config)
 
 
 if __name__ == "__main__":
