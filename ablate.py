@@ -78,13 +78,13 @@ class AblateConfig(AnalysisConfig):
 # ---- keys --------------------------------------------------------------------------------------------------------------
 
 
-def keys(look):
+def keys(run):
     """Remove each slot from each row that reads it, in every mode: how far does the right answer's lead fall?"""
-    c, modes = look.model.config, look.config.modes.split()
+    c, modes = run.model.config, run.config.modes.split()
     message = f"modes=drop needs a slot more than mem_knn={c.mem_knn} of mem_n_keys={c.mem_n_keys}; leave drop out"
     require("drop" not in modes or c.mem_knn < c.mem_n_keys, message, "modes")
-    cases = correct_cases(look)
-    found = remove_slots(look.model, cases, modes, look.config.chunk, look.config.seed)
+    cases = correct_cases(run)
+    found = remove_slots(run.model, cases, modes, run.config.chunk, run.config.seed)
     case = found.pop("case")
     columns = {"row": cases.rows[case], **{name: v[case] for name, v in cases.tags.items()}, **found}
     effects = effects_by_mode(columns)
@@ -95,8 +95,8 @@ def keys(look):
     off = "zero is off-distribution: no row was trained with less weight. " * ("zero" in modes)
     print(off + "control: slots that the row does not read.")
     by_slice = {"mode, layer": {f"{mode}, {block}": cell for (mode, block), cell in effects.items()}}
-    plot = lambda path: importance.plot_keys(path, columns, look.name)
-    save_result(look, "keys", {"rows": len(cases), "modes": modes}, by_slice, (), columns, plot)
+    plot = lambda path: importance.plot_keys(path, columns, run.name)
+    save_result(run, "keys", {"rows": len(cases), "modes": modes}, by_slice, (), columns, plot)
 
 
 @torch.no_grad()
@@ -195,13 +195,13 @@ def random_slots(size, g):
     return change
 
 
-def layer(look):
+def layer(run):
     """Take out what each block adds: attention or another mixer, MLP, memory; of memory also values or keys alone."""
-    cases = correct_cases(look)
-    lead, _, _ = logit_diff(run_with_cache(look.model, cases).logits, cases.answers)
+    cases = correct_cases(run)
+    lead, _, _ = logit_diff(run_with_cache(run.model, cases).logits, cases.answers)
     parts = []
-    for (block, what), (hooks, intervene) in whole_block_changes(look.model, look.config.seed).items():
-        now, p, right = logit_diff(run_with_hooks(look.model, cases, hooks, intervene), cases.answers)
+    for (block, what), (hooks, intervene) in whole_block_changes(run.model, run.config.seed).items():
+        now, p, right = logit_diff(run_with_hooks(run.model, cases, hooks, intervene), cases.answers)
         parts.append(measured(cases, {"layer": block, "what": what}, lead - now, p, right))
     columns = concat(parts)
     by_slice = {"layer, what": {}, "layer, what, place": {}}
@@ -212,7 +212,7 @@ def layer(look):
             here = mine & (columns["place"] == place)
             by_slice["layer, what, place"][f"{block}, {what}, {place}"] = effect(columns, here)
     print_effects("layer, without its", by_slice["layer, what"])
-    save_result(look, "layer", {"rows": len(cases)}, by_slice, (), columns, lambda path: plot_effects(path, by_slice, look.name))
+    save_result(run, "layer", {"rows": len(cases)}, by_slice, (), columns, lambda path: plot_effects(path, by_slice, run.name))
 
 
 def measured(cases, about, fall, p, right):
@@ -259,15 +259,15 @@ def plot_effects(path, by_slice, title):
     finish_figure(fig, plt, path, title)
 
 
-def heads(look):
+def heads(run):
     """Take out each head: how far does the lead fall, at which place of the answer, for which digit?"""
-    cases = correct_cases(look)
-    lead, _, _ = logit_diff(run_with_cache(look.model, cases).logits, cases.answers)
+    cases = correct_cases(run)
+    lead, _, _ = logit_diff(run_with_cache(run.model, cases).logits, cases.answers)
     parts = []
-    for block, mixer in hook_points(look.model).get("mixer", {}).items():
+    for block, mixer in hook_points(run.model).get("mixer", {}).items():
         for head in range(mixer.n_heads):
             hooks = [ablate_head(mixer.out_proj, mixer.n_heads, head)]
-            now, p, right = logit_diff(run_with_hooks(look.model, cases, hooks), cases.answers)
+            now, p, right = logit_diff(run_with_hooks(run.model, cases, hooks), cases.answers)
             parts.append(measured(cases, {"layer": block, "head": head}, lead - now, p, right))
     columns = concat(parts)
     columns["name"] = np.array([f"L{b}H{h}" for b, h in zip(columns["layer"], columns["head"])])
@@ -279,7 +279,7 @@ def heads(look):
             by_slice["head, place"][f"{name}, {place}"] = effect(columns, mine & (columns["place"] == place))
         for answer in np.unique(columns["answer"]) if len(np.unique(columns["answer"])) <= 24 else ():
             here = mine & (columns["answer"] == answer)
-            digits.setdefault(look.token(answer), {})[name] = effect(columns, here)
+            digits.setdefault(run.token(answer), {})[name] = effect(columns, here)
     print_effects("without head", by_slice["head"])
     hurt = {digit: max(cells, key=lambda name: cells[name]["fall"]["value"]) for digit, cells in digits.items()}
     if hurt:
@@ -287,32 +287,32 @@ def heads(look):
     by_slice["answer, head"] = {f"{d!r}, {name}": c for d, cells in digits.items() for name, c in cells.items()}
     two = {k: by_slice[k] for k in ("head", "head, place")}
     metrics = {"rows": len(cases), "head of each answer": hurt}
-    save_result(look, "heads", metrics, by_slice, (), columns, lambda path: plot_effects(path, two, look.name))
+    save_result(run, "heads", metrics, by_slice, (), columns, lambda path: plot_effects(path, two, run.name))
 
 
 # ---- all ---------------------------------------------------------------------------------------------------------------
 
 
-def run_all(look):
+def run_all(run):
     """Each command that fits_all, and ablate_report.md."""
-    report(look, "ablate.py", COMMANDS, [name for name in COMMANDS if name != "all"], "ablate_report.md")
+    report(run, "ablate.py", COMMANDS, [name for name in COMMANDS if name != "all"], "ablate_report.md")
 
 
-def why_not_memory(look):
+def why_not_memory(run):
     """Why answers are not digits after a key, read from memory, or ""."""
-    return why_not_slots(look) or why_not_facts(look)
+    return why_not_slots(run) or why_not_facts(run)
 
 
-def why_not_blocks(look):
+def why_not_blocks(run):
     """Why blocks cannot be taken apart, or ""."""
-    model, needed = look.model, ("embed_tokens", "layers", "final_norm", "lm_head")
+    model, needed = run.model, ("embed_tokens", "layers", "final_norm", "lm_head")
     if not all(hasattr(model, name) for name in needed):
         return f"it needs a model with {', '.join(needed)}"
-    tokens = torch.arange(min(4, look.data.seq_len), device=look.device)[None]
-    tokens = tokens % look.data.vocab_size
+    tokens = torch.arange(min(4, run.data.seq_len), device=run.device)[None]
+    tokens = tokens % run.data.vocab_size
     with torch.no_grad():
         try:
-            ours = logits_at(model, tokens, torch.arange(tokens.shape[1], device=look.device)[None])
+            ours = logits_at(model, tokens, torch.arange(tokens.shape[1], device=run.device)[None])
             whole = model(tokens)[0]
             same = ours.shape == whole.shape and torch.allclose(ours, whole, rtol=1e-3, atol=1e-3)
         except (TypeError, AttributeError, ValueError, RuntimeError):
@@ -321,19 +321,19 @@ def why_not_blocks(look):
     return "" if same else f"{', '.join(needed)}, one after another, do not give its logits"
 
 
-def why_not_heads(look):
-    if why_not_blocks(look):
-        return why_not_blocks(look)
-    mixers = hook_points(look.model).get("mixer", {}).values()
+def why_not_heads(run):
+    if why_not_blocks(run):
+        return why_not_blocks(run)
+    mixers = hook_points(run.model).get("mixer", {}).values()
     if not mixers:
         return "its layers have no mixer (use_att=0)"
     parted = all(hasattr(m, "n_heads") and hasattr(m, "out_proj") for m in mixers)
     return "" if parted else "its mixers have no heads and out_proj"
 
 
-def why_not_pairs(look):
+def why_not_pairs(run):
     """Why rows cannot be set beside others of the same form with another answer, or ""."""
-    return why_not_blocks(look) or ("" if look.plan.train.data == "data_mqar" else why_not_facts(look))
+    return why_not_blocks(run) or ("" if run.settings.train.data == "data_mqar" else why_not_facts(run))
 
 
 PAIRS = "rows pairs type chunk seed"
@@ -378,7 +378,7 @@ COMMANDS = {
     ),
     **{
         name: analysis(
-            lambda look, name=name: patching.interchange(look, name), PAIRS, shows, why_not_memory
+            lambda run, name=name: patching.interchange(run, name), PAIRS, shows, why_not_memory
         )
         for name, shows in (
             ("force", "One head reads another row's strongest slot alone."),

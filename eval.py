@@ -70,14 +70,14 @@ class EvalConfig(AnalysisConfig):
 # ---- accuracy by slice -------------------------------------------------------------------------------------------------
 
 
-def accuracy_by_slice(look):
+def accuracy_by_slice(run):
     """Accuracy of one run, whole and by slice, and what facts it stores."""
-    c, data, model, world = look.config, look.data, look.model, look.world
+    c, data, model, world = run.config, run.data, run.model, run.world
     can_decode = hasattr(model, "forward_cached") or (c.examples == 0 and c.example < 0)
     require(can_decode, "examples are decoded, for which the model needs a method `forward_cached` as in model.py", "examples")
     last = data.eval_groups(c.split)[-1][-1]
     require(c.example <= last, f"example={c.example} is no row of {c.split}; the last is {last}", "example")
-    mine = iter_predictions(model, data, c.split, c.eval_batch_size, look.device, look.dtype, show_progress=True, world=world)
+    mine = iter_predictions(model, data, c.split, c.eval_batch_size, run.device, run.dtype, show_progress=True, world=world)
     batches = [b for turn in zip(*world.all_gather_object(list(mine))) for b in turn if b]  # in the order that one process would take
     if not world.is_main:
         return
@@ -100,10 +100,10 @@ def accuracy_by_slice(look):
     rows = np.concatenate([list(s) for s in data.eval_groups(c.split)])
     some = rows[np.linspace(0, len(rows) - 1, min(c.examples, len(rows))).astype(int)] if c.examples else []
     shown_rows = [*some, *([c.example] if c.example >= 0 else [])]
-    examples = [decode_example(look, row) for row in shown_rows]
-    title = f"{look.name}, {c.split}"
+    examples = [decode_example(run, row) for row in shown_rows]
+    title = f"{run.name}, {c.split}"
     plot = lambda path: plot_slices(path, by_slice or {"all": {"all": everything}}, title)
-    save_result(look, c.split, metrics, by_slice, examples, columns, plot)
+    save_result(run, c.split, metrics, by_slice, examples, columns, plot)
     for row, example in zip(shown_rows, examples):
         say(f"row {row}", *(f"  {name:8} {value!r}" for name, value in example.items() if name != "row"), sep="\n")
 
@@ -142,20 +142,20 @@ def greedy_decode(model, tokens, count):
     return torch.cat(out, dim=1)
 
 
-def decode_example(look, row):
+def decode_example(run, row):
     """One row of text -> {"prompt", "answer", "model"}: what is asked, what is right, and what the model writes there.
 
     It reads the text and decodes greedily, its own tokens fed back, so from its first error on it may differ from what the
     accuracy of labels counts; whole rows that are right are right both ways.
     """
-    tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
+    tokens, targets, *_ = run.data.batch(run.config.split, 0, [row])
     at = np.flatnonzero(targets[0] != IGNORE_INDEX)
     if len(at) == 0:
-        return {"row": int(row), "prompt": look.text(tokens[0]), "answer": "", "model": "(this row asks for nothing)"}
+        return {"row": int(row), "prompt": run.text(tokens[0]), "answer": "", "model": "(this row asks for nothing)"}
     at = at[at - np.arange(len(at)) == at[0]]  # the first answer of the row
-    written = greedy_decode(look.model, tokens[:, : at[0] + 1].to(look.device), len(at))
+    written = greedy_decode(run.model, tokens[:, : at[0] + 1].to(run.device), len(at))
     texts = (tokens[0, : at[0] + 1], targets[0, at], written[0].cpu())
-    return {"row": int(row), **{name: look.text(ids) for name, ids in zip(("prompt", "answer", "model"), texts)}}
+    return {"row": int(row), **{name: run.text(ids) for name, ids in zip(("prompt", "answer", "model"), texts)}}
 
 
 def plot_slices(path, by_slice, title):
@@ -204,10 +204,10 @@ def classify_error(text, written):
     return "another hash of the row" if last in after or last in after.values() else "not in the row"
 
 
-def hashhop(look):
+def hashhop(run):
     """Accuracy by hops, and what the wrong answers are, decoded token by token."""
-    accuracy_by_slice(look)
-    data, split = look.data, look.config.split
+    accuracy_by_slice(run)
+    data, split = run.data, run.config.split
 
     def work(batch):
         texts, tags = data.source.read(split, batch.rows)
@@ -217,20 +217,20 @@ def hashhop(look):
         kinds, sizes = np.empty(len(texts), "U24"), np.array([(len(p), len(a)) for p, a in zip(prompts, answers)])
         for size in np.unique(sizes, axis=0):  # prompts and answers of one length are decoded together
             mine = np.flatnonzero((sizes == size).all(1))
-            written = greedy_decode(look.model, look.tensor(np.stack([prompts[i] for i in mine])), int(size[1])).cpu()
+            written = greedy_decode(run.model, run.tensor(np.stack([prompts[i] for i in mine])), int(size[1])).cpu()
             for i, ids in zip(mine, written):
-                kinds[i] = classify_error(texts[i], look.text(ids))
+                kinds[i] = classify_error(texts[i], run.text(ids))
         return {"row": batch.rows, "hops": tags.get("hops_cot", tags["hops"]).astype("U8"), "answer": kinds}
 
-    found = map_batches(look, work)
+    found = map_batches(run, work)
     by_slice = {"hops": {}}
     for level in sorted(np.unique(found["hops"]), key=lambda level: (int(level.split()[0]), level)):
         mine = found["answer"][found["hops"] == level]
         by_slice["hops"][level] = {kind: proportion(int((mine == kind).sum()), len(mine)) for kind in ERRORS}
-    if look.world.is_main:
+    if run.world.is_main:
         lines = [(h, kind, *format_ci(cell)) for h, cells in by_slice["hops"].items() for kind, cell in cells.items()]
         print_table(("hops", "answer", "rows", "share", "95% interval"), lines)
-    save_result(look, "hashhop", {}, by_slice, (), found, lambda path: plot_mistakes(path, by_slice["hops"], look.name))
+    save_result(run, "hashhop", {}, by_slice, (), found, lambda path: plot_mistakes(path, by_slice["hops"], run.name))
 
 
 def plot_mistakes(path, cells, title):
@@ -250,25 +250,25 @@ def plot_mistakes(path, cells, title):
 # ---- everything in one report ------------------------------------------------------------------------------------------
 
 
-def task_of(look):
+def task_of(run):
     """The name of the run's task: mqar, qa, ...; of a data file of your own, "slices"."""
-    task = getattr(look.plan.data, "task", "mqar" if look.plan.train.data == "data_mqar" else "slices")
+    task = getattr(run.settings.data, "task", "mqar" if run.settings.train.data == "data_mqar" else "slices")
     return task if task in COMMANDS else "slices"
 
 
-def run_all(look):
+def run_all(run):
     """Each command that fits, and report.md."""
-    names = (task_of(look), "stats", "logits", "attention", "activations", "norms", "track", "routing", "edit")
-    report(look, "eval.py", COMMANDS, names, "report.md")
+    names = (task_of(run), "stats", "logits", "attention", "activations", "norms", "track", "routing", "edit")
+    report(run, "eval.py", COMMANDS, names, "report.md")
 
 
 def of_task(name):
     """The command for runs of one task."""
 
-    def work(look):
-        message = f"{look.folder} is a run of {task_of(look)}, not of {name}: python eval.py {task_of(look)} {look.folder}"
-        require(task_of(look) == name, message, None)
-        (hashhop if name == "hashhop" and hasattr(look.model, "forward_cached") else accuracy_by_slice)(look)
+    def work(run):
+        message = f"{run.folder} is a run of {task_of(run)}, not of {name}: python eval.py {task_of(run)} {run.folder}"
+        require(task_of(run) == name, message, None)
+        (hashhop if name == "hashhop" and hasattr(run.model, "forward_cached") else accuracy_by_slice)(run)
 
     return work
 
@@ -283,7 +283,7 @@ COMMANDS = {
         attention_maps.attention,
         "rows example",
         "Where each head looks: one row's maps, and the pattern that has most of its attention over all rows.",
-        lambda look: attention_maps.why_not_maps(look.model),
+        lambda run: attention_maps.why_not_maps(run.model),
     ),
     "activations": analysis(activations, "rows", "Which slots are read, and how evenly.", why_not_slots),
     "norms": analysis(norms, "rows", "How long the value rows are, and what is read from them.", why_not_slots),

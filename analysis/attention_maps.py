@@ -151,52 +151,52 @@ def head_role(cell):
     return f"mixed, most to: {best}" if cell[best] >= 0.2 else "mixed"
 
 
-def attention(look):
+def attention(run):
     """Maps of one row, and what each head does over all rows looked at."""
 
     def work(batch):
-        real, parts = batch.tokens != look.pad, []
-        for layer, weights in attention_maps(look.model, batch.tokens).items():
+        real, parts = batch.tokens != run.pad, []
+        for layer, weights in attention_maps(run.model, batch.tokens).items():
             B, H = weights.shape[:2]
             about = {"row": np.repeat(batch.rows, H), "layer": np.full(B * H, layer), "head": np.tile(np.arange(H), B)}
             measured = pattern_scores(weights, batch.tokens, real)
             parts.append(about | {name: x.flatten().cpu().numpy() for name, x in measured.items()})
         return concat(parts)
 
-    found = map_batches(look, work)
+    found = map_batches(run, work)
     by_head = {}
     for layer, head in sorted({*zip(found["layer"].tolist(), found["head"].tolist())}):
         mine = (found["layer"] == layer) & (found["head"] == head)
         cell = {name: nanmean_ci(found[name][mine]) for name in [*PATTERNS, "entropy"]}
         means = {name: c["value"] if c else np.nan for name, c in cell.items()}
         by_head[f"layer {layer}, head {head}"] = {"does": head_role(means), **cell}
-    row = example_row(look)
-    tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
-    tokens = tokens[:, : int((tokens[0] != look.pad).sum())].to(look.device)
-    drawn = {layer: w[0].cpu().numpy() for layer, w in attention_maps(look.model, tokens).items()}
-    texts = [look.token(i) for i in tokens[0].tolist()]
-    if look.world.is_main:
+    row = example_row(run)
+    tokens, targets, *_ = run.data.batch(run.config.split, 0, [row])
+    tokens = tokens[:, : int((tokens[0] != run.pad).sum())].to(run.device)
+    drawn = {layer: w[0].cpu().numpy() for layer, w in attention_maps(run.model, tokens).items()}
+    texts = [run.token(i) for i in tokens[0].tolist()]
+    if run.world.is_main:
         numbers = ([f"{c[p]['value']:.3f}" if c[p] else "-" for p in [*PATTERNS, "entropy"]] for c in by_head.values())
         lines = [(name, c["does"], *n) for (name, c), n in zip(by_head.items(), numbers)]
         print_table(("head", "does", *PATTERNS, "entropy (1: even)"), lines)
     weights = {f"layer_{layer}": {f"head_{h}": np.round(m, 4).tolist() for h, m in enumerate(w)} for layer, w in drawn.items()}
     example = {"row": int(row), "tokens": texts, "weights": weights}
     n = len(np.unique(found["row"]))
-    title = f"{look.name}: maps of row {row}; what heads do, over {n} rows"
+    title = f"{run.name}: maps of row {row}; what heads do, over {n} rows"
     plot = lambda path: plot_grid(path, drawn, texts, by_head, title)
-    save_result(look, "attention", {"rows": n}, {"head": by_head}, [example], found, plot)
-    if look.world.is_main:
-        plot_heads(os.path.join(look.folder, "attention" + ending(look, "attention")), drawn, texts, by_head)
+    save_result(run, "attention", {"rows": n}, {"head": by_head}, [example], found, plot)
+    if run.world.is_main:
+        plot_heads(os.path.join(run.folder, "attention" + ending(run, "attention")), drawn, texts, by_head)
 
 
-def example_row(look):
+def example_row(run):
     """The row that --example names, or the first one looked at."""
-    if look.config.example < 0:
-        return int(batches(look)[0][0])
-    last = look.data.eval_groups(look.config.split)[-1][-1]
-    message = f"example={look.config.example} is no row of {look.config.split}; the last is {last}"
-    require(look.config.example <= last, message, "example")
-    return look.config.example
+    if run.config.example < 0:
+        return int(batches(run)[0][0])
+    last = run.data.eval_groups(run.config.split)[-1][-1]
+    message = f"example={run.config.example} is no row of {run.config.split}; the last is {last}"
+    require(run.config.example <= last, message, "example")
+    return run.config.example
 
 
 def draw_map(axis, weights, texts, title):

@@ -31,12 +31,12 @@ from nanorecall.settings import (
 ADVICE = "lower eval_batch_size, or measure on the CPU with --device cpu"  # when memory is full
 MODEL = "split checkpoint eval_batch_size device dtype"  # settings of whatever runs a model
 
-# work(look), or work(words, config) if it looks at no model; uses: its settings; why_not(look): why it does not fit, or "";
+# work(run), or work(words, config) if it looks at no model; uses: its settings; why_not(run): why it does not fit, or "";
 # shows: what a reader learns from it
 Command = namedtuple("Command", "work looks uses why_not shows")
 
 
-def fits_all(look):
+def fits_all(run):
     return ""
 
 
@@ -71,11 +71,11 @@ def run_command(doc, commands, kind, argv=None, default=None, prefix="eval"):
     require(len(words) == 1, f"name one run directory, as in: {name} runs/RUN", None)
     with process_group(config.device) as world, enough_memory(lambda: ADVICE):
         with world.agree():
-            look = open_run(words[0], config, world)
-        look.prefix, look.uses = prefix, {n: c.uses for n, c in commands.items()}
-        why_not = command.why_not(look)
-        require(not why_not, f"{look.folder}: {why_not}", None)
-        perform(command, look)
+            run = open_run(words[0], config, world)
+        run.prefix, run.uses = prefix, {n: c.uses for n, c in commands.items()}
+        why_not = command.why_not(run)
+        require(not why_not, f"{run.folder}: {why_not}", None)
+        perform(command, run)
 
 
 def perform(command, *args):
@@ -87,41 +87,41 @@ def perform(command, *args):
         return command.work(*args)
 
 
-def report(look, script, commands, names, file):
+def report(run, script, commands, names, file):
     """Run commands one after another and write a report into the run: what was printed, the figures, how long it took."""
-    size, start = sum(q.numel() for q in look.model.parameters()), time.perf_counter()
-    about = ", ".join(f"{k} {v}" for k, v in look.about().items())
+    size, start = sum(q.numel() for q in run.model.parameters()), time.perf_counter()
+    about = ", ".join(f"{k} {v}" for k, v in run.provenance().items())
     text = printable(
-        f"# {look.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n", keep="\n"
+        f"# {run.name}\n\n{about}; {size:,} parameters. Intervals are 95%.\n", keep="\n"
     )
     stem, dot_md = os.path.splitext(file)
-    path = os.path.join(look.folder, stem + ending(look, "all") + dot_md)
+    path = os.path.join(run.folder, stem + ending(run, "all") + dot_md)
     for name in names:
-        text += printable(f"\n## {name}\n\n" + run_section(look, script, name, commands[name]), keep="\n")
-        if look.world.is_main:
+        text += printable(f"\n## {name}\n\n" + run_section(run, script, name, commands[name]), keep="\n")
+        if run.world.is_main:
             atomic_write(path, lambda f: f.write(text.encode()))
-    look.world.print0(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
+    run.world.print0(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
 
 
-def run_section(look, script, name, command):
+def run_section(run, script, name, command):
     """Run one command -> its part of the report."""
-    look.read.clear()
-    start, figures, printed = time.perf_counter(), len(look.figures), io.StringIO()
-    why_not = command.why_not(look)
-    look.world.print0(f"\n{name}: " + (f"left out, {why_not}" if why_not else command.shows))
+    run.read.clear()
+    start, figures, printed = time.perf_counter(), len(run.figures), io.StringIO()
+    why_not = command.why_not(run)
+    run.world.print0(f"\n{name}: " + (f"left out, {why_not}" if why_not else command.shows))
     if why_not:
         return f"Left out: {why_not}.\n"
     try:
         with contextlib.redirect_stdout(printed):
             if command.looks:
-                perform(command, look)
-            elif look.world.is_main:
-                look.figures.append(perform(command, [look.folder], look.config))
+                perform(command, run)
+            elif run.world.is_main:
+                run.figures.append(perform(command, [run.folder], run.config))
     except ConfigError as e:
-        look.world.print0(f"left out: {e}")
+        run.world.print0(f"left out: {e}")
         return f"Left out: {e}.\n"
     print(printed.getvalue(), end="", flush=True)
     body = "\n".join(line for line in printed.getvalue().split("\n") if not line.startswith("wrote ")).strip()
-    pictures = "".join(f"![{name}]({os.path.basename(path)})\n" for path in look.figures[figures:])
-    took = f"`python {script} {name} {look.folder}`, {time.perf_counter() - start:.1f} s"
+    pictures = "".join(f"![{name}]({os.path.basename(path)})\n" for path in run.figures[figures:])
+    took = f"`python {script} {name} {run.folder}`, {time.perf_counter() - start:.1f} s"
     return f"{command.shows}\n{took}\n\n```\n{body}\n```\n\n{pictures}"

@@ -22,10 +22,10 @@ from nanorecall.stats import (
 )
 
 
-def score_answer_tokens(look, batch):
+def score_answer_tokens(run, batch):
     """Of each label: is it right (likeliest, the first of equals, as in eval.py), rank (1: none is likelier) and probability of
     the right token, the best 5 tokens, how sure the model is (entropy)."""
-    logits, _ = look.model(batch.tokens, batch.targets)
+    logits, _ = run.model(batch.tokens, batch.targets)
     rows, _, place, answer = label_positions(batch)
     log_p = logits.float().cpu().log_softmax(-1)  # (N, V)
     mine = log_p.gather(1, torch.from_numpy(answer)[:, None])  # (N, 1)
@@ -46,9 +46,9 @@ def score_answer_tokens(look, batch):
     }
 
 
-def logits(look):
+def logits(run):
     """Rank, probability and perplexity of every answer token, by slice, and whether the model's confidence can be believed."""
-    found = map_batches(look, lambda batch: score_answer_tokens(look, batch))
+    found = map_batches(run, lambda batch: score_answer_tokens(run, batch))
     tags = {name[4:]: v for name, v in found.items() if name.startswith("tag ")}
     everything = summary(found, np.ones(len(found["rank"]), bool))
     by_slice = {
@@ -57,7 +57,7 @@ def logits(look):
         if len(np.unique(values)) <= 24
     }
     bins, error = calibration(found["confidence"], found["hit"], found["row"])
-    if look.world.is_main:
+    if run.world.is_main:
         cells = [("all", everything)] + [(f"{tag}={v}", c) for tag, cs in by_slice.items() for v, c in cs.items()]
         head = ("slice", "labels", "accuracy", "95% interval", "probability", "95% interval", "mean rank", "perplexity")
         lines = [(*format_ci(c["accuracy"]), *format_ci(c["probability"])[1:], f"{c['rank']['value']:.2f}") for _, c in cells]
@@ -66,8 +66,8 @@ def logits(look):
     metrics = {**everything, "row_accuracy": exact_match(found), "calibration error": error, "calibration": bins}
     numbers = {k: v for k, v in found.items() if v.ndim == 1 and not k.startswith("tag ")}
     columns = {**numbers, **tags} | {f"top{i + 1}": found["top"][:, i] for i in range(found["top"].shape[1])}
-    plot = lambda path: plot_logits(path, by_slice, bins, error, look.name)
-    save_result(look, "logits", metrics, by_slice, logit_examples(look, found), columns, plot)
+    plot = lambda path: plot_logits(path, by_slice, bins, error, run.name)
+    save_result(run, "logits", metrics, by_slice, logit_examples(run, found), columns, plot)
 
 
 def summary(found, mine):
@@ -98,22 +98,22 @@ def calibration(confidence, hit, row):
     return bins, float(error)
 
 
-def logit_examples(look, found, count=8):
+def logit_examples(run, found, count=8):
     """A few rows in full: what was asked, what each token of the answer got, and the best five instead."""
     rows = np.unique(found["row"])
     for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
         mine = np.flatnonzero(found["row"] == row)
-        tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
+        tokens, targets, *_ = run.data.batch(run.config.split, 0, [row])
         first = int(np.flatnonzero(targets[0] != IGNORE_INDEX)[0])
         yield {
             "row": int(row),
-            "prompt": look.text(tokens[0, : first + 1])[-200:],
-            "answer": look.text(found["answer"][mine]),
+            "prompt": run.text(tokens[0, : first + 1])[-200:],
+            "answer": run.text(found["answer"][mine]),
             "ranks": found["rank"][mine].tolist(),
             "probabilities": [round(float(p), 6) for p in found["probability"][mine]],
             "perplexity": float(np.exp(found["nll"][mine].mean())),
             "top_5": [
-                [(look.token(t), round(float(p), 6)) for t, p in zip(found["top"][i], found["top_probability"][i])]
+                [(run.token(t), round(float(p), 6)) for t, p in zip(found["top"][i], found["top_probability"][i])]
                 for i in mine
             ],
         }

@@ -227,7 +227,7 @@ def compare_editors(run):
     n_needed = max(config.edits) + 10
     message = f"{run.folder} answers {len(known)} facts correctly; edits={config.edits} needs"
     require(len(known) >= n_needed, f"{message} {n_needed}", "edits")
-    rng = np.random.default_rng(run.plan.train.seed)
+    rng = np.random.default_rng(run.settings.train.seed)
     facts = []
     for row in rng.permutation(known):
         texts, _ = data.source.read(config.split, [row])
@@ -281,7 +281,7 @@ def print_results(results):
 def why_not_edit(run):
     """Why the facts of this run cannot be edited, or ""."""
     if not hasattr(run.model, "memory_layers"):
-        return f"it edits memory layers, and {run.plan.train.model} has none"
+        return f"it edits memory layers, and {run.settings.train.model} has none"
     try:
         check_editable(run.model)
     except ValueError as e:
@@ -291,7 +291,7 @@ def why_not_edit(run):
 
 def why_not_facts(run):
     """Why the examples of this run are no facts "key:value" of digits, or ""."""
-    task = getattr(run.plan.data, "task", run.plan.train.data)
+    task = getattr(run.settings.data, "task", run.settings.train.data)
     if task in ("qa", "digits"):
         return ""
     return f"it needs facts of digits, task=qa or digits, not {task}"

@@ -44,10 +44,10 @@ class Examples:
         return Examples(self.rows[np.asarray(which)], self.tokens[i], self.at[i], self.answers[i], tags)
 
 
-def read_cases(look, rows):
+def read_cases(run, rows):
     """Rows by number -> Cases of those that have the most frequent shape, and how many were left out."""
-    tokens, targets, tags, *_ = look.data.batch(look.config.split, 0, rows)
-    counts, lengths = (targets != IGNORE_INDEX).sum(1), (tokens != look.pad).sum(1)
+    tokens, targets, tags, *_ = run.data.batch(run.config.split, 0, rows)
+    counts, lengths = (targets != IGNORE_INDEX).sum(1), (tokens != run.pad).sum(1)
     shapes, which, size = torch.stack([counts, lengths], 1).unique(dim=0, return_inverse=True, return_counts=True)
     mine = which == size.argmax()
     n, T = shapes[size.argmax()].tolist()
@@ -57,27 +57,27 @@ def read_cases(look, rows):
     tags = {name: v[first[here]] for name, v in tags.items() if (v == v[first][row]).all()}
     tokens, targets = tokens[mine][:, :T], targets[mine]
     answers = targets.gather(1, at)
-    tensors = (x.to(look.device) for x in (tokens, at, answers))
+    tensors = (x.to(run.device) for x in (tokens, at, answers))
     cases = Examples(np.asarray(rows)[here], *tensors, tags)
     return cases, len(rows) - len(cases)
 
 
-def correct_cases(look):
-    """Rows that the model answers rightly, as Cases: look.config.rows of them, as many of each group as there are."""
-    c = look.config
-    require(look.world.size == 1, "ablate.py is the work of one process; run it without torchrun", None)
-    rows = correct_examples(look)
-    few = f"{look.folder} answers {len(rows)} rows of {c.split} rightly; there is nothing to take apart"
+def correct_cases(run):
+    """Rows that the model answers rightly, as Cases: run.config.rows of them, as many of each group as there are."""
+    c = run.config
+    require(run.world.size == 1, "ablate.py is the work of one process; run it without torchrun", None)
+    rows = correct_examples(run)
+    few = f"{run.folder} answers {len(rows)} rows of {c.split} rightly; there is nothing to take apart"
     require(len(rows) >= 4, few, None)
     order = np.random.default_rng(c.seed).permutation(len(rows))
     if c.rows and c.rows < len(rows):
-        cases, _ = read_cases(look, rows[order])
+        cases, _ = read_cases(run, rows[order])
         group = next(iter(cases.tags.values()), np.zeros(len(cases)))
         place = np.empty(len(cases), int)  # of each row within its group
         for g in np.unique(group):
             place[group == g] = np.arange((group == g).sum())
         rows = cases.rows[np.argsort(place, kind="stable")[: c.rows]]
-    cases, left = read_cases(look, rows)
+    cases, left = read_cases(run, rows)
     print(
         f"{len(cases)} rows answered rightly, {cases.at.shape[1]} labels each"
         + (f"; {left} of other shapes left out" if left else "")

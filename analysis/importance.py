@@ -32,21 +32,21 @@ COLUMNS = {  # what is read here of each measurement
 }
 
 
-def load_table(look, what):
+def load_table(run, what):
     """The parquet file that `ablate.py <what>` wrote into the run -> {column: (N,)}
 
     It is the one of the same settings; if none are given, the only one there is.
     """
-    advice = f"python ablate.py {what.replace('_', '-')} {look.folder} writes it"
-    end, there = ending(look, what), results(look, what)
+    advice = f"python ablate.py {what.replace('_', '-')} {run.folder} writes it"
+    end, there = ending(run, what), results(run, what)
     if end not in there and not any(f"_{name}-" in end for name in DECIDE) and there:
         names = ", ".join(f"ablate_{what}{e}" for e in there)
-        message = f"{look.folder} has {names}; say with the same settings which is meant"
+        message = f"{run.folder} has {names}; say with the same settings which is meant"
         require(len(there) == 1, message, None)
         (end,) = there
-        look.world.print0(f"reading ablate_{what}{end}")
-    look.read.append(end)
-    path = os.path.join(look.folder, f"ablate_{what}{end}.parquet")
+        run.world.print0(f"reading ablate_{what}{end}")
+    run.read.append(end)
+    path = os.path.join(run.folder, f"ablate_{what}{end}.parquet")
     columns = read_parquet(path, COLUMNS[what], advice)
     try:
         step = read_record(path[: -len("parquet")] + "json", {"config": {"step": "count"}})[
@@ -54,9 +54,9 @@ def load_table(look, what):
         ]["step"]
     except ConfigError as e:
         raise ConfigError(f"{e}; measure again") from None
-    message = f"{path} is of step {step}, the checkpoint of step {look.step}; measure again"
-    require(step == look.step, message, "checkpoint")
-    memories = look.model.memory_layers()
+    message = f"{path} is of step {step}, the checkpoint of step {run.step}; measure again"
+    require(step == run.step, message, "checkpoint")
+    memories = run.model.memory_layers()
     if "layer" in columns:
         there = np.isin(columns["layer"], list(memories)).all()
         require(there, f"{path} names layers without a memory; measure again", None)
@@ -130,10 +130,10 @@ def top_and_all(columns):
     return np.concatenate(best), np.concatenate(every)
 
 
-def impact(look):
+def impact(run):
     """Per block: mean, median, largest and spread of the fall of the lead, how much more the best slots cost than a random one,
     and how many cost next to nothing."""
-    everything = load_table(look, "keys")
+    everything = load_table(run, "keys")
     columns, mode = first_ablation(everything)
     slots, by_slice = slot_table(columns), {"layer": {}}
     for block in np.unique(slots["layer"]):
@@ -180,7 +180,7 @@ def impact(look):
         )
         by_slice["rare, frequent"] = {k: {"rare": a, "frequent": b} for k, (a, b) in rare.items()}
     metrics = {"mode": mode, "largest change by an unread slot": float(np.abs(control).max()) if len(control) else None}
-    save_result(look, "impact", metrics, by_slice, (), slots, lambda path: plot_impact(path, columns, slots, look, mode))
+    save_result(run, "impact", metrics, by_slice, (), slots, lambda path: plot_impact(path, columns, slots, run, mode))
 
 
 def frequent_or_rare(columns):
@@ -234,7 +234,7 @@ def plot_keys(path, columns, title):
     finish_figure(fig, plt, path, title)
 
 
-def plot_impact(path, columns, slots, look, mode, most=60):
+def plot_impact(path, columns, slots, run, mode, most=60):
     """The importance matrix: rows (examples) by the slots that matter most; and every slot's mean fall, sorted."""
     blocks = np.unique(slots["layer"])
     plt, fig, axes = figure(1, 1 + len(blocks), width=5.2, grid=False)
@@ -255,27 +255,27 @@ def plot_impact(path, columns, slots, look, mode, most=60):
         axis.set(xlabel=f"the {len(best)} slots with the largest effect", ylabel="row", title=f"layer {block}; white: not read")
         axis.title.set_fontsize(8)
         fig.colorbar(drawn, ax=axis, label="mean fall of the lead (logits)")
-    finish_figure(fig, plt, path, f"{look.name}: {len(np.unique(columns['row']))} rows")
+    finish_figure(fig, plt, path, f"{run.name}: {len(np.unique(columns['row']))} rows")
 
 
 # ---- slots -------------------------------------------------------------------------------------------------------------
 
 
-def keystats(look, clusters=8):
+def keystats(run, clusters=8):
     """Of each slot: how many rows read it, how its effect varies; and groups of slots with alike values (k-means on the
     directions of the value rows), with the silhouette that says whether there are groups at all."""
-    columns, mode = first_ablation(load_table(look, "keys"))
+    columns, mode = first_ablation(load_table(run, "keys"))
     slots = slot_table(columns)
     found, by_slice = {**slots, "cluster": np.zeros(len(slots["slot"]), int)}, {"layer": {}}
     for block in np.unique(slots["layer"]):
         mine = np.flatnonzero(slots["layer"] == block)
-        values = look.model.memory_layers()[int(block)].values.detach().float().cpu().numpy()[slots["slot"][mine]]
-        group, quality = spherical_k_means(values, min(clusters, len(values) // 2 or 1), look.config.seed)
+        values = run.model.memory_layers()[int(block)].values.detach().float().cpu().numpy()[slots["slot"][mine]]
+        group, quality = spherical_k_means(values, min(clusters, len(values) // 2 or 1), run.config.seed)
         by_chance = np.mean(
             [spherical_k_means(permute_columns(values, s), min(clusters, len(values) // 2 or 1), s)[1] for s in range(5)]
         )
         found["cluster"][mine] = group
-        often = correlation(slots["rows"][mine], slots["mean"][mine], seed=look.config.seed)
+        often = correlation(slots["rows"][mine], slots["mean"][mine], seed=run.config.seed)
         by_slice["layer"][str(block)] = {
             "rows that read a slot": mean_ci(slots["rows"][mine]),
             "variance of effect": mean_ci(slots["std"][mine] ** 2),
@@ -300,7 +300,7 @@ def keystats(look, clusters=8):
         numbers = (f"{r['value']:.1f}", f"{c['variance of effect']['value']:.4f}", f"{c['silhouette']:.3f}")
         lines.append((b, r["n"], *numbers, f"{c['silhouette of shuffled values']:.3f}", *format_ci(often)[1:], f"{often['p']:.4f}"))
     print_table(head, lines)
-    save_result(look, "keystats", {"mode": mode}, by_slice, (), found, lambda path: plot_keystats(path, slots, look.name))
+    save_result(run, "keystats", {"mode": mode}, by_slice, (), found, lambda path: plot_keystats(path, slots, run.name))
 
 
 def permute_columns(values, seed):
@@ -346,12 +346,12 @@ def plot_keystats(path, slots, title):
     finish_figure(fig, plt, path, title)
 
 
-def occurrences(look):
+def occurrences(run):
     """How the reads of the rows taken apart spread over the table: slots by times read, unused ones, Gini's coefficient, KL."""
-    columns, _ = first_ablation(load_table(look, "keys"))
+    columns, _ = first_ablation(load_table(run, "keys"))
     first = columns["place"] == 0  # `reads` is of the row and stands at each of its labels: count it once
     by_slice, counts = {"layer": {}}, {}
-    for block, memory in look.model.memory_layers().items():
+    for block, memory in run.model.memory_layers().items():
         mine = first & (columns["layer"] == block)
         times = np.bincount(columns["slot"][mine], columns["reads"][mine], minlength=len(memory.values))
         counts[block] = times
@@ -370,13 +370,13 @@ def occurrences(look):
         "slot": np.concatenate([np.arange(len(t)) for t in counts.values()]),
     }
     save_result(
-        look,
+        run,
         "occurrences",
         {},
         by_slice,
         (),
         flat | {"times": np.concatenate(list(counts.values()))},
-        lambda path: plot_occurrences(path, counts, look.name),
+        lambda path: plot_occurrences(path, counts, run.name),
     )
 
 
@@ -405,10 +405,10 @@ def plot_occurrences(path, counts, title):
 # ---- rows --------------------------------------------------------------------------------------------------------------
 
 
-def position(look):
+def position(run):
     """The fall of the lead by place in the answer and block. p: is a place unlike the others of its block (permutations of the
     places within rows, Holm over all)?"""
-    columns, mode = first_ablation(load_table(look, "keys"))
+    columns, mode = first_ablation(load_table(run, "keys"))
     by_slice = {"layer, place": {}}
     for block in np.unique(columns["layer"]):
         mine = columns["layer"] == block
@@ -428,13 +428,13 @@ def position(look):
     ]
     print_table(("layer, place in the answer", "rows", "mean fall", "95% interval", "flips", "p (Holm)"), lines)
     save_result(
-        look,
+        run,
         "position",
         {"mode": mode},
         by_slice,
         (),
         None,
-        lambda path: plot_position(path, by_slice["layer, place"], look.name, mode),
+        lambda path: plot_position(path, by_slice["layer, place"], run.name, mode),
     )
 
 
@@ -466,11 +466,11 @@ def per_example_mean(columns, rows):
     return np.array([means[r] for r in rows.tolist()])
 
 
-def repeated_digits(look):
+def repeated_digits(run):
     """Does it matter whether a key has repeated digits (111111 has five)? Spearman's correlation with the fall of the lead."""
-    columns, mode = first_ablation(load_table(look, "keys"))
+    columns, mode = first_ablation(load_table(run, "keys"))
     rows = np.unique(columns["row"])
-    texts = look.data.source.read(look.config.split, rows)[0]
+    texts = run.data.source.read(run.config.split, rows)[0]
     count = lambda word: len(word) - len(set(word))
     fall, found = per_example_mean(columns, rows), {}
     measures = {
@@ -479,19 +479,19 @@ def repeated_digits(look):
         "digits that key and value share": [len(set(t.split(":")[0]) & set(t.strip().split(":")[1])) for t in texts],
     }
     for name, x in measures.items():
-        found[name] = correlation(x, fall, seed=look.config.seed)
+        found[name] = correlation(x, fall, seed=run.config.seed)
     add_holm(found.values())
     lines = [(k, *format_ci(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in found.items()]
     print_table(("Spearman's correlation with the fall", "rows", "value", "95% interval", "p (permutations)", "Holm"), lines)
     columns = {"row": rows, "fall": fall, **{k: np.array(v) for k, v in measures.items()}}
     save_result(
-        look,
+        run,
         "repeats",
         {"mode": mode, "correlation": found},
         {},
         (),
         columns,
-        lambda path: plot_repeats(path, measures, fall, found, look.name),
+        lambda path: plot_repeats(path, measures, fall, found, run.name),
     )
 
 
@@ -513,10 +513,10 @@ def plot_repeats(path, measures, fall, found, title):
     finish_figure(fig, plt, path, title)
 
 
-def ablation_vs_swap(look):
+def ablation_vs_swap(run):
     """Row by row: does removal of slots cost more where another row's slots (swap) bring the other's answer?"""
-    removed, mode = first_ablation(load_table(look, "keys"))
-    swapped = load_table(look, "swap")
+    removed, mode = first_ablation(load_table(run, "keys"))
+    swapped = load_table(run, "swap")
     by_slice, kept = {"layer, measure": {}}, []
     for block in np.unique(removed["layer"]):
         a, b = ({k: v[c["layer"] == block] for k, v in c.items()} for c in (removed, swapped))
@@ -529,14 +529,14 @@ def ablation_vs_swap(look):
         taken = per_example_mean({"row": b["row"], "fall": b["other's"].astype(float)}, rows)
         for name, other in (("fall by swap", y), ("other's answer by swap", taken)):
             for kind in ("pearson", "spearman"):
-                by_slice["layer, measure"][f"{block}, {name}, {kind}"] = correlation(x, other, kind, seed=look.config.seed)
+                by_slice["layer, measure"][f"{block}, {name}, {kind}"] = correlation(x, other, kind, seed=run.config.seed)
         kept.append({"layer": np.full(len(rows), block), "row": rows, "removal": x, "swap": y, "other's": taken})
     cells = by_slice["layer, measure"]
     add_holm(cells.values())
     lines = [(k, *format_ci(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in cells.items()]
     print_table((f"fall by removal ({mode}) against", "rows", "correlation", "95% interval", "p (permutations)", "Holm"), lines)
     columns = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]}
-    save_result(look, "corr", {"mode": mode}, by_slice, (), columns, lambda path: plot_corr(path, columns, look.name))
+    save_result(run, "corr", {"mode": mode}, by_slice, (), columns, lambda path: plot_corr(path, columns, run.name))
 
 
 def plot_corr(path, columns, title):
@@ -560,9 +560,9 @@ def plot_corr(path, columns, title):
     finish_figure(fig, plt, path, title)
 
 
-def swap_predictions(look):
+def swap_predictions(run):
     """What each digit turns into when two rows exchange all they read, from the file of swap-matrix."""
-    columns = load_table(look, "swap_matrix")
+    columns = load_table(run, "swap_matrix")
     digits, by_slice = np.unique(columns["answer"]), {}
     # Where both rows have the same digit, an exchange cannot be told from none.
     differ = columns["answer"] != columns["other answer"]
@@ -579,24 +579,24 @@ def swap_predictions(look):
             mine = differ & (columns["answer"] == x)
             for y in np.unique(now[mine]):
                 cell = clustered_proportion(now[mine] == y, columns["row"][mine])
-                turned[f"{look.token(x)} to {look.token(y)}"] = cell
+                turned[f"{run.token(x)} to {run.token(y)}"] = cell
     print_table(
         ("a digit turns into", "how", "digits", "share", "95% interval"),
         [(k, how, *format_ci(c)) for how in DECODING for k, c in by_slice[how].items()],
     )
-    save_result(look, "swap_pred", {}, by_slice, (), None, lambda path: plot_swap_predictions(path, columns, digits, look))
+    save_result(run, "swap_pred", {}, by_slice, (), None, lambda path: plot_swap_predictions(path, columns, digits, run))
 
 
-def plot_swap_predictions(path, columns, digits, look):
+def plot_swap_predictions(path, columns, digits, run):
     plt, fig, axes = figure(1, 2, width=4.8, grid=False)
     differ = columns["answer"] != columns["other answer"]
     for axis, how in zip(axes, DECODING):
         now = np.unique(columns[how])
         counts = np.array([[(differ & (columns["answer"] == x) & (columns[how] == y)).sum() for y in now] for x in digits])
         drawn = axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="viridis", vmin=0)
-        axis.set_xticks(range(len(now)), [look.token(y) for y in now], fontsize=7)
-        axis.set_yticks(range(len(digits)), [look.token(x) for x in digits], fontsize=7)
+        axis.set_xticks(range(len(now)), [run.token(y) for y in now], fontsize=7)
+        axis.set_yticks(range(len(digits)), [run.token(x) for x in digits], fontsize=7)
         axis.set(xlabel="answer after the exchange", ylabel="answer before", title=f"{how}, n = {differ.sum()}")
         axis.title.set_fontsize(8)
         fig.colorbar(drawn, ax=axis, label="share", shrink=0.8)
-    finish_figure(fig, plt, path, look.name)
+    finish_figure(fig, plt, path, run.name)

@@ -86,12 +86,12 @@ def draw_pairs(cases, count, kind, seed):
     return a[fitting], b[fitting]
 
 
-def interchange(look, name):
+def interchange(run, name):
     """Put what another row reads into a row, at one label, in one block (force: one head) at a time: does the row now give the
     other's answer there? Places where both have the same answer are left out."""
-    cases, c = correct_cases(look), look.config
+    cases, c = correct_cases(run), run.config
     a, b = draw_pairs(cases, c.pairs, c.type, c.seed)
-    columns = exchanged(look.model, cases, a, b, name, c.chunk, c.seed)
+    columns = exchanged(run.model, cases, a, b, name, c.chunk, c.seed)
     by_slice = {"layer": became_by(columns, "layer"), "layer, place": became_by(columns, "layer", "place")}
     if name == "force":
         by_slice["layer, head"] = became_by(columns, "layer", "head")
@@ -102,7 +102,7 @@ def interchange(look, name):
     head = [x for outcome in OUTCOMES.values() for x in (outcome, "95% interval")]
     print_table((name, *head), lines)
     metrics = {"rows": len(cases), "pairs": len(a), "type": c.type}
-    save_result(look, name, metrics, by_slice, (), columns, lambda path: plot_exchange(path, columns, by_slice, look))
+    save_result(run, name, metrics, by_slice, (), columns, lambda path: plot_exchange(path, columns, by_slice, run))
 
 
 OUTCOMES = {"other's": "other's answer", "placebo": "a third answer", "own lost": "own answer lost"}  # columns of `exchanged`
@@ -193,7 +193,7 @@ def forward_with_interchange(model, cases, clean, block, name, mine, other, plac
     return forward_from(model, block, clean.stream[block][mine], changed, here[:, None]).squeeze(1)
 
 
-def plot_exchange(path, columns, by_slice, look):
+def plot_exchange(path, columns, by_slice, run):
     """Where the other row's answer comes through, by block and place; and which digits become which."""
     blocks, places, digits = (np.unique(columns[name]) for name in ("layer", "place", "answer"))
     plt, fig, axes = figure(1, 1 + len(blocks), width=4.6, grid=False)
@@ -206,14 +206,14 @@ def plot_exchange(path, columns, by_slice, look):
     for axis, block in zip(axes[1:], blocks):
         mine = columns["layer"] == block
         of_block = {k: columns[k][mine] for k in ("answer", "other answer", "other's")}
-        digit_heatmap(fig, axis, of_block, of_block["other's"], digits, look, f"layer {block}: share that became the other's")
-    finish_figure(fig, plt, path, f"{look.name}, {len(columns['row'])} changes")
+        digit_heatmap(fig, axis, of_block, of_block["other's"], digits, run, f"layer {block}: share that became the other's")
+    finish_figure(fig, plt, path, f"{run.name}, {len(columns['row'])} changes")
 
 
-def digit_heatmap(fig, axis, columns, hit, digits, look, title):
+def digit_heatmap(fig, axis, columns, hit, digits, run, title):
     """Share of `hit` (N,) for each pair of own answer and other answer; white: none measured."""
     pairs = [[hit[(columns["answer"] == x) & (columns["other answer"] == y)] for y in digits] for x in digits]
-    grid, names = [[h.mean() if len(h) else np.nan for h in row] for row in pairs], [look.token(x) for x in digits]
+    grid, names = [[h.mean() if len(h) else np.nan for h in row] for row in pairs], [run.token(x) for x in digits]
     drawn = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis")
     axis.set_xticks(range(len(names)), names, fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=7)
@@ -252,22 +252,22 @@ def decode_with(model, cases, changes):
     return torch.stack(out, 1)
 
 
-def swap_matrix(look):
+def swap_matrix(run):
     """Rows take all that another row reads at its labels, in all blocks: digit by digit, what comes out? With the right answer
     so far shown (teacher-forced), and decoded token by token."""
-    cases, c = correct_cases(look), look.config
+    cases, c = correct_cases(run), run.config
     a, b = draw_pairs(cases, c.pairs, c.type, c.seed)
-    clean, n, parts = run_with_cache(look.model, cases), cases.at.shape[1], []
+    clean, n, parts = run_with_cache(run.model, cases), cases.at.shape[1], []
     for first in range(0, len(a), c.chunk):
         i, j = (torch.as_tensor(x[first : first + c.chunk], device=cases.tokens.device) for x in (a, b))
         mine, changes = cases.pick(i.cpu()), source_reads(clean, cases, i, j)
-        forced = run_with_hooks(look.model, mine, intervene=changes).softmax(-1)  # (M, n, tokens)
+        forced = run_with_hooks(run.model, mine, intervene=changes).softmax(-1)  # (M, n, tokens)
         tensors = {
             "answer": mine.answers,
             "other answer": cases.answers[j],
             "p other": forced.gather(-1, cases.answers[j].unsqueeze(-1)).squeeze(-1),
             "teacher-forced": forced.argmax(-1),
-            "token by token": decode_with(look.model, mine, changes),
+            "token by token": decode_with(run.model, mine, changes),
         }
         rows = {
             "row": np.repeat(mine.rows, n),
@@ -279,11 +279,11 @@ def swap_matrix(look):
     by_slice = {}
     for how in DECODING:
         by_slice[f"{how}, place"] = matches(columns, how, "other answer", "place")
-        by_slice[f"{how}, own digit and other's"] = digit_pairs(columns, how, look)
+        by_slice[f"{how}, own digit and other's"] = digit_pairs(columns, how, run)
     lines = [(how, p, *format_ci(cell)) for how in DECODING for p, cell in by_slice[f"{how}, place"].items()]
     print_table(("the other row's digit", "place", "digits", "share", "95% interval"), lines)
     metrics = {"rows": len(cases), "pairs": len(a), "type": c.type}
-    save_result(look, "swap_matrix", metrics, by_slice, (), columns, lambda path: plot_swap_matrix(path, columns, look))
+    save_result(run, "swap_matrix", metrics, by_slice, (), columns, lambda path: plot_swap_matrix(path, columns, run))
 
 
 def matches(columns, how, which, by):
@@ -295,36 +295,36 @@ def matches(columns, how, which, by):
     return found
 
 
-def digit_pairs(columns, how, look):
+def digit_pairs(columns, how, run):
     hit, found = columns[how] == columns["other answer"], {}
     for x, y in sorted({*zip(columns["answer"].tolist(), columns["other answer"].tolist())}):
         mine = (columns["answer"] == x) & (columns["other answer"] == y)
         cell = clustered_proportion(hit[mine], columns["row"][mine])
-        found[f"{look.token(x)}, {look.token(y)}"] = {**cell, "probability": float(columns["p other"][mine].mean())}
+        found[f"{run.token(x)}, {run.token(y)}"] = {**cell, "probability": float(columns["p other"][mine].mean())}
     return found
 
 
-def plot_swap_matrix(path, columns, look):
+def plot_swap_matrix(path, columns, run):
     plt, fig, axes = figure(2, 2, width=4.6, grid=False)
     for axis, below, how in zip(axes[:2], axes[2:], DECODING):
         hit = columns[how] == columns["other answer"]
-        digit_heatmap(fig, axis, columns, hit, np.unique(columns["answer"]), look, f"{how}: share that became the other's")
+        digit_heatmap(fig, axis, columns, hit, np.unique(columns["answer"]), run, f"{how}: share that became the other's")
         for which, label in (("other answer", "the other row's"), ("answer", "still its own")):
             cells = matches(columns, how, which, "place")
             errorbars(below, list(map(int, cells)), list(cells.values()), label=label)
         below.set(xlabel="place in the answer", ylabel=f"share of digits, {how} (95%)", ylim=(-0.02, 1.02))
         below.legend(fontsize=7)
-    finish_figure(fig, plt, path, f"{look.name}, {len(columns['row'])} digits")
+    finish_figure(fig, plt, path, f"{run.name}, {len(columns['row'])} digits")
 
 
 # ---- activation patching -----------------------------------------------------------------------------------------------
 
 
-def corrupt(look, cases, seed):
+def corrupt(run, cases, seed):
     """Cases -> the same, and runs that end in another first answer: of text, another row of the same form; of MQAR, the same
     row with another value under the first key that is asked for."""
     random = np.random.default_rng(seed)
-    if hasattr(look.data, "tokenizer"):
+    if hasattr(run.data, "tokenizer"):
         cases = cases.pick(np.flatnonzero((cases.at == cases.at[:1]).all(1).cpu().numpy()))
         other, first = random.permutation(len(cases)), cases.answers[:, 0].cpu().numpy()
         keep = np.flatnonzero(first != first[other])
@@ -333,7 +333,7 @@ def corrupt(look, cases, seed):
     tokens, answers, values = (
         cases.tokens.clone(),
         cases.answers.clone(),
-        np.arange(look.data.vocab_size // 2, look.data.vocab_size),
+        np.arange(run.data.vocab_size // 2, run.data.vocab_size),
     )
     for b in range(len(cases)):
         old = cases.answers[b, 0]
@@ -343,13 +343,13 @@ def corrupt(look, cases, seed):
 
 
 @torch.no_grad()
-def patch(look):
+def patch(run):
     """Causal tracing (Meng et al. 2022, arXiv 2202.05262): a run with another key, one activation of the right run put into it,
     block by position: how much of the first answer comes back (1: all of the difference in logits, 0: none)?"""
-    cases, other = corrupt(look, correct_cases(look), look.config.seed)
+    cases, other = corrupt(run, correct_cases(run), run.config.seed)
     few = np.arange(min(len(cases), max(10, 6000 // cases.tokens.shape[1])))  # long rows have many places to patch
     cases, other = cases.pick(few), other.pick(few)
-    back, first, second = recovered(look.model, cases, other)
+    back, first, second = recovered(run.model, cases, other)
     T, B = next(iter(back.values())).shape
     columns = {
         "site": np.repeat([name for name, _ in back], T * B),
@@ -365,7 +365,7 @@ def patch(look):
     )
     metrics = {"rows": B, "lead of the answer, right key": mean_ci(first), "lead of the answer, other key": mean_ci(second)}
     by_slice = {"site, layer, position": cells}
-    save_result(look, "patch", metrics, by_slice, (), columns, lambda path: plot_patch(path, back, cases, look))
+    save_result(run, "patch", metrics, by_slice, (), columns, lambda path: plot_patch(path, back, cases, run))
 
 
 @in_eval_mode
@@ -396,11 +396,11 @@ def recovered(model, cases, other):
     return back, first.cpu().numpy(), second.cpu().numpy()
 
 
-def plot_patch(path, back, cases, look):
+def plot_patch(path, back, cases, run):
     """A heatmap for each site: blocks down, positions across."""
     names, texts = (
         list(dict.fromkeys(name for name, _ in back)),
-        [look.token(i) for i in cases.tokens[0, : len(next(iter(back.values())))].tolist()],
+        [run.token(i) for i in cases.tokens[0, : len(next(iter(back.values())))].tolist()],
     )
     plt, fig, axes = figure(len(names), 1, width=9, grid=False)
     fig.set_size_inches(max(7, min(16, 0.22 * len(texts) + 2)), 1.2 + 1.5 * len(names))
@@ -409,9 +409,9 @@ def plot_patch(path, back, cases, look):
         blocks = [b for n, b in back if n == name]
         drawn = axis.imshow([back[name, b].mean(1) for b in blocks], aspect="auto", vmin=0, vmax=1, cmap="viridis")
         axis.set_yticks(range(len(blocks)), blocks, fontsize=7)
-        text = hasattr(look.data, "tokenizer")
+        text = hasattr(run.data, "tokenizer")
         axis.set_xticks(range(0, len(texts), step), texts[::step] if text else range(0, len(texts), step), fontsize=6)
         axis.set_ylabel(f"{name}\nblock", fontsize=8)
         fig.colorbar(drawn, ax=axis)
     axes[-1].set_xlabel(f"position (tokens of row {cases.rows[0]})" if text else "position")
-    finish_figure(fig, plt, path, f"{look.name}: share of the answer that one activation brings back, mean of {len(cases)} rows")
+    finish_figure(fig, plt, path, f"{run.name}: share of the answer that one activation brings back, mean of {len(cases)} rows")

@@ -69,12 +69,12 @@ def word_type(word):
     return "capitalized" if word[0].isupper() and (word[1:].islower() or len(word) == 1) else "mixed letters"
 
 
-def token_types(look, ids):
+def token_types(run, ids):
     """tokens (T,) -> their kinds, by the first letter that each spells; of data without letters, that of the token's number."""
-    if not hasattr(look.data, "tokenizer"):
-        half = look.data.vocab_size // 2  # MQAR: 0 is blank, keys come before values
+    if not hasattr(run.data, "tokenizer"):
+        half = run.data.vocab_size // 2  # MQAR: 0 is blank, keys come before values
         return ["blank" if i == 0 else "key" if i < half else "value" for i in ids]
-    spelled = [look.data.tokenizer.token_strings[int(i)] for i in ids]
+    spelled = [run.data.tokenizer.token_strings[int(i)] for i in ids]
     letters, at, kinds = char_types("".join(spelled)), 0, []
     for piece in spelled:
         # " the" is a word, not a blank: leading blanks of a token do not decide.
@@ -84,16 +84,16 @@ def token_types(look, ids):
     return kinds
 
 
-def routing_table(look, batch):
+def routing_table(run, batch):
     """At each token and memory layer: kind of token, decile of its place, memory's share (nan without a router), slots."""
-    *_, found = look.model(batch.tokens, trace=True)
+    *_, found = run.model(batch.tokens, trace=True)
     ids = batch.tokens.cpu().numpy()
-    real = ids != look.pad
+    real = ids != run.pad
     parts = []
     for b in range(len(ids)):
         mine = ids[b][real[b]]
-        kinds, decile = np.array(token_types(look, mine)), 10 * np.arange(len(mine)) // len(mine)
-        for layer, f in zip(look.model.memory_layers(), found):
+        kinds, decile = np.array(token_types(run, mine)), 10 * np.arange(len(mine)) // len(mine)
+        for layer, f in zip(run.model.memory_layers(), found):
             n, slots = len(mine), f["slots"][b].flatten(1).cpu().numpy()[real[b]]  # (tokens, H * k)
             route = f["route"][b, :, 1].float().cpu().numpy()[real[b]] if "route" in f else np.full(n, np.nan, np.float32)
             cells = {"row": np.full(n, batch.rows[b]), "layer": np.full(n, layer), "position": np.arange(n), "token": mine}
@@ -101,14 +101,14 @@ def routing_table(look, batch):
     return concat(parts)
 
 
-def routing(look):
+def routing(run):
     """MLP or memory by kind of token, place in the row and layer; without a router, how the slots of kinds differ."""
-    if look.config.data:
-        found = over_texts(look, look.config.data)
+    if run.config.data:
+        found = over_texts(run, run.config.data)
     else:
-        found = map_batches(look, lambda batch: routing_table(look, batch))
+        found = map_batches(run, lambda batch: routing_table(run, batch))
     router = not np.isnan(found["memory"]).all()
-    size = look.model.config.mem_n_keys**2
+    size = run.model.config.mem_n_keys**2
     if router:
         measured = lambda mine: mean_proportion(found["memory"][mine])
     else:
@@ -122,41 +122,41 @@ def routing(look):
                     by_slice[name][f"{layer}, {value}"] = {**measured(mine), "n": int(mine.sum())}
     alike = {str(layer): similarity_of_kinds(found, layer, size) for layer in np.unique(found["layer"])}
     steady = consistency(found)
-    if look.world.is_main:
+    if run.world.is_main:
         print_routing(by_slice, steady, router, size)
     metrics = {
         "what": "memory's share" if router else "slots",
-        "data": look.config.data or look.config.split,
+        "data": run.config.data or run.config.split,
         "consistency": steady,
     }
     columns = {k: v for k, v in found.items() if k != "slots"} | {"slots": list(found["slots"])}
-    plot = lambda path: plot_routing(path, found, by_slice, alike, steady, router, look.name)
-    save_result(look, "routing", metrics, by_slice, (), columns, plot)
+    plot = lambda path: plot_routing(path, found, by_slice, alike, steady, router, run.name)
+    save_result(run, "routing", metrics, by_slice, (), columns, plot)
 
 
-def over_texts(look, path):
+def over_texts(run, path):
     """`routed` over the documents of a .jsonl or .parquet file, each cut to what the model can read."""
-    require(hasattr(look.data, "tokenizer"), f"data={path} is text, and {look.plan.train.data} has numbers", "data")
-    c, tokenizer, texts = look.config, look.data.tokenizer, []
+    require(hasattr(run.data, "tokenizer"), f"data={path} is text, and {run.settings.train.data} has numbers", "data")
+    c, tokenizer, texts = run.config, run.data.tokenizer, []
     for text, _ in documents_in(path, 10**9):
         texts.append(text if isinstance(text, str) else "".join(text))
         if c.rows and len(texts) == c.rows:
             break
     require(texts, f"{path} holds no documents", "data")
     whole = [np.concatenate([[tokenizer.bos], tokenizer.encode(t)]).astype(np.int64) for t in texts]
-    ids = [x[: look.data.seq_len] for x in whole]
+    ids = [x[: run.data.seq_len] for x in whole]
     read, there = (sum(map(len, some)) for some in (ids, whole))
     if read < there:
-        look.world.print0(f"{path}: {read} of {there} tokens are read, the first {look.data.seq_len} of each text (seq_len)")
+        run.world.print0(f"{path}: {read} of {there} tokens are read, the first {run.data.seq_len} of each text (seq_len)")
 
     def read(rows):
-        tokens = torch.full((len(rows), max(len(ids[i]) for i in rows)), look.pad)
+        tokens = torch.full((len(rows), max(len(ids[i]) for i in rows)), run.pad)
         for b, i in enumerate(rows):
             tokens[b, : len(ids[i])] = torch.from_numpy(ids[i])
         return tokens, torch.full_like(tokens, IGNORE_INDEX), {}
 
     rows = np.array_split(np.arange(len(ids)), -(-len(ids) // c.eval_batch_size))
-    return map_batches(look, lambda batch: routing_table(look, batch), rows, read)
+    return map_batches(run, lambda batch: routing_table(run, batch), rows, read)
 
 
 def similarity_of_kinds(found, layer, size):

@@ -1,7 +1,7 @@
 """A trained run, opened for a look inside: some of its rows in batches, shared out over the ranks, and one form of results.
 
-    look = open_run("runs/RUN", config)
-    found = map_batches(look, lambda batch: {"row": batch.rows, ...})      # arrays of all batches, end to end
+    run = open_run("runs/RUN", config)
+    found = map_batches(run, lambda batch: {"row": batch.rows, ...})      # arrays of all batches, end to end
 
 A result is eval_<what>.json (of ablate.py, ablate_<what>.json), {config, metrics, by_slice, examples}, with every measured
 number as {"value", "ci95", "n"}; eval_<what>.parquet, the measurements; and eval_<what>.png.
@@ -46,7 +46,7 @@ class AnalysisConfig:
 @dataclass
 class TrainedRun:
     folder: str
-    plan: object
+    settings: object  # nanorecall.run.Settings
     data: object
     model: torch.nn.Module
     step: int  # of the checkpoint
@@ -68,9 +68,9 @@ class TrainedRun:
         """The token after the end of short rows; -1: there is none."""
         return self.data.tokenizer.pad if hasattr(self.data, "tokenizer") else -1
 
-    def about(self):
+    def provenance(self):
         """What every result says of where it comes from."""
-        c, model = self.config, self.plan.train.model
+        c, model = self.config, self.settings.train.model
         return {"run": self.folder, "split": c.split, "checkpoint": c.checkpoint, "step": self.step, "model": model}
 
     def tensor(self, ids):
@@ -101,28 +101,28 @@ def open_run(folder, config, world=SINGLE_PROCESS):
     return TrainedRun(folder, p, data, model.to(device), state["step"], device, dtype, config, world)
 
 
-def batches(look):
-    """Row numbers in batches: all of the split, or look.config.rows of them, as many from each of its segments."""
-    c, segments = look.config, look.data.eval_groups(look.config.split)
+def batches(run):
+    """Row numbers in batches: all of the split, or run.config.rows of them, as many from each of its segments."""
+    c, segments = run.config, run.data.eval_groups(run.config.split)
     each = -(-c.rows // len(segments)) if c.rows else 0
     some = [s if not each or each >= len(s) else [s[i * len(s) // each] for i in range(each)] for s in segments]
     return [np.asarray(s[i : i + c.eval_batch_size]) for s in some for i in range(0, len(s), c.eval_batch_size)]
 
 
 @torch.no_grad()
-def map_batches(look, work, rows=None, read=None):
+def map_batches(run, work, rows=None, read=None):
     """Run work(batch) -> {name: array} over batches of rows, each rank its own -> {name: arrays of all batches, end to end}.
 
     A batch has tokens (B, T), targets (B, T), rows (B,) and tags {name: (N,)}. Every rank gets the whole. rows: batches of
     row numbers, or those of `batches`; read(rows) -> tokens, targets, tags, or the run's own data.
     """
-    todo, world, mine = batches(look) if rows is None else rows, look.world, []
-    read = read or (lambda rows: look.data.batch(look.config.split, 0, rows))
+    todo, world, mine = batches(run) if rows is None else rows, run.world, []
+    read = read or (lambda rows: run.data.batch(run.config.split, 0, rows))
     hidden = not (world.is_main and sys.stderr.isatty())
-    for i in tqdm(range(world.rank, len(todo), world.size), desc=look.config.split, disable=hidden, leave=False):
+    for i in tqdm(range(world.rank, len(todo), world.size), desc=run.config.split, disable=hidden, leave=False):
         tokens, targets, tags, *_ = read(todo[i])
-        batch = SimpleNamespace(tokens=tokens.to(look.device), targets=targets.to(look.device), rows=todo[i], tags=tags)
-        with autocast(look.device, look.dtype):
+        batch = SimpleNamespace(tokens=tokens.to(run.device), targets=targets.to(run.device), rows=todo[i], tags=tags)
+        with autocast(run.device, run.dtype):
             mine.append(work(batch))
     gathered = world.all_gather_object(mine)
     parts = [gathered[i % world.size][i // world.size] for i in range(len(todo))]
@@ -134,10 +134,10 @@ def concat(parts):
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def correct_examples(look):
+def correct_examples(run):
     """Numbers of the split's rows that the model answers rightly, every label of them."""
-    c = look.config
-    found = list(iter_predictions(look.model, look.data, c.split, c.eval_batch_size, look.device, look.dtype, show_progress=True))
+    c = run.config
+    found = list(iter_predictions(run.model, run.data, c.split, c.eval_batch_size, run.device, run.dtype, show_progress=True))
     return np.concatenate([np.setdiff1d(b["row"], b["row"][~b["hit"]]) for b in found])
 
 
@@ -194,29 +194,29 @@ def read_parquet(path, kinds, advice):
 DECIDE = ("checkpoint", "dtype", "rows", "data", "edits", "modes", "pairs", "type", "seed")
 
 
-def deciding(look, what):
+def deciding(run, what):
     """{setting: value} of those that decide what a result of the command `what` says."""
-    uses = look.uses.get(what.replace("_", "-"), look.uses.get("slices"))
+    uses = run.uses.get(what.replace("_", "-"), run.uses.get("slices"))
     names = DECIDE + (
         ("example",) if what == "attention" else ()
     )  # elsewhere, a row that is printed as well
     return {
-        n: getattr(look.config, n)
+        n: getattr(run.config, n)
         for n in names
-        if hasattr(look.config, n) and (uses is None or n in uses.split())
+        if hasattr(run.config, n) and (uses is None or n in uses.split())
     }
 
 
-def ending(look, what):
+def ending(run, what):
     """The end of a result's name: the split and the settings that differ from their defaults, so
     that a result never takes the place of one that was measured otherwise.
 
     ablate.py swap --type less_more: ablate_swap_type-less_more
     """
-    split = look.config.split
+    split = run.config.split
     text = "" if split in ("test", what) else f"_{split}"
-    defaults = {f.name: f.default for f in fields(look.config)}
-    for name, value in deciding(look, what).items():
+    defaults = {f.name: f.default for f in fields(run.config)}
+    for name, value in deciding(run, what).items():
         if value != defaults[name]:
             text += f"_{name}-{short_name(name, value)}"
     return text
@@ -235,10 +235,10 @@ def short_name(name, value):
     )
 
 
-def results(look, what):
+def results(run, what):
     """Endings of the results of the command `what` in the run, on this split."""
-    there, start = os.listdir(look.folder), f"{look.prefix}_{what}"
-    split = "" if look.config.split == "test" else f"_{look.config.split}"
+    there, start = os.listdir(run.folder), f"{run.prefix}_{what}"
+    split = "" if run.config.split == "test" else f"_{run.config.split}"
     ends = [
         f[len(start) : -len(".parquet")]
         for f in sorted(there)
@@ -248,15 +248,15 @@ def results(look, what):
     return [e for e in ends if e == split or e[len(split) :].startswith(known)]
 
 
-def save_result(look, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
+def save_result(run, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
     """Write a result and its figure into the run; plot(path) draws it. Only the first rank writes."""
-    if not look.world.is_main:
+    if not run.world.is_main:
         return
     # What was computed from other results is named like these.
-    end = "".join(dict.fromkeys(look.read)) or ending(look, what)
-    path = os.path.join(look.folder, f"{look.prefix}_{what}{end}")
-    look.read.clear()
-    config = look.about() | deciding(look, what)
+    end = "".join(dict.fromkeys(run.read)) or ending(run, what)
+    path = os.path.join(run.folder, f"{run.prefix}_{what}{end}")
+    run.read.clear()
+    config = run.provenance() | deciding(run, what)
     measured = {"metrics": metrics, "by_slice": by_slice or {}, "examples": list(examples)}
     result = {"config": config, **measured}
     write_json(path + ".json", result)
@@ -266,6 +266,6 @@ def save_result(look, what, metrics, by_slice=None, examples=(), columns=None, p
         endings.append(".parquet")
     if plot:
         plot(path + ".png")
-        look.figures.append(path + ".png")
+        run.figures.append(path + ".png")
         endings.append(".png")
     say(f"wrote {path}{', '.join(endings)}")

@@ -665,7 +665,7 @@ def test_sides_of_an_edit_share_no_fact(monkeypatch, capsys):
         plan = SimpleNamespace(train=SimpleNamespace(seed=seed))
         world, data = SimpleNamespace(size=1), SimpleNamespace(source=source)
         return SimpleNamespace(
-            model=model, config=config, plan=plan, world=world, data=data, name="x", folder="x"
+            model=model, config=config, settings=plan, world=world, data=data, name="x", folder="x"
         )
 
     monkeypatch.setattr(editing, "correct_examples", lambda look: np.arange(30))
