@@ -274,9 +274,9 @@ def edit_points():
 
 
 EDIT_METRICS = {  # name in eval_edit.json: label
-    "efficacy": "efficacy: edited facts with the new answer",
-    "specificity": "specificity: other facts with the old answer",
-    "kept": "retention: the same, facts shown to the editor",
+    "efficacy": "efficacy (edited facts)",
+    "specificity": "specificity (other facts)",
+    "kept": "retention (facts that an editor may use)",
 }
 
 
