@@ -1001,7 +1001,7 @@ def test_the_advice_of_a_refusal_works(tmp_path, monkeypatch):
 def test_check_speaks_and_fails_loudly(capsys, tmp_path, script):
     assert D.main(["check"]) == 0
     assert capsys.readouterr().out.count("exact") == 4
-    from test_tokens import tokenizer_json
+    from toys import tokenizer_json
 
     done = script("data_synth.py", "check", f"--tokenizer={tokenizer_json(tmp_path, ['1 2'])}")
     assert (
