@@ -203,9 +203,9 @@ def plot_compare(path, runs):
         mean_and_range(accuracies, steps, accuracy, color)
         x, heights = shared_values(seeds, slice_name, values)
         mean_and_range(slices, x, heights, color, f"{label} (runs: {len(seeds)})")
-        for run in seeds:
-            errorbars(sizes, [run[size]], [run["all"]], ls="none", color=color)
-            all_sizes.add(run[size])
+        x = [run[size] for run in seeds]
+        errorbars(sizes, x, [run["all"] for run in seeds], ls="none", color=color)
+        all_sizes.update(x)
 
     for axis in (losses, accuracies):
         axis.set_xlabel("step")
