@@ -1,6 +1,6 @@
 """Finished runs side by side: a table, learning curves, and accuracy against size.
 
-    python eval.py compare 'runs/*' [--out figures/mine]
+    python eval.py compare 'runs/*' [--output figures/mine]
 
 Runs that differ in their seed only are drawn as one line: their mean, with a band from minimum to
 maximum.
@@ -56,7 +56,7 @@ def compare(args, config):
         columns[name] = [run[name] for run in runs]
     columns["accuracy"] = [run["all"]["value"] for run in runs]
     parent = os.path.dirname(os.path.normpath(folders[0])) or "."
-    path = config.out or os.path.join(parent, name_of(folders))
+    path = config.output or os.path.join(parent, name_of(folders))
     write_parquet(path + ".parquet", columns)
     plot_compare(path + ".png", runs)
     say(f"wrote {path}.parquet, {path}.png")

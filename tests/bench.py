@@ -359,9 +359,9 @@ def ablate_rows(rounds):
     torch.manual_seed(0)
     model = build_model(p, build_model_config(p, data)).eval()
     look = SimpleNamespace(data=data, config=SimpleNamespace(split="test"), pad=data.tokenizer.pad, device="cpu")
-    cases, _ = hooks.read_cases(look, np.arange(10))
-    slots = hooks.run_with_cache(model, cases).found[0]["slots"]
-    counted = len(ablate.remove_slots(model, cases, ["zero"])["fall"]) // cases.at.shape[1]
+    cases, _ = hooks.load_examples(look, np.arange(10))
+    slots = hooks.run_with_cache(model, cases).reads[0]["slots"]
+    counted = len(ablate.remove_slots(model, cases, ["zero"])["fall"]) // cases.label_pos.shape[1]
 
     @torch.no_grad()
     def one_by_one():
