@@ -36,7 +36,7 @@ def stored(tmp_path_factory):
     mqar = "--num-samples 40 --seq-len 16 --num-kv-pairs 4 --vocab-size 256 --num-copies 1"
     data_mqar.main([f"--output-dir={folder / 'mqar'}", *mqar.split()])
     data_synth.main(
-        ["digits", f"--output_dir={folder / 'digits'}", "--num_pairs=40", "--num_novel=10"]
+        ["digits", f"--output_dir={folder / 'digits'}", "--num_pairs=40", "--num_unseen=10"]
     )
     (folder / "notes.jsonl").write_text(
         "".join(json.dumps({"text": f"note {i} " * 50}) + "\n" for i in range(30))
@@ -46,7 +46,7 @@ def stored(tmp_path_factory):
 
 @pytest.fixture
 def main_data():
-    return data_synth.Data(data_synth.Config(task="twohop", entities=30))
+    return data_synth.Data(data_synth.Config(task="twohop", num_entities=30))
 
 
 @pytest.mark.parametrize("name", ["mqar", "digits", "notes.jsonl"])
@@ -86,7 +86,7 @@ def test_a_window_may_be_for_ever_and_text_is_read_with_the_same_tokenizer(store
     from test_tokens import tokenizer_json
 
     path = tokenizer_json(tmp_path, ["n o"])
-    main = data_synth.Data(data_synth.Config(task="twohop", entities=30, tokenizer=path))
+    main = data_synth.Data(data_synth.Config(task="twohop", num_entities=30, tokenizer=path))
     both = mixture.mix(main, settings(stored / "notes.jsonl", 0, 10**12))
     assert len(both.is_synthetic) == 2000 and both.synthetic.tokenizer.name == path
 
@@ -95,7 +95,7 @@ def flags(folder, name, stored, **changes):
     toy = dict(
         data="data_synth",
         task="twohop",
-        entities=30,
+        num_entities=30,
         n_val_examples=20,
         n_layers=1,
         dim=16,
