@@ -76,37 +76,38 @@ class Config:
     n_train_examples: int = 40000  # sequences in the training set, and in an epoch
     n_val_examples: int = 1000  # validation sequences of each size; with path, at most so many
     n_test_examples: int = 3000  # test sequences of each size, for the end; with path, at most
-    fresh: bool = False  # new training sequences in every step, instead of epochs over a fixed set
+    infinite_data: bool = False  # new training sequences in every step, not epochs over a fixed set
     curriculum: IntPairs = ()  # [(num_kv_pairs, steps), ...] first: short sequences, more of them
-    train_cells: IntPairs = ()  # [(input_seq_len, num_kv_pairs), ...] in turn; empty: see above
-    test_cells: IntPairs = ()  # sizes to validate and test on, each reported; empty: train_cells
-    updates: int = 0  # keys that are stored again with a new value; the last value counts
-    gap: int = 0  # 0..gap random tokens after each stored pair
-    key_len: int = 1  # tokens in a key; longer keys share tokens, as words share letters
+    train_sizes: IntPairs = ()  # [(input_seq_len, num_kv_pairs), ...] in turn; empty: see above
+    test_sizes: IntPairs = ()  # sizes to validate and test on, each reported; empty: train_sizes
+    num_updates: int = 0  # keys that are stored again with a new value; the last value counts
+    max_noise: int = 0  # 0..max_noise random tokens after each stored pair
+    key_tokens: int = 1  # tokens in a key; longer keys share tokens, as words share letters
     path: str = ""  # train on a directory that `python data_mqar.py --output-dir` wrote instead
     seed: int = 0  # of data and model
 
     def sizes(self):
-        return self.train_cells or ((self.input_seq_len, self.num_kv_pairs),)
+        return self.train_sizes or ((self.input_seq_len, self.num_kv_pairs),)
 
     def check(self):
-        at_least(self, 0, "updates", "gap", "seed", "power_a")
-        at_least(self, 1, "n_train_examples", "key_len", "num_kv_pairs")
+        at_least(self, 0, "num_updates", "max_noise", "seed", "power_a")
+        at_least(self, 1, "n_train_examples", "key_tokens", "num_kv_pairs")
         within(self, 1, 2**40, "n_val_examples", "n_test_examples")
         if self.path:
             return
         n = max(pairs for _, pairs in self.sizes())
-        message = f"updates={self.updates} exceeds the {n} pairs: a pair is updated at most once"
-        require(self.updates <= n, message, "updates")
-        for key in ("train_cells", "test_cells"):
+        few = f"exceeds the {n} pairs: a pair is updated at most once"
+        require(self.num_updates <= n, f"num_updates={self.num_updates} {few}", "num_updates")
+        for key in ("train_sizes", "test_sizes"):
             for length, pairs in getattr(self, key):
                 TaskSize(length, pairs, self).check(key)
-        if not self.train_cells:
+        if not self.train_sizes:
             TaskSize(self.input_seq_len, self.num_kv_pairs, self).check("input_seq_len")
         self.check_curriculum()
         n_tokens = self.n_train_examples * max(length for length, _ in self.sizes())
-        large = f"n_train_examples={self.n_train_examples} do not fit in memory; use fresh=1"
-        require(self.fresh or n_tokens <= 2**28, large, "n_train_examples")
+        n = self.n_train_examples
+        large = f"n_train_examples={n} do not fit in memory; use infinite_data=1"
+        require(self.infinite_data or n_tokens <= 2**28, large, "n_train_examples")
 
     def check_curriculum(self):
         # Sequences are a function of their size: a size that comes twice would repeat its data.
@@ -114,8 +115,8 @@ class Config:
         sizes += self.sizes()
         twice = [size for size in sizes if sizes.count(size) > 1]
         if twice:
-            key = "train_cells" if set(twice) & set(self.train_cells) else "curriculum"
-            message = f"{twice[0]} (tokens, pairs) comes twice in curriculum and train_cells"
+            key = "train_sizes" if set(twice) & set(self.train_sizes) else "curriculum"
+            message = f"{twice[0]} (tokens, pairs) comes twice in curriculum and train_sizes"
             raise ConfigError(f"{message}; name it once", key)
         for pairs, steps in self.curriculum:
             few = f"curriculum: stage {(pairs, steps)} needs at least 1 pair and 1 step"
@@ -130,7 +131,7 @@ class Config:
             used = ("path", "seed", "n_val_examples", "n_test_examples")
             reason = f"the data comes from path={self.path}"
             return {name: reason for name in vars(self) if name not in used}
-        return {"num_kv_pairs": "train_cells say it"} if self.train_cells else {}
+        return {"num_kv_pairs": "train_sizes say it"} if self.train_sizes else {}
 
     def label(self):
         """The data's part of a run's name."""
@@ -151,27 +152,27 @@ class TaskSize:
 
     @property
     def updates(self):
-        return min(self.config.updates, self.pairs)
+        return min(self.config.num_updates, self.pairs)
 
     @property
     def alphabet(self):
         """Tokens that keys are made of: one per key; for longer keys the fewest that give one key
         more than there are pairs, so that each token is in many keys."""
-        if self.config.key_len == 1:
+        if self.config.key_tokens == 1:
             return self.pairs
-        return max(2, math.ceil((self.pairs + 1) ** (1 / self.config.key_len)))
+        return max(2, math.ceil((self.pairs + 1) ** (1 / self.config.key_tokens)))
 
     @property
     def storage_len(self):
-        return (self.pairs + self.updates) * (self.config.key_len + 1 + self.config.gap)
+        return (self.pairs + self.updates) * (self.config.key_tokens + 1 + self.config.max_noise)
 
     @property
     def n_query_slots(self):
-        return max(0, self.length - self.storage_len) // (self.config.key_len + 1)
+        return max(0, self.length - self.storage_len) // (self.config.key_tokens + 1)
 
     def check(self, key):
         c, T, n = self.config, self.length, self.pairs
-        V, key_len = c.vocab_size, c.key_len
+        V, key_tokens = c.vocab_size, c.key_tokens
         require(n >= 1, f"{key}: there must be at least one pair, not {n}", key)
         require(T % 2 == 0, f"{key}: a length of {T} is odd; use {T + 1}", key)
         need = f"{n} pairs need a sequence of at least {min_length(n, c)} tokens"
@@ -181,14 +182,14 @@ class TaskSize:
         need = f"half of it are keys, half values; use at least {smallest}"
         require(V >= smallest, f"vocab_size={V} is too small for {n} pairs: {need}", "vocab_size")
         require(V <= 2**24, f"vocab_size={V} is larger than {2**24}", "vocab_size")
-        n_keys = self.alphabet**key_len if key_len <= 20 else math.inf
-        many = f"key_len={key_len} is too long: there are more than {2**20} such keys"
-        require(n_keys <= 2**20, many, "key_len")
+        n_keys = self.alphabet**key_tokens if key_tokens <= 20 else math.inf
+        many = f"key_tokens={key_tokens} is too long: there are more than {2**20} such keys"
+        require(n_keys <= 2**20, many, "key_tokens")
 
 
 def min_length(pairs, config):
     """The least even number of tokens for so many pairs and their queries; by default 4 a pair."""
-    length = TaskSize(0, pairs, config).storage_len + pairs * (config.key_len + 1)
+    length = TaskSize(0, pairs, config).storage_len + pairs * (config.key_tokens + 1)
     return length + length % 2
 
 
@@ -198,20 +199,20 @@ def make_sequences(size, split, indices):
 
     slices {name: (N,)}, of the N labels in row-major order: num_kv_pairs, input_seq_len, distance
     (tokens since the key was stored, rounded down to a power of two); with several test sizes cell
-    ("128x32"), with updates updated (0 or 1).
+    ("128x32"), with num_updates updated (0 or 1).
     """
     c, T, n, u = size.config, size.length, size.pairs, size.updates
     B, half = len(indices), c.vocab_size // 2
-    noisy = c.gap > 0 or c.random_non_queries
+    noisy = c.max_noise > 0 or c.random_non_queries
 
     # All random numbers of a sequence come from one call, cut up by what they are for.
     n_draws = {
         "alphabet": size.alphabet,
-        "keys": n if c.key_len > 1 else 0,
+        "keys": n if c.key_tokens > 1 else 0,
         "values": n + u,
         "updates": u,
         "slots": size.n_query_slots,
-        "gaps": n + u if c.gap else 0,
+        "gaps": n + u if c.max_noise else 0,
         "filler": T if noisy else 0,
     }
     key = philox_key(c.seed, STREAMS[split], T, n)
@@ -220,13 +221,13 @@ def make_sequences(size, split, indices):
     draws = dict(zip(n_draws, np.split(uniforms, ends[:-1], axis=1)))
     b = np.arange(B)[:, None]
 
-    # Keys (B, n, key_len), all different; values (B, n+u), one for each time a pair is stored.
+    # Keys (B, n, key_tokens), all different; values (B, n+u), one for each time a pair is stored.
     alphabet = 1 + sample_without_replacement(draws["alphabet"], half - 1)  # (B, alphabet)
-    if c.key_len == 1:
+    if c.key_tokens == 1:
         keys = alphabet[:, :, None]
-    else:  # different numbers, written with key_len digits of base `alphabet`
-        numbers = sample_without_replacement(draws["keys"], size.alphabet**c.key_len)  # (B, n)
-        powers = size.alphabet ** np.arange(c.key_len)
+    else:  # different numbers, written with key_tokens digits of base `alphabet`
+        numbers = sample_without_replacement(draws["keys"], size.alphabet**c.key_tokens)  # (B, n)
+        powers = size.alphabet ** np.arange(c.key_tokens)
         keys = alphabet[b[:, :, None], numbers[:, :, None] // powers % size.alphabet]
     values = half + sample_without_replacement(draws["values"], c.vocab_size - half)
 
@@ -243,19 +244,19 @@ def make_sequences(size, split, indices):
         noise_len = T if c.random_non_queries else size.storage_len
         filler = nth_not_in(numbers, alphabet).astype(np.int32)
         tokens[:, :noise_len] = filler[:, :noise_len]
-    start = np.tile(np.arange(n + u) * (c.key_len + 1), (B, 1))  # (B, n+u), of each stored pair
-    if c.gap:
-        gaps = (draws["gaps"] * (c.gap + 1)).astype(np.int64)
+    start = np.tile(np.arange(n + u) * (c.key_tokens + 1), (B, 1))  # (B, n+u), of each stored pair
+    if c.max_noise:
+        gaps = (draws["gaps"] * (c.max_noise + 1)).astype(np.int64)
         start[:, 1:] += np.cumsum(gaps, axis=1)[:, :-1]
-    offsets = np.arange(c.key_len)
+    offsets = np.arange(c.key_tokens)
     tokens[b[:, :, None], start[:, :, None] + offsets] = keys[b, stored]
-    tokens[b, start + c.key_len] = values
+    tokens[b, start + c.key_tokens] = values
 
     slots = weighted_permutation(draws["slots"], c.power_a)[:, :n]  # pair i is queried in slot i
-    query_pos = size.storage_len + slots * (c.key_len + 1)  # (B, n), of the key's first token
+    query_pos = size.storage_len + slots * (c.key_tokens + 1)  # (B, n), of the key's first token
     tokens[b[:, :, None], query_pos[:, :, None] + offsets] = keys
     targets = np.full((B, T), IGNORE_INDEX, np.int32)
-    targets[b, query_pos + c.key_len - 1] = answers  # at the key's last token
+    targets[b, query_pos + c.key_tokens - 1] = answers  # at the key's last token
 
     stored_pos = start[:, :n].copy()
     stored_pos[b, updated] = start[:, n:]
@@ -269,9 +270,9 @@ def make_sequences(size, split, indices):
         "input_seq_len": np.full(B * n, T),
         "distance": np.take_along_axis(distance, by_position, axis=1).ravel(),
     }
-    if len(c.test_cells or c.train_cells) > 1:
+    if len(c.test_sizes or c.train_sizes) > 1:
         slices["cell"] = np.full(B * n, f"{T}x{n}")
-    if c.updates:
+    if c.num_updates:
         slices["updated"] = np.take_along_axis(is_updated, by_position, axis=1).ravel()
     return tokens, targets, slices
 
@@ -311,7 +312,7 @@ class InMemoryMQAR:
         self.config = c = config
         self.vocab_size = c.vocab_size
         self.train_sizes = [TaskSize(*size, c) for size in c.sizes()]
-        self.test_sizes = [TaskSize(*size, c) for size in c.test_cells or c.sizes()]
+        self.test_sizes = [TaskSize(*size, c) for size in c.test_sizes or c.sizes()]
         self.stages = [(TaskSize(min_length(n, c), n, c), steps) for n, steps in c.curriculum]
         self.seq_len = max(size.length for size in self.train_sizes + self.test_sizes)
         self.fixed_sets = {}  # TaskSize -> its training set, made at its first use
@@ -324,7 +325,7 @@ class InMemoryMQAR:
                 return size, step, False
             step -= steps
         n = len(self.train_sizes)
-        return self.train_sizes[step % n], step // n, not self.config.fresh
+        return self.train_sizes[step % n], step // n, not self.config.infinite_data
 
     def sequences_per_step(self, size, batch_size):
         # A batch counts sequences of input_seq_len. Shorter ones are more, so that each step has

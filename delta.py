@@ -464,8 +464,8 @@ class Config(model.Config):
     v_kernel: str = "silu"  # feature map of values, as for queries
     q_norm: str = "l2"  # norm of each query after its feature map: none l2 l1 rms layer
     k_norm: str = "l2"  # norm of each key; keys longer than 1 may make the state grow without bound
-    conv: int = 4  # width of a short causal convolution on queries, keys and values; 0: none
-    pos: str = "none"  # the recurrence knows the order; nothing is added
+    conv_size: int = 4  # width of a short causal convolution on queries, keys and values; 0: none
+    pos_emb: str = "none"  # the recurrence knows the order; nothing is added
     use_beta: bool = True  # write strength sigmoid(z / lr_temp), z a projection of the token; 0: 1
     allow_neg_eigval: bool = False  # twice that strength, in (0, 2)
     use_out_norm: bool = True  # RMSNorm of each head's output
@@ -590,7 +590,7 @@ class DeltaNet(GPT):
     inactive_settings = {
         "du": "only unified_kv has it",
         "n_kv_heads": "each head of the delta rule has keys and values of its own",
-        "pos": "the recurrence knows the order of its tokens",
+        "pos_emb": "the recurrence knows the order of its tokens",
     }
 
 

@@ -66,12 +66,13 @@ class Config:
     method: str = "all"  # all, or one of the methods in the table
     path: str = ""  # facts, .jsonl, .parquet or .csv (see fact_files.py); empty: the built-in ones
     shots_path: str = ""  # facts to show as examples; empty: some of the same relation
-    shots: int = 5  # examples before the question
+    num_shots: int = 5  # examples before the question
     same_relation: bool = True  # examples of the question's relation; false: of any, as MyriadLAMA
     num_manual: int = -1  # manual templates of a question; -1: all
     num_auto: int = 5  # automatic templates of a question; -1: all
     allow_manual_cross_attention: bool = False  # flex_myriadlama: manual ones see those before them
-    positions: str = "restart"  # of templates. restart: each begins after the prefix; or sequential
+    # where templates begin. restart: each right after the prefix; sequential: one after another
+    template_positions: str = "restart"
     score_bias: float = -1.0  # times log(n): bias on n templates, else they outweigh the prefix
     max_new_tokens: int = 10  # tokens of an answer
     max_samples: int = 0  # questions, spread over the relations; 0: all
@@ -80,18 +81,18 @@ class Config:
     lemmaize: bool = False  # add predict_lemma and answer_lemmas to existing results, and stop
     draw_mask: bool = False  # print the attention mask, save it as mask_<scheme>.png, and stop
     seed: int = 0  # of the choice of examples, questions and automatic templates
-    threads: int = 0  # CPU threads; 0: as torch chooses
+    num_threads: int = 0  # CPU threads; 0: as torch chooses
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on GPUs that are fast with it
 
     def check(self):
-        at_least(self, 0, "shots", "max_samples", "seed", "threads")
+        at_least(self, 0, "num_shots", "max_samples", "seed", "num_threads")
         at_least(self, 1, "max_new_tokens", "batch_size")
         at_least(self, -1, "num_manual", "num_auto")
         any_template = self.num_manual != 0 or self.num_auto != 0
         require(any_template, "num_manual=0 and num_auto=0 leave no template", "num_manual")
         one_of(self, ("all", *METHODS), "method")
-        one_of(self, ("restart", "sequential"), "positions")
+        one_of(self, ("restart", "sequential"), "template_positions")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
 
     def unused(self):
@@ -102,7 +103,7 @@ class Config:
             reasons["allow_manual_cross_attention"] = f"method is {method}"
         if method not in ONE_PROMPT_METHODS:
             reason = f"method {method} lets each template begin right after the prefix"
-            reasons["positions"] = reason
+            reasons["template_positions"] = reason
         if "attention" not in METHODS[method].fused_by:
             reasons["score_bias"] = f"method {method} fuses no attention"
         return reasons
@@ -165,7 +166,7 @@ def decode_fused(batch, chosen=None, bias=0.0):
 
 def decode_scheme(batch, scheme):
     """Put all templates into one cache per question under an attention scheme and decode."""
-    positions = batch.run.config.positions
+    positions = batch.run.config.template_positions
     if scheme == "isolated" and positions == "restart":
         return decode_fused(batch)  # the templates are encoded as if they were alone
     rows, members, next_pos = [], [], []
@@ -345,7 +346,7 @@ class Run:
         for question in questions:
             lengths = [len(ids) for ids in question.templates]
             longest = max(lengths)
-            if one_prompt and self.config.positions == "sequential":
+            if one_prompt and self.config.template_positions == "sequential":
                 n_separators = len(lengths) - 1
                 longest = sum(lengths) + n_separators * (1 + len(question.separator))
             self.model.check_length(prefix + longest + self.config.max_new_tokens)
@@ -499,8 +500,8 @@ def main(argv=None):
     require(not args, message, None)
     reject_unknown(given, Config)
     config = build_config(Config, given)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
     if config.draw_mask:
         return show_mask(config)
     if config.lemmaize:

@@ -44,17 +44,17 @@ class Config(model.Config):
     mem_query_norm: str = "layer"  # norm of each half query, for even use: none l2 l1 rms layer
     mem_share_values: bool = True  # one table of values for all memory layers of the model
     mem_gated: bool = False  # multiply the values read by silu(W x) before the output projection
-    mem_balance: float = 0.0  # load balancing: change per step of a sub-key's selection bias
-    mem_value_lr: float = 1.0  # learning rate of the values over that of the rest; they never decay
-    mem_hard: bool = False  # memory_router: the likelier of MLP and memory, not their sum
+    mem_balance_rate: float = 0.0  # load balancing: change per step of a sub-key's selection bias
+    mem_value_lr_scale: float = 1.0  # learning rate of the values over that of the rest
+    mem_top1: bool = False  # memory_router: the likelier of MLP and memory, not their sum
 
     def check(self):
         super().check()
         within(self, 1, 2**12, "mem_n_keys", "mem_heads", "mem_knn")
         within(self, 2, 2**16, "mem_k_dim")
         within(self, 0, 2**16, "mem_v_dim")
-        within(self, 0, 1000, "mem_value_lr")
-        at_least(self, 0, "mem_balance")
+        within(self, 0, 1000, "mem_value_lr_scale")
+        at_least(self, 0, "mem_balance_rate")
         one_of(self, SCORES, "mem_score")
         one_of(self, NORMS, "mem_query_norm")
         require(self.use_ffn, "memory layers take the place of MLPs: use_ffn=1", "use_ffn")
@@ -158,7 +158,7 @@ class MemoryLayer(nn.Module):
         self.values = nn.Parameter(torch.randn(n * n, V) * V**-0.5) if values is None else values
         self.gate = nn.Linear(c.dim, V, bias=False) if c.mem_gated else None
         self.out = nn.Linear(V, c.dim, bias=False) if c.mem_gated or V != c.dim else None
-        self.register_buffer("bias", torch.zeros(H, 2, n) if c.mem_balance else None)
+        self.register_buffer("bias", torch.zeros(H, 2, n) if c.mem_balance_rate else None)
         # How often each slot was read in this training step. Checkpoints fall between steps, so
         # it is not saved.
         read_counts = torch.zeros(H, n * n, dtype=torch.long)
@@ -210,13 +210,13 @@ class MemoryLayer(nn.Module):
     def update_balance_bias(self):
         """Raise the bias of sub-keys that were read less than average in this step, lower others'.
 
-        This is loss-free balancing (Wang et al. 2024, arXiv 2408.15664): by mem_balance each.
+        This is loss-free balancing (Wang et al. 2024, arXiv 2408.15664): by mem_balance_rate each.
         """
         n = self.config.mem_n_keys
         counts = in_float64(self.read_counts).view(-1, n, n)
         per_half = torch.stack([counts.sum(2), counts.sum(1)], dim=1)  # (H, 2, n)
         change = torch.sign(per_half.mean(-1, keepdim=True) - per_half)
-        self.bias += self.config.mem_balance * change.to(self.bias)
+        self.bias += self.config.mem_balance_rate * change.to(self.bias)
 
 
 def in_float64(x):
@@ -248,7 +248,7 @@ class MemoryBlock(GPTBlock):
     def __init__(self, c):
         super().__init__(c)
         self.memory = self.router = self.layer_idx = None
-        self.top1 = c.mem_hard
+        self.top1 = c.mem_top1
 
     def forward(self, x, rows=None, trace=None, intervene=None, **extra):
         y = gather_positions(x, rows)
@@ -284,7 +284,7 @@ class MemoryGPT(GPT):
     """
 
     block = MemoryBlock
-    inactive_settings = {**GPT.inactive_settings, "mem_hard": "only memory_router chooses"}
+    inactive_settings = {**GPT.inactive_settings, "mem_top1": "only memory_router chooses"}
     has_mlp = False  # beside the memory layer
 
     def __init__(self, config):
@@ -314,7 +314,7 @@ class MemoryGPT(GPT):
 
     def lr_scales(self):
         """{end of a parameter's name: factor of its learning rate}; these do not decay."""
-        return {"memory.values": self.config.mem_value_lr}
+        return {"memory.values": self.config.mem_value_lr_scale}
 
     @torch.no_grad()
     def on_step_end(self, report=False):
@@ -325,9 +325,9 @@ class MemoryGPT(GPT):
         usage = {}
         for i, memory in self.memory_layers().items():
             # Ranks read different tokens, but must move their biases alike.
-            if dist.is_initialized() and (report or self.config.mem_balance):
+            if dist.is_initialized() and (report or self.config.mem_balance_rate):
                 dist.all_reduce(memory.read_counts)
-            if self.config.mem_balance and memory.keys.requires_grad:
+            if self.config.mem_balance_rate and memory.keys.requires_grad:
                 memory.update_balance_bias()
             if report:
                 usage[str(i)] = slot_usage(memory.read_counts.sum(0))

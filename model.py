@@ -46,9 +46,9 @@ class Config:
     att_use_output_gate: bool = False  # multiply the mixer's output by act(W x) before out_proj
     att_output_gate_act: str = "silu"  # activation of that gate, as for ffn_act
     residual_mul: bool = False  # x + f(norm x) * x instead of x + f(norm x)
-    conv: int = 0  # width of a short causal convolution on queries, keys and values; 0: none
-    pos: str = "rope"  # positions: rope, learned or none
-    tie: bool = False  # the output head shares the embedding's weight
+    conv_size: int = 0  # width of a short causal convolution on queries, keys and values; 0: none
+    pos_emb: str = "rope"  # positions: rope, learned or none
+    tie_weights: bool = False  # the output head shares the embedding's weight
     init_std: float = 0.02  # of the initial embedding; projections start as torch makes them
     chunk_size: int = 16  # delta models: tokens per chunk of the parallel form
     lr_temp: float = 1.0  # delta models: temperature of the write strength, sigmoid(z / lr_temp)
@@ -58,11 +58,11 @@ class Config:
     def check(self):
         within(self, 1, 2**20, "dim", "n_layers", "n_heads", "dk", "dv", "du")
         within(self, 1, 2**20, "ffn_expand_factor", "chunk_size")
-        within(self, 0, 2**20, "n_kv_heads", "conv")
+        within(self, 0, 2**20, "n_kv_heads", "conv_size")
         one_of(self, ACTIVATIONS, "ffn_act", "att_output_gate_act")
         one_of(self, FEATURE_MAPS, "q_kernel", "k_kernel", "v_kernel")
         one_of(self, NORMS, "q_norm", "k_norm")
-        one_of(self, ("rope", "learned", "none"), "pos")
+        one_of(self, ("rope", "learned", "none"), "pos_emb")
         message = "init_std must be above 0, or all tokens start the same"
         require(self.init_std > 0, message, "init_std")
         require(self.lr_temp > 0, "lr_temp must be above 0", "lr_temp")
@@ -83,7 +83,7 @@ class Config:
             reasons["att_output_gate_act"] = "att_use_output_gate is 0"
         if not self.use_att:
             names = ["n_heads", "n_kv_heads", "dk", "dv", "du", "q_kernel", "k_kernel", "v_kernel"]
-            names += ["q_norm", "k_norm", "q_gated", "k_gated", "conv", "att_use_output_gate"]
+            names += ["q_norm", "k_norm", "q_gated", "k_gated", "conv_size", "att_use_output_gate"]
             reasons |= dict.fromkeys(names, "use_att is 0")
         return reasons
 
@@ -217,7 +217,7 @@ class CausalSelfAttention(nn.Module):
         self.n_heads = c.n_heads
         self.n_kv_heads = c.n_kv_heads or c.n_heads
         self.add_projections(c)
-        self.conv = ShortConvolution(self.qkv_dim(c), c.conv) if c.conv else None
+        self.conv = ShortConvolution(self.qkv_dim(c), c.conv_size) if c.conv_size else None
         # after the feature maps, since taylor widens a vector: all below sees the wider one
         K, V = self.head_dims(c)
         self.gate_q = nn.Linear(c.dim, self.n_heads * K, bias=False) if c.q_gated else None
@@ -225,7 +225,7 @@ class CausalSelfAttention(nn.Module):
         self.gate_out = None
         if c.att_use_output_gate:
             self.gate_out = nn.Linear(c.dim, self.n_heads * V, bias=False)
-        if c.pos == "rope":
+        if c.pos_emb == "rope":
             # not in the checkpoint: it can be computed, and a longer seq_len would not fit
             self.register_buffer("rope", ops.rope_table(K, c.seq_len), persistent=False)
         self.out_proj = nn.Linear(self.n_heads * V, c.dim, bias=False)
@@ -263,7 +263,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x, query_x, query_pos, cache, documents)
         positions = ops.token_positions(x, cache, documents)
         q = self.split_heads(q, self.n_heads, c.q_kernel, c.q_norm, self.gate_q, query_x)
-        if c.pos == "rope":
+        if c.pos_emb == "rope":
             q = ops.apply_rotary(q, self.rope, positions if query_pos is None else query_pos)
         # Keys and values of all tokens, also of those that ask nothing: (B, T, G, K or V).
         if cache is None:
@@ -301,7 +301,7 @@ class CausalSelfAttention(nn.Module):
         """Projected keys (B, T, G*dk) of x (B, T, D) -> (B, T, G, K)."""
         c = self.config
         k = self.split_heads(k, self.n_kv_heads, c.k_kernel, c.k_norm, self.gate_k, x)
-        return ops.apply_rotary(k, self.rope, positions) if c.pos == "rope" else k
+        return ops.apply_rotary(k, self.rope, positions) if c.pos_emb == "rope" else k
 
     def values(self, v):
         """Projected values (B, T, G*dv) -> (B, T, G, V)."""
@@ -345,7 +345,7 @@ class CausalSelfAttention(nn.Module):
 
     @classmethod
     def conv_state_size(cls, c):
-        return (c.conv - 1) * cls.qkv_dim(c) if c.conv else 0
+        return (c.conv_size - 1) * cls.qkv_dim(c) if c.conv_size else 0
 
     @classmethod
     def describe_backend(cls, c, device, dtype):
@@ -472,7 +472,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.dim)
-        self.pos_embed = nn.Embedding(c.seq_len, c.dim) if c.pos == "learned" else None
+        self.pos_embed = nn.Embedding(c.seq_len, c.dim) if c.pos_emb == "learned" else None
         self.layers = nn.ModuleList(self.block(c) for _ in range(c.n_layers))
         self.final_norm = RMSNorm(c.dim)
         self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
@@ -480,7 +480,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.embed.weight, std=c.init_std)
         if self.pos_embed:
             nn.init.normal_(self.pos_embed.weight, std=c.init_std)
-        if c.tie:
+        if c.tie_weights:
             # one parameter under two names: the checkpoint holds it once, and both uses train it
             self.lm_head.weight = self.embed.weight
 
@@ -530,7 +530,7 @@ class GPT(nn.Module):
         # Mixers put new tensors in and change none in place, so copies of the dicts are enough.
         cache = [dict(of_layer) for of_layer in cache]
         end = cache[0]["seen"] + tokens.shape[1]
-        if end > self.config.seq_len and self.config.pos != "none":
+        if end > self.config.seq_len and self.config.pos_emb != "none":
             known = f"the model has positions for {self.config.seq_len} tokens"
             raise ValueError(f"{known}, not for {end}")
         x = self.embed_tokens(tokens, cache[0])

@@ -66,8 +66,8 @@ Point = namedtuple("Point", "line x name train then makes", defaults=("", ""))
 # ---- in context: what MQAR takes ---------------------------------------------------------------------------------------
 
 MIXER_NAMES = {  # 2 layers, 2 heads, a short convolution and no positions in all; parameters of the layers within 3%
-    "gpt": "--model gpt --dk {w} --dv {w} --conv 4 --pos none",
-    "unified_kv": "--model unified_kv --du {dim} --conv 4 --pos none",
+    "gpt": "--model gpt --dk {w} --dv {w} --conv_size 4 --pos_emb none",
+    "unified_kv": "--model unified_kv --du {dim} --conv_size 4 --pos_emb none",
     "delta": "--model delta --dk {w} --dv {w}",
     "gated_delta": "--model gated_delta --dk {w} --dv {w}",
 }
@@ -84,8 +84,8 @@ PAIRS, WIDTHS = (8, 16, 32, 64), (16, 32, 48, 64)
 def recall(model, x, pairs=32, dim=64, lr=0.01, steps=600):
     """A point of MQAR: `steps` of 4,096 tokens in rows of 256; lr 0.01 is best or nearly so for all (figure lr)."""
     words = MIXER_NAMES[model].format(dim=dim, w=dim * 3 // 4) + f" --dim {dim} --lr {lr} --num_kv_pairs {pairs}"
-    words += f' --curriculum "{CURRICULA[pairs]}" --n_layers 2 --input_seq_len 256 --batch_size 16 --fresh 1 --warmup_steps 30'
-    words += f" --schedule cosine --max_steps {steps} --eval_interval 100 --n_val_examples 200 --n_test_examples 1000"
+    words += f' --curriculum "{CURRICULA[pairs]}" --n_layers 2 --input_seq_len 256 --batch_size 16 --infinite_data 1 --warmup_steps 30'
+    words += f" --lr_schedule cosine --max_steps {steps} --eval_interval 100 --n_val_examples 200 --n_test_examples 1000"
     return Point(model, x, f"{model}_pairs{pairs}_dim{dim}_lr{lr}_steps{steps}", words)
 
 
@@ -138,7 +138,7 @@ RECIPES = ("mqar_gpt", "mqar_unified_kv", "mqar_conv", "mqar_delta", "mqar_gated
 
 
 def time_points():
-    every = "--eval_interval 20 --n_val_examples 200 --stop_accuracy 0.993 --target 0"
+    every = "--eval_interval 20 --n_val_examples 200 --stop_accuracy 0.993 --target_accuracy 0"
     return [Point(name, 0, f"time_{name}", f"configs/{name}.py {every}") for name in RECIPES]
 
 
@@ -180,9 +180,9 @@ MEASURED = ("eval.py {run}", "eval_test.json")
 
 
 def exposure_points():
-    points = [Point(line, 300, name, f"{train} --target 0", *MEASURED) for line, (name, train) in FACTS.items()]
+    points = [Point(line, 300, name, f"{train} --target_accuracy 0", *MEASURED) for line, (name, train) in FACTS.items()]
     for line, (name, train) in [*FACTS.items()][:3]:
-        words = f"{train} --target 0 --max_steps 1000 --eval_interval 250"
+        words = f"{train} --target_accuracy 0 --max_steps 1000 --eval_interval 250"
         points.append(Point(line, 1000, f"{name}_steps1000", words, *MEASURED))
     return points
 
@@ -205,7 +205,7 @@ def draw_exposures(found):
 def table_points():
     def point(keys):
         name, other = ("qa_2k_memory", "") if keys == 32 else (f"qa_2k_memory_keys{keys}", f" --mem_n_keys {keys}")
-        return Point("memory", keys**2, name, f"configs/qa_2k_memory.py --target 0{other}", *MEASURED)
+        return Point("memory", keys**2, name, f"configs/qa_2k_memory.py --target_accuracy 0{other}", *MEASURED)
 
     return [point(keys) for keys in (8, 16, 32, 64)]
 
@@ -230,7 +230,7 @@ def draw_table(found):
 
 
 def edit_points():
-    words = ("configs/qa_2k_memory1.py --target 0", "eval.py edit {run}", "eval_edit.json")
+    words = ("configs/qa_2k_memory1.py --target_accuracy 0", "eval.py edit {run}", "eval_edit.json")
     return [Point("memory", 0, "qa_2k_memory1", *words)]
 
 
@@ -262,7 +262,7 @@ HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "twohop_cot_memory", "h
 
 
 def hop_points():
-    return [Point(name, 0, name, f"configs/{name}.py --target 0") for name in HOPS]
+    return [Point(name, 0, name, f"configs/{name}.py --target_accuracy 0") for name in HOPS]
 
 
 def draw_hops(found):
@@ -344,7 +344,7 @@ def training(point, seed, c):
     """The command line that trains a run."""
     folder = folder_of(point, seed, c)
     return (
-        f"train.py {point.train} {c.more} --seed {seed} --threads 1 --log_dir {c.log_dir} --run_name {os.path.basename(folder)}"
+        f"train.py {point.train} {c.more} --seed {seed} --num_threads 1 --log_dir {c.log_dir} --run_name {os.path.basename(folder)}"
     )
 
 

@@ -12,8 +12,8 @@ From Python: run = train.train_run(["configs/mqar_gpt.py", "--max_steps", "100"]
 
 It writes <log_dir>/<run>/: config.json (every setting and where it came from), log.jsonl, ckpt.pt
 and ckpt_prev.pt (to resume), best.pt (highest validation accuracy), status.json, curves.png.
-Exit status: 0 if the run ended at or above `target`, 1 if below it or if it failed, 2 for a mistake
-in the settings, 128 + signal number if it was stopped.
+Exit status: 0 if the run ended at or above `target_accuracy`, 1 if below it or if it failed,
+2 for a mistake in the settings, 128 + signal number if it was stopped.
 """
 
 import math
@@ -50,28 +50,28 @@ class TrainConfig:
     n_epochs: int = 10  # passes over the training set; 0 prints the model and stops
     max_steps: int = 0  # stop after this many optimizer steps instead; 0: by epochs
     batch_size: int = 32  # sequences per optimizer step, over all ranks and micro-batches
-    accumulate: int = 1  # micro-batches into which each rank splits its part, to save memory
+    grad_accum_steps: int = 1  # micro-batches into which each rank splits its part, to save memory
     parallel: str = "ddp"  # under torchrun: ddp (each rank has the model) or fsdp (a shard of it)
     # -- optimizer
     lr: float = 1e-3  # highest learning rate of AdamW
-    schedule: str = "exponential"  # exponential (by lr_gamma), cosine, linear (to lr_min), constant
+    lr_schedule: str = "exponential"  # or cosine, linear (to lr_min_ratio), constant; see SCHEDULES
     lr_gamma: float = 0.95  # factor an epoch of the exponential schedule
-    lr_min: float = 0.0  # cosine, linear: fraction of lr at the last step
+    lr_min_ratio: float = 0.0  # cosine, linear: fraction of lr at the last step
     warmup_steps: int = 0  # raise the learning rate from 0 over this many steps
     weight_decay: float = 0.0  # AdamW's, on matrices only
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.999  # AdamW's decay of the mean squared gradient
     clip_grad: float = 1.0  # scale gradients down to this norm; 0: never
-    nan_limit: int = 5  # give up after this many steps in a row with NaN or inf in the gradient
+    max_skipped_steps: int = 5  # give up after so many steps in a row with a NaN or inf gradient
     # -- evaluation, log and checkpoints
     eval_interval: int = 0  # steps between evaluations on the val split; 0: an epoch
-    save_every: int = 0  # steps between checkpoints, besides those at evaluations; 0: only those
+    save_interval: int = 0  # steps between checkpoints, besides those at evaluations; 0: only those
     eval_batch_size: int = 100  # sequences in a forward pass of an evaluation
     log_interval: int = 20  # steps between lines of log.jsonl
-    mem_stats_every: int = 0  # memory models: steps between log lines on the use of slots; 0: none
+    mem_log_interval: int = 0  # memory models: steps between log lines on the use of slots; 0: none
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
-    target: float = 0.0  # exit with status 1 if test token accuracy ends below this
-    target_slice: str = ""  # slice=value for target, stop_accuracy and best.pt; empty: all labels
+    target_accuracy: float = 0.0  # exit with status 1 if test token accuracy ends below this
+    target_slice: str = ""  # slice=value that both and best.pt look at; empty: all labels
     # -- weights to begin with
     init_from: str = ""  # load weights of this run, checkpoint file or torch.distributed folder
     init_step: int = -1  # which of its steps; -1: the latest
@@ -87,28 +87,30 @@ class TrainConfig:
     exp_group: str = "0"  # label in the run's name
     run_name: str = ""  # name of the run directory; empty: made from the settings and the time
     resume: str = ""  # a run directory to continue; its config.json holds the settings
-    export: str = ""  # with resume: rewrite the checkpoints as one `file` each or `shards`, stop
+    export_checkpoint: str = ""  # with resume: rewrite checkpoints as `file` or `shards`, stop
     # -- machine
     seed: int = 0  # of the initial weights and of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
     compile: bool = False  # torch.compile: 10-60 s at the start, then 1.1 times as fast on a CPU
-    threads: int = 0  # CPU threads; 0: torch's choice. Another number changes the last bits
+    num_threads: int = 0  # CPU threads; 0: torch's choice. Another number changes the last bits
 
     def check(self):
         at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "clip_grad")
-        at_least(self, 0, "eval_interval", "save_every", "mem_stats_every")
+        at_least(self, 0, "eval_interval", "save_interval", "mem_log_interval")
         at_least(self, 0, "synthetic_start_step", "synthetic_end_step")
-        at_least(self, 1, "accumulate", "nan_limit", "eval_batch_size", "log_interval")
+        at_least(self, 1, "grad_accum_steps", "max_skipped_steps")
+        at_least(self, 1, "eval_batch_size", "log_interval")
         within(self, 1, 2**24, "batch_size")
-        within(self, 0, 1024, "threads")
-        within(self, 0, 1, "lr_gamma", "lr_min", "stop_accuracy", "target", "synthetic_weight")
+        within(self, 0, 1024, "num_threads")
+        within(self, 0, 1, "lr_gamma", "lr_min_ratio", "stop_accuracy", "target_accuracy")
+        within(self, 0, 1, "synthetic_weight")
         within(self, 0, 0.99999, "beta1", "beta2")
         within(self, 0, 2**62, "seed")
-        one_of(self, SCHEDULES, "schedule")
+        one_of(self, SCHEDULES, "lr_schedule")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, PARALLEL, "parallel")
-        one_of(self, ("", *CHECKPOINT_FORMATS), "export")
+        one_of(self, ("", *CHECKPOINT_FORMATS), "export_checkpoint")
         require(self.lr > 0, f"lr={self.lr} must be above 0", "lr")
         start, end = self.synthetic_start_step, self.synthetic_end_step
         message = f"synthetic_end_step={end} must be above synthetic_start_step={start}"
@@ -119,16 +121,16 @@ class TrainConfig:
             allowed = "letters, digits, . _ - only"
             message = f"{name}={value!r} becomes part of a directory name: {allowed}"
             require(is_name, message, name)
-        message = "accumulate must not exceed batch_size"
-        require(self.accumulate <= self.batch_size, message, "accumulate")
+        message = "grad_accum_steps must not exceed batch_size"
+        require(self.grad_accum_steps <= self.batch_size, message, "grad_accum_steps")
 
     def unused(self):
         """{setting: why it has no effect beside the others}"""
         reasons = {}
-        if self.schedule != "exponential":
-            reasons["lr_gamma"] = f"schedule is {self.schedule}"
-        if self.schedule not in ("cosine", "linear"):
-            reasons["lr_min"] = f"schedule is {self.schedule}"
+        if self.lr_schedule != "exponential":
+            reasons["lr_gamma"] = f"lr_schedule is {self.lr_schedule}"
+        if self.lr_schedule not in ("cosine", "linear"):
+            reasons["lr_min_ratio"] = f"lr_schedule is {self.lr_schedule}"
         if not self.init_from:
             reasons |= dict.fromkeys(("init_step", "init_map"), "there is no init_from")
         if not self.synthetic_dataset:
@@ -155,7 +157,7 @@ def main(argv=None):
     # from top to bottom. The main rank prints and writes; the others only compute.
     with process_group(settings.train.device) as world:
         settings = after_restart(settings, world)
-        if settings.train.export:
+        if settings.train.export_checkpoint:
             return export_checkpoints(settings, world)
         run = Run.resume(settings, world) if settings.resume else Run.create(settings, world)
         run.print_summary()
@@ -211,7 +213,7 @@ def train(run, stop):
             run.save("ckpt", optimizer)
             if is_last or (c.stop_accuracy and accuracy >= c.stop_accuracy):
                 return "finished"
-        elif c.save_every and step % c.save_every == 0 and step > 0:
+        elif c.save_interval and step % c.save_interval == 0 and step > 0:
             run.save("ckpt", optimizer)
 
         # Forward and backward, in micro-batches to simulate a larger batch than fits in memory.
@@ -230,7 +232,7 @@ def train(run, stop):
 
         # Memory layers count their reads, and balance them between their slots.
         if hasattr(model, "on_step_end"):
-            must_report = c.mem_stats_every > 0 and state["step"] % c.mem_stats_every == 0
+            must_report = c.mem_log_interval > 0 and state["step"] % c.mem_log_interval == 0
             usage = model.on_step_end(must_report)
             if usage:
                 run.write_log(kind="memory", step=state["step"], layers=usage)
@@ -242,8 +244,8 @@ def train(run, stop):
             run.log_step(mean_loss, lr, grad_norm=norm.item(), skipped=not is_finite)
 
         # A few bad gradients in a row can be bad luck; more of them do not heal.
-        if state["bad_steps"] >= c.nan_limit:
-            times = f"{c.nan_limit} steps in a row"
+        if state["bad_steps"] >= c.max_skipped_steps:
+            times = f"{c.max_skipped_steps} steps in a row"
             run.print(f"stopped: the gradient was not finite {times}; {LOWER_LR}")
             return "failed"
 
@@ -265,7 +267,7 @@ def forward_backward(run, step, stop):
     c = run.settings.train
     indices = np.asarray(run.data.batch_indices(step, c.batch_size))
     batches = []
-    for number, mine in micro_batches(indices, run.world, c.accumulate):
+    for number, mine in micro_batches(indices, run.world, c.grad_accum_steps):
         # The last batch of an epoch may leave nothing for this rank. DDP and FSDP wait for every
         # rank in every pass, so it computes one sequence more, with weight 0.
         is_real = len(mine) > 0
@@ -312,11 +314,11 @@ def exponential(c, epoch, progress):
 
 
 def cosine(c, epoch, progress):
-    return c.lr_min + (1 - c.lr_min) * (1 + math.cos(math.pi * progress)) / 2
+    return c.lr_min_ratio + (1 - c.lr_min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def linear(c, epoch, progress):
-    return c.lr_min + (1 - c.lr_min) * (1 - progress)
+    return c.lr_min_ratio + (1 - c.lr_min_ratio) * (1 - progress)
 
 
 def constant(c, epoch, progress):
@@ -336,7 +338,7 @@ def learning_rate(c, step, steps_per_epoch, total_steps):
     warmup = min(1.0, (step + 1) / c.warmup_steps) if c.warmup_steps else 1.0
     epoch = step // steps_per_epoch
     progress = min(1.0, step / max(1, total_steps))
-    return c.lr * warmup * SCHEDULES[c.schedule](c, epoch, progress)
+    return c.lr * warmup * SCHEDULES[c.lr_schedule](c, epoch, progress)
 
 
 def configure_optimizer(model, c):

@@ -112,7 +112,7 @@ def or_nan(x):
 
 
 # Settings that may differ between runs of one line in the figure.
-NOT_COMPARED = ("seed", "run_name", "log_dir", "exp_group", "device", "threads")
+NOT_COMPARED = ("seed", "run_name", "log_dir", "exp_group", "device", "num_threads")
 
 
 def read_result(folder):

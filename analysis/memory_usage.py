@@ -281,7 +281,7 @@ def track(run):
             mean, n_slots = f"{cell['value']:.1%}", cell["n"]
             print(f"layer {n}: {mean} of a slot's reads are at one token (mean of {n_slots} slots)")
         if not log:
-            print("no usage of slots in log.jsonl: train with --mem_stats_every 100")
+            print("no usage of slots in log.jsonl: train with --mem_log_interval 100")
     metrics = {"share of a slot's most frequent token": by_layer}
     metrics["while training"] = log[-1]["layers"] if log else {}
 

@@ -106,7 +106,7 @@ def data_of(path):
     if not os.path.exists(path):
         return None
     saved = read_record(path, {"data": "dict", "data_sha256": "dict"})
-    only_training = ("curriculum", "train_cells", "fresh", "n_train_examples")
+    only_training = ("curriculum", "train_sizes", "infinite_data", "n_train_examples")
     data = {k: v for k, v in saved["data"].items() if k not in only_training}
     return data, saved["data_sha256"]
 

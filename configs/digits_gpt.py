@@ -15,15 +15,15 @@ dk = dv = 32
 n_heads = 4
 n_layers = 2
 use_ffn = True
-conv = 8
+conv_size = 8
 init_std = 0.5
 
 lr = 4e-3
 warmup_steps = 50
-schedule = "cosine"
+lr_schedule = "cosine"
 batch_size = 256
 max_steps = 500
 eval_interval = 100
 
 target_slice = "key=known"
-target = 0.99
+target_accuracy = 0.99

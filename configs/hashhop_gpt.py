@@ -18,15 +18,15 @@ dim = 128
 dk = dv = 32
 n_heads = 4
 n_layers = 2
-conv = 12
-pos = "none"
+conv_size = 12
+pos_emb = "none"
 
 lr = 6e-3
 warmup_steps = 50
-schedule = "cosine"
+lr_schedule = "cosine"
 batch_size = 32
 max_steps = 400
 eval_interval = 100
 
 target_slice = "hops=1"
-target = 0.99
+target_accuracy = 0.99

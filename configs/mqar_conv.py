@@ -11,18 +11,18 @@ large ones of mqar_gpt.py. Compare architectures with the same convolution in al
 model = "gpt"
 n_layers = 2
 dk = dv = 48
-conv = 4
-pos = "none"
+conv_size = 4
+pos_emb = "none"
 init_std = 0.02
 
 curriculum = [(2, 30), (8, 30)]  # (pairs, steps), then 32
-fresh = True
+infinite_data = True
 
 lr = 6e-3
 warmup_steps = 30
-schedule = "cosine"
+lr_schedule = "cosine"
 max_steps = 200
 eval_interval = 20
 stop_accuracy = 0.998
 
-target = 0.995
+target_accuracy = 0.995

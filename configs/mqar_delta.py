@@ -14,13 +14,13 @@ dk = 48
 dv = 43
 
 curriculum = [(2, 60), (8, 40)]  # (pairs, steps), then 32
-fresh = True
+infinite_data = True
 
 lr = 1e-2
 warmup_steps = 30
-schedule = "cosine"
+lr_schedule = "cosine"
 max_steps = 600
 eval_interval = 50
 stop_accuracy = 0.993
 
-target = 0.99
+target_accuracy = 0.99

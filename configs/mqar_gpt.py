@@ -14,13 +14,13 @@ dk = dv = 48
 init_std = 1.0
 
 curriculum = [(2, 100), (8, 50)]  # (pairs, steps), then 32
-fresh = True
+infinite_data = True
 
 lr = 12e-3
 warmup_steps = 30
-schedule = "cosine"
+lr_schedule = "cosine"
 max_steps = 300
 eval_interval = 50
 stop_accuracy = 0.993
 
-target = 0.99
+target_accuracy = 0.99

@@ -10,16 +10,16 @@ dk = 48
 dv = 43
 
 num_kv_pairs = 24
-updates = 12
+num_updates = 12
 
 curriculum = [(2, 60), (8, 40)]  # (pairs, steps), then 24
-fresh = True
+infinite_data = True
 
 lr = 1e-2
 warmup_steps = 30
-schedule = "cosine"
+lr_schedule = "cosine"
 max_steps = 600
 eval_interval = 50
 stop_accuracy = 0.99
 
-target = 0.97
+target_accuracy = 0.97

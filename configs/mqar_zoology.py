@@ -12,22 +12,22 @@ model = "gpt"
 dim = dk = dv = 64
 n_layers = 2
 n_heads = 1
-conv = 4
-pos = "none"
+conv_size = 4
+pos_emb = "none"
 init_std = 0.02
 
 vocab_size = 8192
-train_cells = [(64, 4), (128, 8), (256, 16), (512, 64)]  # (tokens, pairs)
+train_sizes = [(64, 4), (128, 8), (256, 16), (512, 64)]  # (tokens, pairs)
 curriculum = [(2, 60), (8, 40)]  # (pairs, steps), then the cells in turn
-fresh = True
+infinite_data = True
 n_val_examples = 100
 n_test_examples = 1000
 
 lr = 6e-3
 warmup_steps = 30
-schedule = "cosine"
+lr_schedule = "cosine"
 max_steps = 300
 eval_interval = 40
 stop_accuracy = 0.9985
 
-target = 0.995
+target_accuracy = 0.995

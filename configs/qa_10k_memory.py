@@ -6,8 +6,8 @@
 model = "memory"
 memory_layers = (0, 1)
 mem_n_keys = 48
-mem_value_lr = 4.0
-mem_stats_every = 100
+mem_value_lr_scale = 4.0
+mem_log_interval = 100
 
 data = "data_synth"
 task = "qa"
@@ -17,15 +17,15 @@ dim = 64
 dk = dv = 16
 n_heads = 4
 n_layers = 2
-conv = 8
+conv_size = 8
 init_std = 0.5
 
 lr = 4e-3
 warmup_steps = 50
-schedule = "cosine"
+lr_schedule = "cosine"
 batch_size = 512
 max_steps = 800
 eval_interval = 200
 
 target_slice = "exposures=128"
-target = 0.99
+target_accuracy = 0.99

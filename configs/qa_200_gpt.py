@@ -12,15 +12,15 @@ dk = dv = 16
 n_heads = 4
 n_layers = 2
 use_ffn = True
-conv = 8
+conv_size = 8
 init_std = 0.5
 
 lr = 3e-3
 warmup_steps = 30
-schedule = "cosine"
+lr_schedule = "cosine"
 batch_size = 128
 max_steps = 300
 eval_interval = 100
 
 target_slice = "exposures=128"
-target = 0.99
+target_accuracy = 0.99

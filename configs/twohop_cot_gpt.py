@@ -21,10 +21,10 @@ init_std = 0.3
 lr = 4e-3
 weight_decay = 0.1
 warmup_steps = 50
-schedule = "cosine"
+lr_schedule = "cosine"
 batch_size = 512
 max_steps = 600
 eval_interval = 200
 
 target_slice = "query=in-distribution"
-target = 0.98
+target_accuracy = 0.98

@@ -6,8 +6,8 @@
 model = "memory_router"
 memory_layers = (0, 1, 2)
 mem_n_keys = 24
-mem_value_lr = 4.0
-mem_stats_every = 100
+mem_value_lr_scale = 4.0
+mem_log_interval = 100
 
 data = "data_synth"
 task = "twohop"
@@ -25,10 +25,10 @@ init_std = 0.3
 lr = 4e-3
 weight_decay = 0.1
 warmup_steps = 50
-schedule = "cosine"
+lr_schedule = "cosine"
 batch_size = 512
 max_steps = 600
 eval_interval = 200
 
 target_slice = "query=in-distribution"
-target = 0.98
+target_accuracy = 0.98

@@ -22,10 +22,10 @@ init_std = 0.3
 lr = 4e-3
 weight_decay = 0.1
 warmup_steps = 50
-schedule = "cosine"
+lr_schedule = "cosine"
 batch_size = 512
 max_steps = 800
 eval_interval = 200
 
 target_slice = "query=trained"
-target = 0.99
+target_accuracy = 0.99

@@ -9,8 +9,8 @@ It composes once the entity in between is spelled out: configs/twohop_cot_memory
 model = "memory"
 memory_layers = (0, 1, 2)
 mem_n_keys = 24
-mem_value_lr = 4.0
-mem_stats_every = 100
+mem_value_lr_scale = 4.0
+mem_log_interval = 100
 
 data = "data_synth"
 task = "twohop"
@@ -27,10 +27,10 @@ init_std = 0.3
 lr = 4e-3
 weight_decay = 0.1
 warmup_steps = 50
-schedule = "cosine"
+lr_schedule = "cosine"
 batch_size = 512
 max_steps = 800
 eval_interval = 200
 
 target_slice = "query=trained"
-target = 0.99
+target_accuracy = 0.99

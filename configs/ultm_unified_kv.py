@@ -37,4 +37,4 @@ clip_grad = 1.0
 log_interval = 20
 
 stop_accuracy = 0.99  # not in the document
-target = 0.985
+target_accuracy = 0.985

@@ -173,7 +173,7 @@ class Llama(nn.Module):
         limit = len(self.rope_table)
         message = f"a prompt of {length} tokens is longer than the {limit} positions of this model"
         hint = "give fewer shots or templates, or shorter ones"
-        require(length <= limit, f"{message}; {hint}", "shots")
+        require(length <= limit, f"{message}; {hint}", "num_shots")
 
     @torch.no_grad()
     def logits(self, x):

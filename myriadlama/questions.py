@@ -12,18 +12,18 @@ def choose_facts(config):
     """-> facts to ask, {relation: facts to show as examples}"""
     facts = fact_files.read_facts(config.path, "path")
     rng = np.random.default_rng(config.seed)
-    if config.shots == 0:
+    if config.num_shots == 0:
         examples = {fact["relation"]: [] for fact in facts}
     elif config.shots_path:
         pool = fact_files.read_facts(config.shots_path, "shots_path")
         pool = prompts.exclude(pool, facts)
         relations = dict.fromkeys(fact["relation"] for fact in facts)
-        examples = prompts.sample_few_shot(pool, relations, config.shots, rng)
+        examples = prompts.sample_few_shot(pool, relations, config.num_shots, rng)
     else:
-        examples, facts = prompts.split_few_shot(facts, config.shots, rng)
-    if config.shots and not config.same_relation:
+        examples, facts = prompts.split_few_shot(facts, config.num_shots, rng)
+    if config.num_shots and not config.same_relation:
         everything = sum(examples.values(), [])
-        some = [everything[i] for i in rng.permutation(len(everything))[: config.shots]]
+        some = [everything[i] for i in rng.permutation(len(everything))[: config.num_shots]]
         examples = dict.fromkeys(examples, some)
     if 0 < config.max_samples < len(facts):
         facts = spread_over_relations(facts, config.max_samples, rng)

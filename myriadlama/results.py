@@ -51,7 +51,7 @@ NOT_IN_KEY = (
     "max_samples",
     "batch_size",
     "device",
-    "threads",
+    "num_threads",
     "lemmaize",
     "draw_mask",
 )

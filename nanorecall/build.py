@@ -83,9 +83,9 @@ def resolve(assignments, train_config, recorded=None):
         raise ConfigError(f"{source}: {e}" if source else str(e)) from None
     reject_unknown(assignments, train_config, model_module.Config, data_module.Config)
     c = build_config(train_config, assignments)
-    message = f"mem_stats_every={c.mem_stats_every} has no effect: {c.model} has no memory layers"
+    message = f"mem_log_interval={c.mem_log_interval} has no effect: {c.model} has no memory layers"
     has_memory = hasattr(model_class, "on_step_end")
-    require(not c.mem_stats_every or has_memory, message, "mem_stats_every")
+    require(not c.mem_log_interval or has_memory, message, "mem_log_interval")
     data = build_config(data_module.Config, assignments)
     return Settings(c, model_module, model_class, data_module, data, assignments, user_files.files)
 
@@ -218,7 +218,7 @@ def training_advice(model, device):
     """
     bytes_each = 16  # float32: weight, gradient, and AdamW's two moments
     if 2 * bytes_each * count_parameters(model)["total"] < memory_size(device):
-        return "raise accumulate or lower batch_size or eval_batch_size"
+        return "raise grad_accum_steps or lower batch_size or eval_batch_size"
     sizes = describe_size(model, bytes_each)
     return f"with gradients and AdamW's moments the model is too large: {sizes}; make that smaller"
 

@@ -1,7 +1,7 @@
 """The run directory: files that a crash, a full disk or a second process cannot spoil.
 
-    python train.py --resume runs/RUN --export file      # rewrite the checkpoints as one file each
-    python train.py --resume runs/RUN --export shards    # or as shards; every script reads either
+    python train.py --resume runs/RUN --export_checkpoint file    # one file each
+    python train.py --resume runs/RUN --export_checkpoint shards  # or shards; all scripts read both
 
 <log_dir>/<run>/ holds config.json, log.jsonl, status.json and the checkpoints ckpt.pt (latest),
 ckpt_prev.pt (the one before) and best.pt.

@@ -147,28 +147,28 @@ def shutdown():
         dist.destroy_process_group()
 
 
-def micro_batches(indices, world, accumulate):
+def micro_batches(indices, world, grad_accum_steps):
     """Split the global batch of a step over ranks and micro-batches.
 
     indices: the examples of the step -> [(number of the micro-batch, its indices)] for this rank.
     A micro-batch is empty if there are fewer examples than micro-batches.
     """
-    count = world.size * accumulate
+    count = world.size * grad_accum_steps
     found = []
-    for i in range(world.rank * accumulate, (world.rank + 1) * accumulate):
+    for i in range(world.rank * grad_accum_steps, (world.rank + 1) * grad_accum_steps):
         start, end = len(indices) * i // count, len(indices) * (i + 1) // count
         found.append((i, indices[start:end]))
     return found
 
 
-def describe_batch(batch_size, world, accumulate):
+def describe_batch(batch_size, world, grad_accum_steps):
     """One line on how a global batch is split; ConfigError if it does not divide."""
-    count = world.size * accumulate
+    count = world.size * grad_accum_steps
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
-    split = f"{ranks} x {accumulate} micro-batches; a multiple of {count} does"
+    split = f"{ranks} x {grad_accum_steps} micro-batches; a multiple of {count} does"
     message = f"batch_size={batch_size} does not divide into {split}"
     require(batch_size % count == 0, message, "batch_size")
-    return f"batch: {batch_size} = {ranks} x {accumulate} micro x {batch_size // count} rows"
+    return f"batch: {batch_size} = {ranks} x {grad_accum_steps} micro x {batch_size // count} rows"
 
 
 # ---- device --------------------------------------------------------------------------------------

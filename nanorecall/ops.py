@@ -397,8 +397,8 @@ def rope_table(width, seq_len, dtype=None):
     dtype (None: torch's default), or float32 if that is wider: bfloat16 cannot tell position 257
     from 256.
     """
-    message = f"pos=rope turns features in pairs, so a key's width must be even, not {width}"
-    require(width % 2 == 0, f"{message}; or set pos=none", "pos")
+    message = f"pos_emb=rope turns features in pairs, so a key's width must be even, not {width}"
+    require(width % 2 == 0, f"{message}; or set pos_emb=none", "pos_emb")
     dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
     exponent = -torch.arange(0, width, 2, dtype=dtype) / width
     angle = torch.outer(torch.arange(seq_len, dtype=dtype), 10000.0**exponent)

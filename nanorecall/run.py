@@ -89,9 +89,9 @@ from nanorecall.settings import (
 from nanorecall.source_files import REPO, is_main_rank
 
 RESUMABLE = (  # settings that may change when a run is resumed
-    *("n_epochs", "max_steps", "stop_accuracy", "target", "log_interval", "eval_interval"),
-    *("save_every", "nan_limit", "accumulate", "parallel", "export", "device", "threads"),
-    "compile",
+    *("n_epochs", "max_steps", "stop_accuracy", "target_accuracy", "log_interval", "eval_interval"),
+    *("save_interval", "max_skipped_steps", "grad_accum_steps", "parallel"),
+    *("export_checkpoint", "device", "num_threads", "compile"),
 )
 # Where things are does not change the weights. What is in them, check_data_unchanged compares.
 PATHS = (
@@ -118,11 +118,11 @@ class Run:
         """Build data and model. Every rank does the same, and the ranks agree on each error."""
         c = settings.train
         self.settings, self.world, self.folder = settings, world, settings.resume
-        if c.threads:
-            torch.set_num_threads(c.threads)
+        if c.num_threads:
+            torch.set_num_threads(c.num_threads)
         with world.agree():
             self.device, self.dtype, self.device_line = autodetect_device(c, world)
-        self.batch_line = describe_batch(c.batch_size, world, c.accumulate)
+        self.batch_line = describe_batch(c.batch_size, world, c.grad_accum_steps)
         with world.agree():
             self.data = build_data(settings)
         for note in getattr(self.data, "notes", ()):
@@ -262,10 +262,11 @@ class Run:
     def resumed_config(self, path):
         """config.json with this start added; says what differs from the run's first start."""
         c, step = self.settings.train, self.state["step"]
-        config = read_record(path, {"world_size": "count", "threads": "count"})
+        config = read_record(path, {"world_size": "count", "num_threads": "count"})
         check_kinds(config.get("resumed", []), "list", f"{path}: 'resumed'")
-        if (config["world_size"], config["threads"]) != (self.world.size, torch.get_num_threads()):
-            began = f"{config['world_size']} ranks of {config['threads']} threads"
+        now = self.world.size, torch.get_num_threads()
+        if (config["world_size"], config["num_threads"]) != now:
+            began = f"{config['world_size']} ranks of {config['num_threads']} threads"
             note = f"note: the run began with {began}; with other numbers its last bits will differ"
             self.world.print0(note)
         if self.checkpoint:
@@ -362,7 +363,7 @@ class Run:
         new = learning_rate(c, step, each, new_end)
         if learning_rate(c, step, each, old_end) != new:
             last = learning_rate(c, max(0, step - 1), each, old_end)
-            end = f"the {c.schedule} schedule now ends at step {new_end} instead of {old_end}"
+            end = f"the {c.lr_schedule} schedule now ends at step {new_end} instead of {old_end}"
             jump = f"the learning rate goes from {last:.3g} to {new:.3g}"
             self.world.print0(f"note: {end}: {jump}")
 
@@ -484,7 +485,7 @@ class Run:
             return 0
         where = f" on {c.target_slice}" if c.target_slice else ""
         reached = slice_accuracy(test, c.target_slice)
-        print(f"below target{where}: {reached:.4f} < {c.target}", file=sys.stderr)
+        print(f"below target{where}: {reached:.4f} < {c.target_accuracy}", file=sys.stderr)
         return 1
 
     # ---- for pandas ----
@@ -515,10 +516,10 @@ def describe_test(test, tested, c):
     """What status.json says of the test. test: what evaluate returned, None if cut short."""
     if test is None:
         return {"status": "preempted"}
-    about = {"tested": tested, "target": c.target, "test": test}
+    about = {"tested": tested, "target_accuracy": c.target_accuracy, "test": test}
     if not math.isfinite(test["loss"]):
         return {"status": "failed", **about}
-    is_reached = slice_accuracy(test, c.target_slice) >= c.target
+    is_reached = slice_accuracy(test, c.target_slice) >= c.target_accuracy
     return {"status": "finished" if is_reached else "below target", **about}
 
 
@@ -555,7 +556,7 @@ TESTED_STATUS = {  # status.json of a run that was tested
     "status": "text",
     "step": "count",
     "seconds": "number",
-    "target": "number",
+    "target_accuracy": "number",
     "test": {
         "accuracy": "share",
         "labels": "size",
@@ -574,7 +575,8 @@ def read_ended_status(folder, state, c, last_step):
     with contextlib.suppress(ConfigError):
         status = read_record(os.path.join(folder, "status.json"), TESTED_STATUS)
     was_tested = status.get("status") in ("finished", "below target")
-    if not was_tested or status["target"] != c.target or status["step"] != state["step"]:
+    same_target = was_tested and status["target_accuracy"] == c.target_accuracy
+    if not same_target or status["step"] != state["step"]:
         return None
     is_accurate = c.stop_accuracy and state["best"] >= c.stop_accuracy
     return status if state["step"] >= last_step or is_accurate else None
@@ -618,11 +620,11 @@ def find_restarted_run(log_dir):
 
 
 def export_checkpoints(settings, world):
-    """Rewrite the checkpoints of a run as settings.train.export says -> exit status."""
+    """Rewrite the checkpoints of a run as settings.train.export_checkpoint says -> exit status."""
     message = "export is the work of one process; run it without torchrun"
-    require(world.size == 1, message, "export")
+    require(world.size == 1, message, "export_checkpoint")
     lock = lock_run_dir(settings.resume)
-    convert_checkpoints(settings.resume, settings.train.export, world)
+    convert_checkpoints(settings.resume, settings.train.export_checkpoint, world)
     unlock(lock)
     return 0
 
@@ -694,7 +696,7 @@ def run_metadata(run):
         },
         "device": str(run.device),
         "dtype": str(run.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
+        "num_threads": torch.get_num_threads(),
         "world_size": run.world.size,
         "launch": launch_id(),
         "parameters": count_parameters(run.model),
@@ -788,8 +790,8 @@ def read_command_line(argv, train_config, doc, common=()):
     resume = [s for s in assignments if s.key == "resume"]
     if not resume:
         settings = resolve(assignments, train_config)
-        message = "--export rewrites the checkpoints of a run: name it with --resume"
-        require(not settings.train.export, message, "export")
+        message = "--export_checkpoint rewrites the checkpoints of a run: name it with --resume"
+        require(not settings.train.export_checkpoint, message, "export_checkpoint")
         return settings
     folder = str(resume[-1].value)
     require(folder, f"{resume[-1].source}: resume needs a run directory", "resume")

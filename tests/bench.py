@@ -117,7 +117,7 @@ def count_flops(step):
 
 def train_rows(rounds):
     """A training step of configs/mqar_gpt.py on 32 pairs, against a plain loop: all logits, torch's default AdamW."""
-    data = data_mqar.Data(data_mqar.Config(fresh=True))
+    data = data_mqar.Data(data_mqar.Config(infinite_data=True))
     text, targets, _ = data.batch("train", 0, data.batch_indices(0, 32))
 
     def stepper(loss_of, compiled=False):
@@ -268,11 +268,11 @@ def length_rows(rounds):
     """A training step of DeltaNet against GPT of the same sizes: with the same convolution, with none, and as shipped."""
     peak, peak_flops = make_peak()
     for T in (128, 512, 2048) if rounds < 5 else (128, 256, 512, 1024, 2048):
-        data = data_mqar.Data(data_mqar.Config(fresh=True, input_seq_len=T))
+        data = data_mqar.Data(data_mqar.Config(infinite_data=True, input_seq_len=T))
         text, targets, _ = data.batch("train", 0, data.batch_indices(0, 4096 // T))
         sizes = dict(dk=48, dv=48, seq_len=T)
-        models = {f"DeltaNet, conv {conv}": D.DeltaNet(D.Config(conv=conv, **sizes)) for conv in (4, 0)}
-        models |= {f"GPT, conv {conv}": M.GPT(M.Config(conv=conv, **sizes)) for conv in (4, 0)}
+        models = {f"DeltaNet, conv {conv}": D.DeltaNet(D.Config(conv_size=conv, **sizes)) for conv in (4, 0)}
+        models |= {f"GPT, conv {conv}": M.GPT(M.Config(conv_size=conv, **sizes)) for conv in (4, 0)}
         steps = {name: make_stepper(m, lambda m: m(text, targets)[1]) for name, m in models.items()}
         times = take_turns(steps | {"peak": peak}, rounds)
         for ours, peer in ((4, 4), (0, 0), (4, 0)) if T == 128 else ((4, 4),):

@@ -19,7 +19,7 @@ from nanorecall.settings import ConfigError
 from nanorecall.stats import clustered_mean_ci
 from test_look import latest
 
-SIZES = dict(dim=16, n_layers=3, n_heads=2, dk=8, dv=8, conv=2, vocab_size=11, seq_len=9)
+SIZES = dict(dim=16, n_layers=3, n_heads=2, dk=8, dv=8, conv_size=2, vocab_size=11, seq_len=9)
 SLOTS = dict(memory_layers=(0, 2), mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
 
 
@@ -44,7 +44,7 @@ MODELS = [
     ("apart", dict(mem_share_values=False)),
     ("gated", dict(mem_gated=True, mem_v_dim=4)),
     ("sigmoid", dict(mem_score="sigmoid", residual_mul=True)),
-    ("biased", dict(mem_balance=0.01)),  # slots are chosen in another order than that of their scores
+    ("biased", dict(mem_balance_rate=0.01)),  # slots are chosen in another order than that of their scores
 ]
 
 
@@ -58,12 +58,12 @@ def model(request):
 def runs(tmp_path_factory):
     """Runs that answer some rows rightly: two memory layers, one, and MQAR with gpt and delta."""
     folder = tmp_path_factory.mktemp("runs")
-    small = "--dim=32 --dk=16 --dv=16 --conv=8 --init_std=1 --lr=1e-2 --threads=1 --batch_size=64 --eval_interval=150"
+    small = "--dim=32 --dk=16 --dv=16 --conv_size=8 --init_std=1 --lr=1e-2 --num_threads=1 --batch_size=64 --eval_interval=150"
     facts = (
         "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=2 --model=memory --mem_n_keys=8 --mem_k_dim=16"
     )
-    facts += " --mem_knn=4 --mem_heads=2 --mem_value_lr=4 --max_steps=150"
-    mqar = "--n_layers=2 --vocab_size=32 --input_seq_len=16 --num_kv_pairs=2 --n_val_examples=40 --n_test_examples=40 --fresh=1"
+    facts += " --mem_knn=4 --mem_heads=2 --mem_value_lr_scale=4 --max_steps=150"
+    mqar = "--n_layers=2 --vocab_size=32 --input_seq_len=16 --num_kv_pairs=2 --n_val_examples=40 --n_test_examples=40 --infinite_data=1"
     for name, words in (
         ("two", f"{small} {facts} --memory_layers=[0,1]"),
         ("one", f"{small} {facts} --memory_layers=[1]"),
@@ -312,7 +312,7 @@ def test_a_row_with_its_own_reading_decodes_as_before():
 def planted(V=9, n=3):
     """A model without attention in which slot s holds what follows token s: (s + 4) mod 9. Tokens and answers are one-hot."""
     c = memory.Config(
-        dim=2 * V, n_layers=1, n_heads=1, dk=2, dv=2, pos="none", vocab_size=V, seq_len=2,
+        dim=2 * V, n_layers=1, n_heads=1, dk=2, dv=2, pos_emb="none", vocab_size=V, seq_len=2,
         memory_layers=(0,), mem_n_keys=n, mem_heads=1, mem_knn=2, mem_k_dim=2 * n, mem_query_norm="none",
     )  # fmt: skip
     model = memory.MemoryGPT(c).eval()

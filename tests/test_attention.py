@@ -105,9 +105,9 @@ KINDS = {
     "gpt": (GPT, dict(n_kv_heads=1)),
     "gpt, learned positions, gates": (
         GPT,
-        dict(pos="learned", q_gated=True, k_gated=True, att_use_output_gate=True),
+        dict(pos_emb="learned", q_gated=True, k_gated=True, att_use_output_gate=True),
     ),
-    "unified_kv, conv, mlp": (UnifiedKV, dict(conv=3, use_ffn=True)),
+    "unified_kv, conv, mlp": (UnifiedKV, dict(conv_size=3, use_ffn=True)),
     "delta": (delta.DeltaNet, {}),
     "gated_delta": (delta.GatedDeltaNet, dict(att_use_output_gate=True)),
 }
@@ -194,14 +194,14 @@ def test_models_of_any_dtype_and_batches_without_rows_tokens_or_labels(kind, dty
 
 
 KEPT = [
-    (GPT, dict(n_kv_heads=1, conv=3)),
-    (GPT, dict(k_kernel="taylor", q_kernel="taylor", v_kernel="exp", pos="none", conv=1)),
+    (GPT, dict(n_kv_heads=1, conv_size=3)),
+    (GPT, dict(k_kernel="taylor", q_kernel="taylor", v_kernel="exp", pos_emb="none", conv_size=1)),
     (GPT, dict(use_att=False, use_ffn=True)),
     (UnifiedKV, dict()),
-    (UnifiedKV, dict(n_kv_heads=1, conv=4, v_kernel="taylor", pos="none")),
+    (UnifiedKV, dict(n_kv_heads=1, conv_size=4, v_kernel="taylor", pos_emb="none")),
     (UnifiedKV, dict(k_gated=True, k_norm="l2", k_kernel="silu")),
-    (delta.DeltaNet, dict(conv=2)),
-    (delta.DeltaNet, dict(conv=0, k_kernel="taylor", q_kernel="taylor", v_kernel="taylor")),
+    (delta.DeltaNet, dict(conv_size=2)),
+    (delta.DeltaNet, dict(conv_size=0, k_kernel="taylor", q_kernel="taylor", v_kernel="taylor")),
     (delta.GatedDeltaNet, dict(n_layers=1)),
 ]
 
@@ -242,7 +242,7 @@ def test_greedy_equals_the_argmax_of_whole_rows(kind):
 def test_reading_beyond_the_positions_is_refused():
     with pytest.raises(ValueError, match="positions for 12 tokens, not for 13"):
         build().forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
-    build(pos="none", conv=2).forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
+    build(pos_emb="none", conv_size=2).forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("ends", [[0, 2, 4], [1, 3, 6], [0, 4, 2, 6], [0], [0, 6, 7]])

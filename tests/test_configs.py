@@ -138,7 +138,7 @@ def test_help_shows_common_settings_first_then_groups():
     ]
 
 
-KEYS = "lr model data n_layers num_kv_pairs curriculum test_cells path use_ffn q_kernel k_norm pos conv dim dk du seed zzz"
+KEYS = "lr model data n_layers num_kv_pairs curriculum test_sizes path use_ffn q_kernel k_norm pos_emb conv_size dim dk du seed zzz"
 KEYS = KEYS.split() + ["run_name", "vocab_size", "seq_len"]
 TEXTS = [
     "",

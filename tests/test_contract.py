@@ -74,7 +74,7 @@ def test_every_parameter_learns(model, batch):
 def test_it_trains_resumes_and_is_evaluated(model_name, tmp_path, capsys):
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
     folder = str(tmp_path / "run")
-    flags += ["--log_dir", str(tmp_path), "--run_name", "run", "--batch_size", "8", "--threads", "1"]
+    flags += ["--log_dir", str(tmp_path), "--run_name", "run", "--batch_size", "8", "--num_threads", "1"]
     assert train.main(["--model", model_name, *flags, "--max_steps", "2"]) == 0
     assert "test accuracy" in capsys.readouterr().out
     assert train.main(["--resume", folder, "--max_steps", "3"]) == 0

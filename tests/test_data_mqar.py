@@ -38,7 +38,7 @@ def solve(tokens, size, alphabet):
     Knows no generator. alphabet: the tokens that its keys are made of.
     """
     c, L = size.config, len(tokens)
-    half, width = c.vocab_size // 2, c.key_len
+    half, width = c.vocab_size // 2, c.key_tokens
     memory, t = {}, 0
     while (
         t < size.storage_len
@@ -66,15 +66,15 @@ def solve(tokens, size, alphabet):
 TASKS = [
     dict(input_seq_len=128, num_kv_pairs=32),
     dict(input_seq_len=64, num_kv_pairs=4, vocab_size=64, random_non_queries=True),
-    dict(input_seq_len=64, num_kv_pairs=8, updates=5, vocab_size=101),
-    dict(input_seq_len=96, num_kv_pairs=6, gap=3, vocab_size=64),
-    dict(input_seq_len=96, num_kv_pairs=9, key_len=2, vocab_size=64),
+    dict(input_seq_len=64, num_kv_pairs=8, num_updates=5, vocab_size=101),
+    dict(input_seq_len=96, num_kv_pairs=6, max_noise=3, vocab_size=64),
+    dict(input_seq_len=96, num_kv_pairs=9, key_tokens=2, vocab_size=64),
     dict(
         input_seq_len=200,
         num_kv_pairs=12,
-        key_len=3,
-        updates=4,
-        gap=2,
+        key_tokens=3,
+        num_updates=4,
+        max_noise=2,
         random_non_queries=True,
         vocab_size=128,
     ),
@@ -89,7 +89,7 @@ def test_a_dict_gives_every_label_and_no_other(task):
     tokens, targets, slices = D.make_sequences(size, "train", np.arange(300))
     assert len(slices["distance"]) == (targets != IGNORE).sum() == 300 * c.num_kv_pairs
     for x, y in zip(tokens.tolist(), targets.tolist()):
-        queried = [x[t - c.key_len + 1 : t + 1] for t in range(len(x)) if y[t] != IGNORE]
+        queried = [x[t - c.key_tokens + 1 : t + 1] for t in range(len(x)) if y[t] != IGNORE]
         alphabet = {token for key in queried for token in key}
         expected = [IGNORE] * len(x)
         for t, value in solve(x, size, alphabet):
@@ -114,7 +114,7 @@ def test_labels_moved_by_one_are_wrong():
 def read_slices(tokens, targets, size):
     """For each label of a row, as a person would read it: how far back its key was stored last, and
     how often it was stored."""
-    c, width, found = size.config, size.config.key_len, []
+    c, width, found = size.config, size.config.key_tokens, []
     for label in (t for t in range(len(tokens)) if targets[t] != IGNORE):
         key = tokens[label - width + 1 : label + 1]
         stored = [
@@ -139,9 +139,9 @@ def test_the_slices_are_what_a_person_would_count(task):
     ]
     powers = [1 << (distance.bit_length() - 1) for distance, _ in found]
     assert slices["distance"].tolist() == powers and len(set(powers)) > 2
-    if c.updates:
+    if c.num_updates:
         assert slices["updated"].tolist() == [times - 1 for _, times in found]
-        assert slices["updated"].sum() == 60 * c.updates
+        assert slices["updated"].sum() == 60 * c.num_updates
     else:
         assert "updated" not in slices
 
@@ -149,7 +149,7 @@ def test_the_slices_are_what_a_person_would_count(task):
 def test_the_slices_of_a_row_by_hand():
     """Two pairs and one of them again, in six tokens, then asked at 6 and 8. From 6 back to 4 are 2
     tokens; from 8 back to 2 are 6, which count as 4."""
-    c = config(input_seq_len=10, num_kv_pairs=2, updates=1, vocab_size=10)
+    c = config(input_seq_len=10, num_kv_pairs=2, num_updates=1, vocab_size=10)
     for row in range(50):
         tokens, targets, slices = D.make_sequences(
             D.TaskSize(10, 2, c), "train", np.arange(row, row + 1)
@@ -166,7 +166,7 @@ def test_the_slices_of_a_row_by_hand():
 
 @pytest.mark.parametrize(
     "task",
-    [dict(gap=3), dict(random_non_queries=True), dict(gap=2, random_non_queries=True)],
+    [dict(max_noise=3), dict(random_non_queries=True), dict(max_noise=2, random_non_queries=True)],
     ids=str,
 )
 def test_noise_is_any_token_but_the_keys_of_its_row(task):
@@ -182,7 +182,7 @@ def test_noise_is_any_token_but_the_keys_of_its_row(task):
         noise = [
             x[t]
             for t in rest
-            if (t < size.storage_len if c.gap else False)
+            if (t < size.storage_len if c.max_noise else False)
             or (t >= size.storage_len and c.random_non_queries)
         ]
         assert [x.count(key) for key in keys] == [2] * 6  # stored and asked, and nowhere else
@@ -196,7 +196,7 @@ def test_noise_is_any_token_but_the_keys_of_its_row(task):
 def test_gaps_are_of_every_length_up_to_the_longest():
     """Tokens of noise after a stored pair: 0, 1, 2 and 3 as often as each other."""
     size, R = (
-        D.TaskSize(64, 6, config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, gap=3)),
+        D.TaskSize(64, 6, config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, max_noise=3)),
         2000,
     )
     tokens, targets, _ = D.make_sequences(size, "train", np.arange(R))
@@ -264,9 +264,9 @@ def test_uniform_without_replacement():
     "extra",
     [
         {},
-        {"fresh": True},
-        {"fresh": True, "curriculum": ((2, 3),)},
-        {"train_cells": ((32, 4), (16, 2))},
+        {"infinite_data": True},
+        {"infinite_data": True, "curriculum": ((2, 3),)},
+        {"train_sizes": ((32, 4), (16, 2))},
     ],
     ids=str,
 )
@@ -318,7 +318,7 @@ def test_splits_share_no_sequence_and_epochs_cover_the_set_in_new_orders():
 
 def test_curriculum_goes_through_its_stages_at_equal_tokens():
     c = config(
-        input_seq_len=64, num_kv_pairs=16, vocab_size=64, curriculum=((2, 3), (4, 2)), fresh=True
+        input_seq_len=64, num_kv_pairs=16, vocab_size=64, curriculum=((2, 3), (4, 2)), infinite_data=True
     )
     data = D.Data(c)
     shapes = [tuple(data.batch("train", s, data.batch_indices(s, 4))[0].shape) for s in range(7)]
@@ -329,8 +329,8 @@ def test_curriculum_goes_through_its_stages_at_equal_tokens():
 def test_sizes_take_turns_and_test_sizes_are_reported_apart():
     c = config(
         vocab_size=256,
-        train_cells=((32, 4), (64, 8)),
-        test_cells=((32, 4), (128, 32)),
+        train_sizes=((32, 4), (64, 8)),
+        test_sizes=((32, 4), (128, 32)),
         n_test_examples=5,
         n_val_examples=5,
     )
@@ -553,16 +553,16 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
         (["--input_seq_len=100"], "at least 128 tokens, not 100"),
         (["--vocab_size=60"], "use at least 66"),
         (["--num_kv_pairs=0"], "at least 1"),
-        (["--updates=40"], "updates=40 exceeds the 32 pairs"),
-        (["--updates=70", "--train_cells=[(512,64)]"], "updates=70 exceeds the 64 pairs"),
-        (["--updates=20"], "32 pairs need a sequence of at least 168 tokens"),
+        (["--num_updates=40"], "num_updates=40 exceeds the 32 pairs"),
+        (["--num_updates=70", "--train_sizes=[(512,64)]"], "num_updates=70 exceeds the 64 pairs"),
+        (["--num_updates=20"], "32 pairs need a sequence of at least 168 tokens"),
         (["--curriculum=[(64,10)]"], "more than input_seq_len"),
-        (["--test_cells=[(128,33)]"], "test_cells"),
-        (["--train_cells=[(64,4),(64,4)]"], "comes twice"),
+        (["--test_sizes=[(128,33)]"], "test_sizes"),
+        (["--train_sizes=[(64,4),(64,4)]"], "comes twice"),
         (["--curriculum=[(2,5),(32,5)]"], "comes twice"),
-        (["--key_len=40", "--input_seq_len=4096"], "key_len=40 is too long"),
+        (["--key_tokens=40", "--input_seq_len=4096"], "key_tokens=40 is too long"),
         (["--path=/nowhere"], "holds no data set"),
-        (["--n_train_examples=1e12"], "fresh=1"),
+        (["--n_train_examples=1e12"], "infinite_data=1"),
         (["--power_a=-1"], "at least 0"),
     ],
 )

@@ -423,7 +423,7 @@ def flags(folder, name, **changes):
         batch_size=8,
         eval_interval=10,
         max_steps=20,
-        threads=1,
+        num_threads=1,
     )
     changes = {
         **toy,
@@ -462,7 +462,7 @@ def test_a_run_on_a_slice(tmp_path, capsys):
         use_ffn=1,
         eval_interval=10,
     )
-    assert train.main(flags(tmp_path, "a", **options, target_slice="exposures=8", target=0.9)) == 0
+    assert train.main(flags(tmp_path, "a", **options, target_slice="exposures=8", target_accuracy=0.9)) == 0
     measured = [r for r in checkpoint.read_log(str(tmp_path / "a")) if r["kind"] == "eval"]
     watched = [(metrics.slice_accuracy(r, "exposures=8"), r["accuracy"]) for r in measured]
     assert (

@@ -60,7 +60,7 @@ def assert_close(a, b, limit=1e-6):
 @pytest.mark.parametrize("model", ["gpt", "unified_kv", "delta"])
 def test_two_ranks_with_a_micro_batch_each_equal_one_rank_with_two_bit_for_bit(on_ranks, tmp_path, model):
     changes = dict(**sizes(model), curriculum="[(2,5)]", lr=1e-2, weight_decay=0.1, clip_grad=0.5)
-    _, one = run(tmp_path, "one", accumulate=2, **{**SHORT, **changes})
+    _, one = run(tmp_path, "one", grad_accum_steps=2, **{**SHORT, **changes})
     two = train_on(on_ranks, 2, tmp_path, "two", **changes)
     assert_same(*(contents(out)[0] for out in (one, two)))
     norms = [[r["grad_norm"] for r in contents(out)[1] if r["kind"] == "train"] for out in (one, two)]
@@ -72,14 +72,14 @@ def test_two_ranks_with_a_micro_batch_each_equal_one_rank_with_two_bit_for_bit(o
 @pytest.mark.parametrize("model", ["gpt", "delta"])
 def test_any_split_of_the_batch_gives_the_same_weights(on_ranks, tmp_path, model):
     _, one = run(tmp_path, "one", model=model, **SHORT)
-    for size, accumulate in ((1, 4), (2, 4), (4, 2)):
-        out = train_on(on_ranks, size, tmp_path, f"r{size}", model=model, accumulate=accumulate)
+    for size, grad_accum_steps in ((1, 4), (2, 4), (4, 2)):
+        out = train_on(on_ranks, size, tmp_path, f"r{size}", model=model, grad_accum_steps=grad_accum_steps)
         assert_close(tensors(out), tensors(one))
 
 
 @pytest.mark.parametrize("model", ["gpt", "unified_kv", "delta"])
 def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
-    changes = dict(**sizes(model), accumulate=2, weight_decay=0.1, tie=1, clip_grad=0.5)
+    changes = dict(**sizes(model), grad_accum_steps=2, weight_decay=0.1, tie_weights=1, clip_grad=0.5)
     ddp, fsdp = (train_on(on_ranks, 2, tmp_path, how, parallel=how, **changes) for how in ("ddp", "fsdp"))
     assert_close(tensors(ddp), tensors(fsdp))
     assert_close(tensors(ddp, "best"), tensors(fsdp, "best"))
@@ -103,18 +103,18 @@ def test_labels_count_alike_wherever_they_are(on_ranks, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.parse([]).data_module.InMemoryMQAR, "batch", uneven)
     _, one = run(tmp_path, "one", **SHORT)
-    assert_close(tensors(train_on(on_ranks, 2, tmp_path, "two", accumulate=8)), tensors(one), 5e-6)
-    assert_close(tensors(train_on(on_ranks, 2, tmp_path, "sharded", accumulate=8, parallel="fsdp")), tensors(one), 5e-6)
+    assert_close(tensors(train_on(on_ranks, 2, tmp_path, "two", grad_accum_steps=8)), tensors(one), 5e-6)
+    assert_close(tensors(train_on(on_ranks, 2, tmp_path, "sharded", grad_accum_steps=8, parallel="fsdp")), tensors(one), 5e-6)
     losses = [[r["loss"] for r in checkpoint.read_log(str(tmp_path / name)) if r["kind"] == "train"] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_a_rank_without_rows_keeps_step(on_ranks, tmp_path):
     """Rows of 64 tokens in a batch of 4 times 16 tokens: one row for four parts."""
-    cells = dict(train_cells="[(64,4)]", test_cells="[(16,4)]", batch_size=4, num_kv_pairs=None)
+    cells = dict(train_sizes="[(64,4)]", test_sizes="[(16,4)]", batch_size=4, num_kv_pairs=None)
     _, one = run(tmp_path, "one", **{**SHORT, **cells})
     for how in ("ddp", "fsdp"):
-        assert_close(tensors(train_on(on_ranks, 2, tmp_path, how, parallel=how, accumulate=2, **cells)), tensors(one))
+        assert_close(tensors(train_on(on_ranks, 2, tmp_path, how, parallel=how, grad_accum_steps=2, **cells)), tensors(one))
 
 
 DROPOUT = """
@@ -138,8 +138,8 @@ def test_dropout_and_frozen_weights(on_ranks, tmp_path, monkeypatch, how):
     file = f"dropout_{how}"  # a name of its own: this process imports both
     (tmp_path / f"{file}.py").write_text(DROPOUT)
     monkeypatch.chdir(tmp_path)
-    changes = dict(model=f"{file}.Mine", accumulate=2, parallel=how)
-    _, one = run(tmp_path, "one", **{**SHORT, **changes, "accumulate": 4})
+    changes = dict(model=f"{file}.Mine", grad_accum_steps=2, parallel=how)
+    _, one = run(tmp_path, "one", **{**SHORT, **changes, "grad_accum_steps": 4})
     two = train_on(on_ranks, 2, tmp_path, "two", **changes)
     assert_close(tensors(two), tensors(one))
     p = load_settings(one, train.TrainConfig)
@@ -147,9 +147,9 @@ def test_dropout_and_frozen_weights(on_ranks, tmp_path, monkeypatch, how):
     assert torch.equal(tensors(two)["model.embed.weight"], initial.embed.weight)
     assert not torch.equal(tensors(two)["model.lm_head.weight"], initial.lm_head.weight)
     assert not any(name.startswith("optimizer.embed.") for name in tensors(two))
-    train_on(on_ranks, 2, tmp_path, "parts", **changes, schedule="constant", max_steps=10)
+    train_on(on_ranks, 2, tmp_path, "parts", **changes, lr_schedule="constant", max_steps=10)
     parts = resume_on(on_ranks, 2, os.path.join(tmp_path, "parts"), max_steps=20)
-    assert_same(tensors(parts), tensors(train_on(on_ranks, 2, tmp_path, "whole", **changes, schedule="constant")))
+    assert_same(tensors(parts), tensors(train_on(on_ranks, 2, tmp_path, "whole", **changes, lr_schedule="constant")))
     sure = {**SHORT, **changes, "model": f"{file}.Sure"}
     without = tensors(run(tmp_path, "sure", **sure)[1])
     assert not torch.equal(without["model.lm_head.weight"], tensors(one)["model.lm_head.weight"])
@@ -158,7 +158,7 @@ def test_dropout_and_frozen_weights(on_ranks, tmp_path, monkeypatch, how):
 def test_each_part_of_each_step_has_a_seed_of_its_own(tmp_path, monkeypatch):
     seed, seeds = torch.manual_seed, []
     monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
-    run(tmp_path, "run", accumulate=4, **SHORT)
+    run(tmp_path, "run", grad_accum_steps=4, **SHORT)
     assert len(seeds) == len(set(seeds)) == 1 + 20 * 4  # the first one is of the weights
 
 
@@ -171,7 +171,7 @@ def test_gradients_are_exchanged_once_a_step(on_ranks, tmp_path, monkeypatch, ho
     monkeypatch.setattr(FSDPModule, "set_requires_gradient_sync", lambda m, now: orders.append(now) or order(m, now))
 
     def work(rank):
-        assert train.main(flags(tmp_path, how, parallel=how, accumulate=4, **SHORT)) == 0
+        assert train.main(flags(tmp_path, how, parallel=how, grad_accum_steps=4, **SHORT)) == 0
         return 0 if (len(calls) == 20 if how == "ddp" else orders == [False, False, False, True] * 20) else 98
 
     assert on_ranks(2, work) == [0, 0]
@@ -288,21 +288,21 @@ def test_export_there_and_back(on_ranks, tmp_path, capsys):
     saved = tensors(out), tensors(out, "best")
     steps = [checkpoint.load_checkpoint(out, name)["step"] for name in ("ckpt", "ckpt_prev")]
     for form in ("file", "shards", "file"):
-        assert train.main([f"--resume={out}", f"--export={form}"]) == 0
+        assert train.main([f"--resume={out}", f"--export_checkpoint={form}"]) == 0
         assert os.path.isdir(os.path.join(out, "shards")) == (form == "shards")
         assert_same((tensors(out), tensors(out, "best")), saved)
         assert [checkpoint.load_checkpoint(out, name)["step"] for name in ("ckpt", "ckpt_prev")] == steps
     plain = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)  # what others read
     assert_same(plain["tensors"], saved[0])
     with pytest.raises(ConfigError, match="name it with --resume"):
-        train.main(["--export=file"])
+        train.main(["--export_checkpoint=file"])
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_that_does_not_divide_is_refused_in_one_sentence(on_ranks, tmp_path, capfd):
-    words = flags(tmp_path, "run", batch_size=64, accumulate=3)
+    words = flags(tmp_path, "run", batch_size=64, grad_accum_steps=3)
     assert on_ranks(2, lambda rank: train.main(words)) == [2, 2]
     error = capfd.readouterr().err
     assert error.count("batch_size=64 does not divide into 2 ranks x 3 micro-batches; a multiple of 6 does") == 1
@@ -372,7 +372,7 @@ def children(pid):
 
 
 def test_sigterm_to_torchrun_stops_both_ranks_on_one_step(on_ranks, tmp_path):
-    changes = {**SHORT, "max_steps": 300, "eval_interval": 150, "accumulate": 1}
+    changes = {**SHORT, "max_steps": 300, "eval_interval": 150, "grad_accum_steps": 1}
     process, out = torchrun(2, *flags(tmp_path, "stopped", **changes)), str(tmp_path / "stopped")
     wait_for_step(out, 7, process)
     process.send_signal(signal.SIGTERM)
@@ -411,7 +411,7 @@ def test_a_signal_to_one_rank_stops_all_on_one_step(on_ranks, tmp_path, rank):
 
 
 def test_a_killed_rank_brings_the_job_down_and_restarted_it_ends_the_same(on_ranks, tmp_path):
-    changes = {**SHORT, "max_steps": 200, "eval_interval": 50, "save_every": 10}
+    changes = {**SHORT, "max_steps": 200, "eval_interval": 50, "save_interval": 10}
     words = flags(tmp_path, None, **changes)  # torchrun repeats them, and they do not name the run
     process = torchrun(2, *words, max_restarts=1)
     out = None
@@ -467,7 +467,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(on_ranks, t
 
             now = [0]
             data.batch, torch.Tensor.backward = note, spoil
-            return train.main(flags(tmp_path, outcome, parallel=how, nan_limit=3, **{**SHORT, "max_steps": 10}))
+            return train.main(flags(tmp_path, outcome, parallel=how, max_skipped_steps=3, **{**SHORT, "max_steps": 10}))
 
         assert on_ranks(2, work) == [int(outcome == "failed")] * 2
         assert checkpoint.read_json(tmp_path / outcome / "status.json")["status"] == outcome

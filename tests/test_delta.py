@@ -530,7 +530,7 @@ def naive_sequence(m, x):
 
 SWITCHES = [
     dict(),
-    dict(conv=0, q_kernel="relu", k_kernel="elu1", v_kernel="none"),
+    dict(conv_size=0, q_kernel="relu", k_kernel="elu1", v_kernel="none"),
     dict(q_kernel="taylor", k_kernel="taylor", k_norm="l2"),
     dict(k_norm="l1", q_norm="rms", k_kernel="softmax"),
     dict(q_gated=True, k_gated=True),
@@ -563,8 +563,8 @@ def test_mixer_equals_naive_in_outputs_and_gradients(cls, switches):
 
 VARIANTS = [
     dict(),
-    dict(conv=0, use_ffn=True, residual_mul=True),
-    dict(att_use_output_gate=True, tie=True, conv=1),
+    dict(conv_size=0, use_ffn=True, residual_mul=True),
+    dict(att_use_output_gate=True, tie_weights=True, conv_size=1),
 ]
 
 
@@ -590,7 +590,7 @@ def test_reading_in_pieces_equals_one_forward_pass(cls, changes):
 
 @pytest.mark.parametrize("cls", [delta.DeltaNet, delta.GatedDeltaNet])
 @pytest.mark.parametrize(
-    "changes", [*VARIANTS, dict(q_kernel="taylor", k_kernel="taylor"), dict(conv=3)], ids=str
+    "changes", [*VARIANTS, dict(q_kernel="taylor", k_kernel="taylor"), dict(conv_size=3)], ids=str
 )
 def test_state_bytes_is_the_size_of_what_is_kept(cls, changes):
     model = build(cls, **changes).float()
@@ -678,9 +678,9 @@ def test_settings_without_effect_are_refused():
         p = train.parse(["--model", "delta", *flags])
         return build_model_config(p, p.data_module.Data(p.data))
 
-    assert plan().conv == 4 and plan().k_norm == "l2"
-    with pytest.raises(ConfigError, match="pos='rope' has no effect: the recurrence knows"):
-        plan("--pos", "rope")
+    assert plan().conv_size == 4 and plan().k_norm == "l2"
+    with pytest.raises(ConfigError, match="pos_emb='rope' has no effect: the recurrence knows"):
+        plan("--pos_emb", "rope")
     with pytest.raises(ConfigError, match="n_kv_heads"):
         plan("--n_kv_heads", "1")
     with pytest.raises(ConfigError, match="use_beta is 0"):

@@ -193,7 +193,7 @@ def test_stopped_before_its_first_checkpoint_a_run_begins_with_the_weights_it_wa
 
 
 def test_a_run_that_has_ended_says_so_and_trains_no_more(tmp_path, monkeypatch, capsys):
-    status, out = run(tmp_path, target=0.999, **SHORT)
+    status, out = run(tmp_path, target_accuracy=0.999, **SHORT)
     os.remove(os.path.join(out, "curves.png"))
     before = {name: os.stat(os.path.join(out, name)).st_mtime_ns for name in os.listdir(out)}
     said = capsys.readouterr()
@@ -206,7 +206,7 @@ def test_a_run_that_has_ended_says_so_and_trains_no_more(tmp_path, monkeypatch, 
     assert said.err == again.err and "below target" in again.err
     assert os.path.exists(os.path.join(out, "curves.png"))
     assert before == {name: os.stat(os.path.join(out, name)).st_mtime_ns for name in before}
-    assert run(tmp_path, resume=True, target=0)[0] == 0  # another target is another question
+    assert run(tmp_path, resume=True, target_accuracy=0)[0] == 0  # another target is another question
     assert run(tmp_path, resume=True, max_steps=6)[0] == 0 and status_of(out)["step"] == 6
 
 
@@ -218,14 +218,14 @@ def test_a_run_that_stop_accuracy_ended_goes_on_with_another(tmp_path):
 
 
 def test_ranks_that_miss_the_target_leave_together(on_ranks, tmp_path, capfd):
-    assert on_ranks(2, lambda rank: train.main(flags(tmp_path, "run", target=1, **SHORT))) == [1, 1]
+    assert on_ranks(2, lambda rank: train.main(flags(tmp_path, "run", target_accuracy=1, **SHORT))) == [1, 1]
     told = capfd.readouterr()
     assert told.out.count("test accuracy") == told.err.count("below target") == 1
     assert os.path.exists(tmp_path / "run" / "curves.png")
 
 
 def test_torchrun_does_not_train_a_finished_run_again(tmp_path):
-    process = torchrun(2, *flags(tmp_path, None, target=1, **SHORT), max_restarts=1)
+    process = torchrun(2, *flags(tmp_path, None, target_accuracy=1, **SHORT), max_restarts=1)
     text, error = process.communicate(timeout=200)
     (name,) = os.listdir(tmp_path)
     assert process.returncode == 1
@@ -300,7 +300,7 @@ def test_a_result_of_an_earlier_start_stays(job, tmp_path):
 
 
 CHANGES = [("train", "lr", 0.5), ("train", "beta1", 0.5), ("data", "seed", 9)]
-CHANGES += [("model", "pos", "none")]
+CHANGES += [("model", "pos_emb", "none")]
 
 
 @pytest.mark.parametrize("part, key, value", CHANGES)
@@ -332,7 +332,7 @@ def test_a_checkpoint_that_does_not_say_is_resumed(tmp_path):
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_a_later_end_of_the_schedule_is_said_with_both_rates(tmp_path, capsys, schedule):
-    _, out = run(tmp_path, **{**SHORT, "schedule": schedule})
+    _, out = run(tmp_path, **{**SHORT, "lr_schedule": schedule})
     capsys.readouterr()
     run(tmp_path, resume=True, max_steps=8)
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the ")]
@@ -372,7 +372,7 @@ def test_full_memory_names_what_is_too_large(tmp_path, monkeypatch):
     p = train.parse(["--model=memory", "--mem_n_keys=64", "--dim=32"])
     model = build.build_model(p, build.build_model_config(p, p.data_module.Data(p.data)))
     cpu, count = torch.device("cpu"), build.count_parameters(model)["total"]
-    assert build.training_advice(model, cpu).startswith("raise accumulate or lower batch_size")
+    assert build.training_advice(model, cpu).startswith("raise grad_accum_steps or lower batch_size")
     monkeypatch.setattr(build, "memory_size", lambda device: 20 * count)
     advice = build.training_advice(model, cpu)
     assert "the model is too large" in advice and "batch_size" not in advice
@@ -388,7 +388,7 @@ def test_memory_that_a_model_does_not_get_is_a_sentence(tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(torch.nn.Module, "to", full)
-        with pytest.raises(RunError, match="memory is full; raise accumulate"):
+        with pytest.raises(RunError, match="memory is full; raise grad_accum_steps"):
             run(tmp_path, **SHORT)
     _, out = run(tmp_path, "whole", **SHORT)
     monkeypatch.setattr(eval_script, "iter_predictions", full)
@@ -436,7 +436,7 @@ def test_a_setting_out_of_reach_is_one_sentence(tmp_path, word, says):
         dict(dim=1, dk=2, dv=2),
         dict(dim=1, dk=2, model="memory"),
         dict(dim=1, dk=2, model="gated_delta"),
-        dict(eval_batch_size=2**62, log_interval=2**62, save_every=2**62, warmup_steps=2**62),
+        dict(eval_batch_size=2**62, log_interval=2**62, save_interval=2**62, warmup_steps=2**62),
         dict(seed=2**62),
         dict(lr=1e-320, clip_grad=1e-320),
     ],

@@ -19,8 +19,8 @@ from nanorecall.settings import ConfigError
 def runs(tmp_path_factory):
     """Two small finished runs with two test cells, and one that never finished."""
     folder = tmp_path_factory.mktemp("runs")
-    toy = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv=2 --init_std=1 --lr=1e-2 --max_steps=40 --fresh=1 --threads=1"
-    cells = "--vocab_size=32 --input_seq_len=16 --num_kv_pairs=4 --test_cells=[(16,4),(32,8)]"
+    toy = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv_size=2 --init_std=1 --lr=1e-2 --max_steps=40 --infinite_data=1 --num_threads=1"
+    cells = "--vocab_size=32 --input_seq_len=16 --num_kv_pairs=4 --test_sizes=[(16,4),(32,8)]"
     toy += " --n_val_examples=20 --n_test_examples=30"
     for seed in (1, 2):
         train.main([*toy.split(), *cells.split(), f"--seed={seed}", f"--run_name=r{seed}", f"--log_dir={folder}"])
@@ -136,14 +136,14 @@ def test_it_reads_config_json_and_runs_no_override_file(runs, tmp_path, script):
 
 def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
     toy = (
-        "--data=data_synth --task=qa --num_pairs=40 --buckets=[16] --n_layers=2 --dim=32 --dk=16 --dv=16 --conv=8 --init_std=1"
+        "--data=data_synth --task=qa --num_pairs=40 --buckets=[16] --n_layers=2 --dim=32 --dk=16 --dv=16 --conv_size=8 --init_std=1"
     )
     toy += (
-        " --model=memory --memory_layers=[0,1] --mem_share_values=0 --mem_n_keys=16 --mem_k_dim=16 --lr=1e-2 --mem_value_lr=4"
+        " --model=memory --memory_layers=[0,1] --mem_share_values=0 --mem_n_keys=16 --mem_k_dim=16 --lr=1e-2 --mem_value_lr_scale=4"
     )
     toy += " --max_steps=250"
     toy_text = "--data=data_synth --task=text --label_mask=qa --model=memory --mem_n_keys=8 --mem_k_dim=8 --mem_share_values=0"
-    train.main([*toy.split(), "--batch_size=64", "--threads=1", f"--log_dir={tmp_path}", "--run_name=a", "--eval_interval=250"])
+    train.main([*toy.split(), "--batch_size=64", "--num_threads=1", f"--log_dir={tmp_path}", "--run_name=a", "--eval_interval=250"])
     folder = str(tmp_path / "a")
     capsys.readouterr()
     ev.main(["edit", folder, "--edits=[1,5]"])
@@ -159,7 +159,7 @@ def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
         assert results["fine-tune everything", n]["efficacy"]["value"] == 1
     path = tmp_path / "t.jsonl"
     path.write_text("".join(f'{{"text": "{i}:{i} "}}\n' for i in range(40)))
-    toy_text += f" --path={path} --log_dir={tmp_path} --run_name=t --max_steps=1 --eval_interval=1 --threads=1"
+    toy_text += f" --path={path} --log_dir={tmp_path} --run_name=t --max_steps=1 --eval_interval=1 --num_threads=1"
     train.main(toy_text.split())
     for words, message in (
         (["edit", str(tmp_path / "t")], "it needs facts of digits, task=qa or digits, not text"),

@@ -65,7 +65,7 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(tm
 def test_killed_a_hundred_times_while_saving_it_always_has_a_checkpoint(tmp_path):
     """At least as far as the last row of the log, less the steps between two saves."""
     out, r, reached = str(tmp_path / "run"), random.Random(time.time_ns()), 0
-    words = flags(tmp_path, "run", max_steps=10**6, eval_interval=10**5, save_every=3, log_interval=1, n_val_examples=8)
+    words = flags(tmp_path, "run", max_steps=10**6, eval_interval=10**5, save_interval=3, log_interval=1, n_val_examples=8)
     for _ in range(100):
         pid = os.fork()
         if pid == 0:  # a process of its own, without the seconds that importing torch takes
@@ -167,7 +167,7 @@ def test_the_leftovers_of_a_kill_between_two_names_spoil_nothing(tmp_path):
 
 def test_two_ranks_killed_while_they_write_shards_go_on_from_the_last_whole_ones(on_ranks, tmp_path):
     out, r, reached = str(tmp_path / "run"), random.Random(time.time_ns()), 0
-    words = flags(tmp_path, "run", parallel="fsdp", max_steps=10**6, eval_interval=10**5, save_every=2, log_interval=1)
+    words = flags(tmp_path, "run", parallel="fsdp", max_steps=10**6, eval_interval=10**5, save_interval=2, log_interval=1)
 
     def until_killed(rank):
         limit = reached + 4 + 10 * r.random()  # the same on both
@@ -318,7 +318,7 @@ def test_a_reader_takes_the_checkpoint_that_replaced_its_own(tmp_path, monkeypat
     as eval.py is about to read them.
     """
     _, out = run(tmp_path)
-    train.main([f"--resume={out}", "--export=shards"])
+    train.main([f"--resume={out}", "--export_checkpoint=shards"])
     capsys.readouterr()
     files = [os.path.join(out, name) for name in ("ckpt.pt", "ckpt_prev.pt")]
     aside = tmp_path / "aside"
@@ -342,7 +342,7 @@ def test_a_reader_takes_the_checkpoint_that_replaced_its_own(tmp_path, monkeypat
 
 def test_damaged_shards_are_noticed_too(tmp_path, capsys):
     _, out = run(tmp_path)
-    assert train.main([f"--resume={out}", "--export=shards"]) == 0
+    assert train.main([f"--resume={out}", "--export_checkpoint=shards"]) == 0
     fuse, bomb = tmp_path / "fuse", pickle.dumps(Bomb(tmp_path / "fuse"))
     for i, file in enumerate((".metadata", "__0_0.distcp") * 10):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
@@ -368,9 +368,9 @@ def test_damaged_shards_are_noticed_too(tmp_path, capsys):
 def test_a_resume_from_shards_that_were_left_half_written(tmp_path):
     """A save that was cut off leaves shards that nothing names; they are neither used nor in the way."""
     _, out = run(tmp_path)
-    train.main([f"--resume={out}", "--export=shards"])
+    train.main([f"--resume={out}", "--export_checkpoint=shards"])
     os.makedirs(os.path.join(out, "shards", "ckpt-70"))
-    train.main([f"--resume={out}", "--export=shards"])
+    train.main([f"--resume={out}", "--export_checkpoint=shards"])
     assert checkpoint.load_checkpoint(out, "ckpt")["step"] == 60
     kept = set(os.listdir(os.path.join(out, "shards")))
     assert len(kept) == 3 and "ckpt-70" not in kept
@@ -378,7 +378,7 @@ def test_a_resume_from_shards_that_were_left_half_written(tmp_path):
 
 def test_shards_stay_while_a_checkpoint_cannot_be_read(tmp_path, monkeypatch):
     _, out = run(tmp_path)
-    train.main([f"--resume={out}", "--export=shards"])
+    train.main([f"--resume={out}", "--export_checkpoint=shards"])
     os.makedirs(os.path.join(out, "shards", "ckpt-70"))
     before, read = sorted(os.listdir(os.path.join(out, "shards"))), checkpoint.read_checkpoint
 

@@ -617,7 +617,7 @@ def command(tiny, tmp_path, *more):
     words = [
         f"--model={tiny / 'plain'}",
         f"--path={facts_file(tmp_path)}",
-        "--shots=1",
+        "--num_shots=1",
         "--max_new_tokens=3",
         "--device=cpu",
     ]
@@ -763,7 +763,7 @@ def test_mistakes_are_one_sentence(tiny, tmp_path, monkeypatch):
         (["--model=nothing"], "is not here: give a directory, or one of smollm2"),
         ([f"--model={broken}"], "download all parts"),
         (["--method=flexx"], "did you mean flex"),
-        (["--shots=9"], "too few for 9 shots"),
+        (["--num_shots=9"], "too few for 9 shots"),
         (["--num_manual=0", "--num_auto=0"], "leave no template"),
         (["--path=gone.jsonl"], "gone.jsonl does not exist"),
         (["--shots_path=gone.jsonl"], "shots_path=gone.jsonl does not exist"),
@@ -773,7 +773,7 @@ def test_mistakes_are_one_sentence(tiny, tmp_path, monkeypatch):
             ["--method=avg", "--score_bias=0"],
             "score_bias=0.0 has no effect: method avg fuses no attention",
         ),
-        (["--method=hybrid", "--positions=sequential"], "positions='sequential' has no effect"),
+        (["--method=hybrid", "--template_positions=sequential"], "positions='sequential' has no effect"),
         (["--method=flex", "--allow_manual_cross_attention"], "has no effect: method is flex"),
     ):
         with pytest.raises(ConfigError, match=message) as error:

@@ -62,7 +62,7 @@ FORKS = {
 }
 SMALL = (
     "--input_seq_len=32 --num_kv_pairs=4 --vocab_size=64 --n_train_examples=64 --n_val_examples=12 "
-    "--n_test_examples=12 --max_steps=2 --batch_size=8 --threads=1 --log_dir=r"
+    "--n_test_examples=12 --max_steps=2 --batch_size=8 --num_threads=1 --log_dir=r"
 ).split()
 
 

@@ -744,7 +744,7 @@ def words(plain, tmp_path):
     ]
     path = tmp_path / "facts.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    more = ["--method=origin", "--shots=1", "--max_new_tokens=2", "--device=cpu"]
+    more = ["--method=origin", "--num_shots=1", "--max_new_tokens=2", "--device=cpu"]
     return [f"--model={plain}", f"--path={path}", f"--out_dir={tmp_path / 'out'}", *more]
 
 
@@ -835,7 +835,7 @@ def test_a_question_too_long_for_the_model_leaves_nothing(words, tmp_path, posit
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[3]["manual_templates"] = [f"[X] {a * letters} [Y]." for a in "ab"]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    more = ["--method=flex", f"--positions={positions}", "--shots=0", "--num_manual=2"]
+    more = ["--method=flex", f"--template_positions={positions}", "--num_shots=0", "--num_manual=2"]
     with pytest.raises(ConfigError, match="is longer than the 512 positions of this model"):
         flex.main([*words, *more])
     assert not (tmp_path / "out").exists()

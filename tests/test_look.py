@@ -30,13 +30,13 @@ def runs(tmp_path_factory):
     """A memory model, a router, a GPT over MQAR and HashHop with a memory layer, trained a little."""
     folder = tmp_path_factory.mktemp("runs")
     small = (
-        "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv=4 --init_std=1 --lr=1e-2 --threads=1 --mem_stats_every=10 --batch_size=64"
+        "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv_size=4 --init_std=1 --lr=1e-2 --num_threads=1 --mem_log_interval=10 --batch_size=64"
     )
     facts = (
         "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2"
     )
     hops = "--data=data_synth --task=hashhop --max_bytes=220 --num_queries=3 --n_val_examples=10 --n_test_examples=12"
-    mqar = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv=2 --lr=1e-2 --threads=1 --vocab_size=32 --input_seq_len=16"
+    mqar = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv_size=2 --lr=1e-2 --num_threads=1 --vocab_size=32 --input_seq_len=16"
     for name, words in (
         ("memory", f"{small} {facts} --model=memory --memory_layers=[0,1] --mem_share_values=0 --max_steps=60"),
         ("router", f"{small} {facts} --model=memory_router --memory_layers=[1] --max_steps=20"),
@@ -290,7 +290,7 @@ def test_texts_of_a_file_are_routed(runs, tmp_path, capsys):
 
 def test_maps_are_softmax_of_queries_and_keys_by_hand():
     torch.manual_seed(0)
-    model = M.GPT(M.Config(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, dk=4, dv=4, pos="none", vocab_size=9, seq_len=6)).eval()
+    model = M.GPT(M.Config(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, dk=4, dv=4, pos_emb="none", vocab_size=9, seq_len=6)).eval()
     tokens = torch.randint(9, (3, 6))
     found = maps_file.attention_maps(model, tokens)
     x = model.layers[0].att_norm(model.embed(tokens))
@@ -436,7 +436,7 @@ def induction_model(V, T):
     """
     D, sharp = 2 * V + T, 200.0
     width = max(V, T)
-    c = M.Config(dim=D, n_layers=2, n_heads=1, dk=width, dv=width, pos="learned", vocab_size=V, seq_len=T)
+    c = M.Config(dim=D, n_layers=2, n_heads=1, dk=width, dv=width, pos_emb="learned", vocab_size=V, seq_len=T)
     model = M.GPT(c).eval()
     with torch.no_grad():
         for p in model.parameters():

@@ -16,11 +16,11 @@ from test_train import run
 MEMORY = dict(model="memory", mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8)
 
 
-@pytest.mark.parametrize("own, rate", [({}, 1.0), (dict(MEMORY, mem_value_lr=3), 3.0)])
+@pytest.mark.parametrize("own, rate", [({}, 1.0), (dict(MEMORY, mem_value_lr_scale=3), 3.0)])
 def test_five_steps_by_hand(tmp_path, own, rate):
     """AdamW as in its paper (Loshchilov and Hutter 2019), gradients cut to a norm of 0.1."""
     settings = dict(beta1=0.8, beta2=0.9, weight_decay=0.1, clip_grad=0.1, warmup_steps=3)
-    settings |= dict(schedule="linear", lr_min=0.5, max_steps=5, eval_interval=5, batch_size=4)
+    settings |= dict(lr_schedule="linear", lr_min_ratio=0.5, max_steps=5, eval_interval=5, batch_size=4)
     _, out = run(tmp_path, **settings, **own)
     p = load_settings(out, train.TrainConfig)
     data = build_data(p)
@@ -78,7 +78,7 @@ def scripted(tmp_path, monkeypatch):
 
 def test_what_is_saved_when_and_which_weights_are_tested(scripted):
     """Accuracies 0.2, 0.5, 0.5 and 0.4 at steps 2, 4, 6 and 8: the first 0.5 stays the best."""
-    status, out, saved, (tested,) = scripted([0.2, 0.5, 0.5, 0.4], 0.5, save_every=3)
+    status, out, saved, (tested,) = scripted([0.2, 0.5, 0.5, 0.4], 0.5, save_interval=3)
     steps = {name: [step for n, step in saved if n == name] for name in ("best", "ckpt")}
     assert status == 0 and steps == {"best": [2, 4], "ckpt": [2, 3, 4, 6, 8]}
     best, last = (checkpoint.load_checkpoint(out, name) for name in ("best", "ckpt"))
@@ -94,4 +94,4 @@ def test_a_run_stops_at_the_very_accuracy_that_it_was_to_reach(scripted):
 
 @pytest.mark.parametrize("target, status", [(0.75, 0), (0.7501, 1)])
 def test_the_target_itself_is_enough(scripted, target, status):
-    assert scripted([0.5] * 4, 0.75, target=target)[0] == status
+    assert scripted([0.5] * 4, 0.75, target_accuracy=target)[0] == status

@@ -127,7 +127,7 @@ def test_softmax_over_one_slot_is_refused_and_two_teach_the_keys():
         ("--memory_layers [1,1]", "once each"),
         ("--memory_layers []", "must name blocks"),
         ("--use_ffn 0", "use_ffn=1"),
-        ("--mem_hard 1", "only memory_router chooses"),
+        ("--mem_top1 1", "only memory_router chooses"),
         ("--mem_score tanh", "softmax, sigmoid"),
     ],
 )
@@ -136,8 +136,8 @@ def test_mistakes_are_named(words, message):
     with pytest.raises(ConfigError, match=message):
         p = train.parse(["--model=memory", *words.split()])
         build_model_config(p, p.data_module.Data(p.data))
-    with pytest.raises(ConfigError, match="mem_stats_every=5 has no effect: gpt has no memory layers"):
-        train.parse(["--mem_stats_every=5"])
+    with pytest.raises(ConfigError, match="mem_log_interval=5 has no effect: gpt has no memory layers"):
+        train.parse(["--mem_log_interval=5"])
 
 
 # ---- traces and interventions --------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_read_counts_are_those_of_one_step():
 
 
 def test_load_balancing_evens_out_slot_usage():
-    m = model(mem_n_keys=8, mem_balance=0.02).train()
+    m = model(mem_n_keys=8, mem_balance_rate=0.02).train()
     memory = m.layers[1].memory
     with torch.no_grad():
         memory.keys[:, :, 0] += 2  # one sub-key wins nearly always
@@ -232,7 +232,7 @@ def test_load_balancing_evens_out_slot_usage():
 
 
 def test_values_have_their_own_learning_rate_and_do_not_decay():
-    groups = train.configure_optimizer(model(mem_value_lr=3.0), train.TrainConfig(weight_decay=0.1)).param_groups
+    groups = train.configure_optimizer(model(mem_value_lr_scale=3.0), train.TrainConfig(weight_decay=0.1)).param_groups
     values = [g for g in groups if g["lr_scale"] == 3.0]
     assert len(values) == 1 and values[0]["weight_decay"] == 0 and [p.shape for p in values[0]["params"]] == [(25, 16)]
     assert all(g["weight_decay"] == (0.1 if g["params"][0].ndim >= 2 else 0) for g in groups if g["lr_scale"] == 1)
@@ -240,13 +240,13 @@ def test_values_have_their_own_learning_rate_and_do_not_decay():
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-TOY = MEMORY_FLAGS = dict(mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8, memory_layers="[0,1]", mem_stats_every=5)
+TOY = MEMORY_FLAGS = dict(mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8, memory_layers="[0,1]", mem_log_interval=5)
 
 
-@pytest.mark.parametrize("name, changes", [("memory", {"mem_balance": 0.01}), ("memory_router", {"mem_hard": 1})])
+@pytest.mark.parametrize("name, changes", [("memory", {"mem_balance_rate": 0.01}), ("memory_router", {"mem_top1": 1})])
 def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
-    options = {**TOY, "model": name, **changes, "schedule": "constant", "eval_interval": 60}
-    status, whole = run(tmp_path, "whole", target=0.8, max_steps=120, **options)
+    options = {**TOY, "model": name, **changes, "lr_schedule": "constant", "eval_interval": 60}
+    status, whole = run(tmp_path, "whole", target_accuracy=0.8, max_steps=120, **options)
     assert status == 0
     rows = [r for r in checkpoint.read_log(whole) if r["kind"] == "memory"]
     assert len(rows) == 24 and set(rows[0]["layers"]) == {"0", "1"} and 0 < rows[0]["layers"]["0"]["share"] <= 1
@@ -259,7 +259,7 @@ def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
 
 def test_values_that_learn_at_rate_0_stay(tmp_path):
     for rate in (0, 1):
-        _, out = run(tmp_path, f"rate{rate}", model="memory", **TOY, mem_value_lr=rate, max_steps=2)
+        _, out = run(tmp_path, f"rate{rate}", model="memory", **TOY, mem_value_lr_scale=rate, max_steps=2)
         p = load_settings(out, train.TrainConfig)
         first = build_model(p, build_model_config(p, p.data_module.Data(p.data))).state_dict()["layers.0.memory.values"]
         last = checkpoint.load_checkpoint(out, "ckpt")["tensors"]["model.layers.0.memory.values"]
@@ -267,12 +267,12 @@ def test_values_that_learn_at_rate_0_stay(tmp_path):
 
 
 def test_ranks_agree(tmp_path, on_ranks):
-    options = dict(TOY, model="memory", mem_balance=0.01, max_steps=10, eval_interval=10, mem_stats_every=2)
+    options = dict(TOY, model="memory", mem_balance_rate=0.01, max_steps=10, eval_interval=10, mem_log_interval=2)
 
     def work(parallel):
         return lambda rank: run(tmp_path, parallel, parallel=parallel, **options)[0]
 
-    run(tmp_path, "one", accumulate=2, **options)
+    run(tmp_path, "one", grad_accum_steps=2, **options)
     alone, log = contents(os.path.join(tmp_path, "one"))
     for parallel in ("ddp", "fsdp"):
         assert on_ranks(2, work(parallel)) == [0, 0]
@@ -284,9 +284,9 @@ def test_ranks_agree(tmp_path, on_ranks):
 
 def test_dummy_micro_batches_do_not_count_as_reads(tmp_path):
     """One sequence of 64 tokens per step in four micro-batches: three are dummies."""
-    options = dict(TOY, model="memory", mem_balance=0.01, max_steps=3, mem_stats_every=1, batch_size=4, eval_interval=3)
-    options |= dict(num_kv_pairs=None, train_cells="[(64,4)]")
-    logs = [contents(run(tmp_path, f"a{n}", accumulate=n, **options)[1])[1] for n in (1, 4)]
+    options = dict(TOY, model="memory", mem_balance_rate=0.01, max_steps=3, mem_log_interval=1, batch_size=4, eval_interval=3)
+    options |= dict(num_kv_pairs=None, train_sizes="[(64,4)]")
+    logs = [contents(run(tmp_path, f"a{n}", grad_accum_steps=n, **options)[1])[1] for n in (1, 4)]
     one, four = ([r["layers"] for r in log if r["kind"] == "memory"] for log in logs)
     assert len(one) == 3 and one == four
 
@@ -343,7 +343,7 @@ def test_parameters_by_hand():
     assert rows["layers.1.memory.values"] == [25 * 16, 6 * 16, 2 * 6 * 16]
     assert rows["layers.1.memory.keys"] == [2 * 2 * 5 * 3] * 2 + [2 * 60] and rows["layers.0.ffn.up.weight"][0] == 64 * 16
     assert rows["embed.weight"] == [11 * 16, 16, 0] and rows["lm_head.weight"][2] == 2 * 11 * 16
-    for options in ({}, dict(memory_layers=(0, 1)), dict(tie=True)):
+    for options in ({}, dict(memory_layers=(0, 1)), dict(tie_weights=True)):
         m = model(**options)
         assert sum(total for _, total, *_ in weights.count_active(m)) == sum(q.numel() for q in m.parameters())
     assert {n: a for n, _, a, _ in weights.count_active(model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
@@ -403,7 +403,7 @@ def test_the_margin_of_an_edit_is_in_logits_at_any_scale_of_the_norm():
 
 
 def test_frozen_keys_are_not_balanced():
-    m = model(mem_balance=0.5, memory_layers=(0, 1))
+    m = model(mem_balance_rate=0.5, memory_layers=(0, 1))
     frozen, free = m.memory_layers().values()
     frozen.keys.requires_grad_(False)
     for layer in (frozen, free):

@@ -108,7 +108,7 @@ def flags(folder, name, stored, **changes):
         eval_interval=4,
         max_steps=20,
         log_interval=1,
-        threads=1,
+        num_threads=1,
         synthetic_dataset=stored / "digits",
     )
     toy |= dict(

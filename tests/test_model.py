@@ -79,7 +79,7 @@ def test_parameter_counts_and_tree_of_updatable_long_term_memory():
     assert layers(gpt) == 98560 and sum(p.numel() for p in gpt.parameters()) == 360768
     assert layers(GPT(Config(dk=32, dv=32))) == 65792
     assert layers(UnifiedKV(Config(du=64))) == 98560
-    assert sum(p.numel() for p in GPT(Config(dk=48, dv=48, tie=True)).parameters()) == 229696
+    assert sum(p.numel() for p in GPT(Config(dk=48, dv=48, tie_weights=True)).parameters()) == 229696
 
 
 # ---- attention against its definition ------------------------------------------------------------
@@ -161,7 +161,7 @@ def naive_sequence(att, x):
         q, k, v = naive_qkv(att, x, t)
         q = naive_heads(q, x[t], c.q_kernel, c.q_norm, att.gate_q)
         k = naive_heads(k, x[t], c.k_kernel, c.k_norm, att.gate_k)
-        if c.pos == "rope":
+        if c.pos_emb == "rope":
             q, k = naive_rotation(q, t), naive_rotation(k, t)
         keys.append(k)
         values.append(naive_heads(v, x[t], c.v_kernel))
@@ -179,14 +179,14 @@ def naive_sequence(att, x):
 
 
 SWITCHES = (
-    [dict(q_kernel=k, k_kernel=k, v_kernel=k, pos="none") for k in FEATURE_MAPS]
+    [dict(q_kernel=k, k_kernel=k, v_kernel=k, pos_emb="none") for k in FEATURE_MAPS]
     + [dict(q_kernel="silu", k_norm=n, q_norm=n) for n in NORMS]
     + [dict(att_use_output_gate=True, att_output_gate_act=a) for a in ("silu", "sigmoid", "none")]
     + [
         dict(q_gated=True),
         dict(k_gated=True),
-        dict(conv=3),
-        dict(n_kv_heads=1, conv=2, q_gated=True, k_gated=True),
+        dict(conv_size=3),
+        dict(n_kv_heads=1, conv_size=2, q_gated=True, k_gated=True),
     ]
 )
 
@@ -233,8 +233,8 @@ def test_rms_norm_and_cross_entropy_equal_torch():
 
 VARIANTS = [
     dict(),
-    dict(pos="learned", conv=2, tie=True),
-    dict(pos="none", use_ffn=True, residual_mul=True, q_norm="l2", k_norm="l2"),
+    dict(pos_emb="learned", conv_size=2, tie_weights=True),
+    dict(pos_emb="none", use_ffn=True, residual_mul=True, q_norm="l2", k_norm="l2"),
     dict(n_kv_heads=1, q_gated=True, att_use_output_gate=True),
     dict(use_att=False, use_ffn=True),
 ]
@@ -289,7 +289,7 @@ def test_state_bytes_counts_the_cache():
     assert GPT.inference_state_bytes(config(seq_len=10)) == 4 * 2 * 2 * (6 + 4) * 10
     assert UnifiedKV.inference_state_bytes(config()) == 4 * 2 * 2 * 6 * T
     assert UnifiedKV.inference_state_bytes(config(k_gated=True, seq_len=1)) == 4 * 2 * 2 * (6 + 6)
-    assert GPT.inference_state_bytes(config(conv=3, seq_len=10)) == 4 * 2 * (
+    assert GPT.inference_state_bytes(config(conv_size=3, seq_len=10)) == 4 * 2 * (
         2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4)
     )
     assert GPT.inference_state_bytes(

@@ -23,13 +23,13 @@ from nanorecall.run import load_settings
 from nanorecall.settings import ConfigError, RunError, printable
 
 TOY = (
-    "--n_layers=1 --dim=16 --dk=8 --dv=8 --conv=2 --max_steps=2 --fresh=1 --threads=1 --vocab_size=32 --input_seq_len=16 "
+    "--n_layers=1 --dim=16 --dk=8 --dv=8 --conv_size=2 --max_steps=2 --infinite_data=1 --num_threads=1 --vocab_size=32 --input_seq_len=16 "
     "--num_kv_pairs=2 --n_val_examples=10 --n_test_examples=10 --eval_interval=1"
 )
 FACTS = (
-    "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=1 --dim=32 --dk=16 --dv=16 --conv=8 --init_std=1 "
-    "--model=memory --memory_layers=[0] --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2 --mem_value_lr=4 --lr=1e-2 "
-    "--max_steps=120 --batch_size=64 --eval_interval=120 --threads=1"
+    "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=1 --dim=32 --dk=16 --dv=16 --conv_size=8 --init_std=1 "
+    "--model=memory --memory_layers=[0] --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2 --mem_value_lr_scale=4 --lr=1e-2 "
+    "--max_steps=120 --batch_size=64 --eval_interval=120 --num_threads=1"
 )
 
 
@@ -663,9 +663,9 @@ def test_a_run_without_state_is_drawn_beside_others(runs, monkeypatch):
 
 def test_a_setting_that_is_newer_than_the_run_has_its_default(runs, capsys):
     """Its checkpoint does not know of it either."""
-    changed(runs / "r0" / "config.json", lambda c: c["train"].pop("nan_limit"))
+    changed(runs / "r0" / "config.json", lambda c: c["train"].pop("max_skipped_steps"))
     ev.main([str(runs / "r0")])
-    assert "config.json has no nan_limit; their defaults are taken" in capsys.readouterr().err
+    assert "config.json has no max_skipped_steps; their defaults are taken" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["model.GPTBlock", "model.RMSNorm", "memory.MemoryLayer"])

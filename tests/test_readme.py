@@ -103,12 +103,12 @@ def test_a_command_is_understood(words, monkeypatch, tmp_path):
 
 # ---- and they work, at toy size ----------------------------------------------------------------------------------------
 
-TOY = "--max_steps 1 --eval_interval 1 --eval_batch_size 20 --target 0 --stop_accuracy 0 --threads 1 --log_dir made --run_name"
+TOY = "--max_steps 1 --eval_interval 1 --eval_batch_size 20 --target_accuracy 0 --stop_accuracy 0 --num_threads 1 --log_dir made --run_name"
 FACTS = (
-    "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=2 --n_heads=2 --dim=32 --dk=16 --dv=16 --conv=8 "
+    "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=2 --n_heads=2 --dim=32 --dk=16 --dv=16 --conv_size=8 "
     "--model=memory --memory_layers=[0,1] --mem_share_values=0 --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2 "
-    "--mem_value_lr=4 --init_std=1 --batch_size=64 --max_steps=150 --eval_interval=150 --threads=1 "
-    "--mem_stats_every=50"
+    "--mem_value_lr_scale=4 --init_std=1 --batch_size=64 --max_steps=150 --eval_interval=150 --num_threads=1 "
+    "--mem_log_interval=50"
 )
 
 

@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
     """A run whose checkpoints are in shards."""
     folder = tmp_path_factory.mktemp("trained")
     _, out = run(folder, max_steps=4, eval_interval=2)
-    assert train.main([f"--resume={out}", "--export=shards"]) == 0
+    assert train.main([f"--resume={out}", "--export_checkpoint=shards"]) == 0
     return folder / "run"
 
 

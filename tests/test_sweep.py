@@ -14,7 +14,7 @@ import train
 from nanorecall.settings import ConfigError, RunError, build_config, split_argv
 
 TOY = (
-    "--vocab_size 32 --input_seq_len 16 --num_kv_pairs 2 --n_layers 1 --dim 16 --dk 8 --dv 8 --conv 2 --n_val_examples 10 "
+    "--vocab_size 32 --input_seq_len 16 --num_kv_pairs 2 --n_layers 1 --dim 16 --dk 8 --dv 8 --conv_size 2 --n_val_examples 10 "
     "--n_test_examples 20 --n_train_examples 100 --max_steps {steps} --eval_interval 2"
 )
 
@@ -41,7 +41,7 @@ def test_every_command_is_understood():
         for point in points():
             if point.train:
                 p = train.parse(shlex.split(point.train))
-                assert not p.resume and p.train.target == 0
+                assert not p.resume and p.train.target_accuracy == 0
             script, *words = shlex.split(point.then.format(run="runs/RUN", seed=0)) or [""]
             settings = split_argv(words)[1]
             if script == "eval.py":
@@ -77,9 +77,9 @@ def test_runs_are_kept_and_taken_up_again(toy, tmp_path, capsys):
     assert os.stat(status).st_mtime_ns == before and (tmp_path / "figures" / "toy.png").stat().st_size > 5000
     path = tmp_path / "runs" / "toy4_seed0" / "config.json"
     config = json.loads(path.read_text())
-    config["model"]["conv"] = config["train"]["lr"] = 3  # as of a config file that has changed since
+    config["model"]["conv_size"] = config["train"]["lr"] = 3  # as of a config file that has changed since
     path.write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="toy4_seed0 was trained with another lr, conv; delete it"):
+    with pytest.raises(ConfigError, match="toy4_seed0 was trained with another lr, conv_size; delete it"):
         sweep.main(["toy", *toy])
 
 

@@ -74,12 +74,12 @@ class Bomb:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    small = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv=8 --init_std=1 --lr=1e-2"
-    small += " --threads=1 --batch_size=64 --max_steps=150 --eval_interval=150"
+    small = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv_size=8 --init_std=1 --lr=1e-2"
+    small += " --num_threads=1 --batch_size=64 --max_steps=150 --eval_interval=150"
     facts = "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --model=memory"
     facts += " --memory_layers=[0,1] --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2"
-    facts += " --mem_value_lr=4 --mem_share_values=0"
-    mqar = "--vocab_size=32 --input_seq_len=16 --num_kv_pairs=2 --fresh=1"
+    facts += " --mem_value_lr_scale=4 --mem_share_values=0"
+    mqar = "--vocab_size=32 --input_seq_len=16 --num_kv_pairs=2 --infinite_data=1"
     mqar += " --n_val_examples=40 --n_test_examples=40"
     words = {"memory": facts, "gpt": f"{mqar} --use_ffn=1", "delta": f"{mqar} --model=delta"}
     for name, own in words.items():

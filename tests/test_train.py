@@ -19,9 +19,9 @@ from nanorecall.run import run_label
 from nanorecall.settings import ConfigError, RunError
 
 TOY = dict(
-    n_layers=2, dim=32, dk=16, dv=16, conv=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, fresh=1, lr=1e-2
+    n_layers=2, dim=32, dk=16, dv=16, conv_size=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, infinite_data=1, lr=1e-2
 )
-TOY |= dict(schedule="cosine", max_steps=60, eval_interval=20, n_val_examples=50, n_test_examples=50, log_interval=5, threads=1)
+TOY |= dict(lr_schedule="cosine", max_steps=60, eval_interval=20, n_val_examples=50, n_test_examples=50, log_interval=5, num_threads=1)
 
 
 def flags(folder, name, **changes):
@@ -70,7 +70,7 @@ def counts(result):
 
 @pytest.mark.parametrize("model", ["gpt", "delta", "gated_delta"])
 def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys, model):
-    status, out = run(tmp_path, model=model, target=0.9, max_steps=200)
+    status, out = run(tmp_path, model=model, target_accuracy=0.9, max_steps=200)
     printed = capsys.readouterr().out
     assert (
         status == 0
@@ -129,18 +129,18 @@ def test_full_memory_is_a_sentence(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "forward_backward", full)
-    with pytest.raises(RunError, match="memory is full; raise accumulate or lower batch_size"):
+    with pytest.raises(RunError, match="memory is full; raise grad_accum_steps or lower batch_size"):
         run(tmp_path)
     assert checkpoint.read_json(os.path.join(tmp_path, "run", "status.json"))["status"] == "failed"
 
 
 def test_steps_of_an_evaluation_are_counted_cell_by_cell(tmp_path, capsys):
-    run(tmp_path, test_cells="[(16,1),(16,2),(16,4)]", n_val_examples=10, eval_batch_size=8, max_steps=1)
+    run(tmp_path, test_sizes="[(16,1),(16,2),(16,4)]", n_val_examples=10, eval_batch_size=8, max_steps=1)
     assert "n_val_steps = 6" in capsys.readouterr().out
 
 
 def test_below_its_target_a_run_fails(tmp_path, capsys):
-    status, out = run(tmp_path, target=0.999, max_steps=2)
+    status, out = run(tmp_path, target_accuracy=0.999, max_steps=2)
     assert status == 1 and "below target" in capsys.readouterr().err
     assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == "below target"
 
@@ -186,7 +186,7 @@ def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
 
 
 def test_accumulation_is_one_large_batch(tmp_path):
-    outs = [run(tmp_path, f"a{n}", accumulate=n, max_steps=3, eval_interval=3)[1] for n in (1, 4)]
+    outs = [run(tmp_path, f"a{n}", grad_accum_steps=n, max_steps=3, eval_interval=3)[1] for n in (1, 4)]
     one, four = (contents(out)[0]["tensors"] for out in outs)
     for name in one:
         torch.testing.assert_close(one[name], four[name], rtol=1e-4, atol=1e-5)
@@ -204,7 +204,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_
         return clip(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", sometimes_nan)
-    status, out = run(tmp_path, nan_limit=3, max_steps=10, eval_interval=1)
+    status, out = run(tmp_path, max_skipped_steps=3, max_steps=10, eval_interval=1)
     assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == ends and status == (ends == "failed")
     assert ("not finite 3 steps in a row" in capsys.readouterr().out) == (ends == "failed")
     assert [r["step"] for r in checkpoint.read_log(out) if r.get("skipped")] == list(bad_steps)
@@ -216,10 +216,10 @@ def test_learning_rates():
         c = train.TrainConfig(lr=2.0, **changes)
         return [train.learning_rate(c, step, 10, total) for step in (0, 5, 10, 25)]
 
-    assert rates(100, schedule="constant", warmup_steps=10) == [0.2, 1.2, 2.0, 2.0]
+    assert rates(100, lr_schedule="constant", warmup_steps=10) == [0.2, 1.2, 2.0, 2.0]
     assert rates(100, lr_gamma=0.5) == [2.0, 2.0, 1.0, 0.5]
-    assert rates(20, schedule="linear", lr_min=0.5) == [2.0, 1.75, 1.5, 1.0]
-    assert rates(20, schedule="cosine")[2] == pytest.approx(1.0) and rates(20, schedule="cosine")[3] == pytest.approx(0)
+    assert rates(20, lr_schedule="linear", lr_min_ratio=0.5) == [2.0, 1.75, 1.5, 1.0]
+    assert rates(20, lr_schedule="cosine")[2] == pytest.approx(1.0) and rates(20, lr_schedule="cosine")[3] == pytest.approx(0)
 
 
 def test_matrices_decay_and_vectors_do_not():
@@ -248,7 +248,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
         (["--model=model.py"], "without .py"),
         (["--model=model.Config"], "no torch.nn.Module"),
         (["--dim=1000000", "--vocab_size=10000000"], "does not fit in memory"),
-        (["--threads=1e12"], "between 0 and 1024"),
+        (["--num_threads=1e12"], "between 0 and 1024"),
         (["--model=unified_kv", "--dk=32"], "--dk: dk=32 has no effect: only gpt has it"),
         (["--du=32"], "no effect"),
         (["--lr_temp=2"], "only delta models have it"),
@@ -259,7 +259,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
         (["--input_seq_len=64"], "at least 128 tokens"),
         (["--path=/nowhere/set"], "holds no data set"),
         (["--lr=0"], "above 0"),
-        (["--lr_min=0.1"], "schedule is exponential"),
+        (["--lr_min_ratio=0.1"], "schedule is exponential"),
         (["--device=cuda:77"], "cannot be used on this machine"),
         (["--run_name=../x"], "letters, digits"),
         (["configs/none.py"], "cannot read this override file"),
@@ -305,11 +305,11 @@ def test_shipped_configs_state_what_they_are_for():
     assert "mqar_gpt.py" in names
     for name in names:
         p = train.parse([os.path.join(folder, name)])
-        assert p.train.target > 0, name
+        assert p.train.target_accuracy > 0, name
         header = open(os.path.join(folder, name)).read().split('"""')[1]
         assert re.search(r"\b(minutes?|seconds?|hours?)\b", header) and "CPU cores" in header, f"{name}: how long, on what?"
         expected = [float(x) for x in re.findall(r"0\.9\d*", header.partition("Expected: ")[2])]
-        assert expected and max(expected) >= p.train.target, f"{name}: what to expect?"
+        assert expected and max(expected) >= p.train.target_accuracy, f"{name}: what to expect?"
 
 
 def test_log_lines_are_json(tmp_path):

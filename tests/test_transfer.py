@@ -149,7 +149,7 @@ def test_mistakes_in_maps(tmp_path, mapping, message):
 def source(tmp_path_factory):
     """A run with checkpoints of steps 4 and 8; its last weights as one file and as DCP shards."""
     folder = tmp_path_factory.mktemp("source")
-    _, out = run(folder, "run", model="memory", **{**MEMORY, "mem_stats_every": 0}, max_steps=8, eval_interval=4)
+    _, out = run(folder, "run", model="memory", **{**MEMORY, "mem_log_interval": 0}, max_steps=8, eval_interval=4)
     weights = checkpoint.select_prefix(checkpoint.load_checkpoint(out, "ckpt")["tensors"], "model")
     torch.save({"state_dict": weights}, folder / "file.pt")
     for step in (2, 10):
@@ -160,7 +160,7 @@ def source(tmp_path_factory):
 
 def trained_from(folder, name, **options):
     """The weights of a run before its first step."""
-    p = train.parse(flags(folder, name, model="memory", **{**MEMORY, "mem_stats_every": 0, **options}))
+    p = train.parse(flags(folder, name, model="memory", **{**MEMORY, "mem_log_interval": 0, **options}))
     m = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
     return m, load_and_freeze(m, p.train, has_checkpoint=False)
 

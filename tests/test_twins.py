@@ -18,8 +18,8 @@ NORMED = dict(q_norm="l2", k_norm="l2")
 MODELS = {
     "gpt": lambda: GPT(Config(**SMALL)),
     "gpt, normed": lambda: GPT(Config(**SMALL, **NORMED)),
-    "unified_kv": lambda: UnifiedKV(Config(**SMALL, du=6, pos="learned")),
-    "conv": lambda: GPT(Config(**SMALL, conv=3, pos="none")),
+    "unified_kv": lambda: UnifiedKV(Config(**SMALL, du=6, pos_emb="learned")),
+    "conv_size": lambda: GPT(Config(**SMALL, conv_size=3, pos_emb="none")),
     "delta": lambda: delta.DeltaNet(delta.Config(**SMALL, chunk_size=4)),
     "gated_delta": lambda: delta.GatedDeltaNet(
         delta.Config(**SMALL, chunk_size=5, use_out_norm=False)
@@ -183,7 +183,7 @@ def test_an_ordinary_backward_leaves_the_twins_alone(monkeypatch, batch):
 
     for file in (ops, delta):
         monkeypatch.setattr(file, "twin_gradients", fail)
-    for name in ("gpt, normed", "conv", "gated_delta"):
+    for name in ("gpt, normed", "conv_size", "gated_delta"):
         make(name)[0](*batch)[1].backward()
     with pytest.raises(AssertionError, match="slow twin"):
         model, parameters, _ = make("gpt")
