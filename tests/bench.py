@@ -42,6 +42,7 @@ from myriadlama import (
     fusion,  # noqa: E402
     llama,  # noqa: E402
 )
+from naive import fla_naive, loop_sequences, naive_mask  # noqa: E402
 from nanorecall import (
     distributed,  # noqa: E402
     metrics,  # noqa: E402
@@ -50,9 +51,6 @@ from nanorecall import (
 )
 from nanorecall.build import build_model, build_model_config  # noqa: E402
 from nanorecall.run import Run  # noqa: E402
-from test_data_mqar import loop_rows  # noqa: E402
-from test_delta import fla_naive  # noqa: E402
-from test_tokens import naive_mask  # noqa: E402
 
 
 def seconds(f):
@@ -153,7 +151,7 @@ def data_rows(rounds):
     c = data_mqar.Config()
     cell, n = data_mqar.TaskSize(c.input_seq_len, c.num_kv_pairs, c), c.n_train_examples
     ours = {"ours": lambda: data_mqar.make_sequences(cell, "train", np.arange(n))}
-    peer = {"loop": lambda: loop_rows(cell, n // 10, np.random.default_rng(0))}  # a tenth of the rows, or it takes a minute
+    peer = {"loop": lambda: loop_sequences(cell, n // 10, np.random.default_rng(0))}  # a tenth of the rows, or it takes a minute
     times = take_turns({**ours, **peer}, min(rounds, 5))
     yield f"{n} MQAR rows", times["ours"], "numpy loop over rows", [10 * t for t in times["loop"]], None
 

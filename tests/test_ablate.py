@@ -17,27 +17,10 @@ from analysis import importance, patching
 from eval import greedy_decode
 from nanorecall.settings import ConfigError
 from nanorecall.stats import clustered_mean_ci
-from test_look import latest
-
-SIZES = dict(dim=16, n_layers=3, n_heads=2, dk=8, dv=8, conv_size=2, vocab_size=11, seq_len=9)
-SLOTS = dict(memory_layers=(0, 2), mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
-
-
-def make(cls=memory.MemoryGPT, seed=0, **changes):
-    torch.manual_seed(seed)
-    made = cls(memory.Config(**{**SIZES, **SLOTS, **changes})).eval()
-    for layer in made.memory_layers().values():
-        if layer.bias is not None:
-            torch.nn.init.normal_(layer.bias, std=0.5)
-    return made
-
-
-def some_cases(B=6, T=9, n=3, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    at = torch.stack([torch.randperm(T, generator=g)[:n].sort().values for _ in range(B)])
-    rows = torch.randint(11, (B, T), generator=g), at, torch.randint(11, (B, n), generator=g)
-    return I.Examples(np.arange(B), *rows, {"exposures": np.arange(B)})
-
+from toys import ABLATION_SIZES as SIZES
+from toys import ablation_model as make
+from toys import latest
+from toys import some_examples as some_cases
 
 MODELS = [
     ("shared", dict()),

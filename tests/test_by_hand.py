@@ -22,7 +22,8 @@ from analysis import hooks as I
 from analysis.trained_run import write_parquet
 from nanorecall import metrics, stats
 from nanorecall.settings import ConfigError
-from test_ablate import make, some_cases
+from toys import ablation_model as make
+from toys import some_examples as some_cases
 
 # ---- stats.py ------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from analysis import trained_run as look_file
 from nanorecall.ops import softmax_attention
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
+from toys import latest
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +51,6 @@ def runs(tmp_path_factory):
 def open_look(runs, name, **changes):
     config = ev.EvalConfig(rows=changes.pop("rows", 0), **changes)
     return look_file.open_run(str(runs / name), config)
-
-
-def latest(folder, what, end=".json"):
-    """The name, without its end, of the result that was written last, whatever the settings in its
-    name."""
-    others = ("_rows-", "_edits-", "_example-", "_data-", "_modes-")
-    found = [
-        p
-        for p in folder.glob(what + "*" + end)
-        if p.stem == what or p.stem[len(what) :].startswith(others)
-    ]
-    return max(found, key=lambda p: p.stat().st_mtime_ns).stem
 
 
 def saved(runs, name, what):

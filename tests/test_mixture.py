@@ -13,7 +13,7 @@ import data_synth
 import train
 from nanorecall import checkpoint, mixture
 from nanorecall.settings import ConfigError
-from test_train import assert_same, contents
+from toys import assert_same, contents
 
 
 def settings(path, start, end, weight=1.0):
@@ -83,7 +83,7 @@ def test_a_weight_shares_out_the_window(stored, main_data):
 
 
 def test_a_window_may_be_for_ever_and_text_is_read_with_the_same_tokenizer(stored, tmp_path):
-    from test_tokens import tokenizer_json
+    from toys import tokenizer_json
 
     path = tokenizer_json(tmp_path, ["n o"])
     main = data_synth.Data(data_synth.Config(task="twohop", num_entities=30, tokenizer=path))

@@ -11,52 +11,12 @@ from hypothesis import strategies as st
 
 import data_synth as D
 import model as M
+from naive import naive_mask
 from nanorecall import text as K
 from nanorecall.settings import ConfigError, RunError
+from toys import tokenizer_json
 
 # ---- the rules, one letter after another ---------------------------------------------------------
-
-
-def naive_mask(ids, kind):
-    """Labels of one document, written from the rules."""
-    text = [
-        "" if i > 255 else chr(i) if i < 128 else "*" for i in ids
-    ]  # "" stands for BOS, EOS and padding
-    keep = [False] * len(text)
-    if kind == "text":
-        keep = [i not in (K.BYTES.pad, K.BYTES.bos) for i in ids]
-    elif kind == "qa" and "?" in text:
-        last = len(text) - 1 - text[::-1].index("?")
-        keep = [n > last and i not in (K.BYTES.pad, K.BYTES.bos) for n, i in enumerate(ids)]
-    elif kind in ("qa", "digits"):
-        inside, last = False, len(text) - 1 - text[::-1].index(":") if ":" in text else -1
-        for n, letter in enumerate(text):
-            inside = (inside or letter == ":") and not (letter == "" or letter.isspace())
-            keep[n] = inside and letter != ":" and (kind == "digits" or n > last)
-    elif kind == "twohop":
-        state = "key"
-        for n, letter in enumerate(text):
-            if letter == "" or letter.isspace():
-                state = "key"
-            elif state == "key" and letter == ">":
-                state = "marks"
-            elif state == "marks" and letter.isdigit():
-                state = "answer"
-            keep[n] = state == "answer"
-    elif kind == "hashhop":
-        joined = "".join(t or "\0" for t in text)
-        start = joined.find("COMPLETION:")
-        begin, inside = 0 if start < 0 else start + len("COMPLETION:"), False
-        for n, letter in enumerate(text):
-            if letter == "'":
-                inside = (
-                    joined[:n].rstrip(" \n\t\r\v\f\x1c\x1d\x1e\x1f").endswith("=") and not inside
-                )
-            elif letter == "":
-                inside = False
-            else:
-                keep[n] = inside and n >= begin
-    return np.where(keep, ids, K.IGNORE_INDEX)
 
 
 PIECES = [
@@ -179,21 +139,6 @@ def test_shift():
 
 
 # ---- other tokenizers ----------------------------------------------------------------------------
-
-
-def tokenizer_json(folder, merges):
-    """A small byte-level BPE with these merges, such as ["1 2"]."""
-    tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    pairs = [tuple(m.split()) for m in merges]
-    vocabulary = {t: i for i, t in enumerate(letters + ["".join(p) for p in pairs])}
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.save(str(folder / "tokenizer.json"))
-    return str(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from analysis import hooks as I
 from analysis.trained_run import open_run
 from nanorecall import metrics, ops, pretrained
 from nanorecall.settings import ConfigError, RunError
-from test_ablate import make, some_cases
-from test_memory import model as small_model
-from test_memory import tokens
+from toys import ablation_model as make
+from toys import memory_model as small_model
+from toys import random_tokens as tokens
+from toys import some_examples as some_cases
 
 
 def hooks(module):
