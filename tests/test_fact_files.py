@@ -55,13 +55,14 @@ def test_baselines_by_hand():
 
 def test_of_equally_frequent_digits_the_smallest_is_guessed():
     trained = np.array([True, True, False])
-    assert guess_baselines("111", "733", trained)["majority digit"] == 1
-    assert guess_baselines("111", "737", trained)["majority digit"] == 0
+    for answer, accuracy in (("3", 1), ("7", 0)):
+        found = guess_baselines(["1", "1", "1"], ["7", "3", answer], trained)
+        assert found["majority digit"] == accuracy
 
 
 def test_without_facts_to_compare_there_is_no_baseline():
     for trained in (np.ones(2, bool), np.zeros(2, bool)):
-        assert guess_baselines("12", "34", trained) == {}
+        assert guess_baselines(["1", "2"], ["3", "4"], trained) == {}
 
 
 def test_baselines_of_random_digits_are_at_chance():
@@ -292,7 +293,8 @@ def test_a_command_line_is_read_without_running_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "task, setting, value", [("hashhop", "max_bytes", 60), ("qa", "num_pairs", 15), ("twohop", "phi", 3)]
+    "task, setting, value",
+    [("hashhop", "max_bytes", 60), ("qa", "num_pairs", 15), ("twohop", "phi", 3)],
 )
 def test_the_advice_of_a_refusal_works(task, setting, value, tmp_path):
     args = [task, f"--output_dir={tmp_path / 'a'}"]
