@@ -1,9 +1,9 @@
 """Digit lookup, 2,000 keys with random values: what is stored, and what is answered to keys never seen.
 
-2 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on known keys; chance (0.2) on novel ones.
+2 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on known keys; chance (0.2) on unseen ones.
 
 The short convolution of width 8 sees a whole key at its colon; without it the plateau before the first facts are stored takes
-several times as long. With --rule selfindex the value can be worked out from the key, and novel keys are answered as well.
+several times as long. With --rule selfindex the value can be worked out from the key, and unseen keys are answered as well.
 """
 
 data = "data_synth"

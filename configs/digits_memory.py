@@ -1,6 +1,6 @@
 """Digit lookup, 2,000 keys with random values, in memory layers: 576 slots of 64 numbers, shared by both blocks.
 
-3 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on known keys; chance (0.2) on novel ones.
+3 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on known keys; chance (0.2) on unseen ones.
 """
 
 model = "memory"

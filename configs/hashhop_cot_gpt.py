@@ -6,10 +6,10 @@ training, fail.
 
 data = "data_synth"
 task = "hashhop"
-block_size = 224
+max_bytes = 224
 hash_len = 3
 hops = (1, 2)
-cot = 1.0
+cot_frac = 1.0
 num_queries = 4
 n_val_examples = 50
 n_test_examples = 250

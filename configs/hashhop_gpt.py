@@ -9,7 +9,7 @@ configs/hashhop_cot_gpt.py. 218 bytes hold 9 hashes with their answers and 4 que
 
 data = "data_synth"
 task = "hashhop"
-block_size = 218
+max_bytes = 218
 num_queries = 4
 n_val_examples = 50
 n_test_examples = 250

@@ -11,7 +11,7 @@ mem_log_interval = 100
 
 data = "data_synth"
 task = "hashhop"
-block_size = 218
+max_bytes = 218
 num_queries = 4
 n_val_examples = 50
 n_test_examples = 250

@@ -11,10 +11,10 @@ mem_log_interval = 100
 
 data = "data_synth"
 task = "twohop"
-entities = 25
-relations = 16
+num_entities = 25
+num_relations = 16
 phi = 8
-cot = 1
+cot_frac = 1
 
 dim = 64
 dk = dv = 16

@@ -8,8 +8,8 @@ It composes once the entity in between is spelled out: configs/twohop_cot_gpt.py
 
 data = "data_synth"
 task = "twohop"
-entities = 25
-relations = 16
+num_entities = 25
+num_relations = 16
 phi = 8
 
 dim = 64

@@ -14,8 +14,8 @@ mem_log_interval = 100
 
 data = "data_synth"
 task = "twohop"
-entities = 25
-relations = 16
+num_entities = 25
+num_relations = 16
 phi = 8
 
 dim = 64

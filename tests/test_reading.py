@@ -253,9 +253,9 @@ def test_metadata_of_facts_is_checked_too(tmp_path):
     whole = json.loads(path.read_text())
     for at, new, message in (
         (("files", "train", 0, "rows"), 9999, r"part-00000.parquet has 9999 rows; it has \d+"),
-        (("mask",), "words", "mask='words' is not one of"),
-        (("chance", "majority digit"), "high", "not a number from 0 to 1"),
-        (("knowledge",), {"slice": "seen", "facts": 3, "bits": 1.0}, "is no slice tag=value"),
+        (("label_mask",), "words", "label_mask='words' is not one of"),
+        (("baselines", "majority digit"), "high", "not a number from 0 to 1"),
+        (("capacity",), {"slice": "seen", "facts": 3, "bits": 1.0}, "must be a slice and its value"),
     ):
         path.write_text(json.dumps(put(whole, at, new)))
         with pytest.raises(ConfigError, match=message):
