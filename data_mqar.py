@@ -34,11 +34,9 @@ import numpy as np
 import torch
 
 from nanorecall.mqar_files import (
-    DatasetConfig,
     StoredMQAR,
     parse_dataset,
     show_columns,
-    show_on_disk,
     write_and_report,
 )
 from nanorecall.rng import (
@@ -383,14 +381,16 @@ def show(config):
 
 
 def parse(argv):
-    """Command line -> DatasetConfig, or None if help was all that it asked for."""
+    """Command line -> DatasetConfig."""
     return parse_dataset(argv, __doc__)
 
 
 def main(argv=None):
     config = parse(sys.argv[1:] if argv is None else argv)
-    if config:
+    if config.output_dir:
         write_and_report(config)
+    else:
+        print(__doc__.strip())
 
 
 if __name__ == "__main__":

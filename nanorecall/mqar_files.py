@@ -8,6 +8,7 @@ Letters: B sequences, T tokens, N blocks in a sequence, n pairs in a block, V vo
 
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -225,20 +226,18 @@ def dataset_metadata(c, files):
 
 
 def parse_dataset(argv, doc):
-    """Command line of data_mqar.py -> DatasetConfig; None after printing help or doc."""
+    """Command line of data_mqar.py -> DatasetConfig; its output_dir is empty without settings."""
     args, settings = read_argv(argv)
     if any(s.key == "help" for s in settings):
         say(help_text(doc, DatasetConfig))
-        return None
+        sys.exit(0)
     unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
     require(not args, unknown, None)
     reject_unknown(settings, DatasetConfig)
     config = build_config(DatasetConfig, settings)
-    if config.output_dir:
-        return config
-    require(not settings, "name the directory to write: --output-dir DIR", "output_dir")
-    print(doc.strip())
-    return None
+    has_directory = config.output_dir or not settings
+    require(has_directory, "name the directory to write: --output-dir DIR", "output_dir")
+    return config
 
 
 def write_and_report(c):

@@ -37,11 +37,12 @@ import memory  # noqa: E402
 import model as M  # noqa: E402
 import train  # noqa: E402
 from analysis import hooks  # noqa: E402
-from data_synth import TASKS  # noqa: E402
+from data_synth import BUILD  # noqa: E402
 from myriadlama import (
     fusion,  # noqa: E402
     llama,  # noqa: E402
 )
+from naive import fla_naive, loop_sequences, naive_mask  # noqa: E402
 from nanorecall import (
     distributed,  # noqa: E402
     metrics,  # noqa: E402
@@ -50,9 +51,6 @@ from nanorecall import (
 )
 from nanorecall.build import build_model, build_model_config  # noqa: E402
 from nanorecall.run import Run  # noqa: E402
-from test_data_mqar import loop_rows  # noqa: E402
-from test_delta import fla_naive  # noqa: E402
-from test_tokens import naive_mask  # noqa: E402
 
 
 def seconds(f):
@@ -153,16 +151,16 @@ def data_rows(rounds):
     c = data_mqar.Config()
     cell, n = data_mqar.TaskSize(c.input_seq_len, c.num_kv_pairs, c), c.n_train_examples
     ours = {"ours": lambda: data_mqar.make_sequences(cell, "train", np.arange(n))}
-    peer = {"loop": lambda: loop_rows(cell, n // 10, np.random.default_rng(0))}  # a tenth of the rows, or it takes a minute
+    peer = {"loop": lambda: loop_sequences(cell, n // 10, np.random.default_rng(0))}  # a tenth of the rows, or it takes a minute
     times = take_turns({**ours, **peer}, min(rounds, 5))
     yield f"{n} MQAR rows", times["ours"], "numpy loop over rows", [10 * t for t in times["loop"]], None
 
 
 def mask_rows(rounds):
     """Label masks of 1,000,000 tokens of documents end to end, against the same rules letter by letter."""
-    for kind, task in (("qa", {}), ("digits", {}), ("twohop", {}), ("hashhop", {"hops": (1, 2), "cot": 0.5})):
-        c = data_synth.Config(task=kind, packing="documents", **task)
-        texts, _ = TASKS[kind].build(c).read("train", range(1000))
+    for kind, task in (("qa", {}), ("digits", {}), ("twohop", {}), ("hashhop", {"hops": (1, 2), "cot_frac": 0.5})):
+        c = data_synth.Config(task=kind, pack_documents=True, **task)
+        texts, _ = BUILD[kind](c).read("train", range(1000))
         documents = [text.BYTES.encode(text) for text in texts]
         copies = 10**6 // sum(map(len, documents)) + 1
         flat, ends = np.concatenate(documents * copies), np.cumsum([0, *map(len, documents * copies)])
@@ -361,9 +359,9 @@ def ablate_rows(rounds):
     torch.manual_seed(0)
     model = build_model(p, build_model_config(p, data)).eval()
     look = SimpleNamespace(data=data, config=SimpleNamespace(split="test"), pad=data.tokenizer.pad, device="cpu")
-    cases, _ = hooks.read_cases(look, np.arange(10))
-    slots = hooks.run_with_cache(model, cases).found[0]["slots"]
-    counted = len(ablate.remove_slots(model, cases, ["zero"])["fall"]) // cases.at.shape[1]
+    cases, _ = hooks.load_examples(look, np.arange(10))
+    slots = hooks.run_with_cache(model, cases).reads[0]["slots"]
+    counted = len(ablate.remove_slots(model, cases, ["zero"])["fall"]) // cases.label_pos.shape[1]
 
     @torch.no_grad()
     def one_by_one():

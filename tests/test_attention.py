@@ -9,7 +9,7 @@ from model import GPT, CausalSelfAttention, Config, UnifiedKV
 from nanorecall import ops
 from nanorecall.build import inference_state_bytes
 from nanorecall.rng import IGNORE_INDEX
-from test_model import T, V, build
+from toys import T, V, build_gpt
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -117,7 +117,7 @@ KINDS = {
 def build_kind(kind, **changes):
     cls, options = KINDS[kind]
     if not issubclass(cls, delta.DeltaNet):
-        return build(cls, **{**options, **changes})
+        return build_gpt(cls, **{**options, **changes})
     torch.manual_seed(0)
     sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, vocab_size=V, seq_len=T, init_std=0.3)
     return cls(delta.Config(**{**sizes, **options, **changes})).double()
@@ -242,8 +242,8 @@ def test_greedy_equals_the_argmax_of_whole_rows(kind):
 
 def test_reading_beyond_the_positions_is_refused():
     with pytest.raises(ValueError, match="positions for 12 tokens, not for 13"):
-        build().forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
-    build(pos_emb="none", conv_size=2).forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
+        build_gpt().forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
+    build_gpt(pos_emb="none", conv_size=2).forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("ends", [[0, 2, 4], [1, 3, 6], [0, 4, 2, 6], [0], [0, 6, 7]])

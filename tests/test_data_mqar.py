@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data_mqar as D
+from naive import loop_sequences
 from nanorecall import mqar_files as S
 from nanorecall import rng
 from nanorecall.settings import ConfigError, build_config, split_argv
@@ -209,27 +210,12 @@ def test_gaps_are_of_every_length_up_to_the_longest():
     assert len(counts) == 4 and (np.abs(counts - 2500) < 5 * np.sqrt(2500)).all()
 
 
-def loop_rows(size, R, rng):
-    """Zoology's law row by row with numpy: the naive twin, and the peer of the speed bench."""
-    c, L, n = size.config, size.length, size.pairs
-    half, slots = c.vocab_size // 2, (L - 2 * n) // 2
-    p = np.arange(1, slots + 1) ** (c.power_a - 1)
-    tokens, targets = np.zeros((R, L), np.int64), np.full((R, L), IGNORE)
-    for r in range(R):
-        keys = rng.choice(np.arange(1, half), n, replace=False)
-        values = rng.choice(np.arange(half, c.vocab_size), n, replace=False)
-        where = rng.choice(slots, n, replace=False, p=p / p.sum())
-        tokens[r, 0 : 2 * n : 2], tokens[r, 1 : 2 * n : 2] = keys, values
-        tokens[r, 2 * n + 2 * where], targets[r, 2 * n + 2 * where] = keys, values
-    return tokens, targets
-
-
 @pytest.mark.parametrize("power_a", [0.01, 1.0])
 def test_the_law_is_that_of_a_per_row_loop(power_a):
     c = config(input_seq_len=64, num_kv_pairs=8, vocab_size=64, power_a=power_a)
     size, R = D.TaskSize(64, 8, c), 20000
     ours = D.make_sequences(size, "train", np.arange(R))[:2]
-    theirs = loop_rows(size, R, np.random.default_rng(0))
+    theirs = loop_sequences(size, R, np.random.default_rng(0))
 
     def statistics(tokens, targets):
         """How often slot s asks for pair i (8, 24), and how often token v is key i or value i."""

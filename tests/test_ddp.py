@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -20,8 +18,7 @@ from nanorecall import checkpoint, distributed, metrics
 from nanorecall.build import build_model, build_model_config
 from nanorecall.run import load_settings
 from nanorecall.settings import ConfigError
-from test_faults import wait_for_step
-from test_train import assert_same, contents, counts, flags, run
+from toys import assert_same, contents, counts, flags, run, torchrun, wait_for_step
 
 pytestmark = pytest.mark.slow  # ranks are started again and again
 
@@ -358,12 +355,6 @@ def test_torchrun_leaves_our_flags_alone():
 
 
 # ---- torchrun ----------------------------------------------------------------------------------------------------------
-
-
-def torchrun(size, *words, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
-    command += [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
-    return subprocess.Popen([*command, train.__file__, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def children(pid):

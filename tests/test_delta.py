@@ -1,7 +1,5 @@
 """delta.py: the three forms of the rule against each other and its definition; DeltaNet."""
 
-import importlib.metadata
-import importlib.util
 import math
 import sys
 import types
@@ -15,10 +13,10 @@ import delta
 import train
 from delta import delta_rule, delta_rule_chunkwise, delta_rule_fla, delta_rule_recurrent
 from model import GPT, NORMS, RMSNorm, ShortConvolution
+from naive import fla_naive, naive_delta_layer
 from nanorecall.build import build_model_config, inference_state_bytes
 from nanorecall.ops import CausalConv1d, L2Normalize
 from nanorecall.settings import ConfigError
-from test_model import naive_activation, naive_heads, naive_qkv
 
 H, K, V = 2, 6, 5
 DOCUMENTS = [0, 5, 5, 30, 37, 69, 70]  # one is empty, one is a single token
@@ -324,20 +322,6 @@ def test_ends_may_be_integers_of_any_size(kind):
 # ---- flash-linear-attention: its naive form as an oracle, its kernels by a stand-in --------------
 
 
-def fla_naive(name):
-    """fla's pure PyTorch file, or None. Loaded by path: the package would import triton."""
-    if importlib.util.find_spec("einops") is None:
-        return None
-    try:
-        path = importlib.metadata.distribution("fla-core").locate_file(f"fla/ops/{name}/naive.py")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    spec = importlib.util.spec_from_file_location(f"fla_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.skipif(fla_naive("delta_rule") is None, reason="fla-core is not installed")
 def test_equals_the_naive_forms_of_flash_linear_attention():
     q, k, v, beta, g, S, _ = inputs(T=64, gated=True, dtype=torch.float32, beta_max=1.0)
@@ -497,37 +481,6 @@ def build(cls=delta.DeltaNet, **changes):
     return cls(c).double()
 
 
-def naive_sequence(m, x):
-    """DeltaNetLayer and GatedDeltaNetLayer on x (T, D) one vector at a time."""
-    c = m.config
-    out = []
-    states = [torch.zeros(m.head_dims(c), dtype=x.dtype) for _ in range(c.n_heads)]
-    for t in range(len(x)):
-        q, k, v = naive_qkv(m, x, t)
-        q = naive_heads(q, x[t], c.q_kernel, c.q_norm, m.gate_q)
-        k = naive_heads(k, x[t], c.k_kernel, c.k_norm, m.gate_k)
-        v = naive_heads(v, x[t], c.v_kernel)
-        heads = []
-        for h in range(c.n_heads):
-            beta = torch.ones((), dtype=x.dtype)
-            if c.use_beta:
-                beta = naive_activation("sigmoid", m.proj_beta.weight[h] @ x[t] / c.lr_temp)
-                beta = 2 * beta if c.allow_neg_eigval else beta
-            if isinstance(m, delta.GatedDeltaNetLayer):
-                rate = torch.log(1 + torch.exp(m.proj_decay.weight[h] @ x[t] + m.dt_bias[h]))
-                states[h] = states[h] * torch.exp(-torch.exp(m.A_log[h]) * rate)
-            states[h] = states[h] + beta * torch.outer(k[h], v[h] - states[h].T @ k[h])
-            o = states[h].T @ q[h] / math.sqrt(q.shape[1])
-            if m.out_norm:
-                o = o / torch.sqrt((o**2).mean() + 1e-6) * m.out_norm.weight
-            heads.append(o)
-        o = torch.cat(heads)
-        if m.gate_out:
-            o = o * naive_activation(c.att_output_gate_act, m.gate_out.weight @ x[t])
-        out.append(m.out_proj.weight @ o)
-    return torch.stack(out)
-
-
 SWITCHES = [
     dict(),
     dict(conv_size=0, q_kernel="relu", k_kernel="elu1", v_kernel="none"),
@@ -549,7 +502,7 @@ def test_mixer_equals_naive_in_outputs_and_gradients(cls, switches):
     x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
     parameters = [x, *mixer.parameters()]
     ours = mixer(x)
-    naive = torch.stack([naive_sequence(mixer, sequence) for sequence in x])
+    naive = torch.stack([naive_delta_layer(mixer, sequence) for sequence in x])
     torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-11)
     grad = torch.randn_like(ours)
     for a, b in zip(

@@ -21,8 +21,7 @@ from analysis import commands
 from nanorecall import build, checkpoint
 from nanorecall.distributed import SINGLE_PROCESS, all_finite
 from nanorecall.settings import ConfigError, RunError
-from test_ddp import torchrun
-from test_train import assert_same, contents, flags, run
+from toys import assert_same, contents, flags, run, torchrun
 
 pytestmark = pytest.mark.slow  # whole runs from start to end
 

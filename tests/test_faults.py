@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import train
 from nanorecall import checkpoint
 from nanorecall.settings import ConfigError, RunError
-from test_train import assert_same, contents, flags, run
+from toys import Bomb, assert_same, contents, flags, last_logged_step, run, wait_for_step
 
 pytestmark = pytest.mark.slow  # runs are killed and resumed
 
@@ -38,12 +38,6 @@ def start(folder, name, **changes):
             signal.signal(number, signal.SIG_DFL)
 
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-
-
-def wait_for_step(out, step, process):
-    log = os.path.join(out, "log.jsonl")
-    while process.poll() is None and not (os.path.exists(log) and any(r["step"] >= step for r in checkpoint.read_log(out))):
-        time.sleep(0.01)
 
 
 def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(tmp_path):
@@ -74,20 +68,16 @@ def test_killed_a_hundred_times_while_saving_it_always_has_a_checkpoint(tmp_path
                 train.main([f"--resume={out}"] if os.path.exists(out) else words)
             finally:
                 os._exit(99)
-        while os.waitpid(pid, os.WNOHANG) == (0, 0) and steps_logged(out) < reached + 7:
+        while os.waitpid(pid, os.WNOHANG) == (0, 0) and last_logged_step(out) < reached + 7:
             time.sleep(0.001)
         time.sleep(r.random() * 0.05)
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         step = checkpoint.load_checkpoint(out, "ckpt")["step"]
-        assert step > reached and step >= steps_logged(out) - 3
+        assert step > reached and step >= last_logged_step(out) - 3
         assert checkpoint.load_checkpoint(out, "ckpt_prev")["step"] >= step - 3
         reached = step
     assert not [name for name in os.listdir(out) if "damaged" in name]
-
-
-def steps_logged(out):
-    return max((r["step"] for r in checkpoint.read_log(out)), default=0) if os.path.exists(f"{out}/log.jsonl") else 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -176,7 +166,7 @@ def test_two_ranks_killed_while_they_write_shards_go_on_from_the_last_whole_ones
 
             def killed_here(*args, **kwargs):
                 calls.append(1)
-                if steps_logged(out) > limit:
+                if last_logged_step(out) > limit:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return write(*args, **kwargs)
 
@@ -185,7 +175,7 @@ def test_two_ranks_killed_while_they_write_shards_go_on_from_the_last_whole_ones
             save = dcp.save
 
             def killed_there(*args, **kwargs):
-                if steps_logged(out) > limit + 1:
+                if last_logged_step(out) > limit + 1:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return save(*args, **kwargs)
 
@@ -195,19 +185,9 @@ def test_two_ranks_killed_while_they_write_shards_go_on_from_the_last_whole_ones
     for _ in range(6):
         assert -signal.SIGKILL in on_ranks(2, until_killed)
         state = checkpoint.load_checkpoint(out, "ckpt")
-        assert state["step"] > reached and state["step"] >= steps_logged(out) - 2 and state["tensors"]
+        assert state["step"] > reached and state["step"] >= last_logged_step(out) - 2 and state["tensors"]
         reached = state["step"]
     assert len(os.listdir(os.path.join(out, "shards"))) <= 4  # ckpt, ckpt_prev, and what one kill left
-
-
-class Bomb:
-    """A pickle that runs a command when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def damages(raw, fuse):

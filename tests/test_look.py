@@ -23,6 +23,7 @@ from analysis import trained_run as look_file
 from nanorecall.ops import softmax_attention
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
+from toys import latest
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,12 @@ def runs(tmp_path_factory):
     facts = (
         "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2"
     )
-    hops = "--data=data_synth --task=hashhop --block_size=220 --num_queries=3 --n_val_examples=10 --n_test_examples=12"
+    hops = "--data=data_synth --task=hashhop --max_bytes=220 --num_queries=3 --n_val_examples=10 --n_test_examples=12"
     mqar = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv_size=2 --lr=1e-2 --num_threads=1 --vocab_size=32 --input_seq_len=16"
     for name, words in (
         ("memory", f"{small} {facts} --model=memory --memory_layers=[0,1] --mem_share_values=0 --max_steps=60"),
         ("router", f"{small} {facts} --model=memory_router --memory_layers=[1] --max_steps=20"),
-        ("hops", f"{small} {hops} --model=memory --memory_layers=[1] --hops=[1,2] --cot=0.5 --max_steps=10"),
+        ("hops", f"{small} {hops} --model=memory --memory_layers=[1] --hops=[1,2] --cot_frac=0.5 --max_steps=10"),
         ("mqar", f"{mqar} --num_kv_pairs=4 --n_val_examples=20 --n_test_examples=30 --max_steps=10"),
     ):
         train.main([*words.split(), f"--run_name={name}", f"--log_dir={folder}"])
@@ -50,18 +51,6 @@ def runs(tmp_path_factory):
 def open_look(runs, name, **changes):
     config = ev.EvalConfig(rows=changes.pop("rows", 0), **changes)
     return look_file.open_run(str(runs / name), config)
-
-
-def latest(folder, what, end=".json"):
-    """The name, without its end, of the result that was written last, whatever the settings in its
-    name."""
-    others = ("_rows-", "_edits-", "_example-", "_data-", "_modes-")
-    found = [
-        p
-        for p in folder.glob(what + "*" + end)
-        if p.stem == what or p.stem[len(what) :].startswith(others)
-    ]
-    return max(found, key=lambda p: p.stat().st_mtime_ns).stem
 
 
 def saved(runs, name, what):

@@ -18,20 +18,15 @@ from nanorecall import checkpoint
 from nanorecall.build import build_model, build_model_config, load_and_freeze
 from nanorecall.run import load_settings
 from nanorecall.settings import ConfigError
-from test_train import TOY as TOY_RUN
-from test_train import assert_same, contents, run
-
-SMALL = dict(dim=16, n_layers=2, n_heads=2, dk=8, dv=8, mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
-
-
-def model(cls=Mem.MemoryGPT, seed=0, **changes):
-    torch.manual_seed(seed)
-    return cls(Mem.Config(**{**SMALL, "vocab_size": 11, "seq_len": 12, **changes}))
-
-
-def tokens(*shape, seed=0):
-    return torch.randint(11, shape, generator=torch.Generator().manual_seed(seed))
-
+from toys import (
+    MEMORY_TOY,
+    TOY,
+    assert_same,
+    contents,
+    memory_model,
+    random_tokens,
+    run,
+)
 
 # ---- lookup --------------------------------------------------------------------------------------
 
@@ -73,7 +68,7 @@ def test_values_are_read_as_one_by_one():
 @pytest.mark.parametrize("score", Mem.SCORES)
 @pytest.mark.parametrize("gated, width", [(False, 0), (False, 4), (True, 0), (True, 4)])
 def test_a_layer_by_hand(score, gated, width):
-    m = model(mem_score=score, mem_gated=gated, mem_v_dim=width).layers[1].memory
+    m = memory_model(mem_score=score, mem_gated=gated, mem_v_dim=width).layers[1].memory
     x = torch.randn(2, 3, 16)
     y, found = m(x)
     for b in range(2):
@@ -95,14 +90,14 @@ def test_a_layer_by_hand(score, gated, width):
 
 
 def test_one_table_inside_a_model_and_none_between_two():
-    a, b = (model(memory_layers=(0, 1)) for _ in range(2))
+    a, b = (memory_model(memory_layers=(0, 1)) for _ in range(2))
     first, second = a.memory_layers().values()
     assert first.values is second.values and first.keys is not second.keys
     assert b.layers[0].memory.values is not first.values
     with torch.no_grad():
         first.values.add_(1)
     assert not torch.equal(first.values, b.layers[0].memory.values)
-    apart = model(memory_layers=(0, 1), mem_share_values=False)
+    apart = memory_model(memory_layers=(0, 1), mem_share_values=False)
     assert apart.layers[0].memory.values is not apart.layers[1].memory.values
     names = {name for name, _ in a.named_parameters(remove_duplicate=False)}
     assert {"layers.0.memory.keys", "layers.0.memory.values", "layers.1.memory.values"} <= names
@@ -113,8 +108,8 @@ def test_softmax_over_one_slot_is_refused_and_two_teach_the_keys():
         Mem.Config(mem_knn=1).check()
     for options in (dict(mem_knn=1, mem_score="sigmoid"), dict(mem_knn=2)):
         Mem.Config(**options).check()
-        m = model(**options)
-        m(tokens(2, 6), tokens(2, 6, seed=1))[1].backward()
+        m = memory_model(**options)
+        m(random_tokens(2, 6), random_tokens(2, 6, seed=1))[1].backward()
         assert m.layers[1].memory.keys.grad.abs().max() > 0
 
 
@@ -145,7 +140,7 @@ def test_mistakes_are_named(words, message):
 
 @pytest.mark.parametrize("cls", [Mem.MemoryGPT, Mem.MemoryRouterGPT])
 def test_a_trace_holds_the_reads_and_changes_nothing(cls):
-    m, x, y = model(cls, memory_layers=(0, 1)).eval(), tokens(2, 6), tokens(2, 6, seed=1)
+    m, x, y = memory_model(cls, memory_layers=(0, 1)).eval(), random_tokens(2, 6), random_tokens(2, 6, seed=1)
     y[:, :4] = -100
     logits, loss, found = m(x, trace=True)
     assert loss is None and torch.equal(logits, m(x)[0]) and len(found) == 2
@@ -159,7 +154,7 @@ def test_a_trace_holds_the_reads_and_changes_nothing(cls):
 
 
 def test_interventions_change_one_layer():
-    m, x = model(memory_layers=(0, 1)).eval(), tokens(2, 6)
+    m, x = memory_model(memory_layers=(0, 1)).eval(), random_tokens(2, 6)
     clean, _, found = m(x, trace=True)
     unchanged, _ = m(x, intervene={1: lambda f: f})
     assert torch.equal(unchanged, clean)
@@ -180,7 +175,7 @@ def test_interventions_change_one_layer():
 
 
 def test_a_router_is_a_weighted_sum_or_one_of_two():
-    m, x = model(Mem.MemoryRouterGPT).eval(), torch.randn(2, 3, 16)
+    m, x = memory_model(Mem.MemoryRouterGPT).eval(), torch.randn(2, 3, 16)
     block = m.layers[1]
     share = block.router(x).softmax(-1)
     mlp, read = block.ffn(x), block.memory(x)[0]
@@ -202,8 +197,8 @@ def test_usage_by_hand():
 
 
 def test_read_counts_are_those_of_one_step():
-    m = model(memory_layers=(0, 1)).train()
-    _, _, found = m(tokens(2, 6), trace=True)
+    m = memory_model(memory_layers=(0, 1)).train()
+    _, _, found = m(random_tokens(2, 6), trace=True)
     report = m.on_step_end(report=True)
     for i in (0, 1):
         slots = found[i]["slots"]
@@ -211,19 +206,19 @@ def test_read_counts_are_those_of_one_step():
         assert report[str(i)]["top"][0][1] == pytest.approx(slots.flatten().bincount().max().item() / slots.numel())
         assert not m.layers[i].memory.read_counts.any()
     m.eval()
-    m(tokens(2, 6))
+    m(random_tokens(2, 6))
     assert not any(memory.read_counts.any() for memory in m.memory_layers().values())
 
 
 def test_load_balancing_evens_out_slot_usage():
-    m = model(mem_n_keys=8, mem_balance_rate=0.02).train()
+    m = memory_model(mem_n_keys=8, mem_balance_rate=0.02).train()
     memory = m.layers[1].memory
     with torch.no_grad():
         memory.keys[:, :, 0] += 2  # one sub-key wins nearly always
         memory.query.bias.fill_(1.0)
     spread = []
     for _ in range(200):
-        m(tokens(8, 12))
+        m(random_tokens(8, 12))
         first = memory.read_counts.view(2, 8, 8).sum(2).float()
         spread.append(float((first.max(-1).values / first.mean(-1)).mean()))
         m.on_step_end()
@@ -232,7 +227,7 @@ def test_load_balancing_evens_out_slot_usage():
 
 
 def test_values_have_their_own_learning_rate_and_do_not_decay():
-    groups = train.configure_optimizer(model(mem_value_lr_scale=3.0), train.TrainConfig(weight_decay=0.1)).param_groups
+    groups = train.configure_optimizer(memory_model(mem_value_lr_scale=3.0), train.TrainConfig(weight_decay=0.1)).param_groups
     values = [g for g in groups if g["lr_scale"] == 3.0]
     assert len(values) == 1 and values[0]["weight_decay"] == 0 and [p.shape for p in values[0]["params"]] == [(25, 16)]
     assert all(g["weight_decay"] == (0.1 if g["params"][0].ndim >= 2 else 0) for g in groups if g["lr_scale"] == 1)
@@ -240,12 +235,9 @@ def test_values_have_their_own_learning_rate_and_do_not_decay():
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-TOY = MEMORY_FLAGS = dict(mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8, memory_layers="[0,1]", mem_log_interval=5)
-
-
 @pytest.mark.parametrize("name, changes", [("memory", {"mem_balance_rate": 0.01}), ("memory_router", {"mem_top1": 1})])
 def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
-    options = {**TOY, "model": name, **changes, "lr_schedule": "constant", "eval_interval": 60}
+    options = {**MEMORY_TOY, "model": name, **changes, "lr_schedule": "constant", "eval_interval": 60}
     status, whole = run(tmp_path, "whole", target_accuracy=0.8, max_steps=120, **options)
     assert status == 0
     rows = [r for r in checkpoint.read_log(whole) if r["kind"] == "memory"]
@@ -259,7 +251,7 @@ def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
 
 def test_values_that_learn_at_rate_0_stay(tmp_path):
     for rate in (0, 1):
-        _, out = run(tmp_path, f"rate{rate}", model="memory", **TOY, mem_value_lr_scale=rate, max_steps=2)
+        _, out = run(tmp_path, f"rate{rate}", model="memory", **MEMORY_TOY, mem_value_lr_scale=rate, max_steps=2)
         p = load_settings(out, train.TrainConfig)
         first = build_model(p, build_model_config(p, p.data_module.Data(p.data))).state_dict()["layers.0.memory.values"]
         last = checkpoint.load_checkpoint(out, "ckpt")["tensors"]["model.layers.0.memory.values"]
@@ -267,7 +259,7 @@ def test_values_that_learn_at_rate_0_stay(tmp_path):
 
 
 def test_ranks_agree(tmp_path, on_ranks):
-    options = dict(TOY, model="memory", mem_balance_rate=0.01, max_steps=10, eval_interval=10, mem_log_interval=2)
+    options = dict(MEMORY_TOY, model="memory", mem_balance_rate=0.01, max_steps=10, eval_interval=10, mem_log_interval=2)
 
     def work(parallel):
         return lambda rank: run(tmp_path, parallel, parallel=parallel, **options)[0]
@@ -284,7 +276,7 @@ def test_ranks_agree(tmp_path, on_ranks):
 
 def test_dummy_micro_batches_do_not_count_as_reads(tmp_path):
     """One sequence of 64 tokens per step in four micro-batches: three are dummies."""
-    options = dict(TOY, model="memory", mem_balance_rate=0.01, max_steps=3, mem_log_interval=1, batch_size=4, eval_interval=3)
+    options = dict(MEMORY_TOY, model="memory", mem_balance_rate=0.01, max_steps=3, mem_log_interval=1, batch_size=4, eval_interval=3)
     options |= dict(num_kv_pairs=None, train_sizes="[(64,4)]")
     logs = [contents(run(tmp_path, f"a{n}", grad_accum_steps=n, **options)[1])[1] for n in (1, 4)]
     one, four = ([r["layers"] for r in log if r["kind"] == "memory"] for log in logs)
@@ -296,9 +288,9 @@ def test_dummy_micro_batches_do_not_count_as_reads(tmp_path):
 
 @pytest.mark.parametrize("cls, options", [(Mem.MemoryGPT, {}), (Mem.MemoryGPT, {"mem_v_dim": 24}), (Mem.MemoryRouterGPT, {})])
 def test_edits_are_answered_and_undone_to_the_bit(cls, options):
-    m = model(cls, mem_n_keys=16, dim=32, **options).eval()
-    x, y = tokens(5, 6, seed=3), torch.full((5, 6), -100)
-    y[:, 3:] = tokens(5, 3, seed=4)
+    m = memory_model(cls, mem_n_keys=16, dim=32, **options).eval()
+    x, y = random_tokens(5, 6, seed=3), torch.full((5, 6), -100)
+    y[:, 3:] = random_tokens(5, 3, seed=4)
     x[:, 4:] = y[:, 3:5]  # each answer is read before the next of its letters
     before = {n: t.clone() for n, t in m.state_dict().items()}
     assert (m(x, y)[0].argmax(-1) != y[y != -100]).any()
@@ -311,8 +303,8 @@ def test_edits_are_answered_and_undone_to_the_bit(cls, options):
 
 
 def test_a_covariance_protects_other_facts():
-    m = model(mem_n_keys=6, dim=32).eval()
-    x, y, others = tokens(2, 4, seed=3), torch.full((2, 4), -100), tokens(30, 4, seed=5)
+    m = memory_model(mem_n_keys=6, dim=32).eval()
+    x, y, others = random_tokens(2, 4, seed=3), torch.full((2, 4), -100), random_tokens(30, 4, seed=5)
     y[:, 3] = torch.tensor([1, 2])
     labels = torch.where(torch.arange(4) == 3, others, -100)
     keep = editing.key_second_moment(m, [(others[:15], labels[:15]), (others[15:], labels[15:])])
@@ -329,9 +321,9 @@ def test_a_covariance_protects_other_facts():
 def test_what_cannot_be_edited_is_refused():
     for options in (dict(memory_layers=(0,)), dict(mem_gated=True)):
         with pytest.raises(ValueError, match="editing needs a memory layer without gate in the last block"):
-            editing.edit_facts(model(**options), tokens(1, 4), tokens(1, 4))
+            editing.edit_facts(memory_model(**options), random_tokens(1, 4), random_tokens(1, 4))
     with pytest.raises(ValueError, match="editing needs mem_share_values=0"):
-        editing.edit_facts(model(memory_layers=(0, 1)), tokens(1, 4), tokens(1, 4))
+        editing.edit_facts(memory_model(memory_layers=(0, 1)), random_tokens(1, 4), random_tokens(1, 4))
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -339,19 +331,19 @@ def test_what_cannot_be_edited_is_refused():
 
 def test_parameters_by_hand():
     """16 wide, 2 blocks: block 0 with an MLP of 64, block 1 with 25 slots read 2 * 3 at a time."""
-    rows = {name: numbers for name, *numbers in weights.count_active(model())}
+    rows = {name: numbers for name, *numbers in weights.count_active(memory_model())}
     assert rows["layers.1.memory.values"] == [25 * 16, 6 * 16, 2 * 6 * 16]
     assert rows["layers.1.memory.keys"] == [2 * 2 * 5 * 3] * 2 + [2 * 60] and rows["layers.0.ffn.up.weight"][0] == 64 * 16
     assert rows["embed.weight"] == [11 * 16, 16, 0] and rows["lm_head.weight"][2] == 2 * 11 * 16
     for options in ({}, dict(memory_layers=(0, 1)), dict(tie_weights=True)):
-        m = model(**options)
+        m = memory_model(**options)
         assert sum(total for _, total, *_ in weights.count_active(m)) == sum(q.numel() for q in m.parameters())
-    assert {n: a for n, _, a, _ in weights.count_active(model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
+    assert {n: a for n, _, a, _ in weights.count_active(memory_model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
 
 
 def test_conversion_as_a_user_starts_it(tmp_path, script):
     """As a script memory.py is another module than the one that models are built from."""
-    run(tmp_path, "a", model="memory", **{**MEMORY_FLAGS, "max_steps": 2})
+    run(tmp_path, "a", model="memory", **{**MEMORY_TOY, "max_steps": 2})
     run(tmp_path, "g", max_steps=2)
     done = script("memory.py", "convert", tmp_path / "a", tmp_path / "x.pt", "--to", "memory_router")
     assert done.returncode == 0 and "new: layers.0.ffn.up.weight" in done.stdout, done.stderr
@@ -360,7 +352,7 @@ def test_conversion_as_a_user_starts_it(tmp_path, script):
 
 
 def test_the_command_line(tmp_path, capsys):
-    options = {**MEMORY_FLAGS, "max_steps": 2}
+    options = {**MEMORY_TOY, "max_steps": 2}
     run(tmp_path, "a", model="memory", **options)
     run(tmp_path, "b", model="memory", **{**options, "mem_n_keys": 6, "seed": 1})
     a, b, out = str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "x.pt")
@@ -373,7 +365,7 @@ def test_the_command_line(tmp_path, capsys):
     assert Mem.main(["convert", a, out, "--to", "memory_router"]) == 0
     assert "new: layers.0.ffn.up.weight" in capsys.readouterr().out
     router = dict(options, model="memory_router", init_from=out)
-    p = train.parse([f"--{k}={v}" for k, v in {**TOY_RUN, **router, "log_dir": tmp_path}.items()])
+    p = train.parse([f"--{k}={v}" for k, v in {**TOY, **router, "log_dir": tmp_path}.items()])
     m = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
     load_and_freeze(m, p.train, has_checkpoint=False)
     _, data, before, _ = train.load_run(a, "ckpt")
@@ -403,7 +395,7 @@ def test_the_margin_of_an_edit_is_in_logits_at_any_scale_of_the_norm():
 
 
 def test_frozen_keys_are_not_balanced():
-    m = model(mem_balance_rate=0.5, memory_layers=(0, 1))
+    m = memory_model(mem_balance_rate=0.5, memory_layers=(0, 1))
     frozen, free = m.memory_layers().values()
     frozen.keys.requires_grad_(False)
     for layer in (frozen, free):

@@ -1,6 +1,5 @@
 """model.py against definitions written out naively, and against the document it follows."""
 
-import math
 import os
 import subprocess
 import sys
@@ -20,24 +19,14 @@ from model import (
     UnifiedKV,
     taylor,
 )
+from naive import naive_attention_layer
 from nanorecall import metrics, ops
 from nanorecall.build import inference_state_bytes
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
+from toys import T, V, build_gpt, gpt_config
 
-B, T, V = 3, 12, 19
-
-
-def config(**changes):
-    defaults = dict(
-        dim=8, n_layers=2, n_heads=2, dk=6, dv=4, du=6, vocab_size=V, seq_len=T, init_std=0.3
-    )
-    return Config(**{**defaults, **changes})
-
-
-def build(cls=GPT, dtype=torch.float64, **changes):
-    torch.manual_seed(0)
-    return cls(config(**changes)).to(dtype)
+B = 3
 
 
 def random_batch(labels=(3, 0, 5)):
@@ -86,99 +75,6 @@ def test_parameter_counts_and_tree_of_updatable_long_term_memory():
 # ---- attention against its definition ------------------------------------------------------------
 
 
-def naive_feature(x, kernel, norm):
-    """Feature map and norm of one vector, spelled out."""
-    n = len(x)
-    y = {
-        "none": lambda: x,
-        "relu": lambda: torch.clamp(x, min=0),
-        "relu2": lambda: torch.clamp(x, min=0) ** 2,
-        "elu1": lambda: torch.where(x > 0, x + 1, torch.exp(torch.clamp(x, max=0))),
-        "silu": lambda: x / (1 + torch.exp(-x)),
-        "exp": lambda: torch.exp(x - x.max()),
-        "softmax": lambda: torch.exp(x) / torch.exp(x).sum(),
-        "taylor": lambda: torch.cat(
-            [torch.ones(1).to(x), x / n**0.25, torch.outer(x, x).flatten() / n**0.5 / 2**0.5]
-        ),
-    }[kernel]()
-    m = len(y)
-    return {
-        "none": lambda: y,
-        "l2": lambda: y / torch.sqrt((y**2).sum() + 1e-6),
-        "l1": lambda: y / (y.abs().sum() + 1e-6),
-        "rms": lambda: y / torch.sqrt((y**2).sum() / m + 1e-6),
-        "layer": lambda: (y - y.mean()) / torch.sqrt(((y - y.mean()) ** 2).sum() / m + 1e-5),
-    }[norm]()
-
-
-def naive_qkv(att, x, t):
-    """Projections of token t of x (T, D) after the short convolution: (heads, width) each."""
-    out = []
-    first = 0
-    for m in (att.proj_q, *att.kv_projections()):
-        y = m.weight @ x[t]
-        if att.conv:
-            taps = att.conv.weight[:, first : first + len(y)]
-            y = sum(taps[j] * (m.weight @ x[t - j]) for j in range(len(taps)) if j <= t)
-        first += len(y)
-        out.append(y.view(att.n_heads if m is att.proj_q else att.n_kv_heads, -1))
-    q, *kv = out
-    return q, kv[0], kv[-1]
-
-
-def naive_heads(y, x, kernel, norm="none", gate=None):
-    """Feature map, norm and gate of each head's vector: y (heads, width) of token x (D,)."""
-    y = torch.stack([naive_feature(head, kernel, norm) for head in y])
-    if gate is not None:
-        y = y * naive_activation("sigmoid", gate.weight @ x).view(y.shape)
-    return y
-
-
-def naive_activation(name, z):
-    return {
-        "none": z,
-        "sigmoid": 1 / (1 + torch.exp(-z)),
-        "silu": z / (1 + torch.exp(-z)),
-    }[name]
-
-
-def naive_rotation(y, t):
-    """Each pair of neighbouring features of y (heads, width) turned by position t."""
-    z = y.clone()
-    width = y.shape[1]
-    for j in range(width // 2):
-        angle = t * 10000.0 ** (-2 * j / width)
-        cos, sin = math.cos(angle), math.sin(angle)
-        z[:, 2 * j] = y[:, 2 * j] * cos - y[:, 2 * j + 1] * sin
-        z[:, 2 * j + 1] = y[:, 2 * j] * sin + y[:, 2 * j + 1] * cos
-    return z
-
-
-def naive_sequence(att, x):
-    """Attention, either kind, on x (T, D), one vector at a time, from the weights alone."""
-    c = att.config
-    keys, values, out = [], [], []
-    for t in range(len(x)):
-        q, k, v = naive_qkv(att, x, t)
-        q = naive_heads(q, x[t], c.q_kernel, c.q_norm, att.gate_q)
-        k = naive_heads(k, x[t], c.k_kernel, c.k_norm, att.gate_k)
-        if c.pos_emb == "rope":
-            q, k = naive_rotation(q, t), naive_rotation(k, t)
-        keys.append(k)
-        values.append(naive_heads(v, x[t], c.v_kernel))
-        heads = []
-        for h in range(att.n_heads):
-            g = h * att.n_kv_heads // att.n_heads
-            scores = torch.stack([q[h] @ k[g] for k in keys]) / math.sqrt(q.shape[1])
-            p = torch.exp(scores - scores.max())
-            heads.append(sum(w * v[g] for w, v in zip(p / p.sum(), values)))
-        o = torch.cat(heads)
-        if att.gate_out:
-            o = o * naive_activation(c.att_output_gate_act, att.gate_out.weight @ x[t])
-        out.append(att.out_proj.weight @ o)
-    return torch.stack(out)
-
-
 SWITCHES = (
     [dict(q_kernel=k, k_kernel=k, v_kernel=k, pos_emb="none") for k in FEATURE_MAPS]
     + [dict(q_kernel="silu", k_norm=n, q_norm=n) for n in NORMS]
@@ -196,10 +92,10 @@ SWITCHES = (
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_attention_module_equals_naive_in_outputs_and_gradients(cls, switches):
     torch.manual_seed(0)
-    att = cls(config(**switches)).double()
+    att = cls(gpt_config(**switches)).double()
     x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
     inputs = [x, *att.parameters()]
-    ours, naive = att(x), naive_sequence(att, x[0])[None]
+    ours, naive = att(x), naive_attention_layer(att, x[0])[None]
     torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-11)
     grad = torch.randn_like(ours)
     for a, b in zip(
@@ -244,7 +140,7 @@ VARIANTS = [
 @pytest.mark.parametrize("cls", [GPT, UnifiedKV])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_no_logit_sees_the_future(cls, changes):
-    model = build(cls, **changes)
+    model = build_gpt(cls, **changes)
     tokens, _ = random_batch((0, 0, 0))
     before, _ = model(tokens)
     for t in range(T):
@@ -263,7 +159,7 @@ def test_no_logit_sees_the_future(cls, changes):
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("labels", [(3, 0, 5), (4, 4, 4), (T, 1, T)], ids=str)
 def test_labelled_positions_only_gives_the_same_logits_loss_and_gradients(cls, changes, labels):
-    model = build(cls, **changes)
+    model = build_gpt(cls, **changes)
     tokens, targets = random_batch(labels)
     full, none = model(tokens)
     assert none is None and full.shape == (B, T, V)
@@ -287,15 +183,17 @@ def test_correct_predictions_of_tokens_and_of_whole_sequences():
 
 
 def test_state_bytes_counts_the_cache():
-    assert inference_state_bytes(GPT, config(seq_len=10)) == 4 * 2 * 2 * (6 + 4) * 10
-    assert inference_state_bytes(UnifiedKV, config()) == 4 * 2 * 2 * 6 * T
-    assert inference_state_bytes(UnifiedKV, config(k_gated=True, seq_len=1)) == 4 * 2 * 2 * (6 + 6)
-    assert inference_state_bytes(GPT, config(conv_size=3, seq_len=10)) == 4 * 2 * (
-        2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4)
-    )
-    assert inference_state_bytes(GPT, 
-        config(n_kv_heads=1, q_kernel="taylor", k_kernel="taylor", pos_emb="none", seq_len=1)
-    ) == 4 * 2 * ((1 + 6 + 36) + 4)
+    def size(cls, **changes):
+        return inference_state_bytes(cls, gpt_config(**changes))
+
+    numbers = 4 * 2  # bytes, blocks
+    assert size(GPT, seq_len=10) == numbers * 2 * (6 + 4) * 10
+    assert size(UnifiedKV) == numbers * 2 * 6 * T
+    assert size(UnifiedKV, k_gated=True, seq_len=1) == numbers * 2 * (6 + 6)
+    conv_state = 2 * (4 * 6 + 2 * 4)
+    assert size(GPT, conv_size=3, seq_len=10) == numbers * (2 * (6 + 4) * 10 + conv_state)
+    taylor = dict(q_kernel="taylor", k_kernel="taylor", pos_emb="none")
+    assert size(GPT, n_kv_heads=1, seq_len=1, **taylor) == numbers * ((1 + 6 + 36) + 4)
 
 
 @pytest.mark.parametrize(
@@ -312,12 +210,12 @@ def test_state_bytes_counts_the_cache():
 )
 def test_impossible_settings_are_refused(changes):
     with pytest.raises(ConfigError):
-        config(**changes).check()
+        gpt_config(**changes).check()
 
 
 def test_odd_widths_cannot_turn():
     with pytest.raises(ConfigError, match="even"):
-        build(dk=5)
+        build_gpt(dk=5)
 
 
 def test_importing_a_model_does_not_load_the_compiler():

@@ -16,8 +16,7 @@ import memory as Mem
 import train
 from nanorecall import checkpoint, pretrained
 from nanorecall.settings import ConfigError, RunError
-from test_faults import Bomb
-from test_train import flags, run
+from toys import Bomb, flags, run
 
 NAME = "model.embed.weight"
 

@@ -17,55 +17,9 @@ from nanorecall import run as run_file
 from nanorecall.build import build_model_config
 from nanorecall.run import run_label
 from nanorecall.settings import ConfigError, RunError
-
-TOY = dict(
-    n_layers=2, dim=32, dk=16, dv=16, conv_size=2, init_std=1, input_seq_len=16, num_kv_pairs=4, vocab_size=32, infinite_data=1, lr=1e-2
-)
-TOY |= dict(lr_schedule="cosine", max_steps=60, eval_interval=20, n_val_examples=50, n_test_examples=50, log_interval=5, num_threads=1)
-
-
-def flags(folder, name, **changes):
-    """The toy run's, with changes; None leaves one out."""
-    return [f"--{k}={v}" for k, v in {**TOY, "log_dir": folder, "run_name": name, **changes}.items() if v is not None]
-
-
-def run(folder, name="run", resume=False, **changes):
-    """Train in this process; -> exit status, run directory."""
-    out = os.path.join(folder, name)
-    words = [f"--resume={out}", *(f"--{k}={v}" for k, v in changes.items())] if resume else flags(folder, name, **changes)
-    return train.main(words), out
-
-
-def contents(out):
-    """What must not depend on interruptions: checkpoint without its times, and log without its times."""
-    state = checkpoint.load_checkpoint(out, "ckpt")
-    rows = [{k: v for k, v in r.items() if k != "seconds"} for r in checkpoint.read_log(out)]
-    return {k: v for k, v in state.items() if k != "seconds"}, rows
-
-
-def assert_same(a, b):
-    """Equal to the last bit, tensors in nested dicts and lists included."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for k in a:
-            assert_same(a[k], b[k])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b
-
+from toys import contents, counts, flags, run
 
 # ---- whole runs --------------------------------------------------------------------------------------------------------
-
-
-def counts(result):
-    """by_slice without the losses, whose last bits depend on the order of a sum."""
-    cells = [(tag, value, cell) for tag, cells in result["by_slice"].items() for value, cell in cells.items()]
-    return [(tag, value, {k: n for k, n in cell.items() if k != "loss"}) for tag, value, cell in cells]
 
 
 @pytest.mark.parametrize("model", ["gpt", "delta", "gated_delta"])

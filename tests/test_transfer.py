@@ -13,9 +13,9 @@ import train
 from nanorecall import checkpoint, pretrained
 from nanorecall.build import build_model, build_model_config, load_and_freeze
 from nanorecall.settings import ConfigError
-from test_memory import TOY as MEMORY
-from test_memory import model
-from test_train import flags, run
+from toys import MEMORY_TOY as MEMORY
+from toys import flags, run
+from toys import memory_model as model
 
 NAMES = [name for name, _ in model(Mem.MemoryRouterGPT, memory_layers=(0, 1)).named_parameters(remove_duplicate=False)]
 
