@@ -105,7 +105,7 @@ def taylor(x):
 
 
 # Of a vector per head, over its last axis. For the delta rule and linear attention the score is the
-# plain product of two features, so a map that is never negative takes the place of softmax's exp.
+# product of two feature vectors; maps like relu, elu1 and exp keep it positive, as softmax does.
 FEATURE_MAPS = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -148,7 +148,8 @@ def feature_width(kernel, width):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019).
 
-    Not nn.RMSNorm, which prints its shape: the document of the experiments prints `RMSNorm()`.
+    Not nn.RMSNorm, which is slower here and prints as RMSNorm((64,), ...); the module tree in
+    "Updatable Long-Term Memory" has RMSNorm().
     """
 
     def __init__(self, width):
@@ -156,8 +157,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        # ops.dot sums in float32: squares of large activations overflow float16. As one product it
-        # is also faster on a CPU than a square and a mean, which write a tensor of x's size.
+        # ops.dot sums in float32, since squares of large activations overflow float16. On a CPU
+        # this takes about half the time of F.rms_norm, forward and backward.
         y = x * torch.rsqrt(ops.dot(x, x) / x.shape[-1] + 1e-6) * self.weight
         return y.to(self.weight.dtype)  # a model in half precision stays in it
 
@@ -194,7 +195,7 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        # No biases, as in Llama: norms before and residuals after leave them little to do.
+        # no biases here and in attention, as in Llama
         self.up = nn.Linear(c.dim, c.ffn_expand_factor * c.dim, bias=False)
         self.down = nn.Linear(c.ffn_expand_factor * c.dim, c.dim, bias=False)
         self.act = c.ffn_act
@@ -249,7 +250,8 @@ class CausalSelfAttention(nn.Module):
     def _apply(self, fn, recurse=True):
         """What .to(), .double() and .bfloat16() call."""
         super()._apply(fn, recurse)
-        # They would round the rotary table, or pad float32 digits with zeros: make it anew.
+        # Cast to bfloat16, the table would mix up far positions; cast to float64, it would still
+        # have float32's errors. So it is computed again.
         if "rope" in self._buffers:
             T, pairs, _ = self.rope.shape
             self.rope = ops.rope_table(2 * pairs, T, self.rope.dtype).to(self.rope.device)
@@ -264,7 +266,8 @@ class CausalSelfAttention(nn.Module):
         c = self.config
         output_pos = query_pos
         if documents:
-            # their kernels take every token as a query, so output_pos are picked at the end
+            # The kernels for packed documents take every token as a query. So all outputs are
+            # computed, and output_pos are picked from them at the end.
             query_pos = None
         query_x = ops.gather_positions(x, query_pos)  # (B, n, D)
         q, k, v = self.qkv(x, query_x, query_pos, cache, documents)
@@ -280,7 +283,8 @@ class CausalSelfAttention(nn.Module):
             v = self.values(v)
         else:
             k, v = self.update_cache(cache, k, v, x, positions)
-            query_pos = positions  # there are more keys than queries: say which these are
+            # k and v now cover earlier tokens, too, so the mask needs the positions of the queries.
+            query_pos = positions
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, n or T, K or V)
         o = self.attention_fn(q, k, v, query_pos, documents)  # (B, H, n, V)
         o = o.transpose(1, 2).flatten(2)  # (B, n, H*V)
@@ -292,7 +296,7 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(o)
 
     def qkv(self, x, query_x, query_pos, cache, documents):
-        """Projections of x (B, T, D): q (B, n, H*K) at query_pos, k (B, T, G*K), v (B, T, G*V)."""
+        """x (B, T, D) -> q (B, n, H*dk) at query_pos, k (B, T, G*dk), v (B, T, G*dv)."""
         kv = self.kv_projections()
         widths = [m.out_features for m in kv]
         if query_pos is not None and not self.conv:
@@ -300,8 +304,8 @@ class CausalSelfAttention(nn.Module):
             return self.proj_q(query_x), *ops.fused_linear(x, *kv).split(widths, dim=-1)
         y = ops.fused_linear(x, self.proj_q, *kv)  # (B, T, C)
         if self.conv:
-            # needs the neighbours of a query's token, so queries are picked after it; one
-            # convolution serves all three, since every channel is on its own
+            # A query's convolution reads the tokens before it, so queries are picked afterwards.
+            # It is depthwise, so one convolution serves q, k and v side by side.
             y = self.conv(y, cache, documents)
         q, *kv = y.split([self.proj_q.out_features, *widths], dim=-1)
         return ops.gather_positions(q, query_pos), *kv
@@ -360,9 +364,9 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
     can only answer with itself. The score uses a copy of u with k_kernel, k_norm, k_gated and
     rotary positions; the value copy has v_kernel only, since values are not rotated.
 
-    "Updatable Long-Term Memory" prints one projection of H * du, which another reading fits as
-    well: one key/value head of du + du under H query heads has the same parameter count. The one
-    number `du` decides for the tied reading; the other one is `--model gpt --n_kv_heads 1`.
+    "Updatable Long-Term Memory" shows only the size of the projection, H * du. With H = 2 that also
+    fits a single key/value head with a key and a value of its own, which is
+    `--model gpt --n_kv_heads 1`. We tie key and value, since there is one width, du, for both.
     """
 
     def add_projections(self, c):
@@ -469,8 +473,6 @@ class GPT(nn.Module):
         self.pos_embed = nn.Embedding(c.seq_len, c.dim) if c.pos_emb == "learned" else None
         self.layers = nn.ModuleList(self.block(c) for _ in range(c.n_layers))
         self.final_norm = RMSNorm(c.dim)
-        # With a weight of its own, unless tie_weights: in MQAR a key's vector must find its pair,
-        # and a value's must be told from all other values. That is different work.
         self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
         # torch's own std of 1 would give large first logits where the head shares this weight
         nn.init.normal_(self.embed.weight, std=c.init_std)
@@ -483,7 +485,8 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, cu_seqlens=None, **options):
         query_pos = documents = None
         if targets is not None:
-            # First of all, because it waits for the GPU: later, that would have a queue to finish.
+            # This waits for the GPU to count the labels. It comes first, while the GPU has no work
+            # queued that the CPU would have to wait for as well.
             query_pos, label_index, labels = ops.labelled_positions(targets)
         if cu_seqlens is not None:
             self.require_mixers("documents", "packed documents need a mixer that keeps them apart")
@@ -492,7 +495,7 @@ class GPT(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x, **options)
         # Nothing after the last block's keys and values mixes tokens, so only labelled positions
-        # are computed. In MQAR they are few, and the head has more weights than all blocks.
+        # are computed. In MQAR they are few, and the head has as many weights as all blocks.
         x = self.layers[-1](x, query_pos, **options)  # (B, n, D)
         if targets is None:
             return self.lm_head(self.final_norm(x)), None
