@@ -24,7 +24,7 @@ SMALL = dict(n_layers=2, dim=32, dk=16, dv=16, lr=1e-2, num_threads=1)
 MEMORY = dict(init_std=1, conv_size=4, batch_size=64, mem_log_interval=10, data="data_synth")
 TABLE = dict(mem_n_keys=8, mem_k_dim=16, mem_knn=4, mem_heads=2)
 FACTS = {**MEMORY, **TABLE, "task": "qa", "num_pairs": 40, "buckets": "[4,16]"}
-HOPS = dict(task="hashhop", block_size=220, num_queries=3, hops="[1,2]", cot=0.5)
+HOPS = dict(task="hashhop", max_bytes=220, num_queries=3, hops="[1,2]", cot_frac=0.5)
 FEW = dict(n_val_examples=10, n_test_examples=12)
 RUNS = {
     "memory": {**FACTS, "memory_layers": "[0,1]", "mem_share_values": 0, "max_steps": 60},
