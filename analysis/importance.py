@@ -498,7 +498,7 @@ def position(run):
 
 
 def position_permutation_test(drops, draws=2000, seed=0):
-    """p (positions,): does the mean of a column of drops (examples, positions) differ from the rest?
+    """p (positions,): does a column of drops (examples, positions) differ from the others?
 
     Under the null hypothesis the positions of an example are exchangeable.
     """
