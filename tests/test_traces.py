@@ -16,6 +16,7 @@ import model as M
 import train
 from analysis import attention_maps, commands, editing, patching
 from analysis import hooks as I
+from analysis.ablation import measure_slots
 from analysis.trained_run import open_run
 from nanorecall import metrics, ops, pretrained
 from nanorecall.settings import ConfigError, RunError
@@ -110,8 +111,7 @@ def test_commands_leave_no_trace(runs, run, script, monkeypatch, capsys):
         bomb.calls, bomb.at = 0, 0
         try:
             command.work(look)
-        except ConfigError as e:
-            assert "is a run of" in str(e), e  # mqar, qa, ...
+        except ConfigError:  # it does not fit this run
             continue
         measured += 1
         assert_untouched(before, look.model, name)
@@ -176,7 +176,7 @@ FUNCTIONS = {
     "maps": lambda model: attention_maps.attention_maps(model, tokens(2, 6)),
     "clean_run": lambda model: I.run_with_cache(model, some_examples()),
     "run_changed": change_nothing,
-    "remove_slots": lambda model: ablate.remove_slots(model, some_examples(), ["zero", "next_best"]),
+    "measure_slots": lambda model: measure_slots(model, some_examples(), ["zero", "next_best"]),
     "exchanged": exchange_all,
     "decode_with": lambda model: patching.decode_with(model, some_examples(), {}),
     "patched": lambda model: patching.activation_patching(model, some_examples(), some_examples(seed=2)),
