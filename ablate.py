@@ -14,14 +14,15 @@ Each writes ablate_<what>.json, .parquet and .png into the run. Settings that ar
 defaults are part of the name, as in ablate_swap_exposure_pairs-less_more.json. What reads a result
 takes the one with the same settings, or the only one.
 
-Examples are those that the model answers correctly, balanced over exposures. Zero ablation of a slot
-is off-distribution, because the weights of a head then no longer add up to 1. `keys` therefore also
-lets the next best slot come in, and puts the mean value, a random one or that of a slot read by
-another example in its place.
+Examples are those that the model answers correctly, balanced over exposures. Zero ablation of a
+slot is off-distribution, because the weights of a head then no longer add up to 1. `keys` therefore
+also lets the next best slot come in, and puts the mean value, a random one or that of a slot read
+by another example in its place.
 
 Letters: N measurements, one for each ablation, example and label.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +30,6 @@ import numpy as np
 
 from analysis import importance, patching
 from analysis.ablation import measure, measure_slots, part_ablations
-from analysis.commands import analysis, report, run_command
 from analysis.hooks import (
     ABLATIONS,
     ablate_head,
@@ -42,7 +42,15 @@ from analysis.hooks import (
     sample_correct_examples,
 )
 from analysis.memory_usage import require_slots
-from analysis.trained_run import AnalysisConfig, concat, save_result
+from analysis.trained_run import (
+    AnalysisConfig,
+    Command,
+    concat,
+    parse_command,
+    report,
+    run_command,
+    save_result,
+)
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import at_least, one_of, require, run_cli, say, within
@@ -178,7 +186,7 @@ def ablate_heads(run):
 
 
 def summarise(columns, mask):
-    """Accuracy that is left and mean drop, of measurements mask (N,). Intervals are over examples."""
+    """Accuracy that is left and mean drop, of measurements mask (N,); intervals over examples."""
     example = columns["example"][mask]
     return {
         "accuracy": clustered_proportion(columns["correct"][mask], example),
@@ -249,96 +257,102 @@ def run_all(run):
     report(run, "ablate.py", COMMANDS, names, "ablate_report.md")
 
 
-PAIRS = "n_examples n_pairs exposure_pairs ablate_batch_size seed"
-RESULT_OF_KEYS = "n_examples ablations seed"  # which result of `keys` is read
+PAIRS = ("n_examples", "n_pairs", "exposure_pairs", "ablate_batch_size", "seed")
+RESULT_OF_KEYS = ("n_examples", "ablations", "seed")  # which result of `keys` is read
 
 COMMANDS = {
-    "keys": analysis(
+    "keys": Command(
         ablate_slots,
-        "n_examples ablations ablate_batch_size seed",
+        ("n_examples", "ablations", "ablate_batch_size", "seed"),
         "Every slot that an example reads, ablated: which matter, and how much?",
     ),
-    "impact": analysis(
+    "impact": Command(
         importance.impact,
         RESULT_OF_KEYS,
         "Which slots matter, by how much more than a random one, for which facts?",
     ),
-    "keystats": analysis(
+    "keystats": Command(
         importance.keystats,
         RESULT_OF_KEYS,
         "How often are slots read, how do their effects vary, which are similar?",
     ),
-    "occurrences": analysis(
+    "occurrences": Command(
         importance.occurrences,
         RESULT_OF_KEYS,
         "How reads are distributed over the slots: unused ones, Gini coefficient.",
     ),
-    "position": analysis(
+    "position": Command(
         importance.position,
         RESULT_OF_KEYS,
         "At which answer positions does ablation cost most?",
     ),
-    "repeats": analysis(
+    "repeats": Command(
         importance.repeated_digits,
         RESULT_OF_KEYS,
         "Do keys with repeated digits depend less on single slots?",
     ),
-    "layer": analysis(ablate_layers, "n_examples seed", "Whole parts of blocks, ablated."),
-    "heads": analysis(
+    "layer": Command(ablate_layers, ("n_examples", "seed"), "Whole parts of blocks, ablated."),
+    "heads": Command(
         ablate_heads,
-        "n_examples seed",
+        ("n_examples", "seed"),
         "Heads, ablated one by one: which are needed, where, for which digit?",
     ),
-    "force": analysis(
+    "force": Command(
         partial(patching.interchange, name="force"),
         PAIRS,
         "One head reads only the source's strongest slot.",
     ),
-    "inject": analysis(
+    "inject": Command(
         partial(patching.interchange, name="inject"),
         PAIRS,
         "All that the source reads at its label, in one layer.",
     ),
-    "replace": analysis(
+    "replace": Command(
         partial(patching.interchange, name="replace"),
         PAIRS,
         "The strongest slot's value becomes that of the source's strongest slot.",
     ),
-    "swap": analysis(
+    "swap": Command(
         partial(patching.interchange, name="swap"),
         PAIRS,
         "The source's slots under the base's own weights, by exposures of both.",
     ),
-    "swap-matrix": analysis(
+    "swap-matrix": Command(
         patching.swap_matrix,
         PAIRS,
         "All that the source reads: which digits can stand in for which?",
     ),
-    "swap-pred": analysis(
+    "swap-pred": Command(
         importance.swap_predictions,
-        "n_examples n_pairs exposure_pairs seed",
+        ("n_examples", "n_pairs", "exposure_pairs", "seed"),
         "What does each digit turn into after the interchange?",
     ),
-    "corr": analysis(
+    "corr": Command(
         importance.ablation_vs_swap,
-        "n_examples ablations n_pairs exposure_pairs seed",
+        ("n_examples", "ablations", "n_pairs", "exposure_pairs", "seed"),
         "Do examples that suffer from ablation take the source's answer?",
     ),
-    "patch": analysis(
+    "patch": Command(
         patching.patch,
-        "n_examples seed",
+        ("n_examples", "seed"),
         "Activation patching (causal tracing): where is the answer decided?",
     ),
-    "all": analysis(
+    "all": Command(
         run_all,
-        "n_examples ablations n_pairs exposure_pairs ablate_batch_size seed",
+        ("n_examples", "ablations", "n_pairs", "exposure_pairs", "ablate_batch_size", "seed"),
         "Everything that fits the run.",
     ),
 }
 
 
+def parse(argv):
+    """Command line -> name of the command, its paths, AblateConfig."""
+    return parse_command(argv, __doc__, COMMANDS, AblateConfig)
+
+
 def main(argv=None):
-    run_command(__doc__, COMMANDS, AblateConfig, argv, prefix="ablate")
+    name, paths, config = parse(sys.argv[1:] if argv is None else argv)
+    run_command(name, paths, config, COMMANDS, prefix="ablate")
 
 
 if __name__ == "__main__":

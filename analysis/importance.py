@@ -22,14 +22,14 @@ from analysis.memory_usage import require_slots
 from analysis.patching import DECODING
 from analysis.trained_run import (
     BOOLEAN,
-    DECIDE,
+    DECISIVE,
     NUMBER,
     TEXT,
     WHOLE,
     concat,
-    ending,
+    list_results,
     read_parquet,
-    results,
+    result_suffix,
     save_result,
 )
 from memory import slot_usage
@@ -73,16 +73,16 @@ def load_table(run, what):
     ConfigError if there is none, if there are several, or if it does not fit the checkpoint.
     """
     command = what.replace("_", "-")
-    end, ends = ending(run, what), results(run, what)
-    is_chosen = any(f"_{name}-" in end for name in DECIDE)
-    if end not in ends and ends and not is_chosen:
-        names = ", ".join(f"ablate_{what}{e}" for e in ends)
+    suffix, present = result_suffix(run, what), list_results(run, what)
+    is_chosen = any(f"_{name}-" in suffix for name in DECISIVE)
+    if suffix not in present and present and not is_chosen:
+        names = ", ".join(f"ablate_{what}{s}" for s in present)
         message = f"{run.folder} has {names}; name one by giving its settings"
-        require(len(ends) == 1, message, None)
-        end = ends[0]
-        run.world.print0(f"reading ablate_{what}{end}")
-    run.read.append(end)
-    path = os.path.join(run.folder, f"ablate_{what}{end}")
+        require(len(present) == 1, message, None)
+        suffix = present[0]
+        run.world.print0(f"reading ablate_{what}{suffix}")
+    run.suffixes_read.append(suffix)
+    path = os.path.join(run.folder, f"ablate_{what}{suffix}")
     again = f"run it again: python ablate.py {command} {run.folder}"
     advice = f"python ablate.py {command} {run.folder} writes it"
     columns = read_parquet(path + ".parquet", COLUMNS[what], advice)
