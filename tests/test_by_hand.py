@@ -13,7 +13,6 @@ from analysis import (
     confidence,
     editing,
     importance,
-    patching,
     routing,
     significance,
     trained_run,
@@ -21,7 +20,6 @@ from analysis import (
 from analysis import hooks as I
 from analysis.trained_run import write_parquet
 from nanorecall import metrics, stats
-from nanorecall.settings import ConfigError
 from toys import ablation_model, some_examples
 
 # ---- stats.py ------------------------------------------------------------------------------------
@@ -129,145 +127,6 @@ def test_counts_of_a_batch():
     first, second = found["by_slice"]["kind"][0], found["by_slice"]["kind"][1]
     assert (first["right"], first["labels"], first["row_right"]) == (6, 6, 4)
     assert (second["right"], second["labels"], second["loss"]) == (0, 2, 4)
-
-
-# ---- hooks.py ----------------------------------------------------------------------------
-
-
-def test_the_lead_of_an_answer():
-    """1 leads 0.5 by 0.5; equal logits are no lead, and the answer counts as wrong."""
-    scores = torch.tensor([[0.5, 1.0, -2.0], [3.0, 3.0, 0.0], [0.0, 2.0, 5.0]])
-    lead, p, right = I.logit_diff(scores, torch.tensor([1, 0, 1]))
-    assert lead.tolist() == [0.5, 0, -3] and right.tolist() == [True, False, False]
-    torch.testing.assert_close(p, torch.tensor([1.0, 3.0, 2.0]).exp() / scores.exp().sum(1))
-
-
-def look_at_rows(monkeypatch, groups, **config):
-    """A look whose rows all have one token, one answer and one group each; all are known."""
-    groups = np.asarray(groups)
-    read = lambda split, step, rows: (
-        torch.ones(len(rows), 3, dtype=torch.long),
-        torch.tensor([[-100, -100, 2]]).expand(len(rows), -1),
-        {"group": groups[rows]},
-    )
-    monkeypatch.setattr(I, "correct_examples", lambda look: np.arange(len(groups)))
-    settings = SimpleNamespace(split="test", **config)
-    world = SimpleNamespace(size=1)
-    data = SimpleNamespace(batch=read)
-    return SimpleNamespace(
-        config=settings, world=world, data=data, pad=-1, device="cpu", folder="x"
-    )
-
-
-def test_as_many_rows_of_a_rare_group_as_of_a_frequent_one(monkeypatch, capsys):
-    groups, chosen = [0] * 27 + [1] * 3, []
-    for seed in (0, 0, 1):
-        cases = I.sample_correct_examples(look_at_rows(monkeypatch, groups, n_examples=6, seed=seed))
-        assert cases.slices["group"].tolist().count(1) == 3 and len(cases) == 6
-        chosen.append(sorted(cases.indices.tolist()))
-    assert chosen[0] == chosen[1] != chosen[2]
-    for rows in (29, 30, 31, 0):
-        cases = I.sample_correct_examples(look_at_rows(monkeypatch, groups, n_examples=rows, seed=0))
-        assert len(cases) == min(30, rows or 30)
-
-
-def test_one_row_is_a_case(monkeypatch, capsys):
-    cases = I.sample_correct_examples(look_at_rows(monkeypatch, [5, 6, 7, 8], n_examples=1, seed=0))
-    assert len(cases) == 1 and cases.slices["group"].tolist() == cases.indices + 5
-
-
-# ---- patching.py ---------------------------------------------------------------------------------
-
-
-def test_high_is_above_the_median():
-    """Of exposures 1, 4, 4, 4 and 9 only 9 is: twelve pairs of lower ones, four up, four down."""
-    exposures = np.array([1, 4, 4, 4, 9])
-    cases = some_examples(B=5)
-    cases.slices = {"exposures": exposures}
-    count = lambda kind: len(patching.draw_pairs(cases, 0, kind, 0)[0])
-    assert [count(kind) for kind in ("less_less", "less_more", "more_less")] == [12, 4, 4]
-    with pytest.raises(ConfigError, match="there is no such pair"):
-        count("more_more")
-    kinds = patching.name_exposure_pairs(exposures, np.array([0, 4, 1]), np.array([1, 3, 4]))
-    assert kinds.tolist() == ["less_less", "more_less", "less_more"]
-
-
-def test_pairs_are_drawn_once_each_by_the_seed():
-    cases = some_examples(B=6)
-    first, again, other = (patching.draw_pairs(cases, 25, "any", seed) for seed in (1, 1, 2))
-    assert len({*zip(*(x.tolist() for x in first))}) == 25
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
-
-
-@torch.no_grad()
-def test_an_exchange_against_the_whole_model():
-    """One pair, one place, all columns; row 0 reads in block 2 what row 1 reads at its label."""
-    model, cases = ablation_model(mem_share_values=False), some_examples(B=2)
-    cases.answers[:, 1] = cases.answers[0, 1]  # nothing to tell apart there
-    columns = patching.interchange_effects(model, cases, np.array([0]), np.array([1]), "inject", seed=3)
-    (clean, _, found), (a, b) = model(cases.tokens, trace=True), cases.label_pos
-    assert sorted({*zip(columns["layer"].tolist(), columns["answer_pos"].tolist())}) == [
-        (block, place) for block in (0, 2) for place in (0, 2)
-    ]
-    answers = cases.answers.numpy()
-    third = patching.control_answers(
-        answers[:1].repeat(2, 0)[[0, 1], [0, 2]], answers[1, [0, 2]], np.unique(answers), 3
-    )
-    for i, place in enumerate(columns["answer_pos"]):
-        block = columns["layer"][i]
-
-        def put(read):
-            changed = {name: read[name].clone() for name in ("slots", "weights")}
-            for name in changed:
-                changed[name][0, a[place]] = found[(0, 2).index(block)][name][1, b[place]]
-            return changed
-
-        own, theirs = answers[0, place], answers[1, place]
-        now = model(cases.tokens[:1], intervene={block: put})[0][0, a[place]]
-        before = clean[0, a[place]]
-        lead = lambda x: x[own] - x[np.delete(np.arange(11), own)].max()
-        assert columns["prediction"][i] == now.argmax() and columns["drop"][i] == pytest.approx(
-            float(lead(before) - lead(now)), abs=1e-4
-        )
-        assert columns["base_lost"][i] == (now.argmax() != own) and columns["source_answer"][i] == (
-            now.argmax() == theirs
-        )
-        assert columns["control_answer"][i] == (now.argmax() == third[int(place == 2)])
-        assert columns["p_source"][i] == pytest.approx(float(now.softmax(0)[theirs]), abs=1e-5)
-        assert columns["p_source_clean"][i] == pytest.approx(
-            float(before.softmax(0)[theirs]), abs=1e-5
-        )
-
-
-def test_where_two_rows_agree_nothing_is_counted():
-    columns = {
-        "example": np.array([0, 0, 1, 1]),
-        "answer_pos": np.array([0, 1, 0, 1]),
-        "answer": np.array([3, 4, 3, 5]),
-        "source_answer_token": np.array([3, 5, 4, 5]),
-        "how": np.array([3, 5, 3, 5]),
-    }
-    cells = patching.match_rates(columns, "how", "source_answer_token", "answer_pos")
-    assert {k: (c["value"], c["n"]) for k, c in cells.items()} == {"0": (0, 1), "1": (1, 1)}
-
-
-def test_a_corrupted_mqar_row_has_another_value_everywhere():
-    data = SimpleNamespace(vocab_size=12)  # keys below 6, values from 6 on
-    tokens = torch.tensor([[1, 6, 2, 7, 1, 0], [1, 8, 3, 9, 3, 0]] * 20)
-    at, answers = torch.tensor([[4]] * 40), torch.tensor([[6], [9]] * 20)
-    cases = I.Examples(np.arange(40), tokens, at, answers, {})
-    first, other = patching.corrupt(SimpleNamespace(data=data), cases, 0)
-    assert first is cases and torch.equal(cases.tokens, tokens)
-    old, new = cases.answers[:, 0], other.answers[:, 0]
-    expected = torch.where(tokens == old[:, None], new[:, None], tokens)
-    assert torch.equal(other.tokens, expected) and (new >= 6).all()
-    assert not (tokens == new[:, None]).any()
-    again, seeded = (
-        patching.corrupt(SimpleNamespace(data=data), cases, seed)[1] for seed in (0, 1)
-    )
-    assert torch.equal(again.answers, other.answers) and not torch.equal(
-        seeded.answers, other.answers
-    )
 
 
 # ---- impact.py -----------------------------------------------------------------------------------
