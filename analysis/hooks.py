@@ -2,7 +2,8 @@
 
 There are two ways. `forward_from` continues from a block's memory layer with cached activations, so
 that many ablated copies of an example cost only the layers after the change. `hooked` puts hooks on
-any modules for whole forward passes. Both leave the model as it was.
+any modules for whole forward passes. Both leave the model as it was. Names are those of
+TransformerLens: resid_pre, resid_mid, logit_diff, run_with_cache, run_with_hooks.
 
 Letters: B examples, M changed copies of examples, T tokens, n labels of an example, H heads, k slots
 that a head reads, D width of the residual stream, V width of a value. Reads of a memory layer are a
@@ -94,8 +95,8 @@ def sample_correct_examples(run):
     message = "ablate.py works in one process; start it without torchrun"
     require(run.world.size == 1, message, None)
     indices = correct_examples(run)
-    message = f"{run.folder} answers only {len(indices)} examples of {c.split} correctly, and 4 are"
-    require(len(indices) >= 4, f"{message} needed; train it longer", None)
+    message = f"only {len(indices)} examples of {c.split} are answered correctly, and 4 are needed"
+    require(len(indices) >= 4, f"{message}; train it longer", None)
     order = np.random.default_rng(c.seed).permutation(len(indices))
     if c.n_examples and c.n_examples < len(indices):
         examples, _ = load_examples(run, indices[order])
@@ -345,8 +346,8 @@ def ablate_head(out_proj, n_heads, head):
 def hook_points(model):
     """Where activations can be changed -> {name: {block: module}}.
 
-    resid_pre is the residual stream that enters a block; mixer, mlp and memory are what these parts
-    add to it (TransformerLens: resid_pre, attn_out, mlp_out).
+    resid_pre is the residual stream that enters a block; mixer, mlp and memory are the outputs of
+    these parts, which are added to it.
     """
     points = {"resid_pre": dict(enumerate(model.layers))}
     for name, attribute in (("mixer", "att"), ("mlp", "ffn"), ("memory", "memory")):

@@ -65,7 +65,6 @@ def planted_run(groups, n_examples, seed=0, wrong=()):
         pad=-1,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        folder="run",
     )
 
 
@@ -95,7 +94,7 @@ def test_samples_are_drawn_by_the_seed():
 
 
 def test_fewer_than_four_correct_examples_are_refused():
-    with pytest.raises(ConfigError, match="run answers only 3 examples of test correctly"):
+    with pytest.raises(ConfigError, match="only 3 examples of test are answered correctly"):
         hooks.sample_correct_examples(planted_run([0] * 5, n_examples=0, wrong=[1, 2]))
 
 
