@@ -95,7 +95,7 @@ def name_exposure_pairs(exposures, base, source):
 
 
 def control_answers(base_answers, source_answers, alphabet, seed):
-    """Draw for each pair of answers (M,) a third one of the alphabet -> (M,); -1 if there is none.
+    """Draw a third answer of the alphabet for each pair of answers (M,) -> (M,); -1: there is none.
 
     An intervention that only damages the answer gives the source's answer as often as a third one.
     """
@@ -209,7 +209,7 @@ def interchange_effects(model, examples, base, source, name, batch_size=512, see
 
 
 def compare_logits(examples, clean, logits, base, source, answer_pos):
-    """Logits (M, vocabulary) after an interchange, beside those of the clean run -> {column: (M,)}."""
+    """Logits (M, vocabulary) after an interchange, beside the clean ones -> {column: (M,)}"""
     base_answer = examples.answers[base, answer_pos]
     source_answer = examples.answers[source, answer_pos]
     prediction = logits.argmax(-1)
@@ -401,7 +401,7 @@ def swap_matrix(run):
 
 
 def swap_all_reads(model, examples, clean, base, source):
-    """Predictions of bases with all reads of their sources: base, source (M,) -> {column: (M * n,)}."""
+    """Predict with all reads of the sources: base, source (M,) -> {column: (M * n,)}"""
     device = examples.tokens.device
     b, s = torch.as_tensor(base, device=device), torch.as_tensor(source, device=device)
     bases, source_answers = examples.select(base), examples.answers[s]  # answers (M, n)
