@@ -50,7 +50,7 @@ def test_a_position_that_differs_is_found():
 
 
 def test_rare_and_frequent_facts_are_told_apart():
-    """Rare facts: two slots share the drop, and all answers flip. Frequent ones: one slot has it."""
+    """Rare facts: two slots share the drop, all answers flip. Frequent ones: one slot has it."""
     columns = {
         "example": np.repeat([0, 1, 2, 3], 2),
         "exposures": np.repeat([1, 1, 8, 8], 2),
