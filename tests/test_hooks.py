@@ -30,7 +30,7 @@ def model(request):
 
 
 def test_examples_of_the_most_frequent_shape_are_loaded():
-    """9 is padding. Two of three examples have 4 tokens and 2 labels; slice s differs within none."""
+    """9 is padding. Two of three examples have 4 tokens and 2 labels."""
     tokens = torch.tensor([[1, 2, 3, 9], [1, 2, 3, 4], [4, 3, 2, 1]])
     targets = torch.tensor([[-100, 5, -100, -100], [-100, 6, -100, 7], [8, -100, 9, -100]])
     slices = {"s": np.array([0, 1, 1, 2, 2]), "of a label": np.array([0, 0, 1, 0, 1])}
@@ -65,7 +65,6 @@ def planted_run(groups, n_examples, seed=0, wrong=()):
         pad=-1,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        folder="run",
     )
 
 
@@ -95,7 +94,7 @@ def test_samples_are_drawn_by_the_seed():
 
 
 def test_fewer_than_four_correct_examples_are_refused():
-    with pytest.raises(ConfigError, match="run answers only 3 examples of test correctly"):
+    with pytest.raises(ConfigError, match="only 3 examples of test are answered correctly"):
         hooks.sample_correct_examples(planted_run([0] * 5, n_examples=0, wrong=[1, 2]))
 
 
@@ -130,7 +129,7 @@ def slots_and_weights(reads):
 
 
 def naive_ablation(layer, ablation, slot, new_slot):
-    """One slot ablated, from the definition: what forward(intervene=) takes, for all but next_best."""
+    """One slot ablated, from the definition, as forward(intervene=) takes it; not next_best."""
 
     def intervene(reads):
         slots, weights = reads["slots"].clone(), reads["weights"].clone()
@@ -209,7 +208,7 @@ def test_a_batch_of_ablations_equals_one_full_forward_each(model, ablation):
 @torch.no_grad()
 @pytest.mark.parametrize("ablation", ["zero", "mean", "next_best"])
 def test_measured_drops_equal_full_forwards(model, ablation):
-    """The columns of `ablate.py keys`, in batches of 7, against a full forward pass for each entry."""
+    """What `ablate.py keys` measures in batches of 7, against a full forward pass each."""
     examples = some_examples(B=2)
     n = examples.label_pos.shape[1]
     columns = measure_slots(model, examples, [ablation], 7)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analysis import hooks, patching
-from eval import greedy_decode
+from analysis.decoding import greedy_decode
 from nanorecall.settings import ConfigError
 from planted import planted_facts
 from toys import ablation_model, some_examples
