@@ -1,4 +1,4 @@
-"""Second derivatives and torch.func: correct for each operator with its own backward, or refused."""
+"""Second derivatives and torch.func: correct for each operator with a backward, or refused."""
 
 import pytest
 import torch
