@@ -7,6 +7,7 @@ import delta
 from eval import greedy_decode
 from model import GPT, CausalSelfAttention, Config, UnifiedKV
 from nanorecall import ops
+from nanorecall.build import inference_state_bytes
 from nanorecall.rng import IGNORE_INDEX
 from toys import T, V, build_gpt
 
@@ -220,7 +221,7 @@ def test_state_bytes_is_the_size_of_the_cache_and_decoding_from_it_is_correct(cl
             if torch.is_tensor(x):
                 values += x.numel()
                 storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-    assert 4 * values == sum(storages.values()) == cls.inference_state_bytes(model.config)
+    assert 4 * values == sum(storages.values()) == inference_state_bytes(cls, model.config)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,8 +22,7 @@ from analysis import hooks as I
 from analysis.trained_run import write_parquet
 from nanorecall import metrics, stats
 from nanorecall.settings import ConfigError
-from toys import ablation_model as make
-from toys import some_examples as some_cases
+from toys import ablation_model, some_examples
 
 # ---- stats.py ------------------------------------------------------------------------------------
 
@@ -132,7 +131,7 @@ def test_counts_of_a_batch():
     assert (second["right"], second["labels"], second["loss"]) == (0, 2, 4)
 
 
-# ---- interventions.py ----------------------------------------------------------------------------
+# ---- hooks.py ----------------------------------------------------------------------------
 
 
 def test_the_lead_of_an_answer():
@@ -163,38 +162,38 @@ def look_at_rows(monkeypatch, groups, **config):
 def test_as_many_rows_of_a_rare_group_as_of_a_frequent_one(monkeypatch, capsys):
     groups, chosen = [0] * 27 + [1] * 3, []
     for seed in (0, 0, 1):
-        cases = I.correct_cases(look_at_rows(monkeypatch, groups, rows=6, seed=seed))
-        assert cases.tags["group"].tolist().count(1) == 3 and len(cases) == 6
-        chosen.append(sorted(cases.rows.tolist()))
+        cases = I.sample_correct_examples(look_at_rows(monkeypatch, groups, n_examples=6, seed=seed))
+        assert cases.slices["group"].tolist().count(1) == 3 and len(cases) == 6
+        chosen.append(sorted(cases.indices.tolist()))
     assert chosen[0] == chosen[1] != chosen[2]
     for rows in (29, 30, 31, 0):
-        cases = I.correct_cases(look_at_rows(monkeypatch, groups, rows=rows, seed=0))
+        cases = I.sample_correct_examples(look_at_rows(monkeypatch, groups, n_examples=rows, seed=0))
         assert len(cases) == min(30, rows or 30)
 
 
 def test_one_row_is_a_case(monkeypatch, capsys):
-    cases = I.correct_cases(look_at_rows(monkeypatch, [5, 6, 7, 8], rows=1, seed=0))
-    assert len(cases) == 1 and cases.tags["group"].tolist() == cases.rows + 5
+    cases = I.sample_correct_examples(look_at_rows(monkeypatch, [5, 6, 7, 8], n_examples=1, seed=0))
+    assert len(cases) == 1 and cases.slices["group"].tolist() == cases.indices + 5
 
 
-# ---- exchange.py ---------------------------------------------------------------------------------
+# ---- patching.py ---------------------------------------------------------------------------------
 
 
 def test_high_is_above_the_median():
     """Of exposures 1, 4, 4, 4 and 9 only 9 is: twelve pairs of lower ones, four up, four down."""
     exposures = np.array([1, 4, 4, 4, 9])
-    cases = some_cases(B=5)
-    cases.tags = {"exposures": exposures}
+    cases = some_examples(B=5)
+    cases.slices = {"exposures": exposures}
     count = lambda kind: len(patching.draw_pairs(cases, 0, kind, 0)[0])
     assert [count(kind) for kind in ("less_less", "less_more", "more_less")] == [12, 4, 4]
-    with pytest.raises(ConfigError, match="no two rows fit"):
+    with pytest.raises(ConfigError, match="there is no such pair"):
         count("more_more")
-    kinds = patching.pair_types(exposures, np.array([0, 4, 1]), np.array([1, 3, 4]))
+    kinds = patching.name_exposure_pairs(exposures, np.array([0, 4, 1]), np.array([1, 3, 4]))
     assert kinds.tolist() == ["less_less", "more_less", "less_more"]
 
 
 def test_pairs_are_drawn_once_each_by_the_seed():
-    cases = some_cases(B=6)
+    cases = some_examples(B=6)
     first, again, other = (patching.draw_pairs(cases, 25, "any", seed) for seed in (1, 1, 2))
     assert len({*zip(*(x.tolist() for x in first))}) == 25
     assert np.array_equal(first, again) and not np.array_equal(first, other)
@@ -203,18 +202,18 @@ def test_pairs_are_drawn_once_each_by_the_seed():
 @torch.no_grad()
 def test_an_exchange_against_the_whole_model():
     """One pair, one place, all columns; row 0 reads in block 2 what row 1 reads at its label."""
-    model, cases = make(mem_share_values=False), some_cases(B=2)
+    model, cases = ablation_model(mem_share_values=False), some_examples(B=2)
     cases.answers[:, 1] = cases.answers[0, 1]  # nothing to tell apart there
-    columns = patching.exchanged(model, cases, np.array([0]), np.array([1]), "inject", seed=3)
-    (clean, _, found), (a, b) = model(cases.tokens, trace=True), cases.at
-    assert sorted({*zip(columns["layer"].tolist(), columns["place"].tolist())}) == [
+    columns = patching.interchange_effects(model, cases, np.array([0]), np.array([1]), "inject", seed=3)
+    (clean, _, found), (a, b) = model(cases.tokens, trace=True), cases.label_pos
+    assert sorted({*zip(columns["layer"].tolist(), columns["answer_pos"].tolist())}) == [
         (block, place) for block in (0, 2) for place in (0, 2)
     ]
     answers = cases.answers.numpy()
     third = patching.control_answers(
         answers[:1].repeat(2, 0)[[0, 1], [0, 2]], answers[1, [0, 2]], np.unique(answers), 3
     )
-    for i, place in enumerate(columns["place"]):
+    for i, place in enumerate(columns["answer_pos"]):
         block = columns["layer"][i]
 
         def put(read):
@@ -227,28 +226,28 @@ def test_an_exchange_against_the_whole_model():
         now = model(cases.tokens[:1], intervene={block: put})[0][0, a[place]]
         before = clean[0, a[place]]
         lead = lambda x: x[own] - x[np.delete(np.arange(11), own)].max()
-        assert columns["now"][i] == now.argmax() and columns["fall"][i] == pytest.approx(
+        assert columns["prediction"][i] == now.argmax() and columns["drop"][i] == pytest.approx(
             float(lead(before) - lead(now)), abs=1e-4
         )
-        assert columns["own lost"][i] == (now.argmax() != own) and columns["other's"][i] == (
+        assert columns["base_lost"][i] == (now.argmax() != own) and columns["source_answer"][i] == (
             now.argmax() == theirs
         )
-        assert columns["placebo"][i] == (now.argmax() == third[int(place == 2)])
-        assert columns["p other"][i] == pytest.approx(float(now.softmax(0)[theirs]), abs=1e-5)
-        assert columns["p other before"][i] == pytest.approx(
+        assert columns["control_answer"][i] == (now.argmax() == third[int(place == 2)])
+        assert columns["p_source"][i] == pytest.approx(float(now.softmax(0)[theirs]), abs=1e-5)
+        assert columns["p_source_clean"][i] == pytest.approx(
             float(before.softmax(0)[theirs]), abs=1e-5
         )
 
 
 def test_where_two_rows_agree_nothing_is_counted():
     columns = {
-        "row": np.array([0, 0, 1, 1]),
-        "place": np.array([0, 1, 0, 1]),
+        "example": np.array([0, 0, 1, 1]),
+        "answer_pos": np.array([0, 1, 0, 1]),
         "answer": np.array([3, 4, 3, 5]),
-        "other answer": np.array([3, 5, 4, 5]),
+        "source_answer_token": np.array([3, 5, 4, 5]),
         "how": np.array([3, 5, 3, 5]),
     }
-    cells = patching.matches(columns, "how", "other answer", "place")
+    cells = patching.match_rates(columns, "how", "source_answer_token", "answer_pos")
     assert {k: (c["value"], c["n"]) for k, c in cells.items()} == {"0": (0, 1), "1": (1, 1)}
 
 
@@ -458,8 +457,8 @@ def test_the_strongest_percent():
 
 @torch.no_grad()
 def test_layers_and_heads_taken_out_against_the_model_without_them(monkeypatch, capsys):
-    model, cases, kept = make(mem_share_values=False), some_cases(), {}
-    cases.answers = model(cases.tokens)[0].argmax(-1).gather(1, cases.at)  # all are right
+    model, cases, kept = ablation_model(mem_share_values=False), some_examples(), {}
+    cases.answers = model(cases.tokens)[0].argmax(-1).gather(1, cases.label_pos)  # all are right
     about = SimpleNamespace(model=model, config=SimpleNamespace(seed=0), name="x", token=str)
     monkeypatch.setattr(ablate, "correct_cases", lambda look: cases)
     monkeypatch.setattr(ablate, "save_result", lambda trained_run, what, *found: kept.update({what: found}))
@@ -481,7 +480,7 @@ def test_layers_and_heads_taken_out_against_the_model_without_them(monkeypatch, 
 
 
 def test_what_is_exchanged_among_slots_is_drawn_by_the_seed():
-    model = make()
+    model = ablation_model()
     found = {"slots": torch.arange(25).view(1, 1, 1, -1), "weights": torch.ones(1, 1, 1, 25)}
     for what in ("memory, values", "memory, keys"):
         draw = lambda seed: ablate.whole_block_changes(model, seed)[0, what][1][0](found)["slots"]
@@ -666,7 +665,7 @@ def test_sides_of_an_edit_share_no_fact(monkeypatch, capsys):
         plan = SimpleNamespace(train=SimpleNamespace(seed=seed))
         world, data = SimpleNamespace(size=1), SimpleNamespace(source=source)
         return SimpleNamespace(
-            model=model, config=config, plan=plan, world=world, data=data, name="x", folder="x"
+            model=model, config=config, settings=plan, world=world, data=data, name="x", folder="x"
         )
 
     monkeypatch.setattr(editing, "correct_examples", lambda look: np.arange(30))
@@ -699,7 +698,7 @@ def a_run(name, settings, curve):
     cell = {"value": 0.5, "ci95": [0.4, 0.6], "n": 9}
     return dict(
         run=name,
-        line="gpt",
+        series="gpt",
         settings=settings,
         curve=curve,
         by_slice=by_slice,

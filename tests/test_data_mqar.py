@@ -319,7 +319,7 @@ def test_sizes_alternate_and_test_sizes_are_reported_apart():
     assert data.seq_len == 128 and [len(group) for group in groups] == [5, 5]
     tokens, _, slices = data.batch("test", 0, groups[1])
     assert tokens.shape == (5, 128)
-    assert set(slices["num_kv_pairs"]) == {32} and set(slices["cell"]) == {"128x32"}
+    assert set(slices["num_kv_pairs"]) == {32} and set(slices["size"]) == {"128x32"}
     with pytest.raises(ValueError, match="one eval group"):
         data.batch("test", 0, range(3, 7))
 

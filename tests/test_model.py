@@ -21,6 +21,7 @@ from model import (
 )
 from naive import naive_attention_layer
 from nanorecall import metrics, ops
+from nanorecall.build import inference_state_bytes
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
 from toys import T, V, build_gpt, gpt_config
@@ -181,6 +182,9 @@ def test_correct_predictions_of_tokens_and_of_whole_sequences():
     assert tokens.tolist() == [True, False, True] and sequences.tolist() == [False, True, True]
 
 
+TAYLOR = dict(q_kernel="taylor", k_kernel="taylor", pos_emb="none")
+
+
 @pytest.mark.parametrize(
     "cls, changes, numbers",
     [
@@ -189,12 +193,12 @@ def test_correct_predictions_of_tokens_and_of_whole_sequences():
         (UnifiedKV, dict(k_gated=True, seq_len=1), 2 * (6 + 6)),
         # The convolution also keeps the last 2 inputs of 2 heads of queries, keys and values.
         (GPT, dict(conv_size=3, seq_len=10), 2 * 10 * (6 + 4) + 2 * 2 * (6 + 6 + 4)),
-        (GPT, dict(n_kv_heads=1, k_kernel="taylor", seq_len=1), (1 + 6 + 36) + 4),
+        (GPT, dict(TAYLOR, n_kv_heads=1, seq_len=1), (1 + 6 + 36) + 4),
     ],
 )
 def test_state_bytes_counts_the_cache(cls, changes, numbers):
     """`numbers` of four bytes in each of two layers: 2 heads, keys of 6 and values of 4."""
-    assert cls.inference_state_bytes(gpt_config(**changes)) == 4 * 2 * numbers
+    assert inference_state_bytes(cls, gpt_config(**changes)) == 4 * 2 * numbers
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,9 @@ from analysis import hooks as I
 from analysis.trained_run import open_run
 from nanorecall import metrics, ops, pretrained
 from nanorecall.settings import ConfigError, RunError
-from toys import ablation_model as make
+from toys import ablation_model, some_examples
 from toys import memory_model as small_model
 from toys import random_tokens as tokens
-from toys import some_examples as some_cases
 
 
 def hooks(module):
@@ -91,7 +90,7 @@ def runs(tmp_path_factory):
 
 SCRIPTS = {
     "eval": (ev.COMMANDS, ev.EvalConfig, dict(rows=6, edits=(1,))),
-    "ablate": (ablate.COMMANDS, ablate.AblateConfig, dict(rows=8, pairs=40, modes="zero drop")),
+    "ablate": (ablate.COMMANDS, ablate.AblateConfig, dict(n_examples=8, n_pairs=40, ablations="zero next_best")),
 }
 
 
@@ -138,8 +137,8 @@ def test_full_memory_is_a_sentence_with_what_to_lower(error):
     def work(look):
         raise error
 
-    command = commands.analysis(work, "rows chunk", "")
-    sentence = "memory is full; lower eval_batch_size or rows or chunk"
+    command = commands.analysis(work, "n_examples ablate_batch_size", "")
+    sentence = "memory is full; lower eval_batch_size or n_examples or ablate_batch_size"
     with pytest.raises(RunError, match=sentence):
         commands.perform(command, None)
     error.args = ("another error",)
@@ -163,11 +162,11 @@ def write_and_undo(model):
 
 def change_nothing(model):
     hooks = [I.hook_output("mixer", model.layers[1].att, torch.zeros_like)]
-    I.run_with_hooks(model, some_cases(), hooks)
+    I.run_with_hooks(model, some_examples(), hooks)
 
 
 def exchange_all(model):
-    patching.exchanged(model, some_cases(), np.array([0, 1]), np.array([2, 3]), "swap")
+    patching.interchange_effects(model, some_examples(), np.array([0, 1]), np.array([2, 3]), "swap")
 
 
 FUNCTIONS = {
@@ -175,19 +174,19 @@ FUNCTIONS = {
     "key_second_moment": lambda model: editing.key_second_moment(model, [labelled()]),
     "answered": lambda model: editing.n_correct(model, *labelled()),
     "maps": lambda model: attention_maps.attention_maps(model, tokens(2, 6)),
-    "clean_run": lambda model: I.run_with_cache(model, some_cases()),
+    "clean_run": lambda model: I.run_with_cache(model, some_examples()),
     "run_changed": change_nothing,
-    "remove_slots": lambda model: ablate.remove_slots(model, some_cases(), ["zero", "drop"]),
+    "remove_slots": lambda model: ablate.remove_slots(model, some_examples(), ["zero", "next_best"]),
     "exchanged": exchange_all,
-    "decode_with": lambda model: patching.decode_with(model, some_cases(), {}),
-    "patched": lambda model: patching.recovered(model, some_cases(), some_cases(seed=2)),
+    "decode_with": lambda model: patching.decode_with(model, some_examples(), {}),
+    "patched": lambda model: patching.activation_patching(model, some_examples(), some_examples(seed=2)),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_leave_no_trace_on_a_model_in_training(name):
     """One block is in eval mode among others in training: one flag for all is not enough."""
-    model = make(mem_share_values=False).train()
+    model = ablation_model(mem_share_values=False).train()
     model.layers[1].eval()
     bomb = Bomb(model.lm_head)
     before = state(model)
@@ -202,7 +201,7 @@ def test_functions_leave_no_trace_on_a_model_in_training(name):
 
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_fine_tuning_changes_weights_only(at):
-    model = make(mem_share_values=False).train()
+    model = ablation_model(mem_share_values=False).train()
     model.layers[1].eval()
     bomb, facts = Bomb(model.lm_head), (*labelled(), *labelled())
     before = state(model)
