@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import delta
-from eval import greedy_decode
+from analysis.decoding import greedy_decode
 from model import GPT, CausalSelfAttention, Config, UnifiedKV
 from nanorecall import ops
 from nanorecall.build import inference_state_bytes

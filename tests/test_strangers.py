@@ -40,22 +40,25 @@ def contents(folder):
 
 # ---- the index of shards, with something else in it ----------------------------------------------
 
+# A way to spoil shards takes their directory and the path of a fuse: the file that a bomb creates
+# when it goes off.
 
-def read_index(place):
-    return pickle.loads((place / ".metadata").read_bytes())
+
+def read_index(shards):
+    return pickle.loads((shards / ".metadata").read_bytes())
 
 
-def write_index(place, index):
-    (place / ".metadata").write_bytes(pickle.dumps(index))
+def write_index(shards, index):
+    (shards / ".metadata").write_bytes(pickle.dumps(index))
 
 
 def spoil_index(change):
-    """A way to spoil shards: change(index, place, fuse)."""
+    """A way to spoil shards by change(index, shards, fuse)."""
 
-    def spoil(place, fuse):
-        index = read_index(place)
-        change(index, place, fuse)
-        write_index(place, index)
+    def spoil(shards, fuse):
+        index = read_index(shards)
+        change(index, shards, fuse)
+        write_index(shards, index)
 
     return spoil
 
@@ -64,32 +67,32 @@ def entry(index, name=NAME):
     return next(info for key, info in index.storage_data.items() if key.fqn == name)
 
 
-def bytes_like_a_tensor(index, place, fuse):
+def bytes_like_a_tensor(index, shards, fuse):
     """What torch's own planner would give to torch.load(weights_only=False)."""
     about = BytesStorageMetadata()
     about.size = index.state_dict_metadata[NAME].size
     about.properties = TensorProperties(torch.float32)
     index.state_dict_metadata[NAME] = about
-    with open(place / "bomb", "wb") as f:
+    with open(shards / "bomb", "wb") as f:
         torch.save(Bomb(fuse), f)
     key = next(key for key in index.storage_data if key.fqn == NAME)
     del index.storage_data[key]
     info = entry(index, "model.final_norm.weight")
     bare = type(key)(NAME)
-    index.storage_data[bare] = type(info)("bomb", 0, os.path.getsize(place / "bomb"))
+    index.storage_data[bare] = type(info)("bomb", 0, os.path.getsize(shards / "bomb"))
 
 
-def bomb_instead_of_a_tensor(index, place, fuse):
-    with open(place / "bomb", "wb") as f:
+def bomb_instead_of_a_tensor(index, shards, fuse):
+    with open(shards / "bomb", "wb") as f:
         torch.save(Bomb(fuse), f)
     info = entry(index)
-    info.relative_path, info.offset, info.length = "bomb", 0, os.path.getsize(place / "bomb")
+    info.relative_path, info.offset, info.length = "bomb", 0, os.path.getsize(shards / "bomb")
 
 
 def elsewhere(name):
-    def change(index, place, fuse):
-        shutil.copy(place / "__0_0.distcp", place.parent.parent / "outside")
-        entry(index).relative_path = name.replace("HERE", str(place.parent.parent))
+    def change(index, shards, fuse):
+        shutil.copy(shards / "__0_0.distcp", shards.parent.parent / "outside")
+        entry(index).relative_path = name.replace("HERE", str(shards.parent.parent))
 
     return change
 
@@ -97,7 +100,7 @@ def elsewhere(name):
 def set_field(path, value):
     """index.<path> = value, with FUSE for a bomb."""
 
-    def change(index, place, fuse):
+    def change(index, shards, fuse):
         *parents, last = path.split(".")
         for name in parents:
             index = entry(index) if name == "entry" else getattr(index, name)
@@ -107,26 +110,26 @@ def set_field(path, value):
 
 
 def set_tensor(field, value):
-    def change(index, place, fuse):
+    def change(index, shards, fuse):
         setattr(index.state_dict_metadata[NAME], field, Bomb(fuse) if value == "FUSE" else value)
 
     return change
 
 
-def a_pipe(index, place, fuse):
-    os.mkfifo(place / "pipe")
+def a_pipe(index, shards, fuse):
+    os.mkfifo(shards / "pipe")
     entry(index).relative_path = "pipe"
 
 
 def raw(data):
-    def spoil(place, fuse):
-        (place / ".metadata").write_bytes(data)
+    def spoil(shards, fuse):
+        (shards / ".metadata").write_bytes(data)
 
     return spoil
 
 
-def bomb_index(place, fuse):
-    (place / ".metadata").write_bytes(pickle.dumps(Bomb(fuse)))
+def bomb_index(shards, fuse):
+    (shards / ".metadata").write_bytes(pickle.dumps(Bomb(fuse)))
 
 
 HUGE = torch.Size([10**6, 10**6])
@@ -177,13 +180,11 @@ SPOILED = {
 
 
 def reseal(folder, name):
-    """Give the checkpoint the checksums of its shards as they are now:
-    a stranger seals as well as we do.
-    """
+    """Give the checkpoint the checksums of its shards as they are now, as a stranger could."""
     state = checkpoint.read_checkpoint(folder, name)
-    place = checkpoint.shard_dir(folder, state)
-    files = [f for f in os.listdir(place) if os.path.isfile(os.path.join(place, f))]
-    state["shards"]["files"] = {f: checkpoint.sha256_file(os.path.join(place, f)) for f in files}
+    shards = checkpoint.shard_dir(folder, state)
+    files = [f for f in os.listdir(shards) if os.path.isfile(os.path.join(shards, f))]
+    state["shards"]["files"] = {f: checkpoint.sha256_file(os.path.join(shards, f)) for f in files}
     checkpoint.save_checkpoint(folder, name, state, keep_old=False)
 
 
@@ -230,9 +231,9 @@ def test_a_run_with_a_strangers_shards(tmp_path, monkeypatch, capsys, trained, h
 @pytest.mark.parametrize("how", SPOILED)
 def test_a_folder_of_a_strangers_shards(tmp_path, monkeypatch, trained, how):
     fuse = tmp_path / "fuse"
-    place = tmp_path / "a" / "b" / "step-3"
-    shutil.copytree(next((trained / "shards").glob("ckpt-*")), place)
-    SPOILED[how](place, fuse)
+    shards = tmp_path / "a" / "b" / "step-3"
+    shutil.copytree(next((trained / "shards").glob("ckpt-*")), shards)
+    SPOILED[how](shards, fuse)
     monkeypatch.chdir(tmp_path)
     try:
         found = pretrained.read_weights(str(tmp_path / "a"))[0]
