@@ -326,8 +326,9 @@ SYSTEM_ERRORS = {
 @pytest.mark.parametrize("error", SYSTEM_ERRORS)
 @pytest.mark.parametrize("at", ["lstat", "stat", "open", "hash", "load"])
 def test_a_read_error_is_no_damage(tmp_path, monkeypatch, error, at):
-    """The disk and memory say nothing about what is in a file:
-    reader and trainer stop, and change nothing.
+    """A failing disk or a full memory does not mean that the file is damaged.
+
+    So reader and trainer stop, and change nothing.
     """
     state = {"step": 1, "tensors": {}, "shards": {"folder": "ckpt-1", "files": {"a": "0" * 64}}}
     for name in ("ckpt_prev", "best", "ckpt"):
