@@ -78,13 +78,13 @@ def test_every_command_works_or_refuses_in_a_sentence(name, here):
     (here / f"{fork}.py").write_text(FORKS[name])
     assert train.main([f"--model={fork}", *SMALL, "--run_name=a"]) == 0
     assert train.main(["--resume", "r/a", "--max_steps", "3"]) == 0
-    for args in (["r/a"], ["logits", "r/a", "--rows=8"], ["compare", "r/*"]):
+    for args in (["r/a"], ["logits", "r/a", "--n_examples=8"], ["compare", "r/*"]):
         evaluate.main(args)
-    for path in ("r/a/eval_test.json", "r/a/eval_logits_rows-8.json", "r/compare.png"):
+    for path in ("r/a/eval_test.json", "r/a/eval_logits_n_examples-8.json", "r/compare.png"):
         assert os.path.exists(path)
     ablate.main(["all", "r/a", "--n_examples=8"])
     with pytest.raises(ConfigError, match="`forward_cached`|decoding needs a mixer with a cache"):
-        evaluate.main(["r/a", "--examples=2"])
+        evaluate.main(["r/a", "--print_examples=2"])
     with pytest.raises(ConfigError, match="attention maps need"):
         evaluate.main(["attention", "r/a"])
     with pytest.raises(ConfigError, match="it needs a model with|have no heads|have no mixer"):
