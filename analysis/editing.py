@@ -306,7 +306,7 @@ def counterfactual(fact, alphabet, rng):
 
 def encode(run, facts):
     """Facts of one length -> tokens and targets (B, T)."""
-    ids = np.stack([run.data.encode_document(fact)[0] for fact in facts])
+    ids = np.stack([run.data.encoder.encode(fact)[0] for fact in facts])
     targets = shift_labels(label_mask(ids, run.data.kind, tokenizer=run.data.tokenizer))
     return run.tensor(ids), run.tensor(targets)
 
