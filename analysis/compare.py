@@ -16,6 +16,7 @@ import sys
 import numpy as np
 
 from analysis.trained_run import write_parquet
+from nanorecall.build import inference_state_bytes
 from nanorecall.checkpoint import check_kinds, read_log, read_record
 from nanorecall.metrics import print_table, slice_metrics
 from nanorecall.plots import errorbars, figure, finish_figure
@@ -161,12 +162,10 @@ def read_result(folder):
     for name, slices in test["by_slice"].items():
         by_slice[name] = {value: slice_metrics(c)["value"] for value, c in slices.items()}
 
-    # A forked model file may lack inference_state_bytes, dim or n_layers.
-    config, model_class = saved_model_config(folder, settings), settings.model_class
-    state_bytes = 0
-    if hasattr(model_class, "inference_state_bytes"):
-        state_bytes = model_class.inference_state_bytes(config) or 0
+    config = saved_model_config(folder, settings)
+    state_bytes = inference_state_bytes(settings.model_class, config) or 0
     shape = ""
+    # A forked model file may lack dim or n_layers.
     if hasattr(config, "dim") and hasattr(config, "n_layers"):
         shape = f"D{config.dim} L{config.n_layers}"
     return {
