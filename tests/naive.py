@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import delta
+from myriadlama import fusion
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.text import BYTES
 
@@ -90,7 +91,7 @@ def naive_rotation(y, t):
 
 
 def naive_attention_layer(layer, x):
-    """CausalSelfAttention, either kind, on x (T, D) one vector at a time, from its weights alone."""
+    """CausalSelfAttention, either kind, on x (T, D) one vector at a time, from its weights."""
     c = layer.config
     keys, values, out = [], [], []
     for t in range(len(x)):
@@ -167,7 +168,7 @@ def fla_naive(name):
 
 
 def loop_sequences(size, n, rng):
-    """Zoology's MQAR sequence by sequence: n sequences of one TaskSize -> tokens, targets (n, L)."""
+    """Zoology's MQAR, one sequence of a TaskSize after another -> tokens, targets (n, L)."""
     c, pairs = size.config, size.pairs
     half = c.vocab_size // 2
     slots = (size.length - 2 * pairs) // 2
@@ -260,3 +261,39 @@ def hash_answers(letters):
             inside = False
         keep.append(inside and letter != "'" and n >= first)
     return keep
+
+
+# ---- fused decoding ------------------------------------------------------------------------------
+
+
+def naive_decode(forward, prefix, question, scheme, positions, bias=0.0, max_new_tokens=6):
+    """Decode one question without a cache, with a new dense mask for each token.
+
+    forward(ids (1, S), positions (1, S), bias on the scores (S, S)) -> logits (S, V).
+    Returns the tokens and the logits of the first one.
+    """
+    rows, answer_position = fusion.layout(question, len(prefix), scheme, positions)
+    ids = list(prefix)
+    position = list(range(len(prefix)))
+    template = [fusion.PREFIX] * len(prefix)
+    for row_ids, row_positions, row_templates in rows:
+        ids += row_ids
+        position += map(int, row_positions)
+        template += row_templates
+    ids.append(question.answer_start)
+    position.append(answer_position)
+    template.append(fusion.ANSWER)
+    tokens, first_logits = [], None
+    for _ in range(max_new_tokens):
+        number = torch.tensor(template)
+        mask = fusion.dense_mask(scheme, number, question.is_manual)
+        scores = torch.zeros(len(ids), len(ids)).masked_fill(~mask, -torch.inf)
+        scores += bias * ((number[:, None] == fusion.ANSWER) & (number[None] >= 0))
+        logits = forward(torch.tensor([ids]), torch.tensor([position]), scores)[-1]
+        if first_logits is None:
+            first_logits = logits
+        tokens.append(int(logits.argmax()))
+        ids.append(tokens[-1])
+        position.append(position[-1] + 1)
+        template.append(fusion.ANSWER)
+    return tokens, first_logits

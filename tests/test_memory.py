@@ -1,5 +1,6 @@
 """memory.py, editing and weights: lookup, layers, routing, slot usage, runs, edits, commands."""
 
+import itertools
 import math
 import os
 import re
@@ -11,16 +12,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import memory as Mem
+import memory
 import train
 from analysis import editing, weights
+from memory import MemoryGPT, MemoryRouterGPT
 from nanorecall import checkpoint
 from nanorecall.build import build_model, build_model_config, load_and_freeze
+from nanorecall.rng import IGNORE_INDEX
 from nanorecall.run import load_settings
 from nanorecall.settings import ConfigError
 from toys import (
     MEMORY_TOY,
     TOY,
+    as_flags,
     assert_same,
     contents,
     memory_model,
@@ -31,33 +35,46 @@ from toys import (
 # ---- lookup --------------------------------------------------------------------------------------
 
 
-@given(n=st.integers(1, 9), heads=st.integers(1, 3), data=st.data(), seed=st.integers(0, 2**20), biased=st.booleans())
+@given(
+    n=st.integers(1, 9),
+    heads=st.integers(1, 3),
+    data=st.data(),
+    seed=st.integers(0, 2**20),
+    biased=st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
 def test_product_keys_find_the_best_of_all_slots(n, heads, data, seed, biased):
     k = data.draw(st.integers(1, n))
     g = torch.Generator().manual_seed(seed)
-    q = torch.randn(4, heads, 2, 3, dtype=torch.double, generator=g).requires_grad_()
-    keys = torch.randn(heads, 2, n, 3, dtype=torch.double, generator=g).requires_grad_()
-    bias = torch.randn(heads, 2, n, dtype=torch.double, generator=g) if biased else None
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.double, generator=g)
+
+    q = random(4, heads, 2, 3).requires_grad_()
+    keys = random(heads, 2, n, 3).requires_grad_()
+    bias = random(heads, 2, n) if biased else None
     outcomes = []
-    for find in (Mem.product_key_topk, Mem.naive_product_key_topk):
-        scores, slots = find(q, keys, k, bias)
+    for topk in (memory.product_key_topk, memory.naive_product_key_topk):
+        scores, slots = topk(q, keys, k, bias)
         order = slots.argsort(-1)
         scores, slots = scores.gather(-1, order), slots.gather(-1, order)
         weight = torch.linspace(1, 2, k, dtype=torch.double)
-        outcomes.append((slots, scores, *torch.autograd.grad((scores.softmax(-1) * weight).sum() + scores.sum(), (q, keys))))
-    assert torch.equal(outcomes[0][0], outcomes[1][0])
-    for a, b in zip(outcomes[0][1:], outcomes[1][1:]):
+        loss = (scores.softmax(-1) * weight).sum() + scores.sum()
+        outcomes.append((slots, scores, *torch.autograd.grad(loss, (q, keys))))
+    ours, naive = outcomes
+    assert torch.equal(ours[0], naive[0])
+    for a, b in zip(ours[1:], naive[1:]):
         torch.testing.assert_close(a, b)
 
 
 def test_values_are_read_as_one_by_one():
     values = torch.randn(20, 4, dtype=torch.double, requires_grad=True)
-    slots, weights = torch.randint(20, (7, 6)), torch.randn(7, 6, dtype=torch.double, requires_grad=True)
+    slots = torch.randint(20, (7, 6))
+    slot_weights = torch.randn(7, 6, dtype=torch.double, requires_grad=True)
     outcomes = []
-    for read in (Mem.weighted_values, Mem.naive_weighted_values):
-        y = read(values, slots, weights)
-        outcomes.append((y, *torch.autograd.grad(y.square().sum(), (values, weights))))
+    for read in (memory.weighted_values, memory.naive_weighted_values):
+        y = read(values, slots, slot_weights)
+        outcomes.append((y, *torch.autograd.grad(y.square().sum(), (values, slot_weights))))
     for a, b in zip(*outcomes):
         torch.testing.assert_close(a, b)
 
@@ -65,28 +82,46 @@ def test_values_are_read_as_one_by_one():
 # ---- the layer -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", Mem.SCORES)
+def layer_by_hand(m, x):
+    """Memory layer m (2 heads, 5 x 5 slots, 3 read) on one token x (16,).
+
+    -> for each head its slots (3,) and weights (3,); the memory output; the layer's output
+    """
+    q = m.query(x).view(2, 2, 3)
+    mean, variance = q.mean(-1, keepdim=True), q.var(-1, unbiased=False, keepdim=True)
+    q = (q - mean) / (variance + 1e-5).sqrt()
+    heads = []
+    output = torch.zeros(m.values.shape[1])
+    for h in range(2):
+        scores = []
+        for i, j in itertools.product(range(5), range(5)):
+            scores.append((q[h, 0] @ m.keys[h, 0, i] + q[h, 1] @ m.keys[h, 1, j]).item())
+        slots = sorted(range(25), key=scores.__getitem__, reverse=True)[:3]
+        best = torch.tensor([scores[slot] for slot in slots])
+        slot_weights = best.softmax(0) if m.config.mem_score == "softmax" else best.sigmoid()
+        heads.append((slots, slot_weights))
+        for weight, slot in zip(slot_weights, slots):
+            output = output + weight * m.values[slot]
+    y = output * F.silu(m.gate(x)) if m.gate else output
+    y = m.out(y) if m.out else y
+    return heads, output, y
+
+
+@pytest.mark.parametrize("score", memory.SCORES)
 @pytest.mark.parametrize("gated, width", [(False, 0), (False, 4), (True, 0), (True, 4)])
 def test_a_layer_by_hand(score, gated, width):
-    m = memory_model(mem_score=score, mem_gated=gated, mem_v_dim=width).layers[1].memory
+    model = memory_model(mem_score=score, mem_gated=gated, mem_v_dim=width)
+    m = model.layers[1].memory
     x = torch.randn(2, 3, 16)
-    y, found = m(x)
-    for b in range(2):
-        for t in range(3):
-            total = torch.zeros(m.values.shape[1])
-            q = m.query(x[b, t]).view(2, 2, 3)
-            q = (q - q.mean(-1, keepdim=True)) / (q.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-            for h in range(2):
-                scores = [float(q[h, 0] @ m.keys[h, 0, i] + q[h, 1] @ m.keys[h, 1, j]) for i in range(5) for j in range(5)]
-                best = sorted(range(25), key=scores.__getitem__, reverse=True)[:3]
-                assert best == found["slots"][b, t, h].tolist()
-                s = torch.tensor([scores[slot] for slot in best])
-                w = s.softmax(0) if score == "softmax" else s.sigmoid()
-                torch.testing.assert_close(found["weights"][b, t, h], w, rtol=1e-4, atol=1e-5)
-                total = total + sum(share * m.values[slot] for share, slot in zip(w, best))
-            torch.testing.assert_close(found["output"][b, t], total, rtol=1e-4, atol=1e-5)
-            total = total * F.silu(m.gate(x[b, t])) if gated else total
-            torch.testing.assert_close(y[b, t], m.out(total) if m.out else total, rtol=1e-4, atol=1e-5)
+    y, reads = m(x)
+    for b, t in itertools.product(range(2), range(3)):
+        heads, output, expected = layer_by_hand(m, x[b, t])
+        for h, (slots, slot_weights) in enumerate(heads):
+            assert reads["slots"][b, t, h].tolist() == slots
+            ours = reads["weights"][b, t, h]
+            torch.testing.assert_close(ours, slot_weights, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(reads["output"][b, t], output, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(y[b, t], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_one_table_inside_a_model_and_none_between_two():
@@ -103,18 +138,23 @@ def test_one_table_inside_a_model_and_none_between_two():
     assert {"layers.0.memory.keys", "layers.0.memory.values", "layers.1.memory.values"} <= names
 
 
-def test_softmax_over_one_slot_is_refused_and_two_teach_the_keys():
-    with pytest.raises(ConfigError, match="no gradient would reach queries and keys; use sigmoid or mem_knn=2"):
-        Mem.Config(mem_knn=1).check()
-    for options in (dict(mem_knn=1, mem_score="sigmoid"), dict(mem_knn=2)):
-        Mem.Config(**options).check()
-        m = memory_model(**options)
-        m(random_tokens(2, 6), random_tokens(2, 6, seed=1))[1].backward()
-        assert m.layers[1].memory.keys.grad.abs().max() > 0
+def test_softmax_over_one_slot_is_refused():
+    message = "no gradient would reach queries and keys; use sigmoid or mem_knn=2"
+    with pytest.raises(ConfigError, match=message):
+        memory.Config(mem_knn=1).check()
+
+
+@pytest.mark.parametrize("options", [dict(mem_knn=1, mem_score="sigmoid"), dict(mem_knn=2)])
+def test_a_sigmoid_or_two_slots_teach_the_keys(options):
+    memory.Config(**options).check()
+    m = memory_model(**options)
+    _, loss = m(random_tokens(2, 6), random_tokens(2, 6, seed=1))
+    loss.backward()
+    assert m.layers[1].memory.keys.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "flags, message",
     [
         ("--mem_knn 33", "mem_knn=33 is more than mem_n_keys=32"),
         ("--mem_k_dim 7", "must be even"),
@@ -126,272 +166,137 @@ def test_softmax_over_one_slot_is_refused_and_two_teach_the_keys():
         ("--mem_score tanh", "softmax, sigmoid"),
     ],
 )
-def test_mistakes_are_named(words, message):
-    p = train.parse(["--model=memory"])
+def test_impossible_settings_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
-        p = train.parse(["--model=memory", *words.split()])
+        p = train.parse(["--model=memory", *flags.split()])
         build_model_config(p, p.data_module.Data(p.data))
-    with pytest.raises(ConfigError, match="mem_log_interval=5 has no effect: gpt has no memory layers"):
+
+
+def test_settings_of_memory_layers_need_some():
+    message = "mem_log_interval=5 has no effect: gpt has no memory layers"
+    with pytest.raises(ConfigError, match=message):
         train.parse(["--mem_log_interval=5"])
 
 
-# ---- traces and interventions --------------------------------------------------------------------
+# ---- reads and interventions ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", [Mem.MemoryGPT, Mem.MemoryRouterGPT])
+@pytest.mark.parametrize("cls", [MemoryGPT, MemoryRouterGPT])
 def test_a_trace_holds_the_reads_and_changes_nothing(cls):
-    m, x, y = memory_model(cls, memory_layers=(0, 1)).eval(), random_tokens(2, 6), random_tokens(2, 6, seed=1)
-    y[:, :4] = -100
-    logits, loss, found = m(x, trace=True)
-    assert loss is None and torch.equal(logits, m(x)[0]) and len(found) == 2
-    for f in found:
-        assert f["slots"].shape == f["weights"].shape == (2, 6, 2, 3) and f["output"].shape == (2, 6, 16)
-        torch.testing.assert_close(f["weights"].sum(-1), torch.ones(2, 6, 2))
-        assert (f["slots"] >= 0).all() and (f["slots"] < 25).all() and ("route" in f) == (cls is Mem.MemoryRouterGPT)
-    scored, loss, at_labels = m(x, y, trace=True)
-    torch.testing.assert_close(scored, logits[y != -100], rtol=1e-4, atol=1e-5)
-    assert torch.equal(at_labels[1]["slots"], found[1]["slots"][:, 4:])
+    m = memory_model(cls, memory_layers=(0, 1)).eval()
+    x, y = random_tokens(2, 6), random_tokens(2, 6, seed=1)
+    y[:, :4] = IGNORE_INDEX
+    logits, loss, reads = m(x, trace=True)
+    assert loss is None and torch.equal(logits, m(x)[0]) and len(reads) == 2
+    for layer in reads:
+        slots = layer["slots"]
+        assert slots.shape == layer["weights"].shape == (2, 6, 2, 3)
+        assert layer["output"].shape == (2, 6, 16)
+        assert (slots >= 0).all() and (slots < 25).all()
+        torch.testing.assert_close(layer["weights"].sum(-1), torch.ones(2, 6, 2))
+        assert ("route" in layer) == (cls is MemoryRouterGPT)
+    scored, _, at_labels = m(x, y, trace=True)
+    torch.testing.assert_close(scored, logits[y != IGNORE_INDEX], rtol=1e-4, atol=1e-5)
+    assert torch.equal(at_labels[1]["slots"], reads[1]["slots"][:, 4:])
 
 
-def test_interventions_change_one_layer():
-    m, x = memory_model(memory_layers=(0, 1)).eval(), random_tokens(2, 6)
-    clean, _, found = m(x, trace=True)
-    unchanged, _ = m(x, intervene={1: lambda f: f})
-    assert torch.equal(unchanged, clean)
+@pytest.fixture
+def two_layers():
+    """A model with two memory layers, and what it reads for some tokens."""
+    model, tokens = memory_model(memory_layers=(0, 1)).eval(), random_tokens(2, 6)
+    logits, _, reads = model(tokens, trace=True)
+    return model, tokens, logits, reads
 
-    def silence(f):
-        return {**f, "weights": torch.zeros_like(f["weights"])}
 
-    without = {**found[1], "output": torch.zeros_like(found[1]["output"])}
-    assert torch.equal(m(x, intervene={1: silence})[0], m(x, intervene={1: lambda f: without})[0])
-    traced = m(x, intervene={1: silence}, trace=True)[2]
-    assert torch.equal(traced[0]["output"], found[0]["output"]) and not traced[1]["output"].any()
-    unread = next(s for s in range(25) if s not in found[1]["slots"])
+def no_weights(reads):
+    return {**reads, "weights": torch.zeros_like(reads["weights"])}
 
-    def swap(f):  # a slot that nobody reads, set to another that nobody reads
-        return {**f, "slots": torch.where(f["slots"] == unread, 0, f["slots"])}
 
-    assert torch.equal(m(x, intervene={1: swap})[0], clean)
+def test_an_intervention_that_changes_nothing(two_layers):
+    model, tokens, logits, reads = two_layers
+    same, _ = model(tokens, intervene={1: lambda reads: reads})
+    assert torch.equal(same, logits)
+    unread = next(slot for slot in range(25) if slot not in reads[1]["slots"])
+
+    def swap(reads):  # only where a slot is read that nobody reads
+        return {**reads, "slots": torch.where(reads["slots"] == unread, 0, reads["slots"])}
+
+    assert torch.equal(model(tokens, intervene={1: swap})[0], logits)
+
+
+def test_weights_of_zero_are_an_output_of_zero(two_layers):
+    model, tokens, logits, reads = two_layers
+    without = {**reads[1], "output": torch.zeros_like(reads[1]["output"])}
+    silent, _ = model(tokens, intervene={1: no_weights})
+    assert torch.equal(silent, model(tokens, intervene={1: lambda reads: without})[0])
+    assert not torch.equal(silent, logits)
+
+
+def test_an_intervention_changes_its_layer_only(two_layers):
+    model, tokens, _, reads = two_layers
+    _, _, traced = model(tokens, intervene={1: no_weights}, trace=True)
+    assert torch.equal(traced[0]["output"], reads[0]["output"])
+    assert not traced[1]["output"].any()
 
 
 def test_a_router_is_a_weighted_sum_or_one_of_two():
-    m, x = memory_model(Mem.MemoryRouterGPT).eval(), torch.randn(2, 3, 16)
+    m, x = memory_model(MemoryRouterGPT).eval(), torch.randn(2, 3, 16)
     block = m.layers[1]
-    share = block.router(x).softmax(-1)
+    to_mlp, to_memory = block.router(x).softmax(-1).split(1, dim=-1)
     mlp, read = block.ffn(x), block.memory(x)[0]
-    torch.testing.assert_close(block.mlp_or_memory(x, None, None), share[..., :1] * mlp + share[..., 1:] * read)
+    both = block.mlp_or_memory(x, None, None)
+    torch.testing.assert_close(both, to_mlp * mlp + to_memory * read)
     block.top1 = True
-    first = (share[..., :1] > share[..., 1:]).float()
-    torch.testing.assert_close(block.mlp_or_memory(x, None, None), first * share[..., :1] * mlp + (1 - first) * share[..., 1:] * read)
+    one = torch.where(to_mlp > to_memory, to_mlp * mlp, to_memory * read)
+    torch.testing.assert_close(block.mlp_or_memory(x, None, None), one)
     assert m.layers[0].memory is None and m.layers[0].router is None
 
 
 # ---- slot usage ----------------------------------------------------------------------------------
 
 
-def test_usage_by_hand():
-    found = Mem.slot_usage(torch.tensor([4, 0, 2, 2]))
-    assert found["share"] == 0.75 and found["dead"] == 1 and found["top"][0] == (0, 0.5) and found["top"][1][1] == 0.25
-    assert found["kl"] == pytest.approx(math.log(4) - 1.5 * math.log(2))  # log(slots) - entropy
-    assert Mem.slot_usage(torch.tensor([3, 3]))["kl"] == 0 and Mem.slot_usage(torch.tensor([0, 9, 0]))["kl"] == pytest.approx(math.log(3))
+def test_usage_stats_of_four_reads():
+    """Two of four reads are of slot 0, and slot 3 is read by none."""
+    usage = memory.slot_usage(torch.tensor([2, 1, 1, 0]))
+    assert usage["share"] == 0.75 and usage["dead"] == 1
+    assert usage["top"][0] == (0, 0.5) and usage["top"][1][1] == 0.25
+    assert usage["kl"] == pytest.approx(math.log(4) - 1.5 * math.log(2))  # log(slots) - entropy
+
+
+def test_usage_stats_of_the_most_even_and_the_most_uneven_reads():
+    assert memory.slot_usage(torch.tensor([3, 3]))["kl"] == 0
+    assert memory.slot_usage(torch.tensor([0, 9, 0]))["kl"] == pytest.approx(math.log(3))
 
 
 def test_read_counts_are_those_of_one_step():
     m = memory_model(memory_layers=(0, 1)).train()
-    _, _, found = m(random_tokens(2, 6), trace=True)
+    _, _, reads = m(random_tokens(2, 6), trace=True)
     report = m.on_step_end(report=True)
     for i in (0, 1):
-        slots = found[i]["slots"]
+        slots = reads[i]["slots"]
+        most = slots.flatten().bincount().max().item() / slots.numel()
         assert report[str(i)]["share"] == len(slots.unique()) / 25
-        assert report[str(i)]["top"][0][1] == pytest.approx(slots.flatten().bincount().max().item() / slots.numel())
+        assert report[str(i)]["top"][0][1] == pytest.approx(most)
         assert not m.layers[i].memory.read_counts.any()
     m.eval()
     m(random_tokens(2, 6))
-    assert not any(memory.read_counts.any() for memory in m.memory_layers().values())
+    assert not any(layer.read_counts.any() for layer in m.memory_layers().values())
 
 
 def test_load_balancing_evens_out_slot_usage():
     m = memory_model(mem_n_keys=8, mem_balance_rate=0.02).train()
-    memory = m.layers[1].memory
+    layer = m.layers[1].memory
     with torch.no_grad():
-        memory.keys[:, :, 0] += 2  # one sub-key wins nearly always
-        memory.query.bias.fill_(1.0)
-    spread = []
+        layer.keys[:, :, 0] += 2  # one sub-key wins nearly always
+        layer.query.bias.fill_(1.0)
+    unevenness = []
     for _ in range(200):
         m(random_tokens(8, 12))
-        first = memory.read_counts.view(2, 8, 8).sum(2).float()
-        spread.append(float((first.max(-1).values / first.mean(-1)).mean()))
+        first = layer.read_counts.view(2, 8, 8).sum(2).float()
+        unevenness.append(float((first.max(-1).values / first.mean(-1)).mean()))
         m.on_step_end()
-    assert np.mean(spread[-10:]) < 0.75 * np.mean(spread[:10])
-    assert memory.bias.abs().max() > 0 and "layers.1.memory.bias" in m.state_dict()
-
-
-def test_values_have_their_own_learning_rate_and_do_not_decay():
-    groups = train.configure_optimizer(memory_model(mem_value_lr_scale=3.0), train.TrainConfig(weight_decay=0.1)).param_groups
-    values = [g for g in groups if g["lr_scale"] == 3.0]
-    assert len(values) == 1 and values[0]["weight_decay"] == 0 and [p.shape for p in values[0]["params"]] == [(25, 16)]
-    assert all(g["weight_decay"] == (0.1 if g["params"][0].ndim >= 2 else 0) for g in groups if g["lr_scale"] == 1)
-
-
-# ---- runs ----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name, changes", [("memory", {"mem_balance_rate": 0.01}), ("memory_router", {"mem_top1": 1})])
-def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
-    options = {**MEMORY_TOY, "model": name, **changes, "lr_schedule": "constant", "eval_interval": 60}
-    status, whole = run(tmp_path, "whole", target_accuracy=0.8, max_steps=120, **options)
-    assert status == 0
-    rows = [r for r in checkpoint.read_log(whole) if r["kind"] == "memory"]
-    assert len(rows) == 24 and set(rows[0]["layers"]) == {"0", "1"} and 0 < rows[0]["layers"]["0"]["share"] <= 1
-    run(tmp_path, "cut", max_steps=60, **options)
-    run(tmp_path, "cut", resume=True, max_steps=120)
-    outcomes = [contents(os.path.join(tmp_path, n)) for n in ("cut", "whole")]
-    assert_same(*(state["tensors"] for state, _ in outcomes))
-    assert_same(*([r for r in log if r["kind"] == "memory"] for _, log in outcomes))
-
-
-def test_values_that_learn_at_rate_0_stay(tmp_path):
-    for rate in (0, 1):
-        _, out = run(tmp_path, f"rate{rate}", model="memory", **MEMORY_TOY, mem_value_lr_scale=rate, max_steps=2)
-        p = load_settings(out, train.TrainConfig)
-        first = build_model(p, build_model_config(p, p.data_module.Data(p.data))).state_dict()["layers.0.memory.values"]
-        last = checkpoint.load_checkpoint(out, "ckpt")["tensors"]["model.layers.0.memory.values"]
-        assert torch.equal(first, last) == (rate == 0)
-
-
-def test_ranks_agree(tmp_path, on_ranks):
-    options = dict(MEMORY_TOY, model="memory", mem_balance_rate=0.01, max_steps=10, eval_interval=10, mem_log_interval=2)
-
-    def work(parallel):
-        return lambda rank: run(tmp_path, parallel, parallel=parallel, **options)[0]
-
-    run(tmp_path, "one", grad_accum_steps=2, **options)
-    alone, log = contents(os.path.join(tmp_path, "one"))
-    for parallel in ("ddp", "fsdp"):
-        assert on_ranks(2, work(parallel)) == [0, 0]
-        state, rows = contents(os.path.join(tmp_path, parallel))
-        for key, x in alone["tensors"].items():
-            torch.testing.assert_close(state["tensors"][key], x, rtol=1e-5, atol=1e-6)
-        assert [r for r in rows if r["kind"] == "memory"] == [r for r in log if r["kind"] == "memory"]
-
-
-def test_dummy_micro_batches_do_not_count_as_reads(tmp_path):
-    """One sequence of 64 tokens per step in four micro-batches: three are dummies."""
-    options = dict(MEMORY_TOY, model="memory", mem_balance_rate=0.01, max_steps=3, mem_log_interval=1, batch_size=4, eval_interval=3)
-    options |= dict(num_kv_pairs=None, train_sizes="[(64,4)]")
-    logs = [contents(run(tmp_path, f"a{n}", grad_accum_steps=n, **options)[1])[1] for n in (1, 4)]
-    one, four = ([r["layers"] for r in log if r["kind"] == "memory"] for log in logs)
-    assert len(one) == 3 and one == four
-
-
-# ---- editing -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cls, options", [(Mem.MemoryGPT, {}), (Mem.MemoryGPT, {"mem_v_dim": 24}), (Mem.MemoryRouterGPT, {})])
-def test_edits_are_answered_and_undone_to_the_bit(cls, options):
-    m = memory_model(cls, mem_n_keys=16, dim=32, **options).eval()
-    x, y = random_tokens(5, 6, seed=3), torch.full((5, 6), -100)
-    y[:, 3:] = random_tokens(5, 3, seed=4)
-    x[:, 4:] = y[:, 3:5]  # each answer is read before the next of its letters
-    before = {n: t.clone() for n, t in m.state_dict().items()}
-    assert (m(x, y)[0].argmax(-1) != y[y != -100]).any()
-    record = editing.edit_facts(m, x, y)
-    assert torch.equal(m(x, y)[0].argmax(-1), y[y != -100])
-    changed = [n for n, t in m.state_dict().items() if not torch.equal(t, before[n])]
-    assert changed == ["layers.1.memory.values"]
-    editing.undo_edit(m, record)
-    assert all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
-
-
-def test_a_covariance_protects_other_facts():
-    m = memory_model(mem_n_keys=6, dim=32).eval()
-    x, y, others = random_tokens(2, 4, seed=3), torch.full((2, 4), -100), random_tokens(30, 4, seed=5)
-    y[:, 3] = torch.tensor([1, 2])
-    labels = torch.where(torch.arange(4) == 3, others, -100)
-    keep = editing.key_second_moment(m, [(others[:15], labels[:15]), (others[15:], labels[15:])])
-    torch.testing.assert_close(keep, editing.key_second_moment(m, [(others, labels)]))
-    clean, moved = m(others, labels)[0], []
-    for k in (None, keep):
-        record = editing.edit_facts(m, x, y, covariance=k)
-        assert m(x, y)[0].argmax(-1).tolist() == [1, 2]
-        moved.append((m(others, labels)[0] - clean).square().sum().item())
-        editing.undo_edit(m, record)
-    assert moved[1] < 0.8 * moved[0]
-
-
-def test_what_cannot_be_edited_is_refused():
-    for options in (dict(memory_layers=(0,)), dict(mem_gated=True)):
-        with pytest.raises(ValueError, match="editing needs a memory layer without gate in the last block"):
-            editing.edit_facts(memory_model(**options), random_tokens(1, 4), random_tokens(1, 4))
-    with pytest.raises(ValueError, match="editing needs mem_share_values=0"):
-        editing.edit_facts(memory_model(memory_layers=(0, 1)), random_tokens(1, 4), random_tokens(1, 4))
-
-
-# ---- weights -------------------------------------------------------------------------------------
-
-
-def test_parameters_by_hand():
-    """16 wide, 2 blocks: block 0 with an MLP of 64, block 1 with 25 slots read 2 * 3 at a time."""
-    rows = {name: numbers for name, *numbers in weights.count_active(memory_model())}
-    assert rows["layers.1.memory.values"] == [25 * 16, 6 * 16, 2 * 6 * 16]
-    assert rows["layers.1.memory.keys"] == [2 * 2 * 5 * 3] * 2 + [2 * 60] and rows["layers.0.ffn.up.weight"][0] == 64 * 16
-    assert rows["embed.weight"] == [11 * 16, 16, 0] and rows["lm_head.weight"][2] == 2 * 11 * 16
-    for options in ({}, dict(memory_layers=(0, 1)), dict(tie_weights=True)):
-        m = memory_model(**options)
-        assert sum(total for _, total, *_ in weights.count_active(m)) == sum(q.numel() for q in m.parameters())
-    assert {n: a for n, _, a, _ in weights.count_active(memory_model(memory_layers=(0, 1)))}["layers.0.memory.values"] == 2 * 6 * 16
-
-
-def test_conversion_as_a_user_starts_it(tmp_path, script):
-    """As a script memory.py is another module than the one that models are built from."""
-    run(tmp_path, "a", model="memory", **{**MEMORY_TOY, "max_steps": 2})
-    run(tmp_path, "g", max_steps=2)
-    done = script("memory.py", "convert", tmp_path / "a", tmp_path / "x.pt", "--to", "memory_router")
-    assert done.returncode == 0 and "new: layers.0.ffn.up.weight" in done.stdout, done.stderr
-    done = script("memory.py", "convert", tmp_path / "g", tmp_path / "y.pt", "--to", "memory")
-    assert done.returncode == 2 and "g holds a gpt; only memory and memory_router can be converted" in done.stderr
-
-
-def test_the_command_line(tmp_path, capsys):
-    options = {**MEMORY_TOY, "max_steps": 2}
-    run(tmp_path, "a", model="memory", **options)
-    run(tmp_path, "b", model="memory", **{**options, "mem_n_keys": 6, "seed": 1})
-    a, b, out = str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "x.pt")
-    capsys.readouterr()
-    assert Mem.main(["params", "--model=memory", "--mem_n_keys=16"]) == 0
-    assert re.search(r"layers.1.memory.values +16384 +2048 +4096 +8192", capsys.readouterr().out)
-    assert Mem.main(["inspect", a, b]) == 0
-    printed = capsys.readouterr().out
-    assert "layers.0.memory.values" in printed and "differ: mem_n_keys (rows) or mem_v_dim (columns)" in printed
-    assert Mem.main(["convert", a, out, "--to", "memory_router"]) == 0
-    assert "new: layers.0.ffn.up.weight" in capsys.readouterr().out
-    router = dict(options, model="memory_router", init_from=out)
-    p = train.parse([f"--{k}={v}" for k, v in {**TOY, **router, "log_dir": tmp_path}.items()])
-    m = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
-    load_and_freeze(m, p.train, has_checkpoint=False)
-    _, data, before, _ = train.load_run(a, "ckpt")
-    x = data.batch("test", 0, range(4))[0]
-    torch.testing.assert_close(m.eval()(x)[0], before(x)[0])  # it answers as before
-    for words, message in (
-        (["convert", a, out, "--to=memory_router"], "exists already"),
-        (["convert", a, out + "2", "--to=memory"], "holds a memory already"),
-        (["convert", a, out + "2", "--to=gpt"], "must be memory or memory_router"),
-        (["convert", a], "name a run and the file"),
-        (["inspect"], "name one or two"),
-        (["inspect", a, "--to=b"], "inspect takes no --to"),
-        (["look", a], "'look' is none of params"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            Mem.main(words)
-
-
-def test_the_margin_of_an_edit_is_in_logits_at_any_scale_of_the_norm():
-    """By hand: with hidden features of 3, logits are a third of the memory output."""
-    reach, hidden = torch.eye(2), torch.full((1, 5), 3.0)
-    change = editing.target_updates(reach, hidden, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
-    torch.testing.assert_close(change, torch.tensor([[-4.5, 4.5]]), rtol=1e-5, atol=1e-5)
-    # With features of 0.5, logits are twice the output, so a lead of 3 logits is 1.5 there.
-    change = editing.target_updates(reach, hidden / 6, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), margin=2.0)
-    torch.testing.assert_close(change, torch.tensor([[-0.75, 0.75]]), rtol=1e-5, atol=1e-5)
+    assert np.mean(unevenness[-10:]) < 0.75 * np.mean(unevenness[:10])
+    assert layer.bias.abs().max() > 0 and "layers.1.memory.bias" in m.state_dict()
 
 
 def test_frozen_keys_are_not_balanced():
@@ -404,3 +309,247 @@ def test_frozen_keys_are_not_balanced():
     assert not frozen.bias.any() and not frozen.read_counts.any()
     first = [-0.5] + [0.5] * (free.bias.shape[2] - 1)
     assert free.bias.tolist() == [[first, first]] * len(free.bias)
+
+
+def test_values_have_their_own_learning_rate_and_do_not_decay():
+    model = memory_model(mem_value_lr_scale=3.0)
+    groups = train.configure_optimizer(model, train.TrainConfig(weight_decay=0.1)).param_groups
+    (values,) = [group for group in groups if group["lr_scale"] == 3.0]
+    assert values["weight_decay"] == 0 and [p.shape for p in values["params"]] == [(25, 16)]
+    for group in groups:
+        if group is not values:
+            is_matrix = group["params"][0].ndim >= 2
+            assert group["lr_scale"] == 1
+            assert group["weight_decay"] == (0.1 if is_matrix else 0)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def memory_log(rows):
+    return [row for row in rows if row["kind"] == "memory"]
+
+
+@pytest.mark.parametrize(
+    "name, changes", [("memory", {"mem_balance_rate": 0.01}), ("memory_router", {"mem_top1": 1})]
+)
+def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
+    options = {**MEMORY_TOY, "model": name, **changes}
+    options |= {"lr_schedule": "constant", "eval_interval": 60}
+    status, whole = run(tmp_path, "whole", target_accuracy=0.8, max_steps=120, **options)
+    assert status == 0
+    rows = memory_log(checkpoint.read_log(whole))
+    assert len(rows) == 24 and set(rows[0]["layers"]) == {"0", "1"}
+    assert 0 < rows[0]["layers"]["0"]["share"] <= 1
+    run(tmp_path, "cut", max_steps=60, **options)
+    _, cut = run(tmp_path, "cut", resume=True, max_steps=120)
+    (cut_state, cut_log), (state, log) = contents(cut), contents(whole)
+    assert_same(cut_state["tensors"], state["tensors"])
+    assert_same(memory_log(cut_log), memory_log(log))
+
+
+@pytest.mark.parametrize("scale, stays", [(0, True), (1, False)])
+def test_values_that_learn_at_rate_0_stay(tmp_path, scale, stays):
+    options = dict(MEMORY_TOY, model="memory", mem_value_lr_scale=scale, max_steps=2)
+    _, out = run(tmp_path, **options)
+    p = load_settings(out, train.TrainConfig)
+    initial = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
+    first = initial.state_dict()["layers.0.memory.values"]
+    state = checkpoint.load_checkpoint(out, "ckpt")
+    last = state["tensors"]["model.layers.0.memory.values"]
+    assert torch.equal(first, last) == stays
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_agree(tmp_path, on_ranks, parallel):
+    options = dict(MEMORY_TOY, model="memory", mem_balance_rate=0.01, mem_log_interval=2)
+    options |= dict(max_steps=10, eval_interval=10)
+    _, one = run(tmp_path, "one", grad_accum_steps=2, **options)
+
+    def work(rank):
+        return run(tmp_path, "two", parallel=parallel, **options)[0]
+
+    assert on_ranks(2, work) == [0, 0]
+    (state, log), (two_state, two_log) = contents(one), contents(tmp_path / "two")
+    for key, x in state["tensors"].items():
+        torch.testing.assert_close(two_state["tensors"][key], x, rtol=1e-5, atol=1e-6)
+    assert memory_log(two_log) == memory_log(log)
+
+
+def test_dummy_micro_batches_do_not_count_as_reads(tmp_path):
+    """One sequence of 64 tokens per step in four micro-batches: three are dummies."""
+    options = dict(MEMORY_TOY, model="memory", mem_balance_rate=0.01, mem_log_interval=1)
+    options |= dict(batch_size=4, num_kv_pairs=None, train_sizes="[(64,4)]")
+    options |= dict(max_steps=3, eval_interval=3)
+    layers = []
+    for n in (1, 4):
+        _, out = run(tmp_path, f"a{n}", grad_accum_steps=n, **options)
+        layers.append([row["layers"] for row in memory_log(checkpoint.read_log(out))])
+    assert len(layers[0]) == 3 and layers[0] == layers[1]
+
+
+# ---- editing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cls, options",
+    [(MemoryGPT, {}), (MemoryGPT, {"mem_v_dim": 24}), (MemoryRouterGPT, {})],
+)
+def test_edits_are_answered_and_undone_to_the_bit(cls, options):
+    m = memory_model(cls, mem_n_keys=16, dim=32, **options).eval()
+    x, y = random_tokens(5, 6, seed=3), torch.full((5, 6), IGNORE_INDEX)
+    y[:, 3:] = random_tokens(5, 3, seed=4)
+    x[:, 4:] = y[:, 3:5]  # each answer is read before the next of its letters
+    answers = y[y != IGNORE_INDEX]
+    before = {name: tensor.clone() for name, tensor in m.state_dict().items()}
+    assert (m(x, y)[0].argmax(-1) != answers).any()
+    record = editing.edit_facts(m, x, y)
+    assert torch.equal(m(x, y)[0].argmax(-1), answers)
+    after = m.state_dict()
+    changed = [name for name in before if not torch.equal(after[name], before[name])]
+    assert changed == ["layers.1.memory.values"]
+    editing.undo_edit(m, record)
+    assert_same(dict(m.state_dict()), before)
+
+
+def test_a_covariance_protects_other_facts():
+    m = memory_model(mem_n_keys=6, dim=32).eval()
+    x, y = random_tokens(2, 4, seed=3), torch.full((2, 4), IGNORE_INDEX)
+    y[:, 3] = torch.tensor([1, 2])
+    others = random_tokens(30, 4, seed=5)
+    labels = torch.where(torch.arange(4) == 3, others, IGNORE_INDEX)
+    batches = [(others[:15], labels[:15]), (others[15:], labels[15:])]
+    covariance = editing.key_second_moment(m, batches)
+    torch.testing.assert_close(covariance, editing.key_second_moment(m, [(others, labels)]))
+    before = m(others, labels)[0]
+
+    def change_of_others(covariance):
+        record = editing.edit_facts(m, x, y, covariance=covariance)
+        assert m(x, y)[0].argmax(-1).tolist() == [1, 2]
+        change = (m(others, labels)[0] - before).square().sum().item()
+        editing.undo_edit(m, record)
+        return change
+
+    assert change_of_others(covariance) < 0.8 * change_of_others(None)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(memory_layers=(0,)), "needs a memory layer without gate in the last block"),
+        (dict(mem_gated=True), "needs a memory layer without gate in the last block"),
+        (dict(memory_layers=(0, 1)), "needs mem_share_values=0"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused(options, message):
+    with pytest.raises(ValueError, match=f"editing {message}"):
+        editing.edit_facts(memory_model(**options), random_tokens(1, 4), random_tokens(1, 4))
+
+
+@pytest.mark.parametrize("feature, update", [(3.0, 4.5), (0.5, 0.75)])
+def test_the_margin_of_an_edit_is_in_logits_at_any_scale_of_the_norm(feature, update):
+    """Token 1 is one logit behind and shall be two ahead: the difference grows by 3.
+
+    With hidden features of 3, a logit is a third of the memory output: that takes 9. With features
+    of 0.5, a logit is twice the output: that takes 1.5. Each of the two tokens gives one half.
+    """
+    hidden = torch.full((1, 5), feature)
+    logits, answer = torch.tensor([[1.0, 0.0]]), torch.tensor([1])
+    change = editing.target_updates(torch.eye(2), hidden, logits, answer, margin=2.0)
+    torch.testing.assert_close(change, torch.tensor([[-update, update]]), rtol=1e-5, atol=1e-5)
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+def test_parameters_by_hand():
+    """16 wide, 2 blocks: block 0 with an MLP of 64, block 1 with 25 slots read 2 * 3 at a time."""
+    rows = {name: numbers for name, *numbers in weights.count_active(memory_model())}
+    assert rows["layers.1.memory.values"] == [25 * 16, 6 * 16, 2 * 6 * 16]
+    assert rows["layers.1.memory.keys"] == [2 * 2 * 5 * 3, 2 * 2 * 5 * 3, 2 * 60]
+    assert rows["layers.0.ffn.up.weight"][0] == 64 * 16
+    assert rows["embed.weight"] == [11 * 16, 16, 0]
+    assert rows["lm_head.weight"][2] == 2 * 11 * 16
+
+
+@pytest.mark.parametrize("options", [{}, dict(memory_layers=(0, 1)), dict(tie_weights=True)])
+def test_each_parameter_is_counted_once(options):
+    m = memory_model(**options)
+    total = sum(count for _, count, *_ in weights.count_active(m))
+    assert total == sum(p.numel() for p in m.parameters())
+
+
+def test_a_shared_table_is_active_once_for_each_layer():
+    rows = weights.count_active(memory_model(memory_layers=(0, 1)))
+    active = {name: count for name, _, count, _ in rows}
+    assert active["layers.0.memory.values"] == 2 * 6 * 16
+
+
+# ---- commands of memory.py -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three short runs: two memory models, b with a larger table, and a GPT."""
+    folder = tmp_path_factory.mktemp("runs")
+    options = {**MEMORY_TOY, "model": "memory", "max_steps": 2}
+    run(folder, "a", **options)
+    run(folder, "b", **{**options, "mem_n_keys": 6, "seed": 1})
+    run(folder, "gpt", max_steps=2)
+    return folder
+
+
+def test_conversion_as_a_user_starts_it(runs, tmp_path, script):
+    """As a script memory.py is another module than the one that models are built from."""
+    done = script("memory.py", "convert", runs / "a", tmp_path / "x.pt", "--to", "memory_router")
+    assert done.returncode == 0, done.stderr
+    assert "new: layers.0.ffn.up.weight" in done.stdout
+    done = script("memory.py", "convert", runs / "gpt", tmp_path / "y.pt", "--to", "memory")
+    assert done.returncode == 2
+    assert "gpt holds a gpt; only memory and memory_router can be converted" in done.stderr
+
+
+def test_params_prints_a_table(capsys):
+    assert memory.main(["params", "--model=memory", "--mem_n_keys=16"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"layers.1.memory.values +16384 +2048 +4096 +8192", printed)
+
+
+def test_inspect_compares_two_runs(runs, capsys):
+    assert memory.main(["inspect", str(runs / "a"), str(runs / "b")]) == 0
+    printed = capsys.readouterr().out
+    assert "layers.0.memory.values" in printed
+    assert "differ: mem_n_keys (rows) or mem_v_dim (columns)" in printed
+
+
+def test_a_converted_model_answers_as_before(runs, tmp_path, capsys):
+    out = str(tmp_path / "x.pt")
+    assert memory.main(["convert", str(runs / "a"), out, "--to", "memory_router"]) == 0
+    assert "new: layers.0.ffn.up.weight" in capsys.readouterr().out
+    options = {**TOY, **MEMORY_TOY, "model": "memory_router", "init_from": out}
+    p = train.parse(as_flags({**options, "log_dir": tmp_path}))
+    router = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
+    load_and_freeze(router, p.train, has_checkpoint=False)
+    _, data, before, _ = train.load_run(str(runs / "a"), "ckpt")
+    x, _, _ = data.batch("test", 0, range(4))
+    torch.testing.assert_close(router.eval()(x)[0], before(x)[0])
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["convert", "A", "OLD", "--to=memory_router"], "exists already"),
+        (["convert", "A", "NEW", "--to=memory"], "holds a memory already"),
+        (["convert", "A", "NEW", "--to=gpt"], "must be memory or memory_router"),
+        (["convert", "A"], "name a run and the file"),
+        (["inspect"], "name one or two"),
+        (["inspect", "A", "--to=b"], "inspect takes no --to"),
+        (["look", "A"], "'look' is none of params"),
+    ],
+)
+def test_commands_that_cannot_be_are_refused(runs, tmp_path, args, message):
+    (tmp_path / "old.pt").touch()
+    paths = {"A": runs / "a", "OLD": tmp_path / "old.pt", "NEW": tmp_path / "new.pt"}
+    with pytest.raises(ConfigError, match=message):
+        memory.main([str(paths.get(arg, arg)) for arg in args])
+    assert not os.path.exists(paths["NEW"])

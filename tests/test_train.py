@@ -1,4 +1,4 @@
-"""train.py as a user meets it: runs, stops, kills, resumes, mistakes; and its loop against plain arithmetic."""
+"""train.py as a user meets it: runs, stops, kills, resumes, mistakes; and its loop in arithmetic."""
 
 import json
 import math
@@ -13,69 +13,80 @@ import torch
 
 import train
 from nanorecall import checkpoint, metrics
-from nanorecall import run as run_file
+from nanorecall import run as run_module
 from nanorecall.build import build_model_config
 from nanorecall.run import run_label
 from nanorecall.settings import ConfigError, RunError
 from toys import contents, counts, flags, run
 
-# ---- whole runs --------------------------------------------------------------------------------------------------------
+ROOT = os.path.dirname(train.__file__)
+
+
+def status_of(out):
+    return checkpoint.read_json(os.path.join(out, "status.json"))
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["gpt", "delta", "gated_delta"])
 def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys, model):
     status, out = run(tmp_path, model=model, target_accuracy=0.9, max_steps=200)
+    assert status == 0
     printed = capsys.readouterr().out
-    assert (
-        status == 0
-        and "params: " in printed
-        and "state: " in printed
-        and "### LOGDIR: " in printed
-        and ">>> n_train_steps = 1250" in printed
-    )
-    made = {"config.json", "log.jsonl", "ckpt.pt", "ckpt_prev.pt", "best.pt", "status.json", "curves.png"}
-    assert set(os.listdir(out)) == made
-    result = checkpoint.read_json(os.path.join(out, "status.json"))
+    for words in ("params: ", "state: ", "### LOGDIR: ", ">>> n_train_steps = 1250"):
+        assert words in printed
+    checkpoints = {"ckpt.pt", "ckpt_prev.pt", "best.pt"}
+    made = {"config.json", "log.jsonl", "status.json", "curves.png"}
+    assert set(os.listdir(out)) == checkpoints | made
+    result = status_of(out)
     assert result["status"] == "finished" and result["test"]["accuracy"] > 0.9
-    assert result["test"]["labels"] == 200 and result["test"]["by_slice"]["num_kv_pairs"]["4"]["labels"] == 200
+    assert result["test"]["labels"] == 200
+    assert result["test"]["by_slice"]["num_kv_pairs"]["4"]["labels"] == 200
     config = checkpoint.read_json(os.path.join(out, "config.json"))
-    assert config["set_by"]["lr"] == "--lr" and config["train"]["lr"] == 0.01 and config["model"]["vocab_size"] == 32
-    losses = [r["loss"] for r in checkpoint.read_log(out) if r["kind"] == "train"]
+    assert config["set_by"]["lr"] == "--lr" and config["train"]["lr"] == 0.01
+    assert config["model"]["vocab_size"] == 32
+    losses = [row["loss"] for row in checkpoint.read_log(out) if row["kind"] == "train"]
     assert len(losses) == 40 and losses[-1] < 0.5 < losses[0]
 
 
+def test_log_lines_are_json(tmp_path):
+    _, out = run(tmp_path, max_steps=5)
+    with open(os.path.join(out, "log.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    assert {row["kind"] for row in rows} == {"train", "eval"}
+
+
 def test_the_best_weights_are_the_same_after_a_resume(tmp_path, monkeypatch):
-    """The watched slice is at 1 in every evaluation; among those, all labels decide, also those before an interruption."""
-    real, all_labels = run_file.evaluate, iter([0.9, 0.8, 0.7, 0.6])
+    """The watched slice is at 1 in every evaluation. Then all labels decide, also of before."""
+    evaluate, accuracies = run_module.evaluate, iter([0.9, 0.8, 0.7, 0.6])
 
     def measured(model, data, split, *rest):
-        result = real(model, data, split, *rest)
+        result = evaluate(model, data, split, *rest)
         if split == "val":
-            result["accuracy"] = next(all_labels)
-            result["by_slice"]["num_kv_pairs"][4]["right"] = result["by_slice"]["num_kv_pairs"][4]["labels"]
+            result["accuracy"] = next(accuracies)
+            watched = result["by_slice"]["num_kv_pairs"][4]
+            watched["right"] = watched["labels"]
         return result
 
-    monkeypatch.setattr(run_file, "evaluate", measured)
+    monkeypatch.setattr(run_module, "evaluate", measured)
     _, out = run(tmp_path, target_slice="num_kv_pairs=4", max_steps=40)
     assert checkpoint.load_checkpoint(out, "best")["step"] == 20
     run(tmp_path, resume=True, max_steps=60)
     assert checkpoint.load_checkpoint(out, "best")["step"] == 20
 
 
-def test_our_names_mean_our_files(tmp_path, monkeypatch, capsys):
-    """And whoever has a file of that name beside is told."""
-    for name in ("data_mqar", "model"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('was run')")
+@pytest.mark.parametrize("name", ["gpt", "model.GPT"])
+def test_our_names_mean_our_files(tmp_path, monkeypatch, capsys, name):
+    """A user's file of the same name is not run, and the user is told."""
+    for ours in ("data_mqar", "model"):
+        (tmp_path / f"{ours}.py").write_text("raise SystemExit('was run')")
     monkeypatch.chdir(tmp_path)
-    for name in ("gpt", "model.GPT"):
-        p = train.parse([f"--model={name}"])
-        assert p.model_class.__name__ == "GPT" and p.data_module.__file__.startswith(
-            os.path.dirname(train.__file__)
-        )
-        assert (
-            f"{tmp_path}/data_mqar.py is not used: give it another name" in capsys.readouterr().err
-        )
-        assert p.files == {}
+    p = train.parse([f"--model={name}"])
+    assert p.model_class.__name__ == "GPT" and p.data_module.__file__.startswith(ROOT)
+    told = f"{tmp_path}/data_mqar.py is not used: give it another name"
+    assert told in capsys.readouterr().err
+    assert p.files == {}
 
 
 def test_full_memory_is_a_sentence(tmp_path, monkeypatch):
@@ -83,71 +94,91 @@ def test_full_memory_is_a_sentence(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "forward_backward", full)
-    with pytest.raises(RunError, match="memory is full; raise grad_accum_steps or lower batch_size"):
+    with pytest.raises(RunError, match="memory is full; raise grad_accum_steps or lower batch_siz"):
         run(tmp_path)
-    assert checkpoint.read_json(os.path.join(tmp_path, "run", "status.json"))["status"] == "failed"
+    assert status_of(tmp_path / "run")["status"] == "failed"
 
 
-def test_steps_of_an_evaluation_are_counted_cell_by_cell(tmp_path, capsys):
-    run(tmp_path, test_sizes="[(16,1),(16,2),(16,4)]", n_val_examples=10, eval_batch_size=8, max_steps=1)
+def test_steps_of_an_evaluation_are_counted_size_by_size(tmp_path, capsys):
+    sizes = "[(16,1),(16,2),(16,4)]"
+    run(tmp_path, test_sizes=sizes, n_val_examples=10, eval_batch_size=8, max_steps=1)
     assert "n_val_steps = 6" in capsys.readouterr().out
 
 
 def test_below_its_target_a_run_fails(tmp_path, capsys):
     status, out = run(tmp_path, target_accuracy=0.999, max_steps=2)
     assert status == 1 and "below target" in capsys.readouterr().err
-    assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == "below target"
+    assert status_of(out)["status"] == "below target"
 
 
 def test_stop_accuracy_ends_a_run_early(tmp_path):
     _, out = run(tmp_path, stop_accuracy=0.01)
-    assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 20
+    assert status_of(out)["step"] == 20
 
 
-def test_the_commands_of_updatable_long_term_memory_print_their_counts(script):
-    for words, count in (
-        ("--model gpt --batch_size 32 --dim 64 --dk 32 --dv 32 --n_heads 2 --n_layers 4 --exp_group 29", 65792),
-        ("--model gpt --batch_size 32 --dim 64 --dk 48 --dv 48 --n_heads 2 --n_layers 4 --use_ffn=0 --n_epochs=400", 98560),
-        ("--model unified_kv --batch_size 32 --dim 64 --du 64 --n_heads 2 --n_layers 4 --use_ffn=0 --n_epochs=400", 98560),
-    ):
-        done = script("train.py", *words.split(), "--n_epochs=0")
-        assert done.returncode == 0 and f"params: {count} " in done.stdout
+@pytest.mark.parametrize(
+    "args, count",
+    [
+        ("--model gpt --dk 32 --dv 32 --exp_group 29", 65792),
+        ("--model gpt --dk 48 --dv 48 --use_ffn=0 --n_epochs=400", 98560),
+        ("--model unified_kv --du 64 --use_ffn=0 --n_epochs=400", 98560),
+    ],
+)
+def test_the_commands_of_updatable_long_term_memory_print_their_counts(script, args, count):
+    sizes = "--batch_size 32 --dim 64 --n_heads 2 --n_layers 4".split()
+    done = script("train.py", *args.split(), *sizes, "--n_epochs=0")
+    assert done.returncode == 0 and f"params: {count} " in done.stdout
 
 
-def test_run_names_follow_the_documents_grammar(monkeypatch):
+def test_run_names_follow_the_documents_grammar():
     p = train.parse("--exp_group 6 --dk 48 --dv 48".split())
     data = p.data_module.Data(p.data)
-    name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none_data-128-32-2048_lr0.001"
+    name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none"
+    name += "_data-128-32-2048_lr0.001"
     assert run_label(p, build_model_config(p, data)) == name
+
+
+# ---- resuming ------------------------------------------------------------------------------------
 
 
 def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
     _, out = run(tmp_path)
     assert run(tmp_path, resume=True, max_steps=70)[0] == 0
-    assert checkpoint.read_json(os.path.join(out, "status.json"))["step"] == 70
-    assert checkpoint.read_json(os.path.join(out, "config.json"))["train"]["max_steps"] == 70
-    with pytest.raises(ConfigError, match="--resume: resume needs a run directory"):
-        train.main(["--resume="])
+    assert status_of(out)["step"] == 70
+    config = checkpoint.read_json(os.path.join(out, "config.json"))
+    assert config["train"]["max_steps"] == 70
     with pytest.raises(ConfigError, match="--lr: lr cannot change"):
         run(tmp_path, resume=True, lr=1)
     with pytest.raises(ConfigError, match="exists; continue it with --resume"):
         run(tmp_path)
+
+
+def test_resume_needs_a_run_directory(tmp_path):
+    with pytest.raises(ConfigError, match="--resume: resume needs a run directory"):
+        train.main(["--resume="])
     with pytest.raises(ConfigError, match="has no config.json"):
         train.main([f"--resume={tmp_path}"])
 
 
-# ---- the loop against arithmetic ---------------------------------------------------------------------------------------
+# ---- the loop against arithmetic -----------------------------------------------------------------
 
 
 def test_accumulation_is_one_large_batch(tmp_path):
-    outs = [run(tmp_path, f"a{n}", grad_accum_steps=n, max_steps=3, eval_interval=3)[1] for n in (1, 4)]
-    one, four = (contents(out)[0]["tensors"] for out in outs)
+    weights = []
+    for n in (1, 4):
+        _, out = run(tmp_path, f"a{n}", grad_accum_steps=n, max_steps=3, eval_interval=3)
+        weights.append(contents(out)[0]["tensors"])
+    one, four = weights
     for name in one:
         torch.testing.assert_close(one[name], four[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bad_steps, ends", [((2, 3, 5), "finished"), ((2, 3, 5, 6, 7), "failed")])
-def test_gradients_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_path, capsys, monkeypatch, bad_steps, ends):
+@pytest.mark.parametrize(
+    "bad_steps, ends, exit_status", [((2, 3, 5), "finished", 0), ((2, 3, 5, 6, 7), "failed", 1)]
+)
+def test_gradients_that_are_not_finite_are_skipped_and_too_many_end_the_run(
+    tmp_path, capsys, monkeypatch, bad_steps, ends, exit_status
+):
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def sometimes_nan(parameters, limit):
@@ -159,43 +190,52 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", sometimes_nan)
     status, out = run(tmp_path, max_skipped_steps=3, max_steps=10, eval_interval=1)
-    assert checkpoint.read_json(os.path.join(out, "status.json"))["status"] == ends and status == (ends == "failed")
-    assert ("not finite 3 steps in a row" in capsys.readouterr().out) == (ends == "failed")
-    assert [r["step"] for r in checkpoint.read_log(out) if r.get("skipped")] == list(bad_steps)
+    assert status_of(out)["status"] == ends and status == exit_status
+    printed = capsys.readouterr().out
+    assert ("not finite 3 steps in a row" in printed) == (ends == "failed")
+    skipped = [row["step"] for row in checkpoint.read_log(out) if row.get("skipped")]
+    assert skipped == list(bad_steps)
     assert all(torch.isfinite(w).all() for w in contents(out)[0]["tensors"].values())
 
 
-def test_learning_rates():
-    def rates(total, **changes):
-        c = train.TrainConfig(lr=2.0, **changes)
-        return [train.learning_rate(c, step, 10, total) for step in (0, 5, 10, 25)]
-
-    assert rates(100, lr_schedule="constant", warmup_steps=10) == [0.2, 1.2, 2.0, 2.0]
-    assert rates(100, lr_gamma=0.5) == [2.0, 2.0, 1.0, 0.5]
-    assert rates(20, lr_schedule="linear", lr_min_ratio=0.5) == [2.0, 1.75, 1.5, 1.0]
-    assert rates(20, lr_schedule="cosine")[2] == pytest.approx(1.0) and rates(20, lr_schedule="cosine")[3] == pytest.approx(0)
+@pytest.mark.parametrize(
+    "total, changes, expected",
+    [
+        (100, dict(lr_schedule="constant", warmup_steps=10), [0.2, 1.2, 2.0, 2.0]),
+        (100, dict(lr_gamma=0.5), [2.0, 2.0, 1.0, 0.5]),
+        (20, dict(lr_schedule="linear", lr_min_ratio=0.5), [2.0, 1.75, 1.5, 1.0]),
+        (20, dict(lr_schedule="cosine"), [2.0, 1 + 0.5**0.5, 1.0, 0.0]),
+    ],
+)
+def test_learning_rates(total, changes, expected):
+    """At steps 0, 5, 10 and 25 of so many in all, 10 of them an epoch."""
+    c = train.TrainConfig(lr=2.0, **changes)
+    rates = [train.learning_rate(c, step, 10, total) for step in (0, 5, 10, 25)]
+    assert rates == pytest.approx(expected, abs=1e-12)
 
 
 def test_matrices_decay_and_vectors_do_not():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    decayed, kept = train.configure_optimizer(model, train.TrainConfig(weight_decay=0.1)).param_groups
-    assert [p.ndim for p in decayed["params"]] == [2] and [p.ndim for p in kept["params"]] == [1, 1, 1]
-    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
+    optimizer = train.configure_optimizer(model, train.TrainConfig(weight_decay=0.1))
+    decay, no_decay = optimizer.param_groups
+    assert [p.ndim for p in decay["params"]] == [2] and decay["weight_decay"] == 0.1
+    assert [p.ndim for p in no_decay["params"]] == [1, 1, 1] and no_decay["weight_decay"] == 0
 
 
 def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
     _, out = run(tmp_path)
     _, data, model, _ = train.load_run(out)
-    small, large = (metrics.evaluate(model, data, "test", n, torch.device("cpu")) for n in (7, 50))
+    small = metrics.evaluate(model, data, "test", 7, torch.device("cpu"))
+    large = metrics.evaluate(model, data, "test", 50, torch.device("cpu"))
     assert counts(small) == counts(large) and small["row_accuracy"] == large["row_accuracy"]
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
 
 
-# ---- mistakes and forks ------------------------------------------------------------------------------------------------
+# ---- mistakes and forks --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "args, message",
     [
         (["--n_heds=2"], "did you mean n_heads"),
         (["--model=gtp"], "neither one of gpt"),
@@ -219,57 +259,68 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
         (["configs/none.py"], "cannot read this override file"),
         (["mqar_gpt"], "neither an override file"),
         (["--dk=5"], "must be even"),
-        (["--resume=nowhere"], "no config.json"),
     ],
 )
-def test_a_mistake_is_one_sentence(words, message, tmp_path):
+def test_a_mistake_is_one_sentence(args, message, tmp_path):
     with pytest.raises(ConfigError) as error:
-        train.main([*words, f"--log_dir={tmp_path}"] if "--resume" not in words[0] else words)
+        train.main([*args, f"--log_dir={tmp_path}"])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_is_not_there_is_one_sentence():
+    with pytest.raises(ConfigError) as error:
+        train.main(["--resume=nowhere"])
+    assert "no config.json" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_mistake_exits_with_status_2_and_no_traceback(script):
     done = script("train.py", "--n_heds", "2")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "train.py: --n_heds: there is no setting 'n_heds'; did you mean n_heads?\n"
+    sentence = "--n_heds: there is no setting 'n_heds'; did you mean n_heads?"
+    assert done.stderr == f"train.py: {sentence}\n"
+
+
+def test_help_shows_the_settings_of_all_parts(script):
     done = script("train.py", "--help")
     assert done.returncode == 0 and "--lr_gamma" in done.stdout and "--num_kv_pairs" in done.stdout
 
 
 def test_a_fork_is_one_file(tmp_path, monkeypatch):
-    source = open(os.path.join(os.path.dirname(train.__file__), "model.py")).read()
-    (tmp_path / "my_model.py").write_text(
-        source.replace("class GPT(nn.Module)", "class Mine(nn.Module)")
-        .replace("(GPT)", "(Mine)")
-        .replace("GPT.inactive_settings", "Mine.inactive_settings")
-        .replace("Model = GPT", "Model = Mine")
-    )
+    with open(os.path.join(ROOT, "model.py")) as f:
+        source = f.read()
+    for ours, mine in (
+        ("class GPT(nn.Module)", "class Mine(nn.Module)"),
+        ("(GPT)", "(Mine)"),
+        ("GPT.inactive_settings", "Mine.inactive_settings"),
+        ("Model = GPT", "Model = Mine"),
+    ):
+        source = source.replace(ours, mine)
+    (tmp_path / "my_model.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     status, out = run(tmp_path, model="my_model", max_steps=2)
-    assert status == 0 and checkpoint.read_json(os.path.join(out, "config.json"))["train"]["model"] == "my_model"
+    assert status == 0
+    config = checkpoint.read_json(os.path.join(out, "config.json"))
+    assert config["train"]["model"] == "my_model"
     assert train.parse(["--model=my_model.Mine"]).model_class.__name__ == "Mine"
     with pytest.raises(ConfigError, match="no Theirs"):
         train.parse(["--model=my_model.Theirs"])
 
 
 def test_shipped_configs_state_what_they_are_for():
-    folder = os.path.join(os.path.dirname(train.__file__), "configs")
-    names = [n for n in sorted(os.listdir(folder)) if n.endswith(".py") and n != "__init__.py"]
+    folder = os.path.join(ROOT, "configs")
+    names = [name for name in sorted(os.listdir(folder)) if name.endswith(".py")]
     assert "mqar_gpt.py" in names
     for name in names:
-        p = train.parse([os.path.join(folder, name)])
-        assert p.train.target_accuracy > 0, name
-        header = open(os.path.join(folder, name)).read().split('"""')[1]
-        assert re.search(r"\b(minutes?|seconds?|hours?)\b", header) and "CPU cores" in header, f"{name}: how long, on what?"
-        expected = [float(x) for x in re.findall(r"0\.9\d*", header.partition("Expected: ")[2])]
-        assert expected and max(expected) >= p.train.target_accuracy, f"{name}: what to expect?"
-
-
-def test_log_lines_are_json(tmp_path):
-    _, out = run(tmp_path, max_steps=5)
-    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
-    assert {r["kind"] for r in rows} == {"train", "eval"}
+        path = os.path.join(folder, name)
+        target = train.parse([path]).train.target_accuracy
+        assert target > 0, name
+        with open(path) as f:
+            header = f.read().split('"""')[1]
+        assert re.search(r"\b(minutes?|seconds?|hours?)\b", header), f"{name}: how long?"
+        assert "CPU cores" in header, f"{name}: on what?"
+        expected = re.findall(r"0\.9\d*", header.partition("Expected: ")[2])
+        assert expected and max(map(float, expected)) >= target, f"{name}: what to expect?"
 
 
 # ---- start-up, and from Python -------------------------------------------------------------------
@@ -291,27 +342,33 @@ except SystemExit:
     pass
 print(*sys.modules, file=sys.stderr)
 """
-    root = os.path.dirname(train.__file__)
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert "--eval_batch_size" in done.stdout and "torch" in done.stderr.split()
     assert not SLOW_IMPORTS.intersection(done.stderr.split())
 
 
 def test_a_run_from_python(tmp_path):
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     trained = train.train_run(flags(tmp_path, "run", target_slice="num_kv_pairs=4"))
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert [row["step"] for row in trained.log("eval")] == [20, 40, 60]
     assert {row["kind"] for row in trained.log()} == {"train", "eval"}
-    metrics = trained.metrics()
-    assert [(row["slice"], row["value"]) for row in metrics[:2]] == [("all", ""), ("num_kv_pairs", "4")]
-    assert metrics[0]["accuracy"] == metrics[1]["accuracy"] == trained.result["test"]["accuracy"]
-    tokens, targets, _ = trained.data.batch("test", 0, range(3))
+    rows = trained.metrics()
+    assert [(row["slice"], row["value"]) for row in rows[:2]] == [
+        ("all", ""),
+        ("num_kv_pairs", "4"),
+    ]
+    assert rows[0]["accuracy"] == rows[1]["accuracy"] == trained.result["test"]["accuracy"]
+    tokens, _, _ = trained.data.batch("test", 0, range(3))
     logits, _ = trained.model(tokens)
     assert not trained.model.training and logits.shape == (3, 16, 32)
     again = train.train_run([f"--resume={trained.folder}"])
     assert again.has_ended and torch.equal(again.model(tokens)[0], logits)
-    assert again.metrics() == metrics
+    assert again.metrics() == rows
     _, _, model, _ = train.load_run(trained.folder)
     assert torch.equal(model(tokens)[0], logits)
+
+
+def test_a_run_from_python_leaves_the_signal_handlers_alone(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train.train_run(flags(tmp_path, "run", max_steps=2))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -120,7 +120,7 @@ def assert_same(a, b):
 
 
 def counts(result):
-    """by_slice of an evaluation without the losses, whose last bits depend on how they are summed."""
+    """by_slice without the losses, whose last bits depend on how they were summed."""
     found = []
     for name, groups in result["by_slice"].items():
         for value, numbers in groups.items():
@@ -129,7 +129,7 @@ def counts(result):
 
 
 def latest(folder, what, end=".json"):
-    """The file written last for one analysis, whatever settings are in its name; without its end."""
+    """The newest result of an analysis, whatever settings are in its name; without its end."""
     settings = ("_rows-", "_n_examples-", "_edits-", "_example-", "_data-", "_ablations-")
     found = []
     for path in folder.glob(what + "*" + end):

@@ -1,0 +1,459 @@
+"""flex_generate.py: methods by hand, its files, what is resumed and what is refused."""
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.feather as feather
+import pytest
+import torch
+
+import flex_generate as flex
+from myriadlama import fusion, hugging_face, prompts, results
+from naive import naive_decode
+from nanorecall import checkpoint
+from nanorecall.settings import ConfigError
+from toys_llama import (
+    Q_PROJ,
+    V,
+    change_weights,
+    never_stop,
+    our_forward,
+    random_ids,
+    random_llama,
+    random_question,
+)
+
+# ---- methods on one batch ------------------------------------------------------------------------
+
+
+def batch_of(model, questions, prefix, max_new_tokens=10):
+    """A Batch whose texts are token ids."""
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    config = flex.Config(max_new_tokens=max_new_tokens)
+    run = SimpleNamespace(model=model, config=config, stop=never_stop(V), tokenizer=tokenizer)
+    return flex.Batch(run, questions, fusion.prefill_prefix(model, prefix))
+
+
+def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
+    """The first token, without a cache."""
+    model, rng = random_llama(), np.random.default_rng(0)
+    prefix = random_ids(rng, 7)
+    questions = [random_question(rng, n=3) for _ in range(4)]
+    forward = our_forward(model)
+    texts = flex.hybrid(batch_of(model, questions, prefix, 2))
+
+    def log_probabilities(question, bias=0.0):
+        _, logits = naive_decode(forward, prefix, question, "isolated", "restart", bias)
+        return logits.log_softmax(-1)
+
+    for q, text in zip(questions, texts):
+        single = []
+        for ids in q.templates:
+            alone = fusion.Question([ids], q.is_manual[:1], q.answer_start, q.separator)
+            single.append(log_probabilities(alone))
+        fused = log_probabilities(q, bias=-np.log(3))
+        expected = torch.stack(single).mean(0) + fused
+        assert text.split()[0] == str(int(expected.argmax()))
+
+
+def test_adaptive_takes_the_templates_with_the_highest_confidence():
+    model, rng = random_llama(), np.random.default_rng(1)
+    prefix, q = random_ids(rng, 7), random_question(rng)
+    batch = batch_of(model, [q], prefix, 3)
+    (text,) = flex.flex_adaptive(batch)
+    best = flex.separate_answers(batch)[1][0].topk(2).indices.sort().values.tolist()
+    templates = [q.templates[i] for i in best]
+    half = fusion.Question(templates, q.is_manual[:2], q.answer_start, q.separator)
+    bias = -np.log(2)
+    tokens, _ = naive_decode(our_forward(model), prefix, half, "isolated", "restart", bias, 3)
+    assert text == " ".join(map(str, tokens))
+
+
+def test_weighted_attention_by_hand(monkeypatch):
+    """Attention to a template is multiplied by its confidence; equal confidences change nothing."""
+    model, rng = random_llama(), np.random.default_rng(2)
+    q = random_question(rng, n=3)
+    batch = batch_of(model, [q], random_ids(rng, 7))
+    biases = []
+
+    def note_bias(cache):
+        biases.append(cache.score_bias[0, 0, 0])
+        return None, None
+
+    batch.decode = note_bias
+    for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
+        answers = [], torch.tensor([confidence])
+        monkeypatch.setattr(flex, "separate_answers", lambda batch, answers=answers: answers)
+        flex.flex_weighted(batch)
+    weighted, even = biases
+    lengths = torch.tensor([len(ids) for ids in q.templates])
+    factors = torch.tensor([1.0, 1.5, 0.5]).repeat_interleave(lengths)
+    torch.testing.assert_close(weighted[7:].exp(), factors / 3)
+    torch.testing.assert_close(even[7:].exp(), torch.full_like(factors, 1 / 3))
+    assert weighted[:7].eq(0).all() and even[:7].eq(0).all()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_shared_work_is_charged_to_each_method_once(reverse):
+    """Three templates of 4, 5 and 6 tokens. A decoded sequence has 3: answer start and two more."""
+    encoded, decoded = 4 + 5 + 6, 3
+    expected = {
+        "origin": encoded / 3 + decoded,
+        "per_prompt": encoded + 3 * decoded,
+        "weighted_avg": encoded + 3 * decoded + 3 * decoded,
+        "flex_adaptive": encoded + 3 * decoded + decoded,
+        "flex": encoded + decoded,
+    }
+    order = ["flex_adaptive", "weighted_avg", "origin"] if reverse else list(expected)
+    model, rng = random_llama(), np.random.default_rng(3)
+    templates = [random_ids(rng, n) for n in (4, 5, 6)]
+    question = fusion.Question(templates, torch.tensor([True] * 3), 7, [3])
+    batch = batch_of(model, [question], [20, 21], 2)
+    for method in order:
+        start = time.perf_counter()
+        batch.meter.reset_cost()
+        flex.METHODS[method].generate(batch)
+        seconds, tokens = batch.meter.cost()
+        assert tokens == expected[method] and seconds > 0
+        if method == order[0]:
+            assert seconds <= time.perf_counter() - start
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_results(folder):
+    """{file name: columns} of every result table in a directory."""
+    return {file.name: feather.read_table(file).to_pydict() for file in folder.glob("*.feather")}
+
+
+def command_line(tiny_llamas, tmp_path, *more):
+    """Six facts of two relations, four templates each, two of them manual; two facts are shots."""
+    rows = []
+    for i in range(6):
+        row = {"uuid": f"u{i}", "relation": f"r{i % 2}", "subject": "abc"[i % 3] * 3}
+        row |= {"answers": ["q"], "manual_templates": ["[X] a [Y].", "b [X] [Y]."]}
+        row |= {"auto_templates": ["c [X] [Y].", "[X] d [Y]."]}
+        rows.append(row)
+    path = tmp_path / "facts.jsonl"
+    write_jsonl(path, rows)
+    return [
+        f"--model={tiny_llamas / 'plain'}",
+        f"--path={path}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--num_shots=1",
+        "--max_new_tokens=3",
+        "--batch_size=2",
+        "--device=cpu",
+        *more,
+    ]
+
+
+def test_every_method_and_its_files(tiny_llamas, tmp_path, capsys):
+    flex.main(command_line(tiny_llamas, tmp_path))
+    printed = capsys.readouterr().out
+    assert all(method in printed for method in flex.METHODS)
+    assert "majority of the relation" in printed
+    folder = tmp_path / "out" / "plain"
+    table = feather.read_table(folder / "myriadlama_flex_all_a5.feather").to_pydict()
+    assert list(table) == ["uuid", "templates", "answers", "prediction", "generation"]
+    assert len(table["uuid"]) == 4
+    assert all(len(templates) == 4 for templates in table["templates"])
+    assert not any(" " in prediction for prediction in table["prediction"])
+    assert len(feather.read_table(folder / "myriadlama_per_prompt.feather")["uuid"]) == 16
+    assert (folder / "table.png").stat().st_size > 5000
+    metrics = json.loads((folder / "table.json").read_text())["metrics"]
+    assert metrics["per_prompt"]["accuracy"]["n"] == 16
+    assert "p" in metrics["flex"] and "p" not in metrics["origin"]
+
+
+def test_lemmas_are_added_to_the_tables(tiny_llamas, tmp_path, monkeypatch):
+    args = command_line(tiny_llamas, tmp_path)
+    flex.main(args)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--lemmaize needs a package: pip install simplemma"):
+        flex.main([*args, "--lemmaize"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(prompts, "normalise", lambda text: [w.lower() for w in text.split()])
+    flex.main([*args, "--lemmaize"])
+    file = tmp_path / "out" / "plain" / "myriadlama_avg.feather"
+    table = feather.read_table(file).to_pydict()
+    assert table["answer_lemmas"] == [[["q"]]] * 4
+    assert table["predict_lemma"] == [prompts.normalise(text) for text in table["prediction"]]
+
+
+def test_a_killed_run_continues_and_nothing_is_lost_or_doubled(tiny_llamas, tmp_path, capsys):
+    args = command_line(tiny_llamas, tmp_path)
+    flex.main(args)
+    folder = tmp_path / "out" / "plain"
+    progress = folder / "progress.0.jsonl"
+    whole = read_results(folder)
+    lines = progress.read_text().splitlines()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    # Cut in the middle of a record.
+    progress.write_text("\n".join(lines[:20]) + "\n" + lines[20][:30])
+    flex.main(args)
+    assert read_results(folder) == whole
+    seen = []
+    for line in progress.read_text().splitlines():
+        record = json.loads(line) if line.endswith("}") else {}
+        if "uuid" in record:
+            seen.append((record["uuid"], record["method"]))
+    assert len(seen) == len(set(seen)) == 4 * len(flex.METHODS)
+    capsys.readouterr()
+    flex.main(args)
+    assert "parameters" not in capsys.readouterr().out  # all is there: no model is loaded
+    message = "holds results with another num_auto; give another --out_dir"
+    with pytest.raises(ConfigError, match=message):
+        flex.main([*args, "--num_auto=1"])
+
+
+def test_two_processes_never_answer_in_one_directory(tiny_llamas, tmp_path):
+    args = command_line(tiny_llamas, tmp_path)
+    folder = tmp_path / "out" / "plain"
+    with checkpoint.only_writer(str(folder), "results there"):
+        for more in ([], ["--lemmaize"] if prompts.has_lemmas() else []):
+            with pytest.raises(ConfigError, match="another process is writing results there; wait"):
+                flex.main([*args, *more])
+        assert not os.listdir(folder)
+    assert not (tmp_path / "out").exists()  # it stayed empty
+    with pytest.raises(ConfigError, match="nowhere"):
+        flex.main([*args, "--model=nowhere"])
+    assert not (tmp_path / "out").exists()
+    flex.main([*args, "--method=origin"])
+    assert (folder / "table.json").exists()
+
+
+def test_a_method_that_is_there_is_not_run_again(tiny_llamas, tmp_path, monkeypatch):
+    flex.main(command_line(tiny_llamas, tmp_path, "--method=origin"))
+
+    def generate(batch):
+        pytest.fail("origin was there")
+
+    monkeypatch.setitem(flex.METHODS, "origin", flex.METHODS["origin"]._replace(generate=generate))
+    flex.main(command_line(tiny_llamas, tmp_path))
+    tables = read_results(tmp_path / "out" / "plain")
+    assert len(tables["myriadlama_hybrid.feather"]["uuid"]) == 4
+
+
+def test_ranks_share_the_questions(tiny_llamas, tmp_path, on_ranks):
+    args = command_line(tiny_llamas, tmp_path)
+    assert on_ranks(2, lambda rank: flex.main(args)) == [0, 0]
+    two_ranks = read_results(tmp_path / "out" / "plain")
+    shutil.rmtree(tmp_path / "out")
+    flex.main(args)
+    assert read_results(tmp_path / "out" / "plain") == two_ranks
+
+
+def test_bfloat16_runs(tiny_llamas, tmp_path):
+    flex.main(command_line(tiny_llamas, tmp_path, "--dtype=bfloat16"))
+
+
+def test_result_file_names():
+    c = flex.Config(num_manual=3, num_auto=5)
+    assert results.file_name(c, "flex_myriadlama_xattn") == "myriadlama_flex_m3_a5_xattn.feather"
+    assert results.file_name(flex.Config(), "flex_myriadlama") == "myriadlama_flex_all_a5.feather"
+    cross = flex.Config(allow_manual_cross_attention=True)
+    assert results.file_name(cross, "flex_myriadlama") == "myriadlama_flex_all_a5_xattn.feather"
+
+
+def test_the_mask_draws_itself(tmp_path, capsys):
+    sizes = ["--num_manual=3", "--num_auto=2", "--allow_manual_cross_attention"]
+    flex.main(["--draw_mask", *sizes, f"--out_dir={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "M3 [ x  x  x  x  .  .  .  . ]" in printed
+    assert "A2 [ x  .  .  .  .  x  .  . ]" in printed
+    assert (tmp_path / "mask_manual_cross.png").stat().st_size > 5000
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--model=llama3.2_3b_it"], "download huggingface.co/meta-llama"),
+        (["--model=nothing"], "is not here: give a directory, or one of smollm2"),
+        (["--method=flexx"], "did you mean flex"),
+        (["--num_shots=9"], "too few for 9 shots"),
+        (["--num_manual=0", "--num_auto=0"], "leave no template"),
+        (["--path=gone.jsonl"], "gone.jsonl does not exist"),
+        (["--shots_path=gone.jsonl"], "shots_path=gone.jsonl does not exist"),
+        (["--score=1"], "there is no setting 'score'"),
+        (["facts.jsonl"], "'facts.jsonl' is not a flag"),
+        (
+            ["--method=avg", "--score_bias=0"],
+            "score_bias=0.0 has no effect: method avg fuses no attention",
+        ),
+        (
+            ["--method=hybrid", "--template_positions=sequential"],
+            "positions='sequential' has no effect",
+        ),
+        (["--method=flex", "--allow_manual_cross_attention"], "has no effect: method is flex"),
+    ],
+)
+def test_mistakes_are_one_sentence(tiny_llamas, tmp_path, more, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        flex.main(command_line(tiny_llamas, tmp_path, *more))
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_one_of_its_parts_is_refused(tiny_llamas, tmp_path):
+    broken = shutil.copytree(tiny_llamas / "scaled", tmp_path / "broken")
+    os.remove(sorted(broken.glob("*.safetensors"))[0])
+    with pytest.raises(ConfigError, match="download all parts") as error:
+        flex.main(command_line(tiny_llamas, tmp_path, f"--model={broken}"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_result_is_refused(tiny_llamas, tmp_path, monkeypatch):
+    args = command_line(tiny_llamas, tmp_path, "--method=avg", "--lemmaize")
+    folder = tmp_path / "out" / "plain"
+    folder.mkdir(parents=True)
+    (folder / "myriadlama_avg.feather").write_bytes(b"torn")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match="cannot be read .*; delete it and run again"):
+        flex.main(args)
+
+
+# ---- results are bound to what they are made from ------------------------------------------------
+
+
+def test_results_are_bound_to_their_fact_file(tiny_llamas, tmp_path):
+    args = command_line(tiny_llamas, tmp_path, "--method=origin")
+    flex.main(args)
+    path = tmp_path / "facts.jsonl"
+    path.write_text(path.read_text().replace('"q"', '"z"'))
+    with pytest.raises(ConfigError, match="holds results with another path"):
+        flex.main(args)
+
+
+@pytest.fixture
+def args(plain_llama, tmp_path):
+    """The command line of a small run: one method, four facts of two templates."""
+    rows = []
+    for i in range(4):
+        row = {"uuid": f"u{i}", "relation": "r", "subject": "abcd"[i], "answers": ["q"]}
+        row |= {"manual_templates": ["[X] a [Y]."], "auto_templates": ["c [X] [Y]."]}
+        rows.append(row)
+    path = tmp_path / "facts.jsonl"
+    write_jsonl(path, rows)
+    options = ["--method=origin", "--num_shots=1", "--max_new_tokens=2", "--device=cpu"]
+    return [f"--model={plain_llama}", f"--path={path}", f"--out_dir={tmp_path / 'out'}", *options]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"]
+)
+def test_results_are_bound_to_the_files_of_the_model(plain_llama, args, name):
+    flex.main(args)
+    if name == "model.safetensors":
+        change_weights(plain_llama, lambda weights: weights[Q_PROJ].mul_(1.01))
+    elif name == "generation_config.json":
+        os.remove(plain_llama / name)
+    else:
+        (plain_llama / name).write_text((plain_llama / name).read_text() + " ")
+    with pytest.raises(ConfigError, match=f"holds results with another file {name}; give another"):
+        flex.main(args)
+
+
+def test_results_are_bound_to_dtype_and_program(args, monkeypatch):
+    flex.main(args)
+    with pytest.raises(ConfigError, match="holds results with another dtype"):
+        flex.main([*args, "--dtype=bfloat16"])
+    monkeypatch.setattr(results, "PROGRAM", results.PROGRAM[:-1])
+    with pytest.raises(ConfigError, match="holds results with another program"):
+        flex.main(args)
+
+
+def test_the_key_of_a_result_has_all_files_of_a_sharded_model(plain_llama):
+    """The facts that come with the repo are a part of the key, too."""
+    (plain_llama / "model.safetensors").rename(plain_llama / "part.safetensors")
+    index = {"metadata": {}, "weight_map": {Q_PROJ: "part.safetensors"}}
+    (plain_llama / hugging_face.INDEX).write_text(json.dumps(index))
+    key = results.result_key(flex.Config(model=str(plain_llama)), torch.float32)
+    for name in ("part.safetensors", hugging_face.INDEX, "config.json"):
+        assert f"file {name}" in key
+    assert len(key["path"]) == 64
+
+
+NO_RECORDS = {
+    "seconds as text": lambda record: {**record, "seconds": "1"},
+    "seconds that are no number": lambda record: {**record, "seconds": float("nan")},
+    "no generation": lambda record: {**record, "generation": None},
+    "two generations": lambda record: {**record, "generation": ["q"]},
+    "uuid a number": lambda record: {**record, "uuid": 3},
+    "methods in a list": lambda record: {**record, "method": ["origin"]},
+    "another method": lambda record: {**record, "method": "per_prompt"},
+    "templates as text": lambda record: {**record, "templates": "x"},
+    "templates a number": lambda record: {
+        **record,
+        "templates": 3,
+        "method": "per_prompt",
+        "generation": [],
+    },
+    "another tool's": lambda record: {"event": "of another tool"},
+    "a list": lambda record: [record],
+    "null": lambda record: None,
+    "half a record": lambda record: json.dumps(record)[:40],
+}
+
+
+@pytest.mark.parametrize("spoil", NO_RECORDS.values(), ids=NO_RECORDS)
+def test_lines_that_are_no_records_are_asked_again(args, tmp_path, capsys, spoil):
+    flex.main(args)
+    folder = tmp_path / "out" / "plain"
+    progress = folder / "progress.0.jsonl"
+
+    def accuracy():
+        return json.loads((folder / "table.json").read_text())["metrics"]["origin"]["accuracy"]
+
+    before = accuracy()
+    settings, first, *others = [line for line in progress.read_text().split("\n") if line]
+    spoilt = json.dumps(spoil(json.loads(first)))
+    progress.write_text("\n".join([settings, spoilt, *others]))
+    (folder / "progress.old.jsonl").write_text("no JSON")
+    capsys.readouterr()
+    flex.main(args)
+    printed = capsys.readouterr().out
+    assert "note: 1 lines of" in printed and "2 of them answered already" in printed
+    assert accuracy() == before
+
+
+def test_records_without_settings_are_asked_again(args, tmp_path, capsys):
+    """Nobody knows which model made them."""
+    flex.main(args)
+    progress = tmp_path / "out" / "plain" / "progress.0.jsonl"
+    lines = [line for line in progress.read_text().split("\n") if line]
+    for first in (b"", b'{"settings": 3}\n', b"\xff\xfe{\n"):
+        progress.write_bytes(first + "\n".join(lines[1:]).encode())
+        capsys.readouterr()
+        flex.main(args)
+        assert "0 of them answered already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("positions, letters", [("restart", 500), ("sequential", 250)])
+def test_a_question_too_long_for_the_model_leaves_nothing(args, tmp_path, positions, letters):
+    """Before the first is asked: a template, or all of them one after another, needs more."""
+    path = tmp_path / "facts.jsonl"
+    rows = read_jsonl(path)
+    rows[3]["manual_templates"] = [f"[X] {a * letters} [Y]." for a in "ab"]
+    write_jsonl(path, rows)
+    more = ["--method=flex", f"--template_positions={positions}", "--num_shots=0", "--num_manual=2"]
+    with pytest.raises(ConfigError, match="is longer than the 512 positions of this model"):
+        flex.main([*args, *more])
+    assert not (tmp_path / "out").exists()

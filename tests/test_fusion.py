@@ -1,0 +1,234 @@
+"""fusion.py: masks, positions and caches, against decoding with a dense mask and no cache."""
+
+import numpy as np
+import pytest
+import torch
+
+from myriadlama import fact_files, fusion, loading, prompts
+from naive import naive_decode
+from toys_llama import (
+    V,
+    causal_logits,
+    decode_fused,
+    load_theirs,
+    our_forward,
+    random_ids,
+    random_llama,
+    random_question,
+    transformers_forward,
+)
+
+# ---- masks and positions by hand -----------------------------------------------------------------
+
+
+def test_dense_masks_of_each_scheme():
+    """A token of the prefix, then templates of 1, 1 and 2 tokens, then the answer."""
+    is_manual = torch.tensor([True, True, False])
+    template = torch.tensor([fusion.PREFIX, 0, 1, 2, 2, fusion.ANSWER])
+    masks = {}
+    for scheme in fusion.MASKS:
+        masks[scheme] = fusion.dense_mask(scheme, template, is_manual).int().tolist()
+    assert masks["isolated"] == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [1, 0, 0, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1],
+    ]
+    assert masks["manual_cross"] == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [1, 0, 0, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1],
+    ]
+    assert masks["full"] == torch.ones(6, 6).tril().int().tolist()
+
+
+def test_templates_that_see_each_other_are_encoded_together():
+    is_manual = torch.tensor([True, True, False])
+    assert fusion.encode_groups("isolated", is_manual) == [[0], [1], [2]]
+    assert fusion.encode_groups("manual_cross", is_manual) == [[0, 1], [2]]
+    assert fusion.encode_groups("full", is_manual) == [[0, 1, 2]]
+
+
+def test_positions_by_hand():
+    """After a prefix of 10 tokens; between templates stand answer start and separator, 7 and 3."""
+    templates = [[11, 12], [13], [14, 15, 16]]
+    question = fusion.Question(templates, torch.tensor([True, True, False]), 7, [3])
+    rows, answer_position = fusion.layout(question, 10, "manual_cross", "restart")
+    assert rows == [
+        ([11, 12, 13], [10, 11, 10], [0, 0, 1]),
+        ([14, 15, 16], [10, 11, 12], [2, 2, 2]),
+    ]
+    assert answer_position == 13
+    rows, answer_position = fusion.layout(question, 10, "isolated", "sequential")
+    assert rows == [
+        ([11, 12, 7, 3], [10, 11, 12, 13], [0] * 4),
+        ([13, 7, 3], [14, 15, 16], [1] * 3),
+        ([14, 15, 16], [17, 18, 19], [2] * 3),
+    ]
+    assert answer_position == 20
+
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", fusion.MASKS)
+@pytest.mark.parametrize("positions", ["restart", "sequential"])
+def test_fused_decoding_equals_transformers_with_a_dense_mask(tiny_llamas, scheme, positions):
+    """34 questions here, about 200 over the schemes and positions."""
+    theirs = load_theirs(tiny_llamas / "scaled", attn_implementation="eager")
+    model, _ = loading.load(str(tiny_llamas / "scaled"))
+    forward = transformers_forward(theirs)
+    rng = np.random.default_rng(0)
+    prefix = rng.integers(10, 250, 13).tolist()
+    for _ in range(34):
+        question = random_question(rng, n=int(rng.integers(1, 5)))
+        (got,) = decode_fused(model, prefix, [question], scheme, positions, -0.7, 3)
+        expected, _ = naive_decode(forward, prefix, question, scheme, positions, -0.7, 3)
+        assert got == expected
+
+
+@pytest.mark.parametrize("scheme", fusion.MASKS)
+@pytest.mark.parametrize("positions", ["restart", "sequential"])
+@pytest.mark.parametrize("bias", [0.0, -1.4])
+def test_batches_with_caches_equal_one_question_without(scheme, positions, bias):
+    model, rng = random_llama(), np.random.default_rng(1)
+    prefix = random_ids(rng, 9)
+    questions = [random_question(rng) for _ in range(16)]
+    together = decode_fused(model, prefix, questions, scheme, positions, bias)
+    for question, answer in zip(questions, together):
+        assert decode_fused(model, prefix, [question], scheme, positions, bias) == [answer]
+        naive, _ = naive_decode(our_forward(model), prefix, question, scheme, positions, bias)
+        assert naive == answer
+
+
+@pytest.mark.parametrize("scheme", fusion.MASKS)
+def test_flex_attention_encodes_the_same(scheme):
+    """The GPU path, uncompiled, on a CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    model, rng = random_llama(), np.random.default_rng(2)
+    prefix_kv = fusion.prefill_prefix(model, random_ids(rng, 5))
+    rows = []
+    for question in (random_question(rng), random_question(rng, n=3)):
+        for ids, positions, _ in fusion.layout(question, 5, scheme, "sequential")[0]:
+            rows.append((ids, positions))
+    padded = fusion.prefill_padded(model, prefix_kv, rows)
+    packed = fusion.prefill_flex(model, prefix_kv, rows, flex_attention)
+    for padded_kv, packed_kv in zip(padded, packed):
+        for x, y in zip(padded_kv, packed_kv):
+            for r, (ids, _) in enumerate(rows):
+                real = slice(0, len(ids))
+                torch.testing.assert_close(x[r, :, real], y[r, :, real], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["restart", "sequential"])
+@pytest.mark.parametrize("scheme", fusion.MASKS)
+def test_one_template_is_plain_decoding(scheme, positions):
+    model, rng = random_llama(), np.random.default_rng(3)
+    prefix, question = random_ids(rng, 9), random_question(rng, n=1)
+    ids = prefix + question.templates[0] + [question.answer_start]
+    (answer,) = decode_fused(model, prefix, [question], scheme, positions)
+    for token in answer:
+        assert int(causal_logits(model, torch.tensor([ids]))[0, -1].argmax()) == token
+        ids.append(token)
+
+
+def test_the_order_of_isolated_templates_does_not_matter_when_they_restart():
+    model, rng = random_llama(), np.random.default_rng(4)
+    prefix, question = random_ids(rng, 9), random_question(rng)
+    templates = [question.templates[i] for i in (2, 0, 3, 1)]
+    other = fusion.Question(
+        templates, question.is_manual, question.answer_start, question.separator
+    )
+
+    def first_logits(question, positions):
+        return naive_decode(our_forward(model), prefix, question, "isolated", positions)[1]
+
+    a, b = first_logits(question, "restart"), first_logits(other, "restart")
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    answers = [decode_fused(model, prefix, [q], "isolated", "restart") for q in (question, other)]
+    assert answers[0] == answers[1]
+    a, b = first_logits(question, "sequential"), first_logits(other, "sequential")
+    assert (a - b).abs().max() > 1e-2
+
+
+def test_the_first_token_sees_every_template():
+    """A change in any template changes what is predicted first."""
+    model, rng = random_llama(), np.random.default_rng(5)
+    prefix, question = random_ids(rng, 9), random_question(rng, n=3)
+    forward = our_forward(model)
+    _, before = naive_decode(forward, prefix, question, "isolated", "restart")
+    for i in range(3):
+        templates = [list(ids) for ids in question.templates]
+        templates[i][0] = 10 + (templates[i][0] - 9) % (V - 10)
+        changed = fusion.Question(
+            templates, question.is_manual, question.answer_start, question.separator
+        )
+        _, after = naive_decode(forward, prefix, changed, "isolated", "restart")
+        assert (after - before).abs().max() > 1e-3
+
+
+def test_answers_stop_at_a_line_break_once_they_have_begun():
+    """Tokens 1 and 2 are line breaks, 9 is an end. A leading line break does not end an answer."""
+    is_blank = torch.zeros(V, dtype=torch.bool)
+    is_blank[[1, 2]] = True
+    stop, model = fusion.StopCriteria(torch.tensor([9]), is_blank, is_blank), random_llama()
+    prefix_kv = fusion.prefill_prefix(model, [20, 21])
+    rows = [([30], [2]), ([31], [2]), ([32], [2])]
+    kv = fusion.prefill_padded(model, prefix_kv, rows)
+    cache = fusion.build_cache(prefix_kv, rows, kv, [[0], [1], [2]], [3, 3, 3])
+    scripts = [[1, 40, 2, 41], [50, 1, 51, 52], [60, 9, 1, 1]]
+    steps = iter(range(10))
+
+    def choose(logits):
+        step = next(steps)
+        return torch.tensor([script[step] for script in scripts])
+
+    out, _ = fusion.greedy_decode(model, cache, 7, choose, stop, max_new_tokens=4)
+    assert out.tolist() == [[1, 40, -1], [50, -1, -1], [60, -1, -1]]
+
+
+def test_ensembles_by_hand():
+    logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 2.0, 1.5]]])
+    confidence = torch.tensor([[0.2, 0.6]])
+    assert fusion.mean_logits(logits, None).tolist() == [[1.0, 1.0, 1.25]]
+    largest = logits.softmax(-1).max(1).values
+    torch.testing.assert_close(fusion.max_probability(logits, None), largest)
+    weighted = fusion.weighted_mean_logits(logits, confidence)
+    torch.testing.assert_close(weighted, torch.tensor([[0.5, 1.5, 1.375]]))
+    assert fusion.most_confident_logits(logits, confidence).tolist() == [[0.0, 2.0, 1.5]]
+    choose = fusion.argmax_grouped(2, fusion.mean_logits)
+    assert choose(logits.flatten(0, 1)).tolist() == [2, 2]
+
+
+def test_smollm2_fuses_as_transformers_does(smollm2):
+    """20 questions over all schemes and positions: the same tokens as without a cache."""
+    model, tokenizer, theirs, _ = smollm2
+    facts = fact_files.read_facts("")
+    forward = transformers_forward(theirs)
+    combinations = [(s, p) for s in fusion.MASKS for p in ("restart", "sequential")]
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    prefix = encode(prompts.few_shot_prefix(facts[:3], False))
+    for number in range(20):
+        scheme, positions = combinations[number % 6]
+        fact = facts[5 + 17 * number]
+        templates = []
+        for template in (*fact["manual"][:2], fact["auto"][0]):
+            templates.append(encode(f"Q: {prompts.fill(template, fact['subject'])}\nA:"))
+        question = fusion.Question(
+            [ids[:-1] for ids in templates],
+            torch.tensor([True, True, False]),
+            templates[0][-1],
+            encode("\n\n"),
+        )
+        (got,) = decode_fused(model, prefix, [question], scheme, positions, -0.5, 3)
+        expected, _ = naive_decode(forward, prefix, question, scheme, positions, -0.5, 3)
+        assert got == expected
