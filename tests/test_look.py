@@ -150,7 +150,7 @@ def test_logits_agree_with_slices(runs):
     plain = json.loads((runs / "memory" / "eval_test.json").read_text())
     assert found["metrics"]["accuracy"] == plain["metrics"]["accuracy"]
     assert np.log(found["metrics"]["perplexity"]["value"]) == pytest.approx(plain["metrics"]["loss"]["value"], rel=1e-4)
-    assert found["metrics"]["row_accuracy"]["value"] == plain["metrics"]["row_accuracy"]["value"]
+    assert found["metrics"]["exact_match"]["value"] == plain["metrics"]["exact_match"]["value"]
     for tag, cells in plain["by_slice"].items():
         for value, cell in cells.items():
             assert found["by_slice"][tag][value]["accuracy"]["value"] == cell["value"]

@@ -135,7 +135,7 @@ def test_counts_of_batches_add_up_to_the_interval_of_all_rows():
     row = np.repeat(np.arange(200), random.integers(1, 9, 200))
     hit = random.random(len(row)) < random.beta(0.3, 0.3, 200)[row]
     batches = [(hit[row % 7 == i], row[row % 7 == i]) for i in range(7)]
-    counts = [{**stats.cluster_counts(*b), "loss": 0.0, "by_slice": {}} for b in batches]
+    counts = [{"all": {**stats.cluster_counts(*b), "loss": 0.0}, "by_slice": {}} for b in batches]
     cell = metrics.slice_metrics(metrics.merge_counts(counts)["all"])
     whole = stats.clustered_proportion(hit, row)
     assert cell["value"] == whole["value"] and cell["ci95"] == pytest.approx(whole["ci95"]) and cell["n"] == len(hit)
