@@ -90,7 +90,7 @@ def test_two_runs_are_the_second_less_the_first(capsys):
     a = {**same, "right": np.array([True, False]), "hits": np.array([1, 0])}
     b = {**same, "right": np.array([False, True]), "hits": np.array([0, 9])}
     a["loss"], b["loss"] = np.array([1.0, 18.0]), np.array([3.0, 0.0])
-    found = significance.two_runs([a, b], ["kind"])
+    found = significance.two_runs(a, b, ["kind"])
     whole = found["metrics"]["all"]
     assert whole["accuracy difference"]["value"] == pytest.approx(0.8)
     assert whole["nll difference"]["value"] == pytest.approx((3 - 1 + 0 - 18) / 10)
