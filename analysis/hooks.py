@@ -2,15 +2,17 @@
 
 There are two ways. `forward_from` continues from a block's memory layer with cached activations, so
 that many ablated copies of an example cost only the layers after the change. `hooked` puts hooks on
-any modules for whole forward passes. Both leave the model as it was.
+any modules for whole forward passes. Both leave the model as it was. Names are those of
+TransformerLens: resid_pre, resid_mid, logit_diff, run_with_cache, run_with_hooks.
 
-Letters: B examples, M changed copies of examples, T tokens, n labels of an example, H heads, k slots
-that a head reads, D width of the residual stream, V width of a value. Reads of a memory layer are a
-dict, as in memory.py: "slots" and "weights" (B, T, H, k), and "output" (B, T, V).
+Letters: B examples, M changed copies of examples, T tokens, n labels of an example, H heads, k
+slots that a head reads, D width of the residual stream, V width of a value. Reads of a memory layer
+are a dict, as in memory.py: "slots" and "weights" (B, T, H, k), and "output" (B, T, V).
 """
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -93,8 +95,8 @@ def sample_correct_examples(run):
     message = "ablate.py works in one process; start it without torchrun"
     require(run.world.size == 1, message, None)
     indices = correct_examples(run)
-    message = f"{run.folder} answers only {len(indices)} examples of {c.split} correctly, and 4 are"
-    require(len(indices) >= 4, f"{message} needed; train it longer", None)
+    message = f"only {len(indices)} examples of {c.split} are answered correctly, and 4 are needed"
+    require(len(indices) >= 4, f"{message}; train it longer", None)
     order = np.random.default_rng(c.seed).permutation(len(indices))
     if c.n_examples and c.n_examples < len(indices):
         examples, _ = load_examples(run, indices[order])
@@ -137,19 +139,16 @@ def require_blocks(run):
     names = ("embed_tokens", "layers", "final_norm", "lm_head")
     has_all = all(hasattr(model, name) for name in names)
     require(has_all, f"it needs a model with {', '.join(names)}", None)
-    T = min(4, run.data.seq_len)
-    positions = torch.arange(T, device=run.device)[None]
+    positions = torch.arange(min(4, run.data.seq_len), device=run.device)[None]
     tokens = positions % run.data.vocab_size
-    same = False
     with torch.no_grad():
         try:
-            logits = logits_at(model, tokens, positions)
-            expected = model(tokens)[0]
-            if logits.shape == expected.shape:
-                same = torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
+            ours = logits_at(model, tokens, positions)
+            logits = model(tokens)[0]
+            same = ours.shape == logits.shape and torch.allclose(ours, logits, 1e-3, 1e-3)
         except (TypeError, AttributeError, ValueError, RuntimeError):
-            # The blocks of a model file of one's own may need more than x.
-            pass
+            # The blocks of a forked model file may need more than x.
+            same = False
     require(same, f"{', '.join(names)}, one after another, do not give its logits", None)
 
 
@@ -180,16 +179,13 @@ def run_with_cache(model, examples):
     """Examples -> CleanRun."""
     resid_mid = {}
 
-    def cache_as(block):
-        def cache(module, inputs):
-            resid_mid[block] = inputs[0]
-
-        return cache
+    def cache(block, module, inputs):
+        resid_mid[block] = inputs[0]
 
     blocks = list(model.memory_layers()) if hasattr(model, "memory_layers") else []
+    hooks = [(model.layers[block].ffn_norm, "before", partial(cache, block)) for block in blocks]
     reads = []
     options = {"trace": reads} if blocks else {}
-    hooks = [(model.layers[block].ffn_norm, "before", cache_as(block)) for block in blocks]
     with hooked(hooks):
         logits = logits_at(model, examples.tokens, examples.label_pos, **options)
     return CleanRun(resid_mid, dict(zip(blocks, reads)), logits)
@@ -209,12 +205,22 @@ def gather_labels(x, positions):
     return x[example, positions]
 
 
+def index_reads(reads, index):
+    """Slots and weights at an index of their first dimensions, such as (example, token)."""
+    return {part: reads[part][index] for part in ("slots", "weights")}
+
+
+def put_reads(index, new_reads, reads):
+    """The reads, with new slots and weights at an index of their first dimensions."""
+    return {part: reads[part].index_put(index, x) for part, x in new_reads.items()}
+
+
 @in_eval_mode
 def forward_from(model, block, resid_mid, reads, label_pos):
-    """Run the model from a block's memory layer on -> logits (B, n, vocabulary) at label_pos (B, n).
+    """Run the model from a block's memory layer on -> logits (B, n, vocabulary).
 
-    resid_mid (B, T, D) is the residual stream before that layer, reads is what the layer reads.
-    Nothing before it is computed again.
+    resid_mid (B, T, D) is the residual stream before that layer, reads are what the layer reads,
+    and label_pos (B, n) the positions of the logits. Nothing before the layer is computed again.
     """
     last = len(model.layers) - 1
     if block == last:
@@ -260,7 +266,7 @@ def zero_ablation(a):
 
 
 def next_best_ablation(a):
-    """Leave the slot out of the top k: the next best slot comes in, and weights are renormalised."""
+    """Leave the slot out of the top k: the next best comes in, and weights are renormalised."""
     scores, slots = a.best
     k = a.reads["slots"].shape[-1]
     # Stable: the others stay in the order of their choice, which is not that of their scores if
@@ -276,7 +282,7 @@ def random_ablation(a):
 
 
 def resample_ablation(a):
-    """Resample ablation: the value of a slot that another example reads, under the slot's weight."""
+    """Resample ablation: the value of a slot of another example, under the slot's weight."""
     return a.replaced_by(a.resampled_slot)
 
 
@@ -340,8 +346,8 @@ def ablate_head(out_proj, n_heads, head):
 def hook_points(model):
     """Where activations can be changed -> {name: {block: module}}.
 
-    resid_pre is the residual stream that enters a block; mixer, mlp and memory are what these parts
-    add to it (TransformerLens: resid_pre, attn_out, mlp_out).
+    resid_pre is the residual stream that enters a block; mixer, mlp and memory are the outputs of
+    these parts, which are added to it.
     """
     points = {"resid_pre": dict(enumerate(model.layers))}
     for name, attribute in (("mixer", "att"), ("mlp", "ffn"), ("memory", "memory")):
@@ -370,35 +376,6 @@ def hook_output(name, module, change):
     if name == "resid_pre":
         return module, "before", change_input
     return module, "after", change_output
-
-
-def require_blocks(run):
-    """ConfigError if the model is not its embed_tokens, layers, final_norm, lm_head in sequence."""
-    model = run.model
-    names = ("embed_tokens", "layers", "final_norm", "lm_head")
-    has_all = all(hasattr(model, name) for name in names)
-    require(has_all, f"it needs a model with {', '.join(names)}", None)
-    positions = torch.arange(min(4, run.data.seq_len), device=run.device)[None]
-    tokens = positions % run.data.vocab_size
-    with torch.no_grad():
-        try:
-            ours = logits_at(model, tokens, positions)
-            logits = model(tokens)[0]
-            equal = ours.shape == logits.shape and torch.allclose(ours, logits, 1e-3, 1e-3)
-        except (TypeError, AttributeError, ValueError, RuntimeError):
-            # The layers of a fork may need more than x.
-            equal = False
-    require(equal, f"{', '.join(names)}, one after another, do not give the model's logits", None)
-
-
-def require_heads(run):
-    """ConfigError if the model has no sequence mixers with heads that can be ablated."""
-    require_blocks(run)
-    mixers = hook_points(run.model).get("mixer", {}).values()
-    require(mixers, "its layers have no mixer (use_att=0)", None)
-    for mixer in mixers:
-        has_heads = hasattr(mixer, "n_heads") and hasattr(mixer, "out_proj")
-        require(has_heads, "its mixers have no n_heads and out_proj", None)
 
 
 @in_eval_mode

@@ -425,8 +425,8 @@ def run_command(name, paths, config, commands, prefix="eval"):
         try:
             command.function(run)
         except ConfigError as e:
-            # A message that names a file of the run says the folder already.
-            where = "" if run.folder in str(e) else f"{run.folder}: "
+            # A message that begins with a file of the run says the folder already.
+            where = "" if str(e).startswith(run.folder) else f"{run.folder}: "
             raise ConfigError(f"{where}{e}", e.key) from None
 
 

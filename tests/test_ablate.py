@@ -1,6 +1,7 @@
-"""ablate.py: controls that must change nothing, naive twins, a model in which one slot holds one fact, and every command."""
+"""ablate.py: what its ablations change, a model whose facts sit in known slots, every command."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,12 +10,11 @@ import torch
 
 import ablate
 import train
-from analysis import hooks as I
-from analysis import importance
+from analysis import ablation, hooks
+from analysis.trained_run import open_run
 from nanorecall.settings import ConfigError
-from nanorecall.stats import clustered_mean_ci
-from planted import VARIANTS, planted_facts
-from toys import ablation_model, latest, some_examples
+from planted import N_SLOTS, VARIANTS, planted_facts
+from toys import ablation_model, as_flags, latest, some_examples
 
 
 @pytest.fixture(params=VARIANTS)
@@ -22,174 +22,274 @@ def model(request):
     return ablation_model(**VARIANTS[request.param])
 
 
+SMALL = dict(
+    n_layers=2, dim=32, dk=16, dv=16, conv_size=8, init_std=1, lr=1e-2, batch_size=64,
+    max_steps=150, eval_interval=150, num_threads=1,
+)  # fmt: skip
+FACTS = dict(
+    data="data_synth", task="qa", num_pairs=40, buckets="[4,16]", model="memory", mem_n_keys=8,
+    mem_k_dim=16, mem_knn=4, mem_heads=2, mem_value_lr_scale=4,
+)  # fmt: skip
+MQAR = dict(
+    vocab_size=32, input_seq_len=16, num_kv_pairs=2, n_val_examples=40, n_test_examples=40,
+    infinite_data=1,
+)  # fmt: skip
+RUNS = {
+    "two": {**FACTS, "memory_layers": "[0,1]"},
+    "one": {**FACTS, "memory_layers": "[1]"},
+    "gpt": {**MQAR, "use_ffn": 1},
+    "delta": {**MQAR, "model": "delta"},
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs that answer some rows rightly: two memory layers, one, and MQAR with gpt and delta."""
+    """Runs that answer some examples correctly: with two memory layers, with one, and MQAR."""
     folder = tmp_path_factory.mktemp("runs")
-    small = "--dim=32 --dk=16 --dv=16 --conv_size=8 --init_std=1 --lr=1e-2 --num_threads=1 --batch_size=64 --eval_interval=150"
-    facts = (
-        "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=2 --model=memory --mem_n_keys=8 --mem_k_dim=16"
-    )
-    facts += " --mem_knn=4 --mem_heads=2 --mem_value_lr_scale=4 --max_steps=150"
-    mqar = "--n_layers=2 --vocab_size=32 --input_seq_len=16 --num_kv_pairs=2 --n_val_examples=40 --n_test_examples=40 --infinite_data=1"
-    for name, words in (
-        ("two", f"{small} {facts} --memory_layers=[0,1]"),
-        ("one", f"{small} {facts} --memory_layers=[1]"),
-        ("gpt", f"{small} {mqar} --use_ffn=1 --max_steps=150"),
-        ("delta", f"{small} {mqar} --model=delta --max_steps=150"),
-    ):
-        train.main([*words.split(), f"--run_name={name}", f"--log_dir={folder}"])
+    for name, settings in RUNS.items():
+        train.main(as_flags({**SMALL, **settings, "run_name": name, "log_dir": folder}))
     return folder
 
 
-def saved(runs, name, what):
+def load_result(runs, name, what):
+    """What a command wrote -> its .json, and the columns of its .parquet, if there is one."""
     what = latest(runs / name, f"ablate_{what}")
     result = json.loads((runs / name / f"{what}.json").read_text())
     assert set(result) == {"config", "metrics", "by_slice", "examples"}
     assert (runs / name / f"{what}.png").stat().st_size > 5000
+    columns = {}
     path = runs / name / f"{what}.parquet"
-    return result, {k: np.array(v) for k, v in pq.read_table(path).to_pydict().items()} if path.exists() else {}
+    if path.exists():
+        for column, values in pq.read_table(path).to_pydict().items():
+            columns[column] = np.array(values)
+    return result, columns
 
 
-def test_reads_of_a_row_by_hand():
-    """Row 0 reads slot 2 twice with 0.5 and 0.25, slot 1 once; row 1 reads slot 2 once."""
-    found = {
+# ---- slots ---------------------------------------------------------------------------------------
+
+
+def test_slots_read_and_controls_by_hand():
+    """Example 0 reads slot 2 twice (0.5, 0.25), slot 1 once; example 1 slot 2 once, 0 twice."""
+    reads = {
         "slots": torch.tensor([[[[2, 1, 2]]], [[[2, 0, 0]]]]),
         "weights": torch.tensor([[[[0.5, 0.25, 0.25]]], [[[1.0, 0.0, 0.0]]]]),
     }
-    case, slot, reads, weight = ablate.read_in_rows(found, 4)
-    assert list(zip(case, slot, reads, weight)) == [(0, 1, 1, 0.25), (0, 2, 2, 0.75), (1, 0, 2, 0.0), (1, 2, 1, 1.0)]
-    case, slot, reads, _ = ablate.with_unread(case, slot, reads, weight, 4, np.random.default_rng(0))
-    assert case[4:].tolist() == [0, 1] and slot[4] in (0, 3) and slot[5] in (1, 3) and reads[4:].tolist() == [0, 0]
+    pairs = ablation.slots_read(reads, n_slots=4)
+    assert pairs["index"].tolist() == [0, 0, 1, 1]
+    assert pairs["slot"].tolist() == [1, 2, 0, 2]
+    assert pairs["reads"].tolist() == [1, 2, 2, 1]
+    assert pairs["weight"].tolist() == [0.25, 0.75, 0, 1]
+    pairs = ablation.add_controls(pairs, 4, np.random.default_rng(0))
+    assert pairs["index"].tolist() == [0, 0, 1, 1, 0, 1]
+    assert pairs["slot"][4] in (0, 3) and pairs["slot"][5] in (1, 3)
+    assert pairs["reads"][4:].tolist() == pairs["weight"][4:].tolist() == [0, 0]
 
 
-# ---- controls ----------------------------------------------------------------------------------------------------------
+def test_an_example_that_reads_all_slots_has_no_control():
+    pairs = {
+        "index": np.array([0, 0]),
+        "slot": np.array([0, 1]),
+        "reads": np.array([1, 1]),
+        "weight": np.array([0.5, 0.5]),
+    }
+    pairs = ablation.add_controls(pairs, 2, np.random.default_rng(0))
+    assert pairs["index"].tolist() == [0, 0] and pairs["slot"].tolist() == [0, 1]
+    assert pairs["index"].dtype.kind == "i"
+
+
+@pytest.mark.parametrize("name", hooks.ABLATIONS)
+def test_ablation_finds_the_slot_that_holds_the_fact(name):
+    model, examples = planted_facts()
+    logits = hooks.run_with_cache(model, examples).logits
+    assert (logits.argmax(-1) == examples.answers).all()
+    columns = ablation.measure_slots(model, examples, [name])
+    holds_fact = columns["slot"] == columns["example"]  # slot s answers token s, in example s
+    is_lost = columns["flip"] | (columns["drop"] > 1)
+    assert holds_fact.sum() == 9 and not is_lost[~holds_fact].any()
+    # A random slot's value may be the slot's own.
+    expected = 0.8 if name in ("random", "resample") else 0.99
+    assert is_lost[holds_fact].mean() > expected
+
+
+def test_the_strongest_percent():
+    """Of 200 drops 0 to 199 the largest two are 198 and 199."""
+    columns = {
+        "ablation": np.full(200, "zero"),
+        "layer": np.zeros(200, int),
+        "control": np.zeros(200, bool),
+        "drop": np.arange(200.0),
+        "flip": np.zeros(200, bool),
+        "example": np.arange(200),
+    }
+    effects = ablate.summarise_slots(columns)
+    assert list(effects) == [("zero", "0")]
+    cell = effects["zero", "0"]
+    assert cell["strongest"] == 198.5 and cell["drop"]["value"] == 99.5 and cell["n"] == 200
+
+
+def test_layers_are_listed_by_number_and_controls_last():
+    columns = {
+        "ablation": np.full(3, "zero"),
+        "layer": np.array([10, 2, 2]),
+        "control": np.array([False, False, True]),
+        "drop": np.arange(3.0),
+        "flip": np.zeros(3, bool),
+        "example": np.arange(3),
+    }
+    names = [layer for _, layer in ablate.summarise_slots(columns)]
+    assert names == ["2", "10", "control"]
+
+
+# ---- parts of blocks and heads -------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_all_slots_at_zero_are_the_layer_taken_out(model):
-    cases = some_examples()
-    silence = lambda found: {"slots": found["slots"], "weights": torch.zeros_like(found["weights"])}
-    zeroed = I.run_with_hooks(model, cases, intervene=dict.fromkeys(model.memory_layers(), silence))
-    changes = ablate.whole_block_changes(model)
-    hooks = [hook for block in model.memory_layers() for hook in changes[block, "memory, full"][0]]
-    assert torch.equal(zeroed, I.run_with_hooks(model, cases, hooks))
-    assert not torch.allclose(zeroed, I.run_with_cache(model, cases).logits)
+def test_all_slots_at_zero_equal_the_ablated_layer(model):
+    examples = some_examples()
+
+    def zero(reads):
+        return {"slots": reads["slots"], "weights": torch.zeros_like(reads["weights"])}
+
+    interventions = dict.fromkeys(model.memory_layers(), zero)
+    zeroed = hooks.run_with_hooks(model, examples, intervene=interventions)
+    ablations = ablation.part_ablations(model)
+    all_hooks = []
+    for layer in model.memory_layers():
+        all_hooks += ablations[layer, "memory, full"][0]
+    assert torch.equal(zeroed, hooks.run_with_hooks(model, examples, all_hooks))
+    assert not torch.allclose(zeroed, hooks.run_with_cache(model, examples).logits)
 
 
 @torch.no_grad()
-def test_values_and_keys_of_a_layer_taken_out(model):
-    """Exchanged values: as a model whose table was permuted. Random slots: weights stay, slots are others."""
-    cases, changes = some_examples(), ablate.whole_block_changes(model, seed=3)
-    clean = I.run_with_cache(model, cases)
-    for block in model.memory_layers():
-        exchanged = changes[block, "memory, values"][1][block](clean.reads[block])
-        order = torch.empty(25, dtype=torch.long)
-        order[clean.reads[block]["slots"].flatten()] = exchanged["slots"].flatten()
-        again = changes[block, "memory, values"][1][block](clean.reads[block])
-        assert torch.equal(order[clean.reads[block]["slots"]], again["slots"])  # one permutation for all reads
-        drawn = changes[block, "memory, keys"][1][block](clean.reads[block])
-        assert torch.equal(drawn["weights"], clean.reads[block]["weights"])
-        assert (drawn["slots"] == clean.reads[block]["slots"]).float().mean() < 0.2
-        assert not torch.allclose(I.run_with_hooks(model, cases, intervene=changes[block, "memory, keys"][1]), clean.logits)
+def test_values_and_keys_of_a_layer_ablated(model):
+    """Values: one permutation of the table for all reads. Keys: other slots, the same weights."""
+    examples = some_examples()
+    ablations = ablation.part_ablations(model, seed=3)
+    clean = hooks.run_with_cache(model, examples)
+    for layer, reads in clean.reads.items():
+        permute = ablations[layer, "memory, values"][1][layer]
+        permuted = permute(reads)["slots"]
+        order = torch.empty(N_SLOTS, dtype=torch.long)
+        order[reads["slots"].flatten()] = permuted.flatten()
+        assert torch.equal(order[reads["slots"]], permuted)
+        _, intervention = ablations[layer, "memory, keys"]
+        drawn = intervention[layer](reads)
+        assert torch.equal(drawn["weights"], reads["weights"])
+        assert (drawn["slots"] == reads["slots"]).float().mean() < 0.2
+        logits = hooks.run_with_hooks(model, examples, intervene=intervention)
+        assert not torch.allclose(logits, clean.logits)
 
 
-# ---- one slot, one fact ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("part", ["memory, values", "memory, keys"])
+def test_permutations_and_random_slots_depend_on_the_seed(part):
+    model = ablation_model()
+    reads = {"slots": torch.arange(N_SLOTS).view(1, 1, 1, -1)}
+    reads["weights"] = torch.ones(1, 1, 1, N_SLOTS)
+
+    def slots(seed):
+        _, intervention = ablation.part_ablations(model, seed)[0, part]
+        return intervention[0](reads)["slots"]
+
+    assert torch.equal(slots(1), slots(1)) and not torch.equal(slots(1), slots(2))
 
 
-def test_removal_finds_the_slot_that_holds_the_fact():
-    model, cases = planted_facts()
-    assert (I.run_with_cache(model, cases).logits.argmax(-1) == cases.answers).all()
-    for mode in I.ABLATIONS:
-        found = ablate.remove_slots(model, cases, [mode])
-        holds = found["slot"] == cases.indices[found["case"]]
-        lost = found["flip"] | (found["fall"] > 1)
-        assert lost[holds].mean() > (0.8 if mode in ("random", "resample") else 0.99) and not lost[~holds].any()
-        assert holds.sum() == 9
+class FakeRun:
+    """A run of `ablation_model` whose predictions are the answers."""
+
+    def __init__(self):
+        self.model = ablation_model(mem_share_values=False)
+        self.examples = some_examples()
+        with torch.no_grad():
+            predictions = self.model(self.examples.tokens)[0].argmax(-1)
+        self.examples.answers = predictions.gather(1, self.examples.label_pos)
+        self.name = "fake"
+        self.config = ablate.AblateConfig()
+        self.data = self
+        self.device = "cpu"
+        self.seq_len, self.vocab_size = 9, 11
+
+    def token(self, i):
+        return str(i)
 
 
-# ---- reading what was measured -----------------------------------------------------------------------------------------
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "command, what, by, name, columns",
+    [
+        (ablate.ablate_layers, "layer", "layer, what", "1, mixer", slice(None)),
+        (ablate.ablate_heads, "heads", "head", "L1H1", slice(8, 16)),
+    ],
+)
+def test_ablated_parts_equal_zero_weights(monkeypatch, command, what, by, name, columns):
+    """Columns of the output projection at 0, in block 1: all of them, or those of head 1."""
+    run = FakeRun()
+    examples, saved = run.examples, {}
+
+    def save(run, what, metrics, by_slice, *rest):
+        saved[what] = by_slice
+
+    monkeypatch.setattr(ablate, "sample_correct_examples", lambda run: examples)
+    monkeypatch.setattr(ablate, "save_result", save)
+    command(run)
+    logits = hooks.run_with_cache(run.model, examples).logits
+    clean, _, _ = hooks.logit_diff(logits, examples.answers)
+    run.model.layers[1].att.out_proj.weight[:, columns] = 0
+    logits = hooks.run_with_cache(run.model, examples).logits
+    diff, _, correct = hooks.logit_diff(logits, examples.answers)
+    cell = saved[what][by][name]
+    assert cell["drop"]["value"] == pytest.approx(float((clean - diff).mean()), abs=1e-4)
+    assert cell["accuracy"]["value"] == pytest.approx(float(correct.float().mean()))
+    assert cell["drop"]["value"] > 0
 
 
-def test_tables_by_hand():
+def test_the_head_that_an_answer_needs_most():
+    """Ablation of L0H1 costs answer 7 the most, and that of L0H0 answer 5."""
     columns = {
-        "row": np.array([0, 0, 1, 1, 2]),
-        "layer": np.zeros(5, int),
-        "slot": np.array([4, 4, 4, 4, 5]),
-        "flip": np.array([1, 0, 0, 0, 0]) == 1,
-        "fall": np.array([1.0, 2.0, 3.0, 4.0, 7.0]),
+        "answer": np.array([5, 7, 5, 7]),
+        "name": np.array(["L0H0", "L0H0", "L0H1", "L0H1"]),
+        "drop": np.array([3.0, 1.0, 2.0, 4.0]),
+        "correct": np.array([True, False, True, True]),
+        "example": np.array([0, 1, 0, 1]),
     }
-    slots = importance.slot_table(columns)
-    assert slots["slot"].tolist() == [4, 5] and slots["rows"].tolist() == [2, 1] and slots["mean"].tolist() == [2.5, 7]
-    assert slots["median"].tolist() == [2.5, 7] and slots["max"].tolist() == [4, 7] and slots["flips"].tolist() == [0.25, 0]
-    assert importance.per_example_mean(columns, np.array([2, 0])).tolist() == [7, 1.5]
-    assert clustered_mean_ci(columns["fall"], columns["row"])["value"] == pytest.approx((1.5 + 3.5 + 7) / 3)
+    by_answer, most_needed = ablate.summarise_by_answer(columns, token=str)
+    assert most_needed == {"5": "L0H0", "7": "L0H1"}
+    assert by_answer["'7', L0H0"]["drop"]["value"] == 1
+    assert by_answer["'7', L0H0"]["accuracy"]["value"] == 0
+    assert ablate.summarise_by_answer(columns, token=str, most=1) == ({}, {})
 
 
-def test_groups_of_values_are_found_and_noise_is_none():
-    random = np.random.default_rng(0)
-    centres = np.eye(4)
-    values = np.repeat(centres, 20, axis=0) + 0.05 * random.normal(size=(80, 4))
-    group, quality = max((importance.spherical_k_means(values, 4, seed) for seed in range(5)), key=lambda found: found[1])
-    assert quality > 0.9 and all(len(set(group[i : i + 20])) == 1 for i in range(0, 80, 20))
-    assert importance.spherical_k_means(random.normal(size=(80, 16)), 4)[1] < 0.2
+# ---- commands ------------------------------------------------------------------------------------
 
 
-def test_a_place_unlike_the_others_is_found():
-    random = np.random.default_rng(0)
-    by_row = random.normal(size=(60, 4))
-    assert (importance.position_permutation_test(by_row) > 0.01).all()
-    by_row[:, 2] += 1
-    p = importance.position_permutation_test(by_row)
-    assert p[2] < 0.002
-    p = [importance.position_permutation_test(random.normal(size=(10, 3)), draws=99)[0] for _ in range(300)]
-    assert np.mean(np.array(p) <= 0.05) < 0.1
-
-
-def test_rare_and_frequent_facts_are_told_apart():
-    columns = {
-        "row": np.repeat([0, 1, 2, 3], 2),
-        "exposures": np.repeat([1, 1, 8, 8], 2),
-        "flip": np.array([1, 1, 1, 1, 0, 0, 0, 0]),
-    }
-    columns["fall"] = np.array([2.0, 2.0, 2.0, 2.0, 4.0, 0.0, 4.0, 0.0])
-    found = importance.frequent_or_rare(columns)
-    carried = found["slots that carry the fall (effective number)"]
-    assert carried[0]["value"] == pytest.approx(2) and carried[1]["value"] == pytest.approx(1)
-    assert found["share of removals that flip an answer"][0]["value"] == 1 and found["largest fall"][1]["value"] == 4
-
-
-# ---- commands ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name, left_out", [("two", 0), ("gpt", 13), ("delta", 13)])
-def test_a_report_of_everything(runs, name, left_out, capsys):
-    ablate.main(["all", str(runs / name), "--n_examples=8", "--n_pairs=20", "--ablations=zero next_best"])
-    report = (runs / name / "ablate_report_n_examples-8_ablations-zero-next_best_n_pairs-20.md").read_text()
-    assert report.count("Left out") == left_out
-    figures = [line.split("(")[1][:-1] for line in report.splitlines() if line.startswith("![")]
-    assert len(figures) == 16 - left_out and all((runs / name / f).stat().st_size > 5000 for f in figures)
-    result, columns = saved(runs, name, "heads")
-    mixers = 2 * 2
-    assert len(result["by_slice"]["head"]) == mixers and len(columns["fall"]) == mixers * len(
-        np.unique(columns["row"])
-    ) * result_labels(columns)
+@pytest.mark.parametrize("name, n_left_out", [("two", 0), ("gpt", 13), ("delta", 13)])
+def test_all_commands_and_their_report(runs, name, n_left_out):
+    settings = ["--n_examples=8", "--n_pairs=20", "--ablations=zero next_best"]
+    ablate.main(["all", str(runs / name), *settings])
+    end = "_n_examples-8_ablations-zero-next_best_n_pairs-20"
+    report = (runs / name / f"ablate_report{end}.md").read_text()
+    assert report.count("Left out") == n_left_out
+    figures = [line for line in report.splitlines() if line.startswith("![")]
+    assert len(figures) == 16 - n_left_out
+    for line in figures:
+        figure = line.split("(")[1].rstrip(")")
+        assert (runs / name / figure).stat().st_size > 5000
+    result, columns = load_result(runs, name, "heads")
+    n_heads = 2 * 2
+    assert len(result["by_slice"]["head"]) == n_heads
+    n_measured = len(np.unique(columns["example"])) * len(np.unique(columns["answer_pos"]))
+    assert len(columns["drop"]) == n_heads * n_measured
     assert result["config"]["run"] == str(runs / name)
-    if name == "two":
-        result, columns = saved(runs, name, "keys")
-        assert (columns["fall"][columns["control"]] == 0).all() and result["by_slice"]["mode, layer"]["zero, control"]["flip"][
-            "value"
-        ] == 0
-        _, swapped = saved(runs, name, "swap")
-        assert set(swapped["exposure_pairs"]) <= {"less_less", "more_more", "less_more", "more_less"}
 
 
-def result_labels(columns):
-    return len(np.unique(columns["place"]))
+def test_controls_of_a_trained_run_change_nothing(runs):
+    ablate.main(["keys", str(runs / "two"), "--n_examples=4", "--ablations=zero"])
+    result, columns = load_result(runs, "two", "keys")
+    assert columns["control"].any() and (columns["drop"][columns["control"]] == 0).all()
+    assert result["by_slice"]["ablation, layer"]["zero, control"]["flip"]["value"] == 0
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "args, message",
     [
         (["keys"], "name one run directory, as in: keys runs/RUN"),
         (["keyz", "two"], "'keyz' is no command; did you mean keys?"),
@@ -205,32 +305,42 @@ def result_labels(columns):
         (["layer", "gpt", "--device=hpu"], "device='hpu' cannot be used on this machine"),
     ],
 )
-def test_mistakes_are_one_sentence(runs, words, message):
-    words = [str(runs / w) if w in ("two", "gpt", "delta", "nowhere") else w for w in words]
-    if "fresh" in words:
-        import shutil
-
-        shutil.copytree(runs / "one", runs / "fresh", ignore=shutil.ignore_patterns("ablate_*"), dirs_exist_ok=True)
-        words = [words[0], str(runs / "fresh")]
+def test_mistakes_are_one_sentence(runs, args, message):
+    if "fresh" in args:
+        without_results = shutil.ignore_patterns("ablate_*")
+        shutil.copytree(runs / "one", runs / "fresh", ignore=without_results, dirs_exist_ok=True)
+    command, *rest = args
+    if rest:
+        rest[0] = str(runs / rest[0])
     with pytest.raises(ConfigError, match=message) as error:
-        ablate.main(words)
+        ablate.main([command, *rest])
     assert "\n" not in str(error.value)
 
 
-def test_what_was_measured_on_another_checkpoint_is_refused(runs, capsys):
-    ablate.main(["keys", str(runs / "one"), "--n_examples=4", "--ablations=zero"])
+def test_a_result_of_another_checkpoint_is_refused(runs):
+    settings = ["--n_examples=4", "--ablations=zero"]
+    ablate.main(["keys", str(runs / "one"), *settings])
     path = runs / "one" / "ablate_keys_n_examples-4_ablations-zero.json"
     result = json.loads(path.read_text())
     result["config"]["step"] += 1
     path.write_text(json.dumps(result))
-    with pytest.raises(ConfigError, match="the checkpoint of step .*; measure again"):
-        ablate.main(["impact", str(runs / "one"), "--n_examples=4", "--ablations=zero"])
+    with pytest.raises(ConfigError, match="the checkpoint of step .*; run it again"):
+        ablate.main(["impact", str(runs / "one"), *settings])
 
 
-def test_dropping_needs_a_next_best_slot(runs):
-    from analysis.trained_run import open_run
+def test_one_example_is_enough_to_read_its_result(runs):
+    """Without a second half of the examples, no slots can be chosen as the best."""
+    settings = ["--n_examples=1", "--ablations=zero"]
+    ablate.main(["keys", str(runs / "one"), *settings])
+    ablate.main(["impact", str(runs / "one"), *settings])
+    result, _ = load_result(runs, "one", "impact")
+    assert result["by_slice"]["layer"]["1"]["best 5% of slots"] is None
 
-    look = open_run(str(runs / "one"), ablate.AblateConfig(n_examples=4, ablations="zero next_best"))
-    look.model.config.mem_knn = look.model.config.mem_n_keys
-    with pytest.raises(ConfigError, match="ablations=next_best needs a slot more than mem_knn=8 of mem_n_keys=8"):
-        ablate.keys(look)
+
+def test_next_best_needs_a_further_slot(runs):
+    config = ablate.AblateConfig(n_examples=4, ablations="zero next_best")
+    run = open_run(str(runs / "one"), config)
+    run.model.config.mem_knn = run.model.config.mem_n_keys
+    message = "next_best needs mem_knn=8 below mem_n_keys=8; leave it out"
+    with pytest.raises(ConfigError, match=message):
+        ablate.ablate_slots(run)
