@@ -47,14 +47,27 @@ def settings(*words):
 
 
 def test_both_forms_of_a_flag_dashes_and_bare_flags():
-    words, found = split_argv(["a.py", "--lr=1e-2", "--layers", "3", "--num-copies", "-5", "--tie", "--name=x=y"])
+    words, found = split_argv(
+        ["a.py", "--lr=1e-2", "--layers", "3", "--num-copies", "-5", "--tie", "--name=x=y"]
+    )
     assert words == ["a.py"]
-    expected = [("lr", "1e-2"), ("layers", "3"), ("num_copies", "-5"), ("tie", "true"), ("name", "x=y")]
+    expected = [
+        ("lr", "1e-2"),
+        ("layers", "3"),
+        ("num_copies", "-5"),
+        ("tie", "true"),
+        ("name", "x=y"),
+    ]
     assert [(s.key, s.value) for s in found] == expected
 
 
 def test_later_wins_and_types_are_converted():
-    toy = build_config(Toy, settings("--lr", "1", "--lr=2", "--layers=1e1", "--tie", "1", "--stages=[(2, 200), [4, 60]]"))
+    toy = build_config(
+        Toy,
+        settings(
+            "--lr", "1", "--lr=2", "--layers=1e1", "--tie", "1", "--stages=[(2, 200), [4, 60]]"
+        ),
+    )
     assert toy == Toy(lr=2.0, layers=10, tie=True, stages=((2, 200), (4, 60)))
     assert isinstance(toy.lr, float) and isinstance(toy.layers, int)
 
@@ -79,9 +92,13 @@ def test_a_wrong_value_is_one_sentence(flag, words):
 
 
 def test_unknown_names_point_to_the_nearest():
-    with pytest.raises(ConfigError, match="--layrs: there is no setting 'layrs'; did you mean layers?"):
+    with pytest.raises(
+        ConfigError, match="--layrs: there is no setting 'layrs'; did you mean layers?"
+    ):
         reject_unknown(settings("--layrs=2"), Toy)
-    with pytest.raises(ConfigError, match="there is no setting 'vocab'"):  # told by the data, not by the user
+    with pytest.raises(
+        ConfigError, match="there is no setting 'vocab'"
+    ):  # told by the data, not by the user
         reject_unknown(settings("--vocab=2"), Toy)
 
 
@@ -161,18 +178,42 @@ TEXTS = [
     "None",
     "[]",
 ]
-TEXTS += ["[(2,200)]", "((", "[[[[", "{}", "é", "\x00", "../x", "a b", "True", "data_mqar", "silu", "--", "-h=", "=", "0x10"]
-VALUES = (
-    "1 -1 2.5 'x' True None [] [(2,3)] {} 1/0 (1,2) lambda:0 object() 10**400 float('nan') [1]*5 b'x' __import__('os')".split()
-)
+TEXTS += [
+    "[(2,200)]",
+    "((",
+    "[[[[",
+    "{}",
+    "é",
+    "\x00",
+    "../x",
+    "a b",
+    "True",
+    "data_mqar",
+    "silu",
+    "--",
+    "-h=",
+    "=",
+    "0x10",
+]
+VALUES = "1 -1 2.5 'x' True None [] [(2,3)] {} 1/0 (1,2) lambda:0 object() 10**400 float('nan') [1]*5 b'x' __import__('os')".split()
 
 
 def random_command_line(r):
     words = []
     for _ in range(r.randrange(6)):
-        key = r.choice(KEYS) if r.random() < 0.9 else "".join(r.choices("abc-_=. 1é", k=r.randrange(6)))
-        text = r.choice(TEXTS) if r.random() < 0.8 else "".join(r.choices("0123456789.eE+-()[], ", k=r.randrange(12)))
-        words += r.choice([[f"--{key}={text}"], [f"--{key}", text], [f"--{key}"], [text], [f"-{key}"]])
+        key = (
+            r.choice(KEYS)
+            if r.random() < 0.9
+            else "".join(r.choices("abc-_=. 1é", k=r.randrange(6)))
+        )
+        text = (
+            r.choice(TEXTS)
+            if r.random() < 0.8
+            else "".join(r.choices("0123456789.eE+-()[], ", k=r.randrange(12)))
+        )
+        words += r.choice(
+            [[f"--{key}={text}"], [f"--{key}", text], [f"--{key}"], [text], [f"-{key}"]]
+        )
     return [w for w in words if w not in ("--help", "-h")]
 
 
@@ -181,7 +222,19 @@ def random_file(r):
     for _ in range(r.randrange(5)):
         line = f"{r.choice(KEYS)} = {r.choice(VALUES)}"
         lines.append(
-            r.choice([line, line, line, "import os", "raise SystemExit(3)", "x = (", "def f(): pass", "del lr", "\tx=1"])
+            r.choice(
+                [
+                    line,
+                    line,
+                    line,
+                    "import os",
+                    "raise SystemExit(3)",
+                    "x = (",
+                    "def f(): pass",
+                    "del lr",
+                    "\tx=1",
+                ]
+            )
         )
     return "\n".join(lines).encode() + (r.randbytes(r.randrange(8)) if r.random() < 0.1 else b"")
 
