@@ -19,10 +19,10 @@ and queries both show the values, several such blocks fill a sequence, and label
 input_ids  4 11  3 16  6 13  2 19  6 13  2 19  3 16  4 11
 labels     .  .  .  .  .  .  .  .  . 13  . 19  . 16  . 11
 
-Each sequence is a pure function of (seed, split, length, pairs, index): it is the same in every
-batch and at every batch size.
+Each sequence is a pure function of the settings, split, length, pairs and index. It is the same in
+every batch and at every batch size.
 
-Letters: B sequences, T tokens, V vocabulary, n pairs, u updates, S query slots, N labels.
+Letters: B sequences, T tokens, V vocabulary, n pairs, u updates, N labels.
 """
 
 import math
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from nanorecall.mqar_files import (
+    DatasetConfig,  # noqa: F401 (in the example above)
     StoredMQAR,
     parse_dataset,
     show_columns,
@@ -61,7 +62,7 @@ class Config:
     num_kv_pairs: int = 32  # pairs in a sequence, each queried once
     vocab_size: int = 2048  # token 0 is blank, keys are 1..V/2-1, values V/2..V-1
     power_a: float = 0.01  # query slot s has weight s^(a-1); 1: uniform; 0.01: mostly early slots
-    random_non_queries: bool = False  # fill blanks with random tokens that are not its keys
+    random_non_queries: bool = False  # fill blanks with random tokens, never keys of the sequence
     n_train_examples: int = 40000  # sequences in the training set, and in an epoch
     n_val_examples: int = 1000  # validation sequences per size; with path, at most this many
     n_test_examples: int = 3000  # test sequences per size; with path, at most this many
@@ -234,9 +235,9 @@ def make_sequences(size, split, indices):
     tokens = np.zeros((B, T), np.int32)
     if noisy:
         # A key of the sequence among the noise would be one more query, or one more pair.
-        numbers = (draws["filler"] * (c.vocab_size - size.alphabet)).astype(np.int64)
+        noise = (draws["filler"] * (c.vocab_size - size.alphabet)).astype(np.int64)
         noise_len = T if c.random_non_queries else size.storage_len
-        filler = nth_not_in(numbers, alphabet).astype(np.int32)
+        filler = nth_not_in(noise, alphabet).astype(np.int32)
         tokens[:, :noise_len] = filler[:, :noise_len]
     start = np.tile(np.arange(n + u) * (c.key_tokens + 1), (B, 1))  # (B, n+u), of each stored pair
     if c.max_noise:
@@ -311,7 +312,9 @@ class InMemoryMQAR:
         self.train_sizes = [TaskSize(*size, c) for size in c.sizes()]
         self.test_sizes = [TaskSize(*size, c) for size in c.test_sizes or c.sizes()]
         self.stages = [(TaskSize(min_length(n, c), n, c), steps) for n, steps in c.curriculum]
-        self.seq_len = max(size.length for size in self.train_sizes + self.test_sizes)
+        stage_sizes = [size for size, _ in self.stages]
+        sizes = self.train_sizes + self.test_sizes + stage_sizes
+        self.seq_len = max(size.length for size in sizes)
         self.fixed_sets = {}  # TaskSize -> its training set, made at its first use
 
     def curriculum_stage(self, step):
@@ -336,7 +339,7 @@ class InMemoryMQAR:
 
     def steps_per_epoch(self, batch_size):
         # Sizes alternate step by step, so a set of short sequences is seen more often than one of
-        # long ones.
+        # long ones. The curriculum's steps are steps of the first epochs as well.
         n_examples = self.config.n_train_examples / len(self.train_sizes)
         steps = sum(n_examples / self.sequences_per_step(s, batch_size) for s in self.train_sizes)
         return max(1, round(steps))

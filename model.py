@@ -3,12 +3,14 @@
     python train.py configs/mqar_gpt.py              # keys and values of their own
     python train.py configs/mqar_unified_kv.py       # one vector is both key and value
 
+Settings have the names of the experiments in "Updatable Long-Term Memory" (README, Sources).
+
 Read from top to bottom: settings, tables of options, small modules, the two attention modules, the
 block, the model. Delta-rule and memory models (delta.py, memory.py) reuse the model and replace the
 block. The operators (softmax_attention and others) are in nanorecall/ops.py.
 
 Letters: B batch, T tokens, n queried positions, N labelled positions, D model width, C channels,
-H query heads, G key/value heads, K key width per head, V value width per head.
+H query heads, G key/value heads, K key width per head, V value width per head, R documents.
 """
 
 import inspect
@@ -118,7 +120,7 @@ FEATURE_MAPS = {
 }
 
 # Of a vector after its feature map. Keys of length 1 keep the delta rule stable; queries and keys
-# of one length bound attention's scores. 1e-6 keeps a vector of zeros finite.
+# of equal length bound attention's scores. 1e-6 keeps a vector of zeros finite.
 NORMS = {
     "none": lambda x: x,
     "l2": ops.l2_normalize,
@@ -253,8 +255,8 @@ class CausalSelfAttention(nn.Module):
         # Cast to bfloat16, the table would mix up far positions; cast to float64, it would still
         # have float32's errors. So it is computed again.
         if "rope" in self._buffers:
-            T, pairs, _ = self.rope.shape
-            self.rope = ops.rope_table(2 * pairs, T, self.rope.dtype).to(self.rope.device)
+            T, half_width, _ = self.rope.shape
+            self.rope = ops.rope_table(2 * half_width, T, self.rope.dtype).to(self.rope.device)
         return self
 
     def forward(self, x, query_pos=None, cache=None, documents=None):
@@ -277,7 +279,7 @@ class CausalSelfAttention(nn.Module):
             # Turned by their positions, a query and a key have a product that depends only on how
             # far apart they are.
             q = ops.apply_rotary(q, self.rope, positions if query_pos is None else query_pos)
-        # Keys and values of all tokens, also of those that ask nothing: (B, T, G, K or V).
+        # Keys and values of all tokens, also where no query is computed: (B, T, G, K or V).
         if cache is None:
             k = self.keys(k, x, positions)
             v = self.values(v)
@@ -318,7 +320,8 @@ class CausalSelfAttention(nn.Module):
 
     def values(self, v):
         """Projected values (B, T, G*dv) -> (B, T, G, V)."""
-        # back to v's dtype: under autocast exp and softmax return float32
+        # Back to v's dtype: under autocast exp and softmax return float32. (softmax_attention casts
+        # queries and keys to it, after the rotation, which wants float32.)
         return self.split_heads(v, self.n_kv_heads, self.config.v_kernel).to(v.dtype)
 
     @staticmethod
@@ -360,9 +363,9 @@ class CausalSelfAttention(nn.Module):
 class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
     """Attention with one vector u per head and token as key and value: o_t = sum_s p_ts u_s.
 
-    This is a Hopfield-style store with one bank of patterns: the cache is half as large, and a key
-    can only answer with itself. The score uses a copy of u with k_kernel, k_norm, k_gated and
-    rotary positions; the value copy has v_kernel only, since values are not rotated.
+    As in a Hopfield network, what a query is compared with is also what it gets. The cache is half
+    as large as with keys and values of their own. The score uses a copy of u with k_kernel, k_norm,
+    k_gated and rotary positions. The value copy has v_kernel only: values are not rotated.
 
     "Updatable Long-Term Memory" shows only the size of the projection, H * du. With H = 2 that also
     fits a single key/value head with a key and a value of its own, which is
@@ -387,6 +390,7 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
         if self.gate_k:
             k = ops.append_to_cache(cache, "k", self.keys(k, x, positions))
         u = ops.append_to_cache(cache, "u", v)
+        # u starts at token 0, so keys need no positions.
         return k if self.gate_k else self.keys(u), self.values(u)
 
     @staticmethod
@@ -409,8 +413,9 @@ def takes(module, option):
 class GPTBlock(nn.Module):
     """Pre-norm block: x + att(norm x), then x + ffn(norm x), each optional.
 
-    `mixer` may be any class of modules (B, T, D) -> (B, T, D), made from a Config. If its forward
-    also takes query_pos, cache or documents (see CausalSelfAttention.forward), it gets them.
+    `mixer` may be any class of causal modules (B, T, D) -> (B, T, D), made from a Config. If its
+    forward also takes query_pos, cache or documents (see CausalSelfAttention.forward), it gets
+    them. If not, the model refuses to decode, or to train on packed documents.
     """
 
     mixer = CausalSelfAttention
@@ -444,7 +449,7 @@ class GPTBlock(nn.Module):
         return ops.gather_positions(self.att(x, **options), query_pos)
 
     def add(self, x, change):
-        # residual_mul is an experiment: each feature gates the change to itself
+        # residual_mul is an experiment: x scales each feature of its own change
         return x + change * x if self.residual_mul else x + change
 
 

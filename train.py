@@ -78,7 +78,7 @@ class TrainConfig:
     mem_log_interval: int = 0  # memory models: steps between log lines on the use of slots; 0: none
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
     target_accuracy: float = 0.0  # exit with status 1 if test token accuracy ends below this
-    target_slice: str = ""  # labels that decide both, and best.pt: slice=value (exposures=128)
+    target_slice: str = ""  # slice=value that decides for these and best.pt; empty: all labels
     # -- weights to begin with
     init_from: str = ""  # load weights of this run, checkpoint file or torch.distributed folder
     init_step: int = -1  # which of its steps; -1: the latest
@@ -100,7 +100,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
     compile: bool = False  # torch.compile: 10-60 s at the start, then 1.1 times as fast on a CPU
-    num_threads: int = 0  # CPU threads; 0: torch's choice. Another number changes the last bits
+    num_threads: int = 0  # CPU threads; 0: torch decides. Sums are then added in another order
 
     def check(self):
         at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "clip_grad")
@@ -165,8 +165,8 @@ def main(argv=None):
         run.print_summary()
         if settings.train.n_epochs == 0:
             return 0
-        # `stop` is an empty list until a signal (Ctrl-C, SIGTERM) is caught, which is then put into
-        # it. An error in this block is recorded in status.json.
+        # `stop` lists the signals caught so far (Ctrl-C, SIGTERM), at first none. An error
+        # in this block is recorded in status.json.
         with run.running() as stop:
             if run.has_ended:
                 return run.report_again()
@@ -179,7 +179,7 @@ def train(run, stop):
 
     All that the loop must remember is in run.state and in the optimizer, and both are in each
     checkpoint. Everything random is a function of the seed and the step. A resumed run therefore
-    continues bit for bit.
+    continues bit for bit, on the same machine with as many ranks and threads.
     """
     c, model = run.settings.train, run.model
     optimizer = configure_optimizer(model, c)
@@ -199,6 +199,7 @@ def train(run, stop):
 
         # Once in a while: evaluate (all ranks take part) and save. This comes before the update,
         # so step counts the updates made so far, and the loop is entered once more after the last.
+        # A run that resumes at such a step measures it again, with the same result.
         is_last = step >= run.total_steps
         if is_last or (step % eval_interval == 0 and step > 0):
             result = run.evaluate("val", stop)
@@ -266,7 +267,7 @@ def train(run, stop):
 def forward_backward(run, step, stop):
     """Gradients of the mean loss over all labels of the global batch.
 
-    -> (this rank's part of that loss, a tensor (); has any rank caught a signal?)
+    -> (this rank's part of that loss, a scalar tensor; has any rank caught a signal?)
 
     Sequences differ in their number of labels. Each micro-batch is therefore weighted by its
     fraction of the labels of the whole batch; the sum over micro-batches and ranks is then the
@@ -275,7 +276,7 @@ def forward_backward(run, step, stop):
     c = run.settings.train
     indices = np.asarray(run.data.batch_indices(step, c.batch_size))
     batches = []
-    # number: of the micro-batch among those of all ranks, 0 to ranks * grad_accum_steps - 1
+    # number: 0 to ranks * grad_accum_steps - 1, counted over all ranks
     for number, mine in micro_batches(indices, run.world, c.grad_accum_steps):
         # The last batch of an epoch may leave nothing for this rank. DDP and FSDP wait for every
         # rank in every pass, so it computes one sequence more, with weight 0.
@@ -295,8 +296,8 @@ def forward_backward(run, step, stop):
     loss = 0.0
     for i, (number, inputs, n_labels, is_real) in enumerate(batches):
         run.parallel_model.train(is_real)  # in eval mode, memory layers do not count reads
-        # What a model draws (dropout in a fork) is a function of seed, step and micro-batch. So no
-        # checkpoint has to hold the state of a generator.
+        # What a model of your own draws (dropout) is a function of seed, step and micro-batch. So
+        # no checkpoint has to hold the state of a generator.
         torch.manual_seed(micro_batch_seed(c.seed, step, number))
         # Gradients add up over micro-batches. The ranks exchange them with the last one only.
         is_last_batch = i == len(batches) - 1
