@@ -1,9 +1,9 @@
-"""Where the heads of a model look: their maps, and a label for what each one does.
+"""Where each head attends: its attention maps, and a label for its role.
 
-    python eval.py attention runs/RUN                # a map per head for one row, and what each head does on average
+    python eval.py attention runs/RUN                # maps of one example, and the roles of heads
     python eval.py attention runs/RUN --example 3
 
-Letters: B rows, T tokens, H heads.
+Letters: B examples, T tokens, H heads.
 """
 
 import os
@@ -11,227 +11,304 @@ import os
 import numpy as np
 import torch
 
-from analysis.trained_run import batches, concat, ending, map_batches, save_result
+from analysis.trained_run import concat, eval_batches, map_batches, result_suffix, save_result
 from nanorecall.checkpoint import make_directory
 from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.ops import attention_weights, softmax_attention
 from nanorecall.plots import figure, finish_figure, write_figure
-from nanorecall.settings import require, say
+from nanorecall.settings import ConfigError, require, say
 from nanorecall.stats import mean_proportion
 
-PATTERNS = {  # does a weight from token t on token s count? (tokens (B, T), t (T, 1), s (1, T)) -> (B, T, T) or (T, T) bool
+# ---- patterns ------------------------------------------------------------------------------------
+# Does a weight from token t on token s belong to the pattern?
+# ids (B, T), t (T, 1), s (1, T) -> bool, (B, T, T) or (T, T)
+
+
+def induction(ids, t, s):
+    """s comes after an earlier occurrence of token t (Olsson et al. 2022, arXiv 2209.11895)."""
+    return (previous_tokens(ids)[:, None, :] == ids[:, :, None]) & (s < t + 1) & (s > 0) & (s != t)
+
+
+def same_token(ids, t, s):
+    return (ids[:, None, :] == ids[:, :, None]) & (s < t)
+
+
+PATTERNS = {
     "previous token": lambda ids, t, s: s == t - 1,
     "2 to 8 back": lambda ids, t, s: (s < t - 1) & (s >= t - 8),
     "itself": lambda ids, t, s: s == t,
     "first token": lambda ids, t, s: (s == 0) & (t > 1),
-    # the token after an earlier one like this: copies what followed (Olsson et al. 2022, arXiv 2209.11895)
-    "induction": lambda ids, t, s: (previous_tokens(ids)[:, None, :] == ids[:, :, None]) & (s < t + 1) & (s > 0) & (s != t),
-    "same token": lambda ids, t, s: (ids[:, None, :] == ids[:, :, None]) & (s < t),
+    "induction": induction,
+    "same token": same_token,
 }
 
 
 def previous_tokens(ids):
-    """Each place holds the token before it; -1 before the first."""
+    """ids (B, T) shifted by one; -1 stands before the first."""
     return torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
+
+
+def pattern_scores(weights, ids, real):
+    """The fraction of its attention that a head gives to each pattern, and its entropy.
+
+    weights (B, H, T, T), ids (B, T), real (B, T) bool: no padding -> {pattern: (B, H)}, the mean
+    over tokens that have the pattern to attend to; nan where there are none. "entropy" is divided
+    by that of even attention: 1 for a head that attends to all tokens equally.
+    """
+    t = torch.arange(ids.shape[1], device=ids.device)
+    # Rows sum to 1 with softmax; other attention functions may have any sum.
+    total = weights.sum(-1, keepdim=True)
+    weights = torch.where((total - 1).abs() < 1e-4, weights, weights / total.clamp(min=1e-30))
+    scores = {}
+    for name, pattern in PATTERNS.items():
+        in_pattern = pattern(ids, t[:, None], t[None]).expand(len(ids), -1, -1)  # (B, T, T)
+        # The first token has nothing to choose from.
+        possible = in_pattern.any(-1) & real & (t > 0)  # (B, T)
+        attention = (weights * in_pattern[:, None]).sum(-1)  # (B, H, T)
+        scores[name] = (attention * possible[:, None]).sum(-1) / possible.sum(-1)[:, None]
+    entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)[:, :, 1:]  # (B, H, T - 1)
+    entropy = entropy / (t[1:] + 1.0).log()
+    counted = real[:, None, 1:]
+    scores["entropy"] = (entropy * counted).sum(-1) / counted.sum(-1)
+    return scores
+
+
+def head_role(scores):
+    """{pattern: mean} of a head -> its role in a word.
+
+    This is the strongest pattern if it gets 40% of the attention, and even attention would not.
+    """
+    if scores["entropy"] >= 0.85:
+        return "diffuse"
+    possible = [name for name in PATTERNS if not np.isnan(scores[name])]
+    strongest = max(possible, key=scores.get)
+    if scores[strongest] >= 0.4:
+        return strongest
+    return f"mixed, most to: {strongest}" if scores[strongest] >= 0.2 else "mixed"
+
+
+# ---- maps ----------------------------------------------------------------------------------------
 
 
 @in_eval_mode
 def attention_maps(model, tokens, cu_seqlens=None):
     """Attention weights: tokens (B, T) -> {block: (B, H, T, T)}.
 
-    ValueError if a block has no attention, or one whose output is no weighted sum of values.
+    They are those of whatever attention_fn the blocks have. ValueError if a block has no
+    attention, or one whose output is no weighted sum of values.
     """
-    if why_no_mixer(model):
-        raise ValueError(why_no_mixer(model))
-    caught = {}
+    check_mixers(model)
+    calls_of = {}
 
-    def watching(i, attend):
-        def attend_and_keep(q, k, v, *more, **options):
-            o = attend(q, k, v, *more, **options)
-            caught.setdefault(i, []).append((q, k, v, o, attend, more, options))
-            return o
+    def record_calls(block, attention_fn):
+        def recording(q, k, v, *more, **options):
+            output = attention_fn(q, k, v, *more, **options)
+            call = (q, k, v, output, attention_fn, more, options)
+            calls_of.setdefault(block, []).append(call)
+            return output
 
-        return attend_and_keep
+        return recording
 
     mixers = [layer.att for layer in model.layers]
-    own = [{k: f for k, f in vars(mixer).items() if k == "attention_fn"} for mixer in mixers]
+    # A mixer may have an attention_fn of its own, besides that of its class.
+    own = [vars(mixer).get("attention_fn") for mixer in mixers]
     try:
-        for i, mixer in enumerate(mixers):
-            vars(mixer)["attention_fn"] = watching(i, mixer.attention_fn)
-        model(tokens, *(() if cu_seqlens is None else (None, cu_seqlens)))
+        for block, mixer in enumerate(mixers):
+            vars(mixer)["attention_fn"] = record_calls(block, mixer.attention_fn)
+        if cu_seqlens is None:
+            model(tokens)
+        else:
+            model(tokens, None, cu_seqlens)
     finally:
-        for mixer, before in zip(mixers, own):
+        for mixer, attention_fn in zip(mixers, own):
             vars(mixer).pop("attention_fn", None)
-            vars(mixer).update(before)
-    for i in range(len(mixers)):
-        calls = len(caught.get(i, ()))
-        if calls != 1:
-            raise ValueError(f"block {i} called its attention_fn {calls} times, so it has no one map")
-    return {i: weights_of(i, *calls[0]) for i, calls in sorted(caught.items())}
+            if attention_fn is not None:
+                vars(mixer)["attention_fn"] = attention_fn
+    maps = {}
+    for block in range(len(mixers)):
+        calls = calls_of.get(block, [])
+        if len(calls) != 1:
+            message = f"block {block} called its attention_fn {len(calls)} times"
+            raise ValueError(f"{message}, so it has no single map")
+        maps[block] = weights_of_call(block, *calls[0])
+    return maps
 
 
-def weights_of(block, q, k, v, o, attend, more, options):
-    """The weights (B, H, T, T) of one call o = attend(q, k, v, *more, **options)."""
-    documents = options.get("documents", more[1] if len(more) > 1 else None)
-    if attend is softmax_attention:
+def check_mixers(model):
+    """ValueError unless each block has an attention_fn."""
+    layers = getattr(model, "layers", None)
+    has_attention = isinstance(layers, torch.nn.ModuleList) and len(layers) > 0
+    for layer in layers if has_attention else ():
+        mixer = getattr(layer, "att", None)
+        has_attention = has_attention and getattr(mixer, "attention_fn", None) is not None
+    if not has_attention:
+        models = "as in gpt, unified_kv and memory"
+        raise ValueError(f"attention maps need softmax attention in every block, {models}")
+
+
+def weights_of_call(block, q, k, v, output, attention_fn, more, options):
+    """The weights (B, H, T, T) of one call, output = attention_fn(q, k, v, *more, **options)."""
+    if attention_fn is softmax_attention:
+        documents = options.get("documents", more[1] if len(more) > 1 else None)
         return attention_weights(q, k, documents)
-    # Whatever gives sums of values gives its weights when value s is 1 in feature s, else 0.
-    B, G, T, _ = v.shape
-    each = torch.eye(T, device=v.device).expand(B, G, T, T)
+    # A weighted sum of one-hot values is the weights.
+    B, n_kv_heads, T, _ = v.shape
+    one_hot = torch.eye(T, device=v.device).expand(B, n_kv_heads, T, T)
     with torch.autocast(v.device.type, enabled=False):
-        weights = attend(q.float(), k.float(), each, *more, **options)
-    if weights.shape == (*o.shape[:3], T):
-        sums = weights @ v.float().repeat_interleave(o.shape[1] // G, dim=1)
-        if sums.shape == o.shape and close(sums, o):
+        weights = attention_fn(q.float(), k.float(), one_hot, *more, **options)
+    if weights.shape == (*output.shape[:3], T):
+        values = v.float().repeat_interleave(output.shape[1] // n_kv_heads, dim=1)
+        sums = weights @ values
+        if sums.shape == output.shape and is_close(sums, output):
             return weights
     raise ValueError(f"what block {block} attends with is no weighted sum of its values")
 
 
-def close(x, y):
-    """Are they equal but for the rounding of y's dtype?"""
-    y, rounding = y.float(), 30 * torch.finfo(y.dtype).eps
-    return bool((x - y).abs().max() <= rounding * (1 + y.abs().max()))
+def is_close(x, y):
+    """Whether x and y are equal except for the rounding of y's dtype."""
+    tolerance = 30 * torch.finfo(y.dtype).eps
+    y = y.float()
+    return bool((x - y).abs().max() <= tolerance * (1 + y.abs().max()))
 
 
-def nanmean_ci(x):
-    """Mean and interval of what is not nan, shares; None if all is."""
-    return mean_proportion(x[~np.isnan(x)]) if (~np.isnan(x)).any() else None
+def require_maps(run):
+    """ConfigError if the model has no attention maps, or some with weights below 0.
 
-
-def why_no_mixer(model):
-    """Why a model has no mixers to watch, or ""."""
-    layers = getattr(model, "layers", ())
-    layers = layers if isinstance(layers, torch.nn.ModuleList) else ()
-    if len(layers) and all(getattr(getattr(layer, "att", None), "attention_fn", None) for layer in layers):
-        return ""
-    return "attention maps need softmax attention in every block, as in gpt, unified_kv and memory"
-
-
-def why_not_maps(model):
-    """Why a model has no maps, or "": found out by drawing those of a few tokens."""
-    config = getattr(model, "config", None)
-    T, size = min(4, getattr(config, "seq_len", 4)), getattr(config, "vocab_size", 1)
-    tokens = torch.arange(T, device=next(model.parameters()).device)[None] % size
-    try:
-        least = min(w.min() for w in attention_maps(model, tokens).values())
-    except ValueError as e:
-        return str(e)
-    return "" if least >= 0 else "weights of its attention are below 0, so they are no shares"
-
-
-def pattern_scores(weights, ids, real):
-    """What share of its attention a head gives to each pattern, averaged over the tokens of a row that could do it.
-
-    weights (B, H, T, T), ids (B, T), real (B, T) bool: no padding -> {pattern: (B, H)}, nan where no token could; and "entropy"
-    over that of even attention, 1 for a head that looks everywhere alike.
+    This is found out by making those of a few tokens.
     """
-    t = torch.arange(ids.shape[1], device=ids.device)
-    total = weights.sum(-1, keepdim=True)  # 1 with softmax; other attention may have any
-    weights = torch.where((total - 1).abs() < 1e-4, weights, weights / total.clamp(min=1e-30))
-    found = {}
-    for name, pattern in PATTERNS.items():
-        hit = pattern(ids, t[:, None], t[None]).expand(len(ids), -1, -1)  # (B, T, T)
-        could = hit.any(-1) & real & (t > 0)  # at the first token there is nothing to choose
-        given = (weights * hit[:, None]).sum(-1)  # (B, H, T)
-        found[name] = (given * could[:, None]).sum(-1) / could.sum(-1)[:, None]
-    entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)[:, :, 1:] / (t[1:] + 1.0).log()  # (B, H, T - 1)
-    there = real[:, None, 1:]
-    found["entropy"] = (entropy * there).sum(-1) / there.sum(-1)
-    return found
+    T, vocab_size = min(4, run.data.seq_len), run.data.vocab_size
+    tokens = torch.arange(T, device=run.device)[None] % vocab_size
+    try:
+        maps = attention_maps(run.model, tokens)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    lowest = min(weights.min() for weights in maps.values())
+    message = "weights of its attention are below 0, so they are no fractions"
+    require(lowest >= 0, message, None)
 
 
-def head_role(cell):
-    """{pattern: mean} of one head -> what it does, in a word: the strongest pattern, if it has 40% of the attention and that is
-    not just what even attention would give."""
-    best = max((name for name in PATTERNS if not np.isnan(cell[name])), key=lambda name: cell[name])
-    if cell["entropy"] >= 0.85:
-        return "diffuse"
-    if cell[best] >= 0.4:
-        return best
-    return f"mixed, most to: {best}" if cell[best] >= 0.2 else "mixed"
+# ---- the analysis --------------------------------------------------------------------------------
 
 
-def attention(look):
-    """Maps of one row, and what each head does over all rows looked at."""
+def attention(run):
+    """Maps of one example, and the role of each head over all examples."""
+    require_maps(run)
+    index = example_to_draw(run)
+    table = map_batches(run, lambda batch: score_heads(run, batch))
+    by_head, roles = {}, {}
+    for layer, head in sorted(set(zip(table["layer"].tolist(), table["head"].tolist()))):
+        mask = (table["layer"] == layer) & (table["head"] == head)
+        cells, means = {}, {}
+        for name in (*PATTERNS, "entropy"):
+            x = table[name][mask]
+            x = x[~np.isnan(x)]
+            cells[name] = mean_proportion(x) if len(x) else None
+            means[name] = cells[name]["value"] if len(x) else np.nan
+        roles[layer, head] = head_role(means)
+        by_head[f"layer {layer}, head {head}"] = {"role": roles[layer, head], **cells}
 
-    def work(batch):
-        real, parts = batch.tokens != look.pad, []
-        for layer, weights in attention_maps(look.model, batch.tokens).items():
-            B, H = weights.shape[:2]
-            about = {"row": np.repeat(batch.rows, H), "layer": np.full(B * H, layer), "head": np.tile(np.arange(H), B)}
-            measured = pattern_scores(weights, batch.tokens, real)
-            parts.append(about | {name: x.flatten().cpu().numpy() for name, x in measured.items()})
-        return concat(parts)
+    tokens, *_ = run.data.batch(run.config.split, 0, [index])
+    n_tokens = int((tokens[0] != run.pad).sum())
+    tokens = tokens[:, :n_tokens].to(run.device)
+    texts = [run.token(token) for token in tokens[0].tolist()]
+    maps, weights = {}, {}
+    for layer, maps_of_layer in attention_maps(run.model, tokens).items():
+        for head, x in enumerate(maps_of_layer[0].cpu().numpy()):
+            maps[layer, head] = x
+            rounded = np.round(x, 4).tolist()
+            weights.setdefault(f"layer_{layer}", {})[f"head_{head}"] = rounded
+    if run.world.is_main:
+        print_heads(by_head)
+    n = len(np.unique(table["example"]))
+    title = f"{run.name}: attention maps of example {index}; roles of heads over {n} examples"
 
-    found = map_batches(look, work)
-    by_head = {}
-    for layer, head in sorted({*zip(found["layer"].tolist(), found["head"].tolist())}):
-        mine = (found["layer"] == layer) & (found["head"] == head)
-        cell = {name: nanmean_ci(found[name][mine]) for name in [*PATTERNS, "entropy"]}
-        means = {name: c["value"] if c else np.nan for name, c in cell.items()}
-        by_head[f"layer {layer}, head {head}"] = {"does": head_role(means), **cell}
-    row = example_row(look)
-    tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
-    tokens = tokens[:, : int((tokens[0] != look.pad).sum())].to(look.device)
-    drawn = {layer: w[0].cpu().numpy() for layer, w in attention_maps(look.model, tokens).items()}
-    texts = [look.token(i) for i in tokens[0].tolist()]
-    if look.world.is_main:
-        numbers = ([f"{c[p]['value']:.3f}" if c[p] else "-" for p in [*PATTERNS, "entropy"]] for c in by_head.values())
-        lines = [(name, c["does"], *n) for (name, c), n in zip(by_head.items(), numbers)]
-        print_table(("head", "does", *PATTERNS, "entropy (1: even)"), lines)
-    weights = {f"layer_{layer}": {f"head_{h}": np.round(m, 4).tolist() for h, m in enumerate(w)} for layer, w in drawn.items()}
-    example = {"row": int(row), "tokens": texts, "weights": weights}
-    n = len(np.unique(found["row"]))
-    title = f"{look.name}: maps of row {row}; what heads do, over {n} rows"
-    plot = lambda path: plot_grid(path, drawn, texts, by_head, title)
-    save_result(look, "attention", {"rows": n}, {"head": by_head}, [example], found, plot)
-    if look.world.is_main:
-        plot_heads(os.path.join(look.folder, "attention" + ending(look, "attention")), drawn, texts, by_head)
+    def plot(path):
+        plot_grid(path, maps, texts, roles, title)
+
+    example = {"example": int(index), "tokens": texts, "weights": weights}
+    save_result(run, "attention", {"n_examples": n}, {"head": by_head}, [example], table, plot)
+    if run.world.is_main:
+        folder = os.path.join(run.folder, "attention" + result_suffix(run, "attention"))
+        plot_heads(folder, maps, texts, roles)
 
 
-def example_row(look):
-    """The row that --example names, or the first one looked at."""
-    if look.config.example < 0:
-        return int(batches(look)[0][0])
-    last = look.data.eval_groups(look.config.split)[-1][-1]
-    message = f"example={look.config.example} is no row of {look.config.split}; the last is {last}"
-    require(look.config.example <= last, message, "example")
-    return look.config.example
+def example_to_draw(run):
+    """The index that --example names, or the first one of the batches."""
+    index, split = run.config.example, run.config.split
+    if index < 0:
+        return int(eval_batches(run)[0][0])
+    last = run.data.eval_groups(split)[-1][-1]
+    message = f"example={index} is not in {split}; the last is {last}"
+    require(index <= last, message, "example")
+    return index
+
+
+def score_heads(run, batch):
+    """{"example", "layer", "head", pattern} (B * layers * H,) of one batch."""
+    tables = []
+    for layer, weights in attention_maps(run.model, batch.tokens).items():
+        B, H = weights.shape[:2]
+        table = {
+            "example": np.repeat(batch.indices, H),
+            "layer": np.full(B * H, layer),
+            "head": np.tile(np.arange(H), B),
+        }
+        scores = pattern_scores(weights, batch.tokens, batch.tokens != run.pad)
+        for name, x in scores.items():
+            table[name] = x.flatten().cpu().numpy()
+        tables.append(table)
+    return concat(tables)
+
+
+def print_heads(by_head):
+    lines = []
+    for name, cells in by_head.items():
+        line = [name, cells["role"]]
+        for pattern in (*PATTERNS, "entropy"):
+            cell = cells[pattern]
+            line.append(f"{cell['value']:.3f}" if cell else "-")
+        lines.append(line)
+    print_table(("head", "role", *PATTERNS, "entropy (1: even)"), lines)
+
+
+# ---- figures -------------------------------------------------------------------------------------
 
 
 def draw_map(axis, weights, texts, title):
-    """One head's map; every token is named where there is room."""
-    drawn = axis.imshow(weights, vmin=0, vmax=max(1, weights.max()), cmap="Blues")
+    """One head's map (T, T). Tokens are named if there is room."""
+    image = axis.imshow(weights, vmin=0, vmax=max(1, weights.max()), cmap="Blues")
     axis.set_title(title, fontsize=7)
     if len(texts) <= 40:
         axis.set_xticks(range(len(texts)), texts, fontsize=5, rotation=90)
         axis.set_yticks(range(len(texts)), texts, fontsize=5)
-    return drawn
+    return image
 
 
-def plot_grid(path, maps, texts, by_head, title):
-    """A row of maps for each layer."""
-    plt, fig, axes = figure(len(maps), max(len(w) for w in maps.values()), width=3.0, grid=False)
-    cells = [(layer, h, m) for layer, w in maps.items() for h, m in enumerate(w)]
-    for axis, (layer, h, m) in zip(axes, cells):
-        drawn = draw_map(axis, m, texts, f"layer {layer}, head {h}: {by_head[f'layer {layer}, head {h}']['does']}")
-    for axis in axes[len(cells) :]:
+def plot_grid(path, maps, texts, roles, title):
+    """All maps {(layer, head): (T, T)}, one line of panels for each layer."""
+    layers, heads = zip(*maps)
+    plt, fig, axes = figure(len(set(layers)), max(heads) + 1, width=3.0, grid=False)
+    for axis in axes:
         axis.axis("off")
-    fig.colorbar(drawn, ax=axes, shrink=0.6, label="attention weight")
-    fig.supxlabel("token looked at", fontsize=8)
-    fig.supylabel("token that looks", fontsize=8)
+    for axis, (layer, head) in zip(axes, maps):
+        axis.axis("on")
+        label = f"layer {layer}, head {head}: {roles[layer, head]}"
+        image = draw_map(axis, maps[layer, head], texts, label)
+    fig.colorbar(image, ax=axes, shrink=0.6, label="attention weight")
+    fig.supxlabel("key (token attended to)")
+    fig.supylabel("query (token that attends)")
     finish_figure(fig, plt, path, title)
 
 
-def plot_heads(folder, maps, texts, by_head):
-    """A large map for each head: attention/layer_0_head_1.png and so on."""
+def plot_heads(folder, maps, texts, roles):
+    """A large map for each head, in files such as attention/layer_0_head_1.png."""
     make_directory(folder)
-    for layer, weights in maps.items():
-        for h, m in enumerate(weights):
-            plt, fig, (axis,) = figure(1, 1, width=6, grid=False)
-            fig.set_size_inches(6.4, 5.6)
-            drawn = draw_map(axis, m, texts, f"layer {layer}, head {h}: {by_head[f'layer {layer}, head {h}']['does']}")
-            axis.set(xlabel="token looked at", ylabel="token that looks")
-            fig.colorbar(drawn, ax=axis, label="attention weight")
-            write_figure(fig, plt, os.path.join(folder, f"layer_{layer}_head_{h}.png"))
+    for (layer, head), weights in maps.items():
+        plt, fig, (axis,) = figure(1, 1, width=6, grid=False)
+        fig.set_size_inches(6.4, 5.6)
+        label = f"layer {layer}, head {head}: {roles[layer, head]}"
+        image = draw_map(axis, weights, texts, label)
+        axis.set(xlabel="key (token attended to)", ylabel="query (token that attends)")
+        fig.colorbar(image, ax=axis, label="attention weight")
+        write_figure(fig, plt, os.path.join(folder, f"layer_{layer}_head_{head}.png"))
     say(f"wrote {folder}/layer_*_head_*.png")

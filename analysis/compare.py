@@ -1,6 +1,6 @@
 """Finished runs side by side: a table, learning curves, and accuracy against size.
 
-    python eval.py compare 'runs/*' [--out figures/mine]
+    python eval.py compare 'runs/*' [--output figures/mine]
 
 Runs that differ in their seed only are drawn as one line: their mean, with a band from lowest to
 highest.
@@ -48,7 +48,7 @@ def compare(args, config):
         lines.append((*(run[name] for name in COLUMNS), *format_ci(run["all"])[1:]))
     print_table((*head, "accuracy", "95% interval"), lines)
     parent = os.path.dirname(os.path.normpath(folders[0])) or "."
-    out = config.out or os.path.join(parent, name_of(folders))
+    out = config.output or os.path.join(parent, name_of(folders))
     names = [name for name in runs[0] if name not in ("all", "by_slice", "curve", "settings")]
     columns = {name: [run[name] for run in runs] for name in names}
     columns["accuracy"] = [run["all"]["value"] for run in runs]
@@ -188,7 +188,7 @@ def plot_compare(path, runs):
     slices.set_xticks(range(len(values)), values)
     xlabel = "parameters without embedding and head"
     if by_state:
-        xlabel = "state at the longest test row (bytes, float32)"
+        xlabel = "state at the longest test sequence (bytes, float32)"
     sizes.set(xlabel=xlabel, ylabel="test token accuracy, 95% interval")
     n_columns = 2 if len(groups) > 4 else 1
     handles, labels = slices.get_legend_handles_labels()

@@ -1,8 +1,8 @@
-"""How sure a model is of its answers: rank, probability and perplexity of every answer token, and calibration.
+"""How sure a model is of its answers: rank and probability of each answer token, and calibration.
 
     python eval.py logits runs/RUN
 
-Letters: N labels, V vocabulary.
+A table of scores has one entry for each label. Letters: N labels, V vocabulary.
 """
 
 import numpy as np
@@ -21,114 +21,157 @@ from nanorecall.stats import (
     proportion,
 )
 
+SLICE = "slice "  # columns of the table of scores that begin so are slices
+N_TOP = 5  # most likely tokens that are kept
 
-def score_answer_tokens(look, batch):
-    """Of each label: is it right (likeliest, the first of equals, as in eval.py), rank (1: none is likelier) and probability of
-    the right token, the best 5 tokens, how sure the model is (entropy)."""
-    logits, _ = look.model(batch.tokens, batch.targets)
-    rows, _, place, answer = label_positions(batch)
+
+def score_answer_tokens(run, batch):
+    """The table of scores of one batch: {column: (N,)}; "top" and "top_probability" (N, N_TOP).
+
+    rank: 1 if no token is likelier than the correct one; nll: -log of its probability;
+    confidence: the largest probability; correct: whether the likeliest token (the first of
+    equals, as in eval.py) is the label; entropy: of the prediction, in nats.
+    """
+    logits, _ = run.model(batch.tokens, batch.targets)
+    example, _, answer_pos, answer = label_positions(batch)
     log_p = logits.float().cpu().log_softmax(-1)  # (N, V)
-    mine = log_p.gather(1, torch.from_numpy(answer)[:, None])  # (N, 1)
-    best = log_p.topk(min(5, log_p.shape[1]), dim=-1)
-    return {
-        "row": rows,
-        "place": place,
+    answer_log_p = log_p.gather(1, torch.from_numpy(answer)[:, None])  # (N, 1)
+    top = log_p.topk(min(N_TOP, log_p.shape[1]), dim=-1)
+    table = {
+        "example": example,
+        "answer_pos": answer_pos,
         "answer": answer,
-        "hit": log_p.argmax(-1).numpy() == answer,
-        "rank": (1 + (log_p > mine).sum(1)).numpy(),
-        "nll": -mine.squeeze(1).numpy(),
-        "probability": mine.exp().squeeze(1).numpy(),
+        "correct": log_p.argmax(-1).numpy() == answer,
+        "rank": (1 + (log_p > answer_log_p).sum(1)).numpy(),
+        "nll": -answer_log_p.squeeze(1).numpy(),
+        "probability": answer_log_p.exp().squeeze(1).numpy(),
+        # 0 * log 0 is 0, not nan.
         "entropy": -(log_p.exp() * log_p.clamp(min=-1e9)).sum(1).numpy(),
-        "confidence": best.values[:, 0].exp().numpy(),
-        "top": best.indices.numpy(),  # (N, 5)
-        "top_probability": best.values.exp().numpy(),
-        **{f"tag {name}": values for name, values in batch.tags.items()},
+        "confidence": top.values[:, 0].exp().numpy(),
+        "top": top.indices.numpy(),
+        "top_probability": top.values.exp().numpy(),
     }
+    for name, values in batch.slices.items():
+        table[SLICE + name] = values
+    return table
 
 
-def logits(look):
-    """Rank, probability and perplexity of every answer token, by slice, and whether the model's confidence can be believed."""
-    found = map_batches(look, lambda batch: score_answer_tokens(look, batch))
-    tags = {name[4:]: v for name, v in found.items() if name.startswith("tag ")}
-    everything = summary(found, np.ones(len(found["rank"]), bool))
-    by_slice = {
-        tag: {str(v): summary(found, values == v) for v in np.unique(values)}
-        for tag, values in tags.items()
-        if len(np.unique(values)) <= 24
-    }
-    bins, error = calibration(found["confidence"], found["hit"], found["row"])
-    if look.world.is_main:
-        cells = [("all", everything)] + [(f"{tag}={v}", c) for tag, cs in by_slice.items() for v, c in cs.items()]
-        head = ("slice", "labels", "accuracy", "95% interval", "probability", "95% interval", "mean rank", "perplexity")
-        lines = [(*format_ci(c["accuracy"]), *format_ci(c["probability"])[1:], f"{c['rank']['value']:.2f}") for _, c in cells]
-        print_table(head, [(n, *x, f"{c['perplexity']['value']:.3f}") for (n, c), x in zip(cells, lines)])
-        print(f"expected calibration error: {error:.4f} (mean distance of confidence from accuracy, ten bins)")
-    metrics = {**everything, "row_accuracy": exact_match(found), "calibration error": error, "calibration": bins}
-    numbers = {k: v for k, v in found.items() if v.ndim == 1 and not k.startswith("tag ")}
-    columns = {**numbers, **tags} | {f"top{i + 1}": found["top"][:, i] for i in range(found["top"].shape[1])}
-    plot = lambda path: plot_logits(path, by_slice, bins, error, look.name)
-    save_result(look, "logits", metrics, by_slice, logit_examples(look, found), columns, plot)
+def logits(run):
+    """Rank, probability and perplexity of each answer token, by slice; calibration."""
+    table = map_batches(run, lambda batch: score_answer_tokens(run, batch))
+    total = summarize(table, np.ones(len(table["rank"]), bool))
+    by_slice, columns = {}, {}
+    for column, values in table.items():
+        name = column.removeprefix(SLICE)
+        if values.ndim == 1:
+            columns[name] = values
+        if column.startswith(SLICE) and len(np.unique(values)) <= 24:
+            cells = by_slice[name] = {}
+            for value in np.unique(values):
+                cells[str(value)] = summarize(table, values == value)
+    for i in range(table["top"].shape[1]):
+        columns[f"top{i + 1}"] = table["top"][:, i]
+    bins, error = calibration(table["confidence"], table["correct"], table["example"])
+    if run.world.is_main:
+        print_summary(total, by_slice)
+        print(f"expected calibration error: {error:.4f} (|confidence - accuracy|, ten bins)")
+    exact_match = exact_match_of(table)
+    metrics = {**total, "exact_match": exact_match, "calibration error": error}
+    metrics["calibration"] = bins
+
+    def plot(path):
+        plot_logits(path, by_slice, bins, error, run.name)
+
+    save_result(run, "logits", metrics, by_slice, score_examples(run, table), columns, plot)
 
 
-def summary(found, mine):
-    row = found["row"][mine]
-    nll = clustered_mean_ci(found["nll"][mine], row)
-    perplexity = {"value": float(np.exp(nll["value"])), "ci95": np.exp(nll["ci95"]).tolist(), "n": nll["n"]}
+def summarize(table, mask):
+    """Accuracy, probability, rank and perplexity of the labels in mask (N,) bool."""
+    example = table["example"][mask]
+    nll = clustered_mean_ci(table["nll"][mask], example)
+    perplexity = {"value": float(np.exp(nll["value"])), "ci95": np.exp(nll["ci95"]).tolist()}
     return {
-        "accuracy": clustered_proportion(found["hit"][mine], row),
-        "probability": clustered_mean_proportion(found["probability"][mine], row),
-        "rank": clustered_mean_ci(found["rank"][mine], row),
-        "perplexity": perplexity,
+        "accuracy": clustered_proportion(table["correct"][mask], example),
+        "probability": clustered_mean_proportion(table["probability"][mask], example),
+        "rank": clustered_mean_ci(table["rank"][mask], example),
+        "perplexity": {**perplexity, "n": nll["n"]},
     }
 
 
-def exact_match(found):
-    counts = cluster_counts(found["hit"], found["row"])
+def print_summary(total, by_slice):
+    cells = {"all": total}
+    for name, of_values in by_slice.items():
+        for value, cell in of_values.items():
+            cells[f"{name}={value}"] = cell
+    lines = []
+    for name, cell in cells.items():
+        rank, perplexity = cell["rank"]["value"], cell["perplexity"]["value"]
+        intervals = (*format_ci(cell["accuracy"]), *format_ci(cell["probability"])[1:])
+        lines.append((name, *intervals, f"{rank:.2f}", f"{perplexity:.3f}"))
+    head = ("slice", "labels", "accuracy", "95% interval", "probability", "95% interval")
+    print_table((*head, "mean rank", "perplexity"), lines)
+
+
+def exact_match_of(table):
+    """Proportion of examples of which every label is correct."""
+    counts = cluster_counts(table["correct"], table["example"])
     return proportion(counts["row_right"], counts["rows"])
 
 
-def calibration(confidence, hit, row):
-    """[(bin's mean confidence, accuracy with interval)] of ten bins of equal width, and the mean distance between the two."""
-    which, bins, error = np.minimum((confidence * 10).astype(int), 9), [], 0.0
-    for b in np.unique(which):
-        mine = which == b
-        cell = {"confidence": float(confidence[mine].mean()), **clustered_proportion(hit[mine], row[mine])}
-        error += abs(cell["confidence"] - cell["value"]) * mine.mean()
+def calibration(confidence, correct, example):
+    """Accuracy against confidence in ten bins of equal width -> (bins, expected calibration error).
+
+    A bin is a proportion {"value", "ci95", "n"} with its mean "confidence". The error is the mean
+    over labels of the distance between the two.
+    """
+    bin_of_label = np.minimum((confidence * 10).astype(int), 9)
+    bins, error = [], 0.0
+    for number in np.unique(bin_of_label):
+        mask = bin_of_label == number
+        accuracy = clustered_proportion(correct[mask], example[mask])
+        cell = {"confidence": float(confidence[mask].mean()), **accuracy}
+        error += abs(cell["confidence"] - cell["value"]) * mask.mean()
         bins.append(cell)
     return bins, float(error)
 
 
-def logit_examples(look, found, count=8):
-    """A few rows in full: what was asked, what each token of the answer got, and the best five instead."""
-    rows = np.unique(found["row"])
-    for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
-        mine = np.flatnonzero(found["row"] == row)
-        tokens, targets, *_ = look.data.batch(look.config.split, 0, [row])
+def score_examples(run, table, n_examples=8):
+    """Yield a few examples: the prompt, and for each answer token its rank and the top five."""
+    indices = np.unique(table["example"])
+    n = min(n_examples, len(indices))
+    for index in indices[np.linspace(0, len(indices) - 1, n).astype(int)]:
+        labels = np.flatnonzero(table["example"] == index)
+        tokens, targets, *_ = run.data.batch(run.config.split, 0, [index])
         first = int(np.flatnonzero(targets[0] != IGNORE_INDEX)[0])
+        top = []
+        for i in labels:
+            tokens_with_p = zip(table["top"][i], table["top_probability"][i])
+            top.append([(run.token(token), round(float(p), 6)) for token, p in tokens_with_p])
         yield {
-            "row": int(row),
-            "prompt": look.text(tokens[0, : first + 1])[-200:],
-            "answer": look.text(found["answer"][mine]),
-            "ranks": found["rank"][mine].tolist(),
-            "probabilities": [round(float(p), 6) for p in found["probability"][mine]],
-            "perplexity": float(np.exp(found["nll"][mine].mean())),
-            "top_5": [
-                [(look.token(t), round(float(p), 6)) for t, p in zip(found["top"][i], found["top_probability"][i])]
-                for i in mine
-            ],
+            "example": int(index),
+            "prompt": run.text(tokens[0, : first + 1])[-200:],
+            "answer": run.text(table["answer"][labels]),
+            "ranks": table["rank"][labels].tolist(),
+            "probabilities": [round(float(p), 6) for p in table["probability"][labels]],
+            "perplexity": float(np.exp(table["nll"][labels].mean())),
+            "top_5": top,
         }
 
 
 def plot_logits(path, by_slice, bins, error, title):
-    """Probability of the right token by slice; accuracy against confidence."""
+    """Probability of the correct token by slice; accuracy against confidence."""
     plt, fig, axes = figure(1, max(1, len(by_slice)) + 1)
-    for axis, (tag, cells) in zip(axes, by_slice.items()):
-        p = [c["probability"] for c in cells.values()]
-        errorbars(axis, range(len(p)), p)
-        axis.set_xticks(range(len(p)), [f"{v}\nn={c['n']}" for v, c in zip(cells, p)], fontsize=7)
-        axis.set(xlabel=tag, ylabel="probability of the right token (95%)", ylim=(-0.02, 1.02))
-    errorbars(axes[-1], [b["confidence"] for b in bins], bins, label=f"calibration error {error:.3f}")
-    axes[-1].plot([0, 1], [0, 1], "--", color="gray", lw=1, label="confidence is right")
-    axes[-1].set(xlabel="probability of the likeliest token", ylabel="is it right? (95% interval)", ylim=(-0.02, 1.02))
-    axes[-1].legend(fontsize=7)
+    for axis, (name, cells) in zip(axes, by_slice.items()):
+        probabilities = [cell["probability"] for cell in cells.values()]
+        errorbars(axis, range(len(cells)), probabilities)
+        ticks = [f"{value}\nn={p['n']}" for value, p in zip(cells, probabilities)]
+        axis.set_xticks(range(len(cells)), ticks)
+        axis.set(xlabel=name, ylabel="probability of the correct token (95%)", ylim=(-0.02, 1.02))
+    axis = axes[-1]
+    confidence = [cell["confidence"] for cell in bins]
+    errorbars(axis, confidence, bins, label=f"calibration error {error:.3f}")
+    axis.plot([0, 1], [0, 1], "--", color="gray", lw=1, label="perfectly calibrated")
+    axis.set(xlabel="confidence: largest probability", ylabel="accuracy (95% interval)")
+    axis.set_ylim(-0.02, 1.02)
+    axis.legend()
     finish_figure(fig, plt, path, title)

@@ -1,7 +1,7 @@
 """Edit facts that a memory model knows, in closed form, and compare with fine-tuning.
 
     python eval.py edit runs/RUN                       # 1 to 100 facts
-    python eval.py edit runs/RUN --edits "[1,300]"
+    python eval.py edit runs/RUN --n_edits "[1,300]"
 
 edit_facts solves for the memory output that yields the new answers, then for the value vectors
 that produce it (as MEMIT does in MLPs: Meng et al. 2023, arXiv 2210.07229). A comparison measures
@@ -20,7 +20,7 @@ from analysis.trained_run import correct_examples, save_result
 from nanorecall.metrics import correct_predictions, evaluating, in_eval_mode, print_table
 from nanorecall.ops import labelled_positions
 from nanorecall.plots import errorbars, figure, finish_figure
-from nanorecall.settings import require
+from nanorecall.settings import ConfigError, require
 from nanorecall.stats import format_ci, proportion
 from nanorecall.text import label_mask, shift_labels
 
@@ -216,26 +216,25 @@ METRICS = {
 
 
 def compare_editors(run):
-    """Edit n facts at a time, for each n of `edits`, with every editor, and measure METRICS.
+    """Edit n facts at a time, for each n of n_edits, with every editor, and measure METRICS.
 
     Of up to 1000 other facts that the model knows, editors may use one half, and not the other.
     """
+    require_editable(run)
     data, model, config = run.data, run.model, run.config
-    message = "edit is the work of one process; run it without torchrun"
-    require(run.world.size == 1, message, None)
     known = correct_examples(run)
-    n_needed = max(config.edits) + 10
-    message = f"{run.folder} answers {len(known)} facts correctly; edits={config.edits} needs"
-    require(len(known) >= n_needed, f"{message} {n_needed}", "edits")
-    rng = np.random.default_rng(run.plan.train.seed)
+    n_needed = max(config.n_edits) + 10
+    message = f"the model answers {len(known)} facts correctly; n_edits={config.n_edits} needs"
+    require(len(known) >= n_needed, f"{message} {n_needed}", "n_edits")
+    rng = np.random.default_rng(run.settings.train.seed)
     facts = []
-    for row in rng.permutation(known):
-        texts, _ = data.source.read(config.split, [row])
+    for index in rng.permutation(known):
+        texts, _ = data.source.read(config.split, [index])
         facts.append(texts[0])
     alphabet = sorted(set("".join(fact.strip().split(":")[1] for fact in facts)))
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     results = []
-    for n in config.edits:
+    for n in config.n_edits:
         others = facts[n : n + 1000]
         edited = encode(run, [counterfactual(fact, alphabet, rng) for fact in facts[:n]])
         kept, unseen = encode(run, others[::2]), encode(run, others[1::2])
@@ -252,16 +251,17 @@ def compare_editors(run):
                 model.load_state_dict(weights)
             results.append({**result, "seconds": seconds})
     print_results(results)
-    by_slice = {"method and edits": {f"{r['method']}, {r['edits']}": r for r in results}}
-    columns = {"method": [r["method"] for r in results], "edits": [r["edits"] for r in results]}
-    for metric in METRICS:
-        columns[metric] = [r[metric]["value"] for r in results]
-    columns["seconds"] = [r["seconds"] for r in results]
+    cells = {f"{r['method']}, {r['edits']}": r for r in results}
+    columns = {}
+    for name in ("method", "edits", *METRICS, "seconds"):
+        values = [r[name] for r in results]
+        columns[name] = [v["value"] for v in values] if name in METRICS else values
 
     def plot(path):
         plot_edits(path, results, run.name)
 
-    save_result(run, "edit", {"edits": list(config.edits)}, by_slice, (), columns, plot)
+    metrics, by_slice = {"edits": list(config.n_edits)}, {"method and edits": cells}
+    save_result(run, "edit", metrics, by_slice, (), columns, plot)
 
 
 def print_results(results):
@@ -278,23 +278,23 @@ def print_results(results):
     print("; ".join(f"{metric}: {meaning}" for metric, meaning in METRICS.items()))
 
 
-def why_not_edit(run):
-    """Why the facts of this run cannot be edited, or ""."""
-    if not hasattr(run.model, "memory_layers"):
-        return f"it edits memory layers, and {run.plan.train.model} has none"
+def require_editable(run):
+    """ConfigError unless the facts of this run can be edited."""
+    message = f"editing needs memory layers, and {run.settings.train.model} has none"
+    require(hasattr(run.model, "memory_layers"), message, None)
+    require_facts(run)
     try:
         check_editable(run.model)
     except ValueError as e:
-        return why_not_facts(run) or str(e)
-    return why_not_facts(run)
+        raise ConfigError(str(e)) from None
+    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
 
 
-def why_not_facts(run):
-    """Why the examples of this run are no facts "key:value" of digits, or ""."""
-    task = getattr(run.plan.data, "task", run.plan.train.data)
-    if task in ("qa", "digits"):
-        return ""
-    return f"it needs facts of digits, task=qa or digits, not {task}"
+def require_facts(run):
+    """ConfigError unless the examples are facts "key:value" of digits."""
+    task = getattr(run.settings.data, "task", run.settings.train.data)
+    message = f"it needs facts of digits, task=qa or digits, not {task}"
+    require(task in ("qa", "digits"), message, None)
 
 
 def counterfactual(fact, alphabet, rng):
@@ -306,7 +306,7 @@ def counterfactual(fact, alphabet, rng):
 
 def encode(run, facts):
     """Facts of one length -> tokens and targets (B, T)."""
-    ids = np.stack([run.data.encode_document(fact)[0] for fact in facts])
+    ids = np.stack([run.data.encoder.encode(fact)[0] for fact in facts])
     targets = shift_labels(label_mask(ids, run.data.kind, tokenizer=run.data.tokenizer))
     return run.tensor(ids), run.tensor(targets)
 
@@ -324,8 +324,8 @@ def plot_edits(path, results, title):
     for axis, metric in zip(axes, METRICS):
         for name in EDITORS:
             of_editor = [r for r in results if r["method"] == name]
-            n_edits, cells = [r["edits"] for r in of_editor], [r[metric] for r in of_editor]
-            errorbars(axis, n_edits, cells, label=name)
+            x, cells = [r["edits"] for r in of_editor], [r[metric] for r in of_editor]
+            errorbars(axis, x, cells, label=name)
         n = "" if metric == "efficacy" else f" (n = {cells[-1]['n']})"
         ylabel = f"{metric}{n}\nexact match, 95% interval"
         axis.set(xscale="log", xlabel="facts edited together", ylabel=ylabel, ylim=(-0.02, 1.02))

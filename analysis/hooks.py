@@ -1,15 +1,17 @@
-"""Change what a model does inside and go on from there: slots of memory layers, heads, whole outputs of a block.
+"""Change what a model computes inside, and continue from there.
 
-Two ways. `forward_from` starts at a block's memory layer from what was computed before, so that many changed copies of a row cost only
-what comes after the change. `replaced` puts functions after (or before) any modules of a model, for whole forward passes.
-Nothing stays in the model afterwards.
+There are two ways. `forward_from` continues from a block's memory layer with cached activations, so
+that many ablated copies of an example cost only the layers after the change. `hooked` puts hooks on
+any modules for whole forward passes. Both leave the model as it was.
 
-Letters: B rows or changed copies of rows, T tokens, n labels of a row, H heads, k slots that a head reads, D width of the
-residual stream, V width of a value.
+Letters: B examples, M changed copies of examples, T tokens, n labels of an example, H heads, k slots
+that a head reads, D width of the residual stream, V width of a value. Reads of a memory layer are a
+dict, as in memory.py: "slots" and "weights" (B, T, H, k), and "output" (B, T, V).
 """
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,236 +23,366 @@ from nanorecall.ops import gather_positions
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import require
 
-# ---- rows and where they are asked --------------------------------------------------------------------------------------
+# ---- examples ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Examples:
-    """Rows of one shape: as many tokens, and as many labels, at the same places or not."""
+    """Examples of one shape: the same number of tokens and of labels."""
 
-    rows: np.ndarray  # (B,) their numbers
+    indices: np.ndarray  # (B,) in the split
     tokens: torch.Tensor  # (B, T)
-    at: torch.Tensor  # (B, n) positions of the labels
-    answers: torch.Tensor  # (B, n) tokens asked for
-    tags: dict  # {name: (B,)}, those that all labels of a row share
+    label_pos: torch.Tensor  # (B, n) positions at which answers are predicted
+    answers: torch.Tensor  # (B, n) the right tokens there
+    slices: dict  # {name: (B,)}, those whose value is the same for all labels of an example
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.indices)
 
-    def pick(self, which):
-        """Some of the rows, by index (M,)."""
+    def select(self, which):
+        """Some of the examples: which (M,) counts from 0 to B - 1."""
+        which = np.asarray(which)
         i = torch.as_tensor(which, device=self.tokens.device)
-        tags = {name: v[np.asarray(which)] for name, v in self.tags.items()}
-        return Examples(self.rows[np.asarray(which)], self.tokens[i], self.at[i], self.answers[i], tags)
+        slices = {name: values[which] for name, values in self.slices.items()}
+        return Examples(
+            self.indices[which], self.tokens[i], self.label_pos[i], self.answers[i], slices
+        )
 
 
-def read_cases(look, rows):
-    """Rows by number -> Cases of those that have the most frequent shape, and how many were left out."""
-    tokens, targets, tags, *_ = look.data.batch(look.config.split, 0, rows)
-    counts, lengths = (targets != IGNORE_INDEX).sum(1), (tokens != look.pad).sum(1)
-    shapes, which, size = torch.stack([counts, lengths], 1).unique(dim=0, return_inverse=True, return_counts=True)
-    mine = which == size.argmax()
-    n, T = shapes[size.argmax()].tolist()
-    at = (targets[mine] != IGNORE_INDEX).nonzero()[:, 1].view(-1, n)
-    first, row = (counts.cumsum(0) - counts).numpy(), np.repeat(np.arange(len(counts)), counts)
-    here = mine.numpy()  # numpy takes a tensor of one truth value for the number 1
-    tags = {name: v[first[here]] for name, v in tags.items() if (v == v[first][row]).all()}
-    tokens, targets = tokens[mine][:, :T], targets[mine]
-    answers = targets.gather(1, at)
-    tensors = (x.to(look.device) for x in (tokens, at, answers))
-    cases = Examples(np.asarray(rows)[here], *tensors, tags)
-    return cases, len(rows) - len(cases)
+def load_examples(run, indices):
+    """Load examples of the split -> those that have the most frequent shape, number of the others.
 
-
-def correct_cases(look):
-    """Rows that the model answers rightly, as Cases: look.config.rows of them, as many of each group as there are."""
-    c = look.config
-    require(look.world.size == 1, "ablate.py is the work of one process; run it without torchrun", None)
-    rows = correct_examples(look)
-    few = f"{look.folder} answers {len(rows)} rows of {c.split} rightly; there is nothing to take apart"
-    require(len(rows) >= 4, few, None)
-    order = np.random.default_rng(c.seed).permutation(len(rows))
-    if c.rows and c.rows < len(rows):
-        cases, _ = read_cases(look, rows[order])
-        group = next(iter(cases.tags.values()), np.zeros(len(cases)))
-        place = np.empty(len(cases), int)  # of each row within its group
-        for g in np.unique(group):
-            place[group == g] = np.arange((group == g).sum())
-        rows = cases.rows[np.argsort(place, kind="stable")[: c.rows]]
-    cases, left = read_cases(look, rows)
-    print(
-        f"{len(cases)} rows answered rightly, {cases.at.shape[1]} labels each"
-        + (f"; {left} of other shapes left out" if left else "")
+    A shape is a number of labels and a number of tokens without padding.
+    """
+    tokens, targets, slices, *_ = run.data.batch(run.config.split, 0, indices)
+    is_label = targets != IGNORE_INDEX
+    n_labels = is_label.sum(1)
+    lengths = (tokens != run.pad).sum(1)
+    shapes, shape_of_example, counts = torch.stack([n_labels, lengths], dim=1).unique(
+        dim=0, return_inverse=True, return_counts=True
     )
-    return cases
+    n, T = shapes[counts.argmax()].tolist()
+    is_kept = shape_of_example == counts.argmax()
+    label_pos = is_label[is_kept].nonzero()[:, 1].view(-1, n)
+    answers = targets[is_kept].gather(1, label_pos)
+    # As an array: numpy takes a tensor of one bool for the number 0 or 1.
+    is_kept = is_kept.numpy()
+    # Slices come with one value for each label.
+    first_label = (n_labels.cumsum(0) - n_labels).numpy()
+    example_of_label = np.repeat(np.arange(len(n_labels)), n_labels)
+    example_slices = {}
+    for name, values in slices.items():
+        of_example = values[first_label]
+        if (values == of_example[example_of_label]).all():
+            example_slices[name] = of_example[is_kept]
+    examples = Examples(
+        np.asarray(indices)[is_kept],
+        tokens[is_kept][:, :T].to(run.device),
+        label_pos.to(run.device),
+        answers.to(run.device),
+        example_slices,
+    )
+    return examples, len(indices) - len(examples)
+
+
+def sample_correct_examples(run):
+    """Draw run.config.n_examples of the examples that the model answers correctly -> Examples.
+
+    They are balanced over the values of the first slice. ConfigError if there are fewer than 4.
+    """
+    c = run.config
+    message = "ablate.py works in one process; start it without torchrun"
+    require(run.world.size == 1, message, None)
+    indices = correct_examples(run)
+    message = f"{run.folder} answers only {len(indices)} examples of {c.split} correctly, and 4 are"
+    require(len(indices) >= 4, f"{message} needed; train it longer", None)
+    order = np.random.default_rng(c.seed).permutation(len(indices))
+    if c.n_examples and c.n_examples < len(indices):
+        examples, _ = load_examples(run, indices[order])
+        group = next(iter(examples.slices.values()), np.zeros(len(examples)))
+        index_in_group = np.empty(len(examples), int)
+        for value in np.unique(group):
+            in_group = group == value
+            index_in_group[in_group] = np.arange(in_group.sum())
+        # A stable sort takes the first of every group, then the second of every group, and so on.
+        balanced = np.argsort(index_in_group, kind="stable")
+        indices = examples.indices[balanced[: c.n_examples]]
+    examples, n_others = load_examples(run, indices)
+    n_labels = examples.label_pos.shape[1]
+    line = f"{len(examples)} examples answered correctly, {n_labels} labels each"
+    if n_others:
+        line += f"; {n_others} of other shapes left out"
+    print(line)
+    return examples
 
 
 def logit_diff(logits, answers):
-    """How far the right token leads its strongest rival: logits (..., tokens), answers (...) -> margin, probability, right."""
-    mine = logits.gather(-1, answers.unsqueeze(-1))
-    rival = logits.scatter(-1, answers.unsqueeze(-1), -torch.inf).amax(-1)
-    return mine.squeeze(-1) - rival, logits.softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1), mine.squeeze(-1) > rival
+    """How far each answer is ahead of its strongest competitor.
+
+    logits (..., vocabulary), answers (...) -> logit difference, probability of the answer, and is
+    the answer the prediction; (...) each. Equal logits count as wrong.
+    """
+    index = answers.unsqueeze(-1)
+    of_answer = logits.gather(-1, index).squeeze(-1)
+    of_competitor = logits.scatter(-1, index, -torch.inf).amax(-1)
+    p = logits.softmax(-1).gather(-1, index).squeeze(-1)
+    return of_answer - of_competitor, p, of_answer > of_competitor
 
 
-# ---- from a block's memory on ------------------------------------------------------------------------------------------
+# ---- what a run must have ------------------------------------------------------------------------
+
+
+def require_blocks(run):
+    """ConfigError unless the model is its blocks one after another, as in model.py."""
+    model = run.model
+    names = ("embed_tokens", "layers", "final_norm", "lm_head")
+    has_all = all(hasattr(model, name) for name in names)
+    require(has_all, f"it needs a model with {', '.join(names)}", None)
+    positions = torch.arange(min(4, run.data.seq_len), device=run.device)[None]
+    tokens = positions % run.data.vocab_size
+    with torch.no_grad():
+        try:
+            ours = logits_at(model, tokens, positions)
+            logits = model(tokens)[0]
+            same = ours.shape == logits.shape and torch.allclose(ours, logits, 1e-3, 1e-3)
+        except (TypeError, AttributeError, ValueError, RuntimeError):
+            # The blocks of a forked model file may need more than x.
+            same = False
+    require(same, f"{', '.join(names)}, one after another, do not give its logits", None)
+
+
+def require_heads(run):
+    """ConfigError unless the mixers have heads and an output projection."""
+    require_blocks(run)
+    mixers = hook_points(run.model).get("mixer", {}).values()
+    require(mixers, "its layers have no mixer (use_att=0)", None)
+    for mixer in mixers:
+        has_heads = hasattr(mixer, "n_heads") and hasattr(mixer, "out_proj")
+        require(has_heads, "its mixers have no heads and out_proj", None)
+
+
+# ---- forward passes from a memory layer on -------------------------------------------------------
 
 
 @dataclass
-class Clean:
-    """What an untouched model computes: of each block with a memory layer, the stream before it and what it reads."""
+class CleanRun:
+    """Activations of the unchanged model, for each block that has a memory layer."""
 
-    stream: dict  # {block: (B, T, D)}
-    found: dict  # {block: {"slots", "weights" (B, T, H, k), "output" (B, T, V)}}
-    logits: torch.Tensor  # (B, n, tokens)
+    resid_mid: dict  # {block: (B, T, D)}, the residual stream between attention and memory
+    reads: dict  # {block: reads of its memory layer}
+    logits: torch.Tensor  # (B, n, vocabulary) at the labels
 
 
 @in_eval_mode
-def run_with_cache(model, cases):
-    """Cases -> Clean."""
-    stream = {}
+def run_with_cache(model, examples):
+    """Examples -> CleanRun."""
+    resid_mid = {}
 
-    def keep(i):
-        return lambda module, args: stream.__setitem__(i, args[0])  # ffn_norm sees the stream between attention and memory
+    def cache(block, module, inputs):
+        resid_mid[block] = inputs[0]
 
-    trace, blocks = [], list(model.memory_layers()) if hasattr(model, "memory_layers") else []
-    with hooked([(model.layers[i].ffn_norm, "before", keep(i)) for i in blocks]):
-        logits = logits_at(model, cases.tokens, cases.at, **({"trace": trace} if blocks else {}))
-    return Clean(stream, dict(zip(blocks, trace)), logits)
+    blocks = list(model.memory_layers()) if hasattr(model, "memory_layers") else []
+    hooks = [(model.layers[block].ffn_norm, "before", partial(cache, block)) for block in blocks]
+    reads = []
+    options = {"trace": reads} if blocks else {}
+    with hooked(hooks):
+        logits = logits_at(model, examples.tokens, examples.label_pos, **options)
+    return CleanRun(resid_mid, dict(zip(blocks, reads)), logits)
 
 
-def logits_at(model, tokens, at, **extra):
-    """The model's logits at positions (B, n) alone: tokens (B, T) -> (B, n, tokens). extra is handed on to the blocks."""
+def logits_at(model, tokens, positions, **options):
+    """tokens (B, T) -> logits (B, n, vocabulary) at positions (B, n). Blocks get the options."""
     x = model.embed_tokens(tokens)
     for layer in model.layers:
-        x = layer(x, **extra)
-    return model.lm_head(model.final_norm(gather_labels(x, at)))
+        x = layer(x, **options)
+    return model.lm_head(model.final_norm(gather_labels(x, positions)))
 
 
-def gather_labels(x, at):
+def gather_labels(x, positions):
     """x (B, T, ...) at positions (B, n) -> (B, n, ...)"""
-    return x[torch.arange(len(x), device=x.device)[:, None], at]
+    example = torch.arange(len(x), device=x.device)[:, None]
+    return x[example, positions]
+
+
+def index_reads(reads, index):
+    """Slots and weights of reads at an index of their first dimensions, such as (example, token)."""
+    return {part: reads[part][index] for part in ("slots", "weights")}
+
+
+def put_reads(index, new_reads, reads):
+    """The reads, with new slots and weights at an index of their first dimensions."""
+    return {part: reads[part].index_put(index, x) for part, x in new_reads.items()}
 
 
 @in_eval_mode
-def forward_from(model, block, stream, found, at):
-    """From a block's memory layer to the logits: stream (B, T, D) before it, found: what it is to read -> (B, n, tokens) at the
-    positions (B, n). Nothing before is computed again, and of the last block only what is asked for."""
+def forward_from(model, block, resid_mid, reads, label_pos):
+    """Run the model from a block's memory layer on -> logits (B, n, vocabulary) at label_pos (B, n).
+
+    resid_mid (B, T, D) is the residual stream before that layer, reads is what the layer reads.
+    Nothing before it is computed again.
+    """
     last = len(model.layers) - 1
     if block == last:
-        stream, found = gather_positions(stream, at), {name: gather_labels(x, at) for name, x in found.items()}
+        # No later block mixes positions, so the others are not needed.
+        resid_mid = gather_positions(resid_mid, label_pos)
+        reads = {name: gather_labels(x, label_pos) for name, x in reads.items()}
     layer = model.layers[block]
-    x = layer.add(stream, layer.mlp_or_memory(layer.ffn_norm(stream), reads=found))
+    x = layer.add(resid_mid, layer.mlp_or_memory(layer.ffn_norm(resid_mid), reads=reads))
     for i in range(block + 1, last + 1):
-        x = model.layers[i](x, at if i == last else None)
+        x = model.layers[i](x, label_pos if i == last else None)
     return model.lm_head(model.final_norm(x))
 
 
-# ---- one slot less -----------------------------------------------------------------------------------------------------
+# ---- ablation of a slot --------------------------------------------------------------------------
 
 
 @dataclass
 class SlotAblation:
-    """What a mode of removing a slot may use. More than one mode needs little of it."""
+    """One slot to ablate in each of M copies of examples, and what may come in its place."""
 
     memory: object  # the memory layer
-    found: dict  # slots, weights (B, T, H, k) of each copy
-    target: torch.Tensor  # (B,) the slot to remove
-    more: tuple  # scores and slots (B, T, H, k + 1) of the best k + 1
-    other: torch.Tensor  # (B,) a random slot of the table
-    borrowed: torch.Tensor  # (B,) a slot that another row reads at such a place
+    reads: dict  # slots and weights (M, T, H, k) of each copy
+    slot: torch.Tensor  # (M,) to ablate
+    best: tuple  # scores and slots (M, T, H, k + 1) of each head's k + 1 best; only for next_best
+    random_slot: torch.Tensor  # (M,) of the whole table
+    resampled_slot: torch.Tensor  # (M,) read by another example
+
+    def matches(self, slots):
+        """Is it the slot to ablate? slots (M, T, H, k) -> bool"""
+        return slots == self.slot[:, None, None, None]
+
+    def replaced_by(self, slot):
+        """The reads, with slot (M,) in place of the ablated one."""
+        slots, weights = self.reads["slots"], self.reads["weights"]
+        replaced = torch.where(self.matches(slots), slot[:, None, None, None], slots)
+        return {"slots": replaced, "weights": weights}
 
 
-def hit(r):
-    return r.found["slots"] == r.target[:, None, None, None]
+def zero_ablation(a):
+    """Zero ablation: the slot's weight is 0, and the others keep theirs."""
+    slots, weights = a.reads["slots"], a.reads["weights"]
+    return {"slots": slots, "weights": weights.masked_fill(a.matches(slots), 0)}
 
 
-def zero(r):
-    """Its weight is 0; the others keep theirs."""
-    return {"slots": r.found["slots"], "weights": r.found["weights"].masked_fill(hit(r), 0)}
+def next_best_ablation(a):
+    """Leave the slot out of the top k: the next best slot comes in, and weights are renormalised."""
+    scores, slots = a.best
+    k = a.reads["slots"].shape[-1]
+    # Stable: the others stay in the order of their choice, which is not that of their scores if
+    # the layer has a selection bias.
+    kept = a.matches(slots).int().argsort(dim=-1, stable=True)[..., :k]
+    weights = SCORES[a.memory.config.mem_score](scores.gather(-1, kept))
+    return {"slots": slots.gather(-1, kept), "weights": weights}
 
 
-def next_best(r):
-    """As if it were not in the table: the next best takes its place, and weights are made anew. (Best as lookup orders them,
-    which with a bias is not by score.)"""
-    scores, slots = r.more
-    place = (slots == r.target[:, None, None, None]).int().argsort(dim=-1, stable=True)[..., : r.found["slots"].shape[-1]]
-    return {"slots": slots.gather(-1, place), "weights": SCORES[r.memory.config.mem_score](scores.gather(-1, place))}
+def random_ablation(a):
+    """A random slot's value under the slot's weight."""
+    return a.replaced_by(a.random_slot)
 
 
-def random(r):
-    """Another slot's value under its weight."""
-    return {"slots": torch.where(hit(r), r.other[:, None, None, None], r.found["slots"]), "weights": r.found["weights"]}
+def resample_ablation(a):
+    """Resample ablation: the value of a slot that another example reads, under the slot's weight."""
+    return a.replaced_by(a.resampled_slot)
 
 
-def resample(r):
-    """The value of a slot that another row reads, under its weight."""
-    return {"slots": torch.where(hit(r), r.borrowed[:, None, None, None], r.found["slots"]), "weights": r.found["weights"]}
+def mean_ablation(a):
+    """Mean ablation: the mean of all values under the slot's weight."""
+    slots, weights = a.reads["slots"], a.reads["weights"]
+    others = zero_ablation(a)
+    ablated_weight = (weights * a.matches(slots)).sum((-1, -2))  # (M, T)
+    output = weighted_values(  # (M * T, V)
+        a.memory.values,
+        others["slots"].flatten(0, 1).flatten(1),
+        others["weights"].flatten(0, 1).flatten(1),
+    )
+    output = output.unflatten(0, ablated_weight.shape)
+    output = output + ablated_weight.unsqueeze(-1) * a.memory.values.mean(0)
+    return {**others, "output": output}
 
 
-def mean(r):
-    """The mean of all values under its weight."""
-    rest, lost = zero(r), (r.found["weights"] * hit(r)).sum((-1, -2))  # (B, T)
-    read = weighted_values(r.memory.values, rest["slots"].flatten(0, 1).flatten(1), rest["weights"].flatten(0, 1).flatten(1))
-    return {**rest, "output": read.unflatten(0, lost.shape) + lost.unsqueeze(-1) * r.memory.values.mean(0)}
+ABLATIONS = {  # SlotAblation -> reads
+    "zero": zero_ablation,
+    "next_best": next_best_ablation,
+    "random": random_ablation,
+    "mean": mean_ablation,
+    "resample": resample_ablation,
+}
 
 
-ABLATIONS = {"zero": zero, "drop": next_best, "random": random, "mean": mean, "resample": resample}
-
-
-# ---- any module --------------------------------------------------------------------------------------------------------
+# ---- hooks ---------------------------------------------------------------------------------------
+#
+# A hook is (module, when, function). "after": function(module, inputs, output) returns another
+# output; "before": function(module, inputs) returns other inputs. None leaves them as they are.
 
 
 @contextlib.contextmanager
-def hooked(changes):
-    """For a while, put functions at modules: changes [(module, "after" or "before", f)].
-
-    "after": f(module, inputs, output) -> another output, or None to leave it; "before": f(module, inputs) -> other inputs, or
-    None. They are gone afterwards, whatever happens.
-    """
-    hooks = []
+def hooked(hooks):
+    """Put hooks on modules in this context. They are removed at its end, also after an error."""
+    handles = []
     try:
-        for module, when, f in changes:
-            hooks.append(module.register_forward_hook(f) if when == "after" else module.register_forward_pre_hook(f))
+        for module, when, function in hooks:
+            if when == "after":
+                handles.append(module.register_forward_hook(function))
+            else:
+                handles.append(module.register_forward_pre_hook(function))
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def ablate_head(module, heads, head):
-    """A change for `replaced` that takes one head out of a mixer, before its last projection: of every row, or head (B,)."""
+def ablate_head(out_proj, n_heads, head):
+    """A hook that sets one head's output to 0, before the mixer's last projection."""
 
-    def silence(_, inputs):
-        x = inputs[0].unflatten(-1, (heads, -1)).clone()  # (B, n, H, V)
+    def ablate(module, inputs):
+        x = inputs[0].unflatten(-1, (n_heads, -1)).clone()  # (B, T, H, V)
         x[..., head, :] = 0
         return (x.flatten(-2),)
 
-    return module, "before", silence
+    return out_proj, "before", ablate
 
 
 def hook_points(model):
-    """{name: {block: module whose output is that}}: what a block adds, and the stream that enters it ("before")."""
-    out = {"stream": {}, "mixer": {}, "mlp": {}, "memory": {}}
-    for i, layer in enumerate(model.layers):
-        names = {"mixer": "att", "mlp": "ffn", "memory": "memory"}
-        parts = {name: getattr(layer, part, None) for name, part in names.items()}
-        parts["stream"] = layer
-        for name, module in parts.items():
+    """Where activations can be changed -> {name: {block: module}}.
+
+    resid_pre is the residual stream that enters a block; mixer, mlp and memory are what these parts
+    add to it (TransformerLens: resid_pre, attn_out, mlp_out).
+    """
+    points = {"resid_pre": dict(enumerate(model.layers))}
+    for name, attribute in (("mixer", "att"), ("mlp", "ffn"), ("memory", "memory")):
+        modules = {}
+        for block, layer in enumerate(model.layers):
+            module = getattr(layer, attribute, None)
             if module is not None:
-                out[name][i] = module
-    return {name: blocks for name, blocks in out.items() if blocks}
+                modules[block] = module
+        if modules:
+            points[name] = modules
+    return points
 
 
-def hook_output(site, module, change):
-    """A change for `replaced` at a site: change(x) -> other x, on what the module gives (of "stream": what enters it)."""
-    if site == "stream":
-        return module, "before", lambda _, inputs: (change(inputs[0]), *inputs[1:])
-    # a memory layer gives what it found, too
-    return module, "after", lambda _, inputs, y: (change(y[0]), *y[1:]) if isinstance(y, tuple) else change(y)
+def hook_output(name, module, change):
+    """A hook that applies change(x) -> x to the activation x (B, T, D) of a hook point."""
+
+    def change_input(module, inputs):
+        return (change(inputs[0]), *inputs[1:])
+
+    def change_output(module, inputs, output):
+        # A memory layer also returns its reads.
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    if name == "resid_pre":
+        return module, "before", change_input
+    return module, "after", change_output
 
 
 @in_eval_mode
-def run_with_hooks(model, cases, hooks=(), intervene=None):
-    """The whole model, changed -> logits at the labels (B, n, tokens)."""
+def run_with_hooks(model, examples, hooks=(), intervene=None):
+    """Run the whole model with hooks -> logits (B, n, vocabulary) at the labels.
+
+    intervene: {block: function of its memory layer's reads}, which returns other reads.
+    """
+    options = {"intervene": intervene} if intervene else {}
     with hooked(hooks):
-        return logits_at(model, cases.tokens, cases.at, **({"intervene": intervene} if intervene else {}))
+        return logits_at(model, examples.tokens, examples.label_pos, **options)

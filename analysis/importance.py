@@ -1,387 +1,447 @@
-"""Read what `ablate.py keys` measured: which slots matter, where, for which rows. Nothing here runs the model on text.
+"""Which slots matter, where, for which examples? Reads what `ablate.py keys` and `swap` measured.
 
     python ablate.py keys runs/RUN
-    python ablate.py impact | keystats | occurrences | position | repeats | corr | swap-pred runs/RUN
+    python ablate.py impact | keystats | occurrences | position | repeats | corr runs/RUN
+    python ablate.py swap-pred runs/RUN    # after swap-matrix
 
-Letters: N measurements, S slots, C clusters, V width of a value.
+Nothing here runs the model. "Drop" is always the drop in the logit difference of the answer.
+
+Letters: N measurements, E examples, S slots.
 """
 
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
 
+from analysis.clustering import chance_silhouette, spherical_k_means
+from analysis.editing import require_facts
+from analysis.memory_usage import require_slots
 from analysis.patching import DECODING
-from analysis.trained_run import BOOLEAN, DECIDE, NUMBER, TEXT, WHOLE, ending, read_parquet, results, save_result
+from analysis.trained_run import (
+    BOOLEAN,
+    DECISIVE,
+    NUMBER,
+    TEXT,
+    WHOLE,
+    concat,
+    list_results,
+    read_parquet,
+    result_suffix,
+    save_result,
+)
 from memory import slot_usage
 from nanorecall.checkpoint import read_record
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import ConfigError, require, say
-from nanorecall.stats import add_holm, clustered_proportion, correlation, format_ci, mean_ci, proportion
+from nanorecall.stats import (
+    add_holm,
+    clustered_proportion,
+    correlation,
+    format_ci,
+    mean_ci,
+    proportion,
+)
 
-COLUMNS = {  # what is read here of each measurement
+# The columns that are read here of each table, and their kinds.
+COLUMNS = {
     "keys": {
-        **dict.fromkeys(("row", "layer", "slot", "place", "answer", "reads"), WHOLE),
-        **dict.fromkeys(("weight", "fall", "p", "p_clean"), NUMBER),
-        **{"mode": TEXT, "control": BOOLEAN, "flip": BOOLEAN},
+        **dict.fromkeys(("example", "layer", "slot", "answer_pos", "answer", "reads"), WHOLE),
+        **dict.fromkeys(("weight", "drop", "p", "p_clean"), NUMBER),
+        **{"ablation": TEXT, "control": BOOLEAN, "flip": BOOLEAN},
     },
-    "swap": {**dict.fromkeys(("row", "layer", "place"), WHOLE), "fall": NUMBER, "other's": BOOLEAN},
-    "swap_matrix": dict.fromkeys(("row", "place", "answer", "other answer", *DECODING), WHOLE),
+    "swap": {
+        **dict.fromkeys(("example", "layer", "answer_pos"), WHOLE),
+        **{"drop": NUMBER, "source_answer": BOOLEAN},
+    },
+    "swap_matrix": dict.fromkeys(
+        ("example", "answer_pos", "answer", "source_answer_token", *DECODING), WHOLE
+    ),
 }
 
 
-def load_table(look, what):
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def load_table(run, what):
     """The parquet file that `ablate.py <what>` wrote into the run -> {column: (N,)}
 
-    It is the one of the same settings; if none are given, the only one there is.
+    It is the one with the same settings. If the command line names none, it is the only one there.
+    ConfigError if there is none, if there are several, or if it does not fit the checkpoint.
     """
-    advice = f"python ablate.py {what.replace('_', '-')} {look.folder} writes it"
-    end, there = ending(look, what), results(look, what)
-    if end not in there and not any(f"_{name}-" in end for name in DECIDE) and there:
-        names = ", ".join(f"ablate_{what}{e}" for e in there)
-        message = f"{look.folder} has {names}; say with the same settings which is meant"
-        require(len(there) == 1, message, None)
-        (end,) = there
-        look.world.print0(f"reading ablate_{what}{end}")
-    look.read.append(end)
-    path = os.path.join(look.folder, f"ablate_{what}{end}.parquet")
-    columns = read_parquet(path, COLUMNS[what], advice)
-    try:
-        step = read_record(path[: -len("parquet")] + "json", {"config": {"step": "count"}})[
-            "config"
-        ]["step"]
-    except ConfigError as e:
-        raise ConfigError(f"{e}; measure again") from None
-    message = f"{path} is of step {step}, the checkpoint of step {look.step}; measure again"
-    require(step == look.step, message, "checkpoint")
-    memories = look.model.memory_layers()
-    if "layer" in columns:
-        there = np.isin(columns["layer"], list(memories)).all()
-        require(there, f"{path} names layers without a memory; measure again", None)
-    if "slot" in columns:
-        size = min(len(memory.values) for memory in memories.values())
-        there = (columns["slot"] >= 0).all() and (columns["slot"] < size).all()
-        require(there, f"{path} names slots that are not there; measure again", None)
+    command = what.replace("_", "-")
+    suffix, present = result_suffix(run, what), list_results(run, what)
+    is_chosen = any(f"_{name}-" in suffix for name in DECISIVE)
+    if suffix not in present and present and not is_chosen:
+        names = ", ".join(f"ablate_{what}{s}" for s in present)
+        message = f"{run.folder} has {names}; name one by giving its settings"
+        require(len(present) == 1, message, None)
+        suffix = present[0]
+        run.world.print0(f"reading ablate_{what}{suffix}")
+    run.suffixes_read.append(suffix)
+    path = os.path.join(run.folder, f"ablate_{what}{suffix}")
+    again = f"run it again: python ablate.py {command} {run.folder}"
+    advice = f"python ablate.py {command} {run.folder} writes it"
+    columns = read_parquet(path + ".parquet", COLUMNS[what], advice)
+    check_table(run, path, columns, again)
     return columns
 
 
+def check_table(run, path, columns, advice):
+    """ConfigError unless the table (path without extension) is of this checkpoint and its slots."""
+    try:
+        record = read_record(path + ".json", {"config": {"step": "count"}})
+    except ConfigError as e:
+        raise ConfigError(f"{e}; {advice}") from None
+    path += ".parquet"
+    step = record["config"]["step"]
+    message = f"{path} is of step {step}, and the checkpoint of step {run.step}; {advice}"
+    require(step == run.step, message, "checkpoint")
+    memory_layers = run.model.memory_layers()
+    if "layer" in columns:
+        known = np.isin(columns["layer"], list(memory_layers)).all()
+        require(known, f"{path} names layers without a memory; {advice}", None)
+    if "slot" in columns:
+        size = min(len(memory.values) for memory in memory_layers.values())
+        known = (columns["slot"] >= 0).all() and (columns["slot"] < size).all()
+        require(known, f"{path} names slots that do not exist; {advice}", None)
+
+
+def select(columns, mask):
+    """Some of the measurements: mask (N,) bool."""
+    return {name: values[mask] for name, values in columns.items()}
+
+
 def first_ablation(columns):
-    """Measurements of read slots in the first mode measured (zero, unless --modes says otherwise), and its name."""
-    mode = str(columns["mode"][0])
-    mine = (columns["mode"] == mode) & ~columns["control"]
-    require(mine.any(), "no slot that a row reads was measured; measure keys again", None)
-    return {name: v[mine] for name, v in columns.items()}, mode
+    """Measurements of slots that were read, with the first ablation in the table, and its name.
+
+    That is zero, unless --ablations names others.
+    """
+    ablation = str(columns["ablation"][0])
+    mask = (columns["ablation"] == ablation) & ~columns["control"]
+    message = "the result of keys holds no slot that an example reads; run keys again"
+    require(mask.any(), message, None)
+    return select(columns, mask), ablation
 
 
 def slot_table(columns):
-    """One row for each block and slot: rows that read it, times, mean, median, largest and spread of the fall, flips."""
-    # Sorted by (layer, slot) once and cut, instead of a mask for each of thousands of slots.
+    """One entry for each layer and slot -> {column: (S,)}
+
+    n_examples that read it; mean, median, max and std of the drop; flips, the fraction that flip.
+    """
     key = columns["layer"].astype(np.int64) * 10**9 + columns["slot"]
-    slots, which = np.unique(key, return_inverse=True)
+    keys, which = np.unique(key, return_inverse=True)
+    # Sort by slot once, and cut: a mask for each of thousands of slots would be slow.
     order = np.argsort(which, kind="stable")
-    parts = np.split(order, np.cumsum(np.bincount(which))[:-1])
-    fall = [columns["fall"][p] for p in parts]
-    return {
-        "layer": slots // 10**9,
-        "slot": slots % 10**9,
-        "rows": np.array([len(np.unique(columns["row"][p])) for p in parts]),
-        "mean": np.array([f.mean() for f in fall]),
-        "median": np.array([np.median(f) for f in fall]),
-        "max": np.array([f.max() for f in fall]),
-        "std": np.array([f.std() for f in fall]),
-        "flips": np.array([columns["flip"][p].mean() for p in parts]),
-    }
+    statistics = []
+    for part in np.split(order, np.cumsum(np.bincount(which))[:-1]):
+        drop = columns["drop"][part]
+        n_examples = len(np.unique(columns["example"][part]))
+        spread = (np.median(drop), drop.max(), drop.std())
+        statistics.append((n_examples, drop.mean(), *spread, columns["flip"][part].mean()))
+    table = {"layer": keys // 10**9, "slot": keys % 10**9}
+    names = ("n_examples", "mean", "median", "max", "std", "flips")
+    for name, values in zip(names, zip(*statistics)):
+        table[name] = np.array(values)
+    return table
 
 
-def mean_drops(columns, rows, name, values):
-    """Mean fall of the lead by row and by value of the column `name` -> (rows, values), nan where nothing was measured.
+def mean_drops(columns, examples, name, values):
+    """Mean drop by example and by value of the column `name` -> (examples, values)
 
-    >>> measured = {"row": np.array([4, 4, 7]), "slot": np.array([9, 9, 2]), "fall": np.array([1.0, 3.0, 5.0])}
-    >>> mean_drops(measured, np.array([4, 7]), "slot", np.array([9, 2])).tolist()
+    nan where nothing was measured. examples must ascend.
+
+    >>> columns = {"example": np.array([4, 4, 7]), "slot": np.array([9, 9, 2])}
+    >>> columns["drop"] = np.array([1.0, 3.0, 5.0])
+    >>> mean_drops(columns, np.array([4, 7]), "slot", np.array([9, 2])).tolist()
     [[2.0, nan], [nan, 5.0]]
     """
-    mine = np.isin(columns["row"], rows) & np.isin(columns[name], values)
-    order = np.argsort(values)  # searchsorted wants them ascending
-    at = np.searchsorted(rows, columns["row"][mine]), order[np.searchsorted(values, columns[name][mine], sorter=order)]
-    sums, counts = np.zeros((2, len(rows), len(values)))
-    np.add.at(sums, at, columns["fall"][mine])
-    np.add.at(counts, at, 1)
+    mask = np.isin(columns["example"], examples) & np.isin(columns[name], values)
+    row = np.searchsorted(examples, columns["example"][mask])
+    order = np.argsort(values)  # searchsorted needs ascending values
+    column = order[np.searchsorted(values, columns[name][mask], sorter=order)]
+    sums = np.zeros((len(examples), len(values)))
+    counts = np.zeros_like(sums)
+    np.add.at(sums, (row, column), columns["drop"][mask])
+    np.add.at(counts, (row, column), 1)
     return np.where(counts > 0, sums / np.maximum(1, counts), np.nan)
 
 
-# ---- impact ------------------------------------------------------------------------------------------------------------
+def per_example_mean(example, values):
+    """Means of values (N,) by example (N,) -> examples (E,), ascending, and their means (E,)."""
+    examples, which = np.unique(example, return_inverse=True)
+    return examples, np.bincount(which, values) / np.bincount(which)
 
+
+def correlation_lines(cells):
+    """Lines of a table of results of `correlation`, with p adjusted by Holm's method."""
+    add_holm(cells.values())
+    lines = []
+    for name, cell in cells.items():
+        lines.append((name, *format_ci(cell), f"{cell['p']:.4f}", f"{cell['p_holm']:.4f}"))
+    return lines
+
+
+# ---- impact --------------------------------------------------------------------------------------
 
 NEGLIGIBLE = 0.01  # logits
 
 
-def top_and_all(columns):
-    """What the best 5% of slots cost, and what any slot does: falls of the lead by slot, two arrays. The best are chosen on one
-    half of the rows and measured on the other, both ways: where they were chosen, they are the best by luck, too."""
-    rows, best, every = np.unique(columns["row"]), [], []
-    half = np.isin(columns["row"], rows[::2])
-    for mine in (half, ~half):
-        chosen_on, measured_on = (slot_table({name: v[m] for name, v in columns.items()}) for m in (mine, ~mine))
-        order = np.argsort(-chosen_on["mean"])[: max(1, len(chosen_on["mean"]) // 20)]
-        best.append(measured_on["mean"][np.isin(measured_on["slot"], chosen_on["slot"][order])])
-        every.append(measured_on["mean"])
-    return np.concatenate(best), np.concatenate(every)
+def impact(run):
+    """How much does the ablation of a slot cost, and how much more that of the best slots?"""
+    require_slots(run)
+    table = load_table(run, "keys")
+    columns, ablation = first_ablation(table)
+    slots = slot_table(columns)
+    by_layer = {}
+    for layer in np.unique(slots["layer"]):
+        of_layer = select(columns, columns["layer"] == layer)
+        by_layer[str(layer)] = layer_impact(of_layer, slots["mean"][slots["layer"] == layer])
+    print_impact(by_layer)
+    # The ablation of a slot that is not read must change nothing: a check of the method.
+    control = np.abs(table["drop"][table["control"]])
+    largest = float(control.max()) if len(control) else None
+    change = f"{largest or 0:.1e} logits"
+    say(f"ablation {ablation}; largest change by a slot that is not read: {change}")
+    by_slice = {"layer": by_layer}
+    by_frequency = rare_and_frequent(columns)
+    if by_frequency:
+        print("rare facts (at most the median of exposures) against frequent ones:")
+        lines = []
+        for name, cell in by_frequency.items():
+            lines.append((name, *format_ci(cell["rare"])[1:], *format_ci(cell["frequent"])[1:]))
+        head = ("measure", "rare", "95% interval", "frequent", "95% interval")
+        print_table(head, lines)
+        by_slice["rare, frequent"] = by_frequency
+    metrics = {"ablation": ablation, "largest change by an unread slot": largest}
+    plot = partial(plot_impact, columns, slots, run.name, ablation)
+    save_result(run, "impact", metrics, by_slice, (), slots, plot)
 
 
-def impact(look):
-    """Per block: mean, median, largest and spread of the fall of the lead, how much more the best slots cost than a random one,
-    and how many cost next to nothing."""
-    everything = load_table(look, "keys")
-    columns, mode = first_ablation(everything)
-    slots, by_slice = slot_table(columns), {"layer": {}}
-    for block in np.unique(slots["layer"]):
-        mine = columns["layer"] == block
-        pairs = np.abs(columns["fall"][mine])
-        per_slot = slots["mean"][slots["layer"] == block]
-        best, every = top_and_all({name: v[mine] for name, v in columns.items()})
-        by_slice["layer"][str(block)] = {
-            "fall": mean_ci(per_slot),
-            "median": float(np.median(columns["fall"][mine])),
-            "largest": float(columns["fall"][mine].max()),
-            "std": float(columns["fall"][mine].std()),
-            "next to nothing": clustered_proportion(pairs < NEGLIGIBLE, columns["row"][mine]),
-            "flips": clustered_proportion(columns["flip"][mine], columns["row"][mine]),
-            "best 5% of slots": mean_ci(best) if len(best) else None,  # none of them is read in both halves
-            "ratio to a random slot": float(best.mean() / max(1e-9, every.mean())) if len(best) else math.nan,
-        }
-    # Removing a slot that nobody reads must change nothing: a check of the method, printed with its result.
-    control = everything["fall"][everything["control"]]
-    cells = by_slice["layer"]
-    head = ("layer", "slots", "mean fall", "95% interval", "median", "largest", "next to nothing", "best 5% / mean", "flips")
-    lines = [
-        (
-            b,
-            *format_ci(c["fall"]),
-            f"{c['median']:.4f}",
-            f"{c['largest']:.2f}",
-            f"{c['next to nothing']['value']:.1%}",
-            f"{c['ratio to a random slot']:.1f}",
-            f"{c['flips']['value']:.3%}",
-        )
-        for b, c in cells.items()
-    ]
-    print_table(head, lines)
-    say(
-        f"mode {mode}; slots that a row does not read: largest change {np.abs(control).max() if len(control) else 0:.1e} logits"
-    )
-    rare = frequent_or_rare(columns)
-    if rare:
-        print("rare facts (fewer exposures than the median) against frequent ones:")
-        print_table(
-            ("measure", "rare", "95% interval", "frequent", "95% interval"),
-            [(k, *format_ci(a)[1:], *format_ci(b)[1:]) for k, (a, b) in rare.items()],
-        )
-        by_slice["rare, frequent"] = {k: {"rare": a, "frequent": b} for k, (a, b) in rare.items()}
-    metrics = {"mode": mode, "largest change by an unread slot": float(np.abs(control).max()) if len(control) else None}
-    save_result(look, "impact", metrics, by_slice, (), slots, lambda path: plot_impact(path, columns, slots, look, mode))
-
-
-def frequent_or_rare(columns):
-    """How rows of rare and of frequent facts depend on slots: {measure: (rare, frequent)}, means over rows."""
-    if "exposures" not in columns or len(np.unique(columns["exposures"])) < 2:
-        return {}
-    rows, first, which = np.unique(columns["row"], return_index=True, return_inverse=True)
-    exposures, out = columns["exposures"][first], {}
-    high = exposures > np.median(exposures)  # frequent: shown more often than half of the rows
-    if high.all() or not high.any():
-        return {}
-    # Effective number: (sum of x)^2 / sum of x^2, n if n slots share the fall evenly, 1 if one has it all.
-    total = np.bincount(which, np.maximum(0, columns["fall"]))
-    squares = np.bincount(which, np.maximum(0, columns["fall"]) ** 2)
-    measures = {
-        "mean fall of the lead": np.bincount(which, columns["fall"]) / np.bincount(which),
-        "largest fall": np.array([columns["fall"][which == i].max() for i in range(len(rows))]),
-        "slots that carry the fall (effective number)": total**2 / np.maximum(1e-12, squares),
-        "share of removals that flip an answer": np.bincount(which, columns["flip"]) / np.bincount(which),
+def layer_impact(columns, mean_of_slot):
+    """Drops in one layer: measurements {column: (N,)} and the mean drop of each slot (S,)."""
+    drop, example = columns["drop"], columns["example"]
+    top, every = top_and_all(columns)
+    ratio = float(top.mean() / max(1e-9, every.mean())) if len(top) else math.nan
+    return {
+        "drop": mean_ci(mean_of_slot),
+        "median": float(np.median(drop)),
+        "largest": float(drop.max()),
+        "std": float(drop.std()),
+        "negligible": clustered_proportion(np.abs(drop) < NEGLIGIBLE, example),
+        "flips": clustered_proportion(columns["flip"], example),
+        # None if none of them is read in both halves of the examples.
+        "best 5% of slots": mean_ci(top) if len(top) else None,
+        "ratio to a random slot": ratio,
     }
+
+
+def top_and_all(columns):
+    """Mean drops of the best 5% of slots, and of all slots: two arrays.
+
+    The best are chosen on one half of the examples and measured on the other, and vice versa. On
+    the same examples, the best would be too good: some are the best by chance.
+    """
+    examples = np.unique(columns["example"])
+    if len(examples) < 2:
+        return np.empty(0), np.empty(0)
+    in_half = np.isin(columns["example"], examples[::2])
+    top, every = [], []
+    for mask in (in_half, ~in_half):
+        chosen_on = slot_table(select(columns, mask))
+        measured_on = slot_table(select(columns, ~mask))
+        n_best = max(1, len(chosen_on["mean"]) // 20)
+        best = chosen_on["slot"][np.argsort(-chosen_on["mean"])[:n_best]]
+        top.append(measured_on["mean"][np.isin(measured_on["slot"], best)])
+        every.append(measured_on["mean"])
+    return np.concatenate(top), np.concatenate(every)
+
+
+def print_impact(by_layer):
+    lines = []
+    for layer, cell in by_layer.items():
+        line = [layer, *format_ci(cell["drop"])]
+        line += [f"{cell['median']:.4f}", f"{cell['largest']:.2f}"]
+        line += [f"{cell['negligible']['value']:.1%}", f"{cell['ratio to a random slot']:.1f}"]
+        lines.append((*line, f"{cell['flips']['value']:.3%}"))
+    head = ("layer", "slots", "mean drop", "95% interval", "median", "largest")
+    print_table((*head, f"below {NEGLIGIBLE}", "best 5% / mean", "flips"), lines)
+
+
+def rare_and_frequent(columns):
+    """How facts with few and with many exposures depend on slots, as means over examples.
+
+    -> {measure: {"rare", "frequent"}}; {} where exposures do not differ.
+    """
+    if "exposures" not in columns:
+        return {}
+    examples, first, which = np.unique(columns["example"], return_index=True, return_inverse=True)
+    exposures = columns["exposures"][first]
+    is_frequent = exposures > np.median(exposures)
+    if is_frequent.all() or not is_frequent.any():
+        return {}
+    drop, counts = columns["drop"], np.bincount(which)
+    largest = np.full(len(examples), -np.inf)
+    np.maximum.at(largest, which, drop)
+    # Effective number: (sum of x)^2 / sum of x^2. It is n if n slots share the drop evenly.
+    positive = np.maximum(0, drop)
+    squares = np.bincount(which, positive**2)
+    effective = np.bincount(which, positive) ** 2 / np.maximum(1e-12, squares)
+    measures = {
+        "mean drop": np.bincount(which, drop) / counts,
+        "largest drop": largest,
+        "slots that carry the drop (effective number)": effective,
+        "fraction of ablations that flip an answer": np.bincount(which, columns["flip"]) / counts,
+    }
+    by_frequency = {}
     for name, x in measures.items():
-        out[name] = (mean_ci(x[~high]), mean_ci(x[high]))
-    return out
+        by_frequency[name] = {"rare": mean_ci(x[~is_frequent]), "frequent": mean_ci(x[is_frequent])}
+    return by_frequency
 
 
-def plot_keys(path, columns, title):
-    """Every mode: how the fall is spread over (row, slot) pairs, by block, and control."""
-    modes, blocks = dict.fromkeys(columns["mode"].tolist()), np.unique(columns["layer"])
-    plt, fig, axes = figure(1, len(blocks) + 1)
-    for axis, block in zip(axes, blocks):
-        for mode in modes:
-            mine = (columns["mode"] == mode) & (columns["layer"] == block) & ~columns["control"]
-            fall = np.sort(columns["fall"][mine])[::-1]
-            axis.plot(np.linspace(0, 1, len(fall)), fall, lw=1, label=f"{mode}, n = {len(fall)}")
-        axis.set(
-            xlabel="(row, slot, label), largest first",
-            ylabel="fall of the right answer's lead (logits)",
-            title=f"layer {block}",
-        )
+def plot_keys(columns, title, path):
+    """Drops of all measurements in falling order, by layer and ablation; and the flips."""
+    ablations, layers = dict.fromkeys(columns["ablation"].tolist()), np.unique(columns["layer"])
+    plt, fig, axes = figure(1, len(layers) + 1)
+    flips = []
+    for ablation in ablations:
+        is_read = (columns["ablation"] == ablation) & ~columns["control"]
+        flips.append(clustered_proportion(columns["flip"][is_read], columns["example"][is_read]))
+        for axis, layer in zip(axes, layers):
+            drop = np.sort(columns["drop"][is_read & (columns["layer"] == layer)])[::-1]
+            label = f"{ablation}, n = {len(drop)}"
+            axis.plot(np.linspace(0, 1, len(drop)), drop, lw=1, label=label)
+    for axis, layer in zip(axes, layers):
+        axis.set(xlabel="(example, slot, label), largest first", title=f"layer {layer}")
+        axis.set_ylabel("drop in logit difference")
         axis.set_xscale("symlog", linthresh=1e-3)
         axis.set_xlim(0, 1)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    flips = [
-        clustered_proportion(columns["flip"][m], columns["row"][m])
-        for m in ((columns["mode"] == mode) & ~columns["control"] for mode in modes)
-    ]
-    errorbars(axes[-1], range(len(modes)), flips, ls="none")
-    axes[-1].set_xticks(range(len(modes)), [f"{m}\nn={c['n']}" for m, c in zip(modes, flips)], fontsize=7)
-    axes[-1].set(ylabel="share of removals that flip an answer (95%)", ylim=(0, None))
+        axis.legend()
+    errorbars(axes[-1], range(len(flips)), flips, ls="none")
+    ticks = [f"{name}\nn={cell['n']}" for name, cell in zip(ablations, flips)]
+    axes[-1].set_xticks(range(len(flips)), ticks)
+    axes[-1].set(ylabel="fraction of ablations that flip an answer (95%)", ylim=(0, None))
     finish_figure(fig, plt, path, title)
 
 
-def plot_impact(path, columns, slots, look, mode, most=60):
-    """The importance matrix: rows (examples) by the slots that matter most; and every slot's mean fall, sorted."""
-    blocks = np.unique(slots["layer"])
-    plt, fig, axes = figure(1, 1 + len(blocks), width=5.2, grid=False)
-    for block in blocks:
-        mine = slots["layer"] == block
-        axes[0].plot(np.sort(slots["mean"][mine])[::-1], lw=1, label=f"layer {block}: {mine.sum()} slots")
-        axes[0].axhline(slots["mean"][mine].mean(), ls="--", lw=1, color="gray")
-    axes[0].set(xlabel="slots, most important first", ylabel=f"fall of the lead (logits), {mode}")
-    axes[0].legend(fontsize=7, title="dashed: a random slot of a layer", title_fontsize=7)
-    axes[0].grid(alpha=0.3)
-    rows = np.unique(columns["row"])[:most]
-    for axis, block in zip(axes[1:], blocks):
-        mine = slots["layer"] == block
-        total = slots["mean"][mine] * slots["rows"][mine]  # of all rows: a slot of one row would be a column with one dot
-        best = slots["slot"][mine][np.argsort(-total)][:most]
-        grid = mean_drops({k: v[columns["layer"] == block] for k, v in columns.items()}, rows, "slot", best)
-        drawn = axis.imshow(grid, aspect="auto", cmap="magma_r", vmin=0, vmax=np.nanquantile(grid, 0.99))
-        axis.set(xlabel=f"the {len(best)} slots with the largest effect", ylabel="row", title=f"layer {block}; white: not read")
-        axis.title.set_fontsize(8)
-        fig.colorbar(drawn, ax=axis, label="mean fall of the lead (logits)")
-    finish_figure(fig, plt, path, f"{look.name}: {len(np.unique(columns['row']))} rows")
+def plot_impact(columns, slots, title, ablation, path, most=60):
+    """Mean drops of all slots, sorted; and a matrix of examples by the slots that matter most."""
+    layers = np.unique(slots["layer"])
+    plt, fig, axes = figure(1, 1 + len(layers), width=5.2, grid=False)
+    sorted_axis = axes[0]
+    examples = np.unique(columns["example"])
+    for axis, layer in zip(axes[1:], layers):
+        of_layer = select(slots, slots["layer"] == layer)
+        mean = of_layer["mean"]
+        sorted_axis.plot(np.sort(mean)[::-1], lw=1, label=f"layer {layer}: {len(mean)} slots")
+        sorted_axis.axhline(mean.mean(), ls="--", lw=1, color="gray")
+        # The sum over examples, because a slot of a single example would be a column with one dot.
+        total = mean * of_layer["n_examples"]
+        best = of_layer["slot"][np.argsort(-total)][:most]
+        measured = select(columns, columns["layer"] == layer)
+        grid = mean_drops(measured, examples[:most], "slot", best)
+        highest = np.nanquantile(grid, 0.99)
+        image = axis.imshow(grid, aspect="auto", cmap="magma_r", vmin=0, vmax=highest)
+        axis.set(xlabel=f"the {len(best)} slots with the largest effect", ylabel="example")
+        axis.set_title(f"layer {layer}; white: not read")
+        fig.colorbar(image, ax=axis, label="mean drop in logit difference")
+    sorted_axis.set(xlabel="slots, most important first", ylabel=f"mean drop, {ablation}")
+    sorted_axis.legend(title="dashed: a random slot of a layer", title_fontsize=7)
+    sorted_axis.grid(True)
+    finish_figure(fig, plt, path, f"{title}: {len(examples)} examples")
 
 
-# ---- slots -------------------------------------------------------------------------------------------------------------
+def scatter_by_layer(axis, table, x, y, unit, **style):
+    """Points of two columns, one colour for each layer."""
+    for layer in np.unique(table["layer"]):
+        mask = table["layer"] == layer
+        label = f"layer {layer}: {mask.sum()} {unit}"
+        axis.plot(table[x][mask], table[y][mask], ".", label=label, **style)
+    axis.legend()
 
 
-def keystats(look, clusters=8):
-    """Of each slot: how many rows read it, how its effect varies; and groups of slots with alike values (k-means on the
-    directions of the value rows), with the silhouette that says whether there are groups at all."""
-    columns, mode = first_ablation(load_table(look, "keys"))
-    slots = slot_table(columns)
-    found, by_slice = {**slots, "cluster": np.zeros(len(slots["slot"]), int)}, {"layer": {}}
-    for block in np.unique(slots["layer"]):
-        mine = np.flatnonzero(slots["layer"] == block)
-        values = look.model.memory_layers()[int(block)].values.detach().float().cpu().numpy()[slots["slot"][mine]]
-        group, quality = spherical_k_means(values, min(clusters, len(values) // 2 or 1), look.config.seed)
-        by_chance = np.mean(
-            [spherical_k_means(permute_columns(values, s), min(clusters, len(values) // 2 or 1), s)[1] for s in range(5)]
-        )
-        found["cluster"][mine] = group
-        often = correlation(slots["rows"][mine], slots["mean"][mine], seed=look.config.seed)
-        by_slice["layer"][str(block)] = {
-            "rows that read a slot": mean_ci(slots["rows"][mine]),
-            "variance of effect": mean_ci(slots["std"][mine] ** 2),
-            "silhouette": quality,
-            "silhouette of shuffled values": float(by_chance),
-            "reads against effect (Spearman)": often,
+# ---- slots ---------------------------------------------------------------------------------------
+
+
+def keystats(run, n_clusters=8):
+    """How many examples read a slot, how does its effect vary, and do the values form clusters?"""
+    require_slots(run)
+    columns, ablation = first_ablation(load_table(run, "keys"))
+    table = slot_table(columns)
+    table["cluster"] = np.zeros(len(table["slot"]), int)
+    seed = run.config.seed
+    memory_layers = run.model.memory_layers()
+    by_layer, lines = {}, []
+    for layer in np.unique(table["layer"]):
+        in_layer = table["layer"] == layer
+        slots = select(table, in_layer)
+        values = memory_layers[int(layer)].values.detach().float().cpu().numpy()[slots["slot"]]
+        n = min(n_clusters, max(1, len(values) // 2))
+        table["cluster"][in_layer], silhouette = spherical_k_means(values, n, seed)
+        by_chance = chance_silhouette(values, n)
+        readers, variance = mean_ci(slots["n_examples"]), mean_ci(slots["std"] ** 2)
+        reads_effect = correlation(slots["n_examples"], slots["mean"], seed=seed)
+        by_layer[str(layer)] = {
+            "examples that read a slot": readers,
+            "variance of effect": variance,
+            "silhouette": silhouette,
+            "silhouette of permuted values": by_chance,
+            "reads against effect (Spearman)": reads_effect,
         }
-    head = (
-        "layer",
-        "slots",
-        "rows a slot",
-        "variance of effect",
-        "silhouette",
-        "of shuffled values",
-        "reads ~ effect",
-        "95% interval",
-        "p",
-    )
-    lines = []
-    for b, c in by_slice["layer"].items():
-        r, often = c["rows that read a slot"], c["reads against effect (Spearman)"]
-        numbers = (f"{r['value']:.1f}", f"{c['variance of effect']['value']:.4f}", f"{c['silhouette']:.3f}")
-        lines.append((b, r["n"], *numbers, f"{c['silhouette of shuffled values']:.3f}", *format_ci(often)[1:], f"{often['p']:.4f}"))
+        line = [layer, readers["n"], f"{readers['value']:.1f}", f"{variance['value']:.4f}"]
+        line += [f"{silhouette:.3f}", f"{by_chance:.3f}", *format_ci(reads_effect)[1:]]
+        lines.append((*line, f"{reads_effect['p']:.4f}"))
+    head = ("layer", "slots", "examples a slot", "variance of effect", "silhouette")
+    head += ("of permuted values", "reads ~ effect", "95% interval", "p")
     print_table(head, lines)
-    save_result(look, "keystats", {"mode": mode}, by_slice, (), found, lambda path: plot_keystats(path, slots, look.name))
+    plot = partial(plot_keystats, table, run.name)
+    save_result(run, "keystats", {"ablation": ablation}, {"layer": by_layer}, (), table, plot)
 
 
-def permute_columns(values, seed):
-    """Each column in another order: what is left is chance."""
-    random = np.random.default_rng(seed)  # each column keeps its values, so their spread is the same
-    return np.stack([random.permutation(column) for column in values.T], axis=1)
-
-
-def spherical_k_means(values, clusters, seed=0, rounds=50):
-    """Rows (S, V) by direction into groups -> group (S,), mean silhouette in cosine distance (1: far apart, 0: no groups)."""
-    x = values / np.maximum(1e-12, np.linalg.norm(values, axis=1, keepdims=True))
-    random = np.random.default_rng(seed)
-    centres = x[random.choice(len(x), clusters, replace=False)]
-    for _ in range(rounds):
-        group = (x @ centres.T).argmax(1)
-        sums = np.stack([x[group == c].sum(0) if (group == c).any() else centres[c] for c in range(clusters)])
-        centres = sums / np.maximum(1e-12, np.linalg.norm(sums, axis=1, keepdims=True))
-    group = (x @ centres.T).argmax(1)
-    if len(np.unique(group)) < 2:
-        return group, 0.0
-    # Silhouette (Rousseeuw 1987): mean distance to its own group, itself left out, against that to the nearest other group.
-    distance, sizes = 1 - x @ x.T, np.bincount(group, minlength=clusters)
-    sums = np.stack([distance[:, group == c].sum(1) for c in range(clusters)], 1)  # (S, C)
-    own = sums[np.arange(len(x)), group] / np.maximum(1, sizes[group] - 1)
-    others = np.where(sizes > 0, sums / np.maximum(1, sizes), np.inf)
-    others[np.arange(len(x)), group] = np.inf
-    nearest = others.min(1)
-    quality = np.where(sizes[group] > 1, (nearest - own) / np.maximum(1e-12, np.maximum(nearest, own)), 0)
-    return group, float(quality.mean())
-
-
-def plot_keystats(path, slots, title):
-    plt, fig, axes = figure(1, 2)
-    for block in np.unique(slots["layer"]):
-        mine = slots["layer"] == block
-        axes[0].plot(slots["rows"][mine], slots["mean"][mine], ".", ms=3, alpha=0.6, label=f"layer {block}: {mine.sum()} slots")
-        axes[1].plot(slots["mean"][mine], slots["std"][mine], ".", ms=3, alpha=0.6, label=f"layer {block}")
-    axes[0].set(xlabel="rows that read the slot", ylabel="mean fall of the lead (logits)", xscale="log")
-    axes[1].set(xlabel="mean fall of the lead (logits)", ylabel="standard deviation over rows and labels")
-    for axis in axes:
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
+def plot_keystats(table, title, path):
+    plt, fig, (left, right) = figure(1, 2)
+    scatter_by_layer(left, table, "n_examples", "mean", "slots", ms=3, alpha=0.6)
+    scatter_by_layer(right, table, "mean", "std", "slots", ms=3, alpha=0.6)
+    left.set(xlabel="examples that read the slot", ylabel="mean drop (logits)", xscale="log")
+    right.set_xlabel("mean drop (logits)")
+    right.set_ylabel("standard deviation over examples and labels")
     finish_figure(fig, plt, path, title)
 
 
-def occurrences(look):
-    """How the reads of the rows taken apart spread over the table: slots by times read, unused ones, Gini's coefficient, KL."""
-    columns, _ = first_ablation(load_table(look, "keys"))
-    first = columns["place"] == 0  # `reads` is of the row and stands at each of its labels: count it once
-    by_slice, counts = {"layer": {}}, {}
-    for block, memory in look.model.memory_layers().items():
-        mine = first & (columns["layer"] == block)
-        times = np.bincount(columns["slot"][mine], columns["reads"][mine], minlength=len(memory.values))
-        counts[block] = times
-        by_slice["layer"][str(block)] = {
-            "unused": proportion(int((times == 0).sum()), len(times)),
-            "gini": gini(times),
-            "kl": slot_usage(torch.from_numpy(times))["kl"],
-            "reads": int(times.sum()),
-        }
+def occurrences(run):
+    """How evenly do the examples read the table: unused slots, Gini coefficient, KL divergence."""
+    require_slots(run)
+    columns, _ = first_ablation(load_table(run, "keys"))
+    # `reads` is of an example and stands at each of its labels: count it once.
+    columns = select(columns, columns["answer_pos"] == 0)
+    by_layer, times, lines = {}, {}, []
+    for layer, memory in run.model.memory_layers().items():
+        of_layer = select(columns, columns["layer"] == layer)
+        n_slots = len(memory.values)
+        reads = np.bincount(of_layer["slot"], of_layer["reads"], minlength=n_slots)
+        unused = proportion(int((reads == 0).sum()), n_slots)
+        coefficient, kl = gini(reads), slot_usage(torch.from_numpy(reads))["kl"]
+        n_reads = int(reads.sum())
+        by_layer[str(layer)] = {"unused": unused, "gini": coefficient, "kl": kl, "reads": n_reads}
+        lines.append((layer, *format_ci(unused), f"{coefficient:.3f}", f"{kl:.3f}", n_reads))
+        times[layer] = reads
     head = ("layer", "slots", "unused", "95% interval", "Gini", "KL from even (nats)", "reads")
-    print_table(
-        head, [(b, *format_ci(c["unused"]), f"{c['gini']:.3f}", f"{c['kl']:.3f}", c["reads"]) for b, c in by_slice["layer"].items()]
-    )
-    flat = {
-        "layer": np.repeat(list(counts), [len(t) for t in counts.values()]),
-        "slot": np.concatenate([np.arange(len(t)) for t in counts.values()]),
+    print_table(head, lines)
+    sizes = [len(reads) for reads in times.values()]
+    table = {
+        "layer": np.repeat(list(times), sizes),
+        "slot": np.concatenate([np.arange(size) for size in sizes]),
+        "times": np.concatenate(list(times.values())),
     }
-    save_result(
-        look,
-        "occurrences",
-        {},
-        by_slice,
-        (),
-        flat | {"times": np.concatenate(list(counts.values()))},
-        lambda path: plot_occurrences(path, counts, look.name),
-    )
+    plot = partial(plot_occurrences, times, run.name)
+    save_result(run, "occurrences", {}, {"layer": by_layer}, (), table, plot)
 
 
 def gini(times):
-    """0: all slots are read alike; near 1: one has all reads.
+    """Gini coefficient of reads (S,). 0: all slots are read equally often; near 1: one has all.
 
     >>> gini(np.array([1.0, 1.0])), gini(np.array([0.0, 0.0, 0.0, 4.0]))
     (0.0, 0.75)
@@ -391,212 +451,244 @@ def gini(times):
     return float((2 * np.arange(1, n + 1) - n - 1) @ times / (n * times.sum()))
 
 
-def plot_occurrences(path, counts, title):
+def plot_occurrences(times, title, path):
     plt, fig, (axis,) = figure(1, 1, width=5)
-    top = max(t.max() for t in counts.values())
-    edges = np.concatenate([[0, 1], np.unique(np.geomspace(1, top + 1, 24).round())[1:]])
-    for block, times in counts.items():
-        axis.hist(times, edges, alpha=0.5, label=f"layer {block}: {(times == 0).sum()} of {len(times)} slots never read")
-    axis.set(xlabel="times read by the rows taken apart", ylabel="slots", xscale="symlog")
-    axis.legend(fontsize=7)
+    most = max(reads.max() for reads in times.values())
+    edges = np.concatenate([[0, 1], np.unique(np.geomspace(1, most + 1, 24).round())[1:]])
+    for layer, reads in times.items():
+        label = f"layer {layer}: {(reads == 0).sum()} of {len(reads)} slots never read"
+        axis.hist(reads, edges, alpha=0.5, label=label)
+    axis.set(xlabel="times read by these examples", ylabel="slots", xscale="symlog")
+    axis.legend()
     finish_figure(fig, plt, path, title)
 
 
-# ---- rows --------------------------------------------------------------------------------------------------------------
+# ---- examples ------------------------------------------------------------------------------------
 
 
-def position(look):
-    """The fall of the lead by place in the answer and block. p: is a place unlike the others of its block (permutations of the
-    places within rows, Holm over all)?"""
-    columns, mode = first_ablation(load_table(look, "keys"))
-    by_slice = {"layer, place": {}}
-    for block in np.unique(columns["layer"]):
-        mine = columns["layer"] == block
-        rows, places = (np.unique(columns[name][mine]) for name in ("row", "place"))
-        by_row = np.nan_to_num(mean_drops({k: v[mine] for k, v in columns.items()}, rows, "place", places))
-        # Rows are what was drawn at random, so they are the unit of intervals and tests: one mean for each row and place.
-        for i, (place, p) in enumerate(zip(places, position_permutation_test(by_row))):
-            here = mine & (columns["place"] == place)
-            by_slice["layer, place"][f"{block}, {place}"] = {
-                "fall": mean_ci(by_row[:, i]),
-                "p": float(p),
-                "flips": clustered_proportion(columns["flip"][here], columns["row"][here]),
-            }
-    add_holm(by_slice["layer, place"].values())
-    lines = [
-        (k, *format_ci(c["fall"]), f"{c['flips']['value']:.3%}", f"{c['p_holm']:.4f}") for k, c in by_slice["layer, place"].items()
-    ]
-    print_table(("layer, place in the answer", "rows", "mean fall", "95% interval", "flips", "p (Holm)"), lines)
-    save_result(
-        look,
-        "position",
-        {"mode": mode},
-        by_slice,
-        (),
-        None,
-        lambda path: plot_position(path, by_slice["layer, place"], look.name, mode),
-    )
+def position(run):
+    """The drop by answer position and layer. p: does a position differ from the others?"""
+    require_slots(run)
+    columns, ablation = first_ablation(load_table(run, "keys"))
+    cells = {}
+    for layer in np.unique(columns["layer"]):
+        of_layer = select(columns, columns["layer"] == layer)
+        examples, positions = np.unique(of_layer["example"]), np.unique(of_layer["answer_pos"])
+        # One mean for each example and position: examples were sampled, so they are the unit of
+        # intervals and tests.
+        drops = np.nan_to_num(mean_drops(of_layer, examples, "answer_pos", positions))
+        p = position_permutation_test(drops)
+        for i, answer_pos in enumerate(positions):
+            here = select(of_layer, of_layer["answer_pos"] == answer_pos)
+            flips = clustered_proportion(here["flip"], here["example"])
+            cell = {"drop": mean_ci(drops[:, i]), "p": float(p[i]), "flips": flips}
+            cells[f"{layer}, {answer_pos}"] = cell
+    add_holm(cells.values())
+    lines = []
+    for name, cell in cells.items():
+        numbers = (f"{cell['flips']['value']:.3%}", f"{cell['p_holm']:.4f}")
+        lines.append((name, *format_ci(cell["drop"]), *numbers))
+    head = ("layer, answer position", "examples", "mean drop", "95% interval", "flips", "p (Holm)")
+    print_table(head, lines)
+    plot = partial(plot_position, cells, run.name, ablation)
+    by_slice = {"layer, answer_pos": cells}
+    save_result(run, "position", {"ablation": ablation}, by_slice, (), None, plot)
 
 
-def position_permutation_test(by_row, draws=2000, seed=0):
-    """p for each column of (rows, places): is its mean as far from the rest when places change at random within rows?"""
-    random = np.random.default_rng(seed)
-    away = lambda x: np.abs(x.mean(0) - x.mean())
-    # The identity is one of the permutations, so counts begin at one and no p is 0.
-    real, extreme = away(by_row), np.ones(by_row.shape[1])
+def position_permutation_test(drops, draws=2000, seed=0):
+    """p (positions,): does the mean of a column of drops (examples, positions) differ from the rest?
+
+    Under the null hypothesis the positions of an example are exchangeable.
+    """
+    rng = np.random.default_rng(seed)
+
+    def distance(x):
+        return np.abs(x.mean(0) - x.mean())
+
+    observed = distance(drops)
+    # The given order is one of the permutations, so counts begin at 1 and no p is 0.
+    n_extreme = np.ones(drops.shape[1])
     for _ in range(draws):
-        extreme += away(random.permuted(by_row, axis=1)) >= real - 1e-12
-    return extreme / (draws + 1)
+        # Equal distances may differ by rounding.
+        n_extreme += distance(rng.permuted(drops, axis=1)) >= observed - 1e-12
+    return n_extreme / (draws + 1)
 
 
-def plot_position(path, cells, title, mode):
+def plot_position(cells, title, ablation, path):
     plt, fig, (axis,) = figure(1, 1, width=5)
-    for block in dict.fromkeys(k.split(", ")[0] for k in cells):
-        mine = {int(k.split(", ")[1]): c["fall"] for k, c in cells.items() if k.split(", ")[0] == block}
-        errorbars(axis, list(mine), list(mine.values()), label=f"layer {block}, n = {next(iter(mine.values()))['n']} rows")
-    axis.set(xlabel="place in the answer", ylabel=f"fall of the lead, {mode} (95%)", ylim=(0, None))
-    axis.legend(fontsize=7)
+    by_layer = {}
+    for name, cell in cells.items():
+        layer, answer_pos = name.split(", ")
+        by_layer.setdefault(layer, {})[int(answer_pos)] = cell["drop"]
+    for layer, drops in by_layer.items():
+        points = list(drops.values())
+        label = f"layer {layer}, n = {points[0]['n']} examples"
+        errorbars(axis, list(drops), points, label=label)
+    axis.set(xlabel="answer position", ylabel=f"mean drop, {ablation} (95%)", ylim=(0, None))
+    axis.legend()
     finish_figure(fig, plt, path, title)
 
 
-def per_example_mean(columns, rows):
-    """Mean fall of the lead of each row: (rows,)"""
-    at, which = np.unique(columns["row"], return_inverse=True)
-    means = dict(zip(at.tolist(), (np.bincount(which, columns["fall"]) / np.bincount(which)).tolist()))
-    return np.array([means[r] for r in rows.tolist()])
-
-
-def repeated_digits(look):
-    """Does it matter whether a key has repeated digits (111111 has five)? Spearman's correlation with the fall of the lead."""
-    columns, mode = first_ablation(load_table(look, "keys"))
-    rows = np.unique(columns["row"])
-    texts = look.data.source.read(look.config.split, rows)[0]
-    count = lambda word: len(word) - len(set(word))
-    fall, found = per_example_mean(columns, rows), {}
+def repeated_digits(run):
+    """Does the drop depend on repeated digits of the key (111111 has five), or of the value?"""
+    require_slots(run)
+    require_facts(run)
+    columns, ablation = first_ablation(load_table(run, "keys"))
+    examples, drop = per_example_mean(columns["example"], columns["drop"])
+    texts, _ = run.data.source.read(run.config.split, examples)
+    of_key, of_value, shared = [], [], []
+    for text in texts:
+        key, value = text.strip().split(":")[:2]
+        of_key.append(len(key) - len(set(key)))
+        of_value.append(len(value) - len(set(value)))
+        shared.append(len(set(key) & set(value)))
     measures = {
-        "repeated digits of the key": [count(t.split(":")[0]) for t in texts],
-        "repeated digits of the value": [count(t.strip().split(":")[1]) for t in texts],
-        "digits that key and value share": [len(set(t.split(":")[0]) & set(t.strip().split(":")[1])) for t in texts],
+        "repeated digits of the key": np.array(of_key),
+        "repeated digits of the value": np.array(of_value),
+        "digits that key and value share": np.array(shared),
     }
+    cells = {}
     for name, x in measures.items():
-        found[name] = correlation(x, fall, seed=look.config.seed)
-    add_holm(found.values())
-    lines = [(k, *format_ci(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in found.items()]
-    print_table(("Spearman's correlation with the fall", "rows", "value", "95% interval", "p (permutations)", "Holm"), lines)
-    columns = {"row": rows, "fall": fall, **{k: np.array(v) for k, v in measures.items()}}
-    save_result(
-        look,
-        "repeats",
-        {"mode": mode, "correlation": found},
-        {},
-        (),
-        columns,
-        lambda path: plot_repeats(path, measures, fall, found, look.name),
-    )
+        cells[name] = correlation(x, drop, seed=run.config.seed)
+    head = ("Spearman's correlation with the drop", "examples", "value", "95% interval")
+    print_table((*head, "p (permutations)", "Holm"), correlation_lines(cells))
+    metrics = {"ablation": ablation, "correlation": cells}
+    columns = {"example": examples, "drop": drop, **measures}
+    plot = partial(plot_repeats, measures, drop, cells, run.name)
+    save_result(run, "repeats", metrics, {}, (), columns, plot)
 
 
-def plot_repeats(path, measures, fall, found, title):
+def plot_repeats(measures, drop, correlations, title, path):
     plt, fig, axes = figure(1, len(measures))
     for axis, (name, x) in zip(axes, measures.items()):
-        x = np.array(x)
-        errorbars(
-            axis,
-            np.unique(x),
-            [
-                mean_ci(fall[x == v]) if (x == v).sum() > 1 else {"value": fall[x == v][0], "ci95": [fall[x == v][0]] * 2}
-                for v in np.unique(x)
-            ],
-        )
-        axis.plot(x + np.random.default_rng(0).uniform(-0.15, 0.15, len(x)), fall, ".", ms=2, alpha=0.5, color="gray")
-        axis.set(xlabel=name, ylabel="mean fall of the lead (95%)")
-        axis.set_title(f"rho = {found[name]['value']:.2f}, p = {found[name]['p']:.3f}, n = {len(x)}", fontsize=8)
+        means = []
+        for value in np.unique(x):
+            mean = mean_ci(drop[x == value])
+            if mean["n"] == 1:  # no interval
+                mean["ci95"] = [mean["value"]] * 2
+            means.append(mean)
+        errorbars(axis, np.unique(x), means)
+        jitter = np.random.default_rng(0).uniform(-0.15, 0.15, len(x))
+        axis.plot(x + jitter, drop, ".", ms=2, alpha=0.5, color="gray")
+        axis.set(xlabel=name, ylabel="mean drop (logits, 95%)")
+        cell = correlations[name]
+        axis.set_title(f"rho = {cell['value']:.2f}, p = {cell['p']:.3f}, n = {len(x)}")
     finish_figure(fig, plt, path, title)
 
 
-def ablation_vs_swap(look):
-    """Row by row: does removal of slots cost more where another row's slots (swap) bring the other's answer?"""
-    removed, mode = first_ablation(load_table(look, "keys"))
-    swapped = load_table(look, "swap")
-    by_slice, kept = {"layer, measure": {}}, []
-    for block in np.unique(removed["layer"]):
-        a, b = ({k: v[c["layer"] == block] for k, v in c.items()} for c in (removed, swapped))
-        rows = np.intersect1d(a["row"], b["row"])
-        require(
-            len(rows) >= 5, "fewer than 5 rows are in both files; measure keys and swap with the same --rows and --seed", None
-        )
-        x, y = (per_example_mean(c, rows) for c in (a, b))
-        # per_example_mean averages whatever stands in "fall": here, whether the answer became the other row's.
-        taken = per_example_mean({"row": b["row"], "fall": b["other's"].astype(float)}, rows)
-        for name, other in (("fall by swap", y), ("other's answer by swap", taken)):
+def ablation_vs_swap(run):
+    """Do examples whose slots matter most also change most, when they get a source's slots?"""
+    require_slots(run)
+    require_facts(run)
+    ablated, ablation = first_ablation(load_table(run, "keys"))
+    swapped = load_table(run, "swap")
+    cells, tables = {}, []
+    for layer in np.unique(ablated["layer"]):
+        table = join_by_example(ablated, swapped, layer)
+        tables.append(table)
+        x = table["drop_by_ablation"]
+        for name in ("drop_by_swap", "source_answer_by_swap"):
             for kind in ("pearson", "spearman"):
-                by_slice["layer, measure"][f"{block}, {name}, {kind}"] = correlation(x, other, kind, seed=look.config.seed)
-        kept.append({"layer": np.full(len(rows), block), "row": rows, "removal": x, "swap": y, "other's": taken})
-    cells = by_slice["layer, measure"]
-    add_holm(cells.values())
-    lines = [(k, *format_ci(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}") for k, c in cells.items()]
-    print_table((f"fall by removal ({mode}) against", "rows", "correlation", "95% interval", "p (permutations)", "Holm"), lines)
-    columns = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]}
-    save_result(look, "corr", {"mode": mode}, by_slice, (), columns, lambda path: plot_corr(path, columns, look.name))
+                cell = correlation(x, table[name], kind, seed=run.config.seed)
+                cells[f"{layer}, {name}, {kind}"] = cell
+    head = (f"drop by ablation ({ablation}) against", "examples", "correlation", "95% interval")
+    print_table((*head, "p (permutations)", "Holm"), correlation_lines(cells))
+    columns = concat(tables)
+    plot = partial(plot_corr, columns, run.name)
+    by_slice = {"layer, measure": cells}
+    save_result(run, "corr", {"ablation": ablation}, by_slice, (), columns, plot)
 
 
-def plot_corr(path, columns, title):
+def join_by_example(ablated, swapped, layer):
+    """Means by example in one layer, for examples that are in both tables -> {column: (E,)}"""
+    ablated = select(ablated, ablated["layer"] == layer)
+    swapped = select(swapped, swapped["layer"] == layer)
+    examples = np.intersect1d(ablated["example"], swapped["example"])
+    message = "fewer than 5 examples are in the results of both keys and swap; run both again with"
+    require(len(examples) >= 5, f"{message} the same --n_examples and --seed", None)
+    ablated = select(ablated, np.isin(ablated["example"], examples))
+    swapped = select(swapped, np.isin(swapped["example"], examples))
+    _, drop_by_ablation = per_example_mean(ablated["example"], ablated["drop"])
+    _, drop_by_swap = per_example_mean(swapped["example"], swapped["drop"])
+    _, source_answer = per_example_mean(swapped["example"], swapped["source_answer"])
+    return {
+        "layer": np.full(len(examples), layer),
+        "example": examples,
+        "drop_by_ablation": drop_by_ablation,
+        "drop_by_swap": drop_by_swap,
+        "source_answer_by_swap": source_answer,
+    }
+
+
+def plot_corr(columns, title, path):
     plt, fig, axes = figure(1, 2)
-    for block in np.unique(columns["layer"]):
-        mine = columns["layer"] == block
-        for axis, name in zip(axes, ("swap", "other's")):
-            axis.plot(
-                columns["removal"][mine],
-                columns[name][mine],
-                ".",
-                ms=4,
-                alpha=0.7,
-                label=f"layer {block}, n = {mine.sum()} rows",
-            )
-    axes[0].set(xlabel="mean fall of the lead by removal", ylabel="mean fall of the lead by swap")
-    axes[1].set(xlabel="mean fall of the lead by removal", ylabel="share of the other's answers by swap")
-    for axis in axes:
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
+    labels = ("mean drop by swap", "fraction of source answers by swap")
+    for axis, name, label in zip(axes, ("drop_by_swap", "source_answer_by_swap"), labels):
+        scatter_by_layer(axis, columns, "drop_by_ablation", name, "examples", ms=4, alpha=0.7)
+        axis.set(xlabel="mean drop by ablation", ylabel=label)
     finish_figure(fig, plt, path, title)
 
 
-def swap_predictions(look):
-    """What each digit turns into when two rows exchange all they read, from the file of swap-matrix."""
-    columns = load_table(look, "swap_matrix")
-    digits, by_slice = np.unique(columns["answer"]), {}
-    # Where both rows have the same digit, an exchange cannot be told from none.
-    differ = columns["answer"] != columns["other answer"]
-    for how in DECODING:
-        now = columns[how]
-        outcomes = {
-            "its own digit": now == columns["answer"],
-            "the other row's digit": now == columns["other answer"],
-            "a third digit": (now != columns["answer"]) & (now != columns["other answer"]),
-        }
-        by_slice[how] = {name: clustered_proportion(hit[differ], columns["row"][differ]) for name, hit in outcomes.items()}
-        turned = by_slice[f"{how}, digit"] = {}
-        for x in digits:
-            mine = differ & (columns["answer"] == x)
-            for y in np.unique(now[mine]):
-                cell = clustered_proportion(now[mine] == y, columns["row"][mine])
-                turned[f"{look.token(x)} to {look.token(y)}"] = cell
-    print_table(
-        ("a digit turns into", "how", "digits", "share", "95% interval"),
-        [(k, how, *format_ci(c)) for how in DECODING for k, c in by_slice[how].items()],
-    )
-    save_result(look, "swap_pred", {}, by_slice, (), None, lambda path: plot_swap_predictions(path, columns, digits, look))
+def swap_predictions(run):
+    """What does each digit turn into after the interchange? Reads the result of swap-matrix."""
+    require_slots(run)
+    require_facts(run)
+    columns = load_table(run, "swap_matrix")
+    changed = differing_digits(columns)
+    by_slice, lines = {}, []
+    for decoding in DECODING:
+        outcomes = swap_outcomes(changed, decoding)
+        by_slice[decoding] = outcomes
+        by_slice[f"{decoding}, digit"] = digit_transitions(changed, decoding, run.token)
+        for outcome, cell in outcomes.items():
+            lines.append((outcome, decoding, *format_ci(cell)))
+    print_table(("a digit turns into", "decoding", "digits", "fraction", "95% interval"), lines)
+    plot = partial(plot_swap_predictions, run, columns)
+    save_result(run, "swap_pred", {}, by_slice, (), None, plot)
 
 
-def plot_swap_predictions(path, columns, digits, look):
+def differing_digits(columns):
+    """Without digits that base and source share: there, an interchange cannot be seen."""
+    return select(columns, columns["answer"] != columns["source_answer_token"])
+
+
+def swap_outcomes(columns, decoding):
+    """{outcome: fraction of digits}"""
+    is_base = columns[decoding] == columns["answer"]
+    is_source = columns[decoding] == columns["source_answer_token"]
+    return {
+        "the base's digit": clustered_proportion(is_base, columns["example"]),
+        "the source's digit": clustered_proportion(is_source, columns["example"]),
+        "another digit": clustered_proportion(~is_base & ~is_source, columns["example"]),
+    }
+
+
+def digit_transitions(columns, decoding, token):
+    """{"digit to digit": fraction of the first that became the second}"""
+    transitions = {}
+    for before in np.unique(columns["answer"]):
+        of_digit = select(columns, columns["answer"] == before)
+        for after in np.unique(of_digit[decoding]):
+            cell = clustered_proportion(of_digit[decoding] == after, of_digit["example"])
+            transitions[f"{token(before)} to {token(after)}"] = cell
+    return transitions
+
+
+def plot_swap_predictions(run, columns, path):
     plt, fig, axes = figure(1, 2, width=4.8, grid=False)
-    differ = columns["answer"] != columns["other answer"]
-    for axis, how in zip(axes, DECODING):
-        now = np.unique(columns[how])
-        counts = np.array([[(differ & (columns["answer"] == x) & (columns[how] == y)).sum() for y in now] for x in digits])
-        drawn = axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="viridis", vmin=0)
-        axis.set_xticks(range(len(now)), [look.token(y) for y in now], fontsize=7)
-        axis.set_yticks(range(len(digits)), [look.token(x) for x in digits], fontsize=7)
-        axis.set(xlabel="answer after the exchange", ylabel="answer before", title=f"{how}, n = {differ.sum()}")
-        axis.title.set_fontsize(8)
-        fig.colorbar(drawn, ax=axis, label="share", shrink=0.8)
-    finish_figure(fig, plt, path, look.name)
+    changed = differing_digits(columns)
+    before = np.unique(columns["answer"])
+    for axis, decoding in zip(axes, DECODING):
+        after = np.unique(columns[decoding])
+        row = np.searchsorted(before, changed["answer"])
+        column = np.searchsorted(after, changed[decoding])
+        counts = np.zeros((len(before), len(after)))
+        np.add.at(counts, (row, column), 1)
+        fractions = counts / np.maximum(1, counts.sum(1, keepdims=True))
+        image = axis.imshow(fractions, cmap="viridis", vmin=0)
+        axis.set_xticks(range(len(after)), [run.token(digit) for digit in after])
+        axis.set_yticks(range(len(before)), [run.token(digit) for digit in before])
+        axis.set(xlabel="answer after the interchange", ylabel="answer before")
+        axis.set_title(f"{decoding}, n = {len(row)}")
+        fig.colorbar(image, ax=axis, label="fraction", shrink=0.8)
+    finish_figure(fig, plt, path, run.name)

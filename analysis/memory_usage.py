@@ -19,14 +19,14 @@ from nanorecall.checkpoint import read_log
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
+from nanorecall.settings import require
 from nanorecall.stats import format_ci, mean_ci, mean_proportion
 
 
-def why_not_slots(run):
-    """Why the model has no slots, or ""."""
-    if hasattr(run.model, "memory_layers"):
-        return ""
-    return f"{run.plan.train.model} has no memory layers"
+def require_slots(run):
+    """ConfigError unless the model has memory layers."""
+    message = f"{run.settings.train.model} has no memory layers"
+    require(hasattr(run.model, "memory_layers"), message, None)
 
 
 def slot_reads(run, batch):
@@ -35,7 +35,7 @@ def slot_reads(run, batch):
     tokens = batch.tokens.cpu()
     b, t = (tokens != run.pad).nonzero(as_tuple=True)  # of each token that is no padding
     of_token = {
-        "row": torch.from_numpy(batch.rows)[b],
+        "example": torch.from_numpy(batch.indices)[b],
         "position": t,
         "token": tokens[b, t],
         "labelled": (batch.targets != IGNORE_INDEX).cpu()[b, t],
@@ -50,18 +50,18 @@ def slot_reads(run, batch):
         table["slot"] = slots.flatten()
         table["weight"] = weights.float().flatten()
         tables.append(table)
-    columns = ("row", "position", "token", "labelled", "layer", "head", "slot", "weight")
+    columns = (*of_token, "layer", "head", "slot", "weight")
     return {name: torch.cat([table[name] for table in tables]).numpy() for name in columns}
 
 
 def reads_of(run, *columns):
     """These columns of the table of reads, of all batches."""
 
-    def work(batch):
+    def measure(batch):
         table = slot_reads(run, batch)
         return {name: table[name] for name in columns}
 
-    return map_batches(run, work)
+    return map_batches(run, measure)
 
 
 def usage_stats(slots, size):
@@ -81,6 +81,7 @@ def usage_stats(slots, size):
 
 def activations(run):
     """Which slots are read, by example, layer, position and head."""
+    require_slots(run)
     reads = map_batches(run, lambda batch: slot_reads(run, batch))
     size = run.model.config.mem_n_keys**2
     by_layer, by_position = {}, {}
@@ -97,7 +98,8 @@ def activations(run):
     if run.world.is_main:
         head = ("layer", "slots used", f"of {size}", "effective", "KL from even", "most read")
         print_table(head, lines)
-    metrics = {"slots": size, "rows": len(np.unique(reads["row"])), "reads": len(reads["slot"])}
+    n_examples = len(np.unique(reads["example"]))
+    metrics = {"slots": size, "n_examples": n_examples, "reads": len(reads["slot"])}
     by_slice = {"layer": by_layer, "layer and position": by_position}
 
     def plot(path):
@@ -119,27 +121,27 @@ def read_examples(run, reads, n_examples=4, n_slots=5):
     Each slot is (first sub-key, second sub-key, weight).
     """
     n = run.model.config.mem_n_keys
-    rows = np.unique(reads["row"])
-    chosen = np.linspace(0, len(rows) - 1, min(n_examples, len(rows))).astype(int)
-    for row in rows[chosen]:
-        tokens, _, *_ = run.data.batch(run.config.split, 0, [row])
-        in_row = (reads["row"] == row) & reads["labelled"]
-        places = set(zip(reads["layer"][in_row].tolist(), reads["position"][in_row].tolist()))
+    indices = np.unique(reads["example"])
+    chosen = np.linspace(0, len(indices) - 1, min(n_examples, len(indices))).astype(int)
+    for index in indices[chosen]:
+        tokens, *_ = run.data.batch(run.config.split, 0, [index])
+        labelled = (reads["example"] == index) & reads["labelled"]
+        layers, positions = reads["layer"][labelled], reads["position"][labelled]
         top_slots = {}
-        for layer, t in sorted(places):
-            in_place = in_row & (reads["layer"] == layer) & (reads["position"] == t)
-            here = np.flatnonzero(in_place)
+        for layer, t in sorted(set(zip(layers.tolist(), positions.tolist()))):
+            here = labelled & (reads["layer"] == layer) & (reads["position"] == t)
+            here = np.flatnonzero(here)
             slots = []
             for i in here[np.argsort(-reads["weight"][here])][:n_slots]:
                 slot, weight = int(reads["slot"][i]), round(float(reads["weight"][i]), 4)
                 slots.append((slot // n, slot % n, weight))
             top_slots.setdefault(f"layer {layer}", {})[f"position {t}"] = slots
         text = run.text(tokens[0].numpy())[-200:]
-        yield {"row": int(row), "text": text, "top_slots": top_slots}
+        yield {"example": int(index), "text": text, "top_slots": top_slots}
 
 
 def positions_of(cells, layer):
-    """{position: cell} from cells {"layer, position": cell}"""
+    """{position: cell} from cells {"layer and position": cell}"""
     split = {tuple(map(int, key.split(", "))): cell for key, cell in cells.items()}
     return {t: cell for (of_layer, t), cell in split.items() if of_layer == int(layer)}
 
@@ -160,7 +162,8 @@ def plot_activations(path, reads, by_slice, size, title):
     right.set_ylim(0, 1.1 * right.get_ylim()[1])
     left.legend()
     right.legend()
-    finish_figure(fig, plt, path, f"{title}, {len(np.unique(reads['row']))} rows")
+    n_examples = len(np.unique(reads["example"]))
+    finish_figure(fig, plt, path, f"{title}, {n_examples} examples")
 
 
 # ---- norms ---------------------------------------------------------------------------------------
@@ -168,6 +171,7 @@ def plot_activations(path, reads, by_slice, size, title):
 
 def norms(run):
     """Norms of the values, of slots read and never read, and of the memory output by position."""
+    require_slots(run)
     outputs = map_batches(run, lambda batch: output_norms(run, batch))
     tables = value_norms(run.model, reads_of(run, "layer", "slot"))
     metrics, lines = {}, []
@@ -176,7 +180,7 @@ def norms(run):
         for kind, x in (("read", lengths[used]), ("never read", lengths[~used])):
             if len(x):
                 metrics[name][kind] = mean_ci(x)
-                lines.append((f"value rows, {name}, {kind}", *format_ci(metrics[name][kind])))
+                lines.append((f"values, {name}, {kind}", *format_ci(metrics[name][kind])))
     by_position, position_lines = {}, []
     for layer in np.unique(outputs["layer"]):
         for t in np.unique(outputs["position"]):
@@ -189,7 +193,7 @@ def norms(run):
         # The figure shows many positions better.
         if len(position_lines) <= 60:
             lines += position_lines
-        print_table(("length of", "n", "mean", "95% interval"), lines)
+        print_table(("norm of", "n", "mean", "95% interval"), lines)
 
     def plot(path):
         plot_norms(path, tables, by_position, run.name)
@@ -249,6 +253,7 @@ def plot_norms(path, tables, by_position, title):
 
 def track(run):
     """The tokens at which each slot is read, and the usage of slots in training (log.jsonl)."""
+    require_slots(run)
     reads = reads_of(run, "layer", "slot", "token", "weight")
     size = run.model.config.mem_n_keys**2
     shape = (int(reads["layer"].max()) + 1, size, run.data.vocab_size)

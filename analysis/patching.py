@@ -1,417 +1,617 @@
-"""Put what a model computed for one row into another: slots, values, outputs, whole activations. Does the answer follow?
+"""Put what a model computed for one example into another, and measure which answer it then gives.
 
     python ablate.py force | inject | replace | swap | swap-matrix | patch runs/RUN
 
-Letters: B rows, P pairs, M changed copies of rows, T tokens, n labels of a row, H heads, k slots that a head reads.
+An interchange intervention (Geiger et al. 2021, arXiv 2106.02997) takes two examples: the model
+runs on the base, with what a memory layer read for the source. Activation patching (Meng et al.
+2022, arXiv 2202.05262) runs a corrupted example with one activation of the clean one.
+
+Letters: B examples, P pairs of examples, M intervened copies, T tokens, n labels of an example, H
+heads, k slots that a head reads. Reads of a memory layer are a dict, as in memory.py.
 """
+
+from functools import partial
 
 import numpy as np
 import torch
 
+from analysis.editing import require_facts
 from analysis.hooks import (
     Examples,
-    correct_cases,
     forward_from,
-    gather_labels,
     hook_output,
     hook_points,
     hooked,
+    index_reads,
     logit_diff,
     logits_at,
+    put_reads,
+    require_blocks,
     run_with_cache,
     run_with_hooks,
+    sample_correct_examples,
 )
+from analysis.memory_usage import require_slots
 from analysis.trained_run import concat, save_result
 from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import require
 from nanorecall.stats import clustered_proportion, format_ci, mean_ci
 
-EXPOSURE_PAIRS = {  # is this pair of exposures wanted? f(of the row is high, of the other is high)
-    "any": lambda a, b: np.ones_like(a),
-    "less_less": lambda a, b: ~a & ~b,
-    "more_more": lambda a, b: a & b,
-    "less_more": lambda a, b: ~a & b,
-    "more_less": lambda a, b: a & ~b,
+# ---- pairs of examples ---------------------------------------------------------------------------
+
+EXPOSURE_PAIRS = {  # (is base, is source) seen more often than the median example?
+    "any": None,
+    "less_less": (False, False),
+    "more_more": (True, True),
+    "less_more": (False, True),
+    "more_less": (True, False),
 }
 
 
-# ---- what one row reads, in another ------------------------------------------------------------------------------------
+def draw_pairs(examples, n_pairs, kind, seed):
+    """Draw pairs of different examples -> base, source (P,), which count from 0 to B - 1.
 
-
-def force(mine, other, head):
-    """One head reads the other row's strongest slot of that head alone, with all of its own weight."""
-    m = torch.arange(len(head), device=head.device)
-    best = other["weights"][m, head].argmax(-1)  # (M,)
-    slots = mine["slots"].clone()
-    slots[m, head] = other["slots"][m, head, best][:, None]
-    return {"slots": slots, "weights": mine["weights"]}
-
-
-def inject(mine, other, head):
-    """Everything that the other row reads there: its slots and its weights."""
-    return other
-
-
-def swap(mine, other, head):
-    """The other row's slots, in order of weight, under the row's own weights."""
-    order, theirs = (f["weights"].argsort(-1, descending=True) for f in (mine, other))
-    slots = torch.empty_like(mine["slots"]).scatter(-1, order, other["slots"].gather(-1, theirs))
-    return {"slots": slots, "weights": mine["weights"]}
-
-
-def strongest(found):
-    """The slot with the largest weight of all heads: (M, H, k) -> (M,)"""
-    best = found["weights"].flatten(1).argmax(-1)
-    return found["slots"].flatten(1).gather(1, best[:, None]).squeeze(1)
-
-
-# f(what the row reads at its label {"slots", "weights" (M, H, k)}, what the other row reads at its own, a head (M,))
-# -> what the row is to read instead
-EXCHANGES = {"force": force, "inject": inject, "swap": swap}  # and "replace", which does not look at one place only
-
-
-def draw_pairs(cases, count, kind, seed):
-    """Pairs of different rows, of the type `kind` -> row, other: (P,) indices; `count` of them, or all if it is 0."""
-    B = len(cases)
-    exposures = cases.tags.get("exposures")
-    message = f"type={kind} needs rows with exposures, as in task=qa; leave it out"
-    require(kind == "any" or exposures is not None, message, "type")
-    high = exposures > np.median(exposures) if exposures is not None else np.zeros(B, bool)
-    a, b = (x.ravel() for x in np.meshgrid(np.arange(B), np.arange(B), indexing="ij"))
-    fitting = np.flatnonzero((a != b) & EXPOSURE_PAIRS[kind](high[a], high[b]))
-    require(len(fitting), f"type={kind}: no two rows fit; raise rows", "type")
-    if count and count < len(fitting):
-        fitting = np.sort(np.random.default_rng(seed).choice(fitting, count, replace=False))
-    return a[fitting], b[fitting]
-
-
-def interchange(look, name):
-    """Put what another row reads into a row, at one label, in one block (force: one head) at a time: does the row now give the
-    other's answer there? Places where both have the same answer are left out."""
-    cases, c = correct_cases(look), look.config
-    a, b = draw_pairs(cases, c.pairs, c.type, c.seed)
-    columns = exchanged(look.model, cases, a, b, name, c.chunk, c.seed)
-    by_slice = {"layer": became_by(columns, "layer"), "layer, place": became_by(columns, "layer", "place")}
-    if name == "force":
-        by_slice["layer, head"] = became_by(columns, "layer", "head")
-    if "type" in columns:
-        by_slice["type"] = became_by(columns, "type")
-    cells = [(f"{k}={v}", cell) for k in by_slice if k != "layer, place" for v, cell in by_slice[k].items()]
-    lines = [(label, *(x for which in OUTCOMES for x in format_ci(cell[which])[1:])) for label, cell in cells]
-    head = [x for outcome in OUTCOMES.values() for x in (outcome, "95% interval")]
-    print_table((name, *head), lines)
-    metrics = {"rows": len(cases), "pairs": len(a), "type": c.type}
-    save_result(look, name, metrics, by_slice, (), columns, lambda path: plot_exchange(path, columns, by_slice, look))
-
-
-OUTCOMES = {"other's": "other's answer", "placebo": "a third answer", "own lost": "own answer lost"}  # columns of `exchanged`
-
-
-def became_by(columns, *names):
-    """{"value, value": {outcome: share}} for every combination of values of these columns."""
-    keys = np.array([", ".join(map(str, values)) for values in zip(*(columns[name].tolist() for name in names))])
-    found = {}
-    for key in dict.fromkeys(keys.tolist()):
-        mine = keys == key
-        found[key] = {outcome: clustered_proportion(columns[outcome][mine], columns["row"][mine]) for outcome in OUTCOMES}
-    return dict(sorted(found.items()))
-
-
-def exchanged(model, cases, a, b, name, chunk=512, seed=0):
-    """Measure EXCHANGES[name] for pairs of rows a, b (P,), each block, place (and head, of force) -> {column: (M,)}.
-
-    other's: the answer became that of row b; placebo: it became one answer, drawn at random, that neither row has there.
+    n_pairs: how many, 0 for all. kind: a name of EXPOSURE_PAIRS. ConfigError if no pair is of it.
     """
-    clean, parts, n = run_with_cache(model, cases), [], cases.at.shape[1]
-    answers, device = cases.answers.cpu().numpy(), cases.tokens.device
-    heads = model.config.mem_heads if name == "force" else 1
-    pair, place, head = (x.ravel() for x in np.meshgrid(np.arange(len(a)), np.arange(n), np.arange(heads), indexing="ij"))
-    differ = answers[a[pair], place] != answers[b[pair], place]
-    pair, place, head = pair[differ], place[differ], head[differ]
-    require(len(pair), "all pairs of rows have the same answers; raise rows", None)
-    third = control_answers(answers[a[pair], place], answers[b[pair], place], np.unique(answers), seed)
+    B = len(examples)
+    base, source = np.divmod(np.arange(B * B), B)
+    fits = base != source
+    if kind != "any":
+        exposures = examples.slices.get("exposures")
+        message = f"exposure_pairs={kind} needs examples with exposures, as in task=qa"
+        require(exposures is not None, f"{message}; leave it out", "exposure_pairs")
+        is_high = exposures > np.median(exposures)
+        base_is_high, source_is_high = EXPOSURE_PAIRS[kind]
+        fits &= (is_high[base] == base_is_high) & (is_high[source] == source_is_high)
+    pairs = np.flatnonzero(fits)
+    message = f"exposure_pairs={kind}: there is no such pair of examples; raise n_examples"
+    require(len(pairs), message, "exposure_pairs")
+    if n_pairs and n_pairs < len(pairs):
+        pairs = np.sort(np.random.default_rng(seed).choice(pairs, n_pairs, replace=False))
+    return base[pairs], source[pairs]
+
+
+def name_exposure_pairs(exposures, base, source):
+    """exposures (B,), base and source (P,) -> the name of each pair in EXPOSURE_PAIRS (P,)."""
+    is_high = exposures > np.median(exposures)
+    base_names = np.where(is_high[base], "more_", "less_")
+    return np.char.add(base_names, np.where(is_high[source], "more", "less"))
+
+
+def control_answers(base_answers, source_answers, alphabet, seed):
+    """Draw for each pair of answers (M,) a third one of the alphabet -> (M,); -1 if there is none."""
+    M = len(base_answers)
+    order = np.random.default_rng(seed).permuted(np.tile(alphabet, (M, 1)), axis=1)
+    is_third = (order != base_answers[:, None]) & (order != source_answers[:, None])
+    first_third = order[np.arange(M), is_third.argmax(1)]
+    return np.where(is_third.any(1), first_third, -1)
+
+
+# ---- interchange of reads ------------------------------------------------------------------------
+
+
+def force(base, source, head):
+    """One head reads only the slot that it reads most for the source, with all of its weights."""
+    m = torch.arange(len(head), device=head.device)
+    strongest = source["weights"][m, head].argmax(-1)  # (M,)
+    slots = base["slots"].clone()
+    slots[m, head] = source["slots"][m, head, strongest][:, None]
+    return {"slots": slots, "weights": base["weights"]}
+
+
+def inject(base, source, head):
+    """All heads read the source's slots with the source's weights."""
+    return source
+
+
+def swap(base, source, head):
+    """All heads read the source's slots with the base's weights, matched by rank of weight."""
+    base_order = base["weights"].argsort(-1, descending=True)
+    source_order = source["weights"].argsort(-1, descending=True)
+    ranked_slots = source["slots"].gather(-1, source_order)
+    slots = torch.empty_like(base["slots"]).scatter(-1, base_order, ranked_slots)
+    return {"slots": slots, "weights": base["weights"]}
+
+
+# (reads of the base and of the source at their labels (M, H, k), head (M,)) -> reads of the base.
+# "replace" is not among them: it changes reads at all positions.
+INTERCHANGES = {"force": force, "inject": inject, "swap": swap}
+
+
+def strongest_slot(reads):
+    """The slot with the largest weight over all heads: reads (M, H, k) -> (M,)."""
+    index = reads["weights"].flatten(1).argmax(-1)
+    return reads["slots"].flatten(1).gather(1, index[:, None]).squeeze(1)
+
+
+def forward_with_interchange(model, examples, clean, block, name, base, source, answer_pos, head):
+    """Run bases with reads of their sources in one block -> logits (M, vocabulary) at one label.
+
+    base, source, answer_pos (number of the label) and head: (M,) each.
+    """
+    base_pos = examples.label_pos[base, answer_pos]
+    source_pos = examples.label_pos[source, answer_pos]
+    reads = index_reads(clean.reads[block], base)  # (M, T, H, k)
+    base_reads = index_reads(clean.reads[block], (base, base_pos))  # (M, H, k)
+    source_reads = index_reads(clean.reads[block], (source, source_pos))
+    if name == "replace":
+        # As if the value in the table were overwritten: every read of the slot gives the new value.
+        old = strongest_slot(base_reads)[:, None, None, None]
+        new = strongest_slot(source_reads)[:, None, None, None]
+        reads["slots"] = torch.where(reads["slots"] == old, new, reads["slots"])
+    else:
+        new_reads = INTERCHANGES[name](base_reads, source_reads, head)
+        m = torch.arange(len(base), device=base.device)
+        reads = put_reads((m, base_pos), new_reads, reads)
+    resid_mid = clean.resid_mid[block][base]
+    return forward_from(model, block, resid_mid, reads, base_pos[:, None]).squeeze(1)
+
+
+def interchange_effects(model, examples, base, source, name, batch_size=512, seed=0):
+    """Measure an interchange for pairs base, source (P,) -> {column: (M,)}.
+
+    It is done in one block and at one label at a time; "force" also takes one head at a time.
+    Labels at which base and source have the same answer are left out. Three outcomes are counted:
+    source_answer, the prediction is the source's answer; control_answer, it is an answer drawn at
+    random that neither has there; base_lost, it is no longer the base's answer.
+    """
+    clean = run_with_cache(model, examples)
+    answers = examples.answers.cpu().numpy()
+    device = examples.tokens.device
+    n_heads = model.config.mem_heads if name == "force" else 1
+    pair, answer_pos, head = np.indices((len(base), answers.shape[1], n_heads)).reshape(3, -1)
+    differ = answers[base[pair], answer_pos] != answers[source[pair], answer_pos]
+    require(differ.any(), "all pairs of examples have the same answers; raise n_examples", None)
+    pair, answer_pos, head = pair[differ], answer_pos[differ], head[differ]
+    base, source = base[pair], source[pair]  # (M,)
+    base_answers, source_answers = answers[base, answer_pos], answers[source, answer_pos]
+    control = control_answers(base_answers, source_answers, np.unique(answers), seed)
+    parts = []
     for block in model.memory_layers():
-        for first in range(0, len(pair), chunk):
-            i, p, h, x = (v[first : first + chunk] for v in (pair, place, head, third))
-            mine, other, t = (torch.as_tensor(v, device=device) for v in (a[i], b[i], p))
-            logits = forward_with_interchange(model, cases, clean, block, name, mine, other, t, torch.as_tensor(h, device=device))
-            own, theirs, now = cases.answers[mine, t], cases.answers[other, t], logits.argmax(-1)
-            before = clean.logits[mine, t]
-            measured = {
-                "answer": own,
-                "other answer": theirs,
-                "now": now,
-                "other's": now == theirs,
-                "own lost": now != own,
-                "fall": logit_diff(before, own)[0] - logit_diff(logits, own)[0],
-                "p other": logits.softmax(-1).gather(1, theirs[:, None]).squeeze(1),
-                "p other before": before.softmax(-1).gather(1, theirs[:, None]).squeeze(1),
-            }
-            parts.append({k: v.cpu().numpy() for k, v in measured.items()})
-            parts[-1] |= {
-                "row": cases.rows[a[i]],
-                "other": cases.rows[b[i]],
-                "layer": np.full(len(i), block),
-                "place": p,
-                "head": h,
-            }
-            parts[-1]["placebo"] = parts[-1]["now"] == x
-            if "exposures" in cases.tags:
-                parts[-1]["type"] = pair_types(cases.tags["exposures"], a[i], b[i])
+        for start in range(0, len(base), batch_size):
+            batch = slice(start, start + batch_size)
+            indices = []
+            for x in (base, source, answer_pos, head):
+                indices.append(torch.as_tensor(x[batch], device=device))
+            logits = forward_with_interchange(model, examples, clean, block, name, *indices)
+            part = compare_logits(examples, clean, logits, *indices[:3])
+            part["control_answer"] = part["prediction"] == control[batch]
+            part["example"] = examples.indices[base[batch]]
+            part["source_example"] = examples.indices[source[batch]]
+            part["layer"] = np.full(len(logits), block)
+            part["answer_pos"] = answer_pos[batch]
+            part["head"] = head[batch]
+            if "exposures" in examples.slices:
+                exposures = examples.slices["exposures"]
+                part["exposure_pairs"] = name_exposure_pairs(exposures, base[batch], source[batch])
+            parts.append(part)
     return concat(parts)
 
 
-def control_answers(own, theirs, alphabet, seed):
-    """For each pair of answers (M,) one of the others, at random; -1 if there is none."""
-    order = np.random.default_rng(seed).permuted(np.tile(alphabet, (len(own), 1)), axis=1)  # (M, letters)
-    free = (order != own[:, None]) & (order != theirs[:, None])
-    return np.where(free.any(1), order[np.arange(len(own)), free.argmax(1)], -1)
+def compare_logits(examples, clean, logits, base, source, answer_pos):
+    """Logits (M, vocabulary) after an interchange, beside those of the clean run -> {column: (M,)}."""
+    base_answer = examples.answers[base, answer_pos]
+    source_answer = examples.answers[source, answer_pos]
+    prediction = logits.argmax(-1)
+    clean_logits = clean.logits[base, answer_pos]
+    clean_diff, _, _ = logit_diff(clean_logits, base_answer)
+    diff, _, _ = logit_diff(logits, base_answer)
+    _, p_source_clean, _ = logit_diff(clean_logits, source_answer)
+    _, p_source, _ = logit_diff(logits, source_answer)
+    columns = {
+        "answer": base_answer,
+        "source_answer_token": source_answer,
+        "prediction": prediction,
+        "source_answer": prediction == source_answer,
+        "base_lost": prediction != base_answer,
+        "drop": clean_diff - diff,
+        "p_source": p_source,
+        "p_source_clean": p_source_clean,
+    }
+    return {name: x.cpu().numpy() for name, x in columns.items()}
 
 
-def pair_types(exposures, a, b):
-    """The name of each pair's type: less or more exposures than the median, of the row and of the other."""
-    high = exposures > np.median(exposures)
-    return np.char.add(np.where(high[a], "more_", "less_"), np.where(high[b], "more", "less"))
+OUTCOMES = {  # column of interchange_effects: title
+    "source_answer": "source answer",
+    "control_answer": "control answer",
+    "base_lost": "base answer lost",
+}
 
 
-def forward_with_interchange(model, cases, clean, block, name, mine, other, place, head):
-    """Rows mine (M,) with what rows other (M,) read at their labels at place (M,) -> logits (M, tokens) there."""
-    here, there = cases.at[mine, place], cases.at[other, place]  # positions of the label in both rows
-    found = {k: clean.found[block][k][mine] for k in ("slots", "weights")}  # (M, T, H, k)
-    m = torch.arange(len(mine), device=mine.device)
-    own = {k: v[m, here] for k, v in found.items()}  # (M, H, k)
-    theirs = {k: clean.found[block][k][other, there] for k in found}
-    if name == "replace":  # a value is overwritten wherever it is read
-        slots = torch.where(
-            found["slots"] == strongest(own)[:, None, None, None], strongest(theirs)[:, None, None, None], found["slots"]
-        )
-        changed = {"slots": slots, "weights": found["weights"]}
-    else:
-        new = EXCHANGES[name](own, theirs, head)
-        changed = {k: v.index_put((m, here), new[k]) for k, v in found.items()}
-    return forward_from(model, block, clean.stream[block][mine], changed, here[:, None]).squeeze(1)
+def interchange(run, name):
+    """How often does the base get the source's answer with the source's reads?"""
+    require_slots(run)
+    require_facts(run)
+    c = run.config
+    examples = sample_correct_examples(run)
+    base, source = draw_pairs(examples, c.n_pairs, c.exposure_pairs, c.seed)
+    columns = interchange_effects(
+        run.model, examples, base, source, name, c.ablate_batch_size, c.seed
+    )
+    slices = ["layer", "layer, answer_pos"]
+    if name == "force":
+        slices.append("layer, head")
+    if "exposure_pairs" in columns:
+        slices.append("exposure_pairs")
+    by_slice = {}
+    for names in slices:
+        by_slice[names] = outcomes_by(columns, *names.split(", "))
+    print_outcomes(name, by_slice)
+    metrics = {
+        "n_examples": len(examples),
+        "n_pairs": len(base),
+        "exposure_pairs": c.exposure_pairs,
+    }
+    plot = partial(plot_interchange, run, columns, by_slice)
+    save_result(run, name, metrics, by_slice, (), columns, plot)
 
 
-def plot_exchange(path, columns, by_slice, look):
-    """Where the other row's answer comes through, by block and place; and which digits become which."""
-    blocks, places, digits = (np.unique(columns[name]) for name in ("layer", "place", "answer"))
+def outcomes_by(columns, *names):
+    """{"value, value": {outcome: proportion}} for all combinations of values of these columns."""
+    keys = []
+    for values in zip(*(columns[name].tolist() for name in names)):
+        keys.append(", ".join(map(str, values)))
+    keys = np.array(keys)
+    cells = {}
+    for key in np.unique(keys).tolist():
+        inside = keys == key
+        cells[key] = {}
+        for outcome in OUTCOMES:
+            proportion = clustered_proportion(columns[outcome][inside], columns["example"][inside])
+            cells[key][outcome] = proportion
+    return cells
+
+
+def print_outcomes(name, by_slice):
+    head = [name]
+    for title in OUTCOMES.values():
+        head += [title, "95% interval"]
+    lines = []
+    for names, values in by_slice.items():
+        # The figure shows these.
+        if names == "layer, answer_pos":
+            continue
+        for value, cells in values.items():
+            line = [f"{names}={value}"]
+            for outcome in OUTCOMES:
+                line += format_ci(cells[outcome])[1:]
+            lines.append(line)
+    print_table(head, lines)
+
+
+def plot_interchange(run, columns, by_slice, path):
+    """Outcomes by block and answer position; and the source answer by pair of answers."""
+    blocks, positions = np.unique(columns["layer"]), np.unique(columns["answer_pos"])
     plt, fig, axes = figure(1, 1 + len(blocks), width=4.6, grid=False)
+    styles = {"source_answer": "-", "control_answer": "--"}
     for block in blocks:
-        cells = [by_slice["layer, place"][f"{block}, {p}"] for p in places]
-        errorbars(axes[0], places, [c["other's"] for c in cells], label=f"layer {block}: the other's")
-        errorbars(axes[0], places, [c["placebo"] for c in cells], label=f"layer {block}: a third", ls="--")
-    axes[0].set(xlabel="place in the answer", ylabel="share of answers (95%)", ylim=(-0.02, 1.02))
-    axes[0].legend(fontsize=7)
+        for outcome, style in styles.items():
+            cells = []
+            for position in positions:
+                cells.append(by_slice["layer, answer_pos"][f"{block}, {position}"][outcome])
+            errorbars(
+                axes[0], positions, cells, label=f"layer {block}: {OUTCOMES[outcome]}", ls=style
+            )
+    axes[0].set(xlabel="answer position", ylabel="fraction of answers (95%)", ylim=(-0.02, 1.02))
+    axes[0].legend()
+    tokens = np.unique(columns["answer"])
     for axis, block in zip(axes[1:], blocks):
-        mine = columns["layer"] == block
-        of_block = {k: columns[k][mine] for k in ("answer", "other answer", "other's")}
-        digit_heatmap(fig, axis, of_block, of_block["other's"], digits, look, f"layer {block}: share that became the other's")
-    finish_figure(fig, plt, path, f"{look.name}, {len(columns['row'])} changes")
+        inside = columns["layer"] == block
+        pairs = {name: columns[name][inside] for name in ("answer", "source_answer_token")}
+        grid = answer_pair_grid(pairs, columns["source_answer"][inside], tokens)
+        title = f"layer {block}: fraction with the source answer"
+        plot_answer_pairs(run, fig, axis, grid, tokens, title)
+    finish_figure(fig, plt, path, f"{run.name}, {len(columns['example'])} interventions")
 
 
-def digit_heatmap(fig, axis, columns, hit, digits, look, title):
-    """Share of `hit` (N,) for each pair of own answer and other answer; white: none measured."""
-    pairs = [[hit[(columns["answer"] == x) & (columns["other answer"] == y)] for y in digits] for x in digits]
-    grid, names = [[h.mean() if len(h) else np.nan for h in row] for row in pairs], [look.token(x) for x in digits]
-    drawn = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis")
-    axis.set_xticks(range(len(names)), names, fontsize=7)
-    axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.set(xlabel="the other row's answer", ylabel="the row's own answer")
-    axis.set_title(title, fontsize=8)
-    fig.colorbar(drawn, ax=axis, shrink=0.8)
+def answer_pair_grid(columns, outcome, tokens):
+    """Mean of outcome (N,) by base answer and source answer -> (tokens, tokens); nan: none."""
+    grid = np.full((len(tokens), len(tokens)), np.nan)
+    for i, base_answer in enumerate(tokens):
+        for j, source_answer in enumerate(tokens):
+            inside = columns["answer"] == base_answer
+            inside &= columns["source_answer_token"] == source_answer
+            if inside.any():
+                grid[i, j] = outcome[inside].mean()
+    return grid
 
 
-# ---- which digits stand in for which ------------------------------------------------------------------------------------
+def plot_answer_pairs(run, fig, axis, grid, tokens, title):
+    names = [run.token(token) for token in tokens]
+    image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis")
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="source answer", ylabel="base answer", title=title)
+    fig.colorbar(image, ax=axis, shrink=0.8)
+
+
+# ---- interchange of all reads: which answers stand in for which ----------------------------------
 
 DECODING = ("teacher-forced", "token by token")
 
 
-def source_reads(clean, cases, mine, other):
-    """{block: change}: at the labels of rows mine (M,), whatever rows other (M,) read at theirs."""
-    rows = torch.arange(len(mine), device=mine.device)[:, None]
+def interchange_reads(clean, examples, base, source):
+    """Interventions in all memory layers: at its labels, each base reads what its source reads.
 
-    def change(new):
-        return lambda found: {k: found[k].index_put((rows, cases.at[mine]), new[k]) for k in ("slots", "weights")}
-
-    taken = {
-        block: {k: gather_labels(f[k][other], cases.at[other]) for k in ("slots", "weights")} for block, f in clean.found.items()
-    }
-    return {block: change(new) for block, new in taken.items()}
+    base, source (M,) -> {block: function of the reads}, as forward(intervene=) takes them.
+    """
+    m = torch.arange(len(base), device=base.device)[:, None]
+    base_pos, source_pos = examples.label_pos[base], examples.label_pos[source]  # (M, n)
+    interventions = {}
+    for block, reads in clean.reads.items():
+        source_reads = index_reads(reads, (source[:, None], source_pos))
+        interventions[block] = partial(put_reads, (m, base_pos), source_reads)
+    return interventions
 
 
 @in_eval_mode
-def decode_with(model, cases, changes):
-    """Answers decoded token by token under `changes`, the row's own answers never shown: -> (B, n)."""
-    tokens, rows, out = cases.tokens.clone(), torch.arange(len(cases.tokens), device=cases.tokens.device), []
-    for place in range(cases.at.shape[1]):
-        if out:
-            tokens[rows, cases.at[:, place]] = out[-1]
-        logits = logits_at(model, tokens, cases.at[:, place : place + 1], intervene=changes)
-        out.append(logits[:, 0].argmax(-1))
-    return torch.stack(out, 1)
+def decode_with(model, examples, interventions):
+    """Decode answers greedily under interventions -> predictions (B, n).
+
+    Each predicted token goes into the sequence, so the right answers are never shown.
+    """
+    tokens = examples.tokens.clone()
+    example = torch.arange(len(tokens), device=tokens.device)
+    predictions = []
+    for i in range(examples.label_pos.shape[1]):
+        position = examples.label_pos[:, i]
+        if predictions:
+            tokens[example, position] = predictions[-1]
+        logits = logits_at(model, tokens, position[:, None], intervene=interventions)
+        predictions.append(logits[:, 0].argmax(-1))
+    return torch.stack(predictions, 1)
 
 
-def swap_matrix(look):
-    """Rows take all that another row reads at its labels, in all blocks: digit by digit, what comes out? With the right answer
-    so far shown (teacher-forced), and decoded token by token."""
-    cases, c = correct_cases(look), look.config
-    a, b = draw_pairs(cases, c.pairs, c.type, c.seed)
-    clean, n, parts = run_with_cache(look.model, cases), cases.at.shape[1], []
-    for first in range(0, len(a), c.chunk):
-        i, j = (torch.as_tensor(x[first : first + c.chunk], device=cases.tokens.device) for x in (a, b))
-        mine, changes = cases.pick(i.cpu()), source_reads(clean, cases, i, j)
-        forced = run_with_hooks(look.model, mine, intervene=changes).softmax(-1)  # (M, n, tokens)
-        tensors = {
-            "answer": mine.answers,
-            "other answer": cases.answers[j],
-            "p other": forced.gather(-1, cases.answers[j].unsqueeze(-1)).squeeze(-1),
-            "teacher-forced": forced.argmax(-1),
-            "token by token": decode_with(look.model, mine, changes),
-        }
-        rows = {
-            "row": np.repeat(mine.rows, n),
-            "other": np.repeat(cases.rows[j.cpu()], n),
-            "place": np.tile(np.arange(n), len(i)),
-        }
-        parts.append(rows | {k: v.flatten().cpu().numpy() for k, v in tensors.items()})
+def swap_matrix(run):
+    """Interchange all reads at all labels: which answer tokens can stand in for which?
+
+    Teacher-forced, with the base's answers so far in the sequence, and decoded token by token.
+    """
+    require_slots(run)
+    require_facts(run)
+    c = run.config
+    examples = sample_correct_examples(run)
+    base, source = draw_pairs(examples, c.n_pairs, c.exposure_pairs, c.seed)
+    clean = run_with_cache(run.model, examples)
+    parts = []
+    for start in range(0, len(base), c.ablate_batch_size):
+        batch = slice(start, start + c.ablate_batch_size)
+        parts.append(swap_all_reads(run.model, examples, clean, base[batch], source[batch]))
     columns = concat(parts)
     by_slice = {}
-    for how in DECODING:
-        by_slice[f"{how}, place"] = matches(columns, how, "other answer", "place")
-        by_slice[f"{how}, own digit and other's"] = digit_pairs(columns, how, look)
-    lines = [(how, p, *format_ci(cell)) for how in DECODING for p, cell in by_slice[f"{how}, place"].items()]
-    print_table(("the other row's digit", "place", "digits", "share", "95% interval"), lines)
-    metrics = {"rows": len(cases), "pairs": len(a), "type": c.type}
-    save_result(look, "swap_matrix", metrics, by_slice, (), columns, lambda path: plot_swap_matrix(path, columns, look))
+    lines = []
+    for decoding in DECODING:
+        rates = match_rates(columns, decoding, "source_answer_token", "answer_pos")
+        by_slice[f"{decoding}, answer_pos"] = rates
+        by_slice[f"{decoding}, base answer, source answer"] = answer_pairs(columns, decoding, run)
+        for answer_pos, cell in rates.items():
+            lines.append((decoding, answer_pos, *format_ci(cell)))
+    head = ("source answer", "answer position", "answers", "fraction", "95% interval")
+    print_table(head, lines)
+    metrics = {
+        "n_examples": len(examples),
+        "n_pairs": len(base),
+        "exposure_pairs": c.exposure_pairs,
+    }
+    plot = partial(plot_swap_matrix, run, columns)
+    save_result(run, "swap_matrix", metrics, by_slice, (), columns, plot)
 
 
-def matches(columns, how, which, by):
-    """By a column: of the digits in which two rows differ, the share that is now the column `which`."""
-    hit, differ, found = columns[how] == columns[which], columns["answer"] != columns["other answer"], {}
+def swap_all_reads(model, examples, clean, base, source):
+    """Predictions of bases with all reads of their sources: base, source (M,) -> {column: (M * n,)}."""
+    device = examples.tokens.device
+    b, s = torch.as_tensor(base, device=device), torch.as_tensor(source, device=device)
+    bases, source_answers = examples.select(base), examples.answers[s]  # answers (M, n)
+    interventions = interchange_reads(clean, examples, b, s)
+    p = run_with_hooks(model, bases, intervene=interventions).softmax(-1)  # (M, n, vocabulary)
+    M, n = source_answers.shape
+    columns = {
+        "example": np.repeat(bases.indices, n),
+        "source_example": np.repeat(examples.indices[source], n),
+        "answer_pos": np.tile(np.arange(n), M),
+    }
+    measured = {
+        "answer": bases.answers,
+        "source_answer_token": source_answers,
+        "p_source": p.gather(-1, source_answers.unsqueeze(-1)),
+        "teacher-forced": p.argmax(-1),
+        "token by token": decode_with(model, bases, interventions),
+    }
+    for name, x in measured.items():
+        columns[name] = x.flatten().cpu().numpy()
+    return columns
+
+
+def match_rates(columns, predictions, answers, by):
+    """How often one column equals another, by values of a third -> {value: proportion}.
+
+    Only labels at which base and source have different answers count.
+    """
+    matches = columns[predictions] == columns[answers]
+    differ = columns["answer"] != columns["source_answer_token"]
+    rates = {}
     for value in np.unique(columns[by][differ]):
-        mine = differ & (columns[by] == value)
-        found[str(value)] = clustered_proportion(hit[mine], columns["row"][mine])
-    return found
+        inside = differ & (columns[by] == value)
+        rates[str(value)] = clustered_proportion(matches[inside], columns["example"][inside])
+    return rates
 
 
-def digit_pairs(columns, how, look):
-    hit, found = columns[how] == columns["other answer"], {}
-    for x, y in sorted({*zip(columns["answer"].tolist(), columns["other answer"].tolist())}):
-        mine = (columns["answer"] == x) & (columns["other answer"] == y)
-        cell = clustered_proportion(hit[mine], columns["row"][mine])
-        found[f"{look.token(x)}, {look.token(y)}"] = {**cell, "probability": float(columns["p other"][mine].mean())}
-    return found
+def answer_pairs(columns, decoding, run):
+    """{"base answer, source answer": fraction with the source answer, and its mean probability}"""
+    matches = columns[decoding] == columns["source_answer_token"]
+    pairs = np.stack([columns["answer"], columns["source_answer_token"]])  # (2, N)
+    cells = {}
+    for pair in np.unique(pairs, axis=1).T:
+        inside = (pairs == pair[:, None]).all(0)
+        cell = clustered_proportion(matches[inside], columns["example"][inside])
+        cell["p_source"] = float(columns["p_source"][inside].mean())
+        cells[f"{run.token(pair[0])}, {run.token(pair[1])}"] = cell
+    return cells
 
 
-def plot_swap_matrix(path, columns, look):
+def plot_swap_matrix(run, columns, path):
+    """For each decoding: the source answer by pair of answers; and outcomes by answer position."""
     plt, fig, axes = figure(2, 2, width=4.6, grid=False)
-    for axis, below, how in zip(axes[:2], axes[2:], DECODING):
-        hit = columns[how] == columns["other answer"]
-        digit_heatmap(fig, axis, columns, hit, np.unique(columns["answer"]), look, f"{how}: share that became the other's")
-        for which, label in (("other answer", "the other row's"), ("answer", "still its own")):
-            cells = matches(columns, how, which, "place")
-            errorbars(below, list(map(int, cells)), list(cells.values()), label=label)
-        below.set(xlabel="place in the answer", ylabel=f"share of digits, {how} (95%)", ylim=(-0.02, 1.02))
-        below.legend(fontsize=7)
-    finish_figure(fig, plt, path, f"{look.name}, {len(columns['row'])} digits")
+    tokens = np.unique(columns["answer"])
+    for upper, lower, decoding in zip(axes[:2], axes[2:], DECODING):
+        is_source = columns[decoding] == columns["source_answer_token"]
+        grid = answer_pair_grid(columns, is_source, tokens)
+        title = f"{decoding}: fraction with the source answer"
+        plot_answer_pairs(run, fig, upper, grid, tokens, title)
+        for answers, label in (
+            ("source_answer_token", "source answer"),
+            ("answer", "base answer kept"),
+        ):
+            rates = match_rates(columns, decoding, answers, "answer_pos")
+            positions = [int(position) for position in rates]
+            errorbars(lower, positions, list(rates.values()), label=label)
+        ylabel = f"fraction of answers, {decoding} (95%)"
+        lower.set(xlabel="answer position", ylabel=ylabel, ylim=(-0.02, 1.02))
+        lower.legend()
+    finish_figure(fig, plt, path, f"{run.name}, {len(columns['example'])} answer tokens")
 
 
-# ---- activation patching -----------------------------------------------------------------------------------------------
-
-
-def corrupt(look, cases, seed):
-    """Cases -> the same, and runs that end in another first answer: of text, another row of the same form; of MQAR, the same
-    row with another value under the first key that is asked for."""
-    random = np.random.default_rng(seed)
-    if hasattr(look.data, "tokenizer"):
-        cases = cases.pick(np.flatnonzero((cases.at == cases.at[:1]).all(1).cpu().numpy()))
-        other, first = random.permutation(len(cases)), cases.answers[:, 0].cpu().numpy()
-        keep = np.flatnonzero(first != first[other])
-        require(len(keep), "all rows have the same first answer; raise rows", None)
-        return cases.pick(keep), cases.pick(other[keep])
-    tokens, answers, values = (
-        cases.tokens.clone(),
-        cases.answers.clone(),
-        np.arange(look.data.vocab_size // 2, look.data.vocab_size),
-    )
-    for b in range(len(cases)):
-        old = cases.answers[b, 0]
-        new = int(random.choice(np.setdiff1d(values, tokens[b].cpu().numpy())))
-        tokens[b][tokens[b] == old], answers[b, 0] = new, new
-    return cases, Examples(cases.rows, tokens, cases.at, answers, cases.tags)
+# ---- activation patching -------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def patch(look):
-    """Causal tracing (Meng et al. 2022, arXiv 2202.05262): a run with another key, one activation of the right run put into it,
-    block by position: how much of the first answer comes back (1: all of the difference in logits, 0: none)?"""
-    cases, other = corrupt(look, correct_cases(look), look.config.seed)
-    few = np.arange(min(len(cases), max(10, 6000 // cases.tokens.shape[1])))  # long rows have many places to patch
-    cases, other = cases.pick(few), other.pick(few)
-    back, first, second = recovered(look.model, cases, other)
-    T, B = next(iter(back.values())).shape
-    columns = {
-        "site": np.repeat([name for name, _ in back], T * B),
-        "layer": np.repeat([block for _, block in back], T * B),
-        "position": np.tile(np.repeat(np.arange(T), B), len(back)),
-        "row": np.tile(cases.rows, T * len(back)),
-        "back": np.concatenate([x.ravel() for x in back.values()]),
+def patch(run):
+    """Which activation, put into a corrupted run, brings the answer of the clean run back?
+
+    For each hook point, block and position: the fraction of the logit difference recovered.
+    """
+    require_blocks(run)
+    if run.settings.train.data != "data_mqar":
+        require_facts(run)
+    clean, corrupted = corrupt(run, sample_correct_examples(run), run.config.seed)
+    # Long examples have many positions to patch, so fewer of them are taken.
+    few = np.arange(min(len(clean), max(10, 6000 // clean.tokens.shape[1])))
+    clean, corrupted = clean.select(few), corrupted.select(few)
+    recovered, clean_diff, corrupted_diff = activation_patching(run.model, clean, corrupted)
+    parts = []
+    cells = {}
+    for (name, block), fractions in recovered.items():
+        T, B = fractions.shape
+        parts.append(
+            {
+                "hook_point": np.full(T * B, name),
+                "layer": np.full(T * B, block),
+                "position": np.repeat(np.arange(T), B),
+                "example": np.tile(clean.indices, T),
+                "recovered": fractions.ravel(),
+            }
+        )
+        for t in range(T):
+            cells[f"{name}, {block}, {t}"] = mean_ci(fractions[t])
+    best = sorted(cells, key=lambda key: -cells[key]["value"])[:12]
+    head = ("hook point, layer, position", "examples", "recovered", "95% interval")
+    print_table(head, [(key, *format_ci(cells[key])) for key in best])
+    metrics = {
+        "n_examples": len(clean),
+        "logit_diff, clean": mean_ci(clean_diff),
+        "logit_diff, corrupted": mean_ci(corrupted_diff),
     }
-    cells = {f"{site}, {block}, {t}": mean_ci(x[t]) for (site, block), x in back.items() for t in range(T)}
-    best = sorted(cells.items(), key=lambda item: -item[1]["value"])[:12]
-    print_table(
-        ("site, layer, position", "rows", "share of the answer back", "95% interval"), [(k, *format_ci(c)) for k, c in best]
-    )
-    metrics = {"rows": B, "lead of the answer, right key": mean_ci(first), "lead of the answer, other key": mean_ci(second)}
-    by_slice = {"site, layer, position": cells}
-    save_result(look, "patch", metrics, by_slice, (), columns, lambda path: plot_patch(path, back, cases, look))
+    by_slice = {"hook_point, layer, position": cells}
+    plot = partial(plot_patch, run, recovered, clean)
+    save_result(run, "patch", metrics, by_slice, (), concat(parts), plot)
+
+
+def corrupt(run, examples, seed):
+    """Give examples another first answer -> clean, corrupted Examples.
+
+    Of text, a corrupted example is another one of the same form. Of MQAR, it is the same one with
+    another value under the first queried key. ConfigError if all first answers are the same.
+    """
+    rng = np.random.default_rng(seed)
+    if hasattr(run.data, "tokenizer"):
+        same_form = (examples.label_pos == examples.label_pos[:1]).all(1)
+        examples = examples.select(np.flatnonzero(same_form.cpu().numpy()))
+        other = rng.permutation(len(examples))
+        first_answers = examples.answers[:, 0].cpu().numpy()
+        differ = np.flatnonzero(first_answers != first_answers[other])
+        message = "all examples have the same first answer; raise n_examples"
+        require(len(differ), message, None)
+        return examples.select(differ), examples.select(other[differ])
+    tokens, answers = examples.tokens.clone(), examples.answers.clone()
+    values = np.arange(run.data.vocab_size // 2, run.data.vocab_size)
+    for b in range(len(examples)):
+        unused_values = np.setdiff1d(values, tokens[b].cpu().numpy())
+        new = int(rng.choice(unused_values))
+        tokens[b, tokens[b] == examples.answers[b, 0]] = new
+        answers[b, 0] = new
+    corrupted = Examples(examples.indices, tokens, examples.label_pos, answers, examples.slices)
+    return examples, corrupted
 
 
 @in_eval_mode
-def recovered(model, cases, other):
-    """Put each activation of `cases` at (site, block, position) into the runs of `other` -> {(site, block): (T, B)}, the share
-    of the difference that comes back; and how far the first answer of `cases` leads that of `other` in both, (B,) each."""
-    mine, theirs = cases.answers[:, 0], other.answers[:, 0]
-    rows = torch.arange(len(cases), device=mine.device)
-    places = [(name, block, module) for name, blocks in hook_points(model).items() for block, module in blocks.items()]
-    kept, back, T = {}, {}, 1 + int(max(cases.at[:, 0].max(), other.at[:, 0].max()))  # what comes later cannot matter
+def activation_patching(model, clean, corrupted):
+    """Put each activation of the clean run, at one position, into the corrupted run.
 
-    def lead(some, hooks):
+    -> {(hook point, block): fraction recovered (T, B)}, and the logit difference between the first
+    answers of clean and corrupted examples, in the clean and in the corrupted run, (B,) each. A
+    fraction of 1 is the clean run's difference, 0 the corrupted run's.
+    """
+    clean_answer, corrupted_answer = clean.answers[:, 0], corrupted.answers[:, 0]
+    example = torch.arange(len(clean), device=clean_answer.device)
+    # Later tokens are not seen at the first label.
+    T = 1 + int(max(clean.label_pos[:, 0].max(), corrupted.label_pos[:, 0].max()))
+
+    def answer_logit_diff(examples, hooks):
         with hooked(hooks):
-            logits = logits_at(model, some.tokens[:, :T], some.at[:, :1])[:, 0]
-        return logits[rows, mine] - logits[rows, theirs]
+            logits = logits_at(model, examples.tokens[:, :T], examples.label_pos[:, :1])[:, 0]
+        return logits[example, clean_answer] - logits[example, corrupted_answer]
 
-    def keep(key):
-        return lambda x: kept.setdefault(key, x)
+    activations, modules, hooks = {}, {}, []
+    for name, blocks in hook_points(model).items():
+        for block, module in blocks.items():
+            modules[name, block] = module
+            cache = partial(cache_activation, activations, (name, block))
+            hooks.append(hook_output(name, module, cache))
+    clean_diff = answer_logit_diff(clean, hooks)
+    corrupted_diff = answer_logit_diff(corrupted, [])
+    recovered = {}
+    for (name, block), module in modules.items():
+        fractions = []
+        for t in range(T):
+            patch_in = partial(patch_position, activations[name, block], t)
+            patched_diff = answer_logit_diff(corrupted, [hook_output(name, module, patch_in)])
+            fraction = (patched_diff - corrupted_diff) / (clean_diff - corrupted_diff)
+            fractions.append(fraction.cpu().numpy())
+        recovered[name, block] = np.stack(fractions)
+    return recovered, clean_diff.cpu().numpy(), corrupted_diff.cpu().numpy()
 
-    def put(key, t):
-        return lambda x: x.index_copy(1, torch.tensor([t], device=x.device), kept[key][:, t : t + 1])
 
-    first = lead(cases, [hook_output(name, module, keep((name, block))) for name, block, module in places])
-    second = lead(other, [])
-    for name, block, module in places:
-        now = [lead(other, [hook_output(name, module, put((name, block), t))]) for t in range(T)]
-        back[name, block] = np.stack([((x - second) / (first - second)).cpu().numpy() for x in now])
-    return back, first.cpu().numpy(), second.cpu().numpy()
+def cache_activation(activations, key, x):
+    activations[key] = x
+    return x
 
 
-def plot_patch(path, back, cases, look):
-    """A heatmap for each site: blocks down, positions across."""
-    names, texts = (
-        list(dict.fromkeys(name for name, _ in back)),
-        [look.token(i) for i in cases.tokens[0, : len(next(iter(back.values())))].tolist()],
-    )
+def patch_position(activation, t, x):
+    """x (B, T, D) with position t of another activation."""
+    return x.index_copy(1, torch.tensor([t], device=x.device), activation[:, t : t + 1])
+
+
+def plot_patch(run, recovered, clean, path):
+    """A heat map for each hook point: blocks down, positions across."""
+    names = list(dict.fromkeys(name for name, _ in recovered))
+    T = len(next(iter(recovered.values())))
     plt, fig, axes = figure(len(names), 1, width=9, grid=False)
-    fig.set_size_inches(max(7, min(16, 0.22 * len(texts) + 2)), 1.2 + 1.5 * len(names))
-    step = max(1, len(texts) // 40)
+    fig.set_size_inches(max(7, min(16, 0.22 * T + 2)), 1.2 + 1.5 * len(names))
+    ticks = range(0, T, max(1, T // 40))
+    labels = ticks
+    xlabel = "position"
+    if hasattr(run.data, "tokenizer"):
+        labels = [run.token(clean.tokens[0, t]) for t in ticks]
+        xlabel += f" (tokens of example {clean.indices[0]})"
     for axis, name in zip(axes, names):
-        blocks = [b for n, b in back if n == name]
-        drawn = axis.imshow([back[name, b].mean(1) for b in blocks], aspect="auto", vmin=0, vmax=1, cmap="viridis")
-        axis.set_yticks(range(len(blocks)), blocks, fontsize=7)
-        text = hasattr(look.data, "tokenizer")
-        axis.set_xticks(range(0, len(texts), step), texts[::step] if text else range(0, len(texts), step), fontsize=6)
-        axis.set_ylabel(f"{name}\nblock", fontsize=8)
-        fig.colorbar(drawn, ax=axis)
-    axes[-1].set_xlabel(f"position (tokens of row {cases.rows[0]})" if text else "position")
-    finish_figure(fig, plt, path, f"{look.name}: share of the answer that one activation brings back, mean of {len(cases)} rows")
+        blocks = [block for point, block in recovered if point == name]
+        grid = [recovered[name, block].mean(1) for block in blocks]
+        image = axis.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        axis.set_yticks(range(len(blocks)), blocks)
+        axis.set_xticks(ticks, labels, fontsize=6)
+        axis.set_ylabel(f"{name}\nblock")
+        fig.colorbar(image, ax=axis)
+    axes[-1].set_xlabel(xlabel)
+    title = f"{run.name}: fraction of the logit difference recovered by one activation"
+    finish_figure(fig, plt, path, f"{title}, mean of {len(clean)} examples")

@@ -3,7 +3,7 @@
     python eval.py stats runs/A            # intervals by slice; correlations with the loss
     python eval.py stats runs/A runs/B     # McNemar's test and paired bootstrap by slice
 
-Letters: N labels, R examples (rows of the data set).
+Letters: N labels, R examples.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def stats(args, config):
     if len(args) == 1:
         result = one_run(examples[0], tags)
     else:
-        message = f"{args[0]} and {args[1]} were not measured on the same rows"
+        message = f"{args[0]} and {args[1]} were not measured on the same examples"
         advice = "give both the same data, seed and split"
         require(same_examples(args, labels), f"{message}; {advice}", None)
         result = two_runs(examples, tags)
@@ -53,33 +53,35 @@ def stats(args, config):
 # ---- results of a run ----------------------------------------------------------------------------
 
 
-LABELS = {"row": WHOLE, "hit": BOOLEAN, "loss": NUMBER}
-MEASURED = ("row", "right", "labels", "hits", "loss")  # columns of per_example that are no slices
+LABELS = {"example": WHOLE, "correct": BOOLEAN, "loss": NUMBER}
+# Columns of per_example. All others are slices.
+MEASURED = ("example", "exact_match", "labels", "correct", "loss")
 
 
 def read_labels(path, split):
-    """A run, or its eval_<split>.json or .parquet -> {column: (N,)}, sorted by row."""
+    """A run, or its eval_<split>.json or .parquet -> {column: (N,)}, sorted by example."""
     if os.path.isdir(path):
         file = os.path.join(path, f"eval_{split}.parquet")
     else:
         file = os.path.splitext(path)[0] + ".parquet"
     columns = read_parquet(file, LABELS, f"python eval.py {path} --split {split} writes it")
-    order = np.argsort(columns["row"], kind="stable")
+    order = np.argsort(columns["example"], kind="stable")
     return {name: values[order] for name, values in columns.items()}
 
 
 def per_example(labels):
-    """{column: (N,)} -> {column: (R,)}: "row", "right" (all labels are), "labels", "hits", "loss".
+    """{column: (N,)} -> {column: (R,)}: MEASURED and slices.
 
-    The loss is summed. Slices are kept if all labels of an example have the same value.
+    "labels" and "correct" are numbers of labels, and the loss is summed. Slices are kept if all
+    labels of an example have the same value.
     """
-    row, first, index = np.unique(labels["row"], return_index=True, return_inverse=True)
-    n_labels, hits = np.bincount(index), np.bincount(index, labels["hit"])
+    example, first, index = np.unique(labels["example"], return_index=True, return_inverse=True)
+    n_labels, n_correct = np.bincount(index), np.bincount(index, labels["correct"])
     examples = {
-        "row": row,
-        "right": hits == n_labels,
+        "example": example,
+        "exact_match": n_correct == n_labels,
         "labels": n_labels,
-        "hits": hits,
+        "correct": n_correct,
         "loss": np.bincount(index, labels["loss"]),
     }
     for name, values in labels.items():
@@ -93,7 +95,7 @@ def same_examples(paths, labels):
     a, b = labels
     if a.keys() != b.keys():
         return False
-    shared = [name for name in a if name not in ("hit", "loss")]
+    shared = [name for name in a if name not in ("correct", "loss")]
     if not all(np.array_equal(a[name], b[name]) for name in shared):
         return False
     return data_of(paths[0]) == data_of(paths[1])
@@ -129,7 +131,7 @@ def result_path(args, split):
 def result_suffix(path, split):
     """What the result read from path adds to the name of its statistics.
 
-    eval_test.json -> "", eval_test_rows-10.json -> "_rows-10", eval_val.json -> "_val"
+    eval_test.json -> "", eval_test_n_examples-10.json -> "_n_examples-10", eval_val.json -> "_val"
     """
     if os.path.isdir(path):
         stem = f"eval_{split}"
@@ -148,7 +150,7 @@ def result_suffix(path, split):
 
 def slices_of(examples, tags):
     """Yield ("all", mask) and ("tag=value", mask (R,) bool) for tags with 2 to 24 values."""
-    yield "all", np.ones(len(examples["row"]), bool)
+    yield "all", np.ones(len(examples["example"]), bool)
     for tag in tags:
         values = np.unique(examples[tag])
         if 1 < len(values) <= 24:
@@ -161,12 +163,12 @@ def one_run(examples, tags):
     by_slice, lines = {}, []
     for name, mask in slices_of(examples, tags):
         n_labels, loss = examples["labels"][mask], examples["loss"][mask]
-        accuracy = label_accuracy(cluster_sums(n_labels, examples["hits"][mask]))
-        exact = proportion(int(examples["right"][mask].sum()), int(mask.sum()))
+        accuracy = label_accuracy(cluster_sums(n_labels, examples["correct"][mask]))
+        exact = proportion(int(examples["exact_match"][mask].sum()), int(mask.sum()))
         nll = mean_ci(loss / n_labels)
         by_slice[name] = {**accuracy, "exact": exact, "nll": nll}
         lines.append((name, *format_ci(accuracy), *format_ci(exact), *format_ci(nll)[1:]))
-    head = ("slice", "labels", "accuracy", "95% interval", "rows", "exact", "95% interval")
+    head = ("slice", "labels", "accuracy", "95% interval", "examples", "exact", "95% interval")
     print_table((*head, "nats per label", "95% interval"), lines)
 
     correlations = {}
@@ -179,7 +181,7 @@ def one_run(examples, tags):
         lines = []
         for tag, c in correlations.items():
             lines.append((tag, *format_ci(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}"))
-        head = ("Spearman's correlation with the loss", "rows", "value", "95% interval")
+        head = ("Spearman's correlation with the loss", "examples", "value", "95% interval")
         print_table((*head, "p (permutations)", "Holm"), lines)
     metrics = {"all": by_slice.pop("all"), "correlation with loss": correlations}
     return {"metrics": metrics, "by_slice": by_slice}
@@ -191,11 +193,11 @@ def two_runs(examples, tags):
     by_slice = {}
     for name, mask in slices_of(a, tags):
         n_labels = a["labels"][mask]
-        accuracy_change = (b["hits"][mask] - a["hits"][mask]) / n_labels
+        accuracy_change = (b["correct"][mask] - a["correct"][mask]) / n_labels
         nll_change = (b["loss"][mask] - a["loss"][mask]) / n_labels
         by_slice[name] = {
-            "exact": [proportion(int(x["right"][mask].sum()), int(mask.sum())) for x in examples],
-            "mcnemar": mcnemar(a["right"][mask], b["right"][mask]),
+            "exact": [proportion(int(x["exact_match"][mask].sum()), int(mask.sum())) for x in examples],
+            "mcnemar": mcnemar(a["exact_match"][mask], b["exact_match"][mask]),
             "accuracy difference": paired_bootstrap(accuracy_change, n_labels),
             "nll difference": paired_bootstrap(nll_change, n_labels),
         }
@@ -212,7 +214,7 @@ def two_runs(examples, tags):
         low, high = change["ci95"]
         changes = (f"{change['value']:+.4f}", f"{low:+.4f} - {high:+.4f}")
         lines.append((name, change["n"], *exact, *tests, *changes))
-    head = ("slice", "rows", "exact A", "exact B", "only A", "only B", "McNemar p", "Holm")
+    head = ("slice", "examples", "exact A", "exact B", "only A", "only B", "McNemar p", "Holm")
     print_table((*head, "labels B - A", "95% interval"), lines)
     return {"metrics": {"all": by_slice.pop("all")}, "by_slice": by_slice}
 

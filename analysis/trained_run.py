@@ -1,18 +1,24 @@
-"""A trained run, opened for a look inside: some of its rows in batches, shared out over the ranks, and one form of results.
+"""A trained run opened for analysis, the form of results, and the commands of both scripts.
 
-    look = open_run("runs/RUN", config)
-    found = map_batches(look, lambda batch: {"row": batch.rows, ...})      # arrays of all batches, end to end
+    run = open_run("runs/RUN", config)
+    table = map_batches(run, lambda batch: {"example": batch.indices, ...})
 
-A result is eval_<what>.json (of ablate.py, ablate_<what>.json), {config, metrics, by_slice, examples}, with every measured
-number as {"value", "ci95", "n"}; eval_<what>.parquet, the measurements; and eval_<what>.png.
+A result is eval_<what>.json (of ablate.py, ablate_<what>.json), {config, metrics, by_slice,
+examples}, with every measured number as {"value", "ci95", "n"}; eval_<what>.parquet, the
+measurements; and eval_<what>.png.
 
-Letters: B rows in a batch, T tokens in a row, N labels in a batch.
+Letters: B examples in a batch, T tokens, N labels in a batch.
 """
 
+import contextlib
+import difflib
 import hashlib
+import io
+import math
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 
@@ -20,21 +26,37 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nanorecall.build import enough_memory
 from nanorecall.checkpoint import atomic_write, dataset_sha256, write_json
-from nanorecall.distributed import SINGLE_PROCESS, autodetect_device
+from nanorecall.distributed import SINGLE_PROCESS, autodetect_device, process_group
 from nanorecall.metrics import autocast, iter_predictions
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.settings import ConfigError, at_least, one_of, require, say
+from nanorecall.settings import (
+    ConfigError,
+    at_least,
+    build_config,
+    field_names,
+    help_text,
+    one_of,
+    printable,
+    reject_unknown,
+    reject_unused,
+    require,
+    say,
+    split_argv,
+)
 from train import load_run
+
+# ---- a trained run -------------------------------------------------------------------------------
 
 
 @dataclass
 class AnalysisConfig:
-    """Settings of every command that looks at a run."""
+    """Settings of every command that runs a model."""
 
     split: str = "test"  # test or val
     checkpoint: str = "best"  # best (highest val accuracy) or ckpt (latest)
-    eval_batch_size: int = 100  # rows in a forward pass
+    eval_batch_size: int = 100  # examples in a forward pass
     device: str = "auto"  # auto, cpu, cuda, mps
 
     def check(self):
@@ -45,19 +67,21 @@ class AnalysisConfig:
 
 @dataclass
 class TrainedRun:
+    """What an analysis gets."""
+
     folder: str
-    plan: object
+    settings: object  # nanorecall.build.Settings, as the run was trained
     data: object
     model: torch.nn.Module
     step: int  # of the checkpoint
     device: torch.device
     dtype: torch.dtype
-    config: object  # the command's settings: split, checkpoint, rows, eval_batch_size
+    config: object  # the command's settings
     world: object = SINGLE_PROCESS
-    prefix: str = "eval"  # of the names of result files
-    uses: dict = field(default_factory=dict)  # {command: names of its settings}
-    read: list = field(default_factory=list)  # endings of the results that the present command has read
-    figures: list = field(default_factory=list)  # that were written
+    prefix: str = "eval"  # names of result files begin with it
+    options: dict = field(default_factory=dict)  # {command: names of its settings}
+    suffixes_read: list = field(default_factory=list)  # of results that the present command read
+    figures: list = field(default_factory=list)  # paths of those that it wrote
 
     @property
     def name(self):
@@ -65,89 +89,138 @@ class TrainedRun:
 
     @property
     def pad(self):
-        """The token after the end of short rows; -1: there is none."""
+        """The token that fills short examples up; -1 if there is none."""
         return self.data.tokenizer.pad if hasattr(self.data, "tokenizer") else -1
 
-    def about(self):
-        """What every result says of where it comes from."""
-        c, model = self.config, self.plan.train.model
-        return {"run": self.folder, "split": c.split, "checkpoint": c.checkpoint, "step": self.step, "model": model}
+    def provenance(self):
+        """Where a result comes from."""
+        return {
+            "run": self.folder,
+            "split": self.config.split,
+            "checkpoint": self.config.checkpoint,
+            "step": self.step,
+            "model": self.settings.train.model,
+        }
 
     def tensor(self, ids):
         return torch.from_numpy(np.asarray(ids, np.int64)).to(self.device)
 
     def text(self, ids):
-        """Tokens as a reader knows them: text, or numbers where the data has no letters."""
+        """Tokens as text, or as numbers where the data has no tokenizer."""
         ids = np.atleast_1d(np.asarray(ids))
-        return self.data.tokenizer.decode(ids) if hasattr(self.data, "tokenizer") else " ".join(map(str, ids.tolist()))
+        if hasattr(self.data, "tokenizer"):
+            return self.data.tokenizer.decode(ids)
+        return " ".join(map(str, ids.tolist()))
 
-    def token(self, i):
-        """One token as text, whatever it is."""
+    def token(self, token_id):
+        """One token as text that can be seen, also if it is a blank or a special token."""
+        token_id = int(token_id)
         if not hasattr(self.data, "tokenizer"):
-            return str(int(i))
-        names = {self.pad: "PAD", self.pad + 1: "BOS", self.pad + 2: "EOS"}
-        text = names.get(int(i)) or self.data.tokenizer.token_strings[int(i)]
-        return "␣" if text == " " else text if text.isprintable() else repr(text)[1:-1]
+            return str(token_id)
+        special = {self.pad: "PAD", self.pad + 1: "BOS", self.pad + 2: "EOS"}
+        if token_id in special:
+            return special[token_id]
+        text = self.data.tokenizer.token_strings[token_id]
+        if text == " ":
+            return "␣"
+        return text if text.isprintable() else repr(text)[1:-1]
 
 
 def open_run(folder, config, world=SINGLE_PROCESS):
-    """The run in `folder`, its model on the device and in the dtype that the settings name."""
-    with torch.random.fork_rng(devices=[]):  # a new model takes random numbers before it is filled
-        p, data, model, state = load_run(folder, config.checkpoint)
-    asked = getattr(config, "dtype", "float32")  # of ablate.py there is no other: effects are small
-    wanted = SimpleNamespace(device=config.device, dtype=p.train.dtype if asked == "auto" else asked)
-    device, dtype, line = autodetect_device(wanted, world)
-    world.print0(f"{folder}: {config.checkpoint}.pt of step {state['step']}; {line}")
-    return TrainedRun(folder, p, data, model.to(device), state["step"], device, dtype, config, world)
+    """The run in `folder`, its model on the device and in the dtype that the config names."""
+    # A new model takes random numbers before it is filled from the checkpoint.
+    with torch.random.fork_rng(devices=[]):
+        settings, data, model, state = load_run(folder, config.checkpoint)
+    # ablate.py has no dtype: its effects are too small for bfloat16.
+    dtype = getattr(config, "dtype", "float32")
+    if dtype == "auto":
+        dtype = settings.train.dtype
+    wanted = SimpleNamespace(device=config.device, dtype=dtype)
+    device, dtype, description = autodetect_device(wanted, world)
+    step = state["step"]
+    world.print0(f"{folder}: {config.checkpoint}.pt of step {step}; {description}")
+    return TrainedRun(folder, settings, data, model.to(device), step, device, dtype, config, world)
 
 
-def batches(look):
-    """Row numbers in batches: all of the split, or look.config.rows of them, as many from each of its segments."""
-    c, segments = look.config, look.data.eval_groups(look.config.split)
-    each = -(-c.rows // len(segments)) if c.rows else 0
-    some = [s if not each or each >= len(s) else [s[i * len(s) // each] for i in range(each)] for s in segments]
-    return [np.asarray(s[i : i + c.eval_batch_size]) for s in some for i in range(0, len(s), c.eval_batch_size)]
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def eval_batches(run):
+    """Indices in batches: of the whole split, or of n_examples, as many from each of its groups."""
+    config = run.config
+    groups = run.data.eval_groups(config.split)
+    per_group = math.ceil(config.n_examples / len(groups))  # 0: all
+    batches = []
+    for group in groups:
+        size = len(group)
+        if 0 < per_group < size:
+            group = [group[i * size // per_group] for i in range(per_group)]
+        for first in range(0, len(group), config.eval_batch_size):
+            batches.append(np.asarray(group[first : first + config.eval_batch_size]))
+    return batches
 
 
 @torch.no_grad()
-def map_batches(look, work, rows=None, read=None):
-    """Run work(batch) -> {name: array} over batches of rows, each rank its own -> {name: arrays of all batches, end to end}.
+def map_batches(run, measure, batches=None, read=None):
+    """Call measure(batch) -> {name: array} on batches -> {name: the arrays of all batches}.
 
-    A batch has tokens (B, T), targets (B, T), rows (B,) and tags {name: (N,)}. Every rank gets the whole. rows: batches of
-    row numbers, or those of `batches`; read(rows) -> tokens, targets, tags, or the run's own data.
+    A batch has tokens (B, T), targets (B, T), indices (B,) and slices {name: (N,)}. Ranks share
+    the batches, and each gets the whole result. batches: indices, or those of eval_batches.
+    read(indices) -> tokens, targets, slices, or the run's own data.
     """
-    todo, world, mine = batches(look) if rows is None else rows, look.world, []
-    read = read or (lambda rows: look.data.batch(look.config.split, 0, rows))
-    hidden = not (world.is_main and sys.stderr.isatty())
-    for i in tqdm(range(world.rank, len(todo), world.size), desc=look.config.split, disable=hidden, leave=False):
-        tokens, targets, tags, *_ = read(todo[i])
-        batch = SimpleNamespace(tokens=tokens.to(look.device), targets=targets.to(look.device), rows=todo[i], tags=tags)
-        with autocast(look.device, look.dtype):
-            mine.append(work(batch))
-    gathered = world.all_gather_object(mine)
-    parts = [gathered[i % world.size][i // world.size] for i in range(len(todo))]
-    return concat(parts)
+    world = run.world
+    split = run.config.split
+    if batches is None:
+        batches = eval_batches(run)
+    # None shows the bar on a terminal only.
+    disable = None if world.is_main else True
+    parts = []
+    rank_batches = batches[world.rank :: world.size]
+    for indices in tqdm(rank_batches, desc=split, disable=disable, leave=False):
+        tokens, targets, slices, *_ = read(indices) if read else run.data.batch(split, 0, indices)
+        tokens, targets = tokens.to(run.device), targets.to(run.device)
+        batch = SimpleNamespace(tokens=tokens, targets=targets, indices=indices, slices=slices)
+        with autocast(run.device, run.dtype):
+            parts.append(measure(batch))
+    parts_of_ranks = world.all_gather_object(parts)
+    in_order = []
+    for i in range(len(batches)):
+        in_order.append(parts_of_ranks[i % world.size][i // world.size])
+    return concat(in_order)
 
 
-def concat(parts):
-    """[{name: array}] -> {name: the arrays of all parts}"""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def concat(tables):
+    """[{name: array}] -> {name: the arrays of all tables}"""
+    columns = {}
+    for name in tables[0]:
+        columns[name] = np.concatenate([table[name] for table in tables])
+    return columns
 
 
-def correct_examples(look):
-    """Numbers of the split's rows that the model answers rightly, every label of them."""
-    c = look.config
-    found = list(iter_predictions(look.model, look.data, c.split, c.eval_batch_size, look.device, look.dtype, show_progress=True))
-    return np.concatenate([np.setdiff1d(b["row"], b["row"][~b["hit"]]) for b in found])
+def correct_examples(run):
+    """Indices of the examples of the split of which the model predicts every label correctly."""
+    split, batch_size = run.config.split, run.config.eval_batch_size
+    model, device = run.model, run.device
+    options = dict(dtype=run.dtype, show_progress=True)
+    correct = []
+    for batch in iter_predictions(model, run.data, split, batch_size, device, **options):
+        wrong = batch["example"][~batch["correct"]]
+        correct.append(np.setdiff1d(batch["example"], wrong))
+    return np.concatenate(correct)
 
 
 def label_positions(batch):
-    """Where the labels are: rows (N,), positions (N,), place in the row's answers (N,), the token asked for (N,)."""
+    """Where the labels are: example (N,), position (N,), answer position (N,), label (N,)."""
     targets = batch.targets.cpu().numpy()
-    b, t = np.nonzero(targets != IGNORE_INDEX)
-    counts = (targets != IGNORE_INDEX).sum(1)
-    place = np.arange(len(b)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return batch.rows[b], t, place, targets[b, t]
+    labelled = targets != IGNORE_INDEX
+    b, t = np.nonzero(labelled)
+    n_labels = labelled.sum(1)  # (B,)
+    first = np.cumsum(n_labels) - n_labels  # the number of each example's first label
+    answer_pos = np.arange(len(b)) - np.repeat(first, n_labels)
+    return batch.indices[b], t, answer_pos, targets[b, t]
+
+
+# ---- parquet -------------------------------------------------------------------------------------
 
 
 def write_parquet(path, columns):
@@ -158,17 +231,19 @@ def write_parquet(path, columns):
     atomic_write(path, lambda f: pq.write_table(pa.table(columns), f, write_page_checksum=True))
 
 
-NUMBER, WHOLE, BOOLEAN, TEXT = (
-    "biuf",
-    "biu",
-    "b",
-    "U",
-)  # kinds of columns: what numpy calls the types that they may have
+# What a column may hold, as letters of numpy's kinds of dtypes.
+NUMBER = "biuf"
+WHOLE = "biu"
+BOOLEAN = "b"
+TEXT = "U"
 
 
 def read_parquet(path, kinds, advice):
-    """What write_parquet wrote -> {name: (N,) array}, N at least 1; ConfigError with advice if it
-    is not there, damaged or lacks one of the columns. kinds: {column: letters of numpy's kinds}."""
+    """Read what write_parquet wrote -> {name: (N,) array}, N at least 1.
+
+    kinds: {column: NUMBER, WHOLE, BOOLEAN or TEXT}. ConfigError with the advice if the file is
+    missing or damaged, or lacks one of these columns.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -177,95 +252,226 @@ def read_parquet(path, kinds, advice):
         table = pq.read_table(path, page_checksum_verification=True).to_pydict()
         columns = {name: np.array(values) for name, values in table.items()}
     except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError) as e:
-        raise ConfigError(
-            f"{path} cannot be read as parquet ({' '.join(str(e).split())[:80]}); {advice}"
-        ) from None
+        why = " ".join(str(e).split())[:80]
+        raise ConfigError(f"{path} cannot be read as parquet ({why}); {advice}") from None
     for name in kinds:
         require(name in columns, f"{path} has no column {name!r}; {advice}", None)
     for name, values in columns.items():
-        # numpy makes objects of nulls, and of lists of several lengths
-        fits = values.dtype.kind in kinds.get(name, "biufU") and values.ndim == 1 and len(values)
-        message = f"{path}: the column {name!r} holds something else than it should; {advice}"
-        require(fits, message, None)
+        # numpy makes objects of nulls, and of lists of several lengths.
+        right_kind = values.dtype.kind in kinds.get(name, "biufU")
+        message = f"{path}: the column {name!r} holds values of another type; {advice}"
+        require(right_kind and values.ndim == 1 and len(values) > 0, message, None)
     return columns
 
 
+# ---- results -------------------------------------------------------------------------------------
+
 # Settings that decide what is measured. Others, as eval_batch_size and device, decide how.
-DECIDE = ("checkpoint", "dtype", "rows", "data", "edits", "modes", "pairs", "type", "seed")
+DECISIVE = (
+    "checkpoint",
+    "dtype",
+    "n_examples",
+    "data",
+    "n_edits",
+    "ablations",
+    "n_pairs",
+    "exposure_pairs",
+    "seed",
+)
 
 
-def deciding(look, what):
+def decisive_settings(run, what):
     """{setting: value} of those that decide what a result of the command `what` says."""
-    uses = look.uses.get(what.replace("_", "-"), look.uses.get("slices"))
-    names = DECIDE + (
-        ("example",) if what == "attention" else ()
-    )  # elsewhere, a row that is printed as well
-    return {
-        n: getattr(look.config, n)
-        for n in names
-        if hasattr(look.config, n) and (uses is None or n in uses.split())
-    }
+    used = run.options.get(what.replace("_", "-"), run.options.get("slices"))
+    names = list(DECISIVE)
+    if what == "attention":
+        # Elsewhere it is an example to print, besides what is measured.
+        names.append("example")
+    values = {}
+    for name in names:
+        if hasattr(run.config, name) and (used is None or name in used):
+            values[name] = getattr(run.config, name)
+    return values
 
 
-def ending(look, what):
-    """The end of a result's name: the split and the settings that differ from their defaults, so
-    that a result never takes the place of one that was measured otherwise.
+def result_suffix(run, what):
+    """The end of a result's name: the split, and the settings that differ from their defaults.
 
-    ablate.py swap --type less_more: ablate_swap_type-less_more
+    So no result replaces one that was measured otherwise. ablate.py swap --n_pairs 8 writes
+    ablate_swap_n_pairs-8.
     """
-    split = look.config.split
-    text = "" if split in ("test", what) else f"_{split}"
-    defaults = {f.name: f.default for f in fields(look.config)}
-    for name, value in deciding(look, what).items():
+    split = run.config.split
+    suffix = "" if split in ("test", what) else f"_{split}"
+    defaults = {f.name: f.default for f in fields(run.config)}
+    for name, value in decisive_settings(run, what).items():
         if value != defaults[name]:
-            text += f"_{name}-{short_name(name, value)}"
-    return text
+            suffix += f"_{name}-{short_value(name, value)}"
+    return suffix
 
 
-def short_name(name, value):
-    """A setting's value as part of a file's name; of a file, with the beginning of its checksum."""
+def short_value(name, value):
+    """A setting's value as part of a file name; a path with the beginning of its checksum."""
     text = str(value)
-    said = re.sub(
-        r"[^\w.]+", "-", os.path.basename(os.path.normpath(text)) if name == "data" else text
-    ).strip("-.")
+    shown = os.path.basename(os.path.normpath(text)) if name == "data" else text
+    shown = re.sub(r"[^\w.]+", "-", shown).strip("-.")
     if name == "data":
-        return f"{said[:40]}-{dataset_sha256(text)[:8]}"
-    return (
-        said if len(said) <= 40 else f"{said[:24]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    )
+        return f"{shown[:40]}-{dataset_sha256(text)[:8]}"
+    if len(shown) > 40:
+        return f"{shown[:24]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return shown
 
 
-def results(look, what):
-    """Endings of the results of the command `what` in the run, on this split."""
-    there, start = os.listdir(look.folder), f"{look.prefix}_{what}"
-    split = "" if look.config.split == "test" else f"_{look.config.split}"
-    ends = [
-        f[len(start) : -len(".parquet")]
-        for f in sorted(there)
-        if f.startswith(start + split) and f.endswith(".parquet")
-    ]
-    known = tuple(f"_{name}-" for name in DECIDE)  # the rest of swap_matrix is no setting of swap
-    return [e for e in ends if e == split or e[len(split) :].startswith(known)]
+def list_results(run, what):
+    """Suffixes of the results of the command `what` that the run has on this split."""
+    stem = f"{run.prefix}_{what}"
+    split = "" if run.config.split == "test" else f"_{run.config.split}"
+    # The rest of ablate_swap_matrix is no setting of swap.
+    beginnings = tuple(f"{split}_{name}-" for name in DECISIVE)
+    suffixes = []
+    for file in sorted(os.listdir(run.folder)):
+        name, extension = os.path.splitext(file)
+        if name.startswith(stem) and extension == ".parquet":
+            suffix = name.removeprefix(stem)
+            if suffix == split or suffix.startswith(beginnings):
+                suffixes.append(suffix)
+    return suffixes
 
 
-def save_result(look, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
-    """Write a result and its figure into the run; plot(path) draws it. Only the first rank writes."""
-    if not look.world.is_main:
+def save_result(run, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
+    """Write a result into the run. plot(path) draws its figure. Only the main rank writes."""
+    if not run.world.is_main:
         return
     # What was computed from other results is named like these.
-    end = "".join(dict.fromkeys(look.read)) or ending(look, what)
-    path = os.path.join(look.folder, f"{look.prefix}_{what}{end}")
-    look.read.clear()
-    config = look.about() | deciding(look, what)
-    measured = {"metrics": metrics, "by_slice": by_slice or {}, "examples": list(examples)}
-    result = {"config": config, **measured}
+    suffix = "".join(dict.fromkeys(run.suffixes_read)) or result_suffix(run, what)
+    run.suffixes_read.clear()
+    path = os.path.join(run.folder, f"{run.prefix}_{what}{suffix}")
+    result = {
+        "config": run.provenance() | decisive_settings(run, what),
+        "metrics": metrics,
+        "by_slice": by_slice or {},
+        "examples": list(examples),
+    }
     write_json(path + ".json", result)
-    endings = [".json"]
+    written = f"{path}.json"
     if columns:
         write_parquet(path + ".parquet", columns)
-        endings.append(".parquet")
+        written += ", .parquet"
     if plot:
         plot(path + ".png")
-        look.figures.append(path + ".png")
-        endings.append(".png")
-    say(f"wrote {path}{', '.join(endings)}")
+        run.figures.append(path + ".png")
+        written += ", .png"
+    say(f"wrote {written}")
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+MODEL_OPTIONS = ("split", "checkpoint", "eval_batch_size", "device", "dtype")
+
+
+@dataclass(frozen=True)
+class Command:
+    function: object  # f(run) or, without a model, f(paths, config); ConfigError if it cannot
+    options: tuple  # names of its settings, besides MODEL_OPTIONS
+    summary: str  # what a reader learns from it
+    needs_model: bool = True
+
+    def all_options(self):
+        return MODEL_OPTIONS + self.options if self.needs_model else self.options
+
+
+def parse_command(argv, doc, commands, config_class, default=None):
+    """Command line -> name of the command, its paths, its settings. Nothing is run.
+
+    default: the command if the first argument is a run directory.
+    """
+    args, settings = split_argv(argv)
+    if any(s.key == "help" for s in settings):
+        say(help_text(doc, config_class))
+        sys.exit(0)
+    first = "a run directory or a command" if default else "a command and a run directory"
+    require(args, f"name {first}; --help lists them", None)
+    reject_unknown(settings, config_class)
+    config = build_config(config_class, settings)
+    name, *paths = args
+    if name not in commands:
+        nearest = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(commands)}"
+        is_run = default and (not paths or os.path.isdir(name))
+        require(is_run, f"{name!r} is no command; {hint}", None)
+        name, paths = default, args
+    reasons = {}
+    for option in field_names(config_class):
+        users = [n for n, command in commands.items() if option in command.all_options()]
+        if name not in users:
+            reasons[option] = f"{name} does not use it, only {', '.join(users)}"
+    reject_unused(config, reasons, {s.key: s for s in settings})
+    if commands[name].needs_model:
+        require(len(paths) == 1, f"name one run directory, as in: {name} runs/RUN", None)
+    return name, paths, config
+
+
+def run_command(name, paths, config, commands, prefix="eval"):
+    """Run what parse_command returned. prefix: the beginning of the names of result files."""
+    command = commands[name]
+    if not command.needs_model:
+        with enough_memory(lambda: "read fewer or smaller files"):
+            command.function(paths, config)
+        return
+    with process_group(config.device) as world, enough_memory(lambda: memory_advice(command)):
+        with world.agree():
+            run = open_run(paths[0], config, world)
+        run.prefix = prefix
+        run.options = {n: c.all_options() for n, c in commands.items()}
+        try:
+            command.function(run)
+        except ConfigError as e:
+            # A message that begins with a file of the run says the folder already.
+            where = "" if str(e).startswith(run.folder) else f"{run.folder}: "
+            raise ConfigError(f"{where}{e}", e.key) from None
+
+
+def memory_advice(command):
+    """What to do when memory is full."""
+    sizes = ("eval_batch_size", "n_examples", "n_pairs", "ablate_batch_size")
+    used = [name for name in sizes if name in command.all_options()]
+    return f"lower {' or '.join(used)}, or measure on the CPU with --device cpu"
+
+
+def report(run, script, commands, names, file):
+    """Run these commands and write a report into the run: what they printed, figures, seconds."""
+    start = time.perf_counter()
+    stem, extension = os.path.splitext(file)
+    path = os.path.join(run.folder, stem + result_suffix(run, "all") + extension)
+    provenance = ", ".join(f"{name} {value}" for name, value in run.provenance().items())
+    n_params = sum(p.numel() for p in run.model.parameters())
+    text = f"# {run.name}\n\n{provenance}; {n_params:,} parameters. Intervals are 95%.\n"
+    for name in names:
+        run.world.print0(f"\n{name}: {commands[name].summary}")
+        text += f"\n## {name}\n\n{report_section(run, script, name, commands[name])}"
+        if run.world.is_main:
+            readable = printable(text, keep="\n").encode()
+            atomic_write(path, lambda f: f.write(readable))
+    run.world.print0(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
+
+
+def report_section(run, script, name, command):
+    """Run one command -> its section of the report, without the heading."""
+    start = time.perf_counter()
+    run.figures.clear()
+    run.suffixes_read.clear()
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output):
+            if command.needs_model:
+                command.function(run)
+            elif run.world.is_main:
+                run.figures.append(command.function([run.folder], run.config))
+    except ConfigError as e:
+        run.world.print0(f"left out: {e}")
+        return f"Left out: {e}.\n"
+    printed = output.getvalue()
+    print(printed, end="", flush=True)
+    table = re.sub(r"^wrote .*\n", "", printed, flags=re.M).strip()
+    figures = [f"![{name}]({os.path.basename(path)})\n" for path in run.figures]
+    took = f"`python {script} {name} {run.folder}`, {time.perf_counter() - start:.1f} s"
+    return f"{command.summary}\n{took}\n\n```\n{table}\n```\n\n{''.join(figures)}"

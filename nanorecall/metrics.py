@@ -75,9 +75,9 @@ def iter_predictions(
 ):
     """Go through a split in batches. Yields for each batch a dict of
 
-    "hit" (N,) bool, "loss" (N,) in nats, "tags" {slice: values (N,)}, "row" (N,), the example of
-    each label, and "row_hit", bool for each example that has labels. (All models are right about
-    an example without labels, so it is not counted.)
+    "correct" (N,) bool, "loss" (N,) in nats, "slices" {slice: values (N,)}, "example" (N,), the
+    index of each label's example, and "exact_match", bool for each example that has labels. (An
+    example without labels would be correct for every model, so it is not counted.)
 
     Ranks alternate: each yields its own batches, and None where no batch is left for it. All of
     them end early if `stop`, a list that a signal handler fills, is not empty on any.
@@ -105,11 +105,11 @@ def iter_predictions(
         correct, row_correct = correct_fn(logits.cpu(), targets)
         loss = F.cross_entropy(logits.float().cpu(), targets[labelled], reduction="none")
         yield {
-            "hit": correct.numpy(),
+            "correct": correct.numpy(),
             "loss": loss.numpy(),
-            "tags": tags,
-            "row": np.repeat(np.asarray(rows), labelled.sum(1).numpy()),
-            "row_hit": row_correct[labelled.any(1)].numpy(),
+            "slices": tags,
+            "example": np.repeat(np.asarray(rows), labelled.sum(1).numpy()),
+            "exact_match": row_correct[labelled.any(1)].numpy(),
         }
 
 
@@ -139,19 +139,19 @@ def merge_batches(batches):
 
 def count_batch(batch):
     """One batch of `iter_predictions` -> numbers that add up: of all labels, and "by_slice"."""
-    correct, loss, row = batch["hit"], batch["loss"], batch["row"]
+    correct, loss, example = batch["correct"], batch["loss"], batch["example"]
 
     def count(mask):
         total_loss = float(loss[mask].sum(dtype=np.float64))
-        return {**cluster_counts(correct[mask], row[mask]), "loss": total_loss}
+        return {**cluster_counts(correct[mask], example[mask]), "loss": total_loss}
 
     by_slice = {}
-    for tag, values in batch["tags"].items():
+    for tag, values in batch["slices"].items():
         by_slice[tag] = {v.item(): count(values == v) for v in np.unique(values)}
     counts = count(np.ones(len(correct), bool))
     # Exact match is that of the model's own `correct`, which may look at more than labels.
-    counts["row_right"] = int(batch["row_hit"].sum())
-    counts["rows"] = len(batch["row_hit"])
+    counts["row_right"] = int(batch["exact_match"].sum())
+    counts["rows"] = len(batch["exact_match"])
     return {**counts, "by_slice": by_slice}
 
 

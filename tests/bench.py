@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
-import ablate  # noqa: E402
 import data_mqar  # noqa: E402
 import data_synth  # noqa: E402
 import delta as D  # noqa: E402
@@ -37,6 +36,7 @@ import memory  # noqa: E402
 import model as M  # noqa: E402
 import train  # noqa: E402
 from analysis import hooks  # noqa: E402
+from analysis.ablation import measure_slots  # noqa: E402
 from data_synth import BUILD  # noqa: E402
 from myriadlama import (
     fusion,  # noqa: E402
@@ -359,9 +359,9 @@ def ablate_rows(rounds):
     torch.manual_seed(0)
     model = build_model(p, build_model_config(p, data)).eval()
     look = SimpleNamespace(data=data, config=SimpleNamespace(split="test"), pad=data.tokenizer.pad, device="cpu")
-    cases, _ = hooks.read_cases(look, np.arange(10))
-    slots = hooks.run_with_cache(model, cases).found[0]["slots"]
-    counted = len(ablate.remove_slots(model, cases, ["zero"])["fall"]) // cases.at.shape[1]
+    cases, _ = hooks.load_examples(look, np.arange(10))
+    slots = hooks.run_with_cache(model, cases).reads[0]["slots"]
+    counted = len(measure_slots(model, cases, ["zero"])["drop"]) // cases.label_pos.shape[1]
 
     @torch.no_grad()
     def one_by_one():
@@ -369,7 +369,7 @@ def ablate_rows(rounds):
             silence = lambda f, slot=slot: {"slots": f["slots"], "weights": f["weights"].masked_fill(f["slots"] == slot, 0)}
             model(cases.tokens[:1], intervene={0: silence})
 
-    times = take_turns({"ours": lambda: ablate.remove_slots(model, cases, ["zero"]), "naive": one_by_one}, max(1, rounds // 3))
+    times = take_turns({"ours": lambda: measure_slots(model, cases, ["zero"]), "naive": one_by_one}, max(1, rounds // 3))
     ours, naive = [t / counted for t in times["ours"]], [t / 20 for t in times["naive"]]
     yield "a slot removed from a row", ours, "a forward pass each", naive, None
 

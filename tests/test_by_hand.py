@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import ablate
 from analysis import (
     attention_maps,
+    clustering,
     compare,
     confidence,
     editing,
@@ -22,8 +22,7 @@ from analysis import hooks as I
 from analysis.trained_run import write_parquet
 from nanorecall import metrics, stats
 from nanorecall.settings import ConfigError
-from toys import ablation_model as make
-from toys import some_examples as some_cases
+from toys import ablation_model, some_examples
 
 # ---- stats.py ------------------------------------------------------------------------------------
 
@@ -132,7 +131,7 @@ def test_counts_of_a_batch():
     assert (second["right"], second["labels"], second["loss"]) == (0, 2, 4)
 
 
-# ---- interventions.py ----------------------------------------------------------------------------
+# ---- hooks.py ----------------------------------------------------------------------------
 
 
 def test_the_lead_of_an_answer():
@@ -163,38 +162,38 @@ def look_at_rows(monkeypatch, groups, **config):
 def test_as_many_rows_of_a_rare_group_as_of_a_frequent_one(monkeypatch, capsys):
     groups, chosen = [0] * 27 + [1] * 3, []
     for seed in (0, 0, 1):
-        cases = I.correct_cases(look_at_rows(monkeypatch, groups, rows=6, seed=seed))
-        assert cases.tags["group"].tolist().count(1) == 3 and len(cases) == 6
-        chosen.append(sorted(cases.rows.tolist()))
+        cases = I.sample_correct_examples(look_at_rows(monkeypatch, groups, n_examples=6, seed=seed))
+        assert cases.slices["group"].tolist().count(1) == 3 and len(cases) == 6
+        chosen.append(sorted(cases.indices.tolist()))
     assert chosen[0] == chosen[1] != chosen[2]
     for rows in (29, 30, 31, 0):
-        cases = I.correct_cases(look_at_rows(monkeypatch, groups, rows=rows, seed=0))
+        cases = I.sample_correct_examples(look_at_rows(monkeypatch, groups, n_examples=rows, seed=0))
         assert len(cases) == min(30, rows or 30)
 
 
 def test_one_row_is_a_case(monkeypatch, capsys):
-    cases = I.correct_cases(look_at_rows(monkeypatch, [5, 6, 7, 8], rows=1, seed=0))
-    assert len(cases) == 1 and cases.tags["group"].tolist() == cases.rows + 5
+    cases = I.sample_correct_examples(look_at_rows(monkeypatch, [5, 6, 7, 8], n_examples=1, seed=0))
+    assert len(cases) == 1 and cases.slices["group"].tolist() == cases.indices + 5
 
 
-# ---- exchange.py ---------------------------------------------------------------------------------
+# ---- patching.py ---------------------------------------------------------------------------------
 
 
 def test_high_is_above_the_median():
     """Of exposures 1, 4, 4, 4 and 9 only 9 is: twelve pairs of lower ones, four up, four down."""
     exposures = np.array([1, 4, 4, 4, 9])
-    cases = some_cases(B=5)
-    cases.tags = {"exposures": exposures}
+    cases = some_examples(B=5)
+    cases.slices = {"exposures": exposures}
     count = lambda kind: len(patching.draw_pairs(cases, 0, kind, 0)[0])
     assert [count(kind) for kind in ("less_less", "less_more", "more_less")] == [12, 4, 4]
-    with pytest.raises(ConfigError, match="no two rows fit"):
+    with pytest.raises(ConfigError, match="there is no such pair"):
         count("more_more")
-    kinds = patching.pair_types(exposures, np.array([0, 4, 1]), np.array([1, 3, 4]))
+    kinds = patching.name_exposure_pairs(exposures, np.array([0, 4, 1]), np.array([1, 3, 4]))
     assert kinds.tolist() == ["less_less", "more_less", "less_more"]
 
 
 def test_pairs_are_drawn_once_each_by_the_seed():
-    cases = some_cases(B=6)
+    cases = some_examples(B=6)
     first, again, other = (patching.draw_pairs(cases, 25, "any", seed) for seed in (1, 1, 2))
     assert len({*zip(*(x.tolist() for x in first))}) == 25
     assert np.array_equal(first, again) and not np.array_equal(first, other)
@@ -203,18 +202,18 @@ def test_pairs_are_drawn_once_each_by_the_seed():
 @torch.no_grad()
 def test_an_exchange_against_the_whole_model():
     """One pair, one place, all columns; row 0 reads in block 2 what row 1 reads at its label."""
-    model, cases = make(mem_share_values=False), some_cases(B=2)
+    model, cases = ablation_model(mem_share_values=False), some_examples(B=2)
     cases.answers[:, 1] = cases.answers[0, 1]  # nothing to tell apart there
-    columns = patching.exchanged(model, cases, np.array([0]), np.array([1]), "inject", seed=3)
-    (clean, _, found), (a, b) = model(cases.tokens, trace=True), cases.at
-    assert sorted({*zip(columns["layer"].tolist(), columns["place"].tolist())}) == [
+    columns = patching.interchange_effects(model, cases, np.array([0]), np.array([1]), "inject", seed=3)
+    (clean, _, found), (a, b) = model(cases.tokens, trace=True), cases.label_pos
+    assert sorted({*zip(columns["layer"].tolist(), columns["answer_pos"].tolist())}) == [
         (block, place) for block in (0, 2) for place in (0, 2)
     ]
     answers = cases.answers.numpy()
     third = patching.control_answers(
         answers[:1].repeat(2, 0)[[0, 1], [0, 2]], answers[1, [0, 2]], np.unique(answers), 3
     )
-    for i, place in enumerate(columns["place"]):
+    for i, place in enumerate(columns["answer_pos"]):
         block = columns["layer"][i]
 
         def put(read):
@@ -227,28 +226,28 @@ def test_an_exchange_against_the_whole_model():
         now = model(cases.tokens[:1], intervene={block: put})[0][0, a[place]]
         before = clean[0, a[place]]
         lead = lambda x: x[own] - x[np.delete(np.arange(11), own)].max()
-        assert columns["now"][i] == now.argmax() and columns["fall"][i] == pytest.approx(
+        assert columns["prediction"][i] == now.argmax() and columns["drop"][i] == pytest.approx(
             float(lead(before) - lead(now)), abs=1e-4
         )
-        assert columns["own lost"][i] == (now.argmax() != own) and columns["other's"][i] == (
+        assert columns["base_lost"][i] == (now.argmax() != own) and columns["source_answer"][i] == (
             now.argmax() == theirs
         )
-        assert columns["placebo"][i] == (now.argmax() == third[int(place == 2)])
-        assert columns["p other"][i] == pytest.approx(float(now.softmax(0)[theirs]), abs=1e-5)
-        assert columns["p other before"][i] == pytest.approx(
+        assert columns["control_answer"][i] == (now.argmax() == third[int(place == 2)])
+        assert columns["p_source"][i] == pytest.approx(float(now.softmax(0)[theirs]), abs=1e-5)
+        assert columns["p_source_clean"][i] == pytest.approx(
             float(before.softmax(0)[theirs]), abs=1e-5
         )
 
 
 def test_where_two_rows_agree_nothing_is_counted():
     columns = {
-        "row": np.array([0, 0, 1, 1]),
-        "place": np.array([0, 1, 0, 1]),
+        "example": np.array([0, 0, 1, 1]),
+        "answer_pos": np.array([0, 1, 0, 1]),
         "answer": np.array([3, 4, 3, 5]),
-        "other answer": np.array([3, 5, 4, 5]),
+        "source_answer_token": np.array([3, 5, 4, 5]),
         "how": np.array([3, 5, 3, 5]),
     }
-    cells = patching.matches(columns, "how", "other answer", "place")
+    cells = patching.match_rates(columns, "how", "source_answer_token", "answer_pos")
     assert {k: (c["value"], c["n"]) for k, c in cells.items()} == {"0": (0, 1), "1": (1, 1)}
 
 
@@ -283,46 +282,52 @@ def result_of(monkeypatch, work, columns, **trained_run):
 
     monkeypatch.setattr(importance, "load_table", lambda trained_run, what: columns)
     monkeypatch.setattr(importance, "save_result", save)
-    work(SimpleNamespace(config=SimpleNamespace(seed=0, split="test"), name="x", token=str, **trained_run))
+    parts = dict(model=SimpleNamespace(memory_layers=dict), data=None)
+    train = SimpleNamespace(model="memory", data="data_synth")
+    settings = SimpleNamespace(data=SimpleNamespace(task="qa"), train=train)
+    config = SimpleNamespace(seed=0, split="test")
+    parts |= dict(settings=settings, config=config, name="x", token=str)
+    work(SimpleNamespace(**{**parts, **trained_run}))
     return kept["metrics"], kept["by_slice"], kept["columns"]
 
 
 def measurements(**columns):
     """Columns as `keys` writes them; all that is not named is the same everywhere."""
-    n = len(columns["fall"])
+    n = len(columns["drop"])
     plain = {
-        "mode": ["zero"] * n,
+        "ablation": ["zero"] * n,
         "control": [False] * n,
         "layer": [0] * n,
         "slot": [0] * n,
         "flip": [False] * n,
     }
-    plain |= {"row": range(n), "place": [0] * n, "reads": [1] * n}
+    plain |= {"example": range(n), "answer_pos": [0] * n, "reads": [1] * n}
     return {name: np.array(values) for name, values in {**plain, **columns}.items()}
 
 
-def test_the_first_mode_without_controls_is_chosen():
+def test_the_first_ablation_without_controls_is_chosen():
     columns = measurements(
-        fall=[1.0, 2.0, 3.0], mode=["drop", "zero", "drop"], control=[False, False, True]
+        drop=[1.0, 2.0, 3.0], ablation=["mean", "zero", "mean"], control=[False, False, True]
     )
-    found, mode = importance.first_ablation(columns)
-    assert mode == "drop" and found["fall"].tolist() == [1]
+    found, ablation = importance.first_ablation(columns)
+    assert ablation == "mean" and found["drop"].tolist() == [1]
 
 
-def test_the_best_slots_are_measured_on_the_other_half_of_the_rows():
-    """Row 0: slot 0 falls by 10, the others by 0. Row 1: slot 1 by 7, the others by 1."""
+def test_the_best_slots_are_measured_on_the_other_half_of_the_examples():
+    """Example 0: slot 0 drops by 10, the others by 0. Example 1: slot 1 by 7, the others by 1."""
     slot = np.tile(np.arange(20), 2)
-    fall = np.concatenate(
-        [np.where(np.arange(20) == 0, 10.0, 0), np.where(np.arange(20) == 1, 7.0, 1)]
-    )
-    best, every = importance.top_and_all(measurements(fall=fall, slot=slot, row=np.repeat([0, 1], 20)))
+    drop = np.ones(40)
+    drop[:20] = 0
+    drop[0], drop[21] = 10, 7
+    columns = measurements(drop=drop, slot=slot, example=np.repeat([0, 1], 20))
+    best, every = importance.top_and_all(columns)
     assert best.tolist() == [1, 0] and every.sum() == 10 + 7 + 19
 
 
 def test_impact_in_numbers(monkeypatch, capsys):
-    """Falls 0.005, -0.5, 1, 3 of slots that are read; -0.25 and 0.125 of those that are not."""
+    """Drops 0.005, -0.5, 1, 3 of slots that are read; -0.25 and 0.125 of those that are not."""
     columns = measurements(
-        fall=[0.005, -0.5, 1.0, 3.0, -0.25, 0.125],
+        drop=[0.005, -0.5, 1.0, 3.0, -0.25, 0.125],
         slot=[1, 2, 2, 3, 8, 9],
         flip=[False, True, False, False, True, True],
         control=[False] * 4 + [True] * 2,
@@ -334,25 +339,30 @@ def test_impact_in_numbers(monkeypatch, capsys):
         2,
         3,
     ]
-    assert cell["fall"]["value"] == pytest.approx((0.005 + 0.25 + 3) / 3)
+    assert cell["drop"]["value"] == pytest.approx((0.005 + 0.25 + 3) / 3)
     assert cell["median"] == pytest.approx((0.005 + 1) / 2) and cell["largest"] == 3
-    assert cell["next to nothing"]["value"] == 0.25 and cell["flips"]["value"] == 0.25
+    assert cell["negligible"]["value"] == 0.25 and cell["flips"]["value"] == 0.25
     assert cell["std"] == pytest.approx(
         np.sqrt(np.mean(np.square([0.005, -0.5, 1, 3])) - 0.87625**2)
     )
 
 
 def test_rare_comes_before_frequent():
-    columns = measurements(fall=[4.0, 2.0, 1.0, 1.0], row=[0, 1, 2, 3])
+    columns = measurements(drop=[4.0, 2.0, 1.0, 1.0], example=[0, 1, 2, 3])
     columns["exposures"] = np.array([1, 1, 1, 5])
-    rare, frequent = importance.frequent_or_rare(columns)["mean fall of the lead"]
-    assert rare["value"] == pytest.approx(7 / 3) and rare["n"] == 3 and frequent["value"] == 1
+    cell = importance.rare_and_frequent(columns)["mean drop"]
+    assert cell["rare"]["value"] == pytest.approx(7 / 3) and cell["rare"]["n"] == 3
+    assert cell["frequent"]["value"] == 1
 
 
-def test_reads_of_a_row_count_once(monkeypatch, capsys):
-    """Slot 0 is read three times by row 0, slot 1 once by row 1; both rows have two places."""
+def test_reads_of_an_example_count_once(monkeypatch, capsys):
+    """Slot 0 is read three times by example 0, slot 1 once by example 1; both have two labels."""
     columns = measurements(
-        fall=[0.0] * 4, row=[0, 0, 1, 1], place=[0, 1, 0, 1], slot=[0, 0, 1, 1], reads=[3, 3, 1, 1]
+        drop=[0.0] * 4,
+        example=[0, 0, 1, 1],
+        answer_pos=[0, 1, 0, 1],
+        slot=[0, 0, 1, 1],
+        reads=[3, 3, 1, 1],
     )
     memory = SimpleNamespace(values=torch.zeros(4, 2))
     model = SimpleNamespace(memory_layers=lambda: {0: memory})
@@ -364,22 +374,22 @@ def test_reads_of_a_row_count_once(monkeypatch, capsys):
     assert cell["kl"] == pytest.approx(np.log(4) + 0.75 * np.log(0.75) + 0.25 * np.log(0.25))
 
 
-def test_the_least_p_of_a_place_is_that_of_the_given_order():
-    """Place 1 is far below the others in all of 40 rows, which no permutation of 99 repeats."""
-    by_row = np.random.default_rng(0).normal(size=(40, 3))
-    by_row[:, 1] -= 5
-    p = importance.position_permutation_test(by_row, draws=99)
-    assert p[1] == 1 / 100 and (importance.position_permutation_test(np.ones((5, 2)), draws=9) == 1).all()
+def test_the_least_p_of_a_position_is_that_of_the_given_order():
+    """Position 1 is far below the others in all of 40 examples, which no permutation of 99 repeats."""
+    drops = np.random.default_rng(0).normal(size=(40, 3))
+    drops[:, 1] -= 5
+    assert importance.position_permutation_test(drops, draws=99)[1] == 1 / 100
+    assert (importance.position_permutation_test(np.ones((5, 2)), draws=9) == 1).all()
 
 
 def test_the_variance_of_an_effect(monkeypatch, capsys):
-    """Slot 0 falls by 0 and 4 (variance 4), slots 1 and 2 by 1 each."""
-    columns = measurements(fall=[0.0, 4.0, 1.0, 1.0], slot=[0, 0, 1, 2])
+    """Slot 0 drops by 0 and 4 (variance 4), slots 1 and 2 by 1 each."""
+    columns = measurements(drop=[0.0, 4.0, 1.0, 1.0], slot=[0, 0, 1, 2])
     memory = SimpleNamespace(values=torch.eye(3))
     model = SimpleNamespace(memory_layers=lambda: {0: memory})
     _, by_slice, found = result_of(monkeypatch, importance.keystats, columns, model=model)
     assert by_slice["layer"]["0"]["variance of effect"]["value"] == pytest.approx(4 / 3)
-    assert found["std"].tolist() == [2, 0, 0] and found["rows"].tolist() == [2, 1, 1]
+    assert found["std"].tolist() == [2, 0, 0] and found["n_examples"].tolist() == [2, 1, 1]
 
 
 def naive_silhouette(x, group):
@@ -403,13 +413,13 @@ def naive_silhouette(x, group):
 @pytest.mark.parametrize("clusters", [2, 3, 9])
 def test_the_silhouette_pair_by_pair(clusters):
     values = np.random.default_rng(clusters).normal(size=(17, 3))
-    group, quality = importance.spherical_k_means(values, clusters)
+    group, quality = clustering.spherical_k_means(values, clusters)
     assert quality == pytest.approx(naive_silhouette(values, group))
 
 
-def test_shuffled_values_keep_their_columns():
+def test_permuted_values_keep_their_columns():
     values = np.arange(60).reshape(20, 3)
-    found, other = importance.permute_columns(values, 0), importance.permute_columns(values, 1)
+    found, other = clustering.permute_columns(values, 0), clustering.permute_columns(values, 1)
     assert np.array_equal(np.sort(found, axis=0), values) and not np.array_equal(found, other)
     assert not np.array_equal(found - found[:, :1], values - values[:, :1])  # each in its own order
 
@@ -418,7 +428,7 @@ def test_repeated_digits(monkeypatch, capsys):
     """112:121 has one repeated digit in the key, one in the value, and both digits shared."""
     texts = ["112:121 ", "123:456 ", "111:111 ", "121:333 "]
     source = SimpleNamespace(read=lambda split, rows: ([texts[r] for r in rows], {}))
-    columns = measurements(fall=[1.0, 0.0, 2.0, 1.0])
+    columns = measurements(drop=[1.0, 0.0, 2.0, 1.0])
     data = SimpleNamespace(source=source)
     metrics, _, found = result_of(monkeypatch, importance.repeated_digits, columns, data=data)
     assert found["repeated digits of the key"].tolist() == [1, 0, 2, 1]
@@ -429,9 +439,9 @@ def test_repeated_digits(monkeypatch, capsys):
 
 def test_what_a_digit_turns_into(monkeypatch, capsys):
     columns = {
-        "row": np.array([0, 1, 2, 3, 4]),
+        "example": np.array([0, 1, 2, 3, 4]),
         "answer": np.array([1, 1, 1, 2, 2]),
-        "other answer": np.array([2, 2, 2, 1, 2]),  # the last cannot be told apart
+        "source_answer_token": np.array([2, 2, 2, 1, 2]),  # the last cannot be told apart
         "teacher-forced": np.array([2, 2, 3, 2, 2]),
         "token by token": np.array([1, 1, 1, 1, 1]),
     }
@@ -445,47 +455,6 @@ def test_what_a_digit_turns_into(monkeypatch, capsys):
         "1 to 3": 1 / 3,
         "2 to 2": 1,
     }
-
-
-# ---- ablate.py -----------------------------------------------------------------------------------
-
-
-def test_the_strongest_percent():
-    """Of 200 falls 0..199 the best two are 198 and 199."""
-    cell = ablate.effects_by_mode(measurements(fall=np.arange(200.0)))["zero", "0"]
-    assert cell["strongest"] == 198.5 and cell["fall"]["value"] == 99.5 and cell["n"] == 200
-
-
-@torch.no_grad()
-def test_layers_and_heads_taken_out_against_the_model_without_them(monkeypatch, capsys):
-    model, cases, kept = make(mem_share_values=False), some_cases(), {}
-    cases.answers = model(cases.tokens)[0].argmax(-1).gather(1, cases.at)  # all are right
-    about = SimpleNamespace(model=model, config=SimpleNamespace(seed=0), name="x", token=str)
-    monkeypatch.setattr(ablate, "correct_cases", lambda look: cases)
-    monkeypatch.setattr(ablate, "save_result", lambda trained_run, what, *found: kept.update({what: found}))
-    ablate.layer(about)
-    ablate.heads(about)
-    weight = model.layers[1].att.out_proj.weight
-    for what, name, columns in (
-        ("layer", "1, mixer", slice(None)),
-        ("heads", "L1H1", slice(8, 16)),
-    ):
-        whole, before = I.logit_diff(I.run_with_cache(model, cases).logits, cases.answers)[0], weight.clone()
-        weight[:, columns] = 0
-        now, _, right = I.logit_diff(I.run_with_cache(model, cases).logits, cases.answers)
-        weight.copy_(before)
-        cell = kept[what][1][{"layer": "layer, what", "heads": "head"}[what]][name]
-        assert cell["fall"]["value"] == pytest.approx(float((whole - now).mean()), abs=1e-4)
-        assert cell["accuracy"]["value"] == pytest.approx(float(right.float().mean()))
-        assert cell["fall"]["value"] > 0
-
-
-def test_what_is_exchanged_among_slots_is_drawn_by_the_seed():
-    model = make()
-    found = {"slots": torch.arange(25).view(1, 1, 1, -1), "weights": torch.ones(1, 1, 1, 25)}
-    for what in ("memory, values", "memory, keys"):
-        draw = lambda seed: ablate.whole_block_changes(model, seed)[0, what][1][0](found)["slots"]
-        assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
 # ---- routing.py ----------------------------------------------------------------------------------
@@ -666,7 +635,7 @@ def test_sides_of_an_edit_share_no_fact(monkeypatch, capsys):
         plan = SimpleNamespace(train=SimpleNamespace(seed=seed))
         world, data = SimpleNamespace(size=1), SimpleNamespace(source=source)
         return SimpleNamespace(
-            model=model, config=config, plan=plan, world=world, data=data, name="x", folder="x"
+            model=model, config=config, settings=plan, world=world, data=data, name="x", folder="x"
         )
 
     monkeypatch.setattr(editing, "correct_examples", lambda look: np.arange(30))

@@ -83,7 +83,7 @@ def test_every_command_works_or_refuses_in_a_sentence(name, here, capsys):
         evaluate.main(words)
     for path in ("r/a/eval_test.json", "r/a/eval_logits_rows-8.json", "r/compare.png"):
         assert os.path.exists(path)
-    ablate.main(["all", "r/a", "--rows=8"])
+    ablate.main(["all", "r/a", "--n_examples=8"])
     for main, words, message in (
         (
             evaluate.main,

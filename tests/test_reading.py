@@ -485,7 +485,7 @@ def test_a_second_analysis_leaves_the_first(facts, tmp_path, capsys):
         (
             ablate.main,
             ["swap"],
-            [["--pairs=8"], ["--pairs=8", "--type=more_more"], ["--pairs=8", "--seed=1"]],
+            [["--n_pairs=8"], ["--n_pairs=8", "--exposure_pairs=more_more"], ["--n_pairs=8", "--seed=1"]],
         ),
     )
     for main, command, settings in commands:
@@ -507,24 +507,26 @@ def test_corr_reads_what_was_measured_with_its_settings(facts, tmp_path, capsys)
     run = shutil.copytree(
         facts, tmp_path / "m", ignore=shutil.ignore_patterns("eval_*", "ablate_*")
     )
-    ablate.main(["keys", str(run), "--rows=12", "--modes=zero"])
+    ablate.main(["keys", str(run), "--n_examples=12", "--ablations=zero"])
     for kind in ("any", "less_more"):
-        ablate.main(["swap", str(run), "--rows=12", "--pairs=40", f"--type={kind}"])
+        ablate.main(["swap", str(run), "--n_examples=12", "--n_pairs=40", f"--exposure_pairs={kind}"])
     with pytest.raises(
         ConfigError,
-        match="has ablate_swap_rows-12_pairs-40, ablate_swap_rows-12_pairs-40_type-less_more; say",
+        match="has ablate_swap_n_examples-12_n_pairs-40, "
+        "ablate_swap_n_examples-12_n_pairs-40_exposure_pairs-less_more; name one",
     ):
         ablate.main(["corr", str(run)])
     capsys.readouterr()
     ablate.main(["impact", str(run)])  # one result of keys is there
-    assert "reading ablate_keys_rows-12_modes-zero" in capsys.readouterr().out
-    same = ["--rows=12", "--modes=zero", "--pairs=40"]
+    assert "reading ablate_keys_n_examples-12_ablations-zero" in capsys.readouterr().out
+    same = ["--n_examples=12", "--ablations=zero", "--n_pairs=40"]
     ablate.main(["corr", str(run), *same])
-    assert (run / "ablate_corr_rows-12_modes-zero_rows-12_pairs-40.json").exists()
+    assert (run / "ablate_corr_n_examples-12_ablations-zero_n_examples-12_n_pairs-40.json").exists()
     with pytest.raises(
-        ConfigError, match="ablate_swap_rows-12_pairs-40_type-more_more.parquet does not exist"
+        ConfigError,
+        match="ablate_swap_n_examples-12_n_pairs-40_exposure_pairs-more_more.parquet does not exist",
     ):
-        ablate.main(["corr", str(run), *same, "--type=more_more"])
+        ablate.main(["corr", str(run), *same, "--exposure_pairs=more_more"])
 
 
 def test_tables_and_statistics_of_other_runs_stay(runs):

@@ -14,15 +14,15 @@ import ablate
 import eval as ev
 import model as M
 import train
-from analysis import attention_maps, commands, editing, patching
+from analysis import attention_maps, editing, patching
 from analysis import hooks as I
-from analysis.trained_run import open_run
+from analysis.ablation import measure_slots
+from analysis.trained_run import Command, open_run, run_command
 from nanorecall import metrics, ops, pretrained
 from nanorecall.settings import ConfigError, RunError
-from toys import ablation_model as make
+from toys import ablation_model, some_examples
 from toys import memory_model as small_model
 from toys import random_tokens as tokens
-from toys import some_examples as some_cases
 
 
 def hooks(module):
@@ -90,8 +90,8 @@ def runs(tmp_path_factory):
 
 
 SCRIPTS = {
-    "eval": (ev.COMMANDS, ev.EvalConfig, dict(rows=6, edits=(1,))),
-    "ablate": (ablate.COMMANDS, ablate.AblateConfig, dict(rows=8, pairs=40, modes="zero drop")),
+    "eval": (ev.COMMANDS, ev.EvalConfig, dict(n_examples=6, n_edits=(1,))),
+    "ablate": (ablate.COMMANDS, ablate.AblateConfig, dict(n_examples=8, n_pairs=40, ablations="zero next_best")),
 }
 
 
@@ -100,27 +100,26 @@ SCRIPTS = {
 def test_commands_leave_no_trace(runs, run, script, monkeypatch, capsys):
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # drawing takes longest
     commands, kind, settings = SCRIPTS[script]
-    look = open_run(str(runs / run), kind(**settings))
-    look.prefix = script
-    bomb, measured = Bomb(look.model.lm_head), 0
-    before = state(look.model)
+    opened = open_run(str(runs / run), kind(**settings))
+    opened.prefix = script
+    bomb, measured = Bomb(opened.model.lm_head), 0
+    before = state(opened.model)
     for name, command in commands.items():
-        bomb.at = 0
-        if name == "all" or not command.looks or command.why_not(look):
+        if name == "all" or not command.needs_model:
             continue
         bomb.calls, bomb.at = 0, 0
         try:
-            command.work(look)
-        except ConfigError as e:
-            assert "is a run of" in str(e), e  # mqar, qa, ...
+            command.function(opened)
+        except ConfigError:  # it does not fit this run
+            assert_untouched(before, opened.model, f"{name}, refused,")
             continue
         measured += 1
-        assert_untouched(before, look.model, name)
+        assert_untouched(before, opened.model, name)
         calls, bomb.calls, bomb.at = bomb.calls, 0, bomb.calls // 2 + 1
         if calls:
             with pytest.raises(Broken):
-                command.work(look)
-            assert_untouched(before, look.model, f"{name} with an error")
+                command.function(opened)
+            assert_untouched(before, opened.model, f"{name} with an error")
     assert measured >= (3 if run != "memory" else 8)
 
 
@@ -134,18 +133,19 @@ def test_opening_a_run_takes_no_random_numbers(runs):
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TB")]
 )
-def test_full_memory_is_a_sentence_with_what_to_lower(error):
-    def work(look):
+def test_full_memory_is_a_sentence_with_what_to_lower(runs, error):
+    def analysis(run):
         raise error
 
-    command = commands.analysis(work, "rows chunk", "")
-    sentence = "memory is full; lower eval_batch_size or rows or chunk"
+    commands = {"x": Command(analysis, ("n_examples", "ablate_batch_size"), "")}
+    sentence = "memory is full; lower eval_batch_size or n_examples or ablate_batch_size, or measure"
+    path = [str(runs / "gpt")]
     with pytest.raises(RunError, match=sentence):
-        commands.perform(command, None)
+        run_command("x", path, ev.EvalConfig(), commands)
     error.args = ("another error",)
     if isinstance(error, RuntimeError):
         with pytest.raises(RuntimeError, match="another error"):
-            commands.perform(command, None)
+            run_command("x", path, ev.EvalConfig(), commands)
 
 
 # ---- functions, on a model in training -----------------------------------------------------------
@@ -163,11 +163,11 @@ def write_and_undo(model):
 
 def change_nothing(model):
     hooks = [I.hook_output("mixer", model.layers[1].att, torch.zeros_like)]
-    I.run_with_hooks(model, some_cases(), hooks)
+    I.run_with_hooks(model, some_examples(), hooks)
 
 
 def exchange_all(model):
-    patching.exchanged(model, some_cases(), np.array([0, 1]), np.array([2, 3]), "swap")
+    patching.interchange_effects(model, some_examples(), np.array([0, 1]), np.array([2, 3]), "swap")
 
 
 FUNCTIONS = {
@@ -175,19 +175,19 @@ FUNCTIONS = {
     "key_second_moment": lambda model: editing.key_second_moment(model, [labelled()]),
     "answered": lambda model: editing.n_correct(model, *labelled()),
     "maps": lambda model: attention_maps.attention_maps(model, tokens(2, 6)),
-    "clean_run": lambda model: I.run_with_cache(model, some_cases()),
+    "clean_run": lambda model: I.run_with_cache(model, some_examples()),
     "run_changed": change_nothing,
-    "remove_slots": lambda model: ablate.remove_slots(model, some_cases(), ["zero", "drop"]),
+    "measure_slots": lambda model: measure_slots(model, some_examples(), ["zero", "next_best"]),
     "exchanged": exchange_all,
-    "decode_with": lambda model: patching.decode_with(model, some_cases(), {}),
-    "patched": lambda model: patching.recovered(model, some_cases(), some_cases(seed=2)),
+    "decode_with": lambda model: patching.decode_with(model, some_examples(), {}),
+    "patched": lambda model: patching.activation_patching(model, some_examples(), some_examples(seed=2)),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_leave_no_trace_on_a_model_in_training(name):
     """One block is in eval mode among others in training: one flag for all is not enough."""
-    model = make(mem_share_values=False).train()
+    model = ablation_model(mem_share_values=False).train()
     model.layers[1].eval()
     bomb = Bomb(model.lm_head)
     before = state(model)
@@ -202,7 +202,7 @@ def test_functions_leave_no_trace_on_a_model_in_training(name):
 
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_fine_tuning_changes_weights_only(at):
-    model = make(mem_share_values=False).train()
+    model = ablation_model(mem_share_values=False).train()
     model.layers[1].eval()
     bomb, facts = Bomb(model.lm_head), (*labelled(), *labelled())
     before = state(model)
@@ -218,17 +218,18 @@ def test_fine_tuning_changes_weights_only(at):
 
 
 def test_an_evaluation_that_fails_leaves_the_modes(runs):
-    look = open_run(str(runs / "gpt"), ev.EvalConfig())
-    look.model.train()
-    look.model.layers[0].eval()
-    bomb = Bomb(look.model.lm_head)
-    before = state(look.model)
-    metrics.evaluate(look.model, look.data, "val", 16, look.device)
-    assert_untouched(before, look.model, "evaluate")
+    run = open_run(str(runs / "gpt"), ev.EvalConfig())
+    model = run.model
+    model.train()
+    model.layers[0].eval()
+    bomb = Bomb(model.lm_head)
+    before = state(model)
+    metrics.evaluate(model, run.data, "val", 16, run.device)
+    assert_untouched(before, model, "evaluate")
     bomb.at, bomb.calls = 2, 0
     with pytest.raises(Broken):
-        metrics.evaluate(look.model, look.data, "val", 16, look.device)
-    assert_untouched(before, look.model, "evaluate with an error")
+        metrics.evaluate(model, run.data, "val", 16, run.device)
+    assert_untouched(before, model, "evaluate with an error")
 
 
 def test_maps_keep_a_function_that_was_there():

@@ -130,7 +130,7 @@ def counts(result):
 
 def latest(folder, what, end=".json"):
     """The file written last for one analysis, whatever settings are in its name; without its end."""
-    settings = ("_rows-", "_edits-", "_example-", "_data-", "_modes-")
+    settings = ("_rows-", "_n_examples-", "_edits-", "_example-", "_data-", "_ablations-")
     found = []
     for path in folder.glob(what + "*" + end):
         if path.stem == what or path.stem.removeprefix(what).startswith(settings):

@@ -1,0 +1,51 @@
+"""Models of which the tests of ablation and patching know what they must find."""
+
+import numpy as np
+import torch
+
+import memory
+from analysis.hooks import Examples
+
+N_SLOTS = 25  # of a memory layer of toys.ablation_model
+
+VARIANTS = {  # of toys.ablation_model: the settings that change what a slot does
+    "shared values": dict(),
+    "own values": dict(mem_share_values=False),
+    "gated": dict(mem_gated=True, mem_v_dim=4),
+    "sigmoid": dict(mem_score="sigmoid", residual_mul=True),
+    # A selection bias chooses slots in another order than that of their scores.
+    "biased": dict(mem_balance_rate=0.01),
+    "router": dict(cls=memory.MemoryRouterGPT),
+}
+
+
+def planted_facts(V=9, n=3):
+    """A model without attention in which slot s holds the answer to token s, (s + 4) mod 9.
+
+    -> model, Examples: one for each token, which the model answers correctly. Tokens are one-hot in
+    the first V features of the residual stream, answers in the last V.
+    """
+    c = memory.Config(
+        dim=2 * V, n_layers=1, n_heads=1, dk=2, dv=2, pos_emb="none", vocab_size=V, seq_len=2,
+        memory_layers=(0,), mem_n_keys=n, mem_heads=1, mem_knn=2, mem_k_dim=2 * n,
+        mem_query_norm="none",
+    )  # fmt: skip
+    model = memory.MemoryGPT(c).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.layers[0].ffn_norm.weight.fill_(1)
+        model.final_norm.weight.fill_(1)
+        layer = model.layers[0].memory
+        for v in range(V):
+            model.embed.weight[v, v] = 1
+            layer.query.weight[v // n, v] = 20
+            layer.query.weight[n + v % n, v] = 20
+            layer.values[v, V + (v + 4) % V] = 1
+            model.lm_head.weight[v, V + v] = 5
+        for half in range(2):
+            layer.keys[0, half] = torch.eye(n)
+    tokens = torch.stack([torch.zeros(V, dtype=torch.long), torch.arange(V)], 1)
+    answers = ((torch.arange(V) + 4) % V)[:, None]
+    label_pos = torch.ones(V, 1, dtype=torch.long)
+    return model, Examples(np.arange(V), tokens, label_pos, answers, {"exposures": np.arange(V)})
