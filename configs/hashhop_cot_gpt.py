@@ -1,7 +1,7 @@
-"""HashHop, trained on one and two hops with the hashes on the way spelled out: "a = 'b = c'".
+"""HashHop with chain of thought: one and two hops, with the hashes on the way: "a = 'b = c'".
 
-3 minutes on one of 2 CPU cores. Expected: letter accuracy 0.97 or more on two hops; three and four, longer than any in
-training, fail.
+3 minutes on one of 2 CPU cores. Expected: letter accuracy of 0.97 or more on two hops. Three and
+four hops, longer than any in training, fail.
 """
 
 data = "data_synth"

@@ -66,7 +66,7 @@ def test_slices_add_up_and_are_saved(runs, capsys):
         assert cell["nll"] == pytest.approx(np.array(table["loss"])[pairs == n].mean(), rel=1e-5)
     assert saved["metrics"]["loss"]["value"] == pytest.approx(np.mean(table["loss"]), rel=1e-5)
     assert (runs / "r1" / "eval_test.png").stat().st_size > 5000
-    assert set(saved["by_slice"]["cell"]) == {"16x4", "32x8"} == set(table["cell"])
+    assert set(saved["by_slice"]["size"]) == {"16x4", "32x8"} == set(table["size"])
 
 
 def test_checkpoint_and_split_can_be_chosen(runs, capsys):

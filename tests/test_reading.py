@@ -205,13 +205,13 @@ def test_damaged_lines_of_a_log_are_left_out_and_counted(runs, capsys):
 
 
 def test_what_a_sweep_cannot_read_is_done_again(runs, capsys):
-    c = sweep.Config(log_dir=str(runs))
     os.rename(runs / "r0", runs / "r0_seed0")
     point = sweep.Point("a", 0, "r0", TOY)
-    assert sweep.finished(point, sweep.folder_of(point, 0, c))
+    folder = str(runs / "r0_seed0")
+    assert sweep.is_finished(point, folder)
     for odd in ODD.values():
         (runs / "r0_seed0" / "status.json").write_bytes(odd)
-        assert not sweep.finished(point, sweep.folder_of(point, 0, c))
+        assert not sweep.is_finished(point, folder)
     assert "status.json is damaged" in capsys.readouterr().err
 
 
