@@ -57,7 +57,7 @@ from nanorecall import fact_files
 from nanorecall.documents import check_answers, read_and_split, survey
 from nanorecall.fact_files import FactDataset, guess_baselines, read_facts
 from nanorecall.rng import STREAMS, rng_for
-from nanorecall.settings import at_least, help_text, one_of, require, run_cli, say, within
+from nanorecall.settings import at_least, one_of, require, run_cli, say, within
 from nanorecall.text import MASKS, DocumentEncoder, mark_answers, read_tokenizer
 
 SETTINGS_OF = {  # task: the settings that not all tasks use
@@ -605,21 +605,18 @@ def show(config, documents=2):
 
 
 def parse(argv):
-    """Command line -> command, its checked settings. The commands "help" and "" have none."""
-    return fact_files.parse_command(argv, BUILD, DatasetConfig)
+    """Command line -> command, its checked settings; without arguments "", None."""
+    return fact_files.parse_command(argv, __doc__, BUILD, DatasetConfig)
 
 
 def main(argv=None):
     command, config = parse(sys.argv[1:] if argv is None else argv)
-    if command == "help":
-        say(help_text(__doc__, DatasetConfig))
-    elif command == "":
-        print(__doc__.strip())
-    elif command == "check":
+    if command == "check":
         fact_files.check_tokenizer(config.tokenizer, BUILD, Config)
-    else:
+    elif command:
         fact_files.write_and_report(config, BUILD[command](config))
-    return 0
+    else:
+        print(__doc__.strip())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Letters: n documents or facts, R indices of a read, W letters of a word.
 """
 
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -18,6 +19,7 @@ from nanorecall.settings import (
     RunError,
     Setting,
     build_config,
+    help_text,
     read_argv,
     reject_unknown,
     require,
@@ -254,14 +256,15 @@ CHECK_CASES = {  # kind of mask: settings whose documents are tried
 }
 
 
-def parse_command(argv, builders, dataset_config):
-    """Command line -> command, its checked settings. The commands "help" and "" have none.
+def parse_command(argv, doc, builders, dataset_config):
+    """Command line of data_synth.py -> command, its checked settings; without arguments "", None.
 
     builders: data_synth.BUILD. dataset_config: the class of the settings of a data set to write.
     """
     args, settings = read_argv(argv)
     if any(s.key == "help" for s in settings):
-        return "help", None
+        say(help_text(doc, dataset_config))
+        sys.exit(0)
     command = args.pop(0) if args else ""
     unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
     require(not args, unknown, None)
