@@ -55,7 +55,7 @@ import torch
 
 from nanorecall import fact_files
 from nanorecall.documents import check_answers, read_and_split, survey
-from nanorecall.fact_files import FactDataset, guess_baselines, read_facts
+from nanorecall.fact_files import FactDataset, GeneratedDataset, guess_baselines, read_facts
 from nanorecall.rng import STREAMS, rng_for
 from nanorecall.settings import at_least, one_of, require, run_cli, say, within
 from nanorecall.text import MASKS, DocumentEncoder, mark_answers, read_tokenizer
@@ -373,73 +373,43 @@ def derangement(rng, n):
 LETTERS = np.array(list(string.ascii_letters))
 
 
-class HashHop:
+def build_hashhop(c):
     """Chains of hashes, "a = b" and at their end "c = 'd'", in random order; then "COMPLETION:",
     the number of hops, and queries: a hash and the end of its chain (the text of
-    github.com/magicproduct/hash-hop).
+    github.com/magicproduct/hash-hop). Val and test have a group for each of test_hops."""
+    baselines = {}
+    for hops in c.test_hops:
+        name = f"any end of a chain, whole answers, hops={hops}"
+        baselines[name] = 1 / n_chains(c, hops, 1)
+    return GeneratedDataset(c, "hashhop", make_hashhop, len(c.test_hops), baselines)
 
-    It has the methods of FactDataset. Problems are generated when they are read.
-    """
 
-    kind = "hashhop"
-    capacity = {}  # nothing is stored: the answers are in the text
-
-    def __init__(self, c):
-        self.config = c
-        self.baselines = {}
-        for hops in c.test_hops:
-            name = f"any end of a chain, whole answers, hops={hops}"
-            self.baselines[name] = 1 / n_chains(c, hops, 1)
-
-    def count(self, split):
-        if split == "train":
-            return self.config.n_train_examples
-        return len(self.config.test_hops) * self.group_size(split)
-
-    def group_size(self, split):
-        """Problems of val or test with one number of hops."""
-        c = self.config
-        return (c.n_val_examples if split == "val" else c.n_test_examples) or 500
-
-    def eval_groups(self, split):
-        n = self.group_size(split)
-        return [range(i * n, (i + 1) * n) for i in range(len(self.config.test_hops))]
-
-    def read(self, split, indices):
-        texts, hops, hops_cot = [], [], []
-        for index in np.asarray(indices).tolist():
-            text, n_hops, cot = self.make_example(split, index)
-            texts.append(text)
-            hops.append(n_hops)
-            hops_cot.append(f"{n_hops} cot" if cot else f"{n_hops}")
-        slices = {"hops": np.array(hops)}
-        if self.config.cot_frac:
-            slices["hops_cot"] = np.array(hops_cot)
-        return texts, slices
-
-    def make_example(self, split, index):
-        """-> text, number of hops, bool: does it have a chain of thought?"""
-        c = self.config
-        rng = rng_for(c.seed, STREAMS[split], index)
-        if split == "train":
-            hops, queries = c.hops[index % len(c.hops)], c.num_queries
-        else:
-            hops, queries = c.test_hops[index // self.group_size(split)], 1
-        cot = hops > 1 and rng.random() < c.cot_frac
-        n = n_chains(c, hops, queries)
-        hashes = unique_hashes(rng, n * (hops + 1), c.hash_len)
-        lines, ends, answers = [], [], []
-        for i in range(n):
-            chain = hashes[i * (hops + 1) : (i + 1) * (hops + 1)]
-            for this, following in zip(chain, chain[1:-1]):
-                lines.append(f"{this} = {following}")
-            ends.append(f"{chain[-2]} = '{chain[-1]}'")
-            if i < queries:  # the first chains: the order of the lines does not show which
-                answer = " = ".join(chain[1:]) if cot else chain[-1]
-                answers.append(f"{chain[0]} = '{answer}'")
-        lines += ends
-        shuffled = [lines[i] for i in rng.permutation(len(lines))]
-        return "\n".join([*shuffled, completion_header(hops, cot), *answers, ""]), hops, cot
+def make_hashhop(c, split, index, group):
+    """-> text of one problem, its slices {name: value}"""
+    rng = rng_for(c.seed, STREAMS[split], index)
+    if split == "train":
+        hops, queries = c.hops[index % len(c.hops)], c.num_queries
+    else:
+        hops, queries = c.test_hops[group], 1
+    cot = hops > 1 and rng.random() < c.cot_frac
+    n = n_chains(c, hops, queries)
+    hashes = unique_hashes(rng, n * (hops + 1), c.hash_len)
+    lines, ends, answers = [], [], []
+    for i in range(n):
+        chain = hashes[i * (hops + 1) : (i + 1) * (hops + 1)]
+        for this, following in zip(chain, chain[1:-1]):
+            lines.append(f"{this} = {following}")
+        ends.append(f"{chain[-2]} = '{chain[-1]}'")
+        if i < queries:  # the first chains: the order of the lines does not show which
+            answer = " = ".join(chain[1:]) if cot else chain[-1]
+            answers.append(f"{chain[0]} = '{answer}'")
+    lines += ends
+    shuffled = [lines[i] for i in rng.permutation(len(lines))]
+    text = "\n".join([*shuffled, completion_header(hops, cot), *answers, ""])
+    slices = {"hops": hops}
+    if c.cot_frac:
+        slices["hops_cot"] = f"{hops} cot" if cot else f"{hops}"
+    return text, slices
 
 
 def check_hashhop(c):
@@ -500,13 +470,12 @@ def build_text(c):
     return FactDataset(c, c.label_mask, texts, splits, slices, origins=origins)
 
 
-# Each returns an object with count(split), eval_groups(split), read(split, indices) -> texts and
-# slices, .kind (of label mask), .baselines (accuracy without knowledge) and .capacity.
+# task -> FactDataset or GeneratedDataset
 BUILD = {
     "qa": build_qa,
     "digits": build_digits,
     "twohop": build_twohop,
-    "hashhop": HashHop,
+    "hashhop": build_hashhop,
     "text": build_text,
 }
 CHECK = {"qa": check_qa, "digits": check_digits, "twohop": check_twohop, "hashhop": check_hashhop}
