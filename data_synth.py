@@ -97,7 +97,7 @@ class Config:
     n_test_examples: int = 5000  # test documents, likewise; hashhop: of each number of hops, 0: 500
     label_mask: str = "text"  # text: what to train on: text (all), qa, hashhop, digits or twohop
     heldout_facts: float = 0.0  # text: fraction of the facts that are only measured, as seen=0
-    pack_documents: bool = False  # training documents end to end in one row; 0: one padded row each
+    pack_documents: bool = False  # training documents end to end in one sequence; 0: padded
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
     seed: int = 0  # of data and model
 
