@@ -1,23 +1,22 @@
 """Ablate parts of a trained model, or exchange them between examples: which answers change?
 
-    python ablate.py all runs/RUN                  # all that fits the run, in ablate_report.md
-    python ablate.py keys runs/RUN --ablations zero  # each slot that an example reads
-    python ablate.py layer runs/RUN                # parts of blocks: memory, MLP, attention
-    python ablate.py heads runs/RUN                # each head, before the output projection
-    python ablate.py force | inject | replace | swap runs/RUN  # another example's slots or values
-    python ablate.py swap-matrix | swap-pred runs/RUN  # which digits can stand in for which
-    python ablate.py patch runs/RUN                # activation patching, block by position
-    python ablate.py impact | keystats | occurrences | position | repeats runs/RUN  # read `keys`
-    python ablate.py corr runs/RUN                 # reads `keys` and `swap`: their correlation
+    python ablate.py all runs/RUN            # all that fits the run, and ablate_report.md
+    python ablate.py keys runs/RUN           # each slot that an example reads; --ablations zero
+    python ablate.py layer runs/RUN          # parts of blocks: memory, its values, MLP, attention
+    python ablate.py heads runs/RUN          # each head, before the output projection
+    python ablate.py force runs/RUN          # and inject, replace, swap: another example's slots
+    python ablate.py swap-matrix runs/RUN    # and swap-pred: which digits can stand in for which
+    python ablate.py patch runs/RUN          # activation patching, block by position
+    python ablate.py impact runs/RUN         # which slots matter? Reads the result of keys, as do
+                                             # keystats, occurrences, position and repeats
+    python ablate.py corr runs/RUN           # after keys and swap: do their effects correlate?
 
 Each writes ablate_<what>.json, .parquet and .png into the run. Settings that are not at their
-defaults are part of the name, as in ablate_swap_exposure_pairs-less_more.json. What reads a result
-takes the one with the same settings, or the only one.
+defaults are part of the name, as in ablate_swap_exposure_pairs-less_more.json. A command that needs
+the result of another takes the one with the same settings, or the only one.
 
-Examples are those that the model answers correctly, balanced over exposures. Zero ablation of a
-slot is off-distribution, because the weights of a head then no longer add up to 1. `keys` therefore
-also lets the next best slot come in, and puts the mean value, a random one or that of a slot read
-by another example in its place.
+Examples are those that the model answers correctly, balanced over exposures. Effects are measured
+as accuracy and as the drop in the logit difference of the answer.
 
 Letters: N measurements, one for each ablation, example and label.
 """
@@ -89,13 +88,17 @@ class AblateConfig(AnalysisConfig):
 
 
 def ablate_slots(run):
-    """Ablate each slot that an example reads, in several ways: how far do its answers drop?"""
+    """Ablate each slot that an example reads, in several ways: which slots matter, how much?
+
+    Zero ablation is off-distribution, because the layer was never trained with less weight. The
+    other ways replace the slot: by the next best one, or its value by a mean or another one.
+    """
     require_slots(run)
     c = run.config
     ablations = c.ablations.split()
     k, n_keys = run.model.config.mem_knn, run.model.config.mem_n_keys
-    message = f"the ablation next_best needs mem_knn={k} to be below mem_n_keys={n_keys}; leave it"
-    require("next_best" not in ablations or k < n_keys, f"{message} out", "ablations")
+    message = f"ablation next_best needs mem_knn={k} below mem_n_keys={n_keys}; leave it out"
+    require("next_best" not in ablations or k < n_keys, message, "ablations")
     examples = sample_correct_examples(run)
     columns = measure_slots(run.model, examples, ablations, c.ablate_batch_size, c.seed)
     effects = summarise_slots(columns)
@@ -160,7 +163,7 @@ def ablate_layers(run):
 
 
 def ablate_heads(run):
-    """Ablate each head: how far do the answers drop, at which position, for which digit?"""
+    """Ablate each head: which are needed, at which answer position, for which answer?"""
     require_heads(run)
     examples = sample_correct_examples(run)
     clean = logit_diff(run_with_cache(run.model, examples).logits, examples.answers)
@@ -257,91 +260,37 @@ def run_all(run):
     report(run, "ablate.py", COMMANDS, names, "ablate_report.md")
 
 
-PAIRS = ("n_examples", "n_pairs", "exposure_pairs", "ablate_batch_size", "seed")
-RESULT_OF_KEYS = ("n_examples", "ablations", "seed")  # which result of `keys` is read
+# Settings of the commands. KEYS and PAIRS also choose the result of `keys` or `swap` to read.
+KEYS = ("n_examples", "seed", "ablations")
+PAIRS = ("n_examples", "seed", "n_pairs", "exposure_pairs")
+EXAMPLES = ("n_examples", "seed")
+BATCH = ("ablate_batch_size",)
+
+force = partial(patching.interchange, name="force")
+inject = partial(patching.interchange, name="inject")
+replace = partial(patching.interchange, name="replace")
+swap = partial(patching.interchange, name="swap")
 
 COMMANDS = {
-    "keys": Command(
-        ablate_slots,
-        ("n_examples", "ablations", "ablate_batch_size", "seed"),
-        "Every slot that an example reads, ablated: which matter, and how much?",
-    ),
-    "impact": Command(
-        importance.impact,
-        RESULT_OF_KEYS,
-        "Which slots matter, by how much more than a random one, for which facts?",
-    ),
-    "keystats": Command(
-        importance.keystats,
-        RESULT_OF_KEYS,
-        "How often are slots read, how do their effects vary, which are similar?",
-    ),
-    "occurrences": Command(
-        importance.occurrences,
-        RESULT_OF_KEYS,
-        "How reads are distributed over the slots: unused ones, Gini coefficient.",
-    ),
-    "position": Command(
-        importance.position,
-        RESULT_OF_KEYS,
-        "At which answer positions does ablation cost most?",
-    ),
-    "repeats": Command(
-        importance.repeated_digits,
-        RESULT_OF_KEYS,
-        "Do keys with repeated digits depend less on single slots?",
-    ),
-    "layer": Command(ablate_layers, ("n_examples", "seed"), "Whole parts of blocks, ablated."),
-    "heads": Command(
-        ablate_heads,
-        ("n_examples", "seed"),
-        "Heads, ablated one by one: which are needed, where, for which digit?",
-    ),
-    "force": Command(
-        partial(patching.interchange, name="force"),
-        PAIRS,
-        "One head reads only the source's strongest slot.",
-    ),
-    "inject": Command(
-        partial(patching.interchange, name="inject"),
-        PAIRS,
-        "All that the source reads at its label, in one layer.",
-    ),
-    "replace": Command(
-        partial(patching.interchange, name="replace"),
-        PAIRS,
-        "The strongest slot's value becomes that of the source's strongest slot.",
-    ),
-    "swap": Command(
-        partial(patching.interchange, name="swap"),
-        PAIRS,
-        "The source's slots under the base's own weights, by exposures of both.",
-    ),
-    "swap-matrix": Command(
-        patching.swap_matrix,
-        PAIRS,
-        "All that the source reads: which digits can stand in for which?",
-    ),
-    "swap-pred": Command(
-        importance.swap_predictions,
-        ("n_examples", "n_pairs", "exposure_pairs", "seed"),
-        "What does each digit turn into after the interchange?",
-    ),
+    "keys": Command(ablate_slots, KEYS + BATCH, "Each slot that an example reads, ablated."),
+    "impact": Command(importance.impact, KEYS, "Which slots matter, how much, for which facts?"),
+    "keystats": Command(importance.keystats, KEYS, "How slots are read, how their effects vary."),
+    "occurrences": Command(importance.occurrences, KEYS, "How evenly the slots are read."),
+    "position": Command(importance.position, KEYS, "At which answer position do slots matter?"),
+    "repeats": Command(importance.repeated_digits, KEYS, "Do repeated digits of a key matter?"),
+    "layer": Command(ablate_layers, EXAMPLES, "Parts of blocks, ablated: which are needed?"),
+    "heads": Command(ablate_heads, EXAMPLES, "Which heads are needed, where, for which digit?"),
+    "force": Command(force, PAIRS + BATCH, "One head reads only the source's strongest slot."),
+    "inject": Command(inject, PAIRS + BATCH, "All reads of the source at one label of a layer."),
+    "replace": Command(replace, PAIRS + BATCH, "The strongest slot gets the source's value."),
+    "swap": Command(swap, PAIRS + BATCH, "The source's slots with the base's own weights."),
+    "swap-matrix": Command(patching.swap_matrix, PAIRS + BATCH, "Which digits stand in for which?"),
+    "swap-pred": Command(importance.swap_predictions, PAIRS, "What does each digit turn into?"),
     "corr": Command(
-        importance.ablation_vs_swap,
-        ("n_examples", "ablations", "n_pairs", "exposure_pairs", "seed"),
-        "Do examples that suffer from ablation take the source's answer?",
+        importance.ablation_vs_swap, KEYS + PAIRS, "Do ablation and swap affect the same examples?"
     ),
-    "patch": Command(
-        patching.patch,
-        ("n_examples", "seed"),
-        "Activation patching (causal tracing): where is the answer decided?",
-    ),
-    "all": Command(
-        run_all,
-        ("n_examples", "ablations", "n_pairs", "exposure_pairs", "ablate_batch_size", "seed"),
-        "Everything that fits the run.",
-    ),
+    "patch": Command(patching.patch, EXAMPLES, "Activation patching: where is the answer decided?"),
+    "all": Command(run_all, KEYS + PAIRS + BATCH, "Everything that fits the run."),
 }
 
 

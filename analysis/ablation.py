@@ -51,7 +51,7 @@ def measure(examples, clean, logits, about):
 
 @torch.no_grad()
 def measure_slots(model, examples, ablations, batch_size=512, seed=0):
-    """Ablate in each layer every slot that an example reads and, as a control, one that it does not.
+    """Ablate each slot that an example reads, and as a control one that it does not, by layer.
 
     -> {column: (N,)}: those of `to_columns`, layer, slot, ablation, control, reads and weight of
     the slot in the example, drop in logit difference, p_clean and p (probability of the answer

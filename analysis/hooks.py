@@ -2,11 +2,12 @@
 
 There are two ways. `forward_from` continues from a block's memory layer with cached activations, so
 that many ablated copies of an example cost only the layers after the change. `hooked` puts hooks on
-any modules for whole forward passes. Both leave the model as it was.
+any modules for whole forward passes. Both leave the model as it was. Names are those of
+TransformerLens: resid_pre, resid_mid, logit_diff, run_with_cache, run_with_hooks.
 
-Letters: B examples, M changed copies of examples, T tokens, n labels of an example, H heads, k slots
-that a head reads, D width of the residual stream, V width of a value. Reads of a memory layer are a
-dict, as in memory.py: "slots" and "weights" (B, T, H, k), and "output" (B, T, V).
+Letters: B examples, M changed copies of examples, T tokens, n labels of an example, H heads, k
+slots that a head reads, D width of the residual stream, V width of a value. Reads of a memory layer
+are a dict, as in memory.py: "slots" and "weights" (B, T, H, k), and "output" (B, T, V).
 """
 
 import contextlib
@@ -94,8 +95,8 @@ def sample_correct_examples(run):
     message = "ablate.py works in one process; start it without torchrun"
     require(run.world.size == 1, message, None)
     indices = correct_examples(run)
-    message = f"{run.folder} answers only {len(indices)} examples of {c.split} correctly, and 4 are"
-    require(len(indices) >= 4, f"{message} needed; train it longer", None)
+    message = f"only {len(indices)} examples of {c.split} are answered correctly, and 4 are needed"
+    require(len(indices) >= 4, f"{message}; train it longer", None)
     order = np.random.default_rng(c.seed).permutation(len(indices))
     if c.n_examples and c.n_examples < len(indices):
         examples, _ = load_examples(run, indices[order])
@@ -205,7 +206,7 @@ def gather_labels(x, positions):
 
 
 def index_reads(reads, index):
-    """Slots and weights of reads at an index of their first dimensions, such as (example, token)."""
+    """Slots and weights at an index of their first dimensions, such as (example, token)."""
     return {part: reads[part][index] for part in ("slots", "weights")}
 
 
@@ -216,10 +217,10 @@ def put_reads(index, new_reads, reads):
 
 @in_eval_mode
 def forward_from(model, block, resid_mid, reads, label_pos):
-    """Run the model from a block's memory layer on -> logits (B, n, vocabulary) at label_pos (B, n).
+    """Run the model from a block's memory layer on -> logits (B, n, vocabulary).
 
-    resid_mid (B, T, D) is the residual stream before that layer, reads is what the layer reads.
-    Nothing before it is computed again.
+    resid_mid (B, T, D) is the residual stream before that layer, reads are what the layer reads,
+    and label_pos (B, n) the positions of the logits. Nothing before the layer is computed again.
     """
     last = len(model.layers) - 1
     if block == last:
@@ -265,7 +266,7 @@ def zero_ablation(a):
 
 
 def next_best_ablation(a):
-    """Leave the slot out of the top k: the next best slot comes in, and weights are renormalised."""
+    """Leave the slot out of the top k: the next best comes in, and weights are renormalised."""
     scores, slots = a.best
     k = a.reads["slots"].shape[-1]
     # Stable: the others stay in the order of their choice, which is not that of their scores if
@@ -281,7 +282,7 @@ def random_ablation(a):
 
 
 def resample_ablation(a):
-    """Resample ablation: the value of a slot that another example reads, under the slot's weight."""
+    """Resample ablation: the value of a slot of another example, under the slot's weight."""
     return a.replaced_by(a.resampled_slot)
 
 
@@ -345,8 +346,8 @@ def ablate_head(out_proj, n_heads, head):
 def hook_points(model):
     """Where activations can be changed -> {name: {block: module}}.
 
-    resid_pre is the residual stream that enters a block; mixer, mlp and memory are what these parts
-    add to it (TransformerLens: resid_pre, attn_out, mlp_out).
+    resid_pre is the residual stream that enters a block; mixer, mlp and memory are the outputs of
+    these parts, which are added to it.
     """
     points = {"resid_pre": dict(enumerate(model.layers))}
     for name, attribute in (("mixer", "att"), ("mlp", "ffn"), ("memory", "memory")):

@@ -4,7 +4,7 @@
     python ablate.py impact | keystats | occurrences | position | repeats | corr runs/RUN
     python ablate.py swap-pred runs/RUN    # after swap-matrix
 
-Nothing here runs the model. "Drop" is always the drop in the logit difference of the answer.
+Nothing here runs the model. A drop is always that in the logit difference of the answer.
 
 Letters: N measurements, E examples, S slots.
 """
@@ -45,6 +45,8 @@ from nanorecall.stats import (
     mean_ci,
     proportion,
 )
+
+DROP = "drop in logit difference"  # in figures
 
 # The columns that are read here of each table, and their kinds.
 COLUMNS = {
@@ -316,7 +318,7 @@ def plot_keys(columns, title, path):
             axis.plot(np.linspace(0, 1, len(drop)), drop, lw=1, label=label)
     for axis, layer in zip(axes, layers):
         axis.set(xlabel="(example, slot, label), largest first", title=f"layer {layer}")
-        axis.set_ylabel("drop in logit difference")
+        axis.set_ylabel(DROP)
         axis.set_xscale("symlog", linthresh=1e-3)
         axis.set_xlim(0, 1)
         axis.legend()
@@ -347,8 +349,8 @@ def plot_impact(columns, slots, title, ablation, path, most=60):
         image = axis.imshow(grid, aspect="auto", cmap="magma_r", vmin=0, vmax=highest)
         axis.set(xlabel=f"the {len(best)} slots with the largest effect", ylabel="example")
         axis.set_title(f"layer {layer}; white: not read")
-        fig.colorbar(image, ax=axis, label="mean drop in logit difference")
-    sorted_axis.set(xlabel="slots, most important first", ylabel=f"mean drop, {ablation}")
+        fig.colorbar(image, ax=axis, label=f"mean {DROP}")
+    sorted_axis.set(xlabel="slots, most important first", ylabel=f"mean {DROP}, {ablation}")
     sorted_axis.legend(title="dashed: a random slot of a layer", title_fontsize=7)
     sorted_axis.grid(True)
     finish_figure(fig, plt, path, f"{title}: {len(examples)} examples")
@@ -405,8 +407,8 @@ def plot_keystats(table, title, path):
     plt, fig, (left, right) = figure(1, 2)
     scatter_by_layer(left, table, "n_examples", "mean", "slots", ms=3, alpha=0.6)
     scatter_by_layer(right, table, "mean", "std", "slots", ms=3, alpha=0.6)
-    left.set(xlabel="examples that read the slot", ylabel="mean drop (logits)", xscale="log")
-    right.set_xlabel("mean drop (logits)")
+    left.set(xlabel="examples that read the slot", ylabel=f"mean {DROP}", xscale="log")
+    right.set_xlabel(f"mean {DROP}")
     right.set_ylabel("standard deviation over examples and labels")
     finish_figure(fig, plt, path, title)
 
@@ -496,7 +498,7 @@ def position(run):
 
 
 def position_permutation_test(drops, draws=2000, seed=0):
-    """p (positions,): does the mean of a column of drops (examples, positions) differ from the rest?
+    """p (positions,): does a column of drops (examples, positions) differ from the others?
 
     Under the null hypothesis the positions of an example are exchangeable.
     """
@@ -524,7 +526,7 @@ def plot_position(cells, title, ablation, path):
         points = list(drops.values())
         label = f"layer {layer}, n = {points[0]['n']} examples"
         errorbars(axis, list(drops), points, label=label)
-    axis.set(xlabel="answer position", ylabel=f"mean drop, {ablation} (95%)", ylim=(0, None))
+    axis.set(xlabel="answer position", ylabel=f"mean {DROP}, {ablation} (95%)", ylim=(0, None))
     axis.legend()
     finish_figure(fig, plt, path, title)
 
@@ -570,7 +572,7 @@ def plot_repeats(measures, drop, correlations, title, path):
         errorbars(axis, np.unique(x), means)
         jitter = np.random.default_rng(0).uniform(-0.15, 0.15, len(x))
         axis.plot(x + jitter, drop, ".", ms=2, alpha=0.5, color="gray")
-        axis.set(xlabel=name, ylabel="mean drop (logits, 95%)")
+        axis.set(xlabel=name, ylabel=f"mean {DROP} (95%)")
         cell = correlations[name]
         axis.set_title(f"rho = {cell['value']:.2f}, p = {cell['p']:.3f}, n = {len(x)}")
     finish_figure(fig, plt, path, title)
@@ -622,10 +624,10 @@ def join_by_example(ablated, swapped, layer):
 
 def plot_corr(columns, title, path):
     plt, fig, axes = figure(1, 2)
-    labels = ("mean drop by swap", "fraction of source answers by swap")
+    labels = (f"mean {DROP} by swap", "fraction of source answers by swap")
     for axis, name, label in zip(axes, ("drop_by_swap", "source_answer_by_swap"), labels):
         scatter_by_layer(axis, columns, "drop_by_ablation", name, "examples", ms=4, alpha=0.7)
-        axis.set(xlabel="mean drop by ablation", ylabel=label)
+        axis.set(xlabel=f"mean {DROP} by ablation", ylabel=label)
     finish_figure(fig, plt, path, title)
 
 

@@ -49,6 +49,21 @@ EXPOSURE_PAIRS = {  # (is base, is source) seen more often than the median examp
 }
 
 
+def sample_pairs(run):
+    """Draw correct examples and pairs of them -> examples, base, source (P,), metrics of these.
+
+    ConfigError if the run has no memory layers, or no facts whose answers are digits.
+    """
+    require_slots(run)
+    require_facts(run)
+    c = run.config
+    examples = sample_correct_examples(run)
+    base, source = draw_pairs(examples, c.n_pairs, c.exposure_pairs, c.seed)
+    metrics = {"n_examples": len(examples), "n_pairs": len(base)}
+    metrics["exposure_pairs"] = c.exposure_pairs
+    return examples, base, source, metrics
+
+
 def draw_pairs(examples, n_pairs, kind, seed):
     """Draw pairs of different examples -> base, source (P,), which count from 0 to B - 1.
 
@@ -80,7 +95,10 @@ def name_exposure_pairs(exposures, base, source):
 
 
 def control_answers(base_answers, source_answers, alphabet, seed):
-    """Draw for each pair of answers (M,) a third one of the alphabet -> (M,); -1 if there is none."""
+    """Draw a third answer of the alphabet for each pair of answers (M,) -> (M,); -1: there is none.
+
+    An intervention that only damages the answer gives the source's answer as often as a third one.
+    """
     M = len(base_answers)
     order = np.random.default_rng(seed).permuted(np.tile(alphabet, (M, 1)), axis=1)
     is_third = (order != base_answers[:, None]) & (order != source_answers[:, None])
@@ -152,7 +170,7 @@ def interchange_effects(model, examples, base, source, name, batch_size=512, see
     """Measure an interchange for pairs base, source (P,) -> {column: (M,)}.
 
     It is done in one block and at one label at a time; "force" also takes one head at a time.
-    Labels at which base and source have the same answer are left out. Three outcomes are counted:
+    Labels at which base and source have the same answer are left out. Three outcomes are columns:
     source_answer, the prediction is the source's answer; control_answer, it is an answer drawn at
     random that neither has there; base_lost, it is no longer the base's answer.
     """
@@ -161,6 +179,7 @@ def interchange_effects(model, examples, base, source, name, batch_size=512, see
     device = examples.tokens.device
     n_heads = model.config.mem_heads if name == "force" else 1
     pair, answer_pos, head = np.indices((len(base), answers.shape[1], n_heads)).reshape(3, -1)
+    # Where both have the same answer, an interchange that works cannot be seen.
     differ = answers[base[pair], answer_pos] != answers[source[pair], answer_pos]
     require(differ.any(), "all pairs of examples have the same answers; raise n_examples", None)
     pair, answer_pos, head = pair[differ], answer_pos[differ], head[differ]
@@ -190,7 +209,7 @@ def interchange_effects(model, examples, base, source, name, batch_size=512, see
 
 
 def compare_logits(examples, clean, logits, base, source, answer_pos):
-    """Logits (M, vocabulary) after an interchange, beside those of the clean run -> {column: (M,)}."""
+    """Logits (M, vocabulary) after an interchange, beside the clean ones -> {column: (M,)}"""
     base_answer = examples.answers[base, answer_pos]
     source_answer = examples.answers[source, answer_pos]
     prediction = logits.argmax(-1)
@@ -221,14 +240,9 @@ OUTCOMES = {  # column of interchange_effects: title
 
 def interchange(run, name):
     """How often does the base get the source's answer with the source's reads?"""
-    require_slots(run)
-    require_facts(run)
-    c = run.config
-    examples = sample_correct_examples(run)
-    base, source = draw_pairs(examples, c.n_pairs, c.exposure_pairs, c.seed)
-    columns = interchange_effects(
-        run.model, examples, base, source, name, c.ablate_batch_size, c.seed
-    )
+    examples, base, source, metrics = sample_pairs(run)
+    batch_size, seed = run.config.ablate_batch_size, run.config.seed
+    columns = interchange_effects(run.model, examples, base, source, name, batch_size, seed)
     slices = ["layer", "layer, answer_pos"]
     if name == "force":
         slices.append("layer, head")
@@ -238,11 +252,6 @@ def interchange(run, name):
     for names in slices:
         by_slice[names] = outcomes_by(columns, *names.split(", "))
     print_outcomes(name, by_slice)
-    metrics = {
-        "n_examples": len(examples),
-        "n_pairs": len(base),
-        "exposure_pairs": c.exposure_pairs,
-    }
     plot = partial(plot_interchange, run, columns, by_slice)
     save_result(run, name, metrics, by_slice, (), columns, plot)
 
@@ -328,6 +337,7 @@ def plot_answer_pairs(run, fig, axis, grid, tokens, title):
 
 # ---- interchange of all reads: which answers stand in for which ----------------------------------
 
+# Teacher forcing shows the base's answers so far, which speak against those of the source.
 DECODING = ("teacher-forced", "token by token")
 
 
@@ -366,17 +376,14 @@ def decode_with(model, examples, interventions):
 def swap_matrix(run):
     """Interchange all reads at all labels: which answer tokens can stand in for which?
 
-    Teacher-forced, with the base's answers so far in the sequence, and decoded token by token.
+    It is measured with the base's answers so far in the sequence, and decoded token by token.
     """
-    require_slots(run)
-    require_facts(run)
-    c = run.config
-    examples = sample_correct_examples(run)
-    base, source = draw_pairs(examples, c.n_pairs, c.exposure_pairs, c.seed)
+    examples, base, source, metrics = sample_pairs(run)
     clean = run_with_cache(run.model, examples)
+    batch_size = run.config.ablate_batch_size
     parts = []
-    for start in range(0, len(base), c.ablate_batch_size):
-        batch = slice(start, start + c.ablate_batch_size)
+    for start in range(0, len(base), batch_size):
+        batch = slice(start, start + batch_size)
         parts.append(swap_all_reads(run.model, examples, clean, base[batch], source[batch]))
     columns = concat(parts)
     by_slice = {}
@@ -389,17 +396,12 @@ def swap_matrix(run):
             lines.append((decoding, answer_pos, *format_ci(cell)))
     head = ("source answer", "answer position", "answers", "fraction", "95% interval")
     print_table(head, lines)
-    metrics = {
-        "n_examples": len(examples),
-        "n_pairs": len(base),
-        "exposure_pairs": c.exposure_pairs,
-    }
     plot = partial(plot_swap_matrix, run, columns)
     save_result(run, "swap_matrix", metrics, by_slice, (), columns, plot)
 
 
 def swap_all_reads(model, examples, clean, base, source):
-    """Predictions of bases with all reads of their sources: base, source (M,) -> {column: (M * n,)}."""
+    """Predict with all reads of the sources: base, source (M,) -> {column: (M * n,)}"""
     device = examples.tokens.device
     b, s = torch.as_tensor(base, device=device), torch.as_tensor(source, device=device)
     bases, source_answers = examples.select(base), examples.answers[s]  # answers (M, n)
@@ -485,7 +487,8 @@ def patch(run):
     if run.settings.train.data != "data_mqar":
         require_facts(run)
     clean, corrupted = corrupt(run, sample_correct_examples(run), run.config.seed)
-    # Long examples have many positions to patch, so fewer of them are taken.
+    # Each position is a forward pass of its own for each hook point and block, so of long examples
+    # fewer are taken.
     few = np.arange(min(len(clean), max(10, 6000 // clean.tokens.shape[1])))
     clean, corrupted = clean.select(few), corrupted.select(few)
     recovered, clean_diff, corrupted_diff = activation_patching(run.model, clean, corrupted)
@@ -554,7 +557,7 @@ def activation_patching(model, clean, corrupted):
     """
     clean_answer, corrupted_answer = clean.answers[:, 0], corrupted.answers[:, 0]
     example = torch.arange(len(clean), device=clean_answer.device)
-    # Later tokens are not seen at the first label.
+    # The model is causal: what comes after the first label cannot matter there.
     T = 1 + int(max(clean.label_pos[:, 0].max(), corrupted.label_pos[:, 0].max()))
 
     def answer_logit_diff(examples, hooks):

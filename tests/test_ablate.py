@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
 
 
 def load_result(runs, name, what):
-    """What a command wrote -> the .json, and columns {name: (N,)} of the .parquet if there is one."""
+    """What a command wrote -> its .json, and the columns of its .parquet, if there is one."""
     what = latest(runs / name, f"ablate_{what}")
     result = json.loads((runs / name / f"{what}.json").read_text())
     assert set(result) == {"config", "metrics", "by_slice", "examples"}
@@ -69,7 +69,7 @@ def load_result(runs, name, what):
 
 
 def test_slots_read_and_controls_by_hand():
-    """Example 0 reads slot 2 twice (0.5 and 0.25) and slot 1 once; example 1 slot 2 once, 0 twice."""
+    """Example 0 reads slot 2 twice (0.5, 0.25), slot 1 once; example 1 slot 2 once, 0 twice."""
     reads = {
         "slots": torch.tensor([[[[2, 1, 2]]], [[[2, 0, 0]]]]),
         "weights": torch.tensor([[[[0.5, 0.25, 0.25]]], [[[1.0, 0.0, 0.0]]]]),
@@ -341,6 +341,6 @@ def test_next_best_needs_a_further_slot(runs):
     config = ablate.AblateConfig(n_examples=4, ablations="zero next_best")
     run = open_run(str(runs / "one"), config)
     run.model.config.mem_knn = run.model.config.mem_n_keys
-    message = "next_best needs mem_knn=8 to be below mem_n_keys=8; leave it out"
+    message = "next_best needs mem_knn=8 below mem_n_keys=8; leave it out"
     with pytest.raises(ConfigError, match=message):
         ablate.ablate_slots(run)

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-import ablate
 import delta
 import memory
-import train
 from analysis import hooks
 from analysis.ablation import measure_slots
-from analysis.trained_run import open_run
 from model import GPT, NORMS, Config
-from planted import N_SLOTS, VARIANTS
+from nanorecall.distributed import SINGLE_PROCESS
+from nanorecall.settings import ConfigError
+from planted import N_SLOTS, VARIANTS, planted_facts
 from toys import ABLATION_SIZES, ablation_model, some_examples
 
 
@@ -31,7 +30,7 @@ def model(request):
 
 
 def test_examples_of_the_most_frequent_shape_are_loaded():
-    """9 is padding. Two of three examples have 4 tokens and 2 labels; slice s differs within none."""
+    """9 is padding. Two of three examples have 4 tokens and 2 labels."""
     tokens = torch.tensor([[1, 2, 3, 9], [1, 2, 3, 4], [4, 3, 2, 1]])
     targets = torch.tensor([[-100, 5, -100, -100], [-100, 6, -100, 7], [8, -100, 9, -100]])
     slices = {"s": np.array([0, 1, 1, 2, 2]), "of a label": np.array([0, 0, 1, 0, 1])}
@@ -44,19 +43,67 @@ def test_examples_of_the_most_frequent_shape_are_loaded():
     assert examples.slices.keys() == {"s"} and examples.slices["s"].tolist() == [1, 2]
 
 
-def test_sampled_examples_are_correct_and_balanced_over_exposures(tmp_path):
-    settings = "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --model=memory"
-    settings += " --n_layers=2 --dim=32 --dk=16 --dv=16 --conv_size=8 --init_std=1 --lr=1e-2"
-    settings += " --memory_layers=[0,1] --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2"
-    settings += " --mem_value_lr_scale=4 --batch_size=64 --max_steps=150 --eval_interval=150"
-    settings += f" --num_threads=1 --run_name=run --log_dir={tmp_path}"
-    train.main(settings.split())
-    run = open_run(str(tmp_path / "run"), ablate.AblateConfig(n_examples=10))
+def planted_run(groups, n_examples, seed=0, wrong=()):
+    """A run of the planted model on one example for each group, which answers all but `wrong`."""
+    model, facts = planted_facts()
+    groups = np.array(groups)
+
+    def batch(split, step, indices):
+        fact = np.asarray(indices) % len(facts)
+        targets = torch.full_like(facts.tokens[fact], -100)
+        targets[:, 1] = facts.answers[fact, 0]
+        targets[np.isin(indices, wrong), 1] = 0
+        return facts.tokens[fact], targets, {"group": groups[indices]}
+
+    data = SimpleNamespace(batch=batch, eval_groups=lambda split: [np.arange(len(groups))])
+    config = SimpleNamespace(split="test", eval_batch_size=7, n_examples=n_examples, seed=seed)
+    return SimpleNamespace(
+        model=model,
+        data=data,
+        config=config,
+        world=SINGLE_PROCESS,
+        pad=-1,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def test_sampled_examples_are_answered_correctly():
+    run = planted_run([0] * 12, n_examples=0, wrong=[2, 11])
     examples = hooks.sample_correct_examples(run)
-    _, counts = np.unique(examples.slices["exposures"], return_counts=True)
-    assert len(examples) <= 10 and counts.max() <= 6
+    assert sorted(examples.indices) == [0, 1, 3, 4, 5, 6, 7, 8, 9, 10]
     logits = hooks.run_with_cache(run.model, examples).logits
     assert (logits.argmax(-1) == examples.answers).all()
+
+
+@pytest.mark.parametrize("n_examples, n_rare", [(1, 0), (6, 3), (29, 3), (30, 3), (31, 3), (0, 3)])
+def test_samples_are_balanced_over_groups(n_examples, n_rare):
+    """27 examples of one group, 3 of another."""
+    examples = hooks.sample_correct_examples(planted_run([0] * 27 + [1] * 3, n_examples))
+    assert len(examples) == min(30, n_examples or 30)
+    assert (examples.slices["group"] == 1).sum() >= n_rare
+    assert np.array_equal(examples.slices["group"], examples.indices >= 27)
+
+
+def test_samples_are_drawn_by_the_seed():
+    sampled = []
+    for seed in (0, 0, 1):
+        run = planted_run([0] * 27 + [1] * 3, n_examples=6, seed=seed)
+        sampled.append(sorted(hooks.sample_correct_examples(run).indices))
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_fewer_than_four_correct_examples_are_refused():
+    with pytest.raises(ConfigError, match="only 3 examples of test are answered correctly"):
+        hooks.sample_correct_examples(planted_run([0] * 5, n_examples=0, wrong=[1, 2]))
+
+
+def test_logit_diff_of_three_answers():
+    """1 is 0.5 ahead of 0.5. An answer with the same logit as another token counts as wrong."""
+    scores = torch.tensor([[0.5, 1.0, -2.0], [3.0, 3.0, 0.0], [0.0, 2.0, 5.0]])
+    diff, p, correct = hooks.logit_diff(scores, torch.tensor([1, 0, 1]))
+    assert diff.tolist() == [0.5, 0, -3] and correct.tolist() == [True, False, False]
+    torch.testing.assert_close(p, torch.tensor([1.0, 3.0, 2.0]).exp() / scores.exp().sum(1))
 
 
 # ---- forward passes from a memory layer on -------------------------------------------------------
@@ -82,7 +129,7 @@ def slots_and_weights(reads):
 
 
 def naive_ablation(layer, ablation, slot, new_slot):
-    """One slot ablated, from the definition: what forward(intervene=) takes, for all but next_best."""
+    """One slot ablated, from the definition, as forward(intervene=) takes it; not next_best."""
 
     def intervene(reads):
         slots, weights = reads["slots"].clone(), reads["weights"].clone()
@@ -161,7 +208,7 @@ def test_a_batch_of_ablations_equals_one_full_forward_each(model, ablation):
 @torch.no_grad()
 @pytest.mark.parametrize("ablation", ["zero", "mean", "next_best"])
 def test_measured_drops_equal_full_forwards(model, ablation):
-    """The columns of `ablate.py keys`, in batches of 7, against a full forward pass for each entry."""
+    """What `ablate.py keys` measures in batches of 7, against a full forward pass each."""
     examples = some_examples(B=2)
     n = examples.label_pos.shape[1]
     columns = measure_slots(model, examples, [ablation], 7)
