@@ -12,8 +12,8 @@ in the input. Its target is at the position of the query, where the logits predi
 tokens   5 19  7 17  4 15  7  0  5  0  4  0  0  0  0  0
 targets  .  .  .  .  .  . 17  . 19  . 15  .  .  .  .  .
 
-On disk, for other programs (nanorecall/mqar_files.py), as in the LLMonade data set. Storage and
-queries both show the values, several such blocks fill a sequence, and labels are unshifted.
+On disk, also for other programs (nanorecall/mqar_files.py), as in the LLMonade data set. Storage
+and queries both show the values, several such blocks fill a sequence, and labels are unshifted.
 
 >>> show_on_disk(DatasetConfig(seq_len=16, num_kv_pairs=4, vocab_size=20, seed=0))
 input_ids  4 11  3 16  6 13  2 19  6 13  2 19  3 16  4 11
@@ -34,10 +34,10 @@ import numpy as np
 import torch
 
 from nanorecall.mqar_files import (
-    DatasetConfig,
     StoredMQAR,
-    make_disk_sequences,
+    parse_dataset,
     show_columns,
+    show_on_disk,  # noqa: F401 (in the example above)
     write_and_report,
 )
 from nanorecall.rng import (
@@ -50,18 +50,7 @@ from nanorecall.rng import (
     shuffled_epochs,
     weighted_permutation,
 )
-from nanorecall.settings import (
-    ConfigError,
-    at_least,
-    build_config,
-    help_text,
-    read_argv,
-    reject_unknown,
-    require,
-    run_cli,
-    say,
-    within,
-)
+from nanorecall.settings import ConfigError, at_least, require, run_cli, within
 
 IntPairs = tuple[tuple[int, int], ...]
 
@@ -71,14 +60,14 @@ class Config:
     input_seq_len: int = 128  # tokens in a sequence
     num_kv_pairs: int = 32  # pairs in a sequence, each queried once
     vocab_size: int = 2048  # token 0 is blank, keys are 1..V/2-1, values V/2..V-1
-    power_a: float = 0.01  # query slot s has weight s^(a-1); 1: uniform, small: early pairs early
-    random_non_queries: bool = False  # fill blanks with random tokens, no keys of the sequence
+    power_a: float = 0.01  # query slot s has weight s^(a-1); 1: uniform; 0.01: mostly early slots
+    random_non_queries: bool = False  # fill blanks with random tokens that are not its keys
     n_train_examples: int = 40000  # sequences in the training set, and in an epoch
-    n_val_examples: int = 1000  # validation sequences of each size; with path, at most so many
-    n_test_examples: int = 3000  # test sequences of each size, for the end; with path, at most
+    n_val_examples: int = 1000  # validation sequences per size; with path, at most this many
+    n_test_examples: int = 3000  # test sequences per size; with path, at most this many
     infinite_data: bool = False  # new training sequences in every step, not epochs over a fixed set
-    curriculum: IntPairs = ()  # [(num_kv_pairs, steps), ...] first: short sequences, more of them
-    train_sizes: IntPairs = ()  # [(input_seq_len, num_kv_pairs), ...] in turn; empty: see above
+    curriculum: IntPairs = ()  # [(num_kv_pairs, steps), ...] to begin with, in short sequences
+    train_sizes: IntPairs = ()  # [(input_seq_len, num_kv_pairs), ...] in turn; empty: those above
     test_sizes: IntPairs = ()  # sizes to validate and test on, each reported; empty: train_sizes
     num_updates: int = 0  # keys that are stored again with a new value; the last value counts
     max_noise: int = 0  # 0..max_noise random tokens after each stored pair
@@ -96,42 +85,43 @@ class Config:
         if self.path:
             return
         n = max(pairs for _, pairs in self.sizes())
-        few = f"exceeds the {n} pairs: a pair is updated at most once"
-        require(self.num_updates <= n, f"num_updates={self.num_updates} {few}", "num_updates")
-        for key in ("train_sizes", "test_sizes"):
-            for length, pairs in getattr(self, key):
-                TaskSize(length, pairs, self).check(key)
+        message = f"num_updates={self.num_updates} exceeds the {n} pairs"
+        message += ": a pair is updated at most once"
+        require(self.num_updates <= n, message, "num_updates")
+        for setting in ("train_sizes", "test_sizes"):
+            for length, pairs in getattr(self, setting):
+                TaskSize(length, pairs, self).check(setting)
         if not self.train_sizes:
             TaskSize(self.input_seq_len, self.num_kv_pairs, self).check("input_seq_len")
         self.check_curriculum()
-        n_tokens = self.n_train_examples * max(length for length, _ in self.sizes())
         n = self.n_train_examples
-        large = f"n_train_examples={n} do not fit in memory; use infinite_data=1"
-        require(self.infinite_data or n_tokens <= 2**28, large, "n_train_examples")
+        n_tokens = n * max(length for length, _ in self.sizes())
+        message = f"n_train_examples={n} do not fit in memory; use infinite_data=1"
+        require(self.infinite_data or n_tokens <= 2**28, message, "n_train_examples")
 
     def check_curriculum(self):
+        for pairs, steps in self.curriculum:
+            message = f"curriculum: stage {(pairs, steps)} needs at least 1 pair and 1 step"
+            require(min(pairs, steps) >= 1, message, "curriculum")
+            T = min_length(pairs, self)
+            TaskSize(T, pairs, self).check("curriculum")
+            message = f"curriculum: {pairs} pairs need {T} tokens, more than input_seq_len"
+            require(T <= self.input_seq_len, f"{message}={self.input_seq_len}", "curriculum")
         # Sequences are a function of their size: a size that comes twice would repeat its data.
-        sizes = [(min_length(pairs, self), pairs) for pairs, _ in self.curriculum if pairs >= 1]
+        sizes = [(min_length(pairs, self), pairs) for pairs, _ in self.curriculum]
         sizes += self.sizes()
         twice = [size for size in sizes if sizes.count(size) > 1]
         if twice:
-            key = "train_sizes" if set(twice) & set(self.train_sizes) else "curriculum"
+            setting = "train_sizes" if set(twice) & set(self.train_sizes) else "curriculum"
             message = f"{twice[0]} (tokens, pairs) comes twice in curriculum and train_sizes"
-            raise ConfigError(f"{message}; name it once", key)
-        for pairs, steps in self.curriculum:
-            few = f"curriculum: stage {(pairs, steps)} needs at least 1 pair and 1 step"
-            require(min(pairs, steps) >= 1, few, "curriculum")
-            T = min_length(pairs, self)
-            TaskSize(T, pairs, self).check("curriculum")
-            longer = f"{pairs} pairs need {T} tokens, more than input_seq_len={self.input_seq_len}"
-            require(T <= self.input_seq_len, f"curriculum: {longer}", "curriculum")
+            raise ConfigError(f"{message}; name it once", setting)
 
     def unused(self):
         if self.path:
             used = ("path", "seed", "n_val_examples", "n_test_examples")
             reason = f"the data comes from path={self.path}"
             return {name: reason for name in vars(self) if name not in used}
-        return {"num_kv_pairs": "train_sizes say it"} if self.train_sizes else {}
+        return {"num_kv_pairs": "train_sizes has it"} if self.train_sizes else {}
 
     def label(self):
         """The data's part of a run's name."""
@@ -170,21 +160,22 @@ class TaskSize:
     def n_query_slots(self):
         return max(0, self.length - self.storage_len) // (self.config.key_tokens + 1)
 
-    def check(self, key):
-        c, T, n = self.config, self.length, self.pairs
-        V, key_tokens = c.vocab_size, c.key_tokens
-        require(n >= 1, f"{key}: there must be at least one pair, not {n}", key)
-        require(T % 2 == 0, f"{key}: a length of {T} is odd; use {T + 1}", key)
-        need = f"{n} pairs need a sequence of at least {min_length(n, c)} tokens"
-        require(self.n_query_slots >= n, f"{key}: {need}, not {T}", key)
-        require(T <= 2**20, f"{key}: {T} tokens are more than {2**20}", key)
+    def check(self, setting):
+        """ConfigError, which names this setting, if such sequences cannot be made."""
+        c, T, n, V = self.config, self.length, self.pairs, self.config.vocab_size
+        require(n >= 1, f"{setting}: there must be at least one pair, not {n}", setting)
+        # As in Zoology, where pairs and query slots take two tokens each.
+        require(T % 2 == 0, f"{setting}: a length of {T} is odd; use {T + 1}", setting)
+        message = f"{setting}: {n} pairs need a sequence of at least {min_length(n, c)} tokens"
+        require(self.n_query_slots >= n, f"{message}, not {T}", setting)
+        require(T <= 2**20, f"{setting}: {T} tokens are more than {2**20}", setting)
         smallest = 2 * max(self.alphabet + 1, n + self.updates)
-        need = f"half of it are keys, half values; use at least {smallest}"
-        require(V >= smallest, f"vocab_size={V} is too small for {n} pairs: {need}", "vocab_size")
+        message = f"vocab_size={V} is too small for {n} pairs: half of it are keys, half values"
+        require(V >= smallest, f"{message}; use at least {smallest}", "vocab_size")
         require(V <= 2**24, f"vocab_size={V} is larger than {2**24}", "vocab_size")
-        n_keys = self.alphabet**key_tokens if key_tokens <= 20 else math.inf
-        many = f"key_tokens={key_tokens} is too long: there are more than {2**20} such keys"
-        require(n_keys <= 2**20, many, "key_tokens")
+        n_keys = self.alphabet**c.key_tokens if c.key_tokens <= 20 else math.inf
+        message = f"key_tokens={c.key_tokens} is too long: there are more than {2**20} such keys"
+        require(n_keys <= 2**20, message, "key_tokens")
 
 
 def min_length(pairs, config):
@@ -197,15 +188,17 @@ def make_sequences(size, split, indices):
     """Sequences `indices` (B,) of one TaskSize -> tokens (B, T) int32, targets (B, T) int32 (-100:
     not scored), slices.
 
-    slices {name: (N,)}, of the N labels in row-major order: num_kv_pairs, input_seq_len, distance
-    (tokens since the key was stored, rounded down to a power of two); with several test sizes cell
-    ("128x32"), with num_updates updated (0 or 1).
+    slices {name: (N,)}, of the N labels in row-major order: num_kv_pairs, input_seq_len, and
+    distance (tokens since the key was stored, rounded down to a power of two). With several test
+    sizes also size ("128x32"), with num_updates also updated (0 or 1).
     """
     c, T, n, u = size.config, size.length, size.pairs, size.updates
     B, half = len(indices), c.vocab_size // 2
     noisy = c.max_noise > 0 or c.random_non_queries
 
-    # All random numbers of a sequence come from one call, cut up by what they are for.
+    # All random numbers of a sequence come from one call, cut up by what they are for. The
+    # generator is counter-based (Philox): sequence i has its own block of numbers, whichever others
+    # are made with it. So ranks can split a batch, and a resumed run needs no generator's state.
     n_draws = {
         "alphabet": size.alphabet,
         "keys": n if c.key_tokens > 1 else 0,
@@ -221,7 +214,8 @@ def make_sequences(size, split, indices):
     draws = dict(zip(n_draws, np.split(uniforms, ends[:-1], axis=1)))
     b = np.arange(B)[:, None]
 
-    # Keys (B, n, key_tokens), all different; values (B, n+u), one for each time a pair is stored.
+    # Keys (B, n, key_tokens), all different: a key that comes twice would have two answers.
+    # Values (B, n+u), one for each time a pair is stored.
     alphabet = 1 + sample_without_replacement(draws["alphabet"], half - 1)  # (B, alphabet)
     if c.key_tokens == 1:
         keys = alphabet[:, :, None]
@@ -252,9 +246,12 @@ def make_sequences(size, split, indices):
     tokens[b[:, :, None], start[:, :, None] + offsets] = keys[b, stored]
     tokens[b, start + c.key_tokens] = values
 
-    slots = weighted_permutation(draws["slots"], c.power_a)[:, :n]  # pair i is queried in slot i
+    # Pair i is queried in slot slots[:, i]. Slots are drawn without replacement, for pair 0 first.
+    # With a small power_a, most queries come soon after the pairs and a few much later (Zoology).
+    slots = weighted_permutation(draws["slots"], c.power_a)[:, :n]
     query_pos = size.storage_len + slots * (c.key_tokens + 1)  # (B, n), of the key's first token
     tokens[b[:, :, None], query_pos[:, :, None] + offsets] = keys
+    # Only answers are scored. Pairs are random, and blanks would be too easy.
     targets = np.full((B, T), IGNORE_INDEX, np.int32)
     targets[b, query_pos + c.key_tokens - 1] = answers  # at the key's last token
 
@@ -271,7 +268,7 @@ def make_sequences(size, split, indices):
         "distance": np.take_along_axis(distance, by_position, axis=1).ravel(),
     }
     if len(c.test_sizes or c.train_sizes) > 1:
-        slices["cell"] = np.full(B * n, f"{T}x{n}")
+        slices["size"] = np.full(B * n, f"{T}x{n}")
     if c.num_updates:
         slices["updated"] = np.take_along_axis(is_updated, by_position, axis=1).ravel()
     return tokens, targets, slices
@@ -328,8 +325,8 @@ class InMemoryMQAR:
         return self.train_sizes[step % n], step // n, not self.config.infinite_data
 
     def sequences_per_step(self, size, batch_size):
-        # A batch counts sequences of input_seq_len. Shorter ones are more, so that each step has
-        # as many tokens and takes as long.
+        # batch_size counts sequences of input_seq_len. A step takes more of shorter ones, so that
+        # each step has as many tokens and takes as long.
         return max(1, batch_size * self.config.input_seq_len // size.length)
 
     def batch_indices(self, step, batch_size):
@@ -361,6 +358,7 @@ class InMemoryMQAR:
             tokens, targets, slices = self.from_fixed_set(size, indices)
         else:
             tokens, targets, slices = make_sequences(size, split, indices)
+        # int32 on the way, to halve the memory of fixed sets; torch's embedding wants long
         return torch.from_numpy(tokens).long(), torch.from_numpy(targets).long(), slices
 
     def from_fixed_set(self, size, indices):
@@ -385,26 +383,17 @@ def show(config):
     show_columns(tokens=tokens[0], targets=targets[0])
 
 
-def show_on_disk(config):
-    """Print training sequence 0 of a data set on disk."""
-    input_ids, labels = make_disk_sequences(config, "train", np.arange(1))
-    show_columns(input_ids=input_ids[0], labels=labels[0])
+def parse(argv):
+    """Command line -> DatasetConfig."""
+    return parse_dataset(argv, __doc__)
 
 
 def main(argv=None):
-    args, settings = read_argv(sys.argv[1:] if argv is None else argv)
-    if any(s.key == "help" for s in settings):
-        say(help_text(__doc__, DatasetConfig))
-        return
-    unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
-    require(not args, unknown, None)
-    reject_unknown(settings, DatasetConfig)
-    config = build_config(DatasetConfig, settings)
-    if not config.output_dir:
-        require(not settings, "name the directory to write: --output-dir DIR", "output_dir")
+    config = parse(sys.argv[1:] if argv is None else argv)
+    if config.output_dir:
+        write_and_report(config)
+    else:
         print(__doc__.strip())
-        return
-    write_and_report(config)
 
 
 if __name__ == "__main__":

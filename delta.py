@@ -51,7 +51,7 @@ from torch import nn
 
 import model
 from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm
-from nanorecall.ops import accum_dtype, check_cu_seqlens, gather_positions
+from nanorecall.ops import accum_dtype, check_cu_seqlens, gather_positions, no_autocast
 from nanorecall.second_order import FirstOrder, Twinned, needs_twin, transformed, twin_gradients
 
 # ---- the rule, token by token --------------------------------------------------------------------
@@ -143,7 +143,7 @@ def delta_rule_chunkwise(q, k, v, beta, log_decay=None, state=None, cu_seqlens=N
     else:
         chunks = DocumentChunks(cu_seqlens, q.shape[1], chunk_size)
     dtype = accum_dtype(q)
-    with torch.autocast(q.device.type, enabled=False):  # a triangular solve has no half precision
+    with no_autocast(q):  # a triangular solve has no half precision
         S = zero_state(q, v, chunks.n_sequences) if state is None else state.to(dtype)
         S = chunks.to_chunk_order(S).flatten(0, 1)  # (M, K, V)
         g = None
@@ -331,7 +331,7 @@ class ChunkwiseDeltaRule(Twinned):
     def backward(ctx, do, dS):
         q, k, v, beta, g, initial, *computed = ctx.saved_tensors
         decay, decay_in, decay_out, decay_chunk, P, inverse, U, W, before = computed
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             if needs_twin():
                 inputs = q, k, v, beta, g, initial, ctx.sizes
                 return twin_gradients(naive_chunks, ctx, inputs, do, dS)
@@ -535,12 +535,6 @@ class DeltaNetLayer(CausalSelfAttention):
     def log_decay(self, x):
         """g (B, H, T), or None: no decay"""
         return None
-
-    @classmethod
-    def cache_size(cls, c, tokens):
-        """Numbers in the cache of one sequence: a matrix per head, after any number of tokens."""
-        K, V = cls.head_dims(c)
-        return c.n_heads * K * V + cls.conv_state_size(c)
 
     @classmethod
     def describe_backend(cls, c, device, dtype):

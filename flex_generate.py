@@ -491,15 +491,20 @@ def show_mask(config):
     say(f"wrote {path}")
 
 
-def main(argv=None):
-    args, given = split_argv(sys.argv[1:] if argv is None else argv)
+def parse(argv):
+    """Command line -> Config."""
+    args, given = split_argv(argv)
     if any(setting.key == "help" for setting in given):
         print(help_text(__doc__, Config))
-        return
+        sys.exit(0)
     message = f"{' '.join(args)!r} is not a flag; flex_generate.py takes --key value only"
     require(not args, message, None)
     reject_unknown(given, Config)
-    config = build_config(Config, given)
+    return build_config(Config, given)
+
+
+def main(argv=None):
+    config = parse(sys.argv[1:] if argv is None else argv)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     if config.draw_mask:

@@ -250,10 +250,10 @@ class MemoryBlock(GPTBlock):
         self.memory = self.router = self.layer_idx = None
         self.top1 = c.mem_top1
 
-    def forward(self, x, rows=None, trace=None, intervene=None, **extra):
-        y = gather_positions(x, rows)
+    def forward(self, x, query_pos=None, trace=None, intervene=None, **options):
+        y = gather_positions(x, query_pos)
         if self.att:
-            y = self.add(y, self.mix(self.att_norm(x), rows, **extra))
+            y = self.add(y, self.mix(self.att_norm(x), query_pos, **options))
         change = (intervene or {}).get(self.layer_idx)
         return self.add(y, self.mlp_or_memory(self.ffn_norm(y), trace, change))
 
@@ -333,11 +333,6 @@ class MemoryGPT(GPT):
                 usage[str(i)] = slot_usage(memory.read_counts.sum(0))
             memory.read_counts.zero_()
         return usage
-
-    @classmethod
-    def label(cls, c):
-        layers = "-".join(map(str, c.memory_layers))
-        return f"{super().label(c)}_M{layers}_S{c.mem_n_keys**2}_H{c.mem_heads}_K{c.mem_knn}"
 
 
 class MemoryRouterGPT(MemoryGPT):

@@ -104,7 +104,9 @@ def taylor(x):
     return torch.cat([torch.ones_like(x[..., :1]), x, second], dim=-1)
 
 
-FEATURE_MAPS = {  # of a vector per head, over its last axis
+# Of a vector per head, over its last axis. For the delta rule and linear attention the score is the
+# product of two feature vectors; maps like relu, elu1 and exp keep it positive, as softmax does.
+FEATURE_MAPS = {
     "none": lambda x: x,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
@@ -115,7 +117,9 @@ FEATURE_MAPS = {  # of a vector per head, over its last axis
     "taylor": taylor,
 }
 
-NORMS = {  # of a vector after its feature map; 1e-6 keeps a vector of zeros finite
+# Of a vector after its feature map. Keys of length 1 keep the delta rule stable; queries and keys
+# of one length bound attention's scores. 1e-6 keeps a vector of zeros finite.
+NORMS = {
     "none": lambda x: x,
     "l2": ops.l2_normalize,
     "l1": lambda x: x / (x.abs().sum(-1, keepdim=True) + 1e-6),  # "sum" norm, Schlag et al. 2021
@@ -144,7 +148,8 @@ def feature_width(kernel, width):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019).
 
-    Not nn.RMSNorm, which prints its shape: the document of the experiments prints `RMSNorm()`.
+    Not nn.RMSNorm, which is slower here and prints as RMSNorm((64,), ...); the module tree in
+    "Updatable Long-Term Memory" has RMSNorm().
     """
 
     def __init__(self, width):
@@ -152,7 +157,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        # ops.dot sums in float32: squares of large activations overflow float16
+        # ops.dot sums in float32, since squares of large activations overflow float16. On a CPU
+        # this takes about half the time of F.rms_norm, forward and backward.
         y = x * torch.rsqrt(ops.dot(x, x) / x.shape[-1] + 1e-6) * self.weight
         return y.to(self.weight.dtype)  # a model in half precision stays in it
 
@@ -189,6 +195,7 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
+        # no biases here and in attention, as in Llama
         self.up = nn.Linear(c.dim, c.ffn_expand_factor * c.dim, bias=False)
         self.down = nn.Linear(c.ffn_expand_factor * c.dim, c.dim, bias=False)
         self.act = c.ffn_act
@@ -215,6 +222,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = c
         self.n_heads = c.n_heads
+        # Fewer key/value heads than query heads make the cache smaller (grouped-query attention).
         self.n_kv_heads = c.n_kv_heads or c.n_heads
         self.add_projections(c)
         self.conv = ShortConvolution(self.qkv_dim(c), c.conv_size) if c.conv_size else None
@@ -242,7 +250,8 @@ class CausalSelfAttention(nn.Module):
     def _apply(self, fn, recurse=True):
         """What .to(), .double() and .bfloat16() call."""
         super()._apply(fn, recurse)
-        # They would round the rotary table, or pad float32 digits with zeros: make it anew.
+        # Cast to bfloat16, the table would mix up far positions; cast to float64, it would still
+        # have float32's errors. So it is computed again.
         if "rope" in self._buffers:
             T, pairs, _ = self.rope.shape
             self.rope = ops.rope_table(2 * pairs, T, self.rope.dtype).to(self.rope.device)
@@ -257,13 +266,16 @@ class CausalSelfAttention(nn.Module):
         c = self.config
         output_pos = query_pos
         if documents:
-            # their kernels take every token as a query, so output_pos are picked at the end
+            # The kernels for packed documents take every token as a query. So all outputs are
+            # computed, and output_pos are picked from them at the end.
             query_pos = None
         query_x = ops.gather_positions(x, query_pos)  # (B, n, D)
         q, k, v = self.qkv(x, query_x, query_pos, cache, documents)
         positions = ops.token_positions(x, cache, documents)
         q = self.split_heads(q, self.n_heads, c.q_kernel, c.q_norm, self.gate_q, query_x)
         if c.pos_emb == "rope":
+            # Turned by their positions, a query and a key have a product that depends only on how
+            # far apart they are.
             q = ops.apply_rotary(q, self.rope, positions if query_pos is None else query_pos)
         # Keys and values of all tokens, also of those that ask nothing: (B, T, G, K or V).
         if cache is None:
@@ -271,7 +283,8 @@ class CausalSelfAttention(nn.Module):
             v = self.values(v)
         else:
             k, v = self.update_cache(cache, k, v, x, positions)
-            query_pos = positions  # there are more keys than queries: say which these are
+            # k and v now cover earlier tokens, too, so the mask needs the positions of the queries.
+            query_pos = positions
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, n or T, K or V)
         o = self.attention_fn(q, k, v, query_pos, documents)  # (B, H, n, V)
         o = o.transpose(1, 2).flatten(2)  # (B, n, H*V)
@@ -283,7 +296,7 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(o)
 
     def qkv(self, x, query_x, query_pos, cache, documents):
-        """Projections of x (B, T, D): q (B, n, H*K) at query_pos, k (B, T, G*K), v (B, T, G*V)."""
+        """x (B, T, D) -> q (B, n, H*dk) at query_pos, k (B, T, G*dk), v (B, T, G*dv)."""
         kv = self.kv_projections()
         widths = [m.out_features for m in kv]
         if query_pos is not None and not self.conv:
@@ -291,8 +304,8 @@ class CausalSelfAttention(nn.Module):
             return self.proj_q(query_x), *ops.fused_linear(x, *kv).split(widths, dim=-1)
         y = ops.fused_linear(x, self.proj_q, *kv)  # (B, T, C)
         if self.conv:
-            # needs the neighbours of a query's token, so queries are picked after it; one
-            # convolution serves all three, since every channel is on its own
+            # A query's convolution reads the tokens before it, so queries are picked afterwards.
+            # It is depthwise, so one convolution serves q, k and v side by side.
             y = self.conv(y, cache, documents)
         q, *kv = y.split([self.proj_q.out_features, *widths], dim=-1)
         return ops.gather_positions(q, query_pos), *kv
@@ -324,8 +337,6 @@ class CausalSelfAttention(nn.Module):
         v = ops.append_to_cache(cache, "v", self.values(v))
         return k, v
 
-    # Sizes, for buffers and for what is printed at the start.
-
     @staticmethod
     def head_dims(c):
         """Width per head of a key and of a value, after their feature maps."""
@@ -336,16 +347,6 @@ class CausalSelfAttention(nn.Module):
         """Width of queries, keys and values side by side."""
         n_kv = c.n_kv_heads or c.n_heads
         return (c.n_heads + n_kv) * c.dk + n_kv * c.dv
-
-    @classmethod
-    def cache_size(cls, c, tokens):
-        """Numbers in the cache of one sequence after `tokens` tokens."""
-        per_head = sum(cls.head_dims(c))
-        return tokens * (c.n_kv_heads or c.n_heads) * per_head + cls.conv_state_size(c)
-
-    @classmethod
-    def conv_state_size(cls, c):
-        return (c.conv_size - 1) * cls.qkv_dim(c) if c.conv_size else 0
 
     @classmethod
     def describe_backend(cls, c, device, dtype):
@@ -363,9 +364,9 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
     can only answer with itself. The score uses a copy of u with k_kernel, k_norm, k_gated and
     rotary positions; the value copy has v_kernel only, since values are not rotated.
 
-    "Updatable Long-Term Memory" prints one projection of H * du, which another reading fits as
-    well: one key/value head of du + du under H query heads has the same parameter count. The one
-    number `du` decides for the tied reading; the other one is `--model gpt --n_kv_heads 1`.
+    "Updatable Long-Term Memory" shows only the size of the projection, H * du. With H = 2 that also
+    fits a single key/value head with a key and a value of its own, which is
+    `--model gpt --n_kv_heads 1`. We tie key and value, since there is one width, du, for both.
     """
 
     def add_projections(self, c):
@@ -396,11 +397,6 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
     def qkv_dim(c):
         return (c.n_heads + (c.n_kv_heads or c.n_heads)) * c.du
 
-    @classmethod
-    def cache_size(cls, c, tokens):
-        per_head = c.du + (cls.head_dims(c)[0] if c.k_gated else 0)
-        return tokens * (c.n_kv_heads or c.n_heads) * per_head + cls.conv_state_size(c)
-
 
 # ---- block and model -----------------------------------------------------------------------------
 
@@ -422,6 +418,8 @@ class GPTBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.residual_mul = c.residual_mul
+        # Norms stand before the modules, not after: the residual stream stays a plain sum, through
+        # which gradients reach the first block unchanged.
         self.att_norm = RMSNorm(c.dim) if c.use_att else None
         self.att = self.mixer(c) if c.use_att else None
         self.att_takes_query_pos = c.use_att and takes(self.att, "query_pos")
@@ -431,7 +429,7 @@ class GPTBlock(nn.Module):
     def forward(self, x, query_pos=None, **options):
         """x (B, T, D) -> (B, T, D), or (B, n, D) at query_pos; options are for the mixer."""
         # The mixer reads all of x, but the residual stream goes on at query_pos alone.
-        y = ops.gather_positions(x, query_pos)
+        y = ops.gather_positions(x, query_pos)  # (B, n, D)
         if self.att is not None:
             y = self.add(y, self.mix(self.att_norm(x), query_pos, **options))
         if self.ffn is not None:
@@ -487,7 +485,8 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, cu_seqlens=None, **options):
         query_pos = documents = None
         if targets is not None:
-            # First of all, because it waits for the GPU: later, that would have a queue to finish.
+            # This waits for the GPU to count the labels. It comes first, while the GPU has no work
+            # queued that the CPU would have to wait for as well.
             query_pos, label_index, labels = ops.labelled_positions(targets)
         if cu_seqlens is not None:
             self.require_mixers("documents", "packed documents need a mixer that keeps them apart")
@@ -496,10 +495,11 @@ class GPT(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x, **options)
         # Nothing after the last block's keys and values mixes tokens, so only labelled positions
-        # are computed. In MQAR they are few, and the head has more weights than all blocks.
+        # are computed. In MQAR they are few, and the head has as many weights as all blocks.
         x = self.layers[-1](x, query_pos, **options)  # (B, n, D)
         if targets is None:
             return self.lm_head(self.final_norm(x)), None
+        # Sequences may differ in their number of labels. label_index leaves the padding out.
         x = x.flatten(0, 1)[label_index]  # (N, D)
         logits = self.lm_head(self.final_norm(x))  # (N, vocabulary)
         return logits, ops.cross_entropy(logits, labels)
@@ -545,27 +545,6 @@ class GPT(nn.Module):
             mixer = getattr(layer, "att", layer)
             message = f"{why}: the forward of {type(mixer).__name__} does not take {option}"
             require(mixer is None or takes(mixer, option), message, None)
-
-    # What train.py prints at the start, and names a run by. All three are optional in a fork.
-
-    @classmethod
-    def label(cls, c):
-        """Part of a run's name: sizes, then kernel, norm and gate of queries, keys and values."""
-        k, v = (c.du, c.du) if issubclass(cls, UnifiedKV) else (c.dk, c.dv)
-        blocks = f"L{c.n_layers}-D{c.dim}_FF{c.use_ffn:d}_OG{c.att_use_output_gate:d}_H{c.n_heads}"
-        queries = f"q-{k}-{c.q_kernel}-{c.q_norm}-{c.q_gated:d}"
-        keys = f"k-{k}-{c.k_kernel}-{c.k_norm}-{c.k_gated:d}"
-        return f"{blocks}_{queries}_{keys}_v-{v}-{c.v_kernel}"
-
-    @classmethod
-    def inference_state_bytes(cls, c):
-        """Size of the float32 cache of one sequence of seq_len tokens; None: the mixer has none."""
-        mixer = getattr(cls.block, "mixer", None)
-        if not c.use_att:
-            return 0
-        if not hasattr(mixer, "cache_size"):
-            return None
-        return 4 * c.n_layers * mixer.cache_size(c, c.seq_len)
 
     @classmethod
     def describe_backend(cls, c, device, dtype):

@@ -17,7 +17,6 @@ Exit status: 0 if the run ended at or above `target_accuracy`, 1 if below it or 
 """
 
 import math
-import re
 import sys
 from dataclasses import dataclass
 
@@ -36,9 +35,17 @@ from nanorecall.distributed import (
     sync_gradients,
 )
 from nanorecall.metrics import autocast, slice_accuracy
-from nanorecall.rng import IGNORE_INDEX
+from nanorecall.rng import IGNORE_INDEX, micro_batch_seed
 from nanorecall.run import LOWER_LR, Run, after_restart, export_checkpoints, read_command_line
-from nanorecall.settings import Json, at_least, one_of, require, run_cli, within
+from nanorecall.settings import (
+    Json,
+    at_least,
+    fits_in_a_path,
+    one_of,
+    require,
+    run_cli,
+    within,
+)
 
 
 @dataclass
@@ -49,20 +56,20 @@ class TrainConfig:
     # -- steps
     n_epochs: int = 10  # passes over the training set; 0 prints the model and stops
     max_steps: int = 0  # stop after this many optimizer steps instead; 0: by epochs
-    batch_size: int = 32  # sequences per optimizer step, over all ranks and micro-batches
+    batch_size: int = 32  # sequences per optimizer step, all ranks and micro-batches together
     grad_accum_steps: int = 1  # micro-batches into which each rank splits its part, to save memory
     parallel: str = "ddp"  # under torchrun: ddp (each rank has the model) or fsdp (a shard of it)
     # -- optimizer
     lr: float = 1e-3  # highest learning rate of AdamW
     lr_schedule: str = "exponential"  # or cosine, linear (to lr_min_ratio), constant; see SCHEDULES
-    lr_gamma: float = 0.95  # factor an epoch of the exponential schedule
-    lr_min_ratio: float = 0.0  # cosine, linear: fraction of lr at the last step
+    lr_gamma: float = 0.95  # exponential: lr is multiplied by this after each epoch
+    lr_min_ratio: float = 0.0  # cosine, linear: the fraction of lr that is reached at the end
     warmup_steps: int = 0  # raise the learning rate from 0 over this many steps
     weight_decay: float = 0.0  # AdamW's, on matrices only
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.999  # AdamW's decay of the mean squared gradient
     clip_grad: float = 1.0  # scale gradients down to this norm; 0: never
-    max_skipped_steps: int = 5  # give up after so many steps in a row with a NaN or inf gradient
+    max_skipped_steps: int = 5  # give up after so many skipped steps in a row (NaN in the gradient)
     # -- evaluation, log and checkpoints
     eval_interval: int = 0  # steps between evaluations on the val split; 0: an epoch
     save_interval: int = 0  # steps between checkpoints, besides those at evaluations; 0: only those
@@ -71,7 +78,7 @@ class TrainConfig:
     mem_log_interval: int = 0  # memory models: steps between log lines on the use of slots; 0: none
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
     target_accuracy: float = 0.0  # exit with status 1 if test token accuracy ends below this
-    target_slice: str = ""  # slice=value that both and best.pt look at; empty: all labels
+    target_slice: str = ""  # labels that decide both, and best.pt: slice=value (exposures=128)
     # -- weights to begin with
     init_from: str = ""  # load weights of this run, checkpoint file or torch.distributed folder
     init_step: int = -1  # which of its steps; -1: the latest
@@ -89,7 +96,7 @@ class TrainConfig:
     resume: str = ""  # a run directory to continue; its config.json holds the settings
     export_checkpoint: str = ""  # with resume: rewrite checkpoints as `file` or `shards`, stop
     # -- machine
-    seed: int = 0  # of the initial weights and of the data
+    seed: int = 0  # of the initial weights, and of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
     compile: bool = False  # torch.compile: 10-60 s at the start, then 1.1 times as fast on a CPU
@@ -112,15 +119,10 @@ class TrainConfig:
         one_of(self, PARALLEL, "parallel")
         one_of(self, ("", *CHECKPOINT_FORMATS), "export_checkpoint")
         require(self.lr > 0, f"lr={self.lr} must be above 0", "lr")
+        fits_in_a_path(self, "run_name", "exp_group")
         start, end = self.synthetic_start_step, self.synthetic_end_step
         message = f"synthetic_end_step={end} must be above synthetic_start_step={start}"
         require(end > start or not self.synthetic_dataset, message, "synthetic_end_step")
-        for name in ("run_name", "exp_group"):
-            value = getattr(self, name)
-            is_name = re.fullmatch(r"[\w.-]*", value) and value not in (".", "..")
-            allowed = "letters, digits, . _ - only"
-            message = f"{name}={value!r} becomes part of a directory name: {allowed}"
-            require(is_name, message, name)
         message = "grad_accum_steps must not exceed batch_size"
         require(self.grad_accum_steps <= self.batch_size, message, "grad_accum_steps")
 
@@ -154,7 +156,7 @@ def parse(argv):
 def main(argv=None):
     settings = parse(sys.argv[1:] if argv is None else argv)
     # One World for this process alone, or for all of torchrun's ranks. Every rank runs this file
-    # from top to bottom. The main rank prints and writes; the others only compute.
+    # from top to bottom. Only the main rank prints and writes (each rank, its own shards).
     with process_group(settings.train.device) as world:
         settings = after_restart(settings, world)
         if settings.train.export_checkpoint:
@@ -163,7 +165,9 @@ def main(argv=None):
         run.print_summary()
         if settings.train.n_epochs == 0:
             return 0
-        with run.running() as stop:  # signals fill stop; an error is recorded in status.json
+        # `stop` is an empty list until a signal (Ctrl-C, SIGTERM) is caught, which is then put into
+        # it. An error in this block is recorded in status.json.
+        with run.running() as stop:
             if run.has_ended:
                 return run.report_again()
             outcome = train(run, stop)
@@ -180,14 +184,15 @@ def train(run, stop):
     c, model = run.settings.train, run.model
     optimizer = configure_optimizer(model, c)
     run.begin(optimizer)  # loads the checkpoint of a resumed run
-    run.note_new_schedule(learning_rate)
-    state = run.state
+    run.note_new_schedule(learning_rate)  # a resumed run may end at another step than planned
+    state = run.state  # {"step", "best", "best_overall", "bad_steps", ...}
     eval_interval = c.eval_interval or run.steps_per_epoch
 
     while True:
         step = state["step"]
 
-        # Set the learning rate of this step, a function of the step alone.
+        # Set the learning rate. It is a function of the settings and the step, so a resumed run
+        # needs no state of a scheduler.
         lr = learning_rate(c, step, run.steps_per_epoch, run.total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -206,11 +211,12 @@ def train(run, stop):
             if not math.isfinite(result["loss"]) or not all_finite(model, run.world):
                 run.print(f"stopped: weights or loss are not finite after step {step}; {LOWER_LR}")
                 return "failed"
+            # best.pt holds the weights of highest val accuracy; these are tested at the end.
             # A slice may stay at an accuracy of 1. Then the accuracy over all labels decides.
             if (accuracy, result["accuracy"]) > (state["best"], state["best_overall"]):
                 state["best"], state["best_overall"] = accuracy, result["accuracy"]
                 run.save("best")
-            run.save("ckpt", optimizer)
+            run.save("ckpt", optimizer)  # to resume from: weights, optimizer and run.state
             if is_last or (c.stop_accuracy and accuracy >= c.stop_accuracy):
                 return "finished"
         elif c.save_interval and step % c.save_interval == 0 and step > 0:
@@ -219,10 +225,11 @@ def train(run, stop):
         # Forward and backward, in micro-batches to simulate a larger batch than fits in memory.
         loss, must_stop = forward_backward(run, step, stop)
 
-        # Clip the gradient. A single NaN in it would reach all weights and both of AdamW's moments,
-        # so such a step is skipped. The gradient is a sum over ranks, so all ranks skip it.
+        # Clip the gradient: one odd batch must not move the weights far. A single NaN would reach
+        # all weights and both of AdamW's moments, so such a step is skipped, and its batch is lost.
+        # The gradient is the same on all ranks, so all of them skip it.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_grad or math.inf)
-        norm = full_tensor(norm)  # of FSDP's shards
+        norm = full_tensor(norm)  # with FSDP each rank has a part of it
         is_finite = bool(torch.isfinite(norm))
         if is_finite:
             optimizer.step()
@@ -230,20 +237,21 @@ def train(run, stop):
         state["bad_steps"] = 0 if is_finite else state["bad_steps"] + 1
         state["step"] = step + 1
 
-        # Memory layers count their reads, and balance them between their slots.
+        # Memory layers count how often each slot is read. The counts are of one step, so they are
+        # used (to balance the slots, and for the log) and set to 0 here.
         if hasattr(model, "on_step_end"):
             must_report = c.mem_log_interval > 0 and state["step"] % c.mem_log_interval == 0
             usage = model.on_step_end(must_report)
             if usage:
                 run.write_log(kind="memory", step=state["step"], layers=usage)
 
-        # Log. Reading the loss makes the CPU wait for the GPU, so not in every step.
+        # Log, but not every step: ranks have to exchange their parts of the loss for it.
         run.bar.update()
         if state["step"] % c.log_interval == 0 or not is_finite:
             mean_loss = run.world.all_gather(loss.item()).sum().item()
             run.log_step(mean_loss, lr, grad_norm=norm.item(), skipped=not is_finite)
 
-        # A few bad gradients in a row can be bad luck; more of them do not heal.
+        # One bad batch may be skipped. If skipping does not help, the weights or lr are at fault.
         if state["bad_steps"] >= c.max_skipped_steps:
             times = f"{c.max_skipped_steps} steps in a row"
             run.print(f"stopped: the gradient was not finite {times}; {LOWER_LR}")
@@ -262,11 +270,12 @@ def forward_backward(run, step, stop):
 
     Sequences differ in their number of labels. Each micro-batch is therefore weighted by its
     fraction of the labels of the whole batch; the sum over micro-batches and ranks is then the
-    mean over the batch, however it is split.
+    mean over the batch, however it is split. (sync_gradients sums over ranks; plain DDP averages.)
     """
     c = run.settings.train
     indices = np.asarray(run.data.batch_indices(step, c.batch_size))
     batches = []
+    # number: of the micro-batch among those of all ranks, 0 to ranks * grad_accum_steps - 1
     for number, mine in micro_batches(indices, run.world, c.grad_accum_steps):
         # The last batch of an epoch may leave nothing for this rank. DDP and FSDP wait for every
         # rank in every pass, so it computes one sequence more, with weight 0.
@@ -276,37 +285,34 @@ def forward_backward(run, step, stop):
         n_labels = (targets != IGNORE_INDEX).sum().item() if is_real else 0
         batches.append((number, (tokens, targets, *rest), n_labels, is_real))
 
-    # One exchange of numbers: how many labels the whole batch has, and whether any rank is to
-    # stop. The ranks must agree on that, or one would leave while the others wait for it.
+    # One exchange of numbers: how many labels the whole batch has, and whether any rank has caught
+    # a signal. The ranks must agree on that, or one would leave while the others wait for it.
     n_labels_here = sum(n_labels for _, _, n_labels, _ in batches)
     n_labels_all, n_stop = run.world.all_gather(n_labels_here, len(stop)).sum(0).tolist()
 
-    # No local name for run.parallel_model: an error would keep it alive (distributed.shutdown).
+    # The traceback of an error keeps local variables alive, and the process group cannot be closed
+    # while a DDP model lives. So run.parallel_model gets no local name.
     loss = 0.0
     for i, (number, inputs, n_labels, is_real) in enumerate(batches):
         run.parallel_model.train(is_real)  # in eval mode, memory layers do not count reads
+        # What a model draws (dropout in a fork) is a function of seed, step and micro-batch. So no
+        # checkpoint has to hold the state of a generator.
         torch.manual_seed(micro_batch_seed(c.seed, step, number))
         # Gradients add up over micro-batches. The ranks exchange them with the last one only.
-        is_last = i == len(batches) - 1
-        with sync_gradients(run.parallel_model, enabled=is_last):
+        is_last_batch = i == len(batches) - 1
+        with sync_gradients(run.parallel_model, enabled=is_last_batch):
+            # Under bfloat16, matrix products run in half precision; weights stay in float32.
             with autocast(run.device, run.dtype):
                 _, micro_loss = run.parallel_model(*(x.to(run.device) for x in inputs))
             micro_loss = micro_loss * (n_labels / max(1, n_labels_all))
             micro_loss.backward()
         loss = loss + micro_loss.detach()
-    run.parallel_model.train()
+    run.parallel_model.train()  # as it was, also after a dummy sequence
     return loss, n_stop > 0
 
 
-def micro_batch_seed(*key):
-    """Seed of what is random in a micro-batch (dropout).
-
-    It is a function of seed, step and number, so a checkpoint needs no state of a generator.
-    """
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-# Schedules: factor of lr. epoch counts from 0; progress through the run is in [0, 1].
+# Schedules: factor of lr. epoch counts from 0; progress through the run is in [0, 1]. A new one is
+# a function and a line in the table; its name is then a value of --lr_schedule.
 
 
 def exponential(c, epoch, progress):
@@ -335,6 +341,8 @@ SCHEDULES = {
 
 def learning_rate(c, step, steps_per_epoch, total_steps):
     """Learning rate of a step counted from 0: linear warm-up times the schedule."""
+    # AdamW's first steps are as long as lr whatever the gradient is, since its moments are still
+    # those of a few batches. Small steps at first keep them from throwing the model far off.
     warmup = min(1.0, (step + 1) / c.warmup_steps) if c.warmup_steps else 1.0
     epoch = step // steps_per_epoch
     progress = min(1.0, step / max(1, total_steps))
@@ -349,19 +357,20 @@ def configure_optimizer(model, c):
     """
     lr_scales = model.lr_scales() if hasattr(model, "lr_scales") else {}
     groups = {}
-    for name, q in model.named_parameters():
-        if not q.requires_grad:
+    for name, p in model.named_parameters():
+        if not p.requires_grad:  # frozen by --freeze
             continue
         scale = next((lr_scales[end] for end in lr_scales if name.endswith(end)), None)
-        has_own_scale, is_matrix = scale is not None, q.ndim >= 2
+        has_own_scale, is_matrix = scale is not None, p.ndim >= 2
         group = {
             "params": [],
             "weight_decay": c.weight_decay if is_matrix and not has_own_scale else 0.0,
             "lr_scale": scale if has_own_scale else 1.0,
         }
         # Matrices come first in a sorted order of the keys.
-        groups.setdefault((has_own_scale, not is_matrix), group)["params"].append(q)
+        groups.setdefault((has_own_scale, not is_matrix), group)["params"].append(p)
     groups = [groups[key] for key in sorted(groups)]
+    # fused: one kernel updates all parameters, instead of a dozen small ones for each of them
     return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
 
 

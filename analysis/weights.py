@@ -7,6 +7,7 @@
 
 import os
 
+import numpy as np
 import torch
 
 from nanorecall.build import build_model, build_model_config, resolve_model
@@ -14,49 +15,57 @@ from nanorecall.checkpoint import atomic_write
 from nanorecall.metrics import print_table
 from nanorecall.pretrained import our_name, read_weights
 from nanorecall.settings import require, say, split_argv
-from train import load_run, parse
+from train import load_run
+from train import parse as parse_training
 
 
 def main(argv, usage):
     if not argv or argv[0] in ("-h", "--help"):
         print(usage.strip())
         return 0
+    command, arguments = parse(argv)
+    command(*arguments)
+    return 0
+
+
+def parse(argv):
+    """Command line -> function, its arguments."""
     command, rest = argv[0], argv[1:]
     known = command in ("params", "inspect", "convert")
     require(known, f"{command!r} is none of params, inspect and convert", None)
     if command == "params":
-        print_parameters(rest)
-        return 0
+        return print_parameters, (parse_training(rest),)
     paths, settings = split_argv(rest)
-    allowed = ("to",) if command == "convert" else ()
-    unknown = [s.source for s in settings if s.key not in allowed]
-    require(not unknown, f"{command} takes no {' '.join(unknown)}", None)
+    for setting in settings:
+        is_known = command == "convert" and setting.key == "to"
+        require(is_known, f"{command} takes no {setting.source}", None)
     if command == "inspect":
-        compare_weights(paths)
-    else:
-        convert_checkpoint(paths, settings[0].value if settings else "")
-    return 0
+        return compare_weights, (paths,)
+    return convert_checkpoint, (paths, settings[-1].value if settings else "")
 
 
 # ---- parameters ----------------------------------------------------------------------------------
 
+BYTES_PER_NUMBER = 4  # float32
 
-def print_parameters(argv):
-    """Print parameters by module: total, active per token, and FLOP and bytes of the active."""
-    p = parse(argv)
-    model = build_model(p, build_model_config(p, p.data_module.Data(p.data)))
+
+def print_parameters(settings):
+    """Print parameters by module: total, active per token, and FLOP and bytes of the active.
+
+    settings: what train.parse returns.
+    """
+    data = settings.data_module.Data(settings.data)
+    model = build_model(settings, build_model_config(settings, data))
     modules = {}
     for name, *numbers in count_active(model):
         module = name.rsplit(".", 1)[0] if name.endswith(("weight", "bias")) else name
-        before = modules.get(module, [0, 0, 0])
-        modules[module] = [a + b for a, b in zip(before, numbers)]
-    bytes_per_number = 4
-    rows = []
+        modules[module] = modules.get(module, 0) + np.array(numbers)
+    modules["all"] = sum(modules.values())
+    lines = []
     for module, (total, active, flop) in modules.items():
-        rows.append((module, total, active, flop, bytes_per_number * active))
-    sums = [sum(row[i] for row in rows) for i in range(1, 5)]
+        lines.append((module, total, active, flop, BYTES_PER_NUMBER * active))
     head = ("module", "parameters", "active a token", "flop a token", "bytes a token")
-    print_table(head, [*rows, ("all", *sums)])
+    print_table(head, lines)
 
 
 def count_active(model):
@@ -66,7 +75,7 @@ def count_active(model):
     rows are active; of an embedding, one. FLOP: a multiplication and an addition for each active
     number of a matrix, without the attention over other tokens.
     """
-    c, rows = model.config, []
+    c, counts = model.config, []
     for name, q in model.named_parameters():
         active = q.numel()
         flop = 2 * active if q.ndim >= 2 else 0
@@ -76,8 +85,8 @@ def count_active(model):
             flop = 2 * active
         elif name.startswith(("embed", "pos_embed")) and q is not model.lm_head.weight:
             active, flop = q.shape[1], 0
-        rows.append((name, q.numel(), active, flop))
-    return rows
+        counts.append((name, q.numel(), active, flop))
+    return counts
 
 
 # ---- comparison ----------------------------------------------------------------------------------
@@ -87,29 +96,46 @@ def compare_weights(paths):
     """Print names, shapes and sizes of the weights in a run or file; of two, also differences."""
     message = "name one or two runs or files: python memory.py inspect A [B]"
     require(1 <= len(paths) <= 2, message, None)
-    weights = []
-    for path in paths:
-        weights.append({our_name(name): t for name, t in read_weights(path)[0].items()})
-    rows = []
-    for name in dict.fromkeys(name for of_one in weights for name in of_one):
-        tensors = [of_one.get(name) for of_one in weights]
-        present = [t for t in tensors if t is not None]
-        shapes = [str(tuple(t.shape)) if t is not None else "-" for t in tensors]
+    weights = [read_named_weights(path) for path in paths]
+    a, b = weights[0], weights[-1]
+    lines = []
+    for name in a | b:
+        shapes = [shape_of(tensors.get(name)) for tensors in weights]
+        tensor = a[name] if name in a else b[name]
         note = ""
-        if len(paths) == 2:
-            same_shape = len(present) == 2 and shapes[0] == shapes[1]
-            note = max_difference(*tensors) if same_shape else shape_hint(name, *shapes)
-        rows.append((name, *shapes, present[0].numel(), standard_deviation(present[0]), note))
-    shape_heads = ("shape",) if len(paths) == 1 else ("shape in A", "shape in B")
-    print_table(("name", *shape_heads, "numbers", "std", "largest difference"), rows)
+        if len(weights) == 2:
+            note = compare_tensors(name, a.get(name), b.get(name))
+        lines.append((name, *shapes, tensor.numel(), standard_deviation(tensor), note))
+    shape_heads = ("shape",) if len(weights) == 1 else ("shape in A", "shape in B")
+    print_table(("name", *shape_heads, "numbers", "std", "largest difference"), lines)
+
+
+def read_named_weights(path):
+    """Weights on disk -> {our name: tensor}"""
+    tensors, _ = read_weights(path)
+    return {our_name(name): tensor for name, tensor in tensors.items()}
+
+
+def shape_of(tensor):
+    return "-" if tensor is None else str(tuple(tensor.shape))
+
+
+def compare_tensors(name, a, b):
+    """The largest difference of two tensors, or why they have none. None: not in that model."""
+    if a is None:
+        return "only in B"
+    if b is None:
+        return "only in A"
+    if a.shape == b.shape:
+        return f"{(a.double() - b.double()).abs().max():.3g}" if a.numel() else "-"
+    for part, settings in SHAPE_SETTINGS.items():
+        if part in name:
+            return f"differ: {settings}"
+    return "differ: dim"
 
 
 def standard_deviation(t):
     return f"{t.double().std(correction=0):.3g}" if t.numel() else "-"
-
-
-def max_difference(a, b):
-    return f"{(a.double() - b.double()).abs().max():.3g}" if a.numel() else "-"
 
 
 SHAPE_SETTINGS = {  # part of a parameter's name: settings that decide its shape
@@ -121,18 +147,6 @@ SHAPE_SETTINGS = {  # part of a parameter's name: settings that decide its shape
     "ffn": "dim or ffn_expand_factor",
     "att.": "n_heads, dk, dv or dim",
 }
-
-
-def shape_hint(name, a, b):
-    """Where a parameter is missing ("-"), or which settings make its shapes differ."""
-    if b == "-":
-        return "only in A"
-    if a == "-":
-        return "only in B"
-    for part, settings in SHAPE_SETTINGS.items():
-        if part in name:
-            return f"differ: {settings}"
-    return "differ: dim"
 
 
 # ---- conversion ----------------------------------------------------------------------------------
@@ -150,20 +164,22 @@ def convert_checkpoint(args, to):
     folder, path = args
     message = f"{path} exists already; name another file or delete it first"
     require(not os.path.exists(path), message, None)
-    p, _, model, _ = load_run(folder, "ckpt")
-    kind, kinds = p.train.model, ("memory", "memory_router")
+    settings, _, model, _ = load_run(folder, "ckpt")
+    kind = settings.train.model
+    kinds = ("memory", "memory_router")
     require(to in kinds, f"--to must be memory or memory_router, not {to!r}", None)
     message = f"{folder} holds a {kind}; only memory and memory_router can be converted"
     require(kind in kinds, message, None)
     require(kind != to, f"{folder} holds a {to} already", None)
 
-    converted = resolve_model(to)[1](model.config)
-    before, after = model.state_dict(), converted.state_dict()
+    _, model_class = resolve_model(to)
+    before = model.state_dict()
+    after = model_class(model.config).state_dict()
     for name, t in after.items():
         if name in before:
             t.copy_(before[name])
         elif name.endswith("router.bias"):
-            # softmax([-30, 30]) is [1e-26, 1] in float32.
+            # Choose memory: softmax([-30, 30]) is [1e-26, 1] in float32.
             t.copy_(torch.tensor([-30.0, 30.0]))
         elif name.endswith("router.weight"):
             t.zero_()

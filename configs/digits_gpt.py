@@ -1,9 +1,11 @@
-"""Digit lookup, 2,000 keys with random values: what is stored, and what is answered to keys never seen.
+"""Digit lookup with GPT: 2,000 keys with random values. What is stored, and what is answered else?
 
-2 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on known keys; chance (0.2) on novel ones.
+2 minutes on one of 2 CPU cores.
+Expected: digit accuracy of 0.99 or more on known keys, and chance (0.2) on unseen ones.
 
-The short convolution of width 8 sees a whole key at its colon; without it the plateau before the first facts are stored takes
-several times as long. With --rule selfindex the value can be worked out from the key, and novel keys are answered as well.
+The short convolution of width 8 shows the colon a whole key. Without it, the plateau before the
+first facts are stored is several times as long. With --rule selfindex a value follows from its key,
+so unseen keys are answered, too.
 """
 
 data = "data_synth"

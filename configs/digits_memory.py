@@ -1,6 +1,7 @@
-"""Digit lookup, 2,000 keys with random values, in memory layers: 576 slots of 64 numbers, shared by both blocks.
+"""Digit lookup with memory layers: 2,000 keys with random values, 576 slots of 64 numbers.
 
-3 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on known keys; chance (0.2) on novel ones.
+Both blocks share the slots. 3 minutes on one of 2 CPU cores.
+Expected: digit accuracy of 0.99 or more on known keys, and chance (0.2) on unseen ones.
 """
 
 model = "memory"

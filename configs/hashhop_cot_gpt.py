@@ -1,15 +1,15 @@
-"""HashHop, trained on one and two hops with the hashes on the way spelled out: "a = 'b = c'".
+"""HashHop with chain of thought: one and two hops, with the hashes on the way: "a = 'b = c'".
 
-3 minutes on one of 2 CPU cores. Expected: letter accuracy 0.97 or more on two hops; three and four, longer than any in
-training, fail.
+3 minutes on one of 2 CPU cores. Expected: letter accuracy of 0.97 or more on two hops. Three and
+four hops, longer than any in training, fail.
 """
 
 data = "data_synth"
 task = "hashhop"
-block_size = 224
+max_bytes = 224
 hash_len = 3
 hops = (1, 2)
-cot = 1.0
+cot_frac = 1.0
 num_queries = 4
 n_val_examples = 50
 n_test_examples = 250

@@ -1,15 +1,17 @@
-"""HashHop, trained on one hop: read a chain of hashes in the row itself.
+"""HashHop with GPT, trained on one hop: follow a chain of hashes within the sequence.
 
-2 minutes on one of 2 CPU cores. Expected: letter accuracy 0.99 or more on one hop; next to nothing on two, three and four.
+2 minutes on one of 2 CPU cores.
+Expected: letter accuracy of 0.99 or more on one hop, and close to 0 on two, three and four.
 
-The short convolution of width 12 sees a hash, " = '" and all letters of the answer so far at once: with 8 it does not see the
-hash's first letters any more when the last ones are asked for, and some seeds stay on the plateau. For longer chains:
-configs/hashhop_cot_gpt.py. 218 bytes hold 9 hashes with their answers and 4 queries.
+The short convolution has width 12 to see a hash, " = '" and all letters of the answer so far. With
+8 it no longer sees the first letters of the hash when the last ones are asked for, and some seeds
+stay on the plateau. 218 bytes hold 9 hashes with their answers and 4 queries. For longer chains:
+configs/hashhop_cot_gpt.py.
 """
 
 data = "data_synth"
 task = "hashhop"
-block_size = 218
+max_bytes = 218
 num_queries = 4
 n_val_examples = 50
 n_test_examples = 250

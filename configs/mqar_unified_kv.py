@@ -1,7 +1,8 @@
-"""MQAR with UnifiedKV, whose one vector per head is key and value: the cell and the recipe of configs/mqar_gpt.py, and the
-same 98,560 layer parameters (du 64 instead of dk = dv = 48).
+"""MQAR with UnifiedKV: one vector per head and token is both key and value.
 
-Half a minute on 2 CPU cores. Expected: test token accuracy 0.99 or more, with two thirds of GPT's cache.
+The task and recipe of configs/mqar_gpt.py, and the same 98,560 layer parameters (du 64 instead of
+dk = dv = 48). The cache has two thirds of the size of GPT's. Half a minute on 2 CPU cores.
+Expected: test token accuracy of 0.99 or more.
 """
 
 model = "unified_kv"

@@ -1,8 +1,10 @@
-"""MQAR with updates: 24 pairs in 128 tokens, 12 of them stored again later with a new value; the last one counts.
+"""MQAR with updates: 12 of 24 keys are stored again with a new value, and the last one counts.
 
-DeltaNet with the sizes and recipe of configs/mqar_delta.py, two minutes on 2 CPU cores. Expected: test token accuracy 0.97 or
-more, and higher on the keys that were stored again (tag `updated` in eval.py): the delta rule takes the old value out as it
-writes the new one, so an overwritten key costs no capacity. Attention keeps both values and has to learn which one is newer.
+128 tokens; DeltaNet with the sizes and recipe of configs/mqar_delta.py. Two minutes on 2 CPU cores.
+Expected: test token accuracy of 0.97 or more, and higher on updated keys (the slice `updated`).
+
+The delta rule removes the old value as it writes the new one, so an updated key costs no capacity.
+Attention keeps both values and has to learn which one is newer.
 """
 
 model = "delta"

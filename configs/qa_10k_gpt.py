@@ -1,6 +1,7 @@
-"""Synthetic QA, 10,000 pairs: which facts does GPT store, by how often it saw them?
+"""Synthetic QA, 10,000 pairs, with GPT: which facts are stored, by how often they were seen?
 
-6 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+6 minutes on one of 2 CPU cores. Expected: digit accuracy of 0.99 or more on pairs shown 128 times
+an epoch.
 """
 
 data = "data_synth"

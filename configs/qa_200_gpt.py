@@ -1,6 +1,7 @@
-"""Synthetic QA, 200 pairs: which facts does GPT store, by how often it saw them?
+"""Synthetic QA, 200 pairs, with GPT: which facts are stored, by how often they were seen?
 
-20 seconds on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+20 seconds on one of 2 CPU cores. Expected: digit accuracy of 0.99 or more on pairs shown 128 times
+an epoch.
 """
 
 data = "data_synth"

@@ -1,6 +1,7 @@
-"""Synthetic QA, 200 pairs, in memory layers: 256 slots of 64 numbers, shared by both blocks, in place of their MLPs.
+"""Synthetic QA, 200 pairs, with memory layers in place of the MLPs.
 
-20 seconds on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+256 slots of 64 numbers, shared by both blocks. 20 seconds on one of 2 CPU cores.
+Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch.
 """
 
 model = "memory"

@@ -1,9 +1,10 @@
-"""Synthetic QA, 2,000 pairs: which facts does GPT store, by how often it saw them?
+"""Synthetic QA, 2,000 pairs, with GPT: which facts are stored, by how often they were seen?
 
-2 minutes on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch, falling with
-the number of times; chance (0.1) on pairs never shown.
+2 minutes on one of 2 CPU cores. Expected: digit accuracy of 0.99 or more on pairs shown 128 times
+an epoch, less on pairs shown less often, and chance (0.1) on pairs never shown.
 
-The short convolution of width 8 sees a whole key at its colon, which shortens the plateau before the first facts are stored.
+The short convolution of width 8 shows the colon a whole key. That shortens the plateau before the
+first facts are stored.
 """
 
 data = "data_synth"

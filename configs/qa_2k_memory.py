@@ -1,9 +1,11 @@
-"""Synthetic QA, 2,000 pairs, in memory layers: 1,024 slots of 64 numbers, shared by both blocks, in place of their MLPs.
+"""Synthetic QA, 2,000 pairs, with memory layers in place of the MLPs.
 
-A minute and a half on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+1,024 slots of 64 numbers, shared by both blocks. A minute and a half on one of 2 CPU cores.
+Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch.
 
-1,800 pairs of 19.9 bits are 35,880 bits, 0.55 for each of the 65,536 values; such a table can hold some 2.6, so steps are
-the limit here. `python eval.py runs/RUN` prints how many bits are stored.
+1,800 pairs of 19.9 bits are 35,880 bits: 0.55 for each of the 65,536 values. Such a table can hold
+about 2.6 per value, so here the number of steps is the limit. `python eval.py runs/RUN` prints how
+many bits are stored.
 """
 
 model = "memory"

@@ -1,8 +1,10 @@
-"""Synthetic QA, 2,000 pairs, in one memory layer, in the last block: its facts can be rewritten without gradients.
+"""Synthetic QA, 2,000 pairs, with one memory layer in the last block: facts that can be edited.
 
-1 minute on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+1 minute on one of 2 CPU cores.
+Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch.
 
-`python eval.py edit runs/RUN` rewrites 1, 10 and 100 facts (editing.edit_facts) and says what became of the others.
+`python eval.py edit runs/RUN` rewrites 1, 10 and 100 facts without a gradient (editing.edit_facts)
+and measures what became of the others.
 """
 
 model = "memory"

@@ -1,6 +1,7 @@
-"""Synthetic QA, 2,000 pairs, in memory layers beside MLPs: each token has its own weights of the two.
+"""Synthetic QA, 2,000 pairs, with memory layers beside the MLPs: a router weights both per token.
 
-A minute and a half on one of 2 CPU cores. Expected: digit accuracy 0.99 or more on pairs shown 128 times an epoch.
+A minute and a half on one of 2 CPU cores.
+Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch.
 """
 
 model = "memory_router"

@@ -1,15 +1,16 @@
-"""Two-hop queries over 400 facts, answered with the entity in between: "a>x>yb>c".
+"""Two-hop queries with chain of thought, 400 facts: the entity in between is written: "a>x>yb>c".
 
-2 minutes on one of 2 CPU cores. Expected: 0.98 or more of the digits on in-distribution queries, which are not trained on
-though both of their facts are used in trained ones; on out-of-distribution queries the second fact is not found.
+2 minutes on one of 2 CPU cores. Expected: 0.98 or more of the digits on in-distribution queries,
+which are not trained on, though both of their facts occur in trained queries. On queries that are
+out of distribution, the model does not find the second fact.
 """
 
 data = "data_synth"
 task = "twohop"
-entities = 25
-relations = 16
+num_entities = 25
+num_relations = 16
 phi = 8
-cot = 1
+cot_frac = 1
 
 dim = 64
 dk = dv = 16

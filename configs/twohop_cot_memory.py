@@ -1,6 +1,7 @@
-"""Two-hop queries with the entity in between spelled out, over 400 facts in memory layers: 576 slots, shared by all blocks.
+"""Two-hop queries with chain of thought and memory layers, 400 facts: 576 slots for all blocks.
 
-3 minutes on one of 2 CPU cores. Expected: 0.98 or more of the digits on in-distribution queries.
+3 minutes on one of 2 CPU cores.
+Expected: 0.98 or more of the digits on in-distribution queries.
 """
 
 model = "memory"
@@ -11,10 +12,10 @@ mem_log_interval = 100
 
 data = "data_synth"
 task = "twohop"
-entities = 25
-relations = 16
+num_entities = 25
+num_relations = 16
 phi = 8
-cot = 1
+cot_frac = 1
 
 dim = 64
 dk = dv = 16

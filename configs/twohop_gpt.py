@@ -1,15 +1,16 @@
-"""Two-hop queries over 400 facts (25 entities, 16 relations): are two stored facts put together?
+"""Two-hop queries with GPT, 400 facts (25 entities, 16 relations): can it combine stored facts?
 
-A minute and a half on one of 2 CPU cores. Expected: 0.99 or more on trained queries. In-distribution ones (both facts are
-used in trained queries) and out-of-distribution ones stay near chance: the model stores each trained query as one more fact.
+A minute and a half on one of 2 CPU cores. Expected: 0.99 or more on trained queries, near chance on
+in-distribution ones (both facts occur in trained queries) and on out-of-distribution ones. The
+model stores each trained query as one more fact.
 
-It composes once the entity in between is spelled out: configs/twohop_cot_gpt.py.
+It combines facts once the entity in between is written out: configs/twohop_cot_gpt.py.
 """
 
 data = "data_synth"
 task = "twohop"
-entities = 25
-relations = 16
+num_entities = 25
+num_relations = 16
 phi = 8
 
 dim = 64

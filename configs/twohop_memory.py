@@ -1,9 +1,9 @@
-"""Two-hop queries over 400 facts in memory layers: 576 slots, shared by all blocks. Are two stored facts put together?
+"""Two-hop queries with memory layers, 400 facts: can it combine stored facts?
 
-3 minutes on one of 2 CPU cores. Expected: 0.99 or more on trained queries; in-distribution and out-of-distribution ones stay
-near chance, as in configs/twohop_gpt.py.
+576 slots, shared by all blocks. 3 minutes on one of 2 CPU cores. Expected: 0.99 or more on trained
+queries, near chance on all others, as in configs/twohop_gpt.py.
 
-It composes once the entity in between is spelled out: configs/twohop_cot_memory.py.
+It combines facts once the entity in between is written out: configs/twohop_cot_memory.py.
 """
 
 model = "memory"
@@ -14,8 +14,8 @@ mem_log_interval = 100
 
 data = "data_synth"
 task = "twohop"
-entities = 25
-relations = 16
+num_entities = 25
+num_relations = 16
 phi = 8
 
 dim = 64

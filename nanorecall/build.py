@@ -15,6 +15,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from nanorecall.pretrained import freeze, load_parts
 from nanorecall.settings import (
@@ -30,9 +31,7 @@ from nanorecall.source_files import REPO_FILES, UserFiles, find_source_file, imp
 # A model file needs Config and Model (see GUIDE.md, Your own model or data file).
 # A model class may also have
 #   inactive_settings {setting: reason}          settings of Config that this model refuses
-#   label(config) -> str                         its part of a run's name
 #   describe_backend(config, device, dtype)      -> str: which kernel runs and why
-#   inference_state_bytes(config) -> int or None size of its cache when it decodes
 #   lr_scales() -> {end of a name: factor}       parameters with a learning rate of their own
 #   on_step_end(report) -> {block: usage} or {}  called after each training step
 #   forward_cached(tokens, cache) -> logits, cache   decoding, for `eval.py --examples`
@@ -173,6 +172,23 @@ def count_parameters(model):
         "layers": sum(q.numel() for q in in_layers),
         "total": sum(q.numel() for q in model.parameters()),
     }
+
+
+def inference_state_bytes(model_class, config):
+    """Bytes of the float32 cache of one sequence of seq_len tokens; None: the model has no cache.
+
+    The model fills the cache itself, on torch's meta device: shapes and types without numbers.
+    """
+    if not hasattr(model_class, "forward_cached") or not hasattr(config, "seq_len"):
+        return None
+    with torch.device("meta"):
+        model = model_class(config).eval()  # which counts no reads of memory
+        tokens = torch.zeros(1, config.seq_len, dtype=torch.long)
+    try:
+        _, cache = model.forward_cached(tokens)
+    except (ConfigError, RuntimeError):  # a mixer without a cache; a fork that needs the numbers
+        return None
+    return sum(x.nbytes for x in tree_leaves(cache) if torch.is_tensor(x))
 
 
 def total_steps(c, data):

@@ -23,6 +23,22 @@ FACT_MASKS = ("qa", "digits", "twohop")  # masks that find the answer of a fact 
 # ---- reading -------------------------------------------------------------------------------------
 
 
+def read_and_split(c):
+    """The documents of c.path -> those that differ, the "file:line" of each, and the splits:
+    {"train": numbers of documents (E,), one for each time it is there; "val", "test": each once}.
+    """
+    texts, origins, splits = read_documents(c.path, c.max_bytes)
+    facts = np.array([is_fact(text, c.label_mask) for text in texts], bool)
+    can_hold_out = "" in splits and facts.any()
+    message = "heldout_facts has no effect: it takes facts from a file that has no folders"
+    require(can_hold_out or not c.heldout_facts, message, "heldout_facts")
+    if "" in splits:
+        splits = split_by_content(c, texts, facts, splits[""])
+    for split in ("val", "test"):
+        splits[split] = np.unique(splits[split])
+    return texts, origins, splits
+
+
 def read_documents(path, max_bytes):
     """Files with "text", or with "question" and "answer" -> documents that differ, the "file:line"
     of each, {split: numbers of documents, one for each time it is there}.
@@ -88,8 +104,8 @@ def validate_document(row, where, max_bytes):
     if is_question and not parts[0][-1].isspace():
         parts[0] += " "
     size = sum(len(part.encode()) for part in parts) + 2
-    message = f"{where}: a document of {size} bytes, more than block_size={max_bytes}"
-    require(size <= max_bytes, f"{message}; cut it, or raise block_size", "path")
+    message = f"{where}: a document of {size} bytes, more than max_bytes={max_bytes}"
+    require(size <= max_bytes, f"{message}; cut it, or raise max_bytes", "path")
     return tuple(parts) if is_question else parts[0]
 
 
@@ -169,7 +185,7 @@ def concatenate(groups):
 def check_answers(data):
     """ConfigError if a split of data_synth.Data has nothing to score, or if its tokenizer cuts
     answers so that their labels would not be exact."""
-    source, mask = data.source, data.config.mask
+    source, mask = data.source, data.config.label_mask
     plain = []  # texts whose answers the mask has to find
     for split in SPLITS:
         indices = range(min(source.count(split), 1000))
@@ -178,9 +194,9 @@ def check_answers(data):
         plain += [text for text in texts if isinstance(text, str)]
         where = f"the first {len(indices)} documents of {split}"
         has_labels = (data.batch(split, 0, indices)[1] != IGNORE_INDEX).any()
-        require(has_labels, f"mask={data.kind} finds no answer in {where}", "mask")
-    message = f"mask={mask} has no effect: the documents say what their answers are"
-    require(plain or mask == "text", message, "mask")
+        require(has_labels, f"label_mask={data.kind} finds no answer in {where}", "label_mask")
+    message = f"label_mask={mask} has no effect: the documents say what their answers are"
+    require(plain or mask == "text", message, "label_mask")
     if data.tokenizer is not BYTES and data.kind != "text":
         problem = check_label_mask(data.tokenizer, data.kind, plain[:300])
         message = f"tokenizer={data.config.tokenizer} does not suit these documents: {problem}"
@@ -197,7 +213,7 @@ def survey(data):
     answered, altered, questions = [], [], []
     for first in range(0, len(source.texts), 1000):
         texts = source.texts[first : first + 1000]
-        flat, labels, cu_seqlens = data.encode_and_label(texts)
+        flat, labels, cu_seqlens = data.encoder.encode_and_label(texts)
         for i, text in enumerate(texts):
             document = slice(cu_seqlens[i], cu_seqlens[i + 1])
             tokens, document_labels = flat[document], labels[document]
@@ -262,7 +278,7 @@ def describe_altered(data, altered):
     """A line about the documents that a tokenizer does not give back; altered: n bools."""
     number = altered.index(True)
     text = data.source.texts[number]
-    decoded = data.tokenizer.decode(data.encode_document(text)[0])
+    decoded = data.tokenizer.decode(data.encoder.encode(text)[0])
     was, now = difference(joined(text), decoded)
     many = f"{sum(altered)} of {len(altered)} documents do not come back from the tokenizer"
     example = f"{data.source.origins[number]} for one, where {was!r} becomes {now!r}"

@@ -1,6 +1,8 @@
 """Data sets of facts, as data_synth.py makes them in memory, writes them and reads them back.
 
 A row on disk is {"text": ..., slices}. A document with k exposures is in train/ k times.
+
+Letters: n documents or facts, R indices of a read, W letters of a word.
 """
 
 import os
@@ -12,7 +14,15 @@ import numpy as np
 from nanorecall.checkpoint import atomic_directory, check_kinds, write_json
 from nanorecall.metrics import print_baselines
 from nanorecall.rng import STREAMS, rng_for, shuffled_epochs
-from nanorecall.settings import RunError, require, say
+from nanorecall.settings import (
+    RunError,
+    Setting,
+    build_config,
+    read_argv,
+    reject_unknown,
+    require,
+    say,
+)
 from nanorecall.shards import (
     SHARDS,
     SPLIT_DIRS,
@@ -30,21 +40,25 @@ class FactDataset:
 
     kind: the label mask, a key of text.MASKS. texts: n documents. splits: {"train", "val", "test"}
     of numbers of documents, those of training as often as in an epoch. slices: {name: (n,)}; the
-    first names the groups that val and test are to have equally many of.
+    first names the groups of which val and test get equally many.
     baselines: {name: accuracy of a guess without knowledge}.
     capacity, where answers can only be memorised: {"slice": "name=value" of the trained facts,
-    "facts": their number, "bits": entropy of a digit}.
+    "facts": their number, "bits": entropy of a digit}. origins: "file:line" of each document.
     """
 
-    def __init__(self, c, kind, texts, splits, slices, baselines=None, capacity=None):
-        self.config, self.kind, self.texts = c, kind, texts
+    def __init__(
+        self, c, kind, texts, splits, slices, baselines=None, capacity=None, origins=None
+    ):
+        self.config, self.kind, self.texts, self.origins = c, kind, texts, origins
         self.baselines = baselines or {}
         self.capacity = capacity or {}
         self.slices = {name: np.asarray(values) for name, values in slices.items()}
         for name, values in self.slices.items():
             valid = values.shape == (len(texts),) and values.dtype.kind in "biufU"
-            message = f"path={c.path}: the tag {name!r} is no number or text in each row"
+            message = f"path={c.path}: the slice {name!r} needs a number or a text in each row"
             require(valid, message, "path")
+        # Before n_val_examples and n_test_examples.
+        self.sizes = {split: len(numbers) for split, numbers in splits.items()}
         self.splits = {"train": np.asarray(splits["train"], np.int32)}
         # A random order, the same for all splits, so that a part of a split is a fair sample.
         order = rng_for(c.seed, STREAMS["subset"]).permutation(len(texts))
@@ -53,8 +67,8 @@ class FactDataset:
             self.splits[split] = np.asarray(self.subset(numbers, n), np.int32)
 
     def subset(self, numbers, n):
-        """At most n of the documents `numbers`, 0: all; of each group alike, so that none crowds
-        out another."""
+        """At most n of the documents `numbers`, 0: all; equally many of each group, so that a large
+        group does not crowd out a small one."""
         if not n or not len(numbers) or not self.slices:
             return numbers[: n or None]
         group = next(iter(self.slices.values()))[numbers]
@@ -80,23 +94,27 @@ class FactDataset:
         return [self.texts[i] for i in numbers], slices
 
 
-def guess_baselines(train, test):
-    """Accuracy per digit of guesses without knowledge on `test`; both [(key, value)] of one width.
+def guess_baselines(keys, values, trained):
+    """{guess: accuracy per digit}, of guesses without knowledge.
 
-    The guesses are the most frequent digit of each position among the training values, and the
-    key itself.
+    keys, values: n words each, all of one width. trained (n,) bool: the facts that are trained on.
+    The guesses are the most frequent digit of each position among the trained values, and the key
+    itself; they are measured on the other facts.
     """
-    if not train or not test:
+    if trained.all() or not trained.any():
         return {}
-    width = min(len(value) for _, value in train + test)
-    trained_values = np.array([list(value[:width]) for _, value in train])
-    keys = np.array([list(key[:width]) for key, _ in test])
-    values = np.array([list(value[:width]) for _, value in test])
-    majority = [mode(column) for column in trained_values.T]
+    keys, values = letters_of(keys), letters_of(values)
+    majority = np.array([mode(column) for column in values[trained].T])
+    asked = ~trained
     return {
-        "majority digit": float((values == majority).mean()),
-        "copy the key": float((values == keys).mean()),
+        "majority digit": float((values[asked] == majority).mean()),
+        "copy the key": float((values[asked] == keys[asked]).mean()),
     }
+
+
+def letters_of(words):
+    """n words of one width -> (n, W)"""
+    return np.array(words).view("U1").reshape(len(words), -1)
 
 
 def mode(column):
@@ -105,17 +123,10 @@ def mode(column):
     return values[counts.argmax()]
 
 
-# ---- on disk -------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
-METADATA = {
-    "mask": "text",
-    "chance": {"*": "share"},
-    "knowledge": "dict",
-    "files": SHARDS,
-}
-CAPACITY = {"slice": "text", "facts": "size", "bits": "number"}
 # Settings that say nothing about the documents.
-NOT_STORED = ("output_dir", "path", "packing", "tokenizer", "heldout_facts")
+NOT_STORED = ("output_dir", "path", "pack_documents", "tokenizer", "heldout_facts")
 
 
 def write_facts(c, source, shard_rows=200_000):
@@ -124,20 +135,22 @@ def write_facts(c, source, shard_rows=200_000):
 
     def read_columns(split, indices):
         texts, slices = source.read(split, indices)
-        return {"text": texts, **{name: values.tolist() for name, values in slices.items()}}
+        columns = {"text": texts}
+        for name, values in slices.items():
+            columns[name] = values.tolist()
+        return columns
 
     n_rows = {split: source.count(split) for split in SPLIT_DIRS}
+    metadata = {"dataset_type": c.task, "format_version": 1}
+    for name, value in asdict(c).items():
+        if name not in NOT_STORED:
+            metadata[name] = value
+    metadata["label_mask"] = source.kind
+    metadata["baselines"] = source.baselines
+    metadata["capacity"] = source.capacity
     with atomic_directory(c.output_dir) as work:
         files = write_splits(work, n_rows, read_columns, c.format, shard_rows, chunk_rows=10_000)
-        metadata = {
-            "dataset_type": c.task,
-            "format_version": 1,
-            **{name: value for name, value in asdict(c).items() if name not in NOT_STORED},
-            "mask": source.kind,
-            "chance": source.baselines,
-            "knowledge": getattr(source, "capacity", {}),
-            "files": files,
-        }
+        metadata["files"] = files
         write_json(os.path.join(work, "metadata.json"), metadata)
     return metadata
 
@@ -151,42 +164,50 @@ def write_and_report(c, source):
     for directory, shards in metadata["files"].items():
         rows[directory] = sum(shard["rows"] for shard in shards)
     say(f"{c.output_dir}: {rows} rows, {n_bytes(metadata) / 1e6:.1f} MB, {seconds:.1f} s")
-    print_baselines(metadata["chance"])
+    print_baselines(metadata["baselines"])
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+METADATA = {
+    "label_mask": "text",
+    "baselines": {"*": "share"},
+    "capacity": "dict",
+    "files": SHARDS,
+}
+CAPACITY = {"slice": "text", "facts": "size", "bits": "number"}
 
 
 def read_facts(c, tasks):
     """The directory c.path, which write_facts wrote -> FactDataset. tasks: their names."""
     metadata, file = read_fact_metadata(c, tasks)
     number_of = {}  # text -> its number; its slices are the same in every split
-    slices, splits, columns = {}, {}, None
+    slices, splits, names = {}, {}, None
     for split, directory in SPLIT_DIRS.items():
         numbers = []
         for shard in metadata["files"][directory]:
-            n_rows = 0
+            n_before = len(numbers)
             for row, where in read_rows(verified_path(c.path, shard)):
-                n_rows += 1
                 text = row.pop("text", None)
-                require(isinstance(text, str), f'{where}: "text" is no text', "path")
-                columns = columns or set(row)
-                message = f"{where}: its tags are not those of the rows before"
-                require(set(row) == columns, message, "path")
+                require(isinstance(text, str), f'{where}: "text" must be a text', "path")
+                names = set(row) if names is None else names
+                message = f"{where}: its slices are not those of the rows before"
+                require(set(row) == names, message, "path")
                 if text not in number_of:
                     number_of[text] = len(number_of)
                     for name, value in row.items():
                         slices.setdefault(name, []).append(value)
                 numbers.append(number_of[text])
-            message = (
-                f"{file} says that {shard['name']} has {shard['rows']} rows; it has {n_rows}: "
-                "write the data set again"
-            )
-            require(n_rows == shard["rows"], message, "path")
+            n_rows = len(numbers) - n_before
+            says = f"{file} says that {shard['name']} has {shard['rows']} rows; it has {n_rows}"
+            require(n_rows == shard["rows"], f"{says}: write the data set again", "path")
         splits[split] = np.array(numbers, np.int32)
-    capacity = metadata["knowledge"]
+    capacity = metadata["capacity"]
     if capacity:
         name = capacity["slice"].split("=")[0]
-        require(name in slices, f"{file}: there is no tag {name!r}", "path")
-    texts = list(number_of)
-    return FactDataset(c, metadata["mask"], texts, splits, slices, metadata["chance"], capacity)
+        require(name in slices, f"{file}: there is no slice {name!r}", "path")
+    kind, texts, baselines = metadata["label_mask"], list(number_of), metadata["baselines"]
+    return FactDataset(c, kind, texts, splits, slices, baselines, capacity)
 
 
 def read_fact_metadata(c, tasks):
@@ -199,17 +220,18 @@ def read_fact_metadata(c, tasks):
     require(known, f"{c.path} holds a data set of {kind!r}, not of data_synth.py", "path")
     require(kind == c.task, f"{c.path} holds task {kind}; say --task {kind}", "task")
     check_kinds(metadata, METADATA, file)
-    capacity = metadata["knowledge"]
+    capacity = metadata["capacity"]
     if capacity:
-        check_kinds(capacity, CAPACITY, f"{file}: 'knowledge'")
-        message = f"{file}: {capacity['slice']!r} is no slice tag=value"
+        check_kinds(capacity, CAPACITY, f"{file}: 'capacity'")
+        message = f"{file}: {capacity['slice']!r} must be a slice and its value, name=value"
         require(capacity["slice"].count("=") == 1, message, "path")
-    mask = metadata["mask"]
-    require(mask in MASKS, f"{file}: mask={mask!r} is not one of {', '.join(MASKS)}", "path")
+    mask = metadata["label_mask"]
+    message = f"{file}: label_mask={mask!r} is not one of {', '.join(MASKS)}"
+    require(mask in MASKS, message, "path")
     return metadata, file
 
 
-# ---- check a tokenizer ---------------------------------------------------------------------------
+# ---- command line of data_synth.py ---------------------------------------------------------------
 
 
 @dataclass
@@ -222,27 +244,53 @@ CHECK_CASES = {  # kind of mask: settings whose documents are tried
     "qa": [dict(task="qa")],
     "twohop": [
         dict(task="twohop"),
-        dict(task="twohop", relations=4),
-        dict(task="twohop", relations=4, cot=1),
+        dict(task="twohop", num_relations=4),
+        dict(task="twohop", num_relations=4, cot_frac=1),
     ],
     "hashhop": [
-        dict(task="hashhop", hops=(1, 2, 3), cot=0.5),
-        dict(task="hashhop", hash_len=16, block_size=512),
+        dict(task="hashhop", hops=(1, 2, 3), cot_frac=0.5),
+        dict(task="hashhop", hash_len=16, max_bytes=512),
     ],
 }
 
 
-def check_tokenizer(path, config_class, tasks):
+def parse_command(argv, builders, dataset_config):
+    """Command line -> command, its checked settings. The commands "help" and "" have none.
+
+    builders: data_synth.BUILD. dataset_config: the class of the settings of a data set to write.
+    """
+    args, settings = read_argv(argv)
+    if any(s.key == "help" for s in settings):
+        return "help", None
+    command = args.pop(0) if args else ""
+    unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
+    require(not args, unknown, None)
+    if not command and not settings:
+        return "", None
+    commands = [*builders, "check"]
+    usage = f"python data_synth.py {'|'.join(commands)} --key=value"
+    require(command in commands, f"name what to do first: {usage}", None)
+    if command == "check":
+        reject_unknown(settings, CheckConfig)
+        return command, build_config(CheckConfig, settings)
+    reject_unknown(settings, dataset_config)
+    has_task = any(s.key == "task" for s in settings)
+    require(not has_task, f"the task is {command} already; leave out --task", None)
+    settings = [Setting("task", command, command), *settings]
+    return command, build_config(dataset_config, settings)
+
+
+def check_tokenizer(path, builders, config_class):
     """Print whether each label mask is exact with the tokenizer; RunError if one is not.
 
-    config_class, tasks: data_synth.Config and TASKS, which make the documents to try.
+    builders, config_class: data_synth.BUILD and Config, which make the documents to try.
     """
     tokenizer = read_tokenizer(path)
     inexact = []
     for kind, cases in CHECK_CASES.items():
         texts = []
         for case in cases:
-            source = tasks[case["task"]].build(config_class(**case))
+            source = builders[case["task"]](config_class(**case))
             texts += source.read("train", range(300))[0]
         if kind == "qa":
             texts += [f"What is the value of {text[:6]}?{text[7:13]}" for text in texts]
@@ -253,4 +301,3 @@ def check_tokenizer(path, config_class, tasks):
     if inexact:
         masks = f"masks of {', '.join(inexact)} would not be exact with {tokenizer.name}"
         raise RunError(f"{masks}; use another, or bytes")
-    return 0

@@ -44,7 +44,7 @@ def open_dataset(path, seed, tokenizer=""):
         data_file = "data_synth"
         values = {"task": kind, "tokenizer": tokenizer, **values}
     if kind == "text":
-        values["block_size"] = MAX_LINE_BYTES
+        values["max_bytes"] = MAX_LINE_BYTES
     settings = [Setting(key, value, "synthetic_dataset") for key, value in values.items()]
     module = importlib.import_module(data_file)  # by name: nanorecall imports no data file
     return module.Data(build_config(module.Config, settings))

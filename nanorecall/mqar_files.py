@@ -8,6 +8,7 @@ Letters: B sequences, T tokens, N blocks in a sequence, n pairs in a block, V vo
 
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -31,7 +32,17 @@ from nanorecall.rng import (
     sample_without_replacement,
     weighted_permutation,
 )
-from nanorecall.settings import ConfigError, at_least, one_of, require, say
+from nanorecall.settings import (
+    ConfigError,
+    at_least,
+    build_config,
+    help_text,
+    one_of,
+    read_argv,
+    reject_unknown,
+    require,
+    say,
+)
 from nanorecall.shards import (
     SHARDS,
     SPLIT_DIRS,
@@ -214,6 +225,21 @@ def dataset_metadata(c, files):
     }
 
 
+def parse_dataset(argv, doc):
+    """Command line of data_mqar.py -> DatasetConfig; its output_dir is empty without settings."""
+    args, settings = read_argv(argv)
+    if any(s.key == "help" for s in settings):
+        say(help_text(doc, DatasetConfig))
+        sys.exit(0)
+    unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
+    require(not args, unknown, None)
+    reject_unknown(settings, DatasetConfig)
+    config = build_config(DatasetConfig, settings)
+    has_directory = config.output_dir or not settings
+    require(has_directory, "name the directory to write: --output-dir DIR", "output_dir")
+    return config
+
+
 def write_and_report(c):
     """Write a data set; print its size and how fast it was written."""
     start = time.perf_counter()
@@ -225,6 +251,12 @@ def write_and_report(c):
     say(f"{c.output_dir}: {n_rows} rows, {tokens:.1f} M tokens, {megabytes:.1f} MB on disk")
     rates = f"{megabytes / seconds:.1f} MB/s written, {tokens / seconds:.1f} M tokens/s"
     print(f"{seconds:.1f} s, {rates}")
+
+
+def show_on_disk(config):
+    """Print training sequence 0 of a data set on disk."""
+    input_ids, labels = make_disk_sequences(config, "train", np.arange(1))
+    show_columns(input_ids=input_ids[0], labels=labels[0])
 
 
 def show_columns(**columns):

@@ -41,11 +41,17 @@ def accum_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def no_autocast(x):
+    """A context in which autocast does not round x to bfloat16. (It refuses meta tensors.)"""
+    if x.is_meta:
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def dot(x, y):
     """x.y over the last axis, in float32 at least: (..., K), (..., K) -> (..., 1)."""
     dtype = accum_dtype(x)
-    # autocast would round x to bfloat16 first
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return torch.linalg.vecdot(x.to(dtype), y.to(dtype)).unsqueeze(-1)
 
 

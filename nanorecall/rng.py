@@ -114,3 +114,8 @@ def nth_not_in(x, taken):
     n_behind = np.searchsorted((rank + offset).ravel(), (x + offset).ravel(), side="right")
     # The search counts the taken numbers of the rows before, too.
     return x + n_behind.reshape(x.shape) - np.arange(len(x))[:, None] * a
+
+
+def micro_batch_seed(*key):
+    """Seed for what is random within a micro-batch, such as dropout. key: seed, step, number."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])

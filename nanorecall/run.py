@@ -32,6 +32,7 @@ from nanorecall.build import (
     build_model_config,
     count_parameters,
     enough_memory,
+    inference_state_bytes,
     load_and_freeze,
     resolve,
     total_steps,
@@ -172,11 +173,9 @@ class Run:
         if hasattr(model_class, "describe_backend"):
             backend = model_class.describe_backend(self.config, self.device, self.dtype)
             print0(f"mixer: {backend}")
-        if hasattr(model_class, "inference_state_bytes"):
-            size = model_class.inference_state_bytes(self.config)
-            if size is not None:
-                after = f"after {self.data.seq_len} tokens, in float32"
-                print0(f"state: {size} bytes to read on {after}")
+        size = inference_state_bytes(model_class, self.config)
+        if size is not None:
+            print0(f"inference state: {size} bytes after {self.data.seq_len} tokens, in float32")
 
     # ---- from the first step to the last ----
 
@@ -635,11 +634,26 @@ def export_checkpoints(settings, world):
 def run_label(settings, config):
     """`exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_..._lr0.001`, as the ULTM experiments do."""
     parts = [f"exp{settings.train.exp_group}", settings.train.model]
-    if hasattr(settings.model_class, "label"):
-        parts.append(settings.model_class.label(config))
+    with contextlib.suppress(AttributeError):  # a fork may lack these settings
+        parts.append(model_label(settings.model_class, config))
     data = settings.train.data
     parts.append("data-" + settings.data.label() if hasattr(settings.data, "label") else data)
     return "_".join(parts) + f"_lr{settings.train.lr:g}"
+
+
+def model_label(model_class, c):
+    """Sizes, then width, kernel, norm and gate of queries, keys and values, then memory layers."""
+    k, v = c.dk, c.dv
+    if "dk" in model_class.inactive_settings:  # unified_kv
+        k = v = c.du
+    blocks = f"L{c.n_layers}-D{c.dim}_FF{c.use_ffn:d}_OG{c.att_use_output_gate:d}_H{c.n_heads}"
+    queries = f"q-{k}-{c.q_kernel}-{c.q_norm}-{c.q_gated:d}"
+    keys = f"k-{k}-{c.k_kernel}-{c.k_norm}-{c.k_gated:d}"
+    label = f"{blocks}_{queries}_{keys}_v-{v}-{c.v_kernel}"
+    if hasattr(c, "memory_layers"):
+        layers = "-".join(map(str, c.memory_layers))
+        label += f"_M{layers}_S{c.mem_n_keys**2}_H{c.mem_heads}_K{c.mem_knn}"
+    return label
 
 
 def create_run_dir(settings, config):

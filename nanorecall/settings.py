@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import tokenize
 import types
@@ -313,6 +314,16 @@ def one_of(config, table, *names):
             close = difflib.get_close_matches(value, list(table), n=1)
             hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(table)}"
             raise ConfigError(f"{name}={value!r} is unknown; {hint}", name)
+
+
+def fits_in_a_path(config, *names):
+    """Every named setting can be part of the name of a directory."""
+    for name in names:
+        value = getattr(config, name)
+        is_name = re.fullmatch(r"[\w.-]*", value) and value not in (".", "..")
+        allowed = "letters, digits, . _ - only"
+        message = f"{name}={value!r} becomes part of a directory name: {allowed}"
+        require(is_name, message, name)
 
 
 def require(condition, message, key):

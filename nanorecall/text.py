@@ -292,24 +292,70 @@ def label_mask(tokens, kind, cu_seqlens=None, tokenizer=BYTES):
     return np.where(is_label, flat.astype(np.int32), IGNORE_INDEX).reshape(tokens.shape)
 
 
-def label_documents(documents, answer_starts, kind, tokenizer):
-    """D documents, arrays of tokens, end to end -> tokens (N,), labels (N,), cu_seqlens (D + 1,).
+# ---- documents -----------------------------------------------------------------------------------
 
-    answer_starts (D,): where a document says that its answer begins; 0: the mask `kind` finds it.
+
+class DocumentEncoder:
+    """Documents -> tokens and labels. A document is a text, or a tuple (question, answer).
+
+    kind: a key of MASKS, which finds the answer in a text. add_eos: end each document with EOS,
+    for texts that have no end of their own.
     """
-    lengths = np.array([len(document) for document in documents])
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    flat = np.concatenate(documents)
-    labels = label_mask(flat, kind, cu_seqlens, tokenizer)
-    answer_start = np.repeat(answer_starts, lengths)
-    position = np.arange(len(flat)) - np.repeat(cu_seqlens[:-1], lengths)
-    said = np.where(position >= answer_start, flat, IGNORE_INDEX)
-    labels = np.where(answer_start > 0, said, labels)
-    # A document whose only label is its end has no answer. To score it would count a point that
-    # every model gets.
-    is_answer = (labels != IGNORE_INDEX) & (flat < tokenizer.pad)
-    has_answer = np.add.reduceat(is_answer, cu_seqlens[:-1]) > 0
-    return flat, np.where(np.repeat(has_answer, lengths), labels, IGNORE_INDEX), cu_seqlens
+
+    def __init__(self, tokenizer, kind, add_eos):
+        self.tokenizer, self.kind, self.add_eos = tokenizer, kind, add_eos
+
+    def encode(self, document):
+        """-> tokens (T,) int32, index at which the answer starts; 0: the mask has to find it."""
+        if isinstance(document, tuple):
+            question, answer = document
+            prompt = self.tokenizer.encode(question)
+            # Encoded apart, so that no token spans the end of the question.
+            parts = [prompt, self.tokenizer.encode(answer)]
+            answer_start = 1 + len(prompt)
+        else:
+            parts = [self.tokenizer.encode(document)]
+            answer_start = 0
+        end = [self.tokenizer.eos] if self.add_eos else []
+        tokens = np.concatenate([[self.tokenizer.bos], *parts, end]).astype(np.int32)
+        return tokens, answer_start
+
+    def encode_and_label(self, documents):
+        """D documents end to end -> tokens (N,), labels (N,), cu_seqlens (D + 1,), all int32."""
+        encoded, answer_starts = [], []
+        for document in documents:
+            tokens, answer_start = self.encode(document)
+            encoded.append(tokens)
+            answer_starts.append(answer_start)
+        lengths = np.array([len(tokens) for tokens in encoded])
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        flat = np.concatenate(encoded)
+        labels = label_mask(flat, self.kind, cu_seqlens, self.tokenizer)
+        answer_start = np.repeat(answer_starts, lengths)
+        position = np.arange(len(flat)) - np.repeat(cu_seqlens[:-1], lengths)
+        given = np.where(position >= answer_start, flat, IGNORE_INDEX)
+        labels = np.where(answer_start > 0, given, labels)
+        # A document whose only label is its end has no answer. To score it would count a point
+        # that every model gets.
+        is_answer = (labels != IGNORE_INDEX) & (flat < self.tokenizer.pad)
+        has_answer = np.add.reduceat(is_answer, cu_seqlens[:-1]) > 0
+        labels = np.where(np.repeat(has_answer, lengths), labels, IGNORE_INDEX)
+        return flat, labels, cu_seqlens
+
+    def batch(self, documents, packed):
+        """D documents -> tokens (B, T), targets (B, T), cu_seqlens (D + 1,) int32, and how many
+        labels each document has (D,). packed: end to end, B is 1; else one a row, with padding."""
+        flat, labels, cu_seqlens = self.encode_and_label(documents)
+        n_labels = np.add.reduceat(labels != IGNORE_INDEX, cu_seqlens[:-1])
+        if packed:
+            return flat[None], shift_labels(labels[None]), cu_seqlens, n_labels
+        lengths = np.diff(cu_seqlens)
+        inside = np.arange(lengths.max()) < lengths[:, None]  # (B, T), not padding
+        tokens = np.full(inside.shape, self.tokenizer.pad, np.int32)
+        padded_labels = np.full(inside.shape, IGNORE_INDEX, np.int32)
+        tokens[inside] = flat
+        padded_labels[inside] = labels
+        return tokens, shift_labels(padded_labels), cu_seqlens, n_labels
 
 
 def shift_labels(labels):

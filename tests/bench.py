@@ -37,7 +37,7 @@ import model as M  # noqa: E402
 import train  # noqa: E402
 from analysis import hooks  # noqa: E402
 from analysis.ablation import measure_slots  # noqa: E402
-from data_synth import TASKS  # noqa: E402
+from data_synth import BUILD  # noqa: E402
 from myriadlama import (
     fusion,  # noqa: E402
     llama,  # noqa: E402
@@ -158,9 +158,9 @@ def data_rows(rounds):
 
 def mask_rows(rounds):
     """Label masks of 1,000,000 tokens of documents end to end, against the same rules letter by letter."""
-    for kind, task in (("qa", {}), ("digits", {}), ("twohop", {}), ("hashhop", {"hops": (1, 2), "cot": 0.5})):
-        c = data_synth.Config(task=kind, packing="documents", **task)
-        texts, _ = TASKS[kind].build(c).read("train", range(1000))
+    for kind, task in (("qa", {}), ("digits", {}), ("twohop", {}), ("hashhop", {"hops": (1, 2), "cot_frac": 0.5})):
+        c = data_synth.Config(task=kind, pack_documents=True, **task)
+        texts, _ = BUILD[kind](c).read("train", range(1000))
         documents = [text.BYTES.encode(text) for text in texts]
         copies = 10**6 // sum(map(len, documents)) + 1
         flat, ends = np.concatenate(documents * copies), np.cumsum([0, *map(len, documents * copies)])

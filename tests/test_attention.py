@@ -7,6 +7,7 @@ import delta
 from eval import greedy_decode
 from model import GPT, CausalSelfAttention, Config, UnifiedKV
 from nanorecall import ops
+from nanorecall.build import inference_state_bytes
 from nanorecall.rng import IGNORE_INDEX
 from toys import T, V, build_gpt
 
@@ -224,7 +225,7 @@ def test_state_bytes_is_the_size_of_the_cache_and_reading_from_it_is_right(cls, 
     assert (
         sum(storage.values())
         == sum(4 * x.numel() for x in kept)
-        == cls.inference_state_bytes(model.config)
+        == inference_state_bytes(cls, model.config)
     )
 
 

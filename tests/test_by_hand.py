@@ -527,7 +527,7 @@ def a_run(name, settings, curve):
     cell = {"value": 0.5, "ci95": [0.4, 0.6], "n": 9}
     return dict(
         run=name,
-        line="gpt",
+        series="gpt",
         settings=settings,
         curve=curve,
         by_slice=by_slice,

@@ -331,7 +331,7 @@ def test_sizes_take_turns_and_test_sizes_are_reported_apart():
     assert (
         tokens.shape == (5, 128)
         and set(slices["num_kv_pairs"]) == {32}
-        and set(slices["cell"]) == {"128x32"}
+        and set(slices["size"]) == {"128x32"}
     )
     with pytest.raises(ValueError, match="one eval group"):
         data.batch("test", 0, range(3, 7))

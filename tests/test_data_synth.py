@@ -1,62 +1,31 @@
-"""data_synth.py and its files: each generator against a reader of its text; packing; bad files."""
+"""data_synth.py: the text of each generator, read by a reader written from its definition."""
 
 import collections
 import doctest
-import json
-import os
 import re
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-import data_synth as D
+import data_synth
 import delta
-import eval as ev
-import model as M
-import train
-from nanorecall import checkpoint, fact_files, metrics, rng
-from nanorecall import text as K
-from nanorecall.settings import ConfigError
-
-SMALL = {
-    "qa": dict(num_pairs=16, buckets=(1, 2, 4, 8)),
-    "digits": dict(num_pairs=40, num_novel=10),
-    "twohop": dict(entities=30),
-    "hashhop": dict(
-        block_size=120,
-        hash_len=3,
-        hops=(1, 2),
-        test_hops=(1, 2),
-        n_val_examples=6,
-        n_test_examples=8,
-    ),
-}
+import model
+from data_synth import Config
+from nanorecall import text as text_file
+from nanorecall.rng import IGNORE_INDEX
+from toy_facts import (
+    SMALL,
+    SPLITS,
+    WHOLE_SPLITS,
+    documents,
+    scored_texts,
+    small_data,
+    write_jsonl,
+)
 
 
-def small(task, **changes):
-    return D.Config(task=task, **{**SMALL[task], **changes})
-
-
-def texts(data, split, rows=None):
-    rows = range(data.source.count(split)) if rows is None else rows
-    return data.source.read(split, np.asarray(rows))[0]
-
-
-def scored(data, split, rows):
-    """The text that is scored of each row: what a pair of (text, labels) says."""
-    found = []
-    for row in rows:
-        tokens, targets, *_ = data.batch(split, 0, [row])
-        at = np.flatnonzero(targets[0].numpy() != K.IGNORE_INDEX)
-        assert torch.equal(tokens[0][at + 1], targets[0][at])  # a target is the next token
-        found.append(data.tokenizer.decode(targets[0][at]))
-    return found
-
-
-@pytest.mark.parametrize("module", [D, K])
+@pytest.mark.parametrize("module", [data_synth, text_file])
 def test_the_docstrings_examples(module):
     result = doctest.testmod(module)
     assert result.attempted >= 2 and result.failed == 0
@@ -64,63 +33,79 @@ def test_the_docstrings_examples(module):
 
 # ---- qa ------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    "num_pairs, buckets, held, digits",
-    [(10000, (1, 2, 4, 8, 16, 32, 64, 128), 0.1, 6), (1, (3,), 0, 2)],
-)
-def test_qa_counts_and_held_out_pairs(num_pairs, buckets, held, digits):
-    data = D.Data(
-        D.Config(
-            num_pairs=num_pairs, buckets=buckets, heldout=held, digits=digits, n_test_examples=10**6
-        )
-    )
-    rows = np.arange(data.source.count("train"))
-    epochs = [
-        collections.Counter(texts(data, "train", rows + epoch * len(rows))) for epoch in (0, 7)
-    ]
-    assert epochs[0] == epochs[1]
-    size = num_pairs // len(buckets)
-    by_count = collections.Counter(epochs[0].values())
-    assert by_count == {b: size - round(held * size) for b in buckets}
-    everything, slices = data.source.read("test", np.arange(data.source.count("test")))
-    assert len(set(everything)) == num_pairs and all(
-        re.fullmatch(rf"\d{{{digits}}}:\d{{{digits}}} ", t) for t in everything
-    )
-    numbers = [n for t in everything for n in t.strip().split(":")]
-    assert len(set(numbers)) == 2 * num_pairs  # all different
-    for text, exposures, seen in zip(everything, slices["exposures"], slices["seen"]):
-        assert epochs[0].get(text, 0) == exposures and seen == (exposures > 0)
-    assert (slices["seen"] == 0).sum() == round(held * size) * len(buckets)
+QA_SIZES = [
+    dict(num_pairs=10000, buckets=(1, 2, 4, 8, 16, 32, 64, 128), heldout_frac=0.1, num_digits=6),
+    dict(num_pairs=1, buckets=(3,), heldout_frac=0, num_digits=2),
+]
 
 
-def test_qa_epochs_are_shuffled_and_pure_functions_of_the_row():
-    a, b = D.Data(small("qa", seed=3)), D.Data(small("qa", seed=3))
-    n = a.source.count("train")
-    first, second = texts(a, "train", range(n)), texts(a, "train", range(n, 2 * n))
+@pytest.mark.parametrize("sizes", QA_SIZES)
+def test_qa_shows_each_bucket_as_often_as_it_says(sizes):
+    data = data_synth.Data(Config(**sizes, **WHOLE_SPLITS))
+    n = data.source.count("train")
+    shown = collections.Counter(documents(data, "train"))
+    assert shown == collections.Counter(documents(data, "train", range(7 * n, 8 * n)))
+
+    bucket_size = sizes["num_pairs"] // len(sizes["buckets"])
+    n_heldout = round(sizes["heldout_frac"] * bucket_size)
+    pairs_shown = collections.Counter(shown.values())
+    assert pairs_shown == dict.fromkeys(sizes["buckets"], bucket_size - n_heldout)
+
+    tested, slices = data.source.read("test", np.arange(data.source.count("test")))
+    for text, exposures, seen in zip(tested, slices["exposures"], slices["seen"]):
+        assert shown.get(text, 0) == exposures and seen == (exposures > 0)
+    assert (slices["seen"] == 0).sum() == n_heldout * len(sizes["buckets"])
+
+
+@pytest.mark.parametrize("sizes", QA_SIZES)
+def test_qa_numbers_are_all_different_and_of_one_width(sizes):
+    tested = documents(data_synth.Data(Config(**sizes, **WHOLE_SPLITS)), "test")
+    assert len(set(tested)) == sizes["num_pairs"]
+    numbers = []
+    for text in tested:
+        pair = re.fullmatch(r"(\d+):(\d+) ", text).groups()
+        assert {len(number) for number in pair} == {sizes["num_digits"]}
+        numbers += pair
+    assert len(set(numbers)) == 2 * sizes["num_pairs"]
+
+
+def test_qa_epochs_are_shuffled_and_depend_on_the_seed():
+    data = small_data("qa", seed=3)
+    n = data.source.count("train")
+    first, second = documents(data, "train"), documents(data, "train", range(n, 2 * n))
     assert first != second and sorted(first) == sorted(second)
-    assert [texts(b, "train", [r])[0] for r in reversed(range(2 * n))] == (first + second)[
-        ::-1
-    ]  # any order, one by one
-    assert texts(D.Data(small("qa", seed=4)), "train", range(n)) != first
-    whole, halves = (
-        a.batch("train", 0, range(8)),
-        [a.batch("train", 5, rows) for rows in (range(4), range(4, 8))],
-    )
-    assert torch.equal(whole[0], torch.cat([h[0] for h in halves]))
+    assert documents(small_data("qa", seed=4), "train") != first
 
 
-def test_qa_inverse_pairs():
-    for inverse in ("probe", "train"):
-        data = D.Data(small("qa", inverse=inverse))
-        found, slices = data.source.read("test", np.arange(data.source.count("test")))
-        forward = {t for t, d in zip(found, slices["direction"]) if d == "forward"}
-        inverse_pairs = [t for t, d in zip(found, slices["direction"]) if d == "inverse"]
-        backward = {":".join(reversed(t.strip().split(":"))) + " " for t in inverse_pairs}
-        assert forward == backward and len(forward) == 16
-        trained = set(texts(data, "train"))
-        assert bool(trained - forward) == (inverse == "train")
-        assert not trained & {t for t, s in zip(found, slices["seen"]) if not s}
+def test_an_example_depends_on_its_index_alone():
+    data = small_data("qa", seed=3)
+    n = data.source.count("train")
+    at_once = documents(data, "train", range(2 * n))
+    again = small_data("qa", seed=3)
+    for index in reversed(range(2 * n)):
+        assert documents(again, "train", [index]) == [at_once[index]]
+    whole = data.batch("train", 0, range(8))[0]
+    halves = [data.batch("train", 5, half)[0] for half in (range(4), range(4, 8))]
+    assert torch.equal(whole, torch.cat(halves))
+
+
+@pytest.mark.parametrize("reverse_pairs", ["probe", "train"])
+def test_qa_reverse_pairs(reverse_pairs):
+    data = small_data("qa", reverse_pairs=reverse_pairs)
+    tested, slices = data.source.read("test", np.arange(data.source.count("test")))
+    forward, turned_back, heldout = set(), set(), set()
+    for text, direction, seen in zip(tested, slices["direction"], slices["seen"]):
+        if direction == "forward":
+            forward.add(text)
+        else:
+            x, y = text.strip().split(":")
+            turned_back.add(f"{y}:{x} ")
+        if not seen:
+            heldout.add(text)
+    assert forward == turned_back and len(forward) == 16
+    trained = set(documents(data, "train"))
+    assert bool(trained - forward) == (reverse_pairs == "train")
+    assert not trained & heldout
 
 
 # ---- digits --------------------------------------------------------------------------------------
@@ -128,893 +113,248 @@ def test_qa_inverse_pairs():
 
 @pytest.mark.parametrize("num_pairs, width", [(6000, 6), (20000, 6), (200000, 7), (1, 4)])
 def test_digit_lookup_keys(num_pairs, width):
-    many = dict(n_test_examples=10**6, n_val_examples=10**6)
-    source = D.Digits.build(D.Config(task="digits", num_pairs=num_pairs, num_novel=100, **many))
-    known = [source.texts[i] for i in source.splits["train"]]
-    alphabet = f"[1-{width}]{{{width}}}"
-    assert len(known) == num_pairs and all(
-        re.fullmatch(f"{alphabet}:{alphabet} ", t) for t in known
-    )
-    keys = [t.split(":")[0] for t in source.texts]
-    assert len(set(keys)) == num_pairs + 100
-    val, test = ({source.texts[i] for i in source.splits[s]} - set(known) for s in ("val", "test"))
-    assert len(val) == len(test) == 50 and not val & test
+    c = Config(task="digits", num_pairs=num_pairs, num_unseen=100, **WHOLE_SPLITS)
+    source = data_synth.build_digits(c)
+    word = f"[1-{width}]{{{width}}}"
+    for text in source.texts:
+        assert re.fullmatch(f"{word}:{word} ", text)
+    keys = {text.split(":")[0] for text in source.texts}
+    assert len(keys) == num_pairs + 100
+    trained, val, test = (set(source.splits[split].tolist()) for split in SPLITS)
+    assert len(trained) == num_pairs and trained <= val and trained <= test
+    assert len(val - trained) == len(test - trained) == 50 and val & test == trained
 
 
-def test_what_is_measured_has_as_many_of_each_kind():
-    data = D.Data(
-        D.Config(task="digits", num_pairs=900, num_novel=100, n_val_examples=60, n_test_examples=0)
-    )
-    for split, known, novel in (("val", 30, 30), ("test", 900, 50)):
-        (rows,) = data.eval_groups(split)
-        assert collections.Counter(data.source.read(split, rows)[1]["key"]) == {
-            "known": known,
-            "novel": novel,
-        }
-    val = texts(data, "val")
-    assert sorted(val) != val and len({*val}) == 60
+@pytest.mark.parametrize("rule_steps", [1, 2])
+def test_the_rule_of_selfindex(rule_steps):
+    c = Config(task="digits", num_pairs=10000, rule="selfindex", rule_steps=rule_steps)
+    for text in data_synth.build_digits(c).texts:
+        word, value = text.strip().split(":")
+        for _ in range(rule_steps):  # the word as a map, applied to itself
+            word = "".join(word[int(digit) - 1] for digit in word)
+        assert value == word
 
 
-def test_the_rule_of_selfindex():
-    for steps in (1, 2):
-        source = D.Digits.build(
-            D.Config(task="digits", num_pairs=10000, rule="selfindex", steps=steps)
-        )
-        for text in source.texts[:10000]:
-            key, value = text.strip().split(":")
-            for _ in range(steps):  # the word as a map, applied to itself
-                key = "".join(key[int(d) - 1] for d in key)
-            assert value == key
-    word = np.array([[2, 3, 4, 1, 0, 5]])  # 345216
-    assert "".join(str(d + 1) for d in np.take_along_axis(word, word, 1)[0]) == "521436"
-
-
-def test_chance_by_hand():
-    train_pairs, test_pairs = (
-        [("12", "11"), ("21", "11"), ("22", "12")],
-        [("11", "12"), ("12", "11")],
-    )
-    assert fact_files.guess_baselines(train_pairs, test_pairs) == {
-        "majority digit": 3 / 4,
-        "copy the key": 2 / 4,
-    }
-    ties = [
-        ("1", digit) for digit in "73"
-    ]  # the smallest of the most frequent digits, in every process
-    assert fact_files.guess_baselines(ties, [("1", "3")])["majority digit"] == 1
-    data = D.Data(D.Config(task="digits", num_pairs=20000, num_novel=1000))
-    assert (
-        data.baselines["majority digit"]
-        == pytest.approx(1 / 6, abs=0.02)
-        == data.baselines["copy the key"]
-    )
-
-
-def split_pair(text):
-    key, *_, answer = re.split("[:>]+[a-z]?", text.strip())
-    return key, answer
-
-
-@pytest.mark.parametrize(
-    "settings, tag, known, asked",
-    [
-        (dict(task="digits", num_pairs=40, num_novel=10), "key", "known", "novel"),
-        (dict(num_pairs=64, buckets=(1, 2), heldout=0.5), "seen", 1, 0),
-        (
-            dict(task="twohop", entities=30, relations=2, phi=1.0),
-            "query",
-            "trained",
-            "in-distribution",
-        ),
-    ],
-    ids=["digits", "qa", "twohop"],
-)
-def test_what_is_asked_has_no_vote_in_the_guess(settings, tag, known, asked):
-    """The most frequent digit of each place among trained answers, counted letter by letter."""
-    source = D.Data(D.Config(**settings)).source
-    pairs = [
-        [split_pair(t) for t, v in zip(source.texts, source.slices[tag]) if v == kind]
-        for kind in (known, asked)
-    ]
-
-    def share(voters):
-        columns = zip(*(answer for _, answer in voters))
-        usual = [
-            min(collections.Counter(c).items(), key=lambda item: (-item[1], item[0]))[0]
-            for c in columns
-        ]
-        hits = [a == b for _, answer in pairs[1] for a, b in zip(answer, usual)]
-        return sum(hits) / len(hits)
-
-    (found,) = (value for name, value in source.baselines.items() if name.startswith("majority"))
-    assert found == pytest.approx(share(pairs[0]))
-    assert found != pytest.approx(share(pairs[0] + pairs[1]))  # the check sees the difference
+def test_selfindex_as_llmonade_has_it():
+    word = np.array([[2, 3, 4, 1, 0, 5]])  # 345216, digits from 0
+    assert data_synth.digit_words(np.take_along_axis(word, word, 1)) == ["521436"]
 
 
 # ---- twohop --------------------------------------------------------------------------------------
 
 
-def read_facts(found):
-    """Single facts {(a, mark): b} and queries [(a, marks, answer)] of texts."""
+def read_twohop(source, numbers):
+    """Single facts {(a, letter): b} and queries [(a, letters, answer)] of some documents."""
     facts, queries = {}, []
-    for text in found:
-        a, rest = re.fullmatch(r"(\d+)(.*) ", text).groups()
-        if single := re.fullmatch(r">([a-z]?)(\d+)", rest):
-            facts[a, single[1]] = single[2]
+    for number in numbers:
+        text = source.texts[number]
+        query = re.fullmatch(r"(\d+)>([a-z]?)>([a-z]?)(\d+(?:>\d+)?) ", text)
+        if query:
+            a, r1, r2, answer = query.groups()
+            queries.append((a, r1, r2, answer))
         else:
-            marks = re.match(r">([a-z]?)>([a-z]?)", rest)
-            queries.append((a, marks.groups(), rest[marks.end() :]))
+            a, r, b = re.fullmatch(r"(\d+)>([a-z]?)(\d+) ", text).groups()
+            facts[a, r] = b
     return facts, queries
 
 
-@pytest.mark.parametrize(
-    "entities, relations, phi, cot, ood",
-    [(5000, 1, 0.5, 0, 0.2), (100, 8, 4.0, 1, 0.2), (40, 3, 1.0, 0, 0), (3, 1, 0.3, 0, 0)],
-)
-def test_twohop_answers_and_splits(entities, relations, phi, cot, ood):
-    many = dict(n_test_examples=10**6, n_val_examples=10**6)
-    c = D.Config(
-        task="twohop", entities=entities, relations=relations, phi=phi, cot=cot, ood=ood, **many
-    )
-    source = D.TwoHop.build(c)
-    facts, trained = read_facts(source.texts[i] for i in source.splits["train"])
-    assert len(facts) == entities * relations and all(a != b for (a, _), b in facts.items())
+def facts_of(facts, queries):
+    """The single facts that queries need."""
     used = set()
-    for a, (r1, r2), answer in trained:
-        middle, end = facts[a, r1], facts[facts[a, r1], r2]
-        assert answer == (f"{middle}>{end}" if cot else end)
-        used |= {(a, r1), (middle, r2)}
-    query = source.slices["query"]
-    assert (query == "trained").sum() == len(trained) == len(set(trained))
-    for split, other in (("val", "test"), ("test", "val")):
-        for kind in ("in-distribution", "out-of-distribution"):
-            mine = [i for i in source.splits[split] if query[i] == kind]
-            assert not set(mine) & set(source.splits[other].tolist()) and not set(mine) & set(
-                source.splits["train"].tolist()
-            )
-            for a, (r1, r2), answer in read_facts(source.texts[i] for i in mine)[1]:
-                assert answer.split(">")[-1] == facts[facts[a, r1], r2]
-                atoms = {(a, r1), (facts[a, r1], r2)}
-                assert atoms <= used if kind == "in-distribution" else not atoms & used
-    known = len(facts) - len(facts) * ood
-    assert len(trained) == pytest.approx(phi * known, rel=0.15, abs=1)
-    queries = [re.match(r"\d+>[a-z]?(>[a-z]?)?", t)[0] for t in source.texts]
-    assert len(set(queries)) == len(queries)  # one right answer for each
+    for a, r1, r2, _ in queries:
+        used |= {(a, r1), (facts[a, r1], r2)}
+    return used
+
+
+TWOHOP_SIZES = [
+    dict(num_entities=5000, num_relations=1, phi=0.5, cot_frac=0, ood_frac=0.2),
+    dict(num_entities=100, num_relations=8, phi=4.0, cot_frac=1, ood_frac=0.2),
+    dict(num_entities=40, num_relations=3, phi=1.0, cot_frac=0, ood_frac=0),
+    dict(num_entities=3, num_relations=1, phi=0.3, cot_frac=0, ood_frac=0),
+]
+
+
+@pytest.fixture(scope="module", params=TWOHOP_SIZES)
+def twohop(request):
+    """-> settings, the source, its single facts, its trained queries."""
+    c = Config(task="twohop", **request.param, **WHOLE_SPLITS)
+    source = data_synth.build_twohop(c)
+    return c, source, *read_twohop(source, source.splits["train"])
+
+
+def test_twohop_answers_follow_from_two_facts(twohop):
+    c, source, facts, _ = twohop
+    assert len(facts) == c.num_entities * c.num_relations
+    for (a, _), b in facts.items():
+        assert a != b
+    _, queries = read_twohop(source, range(len(source.texts)))
+    for a, r1, r2, answer in queries:
+        between = facts[a, r1]
+        end = facts[between, r2]
+        assert answer == (f"{between}>{end}" if c.cot_frac else end)
+    asked = {(a, r1, r2) for a, r1, r2, _ in queries}
+    assert len(asked) == len(queries)  # one correct answer for each
+
+
+def test_twohop_trains_on_phi_queries_a_usable_fact(twohop):
+    c, source, facts, trained = twohop
+    assert (source.slices["query"] == "trained").sum() == len(trained) == len(set(trained))
+    n_usable = len(facts) * (1 - c.ood_frac)
+    assert len(trained) == pytest.approx(c.phi * n_usable, rel=0.15, abs=1)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("kind", ["in-distribution", "out-of-distribution"])
+def test_twohop_queries_out_of_training(twohop, split, kind):
+    _, source, facts, trained = twohop
+    numbers = source.splits[split]
+    numbers = numbers[source.slices["query"][numbers] == kind]
+    for other in SPLITS:
+        assert other == split or not np.isin(numbers, source.splits[other]).any()
+    used = facts_of(facts, trained)
+    for query in read_twohop(source, numbers)[1]:
+        needed = facts_of(facts, [query])
+        assert needed <= used if kind == "in-distribution" else not needed & used
 
 
 def test_without_markers_a_query_has_two_answers():
-    data = D.Data(small("twohop", markers=False))
-    questions = collections.Counter(t.split(":")[0] for t in texts(data, "train"))
+    data = small_data("twohop", markers=False)
+    trained = documents(data, "train")
+    questions = collections.Counter(text.split(":")[0] for text in trained)
     assert max(questions.values()) == 2 and data.kind == "digits"
-    assert scored(data, "train", range(3)) == [
-        t.strip().split(":")[1] for t in texts(data, "train", range(3))
-    ]
+    for text, scored in zip(trained[:3], scored_texts(data, "train", range(3))):
+        assert scored == text.strip().split(":")[1]
 
 
 # ---- hashhop -------------------------------------------------------------------------------------
 
+Problem = collections.namedtuple("Problem", "hops cot queries answers")
+
 
 def follow(text):
-    """Read a problem as a person would: -> hops, has it a chain of thought, [(key, answer between
-    the quotes, the chain by hand)]."""
+    """Read a problem as a person would, and check its answers. -> Problem"""
     lines, completion = text.split("\n\nCOMPLETION:\n")
-    pairs = dict(line.split(" = ") for line in lines.split("\n"))
-    assert len(pairs) == lines.count("\n") + 1
-    hops, cot, answers = re.fullmatch(
-        r"Hops=(\d+)\n\nCoT=(True|False)\n\n(.*)\n", completion, re.S
-    ).groups()
-    found = []
-    for answer in answers.split("\n"):
-        key, value = re.fullmatch(r"(\w+) = '(.*)'", answer).groups()
-        way = [pairs[key]]
-        while not way[-1].startswith("'"):
-            way.append(pairs[way[-1]])
-        way[-1] = way[-1].strip("'")
-        assert value == (" = ".join(way) if cot == "True" else way[-1])
-        found.append((key, value, way))
-        assert len(way) == int(hops)
-    return int(hops), cot == "True", found
+    next_hash = dict(line.split(" = ") for line in lines.split("\n"))
+    assert len(next_hash) == lines.count("\n") + 1
+    form = r"Hops=(\d+)\n\nCoT=(True|False)\n\n(.*)\n"
+    hops, cot, completed = re.fullmatch(form, completion, re.S).groups()
+    queries, answers = [], []
+    for line in completed.split("\n"):
+        query, answer = re.fullmatch(r"(\w+) = '(.*)'", line).groups()
+        chain = [next_hash[query]]
+        while not chain[-1].startswith("'"):
+            chain.append(next_hash[chain[-1]])
+        chain[-1] = chain[-1].strip("'")
+        assert len(chain) == int(hops)
+        assert answer == (" = ".join(chain) if cot == "True" else chain[-1])
+        queries.append(query)
+        answers.append(answer)
+    return Problem(int(hops), cot == "True", queries, answers)
 
 
-def test_hash_chains_followed_by_hand():
-    c = D.Config(task="hashhop", hops=(1, 2, 3, 4), num_queries=3, cot=0.3, block_size=500)
-    data, seen = D.Data(c), collections.Counter()
-    rows, slices = data.source.read("train", range(10000))
-    for text, *tag in zip(rows, slices["hops"], slices["hops_cot"]):
-        hops, cot, found = follow(text)
-        seen[hops, cot] += 1
-        assert tag == [hops, f"{hops}{' cot' * cot}"]
-        assert (
-            len({key for key, *_ in found}) == 3
-            and c.block_size - 40 - 14 * hops < len(text) + 1 <= c.block_size
-        )
-    assert {hops: seen[hops, True] + seen[hops, False] for hops in c.hops} == dict.fromkeys(
-        c.hops, 2500
-    )
-    assert seen[1, True] == 0 and all(650 < seen[h, True] < 850 for h in (2, 3, 4))
-    every = [{*texts(data, split, range(400))} for split in ("train", "val", "test")]
-    assert len(set.union(*every)) == 1200  # no row stands in two splits
-    for split in ("val", "test"):
-        for level, segment in zip(c.test_hops, data.eval_groups(split)):
-            assert all(
-                follow(t)[0] == level and len(follow(t)[2]) == 1
-                for t in texts(data, split, list(segment)[:5])
-            )
+@pytest.fixture(scope="module")
+def hashhop():
+    c = Config(task="hashhop", hops=(1, 2, 3, 4), num_queries=3, cot_frac=0.3, max_bytes=500)
+    return data_synth.Data(c)
 
 
-@pytest.mark.parametrize("hops, hash_len, block", [(1, 2, 64), (4, 16, 400), (16, 2, 400)])
-def test_hashhop_at_its_edges(hops, hash_len, block):
-    data = D.Data(
-        D.Config(
-            task="hashhop", hops=(hops,), test_hops=(hops,), hash_len=hash_len, block_size=block
-        )
-    )
-    for text in texts(data, "train", range(20)):
-        assert follow(text)[0] == hops and len(text) + 1 <= block
-    assert scored(data, "train", [3]) == [follow(texts(data, "train", [3])[0])[2][0][1]]
+def test_hash_chains_followed_by_hand(hashhop):
+    n_problems, n_cot = collections.Counter(), collections.Counter()
+    texts, slices = hashhop.source.read("train", range(10000))
+    for text, hops, hops_cot in zip(texts, slices["hops"], slices["hops_cot"]):
+        problem = follow(text)
+        n_problems[problem.hops] += 1
+        n_cot[problem.hops] += problem.cot
+        assert hops == problem.hops
+        assert hops_cot == (f"{hops} cot" if problem.cot else f"{hops}")
+        assert len(set(problem.queries)) == 3
+        least = 500 - 40 - 14 * problem.hops  # else one more chain would fit
+        assert least < len(text) + 1 <= 500
+    assert n_problems == dict.fromkeys((1, 2, 3, 4), 2500)
+    assert n_cot[1] == 0  # one hop has nothing in between
+    for hops in (2, 3, 4):
+        assert 650 < n_cot[hops] < 850
+
+
+def test_hashhop_splits_share_no_problem(hashhop):
+    texts = []
+    for split in SPLITS:
+        texts += documents(hashhop, split, range(400))
+    assert len(set(texts)) == 1200
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_hashhop_is_measured_by_hops(hashhop, split):
+    groups = hashhop.eval_groups(split)
+    assert len(groups) == 4
+    for hops, group in zip((1, 2, 3, 4), groups):
+        for text in documents(hashhop, split, group[:5]):
+            problem = follow(text)
+            assert problem.hops == hops and len(problem.queries) == 1
+
+
+@pytest.mark.parametrize("hops, hash_len, max_bytes", [(1, 2, 64), (4, 16, 400), (16, 2, 400)])
+def test_hashhop_at_its_edges(hops, hash_len, max_bytes):
+    sizes = dict(hops=(hops,), test_hops=(hops,), hash_len=hash_len, max_bytes=max_bytes)
+    data = data_synth.Data(Config(task="hashhop", **sizes))
+    texts = documents(data, "train", range(20))
+    for text, scored in zip(texts, scored_texts(data, "train", range(20))):
+        problem = follow(text)
+        assert problem.hops == hops and len(text) + 1 <= max_bytes
+        assert problem.answers == [scored]
 
 
 # ---- what a model gets ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("task", SMALL)
-def test_only_answers_are_scored_and_slices_fit(task):
-    data = D.Data(small(task))
-    for split in ("train", "val", "test"):
-        rows = data.eval_groups(split)[0] if split != "train" else range(12)
-        for text, answer in zip(texts(data, split, rows), scored(data, split, rows)):
-            assert answer == re.split(r"[:>]|= '", text)[-1].strip(" '\n")
-        tokens, targets, slices = data.batch(split, 0, rows)
-        assert (
-            tokens.shape == targets.shape
-            and tokens.max() < data.vocab_size
-            and tokens.shape[1] <= data.seq_len
-        )
-        assert {len(v) for v in slices.values()} == {int((targets != -100).sum())}
-        counts = (targets != -100).sum(1).tolist()
-        assert slices["place"].tolist() == [i for n in counts for i in range(n)]
+def test_only_answers_are_scored(task, split):
+    data = small_data(task)
+    indices = range(12) if split == "train" else data.eval_groups(split)[0]
+    texts = documents(data, split, indices)
+    for text, scored in zip(texts, scored_texts(data, split, indices)):
+        assert scored == re.split(r"[:>]|= '", text)[-1].strip(" '\n")
 
 
-@pytest.mark.parametrize("cls", [M.GPT, delta.DeltaNet])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("task", SMALL)
+def test_slices_have_a_value_for_each_label(task, split):
+    data = small_data(task)
+    indices = range(12) if split == "train" else data.eval_groups(split)[0]
+    tokens, targets, slices = data.batch(split, 0, indices)
+    assert tokens.shape == targets.shape and tokens.shape[1] <= data.seq_len
+    assert tokens.max() < data.vocab_size
+    n_labels = (targets != IGNORE_INDEX).sum(1).numpy()
+    for values in slices.values():
+        assert len(values) == n_labels.sum()
+    answer_pos = [np.arange(n) for n in n_labels]
+    assert np.array_equal(slices["answer_pos"], np.concatenate(answer_pos))
+
+
+@pytest.mark.parametrize("module, cls", [(model, model.GPT), (delta, delta.DeltaNet)])
 @pytest.mark.parametrize("task", ["twohop", "hashhop", "text"])
-def test_packed_training_equals_unpacked(cls, task, tmp_path):
+def test_packed_training_equals_unpacked(module, cls, task, tmp_path):
+    """Loss and gradients of documents end to end are those of one padded row each."""
     if task == "text":
-        write_lines(tmp_path / "x.jsonl", [{"text": "ab " * n} for n in range(1, 40)])
-    settings = dict(
-        SMALL.get(task, dict(path=str(tmp_path / "x.jsonl"))), cot=1.0 * (task == "twohop")
-    )
-    apart, packed = (
-        D.Data(D.Config(task=task, packing=p, **settings)) for p in ("none", "documents")
-    )
-    rows = range(10, 27)
-    tokens, targets, _, ends = packed.batch("train", 0, rows)
-    assert (
-        tokens.shape[0] == 1
-        and len(ends) == 18
-        and tokens.shape[1] == ends[-1]
-        and ends.dtype == torch.int32
-    )
-    config = dict(
-        dim=32,
-        dk=16,
-        dv=16,
-        n_layers=2,
-        vocab_size=apart.vocab_size,
-        seq_len=apart.seq_len,
-        init_std=0.3,
-    )
-    outcomes = []
-    for inputs in ((tokens, targets, ends), apart.batch("train", 0, rows)[:2]):
+        path = write_jsonl(tmp_path / "x.jsonl", [{"text": "ab " * n} for n in range(1, 40)])
+        settings = dict(path=path)
+    else:
+        settings = dict(SMALL[task], cot_frac=1.0 if task == "twohop" else 0.0)
+    padded = data_synth.Data(Config(task=task, **settings))
+    packed = data_synth.Data(Config(task=task, pack_documents=True, **settings))
+    indices = range(10, 27)
+    tokens, targets, _, cu_seqlens = packed.batch("train", 0, indices)
+    assert tokens.shape == (1, cu_seqlens[-1])
+    assert len(cu_seqlens) == 18 and cu_seqlens.dtype == torch.int32
+
+    sizes = dict(dim=32, dk=16, dv=16, n_layers=2, init_std=0.3)
+    config = module.Config(vocab_size=padded.vocab_size, seq_len=padded.seq_len, **sizes)
+    results = []
+    for inputs in ((tokens, targets, cu_seqlens), padded.batch("train", 0, indices)[:2]):
         torch.manual_seed(0)
-        model = cls((M if cls is M.GPT else delta).Config(**config))
-        loss = model(*inputs)[1]
-        outcomes.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for a, b in zip(*outcomes):
+        net = cls(config)
+        _, loss = net(*inputs)
+        results.append([loss, *torch.autograd.grad(loss, list(net.parameters()))])
+    for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def flags(folder, name, **changes):
-    toy = dict(
-        n_layers=1,
-        dim=16,
-        n_heads=1,
-        dk=16,
-        dv=16,
-        batch_size=8,
-        eval_interval=10,
-        max_steps=20,
-        num_threads=1,
-    )
-    changes = {
-        **toy,
-        "n_val_examples": 20,
-        **changes,
-        "log_dir": folder,
-        "run_name": name,
-        "data": "data_synth",
-    }
-    return [f"--{k}={v}" for k, v in changes.items()]
-
-
-@pytest.mark.parametrize("model", ["gpt", "delta"])
-def test_runs_with_packing_equal_runs_without(tmp_path, model, capsys):
-    for name, packing in (("a", "none"), ("b", "documents")):
-        assert (
-            train.main(
-                flags(tmp_path, name, task="twohop", entities=30, packing=packing, model=model)
-            )
-            == 0
-        )
-    a, b = (checkpoint.load_checkpoint(str(tmp_path / name), "ckpt")["tensors"] for name in "ab")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
-    assert "without knowledge: majority digit of the last entity" in capsys.readouterr().out
-
-
-def test_a_run_on_a_slice(tmp_path, capsys):
-    options = dict(
-        task="qa",
-        num_pairs=8,
-        buckets="(1,8)",
-        max_steps=150,
-        lr=1e-2,
-        init_std=1,
-        use_ffn=1,
-        eval_interval=10,
-    )
-    assert train.main(flags(tmp_path, "a", **options, target_slice="exposures=8", target_accuracy=0.9)) == 0
-    measured = [r for r in checkpoint.read_log(str(tmp_path / "a")) if r["kind"] == "eval"]
-    watched = [(metrics.slice_accuracy(r, "exposures=8"), r["accuracy"]) for r in measured]
-    assert (
-        sum(w[0] == 1 for w in watched) >= 2
-    )  # the slice is at 1 more than once: the best of these is the best of all rows
-    assert (
-        checkpoint.load_checkpoint(str(tmp_path / "a"), "best")["step"]
-        == measured[watched.index(max(watched))]["step"]
-    )
-    printed = capsys.readouterr().out
-    assert (
-        re.search(r"^exposures +8 .* 1\.0000", printed, re.M)
-        and "val accuracy of exposures=8" in printed
-    )
-    test = checkpoint.read_json(str(tmp_path / "a" / "status.json"))["test"]["by_slice"]
-    assert test["seen"]["0"]["right"] < 0.6 * test["seen"]["0"]["labels"]
-    ev.main([str(tmp_path / "a"), "--examples=72"])  # all rows
-    examples = re.findall(
-        r"prompt +'(.*)'\n +answer +'(.*)'\n +model +'(.*)'", capsys.readouterr().out
-    )
-    rows = checkpoint.read_json(str(tmp_path / "a" / "eval_test.json"))["metrics"]["row_accuracy"]
-    assert len(examples) == rows["n"] and all(
-        re.fullmatch(r"\d{6}:", prompt) for prompt, *_ in examples
-    )
-    assert sum(answer == model for _, answer, model in examples) == round(rows["value"] * rows["n"])
-    stored = checkpoint.read_json(str(tmp_path / "a" / "eval_test.json"))["metrics"]["stored"]
-    table = pq.read_table(tmp_path / "a" / "eval_test.parquet").to_pydict()
-    nats = collections.Counter()
-    for row, loss, seen in zip(table["row"], table["loss"], table["seen"]):
-        nats[row] += loss if seen else 0
-    bits = [max(0.0, 6 * np.log2(10) - n / np.log(2)) for n in nats.values() if n]
-    assert len(bits) == 6 and stored["bits stored"]["value"] == pytest.approx(sum(bits), rel=1e-5)
-    assert stored["bits stored"]["ci95"][0] < sum(bits) < stored["bits stored"]["ci95"][1]
-    with pytest.raises(
-        ConfigError,
-        match="target_slice=exposures=9 is not among the slices of val: exposures=0 exposures=1",
-    ):
-        train.main(flags(tmp_path, "b", **options, target_slice="exposures=9"))
-    assert not (tmp_path / "b").exists()
-    ev.main(["compare", str(tmp_path / "*")])
-    assert (tmp_path / "compare.png").stat().st_size > 5000
-
-
-# ---- on disk -------------------------------------------------------------------------------------
-
-
-def test_a_run_on_text_is_measured_and_knows_its_documents(tmp_path, capsys):
-    path = write_lines(tmp_path / "t.jsonl", [{"text": f"note {i}"} for i in range(30)])
-    assert train.main(flags(tmp_path, "a", task="text", path=path, max_steps=4)) == 0
-    ev.main([str(tmp_path / "a"), "--examples=1"])
-    assert (
-        tmp_path / "a" / "eval_test.png"
-    ).stat().st_size > 3000 and "model " in capsys.readouterr().out
-    write_lines(tmp_path / "t.jsonl", [{"text": f"Note {i}"} for i in range(30)])
-    for again in (
-        lambda: train.main([f"--resume={tmp_path / 'a'}", "--max_steps=8"]),
-        lambda: ev.main([str(tmp_path / "a")]),
-    ):
-        with pytest.raises(ConfigError, match="t.jsonl is another one than .*a was trained on"):
-            again()
-    os.remove(path)
-    with pytest.raises(ConfigError, match="t.jsonl does not exist, and .*a was trained on it"):
-        ev.main([str(tmp_path / "a")])
-
-
-def test_what_a_mask_cannot_find_is_said_before_training(tmp_path):
-    path = write_lines(tmp_path / "t{a}.jsonl", [{"text": f"note {i}"} for i in range(30)])
-    with pytest.raises(
-        ConfigError, match="mask=digits finds no answer in the first 28 documents of train"
-    ):
-        D.Data(D.Config(task="text", path=path, mask="digits"))
-    write_lines(
-        tmp_path / "t{a}.jsonl", [{"question": "a?", "answer": f"note {i}"} for i in range(30)]
-    )
-    with pytest.raises(
-        ConfigError, match="mask=digits has no effect: the documents say what their answers are"
-    ):
-        D.Data(D.Config(task="text", path=path, mask="digits"))
-
-
-VARIANTS = {
-    **{task: (task, {}) for task in SMALL},
-    "inverse": ("qa", dict(inverse="probe")),
-    "no markers": ("twohop", dict(markers=0)),
-    "cot": ("twohop", dict(relations=3, cot=1)),
-}
-
-
-@pytest.mark.parametrize("format", ["parquet", "jsonl"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_written_is_the_task_in_memory(tmp_path, variant, format, capsys, monkeypatch):
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
-    task, changes = VARIANTS[variant]
-    options = {**SMALL[task], **changes}
-    words = [f"--{k}={v}" for k, v in options.items()] + ["--n_train_examples=30"] * (
-        task == "hashhop"
-    )
-    assert D.main([task, "--output_dir", str(tmp_path / "a"), "--format", format, *words]) == 0
-    made, stored = (
-        D.Data(small(task, **changes)),
-        D.Data(D.Config(task=task, path=str(tmp_path / "a"), n_test_examples=10**6)),
-    )
-    count = 30 if task == "hashhop" else made.source.count("train")
-    assert sorted(texts(stored, "train")) == sorted(texts(made, "train", range(count)))
-    for split in ("val", "test"):
-        rows = range(made.source.count(split))
-        a, b = (
-            sorted(zip(found, *slices.values()))
-            for found, slices in (d.source.read(split, rows) for d in (made, stored))
-        )
-        assert a == b
-    kind = getattr(pandas, f"read_{'json' if format == 'jsonl' else format}")
-    frame = kind(
-        tmp_path / "a" / "train" / f"part-00000.{format}",
-        **{"lines": True} if format == "jsonl" else {},
-    )
-    assert frame["text"].tolist() == texts(
-        made, "train", range(count)
-    )  # in the order of the first epoch
-    slices = [data.batch("test", 0, [0])[2].keys() for data in (stored, made)]
-    assert (stored.batch("test", 0, range(8))[1] != K.IGNORE_INDEX).any()
-    assert (
-        stored.kind == made.kind and stored.baselines == made.baselines and slices[0] == slices[1]
-    )
-    assert stored.source.capacity == getattr(made.source, "capacity", {})
-    assert bool(stored.source.capacity) == (variant in ("qa", "digits"))
-    assert D.main([task, "--output_dir", str(tmp_path / "b"), "--format", format, *words]) == 0
-    for file in sorted(p for p in (tmp_path / "a").rglob("*.*") if p.name != "metadata.json"):
-        assert (
-            file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
-        )  # same seed, same bytes
-    with pytest.raises(ConfigError, match="exists already"):
-        D.main([task, "--output_dir", str(tmp_path / "a"), *words])
-    other = "digits" if task != "digits" else "qa"
-    with pytest.raises(ConfigError, match=f"holds task {task}; say --task {task}"):
-        D.Data(D.Config(task=other, path=str(tmp_path / "a")))
-
-
-def test_damage_to_a_data_set_is_noticed(tmp_path):
-    D.main(["qa", "--output_dir", str(tmp_path / "a"), "--num_pairs=16"])
-    path = tmp_path / "a" / "train" / "part-00000.parquet"
-    whole = bytearray(path.read_bytes())
-    for place in (0, len(whole) // 3, len(whole) - 1):
-        whole[place] ^= 1
-        path.write_bytes(whole)
-        with pytest.raises(ConfigError, match="part-00000.parquet is missing or damaged"):
-            D.Data(D.Config(path=str(tmp_path / "a")))
-        whole[place] ^= 1
-    path.unlink()
-    with pytest.raises(ConfigError, match="missing or damaged"):
-        D.Data(D.Config(path=str(tmp_path / "a")))
-    (tmp_path / "a" / "metadata.json").write_text("{")
-    with pytest.raises(ConfigError, match="metadata.json is damaged, or not of this project"):
-        D.Data(D.Config(path=str(tmp_path / "a")))
-    with pytest.raises(ConfigError, match="holds no data set"):
-        D.Data(D.Config(path=str(tmp_path)))
-
-
-# ---- documents of your own -----------------------------------------------------------------------
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def test_texts_questions_and_folders(tmp_path):
-    path = write_lines(tmp_path / "x.jsonl", [{"text": f"line {i}\nü"} for i in range(100)])
-    data = D.Data(D.Config(task="text", path=path))
-    parts = [set(texts(data, split)) for split in ("train", "val", "test")]
-    assert [len(p) for p in parts] == [90, 5, 5] and len(set.union(*parts)) == 100
-    assert scored(data, "test", [0]) == texts(data, "test", [0])  # all of it, and its end
-    assert data.batch("test", 0, [0])[1].max() == K.BYTES.eos
-    rows = [{"question": "Who? Me?", "answer": f"You? {i}"} for i in range(3)]
-    for name in ("train", "validation", "test"):
-        (tmp_path / "d" / name).mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d" / name / "a.parquet")
-    data = D.Data(D.Config(task="text", path=str(tmp_path / "d")))
-    assert [data.source.count(s) for s in ("train", "val", "test")] == [3, 3, 3]
-    assert sorted(scored(data, "test", range(3))) == ["You? 0", "You? 1", "You? 2"]
-    packed = D.Data(D.Config(task="text", path=str(tmp_path / "d"), packing="documents")).batch(
-        "train", 0, range(3)
-    )
-    assert (packed[1] != -100).sum() == 3 * 7
-    data = D.Data(
-        D.Config(
-            task="text",
-            path=write_lines(tmp_path / "y.jsonl", [{"text": "Is it? Yes"}] * 3),
-            mask="qa",
-        )
-    )
-    assert scored(data, "train", [0]) == [" Yes"]
-
-
-def own(path, **settings):
-    return D.Data(D.Config(task="text", path=str(path), **settings))
-
-
-FIRST, LAST = "abcdefghijklmnopqrst", "ABCDEFGHIJ"
-NAMES = [
-    {"question": f"Where does {f} {s} live?", "answer": f"in {f}{s}"} for f in FIRST for s in LAST
-]
-
-
-def test_all_facts_of_your_own_are_trained_on_and_measured(tmp_path):
-    data = own(write_lines(tmp_path / "x.jsonl", NAMES))
-    parts = [set(texts(data, split)) for split in ("train", "val", "test")]
-    assert [data.source.count(split) for split in ("train", "val", "test")] == [200] * 3
-    assert parts[0] == parts[1] == parts[2] and "seen" not in data.batch("test", 0, [0])[2]
-    assert data.notes == [
-        "documents: train 200, val 200 (200 of them trained on), test 200 (200 of them trained on)"
-    ]
-    data = own(
-        write_lines(tmp_path / "y.jsonl", [{"text": f"{i}:{7 * i} "} for i in range(40)]),
-        mask="digits",
-    )
-    assert [data.source.count(split) for split in ("train", "val", "test")] == [40] * 3
-    some = own(tmp_path / "x.jsonl", n_val_examples=50)
-    assert "val 50 of 200 (50 of them trained on), test 200" in some.notes[0]
-
-
-def test_held_out_facts_are_a_slice(tmp_path):
-    data = own(write_lines(tmp_path / "x.jsonl", NAMES + NAMES[:3]), heldout_facts=0.1)
-    trained, measured = set(texts(data, "train")), texts(data, "test")
-    assert len(trained) == 180 and len(measured) == 200 and trained < set(measured)
-    _, targets, slices = data.batch("test", 0, range(200))
-    seen = np.repeat([t in trained for t in measured], (targets != K.IGNORE_INDEX).sum(1))
-    assert slices["seen"].tolist() == seen.astype(int).tolist()
-    assert set(texts(data, "val")) == set(measured)
-    held_out = {question for question, _ in set(measured) - trained}
-    surnames = {question.split()[-2] for question in held_out}
-    assert len(surnames) > 5  # not the last lines of the file
-    for share, message in ((0.001, "holds out none, or all"), (0.95, "must be between 0 and 0.9")):
-        with pytest.raises(ConfigError, match=message):
-            c = D.Config(task="text", path=str(tmp_path / "x.jsonl"), heldout_facts=share)
-            c.check()
-            D.Data(c)
-    with pytest.raises(ConfigError, match="heldout_facts has no effect"):
-        own(
-            write_lines(tmp_path / "t.jsonl", [{"text": f"note {i}"} for i in range(9)]),
-            heldout_facts=0.5,
-        )
-
-
-def test_a_held_out_question_is_not_trained_on_in_other_words(tmp_path):
-    """In another Unicode form or with other blanks it is the same question."""
-    forms = [f"caf\u00e9 {i}?" for i in range(40)], [f"cafe\u0301  {i}?" for i in range(40)]
-    rows = [{"question": q, "answer": "yes"} for form in forms for q in form]
-    data = own(write_lines(tmp_path / "x.jsonl", rows), heldout_facts=0.5)
-    trained = texts(data, "train")
-    held_out = set(texts(data, "test")) - set(trained)
-    number = lambda document: re.search(r"\d+", document[0])[0]
-    numbers = set(map(number, trained)), set(map(number, held_out))
-    assert [len(n) for n in numbers] == [20, 20] and not numbers[0] & numbers[1]
-    assert len(data.notes) == 1  # two forms of one fact are no second answer
-
-
-def test_slices_of_a_data_set_are_numbers_or_text(tmp_path):
-    D.main(["qa", "--output_dir", str(tmp_path / "a"), "--num_pairs=16", "--format=jsonl"])
-    path, about = tmp_path / "a" / "validation/part-00000.jsonl", tmp_path / "a" / "metadata.json"
-    path.write_text(path.read_text().replace('"exposures": 0', '"exposures": null'))
-    metadata = json.loads(about.read_text())
-    metadata["files"]["validation"][0]["sha256"] = checkpoint.sha256_file(path)
-    about.write_text(json.dumps(metadata))
-    with pytest.raises(ConfigError, match="the tag 'exposures' is no number or text in each row"):
-        D.Data(D.Config(path=str(tmp_path / "a")))
-
-
-def test_no_copy_of_a_text_stands_in_another_split(tmp_path):
-    """Ten lines twenty times, in two Unicode forms and with other blanks."""
-    forms = ["caf\u00e9 {}", "cafe\u0301 {}", "caf\u00e9  {}\n"]
-    lines = [{"text": forms[i % 3].format(i % 10)} for i in range(200)]
-    data = own(write_lines(tmp_path / "x.jsonl", lines))
-    plain = lambda text: "".join(text.replace("e\u0301", "\u00e9").split())
-    parts = [{plain(t) for t in texts(data, split)} for split in ("train", "val", "test")]
-    assert [len(p) for p in parts] == [8, 1, 1] and len(set.union(*parts)) == 10
-    assert [data.source.count(split) for split in ("train", "val", "test")] == [160, 3, 3]
-    assert collections.Counter(map(plain, texts(data, "train"))) == dict.fromkeys(parts[0], 20)
-    assert data.notes[0].startswith(
-        "documents: train 160 (24 different), val 3 (0 of them trained on)"
-    )
-    with pytest.raises(ConfigError, match="x.jsonl has 2 documents that differ"):
-        own(write_lines(tmp_path / "x.jsonl", lines[:2] * 50))
-
-
-def test_the_split_of_texts_depends_on_seed_and_content_alone(tmp_path):
-    lines = [{"text": f"note {i}"} for i in range(100)]
-    a, b = (
-        own(write_lines(tmp_path / f"{n}.jsonl", some))
-        for n, some in enumerate((lines, lines[::-1]))
-    )
-    parts = [[set(texts(data, split)) for split in ("train", "val", "test")] for data in (a, b)]
-    assert parts[0] == parts[1] and [len(p) for p in parts[0]] == [90, 5, 5]
-    other = own(tmp_path / "0.jsonl", seed=1)
-    assert set(texts(other, "test")) != parts[0][2]
-
-
-def test_folders_say_what_they_share(tmp_path):
-    lines = [{"text": f"note {i}"} for i in range(8)]
-    for name, some in (
-        ("train", lines[:6] * 2),
-        ("validation", lines[5:7] * 3),
-        ("test", lines[:8]),
-    ):
-        (tmp_path / name).mkdir()
-        write_lines(tmp_path / name / "x.jsonl", some)
-    data = own(tmp_path)
-    assert data.notes == [
-        "documents: train 12 (6 different), val 2 (1 of them trained on), "
-        "test 8 (6 of them trained on)"
-    ]
-    trained = [texts(data, "test", [row])[0] in {r["text"] for r in lines[:6]} for row in range(8)]
-    assert [data.batch("test", 0, [row])[2]["seen"][0] for row in range(8)] == trained
-    with pytest.raises(ConfigError, match="heldout_facts has no effect"):
-        own(tmp_path, heldout_facts=0.5)
-
-
-def test_two_answers_to_one_question_are_named(tmp_path):
-    rows = [
-        {"question": q, "answer": a}
-        for q, a in (("Who?", "A"), ("caf\u00e9?", "B"), ("Who? ", "C"), ("cafe\u0301?", "B"))
-    ]
-    path = write_lines(tmp_path / "x.jsonl", rows)
-    assert own(path).notes[1:] == [
-        f"note: questions with more than one answer: 1, {path}:1 and {path}:3 for one; "
-        "no model can be right on both"
-    ]
-    path = write_lines(
-        tmp_path / "y.jsonl", [{"text": t} for t in ("12:3 ", "12:4 ", "13:4 ", "12:3 ")]
-    )
-    assert f"1, {path}:1 and {path}:2 for one" in own(path, mask="digits").notes[1]
-
-
-def test_rows_without_an_answer_are_not_counted_as_right(tmp_path, capsys):
-    lines = [{"text": f"{i}:{7 * i} " if i % 2 else f"note {i}"} for i in range(200)]
-    path = write_lines(tmp_path / "x.jsonl", lines)
-    settings = dict(task="text", path=path, mask="digits", max_steps=1, lr=1e-9, n_val_examples=500)
-    assert train.main(flags(tmp_path, "a", **settings)) == 0
-    test = checkpoint.read_json(str(tmp_path / "a" / "status.json"))["test"]
-    assert test["rows"] == test["all"]["rows"] == 100 and test["row_accuracy"] == 0
-    assert (
-        "without an answer, so not counted: 90 of train, 5 of val, 5 of test"
-        in capsys.readouterr().out
-    )
-    ev.main([str(tmp_path / "a")])
-    share = checkpoint.read_json(str(tmp_path / "a" / "eval_test.json"))["metrics"]["row_accuracy"]
-    assert share["n"] == 100 and share["value"] == 0
-    asked = own(
-        write_lines(tmp_path / "q.jsonl", [{"text": "Is it?"}, {"text": "Is it? Yes"}] * 9),
-        mask="qa",
-    )
-    assert [
-        (asked.encode_and_label([t])[1] != K.IGNORE_INDEX).sum() for t in ("Is it?", "Is it? Yes")
-    ] == [
-        0,
-        5,
-    ]  # no end alone
-
-
-def test_marks_and_names_of_other_programs(tmp_path):
-    """A byte order mark, line ends of Windows, null for what a row lacks, odd columns."""
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "ab"}\r\n\r\n{"text": "cd"}\r\n{"text": "ef"}')
-    assert sorted(own(path).source.texts) == ["ab", "cd", "ef"]
-    path.write_bytes('{"text": "ab"}\n'.encode("utf-16"))
-    with pytest.raises(ConfigError, match="x.jsonl is UTF-16; save it as UTF-8"):
-        own(path)
-    rows = [{"text": "ab"}, {"question": "Who?", "answer": "me"}, {"text": "cd"}, {"text": "ef"}]
-    table = pa.Table.from_pylist(
-        [{"text": None, "question": None, "answer": None, **row} for row in rows]
-    )
-    odd = pa.array([2**62, None, 0, 1], pa.timestamp("ns")), pa.array([2**62] * 4, pa.duration("s"))
-    table = table.append_column("when", odd[0]).append_column("long", odd[1])
-    pq.write_table(table, tmp_path / "x.parquet")
-    assert set(own(tmp_path / "x.parquet").source.texts) == {"ab", ("Who? ", "me"), "cd", "ef"}
-    pq.write_table(
-        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]),
-        tmp_path / "x.parquet",
-    )
-    with pytest.raises(ConfigError, match="has two columns named"):
-        own(tmp_path / "x.parquet")
-
-
-BAD = {  # name: (bytes of line 2, what the sentence says)
-    "torn": (b'{"text": "ab', "no JSON"),
-    "column": (b'{"txt": "ab"}', 'needs "text", or "question" and "answer"; it has txt'),
-    "half": (b'{"question": "ab"}', 'needs "text", or "question" and "answer"; it has question'),
-    "utf-8": (b'{"text": "ab\xff"}', "byte 13 of the line is no UTF-8"),
-    "null": (b'{"text": null}', '"text" is NoneType, not text'),
-    "number": (b'{"text": 3}', '"text" is int, not text'),
-    "list": (b'["text"]', "a JSON list, not an object"),
-    "empty": (b'{"text": " "}', '"text" is empty'),
-    "long": (b'{"text": "' + b"a" * 10_000_000 + b'"}', "a line of more than 1048576 bytes"),
-    "document": (
-        b'{"text": "' + b"a" * 300 + b'"}',
-        "a document of 302 bytes, more than block_size=256",
-    ),
-    "surrogate": (b'{"text": "\\ud800"}', "half of a surrogate pair"),
-    "deep": (b"[" * 100_000, "no JSON"),
-    "twice": (b'{"question": "a", "question": "b"}', "the name 'question' comes twice"),
-    "digits": (b'{"text": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
-    "both": (b'{"text": "a", "question": "b", "answer": "c"}', 'has "text", and "question"'),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_line_is_named(tmp_path, name):
-    line, message = BAD[name]
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"text": "ab"}\n' + line + b'\n{"text": "cd"}\n')
-    with pytest.raises(
-        ConfigError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(message)
-    ) as e:
-        D.Data(D.Config(task="text", path=str(path)))
-    assert "\n" not in str(e.value) and len(str(e.value)) < 400
-
-
-def test_bad_input_ends_a_run_with_a_sentence_and_leaves_nothing(tmp_path, script):
-    (tmp_path / "x.jsonl").write_text('{"text": "ab"}\n{"text": "a')
-    done = script(
-        "train.py",
-        "--data=data_synth",
-        "--task=text",
-        "--path=x.jsonl",
-        "--log_dir=runs",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2 and "x.jsonl:2" in done.stderr and "Traceback" not in done.stderr
-    assert os.listdir(tmp_path) == ["x.jsonl"]
-
-
-def test_bad_parquet_is_named(tmp_path):
-    path = tmp_path / "x.parquet"
-    generator = np.random.default_rng(0)
-    table = pa.table(
-        {"text": ["".join(map(chr, generator.integers(97, 122, 40))) for _ in range(2000)]}
-    )
-    pq.write_table(table, path, write_page_checksum=True, use_dictionary=False, compression="none")
-    whole, noticed = path.read_bytes(), 0
-    for place in np.linspace(0, len(whole) - 1, 60).astype(int):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1  # another letter, mostly: nothing but the checksum tells
-        path.write_bytes(damaged)
-        try:
-            D.Data(D.Config(task="text", path=str(path)))
-        except ConfigError as e:
-            noticed += 1
-            assert "x.parquet: " in str(e) and "\n" not in str(e)
-    assert noticed >= 55  # a flip in a part that no reader needs changes nothing
-    for rows, message in (
-        ([{"text": "a"}, {"text": None}], 'row 2: "text" is NoneType'),
-        ([{"x": 1}], "row 1: needs"),
-    ):
-        pq.write_table(pa.Table.from_pylist(rows), path)
-        with pytest.raises(ConfigError, match=message):
-            D.Data(D.Config(task="text", path=str(path)))
-
-
-def test_paths_that_hold_nothing(tmp_path):
-    mistakes = {
-        "nowhere": "does not exist",
-        "": "holds no .jsonl",
-        "x.txt": "neither .jsonl nor",
-        "e.jsonl": "has 0 doc",
-    }
-    for path, message in mistakes.items():
-        if "." in path:
-            (tmp_path / path).write_text("")
-        with pytest.raises(ConfigError, match=message):
-            D.Data(D.Config(task="text", path=str(tmp_path / path)))
-
-
-# ---- command line --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["quiz", "--output_dir=x"], "name what to do first"),
-        (["qa", "--task=digits"], "the task is qa already"),
-        (["qa", "--packing=documents"], "what is written is text"),
-        (["check", "--num_pairs=8"], "there is no setting 'num_pairs'"),
-        (["qa", "--path=x"], "path=x is a data set already"),
-        (
-            ["qa", "--output_dir=x", "--num_pairs=15"],
-            "num_pairs=15 does not divide into 8 buckets; 16 does",
-        ),
-        (
-            ["qa", "--output_dir=x", "--digits=2", "--num_pairs=800"],
-            "800 pairs need 1600 different numbers",
-        ),
-        (["digits", "--output_dir=x", "--buckets=[1,2]"], "only task qa uses it"),
-        (["digits", "--output_dir=x", "--steps=2"], "rule is random"),
-        (["twohop", "--output_dir=x", "--phi=3"], "at most 0.8\\d or more relations"),
-        (["twohop", "--output_dir=x", "--cot=0.5"], "cot must be 0 or 1"),
-        (
-            ["hashhop", "--output_dir=x", "--block_size=60"],
-            "block_size=60 is too small for 2 chains of 1 hops",
-        ),
-        (
-            ["hashhop", "--output_dir=x", "--hash_len=2", "--block_size=3000"],
-            "hash_len=2 is too short",
-        ),
-        (["text", "--output_dir=x"], "task=text"),
-        (["qa", "--output_dir=x", "--pairs=3"], "no setting 'pairs'"),
-    ],
-)
-def test_mistakes_are_named(words, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=message):
-        D.main(words)
-    assert os.listdir(tmp_path) == []
-
-
-def test_the_advice_of_a_refusal_works(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    few = [f"--n_{split}_examples=3" for split in ("train", "val", "test")]
-    commands = {
-        "block_size": ["hashhop", *few, "--block_size=60"],
-        "num_pairs": ["qa", "--num_pairs=15"],
-    }
-    commands |= {"phi": ["twohop", "--phi=3"]}
-    for number, (advice, words) in enumerate(commands.items()):
-        for _ in range(
-            5
-        ):  # one setting may ask for more than once: each number of hops needs its own size
-            try:
-                assert D.main([*words, f"--output_dir=d{number}"]) == 0
-                break
-            except ConfigError as e:
-                better = re.search(r"(?:use at least|use at most|buckets;) ([\d.]+)", str(e))[1]
-                words = [*words[:-1], f"--{advice}={better}"]
-        assert os.path.isdir(f"d{number}")
-
-
-def test_check_speaks_and_fails_loudly(capsys, tmp_path, script):
-    assert D.main(["check"]) == 0
-    assert capsys.readouterr().out.count("exact") == 4
-    from toys import tokenizer_json
-
-    done = script("data_synth.py", "check", f"--tokenizer={tokenizer_json(tmp_path, ['1 2'])}")
-    assert (
-        done.returncode == 1
-        and "would not be exact" in done.stderr
-        and "digits are merged" in done.stdout
-    )
-
-
-def test_memory_does_not_grow_with_the_copies():
-    """The orders of two epochs are kept, and each document once, however many epochs pass."""
-    data = D.Data(D.Config(num_pairs=800))
-    n = data.source.count("train")
-    for epoch in range(20):
-        data.batch("train", 0, range(epoch * n, epoch * n + 8))
-        assert rng.epoch_permutation.cache_info().currsize <= 2 and len(data.source.texts) == 800

@@ -66,7 +66,7 @@ def test_slices_add_up_and_are_saved(runs, capsys):
         assert cell["nll"] == pytest.approx(np.array(table["loss"])[pairs == n].mean(), rel=1e-5)
     assert saved["metrics"]["loss"]["value"] == pytest.approx(np.mean(table["loss"]), rel=1e-5)
     assert (runs / "r1" / "eval_test.png").stat().st_size > 5000
-    assert set(saved["by_slice"]["cell"]) == {"16x4", "32x8"} == set(table["cell"])
+    assert set(saved["by_slice"]["size"]) == {"16x4", "32x8"} == set(table["size"])
 
 
 def test_checkpoint_and_split_can_be_chosen(runs, capsys):
@@ -142,7 +142,7 @@ def test_facts_are_rewritten_and_the_model_is_as_before(tmp_path, capsys):
         " --model=memory --memory_layers=[0,1] --mem_share_values=0 --mem_n_keys=16 --mem_k_dim=16 --lr=1e-2 --mem_value_lr_scale=4"
     )
     toy += " --max_steps=250"
-    toy_text = "--data=data_synth --task=text --mask=qa --model=memory --mem_n_keys=8 --mem_k_dim=8 --mem_share_values=0"
+    toy_text = "--data=data_synth --task=text --label_mask=qa --model=memory --mem_n_keys=8 --mem_k_dim=8 --mem_share_values=0"
     train.main([*toy.split(), "--batch_size=64", "--num_threads=1", f"--log_dir={tmp_path}", "--run_name=a", "--eval_interval=250"])
     folder = str(tmp_path / "a")
     capsys.readouterr()

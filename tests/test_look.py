@@ -36,12 +36,12 @@ def runs(tmp_path_factory):
     facts = (
         "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2"
     )
-    hops = "--data=data_synth --task=hashhop --block_size=220 --num_queries=3 --n_val_examples=10 --n_test_examples=12"
+    hops = "--data=data_synth --task=hashhop --max_bytes=220 --num_queries=3 --n_val_examples=10 --n_test_examples=12"
     mqar = "--n_layers=2 --dim=32 --dk=16 --dv=16 --conv_size=2 --lr=1e-2 --num_threads=1 --vocab_size=32 --input_seq_len=16"
     for name, words in (
         ("memory", f"{small} {facts} --model=memory --memory_layers=[0,1] --mem_share_values=0 --max_steps=60"),
         ("router", f"{small} {facts} --model=memory_router --memory_layers=[1] --max_steps=20"),
-        ("hops", f"{small} {hops} --model=memory --memory_layers=[1] --hops=[1,2] --cot=0.5 --max_steps=10"),
+        ("hops", f"{small} {hops} --model=memory --memory_layers=[1] --hops=[1,2] --cot_frac=0.5 --max_steps=10"),
         ("mqar", f"{mqar} --num_kv_pairs=4 --n_val_examples=20 --n_test_examples=30 --max_steps=10"),
     ):
         train.main([*words.split(), f"--run_name={name}", f"--log_dir={folder}"])

@@ -1,7 +1,6 @@
 """mixture.py: the data set of each step, runs with a synthetic start that are resumed, mistakes."""
 
-import json
-import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,16 +12,17 @@ import data_synth
 import train
 from nanorecall import checkpoint, mixture
 from nanorecall.settings import ConfigError
-from toys import assert_same, contents
+from toy_facts import small_data, write_jsonl
+from toys import as_flags, assert_same, contents, tokenizer_json
 
 
-def settings(path, start, end, weight=1.0):
+def settings(path, start, end, weight=1.0, seed=3):
     return SimpleNamespace(
         synthetic_dataset=str(path),
         synthetic_start_step=start,
         synthetic_end_step=end,
         synthetic_weight=weight,
-        seed=3,
+        seed=seed,
         n_epochs=10,
         max_steps=2000,
         batch_size=8,
@@ -33,118 +33,140 @@ def settings(path, start, end, weight=1.0):
 def stored(tmp_path_factory):
     """A directory of each kind that can be mixed in."""
     folder = tmp_path_factory.mktemp("stored")
-    mqar = "--num-samples 40 --seq-len 16 --num-kv-pairs 4 --vocab-size 256 --num-copies 1"
-    data_mqar.main([f"--output-dir={folder / 'mqar'}", *mqar.split()])
-    data_synth.main(
-        ["digits", f"--output_dir={folder / 'digits'}", "--num_pairs=40", "--num_novel=10"]
-    )
-    (folder / "notes.jsonl").write_text(
-        "".join(json.dumps({"text": f"note {i} " * 50}) + "\n" for i in range(30))
-    )
+    sizes = "--num-samples 40 --seq-len 16 --num-kv-pairs 4 --vocab-size 256 --num-copies 1"
+    data_mqar.main([f"--output-dir={folder / 'mqar'}", *sizes.split()])
+    sizes = ["--num_pairs=40", "--num_unseen=10"]
+    data_synth.main(["digits", f"--output_dir={folder / 'digits'}", *sizes])
+    write_jsonl(folder / "notes.jsonl", [{"text": f"note {i} " * 50} for i in range(30)])
     return folder
 
 
 @pytest.fixture
-def main_data():
-    return data_synth.Data(data_synth.Config(task="twohop", entities=30))
+def primary():
+    return small_data("twohop")
+
+
+# ---- which step takes which data set -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mqar", "digits", "notes.jsonl"])
-def test_window_steps_come_from_the_synthetic_data(stored, main_data, name):
+def test_window_steps_come_from_the_synthetic_data(stored, primary, name):
     """Inside the window the synthetic data set's own steps 0, 1, ...; else the primary one's."""
-    both = mixture.mix(main_data, settings(stored / name, 2, 5))
-    second = both.synthetic
-    assert both.vocab_size == max(259, second.vocab_size) and both.seq_len == max(
-        main_data.seq_len, second.seq_len
-    )
-    sources = [main_data, main_data, second, second, second, main_data]
-    for step, (data, own) in enumerate(zip(sources, [0, 1, 0, 1, 2, 2])):
-        rows = both.batch_indices(step, 8)
-        assert rows == data.batch_indices(own, 8)
-        assert_same([*both.batch("train", step, rows)[:2]], [*data.batch("train", own, rows)[:2]])
-    assert_same([*both.batch("val", 3, range(5))[:2]], [*main_data.batch("val", 0, range(5))[:2]])
-    assert both.eval_groups("val") == main_data.eval_groups("val") and both.steps_per_epoch(
-        8
-    ) == main_data.steps_per_epoch(8)
+    both = mixture.mix(primary, settings(stored / name, 2, 5))
+    synthetic = both.synthetic
+    sources = [primary, primary, synthetic, synthetic, synthetic, primary]
+    own_steps = [0, 1, 0, 1, 2, 2]
+    for step, (data, own_step) in enumerate(zip(sources, own_steps)):
+        indices = both.batch_indices(step, 8)
+        assert indices == data.batch_indices(own_step, 8)
+        mixed, own = both.batch("train", step, indices), data.batch("train", own_step, indices)
+        assert_same(mixed[:2], own[:2])
 
 
-def test_a_weight_shares_out_the_window(stored, main_data):
-    both = mixture.mix(main_data, settings(stored / "digits", 100, 1100, 0.3))
-    turns = [both.source_of_step(step) for step in range(1300)]
-    seconds = [i for i, (data, _) in enumerate(turns) if data is both.synthetic]
-    assert 100 <= min(seconds) < 120 and 1080 < max(seconds) < 1100
-    assert len(seconds) == pytest.approx(300, abs=60)  # four standard deviations
-    for data in (both.primary, both.synthetic):  # each runs through its own steps, none left out
-        numbers = [number for which, number in turns if which is data]
+@pytest.mark.parametrize("name", ["mqar", "digits", "notes.jsonl"])
+def test_a_model_has_room_for_both_data_sets(stored, primary, name):
+    both = mixture.mix(primary, settings(stored / name, 2, 5))
+    assert both.vocab_size == max(primary.vocab_size, both.synthetic.vocab_size) == 259
+    assert both.seq_len == max(primary.seq_len, both.synthetic.seq_len)
+
+
+def test_validation_and_epochs_are_those_of_the_primary_data(stored, primary):
+    both = mixture.mix(primary, settings(stored / "digits", 2, 5))
+    mixed, own = both.batch("val", 3, range(5)), primary.batch("val", 0, range(5))
+    assert_same(mixed[:2], own[:2])
+    assert both.eval_groups("val") == primary.eval_groups("val")
+    assert both.steps_per_epoch(8) == primary.steps_per_epoch(8)
+
+
+def test_the_weight_is_the_fraction_of_synthetic_steps(stored, primary):
+    both = mixture.mix(primary, settings(stored / "digits", 100, 1100, weight=0.3))
+    own_steps = {both.primary: [], both.synthetic: []}
+    synthetic_steps = []
+    for step in range(1300):
+        data, own_step = both.source_of_step(step)
+        own_steps[data].append(own_step)
+        if data is both.synthetic:
+            synthetic_steps.append(step)
+    assert 100 <= min(synthetic_steps) < 120 and 1080 < max(synthetic_steps) < 1100
+    assert len(synthetic_steps) == pytest.approx(300, abs=60)  # four standard deviations
+    for numbers in own_steps.values():  # each data set goes through all of its own steps
         assert numbers == list(range(len(numbers)))
-    other = settings(stored / "digits", 100, 1100, 0.3)
-    other.seed = 4
-    assert not np.array_equal(both.is_synthetic, mixture.mix(main_data, other).is_synthetic)
 
 
-def test_a_window_may_be_for_ever_and_text_is_read_with_the_same_tokenizer(stored, tmp_path):
-    from toys import tokenizer_json
+def test_the_synthetic_steps_depend_on_the_seed(stored, primary):
+    mixtures = []
+    for seed in (3, 4):
+        c = settings(stored / "digits", 100, 1100, weight=0.3, seed=seed)
+        mixtures.append(mixture.mix(primary, c))
+    assert not np.array_equal(mixtures[0].is_synthetic, mixtures[1].is_synthetic)
 
+
+def test_a_window_may_have_no_end(stored, primary):
+    both = mixture.mix(primary, settings(stored / "digits", 0, 10**12))
+    assert len(both.is_synthetic) == 2000  # the steps of the run
+
+
+def test_text_is_read_with_the_tokenizer_of_the_primary_data(stored, tmp_path):
     path = tokenizer_json(tmp_path, ["n o"])
-    main = data_synth.Data(data_synth.Config(task="twohop", entities=30, tokenizer=path))
-    both = mixture.mix(main, settings(stored / "notes.jsonl", 0, 10**12))
-    assert len(both.is_synthetic) == 2000 and both.synthetic.tokenizer.name == path
+    primary = small_data("twohop", tokenizer=path)
+    both = mixture.mix(primary, settings(stored / "notes.jsonl", 0, 5))
+    assert both.synthetic.tokenizer.name == path
 
 
-def flags(folder, name, stored, **changes):
-    toy = dict(
-        data="data_synth",
-        task="twohop",
-        entities=30,
-        n_val_examples=20,
-        n_layers=1,
-        dim=16,
-        n_heads=1,
-        dk=16,
-        dv=16,
-    )
-    toy |= dict(
-        batch_size=8,
-        eval_interval=4,
-        max_steps=20,
-        log_interval=1,
-        num_threads=1,
-        synthetic_dataset=stored / "digits",
-    )
-    toy |= dict(
-        synthetic_start_step=2,
-        synthetic_end_step=14,
-        synthetic_weight=0.5,
-        log_dir=folder,
-        run_name=name,
-    )
-    return [f"--{k}={v}" for k, v in {**toy, **changes}.items() if v is not None]
+# ---- runs ----------------------------------------------------------------------------------------
+
+WINDOW = dict(synthetic_start_step=2, synthetic_end_step=14, synthetic_weight=0.5)
+RUN = dict(
+    data="data_synth",
+    task="twohop",
+    num_entities=30,
+    n_val_examples=20,
+    n_layers=1,
+    dim=16,
+    n_heads=1,
+    dk=16,
+    dv=16,
+    batch_size=8,
+    eval_interval=4,
+    max_steps=20,
+    log_interval=1,
+    num_threads=1,
+)
+
+
+def flags(folder, name, dataset, **changes):
+    """The command line of a run that mixes in a data set; None: none."""
+    mixed = dict(synthetic_dataset=dataset, **WINDOW)
+    return as_flags({**RUN, **mixed, "log_dir": folder, "run_name": name, **changes})
 
 
 def test_a_run_with_a_synthetic_start_resumes_exactly(tmp_path, stored):
-    assert train.main(flags(tmp_path, "whole", stored)) == 0
-    assert train.main(flags(tmp_path, "stopped", stored, max_steps=8)) == 0
+    dataset = stored / "digits"
+    assert train.main(flags(tmp_path, "whole", dataset)) == 0
+    assert train.main(flags(tmp_path, "stopped", dataset, max_steps=8)) == 0
     assert train.main([f"--resume={tmp_path / 'stopped'}", "--max_steps=20"]) == 0
-    weights = [contents(str(tmp_path / name))[0]["tensors"] for name in ("whole", "stopped")]
-    assert_same(*weights)
-    none = dict.fromkeys(
-        ("synthetic_dataset", "synthetic_start_step", "synthetic_end_step", "synthetic_weight")
-    )
-    assert train.main(flags(tmp_path, "without", stored, **none)) == 0
-    without = checkpoint.load_checkpoint(str(tmp_path / "without"), "ckpt")["tensors"]
-    assert any(not torch.equal(weights[0][k], without[k]) for k in without)
+    whole, _ = contents(str(tmp_path / "whole"))
+    resumed, _ = contents(str(tmp_path / "stopped"))
+    assert_same(whole["tensors"], resumed["tensors"])
 
 
-def test_a_finished_run_is_measured_without_the_second_data_set(tmp_path, stored):
-    copy = tmp_path / "copy"
-    os.system(f"cp -r {stored / 'mqar'} {copy}")
-    assert train.main(flags(tmp_path, "run", stored, synthetic_dataset=copy)) == 0
-    os.system(f"rm -r {copy}")
+def test_a_synthetic_start_changes_the_weights(tmp_path, stored):
+    assert train.main(flags(tmp_path, "mixed", stored / "digits")) == 0
+    assert train.main(flags(tmp_path, "plain", None, **dict.fromkeys(WINDOW))) == 0
+    mixed = checkpoint.load_checkpoint(str(tmp_path / "mixed"), "ckpt")["tensors"]
+    plain = checkpoint.load_checkpoint(str(tmp_path / "plain"), "ckpt")["tensors"]
+    assert any(not torch.equal(mixed[name], plain[name]) for name in plain)
+
+
+def test_a_finished_run_is_measured_without_the_synthetic_data(tmp_path, stored):
+    dataset = tmp_path / "mqar"
+    shutil.copytree(stored / "mqar", dataset)
+    assert train.main(flags(tmp_path, "run", dataset)) == 0
+    shutil.rmtree(dataset)
     _, data, model, _ = train.load_run(str(tmp_path / "run"))
-    assert (
-        isinstance(data, data_synth.Data)
-        and model(torch.zeros(1, 4, dtype=torch.long))[0].shape[-1] == 259
-    )
+    assert isinstance(data, data_synth.Data)
+    logits, _ = model(torch.zeros(1, 4, dtype=torch.long))
+    assert logits.shape[-1] == 259
 
 
 @pytest.mark.parametrize(
@@ -168,5 +190,5 @@ def test_a_finished_run_is_measured_without_the_second_data_set(tmp_path, stored
 )
 def test_mistakes_are_named(tmp_path, stored, changes, message):
     with pytest.raises(ConfigError, match=message):
-        train.main(flags(tmp_path, "run", stored, **changes))
+        train.main(flags(tmp_path, "run", stored / "digits", **changes))
     assert not (tmp_path / "run").exists()

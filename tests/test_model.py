@@ -21,6 +21,7 @@ from model import (
 )
 from naive import naive_attention_layer
 from nanorecall import metrics, ops
+from nanorecall.build import inference_state_bytes
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
 from toys import T, V, build_gpt, gpt_config
@@ -182,15 +183,17 @@ def test_correct_predictions_of_tokens_and_of_whole_sequences():
 
 
 def test_state_bytes_counts_the_cache():
-    assert GPT.inference_state_bytes(gpt_config(seq_len=10)) == 4 * 2 * 2 * (6 + 4) * 10
-    assert UnifiedKV.inference_state_bytes(gpt_config()) == 4 * 2 * 2 * 6 * T
-    assert UnifiedKV.inference_state_bytes(gpt_config(k_gated=True, seq_len=1)) == 4 * 2 * 2 * (6 + 6)
-    assert GPT.inference_state_bytes(gpt_config(conv_size=3, seq_len=10)) == 4 * 2 * (
-        2 * (6 + 4) * 10 + 2 * (4 * 6 + 2 * 4)
-    )
-    assert GPT.inference_state_bytes(
-        gpt_config(n_kv_heads=1, k_kernel="taylor", seq_len=1)
-    ) == 4 * 2 * ((1 + 6 + 36) + 4)
+    def size(cls, **changes):
+        return inference_state_bytes(cls, gpt_config(**changes))
+
+    numbers = 4 * 2  # bytes, blocks
+    assert size(GPT, seq_len=10) == numbers * 2 * (6 + 4) * 10
+    assert size(UnifiedKV) == numbers * 2 * 6 * T
+    assert size(UnifiedKV, k_gated=True, seq_len=1) == numbers * 2 * (6 + 6)
+    conv_state = 2 * (4 * 6 + 2 * 4)
+    assert size(GPT, conv_size=3, seq_len=10) == numbers * (2 * (6 + 4) * 10 + conv_state)
+    taylor = dict(q_kernel="taylor", k_kernel="taylor", pos_emb="none")
+    assert size(GPT, n_kv_heads=1, seq_len=1, **taylor) == numbers * ((1 + 6 + 36) + 4)
 
 
 @pytest.mark.parametrize(

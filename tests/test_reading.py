@@ -205,13 +205,13 @@ def test_damaged_lines_of_a_log_are_left_out_and_counted(runs, capsys):
 
 
 def test_what_a_sweep_cannot_read_is_done_again(runs, capsys):
-    c = sweep.Config(log_dir=str(runs))
     os.rename(runs / "r0", runs / "r0_seed0")
     point = sweep.Point("a", 0, "r0", TOY)
-    assert sweep.finished(point, sweep.folder_of(point, 0, c))
+    folder = str(runs / "r0_seed0")
+    assert sweep.is_finished(point, folder)
     for odd in ODD.values():
         (runs / "r0_seed0" / "status.json").write_bytes(odd)
-        assert not sweep.finished(point, sweep.folder_of(point, 0, c))
+        assert not sweep.is_finished(point, folder)
     assert "status.json is damaged" in capsys.readouterr().err
 
 
@@ -253,9 +253,9 @@ def test_metadata_of_facts_is_checked_too(tmp_path):
     whole = json.loads(path.read_text())
     for at, new, message in (
         (("files", "train", 0, "rows"), 9999, r"part-00000.parquet has 9999 rows; it has \d+"),
-        (("mask",), "words", "mask='words' is not one of"),
-        (("chance", "majority digit"), "high", "not a number from 0 to 1"),
-        (("knowledge",), {"slice": "seen", "facts": 3, "bits": 1.0}, "is no slice tag=value"),
+        (("label_mask",), "words", "label_mask='words' is not one of"),
+        (("baselines", "majority digit"), "high", "not a number from 0 to 1"),
+        (("capacity",), {"slice": "seen", "facts": 3, "bits": 1.0}, "must be a slice and its value"),
     ):
         path.write_text(json.dumps(put(whole, at, new)))
         with pytest.raises(ConfigError, match=message):

@@ -194,7 +194,7 @@ def test_a_result_cut_at_any_byte_keeps_its_head_and_whole_examples():
 
 
 @pytest.mark.parametrize("text", ["12 x", "true x", '"abc" x', "", "nul", "[" * 100_000])
-def test_what_is_no_record_is_none(text):
+def test_bare_json_values_are_not_records(text):
     value, whole = complete_json(text)
     assert not isinstance(value, (dict, list)) and not whole
     assert complete_lines(text + '\n{"a": 1}\n') == ([{"a": 1}], 1 if text else 0)

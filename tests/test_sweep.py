@@ -1,141 +1,199 @@
-"""sweep.py: its commands are understood, finished runs are kept, stopped ones go on, and what it draws is what was measured."""
+"""sweep.py: commands are valid, finished runs stay, stopped ones resume, figures show the results."""
 
 import json
-import os
 import shlex
 
 import numpy as np
 import pytest
 
-import eval as ev
 import flex_generate
 import sweep
 import train
-from nanorecall.settings import ConfigError, RunError, build_config, split_argv
+from analysis.sweep_runs import training_command
+from nanorecall.settings import ConfigError, RunError
 
 TOY = (
-    "--vocab_size 32 --input_seq_len 16 --num_kv_pairs 2 --n_layers 1 --dim 16 --dk 8 --dv 8 --conv_size 2 --n_val_examples 10 "
-    "--n_test_examples 20 --n_train_examples 100 --max_steps {steps} --eval_interval 2"
+    "--vocab_size 32 --input_seq_len 16 --num_kv_pairs 2 --n_layers 1 --dim 16 --dk 8 --dv 8 "
+    "--conv_size 2 --n_val_examples 10 --n_test_examples 20 --n_train_examples 100 "
+    "--eval_interval 2 --max_steps"
 )
 
 
-def points():
-    return [sweep.Point("gpt", steps, f"toy{steps}", TOY.format(steps=steps)) for steps in (2, 4)]
+def toy_points():
+    return [sweep.Point("gpt", 2, "toy2", f"{TOY} 2"), sweep.Point("gpt", 4, "toy4", f"{TOY} 4")]
 
 
-def draw(found):
+def draw_toy(results):
     plt, fig, (axis,) = sweep.figure(1, 1)
-    sweep.lines(axis, found, lambda r: r["steps"])
+    sweep.draw_series(axis, results, lambda result: result["steps"])
     return plt, fig, "steps"
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Two points of one line, as the only figure; -> the words that every call gets."""
-    monkeypatch.setattr(sweep, "FIGURES", {"toy": (points, draw, "steps")})
-    return [f"--log_dir={tmp_path}/runs", f"--out={tmp_path}/figures", "--seeds=1"]
+    """A sweep of one figure, of two points in one series -> the arguments that every call gets."""
+    monkeypatch.setattr(sweep, "FIGURES", {"toy": sweep.Figure(toy_points, draw_toy, "steps")})
+    return ["toy", f"--log_dir={tmp_path}/runs", f"--output={tmp_path}/figures", "--seeds=1"]
 
 
-def test_every_command_is_understood():
-    for points, _, _ in sweep.FIGURES.values():
-        for point in points():
-            if point.train:
-                p = train.parse(shlex.split(point.train))
-                assert not p.resume and p.train.target_accuracy == 0
-            script, *words = shlex.split(point.then.format(run="runs/RUN", seed=0)) or [""]
-            settings = split_argv(words)[1]
-            if script == "eval.py":
-                assert build_config(ev.EvalConfig, settings)
-            elif script:
-                assert script == "flex_generate.py" and build_config(flex_generate.Config, settings).out_dir == "runs/RUN"
+def read_status(tmp_path, name):
+    return json.loads((tmp_path / "runs" / f"{name}_seed0" / "status.json").read_text())
 
 
-def test_names_are_of_one_training_each():
-    """Figures share runs, and only runs of the same words."""
-    words = {}
-    for points, _, _ in sweep.FIGURES.values():
-        for point in points():
-            assert words.setdefault(point.name, (point.train, point.then)) == (point.train, point.then)
-    assert len(words) < sum(len(points()) for points, _, _ in sweep.FIGURES.values())
+ALL_POINTS = [point for figure in sweep.FIGURES.values() for point in figure.points()]
+POINTS = {point.name: point for point in ALL_POINTS}
 
 
-def test_runs_are_kept_and_taken_up_again(toy, tmp_path, capsys):
-    with pytest.raises(ConfigError, match="2 runs are missing"):
-        sweep.main(["toy", *toy, "--draw=1"])
-    # one run is there, stopped after its first step
-    train.main(shlex.split(sweep.training(points()[1], 0, build_config(sweep.Config, split_argv(toy)[1])))[1:])
+@pytest.mark.parametrize("name", POINTS)
+def test_every_training_is_understood(name):
+    point = POINTS[name]
+    if point.train_args:
+        settings = train.parse(shlex.split(point.train_args))
+        assert not settings.train.resume and settings.train.target_accuracy == 0
+    else:
+        script, *argv = shlex.split(point.eval_args.format(run="runs/RUN", seed=0))
+        assert script == "flex_generate.py" and flex_generate.parse(argv).out_dir == "runs/RUN"
+
+
+def test_figures_share_runs_of_the_same_arguments_only():
+    for point in ALL_POINTS:
+        same = POINTS[point.name]
+        assert (point.train_args, point.eval_args) == (same.train_args, same.eval_args)
+    assert len(POINTS) < len(ALL_POINTS)
+
+
+def test_what_is_missing_is_trained(toy, tmp_path):
+    with pytest.raises(ConfigError, match="2 runs are missing, such as .*toy2_seed0"):
+        sweep.main([*toy, "--draw_only=1"])
+    sweep.main([*toy, "--jobs=2"])
+    assert read_status(tmp_path, "toy2")["step"] == 2
+    assert read_status(tmp_path, "toy4")["step"] == 4
+    assert (tmp_path / "figures" / "toy.png").stat().st_size > 5000
+    sweep.main([*toy, "--draw_only=1"])
+
+
+def train_toy4(toy):
+    """Train the second point as sweep.py would."""
+    _, config = sweep.parse(toy)
+    point = toy_points()[1]
+    _, *argv = shlex.split(training_command(point, 0, f"{config.log_dir}/toy4_seed0", config))
+    assert train.main(argv) == 0
+
+
+def test_a_stopped_run_is_resumed_and_a_finished_one_is_kept(toy, tmp_path, capsys):
+    train_toy4(toy)
+    sweep.main(toy[1:])
+    name, n_runs, n_missing, *_ = capsys.readouterr().out.splitlines()[-1].split()
+    assert (name, n_runs, n_missing) == ("toy", "2", "1")
+
+    first = read_status(tmp_path, "toy4")
     status = tmp_path / "runs" / "toy4_seed0" / "status.json"
-    first = status.read_text()
-    sweep.main([*toy])
-    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["toy", "2", "1"]
     status.write_text(json.dumps({"status": "preempted", "step": 4}))
-    sweep.main(["toy", *toy, "--jobs=2"])
-    done = {name: json.loads((tmp_path / "runs" / name / "status.json").read_text()) for name in ("toy2_seed0", "toy4_seed0")}
-    assert done["toy2_seed0"]["step"] == 2 and done["toy4_seed0"]["test"] == json.loads(first)["test"]
-    before = os.stat(status).st_mtime_ns
-    sweep.main(["toy", *toy])
-    assert os.stat(status).st_mtime_ns == before and (tmp_path / "figures" / "toy.png").stat().st_size > 5000
+    sweep.main(toy)
+    assert read_status(tmp_path, "toy4")["test"] == first["test"]
+
+    written = status.stat().st_mtime_ns
+    sweep.main(toy)
+    assert status.stat().st_mtime_ns == written
+
+
+def test_a_run_with_other_settings_is_refused(toy, tmp_path):
+    """As after a change of the config file that it was trained with."""
+    sweep.main(toy)
     path = tmp_path / "runs" / "toy4_seed0" / "config.json"
     config = json.loads(path.read_text())
-    config["model"]["conv_size"] = config["train"]["lr"] = 3  # as of a config file that has changed since
+    config["model"]["conv_size"] = config["train"]["lr"] = 3
     path.write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="toy4_seed0 was trained with another lr, conv_size; delete it"):
-        sweep.main(["toy", *toy])
+    with pytest.raises(ConfigError, match="toy4_seed0 was trained with another lr, conv_size; del"):
+        sweep.main(toy)
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(toy, tmp_path, monkeypatch):
-    bad = lambda: [sweep.Point("gpt", 0, "bad", "--dimm 7"), points()[0]]
-    monkeypatch.setattr(sweep, "FIGURES", {"toy": (bad, draw, "")})
+    def points():
+        return [sweep.Point("gpt", 0, "bad", "--dimm 7"), toy_points()[0]]
+
+    monkeypatch.setattr(sweep, "FIGURES", {"toy": sweep.Figure(points, draw_toy, "")})
     with pytest.raises(RunError, match=r"1 runs failed(.|\n)*did you mean dim\?"):
-        sweep.main(["toy", *toy])
-    assert json.loads((tmp_path / "runs" / "toy2_seed0" / "status.json").read_text())["status"] == "finished"
+        sweep.main(toy)
+    assert read_status(tmp_path, "toy2")["status"] == "finished"
 
 
-def test_a_figure_that_is_not_there():
+def test_a_figure_that_does_not_exist():
     with pytest.raises(ConfigError, match="there is no figure lrs; choose from lr, pairs"):
         sweep.main(["lrs"])
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 
 
-def made_up(value, state=100):
-    """One run's result with every part that some figure shows."""
-    cell = {"value": value, "exact": {"value": value / 2}}
-    edits = {
-        f"{m}, {n}": {"method": m, "efficacy": {"value": value}, "specificity": {"value": value}, "kept": {"value": value}}
-        for m in "ab"
-        for n in (1, 10)
+def made_up_result(value, state=100):
+    """The result of one run, with everything that some figure shows equal to value."""
+    number = {"value": value}
+    by_slice = {}
+    for name, values in (("exposures", "01"), ("query", "ab"), ("hops", "12")):
+        by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
+    edits = {}
+    for method in "ab":
+        cell = {"method": method, "efficacy": number, "specificity": number, "kept": number}
+        edits |= {f"{method}, 1": cell, f"{method}, 10": cell}
+    bits = ("bits stored", "bits stored per parameter", "bits stored per memory value")
+    metrics = {
+        "majority": {"value": 0},
+        "flex": {"accuracy": number},
+        "stored": dict.fromkeys(bits, number),
+        "edits": [1, 10],
     }
-    stored = {name: {"value": value} for name in ("bits stored", "bits stored per parameter", "bits stored per memory value")}
     return {
-        "all": {"value": value},
+        "all": number,
         "state": state,
-        "evals": [{"seconds": s, "accuracy": a} for s, a in ((1.0, 0.5), (2.0, 0.99), (3.0, 1.0))],
-        "cells": {tag: dict.fromkeys(values, cell) for tag, values in (("exposures", "01"), ("query", "ab"), ("hops", "12"))},
-        "made": {
-            "metrics": {"majority": {"value": 0}, "flex": {"accuracy": {"value": value}}, "stored": stored, "edits": [1, 10]},
-            "by_slice": {"method and edits": edits},
-        },
+        "evals": [
+            {"seconds": 1.0, "accuracy": 0.5},
+            {"seconds": 2.0, "accuracy": 0.99},
+            {"seconds": 3.0, "accuracy": 1.0},
+        ],
+        "slices": by_slice,
+        "result": {"metrics": metrics, "by_slice": {"method and edits": edits}},
     }
+
+
+def made_up_results(name):
+    """Three seeds with the values 0.2, 0.4 and 0.9 for every point of a figure."""
+    results = {}
+    for number, point in enumerate(sweep.FIGURES[name].points()):
+        seeds = [made_up_result(value, state=100 + number) for value in (0.2, 0.4, 0.9)]
+        results.setdefault(point.series, {})[point.x] = seeds
+    return results
+
+
+@pytest.mark.parametrize("name", ["lr", "pairs", "width", "table", "templates"])
+def test_a_line_is_the_mean_over_seeds_in_a_band_of_their_range(name):
+    results = made_up_results(name)
+    plt, fig, _ = sweep.FIGURES[name].draw(results)
+    lines = [line for axis in fig.axes for line in axis.lines]
+    bands = [band for axis in fig.axes for band in axis.collections]
+    assert len(lines) == len(bands) >= len(results)
+    for line, band in zip(lines, bands):
+        np.testing.assert_allclose(line.get_ydata(), 0.5)
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == (0.2, 0.9)
+    plt.close(fig)
 
 
 @pytest.mark.parametrize("name", sweep.FIGURES)
-def test_pictures_show_mean_and_range(name, tmp_path):
-    points, drawn, _ = sweep.FIGURES[name]
-    found = {}
-    for i, p in enumerate(points()):
-        found.setdefault(p.line, {})[p.x] = [made_up(v, state=100 + i) for v in (0.2, 0.4, 0.9)]
-    c = build_config(sweep.Config, split_argv([f"--out={tmp_path}"])[1])
-    plt, fig, title = drawn(found)
-    shown = [line.get_ydata() for axis in fig.axes for line in axis.lines if len(line.get_ydata())]
-    if name in ("lr", "pairs", "width", "table", "templates"):
-        assert len(shown) >= len(found) and all(np.allclose(y, 0.5) for y in shown)  # the mean of the three
-    plt.close(fig)
-    sweep.save_figure(name, found, drawn, c)
+def test_every_figure_can_be_drawn(name, tmp_path):
+    _, config = sweep.parse([f"--output={tmp_path}"])
+    sweep.save_figure(name, made_up_results(name), config)
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
-def test_time_to_99_is_the_first_evaluation_there():
-    assert sweep.seconds_to_99(made_up(1)) == 2.0
+def test_results_that_lack_what_a_figure_shows(tmp_path):
+    _, config = sweep.parse([f"--output={tmp_path}"])
+    results = made_up_results("edits")
+    del results["memory"][0][0]["result"]["by_slice"]["method and edits"]["a, 10"]
+    with pytest.raises(ConfigError, match="figure edits: .* lack what it shows .*; run them again"):
+        sweep.save_figure("edits", results, config)
+
+
+def test_seconds_to_99_are_those_of_the_first_evaluation_there():
+    assert sweep.seconds_to_99(made_up_result(1)) == 2.0
     assert sweep.seconds_to_99({"evals": [{"seconds": 1.0, "accuracy": 0.98}]}) == float("inf")

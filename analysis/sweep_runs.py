@@ -1,0 +1,189 @@
+"""The runs behind the figures of sweep.py: train and measure what is missing, read the results.
+
+In this file, config is sweep.py's Config.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+from tqdm import tqdm
+
+import train
+from analysis.compare import read_result, read_test
+from nanorecall.checkpoint import read_log, read_record
+from nanorecall.metrics import slice_metrics
+from nanorecall.settings import ConfigError, RunError, build_config, field_names, require, say
+
+ROOT = os.path.dirname(os.path.abspath(train.__file__))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a figure: a training with several seeds, and what is measured afterwards.
+
+    Arguments are written as on a command line. {run} stands for the run directory, {seed} for the
+    seed.
+    """
+
+    series: str  # the line of the figure to which it belongs
+    x: float  # where on that line
+    name: str  # name of its runs, without the seed
+    train_args: str = ""  # arguments of train.py; empty: nothing is trained
+    eval_args: str = ""  # what to run after training: a script and its arguments
+    result: str = ""  # the file that this writes into the run directory
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def runs_of(points, config):
+    """(point, seed, run directory) for every run of these points"""
+    for seed in range(config.seeds):
+        for point in points:
+            yield point, seed, os.path.join(config.log_dir, f"{point.name}_seed{seed}")
+
+
+def is_trained(folder):
+    path = os.path.join(folder, "status.json")
+    if not os.path.exists(path):
+        return False
+    try:
+        return read_record(path, {"status": "text"})["status"] == "finished"
+    except ConfigError as e:
+        say(f"note: {e}; training continues", file=sys.stderr)
+        return False
+
+
+def is_finished(point, folder):
+    """Whether a run of the point has been trained and measured."""
+    if point.train_args and not is_trained(folder):
+        return False
+    return not point.result or os.path.exists(os.path.join(folder, point.result))
+
+
+def training_command(point, seed, folder, config):
+    """The script and the arguments that train a run of the point, as text."""
+    flags = f"--seed {seed} --num_threads 1 --log_dir {config.log_dir}"
+    flags += f" --run_name {os.path.basename(folder)}"
+    return f"train.py {point.train_args} {config.extra_args} {flags}"
+
+
+def run_point(point, seed, folder, config):
+    """Train and measure one run -> "", or the command that failed and the end of its output."""
+    commands = []
+    if point.train_args and not is_trained(folder):
+        if os.path.exists(os.path.join(folder, "config.json")):
+            commands.append(f"train.py --resume {folder}")
+        else:
+            commands.append(training_command(point, seed, folder, config))
+    if point.eval_args:
+        commands.append(point.eval_args.format(run=folder, seed=seed))
+    for command in commands:
+        # Scripts and configs are those of this folder, wherever the sweep is started.
+        argv = [os.path.join(ROOT, a) if a.endswith(".py") else a for a in shlex.split(command)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *argv], env=env, text=True, capture_output=True)
+        if done.returncode:
+            return f"python {command}\n{done.stderr.strip()[-500:]}"
+    return ""
+
+
+def run_missing(points, config):
+    """Run all that is missing, config.jobs runs at a time. RunError names the runs that failed."""
+    todo = {}  # by folder, since figures share runs
+    for point, seed, folder in runs_of(points, config):
+        if folder not in todo and not is_finished(point, folder):
+            todo[folder] = (point, seed)
+    errors = []
+    with ThreadPoolExecutor(config.jobs) as pool:
+        pending = {}
+        for folder, (point, seed) in todo.items():
+            pending[folder] = pool.submit(run_point, point, seed, folder, config)
+        bar = tqdm(pending.items(), desc="runs", disable=None)  # None: on terminals only
+        try:
+            for number, (folder, future) in enumerate(bar, 1):
+                error = future.result()
+                if error:
+                    errors.append(error)
+                if bar.disable:
+                    say(f"{number}/{len(todo)} {folder}", flush=True)
+        except KeyboardInterrupt:
+            # The runs got the same signal, and save a checkpoint.
+            pool.shutdown(cancel_futures=True)
+            raise
+    if errors:
+        message = f"{len(errors)} runs failed; the others are kept; run the same command again:"
+        raise RunError("\n".join([message, *errors]))
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+VALUE = {"value": "number"}
+EDIT_CELL = {"method": "text", "efficacy": VALUE, "specificity": VALUE, "kept": VALUE}
+RESULT_KINDS = {  # the parts of a result file that a figure shows
+    "eval_test.json": {"metrics": {"stored": {"*": VALUE}}},
+    "eval_edit.json": {
+        "metrics": {"edits": ["size"]},
+        "by_slice": {"method and edits": {"*": EDIT_CELL}},
+    },
+    "table.json": {"metrics": {"*": "dict"}},
+}
+
+
+def collect_results(points, config):
+    """{series: {x: [result of each seed]}}; ConfigError for missing runs and for changed ones."""
+    runs = list(runs_of(points, config))
+    missing = [folder for point, _, folder in runs if not is_finished(point, folder)]
+    message = f"{len(missing)} runs are missing, such as {' '.join(missing[:1])}"
+    require(not missing, f"{message}; leave out --draw_only to train them", "draw_only")
+    results = {}
+    for point, seed, folder in runs:
+        if point.train_args:
+            argv = shlex.split(training_command(point, seed, folder, config))[1:]
+            changed = ", ".join(changed_settings(folder, argv))
+            message = f"{folder} was trained with another {changed}"
+            require(not changed, f"{message}; delete it, or use another --log_dir", "log_dir")
+        seeds = results.setdefault(point.series, {}).setdefault(point.x, [])
+        seeds.append(read_point(point, folder))
+    return results
+
+
+def read_point(point, folder):
+    """What the figures need of one run.
+
+    Of a training, what analysis.compare.read_result returns, "slices" {slice: {value: metrics}} and
+    "evals", the evaluations in its log; "result" is the file that point.eval_args wrote.
+    """
+    result = {}
+    if point.train_args:
+        result = read_result(folder)
+        result["slices"] = {}
+        _, test = read_test(folder)
+        for name, cells in test["by_slice"].items():
+            result["slices"][name] = {value: slice_metrics(c) for value, c in cells.items()}
+        result["evals"] = [record for record in read_log(folder) if record["kind"] == "eval"]
+    if point.result:
+        path = os.path.join(folder, point.result)
+        result["result"] = read_record(path, RESULT_KINDS[os.path.basename(path)])
+    return result
+
+
+def changed_settings(folder, argv):
+    """Names of the settings that differ between a run and a training with these arguments."""
+    path = os.path.join(folder, "config.json")
+    saved = read_record(path, {"train": "dict", "data": "dict", "model": "dict"})
+    now = train.parse(argv)
+    model = build_config(now.model_module.Config, now.assignments)
+    changed = []
+    for part, config in (("train", now.train), ("data", now.data), ("model", model)):
+        values = json.loads(json.dumps(asdict(config)))  # as in the file: lists, not tuples
+        for name in field_names(type(config)):
+            is_place = part == "train" and name in ("log_dir", "resume")
+            if not is_place and saved[part].get(name) != values[name]:
+                changed.append(name)
+    return changed
