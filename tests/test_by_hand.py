@@ -8,19 +8,15 @@ import torch
 
 from analysis import (
     attention_maps,
-    clustering,
     compare,
     confidence,
     editing,
-    importance,
     routing,
     significance,
     trained_run,
 )
-from analysis import hooks as I
 from analysis.trained_run import write_parquet
 from nanorecall import metrics, stats
-from toys import ablation_model, some_examples
 
 # ---- stats.py ------------------------------------------------------------------------------------
 
@@ -127,193 +123,6 @@ def test_counts_of_a_batch():
     first, second = found["by_slice"]["kind"][0], found["by_slice"]["kind"][1]
     assert (first["right"], first["labels"], first["row_right"]) == (6, 6, 4)
     assert (second["right"], second["labels"], second["loss"]) == (0, 2, 4)
-
-
-# ---- impact.py -----------------------------------------------------------------------------------
-
-
-def result_of(monkeypatch, work, columns, **trained_run):
-    """What an analysis saves of measurements {column: (N,)}: its metrics, by_slice and columns."""
-    kept = {}
-
-    def save(trained_run, what, metrics, by_slice, examples, columns, plot):
-        kept.update(metrics=metrics, by_slice=by_slice, columns=columns)
-
-    monkeypatch.setattr(importance, "load_table", lambda trained_run, what: columns)
-    monkeypatch.setattr(importance, "save_result", save)
-    parts = dict(model=SimpleNamespace(memory_layers=dict), data=None)
-    train = SimpleNamespace(model="memory", data="data_synth")
-    settings = SimpleNamespace(data=SimpleNamespace(task="qa"), train=train)
-    config = SimpleNamespace(seed=0, split="test")
-    parts |= dict(settings=settings, config=config, name="x", token=str)
-    work(SimpleNamespace(**{**parts, **trained_run}))
-    return kept["metrics"], kept["by_slice"], kept["columns"]
-
-
-def measurements(**columns):
-    """Columns as `keys` writes them; all that is not named is the same everywhere."""
-    n = len(columns["drop"])
-    plain = {
-        "ablation": ["zero"] * n,
-        "control": [False] * n,
-        "layer": [0] * n,
-        "slot": [0] * n,
-        "flip": [False] * n,
-    }
-    plain |= {"example": range(n), "answer_pos": [0] * n, "reads": [1] * n}
-    return {name: np.array(values) for name, values in {**plain, **columns}.items()}
-
-
-def test_the_first_ablation_without_controls_is_chosen():
-    columns = measurements(
-        drop=[1.0, 2.0, 3.0], ablation=["mean", "zero", "mean"], control=[False, False, True]
-    )
-    found, ablation = importance.first_ablation(columns)
-    assert ablation == "mean" and found["drop"].tolist() == [1]
-
-
-def test_the_best_slots_are_measured_on_the_other_half_of_the_examples():
-    """Example 0: slot 0 drops by 10, the others by 0. Example 1: slot 1 by 7, the others by 1."""
-    slot = np.tile(np.arange(20), 2)
-    drop = np.ones(40)
-    drop[:20] = 0
-    drop[0], drop[21] = 10, 7
-    columns = measurements(drop=drop, slot=slot, example=np.repeat([0, 1], 20))
-    best, every = importance.top_and_all(columns)
-    assert best.tolist() == [1, 0] and every.sum() == 10 + 7 + 19
-
-
-def test_impact_in_numbers(monkeypatch, capsys):
-    """Drops 0.005, -0.5, 1, 3 of slots that are read; -0.25 and 0.125 of those that are not."""
-    columns = measurements(
-        drop=[0.005, -0.5, 1.0, 3.0, -0.25, 0.125],
-        slot=[1, 2, 2, 3, 8, 9],
-        flip=[False, True, False, False, True, True],
-        control=[False] * 4 + [True] * 2,
-    )
-    metrics, by_slice, slots = result_of(monkeypatch, importance.impact, columns)
-    cell = by_slice["layer"]["0"]
-    assert metrics["largest change by an unread slot"] == 0.25 and slots["slot"].tolist() == [
-        1,
-        2,
-        3,
-    ]
-    assert cell["drop"]["value"] == pytest.approx((0.005 + 0.25 + 3) / 3)
-    assert cell["median"] == pytest.approx((0.005 + 1) / 2) and cell["largest"] == 3
-    assert cell["negligible"]["value"] == 0.25 and cell["flips"]["value"] == 0.25
-    assert cell["std"] == pytest.approx(
-        np.sqrt(np.mean(np.square([0.005, -0.5, 1, 3])) - 0.87625**2)
-    )
-
-
-def test_rare_comes_before_frequent():
-    columns = measurements(drop=[4.0, 2.0, 1.0, 1.0], example=[0, 1, 2, 3])
-    columns["exposures"] = np.array([1, 1, 1, 5])
-    cell = importance.rare_and_frequent(columns)["mean drop"]
-    assert cell["rare"]["value"] == pytest.approx(7 / 3) and cell["rare"]["n"] == 3
-    assert cell["frequent"]["value"] == 1
-
-
-def test_reads_of_an_example_count_once(monkeypatch, capsys):
-    """Slot 0 is read three times by example 0, slot 1 once by example 1; both have two labels."""
-    columns = measurements(
-        drop=[0.0] * 4,
-        example=[0, 0, 1, 1],
-        answer_pos=[0, 1, 0, 1],
-        slot=[0, 0, 1, 1],
-        reads=[3, 3, 1, 1],
-    )
-    memory = SimpleNamespace(values=torch.zeros(4, 2))
-    model = SimpleNamespace(memory_layers=lambda: {0: memory})
-    _, by_slice, found = result_of(monkeypatch, importance.occurrences, columns, model=model)
-    cell = by_slice["layer"]["0"]
-    assert found["times"].tolist() == [3, 1, 0, 0] and cell["reads"] == 4
-    assert cell["unused"]["value"] == 0.5
-    assert cell["gini"] == pytest.approx((2 * (3 * 1 + 4 * 3) / 4 - 5) / 4)
-    assert cell["kl"] == pytest.approx(np.log(4) + 0.75 * np.log(0.75) + 0.25 * np.log(0.25))
-
-
-def test_the_least_p_of_a_position_is_that_of_the_given_order():
-    """Position 1 is far below the others in all of 40 examples, which no permutation of 99 repeats."""
-    drops = np.random.default_rng(0).normal(size=(40, 3))
-    drops[:, 1] -= 5
-    assert importance.position_permutation_test(drops, draws=99)[1] == 1 / 100
-    assert (importance.position_permutation_test(np.ones((5, 2)), draws=9) == 1).all()
-
-
-def test_the_variance_of_an_effect(monkeypatch, capsys):
-    """Slot 0 drops by 0 and 4 (variance 4), slots 1 and 2 by 1 each."""
-    columns = measurements(drop=[0.0, 4.0, 1.0, 1.0], slot=[0, 0, 1, 2])
-    memory = SimpleNamespace(values=torch.eye(3))
-    model = SimpleNamespace(memory_layers=lambda: {0: memory})
-    _, by_slice, found = result_of(monkeypatch, importance.keystats, columns, model=model)
-    assert by_slice["layer"]["0"]["variance of effect"]["value"] == pytest.approx(4 / 3)
-    assert found["std"].tolist() == [2, 0, 0] and found["n_examples"].tolist() == [2, 1, 1]
-
-
-def naive_silhouette(x, group):
-    """Rousseeuw's, pair by pair; 0 for a point that is alone in its group."""
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
-    quality = []
-    for i in range(len(x)):
-        away = {}
-        for j in range(len(x)):
-            if i != j:
-                away.setdefault(group[j], []).append(1 - x[i] @ x[j])
-        if group[i] not in away:
-            quality.append(0.0)
-            continue
-        own = np.mean(away[group[i]])
-        nearest = min(np.mean(d) for g, d in away.items() if g != group[i])
-        quality.append((nearest - own) / max(nearest, own))
-    return np.mean(quality)
-
-
-@pytest.mark.parametrize("clusters", [2, 3, 9])
-def test_the_silhouette_pair_by_pair(clusters):
-    values = np.random.default_rng(clusters).normal(size=(17, 3))
-    group, quality = clustering.spherical_k_means(values, clusters)
-    assert quality == pytest.approx(naive_silhouette(values, group))
-
-
-def test_permuted_values_keep_their_columns():
-    values = np.arange(60).reshape(20, 3)
-    found, other = clustering.permute_columns(values, 0), clustering.permute_columns(values, 1)
-    assert np.array_equal(np.sort(found, axis=0), values) and not np.array_equal(found, other)
-    assert not np.array_equal(found - found[:, :1], values - values[:, :1])  # each in its own order
-
-
-def test_repeated_digits(monkeypatch, capsys):
-    """112:121 has one repeated digit in the key, one in the value, and both digits shared."""
-    texts = ["112:121 ", "123:456 ", "111:111 ", "121:333 "]
-    source = SimpleNamespace(read=lambda split, rows: ([texts[r] for r in rows], {}))
-    columns = measurements(drop=[1.0, 0.0, 2.0, 1.0])
-    data = SimpleNamespace(source=source)
-    metrics, _, found = result_of(monkeypatch, importance.repeated_digits, columns, data=data)
-    assert found["repeated digits of the key"].tolist() == [1, 0, 2, 1]
-    assert found["repeated digits of the value"].tolist() == [1, 0, 2, 2]
-    assert found["digits that key and value share"].tolist() == [2, 0, 1, 0]
-    assert metrics["correlation"]["repeated digits of the key"]["value"] == pytest.approx(1)
-
-
-def test_what_a_digit_turns_into(monkeypatch, capsys):
-    columns = {
-        "example": np.array([0, 1, 2, 3, 4]),
-        "answer": np.array([1, 1, 1, 2, 2]),
-        "source_answer_token": np.array([2, 2, 2, 1, 2]),  # the last cannot be told apart
-        "teacher-forced": np.array([2, 2, 3, 2, 2]),
-        "token by token": np.array([1, 1, 1, 1, 1]),
-    }
-    _, by_slice, _ = result_of(monkeypatch, importance.swap_predictions, columns)
-    shares = lambda how: [(c["value"], c["n"]) for c in by_slice[how].values()]
-    assert shares("teacher-forced") == [(0.25, 4), (0.5, 4), (0.25, 4)]
-    assert shares("token by token") == [(0.75, 4), (0.25, 4), (0, 4)]
-    turned = by_slice["teacher-forced, digit"]
-    assert {k: c["value"] for k, c in turned.items()} == {
-        "1 to 2": 2 / 3,
-        "1 to 3": 1 / 3,
-        "2 to 2": 1,
-    }
 
 
 # ---- routing.py ----------------------------------------------------------------------------------
