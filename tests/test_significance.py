@@ -66,7 +66,7 @@ def test_two_runs_are_the_second_less_the_first():
     a = {**same, "exact_match": np.array([True, False]), "correct": np.array([1, 0])}
     b = {**same, "exact_match": np.array([False, True]), "correct": np.array([0, 9])}
     a["loss"], b["loss"] = np.array([1.0, 18.0]), np.array([3.0, 0.0])
-    result = significance.two_runs([a, b], ["kind"])
+    result = significance.two_runs(a, b, ["kind"])
     total = result["metrics"]["all"]
     assert total["accuracy difference"]["value"] == pytest.approx(0.8)
     assert total["nll difference"]["value"] == pytest.approx((3 - 1 + 0 - 18) / 10)
