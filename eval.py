@@ -96,7 +96,7 @@ def accuracy_by_slice(run):
     """Accuracy of labels and of whole examples, in total and by slice, and the bits stored."""
     config, data = run.config, run.data
     decodes = config.print_examples > 0 or config.example >= 0
-    message = "printing examples needs a model with a method forward_cached, as in model.py"
+    message = "printing examples needs a model with a method `forward_cached`, as in model.py"
     require(not decodes or hasattr(run.model, "forward_cached"), message, "print_examples")
     last = data.eval_groups(config.split)[-1][-1]
     message = f"example={config.example} is not in {config.split}; the last is {last}"

@@ -67,11 +67,11 @@ def test_counts_of_two_batches():
     }
     found = metrics.merge_batches([batch, batch])
     assert (found["accuracy"], found["labels"]) == (6 / 8, 8)
-    assert (found["row_accuracy"], found["rows"]) == (4 / 6, 6)
+    assert (found["exact_match"], found["n_examples"]) == (4 / 6, 6)
     assert found["loss"] == 2 * 3 / 8
     first, second = found["by_slice"]["kind"][0], found["by_slice"]["kind"][1]
-    assert (first["right"], first["labels"], first["row_right"]) == (6, 6, 4)
-    assert (second["right"], second["labels"], second["loss"]) == (0, 2, 4)
+    assert (first["correct"], first["labels"], first["exact_matches"]) == (6, 6, 4)
+    assert (second["correct"], second["labels"], second["loss"]) == (0, 2, 4)
 
 
 def test_the_accuracy_is_that_of_training(runs, result):

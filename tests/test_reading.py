@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -22,15 +24,18 @@ from nanorecall import checkpoint, plots, stats
 from nanorecall.run import load_settings
 from nanorecall.settings import ConfigError, RunError, printable
 
-TOY = (
-    "--n_layers=1 --dim=16 --dk=8 --dv=8 --conv_size=2 --max_steps=2 --infinite_data=1 --num_threads=1 --vocab_size=32 --input_seq_len=16 "
-    "--num_kv_pairs=2 --n_val_examples=10 --n_test_examples=10 --eval_interval=1"
-)
-FACTS = (
-    "--data=data_synth --task=qa --num_pairs=40 --buckets=[4,16] --n_layers=1 --dim=32 --dk=16 --dv=16 --conv_size=8 --init_std=1 "
-    "--model=memory --memory_layers=[0] --mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2 --mem_value_lr_scale=4 --lr=1e-2 "
-    "--max_steps=120 --batch_size=64 --eval_interval=120 --num_threads=1"
-)
+TOY = [
+    *("--n_layers=1", "--dim=16", "--dk=8", "--dv=8", "--conv_size=2", "--num_threads=1"),
+    *("--max_steps=2", "--eval_interval=1", "--infinite_data=1", "--vocab_size=32"),
+    *("--input_seq_len=16", "--num_kv_pairs=2", "--n_val_examples=10", "--n_test_examples=10"),
+]
+FACTS = [
+    *("--n_layers=1", "--dim=32", "--dk=16", "--dv=16", "--conv_size=8", "--num_threads=1"),
+    *("--max_steps=120", "--eval_interval=120", "--batch_size=64", "--lr=1e-2", "--init_std=1"),
+    *("--data=data_synth", "--task=qa", "--num_pairs=40", "--buckets=[4,16]"),
+    *("--model=memory", "--memory_layers=[0]", "--mem_n_keys=8", "--mem_k_dim=16"),
+    *("--mem_knn=4", "--mem_heads=2", "--mem_value_lr_scale=4"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def made(tmp_path_factory):
     """Two finished runs of MQAR."""
     folder = tmp_path_factory.mktemp("made")
     for seed in (0, 1):
-        train.main([*TOY.split(), f"--seed={seed}", f"--run_name=r{seed}", f"--log_dir={folder}"])
+        train.main([*TOY, f"--seed={seed}", f"--run_name=r{seed}", f"--log_dir={folder}"])
     return folder
 
 
@@ -52,7 +57,7 @@ def runs(made, tmp_path):
 def facts(tmp_path_factory):
     """A run with memory layers that knows its facts."""
     folder = tmp_path_factory.mktemp("facts")
-    train.main([*FACTS.split(), "--run_name=m", f"--log_dir={folder}"])
+    train.main([*FACTS, "--run_name=m", f"--log_dir={folder}"])
     return folder / "m"
 
 
@@ -121,6 +126,10 @@ def put(value, at, new):
     return value
 
 
+def read_settings(folder):
+    return load_settings(folder, train.TrainConfig)
+
+
 @pytest.mark.parametrize("file", ["config.json", "status.json"])
 def test_any_value_may_be_odd(runs, file):
     """A result or a sentence: of every value in a file, another one, or none."""
@@ -129,9 +138,9 @@ def test_any_value_may_be_odd(runs, file):
     for at in places(whole):
         for new in (KeyError, VALUES[random.integers(len(VALUES))]):
             path.write_text(json.dumps(put(whole, at, new)))
-            for work in (compare.read_result, lambda folder: load_settings(folder, train.TrainConfig)):
+            for read in (compare.read_result, read_settings):
                 try:
-                    work(str(runs / "r0"))
+                    read(str(runs / "r0"))
                 except ConfigError as e:
                     assert len(str(e)) < 500
                     refused += 1
@@ -206,7 +215,7 @@ def test_damaged_lines_of_a_log_are_left_out_and_counted(runs, capsys):
 
 def test_what_a_sweep_cannot_read_is_done_again(runs, capsys):
     os.rename(runs / "r0", runs / "r0_seed0")
-    point = sweep.Point("a", 0, "r0", TOY)
+    point = sweep.Point("a", 0, "r0", " ".join(TOY))
     folder = str(runs / "r0_seed0")
     assert sweep.is_finished(point, folder)
     for odd in ODD.values():
@@ -255,7 +264,7 @@ def test_metadata_of_facts_is_checked_too(tmp_path):
         (("files", "train", 0, "rows"), 9999, r"part-00000.parquet has 9999 rows; it has \d+"),
         (("label_mask",), "words", "label_mask='words' is not one of"),
         (("baselines", "majority digit"), "high", "not a number from 0 to 1"),
-        (("capacity",), {"slice": "seen", "facts": 3, "bits": 1.0}, "must be a slice and its value"),
+        (("capacity",), {"slice": "seen", "facts": 3, "bits": 1.0}, "be a slice and its value"),
     ):
         path.write_text(json.dumps(put(whole, at, new)))
         with pytest.raises(ConfigError, match=message):
@@ -284,7 +293,7 @@ def fork(tmp_path, monkeypatch):
     (place / "my_fork.py").write_text(FORK)
     (place / "my_helper.py").write_text("NAME = 'helper'\n")
     monkeypatch.chdir(place)
-    train.main([*TOY.split(), "--model=my_fork", "--run_name=f", f"--log_dir={place}"])
+    train.main([*TOY, "--model=my_fork", "--run_name=f", f"--log_dir={place}"])
 
     def forget():
         for name in ("my_fork", "my_helper"):
@@ -408,8 +417,8 @@ def test_no_escape_sequence_reaches_the_terminal(runs, tmp_path, capsys, script)
     (runs / "r1" / "status.json").write_text('{"status": "\x1b[2J')
     changed(odd / "config.json", lambda c: c["train"].update(exp_group="0"))
     ev.main(["compare", str(runs / "*")])
-    ev.main([str(odd), "--examples=1"])
-    ev.main(["all", str(odd), "--rows=4"])
+    ev.main([str(odd), "--print_examples=1"])
+    ev.main(["all", str(odd), "--n_examples=4"])
     text = capsys.readouterr()
     assert "\\x1b[31mred" in text.out and not CONTROL.search(text.out + text.err)
     assert not CONTROL.search(next(odd.glob("report*.md")).read_text())
@@ -463,44 +472,39 @@ def test_every_figure_is_written_by_one_function():
 # ---- results beside each other -------------------------------------------------------------------
 
 
-def test_a_second_analysis_leaves_the_first(facts, tmp_path, capsys):
-    texts = [tmp_path / name / "t.jsonl" for name in "ab"]
-    for i, path in enumerate(texts):
-        path.parent.mkdir()
-        path.write_text(f'{{"text": "{i}1 and 2"}}\n' * 6)
-    commands = (
-        (
-            ev.main,
-            ["routing"],
-            [
-                [],
-                ["--rows=8"],
-                ["--split=val"],
-                ["--checkpoint=ckpt"],
-                *([f"--data={p}"] for p in texts),
-            ],
-        ),
-        (ev.main, ["logits"], [[], ["--rows=8"], ["--dtype=bfloat16"]]),
-        (ev.main, [], [[], ["--split=val"], ["--checkpoint=ckpt"]]),
-        (
-            ablate.main,
-            ["swap"],
-            [["--n_pairs=8"], ["--n_pairs=8", "--exposure_pairs=more_more"], ["--n_pairs=8", "--seed=1"]],
-        ),
-    )
-    for main, command, settings in commands:
-        before, files = {}, []
-        for words in settings:
-            main([*command, str(facts), *words])
-            written = re.findall(r"wrote (\S+), \.parquet", capsys.readouterr().out)
-            files += written
-            assert all(open(f).read() == text for f, text in before.items())
-            before |= {f: open(f).read() for f in written}
-        assert len(set(files)) == len(settings)
-        made = [json.loads(open(f).read())["config"] for f in files]
-        assert len({json.dumps(c) for c in made}) == len(
-            settings
-        )  # and each says how it was measured
+TEXTS = [f"--data=TEXTS/{name}/t.jsonl" for name in "ab"]  # two files of the same name
+ANALYSES = [
+    (
+        ev.main,
+        ["routing"],
+        ["", "--n_examples=8", "--split=val", "--checkpoint=ckpt", *TEXTS],
+    ),
+    (ev.main, ["logits"], ["", "--n_examples=8", "--dtype=bfloat16"]),
+    (ev.main, [], ["", "--split=val", "--checkpoint=ckpt"]),
+    (
+        ablate.main,
+        ["swap"],
+        ["--n_pairs=8", "--n_pairs=8 --exposure_pairs=more_more", "--n_pairs=8 --seed=1"],
+    ),
+]
+
+
+@pytest.mark.parametrize("main, command, settings", ANALYSES)
+def test_a_second_analysis_leaves_the_first(facts, tmp_path, capsys, main, command, settings):
+    """Each has files of its own, and says in them how it was measured."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.jsonl").write_text(f'{{"text": "{name} and 2"}}\n' * 6)
+    contents, configs = {}, set()
+    for args in settings:
+        main([*command, str(facts), *args.replace("TEXTS", str(tmp_path)).split()])
+        (path,) = re.findall(r"wrote (\S+), \.parquet", capsys.readouterr().out)
+        assert path not in contents
+        for file, content in contents.items():
+            assert open(file).read() == content
+        contents[path] = open(path).read()
+        configs.add(json.dumps(json.loads(contents[path])["config"]))
+    assert len(configs) == len(settings)
 
 
 def test_corr_reads_what_was_measured_with_its_settings(facts, tmp_path, capsys):
@@ -509,7 +513,8 @@ def test_corr_reads_what_was_measured_with_its_settings(facts, tmp_path, capsys)
     )
     ablate.main(["keys", str(run), "--n_examples=12", "--ablations=zero"])
     for kind in ("any", "less_more"):
-        ablate.main(["swap", str(run), "--n_examples=12", "--n_pairs=40", f"--exposure_pairs={kind}"])
+        sizes = ["--n_examples=12", "--n_pairs=40"]
+        ablate.main(["swap", str(run), *sizes, f"--exposure_pairs={kind}"])
     with pytest.raises(
         ConfigError,
         match="has ablate_swap_n_examples-12_n_pairs-40, "
@@ -522,10 +527,8 @@ def test_corr_reads_what_was_measured_with_its_settings(facts, tmp_path, capsys)
     same = ["--n_examples=12", "--ablations=zero", "--n_pairs=40"]
     ablate.main(["corr", str(run), *same])
     assert (run / "ablate_corr_n_examples-12_ablations-zero_n_examples-12_n_pairs-40.json").exists()
-    with pytest.raises(
-        ConfigError,
-        match="ablate_swap_n_examples-12_n_pairs-40_exposure_pairs-more_more.parquet does not exist",
-    ):
+    missing = "ablate_swap_n_examples-12_n_pairs-40_exposure_pairs-more_more.parquet"
+    with pytest.raises(ConfigError, match=f"{missing} does not exist"):
         ablate.main(["corr", str(run), *same, "--exposure_pairs=more_more"])
 
 
@@ -545,28 +548,31 @@ def test_tables_and_statistics_of_other_runs_stay(runs):
     assert len(list((runs / "r0").glob("eval_stats_against_r0*.json"))) == 2
 
 
-def odd_columns():
-    """Columns that a parquet file may hold in the place of numbers."""
-    text, nothing, lists = ["a"] * 3, [None] * 3, [[1], [], [2]]
-    hits = {"row": [1, 2, 3], "hit": [True] * 3, "loss": [0.5] * 3}
-    return [{"row": x, "hit": x, "loss": x} for x in (text, nothing, lists)] + [
-        {**hits, "tag": nothing},
-        {**hits, "tag": lists},
-        {"x": [1]},
-        {"row": [], "hit": [], "loss": []},
-    ]
+LABELS = {"example": [1, 2, 3], "correct": [True] * 3, "loss": [0.5] * 3}
+ODD_COLUMNS = {
+    "text": dict.fromkeys(LABELS, ["a"] * 3),
+    "null": dict.fromkeys(LABELS, [None] * 3),
+    "lists": dict.fromkeys(LABELS, [[1], [], [2]]),
+    "nothing": dict.fromkeys(LABELS, []),
+    "a slice of nulls": {**LABELS, "kind": [None] * 3},
+    "a slice of lists": {**LABELS, "kind": [[1], [], [2]]},
+    "other columns": {"x": [1]},
+}
 
 
-def test_odd_parquet_is_a_sentence(runs, facts, tmp_path):
+@pytest.mark.parametrize("odd", ODD_COLUMNS)
+def test_odd_parquet_is_a_sentence(runs, odd):
+    pq.write_table(pa.table(ODD_COLUMNS[odd]), runs / "r0" / "eval_test.parquet")
+    with pytest.raises(ConfigError, match="python eval.py .* writes it"):
+        ev.main(["stats", str(runs / "r0")])
+
+
+def test_a_flipped_bit_of_parquet_is_noticed_or_harmless(runs):
     path = runs / "r0" / "eval_test.parquet"
-    for columns in odd_columns():
-        pq.write_table(pa.table(columns), path)
-        with pytest.raises(ConfigError, match="python eval.py .* writes it"):
-            ev.main(["stats", str(runs / "r0")])
     ev.main([str(runs / "r0")])
     whole, noticed = path.read_bytes(), 0
-    for place in range(4, len(whole), 97):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for at in range(4, len(whole), 97):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         try:
             ev.main(["stats", str(runs / "r0")])
         except ConfigError:
@@ -580,21 +586,15 @@ def test_odd_parquet_is_a_sentence(runs, facts, tmp_path):
 def test_keys_of_results_come_in_one_order(script):
     """Whatever PYTHONHASHSEED is."""
     code = "from nanorecall import metrics; import numpy as np; x = np.arange(2); "
-    code += "b = dict(hit=x > 0, loss=x * 1.0, row=x, row_hit=x > 0, tags=dict(a=x)); "
+    code += "b = dict(correct=x > 0, loss=x * 1.0, example=x, exact_match=x > 0, slices={'a': x}); "
     code += "print(metrics.merge_counts([metrics.count_batch(b)] * 2))"
-    orders = set()
+    command, folder = [sys.executable, "-c", code], os.path.dirname(train.__file__)
+    printed = set()
     for seed in ("1", "2", "3"):
-        import subprocess
-        import sys
-
         env = os.environ | {"PYTHONHASHSEED": seed}
-        folder = os.path.dirname(train.__file__)
-        orders.add(
-            subprocess.run(
-                [sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True
-            ).stdout
-        )
-    assert len(orders) == 1 and "correct_correct" in orders.pop()
+        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+        printed.add(done.stdout)
+    assert len(printed) == 1 and "correct_correct" in printed.pop()
 
 
 def length(cell):
@@ -642,7 +642,8 @@ def test_means_of_shares_stay_between_0_and_1():
             "value"
         ] == pytest.approx(np.mean(x))
     hits = np.arange(100) < 80  # of measurements that are 0 or 1: Wilson's, but for n - 1
-    assert stats.mean_proportion(hits)["ci95"] == pytest.approx(stats.wilson_interval(80, 100), abs=2e-3)
+    interval = stats.wilson_interval(80, 100)
+    assert stats.mean_proportion(hits)["ci95"] == pytest.approx(interval, abs=2e-3)
     random = np.random.default_rng(0)
     found = [stats.mean_proportion(random.beta(2, 5, 50))["ci95"] for _ in range(1000)]
     assert 0.93 < np.mean([low <= 2 / 7 <= high for low, high in found]) < 0.97
@@ -667,12 +668,13 @@ def test_a_setting_that_is_newer_than_the_run_has_its_default(runs, capsys):
     """Its checkpoint does not know of it either."""
     changed(runs / "r0" / "config.json", lambda c: c["train"].pop("max_skipped_steps"))
     ev.main([str(runs / "r0")])
-    assert "config.json has no max_skipped_steps; their defaults are taken" in capsys.readouterr().err
+    says = "config.json has no max_skipped_steps; their defaults are taken"
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["model.GPTBlock", "model.RMSNorm", "memory.MemoryLayer"])
 def test_a_part_of_a_model_is_no_model(name):
-    with pytest.raises(ConfigError, match="is a part of a model, no language model; choose from gpt"):
+    with pytest.raises(ConfigError, match="a part of a model, no language model; choose from gpt"):
         train.parse([f"--model={name}"])
 
 
