@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import delta
-from eval import greedy_decode
+from analysis.decoding import greedy_decode
 from model import GPT, CausalSelfAttention, Config, UnifiedKV
 from nanorecall import ops
 from nanorecall.build import inference_state_bytes
@@ -17,17 +17,16 @@ from toys import T, V, build_gpt
 def test_softmax_attention_equals_naive(groups, some_positions):
     torch.manual_seed(0)
     query_pos = torch.tensor([[0, 3, 11], [2, 2, 5]]) if some_positions else None
-    inputs = [
-        torch.randn(2, h, t, w, dtype=torch.float64, requires_grad=True)
-        for h, t, w in ((4, 3 if some_positions else T, 6), (groups, T, 6), (groups, T, 5))
-    ]
+    queries = 3 if some_positions else T
+    inputs = []
+    for shape in ((2, 4, queries, 6), (2, groups, T, 6), (2, groups, T, 5)):
+        inputs.append(torch.randn(shape, dtype=torch.float64, requires_grad=True))
     ours = ops.softmax_attention(*inputs, query_pos)
     naive = ops.naive_attention(*inputs, query_pos)
     torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(ours)
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(naive, inputs, grad)
-    ):
+    ours_grads = torch.autograd.grad(ours, inputs, grad)
+    for a, b in zip(ours_grads, torch.autograd.grad(naive, inputs, grad)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -35,16 +34,14 @@ def test_flash_attention_lays_its_arguments_out_as_varlen_expects(monkeypatch):
     """The kernel needs a GPU; a stand-in with its documented semantics checks the call."""
 
     def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, causal, deterministic):
-        assert causal and deterministic and cu_q.dtype == torch.int32 and max_q == max_k == T
-        assert (
-            q.shape == (2 * T, 4, 6)
-            and k.shape == v.shape == (2 * T, 2, 6)
-            and cu_q.tolist() == [0, T, 2 * T]
-        )
-        pieces = [
-            [x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in zip(cu_q[:-1], cu_q[1:])
-        ]
-        return torch.cat([ops.naive_attention(*piece)[0].transpose(0, 1) for piece in pieces])
+        assert causal and deterministic and max_q == max_k == T
+        assert q.shape == (2 * T, 4, 6) and k.shape == v.shape == (2 * T, 2, 6)
+        assert cu_q.dtype == torch.int32 and cu_q.tolist() == [0, T, 2 * T]
+        outputs = []
+        for a, b in zip(cu_q[:-1], cu_q[1:]):
+            sequence = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
+            outputs.append(ops.naive_attention(*sequence)[0].transpose(0, 1))
+        return torch.cat(outputs)
 
     monkeypatch.setattr(ops, "flash_attn_varlen_func", stand_in)
     q, k, v = (torch.randn(2, h, T, 6) for h in (4, 2, 2))
@@ -58,9 +55,8 @@ def test_flash_is_chosen_only_where_it_works(monkeypatch):
     assert "not installed" in ops.why_no_flash(cuda, torch.bfloat16, 64, 64)
     monkeypatch.setattr(ops, "flash_attn_varlen_func", object())
     assert "bfloat16" in ops.why_no_flash(cuda, torch.float32, 64, 64)
-    assert "one width" in ops.why_no_flash(cuda, torch.bfloat16, 64, 32) and ops.why_no_flash(
-        cuda, torch.bfloat16, 512, 512
-    )
+    assert "one width" in ops.why_no_flash(cuda, torch.bfloat16, 64, 32)
+    assert ops.why_no_flash(cuda, torch.bfloat16, 512, 512) is not None
     assert ops.why_no_flash(cuda, torch.bfloat16, 64, 64) is None
 
 
@@ -131,23 +127,22 @@ def outcome(model, *inputs):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [(7, 1, 12, 5), (6, 6, 6), (1, 1)], ids=str)
-@pytest.mark.parametrize(
-    "share", [0.3, 1.0]
-)  # of tokens with a label: few enough for the last block to skip some, or all
-def test_packed_equals_a_row_for_each_document(kind, lengths, share):
+@pytest.mark.parametrize("labelled", [0.3, 1.0])
+def test_packed_equals_a_sequence_for_each_document(kind, lengths, labelled):
+    """With labels at so many positions that the last block skips some, or none."""
     model, g = build_kind(kind, seq_len=30), torch.Generator().manual_seed(0)
     tokens = torch.randint(V, (len(lengths), max(lengths)), generator=g)
     inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    targets = torch.where(
-        (torch.rand(tokens.shape, generator=g) < share) & inside, tokens.flip(1), IGNORE_INDEX
-    )
+    is_label = (torch.rand(tokens.shape, generator=g) < labelled) & inside
+    targets = torch.where(is_label, tokens.flip(1), IGNORE_INDEX)
     targets[0, 0] = 3  # one at least
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     packed = outcome(model, tokens[inside][None], targets[inside][None], ends)
     for a, b in zip(packed, outcome(model, tokens, targets)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    if len(lengths) > 2:  # and the check would notice: as one long document it is another thing
-        assert (model(tokens[inside][None], targets[inside][None])[1] - packed[1]).abs() > 1e-4
+    if len(lengths) > 2:  # the check would notice: the loss of one long document is another
+        _, one_document = model(tokens[inside][None], targets[inside][None])
+        assert (one_document - packed[1]).abs() > 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +158,7 @@ def test_packed_logits_without_targets_and_an_empty_document(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reading_on_from_the_cache_equals_one_forward_pass(kind):
+def test_pieces_with_a_cache_equal_one_forward_pass(kind):
     model = build_kind(kind)
     tokens = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(0))
     expected, _ = model(tokens)
@@ -177,7 +172,7 @@ def test_reading_on_from_the_cache_equals_one_forward_pass(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_models_of_any_dtype_and_batches_without_rows_tokens_or_labels(kind, dtype):
+def test_models_of_any_dtype_and_batches_without_sequences_tokens_or_labels(kind, dtype):
     model = build_kind(kind).to(dtype)
     for shape in ((2, T), (0, T), (2, 0), (1, 1)):
         tokens = torch.randint(V, shape)
@@ -194,7 +189,7 @@ def test_models_of_any_dtype_and_batches_without_rows_tokens_or_labels(kind, dty
     assert (ours - exact).abs().max() < 16 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-KEPT = [
+CACHED = [
     (GPT, dict(n_kv_heads=1, conv_size=3)),
     (GPT, dict(k_kernel="taylor", q_kernel="taylor", v_kernel="exp", pos_emb="none", conv_size=1)),
     (GPT, dict(use_att=False, use_ffn=True)),
@@ -207,9 +202,9 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("cls, changes", KEPT, ids=str)
+@pytest.mark.parametrize("cls, changes", CACHED, ids=str)
 @pytest.mark.parametrize("T", [1, 5, 12])
-def test_state_bytes_is_the_size_of_the_cache_and_reading_from_it_is_right(cls, changes, T):
+def test_state_bytes_is_the_size_of_the_cache_and_decoding_from_it_is_correct(cls, changes, T):
     config_class = delta.Config if issubclass(cls, delta.DeltaNet) else Config
     torch.manual_seed(0)
     sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, du=6, vocab_size=V, seq_len=T)
@@ -220,17 +215,17 @@ def test_state_bytes_is_the_size_of_the_cache_and_reading_from_it_is_right(cls, 
         some, cache = model.forward_cached(token[None], cache)
         logits.append(some)
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens)[0], rtol=1e-4, atol=1e-4)
-    kept = [x for layer in cache for x in layer.values() if torch.is_tensor(x)]
-    storage = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
-    assert (
-        sum(storage.values())
-        == sum(4 * x.numel() for x in kept)
-        == inference_state_bytes(cls, model.config)
-    )
+    values, storages = 0, {}
+    for layer in cache:
+        for x in layer.values():
+            if torch.is_tensor(x):
+                values += x.numel()
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    assert 4 * values == sum(storages.values()) == inference_state_bytes(cls, model.config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_equals_the_argmax_of_whole_rows(kind):
+def test_greedy_equals_the_argmax_of_whole_sequences(kind):
     model = build_kind(kind)
     tokens = torch.randint(V, (3, 4), generator=torch.Generator().manual_seed(0))
     out = greedy_decode(model, tokens, T - 4)
@@ -240,7 +235,7 @@ def test_greedy_equals_the_argmax_of_whole_rows(kind):
     assert torch.equal(greedy_decode(model, tokens, 1), out[:, :1])
 
 
-def test_reading_beyond_the_positions_is_refused():
+def test_more_tokens_than_positions_are_refused():
     with pytest.raises(ValueError, match="positions for 12 tokens, not for 13"):
         build_gpt().forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
     build_gpt(pos_emb="none", conv_size=2).forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
@@ -248,12 +243,9 @@ def test_reading_beyond_the_positions_is_refused():
 
 @pytest.mark.parametrize("ends", [[0, 2, 4], [1, 3, 6], [0, 4, 2, 6], [0], [0, 6, 7]])
 @pytest.mark.parametrize("cls", [GPT, delta.DeltaNet])
-def test_ends_that_do_not_fit_the_row_are_refused(cls, ends):
-    model = cls(
-        (delta.Config if cls is delta.DeltaNet else Config)(
-            dim=8, n_layers=1, dk=4, dv=4, vocab_size=9, seq_len=8
-        )
-    )
+def test_ends_that_do_not_fit_the_sequence_are_refused(cls, ends):
+    config_class = delta.Config if cls is delta.DeltaNet else Config
+    model = cls(config_class(dim=8, n_layers=1, dk=4, dv=4, vocab_size=9, seq_len=8))
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T=6 over one sequence"):
         model(torch.zeros(1, 6, dtype=torch.long), cu_seqlens=torch.tensor(ends))
     with pytest.raises(ValueError, match="for 2 sequences"):

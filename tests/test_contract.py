@@ -1,6 +1,6 @@
 """What train.py expects of any model file and any data file; a fork can check its own:
 
-python -m pytest tests/test_contract.py --model=my_model --data=my_data
+    python -m pytest tests/test_contract.py --model=my_model --data=my_data
 """
 
 import numpy as np
@@ -11,8 +11,10 @@ import torch.nn.functional as F
 import eval as evaluate
 import train
 from nanorecall.build import MODELS, build_model, build_model_config, resolve_model
+from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import Setting, build_config
 from nanorecall.source_files import import_source_file
+from toys import as_flags, assert_same
 
 SMALL = {
     "vocab_size": 64,
@@ -25,11 +27,17 @@ SMALL = {
 
 
 def pytest_generate_tests(metafunc):
-    models, datas = metafunc.config.getoption("--model"), metafunc.config.getoption("--data")
+    models = metafunc.config.getoption("--model")
+    datas = metafunc.config.getoption("--data")
+    if not models and not datas:
+        models, datas = list(MODELS), ["data_mqar"]
     if "model_name" in metafunc.fixturenames:
-        metafunc.parametrize("model_name", models or ([] if datas else list(MODELS)))
+        metafunc.parametrize("model_name", models or [])
     if "data_name" in metafunc.fixturenames:
-        metafunc.parametrize("data_name", datas or ([] if models else ["data_mqar"]))
+        metafunc.parametrize("data_name", datas or [])
+
+
+# ---- a model file --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -41,22 +49,25 @@ def model(model_name):
 
 @pytest.fixture
 def batch():
+    """Tokens (B, T), and targets in about a fifth of the positions."""
     tokens = torch.randint(64, (5, 32), generator=torch.Generator().manual_seed(0))
-    targets = torch.where(torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.2, tokens.flip(1), -100)
-    return tokens, targets
+    is_label = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.2
+    return tokens, torch.where(is_label, tokens.flip(1), IGNORE_INDEX)
 
 
 def test_logits_and_loss(model, batch):
+    """With targets: logits (N, V) of the labelled positions, row-major, and their mean loss."""
     tokens, targets = batch
     logits, loss = model(tokens)
     assert logits.shape == (5, 32, 64) and loss is None
     scored, loss = model(tokens, targets)
-    mask = targets != -100
-    torch.testing.assert_close(scored, logits[mask], rtol=1e-4, atol=1e-5)  # row-major, labelled positions only
-    torch.testing.assert_close(loss, F.cross_entropy(logits[mask], targets[mask]), rtol=1e-4, atol=1e-5)
+    is_label = targets != IGNORE_INDEX
+    expected = F.cross_entropy(logits[is_label], targets[is_label])
+    torch.testing.assert_close(scored, logits[is_label], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_causal_and_rows_do_not_mix(model, batch):
+def test_it_is_causal_and_sequences_do_not_mix(model, batch):
     tokens, _ = batch
     changed = tokens.clone()
     changed[2, 20:] = (changed[2, 20:] + 1) % 64
@@ -67,15 +78,14 @@ def test_it_is_causal_and_rows_do_not_mix(model, batch):
 
 def test_every_parameter_learns(model, batch):
     model(*batch)[1].backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert silent == []
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
 def test_it_trains_resumes_and_is_evaluated(model_name, tmp_path, capsys):
-    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    settings = {**SMALL, "log_dir": tmp_path, "run_name": "run", "batch_size": 8, "num_threads": 1}
     folder = str(tmp_path / "run")
-    flags += ["--log_dir", str(tmp_path), "--run_name", "run", "--batch_size", "8", "--num_threads", "1"]
-    assert train.main(["--model", model_name, *flags, "--max_steps", "2"]) == 0
+    assert train.main(["--model", model_name, *as_flags(settings), "--max_steps", "2"]) == 0
     assert "test accuracy" in capsys.readouterr().out
     assert train.main(["--resume", folder, "--max_steps", "3"]) == 0
     assert "3 steps" in capsys.readouterr().out
@@ -84,39 +94,53 @@ def test_it_trains_resumes_and_is_evaluated(model_name, tmp_path, capsys):
 
 
 def test_weights_are_a_function_of_the_seed(model_name):
-    def weights(noise):
-        torch.rand(noise)
-        p = train.parse([f"--model={model_name}", *(f"--{k}={v}" for k, v in SMALL.items())])
+    """Of the seed in the settings, not of random numbers drawn before."""
+
+    def weights(numbers_drawn_before):
+        torch.rand(numbers_drawn_before)
+        p = train.parse([f"--model={model_name}", *as_flags(SMALL)])
         return build_model(p, build_model_config(p, p.data_module.Data(p.data))).state_dict()
 
-    a, b = weights(1), weights(100)
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert_same(dict(weights(1)), dict(weights(100)))
+
+
+# ---- a data file ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def data(data_name):
     module = import_source_file(data_name, "data", "Config", "Data")
-    names = set(module.Config.__dataclass_fields__)
-    return module.Data(build_config(module.Config, [Setting(k, v, k) for k, v in SMALL.items() if k in names]))
+    settings = []
+    for name, value in SMALL.items():
+        if name in module.Config.__dataclass_fields__:
+            settings.append(Setting(name, value, name))
+    return module.Data(build_config(module.Config, settings))
 
 
 def test_batches_are_pure_and_fit_together(data):
-    first = data.batch_indices(0, 8)
-    tokens, targets, tags = data.batch("train", 0, first)
-    assert tokens.dtype == targets.dtype == torch.long and tokens.shape == targets.shape == (len(first), tokens.shape[1])
-    assert tokens.shape[1] <= data.seq_len and 0 <= tokens.min() and tokens.max() < data.vocab_size
-    again = [data.batch("train", 0, [r]) for r in reversed(first)][::-1]
-    assert torch.equal(torch.cat([x for x, _, _ in again]), tokens) and torch.equal(
-        torch.cat([y for _, y, _ in again]), targets
-    )
-    labels = int((targets != -100).sum())
-    assert labels > 0 and all(len(np.asarray(v)) == labels for v in tags.values())
+    """Of a step, all sequences at once are those of one at a time, in any order."""
+    indices = data.batch_indices(0, 8)
+    tokens, targets, slices = data.batch("train", 0, indices)
+    assert tokens.dtype == targets.dtype == torch.long
+    assert tokens.shape == targets.shape == (len(indices), tokens.shape[1])
+    assert tokens.shape[1] <= data.seq_len
+    assert 0 <= tokens.min() and tokens.max() < data.vocab_size
+    singles = {}
+    for index in reversed(indices):
+        singles[index] = data.batch("train", 0, [index])
+    for row, index in enumerate(indices):
+        assert torch.equal(singles[index][0][0], tokens[row])
+        assert torch.equal(singles[index][1][0], targets[row])
+    labels = int((targets != IGNORE_INDEX).sum())
+    assert labels > 0
+    assert all(len(np.asarray(values)) == labels for values in slices.values())
 
 
-def test_segments_cover_val_and_test(data):
-    for split in ("val", "test"):
-        rows = [r for segment in data.eval_groups(split) for r in segment]
-        assert len(rows) == len(set(rows)) > 0
-        for segment in data.eval_groups(split):
-            assert data.batch(split, 0, segment)[0].shape[0] == len(segment)
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_eval_groups_cover_val_and_test(data, split):
+    seen = []
+    for group in data.eval_groups(split):
+        assert data.batch(split, 0, group)[0].shape[0] == len(group)
+        seen += group
+    assert len(seen) == len(set(seen)) > 0
     assert data.steps_per_epoch(8) >= 1

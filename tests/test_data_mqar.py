@@ -11,23 +11,25 @@ import numpy as np
 import pytest
 import torch
 
-import data_mqar as D
+import data_mqar
 from naive import loop_sequences
-from nanorecall import mqar_files as S
-from nanorecall import rng
+from nanorecall import mqar_files, rng
+from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, build_config, split_argv
-
-IGNORE = D.IGNORE_INDEX
 
 
 def config(*flags, **values):
-    c = D.Config(**values) if values else build_config(D.Config, split_argv(list(flags))[1])
+    """A checked Config, of values or of a command line."""
+    if values:
+        c = data_mqar.Config(**values)
+    else:
+        c = build_config(data_mqar.Config, split_argv(list(flags))[1])
     c.check()
     return c
 
 
 def test_doctests():
-    assert doctest.testmod(D).failed == 0
+    assert doctest.testmod(data_mqar).failed == 0
 
 
 # ---- the law -------------------------------------------------------------------------------------
@@ -38,24 +40,19 @@ def solve(tokens, size, alphabet):
 
     Knows no generator. alphabet: the tokens that its keys are made of.
     """
-    c, L = size.config, len(tokens)
-    half, width = c.vocab_size // 2, c.key_tokens
+    c, width = size.config, size.config.key_tokens
+    half = c.vocab_size // 2
     memory, t = {}, 0
-    while (
-        t < size.storage_len
-    ):  # a value token that follows a key closes a pair; anything else is noise
+    # A value that follows a key closes a pair; anything else is noise.
+    while t < size.storage_len:
         key = tuple(tokens[t : t + width])
-        is_key = (
-            all(1 <= x < half for x in key)
-            and t + width < size.storage_len
-            and tokens[t + width] >= half
-        )
-        if is_key and set(key) <= alphabet:
+        is_key = all(1 <= x < half for x in key) and set(key) <= alphabet
+        if is_key and t + width < size.storage_len and tokens[t + width] >= half:
             memory[key] = tokens[t + width]
             t += width + 1
         else:
             t += 1
-    while t + width <= L:
+    while t + width <= len(tokens):
         key = tuple(tokens[t : t + width])
         if key in memory:
             yield t + width - 1, memory[key]
@@ -86,45 +83,47 @@ TASKS = [
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_a_dict_gives_every_label_and_no_other(task):
     c = config(**task)
-    size = D.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
-    tokens, targets, slices = D.make_sequences(size, "train", np.arange(300))
-    assert len(slices["distance"]) == (targets != IGNORE).sum() == 300 * c.num_kv_pairs
+    size = data_mqar.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
+    tokens, targets, slices = data_mqar.make_sequences(size, "train", np.arange(300))
+    assert len(slices["distance"]) == (targets != IGNORE_INDEX).sum() == 300 * c.num_kv_pairs
     for x, y in zip(tokens.tolist(), targets.tolist()):
-        queried = [x[t - c.key_tokens + 1 : t + 1] for t in range(len(x)) if y[t] != IGNORE]
-        alphabet = {token for key in queried for token in key}
-        expected = [IGNORE] * len(x)
-        for t, value in solve(x, size, alphabet):
+        queried = set()
+        for t in range(len(x)):
+            if y[t] != IGNORE_INDEX:
+                queried.add(tuple(x[t - c.key_tokens + 1 : t + 1]))
+        assert len(queried) == c.num_kv_pairs  # every key once
+        expected = [IGNORE_INDEX] * len(x)
+        for t, value in solve(x, size, set().union(*queried)):
             expected[t] = value
         assert y == expected
-        assert len({tuple(k) for k in queried}) == c.num_kv_pairs  # every key once
         assert max(x) < c.vocab_size and min(x) >= 0
 
 
-def test_labels_moved_by_one_are_wrong():
+def test_labels_moved_by_one_are_noticed():
     """The check above is not blind: what it accepts is lost when labels move."""
     c = config(input_seq_len=32, num_kv_pairs=4, vocab_size=64)
-    size = D.TaskSize(32, 4, c)
-    tokens, targets, _ = D.make_sequences(size, "train", np.arange(1))
-    alphabet = set(tokens[0][targets[0] != IGNORE].tolist())
-    expected = np.full(32, IGNORE)
+    size = data_mqar.TaskSize(32, 4, c)
+    tokens, targets, _ = data_mqar.make_sequences(size, "train", np.arange(1))
+    alphabet = set(tokens[0][targets[0] != IGNORE_INDEX].tolist())
+    expected = np.full(32, IGNORE_INDEX)
     for t, value in solve(tokens[0].tolist(), size, alphabet):
         expected[t] = value
     assert (expected == targets[0]).all() and (expected != np.roll(targets[0], 1)).any()
 
 
 def read_slices(tokens, targets, size):
-    """For each label of a row, as a person would read it: how far back its key was stored last, and
-    how often it was stored."""
+    """For each label of a sequence, as a person would read it:
+    how far back its key was stored last, and how often it was stored.
+    """
     c, width, found = size.config, size.config.key_tokens, []
-    for label in (t for t in range(len(tokens)) if targets[t] != IGNORE):
+    for label in range(len(tokens)):
+        if targets[label] == IGNORE_INDEX:
+            continue
         key = tokens[label - width + 1 : label + 1]
-        stored = [
-            t
-            for t in range(size.storage_len)
-            if tokens[t : t + width] == key
-            and t + width < size.storage_len
-            and tokens[t + width] >= c.vocab_size // 2
-        ]
+        stored = []
+        for t in range(size.storage_len - width):
+            if tokens[t : t + width] == key and tokens[t + width] >= c.vocab_size // 2:
+                stored.append(t)
         assert tokens[stored[-1] + width] == targets[label]
         found.append((label - width + 1 - stored[-1], len(stored)))
     return found
@@ -133,11 +132,11 @@ def read_slices(tokens, targets, size):
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_the_slices_are_what_a_person_would_count(task):
     c = config(**task)
-    size = D.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
-    tokens, targets, slices = D.make_sequences(size, "test", np.arange(60))
-    found = [
-        pair for x, y in zip(tokens.tolist(), targets.tolist()) for pair in read_slices(x, y, size)
-    ]
+    size = data_mqar.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
+    tokens, targets, slices = data_mqar.make_sequences(size, "test", np.arange(60))
+    found = []
+    for x, y in zip(tokens.tolist(), targets.tolist()):
+        found += read_slices(x, y, size)
     powers = [1 << (distance.bit_length() - 1) for distance, _ in found]
     assert slices["distance"].tolist() == powers and len(set(powers)) > 2
     if c.num_updates:
@@ -147,22 +146,22 @@ def test_the_slices_are_what_a_person_would_count(task):
         assert "updated" not in slices
 
 
-def test_the_slices_of_a_row_by_hand():
-    """Two pairs and one of them again, in six tokens, then asked at 6 and 8. From 6 back to 4 are 2
-    tokens; from 8 back to 2 are 6, which count as 4."""
+def test_the_slices_of_a_sequence_by_hand():
+    """Two pairs and one of them again, in six tokens, then asked at 6 and 8.
+
+    A distance counts as the power of two below it: 6 tokens, from 8 back to 2, count as 4.
+    """
     c = config(input_seq_len=10, num_kv_pairs=2, num_updates=1, vocab_size=10)
-    for row in range(50):
-        tokens, targets, slices = D.make_sequences(
-            D.TaskSize(10, 2, c), "train", np.arange(row, row + 1)
-        )
+    size = data_mqar.TaskSize(10, 2, c)
+    for index in range(50):
+        tokens, targets, slices = data_mqar.make_sequences(size, "train", np.array([index]))
         x = tokens[0].tolist()
-        last = {x[0]: 0, x[2]: 2} | {x[4]: 4}
-        asked = [t for t in range(10) if targets[0, t] != IGNORE]
+        asked = [t for t in range(10) if targets[0, t] != IGNORE_INDEX]
         assert asked == [6, 8] and x[4] in (x[0], x[2])
+        last_stored = {x[0]: 0, x[2]: 2} | {x[4]: 4}
+        power_of = {2: 2, 4: 4, 6: 4, 8: 8}
         assert slices["updated"].tolist() == [int(x[t] == x[4]) for t in asked]
-        assert slices["distance"].tolist() == [
-            {2: 2, 4: 4, 6: 4, 8: 8}[t - last[x[t]]] for t in asked
-        ]
+        assert slices["distance"].tolist() == [power_of[t - last_stored[x[t]]] for t in asked]
 
 
 @pytest.mark.parametrize(
@@ -170,70 +169,69 @@ def test_the_slices_of_a_row_by_hand():
     [dict(max_noise=3), dict(random_non_queries=True), dict(max_noise=2, random_non_queries=True)],
     ids=str,
 )
-def test_noise_is_any_token_but_the_keys_of_its_row(task):
+def test_noise_is_any_token_but_the_keys_of_its_sequence(task):
+    """Each token is as often noise as any other, but for the 6 keys of its sequence."""
     c = config(input_seq_len=96, num_kv_pairs=6, vocab_size=32, **task)
-    size, R = D.TaskSize(96, 6, c), 4000
-    tokens, targets, _ = D.make_sequences(size, "train", np.arange(R))
-    seen, possible = np.zeros(32), np.zeros(32)
+    size = data_mqar.TaskSize(96, 6, c)
+    tokens, targets, _ = data_mqar.make_sequences(size, "train", np.arange(4000))
+    found, expected = np.zeros(32), np.zeros(32)
     for x, y in zip(tokens.tolist(), targets.tolist()):
-        keys = {x[t] for t in range(96) if y[t] != IGNORE}
-        used = {t for t in range(96) if x[t] in keys}
-        used |= {t + 1 for t in used if t < size.storage_len}
-        rest = [t for t in range(96) if t not in used]
-        noise = [
-            x[t]
-            for t in rest
-            if (t < size.storage_len if c.max_noise else False)
-            or (t >= size.storage_len and c.random_non_queries)
-        ]
+        keys = {x[t] for t in range(96) if y[t] != IGNORE_INDEX}
         assert [x.count(key) for key in keys] == [2] * 6  # stored and asked, and nowhere else
-        assert all(x[t] == 0 for t in rest if t >= size.storage_len) or c.random_non_queries
-        seen += np.bincount(noise, minlength=32)
-        possible += [0 if token in keys else len(noise) / 26 for token in range(32)]
-    assert possible.min() > 1000  # 0 and values, too: each as often as any other
-    assert (np.abs(seen - possible) / np.sqrt(possible)).max() < 5
+        noise = []
+        t = 0
+        while t < 96:
+            in_storage = t < size.storage_len
+            if x[t] in keys:
+                t += 2 if in_storage else 1  # a value follows a key that is stored
+                continue
+            if c.max_noise if in_storage else c.random_non_queries:
+                noise.append(x[t])
+            elif not in_storage:
+                assert x[t] == 0
+            t += 1
+        found += np.bincount(noise, minlength=32)
+        for token in set(range(32)) - keys:
+            expected[token] += len(noise) / 26
+    assert expected.min() > 1000  # of 0 and of values, too
+    assert (np.abs(found - expected) / np.sqrt(expected)).max() < 5
 
 
-def test_gaps_are_of_every_length_up_to_the_longest():
+def test_noise_is_of_every_length_up_to_the_longest():
     """Tokens of noise after a stored pair: 0, 1, 2 and 3 as often as each other."""
-    size, R = (
-        D.TaskSize(64, 6, config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, max_noise=3)),
-        2000,
-    )
-    tokens, targets, _ = D.make_sequences(size, "train", np.arange(R))
-    gaps = []
+    c = config(input_seq_len=64, num_kv_pairs=6, vocab_size=32, max_noise=3)
+    size = data_mqar.TaskSize(64, 6, c)
+    tokens, targets, _ = data_mqar.make_sequences(size, "train", np.arange(2000))
+    lengths = []
     for x, y in zip(tokens.tolist(), targets.tolist()):
-        keys = {x[t] for t in range(64) if y[t] != IGNORE}
+        keys = {x[t] for t in range(64) if y[t] != IGNORE_INDEX}
         stored = [t for t in range(size.storage_len) if x[t] in keys]
-        gaps += [later - t - 2 for t, later in zip(stored, stored[1:])]  # a key and its value
-    counts = np.bincount(gaps, minlength=4)
+        for t, following in zip(stored, stored[1:]):
+            lengths.append(following - t - 2)  # without a key and its value
+    counts = np.bincount(lengths, minlength=4)
     assert len(counts) == 4 and (np.abs(counts - 2500) < 5 * np.sqrt(2500)).all()
 
 
 @pytest.mark.parametrize("power_a", [0.01, 1.0])
-def test_the_law_is_that_of_a_per_row_loop(power_a):
+def test_the_law_is_that_of_a_loop_over_sequences(power_a):
     c = config(input_seq_len=64, num_kv_pairs=8, vocab_size=64, power_a=power_a)
-    size, R = D.TaskSize(64, 8, c), 20000
-    ours = D.make_sequences(size, "train", np.arange(R))[:2]
-    theirs = loop_sequences(size, R, np.random.default_rng(0))
+    size, n = data_mqar.TaskSize(64, 8, c), 20000
+    ours = data_mqar.make_sequences(size, "train", np.arange(n))[:2]
+    naive = loop_sequences(size, n, np.random.default_rng(0))
 
     def statistics(tokens, targets):
         """How often slot s asks for pair i (8, 24), and how often token v is key i or value i."""
-        r = np.arange(R)[:, None]
-        asked = np.argmax(tokens[:, None, 16::2] == tokens[:, :16:2, None], axis=2)  # (R, 8)
-        slot = np.stack([np.bincount(asked[:, i], minlength=24) for i in range(8)])
-        key, value = (
-            np.stack([np.bincount(tokens[:, j + 2 * i], minlength=64) for i in range(8)])
-            for j in (0, 1)
-        )
-        assert (targets[r, 16 + 2 * asked] == tokens[:, 1:16:2]).all()
-        return slot, key, value
+        asked = np.argmax(tokens[:, None, 16::2] == tokens[:, :16:2, None], axis=2)  # (n, 8)
+        assert (targets[np.arange(n)[:, None], 16 + 2 * asked] == tokens[:, 1:16:2]).all()
+        slots = [np.bincount(asked[:, i], minlength=24) for i in range(8)]
+        keys = [np.bincount(tokens[:, 2 * i], minlength=64) for i in range(8)]
+        values = [np.bincount(tokens[:, 2 * i + 1], minlength=64) for i in range(8)]
+        return np.stack(slots), np.stack(keys), np.stack(values)
 
-    for a, b in zip(statistics(*ours), statistics(*theirs)):
+    for a, b in zip(statistics(*ours), statistics(*naive)):
         assert ((a == 0) == (b == 0)).all() and (a > 0).mean() > 0.4
-        assert (
-            np.abs(a - b) / np.sqrt(a + b + 1)
-        ).max() < 5  # in deviations of a difference of two counts
+        # The standard deviation of the difference of two counts is the root of their sum.
+        assert (np.abs(a - b) / np.sqrt(a + b + 1)).max() < 5
 
 
 def test_uniform_without_replacement():
@@ -256,83 +254,72 @@ def test_uniform_without_replacement():
     ],
     ids=str,
 )
-def test_a_row_is_a_function_of_seed_split_step_and_row(extra):
-    c = dict(
-        input_seq_len=32,
-        num_kv_pairs=4,
-        vocab_size=64,
-        n_train_examples=50,
-        n_val_examples=9,
-        n_test_examples=9,
-    )
-    data = D.Data(config(**c, **extra))
-    whole = {s: data.batch("train", s, range(40, 60)) for s in (7, 2, 0)}
+def test_a_sequence_is_a_function_of_seed_split_step_and_index(extra):
+    sizes = dict(input_seq_len=32, num_kv_pairs=4, vocab_size=64)
+    sizes |= dict(n_train_examples=50, n_val_examples=9, n_test_examples=9, **extra)
+    data = data_mqar.Data(config(**sizes))
+    whole = {step: data.batch("train", step, range(40, 60)) for step in (7, 2, 0)}
+    # A second one, after other random numbers and other batches.
     torch.manual_seed(99)
     np.random.seed(5)
-    other = D.Data(config(**c, **extra))
-    other.batch("val", 0, range(3))
+    again = data_mqar.Data(config(**sizes))
+    again.batch("val", 0, range(3))
     for step in (0, 2, 7):
-        for rows in ([59], [41, 58, 40], range(45, 55)):
-            for a, b in zip(other.batch("train", step, rows)[:2], whole[step][:2]):
-                assert torch.equal(a, b[np.asarray(rows) - 40])
-    assert torch.equal(data.batch("test", 0, range(9))[0][4:6], other.batch("test", 5, [4, 5])[0])
-    changed = D.Data(config(**c, **extra, seed=1)).batch("train", 0, range(40, 60))[0]
-    assert not torch.equal(changed, whole[0][0])
+        tokens, targets, _ = whole[step]
+        for indices in ([59], [41, 58, 40], range(45, 55)):
+            some_tokens, some_targets, _ = again.batch("train", step, indices)
+            where = np.asarray(indices) - 40
+            assert torch.equal(some_tokens, tokens[where])
+            assert torch.equal(some_targets, targets[where])
+    test, _, _ = data.batch("test", 0, range(9))
+    assert torch.equal(test[4:6], again.batch("test", 5, [4, 5])[0])
+    other_seed = data_mqar.Data(config(**sizes, seed=1)).batch("train", 0, range(40, 60))[0]
+    assert not torch.equal(other_seed, whole[0][0])
 
 
 def test_splits_share_no_sequence_and_epochs_cover_the_set_in_new_orders():
-    c = config(
-        input_seq_len=32,
-        num_kv_pairs=4,
-        vocab_size=512,
-        n_train_examples=300,
-        n_val_examples=300,
-        n_test_examples=300,
-    )
-    data = D.Data(c)
-    sets = {s: {r.tobytes() for r in data.batch(s, 0, range(300))[0].numpy()} for s in rng.SPLITS}
-    assert all(len(rows) == 300 for rows in sets.values()) and len(set.union(*sets.values())) == 900
-    first, second = (data.batch("train", 0, range(a, a + 300))[0].numpy() for a in (0, 300))
-    assert {r.tobytes() for r in first} == {r.tobytes() for r in second} == sets["train"]
-    assert (first != second).any()
-    steps = data.steps_per_epoch(30)
-    assert steps == 10 and [data.batch_indices(s, 30) for s in (0, 9)] == [
-        range(0, 30),
-        range(270, 300),
-    ]
+    sizes = dict(n_train_examples=300, n_val_examples=300, n_test_examples=300)
+    data = data_mqar.Data(config(input_seq_len=32, num_kv_pairs=4, vocab_size=512, **sizes))
+
+    def sequences(split, first=0):
+        tokens, _, _ = data.batch(split, 0, range(first, first + 300))
+        return [row.tobytes() for row in tokens.numpy()]
+
+    splits = {split: set(sequences(split)) for split in rng.SPLITS}
+    assert all(len(found) == 300 for found in splits.values())
+    assert len(set.union(*splits.values())) == 900
+    first, second = sequences("train"), sequences("train", 300)
+    assert set(first) == set(second) == splits["train"] and first != second
+    assert data.steps_per_epoch(30) == 10
+    assert data.batch_indices(0, 30) == range(0, 30)
+    assert data.batch_indices(9, 30) == range(270, 300)
+
+
+def shapes_of_steps(data, n_steps, batch_size):
+    """Sequences and their length, for each of the first steps of training."""
+    shapes = []
+    for step in range(n_steps):
+        tokens, _, _ = data.batch("train", step, data.batch_indices(step, batch_size))
+        shapes.append(tuple(tokens.shape))
+    return shapes
 
 
 def test_curriculum_goes_through_its_stages_at_equal_tokens():
-    c = config(
-        input_seq_len=64, num_kv_pairs=16, vocab_size=64, curriculum=((2, 3), (4, 2)), infinite_data=True
-    )
-    data = D.Data(c)
-    shapes = [tuple(data.batch("train", s, data.batch_indices(s, 4))[0].shape) for s in range(7)]
-    assert shapes == [(32, 8)] * 3 + [(16, 16)] * 2 + [(4, 64)] * 2
+    curriculum = dict(curriculum=((2, 3), (4, 2)), infinite_data=True)
+    data = data_mqar.Data(config(input_seq_len=64, num_kv_pairs=16, vocab_size=64, **curriculum))
+    assert shapes_of_steps(data, 7, 4) == [(32, 8)] * 3 + [(16, 16)] * 2 + [(4, 64)] * 2
     assert data.batch_indices(5, 4) == range(0, 4) and data.batch_indices(6, 4) == range(4, 8)
 
 
-def test_sizes_take_turns_and_test_sizes_are_reported_apart():
-    c = config(
-        vocab_size=256,
-        train_sizes=((32, 4), (64, 8)),
-        test_sizes=((32, 4), (128, 32)),
-        n_test_examples=5,
-        n_val_examples=5,
-    )
-    data = D.Data(c)
-    assert [data.batch("train", s, data.batch_indices(s, 2))[0].shape for s in range(3)] == [
-        (8, 32),
-        (4, 64),
-        (8, 32),
-    ]
-    assert data.seq_len == 128 and [len(s) for s in data.eval_groups("test")] == [5, 5]
-    tokens, _, slices = data.batch("test", 0, data.eval_groups("test")[1])
-    assert (
-        tokens.shape == (5, 128)
-        and set(slices["num_kv_pairs"]) == {32}
-        and set(slices["size"]) == {"128x32"}
-    )
+def test_sizes_alternate_and_test_sizes_are_reported_apart():
+    sizes = dict(train_sizes=((32, 4), (64, 8)), test_sizes=((32, 4), (128, 32)))
+    data = data_mqar.Data(config(vocab_size=256, n_test_examples=5, n_val_examples=5, **sizes))
+    assert shapes_of_steps(data, 3, 2) == [(8, 32), (4, 64), (8, 32)]
+    groups = data.eval_groups("test")
+    assert data.seq_len == 128 and [len(group) for group in groups] == [5, 5]
+    tokens, _, slices = data.batch("test", 0, groups[1])
+    assert tokens.shape == (5, 128)
+    assert set(slices["num_kv_pairs"]) == {32} and set(slices["size"]) == {"128x32"}
     with pytest.raises(ValueError, match="one eval group"):
         data.batch("test", 0, range(3, 7))
 
@@ -343,95 +330,94 @@ STORE = dict(num_samples=60, seq_len=48, num_kv_pairs=4, vocab_size=200, num_cop
 
 
 def write(tmp_path, name="set", **changes):
-    c = S.DatasetConfig(output_dir=str(tmp_path / name), **{**STORE, **changes})
+    c = mqar_files.DatasetConfig(output_dir=str(tmp_path / name), **{**STORE, **changes})
     c.check()
-    S.write_dataset(c, shard_rows=25)
+    mqar_files.write_dataset(c, shard_rows=25)
     return tmp_path / name
 
 
 def read(folder, split):
+    """The rows of all files of a split."""
     import pyarrow.parquet as pq
 
-    files = sorted((folder / split).iterdir())
-    if files[0].suffix == ".jsonl":
-        return [json.loads(line) for f in files for line in open(f)]
-    return [row for f in files for row in pq.read_table(f).to_pylist()]
+    rows = []
+    for file in sorted((folder / split).iterdir()):
+        if file.suffix == ".jsonl":
+            rows += map(json.loads, file.read_text().splitlines())
+        else:
+            rows += pq.read_table(file).to_pylist()
+    return rows
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_stored_rows_are_solved_by_a_dict_and_splits_are_apart(tmp_path, form):
+def test_stored_sequences_are_solved_by_a_dict_and_splits_are_apart(tmp_path, form):
     folder = write(tmp_path, output_format=form)
     metadata = json.loads((folder / "metadata.json").read_text())
     assert metadata["labels_shifted"] is False and metadata["total_examples"]["train"] == 180
     rows = {split: read(folder, split) for split in ("train", "validation", "test")}
     for row in rows["train"]:
         ids, labels = row["input_ids"], row["labels"]
-        assert len(ids) == len(labels) == len(row["attention_mask"]) == 48 and set(
-            row["attention_mask"]
-        ) == {1}
+        assert len(ids) == len(labels) == 48 and row["attention_mask"] == [1] * 48
         seen_keys = set()
         for b in range(0, 48, 16):
+            # Each copy has its own pairs: 4 keys and values, then the keys in another order.
             memory = dict(zip(ids[b : b + 8 : 2], ids[b + 1 : b + 8 : 2]))
-            assert (
-                len(memory) == 4
-                and not seen_keys & set(memory)
-                and all(1 <= k < 100 <= v < 200 for k, v in memory.items())
-            )
+            queries = ids[b + 8 : b + 16 : 2]
+            assert len(memory) == 4 and sorted(queries) == sorted(memory)
+            assert all(1 <= key < 100 <= value < 200 for key, value in memory.items())
+            assert not seen_keys & set(memory)
             seen_keys |= set(memory)
-            assert sorted(ids[b + 8 : b + 16 : 2]) == sorted(memory)
-            expected = [IGNORE] * 8 + [
-                x for key in ids[b + 8 : b + 16 : 2] for x in (IGNORE, memory[key])
-            ]
+            expected = [IGNORE_INDEX] * 8
+            for key in queries:
+                expected += [IGNORE_INDEX, memory[key]]
             assert labels[b : b + 16] == expected
-    different = {tuple(r["input_ids"]) for split in rows.values() for r in split}
-    assert len(different) == 180
+    sequences = [tuple(row["input_ids"]) for split in rows for row in rows[split]]
+    assert len(set(sequences)) == 180
     assert [len(files) for files in metadata["files"].values()] == [3, 3, 3]
-    orders = np.load(folder / "orders" / "train.npy")
-    assert (
-        orders.shape == (3, 60)
-        and all(sorted(o) == list(range(60)) for o in orders)
-        and (orders[0] != orders[1]).any()
-    )
+
+
+def test_each_copy_of_the_training_set_has_its_own_order(tmp_path):
+    orders = np.load(write(tmp_path) / "orders" / "train.npy")
+    assert orders.shape == (3, 60) and (orders[0] != orders[1]).any()
+    assert all(sorted(order) == list(range(60)) for order in orders)
 
 
 def test_the_latest_pairs_are_asked_first_when_power_a_is_small():
     def first_asked(power_a):
-        c = S.DatasetConfig(seq_len=64, num_kv_pairs=16, vocab_size=200, power_a=power_a)
-        ids, _ = S.make_disk_sequences(c, "train", np.arange(4000))
+        c = mqar_files.DatasetConfig(seq_len=64, num_kv_pairs=16, vocab_size=200, power_a=power_a)
+        ids, _ = mqar_files.make_disk_sequences(c, "train", np.arange(4000))
         return np.bincount(np.argmax(ids[:, :32:2] == ids[:, 32:33], axis=1), minlength=16) / 4000
 
     skewed, uniform = first_asked(0.01), first_asked(1.0)
-    d = np.arange(16, 0, -1.0)  # pair i stands d_i places before the end
+    d = np.arange(16, 0, -1.0)  # pair i comes d_i pairs before the end
     law = d**-0.99 / (d**-0.99).sum()
     assert np.abs(skewed - law).max() < 0.03 and np.abs(uniform - 1 / 16).max() < 0.02
 
 
-def test_same_seed_same_bytes_and_other_sizes_share_their_rows(tmp_path):
-    a, b, more = (
-        write(tmp_path, "a"),
-        write(tmp_path, "b"),
-        write(tmp_path, "more", num_samples=100),
-    )
-    files = [f.relative_to(a) for f in a.rglob("*") if f.is_file()]
-    assert len(files) == 11 and all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
+def test_same_seed_same_bytes_and_other_sizes_share_their_sequences(tmp_path):
+    a, b = write(tmp_path, "a"), write(tmp_path, "b")
+    files = [file.relative_to(a) for file in a.rglob("*") if file.is_file()]
+    assert len(files) == 11
+    assert all((a / file).read_bytes() == (b / file).read_bytes() for file in files)
+    more = write(tmp_path, "more", num_samples=100)
     assert read(more, "test")[:60] == read(a, "test")
     assert read(write(tmp_path, "c", seed=2), "test") != read(a, "test")
 
 
 def test_training_reads_what_was_written(tmp_path):
     folder = write(tmp_path)
-    data = D.Data(config("--path", str(folder)))
+    data = data_mqar.Data(config("--path", str(folder)))
     assert (data.vocab_size, data.seq_len, data.steps_per_epoch(10)) == (200, 48, 18)
     rows = read(folder, "train")
     order = np.load(folder / "orders" / "train.npy").reshape(-1)
     tokens, targets, slices = data.batch("train", 3, [0, 61, 179, 180])
-    for r, x, y in zip([0, 61, 179, 0], tokens.tolist(), targets.tolist()):
-        assert x == rows[order[r]]["input_ids"] and y == rows[order[r]]["labels"][1:] + [IGNORE]
-    assert all(len(v) == (targets != IGNORE).sum() for v in slices.values())
+    for i, x, y in zip([0, 61, 179, 0], tokens.tolist(), targets.tolist()):
+        row = rows[order[i]]
+        assert x == row["input_ids"] and y == row["labels"][1:] + [IGNORE_INDEX]
+    assert all(len(values) == (targets != IGNORE_INDEX).sum() for values in slices.values())
     assert data.eval_groups("test") == [range(60)]
-    assert D.Data(config("--path", str(folder), "--n_test_examples=7")).eval_groups("test") == [
-        range(7)
-    ]
+    fewer = data_mqar.Data(config("--path", str(folder), "--n_test_examples=7"))
+    assert fewer.eval_groups("test") == [range(7)]
     with pytest.raises(ConfigError, match="no effect: the data comes from"):
         config("--path", str(folder), "--num_kv_pairs", "4")
 
@@ -440,10 +426,13 @@ def test_hugging_face_datasets_reads_it(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for form in ("parquet", "jsonl"):
-        loaded = datasets.load_dataset(
-            str(write(tmp_path, form, output_format=form)), cache_dir=str(tmp_path / "cache")
-        )
-        assert {k: len(v) for k, v in loaded.items()} == {"train": 60, "validation": 60, "test": 60}
+        folder = write(tmp_path, form, output_format=form)
+        loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+        assert {split: len(rows) for split, rows in loaded.items()} == {
+            "train": 60,
+            "validation": 60,
+            "test": 60,
+        }
         assert loaded["test"][0] == read(tmp_path / form, "test")[0]
 
 
@@ -461,43 +450,45 @@ def test_pandas_and_page_checksums(tmp_path):
         pq.read_table(file, page_checksum_verification=True)
 
 
-@pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_a_damaged_or_missing_shard_is_refused(tmp_path, form):
-    folder = write(tmp_path, output_format=form)
-    file = folder / "test" / f"part-00001.{form}"
+def damage(file):
     raw = bytearray(file.read_bytes())
     raw[100] ^= 1
     file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+@pytest.mark.parametrize("spoil", [damage, os.remove])
+def test_a_damaged_or_missing_shard_is_refused(tmp_path, form, spoil):
+    folder = write(tmp_path, output_format=form)
+    spoil(folder / "test" / f"part-00001.{form}")
     with pytest.raises(ConfigError, match="part-00001.* is missing or damaged"):
-        D.Data(config("--path", str(folder))).batch("test", 0, [0])
-    (folder / "orders" / "train.npy").write_bytes(b"x")
-    with pytest.raises(ConfigError, match="train.npy is missing or damaged"):
-        D.Data(config("--path", str(folder)))
-    (folder / "orders" / "train.npy").unlink()
-    folder = write(tmp_path, "other", output_format=form)
-    file = folder / "test" / f"part-00001.{form}"
-    file.unlink()
-    with pytest.raises(ConfigError, match="missing or damaged"):
-        D.Data(config("--path", str(folder))).batch("test", 0, [0])
-    (folder / "metadata.json").write_text("{")
-    with pytest.raises(ConfigError, match="metadata.json is damaged, or not of this project"):
-        D.Data(config("--path", str(folder)))
+        data_mqar.Data(config("--path", str(folder))).batch("test", 0, [0])
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+@pytest.mark.parametrize("name", ["orders/train.npy", "metadata.json"])
+def test_a_damaged_order_or_metadata_is_refused(tmp_path, form, name):
+    folder = write(tmp_path, output_format=form)
+    (folder / name).write_bytes(b"{")
+    message = "train.npy is missing or damaged"
+    if name == "metadata.json":
+        message = "metadata.json is damaged, or not of this project"
+    with pytest.raises(ConfigError, match=message):
+        data_mqar.Data(config("--path", str(folder)))
 
 
 def test_interruption_leaves_nothing_that_looks_finished(tmp_path):
+    """Not even the temporary directory."""
     flags = ["--output-dir", tmp_path / "big", "--num-samples", "2000000", "--seq-len", "64"]
-    process = subprocess.Popen(
-        [sys.executable, D.__file__, *map(str, flags)], stderr=subprocess.PIPE
-    )
+    command = [sys.executable, data_mqar.__file__, *map(str, flags)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not any(tmp_path.iterdir()) and process.poll() is None:
         time.sleep(0.05)
     time.sleep(0.5)
     process.terminate()
     process.wait()
-    assert not (tmp_path / "big").exists()
-    assert process.returncode == 128 + 15 and not any(
-        tmp_path.iterdir()
-    )  # not even the temporary directory
+    assert process.returncode == 128 + 15
+    assert not any(tmp_path.iterdir())
 
 
 def test_writing_twice_is_refused_and_loses_nothing(tmp_path, script):
@@ -508,8 +499,8 @@ def test_writing_twice_is_refused_and_loses_nothing(tmp_path, script):
     assert (folder / "metadata.json").read_bytes() == before
 
 
-def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
-    """Peak memory of a writer of 15,000 long rows stays near that of one of 1,500."""
+def test_memory_does_not_grow_with_the_number_of_sequences(tmp_path):
+    """Peak memory of a writer of 15,000 long sequences stays near that of one of 1,500."""
 
     def peak(samples):
         code = [
@@ -520,9 +511,9 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
             "write_dataset(c)",
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)",
         ]
-        words = [sys.executable, "-c", "\n".join(code)]
-        folder = os.path.dirname(D.__file__)
-        done = subprocess.run(words, capture_output=True, text=True, cwd=folder)
+        command = [sys.executable, "-c", "\n".join(code)]
+        folder = os.path.dirname(data_mqar.__file__)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         return int(done.stdout) / 1024
 
     small, large = peak(1500), peak(15000)
@@ -533,7 +524,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, message",
     [
         (["--input_seq_len=127"], "odd"),
         (["--input_seq_len=100"], "at least 128 tokens, not 100"),
@@ -552,14 +543,14 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
         (["--power_a=-1"], "at least 0"),
     ],
 )
-def test_impossible_tasks_are_refused_in_one_sentence(flags, words):
-    with pytest.raises(ConfigError, match=words) as error:
-        D.Data(config(*flags))
+def test_impossible_tasks_are_refused_in_one_sentence(flags, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        data_mqar.Data(config(*flags))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, message",
     [
         (["--seq-len=500", "--num-kv-pairs=16"], "nearest are 448 and 512"),
         (["--vocab-size=10", "--output-dir=x"], "too small"),
@@ -569,13 +560,12 @@ def test_impossible_tasks_are_refused_in_one_sentence(flags, words):
         (["--num-samples=5"], "name the directory"),
     ],
 )
-def test_impossible_data_sets_are_refused_in_one_sentence(flags, words, script):
+def test_impossible_data_sets_are_refused_in_one_sentence(flags, message, script):
     done = script("data_mqar.py", *flags)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_without_arguments_it_explains_itself(script):
     done = script("data_mqar.py")
-    assert (
-        done.returncode == 0 and "--output-dir mqar_data" in done.stdout and "labels" in done.stdout
-    )
+    assert done.returncode == 0
+    assert "--output-dir mqar_data" in done.stdout and "labels" in done.stdout

@@ -23,17 +23,28 @@ DOCUMENTS = [0, 5, 5, 30, 37, 69, 70]  # one is empty, one is a single token
 
 
 def inputs(T=70, documents=False, gated=False, dtype=torch.float64, B=2, beta_max=2.0, seed=0):
-    """Arguments of the rule that want gradients: keys of length 1, a random initial state."""
+    """Arguments of the rule that want gradients: keys of length 1, a random initial state.
+
+    -> [q, k, v, beta, decay or None, state, cu_seqlens or None]
+    """
     g = torch.Generator().manual_seed(seed)
     B = 1 if documents else B
+    n_states = len(DOCUMENTS) - 1 if documents else B
     q, k, v = (torch.randn(B, H, T, width, generator=g, dtype=dtype) for width in (K, K, V))
     beta = beta_max * torch.rand(B, H, T, generator=g, dtype=dtype)
     decay = -3 * torch.rand(B, H, T, generator=g, dtype=dtype) ** 3 if gated else None
-    state = torch.randn(len(DOCUMENTS) - 1 if documents else B, H, K, V, generator=g, dtype=dtype)
-    arguments = [q, F.normalize(k, dim=-1), v, beta, decay, state]
-    return [x if x is None else x.requires_grad_() for x in arguments] + [
-        torch.tensor(DOCUMENTS) if documents else None
-    ]
+    state = torch.randn(n_states, H, K, V, generator=g, dtype=dtype)
+    arguments = with_gradients([q, F.normalize(k, dim=-1), v, beta, decay, state])
+    return [*arguments, torch.tensor(DOCUMENTS) if documents else None]
+
+
+def detached(arguments):
+    return [x if x is None else x.detach() for x in arguments]
+
+
+def with_gradients(arguments, dtype=None):
+    """Copies of tensors, in another dtype if one is given, that want gradients."""
+    return [x if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in arguments]
 
 
 def outputs_and_gradients(rule, arguments, **options):
@@ -55,7 +66,7 @@ def assert_all_close(ours, expected, tolerance):
 
 def test_the_loop_is_the_definition():
     """S_t = exp(g) (I - beta k k^T) S_{t-1} + beta k v^T; o = S^T q / sqrt(K), as matrices."""
-    q, k, v, beta, g, S, _ = (x if x is None else x.detach() for x in inputs(T=9, gated=True))
+    q, k, v, beta, g, S, _ = detached(inputs(T=9, gated=True))
     o, last = delta_rule_recurrent(q, k, v, beta, g, S)
     for b in range(2):
         for h in range(H):
@@ -70,15 +81,15 @@ def test_the_loop_is_the_definition():
 
 @pytest.mark.parametrize("rule", [delta_rule_recurrent, delta_rule_chunkwise, delta_rule])
 def test_a_key_stored_again_answers_with_its_last_value(rule):
-    keys = torch.linalg.qr(
-        torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    )[0]
+    """Of eight orthogonal keys, three are stored again, and the first one once more."""
+    g = torch.Generator().manual_seed(0)
+    keys, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=g))
     stored = torch.cat([keys, keys[:3], keys[:1]])[None, None]
-    v = torch.randn(1, 1, 12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    _, S = rule(torch.zeros_like(stored), stored, v, torch.ones(1, 1, 12, dtype=torch.float64))
-    read = (keys @ S[0, 0]).detach()
+    v = torch.randn(1, 1, 12, 4, dtype=torch.float64, generator=g)
+    beta = torch.ones(1, 1, 12, dtype=torch.float64)
+    _, S = rule(torch.zeros_like(stored), stored, v, beta)
     expected = torch.cat([v[0, 0, 11:12], v[0, 0, 9:11], v[0, 0, 3:8]])
-    torch.testing.assert_close(read, expected)
+    torch.testing.assert_close(keys @ S[0, 0], expected)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
@@ -87,9 +98,8 @@ def test_chunked_equals_loop_for_every_chunk_size(documents, gated):
     arguments = inputs(documents=documents, gated=gated)
     expected = outputs_and_gradients(delta_rule_recurrent, arguments)
     for C in range(1, 129):
-        assert_all_close(
-            outputs_and_gradients(delta_rule_chunkwise, arguments, chunk_size=C), expected, 1e-10
-        )
+        ours = outputs_and_gradients(delta_rule_chunkwise, arguments, chunk_size=C)
+        assert_all_close(ours, expected, 1e-10)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
@@ -97,13 +107,10 @@ def test_chunked_equals_loop_for_every_chunk_size(documents, gated):
 def test_chunked_equals_loop_in_float32(documents, gated):
     arguments = inputs(documents=documents, gated=gated, beta_max=1.0)
     exact = outputs_and_gradients(delta_rule_recurrent, arguments)
-    for i, x in enumerate(arguments):
-        if x is not None and x.is_floating_point():
-            arguments[i] = x.detach().float().requires_grad_()
+    single = [*with_gradients(arguments[:6], torch.float32), arguments[6]]
     for C in (1, 7, 16, 32, 64, 128):
-        for a, b in zip(
-            outputs_and_gradients(delta_rule_chunkwise, arguments, chunk_size=C), exact, strict=True
-        ):
+        ours = outputs_and_gradients(delta_rule_chunkwise, single, chunk_size=C)
+        for a, b in zip(ours, exact, strict=True):
             assert a.dtype == torch.float32
             assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
 
@@ -111,11 +118,9 @@ def test_chunked_equals_loop_in_float32(documents, gated):
 @pytest.mark.parametrize("T", [1, 15, 16, 17])
 def test_no_initial_state_is_zeros(T):
     q, k, v, beta, g, S, _ = inputs(T=T, gated=True)
-    zeros = torch.zeros_like(S)
+    expected = delta_rule_recurrent(q, k, v, beta, g, torch.zeros_like(S))
     for rule in (delta_rule_recurrent, delta_rule_chunkwise, delta_rule):
-        assert_all_close(
-            rule(q, k, v, beta, g), delta_rule_recurrent(q, k, v, beta, g, zeros), 1e-12
-        )
+        assert_all_close(rule(q, k, v, beta, g), expected, 1e-12)
 
 
 def test_documents_do_not_mix():
@@ -135,7 +140,7 @@ def error(ours, exact):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
-def test_long_rows_of_nearly_parallel_keys_stay_exact(gated):
+def test_long_sequences_of_nearly_parallel_keys_stay_exact(gated):
     """Keys within 0.2 radians of each other, beta near 1: the solve must not amplify rounding."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, 4096, 16, generator=g, dtype=torch.float64) for _ in range(3))
@@ -143,25 +148,21 @@ def test_long_rows_of_nearly_parallel_keys_stay_exact(gated):
     q = F.normalize(q, dim=-1)
     beta = 1 - 0.01 * torch.rand(1, 1, 4096, generator=g, dtype=torch.float64)
     decay = -0.01 * torch.rand(1, 1, 4096, generator=g, dtype=torch.float64) if gated else None
-    inputs = [x if x is None else x.requires_grad_() for x in (q, k, v, beta, decay)]
-    exact = outputs_and_gradients(
-        delta_rule_recurrent,
-        [x if x is None else x[:, :, :2048].detach().requires_grad_() for x in inputs],
-    )
-    o_exact, S_exact = delta_rule_recurrent(*inputs)
+    def first(T, dtype):
+        """The arguments up to token T, rounded."""
+        cut = [x if x is None else x[:, :, :T] for x in (q, k, v, beta, decay)]
+        return with_gradients(cut, dtype)
 
-    def rounded(dtype, T):
-        half = [None if x is None else x.detach()[:, :, :T].to(dtype) for x in inputs]
-        return [None if x is None else x.requires_grad_() for x in half]
-
+    o_exact, S_exact = delta_rule_recurrent(q, k, v, beta, decay)
+    exact = outputs_and_gradients(delta_rule_recurrent, first(2048, torch.float64))
     for C in (16, 64):
-        o, S = delta_rule_chunkwise(*rounded(torch.float32, 4096), chunk_size=C)
+        o, S = delta_rule_chunkwise(*first(4096, torch.float32), chunk_size=C)
         assert error(o, o_exact) < 1e-5 and error(S, S_exact) < 1e-5
-        o, S = delta_rule_chunkwise(*rounded(torch.bfloat16, 4096), chunk_size=C)
+        o, S = delta_rule_chunkwise(*first(4096, torch.bfloat16), chunk_size=C)
         assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
         assert error(o, o_exact) < 0.05 and error(S, S_exact) < 0.05
         for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
-            ours = outputs_and_gradients(delta_rule_chunkwise, rounded(dtype, 2048), chunk_size=C)
+            ours = outputs_and_gradients(delta_rule_chunkwise, first(2048, dtype), chunk_size=C)
             assert all(error(a, b) < tolerance for a, b in zip(ours, exact, strict=True))
 
 
@@ -172,11 +173,10 @@ def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(strong, ev
     decay = torch.full((2, H, 40), -0.01, dtype=torch.float64)
     decay[:, :, ::every] = strong
     exact = outputs_and_gradients(delta_rule_recurrent, [q, k, v, beta, decay.requires_grad_(), S])
-    single = [x.detach().float().requires_grad_() for x in (q, k, v, beta, decay, S)]
+    single = with_gradients([q, k, v, beta, decay, S], torch.float32)
     for C in (4, 16, 64):
-        for a, b in zip(
-            outputs_and_gradients(delta_rule_chunkwise, single, chunk_size=C), exact, strict=True
-        ):
+        ours = outputs_and_gradients(delta_rule_chunkwise, single, chunk_size=C)
+        for a, b in zip(ours, exact, strict=True):
             assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
 
 
@@ -188,7 +188,7 @@ def test_the_gradient_of_a_strong_decay_keeps_its_digits(strong):
     q, k, v, beta, _, S, _ = inputs(T=40)
     arguments = [q, k, v, beta, decay.requires_grad_(), S]
     exact = outputs_and_gradients(delta_rule_recurrent, arguments)[6]
-    single = [x.detach().float().requires_grad_() for x in arguments]
+    single = with_gradients(arguments, torch.float32)
     for C in (1, 4, 16, 64):
         ours = outputs_and_gradients(delta_rule_chunkwise, single, chunk_size=C)[6].double()
         error = (ours - exact).abs() / exact.abs()
@@ -208,15 +208,14 @@ def test_half_precision_is_rounding_of_the_inputs_only(dtype, gated):
         o, S = rule(*arguments)
         assert o.dtype == dtype and S.dtype == torch.float32
         torch.testing.assert_close(S.double(), last, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            o.double(), exact.to(dtype).double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5
-        )
+        rtol = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(o.double(), exact.to(dtype).double(), rtol=rtol, atol=1e-5)
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
 def test_no_tokens_leave_the_state_alone(documents):
-    S = torch.randn(2, H, K, V)
-    empty = [torch.zeros(1 if documents else 2, H, 0, *w) for w in ((K,), (K,), (V,), (), ())]
+    S, B = torch.randn(2, H, K, V), 1 if documents else 2
+    empty = [torch.zeros(B, H, 0, *width) for width in ((K,), (K,), (V,), (), ())]
     ends = torch.tensor([0, 0, 0]) if documents else None
     for rule in (delta_rule_recurrent, delta_rule_chunkwise, delta_rule):
         o, after = rule(*empty, S, ends)
@@ -227,16 +226,13 @@ def test_gradients_passed_in_are_read_only_and_may_have_any_strides():
     arguments = inputs(gated=True)
     for rule in (delta_rule_recurrent, delta_rule_chunkwise):
         o, S = rule(*arguments)
-        do, dS = (
-            torch.ones(V, dtype=o.dtype).expand(o.shape),
-            torch.randn(2, H, V, K, dtype=S.dtype).mT,
-        )
+        do = torch.ones(V, dtype=o.dtype).expand(o.shape)
+        dS = torch.randn(2, H, V, K, dtype=S.dtype).mT
         before = dS.clone()
         grads = torch.autograd.grad((o, S), arguments[:6], (do, dS))
         assert torch.equal(dS, before)
-        expected = torch.autograd.grad(
-            delta_rule_recurrent(*arguments), arguments[:6], (do.contiguous(), before)
-        )
+        outputs = delta_rule_recurrent(*arguments)
+        expected = torch.autograd.grad(outputs, arguments[:6], (do.contiguous(), before))
         assert_all_close(grads, expected, 1e-10)
 
 
@@ -244,20 +240,24 @@ def test_the_chosen_form_gets_every_argument(monkeypatch):
     arguments = inputs(documents=True, gated=True)
     assert_all_close(delta_rule(*arguments), delta_rule_recurrent(*arguments), 1e-10)
     calls = []
+
+    def note_call(name):
+        def call(*arguments):
+            calls.append((name, *map(id, arguments[:7]), *arguments[7:]))
+
+        return call
+
     for name in ("delta_rule_recurrent", "delta_rule_chunkwise", "delta_rule_fla"):
-        monkeypatch.setattr(
-            delta, name, lambda *a, name=name: calls.append((name, *map(id, a[:7]), *a[7:]))
-        )
+        monkeypatch.setattr(delta, name, note_call(name))
     one = [x[:, :, :1] for x in arguments[:5]] + [arguments[5][:1], torch.tensor([0, 1])]
     delta_rule(*arguments, chunk_size=5)
     delta_rule(*one, chunk_size=5)
     monkeypatch.setattr(delta, "why_no_fla", lambda *a: None)
     delta_rule(*arguments, chunk_size=5)
-    ids = list(map(id, arguments))
     assert calls == [
-        ("delta_rule_chunkwise", *ids, 5),
+        ("delta_rule_chunkwise", *map(id, arguments), 5),
         ("delta_rule_recurrent", *map(id, one)),
-        ("delta_rule_fla", *ids),
+        ("delta_rule_fla", *map(id, arguments)),
     ]
 
 
@@ -323,29 +323,27 @@ def test_ends_may_be_integers_of_any_size(kind):
 
 
 @pytest.mark.skipif(fla_naive("delta_rule") is None, reason="fla-core is not installed")
-def test_equals_the_naive_forms_of_flash_linear_attention():
+@pytest.mark.parametrize("rule", [delta_rule_recurrent, delta_rule_chunkwise])
+def test_equals_the_naive_forms_of_flash_linear_attention(rule):
     q, k, v, beta, g, S, _ = inputs(T=64, gated=True, dtype=torch.float32, beta_max=1.0)
     theirs = fla_naive("delta_rule")
-    plain = [q, k, v, beta]
+    gated_theirs = fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule
 
-    def swap(x):
-        return x.transpose(1, 2)
+    def ungated(q, k, v, beta, S):
+        return rule(q, k, v, beta, None, S)
 
     def gated(q, k, v, beta, g, S):
-        layout = [swap(x) for x in (q, k, v, beta, g)]
-        o, state = fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule(
-            *layout, None, S, True
-        )
-        return swap(o), state
+        layout = [x.transpose(1, 2) for x in (q, k, v, beta, g)]  # (B, T, H, ...)
+        o, state = gated_theirs(*layout, None, S, True)
+        return o.transpose(1, 2), state
 
-    expected = outputs_and_gradients(theirs.delta_rule_recurrence, [*plain, S])
-    no_state = outputs_and_gradients(theirs.delta_rule_chunkwise, plain)
-    expected_gated = outputs_and_gradients(gated, [*plain, g, S])
-    for rule in (delta_rule_recurrent, delta_rule_chunkwise):
-        ours = outputs_and_gradients(lambda *x, rule=rule: rule(*x[:4], None, *x[4:]), [*plain, S])
-        assert_all_close(ours, expected, 2e-5)
-        assert_all_close(outputs_and_gradients(rule, plain), no_state, 2e-5)
-        assert_all_close(outputs_and_gradients(rule, [*plain, g, S]), expected_gated, 2e-5)
+    for ours, naive, arguments in (
+        (ungated, theirs.delta_rule_recurrence, [q, k, v, beta, S]),
+        (rule, theirs.delta_rule_chunkwise, [q, k, v, beta]),
+        (rule, gated, [q, k, v, beta, g, S]),
+    ):
+        expected = outputs_and_gradients(naive, arguments)
+        assert_all_close(outputs_and_gradients(ours, arguments), expected, 2e-5)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
@@ -362,10 +360,8 @@ def test_kernels_get_their_arguments_in_their_layout(monkeypatch, gated, documen
         assert g is None or g.dtype == torch.float32
         assert scale is None and output_final_state and (cu_seqlens is not None) == documents
         assert not documents or (cu_seqlens.dtype == torch.long and cu_seqlens.diff().min() > 0)
-        layout = [x.transpose(1, 2) for x in (q, k, v, beta)]
-        o, state = delta_rule_recurrent(
-            *layout, None if g is None else g.transpose(1, 2), initial_state, cu_seqlens
-        )
+        layout = [x if x is None else x.transpose(1, 2) for x in (q, k, v, beta, g)]
+        o, state = delta_rule_recurrent(*layout, initial_state, cu_seqlens)
         return o.transpose(1, 2), state
 
     def chunk_delta_rule(
@@ -405,21 +401,15 @@ def test_kernels_get_their_arguments_in_their_layout(monkeypatch, gated, documen
         return check(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens)
 
     monkeypatch.setattr(delta, "load_fla", lambda: (chunk_delta_rule, chunk_gated_delta_rule))
-    assert_all_close(
-        outputs_and_gradients(delta_rule_fla, arguments),
-        outputs_and_gradients(delta_rule_recurrent, arguments),
-        1e-5,
-    )
-    new, wanted = (
-        rule(*arguments[:5], None, arguments[6]) for rule in (delta_rule_fla, delta_rule_recurrent)
-    )
-    assert_all_close(new, wanted, 1e-5)
-    half = [
-        x if x is None or i > 3 else x.detach().to(torch.bfloat16) for i, x in enumerate(arguments)
-    ]
-    exact, last = delta_rule_recurrent(*half)
-    for mixed in (half, [*(x.float() for x in half[:2]), half[2], half[3].float(), *half[4:]]):
-        o, S = delta_rule_fla(*mixed)
+    expected = outputs_and_gradients(delta_rule_recurrent, arguments)
+    assert_all_close(outputs_and_gradients(delta_rule_fla, arguments), expected, 1e-5)
+    no_state = [*arguments[:5], None, arguments[6]]
+    assert_all_close(delta_rule_fla(*no_state), delta_rule_recurrent(*no_state), 1e-5)
+    # The kernels take one dtype: that of the values.
+    q, k, v, beta = (x.detach().to(torch.bfloat16) for x in arguments[:4])
+    exact, last = delta_rule_recurrent(q, k, v, beta, *arguments[4:])
+    for mixed in ((q, k, v, beta), (q.float(), k.float(), v, beta.float())):
+        o, S = delta_rule_fla(*mixed, *arguments[4:])
         assert o.dtype == torch.bfloat16 and torch.equal(o, exact) and torch.equal(S, last)
     with pytest.raises(ValueError, match="state must have shape"):
         delta_rule_fla(*arguments[:5], arguments[5].mT, arguments[6])
@@ -428,19 +418,16 @@ def test_kernels_get_their_arguments_in_their_layout(monkeypatch, gated, documen
 def test_the_kernel_is_chosen_only_where_it_works(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert "CUDA" in delta.why_no_fla(cpu, torch.bfloat16, 64)
-    monkeypatch.setattr(
-        delta, "load_fla", lambda: "flash-linear-attention cannot be imported: no triton"
-    )
+    monkeypatch.setattr(delta, "load_fla", lambda: "it cannot be imported: no triton")
     assert "no triton" in delta.why_no_fla(cuda, torch.bfloat16, 64)
     monkeypatch.setattr(delta, "load_fla", lambda: (object(), object()))
-    assert "bfloat16" in delta.why_no_fla(cuda, torch.float32, 64) and "256" in delta.why_no_fla(
-        cuda, torch.bfloat16, 273
-    )
+    assert "bfloat16" in delta.why_no_fla(cuda, torch.float32, 64)
+    assert "256" in delta.why_no_fla(cuda, torch.bfloat16, 273)
     assert delta.why_no_fla(cuda, torch.bfloat16, 64) is None
-    assert "its own chunks" in delta.DeltaNet.describe_backend(config(), cuda, torch.bfloat16)
-    assert "chunks of 4 tokens (flash-linear-attention runs on" in delta.DeltaNet.describe_backend(
-        config(), cpu, torch.bfloat16
-    )
+    backend = delta.DeltaNet.describe_backend(config(), cuda, torch.bfloat16)
+    assert "its own chunks" in backend
+    backend = delta.DeltaNet.describe_backend(config(), cpu, torch.bfloat16)
+    assert "chunks of 4 tokens (flash-linear-attention runs on" in backend
 
 
 def test_without_the_extra_the_reason_is_said(monkeypatch):
@@ -460,17 +447,8 @@ def test_without_the_extra_the_reason_is_said(monkeypatch):
 
 
 def config(**changes):
-    sizes = dict(
-        dim=8,
-        n_layers=2,
-        n_heads=2,
-        dk=6,
-        dv=4,
-        vocab_size=19,
-        seq_len=12,
-        init_std=0.3,
-        chunk_size=4,
-    )
+    sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, chunk_size=4)
+    sizes |= dict(vocab_size=19, seq_len=12, init_std=0.3)
     return delta.Config(**{**sizes, **changes})
 
 
@@ -505,9 +483,8 @@ def test_mixer_equals_naive_in_outputs_and_gradients(cls, switches):
     naive = torch.stack([naive_delta_layer(mixer, sequence) for sequence in x])
     torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-11)
     grad = torch.randn_like(ours)
-    for a, b in zip(
-        torch.autograd.grad(ours, parameters, grad), torch.autograd.grad(naive, parameters, grad)
-    ):
+    ours_grads = torch.autograd.grad(ours, parameters, grad)
+    for a, b in zip(ours_grads, torch.autograd.grad(naive, parameters, grad)):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
     query_pos = torch.tensor([[1, 4], [0, 6]])
     picked = torch.stack([ours[0, [1, 4]], ours[1, [0, 6]]])
@@ -521,101 +498,114 @@ VARIANTS = [
 ]
 
 
+def random_tokens(B):
+    return torch.randint(19, (B, 12), generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("cls", [delta.DeltaNet, delta.GatedDeltaNet])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_reading_in_pieces_equals_one_forward_pass(cls, changes):
-    model = build(cls, **changes)
-    tokens = torch.randint(19, (3, 12), generator=torch.Generator().manual_seed(0))
+def test_pieces_with_a_cache_equal_one_forward_pass(cls, changes):
+    model, tokens = build(cls, **changes), random_tokens(3)
     expected, _ = model(tokens)
     for pieces in ([1] * 12, [12], [5, 1, 1, 5], [2, 10]):
         cache, logits = None, []
         for piece in tokens.split(pieces, dim=1):
-            part, cache = model.forward_cached(piece, cache)
-            logits.append(part)
+            new_logits, cache = model.forward_cached(piece, cache)
+            logits.append(new_logits)
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("cls", [delta.DeltaNet, delta.GatedDeltaNet])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_continuations_leave_the_cache_of_their_prompt_alone(cls, changes):
+    model, tokens = build(cls, **changes), random_tokens(3)
     _, prompt = model.forward_cached(tokens[:, :6])
     first, _ = model.forward_cached(tokens[:, 6:], prompt)
-    model.forward_cached(
-        tokens[:, :6].flip(1), prompt
-    )  # another continuation leaves the prompt's cache as it was
-    torch.testing.assert_close(model.forward_cached(tokens[:, 6:], prompt)[0], first)
+    model.forward_cached(tokens[:, :6].flip(1), prompt)
+    again, _ = model.forward_cached(tokens[:, 6:], prompt)
+    torch.testing.assert_close(again, first)
 
 
 @pytest.mark.parametrize("cls", [delta.DeltaNet, delta.GatedDeltaNet])
 @pytest.mark.parametrize(
     "changes", [*VARIANTS, dict(q_kernel="taylor", k_kernel="taylor"), dict(conv_size=3)], ids=str
 )
-def test_state_bytes_is_the_size_of_what_is_kept(cls, changes):
+def test_state_bytes_is_the_size_of_the_cache_of_any_length(cls, changes):
     model = build(cls, **changes).float()
+    expected = inference_state_bytes(cls, model.config)
+    assert expected == inference_state_bytes(cls, replace(model.config, seq_len=1000)) > 0
     for T in (1, 2, 12):
         _, cache = model.forward_cached(torch.zeros(1, T, dtype=torch.long))
-        kept = sum(x.untyped_storage().nbytes() for m in cache for x in m.values() if x is not T)
-        assert (
-            kept
-            == inference_state_bytes(cls, model.config)
-            == inference_state_bytes(cls, replace(model.config, seq_len=1000))
-            > 0
-        )
+        found = 0
+        for layer in cache:
+            found += sum(x.untyped_storage().nbytes() for x in layer.values() if torch.is_tensor(x))
+        assert found == expected
+
+
+@pytest.mark.parametrize("cls", [delta.DeltaNet, delta.GatedDeltaNet])
+def test_without_a_mixer_nothing_is_cached(cls):
     assert inference_state_bytes(cls, config(use_att=False, use_ffn=True)) == 0
 
 
 @pytest.mark.parametrize("cls", [delta.DeltaNet, delta.GatedDeltaNet])
 def test_chunk_size_is_used_and_changes_nothing(cls, monkeypatch):
-    used, cut = [], delta.BatchChunks.__init__
-    monkeypatch.setattr(
-        delta.BatchChunks,
-        "__init__",
-        lambda self, B, H, T, C: (used.append(C), cut(self, B, H, T, C))[1],
-    )
-    tokens = torch.randint(19, (3, 12), generator=torch.Generator().manual_seed(0))
-    models = [
-        build(cls, chunk_size=C) for C in (1, 5, 16)
-    ]  # the last is cut to the 12 tokens
-    for model in models[1:]:
-        torch.testing.assert_close(
-            model(tokens, tokens)[1], models[0](tokens, tokens)[1], rtol=1e-10, atol=1e-12
-        )
+    """A chunk of 16 is cut to the 12 tokens."""
+    used, init = [], delta.BatchChunks.__init__
+
+    def note_size(self, B, H, T, C):
+        used.append(C)
+        init(self, B, H, T, C)
+
+    monkeypatch.setattr(delta.BatchChunks, "__init__", note_size)
+    tokens = random_tokens(3)
+    losses = [build(cls, chunk_size=C)(tokens, tokens)[1] for C in (1, 5, 16)]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-10, atol=1e-12)
     assert set(used) == {1, 5, 12}
 
 
 def test_bfloat16_autocast_is_close_to_float32():
-    model = build(dim=32, dk=16, dv=16).float()
-    tokens = torch.randint(19, (8, 12), generator=torch.Generator().manual_seed(0))
+    model, tokens = build(dim=32, dk=16, dv=16).float(), random_tokens(8)
+    parameters = list(model.parameters())
     exact, loss = model(tokens, tokens)
-    grads = torch.autograd.grad(loss, list(model.parameters()))
+    grads = torch.autograd.grad(loss, parameters)
     with torch.autocast("cpu", torch.bfloat16):
         half, half_loss = model(tokens, tokens)
-        _, state = model.forward_cached(tokens)
-    assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max() and state[0][
-        "state"
-    ].dtype == torch.float32
-    for a, b in zip(torch.autograd.grad(half_loss, list(model.parameters())), grads):
+        _, cache = model.forward_cached(tokens)
+    assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    assert cache[0]["state"].dtype == torch.float32
+    for a, b in zip(torch.autograd.grad(half_loss, parameters), grads):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
-    assert (
-        ShortConvolution(3, 4)(torch.zeros(1, 5, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    )
-    x = 300 * torch.ones(2, 12).to(torch.float16)  # its square overflows float16
+
+
+def test_short_convolution_keeps_the_dtype():
+    x = torch.zeros(1, 5, 3, dtype=torch.bfloat16)
+    assert ShortConvolution(3, 4)(x).dtype == torch.bfloat16
+
+
+def test_norms_sum_in_float32():
+    """Under autocast, too: the squares of 300 overflow float16."""
+    x = 300 * torch.ones(2, 12).to(torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
         assert (NORMS["l2"](x).norm(dim=-1) - 1).abs().max() < 1e-5
-        norm = RMSNorm(64)
         x = torch.randn(4, 64)
-        torch.testing.assert_close(norm(x), F.rms_norm(x, (64,), eps=1e-6))
+        torch.testing.assert_close(RMSNorm(64)(x), F.rms_norm(x, (64,), eps=1e-6))
 
 
-def test_decay_starts_in_the_range_of_the_paper_and_is_not_decayed_itself():
-    mixer = delta.GatedDeltaNetLayer(config(n_heads=200))
-    dt = F.softplus(mixer.dt_bias)
-    assert (
-        1e-3 <= dt.min() < 0.0015 and 0.007 < dt.median() < 0.014 and 0.065 < dt.max() <= 0.1
-    )  # log-uniform
-    rate = mixer.A_log.exp()
+def test_decay_starts_in_the_range_of_the_paper():
+    """Steps log-uniform between 0.001 and 0.1, rates uniform between 0 and 16."""
+    layer = delta.GatedDeltaNetLayer(config(n_heads=200))
+    dt, rate = F.softplus(layer.dt_bias), layer.A_log.exp()
+    assert 1e-3 <= dt.min() < 0.0015 and 0.007 < dt.median() < 0.014 and 0.065 < dt.max() <= 0.1
     assert rate.min() < 0.5 and 6 < rate.median() < 10 and 15 < rate.max() <= 16
-    settings = train.TrainConfig(weight_decay=0.1)
-    decays, stays = train.configure_optimizer(mixer, settings).param_groups
-    assert {id(mixer.A_log), id(mixer.dt_bias)} <= {id(p) for p in stays["params"]} and stays[
-        "weight_decay"
-    ] == 0
-    assert decays["weight_decay"] == 0.1
+
+
+def test_weight_decay_leaves_the_decay_alone():
+    layer = delta.GatedDeltaNetLayer(config())
+    optimizer = train.configure_optimizer(layer, train.TrainConfig(weight_decay=0.1))
+    decay, no_decay = optimizer.param_groups
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0)
+    assert {id(layer.A_log), id(layer.dt_bias)} <= {id(p) for p in no_decay["params"]}
 
 
 def test_short_convolution_and_l2_norm_have_the_right_gradients():
@@ -626,33 +616,42 @@ def test_short_convolution_and_l2_norm_have_the_right_gradients():
         torch.autograd.gradcheck(L2Normalize.apply, (x,))
 
 
-def test_settings_without_effect_are_refused():
-    def plan(*flags):
-        p = train.parse(["--model", "delta", *flags])
-        return build_model_config(p, p.data_module.Data(p.data))
+def model_config(*flags):
+    p = train.parse(["--model", "delta", *flags])
+    return build_model_config(p, p.data_module.Data(p.data))
 
-    assert plan().conv_size == 4 and plan().k_norm == "l2"
-    with pytest.raises(ConfigError, match="pos_emb='rope' has no effect: the recurrence knows"):
-        plan("--pos_emb", "rope")
-    with pytest.raises(ConfigError, match="n_kv_heads"):
-        plan("--n_kv_heads", "1")
-    with pytest.raises(ConfigError, match="use_beta is 0"):
-        plan("--use_beta", "0", "--allow_neg_eigval", "1")
-    line = delta.DeltaNet.describe_backend(
-        plan("--k_norm", "none"), torch.device("cpu"), torch.float32
-    )
-    assert "long keys may" in line
-    for flags in (["--k_norm", "rms"], ["--k_norm", "layer", "--k_kernel", "softmax"]):
-        assert "long keys may" in delta.DeltaNet.describe_backend(
-            plan(*flags), torch.device("cpu"), torch.float32
-        )
-    with pytest.raises(ConfigError, match="use_att is 0"):
-        plan("--use_att", "0", "--use_ffn", "1", "--use_out_norm", "0")
-    off = plan("--use_att", "0", "--use_ffn", "1")
-    assert (
-        delta.DeltaNet.describe_backend(off, torch.device("cpu"), torch.float32)
-        == "none (use_att is 0)"
-    )
-    assert "long keys" not in delta.DeltaNet.describe_backend(
-        plan(), torch.device("cpu"), torch.float32
-    )
+
+def describe_backend(*flags):
+    c = model_config(*flags)
+    return delta.DeltaNet.describe_backend(c, torch.device("cpu"), torch.float32)
+
+
+def test_defaults_of_delta_models():
+    assert model_config().conv_size == 4 and model_config().k_norm == "l2"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--pos_emb rope", "pos_emb='rope' has no effect: the recurrence knows"),
+        ("--n_kv_heads 1", "n_kv_heads"),
+        ("--use_beta 0 --allow_neg_eigval 1", "use_beta is 0"),
+        ("--use_att 0 --use_ffn 1 --use_out_norm 0", "use_att is 0"),
+    ],
+)
+def test_settings_without_effect_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        model_config(*flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags", ["--k_norm none", "--k_norm rms", "--k_norm layer --k_kernel softmax"]
+)
+def test_long_keys_are_warned_of(flags):
+    assert "long keys may" in describe_backend(*flags.split())
+
+
+def test_the_backend_is_described():
+    assert "long keys" not in describe_backend()
+    assert "long keys" not in describe_backend("--k_norm=none", "--k_kernel=softmax")
+    assert describe_backend("--use_att", "0", "--use_ffn", "1") == "none (use_att is 0)"

@@ -1,4 +1,4 @@
-"""How a run ends and starts again: what is said of it, and what the next start makes of that."""
+"""How a run ends and starts again: what it prints, what it leaves, what the next start reads."""
 
 import json
 import math
@@ -17,7 +17,7 @@ import flex_generate
 import memory
 import nanorecall.run as run_module
 import train
-from analysis import commands
+from analysis import trained_run
 from nanorecall import build, checkpoint
 from nanorecall.distributed import SINGLE_PROCESS, all_finite
 from nanorecall.settings import ConfigError, RunError
@@ -32,13 +32,13 @@ def status_of(out):
     return checkpoint.read_json(os.path.join(out, "status.json"))
 
 
-# ---- the output goes, the work stays -----------------------------------------------------------------------------------
+# ---- nobody reads the output ---------------------------------------------------------------------
 
 
-def in_shell(script, *words):
+def in_shell(script, *args):
     """Run a script in bash -> CompletedProcess, whose stderr ends in the script's exit status."""
     path = os.path.join(os.path.dirname(train.__file__), script)
-    command = " ".join([sys.executable, path, *words]) + "; echo ${PIPESTATUS[0]} >&2"
+    command = " ".join([sys.executable, path, *args]) + "; echo ${PIPESTATUS[0]} >&2"
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True)
 
 
@@ -66,13 +66,13 @@ def test_measuring_goes_on_without_its_output(tmp_path):
 def test_a_screen_without_the_letters_shows_their_numbers():
     line = "from nanorecall.settings import run_cli; run_cli(lambda: print('␣\\udcff'))"
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    words = [sys.executable, "-c", line]
+    command = [sys.executable, "-c", line]
     here = os.path.dirname(train.__file__)
-    done = subprocess.run(words, capture_output=True, text=True, env=ascii_only, cwd=here)
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only, cwd=here)
     assert (done.returncode, done.stdout) == (0, "\\u2423\\udcff\n")
 
 
-# ---- weights that are no numbers ---------------------------------------------------------------------------------------
+# ---- weights and losses that are not finite ------------------------------------------------------
 
 
 def test_weights_that_are_not_finite_end_as_failed(tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_a_weight_that_no_loss_shows_counts_too():
     assert not all_finite(model, SINGLE_PROCESS)
 
 
-# ---- which weights were tested -----------------------------------------------------------------------------------------
+# ---- which weights were tested -------------------------------------------------------------------
 
 
 def test_the_tested_weights_are_named(tmp_path, capsys):
@@ -132,7 +132,7 @@ def test_without_the_best_weights_the_last_are_tested(tmp_path, monkeypatch, cap
     assert f"tested: the last weights, of step 60; {why}\n" in capsys.readouterr().out
 
 
-# ---- killed before it began --------------------------------------------------------------------------------------------
+# ---- killed before it began ----------------------------------------------------------------------
 
 
 def killed(*args):
@@ -141,31 +141,35 @@ def killed(*args):
 
 @pytest.mark.parametrize("where", ["before config.json", "in config.json"])
 def test_killed_before_its_config_a_run_starts_again(on_ranks, tmp_path, monkeypatch, where):
-    words, out = flags(tmp_path, "run", **SHORT), str(tmp_path / "run")
-    place = (run_module, "run_metadata") if where == "before config.json" else (checkpoint.os, "replace")
-    monkeypatch.setattr(*place, killed)
-    assert on_ranks(1, lambda rank: train.main(words)) == [-signal.SIGKILL]
+    args, out = flags(tmp_path, "run", **SHORT), str(tmp_path / "run")
+    if where == "before config.json":
+        monkeypatch.setattr(run_module, "run_metadata", killed)
+    else:
+        monkeypatch.setattr(checkpoint.os, "replace", killed)
+    assert on_ranks(1, lambda rank: train.main(args)) == [-signal.SIGKILL]
     monkeypatch.undo()
     assert len(os.listdir(out)) == (where == "in config.json")
-    for look in (lambda: train.main([f"--resume={out}"]), lambda: train.load_run(out)):
-        with pytest.raises(ConfigError, match="no config.json: .*start it again .* --run_name run"):
-            look()
-    assert train.main(words) == 0 and status_of(out)["status"] == "finished"
+    message = "no config.json: .*start it again .* --run_name run"
+    with pytest.raises(ConfigError, match=message):
+        train.main([f"--resume={out}"])
+    with pytest.raises(ConfigError, match=message):
+        train.load_run(out)
+    assert train.main(args) == 0 and status_of(out)["status"] == "finished"
     assert not [name for name in os.listdir(out) if "tmp" in name]
     with pytest.raises(ConfigError, match="exists; continue it with --resume"):
-        train.main(words)
+        train.main(args)
 
 
 def test_killed_before_its_config_torchrun_starts_it_again(on_ranks, tmp_path, monkeypatch):
-    words = flags(tmp_path, "run", **SHORT)
+    args = flags(tmp_path, "run", **SHORT)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     monkeypatch.setattr(run_module, "run_metadata", killed)
-    assert on_ranks(2, lambda rank: train.main(words)) == [-signal.SIGKILL, 1]
+    assert on_ranks(2, lambda rank: train.main(args)) == [-signal.SIGKILL, 1]
     monkeypatch.undo()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert on_ranks(2, lambda rank: train.main(words)) == [0, 0]
+    assert on_ranks(2, lambda rank: train.main(args)) == [0, 0]
 
 
 def test_two_starts_of_one_name_make_one_run(tmp_path):
@@ -188,25 +192,37 @@ def test_stopped_before_its_first_checkpoint_a_run_begins_with_the_weights_it_wa
     assert_same(contents(out), contents(whole))
 
 
-# ---- runs that have ended ----------------------------------------------------------------------------------------------
+# ---- runs that have ended ------------------------------------------------------------------------
+
+
+def times_of_files(out):
+    """{name: time of the last change} of all that is in a directory."""
+    return {name: os.stat(os.path.join(out, name)).st_mtime_ns for name in os.listdir(out)}
 
 
 def test_a_run_that_has_ended_says_so_and_trains_no_more(tmp_path, monkeypatch, capsys):
+    """It prints its result as before, and makes what is missing, here the curves."""
     status, out = run(tmp_path, target_accuracy=0.999, **SHORT)
     os.remove(os.path.join(out, "curves.png"))
-    before = {name: os.stat(os.path.join(out, name)).st_mtime_ns for name in os.listdir(out)}
-    said = capsys.readouterr()
-    with monkeypatch.context() as m:
-        m.setattr(train, "train", None)
-        assert run(tmp_path, resume=True)[0] == status == 1
+    before = times_of_files(out)
+    first = capsys.readouterr()
+    monkeypatch.setattr(train, "train", None)
+    assert run(tmp_path, resume=True)[0] == status == 1
     again = capsys.readouterr()
     assert f"{out} has ended; to train it longer" in again.out
-    assert said.out.splitlines()[-1] == again.out.splitlines()[-1] and "test accuracy" in again.out
-    assert said.err == again.err and "below target" in again.err
-    assert os.path.exists(os.path.join(out, "curves.png"))
-    assert before == {name: os.stat(os.path.join(out, name)).st_mtime_ns for name in before}
-    assert run(tmp_path, resume=True, target_accuracy=0)[0] == 0  # another target is another question
-    assert run(tmp_path, resume=True, max_steps=6)[0] == 0 and status_of(out)["step"] == 6
+    result = again.out.splitlines()[-1]
+    assert result == first.out.splitlines()[-1] and "test accuracy" in result
+    assert first.err == again.err and "below target" in again.err
+    after = times_of_files(out)
+    assert after.pop("curves.png") and after == before
+
+
+def test_a_run_that_has_ended_may_get_another_target_or_more_steps(tmp_path):
+    _, out = run(tmp_path, target_accuracy=0.999, **SHORT)
+    assert run(tmp_path, resume=True, target_accuracy=0)[0] == 0
+    assert status_of(out)["step"] == 4
+    assert run(tmp_path, resume=True, max_steps=6)[0] == 0
+    assert status_of(out)["step"] == 6
 
 
 def test_a_run_that_stop_accuracy_ended_goes_on_with_another(tmp_path):
@@ -217,9 +233,10 @@ def test_a_run_that_stop_accuracy_ended_goes_on_with_another(tmp_path):
 
 
 def test_ranks_that_miss_the_target_leave_together(on_ranks, tmp_path, capfd):
-    assert on_ranks(2, lambda rank: train.main(flags(tmp_path, "run", target_accuracy=1, **SHORT))) == [1, 1]
-    told = capfd.readouterr()
-    assert told.out.count("test accuracy") == told.err.count("below target") == 1
+    args = flags(tmp_path, "run", target_accuracy=1, **SHORT)
+    assert on_ranks(2, lambda rank: train.main(args)) == [1, 1]
+    printed = capfd.readouterr()
+    assert printed.out.count("test accuracy") == printed.err.count("below target") == 1
     assert os.path.exists(tmp_path / "run" / "curves.png")
 
 
@@ -235,7 +252,7 @@ def test_torchrun_does_not_train_a_finished_run_again(tmp_path):
     assert os.path.exists(tmp_path / name / "curves.png")
 
 
-# ---- the queue of a cluster --------------------------------------------------------------------------------------------
+# ---- the queue of a cluster ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -295,7 +312,7 @@ def test_a_result_of_an_earlier_start_stays(job, tmp_path):
     assert job("exit 1") == (1, []) and json.loads(path.read_text())["status"] == "finished"
 
 
-# ---- what a checkpoint was trained with --------------------------------------------------------------------------------
+# ---- what a checkpoint was trained with ----------------------------------------------------------
 
 
 CHANGES = [("train", "lr", 0.5), ("train", "beta1", 0.5), ("data", "seed", 9)]
@@ -307,15 +324,17 @@ def test_a_config_that_was_changed_is_not_resumed(tmp_path, part, key, value):
     _, out = run(tmp_path, **SHORT)
     path = os.path.join(out, "config.json")
     saved = checkpoint.read_json(path)
-    trained_with, saved[part][key] = saved[part][key], value
+    trained_with = saved[part][key]
+    saved[part][key] = value
     if key == "seed":
         saved["train"]["seed"] = saved["data"]["seed"] = value  # one setting of both
     checkpoint.write_json(path, saved)
     trained = f"the checkpoint was trained with {key}={trained_with!r}; put that back"
     message = f"config.json says {key}={value!r}, but {trained}"
-    for look in (lambda: run(tmp_path, resume=True, max_steps=6), lambda: train.load_run(out)):
-        with pytest.raises(ConfigError, match=message):
-            look()
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, resume=True, max_steps=6)
+    with pytest.raises(ConfigError, match=message):
+        train.load_run(out)
     assert status_of(out)["step"] == 4
 
 
@@ -341,7 +360,7 @@ def test_a_later_end_of_the_schedule_is_said_with_both_rates(tmp_path, capsys, s
     assert notes == ([] if schedule == "constant" else [ends])
 
 
-# ---- machines that have less -------------------------------------------------------------------------------------------
+# ---- machines that lack something ----------------------------------------------------------------
 
 
 def test_a_run_on_a_machine_without_posix(tmp_path, script):
@@ -371,41 +390,53 @@ def test_full_memory_names_what_is_too_large(tmp_path, monkeypatch):
     p = train.parse(["--model=memory", "--mem_n_keys=64", "--dim=32"])
     model = build.build_model(p, build.build_model_config(p, p.data_module.Data(p.data)))
     cpu, count = torch.device("cpu"), build.count_parameters(model)["total"]
-    assert build.training_advice(model, cpu).startswith("raise grad_accum_steps or lower batch_size")
+    advice = build.training_advice(model, cpu)
+    assert advice.startswith("raise grad_accum_steps or lower batch_size")
     monkeypatch.setattr(build, "memory_size", lambda device: 20 * count)
     advice = build.training_advice(model, cpu)
     assert "the model is too large" in advice and "batch_size" not in advice
     assert "memory.values (4096, 32); make that smaller" in advice
-    words = ["--model=memory", "--mem_n_keys=4096", "--dim=1048576", "--dk=2", "--dv=2"]
+
+
+def test_a_model_beyond_all_memory_names_what_is_too_large(tmp_path):
+    args = ["--model=memory", "--mem_n_keys=4096", "--dim=1048576", "--dk=2", "--dv=2"]
     with pytest.raises(ConfigError, match=r"not fit in memory: .*values \(16777216, 1048576\)"):
-        train.main([*words, f"--log_dir={tmp_path}"])
+        train.main([*args, f"--log_dir={tmp_path}"])
 
 
-def test_memory_that_a_model_does_not_get_is_a_sentence(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+def full_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    with monkeypatch.context() as m:
-        m.setattr(torch.nn.Module, "to", full)
-        with pytest.raises(RunError, match="memory is full; raise grad_accum_steps"):
-            run(tmp_path, **SHORT)
-    _, out = run(tmp_path, "whole", **SHORT)
-    monkeypatch.setattr(eval_script, "iter_predictions", full)
+
+def test_memory_that_training_does_not_get_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "to", full_memory)
+    with pytest.raises(RunError, match="memory is full; raise grad_accum_steps"):
+        run(tmp_path, **SHORT)
+
+
+@pytest.mark.parametrize(
+    "module, function", [(eval_script, "iter_predictions"), (trained_run, "open_run")]
+)
+def test_memory_that_an_evaluation_does_not_get_is_a_sentence(
+    tmp_path, monkeypatch, module, function
+):
+    _, out = run(tmp_path, **SHORT)
+    monkeypatch.setattr(module, function, full_memory)
     with pytest.raises(RunError, match="memory is full; lower eval_batch_size"):
         eval_script.main([out])
-    monkeypatch.setattr(commands, "open_run", full)
-    with pytest.raises(RunError, match="memory is full; lower eval_batch_size"):
-        eval_script.main([out])
-    monkeypatch.setattr(flex_generate, "generate", full)
+
+
+def test_memory_that_generation_does_not_get_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(flex_generate, "generate", full_memory)
     with pytest.raises(RunError, match="memory is full; lower batch_size"):
         flex_generate.main([])
 
 
-# ---- settings that no machine can follow -------------------------------------------------------------------------------
+# ---- settings that no machine can follow ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "word, says",
+    "flag, message",
     [
         ("--batch_size=1e30", "takes a number below 2"),
         ("--batch_size=1e9", "must be between 1 and"),
@@ -420,12 +451,11 @@ def test_memory_that_a_model_does_not_get_is_a_sentence(tmp_path, monkeypatch):
         ("--input_seq_len=1e18", "more than 1048576"),
     ],
 )
-def test_a_setting_out_of_reach_is_one_sentence(tmp_path, word, says):
-    name = word[2:].partition("=")[0]
-    words = [w for w in flags(tmp_path, "run", **SHORT) if not w.startswith(f"--{name}=")]
+def test_a_setting_out_of_reach_is_one_sentence(tmp_path, flag, message):
+    name, _, value = flag.removeprefix("--").partition("=")
     with pytest.raises(ConfigError) as error:
-        train.main([*words, word])
-    assert says in str(error.value) and "\n" not in str(error.value)
+        train.main(flags(tmp_path, "run", **{**SHORT, name: value}))
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert os.listdir(tmp_path) == []
 
 

@@ -1,7 +1,8 @@
-"""Three rules of imports: supporting code knows no script, a model file only models, and no cycle."""
+"""Rules of imports: supporting code knows no script, a model file only models; no cycle."""
 
 import ast
 import os
+import re
 
 import pytest
 
@@ -38,7 +39,8 @@ def imports(name, at_import_only=True):
 
 @pytest.mark.parametrize("name", sorted(n for n in modules() if n.startswith("nanorecall.")))
 def test_supporting_code_imports_supporting_code(name):
-    assert all(other.startswith("nanorecall.") for other in imports(name, at_import_only=False))
+    for other in imports(name, at_import_only=False):
+        assert other.startswith("nanorecall.")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,15 +53,24 @@ def test_no_import_leads_back():
     """Each module can be put after all that it imports."""
     left = {name: imports(name) for name in modules()}
     while left:
-        free = {name for name, needed in left.items() if not needed & left.keys()}
+        free = [name for name, needed in left.items() if not needed & left.keys()]
         assert free, f"a cycle among {sorted(left)}"
-        left = {name: needed for name, needed in left.items() if name not in free}
+        for name in free:
+            del left[name]
+
+
+def test_no_test_file_imports_another():
+    folder = os.path.dirname(os.path.abspath(__file__))
+    for file in os.listdir(folder):
+        if file.endswith(".py"):
+            with open(os.path.join(folder, file), encoding="utf-8") as f:
+                assert not re.search(r"^ *(from|import) test_", f.read(), re.M), file
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folders_readme_has_a_line_for_each_file(folder):
     with open(os.path.join(ROOT, folder, "README.md"), encoding="utf-8") as f:
-        lines = f.read().split("\n")
-    named = sorted(line.split("`")[1] for line in lines if line.startswith("| `"))
-    files = [f for f in os.listdir(os.path.join(ROOT, folder)) if f.endswith(".py")]
-    assert named == sorted(f for f in files if f != "__init__.py")
+        named = re.findall(r"^\| `(.*?)`", f.read(), re.M)
+    files = [name for name in os.listdir(os.path.join(ROOT, folder)) if name.endswith(".py")]
+    files.remove("__init__.py")
+    assert sorted(named) == sorted(files)

@@ -69,7 +69,8 @@ def test_parameter_counts_and_tree_of_updatable_long_term_memory():
     assert layers(gpt) == 98560 and sum(p.numel() for p in gpt.parameters()) == 360768
     assert layers(GPT(Config(dk=32, dv=32))) == 65792
     assert layers(UnifiedKV(Config(du=64))) == 98560
-    assert sum(p.numel() for p in GPT(Config(dk=48, dv=48, tie_weights=True)).parameters()) == 229696
+    tied = GPT(Config(dk=48, dv=48, tie_weights=True))
+    assert sum(p.numel() for p in tied.parameters()) == 229696
 
 
 # ---- attention against its definition ------------------------------------------------------------
@@ -98,9 +99,8 @@ def test_attention_module_equals_naive_in_outputs_and_gradients(cls, switches):
     ours, naive = att(x), naive_attention_layer(att, x[0])[None]
     torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-11)
     grad = torch.randn_like(ours)
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(naive, inputs, grad)
-    ):
+    ours_grads = torch.autograd.grad(ours, inputs, grad, retain_graph=True)
+    for a, b in zip(ours_grads, torch.autograd.grad(naive, inputs, grad)):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
     query_pos = torch.tensor([[1, 4]])
     torch.testing.assert_close(att(x, query_pos), ours[:, [1, 4]], rtol=1e-9, atol=1e-11)
@@ -182,18 +182,23 @@ def test_correct_predictions_of_tokens_and_of_whole_sequences():
     assert tokens.tolist() == [True, False, True] and sequences.tolist() == [False, True, True]
 
 
-def test_state_bytes_counts_the_cache():
-    def size(cls, **changes):
-        return inference_state_bytes(cls, gpt_config(**changes))
+TAYLOR = dict(q_kernel="taylor", k_kernel="taylor", pos_emb="none")
 
-    numbers = 4 * 2  # bytes, blocks
-    assert size(GPT, seq_len=10) == numbers * 2 * (6 + 4) * 10
-    assert size(UnifiedKV) == numbers * 2 * 6 * T
-    assert size(UnifiedKV, k_gated=True, seq_len=1) == numbers * 2 * (6 + 6)
-    conv_state = 2 * (4 * 6 + 2 * 4)
-    assert size(GPT, conv_size=3, seq_len=10) == numbers * (2 * (6 + 4) * 10 + conv_state)
-    taylor = dict(q_kernel="taylor", k_kernel="taylor", pos_emb="none")
-    assert size(GPT, n_kv_heads=1, seq_len=1, **taylor) == numbers * ((1 + 6 + 36) + 4)
+
+@pytest.mark.parametrize(
+    "cls, changes, numbers",
+    [
+        (GPT, dict(seq_len=10), 2 * 10 * (6 + 4)),
+        (UnifiedKV, dict(), 2 * T * 6),
+        (UnifiedKV, dict(k_gated=True, seq_len=1), 2 * (6 + 6)),
+        # The convolution also keeps the last 2 inputs of 2 heads of queries, keys and values.
+        (GPT, dict(conv_size=3, seq_len=10), 2 * 10 * (6 + 4) + 2 * 2 * (6 + 6 + 4)),
+        (GPT, dict(TAYLOR, n_kv_heads=1, seq_len=1), (1 + 6 + 36) + 4),
+    ],
+)
+def test_state_bytes_counts_the_cache(cls, changes, numbers):
+    """`numbers` of four bytes in each of two layers: 2 heads, keys of 6 and values of 4."""
+    assert inference_state_bytes(cls, gpt_config(**changes)) == 4 * 2 * numbers
 
 
 @pytest.mark.parametrize(
@@ -213,13 +218,13 @@ def test_impossible_settings_are_refused(changes):
         gpt_config(**changes).check()
 
 
-def test_odd_widths_cannot_turn():
+def test_rotary_positions_need_an_even_width():
     with pytest.raises(ConfigError, match="even"):
         build_gpt(dk=5)
 
 
 def test_importing_a_model_does_not_load_the_compiler():
-    """It takes a second, which `train.py --help` would take, too."""
+    """That takes a second, by which `train.py --help` would be slower."""
     code = "import delta, sys; assert 'torch._dynamo' not in sys.modules"
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 import shutil
 import zipfile
 
@@ -12,7 +11,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorPr
 
 import ablate
 import eval as evaluate
-import memory as Mem
+import memory
 import train
 from nanorecall import checkpoint, pretrained
 from nanorecall.settings import ConfigError, RunError
@@ -31,28 +30,35 @@ def trained(tmp_path_factory):
 
 
 def contents(folder):
-    """{path: bytes} of all that is in a directory."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """{path: bytes} of a run but its JSON files, in which --resume notes that it tried."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix not in (".json", ".jsonl"):
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
 
 
 # ---- the index of shards, with something else in it ----------------------------------------------
 
+# A way to spoil shards takes their directory and the path of a fuse: the file that a bomb creates
+# when it goes off.
 
-def read_index(place):
-    return pickle.loads((place / ".metadata").read_bytes())
+
+def read_index(shards):
+    return pickle.loads((shards / ".metadata").read_bytes())
 
 
-def write_index(place, index):
-    (place / ".metadata").write_bytes(pickle.dumps(index))
+def write_index(shards, index):
+    (shards / ".metadata").write_bytes(pickle.dumps(index))
 
 
 def spoil_index(change):
-    """A way to spoil shards: change(index, place, fuse)."""
+    """A way to spoil shards by change(index, shards, fuse)."""
 
-    def spoil(place, fuse):
-        index = read_index(place)
-        change(index, place, fuse)
-        write_index(place, index)
+    def spoil(shards, fuse):
+        index = read_index(shards)
+        change(index, shards, fuse)
+        write_index(shards, index)
 
     return spoil
 
@@ -61,32 +67,32 @@ def entry(index, name=NAME):
     return next(info for key, info in index.storage_data.items() if key.fqn == name)
 
 
-def bytes_like_a_tensor(index, place, fuse):
+def bytes_like_a_tensor(index, shards, fuse):
     """What torch's own planner would give to torch.load(weights_only=False)."""
     about = BytesStorageMetadata()
     about.size = index.state_dict_metadata[NAME].size
     about.properties = TensorProperties(torch.float32)
     index.state_dict_metadata[NAME] = about
-    with open(place / "bomb", "wb") as f:
+    with open(shards / "bomb", "wb") as f:
         torch.save(Bomb(fuse), f)
     key = next(key for key in index.storage_data if key.fqn == NAME)
     del index.storage_data[key]
     info = entry(index, "model.final_norm.weight")
     bare = type(key)(NAME)
-    index.storage_data[bare] = type(info)("bomb", 0, os.path.getsize(place / "bomb"))
+    index.storage_data[bare] = type(info)("bomb", 0, os.path.getsize(shards / "bomb"))
 
 
-def bomb_instead_of_a_tensor(index, place, fuse):
-    with open(place / "bomb", "wb") as f:
+def bomb_instead_of_a_tensor(index, shards, fuse):
+    with open(shards / "bomb", "wb") as f:
         torch.save(Bomb(fuse), f)
     info = entry(index)
-    info.relative_path, info.offset, info.length = "bomb", 0, os.path.getsize(place / "bomb")
+    info.relative_path, info.offset, info.length = "bomb", 0, os.path.getsize(shards / "bomb")
 
 
 def elsewhere(name):
-    def change(index, place, fuse):
-        shutil.copy(place / "__0_0.distcp", place.parent.parent / "outside")
-        entry(index).relative_path = name.replace("HERE", str(place.parent.parent))
+    def change(index, shards, fuse):
+        shutil.copy(shards / "__0_0.distcp", shards.parent.parent / "outside")
+        entry(index).relative_path = name.replace("HERE", str(shards.parent.parent))
 
     return change
 
@@ -94,7 +100,7 @@ def elsewhere(name):
 def set_field(path, value):
     """index.<path> = value, with FUSE for a bomb."""
 
-    def change(index, place, fuse):
+    def change(index, shards, fuse):
         *parents, last = path.split(".")
         for name in parents:
             index = entry(index) if name == "entry" else getattr(index, name)
@@ -104,26 +110,26 @@ def set_field(path, value):
 
 
 def set_tensor(field, value):
-    def change(index, place, fuse):
+    def change(index, shards, fuse):
         setattr(index.state_dict_metadata[NAME], field, Bomb(fuse) if value == "FUSE" else value)
 
     return change
 
 
-def a_pipe(index, place, fuse):
-    os.mkfifo(place / "pipe")
+def a_pipe(index, shards, fuse):
+    os.mkfifo(shards / "pipe")
     entry(index).relative_path = "pipe"
 
 
 def raw(data):
-    def spoil(place, fuse):
-        (place / ".metadata").write_bytes(data)
+    def spoil(shards, fuse):
+        (shards / ".metadata").write_bytes(data)
 
     return spoil
 
 
-def bomb_index(place, fuse):
-    (place / ".metadata").write_bytes(pickle.dumps(Bomb(fuse)))
+def bomb_index(shards, fuse):
+    (shards / ".metadata").write_bytes(pickle.dumps(Bomb(fuse)))
 
 
 HUGE = torch.Size([10**6, 10**6])
@@ -174,13 +180,11 @@ SPOILED = {
 
 
 def reseal(folder, name):
-    """Give the checkpoint the checksums of its shards as they are now:
-    a stranger seals as well as we do.
-    """
+    """Give the checkpoint the checksums of its shards as they are now, as a stranger could."""
     state = checkpoint.read_checkpoint(folder, name)
-    place = checkpoint.shard_dir(folder, state)
-    files = [f for f in os.listdir(place) if os.path.isfile(os.path.join(place, f))]
-    state["shards"]["files"] = {f: checkpoint.sha256_file(os.path.join(place, f)) for f in files}
+    shards = checkpoint.shard_dir(folder, state)
+    files = [f for f in os.listdir(shards) if os.path.isfile(os.path.join(shards, f))]
+    state["shards"]["files"] = {f: checkpoint.sha256_file(os.path.join(shards, f)) for f in files}
     checkpoint.save_checkpoint(folder, name, state, keep_old=False)
 
 
@@ -191,7 +195,7 @@ def readers_of_runs(folder, tmp_path):
         "ablate": lambda: ablate.main(["layer", str(folder), "--device=cpu"]),
         "resume": lambda: train.main([f"--resume={folder}", "--max_steps=5"]),
         "init_from": lambda: train.main(start),
-        "inspect": lambda: Mem.main(["inspect", str(folder)]),
+        "inspect": lambda: memory.main(["inspect", str(folder)]),
     }
 
 
@@ -217,32 +221,27 @@ def test_a_run_with_a_strangers_shards(tmp_path, monkeypatch, capsys, trained, h
     if how == "bytes like a tensor":  # what is no tensor is left out, and the others are shown
         readers.pop("inspect")()
         assert NAME not in capsys.readouterr().out
+    before = contents(folder)
     for read in readers.values():
-        # --resume notes in config.json and status.json that it tried.
-        before = {k: v for k, v in contents(folder).items() if not k.endswith((".json", ".jsonl"))}
         assert_refused(read)
-        after = {k: v for k, v in contents(folder).items() if not k.endswith((".json", ".jsonl"))}
-        assert after == before
+        assert contents(folder) == before
     assert not fuse.exists() and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("how", SPOILED)
 def test_a_folder_of_a_strangers_shards(tmp_path, monkeypatch, trained, how):
     fuse = tmp_path / "fuse"
-    place = tmp_path / "a" / "b" / "step-3"
-    shutil.copytree(next((trained / "shards").glob("ckpt-*")), place)
-    SPOILED[how](place, fuse)
+    shards = tmp_path / "a" / "b" / "step-3"
+    shutil.copytree(next((trained / "shards").glob("ckpt-*")), shards)
+    SPOILED[how](shards, fuse)
     monkeypatch.chdir(tmp_path)
     try:
         found = pretrained.read_weights(str(tmp_path / "a"))[0]
     except (ConfigError, RunError) as e:
         assert "\n" not in str(e) and "traceback" not in str(e).lower()
     else:  # what is no tensor was left out
-        assert (
-            how == "bytes like a tensor"
-            and "embed.weight" not in found
-            and "final_norm.weight" in found
-        )
+        assert how == "bytes like a tensor"
+        assert "embed.weight" not in found and "final_norm.weight" in found
     assert not fuse.exists()
 
 
@@ -329,7 +328,7 @@ def test_odd_weights_are_refused_in_a_sentence(tmp_path, how, key):
     path = tmp_path / "x.pt"
     torch.save(value if key is None else {"step": 1, key: value}, path)
     assert os.path.getsize(path) < 5000
-    assert "x.pt" in assert_refused(lambda: Mem.main(["inspect", str(path)]))
+    assert "x.pt" in assert_refused(lambda: memory.main(["inspect", str(path)]))
     assert_refused(lambda: train.main(flags(tmp_path, "new", init_from=path)))
     assert not (tmp_path / "new").exists()
 
@@ -349,7 +348,7 @@ def test_odd_tensors_that_are_weights_are_read(tmp_path, capsys):
     found, _ = pretrained.read_weights(str(tmp_path / "x.pt"))
     assert found.keys() == weights.keys() and not vars(found["odd"])
     for files in (["x.pt"], ["x.pt", "x.pt"]):
-        assert Mem.main(["inspect", *(str(tmp_path / f) for f in files)]) == 0
+        assert memory.main(["inspect", *(str(tmp_path / f) for f in files)]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("empty") for line in rows) == 2
 
@@ -362,7 +361,8 @@ def test_a_compressed_file_is_refused(tmp_path):
         for name in z.namelist():
             small.writestr(name, z.read(name))
     assert os.path.getsize(tmp_path / "small.pt") < 10**6
-    assert "expands to" in assert_refused(lambda: Mem.main(["inspect", str(tmp_path / "small.pt")]))
+    args = ["inspect", str(tmp_path / "small.pt")]
+    assert "expands to" in assert_refused(lambda: memory.main(args))
 
 
 STATES = {
@@ -393,11 +393,11 @@ def test_a_sealed_checkpoint_of_another_tool(tmp_path, trained, how):
         state = checkpoint.load_checkpoint(str(folder), name)
         state.pop("shards")
         checkpoint.save_checkpoint(folder, name, STATES[how](state), keep_old=False)
-    before = {n: b for n, b in contents(folder).items() if n.endswith(".pt")}
+    before = contents(folder)
     readers = readers_of_runs(folder, tmp_path)
     # These are not what the run's model needs, but they can be shown.
     if how in ("no tensors", "other shapes"):
         readers.pop("inspect")()
     for read in readers.values():
         assert_refused(read)
-    assert {n: b for n, b in contents(folder).items() if re.search(r"\.pt", n)} == before
+    assert contents(folder) == before

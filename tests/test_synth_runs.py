@@ -105,7 +105,7 @@ def test_an_unknown_slice_is_named_before_training(tmp_path):
 
 
 def test_printed_examples_are_those_counted(qa_run, capsys):
-    eval_script.main([str(qa_run), "--examples=72"])  # all of them
+    eval_script.main([str(qa_run), "--print_examples=72"])  # all of them
     form = r"prompt +'(.*)'\n +answer +'(.*)'\n +model +'(.*)'"
     examples = re.findall(form, capsys.readouterr().out)
     result = checkpoint.read_json(str(qa_run / "eval_test.json"))["metrics"]["exact_match"]
@@ -123,7 +123,7 @@ def test_bits_stored_follow_from_the_losses(qa_run):
     stored = checkpoint.read_json(str(qa_run / "eval_test.json"))["metrics"]["stored"]
     table = pq.read_table(qa_run / "eval_test.parquet").to_pydict()
     nats = collections.Counter()
-    for example, loss, seen in zip(table["row"], table["loss"], table["seen"]):
+    for example, loss, seen in zip(table["example"], table["loss"], table["seen"]):
         if seen:
             nats[example] += loss
     bits = 6 * np.log2(10) - np.array(list(nats.values())) / np.log(2)
@@ -151,7 +151,7 @@ def text_run(tmp_path):
 
 
 def test_a_run_on_text_is_measured(text_run, capsys):
-    eval_script.main([str(text_run), "--examples=1"])
+    eval_script.main([str(text_run), "--print_examples=1"])
     assert (text_run / "eval_test.png").stat().st_size > 3000
     assert "model " in capsys.readouterr().out
 

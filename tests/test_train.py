@@ -1,4 +1,4 @@
-"""train.py as a user meets it: runs, stops, kills, resumes, mistakes; and its loop in arithmetic."""
+"""train.py as a user meets it: runs, stops, resumes, mistakes; and its loop in arithmetic."""
 
 import json
 import math

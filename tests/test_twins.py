@@ -1,4 +1,4 @@
-"""Second derivatives and torch.func: right for every operator with its own backward, or refused."""
+"""Second derivatives and torch.func: correct for each operator with a backward, or refused."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ MODELS = {
     "gpt": lambda: GPT(Config(**SMALL)),
     "gpt, normed": lambda: GPT(Config(**SMALL, **NORMED)),
     "unified_kv": lambda: UnifiedKV(Config(**SMALL, du=6, pos_emb="learned")),
-    "conv_size": lambda: GPT(Config(**SMALL, conv_size=3, pos_emb="none")),
+    "convolution": lambda: GPT(Config(**SMALL, conv_size=3, pos_emb="none")),
     "delta": lambda: delta.DeltaNet(delta.Config(**SMALL, chunk_size=4)),
     "gated_delta": lambda: delta.GatedDeltaNet(
         delta.Config(**SMALL, chunk_size=5, use_out_norm=False)
@@ -183,7 +183,7 @@ def test_an_ordinary_backward_leaves_the_twins_alone(monkeypatch, batch):
 
     for file in (ops, delta):
         monkeypatch.setattr(file, "twin_gradients", fail)
-    for name in ("gpt, normed", "conv_size", "gated_delta"):
+    for name in ("gpt, normed", "convolution", "gated_delta"):
         make(name)[0](*batch)[1].backward()
     with pytest.raises(AssertionError, match="slow twin"):
         model, parameters, _ = make("gpt")
