@@ -10,8 +10,8 @@ r"""Facts to store, as text: synthetic QA, digit lookup, two-hop, HashHop, or yo
 A document is one fact, or one HashHop problem. Only its answer is trained on and scored; [] marks
 it here.
 
-qa: pairs of numbers. An epoch shows a pair as often as its bucket says (exposures); some pairs of
-each bucket are held out (0).
+qa: pairs of numbers. An epoch shows a pair as often as its bucket says (exposures). Some pairs of
+each bucket are held out (exposures 0).
 
 >>> show(Config(task="qa", num_pairs=16, buckets=(1, 4)))
 '266133:[972938] '       {'exposures': 4, 'seen': 1}
@@ -37,8 +37,8 @@ hashhop: chains of hashes in random order; say where one of them ends (magicprod
 "Wn = uy\niY = Dn\nuy = 'Ge'\nDn = 'AW'\n\nCOMPLETION:\nHops=2\n\nCoT=False\n\nWn = '[Ge]'\n"
 {'hops': 2}
 
-Each document is a pure function of the settings and its index. Each epoch has an order of its own,
-a function of (seed, epoch).
+Each document is a pure function of the settings and its index. The order of an epoch is a function
+of (seed, epoch).
 
 Letters: n pairs or entities, W digits of a word, R relations, E documents in an epoch, B documents
 in a batch, T tokens, N labels.
@@ -55,9 +55,9 @@ import torch
 
 from nanorecall import fact_files
 from nanorecall.documents import check_answers, read_and_split, survey
-from nanorecall.fact_files import FactDataset, guess_baselines, read_facts
+from nanorecall.fact_files import FactDataset, GeneratedDataset, guess_baselines, read_facts
 from nanorecall.rng import STREAMS, rng_for
-from nanorecall.settings import at_least, help_text, one_of, require, run_cli, say, within
+from nanorecall.settings import at_least, one_of, require, run_cli, say, within
 from nanorecall.text import MASKS, DocumentEncoder, mark_answers, read_tokenizer
 
 SETTINGS_OF = {  # task: the settings that not all tasks use
@@ -77,7 +77,7 @@ class Config:
     num_digits: int = 6  # qa: digits in a number
     buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # qa: exposures in an epoch
     heldout_frac: float = 0.1  # qa: fraction of each bucket's pairs that are never trained on
-    reverse_pairs: str = "none"  # qa: "y:x" as well; probe: only measured; train: trained on, too
+    reverse_pairs: str = "none"  # qa: add "y:x"; probe: only measured; train: also trained on
     rule: str = "random"  # digits: random values, or selfindex: value[i] = key[key[i]]
     rule_steps: int = 1  # digits, selfindex: times that the rule is applied to its own result
     num_unseen: int = 1000  # digits: keys that are never trained on
@@ -93,11 +93,11 @@ class Config:
     num_queries: int = 1  # hashhop: queries in a training problem; others have one
     max_bytes: int = 256  # hashhop: bytes to fill; text: bytes of the longest document allowed
     n_train_examples: int = 20000  # hashhop: problems in an epoch; none is seen twice
-    n_val_examples: int = 500  # validation documents, all groups alike; hashhop: per hops; 0: all
-    n_test_examples: int = 5000  # test documents, likewise; 0: all (hashhop: 500)
+    n_val_examples: int = 500  # validation documents, balanced over the first slice; 0: all
+    n_test_examples: int = 5000  # test documents, likewise; hashhop: of each number of hops, 0: 500
     label_mask: str = "text"  # text: what to train on: text (all), qa, hashhop, digits or twohop
     heldout_facts: float = 0.0  # text: fraction of the facts that are only measured, as seen=0
-    pack_documents: bool = False  # training documents end to end in one row; 0: one padded row each
+    pack_documents: bool = False  # training documents end to end in one sequence; 0: padded
     tokenizer: str = ""  # a tokenizer.json; empty: bytes
     seed: int = 0  # of data and model
 
@@ -163,9 +163,11 @@ class Config:
 
 
 def build_qa(c):
-    """ "x:y " of numbers of one width, all different (LLMonade: MQAR and Synthetic QA). Buckets of
-    equally many pairs have different exposures. The held-out pairs of each bucket are the control:
-    no model can know them."""
+    """Pairs of numbers "x:y ", of one width and all different (LLMonade: MQAR and Synthetic QA).
+
+    Buckets of equally many pairs have different exposures. The held-out pairs of each bucket are
+    the control: no model can know them.
+    """
     n = c.num_pairs
     numbers = rng_for(c.seed, STREAMS["facts"]).choice(10**c.num_digits, 2 * n, replace=False)
     words = [f"{number:0{c.num_digits}d}" for number in numbers]
@@ -176,7 +178,8 @@ def build_qa(c):
     exposures = np.where(seen, np.repeat(c.buckets, size), 0)
     texts = fact_texts(keys, values)
     slices = {"exposures": exposures, "seen": seen.astype(int)}
-    train = np.repeat(np.arange(n), exposures)
+    # int32, because an epoch may have 10^8 documents.
+    train = np.repeat(np.arange(n, dtype=np.int32), exposures)
     test = np.arange(n)
     capacity = {"slice": "seen=1", "facts": int(seen.sum()), "bits": math.log2(10)}
     if c.reverse_pairs != "none":
@@ -188,7 +191,7 @@ def build_qa(c):
         train = np.concatenate([train, train + n])
         capacity["facts"] *= 2
     if c.reverse_pairs == "probe":
-        # A reverse answer follows from its pair: it need not be stored, so bits can't be counted.
+        # The reverse answers follow from stored pairs, so their bits are not stored bits.
         capacity = {}
     splits = {"train": train, "val": test, "test": test}
     baselines = guess_baselines(keys, values, seen)
@@ -227,9 +230,12 @@ def fact_texts(keys, values):
 
 
 def build_digits(c):
-    """ "key:value " of words of W digits from 1..W, W as small as the number of keys allows (6 for
-    6K and 20K pairs, 7 for 200K). rule=random must be memorised; rule=selfindex, value[i] =
-    key[key[i]], can be worked out for unseen keys."""
+    """Words "key:value " of W digits from 1..W, W as small as the number of keys allows: 6 for 6K
+    and 20K pairs, 7 for 200K.
+
+    rule=random must be memorised. rule=selfindex, value[i] = key[key[i]], generalises to unseen
+    keys.
+    """
     n, n_keys = c.num_pairs, c.num_pairs + c.num_unseen
     W = 2
     while W**W < n_keys:
@@ -241,14 +247,14 @@ def build_digits(c):
         capacity = {"slice": "key=known", "facts": n, "bits": math.log2(W)}
     else:
         values = keys
-        for _ in range(c.rule_steps):  # the word, as a map of positions, applied to itself
+        for _ in range(c.rule_steps):  # a word maps position i to word[i]: apply it to itself
             values = np.take_along_axis(values, values, axis=1)
         capacity = {}
     key_words, value_words = digit_words(keys), digit_words(values)
     number = np.arange(n_keys)
     known = number < n
     even = (number - n) % 2 == 0
-    # Known keys are in all splits, an unseen one in val or in test.
+    # Known keys are in all splits, each unseen one in val or in test.
     splits = {"train": number[known], "val": number[known | even], "test": number[known | ~even]}
     slices = {"key": np.where(known, "known", "unseen")}
     texts = fact_texts(key_words, value_words)
@@ -270,10 +276,12 @@ def digit_words(digits):
 
 
 def build_twohop(c):
-    """Single facts "a>b ", all trained on, and composed ones "a>>c ", c the fact of the fact, some
-    of them trained on (Wang et al. 2024, arXiv 2405.15071). A composed query is trained;
-    in-distribution: not trained, but trained queries use both of its facts; or out-of-distribution:
-    no trained query uses either. Each relation is a permutation without fixed points."""
+    """Single facts "a>b " and two-hop queries "a>>c ", where b>c (Wang et al. 2024, arXiv
+    2405.15071). Each relation is a permutation without fixed points.
+
+    All single facts are trained on. A query is trained; or in-distribution: not trained, but
+    trained queries use both of its facts; or out-of-distribution: no trained query uses either.
+    """
     n, R = c.num_entities, c.num_relations
     rng = rng_for(c.seed, STREAMS["facts"])
     maps = np.stack([derangement(rng, n) for _ in range(R)])  # (R, n)
@@ -302,7 +310,7 @@ def build_twohop(c):
     }
     query = np.repeat(list(sizes), list(sizes.values()))
     number = np.arange(len(texts))
-    # What is trained on is in all splits, the other queries in one of val and test.
+    # Trained documents are in all splits, each of the others in val or in test.
     train = (query == "single fact") | (query == "trained")
     even = number % 2 == 0
     splits = {"train": number[train], "val": number[train | even], "test": number[train | ~even]}
@@ -311,13 +319,13 @@ def build_twohop(c):
     words = np.array(names)
     guesses = guess_baselines(words[a[compared]], words[end[compared]], is_trained)
     baselines = {f"{guess} of the last entity": value for guess, value in guesses.items()}
-    # Without markers the text looks like that of digits, and so does its mask.
+    # Without markers the text has the form of digits, so it takes that label mask.
     kind = "twohop" if c.markers else "digits"
     return FactDataset(c, kind, texts, splits, {"query": query}, baselines)
 
 
 def check_twohop(c):
-    message = "cot_frac must be 0 or 1 for twohop: a query has one right answer"
+    message = "cot_frac must be 0 or 1 for twohop: a query has one correct answer"
     require(c.cot_frac in (0, 1), message, "cot_frac")
     n_queries = c.num_entities * c.num_relations**2
     message = f"{n_queries} queries of two hops are too many; lower num_entities or num_relations"
@@ -328,8 +336,8 @@ def check_twohop(c):
 
 def split_queries(c, rng, r1, r2, a, b):
     """Queries a -r1-> b -r2-> ? -> numbers of the trained, in- and out-of-distribution ones."""
-    # Single facts that trained queries may use. The others are withheld in pairs that compose,
-    # so that there are out-of-distribution queries.
+    # Single facts that trained queries may use. The others are withheld two at a time, such that
+    # one follows the other: otherwise there would be no out-of-distribution query.
     usable = np.ones((c.num_relations, c.num_entities), bool)
     for i in rng.permutation(len(a)):
         if (~usable).sum() >= c.ood_frac * usable.size:
@@ -353,7 +361,7 @@ def split_queries(c, rng, r1, r2, a, b):
 
 
 def derangement(rng, n):
-    """A permutation of range(n) that leaves nothing in its place."""
+    """A permutation of range(n) without fixed points."""
     while True:
         permutation = rng.permutation(n)
         if (permutation != np.arange(n)).all():
@@ -365,71 +373,43 @@ def derangement(rng, n):
 LETTERS = np.array(list(string.ascii_letters))
 
 
-class HashHop:
+def build_hashhop(c):
     """Chains of hashes, "a = b" and at their end "c = 'd'", in random order; then "COMPLETION:",
     the number of hops, and queries: a hash and the end of its chain (the text of
-    github.com/magicproduct/hash-hop). Problems are made when they are asked for, with the methods
-    of FactDataset."""
+    github.com/magicproduct/hash-hop). Val and test have a group for each of test_hops."""
+    baselines = {}
+    for hops in c.test_hops:
+        name = f"any end of a chain, whole answers, hops={hops}"
+        baselines[name] = 1 / n_chains(c, hops, 1)
+    return GeneratedDataset(c, "hashhop", make_hashhop, len(c.test_hops), baselines)
 
-    kind = "hashhop"
-    capacity = {}  # nothing is stored: the answers are in the text
 
-    def __init__(self, c):
-        self.config = c
-        self.baselines = {}
-        for hops in c.test_hops:
-            name = f"any end of a chain, whole answers, hops={hops}"
-            self.baselines[name] = 1 / n_chains(c, hops, 1)
-
-    def count(self, split):
-        if split == "train":
-            return self.config.n_train_examples
-        return len(self.config.test_hops) * self.group_size(split)
-
-    def group_size(self, split):
-        """Problems of val or test with one number of hops."""
-        c = self.config
-        return (c.n_val_examples if split == "val" else c.n_test_examples) or 500
-
-    def eval_groups(self, split):
-        n = self.group_size(split)
-        return [range(i * n, (i + 1) * n) for i in range(len(self.config.test_hops))]
-
-    def read(self, split, indices):
-        texts, hops, hops_cot = [], [], []
-        for index in np.asarray(indices).tolist():
-            text, n_hops, cot = self.make_example(split, index)
-            texts.append(text)
-            hops.append(n_hops)
-            hops_cot.append(f"{n_hops} cot" if cot else f"{n_hops}")
-        slices = {"hops": np.array(hops)}
-        if self.config.cot_frac:
-            slices["hops_cot"] = np.array(hops_cot)
-        return texts, slices
-
-    def make_example(self, split, index):
-        """-> text, hops, has it a chain of thought?"""
-        c = self.config
-        rng = rng_for(c.seed, STREAMS[split], index)
-        if split == "train":
-            hops, queries = c.hops[index % len(c.hops)], c.num_queries
-        else:
-            hops, queries = c.test_hops[index // self.group_size(split)], 1
-        cot = hops > 1 and rng.random() < c.cot_frac
-        n = n_chains(c, hops, queries)
-        hashes = unique_hashes(rng, n * (hops + 1), c.hash_len)
-        lines, ends, answers = [], [], []
-        for i in range(n):
-            chain = hashes[i * (hops + 1) : (i + 1) * (hops + 1)]
-            for this, following in zip(chain, chain[1:-1]):
-                lines.append(f"{this} = {following}")
-            ends.append(f"{chain[-2]} = '{chain[-1]}'")
-            if i < queries:  # any chains will do: the lines are in random order
-                answer = " = ".join(chain[1:]) if cot else chain[-1]
-                answers.append(f"{chain[0]} = '{answer}'")
-        lines += ends
-        shuffled = [lines[i] for i in rng.permutation(len(lines))]
-        return "\n".join([*shuffled, completion_header(hops, cot), *answers, ""]), hops, cot
+def make_hashhop(c, split, index, group):
+    """-> text of one problem, its slices {name: value}"""
+    rng = rng_for(c.seed, STREAMS[split], index)
+    if split == "train":
+        hops, queries = c.hops[index % len(c.hops)], c.num_queries
+    else:
+        hops, queries = c.test_hops[group], 1
+    cot = hops > 1 and rng.random() < c.cot_frac
+    n = n_chains(c, hops, queries)
+    hashes = unique_hashes(rng, n * (hops + 1), c.hash_len)
+    lines, ends, answers = [], [], []
+    for i in range(n):
+        chain = hashes[i * (hops + 1) : (i + 1) * (hops + 1)]
+        for this, following in zip(chain, chain[1:-1]):
+            lines.append(f"{this} = {following}")
+        ends.append(f"{chain[-2]} = '{chain[-1]}'")
+        if i < queries:  # the first chains: the order of the lines does not show which
+            answer = " = ".join(chain[1:]) if cot else chain[-1]
+            answers.append(f"{chain[0]} = '{answer}'")
+    lines += ends
+    shuffled = [lines[i] for i in rng.permutation(len(lines))]
+    text = "\n".join([*shuffled, completion_header(hops, cot), *answers, ""])
+    slices = {"hops": hops}
+    if c.cot_frac:
+        slices["hops_cot"] = f"{hops} cot" if cot else f"{hops}"
+    return text, slices
 
 
 def check_hashhop(c):
@@ -443,7 +423,7 @@ def check_hashhop(c):
         require(fit >= need, f"{small}; use at least {more}", "max_bytes")
         n_hashes = fit * (hops + 1)
         message = f"hash_len={c.hash_len} is too short for {n_hashes} hashes"
-        # Else most draws of unique_hashes would repeat a hash and be thrown away.
+        # Otherwise most draws in unique_hashes would repeat a hash and be discarded.
         require(n_hashes**2 < 52**c.hash_len * 8, message, "hash_len")
 
 
@@ -452,7 +432,7 @@ def completion_header(hops, cot):
 
 
 def n_chains(c, hops, queries):
-    """Chains that fit into max_bytes tokens (bytes, and BOS) beside the completion."""
+    """Number of chains that fit into max_bytes tokens (bytes, and BOS) with the completion."""
     pair = 2 * c.hash_len + 4  # "a = b\n"
     answer = pair + 2
     if c.cot_frac > 0:
@@ -474,14 +454,14 @@ def unique_hashes(rng, n, length):
 
 
 def build_text(c):
-    """Your own documents: "text", or "question" and "answer", of which the answer is trained on.
+    """Your own documents: "text", or "question" and "answer", of which the answer is scored.
 
-    A directory with train, validation and test in it says what is in each. Otherwise: a fact is a
-    question with its answer, or a text in which a mask finds one. All facts are trained on and
-    measured, for what counts is how many are stored; `heldout_facts` of them are only measured. Of
-    other texts a twentieth is for validation, and as many for the test.
+    A directory with train, validation and test in it names the splits. Otherwise: a fact is a
+    question with its answer, or a text in which the label mask finds one. All facts are trained on
+    and measured, to count how many are stored; the fraction `heldout_facts` is only measured. Of
+    other texts a twentieth is for validation and a twentieth for the test.
 
-    A document that is there several times is trained on as often, and measured once.
+    A document that occurs several times is trained on as often, and measured once.
     """
     texts, origins, splits = read_and_split(c)
     trained = np.isin(np.arange(len(texts)), splits["train"])
@@ -490,13 +470,12 @@ def build_text(c):
     return FactDataset(c, c.label_mask, texts, splits, slices, origins=origins)
 
 
-# What each returns has count(split), eval_groups(split), read(split, indices) -> texts and slices,
-# .kind (of label mask) and .baselines (accuracy without knowledge).
+# task -> FactDataset or GeneratedDataset
 BUILD = {
     "qa": build_qa,
     "digits": build_digits,
     "twohop": build_twohop,
-    "hashhop": HashHop,
+    "hashhop": build_hashhop,
     "text": build_text,
 }
 CHECK = {"qa": check_qa, "digits": check_digits, "twohop": check_twohop, "hashhop": check_hashhop}
@@ -506,10 +485,9 @@ CHECK = {"qa": check_qa, "digits": check_digits, "twohop": check_twohop, "hashho
 
 
 class Data:
-    """.vocab_size, .seq_len (of the longest document), .baselines {name: accuracy without
-    knowledge}, .notes (lines about your own documents, for train.py to print), and the methods of
-    data_mqar.Data. With pack_documents a training batch is one row, and batch returns cu_seqlens,
-    too."""
+    """The methods of data_mqar.Data, and .vocab_size, .seq_len (of the longest document),
+    .baselines {name: accuracy without knowledge}, .notes (lines about your own documents, for
+    train.py to print). With pack_documents a training batch is one row, and has cu_seqlens."""
 
     def __init__(self, config):
         self.config = c = config
@@ -531,8 +509,8 @@ class Data:
     def max_length(self):
         if isinstance(self.source, FactDataset):
             return max(len(self.encoder.encode(text)[0]) for text in self.source.texts)
-        # Bytes fill max_bytes at most. Another tokenizer makes no more tokens than there are
-        # bytes, and a few for its own needs.
+        # A problem has at most max_bytes bytes. Another tokenizer makes no more tokens than bytes,
+        # except for a few of its own.
         return self.config.max_bytes + (64 if self.config.tokenizer else 0)
 
     def batch_indices(self, step, batch_size):
@@ -567,7 +545,7 @@ class Data:
 class DatasetConfig(Config):
     output_dir: str = ""  # directory to write; it must not exist yet; empty: qa-2000-pairs etc.
     format: str = "parquet"  # parquet or jsonl
-    n_val_examples: int = 0  # documents of validation at most; 0: all (hashhop: 500 for each hops)
+    n_val_examples: int = 0  # validation documents at most; 0: all (hashhop: 500 per hops)
     n_test_examples: int = 0  # likewise
 
     def unused(self):
@@ -596,21 +574,18 @@ def show(config, documents=2):
 
 
 def parse(argv):
-    """Command line -> command, its checked settings. The commands "help" and "" have none."""
-    return fact_files.parse_command(argv, BUILD, DatasetConfig)
+    """Command line -> command, its checked settings; without arguments "", None."""
+    return fact_files.parse_command(argv, __doc__, BUILD, DatasetConfig)
 
 
 def main(argv=None):
     command, config = parse(sys.argv[1:] if argv is None else argv)
-    if command == "help":
-        say(help_text(__doc__, DatasetConfig))
-    elif command == "":
-        print(__doc__.strip())
-    elif command == "check":
+    if command == "check":
         fact_files.check_tokenizer(config.tokenizer, BUILD, Config)
-    else:
+    elif command:
         fact_files.write_and_report(config, BUILD[command](config))
-    return 0
+    else:
+        print(__doc__.strip())
 
 
 if __name__ == "__main__":

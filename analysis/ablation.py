@@ -16,6 +16,7 @@ from analysis.hooks import (
     gather_labels,
     hook_output,
     hook_points,
+    index_reads,
     logit_diff,
     run_with_cache,
 )
@@ -66,11 +67,14 @@ def measure_slots(model, examples, ablations, batch_size=512, seed=0):
         resid, reads, label_pos = memory_inputs(model, layer, clean, examples.label_pos)
         best = ()
         if "next_best" in ablations:
+            # One more than is read, because one of them may be the ablated slot.
             x = model.layers[layer].ffn_norm(resid)
             best = memory.topk_slots(x, model.config.mem_knn + 1)
         n_slots = len(memory.values)
+        # Controls check the method: without a slot that is not read, nothing may change.
         pairs = add_controls(slots_read(reads, n_slots), n_slots, rng)
         index, slot = to_tensor(pairs["index"]), to_tensor(pairs["slot"])
+        # Drawn here, so results depend neither on the batch size nor on the other ablations.
         random_slot = to_tensor(rng.integers(n_slots, size=len(slot)))
         resampled_slot = to_tensor(rng.permutation(pairs["slot"]))
         for ablation in ablations:
@@ -80,7 +84,7 @@ def measure_slots(model, examples, ablations, batch_size=512, seed=0):
                 changed = ABLATIONS[ablation](
                     SlotAblation(
                         memory,
-                        reads={name: x[i] for name, x in reads.items()},
+                        reads=index_reads(reads, i),
                         slot=slot[some],
                         best=tuple(x[i] for x in best),
                         random_slot=random_slot[some],

@@ -101,13 +101,13 @@ def name_of(folders):
 
 
 COUNTS = {  # of nanorecall.metrics.merge_counts
-    "right": "count",
-    "row_right": "count",
-    "right_right": "count",
-    "right_labels": "count",
+    "correct": "count",
+    "exact_matches": "count",
+    "correct_correct": "count",
+    "correct_labels": "count",
     "labels_labels": "count",
     "labels": "size",
-    "rows": "size",
+    "n_examples": "size",
     "loss": "number or null",
 }
 TEST = {"all": COUNTS, "by_slice": {"*": {"*": COUNTS}}}
@@ -125,7 +125,8 @@ def read_test(folder):
     for slices in test["by_slice"].values():
         all_counts += slices.values()
     for counts in all_counts:
-        possible = counts["right"] <= counts["labels"] and counts["row_right"] <= counts["rows"]
+        possible = counts["correct"] <= counts["labels"]
+        possible = possible and counts["exact_matches"] <= counts["n_examples"]
         require(possible, f"{path} is damaged: more is correct than there is", None)
         counts["loss"] = or_nan(counts["loss"])
     return status, test

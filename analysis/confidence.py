@@ -115,7 +115,7 @@ def print_summary(total, by_slice):
 def exact_match_of(table):
     """Proportion of examples of which every label is correct."""
     counts = cluster_counts(table["correct"], table["example"])
-    return proportion(counts["row_right"], counts["rows"])
+    return proportion(counts["exact_matches"], counts["n_examples"])
 
 
 def calibration(confidence, correct, example):

@@ -133,7 +133,7 @@ def decode_batch(run, batch):
     prompts, answers = [], []
     for text in texts:
         start = text.index("'", text.index("COMPLETION:")) + 1
-        prompts.append(data.add_special_tokens(data.tokenizer.encode(text[:start])))
+        prompts.append(data.encoder.encode(text[:start])[0])
         answers.append(data.tokenizer.encode(text[start:].rstrip().rstrip("'")))
     sizes = np.array([(len(p), len(a)) for p, a in zip(prompts, answers)])
     kinds = np.empty(len(texts), "U32")

@@ -22,7 +22,6 @@ from nanorecall.ops import labelled_positions
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import ConfigError, require
 from nanorecall.stats import format_ci, proportion
-from nanorecall.text import label_mask, shift_labels
 
 # ---- editing -------------------------------------------------------------------------------------
 
@@ -306,9 +305,8 @@ def counterfactual(fact, alphabet, rng):
 
 def encode(run, facts):
     """Facts of one length -> tokens and targets (B, T)."""
-    ids = np.stack([run.data.encode_document(fact)[0] for fact in facts])
-    targets = shift_labels(label_mask(ids, run.data.kind, tokenizer=run.data.tokenizer))
-    return run.tensor(ids), run.tensor(targets)
+    tokens, targets, *_ = run.data.encoder.batch(facts, packed=False)
+    return run.tensor(tokens), run.tensor(targets)
 
 
 @in_eval_mode

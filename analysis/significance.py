@@ -34,14 +34,14 @@ def stats(args, config):
     require(len(args) in (1, 2), "name one or two runs: python eval.py stats runs/A [runs/B]", None)
     labels = [read_labels(arg, config.split) for arg in args]
     examples = [per_example(columns) for columns in labels]
-    tags = [name for name in examples[0] if name not in MEASURED]
+    slices = [name for name in examples[0] if name not in MEASURED]
     if len(args) == 1:
-        result = one_run(examples[0], tags)
+        result = one_run(examples[0], slices)
     else:
         message = f"{args[0]} and {args[1]} were not measured on the same examples"
         advice = "give both the same data, seed and split"
         require(same_examples(args, labels), f"{message}; {advice}", None)
-        result = two_runs(examples, tags)
+        result = two_runs(*examples, slices)
     path = result_path(args, config.split)
     provenance = {"runs": args, "split": config.split}
     write_json(path + ".json", {"config": provenance, **result, "examples": []})
@@ -95,9 +95,9 @@ def same_examples(paths, labels):
     a, b = labels
     if a.keys() != b.keys():
         return False
-    shared = [name for name in a if name not in ("correct", "loss")]
-    if not all(np.array_equal(a[name], b[name]) for name in shared):
-        return False
+    for name in a:
+        if name not in ("correct", "loss") and not np.array_equal(a[name], b[name]):
+            return False
     return data_of(paths[0]) == data_of(paths[1])
 
 
@@ -108,8 +108,9 @@ def data_of(path):
     if not os.path.exists(path):
         return None
     saved = read_record(path, {"data": "dict", "data_sha256": "dict"})
-    only_training = ("curriculum", "train_sizes", "infinite_data", "n_train_examples")
-    data = {k: v for k, v in saved["data"].items() if k not in only_training}
+    data = dict(saved["data"])
+    for name in ("curriculum", "train_sizes", "infinite_data", "n_train_examples"):
+        data.pop(name, None)  # decides the training examples only
     return data, saved["data_sha256"]
 
 
@@ -148,23 +149,27 @@ def result_suffix(path, split):
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def slices_of(examples, tags):
-    """Yield ("all", mask) and ("tag=value", mask (R,) bool) for tags with 2 to 24 values."""
+def slices_of(examples, slices):
+    """Yield ("all", mask), then ("slice=value", mask (R,) bool) for slices with 2 to 24 values."""
     yield "all", np.ones(len(examples["example"]), bool)
-    for tag in tags:
-        values = np.unique(examples[tag])
+    for name in slices:
+        values = np.unique(examples[name])
         if 1 < len(values) <= 24:
             for value in values:
-                yield f"{tag}={value}", examples[tag] == value
+                yield f"{name}={value}", examples[name] == value
 
 
-def one_run(examples, tags):
-    """Intervals of every slice, and Spearman's correlation of numeric tags with the loss."""
+def exact_match(examples, mask):
+    return proportion(int(examples["exact_match"][mask].sum()), int(mask.sum()))
+
+
+def one_run(examples, slices):
+    """Intervals of every slice, and Spearman's correlation of numeric slices with the loss."""
     by_slice, lines = {}, []
-    for name, mask in slices_of(examples, tags):
+    for name, mask in slices_of(examples, slices):
         n_labels, loss = examples["labels"][mask], examples["loss"][mask]
         accuracy = label_accuracy(cluster_sums(n_labels, examples["correct"][mask]))
-        exact = proportion(int(examples["exact_match"][mask].sum()), int(mask.sum()))
+        exact = exact_match(examples, mask)
         nll = mean_ci(loss / n_labels)
         by_slice[name] = {**accuracy, "exact": exact, "nll": nll}
         lines.append((name, *format_ci(accuracy), *format_ci(exact), *format_ci(nll)[1:]))
@@ -172,31 +177,30 @@ def one_run(examples, tags):
     print_table((*head, "nats per label", "95% interval"), lines)
 
     correlations = {}
-    for tag in tags:
-        values = examples[tag]
+    for name in slices:
+        values = examples[name]
         if np.issubdtype(values.dtype, np.number) and len(np.unique(values)) > 1:
-            correlations[tag] = correlation(values, examples["loss"] / examples["labels"])
+            correlations[name] = correlation(values, examples["loss"] / examples["labels"])
     add_holm(correlations.values())
     if correlations:
         lines = []
-        for tag, c in correlations.items():
-            lines.append((tag, *format_ci(c), f"{c['p']:.4f}", f"{c['p_holm']:.4f}"))
+        for name, cell in correlations.items():
+            lines.append((name, *format_ci(cell), f"{cell['p']:.4f}", f"{cell['p_holm']:.4f}"))
         head = ("Spearman's correlation with the loss", "examples", "value", "95% interval")
         print_table((*head, "p (permutations)", "Holm"), lines)
     metrics = {"all": by_slice.pop("all"), "correlation with loss": correlations}
     return {"metrics": metrics, "by_slice": by_slice}
 
 
-def two_runs(examples, tags):
+def two_runs(a, b, slices):
     """For every slice McNemar's test of exact match, and bootstrapped differences B - A."""
-    a, b = examples
     by_slice = {}
-    for name, mask in slices_of(a, tags):
+    for name, mask in slices_of(a, slices):
         n_labels = a["labels"][mask]
         accuracy_change = (b["correct"][mask] - a["correct"][mask]) / n_labels
         nll_change = (b["loss"][mask] - a["loss"][mask]) / n_labels
         by_slice[name] = {
-            "exact": [proportion(int(x["exact_match"][mask].sum()), int(mask.sum())) for x in examples],
+            "exact": [exact_match(a, mask), exact_match(b, mask)],
             "mcnemar": mcnemar(a["exact_match"][mask], b["exact_match"][mask]),
             "accuracy difference": paired_bootstrap(accuracy_change, n_labels),
             "nll difference": paired_bootstrap(nll_change, n_labels),
@@ -206,14 +210,14 @@ def two_runs(examples, tags):
 
     lines = []
     for name, cell in by_slice.items():
-        exact = [f"{x['value']:.4f}" for x in cell["exact"]]
-        test = cell["mcnemar"]
-        p_holm = f"{test['p_holm']:.4g}" if "p_holm" in test else ""
-        tests = (test["only_a"], test["only_b"], f"{test['p']:.4g}", p_holm)
-        change = cell["accuracy difference"]
+        exact_a, exact_b = cell["exact"]
+        test, change = cell["mcnemar"], cell["accuracy difference"]
         low, high = change["ci95"]
-        changes = (f"{change['value']:+.4f}", f"{low:+.4f} - {high:+.4f}")
-        lines.append((name, change["n"], *exact, *tests, *changes))
+        line = [name, change["n"], f"{exact_a['value']:.4f}", f"{exact_b['value']:.4f}"]
+        line += [test["only_a"], test["only_b"], f"{test['p']:.4g}"]
+        line += [f"{test['p_holm']:.4g}" if "p_holm" in test else ""]
+        line += [f"{change['value']:+.4f}", f"{low:+.4f} - {high:+.4f}"]
+        lines.append(line)
     head = ("slice", "examples", "exact A", "exact B", "only A", "only B", "McNemar p", "Holm")
     print_table((*head, "labels B - A", "95% interval"), lines)
     return {"metrics": {"all": by_slice.pop("all")}, "by_slice": by_slice}
@@ -221,13 +225,16 @@ def two_runs(examples, tags):
 
 def plot_stats(path, result, runs):
     """Accuracy of every slice with its interval; of two runs, the difference."""
-    slices = {"all": result["metrics"]["all"], **result["by_slice"]}
-    cells = [cell.get("accuracy difference", cell) for cell in slices.values()]
+    labels, cells = [], []
+    for name, cell in {"all": result["metrics"]["all"], **result["by_slice"]}.items():
+        cell = cell.get("accuracy difference", cell)
+        labels.append(f"{name}, n = {cell['n']}")
+        cells.append(cell)
     plt, fig, (axis,) = figure(1, 1, width=6)
     fig.set_size_inches(6, 1.2 + 0.22 * len(cells))
     heights = np.arange(len(cells))[::-1]
     errorbars(axis, heights, cells, horizontal=True, ls="none")
-    axis.set_yticks(heights, [f"{name}, n = {c['n']}" for name, c in zip(slices, cells)])
+    axis.set_yticks(heights, labels)
     names = [os.path.basename(os.path.normpath(run)) for run in runs]
     xlabel = "accuracy of labels"
     if len(runs) == 2:

@@ -467,9 +467,9 @@ class JsonlLog:
 MEASURED = {
     "loss": "number or null",
     "accuracy": "share",
-    "row_accuracy": "share",
+    "exact_match": "share",
     "labels": "count",
-    "rows": "count",
+    "n_examples": "count",
 }
 ROWS = {  # kind of a row of log.jsonl: what its readers need
     "train": {"loss": "number or null"},

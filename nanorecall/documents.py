@@ -1,7 +1,9 @@
-"""Documents that users bring: read from files, split, and checked before a run.
+"""Your own documents: read from files, split, and checked before a run.
 
 A document is a text, or a tuple (question, answer). Every problem with a file is one ConfigError
 that names the file and the line (parquet: the row), before anything is trained.
+
+Letters: n documents that differ, E documents with all copies.
 """
 
 import glob
@@ -17,20 +19,20 @@ from nanorecall.settings import ConfigError, require
 from nanorecall.shards import SPLIT_DIRS, has_data_suffix, read_rows
 from nanorecall.text import BYTES, check_label_mask, label_mask
 
-COLUMNS = ("text", "question", "answer")  # what is read of a row
+COLUMNS = ("text", "question", "answer")  # the columns of a row that are read
 FACT_MASKS = ("qa", "digits", "twohop")  # masks that find the answer of a fact in a text
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
 def read_and_split(c):
-    """The documents of c.path -> those that differ, the "file:line" of each, and the splits:
-    {"train": numbers of documents (E,), one for each time it is there; "val", "test": each once}.
+    """The documents of c.path (data_synth.Config) -> those that differ, the "file:line" of each,
+    {split: numbers of documents}: in "train" one for each copy, in "val" and "test" each once.
     """
     texts, origins, splits = read_documents(c.path, c.max_bytes)
     facts = np.array([is_fact(text, c.label_mask) for text in texts], bool)
     can_hold_out = "" in splits and facts.any()
-    message = "heldout_facts has no effect: it takes facts from a file that has no folders"
+    message = "heldout_facts has no effect: it needs facts that are not in folders for the splits"
     require(can_hold_out or not c.heldout_facts, message, "heldout_facts")
     if "" in splits:
         splits = split_by_content(c, texts, facts, splits[""])
@@ -41,16 +43,16 @@ def read_and_split(c):
 
 def read_documents(path, max_bytes):
     """Files with "text", or with "question" and "answer" -> documents that differ, the "file:line"
-    of each, {split: numbers of documents, one for each time it is there}.
+    of each, {split: numbers of documents, one for each copy}.
 
     path: a .jsonl or .parquet file or a directory of them, all of it the split ""; or a directory
     with train/, validation/ and test/. ConfigError for a document of more than `max_bytes` tokens,
     counted as bytes and two for its ends.
     """
     number_of, origins, splits = {}, [], {}
-    for split, place in split_paths(path).items():
+    for split, source in split_paths(path).items():
         numbers = []
-        for document, where in documents_in(place, max_bytes):
+        for document, where in documents_in(source, max_bytes):
             if document not in number_of:
                 number_of[document] = len(number_of)
                 origins.append(where)
@@ -60,7 +62,7 @@ def read_documents(path, max_bytes):
 
 
 def split_paths(path):
-    """{split: where its documents are}."""
+    """{split: the file or directory of its documents}"""
     require(os.path.exists(path), f"path={path} does not exist", "path")
     directories = {split: os.path.join(path, name) for split, name in SPLIT_DIRS.items()}
     if all(map(os.path.isdir, directories.values())):
@@ -89,9 +91,9 @@ def documents_in(path, max_bytes):
 def validate_document(row, where, max_bytes):
     """One row -> its text, or (question, answer)."""
     given = [name for name in COLUMNS if row.get(name) is not None]
-    message = f'{where}: has "text", and "question" and "answer", too; leave out one or the others'
+    message = f'{where}: has "text", and "question" and "answer" as well; leave out one form'
     require(len(given) < len(COLUMNS), message, "path")
-    # A table of both kinds holds null for what a row lacks.
+    # A table with both forms has null where a row lacks a column.
     is_question = "text" not in row or given == ["question", "answer"]
     names = ("question", "answer") if is_question else ("text",)
     missing = [name for name in names if name not in row]
@@ -115,7 +117,7 @@ def validate_text(text, where):
     try:
         text.encode()
     except UnicodeEncodeError:
-        message = f"{where} holds half of a surrogate pair, which is no text"
+        message = f"{where} has half of a surrogate pair, which is not valid text"
         raise ConfigError(message, "path") from None
 
 
@@ -123,7 +125,7 @@ def validate_text(text, where):
 
 
 def is_fact(document, kind):
-    """Has a document an answer to store: its own, or one that the mask `kind` finds?"""
+    """Does a document have an answer to store: its own, or one that the mask `kind` finds?"""
     if isinstance(document, tuple):
         return True
     if kind not in FACT_MASKS:
@@ -135,11 +137,11 @@ def is_fact(document, kind):
 def split_by_content(c, texts, facts, numbers):
     """The documents of one file in splits: {"train": numbers of texts (E,), "val", "test"}.
 
-    facts (n,) bool: is each text one? numbers (E,): of texts, one for each time it is there.
-    The splits depend on the seed and on what the documents say, not on their order. Documents that
-    say the same stay together.
+    facts (n,) bool: is each text one? numbers (E,): of texts, one for each copy.
+    The splits depend on the seed and the content, not on the order of the documents. Documents with
+    the same content share a split.
     """
-    same_fact, same_text = {}, {}  # what they say -> numbers of the documents that say it
+    same_fact, same_text = {}, {}  # normalized content -> numbers of its documents
     for number, text in enumerate(texts):
         groups = same_fact if facts[number] else same_text
         key = normalize(text[0] if isinstance(text, tuple) else text)
@@ -150,7 +152,7 @@ def split_by_content(c, texts, facts, numbers):
     message = f"heldout_facts={c.heldout_facts} of {len(stored)} holds out none, or all"
     require(not c.heldout_facts or 0 < n_heldout < len(stored), message, "heldout_facts")
     few = f"{c.path} has {len(others)} documents that differ"
-    need = "training, validation and test need one each at least"
+    need = "training, validation and test need at least one each"
     require(stored or len(others) >= 3, f"{few}; {need}", "path")
     n = max(1, len(others) // 20) if len(others) >= 3 else 0
     untrained = concatenate(stored[:n_heldout] + others[: 2 * n])
@@ -162,12 +164,15 @@ def split_by_content(c, texts, facts, numbers):
 
 
 def normalize(text):
-    """What two documents that say the same have in common: Unicode form and blanks may differ."""
+    """A text in one Unicode form, with single blanks: equal for documents of the same content."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def hash_order(groups, seed):
-    """{text: group} -> the groups in an order that the seed and each text alone decide."""
+    """{text: group} -> the groups, sorted by a hash of the seed and the text.
+
+    Other documents do not change the order of two, so a file may grow.
+    """
 
     def digest(text):
         return hashlib.sha256(f"{seed} {text}".encode()).digest()
@@ -176,7 +181,10 @@ def hash_order(groups, seed):
 
 
 def concatenate(groups):
-    return np.array([number for group in groups for number in group], np.int32)
+    numbers = []
+    for group in groups:
+        numbers += group
+    return np.array(numbers, np.int32)
 
 
 # ---- checks before a run -------------------------------------------------------------------------
@@ -187,9 +195,10 @@ def check_answers(data):
     answers so that their labels would not be exact."""
     source, mask = data.source, data.config.label_mask
     plain = []  # texts whose answers the mask has to find
+    # A thousand documents of a split show whether a mask fits, and take no noticeable time.
     for split in SPLITS:
         indices = range(min(source.count(split), 1000))
-        require(indices, f"no document is left for {split}; give it more of them", "path")
+        require(indices, f"there is no document for {split}; add more documents", "path")
         texts, _ = source.read(split, indices)
         plain += [text for text in texts if isinstance(text, str)]
         where = f"the first {len(indices)} documents of {split}"
@@ -204,8 +213,8 @@ def check_answers(data):
 
 
 def survey(data):
-    """Lines about the documents of data (data_synth.Data of task text): what is in each split, and
-    what is odd about them.
+    """Lines about the documents of data (data_synth.Data of task text): sizes of the splits, and
+    documents that a tokenizer alters or that contradict each other.
 
     ConfigError for an answer that the tokenizer cannot spell: something else would be scored.
     """
@@ -275,7 +284,7 @@ def describe_splits(source, answered):
 
 
 def describe_altered(data, altered):
-    """A line about the documents that a tokenizer does not give back; altered: n bools."""
+    """A line about the documents that the tokenizer does not give back; altered: n bools."""
     number = altered.index(True)
     text = data.source.texts[number]
     decoded = data.tokenizer.decode(data.encoder.encode(text)[0])
@@ -287,7 +296,7 @@ def describe_altered(data, altered):
 
 def describe_several_answers(source, questions):
     """A line about questions that two documents answer differently, or none."""
-    first, pairs = {}, []
+    first, pairs = {}, []  # question -> number of the first document that asks it
     for number, question in enumerate(questions):
         other = first.setdefault(question, number)
         same = normalize(joined(source.texts[other])) == normalize(joined(source.texts[number]))
@@ -296,7 +305,7 @@ def describe_several_answers(source, questions):
     if not pairs:
         return []
     many = f"questions with more than one answer: {len(pairs)}, {pairs[0]} for one"
-    return [f"note: {many}; no model can be right on both"]
+    return [f"note: {many}; no model can answer both correctly"]
 
 
 def joined(text):

@@ -6,6 +6,7 @@ Letters: n documents or facts, R indices of a read, W letters of a word.
 """
 
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -18,6 +19,7 @@ from nanorecall.settings import (
     RunError,
     Setting,
     build_config,
+    help_text,
     read_argv,
     reject_unknown,
     require,
@@ -94,6 +96,44 @@ class FactDataset:
         return [self.texts[i] for i in numbers], slices
 
 
+class GeneratedDataset:
+    """Documents that are generated when they are read, with the methods of FactDataset.
+
+    make_example(c, split, index, group) -> text, slices {name: value}. Val and test have n_groups
+    groups of n_val_examples or n_test_examples each (0: 500); in training `group` is None.
+    """
+
+    capacity = {}  # nothing to store: no document comes twice
+
+    def __init__(self, c, kind, make_example, n_groups, baselines):
+        self.config, self.kind, self.baselines = c, kind, baselines
+        self.make_example, self.n_groups = make_example, n_groups
+
+    def group_size(self, split):
+        c = self.config
+        return (c.n_val_examples if split == "val" else c.n_test_examples) or 500
+
+    def count(self, split):
+        if split == "train":
+            return self.config.n_train_examples
+        return self.n_groups * self.group_size(split)
+
+    def eval_groups(self, split):
+        n = self.group_size(split)
+        return [range(i * n, (i + 1) * n) for i in range(self.n_groups)]
+
+    def read(self, split, indices):
+        """-> texts of the indices (R,) of a split, slices {name: (R,)}."""
+        texts, columns = [], {}
+        for index in np.asarray(indices).tolist():
+            group = None if split == "train" else index // self.group_size(split)
+            text, slices = self.make_example(self.config, split, index, group)
+            texts.append(text)
+            for name, value in slices.items():
+                columns.setdefault(name, []).append(value)
+        return texts, {name: np.array(values) for name, values in columns.items()}
+
+
 def guess_baselines(keys, values, trained):
     """{guess: accuracy per digit}, of guesses without knowledge.
 
@@ -130,7 +170,7 @@ NOT_STORED = ("output_dir", "path", "pack_documents", "tokenizer", "heldout_fact
 
 
 def write_facts(c, source, shard_rows=200_000):
-    """Write the first epoch of `source` (FactDataset or HashHop), shuffled, as train/, and
+    """Write the first epoch of `source` (Fact- or GeneratedDataset), shuffled, as train/, and
     validation/, test/ and metadata.json. -> the metadata."""
 
     def read_columns(split, indices):
@@ -254,14 +294,15 @@ CHECK_CASES = {  # kind of mask: settings whose documents are tried
 }
 
 
-def parse_command(argv, builders, dataset_config):
-    """Command line -> command, its checked settings. The commands "help" and "" have none.
+def parse_command(argv, doc, builders, dataset_config):
+    """Command line of data_synth.py -> command, its checked settings; without arguments "", None.
 
     builders: data_synth.BUILD. dataset_config: the class of the settings of a data set to write.
     """
     args, settings = read_argv(argv)
     if any(s.key == "help" for s in settings):
-        return "help", None
+        say(help_text(doc, dataset_config))
+        sys.exit(0)
     command = args.pop(0) if args else ""
     unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
     require(not args, unknown, None)

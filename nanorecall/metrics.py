@@ -61,6 +61,13 @@ def correct_predictions(logits, targets):
     return correct[labelled], correct.all(1)
 
 
+def eval_batches(data, split, batch_size):
+    """Yield the indices of each batch of a split. The sequences of a batch are equally long."""
+    for group in data.eval_groups(split):
+        for first in range(0, len(group), batch_size):
+            yield group[first : first + batch_size]
+
+
 @torch.no_grad()
 def iter_predictions(
     model,
@@ -83,9 +90,7 @@ def iter_predictions(
     them end early if `stop`, a list that a signal handler fills, is not empty on any.
     """
     correct_fn = getattr(model, "correct_predictions", correct_predictions)
-    batches = []
-    for group in data.eval_groups(split):
-        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    batches = list(eval_batches(data, split, batch_size))
     # None shows the bar on a terminal only.
     disable = None if show_progress and world.is_main else True
     for first in tqdm(range(0, len(batches), world.size), desc=split, disable=disable, leave=False):
@@ -93,23 +98,23 @@ def iter_predictions(
             return
         # FSDP gathers weights in every forward pass, so a rank without a batch needs a dummy one.
         index = first + world.rank
-        rows = batches[min(index, len(batches) - 1)]
-        tokens, targets, tags, *more = data.batch(split, 0, rows)
-        more = [x.to(device) for x in more]
+        examples = batches[min(index, len(batches) - 1)]
+        tokens, targets, slices, *cu_seqlens = data.batch(split, 0, examples)
+        cu_seqlens = [x.to(device) for x in cu_seqlens]  # of packed documents, else empty
         with autocast(device, dtype):
-            logits, _ = model(tokens.to(device), targets.to(device), *more)
+            logits, _ = model(tokens.to(device), targets.to(device), *cu_seqlens)
         if index >= len(batches):
             yield None
             continue
         labelled = targets != IGNORE_INDEX
-        correct, row_correct = correct_fn(logits.cpu(), targets)
+        correct, exact_match = correct_fn(logits.cpu(), targets)
         loss = F.cross_entropy(logits.float().cpu(), targets[labelled], reduction="none")
         yield {
             "correct": correct.numpy(),
             "loss": loss.numpy(),
-            "slices": tags,
-            "example": np.repeat(np.asarray(rows), labelled.sum(1).numpy()),
-            "exact_match": row_correct[labelled.any(1)].numpy(),
+            "slices": slices,
+            "example": np.repeat(np.asarray(examples), labelled.sum(1).numpy()),
+            "exact_match": exact_match[labelled.any(1)].numpy(),
         }
 
 
@@ -125,8 +130,10 @@ def evaluate(
     if world.all_gather(len(stop)).any():
         return None
     # In the order of one process, because sums of losses depend on it in their last bits.
-    in_order = [c for of_ranks in zip(*world.all_gather_object(counts)) for c in of_ranks]
-    return merge_counts([c for c in in_order if c])
+    in_order = []
+    for of_ranks in zip(*world.all_gather_object(counts)):
+        in_order += filter(None, of_ranks)
+    return merge_counts(in_order)
 
 
 # ---- counts --------------------------------------------------------------------------------------
@@ -134,51 +141,58 @@ def evaluate(
 
 def merge_batches(batches):
     """Batches of `iter_predictions` -> what `merge_counts` returns."""
-    return merge_counts([count_batch(b) for b in batches])
+    return merge_counts([count_batch(batch) for batch in batches])
 
 
 def count_batch(batch):
-    """One batch of `iter_predictions` -> numbers that add up: of all labels, and "by_slice"."""
+    """A batch of `iter_predictions` -> numbers that add up: {"all", "by_slice"}.
+
+    "all": `cluster_sums` of all labels, and their summed loss. "by_slice": {slice: {value: such
+    numbers of the labels with this value}}.
+    """
     correct, loss, example = batch["correct"], batch["loss"], batch["example"]
 
     def count(mask):
         total_loss = float(loss[mask].sum(dtype=np.float64))
         return {**cluster_counts(correct[mask], example[mask]), "loss": total_loss}
 
+    total = count(np.ones(len(correct), bool))
+    # Exact match is that of the model's own method, which may look at more than labels.
+    total["exact_matches"] = int(batch["exact_match"].sum())
+    total["n_examples"] = len(batch["exact_match"])
     by_slice = {}
-    for tag, values in batch["slices"].items():
-        by_slice[tag] = {v.item(): count(values == v) for v in np.unique(values)}
-    counts = count(np.ones(len(correct), bool))
-    # Exact match is that of the model's own `correct`, which may look at more than labels.
-    counts["row_right"] = int(batch["exact_match"].sum())
-    counts["rows"] = len(batch["exact_match"])
-    return {**counts, "by_slice": by_slice}
+    for name, values in batch["slices"].items():
+        by_slice[name] = {value.item(): count(values == value) for value in np.unique(values)}
+    return {"all": total, "by_slice": by_slice}
 
 
 def merge_counts(counts):
-    """Counts of all batches -> accuracies, mean loss, and counts: "all", and "by_slice".
+    """`count_batch` of all batches -> accuracies, mean loss, "all" and "by_slice" added up.
 
-    by_slice is {slice: {value: counts}}. In a slice an example is correct if its labels there are.
+    In a slice an example is correct if its labels in that slice are.
     """
-    # The order of the first batch: a set would have another order in every process.
-    names = [name for name in counts[0] if name != "by_slice"]
-    total = {name: sum(c[name] for c in counts) for name in names}
-    by_slice = {}
+    total, by_slice = {}, {}
     for batch in counts:
-        for tag, of_values in batch["by_slice"].items():
-            merged = by_slice.setdefault(tag, {})
-            for value, cell in of_values.items():
-                before = merged.get(value, dict.fromkeys(names, 0))
-                merged[value] = {name: before[name] + cell[name] for name in names}
+        add_counts(total, batch["all"])
+        for name, slices in batch["by_slice"].items():
+            merged = by_slice.setdefault(name, {})
+            for value, of_value in slices.items():
+                add_counts(merged.setdefault(value, {}), of_value)
     return {
-        "accuracy": total["right"] / total["labels"],
-        "row_accuracy": total["row_right"] / total["rows"],
+        "accuracy": total["correct"] / total["labels"],
+        "exact_match": total["exact_matches"] / total["n_examples"],
         "loss": total["loss"] / total["labels"],
         "labels": total["labels"],
-        "rows": total["rows"],
+        "n_examples": total["n_examples"],
         "all": total,
-        "by_slice": {tag: dict(sorted(cells.items())) for tag, cells in by_slice.items()},
+        "by_slice": {name: dict(sorted(slices.items())) for name, slices in by_slice.items()},
     }
+
+
+def add_counts(total, counts):
+    """Add the numbers in counts to those in total."""
+    for name, number in counts.items():
+        total[name] = total.get(name, 0) + number
 
 
 # ---- slices --------------------------------------------------------------------------------------
@@ -186,32 +200,33 @@ def merge_counts(counts):
 
 def slice_metrics(counts):
     """Counts of a slice -> label accuracy, exact match as "exact", and "nll" in nats per label."""
-    exact = proportion(counts["row_right"], counts["rows"])
+    exact = proportion(counts["exact_matches"], counts["n_examples"])
     return {**label_accuracy(counts), "exact": exact, "nll": counts["loss"] / counts["labels"]}
 
 
 def slice_accuracy(result, name):
-    """Token accuracy from what `merge_counts` returned: of the slice "tag=value"; for "", of all."""
+    """Token accuracy from what `merge_counts` returned: of the slice "name=value"; "": of all."""
     if not name:
         return result["accuracy"]
-    tag, _, value = name.partition("=")
-    counts = next(c for v, c in result["by_slice"][tag].items() if str(v) == value)
-    return counts["right"] / counts["labels"]
+    slice_name, _, value = name.partition("=")
+    counts = next(c for v, c in result["by_slice"][slice_name].items() if str(v) == value)
+    return counts["correct"] / counts["labels"]
 
 
 def check_slice(data, name, batch_size):
-    """ConfigError unless the slice "tag=value" occurs in validation and in test."""
-    tag, _, value = name.partition("=")
+    """ConfigError unless the slice "name=value" occurs in validation and in test."""
+    slice_name, _, value = name.partition("=")
     for split in ("val", "test"):
         known = {}
-        for group in data.eval_groups(split):
-            for first in range(0, len(group), batch_size):
-                _, _, tags, *_ = data.batch(split, 0, group[first : first + batch_size])
-                for t, values in tags.items():
-                    known.setdefault(t, set()).update(map(str, np.unique(values)))
-        slices = " ".join(f"{t}={v}" for t, values in known.items() for v in sorted(values)[:12])
-        message = f"target_slice={name} is not among the slices of {split}: {slices}"
-        require(value in known.get(tag, ()), message, "target_slice")
+        for indices in eval_batches(data, split, batch_size):
+            _, _, slices, *_ = data.batch(split, 0, indices)
+            for other, values in slices.items():
+                known.setdefault(other, set()).update(map(str, np.unique(values)))
+        choices = []
+        for other, values in known.items():
+            choices += [f"{other}={v}" for v in sorted(values)[:12]]
+        message = f"target_slice={name} is not among the slices of {split}: {' '.join(choices)}"
+        require(value in known.get(slice_name, ()), message, "target_slice")
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -219,18 +234,15 @@ def check_slice(data, name, batch_size):
 
 def print_table(head, rows):
     """Print aligned columns: the first to the left, others to the right."""
-    cells = [[printable(x) for x in row] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for first, *others in cells:
+    table = []
+    for row in [head, *rows]:
+        table.append([printable(cell) for cell in row])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *others in table:
         line = [first.ljust(widths[0])]
-        line += [text.rjust(width) for text, width in zip(others, widths[1:])]
+        for text, width in zip(others, widths[1:]):
+            line.append(text.rjust(width))
         print("  ".join(line))
-
-
-SLICE_HEAD = (
-    *("slice", "value", "labels", "accuracy", "95% interval"),
-    *("rows", "exact", "95% interval", "nats per label"),
-)
 
 
 def print_slices(result, max_values=24):
@@ -238,15 +250,19 @@ def print_slices(result, max_values=24):
 
     Slices with more than max_values values are left out; eval.py writes them to its files.
     """
-    rows = [("all", "", result["all"])]
-    for tag, cells in result["by_slice"].items():
-        if len(cells) <= max_values:
-            rows += [(tag, value, counts) for value, counts in cells.items()]
-    lines = []
-    for tag, value, counts in rows:
-        m = slice_metrics(counts)
-        lines.append((tag, value, *format_ci(m), *format_ci(m["exact"]), f"{m['nll']:.4f}"))
-    print_table(SLICE_HEAD, lines)
+    lines = [slice_line("all", "", result["all"])]
+    for name, slices in result["by_slice"].items():
+        if len(slices) <= max_values:
+            for value, counts in slices.items():
+                lines.append(slice_line(name, value, counts))
+    head = ("slice", "value", "labels", "accuracy", "95% interval")
+    print_table((*head, "examples", "exact", "95% interval", "nats per label"), lines)
+
+
+def slice_line(name, value, counts):
+    metrics = slice_metrics(counts)
+    exact = format_ci(metrics["exact"])
+    return (name, value, *format_ci(metrics), *exact, f"{metrics['nll']:.4f}")
 
 
 def print_baselines(baselines):

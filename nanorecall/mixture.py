@@ -65,13 +65,13 @@ class Mixture:
         require(start < steps or not c.n_epochs, late, "synthetic_start_step")
         self.start = start
         n = max(0, min(c.synthetic_end_step, steps) - start)
-        # (n,): does that step of the window take the synthetic data set?
+        # (n,) bool, of the steps of the window.
         self.is_synthetic = rng_for(c.seed, STREAMS["mixture"]).random(n) < c.synthetic_weight
-        # (n + 1,): how many steps before it did
+        # (n + 1,): synthetic steps before each.
         self.n_synthetic = np.concatenate([[0], np.cumsum(self.is_synthetic)])
 
     def source_of_step(self, step):
-        """A step -> the data set it belongs to, and its number among that one's steps."""
+        """A step -> its data set, and its number among the steps of that data set."""
         n = len(self.is_synthetic)
         position = step - self.start
         n_before = int(self.n_synthetic[min(max(position, 0), n)])

@@ -39,12 +39,12 @@ def figure(n_rows, n_columns, width=4.2, grid=True):
 
 
 def errorbars(axis, x, cells, horizontal=False, **kwargs):
-    """Points with intervals. cells: [{"value", "ci95"}], maybe none; horizontal: x is the height."""
+    """Points with intervals. cells: [{"value", "ci95"}] or []; horizontal: x is the height."""
     if not len(cells):
         return
     y = np.array([cell["value"] for cell in cells])
     low, high = np.array([cell["ci95"] for cell in cells]).T
-    lengths = np.maximum(0, [y - low, high - y])
+    lengths = np.maximum(0, [y - low, high - y])  # rounding may leave the interval
     kwargs = {"marker": "o", "ms": 4, "capsize": 3, **kwargs}
     if horizontal:
         axis.errorbar(y, x, xerr=lengths, **kwargs)
@@ -70,26 +70,31 @@ def write_figure(fig, plt, path):
 
 def plot_curves(folder, title):
     """Write curves.png: loss and validation accuracy against steps, from the run's log.jsonl."""
-    records = read_log(folder)
-    train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
-    val = [r for r in records if r["kind"] == "eval"]
+    train, val = [], []
+    for record in read_log(folder):
+        if record["kind"] == "train" and record["loss"] is not None:
+            train.append(record)
+        elif record["kind"] == "eval":
+            val.append(record)
     plt, fig, (losses, accuracies) = figure(1, 2, width=4.5)
-    losses.plot([r["step"] for r in train], [r["loss"] for r in train], lw=1, label="train batch")
-    for axis, key, label in (
-        (losses, "loss", "val"),
-        (accuracies, "accuracy", "labels (token accuracy)"),
-        (accuracies, "row_accuracy", "whole rows (exact match)"),
-    ):
-        axis.plot([r["step"] for r in val], [r[key] for r in val], "o-", ms=3, label=label)
-        axis.legend()
-    # A log that lost its evaluations still has a training loss to draw.
-    n = f"{val[-1]['labels']} labels in {val[-1]['rows']} rows" if val else "0"
+    plot_records(losses, train, "loss", lw=1, label="train batch")
+    plot_records(losses, val, "loss", marker="o", ms=3, label="val")
+    plot_records(accuracies, val, "accuracy", marker="o", ms=3, label="labels (token accuracy)")
+    plot_records(accuracies, val, "exact_match", marker="o", ms=3, label="examples (exact match)")
+    losses.legend()
+    accuracies.legend()
     losses.set(xlabel="step", ylabel="loss (nats per label)", yscale="log")
-    accuracies.set(
-        xlabel="step",
-        ylabel="val accuracy",
-        ylim=(-0.02, 1.02),
-        xlim=losses.get_xlim(),
-        title=f"n = {n}",
-    )
+    accuracies.set(xlabel="step", ylabel="val accuracy", ylim=(-0.02, 1.02))
+    accuracies.set_xlim(losses.get_xlim())
+    # A log that lost its evaluations still has a training loss to draw.
+    n = "0"
+    if val:
+        n = f"{val[-1]['labels']} labels in {val[-1]['n_examples']} examples"
+    accuracies.set_title(f"n = {n}")
     finish_figure(fig, plt, os.path.join(folder, "curves.png"), title)
+
+
+def plot_records(axis, records, key, **style):
+    """Draw one number of some rows of log.jsonl against the step."""
+    steps = [record["step"] for record in records]
+    axis.plot(steps, [record[key] for record in records], **style)

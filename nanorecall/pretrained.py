@@ -1,4 +1,4 @@
-"""Weights of another model, and weights that are not trained.
+"""Load parts of another model's weights, and freeze parameters.
 
     python train.py configs/qa_2k_memory.py --freeze "*.att"        # do not train attention
     python train.py configs/qa_10k_memory.py --init_from runs/RUN   # all weights of another run
@@ -46,7 +46,10 @@ OUR_MODULES = {  # LLMonade's names of modules: ours
 
 def our_name(name):
     """A name or pattern as this project writes it: without "model.", with our names of modules."""
-    return ".".join(OUR_MODULES.get(word, word) for word in name.removeprefix("model.").split("."))
+    parts = []
+    for part in name.removeprefix("model.").split("."):
+        parts.append(OUR_MODULES.get(part, part))
+    return ".".join(parts)
 
 
 def matching(pattern, names):
@@ -54,11 +57,12 @@ def matching(pattern, names):
 
     That is the name itself, all under it ("layers.0", "layers.0."), or by stars ("*.memory.keys").
     """
-    p = pattern.rstrip(".")
+    pattern = pattern.rstrip(".")
     found = []
-    for n in names:
-        if n == p or fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(n, p + ".*"):
-            found.append(n)
+    for name in names:
+        is_under = fnmatch.fnmatchcase(name, pattern + ".*")
+        if name == pattern or fnmatch.fnmatchcase(name, pattern) or is_under:
+            found.append(name)
     return found
 
 
@@ -78,11 +82,11 @@ def freeze(model, patterns):
     matches no parameter, and if nothing is left to train.
     """
     if isinstance(patterns, dict):
-        wrong = [f"{k!r}: {v!r}" for k, v in patterns.items() if v != "freeze"]
-        message = f'freeze takes {{pattern: "freeze"}}, not {{{", ".join(wrong)}}}'
-        require(not wrong, message, "freeze")
+        for pattern, value in patterns.items():
+            message = f'freeze takes {{pattern: "freeze"}}, not {{{pattern!r}: {value!r}}}'
+            require(value == "freeze", message, "freeze")
     if isinstance(patterns, str):
-        patterns = [p.strip() for p in patterns.split(",")]
+        patterns = [pattern.strip() for pattern in patterns.split(",")]
     named = dict(model.named_parameters(remove_duplicate=False))
     frozen = set()
     for pattern in patterns:
@@ -92,12 +96,13 @@ def freeze(model, patterns):
         near = nearest(our_name(pattern), named)
         message = f"freeze: {pattern!r} matches no parameter; near it: {near}"
         require(found, message, "freeze")
-        frozen |= {named[n] for n in found}
+        frozen.update(named[name] for name in found)
     every = list(model.parameters())
     require(len(frozen) < len(every), "freeze leaves nothing to train", "freeze")
-    for q in frozen:
-        q.requires_grad_(False)
-    size, total = sum(q.numel() for q in frozen), sum(q.numel() for q in every)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    size = sum(parameter.numel() for parameter in frozen)
+    total = sum(parameter.numel() for parameter in every)
     parameters = f"{size} of {total} parameters ({size / total:.1%})"
     return f"frozen: {len(frozen)} of {len(every)} tensors, {parameters}"
 
@@ -118,12 +123,15 @@ def read_weights(path, step=-1):
     if os.path.exists(os.path.join(path, "config.json")):
         state = pick_checkpoint(path, step)
         return select_prefix(state["tensors"], "model"), f"{path}, step {state['step']}"
-    found = glob.glob(os.path.join(glob.escape(path), "**", "step-*"), recursive=True)
-    folders = {int(f.rsplit("-", 1)[1]): f for f in found if f.rsplit("-", 1)[1].isdigit()}
+    folders = {}  # by step
+    for folder in glob.glob(os.path.join(glob.escape(path), "**", "step-*"), recursive=True):
+        number = folder.rsplit("-", 1)[1]
+        if number.isdigit():
+            folders[int(number)] = folder
     if folders:
         chosen = max(folders) if step == -1 else step
-        there = ", ".join(map(str, sorted(folders)))
-        message = f"init_step={step} is not in {path}; there is {there}"
+        steps = ", ".join(map(str, sorted(folders)))
+        message = f"init_step={step} is not in {path}; there is {steps}"
         require(chosen in folders, message, "init_step")
         path = folders[chosen]
     kinds = "run directory, checkpoint file or folder of torch.distributed.checkpoint"
@@ -138,7 +146,7 @@ def pick_checkpoint(folder, step):
     """The latest checkpoint of a run, or the one of this step."""
     if step == -1:
         return load_checkpoint(folder, "ckpt", "ckpt_prev")
-    there = []
+    steps = []
     for name in ("ckpt", "ckpt_prev", "best"):
         try:
             state = load_checkpoint(folder, name)
@@ -146,15 +154,15 @@ def pick_checkpoint(folder, step):
             continue
         if state["step"] == step:
             return state
-        there.append(str(state["step"]))
-    steps = ", ".join(there) or "no checkpoint"
-    raise ConfigError(f"init_step={step} is not in {folder}; there is {steps}", "init_step")
+        steps.append(str(state["step"]))
+    there = ", ".join(steps) or "no checkpoint"
+    raise ConfigError(f"init_step={step} is not in {folder}; there is {there}", "init_step")
 
 
 def read_file(path):
-    """{name: tensor} of a file that torch.save wrote: ours, or a state dict, in "model" or
-    "state_dict" or bare.
+    """{name: tensor} of a file that torch.save wrote.
 
+    It is a checkpoint of ours, or a state dict, which may be under "model" or "state_dict".
     ConfigError if it holds anything but plain tensors there; RunError if the disk or memory
     refuses.
     """
@@ -166,29 +174,30 @@ def read_file(path):
             raise
         except Exception as e:  # torch raises many kinds
             raise unreadable(path, e) from None
-    in_shards = isinstance(state, dict) and "shards" in state
+    if not isinstance(state, dict):
+        state = {}
     message = f"the tensors of {path} are in shards beside it; name the run directory instead"
-    require(not in_shards, message, "init_from")
-    if isinstance(state, dict) and "tensors" in state:
+    require("shards" not in state, message, "init_from")
+    if "tensors" in state:
         return select_prefix(plain_tensors(state["tensors"], path), "model")
     for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict):
             state = state[key]
-    named = state if isinstance(state, dict) else {}
-    tensors = {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
+    tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     require(tensors, f"{path} holds no named tensors", "init_from")
     return plain_tensors(tensors, path)
 
 
 def refuse_compressed(path):
-    """ValueError for a zip that holds more bytes than it has:
-    torch.save compresses nothing, a bomb does.
+    """ValueError for a zip that holds more bytes than the file has.
+
+    torch.save compresses nothing. A zip bomb would fill the memory.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
-            held = sum(entry.file_size for entry in z.infolist())
-        if held > os.path.getsize(path):
-            raise ValueError(f"it expands to {held} bytes")
+            size = sum(entry.file_size for entry in z.infolist())
+        if size > os.path.getsize(path):
+            raise ValueError(f"it expands to {size} bytes")
 
 
 def resolve_map(mapping, names):
@@ -199,24 +208,14 @@ def resolve_map(mapping, names):
     "*.memory.keys" (a star on the right stands for what the one on the left matched).
     """
     if not mapping:
-        return {n: n for n in names}
-    nested = ("layer_mappings", "component_mappings")
-    if set(mapping) & set(nested):
-        unknown = set(mapping) - set(nested)
-        message = f"init_map: {', '.join(unknown)} beside {' and '.join(nested)}"
-        require(not unknown, message, "init_map")
-        flat = [name for name in nested if not isinstance(mapping.get(name, {}), dict)]
-        message = f"init_map: {', '.join(flat)} must hold a dict of source: target"
-        require(not flat, message, "init_map")
-        mapping = {k: v for name in nested for k, v in mapping.get(name, {}).items()}
+        return {name: name for name in names}
     found = {}
-    for source, target in mapping.items():
+    for source, target in flatten(mapping).items():
         such = 'such as "0-5" or "layers.0.ffn"'
         message = f"init_map: {source!r}: {target!r} must both be text, {such}"
         require(isinstance(source, str) and isinstance(target, str), message, "init_map")
-        blocks = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", x.strip()) for x in (source, target)]
-        if all(blocks):
-            sources, targets = (range(int(b[1]), int(b[2] or b[1]) + 1) for b in blocks)
+        sources, targets = parse_blocks(source), parse_blocks(target)
+        if sources is not None and targets is not None:
             entry = map_blocks(source, target, sources, targets, names)
         else:
             entry = map_names(source, target, names)
@@ -231,32 +230,62 @@ def resolve_map(mapping, names):
     return found
 
 
+def flatten(mapping):
+    """LLMonade's {"layer_mappings": {...}, "component_mappings": {...}} as one dict."""
+    nested = ("layer_mappings", "component_mappings")
+    if not set(mapping) & set(nested):
+        return mapping
+    unknown = ", ".join(set(mapping) - set(nested))
+    require(not unknown, f"init_map: {unknown} beside {' and '.join(nested)}", "init_map")
+    flat = {}
+    for name in nested:
+        entries = mapping.get(name, {})
+        message = f"init_map: {name} must hold a dict of source: target"
+        require(isinstance(entries, dict), message, "init_map")
+        flat |= entries
+    return flat
+
+
+def parse_blocks(text):
+    """The range of block numbers that text such as "0-5" or "6" means; None for other text."""
+    match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", text.strip())
+    if not match:
+        return None
+    first, last = match.groups()
+    return range(int(first), int(last or first) + 1)
+
+
 def map_blocks(source, target, sources, targets, names):
     """{target name: source name} of an entry such as "0-5": "0-5". sources, targets: ranges."""
     message = f"init_map: {source!r} is {len(sources)} blocks, {target!r} is {len(targets)}"
     require(len(sources) == len(targets), message, "init_map")
     entry = {}
     for i, j in zip(sources, targets):
-        inside = [n for n in names if n.startswith(f"layers.{i}.")]
+        inside = [name for name in names if name.startswith(f"layers.{i}.")]
         require(inside, f"init_map: {source!r}: the source has no block {i}", "init_map")
-        entry |= {f"layers.{j}." + n.removeprefix(f"layers.{i}."): n for n in inside}
+        for name in inside:
+            entry[f"layers.{j}." + name.removeprefix(f"layers.{i}.")] = name
     return entry
 
 
 def map_names(source, target, names):
     """{target name: source name} of an entry with names or patterns."""
     source, target = source.rstrip("."), target.rstrip(".")
-    stars = source.count("*"), target.count("*")
-    message = f"init_map: {source!r} has {stars[0]} stars and {target!r} {stars[1]}"
-    require(stars[0] == stars[1], message, "init_map")
+    n_source, n_target = source.count("*"), target.count("*")
+    message = f"init_map: {source!r} has {n_source} stars and {target!r} {n_target}"
+    require(n_source == n_target, message, "init_map")
+    # A group for each star, and one for all that is under the name.
     pattern = re.compile("(.*)".join(map(re.escape, source.split("*"))) + r"((?:\..*)?)")
+    first, *others = target.split("*")
     entry = {}
-    for n in names:
-        match = pattern.fullmatch(n)
+    for name in names:
+        match = pattern.fullmatch(name)
         if match:
             *filled, below = match.groups()
-            pieces = target.split("*")
-            entry["".join(x for pair in zip(pieces, [*filled, ""]) for x in pair) + below] = n
+            target_name = first
+            for text, other in zip(filled, others):
+                target_name += text + other
+            entry[target_name + below] = name
     return entry
 
 
@@ -268,24 +297,26 @@ def load_parts(model, path, step=-1, mapping=None):
     the result as usual.
     """
     source, where = read_weights(path, step)
-    names = {our_name(n): n for n in source}
-    for n in source:
-        message = f"{path} has two tensors for {our_name(n)}"
-        require(names[our_name(n)] == n, message, "init_from")
+    names = {}  # our name: name in the source
+    for name in source:
+        message = f"{path} has two tensors for {our_name(name)}"
+        require(our_name(name) not in names, message, "init_from")
+        names[our_name(name)] = name
     target = model.state_dict()
-    wanted = resolve_map(mapping, list(names))
-    for to, name in wanted.items():
+    mapped = resolve_map(mapping, list(names))
+    for to, name in mapped.items():
         near = f"near it: {nearest(to, target)}; name the parts to take with init_map"
         message = f"init_map: the model has no {to}; {near}"
         require(to in target, message, "init_map")
         have, need = tuple(source[names[name]].shape), tuple(target[to].shape)
         message = f"init_map: {name} is {have} in the source, {to} is {need} here"
         require(have == need, message, "init_map")
-    missing = [] if mapping else [n for n in target if n not in wanted]
-    first = ", ".join(missing[:3])
-    message = f"init_from={path} has no {first}; name the parts to take with init_map"
-    require(not missing, message, "init_from")
-    for to, name in wanted.items():
+    if not mapping:
+        missing = [name for name in target if name not in mapped]
+        first = ", ".join(missing[:3])
+        message = f"init_from={path} has no {first}; name the parts to take with init_map"
+        require(not missing, message, "init_from")
+    for to, name in mapped.items():
         target[to].copy_(source[names[name]])
-    size = sum(target[to].numel() for to in wanted)
-    return f"loaded: {len(wanted)} tensors, {size} numbers from {where}"
+    size = sum(target[to].numel() for to in mapped)
+    return f"loaded: {len(mapped)} tensors, {size} numbers from {where}"

@@ -401,8 +401,8 @@ class Run:
         step, name = self.state["step"], self.settings.train.target_slice
         self.write_log(kind="eval", step=step, split="val", seconds=self.seconds(), **result)
         where = f" of {name}" if name else ""
-        exact, loss = result["row_accuracy"], result["loss"]
-        found = f"val accuracy{where} {accuracy:.4f}, rows {exact:.4f}, loss {loss:.4f}"
+        exact, loss = result["exact_match"], result["loss"]
+        found = f"val accuracy{where} {accuracy:.4f}, exact match {exact:.4f}, loss {loss:.4f}"
         self.print(f"step {step}: {found}")
 
     def log_step(self, loss, lr, **row):
@@ -474,7 +474,8 @@ class Run:
             return 1
         test = result["test"]
         by_label = f"{test['accuracy']:.4f} of {test['labels']} labels"
-        summary = f"test accuracy {by_label}, {test['row_accuracy']:.4f} of {test['rows']} rows"
+        by_example = f"{test['exact_match']:.4f} of {test['n_examples']} examples"
+        summary = f"test accuracy {by_label}, exact match {by_example}"
         print_slices(test)
         print_baselines(getattr(self.data, "baselines", {}))
         plot_curves(self.folder, f"{os.path.basename(os.path.normpath(self.folder))}\n{summary}")
@@ -542,12 +543,12 @@ def has_checkpoint(folder):
 
 
 SLICE_COUNTS = {  # see metrics.merge_counts
-    "right": "count",
+    "correct": "count",
     "labels": "size",
-    "row_right": "count",
-    "rows": "size",
-    "right_right": "count",
-    "right_labels": "count",
+    "exact_matches": "count",
+    "n_examples": "size",
+    "correct_correct": "count",
+    "correct_labels": "count",
     "labels_labels": "count",
     "loss": "number",
 }
@@ -559,8 +560,8 @@ TESTED_STATUS = {  # status.json of a run that was tested
     "test": {
         "accuracy": "share",
         "labels": "size",
-        "row_accuracy": "share",
-        "rows": "size",
+        "exact_match": "share",
+        "n_examples": "size",
         "all": SLICE_COUNTS,
         "by_slice": {"*": {"*": SLICE_COUNTS}},
     },

@@ -65,12 +65,12 @@ def effective_sample_size(counts):
     `max_sample_size`. If all labels are correct or all are wrong, it is the number of clusters.
     counts: see `cluster_sums`.
     """
-    n, G = counts["labels"], counts["rows"]
-    p = counts["right"] / n
+    n, G = counts["labels"], counts["n_examples"]
+    p = counts["correct"] / n
     if not 0 < p < 1 or G < 2:
         return G
     # Sum over clusters of (correct labels - p * labels)^2
-    squares = counts["right_right"] - 2 * p * counts["right_labels"]
+    squares = counts["correct_correct"] - 2 * p * counts["correct_labels"]
     squares += p * p * counts["labels_labels"]
     design_effect = squares * G / (G - 1) / (n * p * (1 - p))
     return min(n / max(1.0, design_effect), max_sample_size(p, G))
@@ -79,16 +79,16 @@ def effective_sample_size(counts):
 def cluster_sums(n_labels, n_correct):
     """Labels and correct labels of each cluster (G,) -> sums over clusters; batches add up.
 
-    "row_right" counts clusters without a wrong label. The sums of squares are the second moments
+    "exact_matches" counts clusters without a wrong label. The sums of squares are the second moments
     that the design effect needs.
     """
     per_cluster = {
-        "right": n_correct,
+        "correct": n_correct,
         "labels": n_labels,
-        "row_right": n_correct == n_labels,
-        "rows": np.ones_like(n_labels),
-        "right_right": n_correct * n_correct,
-        "right_labels": n_correct * n_labels,
+        "exact_matches": n_correct == n_labels,
+        "n_examples": np.ones_like(n_labels),
+        "correct_correct": n_correct * n_correct,
+        "correct_labels": n_correct * n_labels,
         "labels_labels": n_labels * n_labels,
     }
     return {name: int(x.sum()) for name, x in per_cluster.items()}
@@ -102,7 +102,7 @@ def cluster_counts(correct, cluster):
 
 def label_accuracy(counts):
     """{"value", "ci95", "n"} of the proportion of correct labels in `cluster_sums`."""
-    p, n = counts["right"] / counts["labels"], effective_sample_size(counts)
+    p, n = counts["correct"] / counts["labels"], effective_sample_size(counts)
     return {"value": p, "ci95": wilson_interval(p * n, n), "n": counts["labels"]}
 
 

@@ -8,7 +8,7 @@
 A document is BOS, its text, and EOS where the text has no end of its own. Labels are unshifted:
 labels[i] is tokens[i] or -100. `shift_labels` moves each to the position that predicts it.
 
-Letters: B rows, T tokens in a row, N tokens in all documents, D documents.
+Letters: B rows of a batch, T tokens in a row, D documents, N tokens of all documents together.
 """
 
 import functools
@@ -29,7 +29,7 @@ class ByteTokenizer:
     name = "bytes"
     pad, bos, eos, vocab_size = 256, 257, 258, 259
     unknown = -1  # no such token: every text has its bytes
-    # What each token stands for. A byte from 128 on is a part of a letter.
+    # The text of each token. A byte from 128 on is a part of a letter.
     token_strings = (*map(chr, range(128)), *["\ufffd"] * 128, "", "", "")
 
     def encode(self, text):
@@ -46,8 +46,8 @@ class FileTokenizer:
     """A tokenizer.json, read by the `tokenizers` package. Padding, BOS and EOS are three tokens
     after its own.
 
-    It only cuts text into tokens. The file may ask for truncation, padding or dropout; these are
-    for other uses and switched off.
+    It only cuts text into tokens. Truncation, padding and dropout, which the file may ask for, are
+    switched off: they would change the labels.
     """
 
     def __init__(self, path):
@@ -86,7 +86,7 @@ class FileTokenizer:
 
 
 def read_json_tokenizer(path):
-    """A tokenizer.json -> tokenizers.Tokenizer; ConfigError if it is none."""
+    """A tokenizer.json -> tokenizers.Tokenizer; ConfigError if it cannot be read."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -100,10 +100,10 @@ def read_json_tokenizer(path):
 
 
 def refusal(error, what):
-    """The ConfigError for an error of the `tokenizers` package; any other comes back as it is.
+    """The ConfigError for an error of the `tokenizers` package; any other error is returned as is.
 
-    The package raises plain Exception. Where its own code fails it raises a PanicException, which
-    is no Exception.
+    The package raises plain Exception. Where its Rust code fails it raises a PanicException, which
+    is not a subclass of Exception.
     """
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return ConfigError(f"{what} ({' '.join(str(error).split())[:80]})", "tokenizer")
@@ -111,7 +111,7 @@ def refusal(error, what):
 
 
 def unknown_token(inner):
-    """The id of the token that stands for whatever has none; -1: there is no such token."""
+    """The id of the token for unknown text; -1: there is none."""
     model = json.loads(inner.to_str())["model"]
     if "unk_token" in model:
         number = inner.token_to_id(model["unk_token"] or "")
@@ -143,10 +143,10 @@ def token_class(tokenizer, characters):
 
 
 class Segments:
-    """Tokens of segments (rows or documents) end to end, and what the masks ask of them.
+    """Tokens of segments (rows or documents) end to end, with the questions that masks are made of.
 
-    ids (N,); start, end (N,): where the segment of each token begins and ends. All methods look at
-    one segment at a time, for all tokens at once.
+    ids (N,); start, end (N,): where the segment of each token begins and ends. Each method answers
+    for all tokens at once, and no answer depends on another segment.
     """
 
     def __init__(self, ids, start, end, tokenizer):
@@ -189,8 +189,8 @@ class Segments:
 
 @functools.cache
 def tokenizations(tokenizer, text):
-    """The token sequences that `text` may come as: a tokenizer may cut it differently after a line
-    break or a space."""
+    """The token sequences that may stand for `text`: a tokenizer may cut it differently after a
+    line break or a space."""
     found = set()
     for before in ("", "\n", "\n\n", " "):
         ids = tokenizer.encode(before + text).tolist()

@@ -468,21 +468,30 @@ BENCHES = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*BENCHES, []], help="which rows; all if left out")
+def parse(argv=None):
+    """Command line -> argparse.Namespace."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    help = "which benchmarks; all if left out"
+    parser.add_argument("names", nargs="*", choices=[*BENCHES, []], help=help)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a few rounds of everything, in under 3 minutes")
-    parser.add_argument("--figure", help="draw how cost grows with length, slots and templates, of those rows that are run")
-    args = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="3 rounds, in less than 3 minutes")
+    help = "draw how cost grows with length, slots and templates, for the benchmarks that are run"
+    parser.add_argument("--figure", help=help)
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse()
     args.rounds = 3 if args.quick else args.rounds
     torch.set_num_threads(args.threads)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds, commit {commit}")
     print(f"{'what':36s} {'rounds':>6s} {'ours, ms':>9s}  {'peer':25s} {'peer, ms':>9s} {'ratio':>6s} {'of peak':>8s}")
     found = {name: [] for name in CURVES}
-    for name in args.what or BENCHES:
+    for name in args.names or BENCHES:
         for row in (Row(*row) for row in BENCHES[name](args.rounds)):
             ours, peer = (statistics.median(times) * 1e3 for times in (row.ours, row.peer))
             ratio = statistics.median(p / o for o, p in zip(row.ours, row.peer))

@@ -219,7 +219,7 @@ def test_two_answers_to_one_question_are_named(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     assert own_data(path).notes[1:] == [
         f"note: questions with more than one answer: 1, {path}:1 and {path}:3 for one; "
-        "no model can be right on both"
+        "no model can answer both correctly"
     ]
     texts = ("12:3 ", "12:4 ", "13:4 ", "12:3 ")
     path = write_jsonl(tmp_path / "y.jsonl", [{"text": text} for text in texts])

@@ -1,8 +1,7 @@
-"""eval.py: accuracy by slice and its files, examples, stored bits, comparison of runs, errors."""
+"""eval.py: accuracy by slice and its files, examples, stored bits, the command line."""
 
 import json
 import os
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,23 +10,17 @@ import pytest
 import torch
 
 import eval as eval_script
-import train
-from analysis import compare
-from nanorecall import stats
+from nanorecall import metrics, stats
 from nanorecall.settings import ConfigError
 from toys import run as train_toy
-
-TWO_SIZES = dict(max_steps=40, test_sizes="[(16,4),(32,8)]", n_val_examples=20, n_test_examples=30)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two finished runs with two sizes of test sequences, and one that never finished."""
+    """A finished run with two sizes of test sequences."""
     folder = tmp_path_factory.mktemp("runs")
-    for seed in (1, 2):
-        train_toy(folder, f"r{seed}", seed=seed, lr_schedule=None, **TWO_SIZES)
-    (folder / "unfinished").mkdir()
-    shutil.copy(folder / "r1" / "config.json", folder / "unfinished")
+    sizes = dict(test_sizes="[(16,4),(32,8)]", n_val_examples=20, n_test_examples=30)
+    train_toy(folder, "r1", max_steps=40, **sizes)
     return folder
 
 
@@ -63,6 +56,24 @@ def test_wilson_covers_the_truth_as_often_as_it_says():
     assert abs(np.mean(coverage) - 0.95) < 0.015
 
 
+def test_counts_of_two_batches():
+    """Example 4 has a correct and a wrong label, example 6 two correct ones, example 8 no label."""
+    batch = {
+        "correct": np.array([True, False, True, True]),
+        "loss": np.array([0.25, 2.0, 0.5, 0.25], np.float32),
+        "example": np.array([4, 4, 6, 6]),
+        "exact_match": np.array([False, True, True]),
+        "slices": {"kind": np.array([0, 1, 0, 0])},
+    }
+    found = metrics.merge_batches([batch, batch])
+    assert (found["accuracy"], found["labels"]) == (6 / 8, 8)
+    assert (found["row_accuracy"], found["rows"]) == (4 / 6, 6)
+    assert found["loss"] == 2 * 3 / 8
+    first, second = found["by_slice"]["kind"][0], found["by_slice"]["kind"][1]
+    assert (first["right"], first["labels"], first["row_right"]) == (6, 6, 4)
+    assert (second["right"], second["labels"], second["loss"]) == (0, 2, 4)
+
+
 def test_the_accuracy_is_that_of_training(runs, result):
     status = json.loads((runs / "r1" / "status.json").read_text())
     assert result[0]["metrics"]["accuracy"]["value"] == status["test"]["accuracy"]
@@ -87,6 +98,7 @@ def test_the_table_has_every_label(runs, result):
     saved, columns = result
     assert len(columns["correct"]) == 30 * 4 + 30 * 8
     assert set(columns["example"]) == set(range(60))
+    assert set(columns["size"]) == set(saved["by_slice"]["size"]) == {"16x4", "32x8"}
     loss = saved["metrics"]["loss"]["value"]
     assert loss == pytest.approx(columns["loss"].mean(), rel=1e-5)
     assert (runs / "r1" / "eval_test.png").stat().st_size > 5000
@@ -146,40 +158,6 @@ def test_it_reads_config_json_and_runs_no_override_file(tmp_path, script):
     override_file.write_text("raise SystemExit('was run')")
     done = script("eval.py", os.path.join(tmp_path, "b"))
     assert done.returncode == 0 and "was run" not in done.stderr
-
-
-# ---- compare -------------------------------------------------------------------------------------
-
-
-def test_compare_puts_runs_side_by_side(runs, capsys):
-    eval_script.main(["compare", str(runs / "*")])
-    text = capsys.readouterr()
-    assert "r1" in text.out and "r2" in text.out
-    assert "left out" in text.err and "unfinished" in text.err
-    table = pq.read_table(runs / "compare.parquet").to_pydict()
-    assert table["run"] == ["r1", "r2"] and table["seed"] == [1, 2]
-    # float32 of 2 layers: a KV cache of 32 tokens, and the last 2 inputs of the convolutions.
-    assert table["state"] == [4 * 2 * (2 * (16 + 16) * 32 + 2 * 3 * 16)] * 2
-    assert (runs / "compare.png").stat().st_size > 5000
-
-
-def test_runs_that_differ_in_their_seed_are_one_line(runs):
-    results = [compare.read_result(str(runs / name)) for name in ("r1", "r2")]
-    groups = compare.group_seeds(results)
-    assert [len(seeds) for seeds in groups.values()] == [2]
-
-
-def test_compare_counts_the_parameters_of_the_layers(runs):
-    layers = train.load_run(str(runs / "r1"))[2].layers
-    n_params = sum(p.numel() for p in layers.parameters())
-    assert compare.read_result(str(runs / "r1"))["params"] == n_params
-
-
-def test_compare_shows_the_steps_done_not_max_steps(runs, tmp_path):
-    shutil.copytree(runs / "r1", tmp_path / "early")
-    path = tmp_path / "early" / "status.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 17}))
-    assert compare.read_result(str(tmp_path / "early"))["steps"] == 17
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def write_data_set(folder, variant, file_format="parquet"):
     if task == "hashhop":
         settings["n_train_examples"] = N_PROBLEMS
     args = [task, "--output_dir", str(folder), "--format", file_format, *as_flags(settings)]
-    assert data_synth.main(args) == 0
+    data_synth.main(args)
     return args
 
 
@@ -284,7 +284,6 @@ def test_mistakes_are_named(args, message, tmp_path, monkeypatch):
 def test_a_command_line_is_read_without_running_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert data_synth.parse([]) == ("", None)
-    assert data_synth.parse(["qa", "--help"]) == ("help", None)
     command, config = data_synth.parse(["qa", "--num_pairs=80"])
     assert command == "qa" and config.output_dir == "qa-80-pairs"
     command, config = data_synth.parse(["check", "--tokenizer=x.json"])
@@ -309,8 +308,14 @@ def test_the_advice_of_a_refusal_works(task, setting, value, tmp_path):
     assert os.path.isdir(tmp_path / "a")
 
 
+def test_help_lists_the_settings(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        data_synth.main(["qa", "--help"])
+    assert "--num_pairs=2000" in capsys.readouterr().out
+
+
 def test_check_finds_the_masks_of_bytes_exact(capsys):
-    assert data_synth.main(["check"]) == 0
+    data_synth.main(["check"])
     assert capsys.readouterr().out.count("exact") == 4
 
 

@@ -74,7 +74,7 @@ ODD = {  # a whole file, or what stands in the place of a value
     "deep enough": b'{"test": ' + b"[" * 200 + b"]" * 200 + b"}",
     "a long number": b'{"step": ' + b"9" * 5000 + b"}",
     "not a number": b'{"step": NaN}',
-    "infinite": b'{"test": {"all": {"right": Infinity}}}',
+    "infinite": b'{"test": {"all": {"correct": Infinity}}}',
     "empty": b"",
 }
 
@@ -594,7 +594,7 @@ def test_keys_of_results_come_in_one_order(script):
                 [sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True
             ).stdout
         )
-    assert len(orders) == 1 and "right_right" in orders.pop()
+    assert len(orders) == 1 and "correct_correct" in orders.pop()
 
 
 def length(cell):

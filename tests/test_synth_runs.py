@@ -87,7 +87,7 @@ def test_the_best_checkpoint_is_that_of_the_slice(qa_run):
 def test_pairs_never_shown_are_not_stored(qa_run):
     by_slice = checkpoint.read_json(str(qa_run / "status.json"))["test"]["by_slice"]
     heldout = by_slice["seen"]["0"]
-    assert heldout["right"] < 0.6 * heldout["labels"]
+    assert heldout["correct"] < 0.6 * heldout["labels"]
 
 
 def test_the_report_has_the_slice(tmp_path, capsys):
@@ -105,10 +105,10 @@ def test_an_unknown_slice_is_named_before_training(tmp_path):
 
 
 def test_printed_examples_are_those_counted(qa_run, capsys):
-    eval_script.main([str(qa_run), "--examples=72"])  # all of them
+    eval_script.main([str(qa_run), "--print_examples=72"])  # all of them
     form = r"prompt +'(.*)'\n +answer +'(.*)'\n +model +'(.*)'"
     examples = re.findall(form, capsys.readouterr().out)
-    result = checkpoint.read_json(str(qa_run / "eval_test.json"))["metrics"]["row_accuracy"]
+    result = checkpoint.read_json(str(qa_run / "eval_test.json"))["metrics"]["exact_match"]
     assert len(examples) == result["n"]
     n_correct = 0
     for prompt, answer, output in examples:
@@ -123,7 +123,7 @@ def test_bits_stored_follow_from_the_losses(qa_run):
     stored = checkpoint.read_json(str(qa_run / "eval_test.json"))["metrics"]["stored"]
     table = pq.read_table(qa_run / "eval_test.parquet").to_pydict()
     nats = collections.Counter()
-    for example, loss, seen in zip(table["row"], table["loss"], table["seen"]):
+    for example, loss, seen in zip(table["example"], table["loss"], table["seen"]):
         if seen:
             nats[example] += loss
     bits = 6 * np.log2(10) - np.array(list(nats.values())) / np.log(2)
@@ -151,7 +151,7 @@ def text_run(tmp_path):
 
 
 def test_a_run_on_text_is_measured(text_run, capsys):
-    eval_script.main([str(text_run), "--examples=1"])
+    eval_script.main([str(text_run), "--print_examples=1"])
     assert (text_run / "eval_test.png").stat().st_size > 3000
     assert "model " in capsys.readouterr().out
 
@@ -177,7 +177,7 @@ def test_documents_without_an_answer_are_not_counted_as_correct(tmp_path, capsys
     unanswered = "without an answer, so not counted: 90 of train, 5 of val, 5 of test"
     assert unanswered in capsys.readouterr().out
     test = checkpoint.read_json(str(tmp_path / "run" / "status.json"))["test"]
-    assert test["rows"] == test["all"]["rows"] == 100 and test["row_accuracy"] == 0
+    assert test["n_examples"] == test["all"]["n_examples"] == 100 and test["exact_match"] == 0
     eval_script.main([str(tmp_path / "run")])
     result = checkpoint.read_json(str(tmp_path / "run" / "eval_test.json"))["metrics"]
-    assert result["row_accuracy"]["n"] == 100 and result["row_accuracy"]["value"] == 0
+    assert result["exact_match"]["n"] == 100 and result["exact_match"]["value"] == 0

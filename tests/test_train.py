@@ -66,7 +66,7 @@ def test_the_best_weights_are_the_same_after_a_resume(tmp_path, monkeypatch):
         if split == "val":
             result["accuracy"] = next(accuracies)
             watched = result["by_slice"]["num_kv_pairs"][4]
-            watched["right"] = watched["labels"]
+            watched["correct"] = watched["labels"]
         return result
 
     monkeypatch.setattr(run_module, "evaluate", measured)
@@ -227,7 +227,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
     _, data, model, _ = train.load_run(out)
     small = metrics.evaluate(model, data, "test", 7, torch.device("cpu"))
     large = metrics.evaluate(model, data, "test", 50, torch.device("cpu"))
-    assert counts(small) == counts(large) and small["row_accuracy"] == large["row_accuracy"]
+    assert counts(small) == counts(large) and small["exact_match"] == large["exact_match"]
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
 
 
