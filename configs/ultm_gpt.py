@@ -3,7 +3,7 @@
 The document trains for 400 epochs, 9 hours on 2 CPU cores; its learning rate falls to 1% by epoch
 90 (0.95^90). This run stops once 99% of the validation labels are correct.
 
-Expected, by the document: 0.99. Our longest run, with seed 0, leaves an accuracy of 0.04 after
+Expected: 0.99, by the document. Our longest run, with seed 0, leaves an accuracy of 0.04 after
 6,000 steps; it was at 0.36 after 10,862 steps, where we stopped it. configs/mqar_gpt.py is fast.
 
 Where the document says nothing, our defaults hold: no weight decay, rotary positions, and init_std

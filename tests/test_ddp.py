@@ -599,7 +599,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(
     assert status_of(tmp_path / "run")["status"] == ends
     rows = checkpoint.read_log(str(tmp_path / "run"))
     assert [row["step"] - 1 for row in rows if row.get("skipped")] == list(bad_steps)
-    assert all(torch.isfinite(t).all() for t in tensors(str(tmp_path / "run")).values())
+    if ends == "finished":
+        assert all(torch.isfinite(t).all() for t in tensors(str(tmp_path / "run")).values())
 
 
 def test_two_jobs_never_write_one_run(on_ranks, tmp_path, capfd):
