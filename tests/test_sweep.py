@@ -1,4 +1,4 @@
-"""sweep.py: commands are valid, finished runs stay, stopped ones resume, figures show the results."""
+"""sweep.py: commands are valid, finished runs stay, stopped ones resume, figures are true."""
 
 import json
 import shlex
