@@ -6,7 +6,7 @@
 >>> holm([0.01, 0.04, 0.03])
 [0.03, 0.06, 0.06]
 
-Labels of one example are correlated: a model that knows a fact gets all of its digits right.
+Labels of one example are correlated: a model that knows a fact predicts all of its digits.
 Functions named clustered_* therefore take the number of the cluster, the example, of each label.
 
 Letters: n measurements, N labels, G clusters.
@@ -79,8 +79,8 @@ def effective_sample_size(counts):
 def cluster_sums(n_labels, n_correct):
     """Labels and correct labels of each cluster (G,) -> sums over clusters; batches add up.
 
-    "exact_matches" counts clusters without a wrong label. The sums of squares are the second moments
-    that the design effect needs.
+    "exact_matches" counts clusters without a wrong label. The sums of squares are the second
+    moments that the design effect needs.
     """
     per_cluster = {
         "correct": n_correct,
