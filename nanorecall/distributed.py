@@ -168,7 +168,8 @@ def describe_batch(batch_size, world, grad_accum_steps):
     split = f"{ranks} x {grad_accum_steps} micro-batches; a multiple of {count} does"
     message = f"batch_size={batch_size} does not divide into {split}"
     require(batch_size % count == 0, message, "batch_size")
-    return f"batch: {batch_size} = {ranks} x {grad_accum_steps} micro x {batch_size // count} rows"
+    each = batch_size // count
+    return f"batch: {batch_size} = {ranks} x {grad_accum_steps} micro-batches x {each} sequences"
 
 
 # ---- device --------------------------------------------------------------------------------------

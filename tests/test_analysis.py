@@ -114,7 +114,7 @@ def test_examples_of_a_run_are_as_many_of_each_group(runs):
 
 def test_a_correct_example_has_no_wrong_label(monkeypatch):
     batches = [
-        {"example": np.array([3, 3, 4, 4, 5]), "correct": np.array([True, True, True, False, True])},
+        {"example": np.array([3, 3, 4, 4, 5]), "correct": np.array([1, 1, 1, 0, 1], bool)},
         {"example": np.array([9, 8]), "correct": np.array([False, True])},
     ]
     monkeypatch.setattr(trained_run, "iter_predictions", lambda *_, **__: batches)
@@ -340,7 +340,8 @@ def test_norms_of_values_and_of_outputs(runs):
 
 
 @pytest.mark.parametrize(
-    "shared, expected", [(True, {"layers 0 1": [1, 2]}), (False, {"layers 0": [1], "layers 1": [2]})]
+    "shared, expected",
+    [(True, {"layers 0 1": [1, 2]}), (False, {"layers 0": [1], "layers 1": [2]})],
 )
 def test_a_shared_table_is_counted_once(shared, expected):
     """Layer 0 reads slot 1, and layer 1 reads slot 2."""
@@ -413,7 +414,7 @@ def test_tenths_are_of_the_example_without_its_padding():
 
 
 def test_two_tokens_of_one_example_are_no_pair():
-    """Example 0 reads slots 1, 2, 3 with weight 0.2, example 1 slots 1, 4 with 0.8: 1 of 4 shared."""
+    """Example 0 reads slots 1, 2, 3 with weight 0.2, example 1 slots 1, 4 with 0.8."""
     example = np.repeat([0, 1], 50)
     table = {
         "example": example,

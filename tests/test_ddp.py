@@ -429,7 +429,9 @@ def test_a_batch_that_does_not_divide_is_refused_in_one_sentence(on_ranks, tmp_p
 
 def test_the_batch_is_described():
     world = SimpleNamespace(size=2)
-    assert distributed.describe_batch(64, world, 4) == "batch: 64 = 2 ranks x 4 micro x 8 rows"
+    assert distributed.describe_batch(64, world, 4) == (
+        "batch: 64 = 2 ranks x 4 micro-batches x 8 sequences"
+    )
 
 
 def test_a_mistake_that_only_the_first_rank_notices_stops_all(on_ranks, tmp_path, capfd):

@@ -781,7 +781,7 @@ def test_the_slurm_script_stops_in_time_queues_again_and_goes_on(tmp_path, slurm
     assert stopped["status"] == "preempted" and 5 <= stopped["step"] < 600
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "32 = 2 ranks x 1 micro x 16 rows" in done.stdout
+    assert "32 = 2 ranks x 1 micro-batches x 16 sequences" in done.stdout
     assert "started again by torchrun" not in done.stdout  # it knew at once where to go on
     assert asked.read_text() == f"requeue {slurm}\n"  # once
     assert status_of(out)["status"] == "finished"

@@ -91,7 +91,11 @@ def runs(tmp_path_factory):
 
 SCRIPTS = {
     "eval": (ev.COMMANDS, ev.EvalConfig, dict(n_examples=6, n_edits=(1,))),
-    "ablate": (ablate.COMMANDS, ablate.AblateConfig, dict(n_examples=8, n_pairs=40, ablations="zero next_best")),
+    "ablate": (
+        ablate.COMMANDS,
+        ablate.AblateConfig,
+        dict(n_examples=8, n_pairs=40, ablations="zero next_best"),
+    ),
 }
 
 
@@ -138,7 +142,8 @@ def test_full_memory_is_a_sentence_with_what_to_lower(runs, error):
         raise error
 
     commands = {"x": Command(analysis, ("n_examples", "ablate_batch_size"), "")}
-    sentence = "memory is full; lower eval_batch_size or n_examples or ablate_batch_size, or measure"
+    settings = "eval_batch_size or n_examples or ablate_batch_size"
+    sentence = f"memory is full; lower {settings}, or measure"
     path = [str(runs / "gpt")]
     with pytest.raises(RunError, match=sentence):
         run_command("x", path, ev.EvalConfig(), commands)
@@ -180,7 +185,9 @@ FUNCTIONS = {
     "measure_slots": lambda model: measure_slots(model, some_examples(), ["zero", "next_best"]),
     "exchanged": exchange_all,
     "decode_with": lambda model: patching.decode_with(model, some_examples(), {}),
-    "patched": lambda model: patching.activation_patching(model, some_examples(), some_examples(seed=2)),
+    "patched": lambda model: patching.activation_patching(
+        model, some_examples(), some_examples(seed=2)
+    ),
 }
 
 
