@@ -299,8 +299,11 @@ def require_facts(run):
 def counterfactual(fact, alphabet, rng):
     """The fact "key:value " with another value: each character becomes another one of alphabet."""
     key, value = fact.strip().split(":")
-    new = [rng.choice([x for x in alphabet if x != character]) for character in value]
-    return f"{key}:{''.join(new)} "
+    new_value = ""
+    for character in value:
+        others = [x for x in alphabet if x != character]
+        new_value += rng.choice(others)
+    return f"{key}:{new_value} "
 
 
 def encode(run, facts):

@@ -50,8 +50,10 @@ def slot_reads(run, batch):
         table["slot"] = slots.flatten()
         table["weight"] = weights.float().flatten()
         tables.append(table)
-    columns = (*of_token, "layer", "head", "slot", "weight")
-    return {name: torch.cat([table[name] for table in tables]).numpy() for name in columns}
+    columns = {}
+    for name in (*of_token, "layer", "head", "slot", "weight"):
+        columns[name] = torch.cat([table[name] for table in tables]).numpy()
+    return columns
 
 
 def reads_of(run, *columns):

@@ -34,7 +34,7 @@ from nanorecall.source_files import REPO_FILES, UserFiles, find_source_file, imp
 #   describe_backend(config, device, dtype)      -> str: which kernel runs and why
 #   lr_scales() -> {end of a name: factor}       parameters with a learning rate of their own
 #   on_step_end(report) -> {block: usage} or {}  called after each training step
-#   forward_cached(tokens, cache) -> logits, cache   decoding, for `eval.py --examples`
+#   forward_cached(tokens, cache) -> logits, cache   decoding, for `eval.py --print_examples`
 #   correct_predictions(logits, targets)         what counts as correct (see metrics.py)
 # A mixer of your own in a block of model.py needs forward(x) alone; with a parameter `cache` the
 # model can decode.
