@@ -86,15 +86,28 @@ def load_examples(run, indices):
     return examples, len(indices) - len(examples)
 
 
+def in_largest_group(run, indices):
+    """Those indices that are in one eval group, the one with most of them.
+
+    The sequences of a group have one length, so only they fit in one batch.
+    """
+    groups = run.data.eval_groups(run.config.split)
+    indices_in = [indices[np.isin(indices, np.asarray(group))] for group in groups]
+    return max(indices_in, key=len)
+
+
 def sample_correct_examples(run):
     """Draw run.config.n_examples of the examples that the model answers correctly -> Examples.
 
-    They are balanced over the values of the first slice. ConfigError if there are fewer than 4.
+    They have one shape, and are balanced over the values of the first slice. ConfigError if there
+    are fewer than 4.
     """
     c = run.config
     message = "ablate.py works in one process; start it without torchrun"
     require(run.world.size == 1, message, None)
-    indices = correct_examples(run)
+    all_correct = correct_examples(run)
+    indices = in_largest_group(run, all_correct)
+    n_other_groups = len(all_correct) - len(indices)
     message = f"only {len(indices)} examples of {c.split} are answered correctly, and 4 are needed"
     require(len(indices) >= 4, f"{message}; train it longer", None)
     order = np.random.default_rng(c.seed).permutation(len(indices))
@@ -109,6 +122,7 @@ def sample_correct_examples(run):
         balanced = np.argsort(index_in_group, kind="stable")
         indices = examples.indices[balanced[: c.n_examples]]
     examples, n_others = load_examples(run, indices)
+    n_others += n_other_groups
     n_labels = examples.label_pos.shape[1]
     line = f"{len(examples)} examples answered correctly, {n_labels} labels each"
     if n_others:

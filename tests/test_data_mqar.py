@@ -311,6 +311,12 @@ def test_curriculum_goes_through_its_stages_at_equal_tokens():
     assert data.batch_indices(5, 4) == range(0, 4) and data.batch_indices(6, 4) == range(4, 8)
 
 
+def test_a_model_has_positions_for_a_stage_longer_than_train_sizes():
+    sizes = dict(train_sizes=((32, 4),), curriculum=((16, 1),), input_seq_len=64, vocab_size=64)
+    data = data_mqar.Data(config(**sizes))
+    assert shapes_of_steps(data, 1, 4) == [(4, 64)] and data.seq_len == 64
+
+
 def test_sizes_alternate_and_test_sizes_are_reported_apart():
     sizes = dict(train_sizes=((32, 4), (64, 8)), test_sizes=((32, 4), (128, 32)))
     data = data_mqar.Data(config(vocab_size=256, n_test_examples=5, n_val_examples=5, **sizes))

@@ -83,7 +83,7 @@ def test_every_command_works_or_refuses_in_a_sentence(name, here):
     for path in ("r/a/eval_test.json", "r/a/eval_logits_n_examples-8.json", "r/compare.png"):
         assert os.path.exists(path)
     ablate.main(["all", "r/a", "--n_examples=8"])
-    message = "method forward_cached|decoding needs a mixer with a cache"
+    message = "method `forward_cached`|decoding needs a mixer with a cache"
     with pytest.raises(ConfigError, match=message):
         evaluate.main(["r/a", "--print_examples=2"])
     with pytest.raises(ConfigError, match="attention maps need"):

@@ -93,6 +93,14 @@ def test_samples_are_drawn_by_the_seed():
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_samples_are_of_one_eval_group(capsys):
+    """Sequences of two lengths do not fit in one batch. 9 of 12 correct ones are in group 1."""
+    run = planted_run([0] * 4 + [1] * 9, n_examples=5, wrong=[2])
+    run.data.eval_groups = lambda split: [range(0, 4), range(4, 13)]
+    assert set(hooks.sample_correct_examples(run).indices) <= set(range(4, 13))
+    assert "3 of other shapes left out" in capsys.readouterr().out
+
+
 def test_fewer_than_four_correct_examples_are_refused():
     with pytest.raises(ConfigError, match="only 3 examples of test are answered correctly"):
         hooks.sample_correct_examples(planted_run([0] * 5, n_examples=0, wrong=[1, 2]))
