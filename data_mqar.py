@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanorecall.curriculum import Curriculum
 from nanorecall.mqar_files import (
     DatasetConfig,  # noqa: F401 (in the example above)
     StoredMQAR,
@@ -68,6 +69,7 @@ class Config:
     n_test_examples: int = 3000  # test sequences per size; with path, at most this many
     infinite_data: bool = False  # new training sequences in every step, not epochs over a fixed set
     curriculum: IntPairs = ()  # [(num_kv_pairs, steps), ...] to begin with, in short sequences
+    stage_loss: float = 0.0  # leave a stage early, when its training loss is below this (nats); 0: no
     train_sizes: IntPairs = ()  # [(input_seq_len, num_kv_pairs), ...] in turn; empty: those above
     test_sizes: IntPairs = ()  # sizes to validate and test on, each reported; empty: train_sizes
     num_updates: int = 0  # keys that are stored again with a new value; the last value counts
@@ -80,7 +82,7 @@ class Config:
         return self.train_sizes or ((self.input_seq_len, self.num_kv_pairs),)
 
     def check(self):
-        at_least(self, 0, "num_updates", "max_noise", "seed", "power_a")
+        at_least(self, 0, "num_updates", "max_noise", "seed", "power_a", "stage_loss")
         at_least(self, 1, "n_train_examples", "key_tokens", "num_kv_pairs")
         within(self, 1, 2**40, "n_val_examples", "n_test_examples")
         if self.path:
@@ -122,7 +124,12 @@ class Config:
             used = ("path", "seed", "n_val_examples", "n_test_examples")
             reason = f"the data comes from path={self.path}"
             return {name: reason for name in vars(self) if name not in used}
-        return {"num_kv_pairs": "train_sizes has it"} if self.train_sizes else {}
+        reasons = {}
+        if self.train_sizes:
+            reasons["num_kv_pairs"] = "train_sizes has it"
+        if not self.curriculum:
+            reasons["stage_loss"] = "there is no curriculum"
+        return reasons
 
     def label(self):
         """The data's part of a run's name."""
@@ -278,7 +285,7 @@ def make_sequences(size, split, indices):
 class Data:
     """The task as train.py and eval.py use it: made in memory, or read from config.path.
 
-    .vocab_size, .seq_len (of the longest sequence), and the methods below.
+    .vocab_size, .seq_len (of the longest sequence), .curriculum, and the methods below.
     """
 
     def __init__(self, config):
@@ -286,6 +293,7 @@ class Data:
         self.source = StoredMQAR(config) if config.path else InMemoryMQAR(config)
         self.vocab_size = self.source.vocab_size
         self.seq_len = self.source.seq_len
+        self.curriculum = getattr(self.source, "curriculum", None)
 
     def batch_indices(self, step, batch_size):
         """The indices of the sequences of a training step, over all ranks: a range."""
@@ -311,21 +319,20 @@ class InMemoryMQAR:
         self.vocab_size = c.vocab_size
         self.train_sizes = [TaskSize(*size, c) for size in c.sizes()]
         self.test_sizes = [TaskSize(*size, c) for size in c.test_sizes or c.sizes()]
-        self.stages = [(TaskSize(min_length(n, c), n, c), steps) for n, steps in c.curriculum]
-        stage_sizes = [size for size, _ in self.stages]
-        sizes = self.train_sizes + self.test_sizes + stage_sizes
+        self.stage_sizes = [TaskSize(min_length(n, c), n, c) for n, _ in c.curriculum]
+        self.curriculum = Curriculum([steps for _, steps in c.curriculum], c.stage_loss)
+        sizes = self.train_sizes + self.test_sizes + self.stage_sizes
         self.seq_len = max(size.length for size in sizes)
         self.fixed_sets = {}  # TaskSize -> its training set, made at its first use
 
-    def curriculum_stage(self, step):
+    def size_of_step(self, step):
         """A training step -> its TaskSize, its number among the steps of that size, and whether
         that size has a fixed training set."""
-        for size, steps in self.stages:
-            if step < steps:
-                return size, step, False
-            step -= steps
+        stage, number = self.curriculum.stage(step)
+        if stage < len(self.stage_sizes):
+            return self.stage_sizes[stage], number, False
         n = len(self.train_sizes)
-        return self.train_sizes[step % n], step // n, not self.config.infinite_data
+        return self.train_sizes[number % n], number // n, not self.config.infinite_data
 
     def sequences_per_step(self, size, batch_size):
         # batch_size counts sequences of input_seq_len. A step takes more of shorter ones, so that
@@ -333,7 +340,7 @@ class InMemoryMQAR:
         return max(1, batch_size * self.config.input_seq_len // size.length)
 
     def batch_indices(self, step, batch_size):
-        size, step_of_size, _ = self.curriculum_stage(step)
+        size, step_of_size, _ = self.size_of_step(step)
         n = self.sequences_per_step(size, batch_size)
         return range(step_of_size * n, (step_of_size + 1) * n)
 
@@ -351,7 +358,7 @@ class InMemoryMQAR:
     def batch(self, split, step, indices):
         indices = np.asarray(indices, dtype=np.int64)
         if split == "train":
-            size, _, has_fixed_set = self.curriculum_stage(step)
+            size, _, has_fixed_set = self.size_of_step(step)
         else:
             group = indices // len(self.eval_groups(split)[0])
             if (group != group[0]).any():

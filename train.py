@@ -193,7 +193,8 @@ def train(run, stop):
 
         # Set the learning rate. It is a function of the settings and the step, so a resumed run
         # needs no state of a scheduler.
-        lr = learning_rate(c, step, run.steps_per_epoch, run.total_steps)
+        start = run.curriculum.decay_start(step)
+        lr = learning_rate(c, step, run.steps_per_epoch, run.total_steps, start)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
@@ -245,6 +246,11 @@ def train(run, stop):
             usage = model.on_step_end(must_report)
             if usage:
                 run.write_log(kind="memory", step=state["step"], layers=usage)
+
+        # A stage of the curriculum may end when it is learned. All ranks must see it in one step.
+        if run.curriculum.is_learning(step):
+            mean_loss = run.world.all_gather(loss.item()).sum().item()
+            run.curriculum.end_step(step, mean_loss)
 
         # Log, but not every step: ranks have to exchange their parts of the loss for it.
         run.bar.update()
@@ -340,13 +346,16 @@ SCHEDULES = {
 }
 
 
-def learning_rate(c, step, steps_per_epoch, total_steps):
-    """Learning rate of a step counted from 0: linear warm-up times the schedule."""
+def learning_rate(c, step, steps_per_epoch, total_steps, start=0):
+    """Learning rate of a step counted from 0: linear warm-up times the schedule.
+
+    cosine and linear decay from step `start` on, and are flat before it.
+    """
     # AdamW's first steps are as long as lr whatever the gradient is, since its moments are still
     # those of a few batches. Small steps at first keep them from throwing the model far off.
     warmup = min(1.0, (step + 1) / c.warmup_steps) if c.warmup_steps else 1.0
     epoch = step // steps_per_epoch
-    progress = min(1.0, step / max(1, total_steps))
+    progress = min(1.0, (step - start) / max(1, total_steps - start))
     return c.lr * warmup * SCHEDULES[c.lr_schedule](c, epoch, progress)
 
 

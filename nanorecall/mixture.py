@@ -57,6 +57,7 @@ class Mixture:
         self.primary, self.synthetic = primary, synthetic
         self.baselines = getattr(primary, "baselines", {})
         self.notes = getattr(primary, "notes", [])
+        self.curriculum = getattr(primary, "curriculum", None)
         self.vocab_size = max(primary.vocab_size, synthetic.vocab_size)
         self.seq_len = max(primary.seq_len, synthetic.seq_len)
         steps = c.max_steps or c.n_epochs * primary.steps_per_epoch(c.batch_size)

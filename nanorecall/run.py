@@ -57,6 +57,7 @@ from nanorecall.checkpoint import (
     unlock,
     write_json,
 )
+from nanorecall.curriculum import Curriculum
 from nanorecall.distributed import (
     autodetect_device,
     convert_checkpoints,
@@ -140,6 +141,8 @@ class Run:
         self.total_steps = total_steps(c, self.data)
         self.fixed_settings = fixed_settings_json(settings, self.config)  # goes into checkpoints
         self.state = {"step": 0, "best": -1.0, "best_overall": -1.0, "bad_steps": 0, "seconds": 0.0}
+        self.curriculum = getattr(self.data, "curriculum", None) or Curriculum([])
+        self.state["curriculum"] = self.curriculum.state
         self.result = None  # status.json, once the run has ended
         self.previous = None  # TrainConfig of the last start, if there is a checkpoint to resume
         self.has_ended = False
@@ -240,6 +243,7 @@ class Run:
         require(not missing, message, "resume")
         require_same_settings(self.folder, self.settings, self.config, self.checkpoint)
         self.state = {key: self.checkpoint[key] for key in self.state}
+        self.curriculum.state = self.state["curriculum"]
         with world.agree():
             if world.is_main:
                 self.result = read_ended_status(self.folder, self.state, c, self.total_steps)
