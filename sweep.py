@@ -29,12 +29,13 @@ from nanorecall.settings import (
     ConfigError,
     at_least,
     build_config,
-    help_text,
+    print_help,
     reject_unknown,
     require,
     run_cli,
     say,
     split_argv,
+    wants_help,
 )
 
 
@@ -433,9 +434,8 @@ def save_figure(name, results, config):
 def parse(argv):
     """Command line -> names of figures, Config."""
     args, settings = split_argv(argv)
-    if any(setting.key == "help" for setting in settings):
-        say(help_text(__doc__, Config))
-        sys.exit(0)
+    if wants_help(settings):
+        print_help(__doc__, Config)
     reject_unknown(settings, Config)
     config = build_config(Config, settings)
     names = list(FIGURES) if args == ["all"] else args

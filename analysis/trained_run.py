@@ -17,7 +17,6 @@ import io
 import math
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
@@ -36,14 +35,15 @@ from nanorecall.settings import (
     at_least,
     build_config,
     field_names,
-    help_text,
     one_of,
+    print_help,
     printable,
     reject_unknown,
     reject_unused,
     require,
     say,
     split_argv,
+    wants_help,
 )
 from train import load_run
 
@@ -385,9 +385,8 @@ def parse_command(argv, doc, commands, config_class, default=None):
     default: the command if the first argument is a run directory.
     """
     args, settings = split_argv(argv)
-    if any(s.key == "help" for s in settings):
-        say(help_text(doc, config_class))
-        sys.exit(0)
+    if wants_help(settings):
+        print_help(doc, config_class)
     first = "a run directory or a command" if default else "a command and a run directory"
     require(args, f"name {first}; --help lists them", None)
     reject_unknown(settings, config_class)
