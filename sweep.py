@@ -288,7 +288,7 @@ def draw_edits(results):
     same = all(result["metrics"]["edits"] == n_edits for result in seeds)
     advice = "run `python eval.py edit` on each again"
     require(same, f"the runs of qa_2k_memory1 have different --n_edits; {advice}", None)
-    cells = [result["by_slice"]["method and edits"] for result in seeds]
+    cells = [result["by_slice"]["method, edits"] for result in seeds]
     methods = dict.fromkeys(cell["method"] for cell in cells[0].values())
     for axis, (metric, label) in zip(axes, EDIT_METRICS.items()):
         for method in methods:
