@@ -86,10 +86,7 @@ def load_examples(run, indices):
 
 
 def in_largest_group(run, indices):
-    """Those indices that are in one eval group, the one with most of them.
-
-    The sequences of a group have one length, so only they fit in one batch.
-    """
+    """Those indices that are in one eval group, the one with most of them."""
     groups = run.data.eval_groups(run.config.split)
     indices_in = [indices[np.isin(indices, np.asarray(group))] for group in groups]
     return max(indices_in, key=len)
@@ -104,8 +101,9 @@ def sample_correct_examples(run):
     c = run.config
     message = "ablate.py works in one process; start it without torchrun"
     require(run.world.size == 1, message, None)
-    all_correct = correct_examples(run)
-    indices = in_largest_group(run, all_correct)
+    all_correct = indices = correct_examples(run)
+    if run.pad < 0:  # without padding, only sequences of one length fit in a batch
+        indices = in_largest_group(run, all_correct)
     n_other_groups = len(all_correct) - len(indices)
     message = f"only {len(indices)} examples of {c.split} are answered correctly, and 4 are needed"
     require(len(indices) >= 4, f"{message}; train it longer", None)

@@ -35,6 +35,7 @@ from nanorecall.settings import (
     at_least,
     build_config,
     field_names,
+    help_text,
     one_of,
     print_help,
     printable,
@@ -398,8 +399,10 @@ def parse_command(argv, doc, commands, config_class, default=None):
     args, settings = split_argv(argv)
     if wants_help(settings):
         print_help(doc, config_class)
+    if not args:
+        say(help_text(doc, config_class))
     first = "a run directory or a command" if default else "a command and a run directory"
-    require(args, f"name {first}; --help lists them", None)
+    require(args, f"name {first}", None)
     reject_unknown(settings, config_class)
     config = build_config(config_class, settings)
     name, *paths = args
@@ -435,9 +438,11 @@ def run_command(name, paths, config, commands, prefix="eval"):
         try:
             command.function(run)
         except ConfigError as e:
-            # A message that begins with a file of the run says the folder already.
-            where = "" if str(e).startswith(run.folder) else f"{run.folder}: "
-            raise ConfigError(f"{where}{e}", e.key) from None
+            # What the run lacks has no setting at fault. A message that begins with a file of the
+            # run says the folder already.
+            if e.key is not None or str(e).startswith(run.folder):
+                raise
+            raise ConfigError(f"{run.folder}: {e}") from None
 
 
 def memory_advice(command):

@@ -181,12 +181,13 @@ def inference_state_bytes(model_class, config):
     """
     if not hasattr(model_class, "forward_cached") or not hasattr(config, "seq_len"):
         return None
-    with torch.device("meta"):
-        model = model_class(config).eval()  # which counts no reads of memory
-        tokens = torch.zeros(1, config.seq_len, dtype=torch.long)
     try:
+        with torch.device("meta"):
+            model = model_class(config).eval()  # which counts no reads of memory
+            tokens = torch.zeros(1, config.seq_len, dtype=torch.long)
         _, cache = model.forward_cached(tokens)
-    except (ConfigError, RuntimeError):  # a mixer without a cache; a fork that needs the numbers
+    except (ConfigError, RuntimeError, TypeError, ValueError):
+        # A mixer without a cache, or a model of your own that reads numbers.
         return None
     return sum(x.nbytes for x in tree_leaves(cache) if torch.is_tensor(x))
 

@@ -637,7 +637,7 @@ def export_checkpoints(settings, world):
 def run_label(settings, config):
     """`exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_..._lr0.001`, as the ULTM experiments do."""
     parts = [f"exp{settings.train.exp_group}", settings.train.model]
-    with contextlib.suppress(AttributeError):  # a fork may lack these settings
+    if hasattr(config, "q_kernel"):  # a model of your own may lack these settings
         parts.append(model_label(settings.model_class, config))
     data = settings.train.data
     parts.append("data-" + settings.data.label() if hasattr(settings.data, "label") else data)
@@ -647,7 +647,7 @@ def run_label(settings, config):
 def model_label(model_class, c):
     """Sizes, then width, kernel, norm and gate of queries, keys and values, then memory layers."""
     k, v = c.dk, c.dv
-    if "dk" in model_class.inactive_settings:  # unified_kv
+    if "dk" in getattr(model_class, "inactive_settings", {}):  # unified_kv
         k = v = c.du
     blocks = f"L{c.n_layers}-D{c.dim}_FF{c.use_ffn:d}_OG{c.att_use_output_gate:d}_H{c.n_heads}"
     queries = f"q-{k}-{c.q_kernel}-{c.q_norm}-{c.q_gated:d}"
