@@ -11,9 +11,10 @@
                                              # keystats, occurrences, position and repeats
     python ablate.py corr runs/RUN           # after keys and swap: do their effects correlate?
 
-Each writes ablate_<what>.json, .parquet and .png into the run. Settings that are not at their
-defaults are part of the name, as in ablate_swap_exposure_pairs-less_more.json. A command that needs
-the result of another takes the one with the same settings, or the only one.
+Each writes ablate_<what>.json, .parquet and .png into the run. Settings that decide what is
+measured and are not at their defaults are part of the name, as in
+ablate_swap_exposure_pairs-less_more.json. A command that needs the result of another takes the one
+with the same settings, or the only one.
 
 Examples are those that the model answers correctly, balanced over exposures. Effects are measured
 as accuracy and as the drop in the logit difference of the answer.
@@ -103,15 +104,15 @@ def ablate_slots(run):
     columns = measure_slots(run.model, examples, ablations, c.ablate_batch_size, c.seed)
     effects = summarize_slots(columns)
     lines = []
-    for (ablation, layer), cell in effects.items():
-        drop, flip = format_ci(cell["drop"])[1:], format_ci(cell["flip"])[1:]
-        lines.append((ablation, layer, cell["n"], *drop, f"{cell['strongest']:.3f}", *flip))
+    for (ablation, layer), effect in effects.items():
+        drop, flip = format_ci(effect["drop"])[1:], format_ci(effect["flip"])[1:]
+        lines.append((ablation, layer, effect["n"], *drop, f"{effect['strongest']:.3f}", *flip))
     head = ("ablation", "layer", "measured", "mean drop in logit diff", "95% interval", "top 1%")
     print_table((*head, "flips", "95% interval"), lines)
     if "zero" in ablations:
         print("zero is off-distribution: no example was trained with less weight.")
     print("control: a slot that the example does not read.")
-    by_slice = {"ablation, layer": {", ".join(key): cell for key, cell in effects.items()}}
+    by_slice = {"ablation, layer": {", ".join(key): effect for key, effect in effects.items()}}
     metrics = {"n_examples": len(examples), "ablations": ablations}
     plot = partial(importance.plot_keys, columns, run.name)
     save_result(run, "keys", metrics, by_slice, (), columns, plot)
@@ -216,16 +217,16 @@ def summarize_by_answer(columns, token, most=24):
         drops = {}
         for name in dict.fromkeys(columns["name"].tolist()):
             mask = (columns["name"] == name) & (columns["answer"] == answer)
-            cell = by_answer[f"{token(answer)!r}, {name}"] = summarize(columns, mask)
-            drops[name] = cell["drop"]["value"]
+            effect = by_answer[f"{token(answer)!r}, {name}"] = summarize(columns, mask)
+            drops[name] = effect["drop"]["value"]
         most_needed[token(answer)] = max(drops, key=drops.get)
     return by_answer, most_needed
 
 
 def print_effects(head, effects):
     lines = []
-    for name, cell in effects.items():
-        lines.append((name, *format_ci(cell["accuracy"]), *format_ci(cell["drop"])[1:]))
+    for name, effect in effects.items():
+        lines.append((name, *format_ci(effect["accuracy"]), *format_ci(effect["drop"])[1:]))
     columns = ("labels", "accuracy left", "95% interval", "mean drop in logit diff", "95% interval")
     print_table((head, *columns), lines)
 
@@ -235,12 +236,12 @@ def plot_effects(name, effects, by_position, title, path):
     plt, fig, (left, right) = figure(1, 2, width=5.5, grid=False)
     fig.set_size_inches(11, max(3.2, 0.6 + 0.24 * len(effects)))
     height = np.arange(len(effects))[::-1]
-    accuracies = [cell["accuracy"] for cell in effects.values()]
+    accuracies = [effect["accuracy"] for effect in effects.values()]
     errorbars(left, height, accuracies, horizontal=True, ls="none")
     left.set_yticks(height, list(effects))
     n = accuracies[0]["n"]
     left.set(xlabel=f"accuracy left (95%, n = {n} labels)", xlim=(-0.02, 1.02), ylabel=name)
-    drops = np.array([cell["drop"]["value"] for cell in by_position.values()])
+    drops = np.array([effect["drop"]["value"] for effect in by_position.values()])
     drops = drops.reshape(len(effects), -1)
     image = right.imshow(drops, aspect="auto", cmap="magma_r", vmin=0)
     right.set_xticks(range(drops.shape[1]))

@@ -65,7 +65,7 @@ MEMORY_ADVICE = "lower batch_size, or take a smaller model"
 class Config:
     model: str = "smollm2_135m_it"  # short name, GGUF file or Hugging Face directory
     method: str = "all"  # all, or one of the methods in the table
-    path: str = ""  # facts, .jsonl, .parquet or .csv (see fact_files.py); empty: the built-in ones
+    path: str = ""  # facts (myriadlama/fact_files.py says in which forms); empty: the built-in ones
     shots_path: str = ""  # facts to show as examples; empty: some of the same relation
     num_shots: int = 5  # examples before the question
     same_relation: bool = True  # examples of the question's relation; false: of any, as MyriadLAMA
@@ -287,7 +287,7 @@ METHODS = {
     "flex_myriadlama": Method(flex_myriadlama, "all", "attention"),
     "flex_myriadlama_xattn": Method(flex_myriadlama_xattn, "all", "attention, manual see manual"),
 }
-# They may put the templates one after another (setting positions).
+# They may put the templates one after another (setting template_positions).
 ONE_PROMPT_METHODS = ("flex", "flex_full", "flex_myriadlama", "flex_myriadlama_xattn")
 
 

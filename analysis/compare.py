@@ -74,7 +74,7 @@ def read_results(folders):
         except ConfigError as e:
             left_out.append(f"{folder} ({e})")
     if left_out:
-        say("left out, for want of a test result:", *left_out, sep="\n  ", file=sys.stderr)
+        say("left out, without a test result:", *left_out, sep="\n  ", file=sys.stderr)
     return runs
 
 

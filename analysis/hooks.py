@@ -33,7 +33,7 @@ class Examples:
     indices: np.ndarray  # (B,) in the split
     tokens: torch.Tensor  # (B, T)
     label_pos: torch.Tensor  # (B, n) positions at which answers are predicted
-    answers: torch.Tensor  # (B, n) the right tokens there
+    answers: torch.Tensor  # (B, n) the correct tokens there
     slices: dict  # {name: (B,)}, those whose value is the same for all labels of an example
 
     def __len__(self):

@@ -354,7 +354,7 @@ def interchange_reads(clean, examples, base, source):
 def decode_with(model, examples, interventions):
     """Decode answers greedily under interventions -> predictions (B, n).
 
-    Each predicted token goes into the sequence, so the right answers are never shown.
+    Each predicted token goes into the sequence, so the correct answers are never shown.
     """
     tokens = examples.tokens.clone()
     example = torch.arange(len(tokens), device=tokens.device)

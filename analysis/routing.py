@@ -5,7 +5,7 @@
                                                            # and "answer"
 
 A table of routes has one entry for each token and memory layer.
-Letters: R tokens of all examples times layers, T tokens, H heads, k slots that a head reads.
+Letters: R entries of the table, T tokens, H heads, k slots that a head reads.
 """
 
 import math

@@ -53,7 +53,7 @@ def correct_predictions(logits, targets):
     """logits (N, V), targets (B, T) -> which labels (N,) and examples (B,) are correct, bool.
 
     An example is correct if all of its labels are (exact match). One without labels counts as
-    correct. A model with a method of its own, correct(logits, targets), is evaluated by that.
+    correct. A model with a method correct_predictions(logits, targets) is evaluated by that.
     """
     labelled = targets != IGNORE_INDEX
     correct = torch.ones_like(labelled)
@@ -62,7 +62,7 @@ def correct_predictions(logits, targets):
 
 
 def eval_batches(data, split, batch_size):
-    """Yield the indices of each batch of a split. The sequences of a batch are equally long."""
+    """Yield the indices of each batch of a split. The sequences of a batch are of one group."""
     for group in data.eval_groups(split):
         for first in range(0, len(group), batch_size):
             yield group[first : first + batch_size]

@@ -456,6 +456,7 @@ class Run:
     def report_again(self):
         """Report on a run that has_ended, as finish did -> exit status."""
         advice = "to train it longer, raise --n_epochs or --max_steps"
+        advice += "; if it stopped early, also --stop_accuracy"
         self.world.print0(f"{self.folder} has ended; {advice}")
         exit_status = None
         with self.world.agree():
@@ -623,7 +624,7 @@ def find_restarted_run(log_dir):
 
 def export_checkpoints(settings, world):
     """Rewrite the checkpoints of a run as settings.train.export_checkpoint says -> exit status."""
-    message = "export is the work of one process; run it without torchrun"
+    message = "export needs a single process; run it without torchrun"
     require(world.size == 1, message, "export_checkpoint")
     lock = lock_run_dir(settings.resume)
     convert_checkpoints(settings.resume, settings.train.export_checkpoint, world)

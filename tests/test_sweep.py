@@ -138,8 +138,8 @@ def made_up_result(value, state=100):
         by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
     edits = {}
     for method in "ab":
-        cell = {"method": method, "efficacy": number, "specificity": number, "kept": number}
-        edits |= {f"{method}, 1": cell, f"{method}, 10": cell}
+        edit = {"method": method, "efficacy": number, "specificity": number, "retention": number}
+        edits |= {f"{method}, 1": edit, f"{method}, 10": edit}
     bits = ("bits stored", "bits stored per parameter", "bits stored per memory value")
     metrics = {
         "majority": {"value": 0},
