@@ -6,7 +6,7 @@
     python ablate.py heads runs/RUN          # each head, before the output projection
     python ablate.py force runs/RUN          # and inject, replace, swap: another example's slots
     python ablate.py swap-matrix runs/RUN    # and swap-pred: which digits can stand in for which
-    python ablate.py patch runs/RUN          # activation patching, block by position
+    python ablate.py patch runs/RUN          # activation patching, layer by position
     python ablate.py impact runs/RUN         # which slots matter? Reads the result of keys, as do
                                              # keystats, occurrences, position and repeats
     python ablate.py corr runs/RUN           # after keys and swap: do their effects correlate?
@@ -29,9 +29,8 @@ from functools import partial
 import numpy as np
 
 from analysis import importance, patching
-from analysis.ablation import measure, measure_slots, part_ablations
+from analysis.ablation import ABLATIONS, measure, measure_slots, part_ablations
 from analysis.hooks import (
-    ABLATIONS,
     ablate_head,
     hook_points,
     logit_diff,
@@ -45,6 +44,7 @@ from analysis.memory_usage import require_slots
 from analysis.trained_run import (
     AnalysisConfig,
     Command,
+    combine_columns,
     concat,
     parse_command,
     report,
@@ -102,7 +102,7 @@ def ablate_slots(run):
     require("next_best" not in ablations or k < n_keys, message, "ablations")
     examples = sample_correct_examples(run)
     columns = measure_slots(run.model, examples, ablations, c.ablate_batch_size, c.seed)
-    effects = summarise_slots(columns)
+    effects = summarize_slots(columns)
     lines = []
     for (ablation, layer), effect in effects.items():
         drop, flip = format_ci(effect["drop"])[1:], format_ci(effect["flip"])[1:]
@@ -118,7 +118,7 @@ def ablate_slots(run):
     save_result(run, "keys", metrics, by_slice, (), columns, plot)
 
 
-def summarise_slots(columns):
+def summarize_slots(columns):
     """{(ablation, layer or "control"): {"drop", "flip", "strongest", "n"}} of all measurements.
 
     Intervals are over examples; strongest is the mean drop of the strongest 1%.
@@ -155,8 +155,8 @@ def ablate_layers(run):
         logits = run_with_hooks(run.model, examples, hooks, intervene)
         tables.append(measure(examples, clean, logits, {"layer": layer, "what": what}))
     columns = concat(tables)
-    parts = summarise_by(columns, "layer", "what")
-    by_position = summarise_by(columns, "layer", "what", "answer_pos")
+    parts = summarize_by(columns, "layer", "what")
+    by_position = summarize_by(columns, "layer", "what", "answer_pos")
     print_effects("layer, ablated", parts)
     by_slice = {"layer, what": parts, "layer, what, answer_pos": by_position}
     plot = partial(plot_effects, "layer, ablated", parts, by_position, run.name)
@@ -176,9 +176,9 @@ def ablate_heads(run):
             about = {"layer": layer, "head": head, "name": f"L{layer}H{head}"}
             tables.append(measure(examples, clean, logits, about))
     columns = concat(tables)
-    heads = summarise_by(columns, "name")
-    by_position = summarise_by(columns, "name", "answer_pos")
-    by_answer, most_needed = summarise_by_answer(columns, run.token)
+    heads = summarize_by(columns, "name")
+    by_position = summarize_by(columns, "name", "answer_pos")
+    by_answer, most_needed = summarize_by_answer(columns, run.token)
     print_effects("ablated head", heads)
     if most_needed:
         pairs = [f"{token!r}: {name}" for token, name in most_needed.items()]
@@ -189,7 +189,7 @@ def ablate_heads(run):
     save_result(run, "heads", metrics, by_slice, (), columns, plot)
 
 
-def summarise(columns, mask):
+def summarize(columns, mask):
     """Accuracy that is left and mean drop, of measurements mask (N,); intervals over examples."""
     example = columns["example"][mask]
     return {
@@ -198,15 +198,14 @@ def summarise(columns, mask):
     }
 
 
-def summarise_by(columns, *names):
-    """{"value, value": `summarise`} for each combination of values of these columns."""
-    values = [columns[name].tolist() for name in names]
-    keys = np.array([", ".join(map(str, combination)) for combination in zip(*values)])
-    return {key: summarise(columns, keys == key) for key in dict.fromkeys(keys.tolist())}
+def summarize_by(columns, *names):
+    """{"value, value": `summarize`} for each combination of values of these columns."""
+    keys = combine_columns(columns, *names)
+    return {key: summarize(columns, keys == key) for key in dict.fromkeys(keys.tolist())}
 
 
-def summarise_by_answer(columns, token, most=24):
-    """{"answer, head": `summarise`} and {answer: the head with the largest drop}.
+def summarize_by_answer(columns, token, most=24):
+    """{"answer, head": `summarize`} and {answer: the head with the largest drop}.
 
     Both are empty if there are more than `most` answers. token: function from an id to text.
     """
@@ -218,7 +217,7 @@ def summarise_by_answer(columns, token, most=24):
         drops = {}
         for name in dict.fromkeys(columns["name"].tolist()):
             mask = (columns["name"] == name) & (columns["answer"] == answer)
-            effect = by_answer[f"{token(answer)!r}, {name}"] = summarise(columns, mask)
+            effect = by_answer[f"{token(answer)!r}, {name}"] = summarize(columns, mask)
             drops[name] = effect["drop"]["value"]
         most_needed[token(answer)] = max(drops, key=drops.get)
     return by_answer, most_needed

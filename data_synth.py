@@ -309,11 +309,7 @@ def build_twohop(c):
         "out-of-distribution": len(out_dist),
     }
     query = np.repeat(list(sizes), list(sizes.values()))
-    number = np.arange(len(texts))
-    # Trained documents are in all splits, each of the others in val or in test.
-    train = (query == "single fact") | (query == "trained")
-    even = number % 2 == 0
-    splits = {"train": number[train], "val": number[train | even], "test": number[train | ~even]}
+    splits = twohop_splits(query)
     compared = np.concatenate([trained, in_dist])
     is_trained = np.arange(len(compared)) < len(trained)
     words = np.array(names)
@@ -332,6 +328,17 @@ def check_twohop(c):
     require(n_queries <= 10**6, message, "num_relations")
     require(c.markers or not c.cot_frac, "cot_frac needs markers=1", "cot_frac")
     require(c.markers or c.num_relations == 1, "num_relations needs markers=1", "num_relations")
+
+
+def twohop_splits(query):
+    """query: the kind of each document -> {split: numbers of its documents}.
+
+    Trained documents are in all splits, each of the others in val or in test.
+    """
+    number = np.arange(len(query))
+    train = (query == "single fact") | (query == "trained")
+    even = number % 2 == 0
+    return {"train": number[train], "val": number[train | even], "test": number[train | ~even]}
 
 
 def split_queries(c, rng, r1, r2, a, b):

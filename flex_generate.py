@@ -48,13 +48,14 @@ from nanorecall.distributed import autodetect_device, process_group
 from nanorecall.settings import (
     at_least,
     build_config,
-    help_text,
     one_of,
+    print_help,
     reject_unknown,
     require,
     run_cli,
     say,
     split_argv,
+    wants_help,
 )
 
 MEMORY_ADVICE = "lower batch_size, or take a smaller model"
@@ -494,9 +495,8 @@ def show_mask(config):
 def parse(argv):
     """Command line -> Config."""
     args, given = split_argv(argv)
-    if any(setting.key == "help" for setting in given):
-        print(help_text(__doc__, Config))
-        sys.exit(0)
+    if wants_help(given):
+        print_help(__doc__, Config)
     message = f"{' '.join(args)!r} is not a flag; flex_generate.py takes --key value only"
     require(not args, message, None)
     reject_unknown(given, Config)

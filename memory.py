@@ -225,18 +225,18 @@ def in_float64(x):
 
 
 def slot_usage(counts):
-    """How evenly slots are read: counts (slots,) -> {"share", "dead", "kl", "top"}.
+    """How evenly slots are read: counts (slots,) -> {"fraction", "dead", "kl", "top"}.
 
-    share: fraction of slots that were read; dead: number of the others; kl: divergence from even
-    use in nats, 0 to log(slots); top: the five most read slots, with their share of all reads.
+    fraction: of slots that were read; dead: number of the others; kl: divergence from even use in
+    nats, 0 to log(slots); top: the five most read slots, with their fraction of all reads.
     """
     p = in_float64(counts)
     p = p / p.sum().clamp(min=1)
     kl = float((p[p > 0] * (p[p > 0] * len(p)).log()).sum())
-    shares, slots = p.topk(min(5, len(p)))
+    fractions, slots = p.topk(min(5, len(p)))
     n_read = int((counts > 0).sum())
-    top = list(zip(slots.tolist(), shares.tolist()))
-    return {"share": n_read / len(p), "dead": len(p) - n_read, "kl": kl, "top": top}
+    top = list(zip(slots.tolist(), fractions.tolist()))
+    return {"fraction": n_read / len(p), "dead": len(p) - n_read, "kl": kl, "top": top}
 
 
 # ---- models --------------------------------------------------------------------------------------

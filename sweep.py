@@ -29,12 +29,13 @@ from nanorecall.settings import (
     ConfigError,
     at_least,
     build_config,
-    help_text,
+    print_help,
     reject_unknown,
     require,
     run_cli,
     say,
     split_argv,
+    wants_help,
 )
 
 
@@ -287,7 +288,7 @@ def draw_edits(results):
     same = all(result["metrics"]["edits"] == n_edits for result in seeds)
     advice = "run `python eval.py edit` on each again"
     require(same, f"the runs of qa_2k_memory1 have different --n_edits; {advice}", None)
-    edits = [result["by_slice"]["method and edits"] for result in seeds]
+    edits = [result["by_slice"]["method, edits"] for result in seeds]
     methods = dict.fromkeys(edit["method"] for edit in edits[0].values())
     for axis, (metric, label) in zip(axes, EDIT_METRICS.items()):
         for method in methods:
@@ -433,9 +434,8 @@ def save_figure(name, results, config):
 def parse(argv):
     """Command line -> names of figures, Config."""
     args, settings = split_argv(argv)
-    if any(setting.key == "help" for setting in settings):
-        say(help_text(__doc__, Config))
-        sys.exit(0)
+    if wants_help(settings):
+        print_help(__doc__, Config)
     reject_unknown(settings, Config)
     config = build_config(Config, settings)
     names = list(FIGURES) if args == ["all"] else args

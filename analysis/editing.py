@@ -238,17 +238,11 @@ def compare_editors(run):
         edited = encode(run, [counterfactual(fact, alphabet, rng) for fact in facts[:n]])
         kept, unseen = encode(run, others[::2]), encode(run, others[1::2])
         for name, editor in EDITORS.items():
-            start = time.perf_counter()
             try:
-                editor(model, *edited, *kept)
-                seconds = time.perf_counter() - start
-                result = {"method": name, "edits": n}
-                for metric, (tokens, targets) in zip(METRICS, (edited, unseen, kept)):
-                    correct = n_correct(model, tokens, targets)
-                    result[metric] = proportion(correct, len(tokens))
+                measured = measure_editor(model, editor, edited, kept, unseen)
             finally:
                 model.load_state_dict(weights)
-            results.append({**result, "seconds": seconds})
+            results.append({"method": name, "edits": n, **measured})
     print_results(results)
     columns = {}
     for name in ("method", "edits", *METRICS, "seconds"):
@@ -259,8 +253,19 @@ def compare_editors(run):
         plot_edits(path, results, run.name)
 
     metrics = {"edits": list(config.n_edits)}
-    by_slice = {"method and edits": {f"{r['method']}, {r['edits']}": r for r in results}}
+    by_slice = {"method, edits": {f"{r['method']}, {r['edits']}": r for r in results}}
     save_result(run, "edit", metrics, by_slice, (), columns, plot)
+
+
+def measure_editor(model, editor, edited, kept, unseen):
+    """Edit the model -> METRICS and the seconds that it took. Facts: (tokens, targets)."""
+    start = time.perf_counter()
+    editor(model, *edited, *kept)
+    seconds = time.perf_counter() - start
+    measured = {}
+    for metric, (tokens, targets) in zip(METRICS, (edited, unseen, kept)):
+        measured[metric] = proportion(n_correct(model, tokens, targets), len(tokens))
+    return {**measured, "seconds": seconds}
 
 
 def print_results(results):

@@ -129,7 +129,7 @@ RESULT_KINDS = {  # the parts of a result file that a figure shows
     "eval_test.json": {"metrics": {"stored": {"*": VALUE}}},
     "eval_edit.json": {
         "metrics": {"edits": ["size"]},
-        "by_slice": {"method and edits": {"*": EDIT_METRICS}},
+        "by_slice": {"method, edits": {"*": EDIT_METRICS}},
     },
     "table.json": {"metrics": {"*": "dict"}},
 }
@@ -183,7 +183,7 @@ def changed_settings(folder, argv):
     for part, config in (("train", now.train), ("data", now.data), ("model", model)):
         values = json.loads(json.dumps(asdict(config)))  # as in the file: lists, not tuples
         for name in field_names(type(config)):
-            is_place = part == "train" and name in ("log_dir", "resume")
-            if not is_place and saved[part].get(name) != values[name]:
+            is_path = part == "train" and name in ("log_dir", "resume")
+            if not is_path and saved[part].get(name) != values[name]:
                 changed.append(name)
     return changed

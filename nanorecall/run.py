@@ -81,11 +81,13 @@ from nanorecall.settings import (
     RunError,
     Setting,
     field_names,
-    help_text,
+    print_help,
     printable,
     read_argv,
+    reject_args,
     require,
     say,
+    wants_help,
 )
 from nanorecall.source_files import REPO, is_main_rank
 
@@ -794,15 +796,12 @@ def read_command_line(argv, train_config, doc, common=()):
     exits.
     """
     words, assignments = read_argv(argv)
-    if any(s.key == "help" for s in assignments):
+    if wants_help(assignments):
         chosen = [s for s in assignments if s.key in ("model", "data")]
         settings = resolve(chosen, train_config)
         classes = (train_config, settings.model_module.Config, settings.data_module.Config)
-        say(help_text(doc, *classes, common=common))
-        sys.exit(0)
-    unread = " ".join(words)
-    message = f"{unread!r} is neither an override file (.py) nor a flag (--key=value)"
-    require(not words, message, None)
+        print_help(doc, *classes, common=common)
+    reject_args(words)
     resume = [s for s in assignments if s.key == "resume"]
     if not resume:
         settings = resolve(assignments, train_config)

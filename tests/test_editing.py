@@ -37,7 +37,7 @@ def results(facts):
     """{(method, number of edits): result}"""
     eval_script.main(["edit", str(facts), "--n_edits=[1,5]"])
     saved = json.loads((facts / "eval_edit_n_edits-1-5.json").read_text())
-    results = saved["by_slice"]["method and edits"].values()
+    results = saved["by_slice"]["method, edits"].values()
     return {(result["method"], result["edits"]): result for result in results}
 
 
@@ -120,7 +120,7 @@ def compare_without_a_model(monkeypatch, seeds):
     monkeypatch.setattr(editing, "n_correct", editor.n_correct)
 
     def save_result(run, what, metrics, by_slice, *rest):
-        results.update(by_slice["method and edits"])
+        results.update(by_slice["method, edits"])
 
     monkeypatch.setattr(editing, "save_result", save_result)
     source = SimpleNamespace(read=lambda split, indices: ([texts[i] for i in indices], {}))

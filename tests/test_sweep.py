@@ -156,7 +156,7 @@ def made_up_result(value, state=100):
             {"seconds": 3.0, "accuracy": 1.0},
         ],
         "slices": by_slice,
-        "result": {"metrics": metrics, "by_slice": {"method and edits": edits}},
+        "result": {"metrics": metrics, "by_slice": {"method, edits": edits}},
     }
 
 
@@ -193,7 +193,7 @@ def test_every_figure_can_be_drawn(name, tmp_path):
 def test_results_that_lack_what_a_figure_shows(tmp_path):
     _, config = sweep.parse([f"--output={tmp_path}"])
     results = made_up_results("edits")
-    del results["memory"][0][0]["result"]["by_slice"]["method and edits"]["a, 10"]
+    del results["memory"][0][0]["result"]["by_slice"]["method, edits"]["a, 10"]
     with pytest.raises(ConfigError, match="figure edits: .* lack what it shows .*; run them again"):
         sweep.save_figure("edits", results, config)
 
