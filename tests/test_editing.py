@@ -68,7 +68,7 @@ def test_editors_may_use_one_half_of_the_other_facts(results, n):
 
 
 def test_too_few_known_facts_are_refused(facts):
-    with pytest.raises(ConfigError, match=r"a: the model answers \d+ facts .*1000.* needs 1010"):
+    with pytest.raises(ConfigError, match=r"^the model answers \d+ facts .*1000.* needs 1010"):
         eval_script.main(["edit", str(facts), "--n_edits=[1000]"])
 
 
