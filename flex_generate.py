@@ -72,8 +72,7 @@ class Config:
     num_manual: int = -1  # manual templates of a question; -1: all
     num_auto: int = 5  # automatic templates of a question; -1: all
     allow_manual_cross_attention: bool = False  # flex_myriadlama: manual ones see those before them
-    # where templates begin. restart: each right after the prefix; sequential: one after another
-    template_positions: str = "restart"
+    template_positions: str = "restart"  # each right after the prefix; or sequential
     score_bias: float = -1.0  # times log(n): bias on n templates, else they outweigh the prefix
     max_new_tokens: int = 10  # tokens of an answer
     max_samples: int = 0  # questions, spread over the relations; 0: all
