@@ -261,6 +261,7 @@ def test_the_head_that_an_answer_needs_most():
 # ---- commands ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, n_left_out", [("two", 0), ("gpt", 13), ("delta", 13)])
 def test_all_commands_and_their_report(runs, name, n_left_out):
     settings = ["--n_examples=8", "--n_pairs=20", "--ablations=zero next_best"]

@@ -66,6 +66,7 @@ def test_figures_share_runs_of_the_same_arguments_only():
     assert len(POINTS) < len(ALL_POINTS)
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_trained(toy, tmp_path):
     with pytest.raises(ConfigError, match="2 runs are missing, such as .*toy2_seed0"):
         sweep.main([*toy, "--draw_only=1"])
@@ -84,6 +85,7 @@ def train_toy4(toy):
     assert train.main(argv) == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_resumed_and_a_finished_one_is_kept(toy, tmp_path, capsys):
     train_toy4(toy)
     sweep.main(toy[1:])
@@ -101,6 +103,7 @@ def test_a_stopped_run_is_resumed_and_a_finished_one_is_kept(toy, tmp_path, caps
     assert status.stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_is_refused(toy, tmp_path):
     """As after a change of the config file that it was trained with."""
     sweep.main(toy)
@@ -112,6 +115,7 @@ def test_a_run_with_other_settings_is_refused(toy, tmp_path):
         sweep.main(toy)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_kept(toy, tmp_path, monkeypatch):
     def points():
         return [sweep.Point("gpt", 0, "bad", "--dimm 7"), toy_points()[0]]
