@@ -6,14 +6,15 @@
     python ablate.py heads runs/RUN          # each head, before the output projection
     python ablate.py force runs/RUN          # and inject, replace, swap: another example's slots
     python ablate.py swap-matrix runs/RUN    # and swap-pred: which digits can stand in for which
-    python ablate.py patch runs/RUN          # activation patching, block by position
+    python ablate.py patch runs/RUN          # activation patching, layer by position
     python ablate.py impact runs/RUN         # which slots matter? Reads the result of keys, as do
                                              # keystats, occurrences, position and repeats
     python ablate.py corr runs/RUN           # after keys and swap: do their effects correlate?
 
-Each writes ablate_<what>.json, .parquet and .png into the run. Settings that are not at their
-defaults are part of the name, as in ablate_swap_exposure_pairs-less_more.json. A command that needs
-the result of another takes the one with the same settings, or the only one.
+Each writes ablate_<what>.json, .parquet and .png into the run. Settings that decide what is
+measured and are not at their defaults are part of the name, as in
+ablate_swap_exposure_pairs-less_more.json. A command that needs the result of another takes the one
+with the same settings, or the only one.
 
 Examples are those that the model answers correctly, balanced over exposures. Effects are measured
 as accuracy and as the drop in the logit difference of the answer.
@@ -28,9 +29,8 @@ from functools import partial
 import numpy as np
 
 from analysis import importance, patching
-from analysis.ablation import measure, measure_slots, part_ablations
+from analysis.ablation import ABLATIONS, measure, measure_slots, part_ablations
 from analysis.hooks import (
-    ABLATIONS,
     ablate_head,
     hook_points,
     logit_diff,
@@ -44,6 +44,7 @@ from analysis.memory_usage import require_slots
 from analysis.trained_run import (
     AnalysisConfig,
     Command,
+    combine_columns,
     concat,
     parse_command,
     report,
@@ -101,23 +102,23 @@ def ablate_slots(run):
     require("next_best" not in ablations or k < n_keys, message, "ablations")
     examples = sample_correct_examples(run)
     columns = measure_slots(run.model, examples, ablations, c.ablate_batch_size, c.seed)
-    effects = summarise_slots(columns)
+    effects = summarize_slots(columns)
     lines = []
-    for (ablation, layer), cell in effects.items():
-        drop, flip = format_ci(cell["drop"])[1:], format_ci(cell["flip"])[1:]
-        lines.append((ablation, layer, cell["n"], *drop, f"{cell['strongest']:.3f}", *flip))
+    for (ablation, layer), effect in effects.items():
+        drop, flip = format_ci(effect["drop"])[1:], format_ci(effect["flip"])[1:]
+        lines.append((ablation, layer, effect["n"], *drop, f"{effect['strongest']:.3f}", *flip))
     head = ("ablation", "layer", "measured", "mean drop in logit diff", "95% interval", "top 1%")
     print_table((*head, "flips", "95% interval"), lines)
     if "zero" in ablations:
         print("zero is off-distribution: no example was trained with less weight.")
     print("control: a slot that the example does not read.")
-    by_slice = {"ablation, layer": {", ".join(key): cell for key, cell in effects.items()}}
+    by_slice = {"ablation, layer": {", ".join(key): effect for key, effect in effects.items()}}
     metrics = {"n_examples": len(examples), "ablations": ablations}
     plot = partial(importance.plot_keys, columns, run.name)
     save_result(run, "keys", metrics, by_slice, (), columns, plot)
 
 
-def summarise_slots(columns):
+def summarize_slots(columns):
     """{(ablation, layer or "control"): {"drop", "flip", "strongest", "n"}} of all measurements.
 
     Intervals are over examples; strongest is the mean drop of the strongest 1%.
@@ -154,8 +155,8 @@ def ablate_layers(run):
         logits = run_with_hooks(run.model, examples, hooks, intervene)
         tables.append(measure(examples, clean, logits, {"layer": layer, "what": what}))
     columns = concat(tables)
-    parts = summarise_by(columns, "layer", "what")
-    by_position = summarise_by(columns, "layer", "what", "answer_pos")
+    parts = summarize_by(columns, "layer", "what")
+    by_position = summarize_by(columns, "layer", "what", "answer_pos")
     print_effects("layer, ablated", parts)
     by_slice = {"layer, what": parts, "layer, what, answer_pos": by_position}
     plot = partial(plot_effects, "layer, ablated", parts, by_position, run.name)
@@ -175,9 +176,9 @@ def ablate_heads(run):
             about = {"layer": layer, "head": head, "name": f"L{layer}H{head}"}
             tables.append(measure(examples, clean, logits, about))
     columns = concat(tables)
-    heads = summarise_by(columns, "name")
-    by_position = summarise_by(columns, "name", "answer_pos")
-    by_answer, most_needed = summarise_by_answer(columns, run.token)
+    heads = summarize_by(columns, "name")
+    by_position = summarize_by(columns, "name", "answer_pos")
+    by_answer, most_needed = summarize_by_answer(columns, run.token)
     print_effects("ablated head", heads)
     if most_needed:
         pairs = [f"{token!r}: {name}" for token, name in most_needed.items()]
@@ -188,7 +189,7 @@ def ablate_heads(run):
     save_result(run, "heads", metrics, by_slice, (), columns, plot)
 
 
-def summarise(columns, mask):
+def summarize(columns, mask):
     """Accuracy that is left and mean drop, of measurements mask (N,); intervals over examples."""
     example = columns["example"][mask]
     return {
@@ -197,15 +198,14 @@ def summarise(columns, mask):
     }
 
 
-def summarise_by(columns, *names):
-    """{"value, value": `summarise`} for each combination of values of these columns."""
-    values = [columns[name].tolist() for name in names]
-    keys = np.array([", ".join(map(str, combination)) for combination in zip(*values)])
-    return {key: summarise(columns, keys == key) for key in dict.fromkeys(keys.tolist())}
+def summarize_by(columns, *names):
+    """{"value, value": `summarize`} for each combination of values of these columns."""
+    keys = combine_columns(columns, *names)
+    return {key: summarize(columns, keys == key) for key in dict.fromkeys(keys.tolist())}
 
 
-def summarise_by_answer(columns, token, most=24):
-    """{"answer, head": `summarise`} and {answer: the head with the largest drop}.
+def summarize_by_answer(columns, token, most=24):
+    """{"answer, head": `summarize`} and {answer: the head with the largest drop}.
 
     Both are empty if there are more than `most` answers. token: function from an id to text.
     """
@@ -217,16 +217,16 @@ def summarise_by_answer(columns, token, most=24):
         drops = {}
         for name in dict.fromkeys(columns["name"].tolist()):
             mask = (columns["name"] == name) & (columns["answer"] == answer)
-            cell = by_answer[f"{token(answer)!r}, {name}"] = summarise(columns, mask)
-            drops[name] = cell["drop"]["value"]
+            effect = by_answer[f"{token(answer)!r}, {name}"] = summarize(columns, mask)
+            drops[name] = effect["drop"]["value"]
         most_needed[token(answer)] = max(drops, key=drops.get)
     return by_answer, most_needed
 
 
 def print_effects(head, effects):
     lines = []
-    for name, cell in effects.items():
-        lines.append((name, *format_ci(cell["accuracy"]), *format_ci(cell["drop"])[1:]))
+    for name, effect in effects.items():
+        lines.append((name, *format_ci(effect["accuracy"]), *format_ci(effect["drop"])[1:]))
     columns = ("labels", "accuracy left", "95% interval", "mean drop in logit diff", "95% interval")
     print_table((head, *columns), lines)
 
@@ -236,12 +236,12 @@ def plot_effects(name, effects, by_position, title, path):
     plt, fig, (left, right) = figure(1, 2, width=5.5, grid=False)
     fig.set_size_inches(11, max(3.2, 0.6 + 0.24 * len(effects)))
     height = np.arange(len(effects))[::-1]
-    accuracies = [cell["accuracy"] for cell in effects.values()]
+    accuracies = [effect["accuracy"] for effect in effects.values()]
     errorbars(left, height, accuracies, horizontal=True, ls="none")
     left.set_yticks(height, list(effects))
     n = accuracies[0]["n"]
     left.set(xlabel=f"accuracy left (95%, n = {n} labels)", xlim=(-0.02, 1.02), ylabel=name)
-    drops = np.array([cell["drop"]["value"] for cell in by_position.values()])
+    drops = np.array([effect["drop"]["value"] for effect in by_position.values()])
     drops = drops.reshape(len(effects), -1)
     image = right.imshow(drops, aspect="auto", cmap="magma_r", vmin=0)
     right.set_xticks(range(drops.shape[1]))

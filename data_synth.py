@@ -17,7 +17,7 @@ each bucket are held out (exposures 0).
 '266133:[972938] '       {'exposures': 4, 'seen': 1}
 '592345:[937705] '       {'exposures': 1, 'seen': 1}
 
-digits: keys are words over the digits 1..n. The value is another such word, or follows a rule
+digits: keys are words of W digits from 1 to W. The value is another such word, or follows a rule
 (selfindex: value[i] = key[key[i]]).
 
 >>> show(Config(task="digits", num_pairs=60, rule="selfindex"))
@@ -88,13 +88,13 @@ class Config:
     markers: bool = True  # twohop: 0 writes a:b and a:c alike (LLMonade), with two answers a query
     cot_frac: float = 0.0  # fraction of multi-hop answers with chain of thought; twohop: 0 or 1
     hops: tuple[int, ...] = (1,)  # hashhop: hops of training problems, in turn
-    test_hops: tuple[int, ...] = (1, 2, 3, 4)  # hashhop: hops of val and test: easy to challenge
+    test_hops: tuple[int, ...] = (1, 2, 3, 4)  # hashhop: hops in val and test, in increasing order
     hash_len: int = 4  # hashhop: letters in a hash
     num_queries: int = 1  # hashhop: queries in a training problem; others have one
     max_bytes: int = 256  # hashhop: bytes to fill; text: bytes of the longest document allowed
     n_train_examples: int = 20000  # hashhop: problems in an epoch; none is seen twice
     n_val_examples: int = 500  # validation documents, balanced over the first slice; 0: all
-    n_test_examples: int = 5000  # test documents, likewise; hashhop: of each number of hops, 0: 500
+    n_test_examples: int = 5000  # test documents, likewise; hashhop: per number of hops (0: 500)
     label_mask: str = "text"  # text: what to train on: text (all), qa, hashhop, digits or twohop
     heldout_facts: float = 0.0  # text: fraction of the facts that are only measured, as seen=0
     pack_documents: bool = False  # training documents end to end in one sequence; 0: padded
@@ -309,11 +309,7 @@ def build_twohop(c):
         "out-of-distribution": len(out_dist),
     }
     query = np.repeat(list(sizes), list(sizes.values()))
-    number = np.arange(len(texts))
-    # Trained documents are in all splits, each of the others in val or in test.
-    train = (query == "single fact") | (query == "trained")
-    even = number % 2 == 0
-    splits = {"train": number[train], "val": number[train | even], "test": number[train | ~even]}
+    splits = twohop_splits(query)
     compared = np.concatenate([trained, in_dist])
     is_trained = np.arange(len(compared)) < len(trained)
     words = np.array(names)
@@ -332,6 +328,17 @@ def check_twohop(c):
     require(n_queries <= 10**6, message, "num_relations")
     require(c.markers or not c.cot_frac, "cot_frac needs markers=1", "cot_frac")
     require(c.markers or c.num_relations == 1, "num_relations needs markers=1", "num_relations")
+
+
+def twohop_splits(query):
+    """query: the kind of each document -> {split: numbers of its documents}.
+
+    Trained documents are in all splits, each of the others in val or in test.
+    """
+    number = np.arange(len(query))
+    train = (query == "single fact") | (query == "trained")
+    even = number % 2 == 0
+    return {"train": number[train], "val": number[train | even], "test": number[train | ~even]}
 
 
 def split_queries(c, rng, r1, r2, a, b):
@@ -487,7 +494,7 @@ CHECK = {"qa": check_qa, "digits": check_digits, "twohop": check_twohop, "hashho
 class Data:
     """The methods of data_mqar.Data, and .vocab_size, .seq_len (of the longest document),
     .baselines {name: accuracy without knowledge}, .notes (lines about your own documents, for
-    train.py to print). With pack_documents a training batch is one row, and has cu_seqlens."""
+    train.py to print). With pack_documents a training batch is one sequence, and has cu_seqlens."""
 
     def __init__(self, config):
         self.config = c = config

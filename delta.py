@@ -36,7 +36,7 @@ in T. Solving with the triangular matrix is safe where the product (I - A)(I + A
 not: for keys that resemble each other its factors overflow.
 
 Letters: B batch, T tokens, H heads, K key width, V value width, C tokens in a chunk, M sequences
-times heads, R all their chunks. In shapes of the model, D is the width of the residual stream; what
+x heads, R chunks of all M. In shapes of the model, D is the width of the residual stream; what
 is D above is `decay` in the code.
 """
 
@@ -106,7 +106,7 @@ def zero_state(q, v, n=None):
 
 
 def check_shapes(q, k, v, beta, log_decay, state, cu_seqlens):
-    """cu_seqlens as long; ValueError in one sentence if shapes do not fit."""
+    """-> cu_seqlens as int64, or None; ValueError in one sentence if shapes do not fit."""
     B, H, T, K = q.shape
     V = v.shape[-1]
     n_states = B

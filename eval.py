@@ -1,4 +1,4 @@
-"""Measure trained runs and look inside them.
+"""Measure and analyse trained runs.
 
     python eval.py runs/RUN                       # test accuracy by slice, with 95% intervals
     python eval.py runs/RUN --print_examples 8    # and what the model answers to eight examples
@@ -63,12 +63,12 @@ from nanorecall.stats import label_accuracy, mean_ci
 @dataclass
 class EvalConfig(AnalysisConfig):
     print_examples: int = 0  # print this many examples with the answers that the model decodes
-    example: int = -1  # print this example, too (attention: draw it); -1: none (the first)
-    n_examples: int = 1000  # analyse so many, as many of each group of the split; 0: all
+    example: int = -1  # index of an example to print (attention: to draw); -1: none (the first)
+    n_examples: int = 1000  # examples to analyse, equally many from each eval group; 0: all
     data: str = ""  # routing: a .jsonl or .parquet file of texts, instead of the run's own data
     n_edits: tuple[int, ...] = (1, 3, 10, 30, 100)  # edit: how many facts to edit at once
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
-    output: str = ""  # compare: path without extension; empty: compare beside the first run
+    output: str = ""  # compare: path without extension; empty: a file in the runs' directory
 
     def check(self):
         super().check()
@@ -107,8 +107,8 @@ def accuracy_by_slice(run):
     result = merge_batches(batches)
     total = slice_metrics(result["all"])
     by_slice = {}
-    for name, cells in result["by_slice"].items():
-        by_slice[name] = {str(value): slice_metrics(counts) for value, counts in cells.items()}
+    for name, values in result["by_slice"].items():
+        by_slice[name] = {str(value): slice_metrics(counts) for value, counts in values.items()}
     metrics = {
         "accuracy": label_accuracy(result["all"]),
         "exact_match": total["exact"],
@@ -118,9 +118,9 @@ def accuracy_by_slice(run):
     }
     print_slices(result)
     print_baselines(metrics["without_knowledge"])
-    for name, cell in metrics["stored"].items():
-        low, high = cell["ci95"]
-        say(f"{name}: {cell['value']:.4g} (95% interval {low:.4g} - {high:.4g})")
+    for name, number in metrics["stored"].items():
+        low, high = number["ci95"]
+        say(f"{name}: {number['value']:.4g} (95% interval {low:.4g} - {high:.4g})")
 
     examples = [decode_example(run, index) for index in indices_to_print(run)]
     columns = []
@@ -204,11 +204,11 @@ def plot_slices(path, by_slice, title):
     names = [name for name in by_slice if len(by_slice[name]) > 1] or list(by_slice)[:1]
     plt, fig, axes = figure(1, len(names))
     for axis, name in zip(axes, names):
-        cells = list(by_slice[name].values())
-        errorbars(axis, range(len(cells)), cells)
-        ticks = [f"{value}\nn={cell['n']}" for value, cell in by_slice[name].items()]
-        axis.set_xticks(range(len(cells)), ticks)
-        lowest = min(cell["ci95"][0] for cell in cells)
+        metrics = list(by_slice[name].values())
+        errorbars(axis, range(len(metrics)), metrics)
+        ticks = [f"{value}\nn={of_value['n']}" for value, of_value in by_slice[name].items()]
+        axis.set_xticks(range(len(metrics)), ticks)
+        lowest = min(of_value["ci95"][0] for of_value in metrics)
         axis.set(xlabel=name, ylabel="accuracy (95% interval)")
         axis.set_ylim(min(0.98, lowest) - 0.02, 1.005)
     finish_figure(fig, plt, path, title)

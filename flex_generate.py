@@ -48,13 +48,14 @@ from nanorecall.distributed import autodetect_device, process_group
 from nanorecall.settings import (
     at_least,
     build_config,
-    help_text,
     one_of,
+    print_help,
     reject_unknown,
     require,
     run_cli,
     say,
     split_argv,
+    wants_help,
 )
 
 MEMORY_ADVICE = "lower batch_size, or take a smaller model"
@@ -64,15 +65,14 @@ MEMORY_ADVICE = "lower batch_size, or take a smaller model"
 class Config:
     model: str = "smollm2_135m_it"  # short name, GGUF file or Hugging Face directory
     method: str = "all"  # all, or one of the methods in the table
-    path: str = ""  # facts, .jsonl, .parquet or .csv (see fact_files.py); empty: the built-in ones
+    path: str = ""  # facts (myriadlama/fact_files.py says in which forms); empty: the built-in ones
     shots_path: str = ""  # facts to show as examples; empty: some of the same relation
     num_shots: int = 5  # examples before the question
     same_relation: bool = True  # examples of the question's relation; false: of any, as MyriadLAMA
     num_manual: int = -1  # manual templates of a question; -1: all
     num_auto: int = 5  # automatic templates of a question; -1: all
     allow_manual_cross_attention: bool = False  # flex_myriadlama: manual ones see those before them
-    # where templates begin. restart: each right after the prefix; sequential: one after another
-    template_positions: str = "restart"
+    template_positions: str = "restart"  # each right after the prefix; or sequential
     score_bias: float = -1.0  # times log(n): bias on n templates, else they outweigh the prefix
     max_new_tokens: int = 10  # tokens of an answer
     max_samples: int = 0  # questions, spread over the relations; 0: all
@@ -286,7 +286,7 @@ METHODS = {
     "flex_myriadlama": Method(flex_myriadlama, "all", "attention"),
     "flex_myriadlama_xattn": Method(flex_myriadlama_xattn, "all", "attention, manual see manual"),
 }
-# They may put the templates one after another (setting positions).
+# They may put the templates one after another (setting template_positions).
 ONE_PROMPT_METHODS = ("flex", "flex_full", "flex_myriadlama", "flex_myriadlama_xattn")
 
 
@@ -494,9 +494,8 @@ def show_mask(config):
 def parse(argv):
     """Command line -> Config."""
     args, given = split_argv(argv)
-    if any(setting.key == "help" for setting in given):
-        print(help_text(__doc__, Config))
-        sys.exit(0)
+    if wants_help(given):
+        print_help(__doc__, Config)
     message = f"{' '.join(args)!r} is not a flag; flex_generate.py takes --key value only"
     require(not args, message, None)
     reject_unknown(given, Config)

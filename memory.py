@@ -7,9 +7,9 @@
     python memory.py convert runs/A x.pt --to memory_router
 
 A query is cut into two halves. Each half is scored against n sub-keys of its own. The table has
-n * n slots, and slot (i, j) scores the sum of the first half's score i and the second half's score
-j. The k best slots are among the k * k sums of the k best scores of each half, so a lookup costs
-n + k * k instead of n * n (Lample et al. 2019, arXiv 1907.05242; Berges et al. 2024, arXiv
+n * n slots. The score of slot (i, j) is the sum of the first half's score i and the second half's
+score j. The k best slots are among the k * k sums of the k best scores of each half, so a lookup
+costs n + k * k instead of n * n (Lample et al. 2019, arXiv 1907.05242; Berges et al. 2024, arXiv
 2412.09764, replace MLPs by it). Options are those of LLMonade.
 
 Letters: N tokens, D model width, H heads, n sub-keys per half, n * n slots, k slots that a head
@@ -41,7 +41,7 @@ class Config(model.Config):
     mem_k_dim: int = 64  # width of a query per head, both halves
     mem_v_dim: int = 0  # width of a value; 0: dim
     mem_score: str = "softmax"  # weights of the slots read: softmax over them, or sigmoid of each
-    mem_query_norm: str = "layer"  # norm of each half query, for even use: none l2 l1 rms layer
+    mem_query_norm: str = "layer"  # norm of half queries, to use slots evenly: none l2 l1 rms layer
     mem_share_values: bool = True  # one table of values for all memory layers of the model
     mem_gated: bool = False  # multiply the values read by silu(W x) before the output projection
     mem_balance_rate: float = 0.0  # load balancing: change per step of a sub-key's selection bias
@@ -225,18 +225,18 @@ def in_float64(x):
 
 
 def slot_usage(counts):
-    """How evenly slots are read: counts (slots,) -> {"share", "dead", "kl", "top"}.
+    """How evenly slots are read: counts (slots,) -> {"fraction", "dead", "kl", "top"}.
 
-    share: fraction of slots that were read; dead: number of the others; kl: divergence from even
-    use in nats, 0 to log(slots); top: the five most read slots, with their share of all reads.
+    fraction: of slots that were read; dead: number of the others; kl: divergence from even use in
+    nats, 0 to log(slots); top: the five most read slots, with their fraction of all reads.
     """
     p = in_float64(counts)
     p = p / p.sum().clamp(min=1)
     kl = float((p[p > 0] * (p[p > 0] * len(p)).log()).sum())
-    shares, slots = p.topk(min(5, len(p)))
+    fractions, slots = p.topk(min(5, len(p)))
     n_read = int((counts > 0).sum())
-    top = list(zip(slots.tolist(), shares.tolist()))
-    return {"share": n_read / len(p), "dead": len(p) - n_read, "kl": kl, "top": top}
+    top = list(zip(slots.tolist(), fractions.tolist()))
+    return {"fraction": n_read / len(p), "dead": len(p) - n_read, "kl": kl, "top": top}
 
 
 # ---- models --------------------------------------------------------------------------------------

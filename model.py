@@ -228,7 +228,7 @@ class CausalSelfAttention(nn.Module):
         self.n_kv_heads = c.n_kv_heads or c.n_heads
         self.add_projections(c)
         self.conv = ShortConvolution(self.qkv_dim(c), c.conv_size) if c.conv_size else None
-        # after the feature maps, since taylor widens a vector: all below sees the wider one
+        # Sizes after the feature maps, since taylor widens vectors.
         K, V = self.head_dims(c)
         self.gate_q = nn.Linear(c.dim, self.n_heads * K, bias=False) if c.q_gated else None
         self.gate_k = nn.Linear(c.dim, self.n_kv_heads * K, bias=False) if c.k_gated else None
@@ -545,7 +545,10 @@ class GPT(nn.Module):
         return self.lm_head(self.final_norm(x)), cache
 
     def require_mixers(self, option, why):
-        """ConfigError unless every mixer takes this option; a block without `att` is the mixer."""
+        """ConfigError unless every mixer takes this option.
+
+        A block without `att` counts as its own mixer.
+        """
         for layer in self.layers:
             mixer = getattr(layer, "att", layer)
             message = f"{why}: the forward of {type(mixer).__name__} does not take {option}"

@@ -29,12 +29,13 @@ from nanorecall.settings import (
     ConfigError,
     at_least,
     build_config,
-    help_text,
+    print_help,
     reject_unknown,
     require,
     run_cli,
     say,
     split_argv,
+    wants_help,
 )
 
 
@@ -227,8 +228,8 @@ def exact_match(seeds, slice_name, values):
     """Exact match (seeds, values) in the slices of these values."""
     table = []
     for result in seeds:
-        cells = result["slices"][slice_name]
-        table.append([cells[value]["exact"]["value"] for value in values])
+        metrics = result["slices"][slice_name]
+        table.append([metrics[value]["exact"]["value"] for value in values])
     return np.array(table)
 
 
@@ -244,7 +245,7 @@ def table_points():
 
 
 def stored(name):
-    """A function of a result: this number of the analysis `stored` of eval.py."""
+    """-> function of a result: its number `name` under `stored` in eval_test.json."""
 
     def measure(result):
         return result["result"]["metrics"]["stored"][name]["value"]
@@ -276,7 +277,7 @@ def edit_points():
 EDIT_METRICS = {  # name in eval_edit.json: label
     "efficacy": "efficacy (edited facts)",
     "specificity": "specificity (other facts)",
-    "kept": "retention (facts that an editor may use)",
+    "retention": "retention (facts that an editor may use)",
 }
 
 
@@ -287,12 +288,12 @@ def draw_edits(results):
     same = all(result["metrics"]["edits"] == n_edits for result in seeds)
     advice = "run `python eval.py edit` on each again"
     require(same, f"the runs of qa_2k_memory1 have different --n_edits; {advice}", None)
-    cells = [result["by_slice"]["method and edits"] for result in seeds]
-    methods = dict.fromkeys(cell["method"] for cell in cells[0].values())
+    edits = [result["by_slice"]["method, edits"] for result in seeds]
+    methods = dict.fromkeys(edit["method"] for edit in edits[0].values())
     for axis, (metric, label) in zip(axes, EDIT_METRICS.items()):
         for method in methods:
             values = []
-            for of_seed in cells:
+            for of_seed in edits:
                 values.append([of_seed[f"{method}, {n}"][metric]["value"] for n in n_edits])
             mean_and_range(axis, n_edits, np.array(values), label=method)
         axis.set(xlabel="facts edited", ylabel=label, ylim=(-0.02, 1.02))
@@ -358,9 +359,9 @@ def template_points():
 
 def answer_accuracy(result):
     """Accuracy of the one method of this run; the table also has a majority baseline."""
-    for method, cell in result["result"]["metrics"].items():
+    for method, metrics in result["result"]["metrics"].items():
         if method != "majority":
-            return cell["accuracy"]["value"]
+            return metrics["accuracy"]["value"]
     raise KeyError("no method")
 
 
@@ -433,9 +434,8 @@ def save_figure(name, results, config):
 def parse(argv):
     """Command line -> names of figures, Config."""
     args, settings = split_argv(argv)
-    if any(setting.key == "help" for setting in settings):
-        say(help_text(__doc__, Config))
-        sys.exit(0)
+    if wants_help(settings):
+        print_help(__doc__, Config)
     reject_unknown(settings, Config)
     config = build_config(Config, settings)
     names = list(FIGURES) if args == ["all"] else args

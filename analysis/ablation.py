@@ -1,17 +1,16 @@
 """Ablate slots of memory layers, and whole parts of blocks: measurements for ablate.py.
 
 Letters: B examples, M ablated copies of examples, P pairs (example, slot), T tokens, n labels of an
-example, N measurements, H heads, k slots that a head reads.
+example, N measurements, H heads, k slots that a head reads, V width of a value.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
 from analysis.hooks import (
-    ABLATIONS,
-    SlotAblation,
     forward_from,
     gather_labels,
     hook_output,
@@ -20,7 +19,8 @@ from analysis.hooks import (
     logit_diff,
     run_with_cache,
 )
-from analysis.trained_run import concat
+from analysis.trained_run import concat, select
+from memory import SCORES, weighted_values
 
 
 def to_columns(examples, about, measured):
@@ -47,6 +47,82 @@ def measure(examples, clean, logits, about):
     return to_columns(examples, about, {"drop": clean[0] - diff, "p": p, "correct": correct})
 
 
+# ---- ways to ablate a slot -----------------------------------------------------------------------
+
+
+@dataclass
+class SlotAblation:
+    """One slot to ablate in each of M copies of examples, and what may come in its place."""
+
+    memory: object  # the memory layer
+    reads: dict  # slots and weights (M, T, H, k) of each copy
+    slot: torch.Tensor  # (M,) to ablate
+    best: tuple  # scores and slots (M, T, H, k + 1) of each head's k + 1 best; only for next_best
+    random_slot: torch.Tensor  # (M,) of the whole table
+    resampled_slot: torch.Tensor  # (M,) read by another example
+
+    def matches(self, slots):
+        """Is it the slot to ablate? slots (M, T, H, k) -> bool"""
+        return slots == self.slot[:, None, None, None]
+
+    def replaced_by(self, slot):
+        """The reads, with slot (M,) in place of the ablated one."""
+        slots, weights = self.reads["slots"], self.reads["weights"]
+        replaced = torch.where(self.matches(slots), slot[:, None, None, None], slots)
+        return {"slots": replaced, "weights": weights}
+
+
+def zero_ablation(a):
+    """Zero ablation: the slot's weight is 0, and the others keep theirs."""
+    slots, weights = a.reads["slots"], a.reads["weights"]
+    return {"slots": slots, "weights": weights.masked_fill(a.matches(slots), 0)}
+
+
+def next_best_ablation(a):
+    """Leave the slot out of the top k: the next best comes in, and weights are renormalised."""
+    scores, slots = a.best
+    k = a.reads["slots"].shape[-1]
+    # Stable: the others stay in the order of their choice, which is not that of their scores if
+    # the layer has a selection bias.
+    kept = a.matches(slots).int().argsort(dim=-1, stable=True)[..., :k]
+    weights = SCORES[a.memory.config.mem_score](scores.gather(-1, kept))
+    return {"slots": slots.gather(-1, kept), "weights": weights}
+
+
+def random_ablation(a):
+    """A random slot's value under the slot's weight."""
+    return a.replaced_by(a.random_slot)
+
+
+def resample_ablation(a):
+    """Resample ablation: the value of a slot of another example, under the slot's weight."""
+    return a.replaced_by(a.resampled_slot)
+
+
+def mean_ablation(a):
+    """Mean ablation: the mean of all values under the slot's weight."""
+    slots, weights = a.reads["slots"], a.reads["weights"]
+    others = zero_ablation(a)
+    ablated_weight = (weights * a.matches(slots)).sum((-1, -2))  # (M, T)
+    output = weighted_values(  # (M * T, V)
+        a.memory.values,
+        others["slots"].flatten(0, 1).flatten(1),
+        others["weights"].flatten(0, 1).flatten(1),
+    )
+    output = output.unflatten(0, ablated_weight.shape)
+    output = output + ablated_weight.unsqueeze(-1) * a.memory.values.mean(0)
+    return {**others, "output": output}
+
+
+ABLATIONS = {  # SlotAblation -> reads
+    "zero": zero_ablation,
+    "next_best": next_best_ablation,
+    "random": random_ablation,
+    "mean": mean_ablation,
+    "resample": resample_ablation,
+}
+
+
 # ---- slots ---------------------------------------------------------------------------------------
 
 
@@ -59,8 +135,7 @@ def measure_slots(model, examples, ablations, batch_size=512, seed=0):
     before and after), flip (correct before, wrong after).
     """
     clean = run_with_cache(model, examples)
-    diff_clean, p_clean, was_correct = logit_diff(clean.logits, examples.answers)  # (B, n)
-    to_tensor = partial(torch.as_tensor, device=examples.tokens.device)
+    before = logit_diff(clean.logits, examples.answers)  # (B, n) each
     rng = np.random.default_rng(seed)
     tables = []
     for layer, memory in model.memory_layers().items():
@@ -73,36 +148,48 @@ def measure_slots(model, examples, ablations, batch_size=512, seed=0):
         n_slots = len(memory.values)
         # Controls check the method: without a slot that is not read, nothing may change.
         pairs = add_controls(slots_read(reads, n_slots), n_slots, rng)
-        index, slot = to_tensor(pairs["index"]), to_tensor(pairs["slot"])
         # Drawn here, so results depend neither on the batch size nor on the other ablations.
-        random_slot = to_tensor(rng.integers(n_slots, size=len(slot)))
-        resampled_slot = to_tensor(rng.permutation(pairs["slot"]))
+        pairs["random_slot"] = rng.integers(n_slots, size=len(pairs["slot"]))
+        pairs["resampled_slot"] = rng.permutation(pairs["slot"])
+        inputs = (resid, reads, label_pos, best)
         for ablation in ablations:
-            for first in range(0, len(index), batch_size):
-                some = slice(first, first + batch_size)
-                i = index[some]  # the example of each of the M copies
-                changed = ABLATIONS[ablation](
-                    SlotAblation(
-                        memory,
-                        reads=index_reads(reads, i),
-                        slot=slot[some],
-                        best=tuple(x[i] for x in best),
-                        random_slot=random_slot[some],
-                        resampled_slot=resampled_slot[some],
-                    )
-                )
-                logits = forward_from(model, layer, resid[i], changed, label_pos[i])
-                diff, p, correct = logit_diff(logits, examples.answers[i])  # (M, n)
-                about = {name: pairs[name][some] for name in ("slot", "reads", "weight")}
-                about |= {"layer": layer, "ablation": ablation, "control": about["reads"] == 0}
-                measured = {
-                    "drop": diff_clean[i] - diff,
-                    "p_clean": p_clean[i],
-                    "p": p,
-                    "flip": was_correct[i] & ~correct,
-                }
-                tables.append(to_columns(examples.select(pairs["index"][some]), about, measured))
+            for first in range(0, len(pairs["slot"]), batch_size):
+                batch = select(pairs, slice(first, first + batch_size))
+                measured = measure_ablation(model, layer, ablation, examples, before, inputs, batch)
+                tables.append(measured)
     return concat(tables)
+
+
+def measure_ablation(model, layer, ablation, examples, before, inputs, pairs):
+    """Ablate the slot of each of M pairs in a copy of its example -> columns of `measure_slots`.
+
+    before: what `logit_diff` returned without the ablation; inputs: those of `memory_inputs`, and
+    the best slots.
+    """
+    resid, reads, label_pos, best = inputs
+    pairs_on_device = {}
+    for name in ("index", "slot", "random_slot", "resampled_slot"):
+        pairs_on_device[name] = torch.as_tensor(pairs[name], device=resid.device)
+    i = pairs_on_device.pop("index")
+    change = SlotAblation(
+        model.memory_layers()[layer],
+        reads=index_reads(reads, i),
+        best=tuple(x[i] for x in best),
+        **pairs_on_device,
+    )
+    changed = ABLATIONS[ablation](change)
+    logits = forward_from(model, layer, resid[i], changed, label_pos[i])
+    diff, p, correct = logit_diff(logits, examples.answers[i])  # (M, n)
+    diff_clean, p_clean, was_correct = before
+    about = {name: pairs[name] for name in ("slot", "reads", "weight")}
+    about |= {"layer": layer, "ablation": ablation, "control": pairs["reads"] == 0}
+    measured = {
+        "drop": diff_clean[i] - diff,
+        "p_clean": p_clean[i],
+        "p": p,
+        "flip": was_correct[i] & ~correct,
+    }
+    return to_columns(examples.select(pairs["index"]), about, measured)
 
 
 def memory_inputs(model, layer, clean, label_pos):

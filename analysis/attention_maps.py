@@ -11,7 +11,7 @@ import os
 import numpy as np
 import torch
 
-from analysis.trained_run import concat, eval_batches, map_batches, result_suffix, save_result
+from analysis.trained_run import concat, map_batches, result_suffix, sample_batches, save_result
 from nanorecall.checkpoint import make_directory
 from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.ops import attention_weights, softmax_attention
@@ -128,7 +128,7 @@ def attention_maps(model, tokens, cu_seqlens=None):
     for block in range(len(mixers)):
         calls = calls_of.get(block, [])
         if len(calls) != 1:
-            message = f"block {block} called its attention_fn {len(calls)} times"
+            message = f"layer {block} called its attention_fn {len(calls)} times"
             raise ValueError(f"{message}, so it has no single map")
         maps[block] = weights_of_call(block, *calls[0])
     return maps
@@ -143,7 +143,7 @@ def check_mixers(model):
         has_attention = has_attention and getattr(mixer, "attention_fn", None) is not None
     if not has_attention:
         models = "as in gpt, unified_kv and memory"
-        raise ValueError(f"attention maps need softmax attention in every block, {models}")
+        raise ValueError(f"attention maps need softmax attention in every layer, {models}")
 
 
 def weights_of_call(block, q, k, v, output, attention_fn, more, options):
@@ -161,7 +161,7 @@ def weights_of_call(block, q, k, v, output, attention_fn, more, options):
         sums = weights @ values
         if sums.shape == output.shape and is_close(sums, output):
             return weights
-    raise ValueError(f"what block {block} attends with is no weighted sum of its values")
+    raise ValueError(f"what layer {block} attends with is no weighted sum of its values")
 
 
 def is_close(x, y):
@@ -236,7 +236,7 @@ def example_to_draw(run):
     """The index that --example names, or the first one of the batches."""
     index, split = run.config.example, run.config.split
     if index < 0:
-        return int(eval_batches(run)[0][0])
+        return int(sample_batches(run)[0][0])
     last = run.data.eval_groups(split)[-1][-1]
     message = f"example={index} is not in {split}; the last is {last}"
     require(index <= last, message, "example")

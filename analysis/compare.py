@@ -20,7 +20,7 @@ from nanorecall.build import inference_state_bytes
 from nanorecall.checkpoint import check_kinds, read_log, read_record
 from nanorecall.metrics import print_table, slice_metrics
 from nanorecall.plots import errorbars, figure, finish_figure
-from nanorecall.run import load_settings, saved_model_config
+from nanorecall.run import SLICE_COUNTS, load_settings, saved_model_config
 from nanorecall.settings import ConfigError, printable, require, say
 from nanorecall.stats import format_ci
 from train import TrainConfig
@@ -74,7 +74,7 @@ def read_results(folders):
         except ConfigError as e:
             left_out.append(f"{folder} ({e})")
     if left_out:
-        say("left out, for want of a test result:", *left_out, sep="\n  ", file=sys.stderr)
+        say("left out, without a test result:", *left_out, sep="\n  ", file=sys.stderr)
     return runs
 
 
@@ -100,16 +100,7 @@ def name_of(folders):
 # ---- results of a run ----------------------------------------------------------------------------
 
 
-COUNTS = {  # of nanorecall.metrics.merge_counts
-    "correct": "count",
-    "exact_matches": "count",
-    "correct_correct": "count",
-    "correct_labels": "count",
-    "labels_labels": "count",
-    "labels": "size",
-    "n_examples": "size",
-    "loss": "number or null",
-}
+COUNTS = {**SLICE_COUNTS, "loss": "number or null"}
 TEST = {"all": COUNTS, "by_slice": {"*": {"*": COUNTS}}}
 
 

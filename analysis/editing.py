@@ -155,7 +155,7 @@ def closed_form(model, tokens, targets, kept, kept_targets):
     edit_facts(model, tokens, targets)
 
 
-def closed_form_keeping(model, tokens, targets, kept, kept_targets):
+def closed_form_protecting(model, tokens, targets, kept, kept_targets):
     covariance = key_second_moment(model, [(kept, kept_targets)])
     edit_facts(model, tokens, targets, covariance)
 
@@ -196,11 +196,11 @@ def fine_tune(model, parameters, lr, tokens, targets, kept, kept_targets, replay
 
 
 EDITORS = {
-    "write": closed_form,
-    "write, keeping others": closed_form_keeping,
+    "closed form": closed_form,
+    "closed form, protecting others": closed_form_protecting,
     "fine-tune the values": fine_tune_values,
-    "fine-tune everything": fine_tune_all,
-    "fine-tune everything, replaying others": fine_tune_all_replaying,
+    "fine-tune all weights": fine_tune_all,
+    "fine-tune all weights, replaying others": fine_tune_all_replaying,
 }
 
 
@@ -210,7 +210,7 @@ EDITORS = {
 METRICS = {
     "efficacy": "edited facts, new answer",
     "specificity": "other facts, old answer",
-    "kept": "facts that an editor may use, old answer",
+    "retention": "facts that an editor may use, old answer",
 }
 
 
@@ -238,19 +238,12 @@ def compare_editors(run):
         edited = encode(run, [counterfactual(fact, alphabet, rng) for fact in facts[:n]])
         kept, unseen = encode(run, others[::2]), encode(run, others[1::2])
         for name, editor in EDITORS.items():
-            start = time.perf_counter()
             try:
-                editor(model, *edited, *kept)
-                seconds = time.perf_counter() - start
-                result = {"method": name, "edits": n}
-                for metric, (tokens, targets) in zip(METRICS, (edited, unseen, kept)):
-                    correct = n_correct(model, tokens, targets)
-                    result[metric] = proportion(correct, len(tokens))
+                measured = measure_editor(model, editor, edited, kept, unseen)
             finally:
                 model.load_state_dict(weights)
-            results.append({**result, "seconds": seconds})
+            results.append({"method": name, "edits": n, **measured})
     print_results(results)
-    cells = {f"{r['method']}, {r['edits']}": r for r in results}
     columns = {}
     for name in ("method", "edits", *METRICS, "seconds"):
         values = [r[name] for r in results]
@@ -259,8 +252,20 @@ def compare_editors(run):
     def plot(path):
         plot_edits(path, results, run.name)
 
-    metrics, by_slice = {"edits": list(config.n_edits)}, {"method and edits": cells}
+    metrics = {"edits": list(config.n_edits)}
+    by_slice = {"method, edits": {f"{r['method']}, {r['edits']}": r for r in results}}
     save_result(run, "edit", metrics, by_slice, (), columns, plot)
+
+
+def measure_editor(model, editor, edited, kept, unseen):
+    """Edit the model -> METRICS and the seconds that it took. Facts: (tokens, targets)."""
+    start = time.perf_counter()
+    editor(model, *edited, *kept)
+    seconds = time.perf_counter() - start
+    measured = {}
+    for metric, (tokens, targets) in zip(METRICS, (edited, unseen, kept)):
+        measured[metric] = proportion(n_correct(model, tokens, targets), len(tokens))
+    return {**measured, "seconds": seconds}
 
 
 def print_results(results):
@@ -325,9 +330,9 @@ def plot_edits(path, results, title):
     for axis, metric in zip(axes, METRICS):
         for name in EDITORS:
             of_editor = [r for r in results if r["method"] == name]
-            x, cells = [r["edits"] for r in of_editor], [r[metric] for r in of_editor]
-            errorbars(axis, x, cells, label=name)
-        n = "" if metric == "efficacy" else f" (n = {cells[-1]['n']})"
+            measured = [r[metric] for r in of_editor]
+            errorbars(axis, [r["edits"] for r in of_editor], measured, label=name)
+        n = "" if metric == "efficacy" else f" (n = {measured[-1]['n']})"
         ylabel = f"{metric}{n}\nexact match, 95% interval"
         axis.set(xscale="log", xlabel="facts edited together", ylabel=ylabel, ylim=(-0.02, 1.02))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from analysis.trained_run import correct_examples
-from memory import SCORES, weighted_values
 from nanorecall.metrics import in_eval_mode
 from nanorecall.ops import gather_positions
 from nanorecall.rng import IGNORE_INDEX
@@ -34,7 +33,7 @@ class Examples:
     indices: np.ndarray  # (B,) in the split
     tokens: torch.Tensor  # (B, T)
     label_pos: torch.Tensor  # (B, n) positions at which answers are predicted
-    answers: torch.Tensor  # (B, n) the right tokens there
+    answers: torch.Tensor  # (B, n) the correct tokens there
     slices: dict  # {name: (B,)}, those whose value is the same for all labels of an example
 
     def __len__(self):
@@ -244,82 +243,6 @@ def forward_from(model, block, resid_mid, reads, label_pos):
     for i in range(block + 1, last + 1):
         x = model.layers[i](x, label_pos if i == last else None)
     return model.lm_head(model.final_norm(x))
-
-
-# ---- ablation of a slot --------------------------------------------------------------------------
-
-
-@dataclass
-class SlotAblation:
-    """One slot to ablate in each of M copies of examples, and what may come in its place."""
-
-    memory: object  # the memory layer
-    reads: dict  # slots and weights (M, T, H, k) of each copy
-    slot: torch.Tensor  # (M,) to ablate
-    best: tuple  # scores and slots (M, T, H, k + 1) of each head's k + 1 best; only for next_best
-    random_slot: torch.Tensor  # (M,) of the whole table
-    resampled_slot: torch.Tensor  # (M,) read by another example
-
-    def matches(self, slots):
-        """Is it the slot to ablate? slots (M, T, H, k) -> bool"""
-        return slots == self.slot[:, None, None, None]
-
-    def replaced_by(self, slot):
-        """The reads, with slot (M,) in place of the ablated one."""
-        slots, weights = self.reads["slots"], self.reads["weights"]
-        replaced = torch.where(self.matches(slots), slot[:, None, None, None], slots)
-        return {"slots": replaced, "weights": weights}
-
-
-def zero_ablation(a):
-    """Zero ablation: the slot's weight is 0, and the others keep theirs."""
-    slots, weights = a.reads["slots"], a.reads["weights"]
-    return {"slots": slots, "weights": weights.masked_fill(a.matches(slots), 0)}
-
-
-def next_best_ablation(a):
-    """Leave the slot out of the top k: the next best comes in, and weights are renormalised."""
-    scores, slots = a.best
-    k = a.reads["slots"].shape[-1]
-    # Stable: the others stay in the order of their choice, which is not that of their scores if
-    # the layer has a selection bias.
-    kept = a.matches(slots).int().argsort(dim=-1, stable=True)[..., :k]
-    weights = SCORES[a.memory.config.mem_score](scores.gather(-1, kept))
-    return {"slots": slots.gather(-1, kept), "weights": weights}
-
-
-def random_ablation(a):
-    """A random slot's value under the slot's weight."""
-    return a.replaced_by(a.random_slot)
-
-
-def resample_ablation(a):
-    """Resample ablation: the value of a slot of another example, under the slot's weight."""
-    return a.replaced_by(a.resampled_slot)
-
-
-def mean_ablation(a):
-    """Mean ablation: the mean of all values under the slot's weight."""
-    slots, weights = a.reads["slots"], a.reads["weights"]
-    others = zero_ablation(a)
-    ablated_weight = (weights * a.matches(slots)).sum((-1, -2))  # (M, T)
-    output = weighted_values(  # (M * T, V)
-        a.memory.values,
-        others["slots"].flatten(0, 1).flatten(1),
-        others["weights"].flatten(0, 1).flatten(1),
-    )
-    output = output.unflatten(0, ablated_weight.shape)
-    output = output + ablated_weight.unsqueeze(-1) * a.memory.values.mean(0)
-    return {**others, "output": output}
-
-
-ABLATIONS = {  # SlotAblation -> reads
-    "zero": zero_ablation,
-    "next_best": next_best_ablation,
-    "random": random_ablation,
-    "mean": mean_ablation,
-    "resample": resample_ablation,
-}
 
 
 # ---- hooks ---------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from analysis.trained_run import (
     read_parquet,
     result_suffix,
     save_result,
+    select,
 )
 from memory import slot_usage
 from nanorecall.checkpoint import read_record
@@ -110,11 +111,6 @@ def check_table(run, path, columns, advice):
         size = min(len(memory.values) for memory in memory_layers.values())
         known = (columns["slot"] >= 0).all() and (columns["slot"] < size).all()
         require(known, f"{path} names slots that do not exist; {advice}", None)
-
-
-def select(columns, mask):
-    """Some of the measurements: mask (N,) bool."""
-    return {name: values[mask] for name, values in columns.items()}
 
 
 def first_ablation(columns):

@@ -67,15 +67,16 @@ def reads_of(run, *columns):
 
 
 def usage_stats(slots, size):
-    """How evenly reads (n,) use a table of `size` slots -> {"used", "share", "effective", "kl"}.
+    """How evenly reads (n,) use a table of `size` slots -> {"used", "fraction", "effective", "kl"}.
 
-    used: number of slots read; share: fraction of slots read; effective: exp of the entropy, the
-    number of equally used slots with this uncertainty; kl: divergence from even use, in nats.
+    used: number of slots read; fraction: of slots read; effective: exp of the entropy, the number
+    of equally used slots with this uncertainty; kl: divergence from even use, in nats.
     """
     usage = slot_usage(torch.from_numpy(np.bincount(slots, minlength=size)))
-    effective = size / math.exp(usage["kl"])
+    kl = usage["kl"]
+    effective = size / math.exp(kl)
     used = size - usage["dead"]
-    return {"used": used, "share": usage["share"], "effective": effective, "kl": usage["kl"]}
+    return {"used": used, "fraction": usage["fraction"], "effective": effective, "kl": kl}
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -95,14 +96,14 @@ def activations(run):
         for t in np.unique(reads["position"][in_layer]):
             here = in_layer & (reads["position"] == t)
             by_position[f"{layer}, {t}"] = usage_stats(reads["slot"][here], size)
-        numbers = (usage["used"], f"{usage['share']:.1%}", f"{usage['effective']:.0f}")
+        numbers = (usage["used"], f"{usage['fraction']:.1%}", f"{usage['effective']:.0f}")
         lines.append((str(layer), *numbers, f"{usage['kl']:.2f}", most_read(slots)))
     if run.world.is_main:
         head = ("layer", "slots used", f"of {size}", "effective", "KL from even", "most read")
         print_table(head, lines)
     n_examples = len(np.unique(reads["example"]))
     metrics = {"slots": size, "n_examples": n_examples, "reads": len(reads["slot"])}
-    by_slice = {"layer": by_layer, "layer and position": by_position}
+    by_slice = {"layer": by_layer, "layer, position": by_position}
 
     def plot(path):
         plot_activations(path, reads, by_slice, size, run.name)
@@ -111,7 +112,7 @@ def activations(run):
 
 
 def most_read(slots):
-    """The five slots that occur most among slots (n,), with their share, as text."""
+    """The five most frequent of slots (n,), with their fraction of the reads, as text."""
     values, counts = np.unique(slots, return_counts=True)
     best = np.argsort(counts)[::-1][:5]
     return " ".join(f"{values[i]}:{counts[i] / counts.sum():.1%}" for i in best)
@@ -143,7 +144,7 @@ def read_examples(run, reads, n_examples=4, n_slots=5):
 
 
 def positions_of(cells, layer):
-    """{position: cell} from cells {"layer and position": cell}"""
+    """{"layer, position": cell} of all layers -> {position: cell} of one."""
     split = {tuple(map(int, key.split(", "))): cell for key, cell in cells.items()}
     return {t: cell for (of_layer, t), cell in split.items() if of_layer == int(layer)}
 
@@ -155,11 +156,12 @@ def plot_activations(path, reads, by_slice, size, title):
         slots = reads["slot"][reads["layer"] == int(layer)]
         counts = np.sort(np.bincount(slots, minlength=size))[::-1]
         left.plot(np.arange(1, size + 1), counts / counts.sum(), label=f"layer {layer}")
-        cells = positions_of(by_slice["layer and position"], layer)
+        cells = positions_of(by_slice["layer, position"], layer)
         effective = [usage["effective"] for usage in cells.values()]
         right.plot(list(cells), effective, "o-", ms=3, label=f"layer {layer}")
     left.axhline(1 / size, ls="--", color="gray", lw=1, label="even use")
-    left.set(xscale="log", yscale="log", xlabel="slots, most read first", ylabel="share of reads")
+    left.set(xscale="log", yscale="log")
+    left.set(xlabel="slots, most read first", ylabel="fraction of reads")
     right.set(xlabel="position", ylabel=f"effective number of slots (of {size})")
     right.set_ylim(0, 1.1 * right.get_ylim()[1])
     left.legend()
@@ -200,7 +202,7 @@ def norms(run):
     def plot(path):
         plot_norms(path, tables, by_position, run.name)
 
-    save_result(run, "norms", metrics, {"layer and position": by_position}, (), outputs, plot)
+    save_result(run, "norms", metrics, {"layer, position": by_position}, (), outputs, plot)
 
 
 def output_norms(run, batch):
@@ -289,7 +291,7 @@ def track(run):
             print(f"layer {n}: {mean} of a slot's reads are at one token (mean of {n_slots} slots)")
         if not log:
             print("no usage of slots in log.jsonl: train with --mem_log_interval 100")
-    metrics = {"share of a slot's most frequent token": by_layer}
+    metrics = {"fraction of reads at a slot's most frequent token": by_layer}
     metrics["while training"] = log[-1]["layers"] if log else {}
 
     def plot(path):
@@ -300,21 +302,21 @@ def track(run):
 
 def plot_track(path, log, purity, layers, title):
     """Usage of slots against training steps, and a histogram of purity."""
-    plt, fig, (shares, divergences, purities) = figure(1, 3)
+    plt, fig, (fractions, divergences, purities) = figure(1, 3)
     if log:
         steps = [record["step"] for record in log]
         for n in log[0]["layers"]:
-            for axis, name in ((shares, "share"), (divergences, "kl")):
+            for axis, name in ((fractions, "fraction"), (divergences, "kl")):
                 values = [record["layers"][n][name] for record in log]
                 axis.plot(steps, values, "o-", ms=3, label=f"layer {n}")
-        shares.legend()
+        fractions.legend()
         divergences.legend()
     for n in np.unique(layers):
         x = purity[layers == n]
         edges = np.linspace(0, 1, 21)
         purities.hist(x, edges, alpha=0.5, label=f"layer {n}: {len(x)} slots read")
     purities.legend()
-    shares.set(xlabel="step", ylabel="share of slots read in a step", ylim=(0, 1.02))
+    fractions.set(xlabel="step", ylabel="fraction of slots read in a step", ylim=(0, 1.02))
     divergences.set(xlabel="step", ylabel="KL divergence from even use (nats)", ylim=(0, None))
-    purities.set(xlabel="share of its most frequent token", ylabel="slots")
+    purities.set(xlabel="fraction of reads at its most frequent token", ylabel="slots")
     finish_figure(fig, plt, path, title)

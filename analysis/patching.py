@@ -32,7 +32,7 @@ from analysis.hooks import (
     sample_correct_examples,
 )
 from analysis.memory_usage import require_slots
-from analysis.trained_run import concat, save_result
+from analysis.trained_run import combine_columns, concat, save_result, select
 from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import require
@@ -258,17 +258,13 @@ def interchange(run, name):
 
 def outcomes_by(columns, *names):
     """{"value, value": {outcome: proportion}} for all combinations of values of these columns."""
-    keys = []
-    for values in zip(*(columns[name].tolist() for name in names)):
-        keys.append(", ".join(map(str, values)))
-    keys = np.array(keys)
+    keys = combine_columns(columns, *names)
     cells = {}
     for key in np.unique(keys).tolist():
-        inside = keys == key
+        part = select(columns, keys == key)
         cells[key] = {}
         for outcome in OUTCOMES:
-            proportion = clustered_proportion(columns[outcome][inside], columns["example"][inside])
-            cells[key][outcome] = proportion
+            cells[key][outcome] = clustered_proportion(part[outcome], part["example"])
     return cells
 
 
@@ -290,7 +286,7 @@ def print_outcomes(name, by_slice):
 
 
 def plot_interchange(run, columns, by_slice, path):
-    """Outcomes by block and answer position; and the source answer by pair of answers."""
+    """Outcomes by layer and answer position; and the source answer by pair of answers."""
     blocks, positions = np.unique(columns["layer"]), np.unique(columns["answer_pos"])
     plt, fig, axes = figure(1, 1 + len(blocks), width=4.6, grid=False)
     styles = {"source_answer": "-", "control_answer": "--"}
@@ -306,9 +302,8 @@ def plot_interchange(run, columns, by_slice, path):
     axes[0].legend()
     tokens = np.unique(columns["answer"])
     for axis, block in zip(axes[1:], blocks):
-        inside = columns["layer"] == block
-        pairs = {name: columns[name][inside] for name in ("answer", "source_answer_token")}
-        grid = answer_pair_grid(pairs, columns["source_answer"][inside], tokens)
+        part = select(columns, columns["layer"] == block)
+        grid = answer_pair_grid(part, part["source_answer"], tokens)
         title = f"layer {block}: fraction with the source answer"
         plot_answer_pairs(run, fig, axis, grid, tokens, title)
     finish_figure(fig, plt, path, f"{run.name}, {len(columns['example'])} interventions")
@@ -359,7 +354,7 @@ def interchange_reads(clean, examples, base, source):
 def decode_with(model, examples, interventions):
     """Decode answers greedily under interventions -> predictions (B, n).
 
-    Each predicted token goes into the sequence, so the right answers are never shown.
+    Each predicted token goes into the sequence, so the correct answers are never shown.
     """
     tokens = examples.tokens.clone()
     example = torch.arange(len(tokens), device=tokens.device)
@@ -596,7 +591,7 @@ def patch_position(activation, t, x):
 
 
 def plot_patch(run, recovered, clean, path):
-    """A heat map for each hook point: blocks down, positions across."""
+    """A heat map for each hook point: layers down, positions across."""
     names = list(dict.fromkeys(name for name, _ in recovered))
     T = len(next(iter(recovered.values())))
     plt, fig, axes = figure(len(names), 1, width=9, grid=False)
@@ -613,7 +608,7 @@ def plot_patch(run, recovered, clean, path):
         image = axis.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis")
         axis.set_yticks(range(len(blocks)), blocks)
         axis.set_xticks(ticks, labels, fontsize=6)
-        axis.set_ylabel(f"{name}\nblock")
+        axis.set_ylabel(f"{name}\nlayer")
         fig.colorbar(image, ax=axis)
     axes[-1].set_xlabel(xlabel)
     title = f"{run.name}: fraction of the logit difference recovered by one activation"

@@ -5,7 +5,7 @@
                                                            # and "answer"
 
 A table of routes has one entry for each token and memory layer.
-Letters: R tokens of all examples times layers, T tokens, H heads, k slots that a head reads.
+Letters: R entries of the table, T tokens, H heads, k slots that a head reads.
 """
 
 import math
@@ -192,7 +192,7 @@ def routing(run):
     size = run.model.config.mem_n_keys**2
     by_slice = {}
     for column in ("kind", "decile"):
-        cells = by_slice[f"layer and {column}"] = {}
+        cells = by_slice[f"layer, {column}"] = {}
         for layer in np.unique(table["layer"]):
             for value in np.unique(table[column]):
                 mask = (table["layer"] == layer) & (table[column] == value)
@@ -289,7 +289,7 @@ def print_routing(by_slice, consistencies, has_router, size):
             if has_router:
                 lines.append((value, *format_ci(cell)))
             else:
-                usage = (cell["used"], f"{cell['share']:.1%}", f"{cell['effective']:.0f}")
+                usage = (cell["used"], f"{cell['fraction']:.1%}", f"{cell['effective']:.0f}")
                 lines.append((value, cell["n"], *usage))
         usage = ("slots used", f"of {size}", "effective")
         head = ("weight of memory", "95% interval") if has_router else usage
@@ -312,10 +312,10 @@ def plot_routing(path, by_slice, similarities, consistencies, has_router, title)
     n_columns = 3 if len(layers) <= 3 else 3 + len(layers) // 2
     plt, fig, axes = figure(2, n_columns, width=4.6, grid=False)
     kinds_axis, deciles_axis, pairs_axis, *heat_maps = axes
-    plot_by_layer(kinds_axis, by_slice["layer and kind"], layers, has_router)
+    plot_by_layer(kinds_axis, by_slice["layer, kind"], layers, has_router)
     kinds_axis.set_xlabel("kind of token")
     plt.setp(kinds_axis.get_xticklabels(), rotation=45, ha="right")
-    plot_by_layer(deciles_axis, by_slice["layer and decile"], layers, has_router)
+    plot_by_layer(deciles_axis, by_slice["layer, decile"], layers, has_router)
     deciles_axis.set_xlabel("tenth of the example")
     plot_consistency(pairs_axis, consistencies)
     for axis, layer in zip(heat_maps, layers):

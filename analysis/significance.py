@@ -117,7 +117,7 @@ def data_of(path):
 def result_path(args, split):
     """Where the result is written, without extension: beside the last run's results."""
     last = args[-1]
-    name = f"eval_stats{result_suffix(last, split)}"
+    name = f"eval_stats{suffix_of_file(last, split)}"
     if len(args) == 2:
         other = os.path.basename(os.path.splitext(os.path.normpath(args[0]))[0])
         name += f"_against_{other}"
@@ -129,7 +129,7 @@ def result_path(args, split):
     return os.path.join(folder, name)
 
 
-def result_suffix(path, split):
+def suffix_of_file(path, split):
     """What the result read from path adds to the name of its statistics.
 
     eval_test.json -> "", eval_test_n_examples-10.json -> "_n_examples-10", eval_val.json -> "_val"

@@ -124,12 +124,12 @@ def run_missing(points, config):
 # ---- results -------------------------------------------------------------------------------------
 
 VALUE = {"value": "number"}
-EDIT_CELL = {"method": "text", "efficacy": VALUE, "specificity": VALUE, "kept": VALUE}
+EDIT_METRICS = {"method": "text", "efficacy": VALUE, "specificity": VALUE, "retention": VALUE}
 RESULT_KINDS = {  # the parts of a result file that a figure shows
     "eval_test.json": {"metrics": {"stored": {"*": VALUE}}},
     "eval_edit.json": {
         "metrics": {"edits": ["size"]},
-        "by_slice": {"method and edits": {"*": EDIT_CELL}},
+        "by_slice": {"method, edits": {"*": EDIT_METRICS}},
     },
     "table.json": {"metrics": {"*": "dict"}},
 }
@@ -164,8 +164,8 @@ def read_point(point, folder):
         result = read_result(folder)
         result["slices"] = {}
         _, test = read_test(folder)
-        for name, cells in test["by_slice"].items():
-            result["slices"][name] = {value: slice_metrics(c) for value, c in cells.items()}
+        for name, values in test["by_slice"].items():
+            result["slices"][name] = {value: slice_metrics(n) for value, n in values.items()}
         result["evals"] = [record for record in read_log(folder) if record["kind"] == "eval"]
     if point.result:
         path = os.path.join(folder, point.result)
@@ -183,7 +183,7 @@ def changed_settings(folder, argv):
     for part, config in (("train", now.train), ("data", now.data), ("model", model)):
         values = json.loads(json.dumps(asdict(config)))  # as in the file: lists, not tuples
         for name in field_names(type(config)):
-            is_place = part == "train" and name in ("log_dir", "resume")
-            if not is_place and saved[part].get(name) != values[name]:
+            is_path = part == "train" and name in ("log_dir", "resume")
+            if not is_path and saved[part].get(name) != values[name]:
                 changed.append(name)
     return changed

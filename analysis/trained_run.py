@@ -17,7 +17,6 @@ import io
 import math
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
@@ -38,12 +37,14 @@ from nanorecall.settings import (
     field_names,
     help_text,
     one_of,
+    print_help,
     printable,
     reject_unknown,
     reject_unused,
     require,
     say,
     split_argv,
+    wants_help,
 )
 from train import load_run
 
@@ -145,7 +146,7 @@ def open_run(folder, config, world=SINGLE_PROCESS):
 # ---- batches -------------------------------------------------------------------------------------
 
 
-def eval_batches(run):
+def sample_batches(run):
     """Indices in batches: of the whole split, or of n_examples, as many from each of its groups."""
     config = run.config
     groups = run.data.eval_groups(config.split)
@@ -165,13 +166,13 @@ def map_batches(run, measure, batches=None, read=None):
     """Call measure(batch) -> {name: array} on batches -> {name: the arrays of all batches}.
 
     A batch has tokens (B, T), targets (B, T), indices (B,) and slices {name: (N,)}. Ranks share
-    the batches, and each gets the whole result. batches: indices, or those of eval_batches.
+    the batches, and each gets the whole result. batches: indices, or those of sample_batches.
     read(indices) -> tokens, targets, slices, or the run's own data.
     """
     world = run.world
     split = run.config.split
     if batches is None:
-        batches = eval_batches(run)
+        batches = sample_batches(run)
     # None shows the bar on a terminal only.
     disable = None if world.is_main else True
     parts = []
@@ -195,6 +196,17 @@ def concat(tables):
     for name in tables[0]:
         columns[name] = np.concatenate([table[name] for table in tables])
     return columns
+
+
+def select(columns, mask):
+    """Some of the measurements: mask (N,) bool, or a slice."""
+    return {name: values[mask] for name, values in columns.items()}
+
+
+def combine_columns(columns, *names):
+    """"value, value" (N,): the key in by_slice of each measurement."""
+    values = [columns[name].tolist() for name in names]
+    return np.array([", ".join(map(str, combination)) for combination in zip(*values)])
 
 
 def correct_examples(run):
@@ -385,11 +397,10 @@ def parse_command(argv, doc, commands, config_class, default=None):
     default: the command if the first argument is a run directory.
     """
     args, settings = split_argv(argv)
-    is_asked = any(s.key == "help" for s in settings)
-    if is_asked or not args:
+    if wants_help(settings):
+        print_help(doc, config_class)
+    if not args:
         say(help_text(doc, config_class))
-    if is_asked:
-        sys.exit(0)
     first = "a run directory or a command" if default else "a command and a run directory"
     require(args, f"name {first}", None)
     reject_unknown(settings, config_class)

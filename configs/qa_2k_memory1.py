@@ -3,8 +3,8 @@
 1 minute on one of 2 CPU cores.
 Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch.
 
-`python eval.py edit runs/RUN` rewrites 1, 10 and 100 facts without a gradient (editing.edit_facts)
-and measures what became of the others.
+`python eval.py edit runs/RUN` edits 1 to 100 facts in closed form and by fine-tuning
+(analysis/editing.py), and measures what happens to the other facts.
 """
 
 model = "memory"

@@ -1,12 +1,12 @@
 """GPT on MQAR exactly as in "Updatable Long-Term Memory": its argument list, value for value.
 
-The document trains for 400 epochs, 9 hours on 2 CPU cores; its learning rate falls to 1% by epoch
-90 (0.95^90). This run stops once 99% of the validation labels are correct.
+ULTM trains for 400 epochs, 9 hours on 2 CPU cores; its learning rate falls to 1% by epoch 90
+(0.95^90). This run stops once 99% of the validation labels are correct.
 
-Expected: 0.99, by the document. Our longest run, with seed 0, leaves an accuracy of 0.04 after
-6,000 steps; it was at 0.36 after 10,862 steps, where we stopped it. configs/mqar_gpt.py is fast.
+Expected: 0.99, by ULTM. Our longest run (seed 0) was at 0.04 after 6,000 steps and at 0.36 after
+10,862, where we stopped it. configs/mqar_gpt.py is fast.
 
-Where the document says nothing, our defaults hold: no weight decay, rotary positions, and init_std
+Where ULTM says nothing, our defaults hold: no weight decay, rotary positions, and init_std
 for the embedding alone.
 """
 
@@ -38,5 +38,5 @@ lr_gamma = 0.95
 clip_grad = 1.0
 log_interval = 20
 
-stop_accuracy = 0.99  # not in the document
+stop_accuracy = 0.99  # not in ULTM
 target_accuracy = 0.985

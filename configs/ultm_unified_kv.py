@@ -1,13 +1,13 @@
 """UnifiedKV on MQAR exactly as in "Updatable Long-Term Memory": its argument list, value for value.
 
-The document trains for 400 epochs, 9 hours on 2 CPU cores; its learning rate falls to 1% by epoch
-90 (0.95^90). This run stops once 99% of the validation labels are correct.
+ULTM trains for 400 epochs, 9 hours on 2 CPU cores; its learning rate falls to 1% by epoch 90
+(0.95^90). This run stops once 99% of the validation labels are correct.
 
 Expected: near chance for 2,500 steps, then a test token accuracy above 0.99 after 5 epochs (0.9989
 at step 6,250 with seed 0). That takes 8 minutes on two cores and 15 on one.
 configs/mqar_unified_kv.py is fast.
 
-Where the document says nothing, our defaults hold: no weight decay, rotary positions, and init_std
+Where ULTM says nothing, our defaults hold: no weight decay, rotary positions, and init_std
 for the embedding alone.
 """
 
@@ -39,5 +39,5 @@ lr_gamma = 0.95
 clip_grad = 1.0
 log_interval = 20
 
-stop_accuracy = 0.99  # not in the document
+stop_accuracy = 0.99  # not in ULTM
 target_accuracy = 0.985

@@ -195,9 +195,9 @@ def majority_baseline(examples, facts):
     counts = {}
     for fact in known.values():
         counts.setdefault(fact["relation"], Counter())[fact["answers"][0]] += 1
-    hits = []
+    correct = []
     for fact in facts:
         others = counts[fact["relation"]] - Counter([fact["answers"][0]])
         guess = others.most_common(1)[0][0] if others else ""
-        hits.append(is_correct(prediction(fact, guess), fact["answers"]))
-    return hits
+        correct.append(is_correct(prediction(fact, guess), fact["answers"]))
+    return correct

@@ -179,9 +179,9 @@ def write_results(config, folder, facts, examples, key, chosen, methods):
         if name in chosen:
             write_feather(os.path.join(folder, file_name(config, name)), columns[name])
         if len(records) == len(fact_of):
-            summaries[name] = summarise(method, records, columns[name])
-    hits = prompts.majority_baseline(examples, facts)
-    baseline = proportion(sum(hits), len(hits))
+            summaries[name] = summarize(method, records, columns[name])
+    correct = prompts.majority_baseline(examples, facts)
+    baseline = proportion(sum(correct), len(correct))
     add_p_values(summaries, columns)
     print_results(summaries, baseline, methods)
     result = {
@@ -218,7 +218,7 @@ def correctness(columns):
     return list(map(prompts.is_correct, columns["prediction"], columns["answers"]))
 
 
-def summarise(method, records, columns):
+def summarize(method, records, columns):
     """Accuracy with its interval, number of templates, seconds and tokens per question.
 
     Answers to the same question are correlated, so they form one cluster.

@@ -768,21 +768,21 @@ def save_shards(folder, label, tensors, world):
         if world.is_main:
             label = unused_name(folder, label)
     label = world.broadcast(label)
-    place = os.path.join(folder, "shards", label)
+    directory = os.path.join(folder, "shards", label)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there is one process
-            dcp.save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
+            dcp.save(tensors, checkpoint_id=directory, no_dist=not dist.is_initialized())
     except (OSError, dcp.CheckpointException) as e:  # on all ranks, once all have stopped writing
         if world.is_main:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
         why = str(e).splitlines()[-1]
-        message = f"cannot write {place} ({why}); the checkpoints before it are whole"
+        message = f"cannot write {directory} ({why}); the checkpoints before it are whole"
         raise RunError(message) from None
     mine = {}
-    for file in os.listdir(place):
+    for file in os.listdir(directory):
         if file.startswith(f"__{world.rank}_") or (world.is_main and file == ".metadata"):
-            mine[file] = sha256_file(os.path.join(place, file))
+            mine[file] = sha256_file(os.path.join(directory, file))
     files = {}
     for sums in world.all_gather_object(mine):
         files |= sums
@@ -806,18 +806,18 @@ def shard_dir(folder, state):
 def inside(folder, name):
     """<folder>/<name>, for a name that a file gives.
 
-    ConfigError unless it is text and leads to a place in the folder.
+    ConfigError unless it is text and stays inside the folder.
     """
-    require(is_inside(name), f"{folder} has no place for a file named {name!r:.80}", None)
+    require(is_inside(name), f"{folder} cannot hold a file named {name!r:.80}", None)
     return os.path.join(folder, os.path.normpath(name))
 
 
-def shard_metadata(place):
+def shard_metadata(directory):
     """{name: shape and type} of the tensors in a directory of torch.distributed.checkpoint."""
-    return read_index(place).state_dict_metadata
+    return read_index(directory).state_dict_metadata
 
 
-def read_shards(place, into=None):
+def read_shards(directory, into=None):
     """Fill the tensors of `into` {name: tensor or DTensor} from shards, of however many ranks;
     without it, all, whole.
 
@@ -826,25 +826,25 @@ def read_shards(place, into=None):
     import torch.distributed.checkpoint as dcp
 
     alone = not dist.is_initialized()
-    with reading(place):
+    with reading(directory):
         try:
-            index = read_index(place)
+            index = read_index(directory)
             if into is None:
                 about = index.state_dict_metadata
                 into = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in about.items()}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that there is one process
-                dcp.load(into, **tensor_reader(place, index), no_dist=alone)
+                dcp.load(into, **tensor_reader(directory, index), no_dist=alone)
         # The latter, errors of all ranks, is no Exception.
         except (Exception, dcp.CheckpointException) as e:
             cause = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
             if isinstance(cause, (ConfigError, RunError)) or from_system(cause):
                 raise cause from None
-            raise unreadable(place, cause) from None
+            raise unreadable(directory, cause) from None
     return into
 
 
-def tensor_reader(place, index):
+def tensor_reader(directory, index):
     """Arguments of dcp.load that read tensors alone, by an index that was checked.
 
     torch's own reader and planner would execute what they find in the index or in anything else.
@@ -859,10 +859,10 @@ def tensor_reader(place, index):
         def load_bytes(self, read_item, value):
             raise ConfigError("only tensors are read from shards")
 
-    return {"storage_reader": TensorReader(place), "planner": TensorPlanner()}
+    return {"storage_reader": TensorReader(directory), "planner": TensorPlanner()}
 
 
-def read_index(place):
+def read_index(directory):
     """The index of a directory of torch.distributed.checkpoint, made anew from what it says of
     tensors.
 
@@ -870,7 +870,7 @@ def read_index(place):
     """
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-    path = os.path.join(place, ".metadata")
+    path = os.path.join(directory, ".metadata")
     with reading(path):
         try:
             with open(path, "rb") as f:
@@ -879,10 +879,10 @@ def read_index(place):
             for name, about in found["state_dict_metadata"].items():
                 if type(about).__name__ == "TensorStorageMetadata":
                     tensors[name] = describe_tensor(about)
-            places = [find_chunk(*entry) for entry in found["storage_data"].items()]
-            storage = {index: info for index, info in places if index.fqn in tensors}
+            chunks = [find_chunk(*entry) for entry in found["storage_data"].items()]
+            storage = {index: info for index, info in chunks if index.fqn in tensors}
             files = {info.relative_path for info in storage.values()}
-            held = sum(size_of_file(inside(place, file)) for file in files)
+            held = sum(size_of_file(inside(directory, file)) for file in files)
             need = sum(t.size.numel() * t.properties.dtype.itemsize for t in tensors.values())
             if need > held:
                 raise ValueError(f"it says {need} bytes, its files have {held}")
@@ -891,14 +891,14 @@ def read_index(place):
         except (OSError, MemoryError, ConfigError):
             raise
         except Exception as e:  # a pickle of anything
-            raise unreadable(place, e) from None
+            raise unreadable(directory, e) from None
     return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta())
 
 
 def fields_of(thing, kind):
     """{field: value} of one of torch's objects in the index; ValueError if it is another kind."""
     if type(thing).__name__ != kind or not isinstance(thing.state, dict):
-        raise ValueError(f"no {kind} in its place")
+        raise ValueError(f"it has no {kind} there")
     return thing.state
 
 
@@ -914,8 +914,8 @@ def describe_tensor(thing):
         raise ValueError("a tensor without shape or type")
     chunks = []
     for chunk in about["chunks"]:
-        place = fields_of(chunk, "ChunkStorageMetadata")
-        begin, extent = torch.Size(place["offsets"]), torch.Size(place["sizes"])
+        part = fields_of(chunk, "ChunkStorageMetadata")
+        begin, extent = torch.Size(part["offsets"]), torch.Size(part["sizes"])
         edges = zip(begin, extent, size)
         fits = len(begin) == len(extent) == len(size)
         if not fits or any(a < 0 or n < 0 or a + n > whole for a, n, whole in edges):
@@ -934,7 +934,7 @@ def find_chunk(index, info):
     index, info = fields_of(index, "MetadataIndex"), fields_of(info, "_StorageInfo")
     numbers = info["offset"], info["length"]
     if type(index["fqn"]) is not str or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError("a part without a place")
+        raise ValueError("a part without an offset and a length")
     if info.get("transform_descriptors"):
         raise ValueError("its files are compressed")
     key = MetadataIndex(index["fqn"], index.get("offset"))
@@ -1004,8 +1004,9 @@ def verify_shards(folder, state):
 
 def remove_old_shards(folder):
     """Delete shards that no checkpoint names. While a checkpoint cannot be read, delete none."""
-    place, used = os.path.join(folder, "shards"), set()
-    if not os.path.isdir(place):
+    directory = os.path.join(folder, "shards")
+    used = set()
+    if not os.path.isdir(directory):
         return
     for name in ("ckpt", "ckpt_prev", "best"):
         try:
@@ -1016,12 +1017,12 @@ def remove_old_shards(folder):
                 used.add(state["shards"]["folder"])
         except Exception:  # it may need any of them
             return
-    for label in os.listdir(place):
+    for label in os.listdir(directory):
         ours = re.fullmatch(r"(ckpt|ckpt_prev|best)-\d+(-\d+)?", label)
         if ours and label not in used:
-            shutil.rmtree(os.path.join(place, label), ignore_errors=True)
-    if not os.listdir(place):
-        os.rmdir(place)
+            shutil.rmtree(os.path.join(directory, label), ignore_errors=True)
+    if not os.listdir(directory):
+        os.rmdir(directory)
 
 
 def sha256_file(path):

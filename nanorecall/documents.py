@@ -204,7 +204,7 @@ def check_answers(data):
         where = f"the first {len(indices)} documents of {split}"
         has_labels = (data.batch(split, 0, indices)[1] != IGNORE_INDEX).any()
         require(has_labels, f"label_mask={data.kind} finds no answer in {where}", "label_mask")
-    message = f"label_mask={mask} has no effect: the documents say what their answers are"
+    message = f"label_mask={mask} has no effect: all documents have an answer field"
     require(plain or mask == "text", message, "label_mask")
     if data.tokenizer is not BYTES and data.kind != "text":
         problem = check_label_mask(data.tokenizer, data.kind, plain[:300])
@@ -290,7 +290,7 @@ def describe_altered(data, altered):
     decoded = data.tokenizer.decode(data.encoder.encode(text)[0])
     was, now = difference(joined(text), decoded)
     many = f"{sum(altered)} of {len(altered)} documents do not come back from the tokenizer"
-    example = f"{data.source.origins[number]} for one, where {was!r} becomes {now!r}"
+    example = f"{data.source.origins[number]} for example, where {was!r} becomes {now!r}"
     return f"note: {many} as they were, {example}"
 
 
@@ -304,7 +304,7 @@ def describe_several_answers(source, questions):
             pairs.append(f"{source.origins[other]} and {source.origins[number]}")
     if not pairs:
         return []
-    many = f"questions with more than one answer: {len(pairs)}, {pairs[0]} for one"
+    many = f"questions with more than one answer: {len(pairs)}, {pairs[0]} for example"
     return [f"note: {many}; no model can answer both correctly"]
 
 

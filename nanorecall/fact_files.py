@@ -6,7 +6,6 @@ Letters: n documents or facts, R indices of a read, W letters of a word.
 """
 
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -19,11 +18,13 @@ from nanorecall.settings import (
     RunError,
     Setting,
     build_config,
-    help_text,
+    print_help,
     read_argv,
+    reject_args,
     reject_unknown,
     require,
     say,
+    wants_help,
 )
 from nanorecall.shards import (
     SHARDS,
@@ -300,12 +301,10 @@ def parse_command(argv, doc, builders, dataset_config):
     builders: data_synth.BUILD. dataset_config: the class of the settings of a data set to write.
     """
     args, settings = read_argv(argv)
-    if any(s.key == "help" for s in settings):
-        say(help_text(doc, dataset_config))
-        sys.exit(0)
+    if wants_help(settings):
+        print_help(doc, dataset_config)
     command = args.pop(0) if args else ""
-    unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
-    require(not args, unknown, None)
+    reject_args(args)
     if not command and not settings:
         return "", None
     commands = [*builders, "check"]

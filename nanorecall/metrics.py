@@ -53,7 +53,7 @@ def correct_predictions(logits, targets):
     """logits (N, V), targets (B, T) -> which labels (N,) and examples (B,) are correct, bool.
 
     An example is correct if all of its labels are (exact match). One without labels counts as
-    correct. A model with a method of its own, correct(logits, targets), is evaluated by that.
+    correct. A model with a method correct_predictions(logits, targets) is evaluated by that.
     """
     labelled = targets != IGNORE_INDEX
     correct = torch.ones_like(labelled)
@@ -62,7 +62,7 @@ def correct_predictions(logits, targets):
 
 
 def eval_batches(data, split, batch_size):
-    """Yield the indices of each batch of a split. The sequences of a batch are equally long."""
+    """Yield the indices of each batch of a split. The sequences of a batch are of one group."""
     for group in data.eval_groups(split):
         for first in range(0, len(group), batch_size):
             yield group[first : first + batch_size]
@@ -100,15 +100,13 @@ def iter_predictions(
         index = first + world.rank
         examples = batches[min(index, len(batches) - 1)]
         tokens, targets, slices, *cu_seqlens = data.batch(split, 0, examples)
-        cu_seqlens = [x.to(device) for x in cu_seqlens]  # of packed documents, else empty
-        with autocast(device, dtype):
-            logits, _ = model(tokens.to(device), targets.to(device), *cu_seqlens)
+        logits = predict(model, tokens, targets, cu_seqlens, device, dtype)
         if index >= len(batches):
             yield None
             continue
         labelled = targets != IGNORE_INDEX
-        correct, exact_match = correct_fn(logits.cpu(), targets)
-        loss = F.cross_entropy(logits.float().cpu(), targets[labelled], reduction="none")
+        correct, exact_match = correct_fn(logits, targets)
+        loss = F.cross_entropy(logits.float(), targets[labelled], reduction="none")
         yield {
             "correct": correct.numpy(),
             "loss": loss.numpy(),
@@ -116,6 +114,14 @@ def iter_predictions(
             "example": np.repeat(np.asarray(examples), labelled.sum(1).numpy()),
             "exact_match": exact_match[labelled.any(1)].numpy(),
         }
+
+
+def predict(model, tokens, targets, cu_seqlens, device, dtype):
+    """-> logits of the labels (N, V), on the CPU. cu_seqlens: [tensor], or [] if not packed."""
+    cu_seqlens = [x.to(device) for x in cu_seqlens]
+    with autocast(device, dtype):
+        logits, _ = model(tokens.to(device), targets.to(device), *cu_seqlens)
+    return logits.cpu()
 
 
 @in_eval_mode

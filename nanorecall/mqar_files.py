@@ -8,7 +8,6 @@ Letters: B sequences, T tokens, N blocks in a sequence, n pairs in a block, V vo
 
 import math
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -36,12 +35,14 @@ from nanorecall.settings import (
     ConfigError,
     at_least,
     build_config,
-    help_text,
     one_of,
+    print_help,
     read_argv,
+    reject_args,
     reject_unknown,
     require,
     say,
+    wants_help,
 )
 from nanorecall.shards import (
     SHARDS,
@@ -228,11 +229,9 @@ def dataset_metadata(c, files):
 def parse_dataset(argv, doc):
     """Command line of data_mqar.py -> DatasetConfig; its output_dir is empty without settings."""
     args, settings = read_argv(argv)
-    if any(s.key == "help" for s in settings):
-        say(help_text(doc, DatasetConfig))
-        sys.exit(0)
-    unknown = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
-    require(not args, unknown, None)
+    if wants_help(settings):
+        print_help(doc, DatasetConfig)
+    reject_args(args)
     reject_unknown(settings, DatasetConfig)
     config = build_config(DatasetConfig, settings)
     has_directory = config.output_dir or not settings

@@ -44,7 +44,8 @@ def errorbars(axis, x, cells, horizontal=False, **kwargs):
         return
     y = np.array([cell["value"] for cell in cells])
     low, high = np.array([cell["ci95"] for cell in cells]).T
-    lengths = np.maximum(0, [y - low, high - y])  # rounding may leave the interval
+    # Rounding may put the value just outside its interval.
+    lengths = np.maximum(0, [y - low, high - y])
     kwargs = {"marker": "o", "ms": 4, "capsize": 3, **kwargs}
     if horizontal:
         axis.errorbar(y, x, xerr=lengths, **kwargs)

@@ -82,11 +82,13 @@ from nanorecall.settings import (
     RunError,
     Setting,
     field_names,
-    help_text,
+    print_help,
     printable,
     read_argv,
+    reject_args,
     require,
     say,
+    wants_help,
 )
 from nanorecall.source_files import REPO, is_main_rank
 
@@ -458,6 +460,7 @@ class Run:
     def report_again(self):
         """Report on a run that has_ended, as finish did -> exit status."""
         advice = "to train it longer, raise --n_epochs or --max_steps"
+        advice += "; if it stopped early, also --stop_accuracy"
         self.world.print0(f"{self.folder} has ended; {advice}")
         exit_status = None
         with self.world.agree():
@@ -625,7 +628,7 @@ def find_restarted_run(log_dir):
 
 def export_checkpoints(settings, world):
     """Rewrite the checkpoints of a run as settings.train.export_checkpoint says -> exit status."""
-    message = "export is the work of one process; run it without torchrun"
+    message = "export needs a single process; run it without torchrun"
     require(world.size == 1, message, "export_checkpoint")
     lock = lock_run_dir(settings.resume)
     convert_checkpoints(settings.resume, settings.train.export_checkpoint, world)
@@ -797,15 +800,12 @@ def read_command_line(argv, train_config, doc, common=()):
     exits.
     """
     words, assignments = read_argv(argv)
-    if any(s.key == "help" for s in assignments):
+    if wants_help(assignments):
         chosen = [s for s in assignments if s.key in ("model", "data")]
         settings = resolve(chosen, train_config)
         classes = (train_config, settings.model_module.Config, settings.data_module.Config)
-        say(help_text(doc, *classes, common=common))
-        sys.exit(0)
-    unread = " ".join(words)
-    message = f"{unread!r} is neither an override file (.py) nor a flag (--key=value)"
-    require(not words, message, None)
+        print_help(doc, *classes, common=common)
+    reject_args(words)
     resume = [s for s in assignments if s.key == "resume"]
     if not resume:
         settings = resolve(assignments, train_config)

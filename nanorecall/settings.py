@@ -91,6 +91,12 @@ def read_argv(argv):
     return rest, settings + flags
 
 
+def reject_args(args):
+    """ConfigError if arguments are left over."""
+    message = f"{' '.join(args)!r} is neither an override file (.py) nor a flag (--key=value)"
+    require(not args, message, None)
+
+
 def run_override_file(path):
     """Run one override file -> [Setting], each with the line that set it last."""
     # Reading from a device might never end.
@@ -404,6 +410,16 @@ def help_text(doc, *classes, common=()):
         if shown:
             lines += [f"{title}:", *shown, ""]
     return "\n".join(lines)
+
+
+def wants_help(settings):
+    return any(s.key == "help" for s in settings)
+
+
+def print_help(doc, *classes, common=()):
+    """Print `help_text` and exit."""
+    say(help_text(doc, *classes, common=common))
+    sys.exit(0)
 
 
 class Screen:

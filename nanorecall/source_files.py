@@ -99,8 +99,8 @@ class SiblingFinder:
         self.folder, self.user_files, self.key = folder, user_files, key
 
     def find_spec(self, name, path=None, target=None):
-        place = os.path.join(self.folder, *name.split("."))
-        package, module = os.path.join(place, "__init__.py"), place + ".py"
+        base = os.path.join(self.folder, *name.split("."))
+        package, module = os.path.join(base, "__init__.py"), base + ".py"
         if os.path.isfile(package):
             return AdmittedLoader(name, package, self.user_files, self.key).spec([])
         if os.path.isfile(module):

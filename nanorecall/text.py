@@ -8,7 +8,7 @@
 A document is BOS, its text, and EOS where the text has no end of its own. Labels are unshifted:
 labels[i] is tokens[i] or -100. `shift_labels` moves each to the position that predicts it.
 
-Letters: B rows of a batch, T tokens in a row, D documents, N tokens of all documents together.
+Letters: B sequences of a batch, T tokens in one, D documents, N tokens of all documents together.
 """
 
 import functools
@@ -344,7 +344,10 @@ class DocumentEncoder:
 
     def batch(self, documents, packed):
         """D documents -> tokens (B, T), targets (B, T), cu_seqlens (D + 1,) int32, and how many
-        labels each document has (D,). packed: end to end, B is 1; else one a row, with padding."""
+        labels each document has (D,).
+
+        packed: all in one sequence, end to end; else one document in a sequence, with padding.
+        """
         flat, labels, cu_seqlens = self.encode_and_label(documents)
         n_labels = np.add.reduceat(labels != IGNORE_INDEX, cu_seqlens[:-1])
         if packed:

@@ -97,7 +97,7 @@ def test_an_example_that_reads_all_slots_has_no_control():
     assert pairs["index"].dtype.kind == "i"
 
 
-@pytest.mark.parametrize("name", hooks.ABLATIONS)
+@pytest.mark.parametrize("name", ablation.ABLATIONS)
 def test_ablation_finds_the_slot_that_holds_the_fact(name):
     model, examples = planted_facts()
     logits = hooks.run_with_cache(model, examples).logits
@@ -121,7 +121,7 @@ def test_the_strongest_percent():
         "flip": np.zeros(200, bool),
         "example": np.arange(200),
     }
-    effects = ablate.summarise_slots(columns)
+    effects = ablate.summarize_slots(columns)
     assert list(effects) == [("zero", "0")]
     cell = effects["zero", "0"]
     assert cell["strongest"] == 198.5 and cell["drop"]["value"] == 99.5 and cell["n"] == 200
@@ -136,7 +136,7 @@ def test_layers_are_listed_by_number_and_controls_last():
         "flip": np.zeros(3, bool),
         "example": np.arange(3),
     }
-    names = [layer for _, layer in ablate.summarise_slots(columns)]
+    names = [layer for _, layer in ablate.summarize_slots(columns)]
     assert names == ["2", "10", "control"]
 
 
@@ -251,16 +251,17 @@ def test_the_head_that_an_answer_needs_most():
         "correct": np.array([True, False, True, True]),
         "example": np.array([0, 1, 0, 1]),
     }
-    by_answer, most_needed = ablate.summarise_by_answer(columns, token=str)
+    by_answer, most_needed = ablate.summarize_by_answer(columns, token=str)
     assert most_needed == {"5": "L0H0", "7": "L0H1"}
     assert by_answer["'7', L0H0"]["drop"]["value"] == 1
     assert by_answer["'7', L0H0"]["accuracy"]["value"] == 0
-    assert ablate.summarise_by_answer(columns, token=str, most=1) == ({}, {})
+    assert ablate.summarize_by_answer(columns, token=str, most=1) == ({}, {})
 
 
 # ---- commands ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, n_left_out", [("two", 0), ("gpt", 13), ("delta", 13)])
 def test_all_commands_and_their_report(runs, name, n_left_out):
     settings = ["--n_examples=8", "--n_pairs=20", "--ablations=zero next_best"]

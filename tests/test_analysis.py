@@ -86,7 +86,7 @@ def test_the_examples_in_docstrings(file):
 def batches_of(groups, **settings):
     data = SimpleNamespace(eval_groups=lambda split: groups)
     config = SimpleNamespace(split="test", **settings)
-    batches = trained_run.eval_batches(SimpleNamespace(data=data, config=config))
+    batches = trained_run.sample_batches(SimpleNamespace(data=data, config=config))
     return [batch.tolist() for batch in batches]
 
 
@@ -106,7 +106,7 @@ def test_all_examples_are_taken_if_there_are_no_more(n_examples):
 
 def test_examples_of_a_run_are_as_many_of_each_group(runs):
     run = open_run(runs, "hops", n_examples=8, eval_batch_size=3)
-    indices = np.concatenate(trained_run.eval_batches(run))
+    indices = np.concatenate(trained_run.sample_batches(run))
     assert len(set(indices)) == len(indices)
     for group in run.data.eval_groups("test"):
         assert np.isin(indices, group).sum() == 2
@@ -250,7 +250,7 @@ def test_reads_are_the_trace_one_by_one(runs):
     run = open_run(runs, "hops", eval_batch_size=5, n_examples=8)
     table = trained_run.map_batches(run, lambda batch: memory_usage.slot_reads(run, batch))
     expected = []
-    for indices in trained_run.eval_batches(run):
+    for indices in trained_run.sample_batches(run):
         tokens, targets, *_ = run.data.batch("test", 0, indices)
         with torch.no_grad():
             trace = run.model(tokens, trace=True)[2]
@@ -270,7 +270,7 @@ def test_usage_stats_of_four_reads():
     """Three reads of slot 0 and one of slot 2, of four slots: entropy 0.562 nats, 1.75 slots."""
     usage = memory_usage.usage_stats(np.array([0, 0, 2, 0]), 4)
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
-    assert usage["used"] == 2 and usage["share"] == 0.5
+    assert usage["used"] == 2 and usage["fraction"] == 0.5
     assert usage["effective"] == pytest.approx(np.exp(entropy))
     assert usage["kl"] == pytest.approx(np.log(4) - entropy)
 
@@ -312,7 +312,7 @@ def test_track_counts_the_reads_of_each_slot_and_token(runs, all_reads):
         same &= reads[name] == table[name][i]
     assert same.sum() == table["times"][i]
     assert reads["weight"][same].sum() == pytest.approx(table["weight"][i], rel=1e-5)
-    assert result["metrics"]["while training"]["0"]["share"] <= 1
+    assert result["metrics"]["while training"]["0"]["fraction"] <= 1
 
 
 def test_purity_is_the_share_of_the_most_frequent_token(runs):
@@ -320,12 +320,12 @@ def test_purity_is_the_share_of_the_most_frequent_token(runs):
     result, table = load_result(runs, "memory", "track")
     in_layer = table["layer"] == 1
     slots, times = table["slot"][in_layer], table["times"][in_layer]
-    shares = []
+    fractions = []
     for slot in set(slots):
         of_slot = times[slots == slot]
-        shares.append(of_slot.max() / of_slot.sum())
-    purity = result["metrics"]["share of a slot's most frequent token"]["1"]
-    assert purity["value"] == pytest.approx(np.mean(shares)) and purity["n"] == len(shares)
+        fractions.append(of_slot.max() / of_slot.sum())
+    purity = result["metrics"]["fraction of reads at a slot's most frequent token"]["1"]
+    assert purity["value"] == pytest.approx(np.mean(fractions)) and purity["n"] == len(fractions)
 
 
 def test_norms_of_values_and_of_outputs(runs):
@@ -334,7 +334,7 @@ def test_norms_of_values_and_of_outputs(runs):
     lengths = open_run(runs, "memory").model.memory_layers()[0].values.norm(dim=1)
     total = sum(cell["value"] * cell["n"] for cell in result["metrics"]["layers 0"].values())
     assert total == pytest.approx(float(lengths.detach().sum()), rel=1e-4)
-    cell = result["by_slice"]["layer and position"]["1, 3"]
+    cell = result["by_slice"]["layer, position"]["1, 3"]
     outputs = table["norm"][(table["layer"] == 1) & (table["position"] == 3)]
     assert cell["n"] == 40 and cell["std"] == pytest.approx(np.std(outputs), rel=1e-5)
 
@@ -454,6 +454,7 @@ def test_correct_answers_of_hashhop_are_those_that_slices_count(runs, capsys):
     assert "  model " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, n_figures", [("memory", 7), ("mqar", 4)])
 def test_a_report_of_everything(runs, name, n_figures):
     eval_script.main(["all", str(runs / name), "--n_edits=[1]", "--n_examples=20"])

@@ -177,9 +177,9 @@ def nonlinear(q, k, v, *args):
 @pytest.mark.parametrize(
     "attributes, message",
     [
-        (dict(forward=identity), "block 0 called its attention_fn 0 times, so it has no single"),
-        (dict(forward=differential), "block 0 called its attention_fn 2 times"),
-        (dict(attention_fn=staticmethod(nonlinear)), "block 0 attends with is no weighted sum"),
+        (dict(forward=identity), "layer 0 called its attention_fn 0 times, so it has no single"),
+        (dict(forward=differential), "layer 0 called its attention_fn 2 times"),
+        (dict(attention_fn=staticmethod(nonlinear)), "layer 0 attends with is no weighted sum"),
         (dict(attention_fn=staticmethod(attend_with(linear_weights))), "are below 0"),
         (dict(attention_fn=None, forward=identity), "attention maps need softmax attention in"),
     ],

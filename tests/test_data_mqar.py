@@ -505,6 +505,7 @@ def test_writing_twice_is_refused_and_loses_nothing(tmp_path, script):
     assert (folder / "metadata.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_sequences(tmp_path):
     """Peak memory of a writer of 15,000 long sequences stays near that of one of 1,500."""
 

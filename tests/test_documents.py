@@ -68,7 +68,7 @@ def test_a_mask_that_finds_no_answer_is_named(tmp_path):
 
 def test_a_mask_without_texts_has_no_effect(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", FACTS[:30])
-    message = "label_mask=digits has no effect: the documents say what their answers are"
+    message = "label_mask=digits has no effect: all documents have an answer field"
     with pytest.raises(ConfigError, match=message):
         own_data(path, label_mask="digits")
 
@@ -218,12 +218,12 @@ def test_two_answers_to_one_question_are_named(tmp_path):
     rows = [{"question": question, "answer": answer} for question, answer in answers]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     assert own_data(path).notes[1:] == [
-        f"note: questions with more than one answer: 1, {path}:1 and {path}:3 for one; "
+        f"note: questions with more than one answer: 1, {path}:1 and {path}:3 for example; "
         "no model can answer both correctly"
     ]
     texts = ("12:3 ", "12:4 ", "13:4 ", "12:3 ")
     path = write_jsonl(tmp_path / "y.jsonl", [{"text": text} for text in texts])
-    assert f"1, {path}:1 and {path}:2 for one" in own_data(path, label_mask="digits").notes[1]
+    assert f"1, {path}:1 and {path}:2 for example" in own_data(path, label_mask="digits").notes[1]
 
 
 # ---- files of other programs ---------------------------------------------------------------------

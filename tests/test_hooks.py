@@ -13,7 +13,7 @@ import torch
 import delta
 import memory
 from analysis import hooks
-from analysis.ablation import measure_slots
+from analysis.ablation import ABLATIONS, SlotAblation, measure_slots
 from model import GPT, NORMS, Config
 from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.settings import ConfigError
@@ -190,7 +190,7 @@ def naive_logits(model, block, ablation, tokens, slot, new_slot):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ablation", hooks.ABLATIONS)
+@pytest.mark.parametrize("ablation", ABLATIONS)
 def test_a_batch_of_ablations_equals_one_full_forward_each(model, ablation):
     """Every slot of the table, in one batch of copies of one example."""
     examples = some_examples(B=1)
@@ -203,8 +203,8 @@ def test_a_batch_of_ablations_equals_one_full_forward_each(model, ablation):
         for name, x in slots_and_weights(clean.reads[block]).items():
             reads[name] = x[copy]
         best = layer.topk_slots(model.layers[block].ffn_norm(resid_mid), 4)
-        change = hooks.SlotAblation(layer, reads, slot, best, new_slot, new_slot)
-        changed = hooks.ABLATIONS[ablation](change)
+        change = SlotAblation(layer, reads, slot, best, new_slot, new_slot)
+        changed = ABLATIONS[ablation](change)
         label_pos = examples.label_pos[copy]
         logits = hooks.forward_from(model, block, resid_mid, changed, label_pos)
         for i in range(N_SLOTS):
@@ -243,14 +243,14 @@ def test_random_and_resample_replace_one_slot(ablation, new_slot):
     weights = torch.tensor([[[[0.5, 0.5], [0.9, 0.1]]]])
     one = [torch.tensor([x]) for x in (3, 11, 12)]
     reads = {"slots": slots, "weights": weights}
-    change = hooks.SlotAblation(None, reads, one[0], None, *one[1:])
-    changed = hooks.ABLATIONS[ablation](change)
+    change = SlotAblation(None, reads, one[0], None, *one[1:])
+    changed = ABLATIONS[ablation](change)
     assert changed["slots"].flatten().tolist() == [new_slot, 4, new_slot, 7]
     assert torch.equal(changed["weights"], weights)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ablation", hooks.ABLATIONS)
+@pytest.mark.parametrize("ablation", ABLATIONS)
 def test_ablation_of_a_slot_that_is_not_read_is_exact_identity(model, ablation):
     examples = some_examples(B=1)
     clean = hooks.run_with_cache(model, examples)
@@ -259,8 +259,8 @@ def test_ablation_of_a_slot_that_is_not_read_is_exact_identity(model, ablation):
         unread = np.setdiff1d(np.arange(N_SLOTS), reads["slots"].unique())
         one = [torch.tensor([x]) for x in (unread[0], 1, 2)]
         best = layer.topk_slots(model.layers[block].ffn_norm(resid_mid), 4)
-        change = hooks.SlotAblation(layer, reads, one[0], best, *one[1:])
-        changed = hooks.ABLATIONS[ablation](change)
+        change = SlotAblation(layer, reads, one[0], best, *one[1:])
+        changed = ABLATIONS[ablation](change)
         before = hooks.forward_from(model, block, resid_mid, reads, examples.label_pos)
         after = hooks.forward_from(model, block, resid_mid, changed, examples.label_pos)
         if ablation == "next_best":

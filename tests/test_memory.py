@@ -258,7 +258,7 @@ def test_a_router_is_a_weighted_sum_or_one_of_two():
 def test_usage_stats_of_four_reads():
     """Two of four reads are of slot 0, and slot 3 is read by none."""
     usage = memory.slot_usage(torch.tensor([2, 1, 1, 0]))
-    assert usage["share"] == 0.75 and usage["dead"] == 1
+    assert usage["fraction"] == 0.75 and usage["dead"] == 1
     assert usage["top"][0] == (0, 0.5) and usage["top"][1][1] == 0.25
     assert usage["kl"] == pytest.approx(math.log(4) - 1.5 * math.log(2))  # log(slots) - entropy
 
@@ -275,7 +275,7 @@ def test_read_counts_are_those_of_one_step():
     for i in (0, 1):
         slots = reads[i]["slots"]
         most = slots.flatten().bincount().max().item() / slots.numel()
-        assert report[str(i)]["share"] == len(slots.unique()) / 25
+        assert report[str(i)]["fraction"] == len(slots.unique()) / 25
         assert report[str(i)]["top"][0][1] == pytest.approx(most)
         assert not m.layers[i].memory.read_counts.any()
     m.eval()
@@ -340,7 +340,7 @@ def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
     assert status == 0
     rows = memory_log(checkpoint.read_log(whole))
     assert len(rows) == 24 and set(rows[0]["layers"]) == {"0", "1"}
-    assert 0 < rows[0]["layers"]["0"]["share"] <= 1
+    assert 0 < rows[0]["layers"]["0"]["fraction"] <= 1
     run(tmp_path, "cut", max_steps=60, **options)
     _, cut = run(tmp_path, "cut", resume=True, max_steps=120)
     (cut_state, cut_log), (state, log) = contents(cut), contents(whole)

@@ -602,29 +602,32 @@ def length(cell):
 
 
 @pytest.mark.parametrize("size", [1, 6, 32])
-def test_intervals_are_shortest_where_all_is_right(size):
-    """300 rows of `size` labels, with more and more errors, each in a row of its own or all in as
-    few as hold them."""
-    row = np.repeat(np.arange(300), size)
-    whole = stats.clustered_proportion(np.ones(len(row)), row)
+def test_intervals_are_shortest_where_all_is_correct(size):
+    """300 examples of `size` labels, with more and more errors, each in an example of its own or
+    all in as few as hold them."""
+    example = np.repeat(np.arange(300), size)
+    whole = stats.clustered_proportion(np.ones(len(example)), example)
     assert whole["ci95"] == pytest.approx(stats.wilson_interval(300, 300))
     for alone in (True, False):
         before = whole
         for errors in (1, 2, 3, 5, 9, 30, 100):
-            hit = np.ones(len(row), bool)
-            hit[np.arange(errors) * size % len(row) if alone else np.arange(errors)] = False
-            cell = stats.clustered_proportion(hit, row)
+            correct = np.ones(len(example), bool)
+            wrong = np.arange(errors)
+            if alone:
+                wrong = wrong * size % len(example)
+            correct[wrong] = False
+            cell = stats.clustered_proportion(correct, example)
             low, high = cell["ci95"]
             assert 0 <= low <= cell["value"] <= high <= 1 and length(cell) >= length(whole) - 1e-12
             assert low <= before["ci95"][0] + 1e-12
-            turned = stats.clustered_proportion(~hit, row)
+            turned = stats.clustered_proportion(~correct, example)
             assert [1 - x for x in turned["ci95"]] == pytest.approx([high, low])
             before = cell
 
 
 def test_a_bound_on_what_labels_count_by_hand():
-    """Of 1 in 100 rows: as long as 3.8415 / 103.8415; far from the ends the bound is far above all
-    labels."""
+    """Of 1 in 100 examples: as long as 3.8415 / 103.8415. Far from the ends the bound is far above
+    all labels."""
     assert (
         stats.max_sample_size(1.0, 100) == pytest.approx(100) == stats.max_sample_size(0.0, 100)
     )
@@ -635,15 +638,15 @@ def test_a_bound_on_what_labels_count_by_hand():
     assert stats.max_sample_size(0.5, 100) > 100_000 / 100
 
 
-def test_means_of_shares_stay_between_0_and_1():
+def test_means_of_fractions_stay_between_0_and_1():
     for x in ([1.0] * 10, [0.0] * 10, [0.999] * 9 + [0.9], [0.5], [0.2, 0.9, 0.4]):
         cell = stats.mean_proportion(x)
         assert 0 <= cell["ci95"][0] <= cell["value"] <= cell["ci95"][1] <= 1 and cell[
             "value"
         ] == pytest.approx(np.mean(x))
-    hits = np.arange(100) < 80  # of measurements that are 0 or 1: Wilson's, but for n - 1
+    correct = np.arange(100) < 80  # of measurements that are 0 or 1: Wilson's, but for n - 1
     interval = stats.wilson_interval(80, 100)
-    assert stats.mean_proportion(hits)["ci95"] == pytest.approx(interval, abs=2e-3)
+    assert stats.mean_proportion(correct)["ci95"] == pytest.approx(interval, abs=2e-3)
     random = np.random.default_rng(0)
     found = [stats.mean_proportion(random.beta(2, 5, 50))["ci95"] for _ in range(1000)]
     assert 0.93 < np.mean([low <= 2 / 7 <= high for low, high in found]) < 0.97

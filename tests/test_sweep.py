@@ -66,6 +66,7 @@ def test_figures_share_runs_of_the_same_arguments_only():
     assert len(POINTS) < len(ALL_POINTS)
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_trained(toy, tmp_path):
     with pytest.raises(ConfigError, match="2 runs are missing, such as .*toy2_seed0"):
         sweep.main([*toy, "--draw_only=1"])
@@ -84,6 +85,7 @@ def train_toy4(toy):
     assert train.main(argv) == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_resumed_and_a_finished_one_is_kept(toy, tmp_path, capsys):
     train_toy4(toy)
     sweep.main(toy[1:])
@@ -101,6 +103,7 @@ def test_a_stopped_run_is_resumed_and_a_finished_one_is_kept(toy, tmp_path, caps
     assert status.stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_is_refused(toy, tmp_path):
     """As after a change of the config file that it was trained with."""
     sweep.main(toy)
@@ -112,6 +115,7 @@ def test_a_run_with_other_settings_is_refused(toy, tmp_path):
         sweep.main(toy)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_kept(toy, tmp_path, monkeypatch):
     def points():
         return [sweep.Point("gpt", 0, "bad", "--dimm 7"), toy_points()[0]]
@@ -138,8 +142,8 @@ def made_up_result(value, state=100):
         by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
     edits = {}
     for method in "ab":
-        cell = {"method": method, "efficacy": number, "specificity": number, "kept": number}
-        edits |= {f"{method}, 1": cell, f"{method}, 10": cell}
+        edit = {"method": method, "efficacy": number, "specificity": number, "retention": number}
+        edits |= {f"{method}, 1": edit, f"{method}, 10": edit}
     bits = ("bits stored", "bits stored per parameter", "bits stored per memory value")
     metrics = {
         "majority": {"value": 0},
@@ -156,7 +160,7 @@ def made_up_result(value, state=100):
             {"seconds": 3.0, "accuracy": 1.0},
         ],
         "slices": by_slice,
-        "result": {"metrics": metrics, "by_slice": {"method and edits": edits}},
+        "result": {"metrics": metrics, "by_slice": {"method, edits": edits}},
     }
 
 
@@ -193,7 +197,7 @@ def test_every_figure_can_be_drawn(name, tmp_path):
 def test_results_that_lack_what_a_figure_shows(tmp_path):
     _, config = sweep.parse([f"--output={tmp_path}"])
     results = made_up_results("edits")
-    del results["memory"][0][0]["result"]["by_slice"]["method and edits"]["a, 10"]
+    del results["memory"][0][0]["result"]["by_slice"]["method, edits"]["a, 10"]
     with pytest.raises(ConfigError, match="figure edits: .* lack what it shows .*; run them again"):
         sweep.save_figure("edits", results, config)
 

@@ -252,7 +252,7 @@ def test_a_tokenizer_that_alters_documents_is_named(tmp_path):
     change_json(tokenizer, normalizer={"type": "Lowercase"})
     note = own_data(notes, tokenizer=tokenizer).notes[1]
     assert "9 of 9 documents do not come back" in note
-    assert "x.jsonl:1 for one, where 'Note 0' becomes 'note 0'" in note
+    assert "x.jsonl:1 for example, where 'Note 0' becomes 'note 0'" in note
 
 
 QUESTIONS = [{"question": "Who?", "answer": "Ada"}, {"question": "Who??", "answer": "Bob"}]

@@ -215,7 +215,7 @@ def test_fine_tuning_changes_weights_only(at):
     before = state(model)
     bomb.at = at
     try:
-        editing.EDITORS["fine-tune everything, replaying others"](model, *facts)
+        editing.EDITORS["fine-tune all weights, replaying others"](model, *facts)
     except Broken:
         assert at
     after = state(model)
