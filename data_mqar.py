@@ -69,7 +69,7 @@ class Config:
     n_test_examples: int = 3000  # test sequences per size; with path, at most this many
     infinite_data: bool = False  # new training sequences in every step, not epochs over a fixed set
     curriculum: IntPairs = ()  # [(num_kv_pairs, steps), ...] to begin with, in short sequences
-    stage_loss: float = 0.0  # leave a stage early, when its training loss is below this (nats); 0: no
+    stage_loss: float = 0.0  # leave a stage once its training loss is below this (nats); 0: no
     train_sizes: IntPairs = ()  # [(input_seq_len, num_kv_pairs), ...] in turn; empty: those above
     test_sizes: IntPairs = ()  # sizes to validate and test on, each reported; empty: train_sizes
     num_updates: int = 0  # keys that are stored again with a new value; the last value counts
