@@ -3,13 +3,13 @@
 import os
 
 import pytest
-from toys import assert_same, contents, flags, run
 
 import data_mqar
 import train
 from nanorecall import checkpoint
 from nanorecall.curriculum import LARGEST, Curriculum
 from nanorecall.settings import ConfigError
+from toys import assert_same, contents, flags, run
 
 # Half of the toy's first stage is enough for a loss of 2.5 nats; chance is 2.8.
 LEARNED = dict(curriculum="[(1,40),(2,40)]", stage_loss=2.5, max_steps=60, eval_interval=10)
