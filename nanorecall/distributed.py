@@ -256,7 +256,9 @@ def wrap_fsdp(model, device):
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = list(getattr(model, "layers", ()))
-    users = Counter(q for layer in layers for q in layer.parameters())
+    users = Counter()
+    for layer in layers:
+        users.update(layer.parameters())
     units = []
     for layer in layers:
         # A parameter that layers share must stay gathered over all of them, so it goes with the

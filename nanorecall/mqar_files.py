@@ -6,6 +6,7 @@ show the values, and labels are unshifted, as in the LLMonade data set.
 Letters: B sequences, T tokens, N blocks in a sequence, n pairs in a block, V vocabulary.
 """
 
+import itertools
 import math
 import os
 import time
@@ -261,9 +262,10 @@ def show_on_disk(config):
 def show_columns(**columns):
     """Print named lists of tokens under each other; -100 as a dot."""
     texts = {}
+    width = 0
     for name, tokens in columns.items():
         texts[name] = ["." if token == IGNORE_INDEX else str(token) for token in tokens]
-    width = max(len(text) for row in texts.values() for text in row)
+        width = max(width, *map(len, texts[name]))
     name_width = max(map(len, texts))
     for name, row in texts.items():
         print(name.ljust(name_width), *(text.rjust(width) for text in row))
@@ -383,7 +385,7 @@ class StoredMQAR:
         arrays = []
         for name in ("input_ids", "labels"):
             lengths = [len(row[name]) for row in rows]
-            flat = [token for row in rows for token in row[name]]
+            flat = list(itertools.chain.from_iterable(row[name] for row in rows))
             arrays.append(self.to_array(path, lengths, flat))
         return arrays
 

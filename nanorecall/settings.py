@@ -153,7 +153,9 @@ def field_names(cls):
 
 def reject_unknown(settings, *classes):
     """ConfigError for the first setting that no dataclass has; it names the nearest one."""
-    known = [name for cls in classes for name in field_names(cls)]
+    known = []
+    for cls in classes:
+        known += field_names(cls)
     for s in settings:
         if s.key not in known:
             nearest = _nearest(s.key, known)

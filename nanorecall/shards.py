@@ -109,7 +109,10 @@ def write_jsonl(chunks, separators, f):
 
 def n_bytes(metadata):
     """Bytes of all shards."""
-    return sum(shard["bytes"] for shards in metadata["files"].values() for shard in shards)
+    total = 0
+    for shards in metadata["files"].values():
+        total += sum(shard["bytes"] for shard in shards)
+    return total
 
 
 # ---- reading a data set --------------------------------------------------------------------------
