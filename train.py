@@ -247,16 +247,17 @@ def train(run, stop):
             if usage:
                 run.write_log(kind="memory", step=state["step"], layers=usage)
 
-        # A stage of the curriculum may end when it is learned. All ranks must see it in one step.
-        if run.curriculum.is_learning(step):
-            mean_loss = run.world.all_gather(loss.item()).sum().item()
-            run.curriculum.end_step(step, mean_loss)
-
-        # Log, but not every step: ranks have to exchange their parts of the loss for it.
+        # Log, but not every step: ranks have to exchange their parts of the loss for it. Only a
+        # curriculum sees every loss, the same on all ranks, until its last stage is learned.
         run.bar.update()
-        if state["step"] % c.log_interval == 0 or not is_finite:
+        is_logged = state["step"] % c.log_interval == 0 or not is_finite
+        is_learning = run.curriculum.is_learning(step)
+        if is_logged or is_learning:
             mean_loss = run.world.all_gather(loss.item()).sum().item()
+        if is_logged:
             run.log_step(mean_loss, lr, grad_norm=norm.item(), skipped=not is_finite)
+        if is_learning:
+            run.curriculum.end_step(step, mean_loss)
 
         # One bad batch may be skipped. If skipping does not help, the weights or lr are at fault.
         if state["bad_steps"] >= c.max_skipped_steps:

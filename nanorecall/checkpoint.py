@@ -500,7 +500,7 @@ STATE = {
     "step": "count",
     "bad_steps": "count",
     **dict.fromkeys(("best", "best_overall", "seconds"), "number"),
-    "curriculum": {"ends": "list", "mean_loss": "number"},
+    "curriculum": {"ends": ["count"], "mean_loss": "number"},
 }
 
 # ---- checkpoints in one file ---------------------------------------------------------------------

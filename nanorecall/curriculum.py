@@ -54,7 +54,7 @@ class Curriculum:
 
         That is the first step of the task, if stages end when they are learned, and else step 0.
         """
-        stage, number = self.stage(step)
         if self.max_loss == 0:
             return 0
+        stage, number = self.stage(step)
         return step - number if stage == len(self.max_steps) else step

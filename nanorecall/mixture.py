@@ -57,7 +57,11 @@ class Mixture:
         self.primary, self.synthetic = primary, synthetic
         self.baselines = getattr(primary, "baselines", {})
         self.notes = getattr(primary, "notes", [])
-        self.curriculum = getattr(primary, "curriculum", None)
+        # A curriculum counts the steps of its own data alone, and must not see losses of others.
+        curriculum = getattr(primary, "curriculum", None)
+        learns = curriculum is not None and curriculum.max_loss > 0
+        message = "stage_loss and synthetic_dataset do not work together; set stage_loss=0"
+        require(not learns, message, "stage_loss")
         self.vocab_size = max(primary.vocab_size, synthetic.vocab_size)
         self.seq_len = max(primary.seq_len, synthetic.seq_len)
         steps = c.max_steps or c.n_epochs * primary.steps_per_epoch(c.batch_size)

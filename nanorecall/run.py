@@ -365,9 +365,11 @@ class Run:
             return
         c, step, each = self.settings.train, self.state["step"], self.steps_per_epoch
         old_end, new_end = total_steps(self.previous, self.data), self.total_steps
-        new = learning_rate(c, step, each, new_end)
-        if learning_rate(c, step, each, old_end) != new:
-            last = learning_rate(c, max(0, step - 1), each, old_end)
+        start = self.curriculum.decay_start(step)
+        new = learning_rate(c, step, each, new_end, start)
+        if learning_rate(c, step, each, old_end, start) != new:
+            before = max(0, step - 1)
+            last = learning_rate(c, before, each, old_end, self.curriculum.decay_start(before))
             end = f"the {c.lr_schedule} schedule now ends at step {new_end} instead of {old_end}"
             jump = f"the learning rate goes from {last:.3g} to {new:.3g}"
             self.world.print0(f"note: {end}: {jump}")

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ from analysis import ablation, hooks
 from analysis.trained_run import open_run
 from nanorecall.settings import ConfigError
 from planted import N_SLOTS, VARIANTS, planted_facts
-from toys import ablation_model, as_flags, latest, some_examples
+from toys import ablation_model, as_flags, load_result, some_examples
 
 
 @pytest.fixture(params=VARIANTS)
@@ -49,20 +48,6 @@ def runs(tmp_path_factory):
     for name, settings in RUNS.items():
         train.main(as_flags({**SMALL, **settings, "run_name": name, "log_dir": folder}))
     return folder
-
-
-def load_result(runs, name, what):
-    """What a command wrote -> its .json, and the columns of its .parquet, if there is one."""
-    what = latest(runs / name, f"ablate_{what}")
-    result = json.loads((runs / name / f"{what}.json").read_text())
-    assert set(result) == {"config", "metrics", "by_slice", "examples"}
-    assert (runs / name / f"{what}.png").stat().st_size > 5000
-    columns = {}
-    path = runs / name / f"{what}.parquet"
-    if path.exists():
-        for column, values in pq.read_table(path).to_pydict().items():
-            columns[column] = np.array(values)
-    return result, columns
 
 
 # ---- slots ---------------------------------------------------------------------------------------
@@ -274,7 +259,7 @@ def test_all_commands_and_their_report(runs, name, n_left_out):
     for line in figures:
         figure = line.split("(")[1].rstrip(")")
         assert (runs / name / figure).stat().st_size > 5000
-    result, columns = load_result(runs, name, "heads")
+    result, columns = load_result(runs / name, "ablate_heads")
     n_heads = 2 * 2
     assert len(result["by_slice"]["head"]) == n_heads
     n_measured = len(np.unique(columns["example"])) * len(np.unique(columns["answer_pos"]))
@@ -284,7 +269,7 @@ def test_all_commands_and_their_report(runs, name, n_left_out):
 
 def test_controls_of_a_trained_run_change_nothing(runs):
     ablate.main(["keys", str(runs / "two"), "--n_examples=4", "--ablations=zero"])
-    result, columns = load_result(runs, "two", "keys")
+    result, columns = load_result(runs / "two", "ablate_keys")
     assert columns["control"].any() and (columns["drop"][columns["control"]] == 0).all()
     assert result["by_slice"]["ablation, layer"]["zero, control"]["flip"]["value"] == 0
 
@@ -334,7 +319,7 @@ def test_one_example_is_enough_to_read_its_result(runs):
     settings = ["--n_examples=1", "--ablations=zero"]
     ablate.main(["keys", str(runs / "one"), *settings])
     ablate.main(["impact", str(runs / "one"), *settings])
-    result, _ = load_result(runs, "one", "impact")
+    result, _ = load_result(runs / "one", "ablate_impact")
     assert result["by_slice"]["layer"]["1"]["best 5% of slots"] is None
 
 

@@ -18,7 +18,7 @@ import train
 from analysis import confidence, memory_usage, routing, trained_run
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
-from toys import as_flags, latest
+from toys import as_flags, load_result
 
 SMALL = dict(n_layers=2, dim=32, dk=16, dv=16, lr=1e-2, num_threads=1)
 MEMORY = dict(init_std=1, conv_size=4, batch_size=64, mem_log_interval=10, data="data_synth")
@@ -50,18 +50,6 @@ def runs(tmp_path_factory):
 def open_run(runs, name, n_examples=0, **settings):
     config = eval_script.EvalConfig(n_examples=n_examples, **settings)
     return trained_run.open_run(str(runs / name), config)
-
-
-def load_result(runs, name, what):
-    """What a command wrote -> the .json, and columns {name: (N,)} of the .parquet."""
-    what = latest(runs / name, f"eval_{what}")
-    result = json.loads((runs / name / f"{what}.json").read_text())
-    assert set(result) == {"config", "metrics", "by_slice", "examples"}
-    assert (runs / name / f"{what}.png").stat().st_size > 5000
-    columns = {}
-    for column, values in pq.read_table(runs / name / f"{what}.parquet").to_pydict().items():
-        columns[column] = np.array(values)
-    return result, columns
 
 
 @pytest.mark.parametrize(
@@ -223,7 +211,7 @@ def test_means_are_over_examples():
 def test_logits_and_slices_agree(runs):
     eval_script.main(["logits", str(runs / "memory")])
     eval_script.main(["qa", str(runs / "memory")])
-    result, columns = load_result(runs, "memory", "logits")
+    result, columns = load_result(runs / "memory", "eval_logits")
     plain = json.loads((runs / "memory" / "eval_test.json").read_text())
     metrics, plain_metrics = result["metrics"], plain["metrics"]
     assert metrics["accuracy"] == plain_metrics["accuracy"]
@@ -238,7 +226,7 @@ def test_logits_and_slices_agree(runs):
 
 def test_examples_of_logits_show_prompt_ranks_and_top_five(runs):
     eval_script.main(["logits", str(runs / "memory")])
-    example = load_result(runs, "memory", "logits")[0]["examples"][0]
+    example = load_result(runs / "memory", "eval_logits")[0]["examples"][0]
     assert example["prompt"].endswith(":")
     assert len(example["ranks"]) == 6 and len(example["top_5"][0]) == 5
 
@@ -279,7 +267,7 @@ def test_usage_stats_of_four_reads():
 def all_reads(runs):
     """The table of reads of all examples of the memory run, as `activations` writes it."""
     eval_script.main(["activations", str(runs / "memory"), "--n_examples=0"])
-    return load_result(runs, "memory", "activations")
+    return load_result(runs / "memory", "eval_activations")
 
 
 def test_activations_count_every_read(all_reads):
@@ -304,7 +292,7 @@ def test_examples_of_activations_begin_with_the_largest_weight(all_reads):
 def test_track_counts_the_reads_of_each_slot_and_token(runs, all_reads):
     _, reads = all_reads
     eval_script.main(["track", str(runs / "memory"), "--n_examples=0"])
-    result, table = load_result(runs, "memory", "track")
+    result, table = load_result(runs / "memory", "eval_track")
     assert table["times"].sum() == len(reads["slot"])
     i = int(np.argmax(table["times"]))
     same = np.ones(len(reads["slot"]), bool)
@@ -317,7 +305,7 @@ def test_track_counts_the_reads_of_each_slot_and_token(runs, all_reads):
 
 def test_purity_is_the_share_of_the_most_frequent_token(runs):
     eval_script.main(["track", str(runs / "memory"), "--n_examples=0"])
-    result, table = load_result(runs, "memory", "track")
+    result, table = load_result(runs / "memory", "eval_track")
     in_layer = table["layer"] == 1
     slots, times = table["slot"][in_layer], table["times"][in_layer]
     fractions = []
@@ -330,7 +318,7 @@ def test_purity_is_the_share_of_the_most_frequent_token(runs):
 
 def test_norms_of_values_and_of_outputs(runs):
     eval_script.main(["norms", str(runs / "memory"), "--n_examples=0"])
-    result, table = load_result(runs, "memory", "norms")
+    result, table = load_result(runs / "memory", "eval_norms")
     lengths = open_run(runs, "memory").model.memory_layers()[0].values.norm(dim=1)
     total = sum(cell["value"] * cell["n"] for cell in result["metrics"]["layers 0"].values())
     assert total == pytest.approx(float(lengths.detach().sum()), rel=1e-4)
@@ -366,7 +354,7 @@ def test_a_router_fixed_to_one_path_says_so(runs, bias, weight):
         router.weight.zero_()
         router.bias.copy_(torch.tensor(bias))
     routing.routing(run)
-    result, columns = load_result(runs, "router", "routing")
+    result, columns = load_result(runs / "router", "eval_routing")
     for cells in result["by_slice"].values():
         for cell in cells.values():
             assert cell["value"] == pytest.approx(weight, abs=1e-12)
@@ -391,7 +379,7 @@ def test_texts_of_a_file_are_routed(runs, tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"question": "Tom has 3+4", "answer": "7 (seven)"}\n{"text": "the end"}\n' * 3)
     eval_script.main(["routing", str(runs / "router"), f"--data={path}", "--eval_batch_size=2"])
-    result, columns = load_result(runs, "router", "routing")
+    result, columns = load_result(runs / "router", "eval_routing")
     assert result["metrics"]["data"] == str(path)
     assert set(columns["example"]) == set(range(6))
     seq_len = open_run(runs, "router").data.seq_len
@@ -442,7 +430,7 @@ def test_similarity_of_kinds_by_hand():
 
 def test_correct_answers_of_hashhop_are_those_that_slices_count(runs, capsys):
     eval_script.main(["hashhop", str(runs / "hops"), "--eval_batch_size=7", "--example=2"])
-    result, _ = load_result(runs, "hops", "hashhop")
+    result, _ = load_result(runs / "hops", "eval_hashhop")
     plain = json.loads((runs / "hops" / "eval_test.json").read_text())
     assert set(plain["by_slice"]["hops_cot"]) == set(result["by_slice"]["hops"])
     for level, cells in result["by_slice"]["hops"].items():

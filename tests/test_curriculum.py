@@ -81,6 +81,37 @@ def test_a_loss_without_a_curriculum_is_refused():
         train.parse(["--stage_loss=1"])
 
 
+def test_a_second_data_set_is_refused(tmp_path):
+    """Its steps are none of the curriculum's."""
+    store = str(tmp_path / "set")
+    sizes = ["--num_samples=20", "--seq_len=16", "--num_kv_pairs=4", "--vocab_size=200"]
+    data_mqar.main(["--output_dir", store, *sizes])
+    settings = dict(synthetic_dataset=store, synthetic_end_step=5, **LEARNED)
+    with pytest.raises(ConfigError, match="stage_loss and synthetic_dataset do not work together"):
+        run(tmp_path, **settings)
+    run(tmp_path, **{**settings, "stage_loss": None, "max_steps": 3, "eval_interval": 3})
+
+
+def test_a_checkpoint_with_odd_stages_is_refused(tmp_path):
+    _, out = run(tmp_path, **LEARNED)
+    state = checkpoint.load_checkpoint(out, "ckpt")
+    state["curriculum"]["ends"] = ["soon"]
+    checkpoint.save_checkpoint(out, "ckpt", state, keep_old=False)
+    os.unlink(os.path.join(out, "ckpt_prev.pt"))
+    with pytest.raises(ConfigError, match="'soon'"):
+        run(tmp_path, resume=True, max_steps=70)
+
+
+def test_a_later_end_is_said_with_the_rates_of_the_run(tmp_path, capsys):
+    """The note's rates are those that the log holds."""
+    _, out = run(tmp_path, **LEARNED, log_interval=1)
+    capsys.readouterr()
+    run(tmp_path, resume=True, max_steps=80, log_interval=1)
+    note = next(x for x in capsys.readouterr().out.splitlines() if "the learning rate goes" in x)
+    rates = {row["step"]: row["lr"] for row in checkpoint.read_log(out) if row["kind"] == "train"}
+    assert note.endswith(f"goes from {rates[60]:.3g} to {rates[61]:.3g}")
+
+
 def stage_ends(out):
     return checkpoint.load_checkpoint(out, "ckpt")["curriculum"]["ends"]
 

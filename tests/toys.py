@@ -1,11 +1,13 @@
 """What several test files share: toy runs, small random models, and results compared to the bit."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -130,12 +132,26 @@ def counts(result):
 
 def latest(folder, what, end=".json"):
     """The newest result of an analysis, whatever settings are in its name; without its end."""
-    settings = ("_rows-", "_n_examples-", "_edits-", "_example-", "_data-", "_ablations-")
+    settings = ("_n_examples-", "_n_edits-", "_example-", "_data-", "_ablations-")
     found = []
     for path in folder.glob(what + "*" + end):
         if path.stem == what or path.stem.removeprefix(what).startswith(settings):
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime_ns).stem
+
+
+def load_result(folder, what):
+    """What a command wrote -> its .json, and the columns {name: (N,)} of its .parquet, if any."""
+    what = os.path.join(folder, latest(folder, what))
+    with open(what + ".json") as f:
+        result = json.load(f)
+    assert set(result) == {"config", "metrics", "by_slice", "examples"}
+    assert os.path.getsize(what + ".png") > 5000
+    columns = {}
+    if os.path.exists(what + ".parquet"):
+        for name, values in pq.read_table(what + ".parquet").to_pydict().items():
+            columns[name] = np.array(values)
+    return result, columns
 
 
 # ---- small random models -------------------------------------------------------------------------
