@@ -125,7 +125,7 @@ NORMS = {
     "none": lambda x: x,
     "l2": ops.l2_normalize,
     "l1": lambda x: x / (x.abs().sum(-1, keepdim=True) + 1e-6),  # "sum" norm, Schlag et al. 2021
-    "rms": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+    "rms": ops.rms_normalize,
     "layer": lambda x: F.layer_norm(x, x.shape[-1:]),
 }
 
@@ -159,9 +159,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        # ops.dot sums in float32, since squares of large activations overflow float16. On a CPU
-        # this takes about half the time of F.rms_norm, forward and backward.
-        y = x * torch.rsqrt(ops.dot(x, x) / x.shape[-1] + 1e-6) * self.weight
+        # It sums in float32, since squares of large activations overflow float16. On a CPU this
+        # takes about 60% of the time of F.rms_norm, forward and backward.
+        y = ops.rms_normalize(x) * self.weight
         return y.to(self.weight.dtype)  # a model in half precision stays in it
 
 

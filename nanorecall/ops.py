@@ -1,6 +1,6 @@
 """Operators of the models: what exists for speed, each beside its naive twin, and attention.
 
-From top to bottom: small helpers, labelled positions, L2 norm, causal convolution, cross-entropy,
+From top to bottom: small helpers, labelled positions, norms, causal convolution, cross-entropy,
 packed documents, softmax attention, rotary positions. A model calls them by name, so it can be read
 without opening this file. The twins, written from the definition, are what the tests compare with
 and what second derivatives use (see second_order.py).
@@ -101,39 +101,45 @@ def labelled_positions(targets):
     return query_pos, is_real.flatten().nonzero().squeeze(1), labels
 
 
-# ---- L2 norm -------------------------------------------------------------------------------------
+# ---- norms ---------------------------------------------------------------------------------------
 
 
-def naive_l2_normalize(x):
-    """x / sqrt(|x|^2 + 1e-6) over the last axis, in float32 at least."""
-    return x * torch.rsqrt(dot(x, x) + 1e-6)
+def naive_normalize(x, n):
+    """x / sqrt(|x|^2 / n + 1e-6) over the last axis, in float32 at least."""
+    return x * torch.rsqrt(dot(x, x) / n + 1e-6)
 
 
-class L2Normalize(Twinned):
-    """naive_l2_normalize whose backward takes half as many passes over memory as autograd's."""
+class Normalize(Twinned):
+    """naive_normalize whose backward takes half as many passes over memory as autograd's."""
 
-    twin = staticmethod(naive_l2_normalize)
+    twin = staticmethod(naive_normalize)
 
     @staticmethod
-    def forward(ctx, x):
-        scale = torch.rsqrt(dot(x, x) + 1e-6)
+    def forward(ctx, x, n):
+        scale = torch.rsqrt(dot(x, x) / n + 1e-6)
         y = x * scale
         ctx.save_for_backward(x, y, scale)
-        ctx.dtype = x.dtype
+        ctx.n = n
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, y, scale = ctx.saved_tensors
         if needs_twin():
-            return twin_gradients(naive_l2_normalize, ctx, (x,), dy)
-        # dx = (dy - y (y.dy)) scale
-        return torch.addcmul(dy, y, dot(y, dy), value=-1).mul_(scale).to(ctx.dtype)
+            return twin_gradients(naive_normalize, ctx, (x, ctx.n), dy)
+        # dx = (dy - y (y.dy) / n) scale
+        dx = torch.addcmul(dy, y, dot(y, dy), value=-1 / ctx.n).mul_(scale)
+        return dx.to(x.dtype), None
 
 
 def l2_normalize(x):
     """Vectors of length 1 (but for the 1e-6 that keeps zeros finite): (..., K) -> (..., K)."""
-    return L2Normalize.apply(x)
+    return Normalize.apply(x, 1)
+
+
+def rms_normalize(x):
+    """Vectors whose features have a mean square of 1, likewise: (..., K) -> (..., K)."""
+    return Normalize.apply(x, x.shape[-1])
 
 
 # ---- causal convolution --------------------------------------------------------------------------

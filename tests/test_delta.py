@@ -15,7 +15,7 @@ from delta import delta_rule, delta_rule_chunkwise, delta_rule_fla, delta_rule_r
 from model import GPT, NORMS, RMSNorm, ShortConvolution
 from naive import fla_naive, naive_delta_layer
 from nanorecall.build import build_model_config, inference_state_bytes
-from nanorecall.ops import CausalConv1d, L2Normalize
+from nanorecall.ops import CausalConv1d, Normalize
 from nanorecall.settings import ConfigError
 
 H, K, V = 2, 6, 5
@@ -608,12 +608,13 @@ def test_weight_decay_leaves_the_decay_alone():
     assert {id(layer.A_log), id(layer.dt_bias)} <= {id(p) for p in no_decay["params"]}
 
 
-def test_short_convolution_and_l2_norm_have_the_right_gradients():
+def test_short_convolution_and_norms_have_the_right_gradients():
     torch.manual_seed(0)
     for T in (1, 2, 6):
         x, w = torch.randn(2, T, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
         torch.autograd.gradcheck(CausalConv1d.apply, (x.requires_grad_(), w.requires_grad_()))
-        torch.autograd.gradcheck(L2Normalize.apply, (x,))
+        for n in (1, 3):
+            torch.autograd.gradcheck(Normalize.apply, (x, n))
 
 
 def model_config(*flags):

@@ -64,8 +64,8 @@ def plain_convolution(x, w):
     return F.conv1d(F.pad(x.mT, (len(w) - 1, 0)), kernel, groups=w.shape[1]).mT
 
 
-def plain_l2(x):
-    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+def plain_norm(x, n):
+    return x / (x.square().sum(-1, keepdim=True) / n + 1e-6).sqrt()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -77,7 +77,7 @@ def test_hessian_vector_products_equal_those_of_plain_operations(name, batch, mo
         ours = hessian_times(model, parameters, direction, batch)
         monkeypatch.setattr(ops.CrossEntropy, "apply", F.cross_entropy)
         monkeypatch.setattr(ops.CausalConv1d, "apply", plain_convolution)
-        monkeypatch.setattr(ops.L2Normalize, "apply", plain_l2)
+        monkeypatch.setattr(ops.Normalize, "apply", plain_norm)
         monkeypatch.setattr(
             delta, "delta_rule_chunkwise", lambda *inputs: delta.delta_rule_recurrent(*inputs[:-1])
         )
@@ -143,7 +143,8 @@ def operators():
     x, w = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((2, 6, 4), (3, 4)))
     answers = torch.tensor([1, 0, 3, 3, 2, 1])
     yield "cross-entropy", ops.CrossEntropy, (x[0], answers)
-    yield "l2", ops.L2Normalize, (x,)
+    yield "l2 norm", ops.Normalize, (x, 1)
+    yield "rms norm", ops.Normalize, (x, 4)
     yield "convolution", ops.CausalConv1d, (x, w)
     yield "convolution wider than the sequence", ops.CausalConv1d, (x[:, :2], w)
     yield "delta rule", delta.ChunkwiseDeltaRule, chunks(gated=False)
@@ -219,7 +220,8 @@ def test_forward_mode_goes_by_the_twin():
 
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with fw.dual_level():
-        y = ops.L2Normalize.apply(fw.make_dual(x, x.sin()))
+        y = ops.Normalize.apply(fw.make_dual(x, x.sin()), 5)
         change = fw.unpack_dual(y).tangent
     assert not second_order.transformed()
-    torch.testing.assert_close(change, torch.func.jvp(plain_l2, (x,), (x.sin(),))[1])
+    expected = torch.func.jvp(lambda x: plain_norm(x, 5), (x,), (x.sin(),))[1]
+    torch.testing.assert_close(change, expected)
