@@ -41,11 +41,11 @@ import memory
 import train
 from analysis import hooks
 from analysis.ablation import measure_slots
-from model import GPT
+from model import GPT, NORMS
 from model import Config as GPTConfig
 from myriadlama import fusion, llama
 from naive import fla_naive, loop_sequences, naive_mask
-from nanorecall import distributed, metrics, plots, text
+from nanorecall import distributed, metrics, ops, plots, text
 from nanorecall.build import build_model, build_model_config
 from nanorecall.run import Run
 
@@ -171,6 +171,127 @@ def bench_train(rounds):
         yield Result(f"training step, {name}", times[name], baseline, times[baseline], of_peak)
     peak = PEAK_FLOP / statistics.median(times["peak"]) / 1e9
     print(f"(peak {peak:.0f} GFLOP/s; a step takes {flop / 1e9:.2f} GFLOP)", file=sys.stderr)
+
+
+@dataclass
+class Part:
+    """A part of a training step, with what bounds it: arithmetic, or numbers to be moved."""
+
+    function: object  # runs it once, forward and backward
+    flop: int = 0  # floating-point operations, as in utilisation
+    moved: int = 0  # numbers that it must read or write at least, 4 bytes each
+
+
+def with_gradients(f, *sizes):
+    """A function that runs y = f(random tensors of these sizes) and its backward."""
+    inputs = [torch.randn(size, requires_grad=True) for size in sizes]
+    dy = torch.ones_like(f(*inputs))
+    return lambda: torch.autograd.grad(f(*inputs), inputs, dy)
+
+
+def repeat(function, n):
+    """A function that runs another n times."""
+
+    def repeated():
+        for _ in range(n):
+            function()
+
+    return repeated
+
+
+def linear_part(n_layers, rows, width, out_width):
+    function = with_gradients(F.linear, (rows, width), (out_width, width))
+    return Part(repeat(function, n_layers), flop=n_layers * 3 * 2 * rows * width * out_width)
+
+
+def step_parts(B=32, T=128, n=32, D=64, H=2, K=48, vocab_size=2048, n_layers=4):
+    """The parts of a step of configs/mqar_gpt.py with n labels in each of B sequences.
+
+    In the last block, queries and all that follows are computed at labels only.
+    """
+    full, C = n_layers - 1, H * K
+    table = ops.rope_table(K, T)
+    query_pos = torch.arange(n).expand(B, -1) * (T // n)
+    labels = torch.randint(vocab_size, (B * n,))
+    model = GPT(GPTConfig(dk=K, dv=K))
+    for q in model.parameters():
+        q.grad = torch.randn_like(q)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    n_parameters = sum(q.numel() for q in model.parameters())
+
+    def rotate(x):
+        return ops.apply_rotary(x, table)
+
+    def attend(*qkv):
+        return ops.softmax_attention(*(x.transpose(1, 2) for x in qkv))
+
+    def attend_at_labels(*qkv):
+        return ops.softmax_attention(*(x.transpose(1, 2) for x in qkv), query_pos)
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    x, q, q_n = (B, T, D), (B, T, H, K), (B, n, H, K)
+    attention = with_gradients(attend, q, q, q)
+    attention_n = with_gradients(attend_at_labels, q_n, q, q)
+    # numbers moved, forward + backward: a norm 2 + 3, a rotation 2 + 2, a loss 2 + 2, a sum 3 + 3,
+    # AdamW 7 and clipping 3
+    return {
+        "queries, keys, values": linear_part(full, B * T, D, 3 * C),
+        "keys, values of the last block": linear_part(1, B * T, D, 2 * C),
+        "output projections": linear_part(full, B * T, C, D),
+        "output head": linear_part(1, B * n, D, vocab_size),
+        # forward 2 products of T x T x K, backward 5
+        "attention": Part(repeat(attention, full), flop=full * 7 * 2 * B * H * T * T * K),
+        "attention of the last block": Part(attention_n, flop=7 * 2 * B * H * n * T * K),
+        "norms of blocks": Part(
+            repeat(with_gradients(NORMS["rms"], x), n_layers), moved=n_layers * 5 * B * T * D
+        ),
+        "norms of queries and keys": Part(
+            repeat(with_gradients(NORMS["rms"], q), 2 * full + 1),
+            moved=(2 * full + 1) * 5 * B * T * C,
+        ),
+        "rotary positions": Part(
+            repeat(with_gradients(rotate, q), 2 * full + 1), moved=(2 * full + 1) * 4 * B * T * C
+        ),
+        "residual sums": Part(
+            repeat(with_gradients(torch.add, x, x), full), moved=full * 6 * B * T * D
+        ),
+        "loss": Part(
+            with_gradients(lambda x: ops.cross_entropy(x, labels), (B * n, vocab_size)),
+            moved=4 * B * n * vocab_size,
+        ),
+        "clipping and AdamW": Part(update, moved=10 * n_parameters),
+    }
+
+
+def bench_step(rounds):
+    """The parts of a step of configs/mqar_gpt.py, each alone, against what bounds it.
+
+    That is the rate of a large matrix product, or a copy of as many numbers as it must move.
+    """
+    data = data_mqar.Data(data_mqar.Config(infinite_data=True))
+    tokens, targets, _ = data.batch("train", 0, data.batch_indices(0, 32))
+    model = GPT(GPTConfig(dk=48, dv=48, q_norm="rms", k_norm="rms"))
+    step = make_step(model, lambda model: model(tokens, targets)[1])
+    parts = step_parts()
+    functions = {name: part.function for name, part in parts.items()}
+    source, target = torch.randn(2, 4096, 96)  # as large as queries or keys
+    functions["copy"] = lambda: target.copy_(source)
+    times = interleave({**functions, "step": step, "peak": peak_function()}, rounds)
+    copy = [seconds / (2 * source.numel()) for seconds in times["copy"]]  # a number moved
+    peak = [seconds / PEAK_FLOP for seconds in times["peak"]]
+    for name, part in parts.items():
+        if part.flop:
+            of_peak = utilisation(part.flop, times[name], times["peak"])
+            limit = scaled(peak, part.flop)
+            yield Result(name, times[name], "at the peak rate", limit, of_peak)
+        else:
+            limit = scaled(copy, part.moved)
+            yield Result(name, times[name], "a copy of its numbers", limit)
+    together = [sum(seconds) for seconds in zip(*(times[name] for name in parts))]
+    yield Result("the whole step", times["step"], "its parts one by one", together)
 
 
 def bench_lengths(rounds):
@@ -629,6 +750,7 @@ def bench_templates(rounds):
 
 BENCHES = {
     "train": bench_train,
+    "step": bench_step,
     "data": bench_data,
     "masks": bench_masks,
     "memory": bench_memory,
