@@ -155,9 +155,11 @@ def read_result(folder):
         by_slice[name] = {value: slice_metrics(c)["value"] for value, c in slices.items()}
 
     config = saved_model_config(folder, settings)
-    state_bytes = inference_state_bytes(settings.model_class, config) or 0
-    shape = ""
-    # A forked model file may lack dim or n_layers.
+    state_bytes, shape = 0, ""
+    # A forked model file may lack seq_len, dim or n_layers.
+    if hasattr(config, "seq_len"):
+        model = settings.model_class(config)
+        state_bytes = inference_state_bytes(model, config.seq_len) or 0
     if hasattr(config, "dim") and hasattr(config, "n_layers"):
         shape = f"D{config.dim} L{config.n_layers}"
     return {

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_leaves
 
+from nanorecall.metrics import evaluating
 from nanorecall.pretrained import freeze, load_parts
 from nanorecall.settings import (
     ConfigError,
@@ -174,22 +175,26 @@ def count_parameters(model):
     }
 
 
-def inference_state_bytes(model_class, config):
-    """Bytes of the float32 cache of one sequence of seq_len tokens; None: the model has no cache.
+def inference_state_bytes(model, T):
+    """Bytes of the cache of one sequence of T tokens; None: the model has no cache.
 
-    The model fills the cache itself, on torch's meta device: shapes and types without numbers.
+    It is measured after one token and after two. A cache grows by the same with every token, or
+    not at all.
     """
-    if not hasattr(model_class, "forward_cached") or not hasattr(config, "seq_len"):
+    if not hasattr(model, "forward_cached"):
         return None
+    device = next(model.parameters()).device
+    sizes, cache = [], None
     try:
-        with torch.device("meta"):
-            model = model_class(config).eval()  # which counts no reads of memory
-            tokens = torch.zeros(1, config.seq_len, dtype=torch.long)
-        _, cache = model.forward_cached(tokens)
+        with evaluating(model):  # in which a memory layer counts no reads
+            for _ in range(min(T, 2)):
+                tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
+                _, cache = model.forward_cached(tokens, cache)
+                tensors = [x for x in tree_leaves(cache) if torch.is_tensor(x)]
+                sizes.append(sum(x.nbytes for x in tensors))
     except (ConfigError, RuntimeError, TypeError, ValueError):
-        # A mixer without a cache, or a model of your own that reads numbers.
-        return None
-    return sum(x.nbytes for x in tree_leaves(cache) if torch.is_tensor(x))
+        return None  # a mixer without a cache
+    return sizes[0] + (T - 1) * (sizes[-1] - sizes[0])
 
 
 def total_steps(c, data):

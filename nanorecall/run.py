@@ -178,7 +178,7 @@ class Run:
         if hasattr(model_class, "describe_backend"):
             backend = model_class.describe_backend(self.config, self.device, self.dtype)
             print0(f"mixer: {backend}")
-        size = inference_state_bytes(model_class, self.config)
+        size = inference_state_bytes(self.model, self.data.seq_len)
         if size is not None:
             print0(f"inference state: {size} bytes after {self.data.seq_len} tokens, in float32")
 

@@ -221,7 +221,8 @@ def test_state_bytes_is_the_size_of_the_cache_and_decoding_from_it_is_correct(cl
             if torch.is_tensor(x):
                 values += x.numel()
                 storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-    assert 4 * values == sum(storages.values()) == inference_state_bytes(cls, model.config)
+    expected = inference_state_bytes(model, T)
+    assert 4 * values == sum(storages.values()) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -198,7 +198,8 @@ TAYLOR = dict(q_kernel="taylor", k_kernel="taylor", pos_emb="none")
 )
 def test_state_bytes_counts_the_cache(cls, changes, numbers):
     """`numbers` of four bytes in each of two layers: 2 heads, keys of 6 and values of 4."""
-    assert inference_state_bytes(cls, gpt_config(**changes)) == 4 * 2 * numbers
+    config = gpt_config(**changes)
+    assert inference_state_bytes(cls(config), config.seq_len) == 4 * 2 * numbers
 
 
 @pytest.mark.parametrize(
