@@ -1,22 +1,28 @@
 """MQAR with UnifiedKV: one vector per head and token is both key and value.
 
 The task and recipe of configs/mqar_gpt.py, and the same 98,560 layer parameters (du 64 instead of
-dk = dv = 48). The cache has two thirds of the size of GPT's. Half a minute on 2 CPU cores.
+dk = dv = 48). The cache has two thirds of the size of GPT's. Twenty seconds on 2 CPU cores.
 Expected: test token accuracy of 0.99 or more.
+
+The learning rate is lower, and the first stage may take longer: at 3e-2 one seed in three never
+leaves it.
 """
 
 model = "unified_kv"
 du = 64
 init_std = 1.0
+q_norm = k_norm = "rms"
 
-curriculum = [(2, 100), (8, 50)]  # (pairs, steps), then 32
+curriculum = [(2, 200), (8, 60)]  # (pairs, steps at most), then 32
+stage_loss = 0.8  # nats; a stage ends below it
 infinite_data = True
 
-lr = 12e-3
-warmup_steps = 30
+lr = 2e-2
+warmup_steps = 20
 lr_schedule = "cosine"
 max_steps = 300
-eval_interval = 50
+eval_interval = 10
+n_val_examples = 200
 stop_accuracy = 0.993
 
 target_accuracy = 0.99
