@@ -26,7 +26,7 @@ from torch import nn
 
 import model
 from model import GPT, NORMS, GPTBlock
-from nanorecall.ops import gather_positions
+from nanorecall.ops import gather_positions, sparse_embedding_bag
 from nanorecall.second_order import transformed
 from nanorecall.settings import at_least, one_of, require, run_cli, within
 
@@ -46,6 +46,7 @@ class Config(model.Config):
     mem_gated: bool = False  # multiply the values read by silu(W x) before the output projection
     mem_balance_rate: float = 0.0  # load balancing: change per step of a sub-key's selection bias
     mem_value_lr_scale: float = 1.0  # learning rate of the values over that of the rest
+    mem_sparse_grad: bool = False  # update only the values that a step reads: for large tables
     mem_top1: bool = False  # memory_router: the likelier of MLP and memory, not their sum
 
     def check(self):
@@ -121,13 +122,16 @@ def naive_product_key_topk(q, keys, k, bias=None):
     return slot_scores(half_scores).gather(-1, slots), slots
 
 
-def weighted_values(values, slots, weights):
+def weighted_values(values, slots, weights, sparse_grad=False):
     """Weighted sums of rows of a table: values (slots, V), slots and weights (N, R) -> (N, V).
 
-    Second derivatives raise an error of torch's; naive_weighted_values has them.
+    sparse_grad: the gradient of values is a sparse tensor of the rows read. Second derivatives
+    raise an error of torch's; naive_weighted_values has them.
     """
     if transformed():
         return naive_weighted_values(values, slots, weights)
+    if sparse_grad:
+        return sparse_embedding_bag(slots, values, weights)
     return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
 
 
@@ -155,14 +159,14 @@ class MemoryLayer(nn.Module):
         bound = c.mem_k_dim**-0.5
         self.query = nn.Linear(c.dim, H * c.mem_k_dim)
         self.keys = nn.Parameter(torch.empty(H, 2, n, c.mem_k_dim // 2).uniform_(-bound, bound))
-        self.values = nn.Parameter(torch.randn(n * n, V) * V**-0.5) if values is None else values
+        if values is None:
+            # In place: of a large table, memory holds no two.
+            values = nn.Parameter(torch.randn(n * n, V).mul_(V**-0.5))
+        self.values = values
         self.gate = nn.Linear(c.dim, V, bias=False) if c.mem_gated else None
         self.out = nn.Linear(V, c.dim, bias=False) if c.mem_gated or V != c.dim else None
         self.register_buffer("bias", torch.zeros(H, 2, n) if c.mem_balance_rate else None)
-        # How often each slot was read in this training step. Checkpoints fall between steps, so
-        # it is not saved.
-        read_counts = torch.zeros(H, n * n, dtype=torch.long)
-        self.register_buffer("read_counts", read_counts, persistent=False)
+        self.forget_reads()
 
     def topk_slots(self, x, k):
         """x (..., D) -> scores and slots (..., H, k) of each head's k best slots."""
@@ -184,44 +188,91 @@ class MemoryLayer(nn.Module):
             scores, slots = self.topk_slots(x, c.mem_knn)
             # torch.func allows no change of a buffer.
             if self.training and not transformed():
-                self.count_reads(slots.flatten(0, -3))
+                self.note_reads(slots.flatten(0, -3))
             reads = {"slots": slots, "weights": SCORES[c.mem_score](scores)}
         if intervene:
             reads = intervene(reads)
         if "output" not in reads:
             slots = reads["slots"].flatten(0, -3).flatten(1)  # (N, H * k)
             weights = reads["weights"].flatten(0, -3).flatten(1).to(self.values.dtype)
-            output = weighted_values(self.values, slots, weights).unflatten(0, x.shape[:-1])
-            reads = {**reads, "output": output}
+            output = weighted_values(self.values, slots, weights, c.mem_sparse_grad)
+            reads = {**reads, "output": output.unflatten(0, x.shape[:-1])}
         y = reads["output"]
         if self.gate:
             y = y * F.silu(self.gate(x))
         return self.out(y) if self.out else y, reads
 
-    @torch.no_grad()
-    def count_reads(self, slots):
-        """Add slots (N, H, k) to the read counts of this step."""
-        H, size = self.read_counts.shape
-        # One bincount for all heads: each has a range of its own.
-        flat = slots + size * torch.arange(H, device=slots.device)[:, None]
-        self.read_counts += torch.bincount(flat.flatten(), minlength=H * size).view(H, size)
+    # The slots read in a training step are kept as they come. They are counted when somebody asks,
+    # so that a step's cost does not grow with the table. Checkpoints fall between steps, so nothing
+    # of this is saved.
+
+    def forget_reads(self):
+        """Begin a new training step."""
+        self.slots_read = []  # a tensor (N, H, k) for each forward pass
+        self.read_counts = None  # (H, n * n) long, of what is no longer in slots_read
+
+    @torch._disable_dynamo
+    def note_reads(self, slots):
+        """Note slots (N, H, k) as read in this training step."""
+        self.slots_read.append(slots)
+        # Counts take less room than so many slots: a training loop without on_step_end goes on.
+        c = self.config
+        if sum(s.numel() for s in self.slots_read) > c.mem_heads * c.mem_n_keys**2:
+            self.count_reads()
+
+    def count_reads(self):
+        """How often each head has read each slot in this training step: (H, n * n) long."""
+        c, size = self.config, self.config.mem_n_keys**2
+        if self.read_counts is None:
+            zeros = torch.zeros(c.mem_heads, size, dtype=torch.long, device=self.keys.device)
+            self.read_counts = zeros
+        for slots in self.slots_read:
+            self.read_counts += count_per_head(slots, size)
+        self.slots_read = []
+        return self.read_counts
+
+    def count_half_reads(self):
+        """How often each head has read slots of each sub-key in this step: (H, 2, n) long."""
+        n = self.config.mem_n_keys
+        counts = torch.zeros(self.config.mem_heads, 2, n, dtype=torch.long, device=self.keys.device)
+        for slots in self.slots_read:
+            counts[:, 0] += count_per_head(slots // n, n)
+            counts[:, 1] += count_per_head(slots % n, n)
+        if self.read_counts is not None:
+            table = self.read_counts.unflatten(1, (n, n))
+            counts += torch.stack([table.sum(2), table.sum(1)], dim=1)
+        return counts
 
     @torch.no_grad()
-    def update_balance_bias(self):
+    def update_balance_bias(self, counts):
         """Raise the bias of sub-keys that were read less than average in this step, lower others'.
 
-        This is loss-free balancing (Wang et al. 2024, arXiv 2408.15664): by mem_balance_rate each.
+        counts (H, 2, n): of all ranks. This is loss-free balancing (Wang et al. 2024, arXiv
+        2408.15664): by mem_balance_rate each.
         """
-        n = self.config.mem_n_keys
-        counts = in_float64(self.read_counts).view(-1, n, n)
-        per_half = torch.stack([counts.sum(2), counts.sum(1)], dim=1)  # (H, 2, n)
-        change = torch.sign(per_half.mean(-1, keepdim=True) - per_half)
+        counts = in_float64(counts)
+        change = torch.sign(counts.mean(-1, keepdim=True) - counts)
         self.bias += self.config.mem_balance_rate * change.to(self.bias)
+
+
+def count_per_head(numbers, size):
+    """numbers (N, H, k) below size -> how often each occurs in each head: (H, size) long."""
+    H = numbers.shape[1]
+    # One bincount for all heads: each has a range of its own.
+    flat = numbers + size * torch.arange(H, device=numbers.device)[:, None]
+    return torch.bincount(flat.flatten(), minlength=H * size).view(H, size)
 
 
 def in_float64(x):
     """x in float64; on the CPU if x is on an mps device, which has no float64."""
     return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def sum_over_ranks(counts):
+    """Counts of this rank -> of all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts
 
 
 def slot_usage(counts):
@@ -316,22 +367,23 @@ class MemoryGPT(GPT):
         """{end of a parameter's name: factor of its learning rate}; these do not decay."""
         return {"memory.values": self.config.mem_value_lr_scale}
 
-    @torch.no_grad()
+    def sparse_gradients(self):
+        """Ends of the names of parameters whose gradients are sparse tensors."""
+        return ["memory.values"] if self.config.mem_sparse_grad else []
+
     def on_step_end(self, report=False):
-        """After each training step: update balancing biases, reset the read counts.
+        """After each training step: update balancing biases, forget the reads.
 
         -> {block: usage of slots over all ranks} if report, else {}
         """
         usage = {}
         for i, memory in self.memory_layers().items():
             # Ranks read different tokens, but must move their biases alike.
-            if dist.is_initialized() and (report or self.config.mem_balance_rate):
-                dist.all_reduce(memory.read_counts)
             if self.config.mem_balance_rate and memory.keys.requires_grad:
-                memory.update_balance_bias()
+                memory.update_balance_bias(sum_over_ranks(memory.count_half_reads()))
             if report:
-                usage[str(i)] = slot_usage(memory.read_counts.sum(0))
-            memory.read_counts.zero_()
+                usage[str(i)] = slot_usage(sum_over_ranks(memory.count_reads().sum(0)))
+            memory.forget_reads()
         return usage
 
 

@@ -29,9 +29,11 @@ from nanorecall.distributed import (
     PARALLEL,
     SINGLE_PROCESS,
     all_finite,
-    full_tensor,
+    clip_gradients,
     micro_batches,
     process_group,
+    sparse_parameters,
+    sum_sparse_gradients,
     sync_gradients,
 )
 from nanorecall.metrics import autocast, slice_accuracy
@@ -46,6 +48,7 @@ from nanorecall.settings import (
     run_cli,
     within,
 )
+from nanorecall.sparse import SparseAdamW
 
 
 @dataclass
@@ -230,8 +233,7 @@ def train(run, stop):
         # Clip the gradient: one odd batch must not move the weights far. A single NaN would reach
         # all weights and both of AdamW's moments, so such a step is skipped, and its batch is lost.
         # The gradient is the same on all ranks, so all of them skip it.
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_grad or math.inf)
-        norm = full_tensor(norm)  # with FSDP each rank has a part of it
+        norm = clip_gradients(model.parameters(), c.clip_grad or math.inf)
         is_finite = bool(torch.isfinite(norm))
         if is_finite:
             optimizer.step()
@@ -315,6 +317,7 @@ def forward_backward(run, step, stop):
             micro_loss = micro_loss * (n_labels / max(1, n_labels_all))
             micro_loss.backward()
         loss = loss + micro_loss.detach()
+    sum_sparse_gradients(run.model, run.world)  # DDP leaves those of large tables to us
     run.parallel_model.train()  # as it was, also after a dummy sequence
     return loss, n_stop > 0
 
@@ -381,8 +384,9 @@ def configure_optimizer(model, c):
         # Matrices come first in a sorted order of the keys.
         groups.setdefault((has_own_scale, not is_matrix), group)["params"].append(p)
     groups = [groups[key] for key in sorted(groups)]
+    optimizer_class = SparseAdamW if sparse_parameters(model) else torch.optim.AdamW
     # fused: one kernel updates all parameters, instead of a dozen small ones for each of them
-    return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
+    return optimizer_class(groups, betas=(c.beta1, c.beta2), fused=True)
 
 
 # ---- from Python or a notebook -------------------------------------------------------------------

@@ -21,6 +21,7 @@ from nanorecall.metrics import correct_predictions, evaluating, in_eval_mode, pr
 from nanorecall.ops import labelled_positions
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import ConfigError, require
+from nanorecall.sparse import SparseAdamW
 from nanorecall.stats import format_ci, proportion
 
 # ---- editing -------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def fine_tune_all_replaying(model, *facts):
 
 def fine_tune(model, parameters, lr, tokens, targets, kept, kept_targets, replay=False, steps=200):
     """Train parameters on the new facts until all are answered; with replay, on kept facts, too."""
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = SparseAdamW(parameters, lr=lr, weight_decay=0)  # Adam
     try:
         with evaluating(model):
             for _ in range(steps):

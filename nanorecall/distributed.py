@@ -33,7 +33,9 @@ from nanorecall.checkpoint import (
     shard_dir,
     shard_metadata,
 )
+from nanorecall.ops import sparse_rows
 from nanorecall.settings import ConfigError, RunError, require, say
+from nanorecall.sparse import coalesce
 
 # FSDP2 (torch.distributed.fsdp) and DTensor (torch.distributed.tensor) take a second to import, so
 # they are imported where they are used.
@@ -230,6 +232,16 @@ def wrap_ddp(model, device):
     sync_buffers = "broadcast_buffers"
     if "forward_sync_buffers" in options:
         sync_buffers = "forward_sync_buffers"
+    sparse = sparse_parameters(model)
+    if sparse:
+        # DDP can neither sum sparse gradients (see sum_sparse_gradients) nor leave them to us
+        # without this method, which torch documents although its name is private.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(sparse))
+        for parameter in dict.fromkeys(sparse.values()):
+            dist.broadcast(parameter.detach(), src=0)  # as DDP does with the others
+        trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        if trained <= set(sparse.values()):
+            return model  # DDP refuses to do nothing
     ddp_model = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
@@ -294,6 +306,75 @@ def sync_gradients(model, enabled):
     return contextlib.nullcontext()
 
 
+def check_parallel(model, parallel):
+    """ConfigError if the model cannot be trained by this entry of PARALLEL."""
+    message = "parallel=fsdp takes no sparse gradients: set mem_sparse_grad=0 or parallel=ddp"
+    require(parallel != "fsdp" or not sparse_parameters(model), message, "parallel")
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def sparse_parameters(model):
+    """{name: parameter} of all that get sparse gradients; a shared one has several names."""
+    ends = tuple(model.sparse_gradients()) if hasattr(model, "sparse_gradients") else ()
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith(ends) and parameter.requires_grad:
+            found[name] = parameter
+    return found
+
+
+def sum_sparse_gradients(model, world):
+    """Sum sparse gradients over the ranks: each gathers the rows of all, with the same result."""
+    if world.size == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            grad = coalesce(parameter.grad)
+            rows = gather_rows(grad.indices()[0], world)
+            values = gather_rows(grad.values(), world)
+            parameter.grad = sparse_rows(rows, values, grad.shape).coalesce()
+
+
+def gather_rows(x, world):
+    """x (n, ...) of every rank, each with its own n -> (sum of n, ...), in order of rank."""
+    counts = world.all_gather(len(x)).long().flatten().tolist()
+    # What is gathered must have one shape.
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts)])
+
+
+@torch.no_grad()
+def clip_gradients(parameters, max_norm):
+    """Scale all gradients so that their norm is at most max_norm -> their norm before, a scalar.
+
+    The norm is that of all numbers together, over all parameters and ranks.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    if not any(p.grad.is_sparse for p in parameters):
+        # With FSDP each rank has a part of the norm.
+        return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    grads = []
+    for p in parameters:
+        if p.grad.is_sparse:
+            p.grad = coalesce(p.grad)
+            grads.append(p.grad.values())
+        else:
+            grads.append(p.grad)
+    norm = torch.nn.utils.get_total_norm(grads)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale)
+    return norm
+
+
+# ---- tensors in shards ---------------------------------------------------------------------------
+
+
 def full_tensor(x):
     """A DTensor of FSDP as a plain tensor; a plain tensor as it is."""
     return x.full_tensor() if is_dtensor(x) else x
@@ -308,7 +389,10 @@ def all_finite(model, world):
     bad = 0
     for q in model.parameters():
         local = q.to_local() if is_dtensor(q) else q
-        bad += not bool(torch.isfinite(local).all())
+        if local.numel() > 0:  # a rank may hold no part of a small tensor
+            # torch.isfinite would take ten times as long, and 7 bytes more for each number.
+            ends = torch.stack(torch.aminmax(local.detach()))  # NaN if there is one anywhere
+            bad += not bool(torch.isfinite(ends).all())
     return not world.all_gather(bad).any()
 
 

@@ -1,9 +1,9 @@
 """Operators of the models: what exists for speed, each beside its naive twin, and attention.
 
 From top to bottom: small helpers, labelled positions, norms, causal convolution, cross-entropy,
-packed documents, softmax attention, rotary positions. A model calls them by name, so it can be read
-without opening this file. The twins, written from the definition, are what the tests compare with
-and what second derivatives use (see second_order.py).
+rows of a table, packed documents, softmax attention, rotary positions. A model calls them by name,
+so it can be read without opening this file. The twins, written from the definition, are what the
+tests compare with and what second derivatives use (see second_order.py).
 
 Letters: B batch, T tokens, n queried positions, N labelled positions, C channels, H query heads,
 G key/value heads, K key width per head, V value width per head (in cross-entropy: vocabulary),
@@ -234,6 +234,59 @@ class CrossEntropy(Twinned):
 def cross_entropy(logits, labels):
     """Mean cross-entropy in nats, in float32 at least: logits (N, V), labels (N,) -> scalar."""
     return CrossEntropy.apply(logits.to(accum_dtype(logits)), labels)
+
+
+# ---- rows of a table -----------------------------------------------------------------------------
+
+
+class SparseTableGradient(torch.autograd.Function):
+    """The identity of y (N, V), a weighted sum of rows; its backward gives the table a gradient."""
+
+    @staticmethod
+    def forward(ctx, y, values, slots, weights):
+        ctx.save_for_backward(slots, weights)
+        ctx.shape = values.shape
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if needs_twin():
+            raise RuntimeError("a sparse gradient has no second derivatives: set mem_sparse_grad=0")
+        if not ctx.needs_input_grad[1]:
+            return dy, None, None, None
+        slots, weights = ctx.saved_tensors
+        # All reads in the order of their slots. The gradient of a row is itself a weighted sum of
+        # rows: those of dy, for the tokens that read it.
+        ordered, read = slots.flatten().sort(stable=True)
+        rows, counts = ordered.unique_consecutive(return_counts=True)
+        row_grads = F.embedding_bag(
+            read // slots.shape[1],
+            dy,
+            counts.cumsum(0) - counts,
+            per_sample_weights=weights.flatten()[read],
+            mode="sum",
+        )
+        grad = sparse_rows(rows, row_grads, ctx.shape, is_coalesced=True)
+        return dy, grad, None, None
+
+
+def sparse_rows(rows, values, shape, is_coalesced=False):
+    """A sparse tensor with these rows: rows (N,) long, values (N, V); its shape is (slots, V)."""
+    # torch warns unless it is told whether to check.
+    options = dict(is_coalesced=is_coalesced, check_invariants=False)
+    return torch.sparse_coo_tensor(rows[None], values, shape, **options)
+
+
+# torch.compile knows no sparse tensors.
+@torch._disable_dynamo
+def sparse_embedding_bag(slots, values, weights):
+    """Weighted sums of rows, with a sparse gradient: slots, weights (N, R), values -> (N, V).
+
+    The gradient of `values` has each row that was read once. That of F.embedding_bag(sparse=True)
+    has one for every read, N * R of them, which takes twice the time.
+    """
+    y = F.embedding_bag(slots, values.detach(), per_sample_weights=weights, mode="sum")
+    return SparseTableGradient.apply(y, values, slots, weights)
 
 
 # ---- packed documents ----------------------------------------------------------------------------

@@ -60,6 +60,7 @@ from nanorecall.checkpoint import (
 from nanorecall.curriculum import Curriculum
 from nanorecall.distributed import (
     autodetect_device,
+    check_parallel,
     convert_checkpoints,
     describe_batch,
     is_sharded,
@@ -139,6 +140,7 @@ class Run:
             self.model = build_model(settings, self.config)
         with world.agree():
             self.notes = load_and_freeze(self.model, c, has_checkpoint)
+            check_parallel(self.model, c.parallel)
         self.steps_per_epoch = self.data.steps_per_epoch(c.batch_size)
         self.total_steps = total_steps(c, self.data)
         self.fixed_settings = fixed_settings_json(settings, self.config)  # goes into checkpoints

@@ -47,7 +47,9 @@ from myriadlama import fusion, llama
 from naive import fla_naive, loop_sequences, naive_mask
 from nanorecall import distributed, metrics, ops, plots, text
 from nanorecall.build import build_model, build_model_config
+from nanorecall.ops import sparse_rows
 from nanorecall.run import Run
+from nanorecall.sparse import SparseAdamW
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Result:
 CURVES = {  # benchmarks with sizes: what these are
     "lengths": "tokens in a sequence (4,096 in a training step)",
     "memory": "slots in the table",
+    "slots": "slots in the table (training step)",
     "templates": "templates of a question",
 }
 
@@ -473,37 +476,69 @@ def read_flat(q, keys, values, k):
     return memory.weighted_values(values, slots.flatten(1), scores.softmax(-1).flatten(1))
 
 
-@torch.no_grad()
-def sparse_adam(p, grad, mean, square, rows, step, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8):
-    """Adam on the rows of a table that were read. The others keep value and moments.
-
-    Adam on all rows would go on moving those.
-    """
-    g = grad[rows]
-    m = mean[rows].lerp_(g, 1 - beta1)
-    v = square[rows].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    mean[rows], square[rows] = m, v
-    p[rows] -= lr / (1 - beta1**step) * m / ((v / (1 - beta2**step)).sqrt_().add_(eps))
-
-
 def bench_optimizer(rounds, slots=65536, V=256):
-    """A step on a table of values: torch's fused AdamW, against Adam on the rows that were read."""
+    """A step on a table of values: torch's fused AdamW, against SparseAdamW on the rows read."""
     g = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(slots, V, generator=g))
-    p.grad = torch.randn(slots, V, generator=g)
-    sparse = p.detach().clone()
-    mean, square = torch.zeros(slots, V), torch.zeros(slots, V)
-    optimizer = torch.optim.AdamW([p], fused=True, weight_decay=0.0)
-    for step in (1, 2, 3):  # where every row is read, they are the same
-        optimizer.step()
-        sparse_adam(sparse, p.grad, mean, square, torch.arange(slots), step)
-    torch.testing.assert_close(sparse, p.detach(), rtol=1e-5, atol=1e-5)
+    table = torch.nn.Parameter(torch.randn(slots, V, generator=g))
+    table.grad = torch.randn(slots, V, generator=g)
+    dense = torch.optim.AdamW([table], fused=True)
     for fraction in (0.01, 0.03, 0.1, 0.3):
-        rows = torch.randperm(slots, generator=g)[: int(fraction * slots)]
-        rows_read = partial(sparse_adam, sparse, p.grad, mean, square, rows, 4)
-        times = interleave({"ours": optimizer.step, "rows": rows_read}, rounds)
-        what = f"fused AdamW, {slots} x {V} values"
-        yield Result(what, times["ours"], f"the {fraction:.0%} of rows read", times["rows"])
+        rows = torch.randperm(slots, generator=g)[: int(fraction * slots)].sort().values
+        values = torch.randn(len(rows), V, generator=g)
+        grad = sparse_rows(rows, values, (slots, V), is_coalesced=True)
+        sparse_table = torch.nn.Parameter(table.detach().clone())
+        optimizer = SparseAdamW([sparse_table], fused=True)
+
+        def step_rows(sparse_table=sparse_table, grad=grad, optimizer=optimizer):
+            sparse_table.grad = grad
+            optimizer.step()
+
+        times = interleave({"rows": step_rows, "all": dense.step}, rounds)
+        what = f"SparseAdamW, {fraction:.0%} of {slots} x {V}"
+        yield Result(what, times["rows"], "fused AdamW on all", times["all"])
+
+
+def bench_slots(rounds):
+    """A training step by slots of the memory, V = 256: sparse gradients against dense ones."""
+    for n in (64, 256, 1024):
+        functions = {
+            "ours": slots_step(n, sparse_grad=True),
+            "dense gradients": slots_step(n, sparse_grad=False),
+        }
+        times = interleave(functions, min(rounds, 5))
+        del functions  # or their tables would stay in memory
+        baseline = "dense gradients"
+        yield Result(f"step, {slots_text(n)}", times["ours"], baseline, times[baseline], size=n * n)
+    if rounds < 5:
+        return
+    # 13 GB. With dense gradients it would take 17 GB, which is not tried.
+    largest = interleave({"ours": slots_step(2048, sparse_grad=True)}, 5)
+    baseline = "a quarter of the slots"
+    yield Result(f"step, {slots_text(2048)}", largest["ours"], baseline, times["ours"])
+
+
+def slots_text(n, V=256):
+    """Slots, and the memory of table and moments (float32)."""
+    return f"{n * n} slots, {3 * 4 * V * n * n / 1e9:.2g} GB"
+
+
+def slots_step(n, sparse_grad):
+    """A function that makes a training step of a small memory model on 32 sequences of MQAR."""
+    data = data_mqar.Data(data_mqar.Config(infinite_data=True))
+    tokens, targets, _ = data.batch("train", 0, data.batch_indices(0, 32))
+    torch.manual_seed(0)
+    table = dict(mem_n_keys=n, mem_v_dim=256, mem_sparse_grad=sparse_grad, memory_layers=(0,))
+    model = memory.MemoryGPT(memory.Config(n_layers=1, dk=48, dv=48, **table))
+    optimizer = train.configure_optimizer(model, train.TrainConfig())
+
+    def step():
+        model(tokens, targets)[1].backward()
+        distributed.clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.on_step_end()
+
+    return step
 
 
 # ---- the delta rule ------------------------------------------------------------------------------
@@ -755,6 +790,7 @@ BENCHES = {
     "masks": bench_masks,
     "memory": bench_memory,
     "optimizer": bench_optimizer,
+    "slots": bench_slots,
     "eval": bench_eval,
     "ablate": bench_ablate,
     "flex": bench_flex,
