@@ -56,7 +56,8 @@ class Config(model.Config):
 
     def check(self):
         super().check()
-        within(self, 1, 2**12, "mem_n_keys", "mem_heads", "mem_knn")
+        within(self, 1, 2**14, "mem_n_keys")
+        within(self, 1, 2**12, "mem_heads", "mem_knn")
         within(self, 2, 2**16, "mem_k_dim")
         within(self, 0, 2**16, "mem_v_dim")
         within(self, 0, 1000, "mem_value_lr_scale")
