@@ -26,7 +26,11 @@ from torch import nn
 
 import model
 from model import GPT, NORMS, GPTBlock
-from nanorecall.ops import gather_positions, sparse_embedding_bag
+from nanorecall.ops import (
+    column_sharded_embedding_bag,
+    gather_positions,
+    sparse_embedding_bag,
+)
 from nanorecall.second_order import transformed
 from nanorecall.settings import at_least, one_of, require, run_cli, within
 
@@ -47,11 +51,13 @@ class Config(model.Config):
     mem_balance_rate: float = 0.0  # load balancing: change per step of a sub-key's selection bias
     mem_value_lr_scale: float = 1.0  # learning rate of the values over that of the rest
     mem_sparse_grad: bool = False  # update only the values that a step reads: for large tables
+    mem_shard_values: bool = False  # under torchrun, each rank keeps some columns of the table
     mem_top1: bool = False  # memory_router: the likelier of MLP and memory, not their sum
 
     def check(self):
         super().check()
-        within(self, 1, 2**12, "mem_n_keys", "mem_heads", "mem_knn")
+        within(self, 1, 2**14, "mem_n_keys")
+        within(self, 1, 2**12, "mem_heads", "mem_knn")
         within(self, 2, 2**16, "mem_k_dim")
         within(self, 0, 2**16, "mem_v_dim")
         within(self, 0, 1000, "mem_value_lr_scale")
@@ -67,6 +73,8 @@ class Config(model.Config):
         message = "mem_knn=1 with mem_score=softmax: its only weight is 1, so no gradient would"
         message += " reach queries and keys; use sigmoid or mem_knn=2"
         require(self.mem_knn > 1 or self.mem_score != "softmax", message, "mem_knn")
+        message = "mem_shard_values=1 takes no sparse gradients: set mem_sparse_grad=0"
+        require(not (self.mem_shard_values and self.mem_sparse_grad), message, "mem_shard_values")
         layers = self.memory_layers
         message = f"memory_layers={layers} must name blocks, once each"
         require(layers and len(set(layers)) == len(layers), message, "memory_layers")
@@ -130,6 +138,8 @@ def weighted_values(values, slots, weights, sparse_grad=False):
     """
     if transformed():
         return naive_weighted_values(values, slots, weights)
+    if hasattr(values, "full_tensor"):  # a DTensor: mem_shard_values
+        return column_sharded_embedding_bag(slots, values, weights)
     if sparse_grad:
         return sparse_embedding_bag(slots, values, weights)
     return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
@@ -370,6 +380,10 @@ class MemoryGPT(GPT):
     def sparse_gradients(self):
         """Ends of the names of parameters whose gradients are sparse tensors."""
         return ["memory.values"] if self.config.mem_sparse_grad else []
+
+    def column_sharded(self):
+        """Ends of the names of parameters of which each rank keeps some columns."""
+        return ["memory.values"] if self.config.mem_shard_values else []
 
     def on_step_end(self, report=False):
         """After each training step: update balancing biases, forget the reads.

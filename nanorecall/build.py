@@ -35,6 +35,7 @@ from nanorecall.source_files import REPO_FILES, UserFiles, find_source_file, imp
 #   describe_backend(config, device, dtype)      -> str: which kernel runs and why
 #   lr_scales() -> {end of a name: factor}       parameters with a learning rate of their own
 #   sparse_gradients() -> [end of a name]        parameters whose gradients are sparse tensors
+#   column_sharded() -> [end of a name]          parameters of which each rank keeps some columns
 #   on_step_end(report) -> {block: usage} or {}  called after each training step
 #   forward_cached(tokens, cache) -> logits, cache   decoding, for `eval.py --print_examples`
 #   correct_predictions(logits, targets)         what counts as correct (see metrics.py)

@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node=4 train.py configs/mqar_gpt.py --parallel=fsdp  # FSDP2
     sbatch train.slurm configs/mqar_gpt.py                                 # one or many nodes
 
-With DDP every rank holds the whole model, with FSDP2 a shard of each tensor. Gradients are summed
+With DDP every rank holds the whole model, with FSDP2 a shard of each tensor. A table of values may
+be split by columns instead, also while it is in use (shard_columns). Gradients are summed
 over the ranks, not averaged, because each rank has already divided its loss by the number of labels
 in the global batch. Numbers on which the ranks must agree (labels in the batch, has any rank caught
 a signal) are exchanged on the CPU by `World.all_gather`.
@@ -233,14 +234,15 @@ def wrap_ddp(model, device):
     if "forward_sync_buffers" in options:
         sync_buffers = "forward_sync_buffers"
     sparse = sparse_parameters(model)
-    if sparse:
-        # DDP can neither sum sparse gradients (see sum_sparse_gradients) nor leave them to us
-        # without this method, which torch documents although its name is private.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(sparse))
-        for parameter in dict.fromkeys(sparse.values()):
-            dist.broadcast(parameter.detach(), src=0)  # as DDP does with the others
+    for parameter in dict.fromkeys(sparse.values()):
+        dist.broadcast(parameter.detach(), src=0)  # as DDP does with all that it does not ignore
+    ignored = sparse | column_sharded_parameters(model)
+    if ignored:
+        # DDP cannot sum sparse gradients (see sum_sparse_gradients), and those of columns need no
+        # sum. torch documents this method although its name is private.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(ignored))
         trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-        if trained <= set(sparse.values()):
+        if trained <= set(ignored.values()):
             return model  # DDP refuses to do nothing
     ddp_model = DistributedDataParallel(
         model,
@@ -267,18 +269,19 @@ def wrap_fsdp(model, device):
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    ignored = set(column_sharded_parameters(model).values())
     layers = list(getattr(model, "layers", ()))
     users = Counter()
     for layer in layers:
-        users.update(layer.parameters())
+        users.update(set(layer.parameters()) - ignored)
     units = []
     for layer in layers:
         # A parameter that layers share must stay gathered over all of them, so it goes with the
         # rest of the model.
-        if all(users[q] == 1 for q in layer.parameters()):
+        if all(users[q] <= 1 for q in layer.parameters()):
             units.append(layer)
     for module in (*units, model):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, ignored_params=ignored)
         module.set_force_sum_reduction_for_comms(True)  # sums, as with DDP
         module.set_gradient_divide_factor(1.0)
     return model
@@ -290,6 +293,29 @@ PARALLEL = {"ddp": wrap_ddp, "fsdp": wrap_fsdp}
 def wrap_model(model, parallel, device):
     """The model as a training step calls it; evaluation and checkpoints use the model itself."""
     return PARALLEL[parallel](model, device) if dist.is_initialized() else model
+
+
+def shard_columns(model, device):
+    """Keep this rank's columns of the parameters that the model's column_sharded() names.
+
+    Each becomes a DTensor on `device`, so optimizer and checkpoints know that it is a part.
+    """
+    named = column_sharded_parameters(model)
+    if not named or not dist.is_initialized():
+        return
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    parts = {}
+    for name, whole in named.items():
+        if whole not in parts:
+            part = whole.detach().chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
+            # A copy, or the whole table would stay in memory.
+            part = part.clone(memory_format=torch.contiguous_format).to(device)
+            part = DTensor.from_local(part, mesh, [Shard(1)])
+            parts[whole] = torch.nn.Parameter(part, requires_grad=whole.requires_grad)
+        module, _, last = name.rpartition(".")
+        setattr(model.get_submodule(module), last, parts[whole])
 
 
 def is_sharded(model):
@@ -306,8 +332,13 @@ def sync_gradients(model, enabled):
     return contextlib.nullcontext()
 
 
-def check_parallel(model, parallel):
-    """ConfigError if the model cannot be trained by this entry of PARALLEL."""
+def check_parallel(model, parallel, world):
+    """ConfigError if the model cannot be trained by this entry of PARALLEL on so many ranks."""
+    for name, parameter in column_sharded_parameters(model).items():
+        columns = parameter.shape[1]
+        message = f"mem_shard_values=1: the {columns} columns of {name} do not divide by the"
+        message += f" {world.size} ranks; change mem_v_dim"
+        require(columns % world.size == 0, message, "mem_shard_values")
     message = "parallel=fsdp takes no sparse gradients: set mem_sparse_grad=0 or parallel=ddp"
     require(parallel != "fsdp" or not sparse_parameters(model), message, "parallel")
 
@@ -315,14 +346,25 @@ def check_parallel(model, parallel):
 # ---- gradients -----------------------------------------------------------------------------------
 
 
+def named_by(model, method):
+    """{name: parameter}, with the ends that this method of a model returns, if it has the method.
+
+    A shared parameter has several names.
+    """
+    ends = tuple(getattr(model, method)()) if hasattr(model, method) else ()
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if name.endswith(ends)}
+
+
 def sparse_parameters(model):
-    """{name: parameter} of all that get sparse gradients; a shared one has several names."""
-    ends = tuple(model.sparse_gradients()) if hasattr(model, "sparse_gradients") else ()
-    found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.endswith(ends) and parameter.requires_grad:
-            found[name] = parameter
-    return found
+    """{name: parameter} of all that get sparse gradients."""
+    named = named_by(model, "sparse_gradients")
+    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+
+
+def column_sharded_parameters(model):
+    """{name: parameter} of all that are split by columns (see shard_columns), or will be."""
+    return named_by(model, "column_sharded")
 
 
 def sum_sparse_gradients(model, world):
@@ -355,20 +397,22 @@ def clip_gradients(parameters, max_norm):
     The norm is that of all numbers together, over all parameters and ranks.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    if not any(p.grad.is_sparse for p in parameters):
+    groups = {}  # gradients by how they are split over the ranks
+    for p in parameters:
+        grad = p.grad
+        if grad.is_sparse:
+            grad = p.grad = coalesce(grad)
+        placement = "sparse" if grad.is_sparse else getattr(grad, "placements", None)
+        groups.setdefault(placement, []).append(grad.values() if grad.is_sparse else grad)
+    if len(groups) <= 1 and "sparse" not in groups:
         # With FSDP each rank has a part of the norm.
         return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-    grads = []
-    for p in parameters:
-        if p.grad.is_sparse:
-            p.grad = coalesce(p.grad)
-            grads.append(p.grad.values())
-        else:
-            grads.append(p.grad)
-    norm = torch.nn.utils.get_total_norm(grads)
+    norms = [full_tensor(torch.nn.utils.get_total_norm(grads)) for grads in groups.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(scale)
+    for grads in groups.values():
+        for grad in grads:
+            local_tensor(grad).mul_(scale)
     return norm
 
 
@@ -380,6 +424,11 @@ def full_tensor(x):
     return x.full_tensor() if is_dtensor(x) else x
 
 
+def local_tensor(x):
+    """The part of a DTensor that this rank has; a plain tensor as it is."""
+    return x.to_local() if is_dtensor(x) else x
+
+
 def is_dtensor(x):
     return hasattr(x, "full_tensor")
 
@@ -388,7 +437,7 @@ def all_finite(model, world):
     """Are all parameters finite numbers, on every rank?"""
     bad = 0
     for q in model.parameters():
-        local = q.to_local() if is_dtensor(q) else q
+        local = local_tensor(q)
         if local.numel() > 0:  # a rank may hold no part of a small tensor
             # torch.isfinite would take ten times as long, and 7 bytes more for each number.
             ends = torch.stack(torch.aminmax(local.detach()))  # NaN if there is one anywhere

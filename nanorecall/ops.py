@@ -289,6 +289,36 @@ def sparse_embedding_bag(slots, values, weights):
     return SparseTableGradient.apply(y, values, slots, weights)
 
 
+# torch.compile would have to break its graph at each exchange.
+@torch._disable_dynamo
+def column_sharded_embedding_bag(slots, values, weights):
+    """Weighted sums of rows of a table whose columns lie on several ranks.
+
+    slots, weights (N, R) of this rank, each rank with its own N; values: a DTensor (slots, V) in
+    placement Shard(1) -> (N, V). Every rank must call it. Each reads its columns for the tokens of
+    all ranks, then they exchange (tokens, V / ranks) for (tokens / ranks, V): a table that no rank
+    can hold is never gathered, and the gradient of its columns needs no exchange.
+
+    As facebookresearch/memory does it (Berges et al. 2024). torch's ColwiseParallel splits the
+    columns of an nn.Embedding too, but knows no weighted sums, and wants all ranks to have the same
+    tokens.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
+    mesh, N = values.device_mesh, len(slots)
+    # What is exchanged must have one shape. A padded token has weights of 0.
+    longest = torch.tensor(N, device=slots.device)
+    torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, mesh.get_group())
+    padding = (0, 0, 0, int(longest) - N)
+    slots, weights = F.pad(slots, padding), F.pad(weights, padding)
+    slots = DTensor.from_local(slots, mesh, [Shard(0)]).full_tensor()
+    weights = DTensor.from_local(weights, mesh, [Shard(0)])
+    weights = weights.full_tensor(grad_placements=[Partial()])  # each rank has a part of it
+    y = F.embedding_bag(slots, values.to_local(), per_sample_weights=weights, mode="sum")
+    y = DTensor.from_local(y, mesh, [Shard(1)]).redistribute(placements=[Shard(0)])
+    return y.to_local()[:N]
+
+
 # ---- packed documents ----------------------------------------------------------------------------
 
 

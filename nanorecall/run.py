@@ -63,8 +63,9 @@ from nanorecall.distributed import (
     check_parallel,
     convert_checkpoints,
     describe_batch,
-    is_sharded,
+    is_dtensor,
     load_training_state,
+    shard_columns,
     training_state,
     wrap_model,
     write_checkpoint,
@@ -140,7 +141,7 @@ class Run:
             self.model = build_model(settings, self.config)
         with world.agree():
             self.notes = load_and_freeze(self.model, c, has_checkpoint)
-            check_parallel(self.model, c.parallel)
+            check_parallel(self.model, c.parallel, world)
         self.steps_per_epoch = self.data.steps_per_epoch(c.batch_size)
         self.total_steps = total_steps(c, self.data)
         self.fixed_settings = fixed_settings_json(settings, self.config)  # goes into checkpoints
@@ -204,6 +205,8 @@ class Run:
             self.print_start()
             with enough_memory(lambda: training_advice(self.model, self.device)):
                 c = self.settings.train
+                # Before the whole table would have to fit on one device.
+                shard_columns(self.model, self.device)
                 self.model.to(self.device)
                 if c.compile:
                     self.model.compile()
@@ -390,7 +393,8 @@ class Run:
         self.state["seconds"] = self.seconds()
         about = {**self.state, "settings": self.fixed_settings}
         tensors = training_state(self.model, optimizer)
-        write_checkpoint(self.folder, name, about, tensors, is_sharded(self.model), self.world)
+        sharded = any(is_dtensor(t) for t in tensors.values())
+        write_checkpoint(self.folder, name, about, tensors, sharded, self.world)
 
     def write_log(self, **row):
         """Add a row to log.jsonl (main rank only)."""

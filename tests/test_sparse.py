@@ -10,7 +10,7 @@ import memory
 import train
 from analysis import editing
 from nanorecall import distributed, sparse
-from nanorecall.ops import sparse_embedding_bag
+from nanorecall.ops import sparse_embedding_bag, sparse_rows
 from nanorecall.settings import ConfigError
 from nanorecall.sparse import SparseAdamW
 from toys import (
@@ -75,6 +75,15 @@ def test_layers_and_micro_batches_add_up(share):
     assert table.grad.is_sparse and ours.keys() == dense.keys()
     for name, grad in ours.items():
         torch.testing.assert_close(grad, dense[name])
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 2], [0, 2, 2], [0, 1, 3], [3, 1, 0]])
+def test_rows_that_occur_twice_are_summed(rows):
+    """On CUDA, torch lists the rows of two gradients one after the other."""
+    grad = sparse_rows(torch.tensor(rows), torch.arange(6.0).view(3, 2), (4, 2))
+    found = sparse.coalesce(grad)
+    assert found.is_coalesced() and found.indices()[0].tolist() == sorted(set(rows))
+    assert torch.equal(found.to_dense(), grad.to_dense())
 
 
 # ---- the optimizer -------------------------------------------------------------------------------
