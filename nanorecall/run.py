@@ -105,6 +105,10 @@ PATHS = (
     "synthetic_dataset",
 )
 LOWER_LR = "lower lr or raise warmup_steps"
+COMPILE_NOTE = (
+    "compile: the first step, the first one with sequences of another size, and the first"
+    " evaluation take 10 to 60 s each"
+)
 
 # ---- a run ---------------------------------------------------------------------------------------
 
@@ -209,6 +213,7 @@ class Run:
                 shard_columns(self.model, self.device)
                 self.model.to(self.device)
                 if c.compile:
+                    self.world.print0(COMPILE_NOTE)
                     self.model.compile()
                 self.parallel_model = wrap_model(self.model, c.parallel, self.device)
                 with self.status_on_error():
