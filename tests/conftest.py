@@ -43,6 +43,14 @@ def script():
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made, but neither drawn nor written. That spares a toy run half of its time."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="session")
 def on_ranks():
     """on_ranks(n, work): run work(rank) in n forked processes, with the environment of torchrun.
 
@@ -53,6 +61,12 @@ def on_ranks():
     import signal
     import socket
     import traceback
+
+    # What a rank imports only when it needs it takes a second, too. It finds these imported.
+    import matplotlib.pyplot  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp  # noqa: F401
 
     from nanorecall.settings import run_cli
 

@@ -23,7 +23,7 @@ def model(request):
 
 SMALL = dict(
     n_layers=2, dim=32, dk=16, dv=16, conv_size=8, init_std=1, lr=1e-2, batch_size=64,
-    max_steps=150, eval_interval=150, num_threads=1,
+    max_steps=80, eval_interval=80, num_threads=1,
 )  # fmt: skip
 FACTS = dict(
     data="data_synth", task="qa", num_pairs=40, buckets="[4,16]", model="memory", mem_n_keys=8,

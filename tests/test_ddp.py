@@ -44,7 +44,8 @@ from toys import (
     wait_for_step,
 )
 
-pytestmark = pytest.mark.slow  # ranks are started again and again
+# Ranks are started again and again. That they draw curves.png is tested in test_endings.py.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 SHORT = dict(max_steps=20, eval_interval=10, log_interval=1, lr=1e-3)
 InMemoryMQAR = train.parse([]).data_module.InMemoryMQAR
@@ -358,11 +359,18 @@ def zeros_like_run(p, data):
     return copy, torch.optim.AdamW(copy.parameters(), fused=True)
 
 
+@pytest.fixture(scope="module")
+def two(on_ranks, tmp_path_factory):
+    """A run of two ranks whose batch three can share, too -> its directory."""
+    folder = tmp_path_factory.mktemp("two")
+    return train_on(on_ranks, 2, folder, "two", parallel="fsdp", batch_size=24)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("form", ["shards", "file"])
-def test_a_checkpoint_of_two_ranks_loads_on_one_and_three(on_ranks, tmp_path, size, form):
+def test_a_checkpoint_of_two_ranks_loads_on_one_and_three(on_ranks, two, tmp_path, size, form):
     """From its shards, or each rank its part of one file."""
-    out = train_on(on_ranks, 2, tmp_path, "two", parallel="fsdp", batch_size=24)
+    out = str(shutil.copytree(two, tmp_path / "two"))
     saved = tensors(out)
     p, data, _, _ = train.load_run(out, "ckpt")
 
@@ -384,10 +392,9 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_and_three(on_ranks, tmp_path, si
     assert on_ranks(size, work) == [0] * size
 
 
-def test_a_run_of_two_ranks_continues_alike_on_one_and_three(on_ranks, tmp_path):
-    out = train_on(on_ranks, 2, tmp_path, "two", parallel="fsdp", batch_size=24)
-    three = shutil.copytree(out, tmp_path / "three")
-    one = shutil.copytree(out, tmp_path / "one")
+def test_a_run_of_two_ranks_continues_alike_on_one_and_three(on_ranks, two, tmp_path):
+    three = shutil.copytree(two, tmp_path / "three")
+    one = shutil.copytree(two, tmp_path / "one")
     resume_on(on_ranks, 3, str(three), max_steps=30)
     assert run(tmp_path, "one", resume=True, max_steps=30)[0] == 0
     assert_close(tensors(str(three)), tensors(str(one)))
@@ -493,16 +500,18 @@ def children(pid):
 
 
 def test_sigterm_to_torchrun_stops_both_ranks_on_one_step(on_ranks, tmp_path):
-    changes = {**SHORT, "max_steps": 300, "eval_interval": 150, "grad_accum_steps": 1}
+    changes = {**SHORT, "max_steps": 10**6, "eval_interval": 10**5, "lr_schedule": "constant"}
     process, out = torchrun(2, *flags(tmp_path, "stopped", **changes)), str(tmp_path / "stopped")
     wait_for_step(out, 7, process)
     process.send_signal(signal.SIGTERM)
     text, error = process.communicate()
     assert process.returncode != 0 and f"--resume {out}" in text
     status = checkpoint.read_json(os.path.join(out, "status.json"))
-    assert status["status"] == "preempted" and 7 <= status["step"] < 150
+    assert status["status"] == "preempted" and status["step"] >= 7
     assert checkpoint.load_checkpoint(out, "ckpt")["step"] == status["step"]
-    resume_on(on_ranks, 2, out)
+    # However many steps it made on a busy machine, a few more are enough.
+    changes["max_steps"] = status["step"] + 10
+    resume_on(on_ranks, 2, out, max_steps=changes["max_steps"])
     whole = train_on(on_ranks, 2, tmp_path, "whole", **changes)
     assert_same(contents(out), contents(whole))
 

@@ -27,7 +27,7 @@ SMALL = dict(
 def facts(tmp_path_factory):
     """A run that knows its 40 facts -> its directory."""
     folder = tmp_path_factory.mktemp("facts")
-    place = dict(log_dir=folder, run_name="a", max_steps=250, eval_interval=250)
+    place = dict(log_dir=folder, run_name="a", max_steps=80, eval_interval=80)
     train.main(as_flags({**SMALL, **place, "task": "qa", "num_pairs": 40, "buckets": "[16]"}))
     return folder / "a"
 

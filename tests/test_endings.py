@@ -21,7 +21,7 @@ from analysis import trained_run
 from nanorecall import build, checkpoint
 from nanorecall.distributed import SINGLE_PROCESS, all_finite
 from nanorecall.settings import ConfigError, RunError
-from toys import assert_same, contents, flags, run, torchrun
+from toys import assert_same, contents, flags, run
 
 pytestmark = pytest.mark.slow  # whole runs from start to end
 
@@ -240,11 +240,14 @@ def test_ranks_that_miss_the_target_leave_together(on_ranks, tmp_path, capfd):
     assert os.path.exists(tmp_path / "run" / "curves.png")
 
 
-def test_torchrun_does_not_train_a_finished_run_again(tmp_path):
-    process = torchrun(2, *flags(tmp_path, None, target_accuracy=1, **SHORT), max_restarts=1)
-    text, error = process.communicate(timeout=200)
+def test_torchrun_does_not_train_a_finished_run_again(on_ranks, tmp_path, monkeypatch, capfd):
+    args = flags(tmp_path, None, target_accuracy=1, **SHORT)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
+    for restart_count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart_count)
+        assert on_ranks(2, lambda rank: train.main(args)) == [1, 1]
     (name,) = os.listdir(tmp_path)
-    assert process.returncode == 1
+    text, error = capfd.readouterr()
     assert text.count("test accuracy") == error.count("below target:") == 2
     assert "started again by torchrun" in text and "has ended" in text
     assert text.count("step 4: val accuracy") == 1
@@ -400,6 +403,8 @@ def test_full_memory_names_what_is_too_large(tmp_path, monkeypatch):
 
 def test_a_model_beyond_all_memory_names_what_is_too_large(tmp_path):
     args = ["--model=memory", "--mem_n_keys=4096", "--dim=1048576", "--dk=2", "--dv=2"]
+    args += ["--n_layers=1", "--memory_layers=[0]", "--vocab_size=32"]
+    args += ["--input_seq_len=16", "--num_kv_pairs=2"]
     with pytest.raises(ConfigError, match=r"not fit in memory: .*values \(16777216, 1048576\)"):
         train.main([*args, f"--log_dir={tmp_path}"])
 

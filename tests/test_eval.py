@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import eval as eval_script
+import train
 from nanorecall import metrics, stats
 from nanorecall.settings import ConfigError
 from toys import run as train_toy
@@ -147,17 +148,15 @@ def test_a_task_without_facts_stores_no_bits():
     assert eval_script.stored_bits([], data, None) == {}
 
 
-def test_it_reads_config_json_and_runs_no_override_file(tmp_path, script):
+def test_it_reads_config_json_and_runs_no_override_file(tmp_path):
     """A run stays readable when the file that made it is gone or changed."""
     override_file = tmp_path / "c.py"
     override_file.write_text("max_steps = 2\nlog_interval = 1\n")
     args = "--n_layers=1 --dim=8 --dk=4 --dv=4 --input_seq_len=16 --num_kv_pairs=4 --vocab_size=32"
     args += f" --n_test_examples=5 --n_val_examples=5 --run_name=b --log_dir={tmp_path}"
-    done = script("train.py", override_file, *args.split())
-    assert done.returncode == 0, done.stderr
+    assert train.main([str(override_file), *args.split()]) == 0
     override_file.write_text("raise SystemExit('was run')")
-    done = script("eval.py", os.path.join(tmp_path, "b"))
-    assert done.returncode == 0 and "was run" not in done.stderr
+    assert not eval_script.main([os.path.join(tmp_path, "b")])
 
 
 # ---- the command line ----------------------------------------------------------------------------

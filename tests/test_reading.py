@@ -86,6 +86,7 @@ ODD = {  # a whole file, or what stands in the place of a value
 
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("file", ["config.json", "status.json"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_damaged_run_does_not_take_the_table_of_the_others_away(runs, file, odd, capsys):
     (runs / "r0" / file).write_bytes(ODD[odd])
     ev.main(["compare", str(runs / "*")])

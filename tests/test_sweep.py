@@ -77,21 +77,23 @@ def test_what_is_missing_is_trained(toy, tmp_path):
     sweep.main([*toy, "--draw_only=1"])
 
 
-def train_toy4(toy):
-    """Train the second point as sweep.py would."""
+def train_point(toy, point):
+    """Train a point as sweep.py would, in this process."""
     _, config = sweep.parse(toy)
-    point = toy_points()[1]
-    _, *argv = shlex.split(training_command(point, 0, f"{config.log_dir}/toy4_seed0", config))
+    folder = f"{config.log_dir}/{point.name}_seed0"
+    _, *argv = shlex.split(training_command(point, 0, folder, config))
     assert train.main(argv) == 0
 
 
 @pytest.mark.slow
 def test_a_stopped_run_is_resumed_and_a_finished_one_is_kept(toy, tmp_path, capsys):
-    train_toy4(toy)
+    toy2, toy4 = toy_points()
+    train_point(toy, toy4)
     sweep.main(toy[1:])
     name, n_runs, n_missing, *_ = capsys.readouterr().out.splitlines()[-1].split()
     assert (name, n_runs, n_missing) == ("toy", "2", "1")
 
+    train_point(toy, toy2)
     first = read_status(tmp_path, "toy4")
     status = tmp_path / "runs" / "toy4_seed0" / "status.json"
     status.write_text(json.dumps({"status": "preempted", "step": 4}))
@@ -106,7 +108,8 @@ def test_a_stopped_run_is_resumed_and_a_finished_one_is_kept(toy, tmp_path, caps
 @pytest.mark.slow
 def test_a_run_with_other_settings_is_refused(toy, tmp_path):
     """As after a change of the config file that it was trained with."""
-    sweep.main(toy)
+    for point in toy_points():
+        train_point(toy, point)
     path = tmp_path / "runs" / "toy4_seed0" / "config.json"
     config = json.loads(path.read_text())
     config["model"]["conv_size"] = config["train"]["lr"] = 3

@@ -124,10 +124,10 @@ def test_stop_accuracy_ends_a_run_early(tmp_path):
         ("--model unified_kv --du 64 --use_ffn=0 --n_epochs=400", 98560),
     ],
 )
-def test_the_commands_of_updatable_long_term_memory_print_their_counts(script, args, count):
+def test_the_commands_of_updatable_long_term_memory_print_their_counts(capsys, args, count):
     sizes = "--batch_size 32 --dim 64 --n_heads 2 --n_layers 4".split()
-    done = script("train.py", *args.split(), *sizes, "--n_epochs=0")
-    assert done.returncode == 0 and f"params: {count} " in done.stdout
+    assert train.main([*args.split(), *sizes, "--n_epochs=0"]) == 0
+    assert f"params: {count} " in capsys.readouterr().out
 
 
 def test_run_names_follow_the_documents_grammar():
