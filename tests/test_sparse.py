@@ -282,7 +282,8 @@ def test_two_ranks_equal_one_process(on_ranks, tmp_path, share):
     _, out = run(tmp_path, "one", **options)
     one, log = contents(out)
     for name, tensor in one["tensors"].items():
-        torch.testing.assert_close(two["tensors"][name], tensor, rtol=0, atol=1e-6)
+        # AdamW divides by the size of a gradient, so a tiny one's rounding shows.
+        torch.testing.assert_close(two["tensors"][name], tensor, rtol=0, atol=5e-6)
     assert [row for row in log if row["kind"] == "memory"] == [
         row for row in two_log if row["kind"] == "memory"
     ]
