@@ -203,6 +203,9 @@ def autodetect_device(c, world=SINGLE_PROCESS):
         raise ConfigError(message, "device") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # A CPU takes many times as long for numbers below 1e-38, of which states that decay are full.
+    # They count as 0 in this thread, and in all that it starts from now on.
+    torch.set_flush_denormal(True)
     dtype, why_dtype = autodetect_dtype(c.dtype, device)
     ranks = f"ranks: {world.size} ({world.backend}); " if world.size > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
