@@ -150,6 +150,10 @@ def operators():
     yield "convolution wider than the sequence", ops.CausalConv1d, (x[:, :2], w)
     yield "delta rule", delta.ChunkwiseDeltaRule, chunks(gated=False)
     yield "gated delta rule", delta.ChunkwiseDeltaRule, chunks(gated=True)
+    for gated in (False, True):
+        name = "delta rule without a state, gated" if gated else "delta rule without a state"
+        *inputs, _, sizes = chunks(gated)
+        yield name, delta.ChunkwiseDeltaRule, (*inputs, None, sizes)
 
 
 OPERATORS = {name: rest for name, *rest in operators()}
