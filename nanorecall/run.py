@@ -105,10 +105,7 @@ PATHS = (
     "synthetic_dataset",
 )
 LOWER_LR = "lower lr or raise warmup_steps"
-COMPILE_NOTE = (
-    "compile: the first step, the first one with sequences of another size, and the first"
-    " evaluation take 10 to 60 s each"
-)
+COMPILE_NOTE = "compile: the first step and the first evaluation take 10 to 60 s each"
 
 # ---- a run ---------------------------------------------------------------------------------------
 
@@ -214,7 +211,8 @@ class Run:
                 self.model.to(self.device)
                 if c.compile:
                     self.world.print0(COMPILE_NOTE)
-                    self.model.compile()
+                    # dynamic: else it is compiled again when the curriculum changes sizes.
+                    self.model.compile(dynamic=True)
                 self.parallel_model = wrap_model(self.model, c.parallel, self.device)
                 with self.status_on_error():
                     yield self.stop_on_signals()

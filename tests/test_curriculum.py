@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 import data_mqar
 import train
@@ -131,3 +132,21 @@ def test_two_ranks_leave_a_stage_in_the_same_step_as_one(tmp_path, on_ranks):
     args = flags(tmp_path, "two", **LEARNED)
     assert on_ranks(2, lambda rank: train.main(args)) == [0, 0]
     assert stage_ends(os.path.join(tmp_path, "two")) == stage_ends(one)
+
+
+@pytest.mark.slow
+def test_a_model_is_compiled_for_training_and_for_evaluation_not_for_each_size(
+    tmp_path, monkeypatch
+):
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+
+    def compile(self, **options):
+        self._compiled_call_impl = torch.compile(self._call_impl, backend=counter, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    stages = "[(1,4),(2,4),(3,4)]"
+    changes = dict(compile=True, curriculum=stages, max_steps=20, eval_interval=5)
+    run(tmp_path, num_kv_pairs=4, input_seq_len=32, **changes)
+    assert counter.frame_count <= 3  # there are four sizes in training, and two splits
