@@ -128,13 +128,15 @@ def whole_records(text, lost, at=0):
 
 def whole_elements(text, at, lost):
     """The list at text[at:] -> its whole elements, and its end."""
-    elements, first_name = [], ""
+    elements, first_name, n_lost = [], "", len(lost)
     at = next_item(text, at + 1, lost)
     while at < len(text) and text[at] != "]":
         first_name = first_name_of(text, at) or first_name
         element, end, why = read_value(text, at)
+        if first_name and len(lost) > n_lost and not isinstance(element, dict):
+            why = why or "perhaps a piece of the record before"
         if why:
-            is_record = text[at] in "{["
+            is_record = first_name or text[at] in "{["
             end = next_record(text, at, first_name) if is_record else end_of_scalar(text, at)
             lost.append((at, end, why))
         else:
@@ -215,7 +217,7 @@ def next_record(text, at, first_name=""):
     """Where the next record may begin, after a damaged one at text[at:].
 
     That is behind its closing bracket. If brackets or quotes are damaged, it is the next place that
-    begins as these records do, or the next line with the same indent and an opening bracket.
+    begins as these records do, or a bracket after garbage, or the next line with the same indent.
     """
     line = text[text.rfind("\n", 0, at) + 1 : at + 1]
     indent = line[: skip(line, 0)]
@@ -226,11 +228,11 @@ def next_record(text, at, first_name=""):
         # With a quote too many, brackets in strings count, and records behind seem to be inside.
         sibling = re.compile(rf"\}}\s*,\s*(?={re.escape(first_name)})").search(text, at, end)
         return sibling.end() if first_name and sibling else end
-    garbage = GARBAGE.match(text, at, limit)
-    if garbage:
-        return garbage.end()
     alike = text.find(first_name, at + 1, limit) if first_name else -1
-    return limit if alike < 0 else alike
+    if alike >= 0:
+        return alike
+    garbage = GARBAGE.match(text, at, limit)
+    return garbage.end() if garbage else limit
 
 
 def first_name_of(text, at):
