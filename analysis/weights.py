@@ -1,8 +1,9 @@
 """Count, compare and convert the weights of memory models.
 
-    python memory.py params configs/qa_2k_memory.py    # parameters, total and active per token
-    python memory.py inspect runs/A runs/B             # names and shapes of weights; differences
-    python memory.py convert runs/A x.pt --to memory_router
+python memory.py params configs/qa_2k_memory.py    # parameters, total and active per token
+python memory.py inspect runs/A runs/B             # names and shapes of weights; differences
+python memory.py inspect --trace runs/A runs/B     # the same of activations, module by module
+python memory.py convert runs/A x.pt --to memory_router
 """
 
 import os
@@ -10,6 +11,7 @@ import os
 import numpy as np
 import torch
 
+from analysis.activation_shapes import print_activations
 from nanorecall.build import build_model, build_model_config, resolve_model
 from nanorecall.checkpoint import atomic_write
 from nanorecall.metrics import print_table
@@ -35,10 +37,16 @@ def parse(argv):
     require(known, f"{command!r} is none of params, inspect and convert", None)
     if command == "params":
         return print_parameters, (parse_training(rest),)
+    is_traced = command == "inspect" and "--trace" in rest
+    if is_traced:
+        # Else split_argv would take the path after it for its value.
+        rest = [word for word in rest if word != "--trace"]
     paths, settings = split_argv(rest)
     for setting in settings:
         is_known = command == "convert" and setting.key == "to"
         require(is_known, f"{command} takes no {setting.source}", None)
+    if is_traced:
+        return print_activations, (paths,)
     if command == "inspect":
         return compare_weights, (paths,)
     return convert_checkpoint, (paths, settings[-1].value if settings else "")
