@@ -48,7 +48,8 @@ def parse(argv):
     paths, settings = split_argv(rest)
     for setting in settings:
         is_known = command == "convert" and setting.key == "to"
-        require(is_known, f"{command} takes no {setting.source}", None)
+        message = f"{command} takes no {setting.source}; name runs and files without a flag"
+        require(is_known, message, None)
     if is_traced:
         return print_activations, (paths,)
     if command == "inspect":

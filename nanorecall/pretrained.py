@@ -318,6 +318,7 @@ def load_parts(model, path, step=-1, mapping=None):
         names[our_name(name)] = name
     target = model.state_dict()
     mapped, overridden = resolve_map(mapping, list(names))
+    written = {}  # what tables that several names share are loaded from, by their address
     for to, name in mapped.items():
         near = f"near it: {nearest(to, target)}; name the parts to take with init_map"
         message = f"init_map: the model has no {to}; {near}"
@@ -325,6 +326,11 @@ def load_parts(model, path, step=-1, mapping=None):
         have, need = tuple(source[names[name]].shape), tuple(target[to].shape)
         message = f"init_map: {name} is {have} in the source, {to} is {need} here"
         require(have == need, message, "init_map")
+        first = written.setdefault(target[to].data_ptr(), name)
+        message = f"init_map: {first} and {name} would both go to {to}, which blocks share here; "
+        message += "set mem_share_values=0 or tie_weights=0, or name one of them"
+        same = first == name or torch.equal(source[names[first]], source[names[name]])
+        require(same, message, "init_map")
     if not mapping:
         missing = [name for name in target if name not in mapped]
         first = ", ".join(missing[:3])

@@ -331,6 +331,19 @@ def test_shards_are_read_without_running_code_in_them(tmp_path, source):
     assert not (tmp_path / "exploded").exists()
 
 
+def test_two_tables_do_not_fit_in_a_shared_one(tmp_path):
+    source = memory_model(memory_layers=(0, 1), mem_share_values=False).state_dict()
+    torch.save(source, tmp_path / "x.pt")
+    target = memory_model(memory_layers=(0, 1), seed=1)
+    message = "layers.0.memory.values and layers.1.memory.values would both go to"
+    with pytest.raises(ConfigError, match=message):
+        pretrained.load_parts(target, str(tmp_path / "x.pt"))
+    source["layers.1.memory.values"] = source["layers.0.memory.values"].clone()
+    torch.save(source, tmp_path / "x.pt")
+    pretrained.load_parts(target, str(tmp_path / "x.pt"))
+    assert_same(dict(target.state_dict()), dict(source))
+
+
 def test_two_names_for_one_tensor_are_refused(tmp_path):
     keys = {"memory.keys": torch.zeros(2), "memory_retrieval.keys": torch.ones(2)}
     tensors = {f"layers.0.{name}": tensor for name, tensor in keys.items()}
