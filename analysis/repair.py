@@ -29,7 +29,10 @@ def repair(args, config):
         kept = whole_records(text, lost)
         body = "".join(json.dumps(record) + "\n" for record in kept)
     else:
-        kept, lost = whole_json(text)
+        try:
+            kept, lost = whole_json(text)
+        except RecursionError:
+            raise ConfigError(f"{path} is nested too deeply") from None
         require(kept is not None, f"{path} holds no whole record", None)
         body = json.dumps(kept, indent=1) + "\n"
     atomic_write(out, lambda f: f.write(body.encode()))
@@ -82,26 +85,27 @@ def describe_lost(text, lost):
 def whole_json(text):
     """Text of a .json file -> what is whole of it (None: nothing), and what is lost.
 
-    Of a list, its whole elements. Of an object, its whole members; a member that is a list or an
+    Of lists, their whole elements. Of an object, its whole members; a member that is a list or an
     object is treated likewise. Of several values one after another, a list of those that are whole.
 
     >>> whole_json('[{"a": 1}, {"a": 2,, "b": 3}, {"a": 4}]')[0]
     [{'a': 1}, {'a': 4}]
     """
-    lost = []
-    first = skip(text, 0)
-    opening = text[first : first + 1]
-    if opening == "[":
-        kept, end = whole_elements(text, first, lost)
-        # Lists one after another are joined.
-        for record in whole_records(text, lost, end):
-            kept += record if isinstance(record, list) else [record]
-    elif opening == "{" and skip(text, next_record(text, first)) == len(text):
-        kept, _ = whole_members(text, first, lost)
+    at = skip(text, 0)
+    kept, end, why = read_value(text, at)
+    if not why and isinstance(kept, (dict, list)) and skip(text, end) == len(text):
+        return kept, []
+    kept, lost = [], []
+    opening = text[at : at + 1]
+    if opening == "{" and skip(text, next_record(text, at)) == len(text):
+        kept, _ = whole_members(text, at, lost)
     else:
-        kept = whole_records(text, lost)
-    is_whole = opening and not lost
-    return (kept if kept or is_whole else None), lost
+        if opening == "[":
+            kept, at = whole_elements(text, at, lost)
+        for record in whole_records(text, lost, at):
+            # Lists one after another are joined.
+            kept += record if isinstance(record, list) else [record]
+    return kept or None, lost
 
 
 def whole_records(text, lost, at=0):
@@ -127,14 +131,14 @@ def whole_records(text, lost, at=0):
 
 
 def whole_elements(text, at, lost):
-    """The list at text[at:] -> its whole elements, and its end."""
-    elements, first_name, n_lost = [], "", len(lost)
+    """The damaged list at text[at:] -> its whole elements, and its end."""
+    elements, first_name = [], ""
     at = next_item(text, at + 1, lost)
     while at < len(text) and text[at] != "]":
         first_name = first_name_of(text, at) or first_name
         element, end, why = read_value(text, at)
-        if first_name and len(lost) > n_lost and not isinstance(element, dict):
-            why = why or "perhaps a piece of the record before"
+        if first_name and not why and not isinstance(element, dict):
+            why = "perhaps a piece of a record"
         if why:
             is_record = first_name or text[at] in "{["
             end = next_record(text, at, first_name) if is_record else end_of_scalar(text, at)
@@ -146,7 +150,7 @@ def whole_elements(text, at, lost):
 
 
 def whole_members(text, at, lost):
-    """The object at text[at:] -> its whole members, and its end."""
+    """The damaged object at text[at:] -> its whole members, and its end."""
     members = {}
     at = next_item(text, at + 1, lost)
     while at < len(text) and text[at] != "}":

@@ -94,6 +94,8 @@ def test_bare_json_values_are_not_records(text):
         ('{"a": 1}{"a": 2,,}, {"a": 3}', [1, 3], [8]),
         ('[{"a": 1}]\n\ufeff[{"a": 2}]', [1, 2], []),
         ('{"a": 1} x\n\0\0{"a": 2}\n12\n{"a": 3}', [1, 2, 3], [9, 22]),
+        ('\0\0{"a": 1}\n{"a": 2}', [1, 2], [0]),
+        ('[{"a": 1}, {"a": 2}, "b": 0}, {"a": 3}]', [1, 2, 3], [21]),
         ('"a": 0}\n{"a": 1, "b{"a": 2}\n{"a": 3}', [2, 3], [0, 8]),
     ],
 )
@@ -101,6 +103,14 @@ def test_damage_costs_one_record(text, kept, places):
     records, lost = whole_json(text)
     assert [record["a"] for record in records] == kept
     assert [start for start, _, _ in lost] == places
+
+
+@pytest.mark.parametrize("added", ['"', ",", "}", "\n"])
+def test_a_character_too_many_costs_one_record(added):
+    whole = json.dumps(RECORDS)
+    for at in range(3, len(whole)):
+        records, _ = whole_json(whole[:at] + added + whole[at:])
+        assert sum(record in RECORDS for record in records) >= 3
 
 
 def test_line_breaks_in_strings_do_no_harm():
@@ -135,12 +145,14 @@ def test_repair_writes_a_new_file_and_says_what_it_kept(tmp_path, capsys):
         (["x.txt"], "neither .json nor .jsonl"),
         (["a.json", "--split=val"], "repair does not use it"),
         (["a.json"], "holds no whole record"),
+        (["deep.json"], "nested too deeply"),
         (["pipe.jsonl"], "is no file"),
     ],
 )
 def test_mistakes_are_one_sentence(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text('"abc" x')
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
     os.mkfifo("pipe.jsonl")
     with pytest.raises(ConfigError, match=message):
         evaluate.main(["repair", *argv])
