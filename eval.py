@@ -14,7 +14,7 @@
     python eval.py edit runs/RUN                  # closed-form editing beside fine-tuning
     python eval.py stats runs/A [runs/B]          # intervals and tests of one run or two
     python eval.py compare 'runs/*'               # runs side by side, seeds as bands
-    python eval.py repair results.jsonl           # every complete record of a file that was cut
+    python eval.py repair results.jsonl           # every whole record of a damaged file
 
 Each writes eval_<what>.json {config, metrics, by_slice, examples}, .parquet and .png into the run,
 and prints a short table. Settings that decide what is measured are part of the name if they are
@@ -290,7 +290,7 @@ COMMANDS = {
         stats, ("split",), "Intervals of every slice, and what correlates with the loss.", False
     ),
     "compare": Command(compare, ("output",), "Runs side by side.", needs_model=False),
-    "repair": Command(repair, (), "Every complete record of a file that was cut.", False),
+    "repair": Command(repair, (), "Every whole record of a damaged file.", False),
     "all": Command(
         run_all,
         ("print_examples", "example", "n_examples", "n_edits"),

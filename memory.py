@@ -2,8 +2,10 @@
 
     python train.py configs/qa_2k_memory.py            # memory: in place of the MLP of some blocks
     python train.py configs/qa_2k_router.py            # memory_router: both, weighted per token
-    python memory.py params configs/qa_2k_memory.py    # parameters, total and active per token
+    python memory.py params configs/qa_2k_memory.py    # parameters, active ones, bytes, by block
+    python memory.py params runs/RUN                   # and how sparse its activations are
     python memory.py inspect runs/A runs/B             # names and shapes of weights; differences
+    python memory.py inspect --trace runs/A runs/B     # the same of activations, module by module
     python memory.py convert runs/A x.pt --to memory_router
 
 A query is cut into two halves. Each half is scored against n sub-keys of its own. The table has

@@ -63,7 +63,9 @@ class AnalysisConfig:
     def check(self):
         at_least(self, 1, "eval_batch_size")
         one_of(self, ("test", "val"), "split")
-        one_of(self, ("best", "ckpt"), "checkpoint")
+        message = f"checkpoint={self.checkpoint!r} must be best or ckpt, which are files of a run"
+        message += "; name the run itself without a flag: python eval.py runs/RUN"
+        require(self.checkpoint in ("best", "ckpt"), message, "checkpoint")
 
 
 @dataclass
@@ -399,12 +401,12 @@ def parse_command(argv, doc, commands, config_class, default=None):
     args, settings = split_argv(argv)
     if wants_help(settings):
         print_help(doc, config_class)
+    reject_unknown(settings, config_class)
+    config = build_config(config_class, settings)
     if not args:
         say(help_text(doc, config_class))
     first = "a run directory or a command" if default else "a command and a run directory"
     require(args, f"name {first}", None)
-    reject_unknown(settings, config_class)
-    config = build_config(config_class, settings)
     name, *paths = args
     if name not in commands:
         nearest = difflib.get_close_matches(name, commands, n=1)

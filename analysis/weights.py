@@ -1,7 +1,9 @@
 """Count, compare and convert the weights of memory models.
 
-    python memory.py params configs/qa_2k_memory.py    # parameters, total and active per token
+    python memory.py params configs/qa_2k_memory.py    # parameters, active ones, bytes, by block
+    python memory.py params runs/RUN                   # and how sparse its activations are
     python memory.py inspect runs/A runs/B             # names and shapes of weights; differences
+    python memory.py inspect --trace runs/A runs/B     # the same of activations, module by module
     python memory.py convert runs/A x.pt --to memory_router
 """
 
@@ -10,10 +12,12 @@ import os
 import numpy as np
 import torch
 
+from analysis.activation_shapes import print_activations
+from analysis.sparsity import print_sparsity
 from nanorecall.build import build_model, build_model_config, resolve_model
 from nanorecall.checkpoint import atomic_write
 from nanorecall.metrics import print_table
-from nanorecall.pretrained import our_name, read_weights
+from nanorecall.pretrained import freeze, our_name, read_weights
 from nanorecall.settings import require, say, split_argv
 from train import load_run
 from train import parse as parse_training
@@ -33,12 +37,21 @@ def parse(argv):
     command, rest = argv[0], argv[1:]
     known = command in ("params", "inspect", "convert")
     require(known, f"{command!r} is none of params, inspect and convert", None)
+    if command == "params" and len(rest) == 1 and os.path.isdir(rest[0]):
+        return print_run, (rest[0],)
     if command == "params":
-        return print_parameters, (parse_training(rest),)
+        return print_config, (parse_training(rest),)
+    is_traced = command == "inspect" and "--trace" in rest
+    if is_traced:
+        # Else split_argv would take the path after it for its value.
+        rest = [word for word in rest if word != "--trace"]
     paths, settings = split_argv(rest)
     for setting in settings:
         is_known = command == "convert" and setting.key == "to"
-        require(is_known, f"{command} takes no {setting.source}", None)
+        message = f"{command} takes no {setting.source}; name runs and files without a flag"
+        require(is_known, message, None)
+    if is_traced:
+        return print_activations, (paths,)
     if command == "inspect":
         return compare_weights, (paths,)
     return convert_checkpoint, (paths, settings[-1].value if settings else "")
@@ -49,23 +62,55 @@ def parse(argv):
 BYTES_PER_NUMBER = 4  # float32
 
 
-def print_parameters(settings):
-    """Print parameters by module: total, active per token, and FLOP and bytes of the active.
-
-    settings: what train.parse returns.
-    """
+def print_config(settings):
+    """Print the parameters of a new model. settings: what train.parse returns."""
     data = settings.data_module.Data(settings.data)
-    model = build_model(settings, build_model_config(settings, data))
-    modules = {}
+    print_parameters(build_model(settings, build_model_config(settings, data)), settings)
+
+
+def print_run(folder):
+    """Print the parameters of a trained run, and how sparse its activations are."""
+    settings, data, model, _ = load_run(folder, "ckpt")
+    print_parameters(model, settings)
+    print_sparsity(model, data)
+
+
+def print_parameters(model, settings):
+    """Print parameters by module and by block: total and active per token; FLOP and bytes."""
+    if settings.train.freeze:
+        say(freeze(model, settings.train.freeze))
+    modules, blocks = {}, {}
     for name, *numbers in count_active(model):
         module = name.rsplit(".", 1)[0] if name.endswith(("weight", "bias")) else name
-        modules[module] = modules.get(module, 0) + np.array(numbers)
-    modules["all"] = sum(modules.values())
+        block = name.split(".")[1] if name.startswith("layers.") else "others"
+        numbers = np.array([*numbers, training_bytes(model, name)])
+        modules[module] = modules.get(module, 0) + numbers
+        blocks[block] = blocks.get(block, 0) + numbers
+    total, active, _, in_training = modules["all"] = sum(modules.values())
+    weights, with_moments = BYTES_PER_NUMBER * total / 1e6, in_training / 1e6
+    say(f"{active / total:.1%} of {total} parameters are active for a token")
+    say(f"{weights:.3g} MB of weights; {with_moments:.3g} MB with gradients and AdamW's moments\n")
     lines = []
-    for module, (total, active, flop) in modules.items():
-        lines.append((module, total, active, flop, BYTES_PER_NUMBER * active))
+    for module, (total, active, flop, in_training) in modules.items():
+        lines.append((module, total, active, flop, BYTES_PER_NUMBER * active, in_training))
     head = ("module", "parameters", "active a token", "flop a token", "bytes a token")
-    print_table(head, lines)
+    print_table((*head, "bytes in training"), lines)
+    lines = []
+    for block, (total, active, *_) in blocks.items():
+        lines.append((block, total, active, f"{active / total:.1%}"))
+    print()
+    print_table(("block", "parameters", "active a token", "share"), lines)
+
+
+def training_bytes(model, name):
+    """Bytes of a parameter in training: weight, gradient, two moments; if frozen, the weight."""
+    q = model.get_parameter(name)
+    sparse = model.sparse_gradients() if hasattr(model, "sparse_gradients") else []
+    copies = 4 if q.requires_grad else 1
+    if q.requires_grad and name.endswith(tuple(sparse)):
+        # Its gradient has only the rows that a step reads.
+        copies = 3
+    return copies * BYTES_PER_NUMBER * q.numel()
 
 
 def count_active(model):

@@ -201,23 +201,26 @@ def refuse_compressed(path):
 
 
 def resolve_map(mapping, names):
-    """{target name: source name} that a map means for these source names.
+    """{target name: source name} that a map means, and what was overridden, as text or "".
 
-    An empty map maps each name onto itself. Entries, source to target: "0-5": "0-5" and "6": "10"
-    (numbers of blocks), "layers.0.ffn": "layers.1.ffn" (a name, and all under it), "*.memory.keys":
-    "*.memory.keys" (a star on the right stands for what the one on the left matched).
+    names: those of the source. An empty map maps each name onto itself. Entries, source to target:
+    "0-5": "0-5" and "6": "10" (numbers of blocks), "layers.0.ffn": "layers.1.ffn" (a name, and all
+    under it), "*.memory.keys": "*.memory.keys" (a star on the right stands for what the one on the
+    left matched). Entries with names come after those with numbers, and override them.
     """
     if not mapping:
-        return {name: name for name in names}
-    found = {}
+        return {name: name for name in names}, ""
+    of_blocks, of_names = {}, {}
     for source, target in flatten(mapping).items():
         such = 'such as "0-5" or "layers.0.ffn"'
         message = f"init_map: {source!r}: {target!r} must both be text, {such}"
         require(isinstance(source, str) and isinstance(target, str), message, "init_map")
         sources, targets = parse_blocks(source), parse_blocks(target)
         if sources is not None and targets is not None:
+            found = of_blocks
             entry = map_blocks(source, target, sources, targets, names)
         else:
+            found = of_names
             entry = map_names(source, target, names)
             if not entry:
                 entry = map_names(our_name(source), our_name(target), names)
@@ -227,7 +230,16 @@ def resolve_map(mapping, names):
         twice = set(entry) & set(found)
         require(not twice, f"init_map gives {min(twice, default='')} two sources", "init_map")
         found |= entry
-    return found
+    return of_blocks | of_names, describe_overrides(of_blocks, of_names)
+
+
+def describe_overrides(of_blocks, of_names):
+    """Which tensors entries with names take from elsewhere than entries with numbers would."""
+    changed = []
+    for target, source in of_names.items():
+        if of_blocks.get(target, source) != source:
+            changed.append(f"{target} comes from {source}, not {of_blocks[target]}")
+    return "; ".join(changed)
 
 
 def flatten(mapping):
@@ -242,6 +254,8 @@ def flatten(mapping):
         entries = mapping.get(name, {})
         message = f"init_map: {name} must hold a dict of source: target"
         require(isinstance(entries, dict), message, "init_map")
+        twice = ", ".join(set(entries) & set(flat))
+        require(not twice, f"init_map: {twice} stands in both {' and '.join(nested)}", "init_map")
         flat |= entries
     return flat
 
@@ -303,7 +317,8 @@ def load_parts(model, path, step=-1, mapping=None):
         require(our_name(name) not in names, message, "init_from")
         names[our_name(name)] = name
     target = model.state_dict()
-    mapped = resolve_map(mapping, list(names))
+    mapped, overridden = resolve_map(mapping, list(names))
+    written = {}  # what tables that several names share are loaded from, by their address
     for to, name in mapped.items():
         near = f"near it: {nearest(to, target)}; name the parts to take with init_map"
         message = f"init_map: the model has no {to}; {near}"
@@ -311,6 +326,11 @@ def load_parts(model, path, step=-1, mapping=None):
         have, need = tuple(source[names[name]].shape), tuple(target[to].shape)
         message = f"init_map: {name} is {have} in the source, {to} is {need} here"
         require(have == need, message, "init_map")
+        first = written.setdefault(target[to].data_ptr(), name)
+        message = f"init_map: {first} and {name} would both go to {to}, which blocks share here; "
+        message += "set mem_share_values=0 or tie_weights=0, or name one of them"
+        same = first == name or torch.equal(source[names[first]], source[names[name]])
+        require(same, message, "init_map")
     if not mapping:
         missing = [name for name in target if name not in mapped]
         first = ", ".join(missing[:3])
@@ -319,4 +339,5 @@ def load_parts(model, path, step=-1, mapping=None):
     for to, name in mapped.items():
         target[to].copy_(source[names[name]])
     size = sum(target[to].numel() for to in mapped)
-    return f"loaded: {len(mapped)} tensors, {size} numbers from {where}"
+    note = f"; names override blocks: {overridden}" if overridden else ""
+    return f"loaded: {len(mapped)} tensors, {size} numbers from {where}{note}"

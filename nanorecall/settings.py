@@ -69,7 +69,8 @@ def split_argv(argv):
             args.append(arg)
             continue
         key, equals, value = arg[2:].partition("=")
-        if not key.replace("-", "_").isidentifier():
+        # Dots are understood, to say in reject_unknown what to write instead.
+        if not re.sub("[-.]", "_", key).isidentifier():
             raise ConfigError(f"{arg!r} is not a flag; write --key=value or --key value")
         if not equals:
             takes_next = i < len(argv) and not argv[i].startswith("--")
@@ -151,15 +152,44 @@ def field_names(cls):
     return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("derived")]
 
 
+OUR_SETTINGS = {  # what LLMonade's commands set: what does it here
+    "pretrained_layer_path": "init_from",
+    "pretrained_layer_step": "init_step",
+    "pretrained_layer_map": "init_map",
+    "freeze_layer_map": "freeze",
+    "apply_qa_mask": "label_mask=qa with data=data_synth and task=text",
+    "apply_synthetic_qa_mask": "label_mask=qa with data=data_synth and task=text",
+    "apply_hashhop_mask": "label_mask=hashhop with data=data_synth and task=text",
+    "apply_digit_lookup_mask": "label_mask=digits with data=data_synth and task=text",
+}
+
+
 def reject_unknown(settings, *classes):
-    """ConfigError for the first setting that no dataclass has; it names the nearest one."""
+    """ConfigError if no dataclass has a setting; it names the nearest one, or ours for LLMonade's.
+
+    A command of LLMonade has several such settings. Each is named.
+    """
     known = []
     for cls in classes:
         known += field_names(cls)
-    for s in settings:
-        if s.key not in known:
-            nearest = _nearest(s.key, known)
-            raise ConfigError(f"{s.source}: there is no setting {s.key!r}{nearest}")
+    unknown = [s for s in settings if s.key not in known]
+    if not unknown:
+        return
+    first, *others = unknown
+    ours = our_setting(first.key, known)
+    hint = f"; write {ours}" if ours else _nearest(first.key, known)
+    message = f"{first.source}: there is no setting {first.key!r}{hint}"
+    for s in others:
+        ours = our_setting(s.key, known)
+        if ours:
+            message += f"; for {s.source} write {ours}"
+    raise ConfigError(message)
+
+
+def our_setting(key, known):
+    """What to write for a setting of LLMonade such as "training.lr"; "" if there is nothing."""
+    name = key.rpartition(".")[2]
+    return OUR_SETTINGS.get(name, name if name in known else "")
 
 
 def build_config(cls, settings, **derived_values):

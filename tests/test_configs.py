@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import data_synth
 import delta
 import train
 from nanorecall.build import build_model_config
 from nanorecall.settings import (
+    OUR_SETTINGS,
     ConfigError,
     Setting,
     at_least,
@@ -89,6 +91,28 @@ def test_unknown_names_point_to_the_nearest():
     message = "--layrs: there is no setting 'layrs'; did you mean layers?"
     with pytest.raises(ConfigError, match=message):
         reject_unknown(settings("--layrs=2"), Toy)
+
+
+def test_settings_of_llmonade_point_to_ours():
+    flags = ["--lr=1", "--checkpoint.pretrained_layer_path=x", "--training.layers", "3"]
+    flags += ["--checkpoint.pretrained-layer-map={}", "--training.apply_qa_mask", "--odd"]
+    with pytest.raises(ConfigError) as error:
+        reject_unknown(settings(*flags), Toy)
+    assert str(error.value) == (
+        "--checkpoint.pretrained_layer_path: there is no setting "
+        "'checkpoint.pretrained_layer_path'; write init_from; "
+        "for --training.layers write layers; "
+        "for --checkpoint.pretrained-layer-map write init_map; "
+        "for --training.apply_qa_mask write label_mask=qa with data=data_synth and task=text"
+    )
+
+
+def test_what_llmonade_settings_point_to_exists():
+    known = field_names(train.TrainConfig) + field_names(data_synth.Config)
+    for ours in OUR_SETTINGS.values():
+        name, _, value = ours.partition("=")
+        assert name in known
+        assert not value or value.split()[0] in data_synth.MASKS
 
 
 def test_a_derived_value_is_no_setting():

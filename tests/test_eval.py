@@ -185,6 +185,7 @@ def test_a_run_directory_alone_means_slices():
         (["logits", "a", "b"], "name one run directory"),
         (["a", "--splt=val"], "did you mean split"),
         (["a", "--split=vale"], "did you mean val"),
+        (["--checkpoint", "a"], "checkpoint='a' must be best or ckpt.*name the run itself without"),
         (["compare", "a", "--split=val"], "no effect: compare does not use it"),
         (["compare", "a", "--print_examples=2"], "no effect: compare does not use it"),
         (["logits", "a", "--print_examples=3"], "logits does not use it, only slices, mqar"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import memory
 import train
-from analysis import editing, weights
+from analysis import editing, sparsity, weights
 from memory import MemoryGPT, MemoryRouterGPT
 from nanorecall import checkpoint
 from nanorecall.build import build_model, build_model_config, load_and_freeze
@@ -485,6 +485,51 @@ def test_a_shared_table_is_active_once_for_each_layer():
     assert active["layers.0.memory.values"] == 2 * 6 * 16
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_bytes_in_training_are_those_of_adamw(sparse):
+    m = memory_model(mem_sparse_grad=sparse)
+    m.layers[0].requires_grad_(False)
+    tokens = random_tokens(2, 12)
+    optimizer = train.configure_optimizer(m, train.TrainConfig())
+    m(tokens, tokens)[1].backward()
+    optimizer.step()
+    held = 0
+    for q in m.parameters():
+        held += q.nbytes
+        # A gradient of rows is as large as the reads: it counts as nothing.
+        if q.grad is not None and not q.grad.is_sparse:
+            held += q.grad.nbytes
+    for state in optimizer.state.values():
+        held += sum(x.nbytes for x in state.values() if torch.is_tensor(x) and x.ndim > 0)
+    assert held == sum(weights.training_bytes(m, name) for name, _ in m.named_parameters())
+
+
+def test_sparsity_of_a_planted_model():
+    """Half of an MLP is 0, one of two heads adds little, and all tokens read the same 3 slots."""
+    m = memory_model(ffn_act="none", mem_score="sigmoid")
+    first, second = m.layers
+    with torch.no_grad():
+        first.ffn.up.weight[:32] = 0
+        first.att.out_proj.weight[:, 8:] = 0
+        second.att.proj_v.weight[8:] = 0.01 * second.att.proj_v.weight[:8]
+        layer = second.memory
+        layer.query.weight.zero_()
+        layer.query.bias[6:] = layer.query.bias[:6]
+        layer.keys[1] = layer.keys[0]
+    tokens = random_tokens(2, 12)
+    is_token = torch.ones_like(tokens, dtype=torch.bool)
+    is_token[1, 5:] = False
+    one, two = sparsity.measure_sparsity(m, tokens, is_token)
+    assert one == {"MLP values": 0.5, "attention heads": 0.5}
+    assert two["attention heads"] == 0.5 and two["memory heads"] == 1
+    assert two["slots a token"] == two["slots at all"] == 3 / 25
+
+
+def test_a_head_is_active_if_it_adds_a_tenth_of_the_strongest():
+    lengths = torch.tensor([[1.0, 0.11, 0.09], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    assert sparsity.active_heads(lengths) == pytest.approx(4 / 9)
+
+
 # ---- commands of memory.py -----------------------------------------------------------------------
 
 
@@ -512,7 +557,15 @@ def test_conversion_as_a_user_starts_it(runs, tmp_path, script):
 def test_params_prints_a_table(capsys):
     assert memory.main(["params", "--model=memory", "--mem_n_keys=16"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"layers.1.memory.values +16384 +2048 +4096 +8192", printed)
+    assert re.search(r"layers.1.memory.values +16384 +2048 +4096 +8192 +262144", printed)
+
+
+def test_params_of_a_run_measures_its_sparsity(runs, capsys):
+    assert memory.main(["params", str(runs / "a")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^0( +-)( +\d+\.\d%){4}$", printed, re.M)
+    assert memory.main(["params", str(runs / "gpt")]) == 0
+    assert re.search(r"^0 +- +\d+\.\d%( +-){3}$", capsys.readouterr().out, re.M)
 
 
 def test_inspect_compares_two_runs(runs, capsys):

@@ -144,7 +144,36 @@ SOURCE_NAMES = ["embed", "layers.0.a.w", "layers.0.b", "layers.1.a.w"]
     ids=str,
 )
 def test_what_a_map_means(mapping, expected):
-    assert pretrained.resolve_map(mapping, SOURCE_NAMES) == expected
+    assert pretrained.resolve_map(mapping, SOURCE_NAMES) == (expected, "")
+
+
+# The configuration example of LLMonade's experiments and pipeline.
+LLMONADE_MAP = {
+    "layer_mappings": {"0-5": "0-5"},
+    "component_mappings": {
+        "model.layers.0.memory.*": "model.layers.0.memory.*",
+        "model.layers.0.mlp.*": "model.layers.1.mlp.*",
+    },
+}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_components_override_layer_ranges(tmp_path, order):
+    options = dict(cls=memory.MemoryRouterGPT, n_layers=6, memory_layers=(0,))
+    source = memory_model(**options).state_dict()
+    torch.save(source, tmp_path / "x.pt")
+    target = memory_model(**options, seed=1)
+    mapping = dict(list(LLMONADE_MAP.items())[::order])
+    line = pretrained.load_parts(target, str(tmp_path / "x.pt"), mapping=mapping)
+    for name, tensor in target.layers.state_dict().items():
+        origin = "layers." + name.replace("1.ffn.", "0.ffn.")
+        assert torch.equal(tensor, source[origin]), name
+    overridden = []
+    for name in ("up.weight", "down.weight"):
+        overridden.append(
+            f"layers.1.ffn.{name} comes from layers.0.ffn.{name}, not layers.1.ffn.{name}"
+        )
+    assert line.endswith("; names override blocks: " + "; ".join(overridden))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +186,12 @@ def test_what_a_map_means(mapping, expected):
             "'layers.0.nn' matches nothing in the source; near it: layers.0.ffn",
         ),
         ({"*.att": "layers.0.att"}, "has 1 stars and"),
-        ({"0": "1", "layers.0.ffn": "layers.1.ffn"}, "two sources"),
+        ({"0": "1", "1": "1"}, "gives layers.1.* two sources"),
+        ({"layers.0.ffn": "layers.1.ffn", "*.0.ffn": "*.1.ffn"}, "gives layers.1.* two sources"),
+        (
+            {"layer_mappings": {"0": "0"}, "component_mappings": {"0": "1"}},
+            "0 stands in both layer_mappings and component_mappings",
+        ),
         ({"0": 1}, "must both be text"),
         ({"layer_mappings": {"0": "0"}, "layers": {}}, "layers beside layer_mappings"),
         ({"layer_mappings": "0-1"}, "layer_mappings must hold a dict"),
@@ -295,6 +329,19 @@ def test_shards_are_read_without_running_code_in_them(tmp_path, source):
     with pytest.raises(ConfigError, match=message):
         pretrained.read_weights(str(tmp_path))
     assert not (tmp_path / "exploded").exists()
+
+
+def test_two_tables_do_not_fit_in_a_shared_one(tmp_path):
+    source = memory_model(memory_layers=(0, 1), mem_share_values=False).state_dict()
+    torch.save(source, tmp_path / "x.pt")
+    target = memory_model(memory_layers=(0, 1), seed=1)
+    message = "layers.0.memory.values and layers.1.memory.values would both go to"
+    with pytest.raises(ConfigError, match=message):
+        pretrained.load_parts(target, str(tmp_path / "x.pt"))
+    source["layers.1.memory.values"] = source["layers.0.memory.values"].clone()
+    torch.save(source, tmp_path / "x.pt")
+    pretrained.load_parts(target, str(tmp_path / "x.pt"))
+    assert_same(dict(target.state_dict()), dict(source))
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path):
