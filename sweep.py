@@ -352,7 +352,7 @@ def template_points():
             n = n_manual + n_auto
             command = "flex_generate.py --max_samples 100 --seed {seed} --out_dir {run}"
             command += f" --num_manual {n_manual} --num_auto {n_auto} --method {method}"
-            result = "smollm2_135m_it/table.json"
+            result = f"smollm2_135m_it/table_m{n_manual}_a{n_auto}.json"
             points.append(Point(method, n, f"templates{n}_{method}", "", command, result))
     return points
 
