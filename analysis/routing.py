@@ -10,6 +10,7 @@ A table of routes has one entry for each token and memory layer.
 Letters: R entries of the table, T tokens, H heads, k slots that a head reads.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -163,19 +164,24 @@ def findings(layer, cells, similarity, pairs):
         most, least = max(weights, key=weights.get), min(weights, key=weights.get)
         text += f"memory has most weight at {most} ({weights[most]:.2f})"
         text += f" and least at {least} ({weights[least]:.2f}). "
-    kinds, cosine = similarity
-    if len(kinds) > 1:
-        others = np.triu(np.ones_like(cosine), k=1) > 0
-        i, j = np.unravel_index(np.where(others, cosine, -1).argmax(), cosine.shape)
-        text += f"{kinds[i]} and {kinds[j]} read the most similar slots (cosine {cosine[i, j]:.2f}), "
-        i, j = np.unravel_index(np.where(others, cosine, 2).argmin(), cosine.shape)
-        text += f"{kinds[i]} and {kinds[j]} the least ({cosine[i, j]:.2f}). "
+    text += alike_and_unlike(*similarity)
     shared = []
     for name, measures in pairs.items():
         shared.append(f"{name} {measures['slots in common']['value']:.2f}")
     if shared:
         text += f"Two tokens of two examples have these slots in common: {', '.join(shared)}."
     return text.strip()
+
+
+def alike_and_unlike(kinds, cosine):
+    """The kinds whose slots are most and least similar, as a sentence."""
+    pairs = list(itertools.combinations(range(len(kinds)), 2))
+    if not pairs:
+        return ""
+    i, j = max(pairs, key=lambda pair: cosine[pair])
+    text = f"{kinds[i]} and {kinds[j]} read the most similar slots (cosine {cosine[i, j]:.2f}),"
+    i, j = min(pairs, key=lambda pair: cosine[pair])
+    return f"{text} {kinds[i]} and {kinds[j]} the least ({cosine[i, j]:.2f}). "
 
 
 def similarity_of_kinds(table, layer, size):
@@ -272,7 +278,8 @@ def print_routing(by_slice, consistencies, has_router, size):
         for pair, measures in pairs.items():
             for measure, cell in measures.items():
                 lines.append((layer, pair, measure, *format_ci(cell)))
-    print_table(("layer", "two tokens", "measure", "pairs of sequences", "mean", "95% interval"), lines)
+    head = ("layer", "two tokens", "measure", "pairs of sequences", "mean", "95% interval")
+    print_table(head, lines)
 
 
 # ---- figure --------------------------------------------------------------------------------------
