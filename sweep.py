@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.compare import mean_and_range
+from analysis.compare_figure import mean_and_range
 from analysis.sweep_runs import Point, collect_results, is_finished, run_missing, runs_of
 from nanorecall.checkpoint import make_directory
 from nanorecall.metrics import print_table
