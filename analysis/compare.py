@@ -47,10 +47,26 @@ def compare(args, config):
     runs = read_results(folders)
     require(runs, f"no run with a test result matches {' '.join(args)}", None)
 
-    different = different_settings(runs)
-    groups = group_seeds(runs, different)
+    different = [name for name in different_settings(runs) if name not in COLUMNS]
+    groups = group_seeds(runs)
     say(findings(groups))
-    shown = list(different)[:MAX_SHOWN]
+    print_runs(runs, different)
+    columns = {}
+    for name in ("series", *COLUMNS):
+        columns[name] = [run[name] for run in runs]
+    for name in different:
+        columns[name] = [setting_text(run, name) for run in runs]
+    columns["accuracy"] = [run["all"]["value"] for run in runs]
+    parent = os.path.dirname(os.path.normpath(folders[0])) or "."
+    path = config.output or os.path.join(parent, name_of(folders))
+    write_parquet(path + ".parquet", columns)
+    plot_compare(path + ".png", groups, config.band)
+    say(f"wrote {path}.parquet, {path}.png")
+
+
+def print_runs(runs, different):
+    """A table with a row for each run. different: names of the settings that differ."""
+    shown = different[:MAX_SHOWN]
     lines = []
     for run in runs:
         _, accuracy, interval = format_ci(run["all"])
@@ -59,21 +75,7 @@ def compare(args, config):
         lines.append((*values, accuracy, interval))
     print_table((*COLUMNS.values(), *shown, "accuracy", "95% interval"), lines)
     if len(different) > len(shown):
-        say(f"{len(different)} settings differ; the .parquet has the others")
-
-    columns = {}
-    for name in ("series", *COLUMNS):
-        columns[name] = [run[name] for run in runs]
-    for name in different:
-        # A setting may be called like a column that is there already.
-        column = f"setting {name}" if name in columns else name
-        columns[column] = [setting_text(run, name) for run in runs]
-    columns["accuracy"] = [run["all"]["value"] for run in runs]
-    parent = os.path.dirname(os.path.normpath(folders[0])) or "."
-    path = config.output or os.path.join(parent, name_of(folders))
-    write_parquet(path + ".parquet", columns)
-    plot_compare(path + ".png", groups, config.band)
-    say(f"wrote {path}.parquet, {path}.png")
+        say(f"{len(different)} settings differ; the table has {MAX_SHOWN} of them, .parquet all")
 
 
 def read_results(folders):
@@ -209,20 +211,21 @@ def setting_text(run, name):
     return printable(value if isinstance(value, str) else json.dumps(value))
 
 
-def group_seeds(runs, different):
-    """{label: runs that differ in their seed only}. different: names of settings that differ."""
-    by_settings = {}
+def group_seeds(runs):
+    """{label: runs that differ in their seed only}"""
+    by_settings, by_name = {}, {}
     for run in runs:
         by_settings.setdefault(json.dumps(run["settings"], sort_keys=True), []).append(run)
-    names = [seeds[0]["series"] for seeds in by_settings.values()]
+    for seeds in by_settings.values():
+        by_name.setdefault(seeds[0]["series"], []).append(seeds[0])
     groups = {}
-    for name, seeds in zip(names, by_settings.values()):
-        if names.count(name) > 1:
-            values = ", ".join(f"{key}={setting_text(seeds[0], key)}" for key in different)
-            if len(values) > 60:
-                values = seeds[0]["run"][-40:]
-            name += f", {values}"
-        groups[name] = seeds
+    for seeds in by_settings.values():
+        name = seeds[0]["series"]
+        different = different_settings(by_name[name])
+        values = ", ".join(f"{key}={setting_text(seeds[0], key)}" for key in different)
+        if len(values) > 60:
+            values = seeds[0]["run"][-40:]
+        groups[f"{name}, {values}" if values else name] = seeds
     return groups
 
 
@@ -232,10 +235,10 @@ def findings(groups):
     for label, seeds in groups.items():
         means[label] = np.mean([run["all"]["value"] for run in seeds])
     best, worst = max(means, key=means.get), min(means, key=means.get)
+    if len(groups) == 1:
+        return f"Test accuracy: {describe(best, groups[best])}."
     text = f"Highest test accuracy: {describe(best, groups[best])}"
-    if len(groups) > 1:
-        text += f"; lowest: {describe(worst, groups[worst])}"
-    return f"{text}."
+    return f"{text}; lowest: {describe(worst, groups[worst])}."
 
 
 def describe(label, seeds):

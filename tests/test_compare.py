@@ -38,7 +38,7 @@ def test_compare_puts_runs_side_by_side(runs, capsys):
 
 def test_runs_that_differ_in_their_seed_are_one_line(runs):
     results = [compare.read_result(str(runs / name)) for name in ("r1", "r2")]
-    groups = compare.group_seeds(results, compare.different_settings(results))
+    groups = compare.group_seeds(results)
     assert [len(seeds) for seeds in groups.values()] == [2]
 
 
@@ -102,7 +102,7 @@ def test_seeds_are_drawn_as_mean_and_range(monkeypatch, tmp_path):
     ]
     axes = []
     monkeypatch.setattr(compare_figure, "finish_figure", lambda fig, *_: axes.extend(fig.axes))
-    groups = compare.group_seeds(runs, ["lr"])
+    groups = compare.group_seeds(runs)
     assert list(groups) == ["gpt, lr=0.1", "gpt, lr=0.2"]
     compare_figure.plot_compare(str(tmp_path / "x.png"), groups)
     losses, accuracies, slices = axes  # all runs have one size, so there is no panel of sizes
@@ -133,5 +133,5 @@ def test_runs_of_different_tasks_have_no_panel_of_slices(monkeypatch, tmp_path):
     runs[1] |= {"by_slice": {"exposures": {"1": 0.5}}, "params": 9}
     axes = []
     monkeypatch.setattr(compare_figure, "finish_figure", lambda fig, *_: axes.extend(fig.axes))
-    compare_figure.plot_compare(str(tmp_path / "x.png"), compare.group_seeds(runs, ["lr"]))
+    compare_figure.plot_compare(str(tmp_path / "x.png"), compare.group_seeds(runs))
     assert len(axes) == 3 and axes[2].get_xlabel().startswith("parameters")
