@@ -35,8 +35,8 @@ def mean_and_range(axis, x, values, color=None, label=None, band="range", **styl
 
 
 def mean_and_bar(axis, x, values, color, band):
-    """Draw the mean of values (n, P) of P categories as points, with a bar for the band."""
-    mean, (low, high) = values.mean(0), BANDS[band](values)
+    """Draw the mean accuracy (n, P) of P categories as points, with a bar for the band."""
+    mean, (low, high) = values.mean(0), np.clip(BANDS[band](values), 0, 1)
     errors = [mean - low, high - mean]
     axis.errorbar(x, mean, yerr=errors, color=color, marker="o", ms=4, capsize=3, ls="none")
 
