@@ -325,6 +325,7 @@ def plot_table(path, summaries, baseline, title):
     for name, accuracy in zip(summaries, accuracies):
         names.append(f"{name}, n = {accuracy['n']}")
     axis.set_yticks(y, names, fontsize=7)
+    axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set(xlabel="accuracy of the first word (95% interval)", xlim=(-0.02, 1.02), title=title)
     axis.title.set_fontsize(8)
     # Below the axis: inside, it would cover points near 0.
