@@ -44,6 +44,7 @@ Letters: n pairs or entities, W digits of a word, R relations, E documents in an
 in a batch, T tokens, N labels.
 """
 
+import itertools
 import math
 import os
 import string
@@ -64,7 +65,7 @@ SETTINGS_OF = {  # task: the settings that not all tasks use
     "qa": "num_pairs num_digits buckets heldout_frac reverse_pairs",
     "digits": "num_pairs rule rule_steps num_unseen",
     "twohop": "num_entities num_relations phi ood_frac markers cot_frac",
-    "hashhop": "cot_frac hops test_hops hash_len num_queries n_train_examples max_bytes",
+    "hashhop": "cot_frac hops test_hops hash_len hash_lens num_queries n_train_examples max_bytes",
     "text": "max_bytes label_mask heldout_facts",
 }
 
@@ -90,6 +91,7 @@ class Config:
     hops: tuple[int, ...] = (1,)  # hashhop: hops of training problems, in turn
     test_hops: tuple[int, ...] = (1, 2, 3, 4)  # hashhop: hops in val and test, in increasing order
     hash_len: int = 4  # hashhop: letters in a hash
+    hash_lens: tuple[int, ...] = ()  # hashhop: mix these instead, one for each problem, in turn
     num_queries: int = 1  # hashhop: queries in a training problem; others have one
     max_bytes: int = 256  # hashhop: bytes to fill; text: bytes of the longest document allowed
     n_train_examples: int = 20000  # hashhop: problems in an epoch; none is seen twice
@@ -110,6 +112,10 @@ class Config:
         at_least(self, 0, "seed", "num_unseen", "n_val_examples", "n_test_examples")
         within(self, 1, 9, "num_digits", "rule_steps")
         within(self, 2, 64, "hash_len")
+        message = f"hash_lens={self.hash_lens} needs different numbers from 2 to 64"
+        valid = all(2 <= length <= 64 for length in self.hash_lens)
+        valid = valid and len(set(self.hash_lens)) == len(self.hash_lens)
+        require(valid, message, "hash_lens")
         within(self, 1, 26, "num_relations")
         within(self, 3, 10**6, "num_entities")
         within(self, 8, 2**20, "max_bytes")
@@ -144,6 +150,8 @@ class Config:
                 reasons[name] = f"only task {' '.join(tasks)} uses it"
         if self.rule == "random":
             reasons["rule_steps"] = "rule is random"
+        if self.hash_lens:
+            reasons["hash_len"] = f"hash_lens={self.hash_lens} names the lengths"
         return reasons
 
     def label(self):
@@ -387,20 +395,25 @@ def build_hashhop(c):
     baselines = {}
     for hops in c.test_hops:
         name = f"any end of a chain, whole answers, hops={hops}"
-        baselines[name] = 1 / n_chains(c, hops, 1)
+        chances = [1 / n_chains(c, hops, 1, length) for length in hash_lengths(c)]
+        baselines[name] = sum(chances) / len(chances)
     return GeneratedDataset(c, "hashhop", make_hashhop, len(c.test_hops), baselines)
 
 
 def make_hashhop(c, split, index, group):
     """-> text of one problem, its slices {name: value}"""
     rng = rng_for(c.seed, STREAMS[split], index)
+    lengths = hash_lengths(c)
     if split == "train":
         hops, queries = c.hops[index % len(c.hops)], c.num_queries
+        # Each number of hops comes with every length.
+        length = lengths[index // len(c.hops) % len(lengths)]
     else:
         hops, queries = c.test_hops[group], 1
+        length = lengths[index % len(lengths)]
     cot = hops > 1 and rng.random() < c.cot_frac
-    n = n_chains(c, hops, queries)
-    hashes = unique_hashes(rng, n * (hops + 1), c.hash_len)
+    n = n_chains(c, hops, queries, length)
+    hashes = unique_hashes(rng, n * (hops + 1), length)
     lines, ends, answers = [], [], []
     for i in range(n):
         chain = hashes[i * (hops + 1) : (i + 1) * (hops + 1)]
@@ -416,34 +429,45 @@ def make_hashhop(c, split, index, group):
     slices = {"hops": hops}
     if c.cot_frac:
         slices["hops_cot"] = f"{hops} cot" if cot else f"{hops}"
+    if c.hash_lens:
+        slices["hash_len"] = length
     return text, slices
+
+
+def hash_lengths(c):
+    """Letters in the hashes of problems, in turn."""
+    return c.hash_lens or (c.hash_len,)
 
 
 def check_hashhop(c):
     problems = [(hops, c.num_queries) for hops in c.hops]
     problems += [(hops, 1) for hops in c.test_hops]
-    for hops, queries in problems:
-        fit = n_chains(c, hops, queries)
+    for (hops, queries), length in itertools.product(problems, hash_lengths(c)):
+        fit = n_chains(c, hops, queries, length)
         need = max(2, queries)
-        more = c.max_bytes + (need - fit) * (hops * (2 * c.hash_len + 4) + 2)
+        more = c.max_bytes + (need - fit) * (hops * (2 * length + 4) + 2)
         small = f"max_bytes={c.max_bytes} is too small for {need} chains of {hops} hops"
         require(fit >= need, f"{small}; use at least {more}", "max_bytes")
         n_hashes = fit * (hops + 1)
-        message = f"hash_len={c.hash_len} is too short for {n_hashes} hashes"
+        message = f"hash_len={length} is too short for {n_hashes} hashes"
         # Otherwise most draws in unique_hashes would repeat a hash and be discarded.
-        require(n_hashes**2 < 52**c.hash_len * 8, message, "hash_len")
+        name = "hash_lens" if c.hash_lens else "hash_len"
+        require(n_hashes**2 < 52**length * 8, message, name)
 
 
 def completion_header(hops, cot):
     return f"\nCOMPLETION:\nHops={hops}\n\nCoT={cot}\n"
 
 
-def n_chains(c, hops, queries):
-    """Number of chains that fit into max_bytes tokens (bytes, and BOS) with the completion."""
-    pair = 2 * c.hash_len + 4  # "a = b\n"
+def n_chains(c, hops, queries, length):
+    """Number of chains that fit into max_bytes tokens (bytes, and BOS) with the completion.
+
+    length: letters in a hash.
+    """
+    pair = 2 * length + 4  # "a = b\n"
     answer = pair + 2
     if c.cot_frac > 0:
-        answer += (hops - 1) * (c.hash_len + 3)
+        answer += (hops - 1) * (length + 3)
     rest = 2 + len(completion_header(hops, False)) + queries * answer
     return (c.max_bytes - rest) // (hops * pair + 2)
 

@@ -32,6 +32,7 @@ import numpy as np
 
 from analysis.attention_maps import attention
 from analysis.compare import compare
+from analysis.compare_figure import BANDS
 from analysis.confidence import logits
 from analysis.decoding import decode_example, hashhop_errors
 from analysis.editing import compare_editors
@@ -68,6 +69,7 @@ class EvalConfig(AnalysisConfig):
     data: str = ""  # routing: a .jsonl or .parquet file of texts, instead of the run's own data
     n_edits: tuple[int, ...] = (1, 3, 10, 30, 100)  # edit: how many facts to edit at once
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
+    band: str = "range"  # compare: band over seeds, lowest to highest; or interval, 95% of the mean
     output: str = ""  # compare: path without extension; empty: a file in the runs' directory
 
     def check(self):
@@ -77,6 +79,7 @@ class EvalConfig(AnalysisConfig):
         message = f"n_edits={self.n_edits} needs numbers of at least 1"
         require(self.n_edits and min(self.n_edits) >= 1, message, "n_edits")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
+        one_of(self, BANDS, "band")
 
 
 def parse(argv):
@@ -289,7 +292,7 @@ COMMANDS = {
     "stats": Command(
         stats, ("split",), "Intervals of every slice, and what correlates with the loss.", False
     ),
-    "compare": Command(compare, ("output",), "Runs side by side.", needs_model=False),
+    "compare": Command(compare, ("output", "band"), "Runs side by side.", needs_model=False),
     "repair": Command(repair, (), "Every whole record of a damaged file.", False),
     "all": Command(
         run_all,

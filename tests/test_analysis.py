@@ -57,7 +57,7 @@ def open_run(runs, name, n_examples=0, **settings):
     [
         "nanorecall.stats",
         "analysis.repair",
-        "analysis.routing",
+        "analysis.token_kinds",
         "analysis.decoding",
         "analysis.importance",
         "myriadlama.prompts",
@@ -360,6 +360,61 @@ def test_a_router_fixed_to_one_path_says_so(runs, bias, weight):
             assert cell["value"] == pytest.approx(weight, abs=1e-12)
     assert set(columns["kind"]) == {"special", "digit", "colon", "blank"}
     assert set(columns["decile"]) == set(range(10))
+
+
+def test_hashes_of_hashhop_have_their_roles(runs):
+    """Beside a reading of the text line by line."""
+    run = open_run(runs, "hops")
+    table = trained_run.map_batches(run, lambda batch: routing.routing_table(run, batch))
+    found_all = set()
+    for index in range(run.data.source.count("test")):
+        mask = (table["example"] == index) & (table["layer"] == 1)
+        text = bytes(table["token"][mask][1:].tolist()).decode()  # without BOS
+        problem, completion = text.split("COMPLETION:")
+        lines = [line.replace("'", "").split(" = ") for line in problem.split("\n") if line]
+        (asked,) = [line for line in completion.split("\n") if " = " in line]
+        asked, *between, answer = asked.replace("'", "").split(" = ")
+        expected = {
+            "key": "".join(key for key, _ in lines),
+            "value": "".join(value for _, value in lines),
+            "asked hash": asked,
+            "hash in between": "".join(between),
+            "answer": answer,
+        }
+        kinds = table["kind"][mask][1:]
+        found = {}
+        for role in expected:
+            found[role] = "".join(c for c, kind in zip(text, kinds) if kind == role)
+        assert found == expected
+        found_all |= set(kinds)
+    others = {"blank", "equals sign", "quote", "new line", "header"}
+    assert found_all == set(expected) | others
+
+
+def test_routing_intervals_are_of_sequences():
+    """Two sequences of 200 tokens: what all tokens of one share counts once."""
+    example = np.repeat([0, 1], 200)
+    table = {
+        "example": example,
+        "layer": np.zeros(400, int),
+        "kind": np.full(400, "digit"),
+        "memory": np.array([0.9, 1.0])[example],
+        "slots": np.zeros((400, 1), int),
+    }
+    cell = routing.cells_of(table, "kind", 4)["0, digit"]
+    low, high = cell["ci95"]
+    assert cell["value"] == pytest.approx(0.95) and (cell["n"], cell["tokens"]) == (2, 400)
+    assert low < 0.6 and high <= 1
+
+
+def test_findings_of_routing_name_the_extremes():
+    cells = {"1, digit": {"value": 0.2}, "1, answer": {"value": 0.9}, "0, quote": {"value": 1}}
+    cosine = np.array([[1, 0.5, 0.1], [0.5, 1, 0.7], [0.1, 0.7, 1]])
+    pairs = {"same token": {"slots in common": {"value": 0.75}}}
+    text = routing.findings("1", cells, (["a", "b", "c"], cosine), pairs)
+    assert "most weight at answer (0.90) and least at digit (0.20)" in text
+    assert "b and c read the most similar slots (cosine 0.70), a and c the least (0.10)" in text
+    assert "same token 0.75" in text
 
 
 def test_same_tokens_read_the_same_slots_without_attention(runs):

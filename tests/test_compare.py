@@ -9,7 +9,7 @@ import pytest
 
 import eval as eval_script
 import train
-from analysis import compare
+from analysis import compare, compare_figure
 from toys import run as train_toy
 
 
@@ -55,12 +55,33 @@ def test_compare_shows_the_steps_done_not_max_steps(runs, tmp_path):
     assert compare.read_result(str(tmp_path / "early"))["steps"] == 17
 
 
-def result_of(name, settings, curve):
+def test_each_setting_that_differs_is_a_column(runs, tmp_path, capsys):
+    """One run with another learning rate, and a model file that lacks the setting conv_size."""
+    shutil.copytree(runs / "r1", tmp_path / "r1")
+    shutil.copytree(runs / "r2", tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    config = json.loads(path.read_text())
+    config["train"]["lr"] = 0.5
+    del config["model"]["conv_size"]
+    path.write_text(json.dumps(config))
+    eval_script.main(["compare", str(tmp_path / "*")])
+    printed = capsys.readouterr().out
+    table = pq.read_table(tmp_path / "compare.parquet").to_pydict()
+    assert table["lr"][0] == "0.5" and table["conv_size"][0] == "" != table["conv_size"][1]
+    assert "n_layers" not in table and "dim" not in table
+    (head,) = [line for line in printed.splitlines() if "layer params" in line]
+    assert "lr" in head.split() and "conv_size" in head.split()
+    assert printed.splitlines()[0].startswith("Highest test accuracy: ")
+    assert "lr=0.5, conv_size=" in printed
+
+
+def result_of(name, lr, curve):
     """What read_result returns."""
     return {
         "run": name,
         "series": "gpt",
-        "settings": settings,
+        "settings": {"lr": lr},
+        "train_curve": [(step, 10 * loss) for step, loss, _ in curve],
         "curve": curve,
         "by_slice": {"kind": {"1": 0.5, "2": 0.25}},
         "state": 0,
@@ -70,18 +91,47 @@ def result_of(name, settings, curve):
 
 
 def test_seeds_are_drawn_as_mean_and_range(monkeypatch, tmp_path):
-    """Two seeds at steps 1 and 2, one of which went on to 3, beside a run with other settings."""
+    """Two seeds at steps 1 and 2, one of which went on to 3, beside a run with other settings.
+
+    The training loss is a line, that of the val split are points.
+    """
     runs = [
-        result_of("a", "x", [(1, 2.0, 0.1), (2, 1.0, 0.3), (3, 0.5, 0.5)]),
-        result_of("b", "x", [(1, 4.0, 0.2), (2, 3.0, 0.7)]),
-        result_of("c", "y", [(1, 9.0, 0.0)]),
+        result_of("a", 0.1, [(1, 2.0, 0.1), (2, 1.0, 0.3), (3, 0.5, 0.5)]),
+        result_of("b", 0.1, [(1, 4.0, 0.2), (2, 3.0, 0.7)]),
+        result_of("c", 0.2, [(1, 9.0, 0.0)]),
     ]
     axes = []
-    monkeypatch.setattr(compare, "finish_figure", lambda fig, *_: axes.extend(fig.axes))
-    compare.plot_compare(str(tmp_path / "x.png"), runs)
-    losses, accuracies, slices, _ = axes
-    assert losses.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
+    monkeypatch.setattr(compare_figure, "finish_figure", lambda fig, *_: axes.extend(fig.axes))
+    groups = compare.group_seeds(runs)
+    assert list(groups) == ["gpt, lr=0.1", "gpt, lr=0.2"]
+    compare_figure.plot_compare(str(tmp_path / "x.png"), groups)
+    losses, accuracies, slices = axes  # all runs have one size, so there is no panel of sizes
+    assert losses.lines[0].get_xydata().tolist() == [[1, 30], [2, 20]]
+    assert losses.lines[0].get_marker() == "" and losses.lines[1].get_linestyle() == "None"
+    assert losses.lines[1].get_xydata().tolist() == [[1, 3], [2, 2]]
     np.testing.assert_allclose(accuracies.lines[0].get_xydata(), [[1, 0.15], [2, 0.5]])
     band = losses.collections[0].get_paths()[0].vertices.tolist()
-    assert {(1.0, 2.0), (1.0, 4.0), (2.0, 1.0), (2.0, 3.0)} <= {tuple(point) for point in band}
+    assert {(1.0, 20.0), (1.0, 40.0), (2.0, 10.0), (2.0, 30.0)} <= {tuple(p) for p in band}
     assert slices.lines[0].get_xydata().tolist() == [[0, 0.5], [1, 0.25]]
+
+
+def test_bands_of_intervals_are_those_of_scipy():
+    from scipy import stats
+
+    values = np.random.default_rng(0).normal(size=(40, 2))
+    for n, tolerance in ((2, 1e-3), (3, 1e-3), (14, 1e-3), (15, 1e-2), (40, 1e-2)):
+        few = values[:n]
+        low, high = compare_figure.BANDS["interval"](few)
+        expected = stats.t.interval(0.95, n - 1, few.mean(0), stats.sem(few))
+        width = expected[1] - expected[0]
+        np.testing.assert_allclose(high - low, width, rtol=tolerance)
+        np.testing.assert_allclose((high + low) / 2, few.mean(0))
+
+
+def test_runs_of_different_tasks_have_no_panel_of_slices(monkeypatch, tmp_path):
+    runs = [result_of("a", 0.1, [(1, 2.0, 0.1)]), result_of("b", 0.2, [(1, 2.0, 0.1)])]
+    runs[1] |= {"by_slice": {"exposures": {"1": 0.5}}, "params": 9}
+    axes = []
+    monkeypatch.setattr(compare_figure, "finish_figure", lambda fig, *_: axes.extend(fig.axes))
+    compare_figure.plot_compare(str(tmp_path / "x.png"), compare.group_seeds(runs))
+    assert len(axes) == 3 and axes[2].get_xlabel().startswith("parameters")

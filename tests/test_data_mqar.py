@@ -1,5 +1,6 @@
 """data_mqar.py against a solver that only has a dict, a loop with the same law, a damaged disk."""
 
+import collections
 import doctest
 import json
 import os
@@ -386,6 +387,27 @@ def test_each_copy_of_the_training_set_has_its_own_order(tmp_path):
     orders = np.load(write(tmp_path) / "orders" / "train.npy")
     assert orders.shape == (3, 60) and (orders[0] != orders[1]).any()
     assert all(sorted(order) == list(range(60)) for order in orders)
+
+
+def test_repeated_rows_are_those_that_training_reads_by_number(tmp_path):
+    """Any reader of the parquet files finds each sequence num_copies times."""
+    by_number = data_mqar.Data(config("--path", str(write(tmp_path, "numbers"))))
+    folder = write(tmp_path, "rows", repeat_rows=True)
+    rows = read(folder, "train")
+    assert len(rows) == 180 and not (folder / "orders").exists()
+    copies = collections.Counter(tuple(row["input_ids"]) for row in rows)
+    assert set(copies.values()) == {3} and len(copies) == 60
+    assert [row["input_ids"] for row in rows[:60]] != [row["input_ids"] for row in rows[60:120]]
+    data = data_mqar.Data(config("--path", str(folder)))
+    assert data.steps_per_epoch(10) == by_number.steps_per_epoch(10) == 18
+    for indices in ([0, 59, 60, 179], [180, 200]):
+        for found, expected in zip(
+            data.batch("train", 0, indices)[:2], by_number.batch("train", 0, indices)[:2]
+        ):
+            assert found.equal(expected)
+    assert read(folder, "test") == read(tmp_path / "numbers", "test")
+    with pytest.raises(ConfigError, match="repeat_rows repeats nothing with num_copies=1"):
+        write(tmp_path, "one", num_copies=1, repeat_rows=True)
 
 
 def test_the_latest_pairs_are_asked_first_when_power_a_is_small():

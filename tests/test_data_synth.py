@@ -14,6 +14,7 @@ import model
 from data_synth import Config
 from nanorecall import text as text_file
 from nanorecall.rng import IGNORE_INDEX
+from nanorecall.settings import ConfigError
 from toy_facts import (
     SMALL,
     SPLITS,
@@ -291,6 +292,29 @@ def test_hashhop_is_measured_by_hops(hashhop, split):
         for text in documents(hashhop, split, group[:5]):
             problem = follow(text)
             assert problem.hops == hops and len(problem.queries) == 1
+
+
+def test_lengths_of_hashes_are_mixed():
+    c = Config(task="hashhop", hash_lens=(3, 8), hops=(1, 2), test_hops=(1, 2), max_bytes=300)
+    c.check()
+    data = data_synth.Data(c)
+    for split, group_size in (("train", None), ("test", data.source.group_size("test"))):
+        counts = collections.Counter()
+        indices = range(12)
+        if group_size:
+            indices = [*range(6), *range(group_size, group_size + 6)]
+        texts, slices = data.source.read(split, indices)
+        for text, hops, length in zip(texts, slices["hops"], slices["hash_len"]):
+            problem = follow(text)
+            words = re.findall(r"[A-Za-z]+", text.split("COMPLETION")[0])
+            assert set(map(len, words)) == {length}
+            assert len(text) + 1 <= 300 and problem.hops == hops
+            counts[hops, length] += 1
+        assert counts == dict.fromkeys([(1, 3), (1, 8), (2, 3), (2, 8)], 3)
+    with pytest.raises(ConfigError, match="hash_lens=.* needs different numbers from 2 to 64"):
+        Config(task="hashhop", hash_lens=(3, 3)).check()
+    with pytest.raises(ConfigError, match="max_bytes=120 is too small for 2 chains"):
+        Config(task="hashhop", hash_lens=(2, 40), max_bytes=120).check()
 
 
 @pytest.mark.parametrize("hops, hash_len, max_bytes", [(1, 2, 64), (4, 16, 400), (16, 2, 400)])

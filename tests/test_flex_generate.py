@@ -163,7 +163,7 @@ def command_line(tiny_llamas, tmp_path, *more):
 
 
 def test_every_method_and_its_files(tiny_llamas, tmp_path, capsys):
-    flex.main(command_line(tiny_llamas, tmp_path))
+    flex.main(command_line(tiny_llamas, tmp_path, "--method=all"))
     printed = capsys.readouterr().out
     assert all(method in printed for method in flex.METHODS)
     assert "majority of the relation" in printed
@@ -173,15 +173,59 @@ def test_every_method_and_its_files(tiny_llamas, tmp_path, capsys):
     assert len(table["uuid"]) == 4
     assert all(len(templates) == 4 for templates in table["templates"])
     assert not any(" " in prediction for prediction in table["prediction"])
-    assert len(feather.read_table(folder / "myriadlama_per_prompt.feather")["uuid"]) == 16
-    assert (folder / "table.png").stat().st_size > 5000
-    metrics = json.loads((folder / "table.json").read_text())["metrics"]
+    assert len(feather.read_table(folder / "per_prompt_all_a5.feather")["uuid"]) == 16
+    assert (folder / "table_all_a5.png").stat().st_size > 5000
+    metrics = json.loads((folder / "table_all_a5.json").read_text())["metrics"]
     assert metrics["per_prompt"]["accuracy"]["n"] == 16
     assert "p" in metrics["flex"] and "p" not in metrics["origin"]
 
 
+def test_lines_of_the_document_lie_side_by_side(tiny_llamas, tmp_path, capsys):
+    """MyriadLAMA FlexAttention: one method, and a file for each choice of templates."""
+    cross = "--allow_manual_cross_attention"
+    lines = {
+        "flex_all_a5": [],
+        "flex_all_a5_xattn": [cross],
+        "flex_m1_a1_xattn": ["--num_manual=1", "--num_auto=1", cross],
+        "flex_m1_a5": ["--num_manual=1"],
+    }
+    for more in lines.values():
+        flex.main(command_line(tiny_llamas, tmp_path, *more))
+    folder = tmp_path / "out" / "plain"
+    before = read_results(folder)
+    assert set(before) == {f"myriadlama_{name}.feather" for name in lines}
+    counts = [len(columns["templates"][0]) for columns in before.values()]
+    assert sorted(counts) == [2, 3, 4, 4]
+    # Of one method there is a sentence, and no figure.
+    assert [file.name for file in folder.glob("*.png")] == ["table_all_a5.png"]
+    capsys.readouterr()
+    flex.main(command_line(tiny_llamas, tmp_path, "--max_samples=2"))
+    printed = capsys.readouterr().out
+    assert "of 2 answers" in printed and "parameters" not in printed
+    assert read_results(folder) == before
+
+
+def test_a_table_says_what_it_finds():
+    def cell(value):
+        return {"value": value, "ci95": (value / 2, value), "n": 50}
+
+    summaries = {
+        "origin": {"accuracy": cell(0.5)},
+        "avg": {"accuracy": cell(0.8), "p": "0.001"},
+        "max": {"accuracy": cell(0.4), "p": "0.03"},
+        "flex": {"accuracy": cell(0.4), "p": "0.04"},
+    }
+    text = results.findings(summaries, cell(0.25))
+    assert "Highest of 4 methods: avg: accuracy 0.8000 (95% interval 0.4000 - 0.8000)" in text
+    assert text.endswith("p < 0.05): avg.")  # 0.03 * 2 is not below 0.05
+    summaries["avg"]["p"] = "1"
+    assert results.findings(summaries, cell(0.25)).endswith("p < 0.05): none.")
+    alone = results.findings({"flex": {"accuracy": cell(0.5)}}, cell(0.25))
+    assert alone.startswith("flex: accuracy") and len(alone.splitlines()) == 1
+
+
 def test_lemmas_are_added_to_the_tables(tiny_llamas, tmp_path, monkeypatch):
-    args = command_line(tiny_llamas, tmp_path)
+    args = command_line(tiny_llamas, tmp_path, "--method=all")
     flex.main(args)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--lemmaize needs a package: pip install simplemma"):
@@ -189,17 +233,19 @@ def test_lemmas_are_added_to_the_tables(tiny_llamas, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(prompts, "normalise", lambda text: [w.lower() for w in text.split()])
     flex.main([*args, "--lemmaize"])
-    file = tmp_path / "out" / "plain" / "myriadlama_avg.feather"
+    file = tmp_path / "out" / "plain" / "avg_all_a5.feather"
     table = feather.read_table(file).to_pydict()
     assert table["answer_lemmas"] == [[["q"]]] * 4
+    flex.main(args)  # all is answered, so the lemmas stay
+    assert feather.read_table(file).to_pydict() == table
     assert table["predict_lemma"] == [prompts.normalise(text) for text in table["prediction"]]
 
 
 def test_a_killed_run_continues_and_nothing_is_lost_or_doubled(tiny_llamas, tmp_path, capsys):
-    args = command_line(tiny_llamas, tmp_path)
+    args = command_line(tiny_llamas, tmp_path, "--method=all")
     flex.main(args)
     folder = tmp_path / "out" / "plain"
-    progress = folder / "progress.0.jsonl"
+    progress = folder / "progress_all_a5.0.jsonl"
     whole = read_results(folder)
     lines = progress.read_text().splitlines()
     shutil.rmtree(folder)
@@ -217,9 +263,9 @@ def test_a_killed_run_continues_and_nothing_is_lost_or_doubled(tiny_llamas, tmp_
     capsys.readouterr()
     flex.main(args)
     assert "parameters" not in capsys.readouterr().out  # all is there: no model is loaded
-    message = "holds results with another num_auto; give another --out_dir"
+    message = "holds results with another max_new_tokens; give another --out_dir, or delete prog"
     with pytest.raises(ConfigError, match=message):
-        flex.main([*args, "--num_auto=1"])
+        flex.main([*args, "--max_new_tokens=2"])
 
 
 def test_two_processes_never_answer_in_one_directory(tiny_llamas, tmp_path):
@@ -235,7 +281,7 @@ def test_two_processes_never_answer_in_one_directory(tiny_llamas, tmp_path):
         flex.main([*args, "--model=nowhere"])
     assert not (tmp_path / "out").exists()
     flex.main([*args, "--method=origin"])
-    assert (folder / "table.json").exists()
+    assert (folder / "table_all_a5.json").exists()
 
 
 def test_a_method_that_is_there_is_not_run_again(tiny_llamas, tmp_path, monkeypatch):
@@ -245,13 +291,13 @@ def test_a_method_that_is_there_is_not_run_again(tiny_llamas, tmp_path, monkeypa
         pytest.fail("origin was there")
 
     monkeypatch.setitem(flex.METHODS, "origin", flex.METHODS["origin"]._replace(generate=generate))
-    flex.main(command_line(tiny_llamas, tmp_path))
+    flex.main(command_line(tiny_llamas, tmp_path, "--method=all"))
     tables = read_results(tmp_path / "out" / "plain")
-    assert len(tables["myriadlama_hybrid.feather"]["uuid"]) == 4
+    assert len(tables["hybrid_all_a5.feather"]["uuid"]) == 4
 
 
 def test_ranks_share_the_questions(tiny_llamas, tmp_path, on_ranks):
-    args = command_line(tiny_llamas, tmp_path)
+    args = command_line(tiny_llamas, tmp_path, "--method=all")
     assert on_ranks(2, lambda rank: flex.main(args)) == [0, 0]
     two_ranks = read_results(tmp_path / "out" / "plain")
     shutil.rmtree(tmp_path / "out")
@@ -260,15 +306,14 @@ def test_ranks_share_the_questions(tiny_llamas, tmp_path, on_ranks):
 
 
 def test_bfloat16_runs(tiny_llamas, tmp_path):
-    flex.main(command_line(tiny_llamas, tmp_path, "--dtype=bfloat16"))
+    flex.main(command_line(tiny_llamas, tmp_path, "--method=all", "--dtype=bfloat16"))
 
 
 def test_result_file_names():
     c = flex.Config(num_manual=3, num_auto=5)
     assert results.file_name(c, "flex_myriadlama_xattn") == "myriadlama_flex_m3_a5_xattn.feather"
     assert results.file_name(flex.Config(), "flex_myriadlama") == "myriadlama_flex_all_a5.feather"
-    cross = flex.Config(allow_manual_cross_attention=True)
-    assert results.file_name(cross, "flex_myriadlama") == "myriadlama_flex_all_a5_xattn.feather"
+    assert results.file_name(c, "flex") == "flex_m3_a5.feather"
 
 
 def test_the_mask_draws_itself(tmp_path, capsys):
@@ -304,6 +349,7 @@ def test_the_mask_draws_itself(tmp_path, capsys):
             "positions='sequential' has no effect",
         ),
         (["--method=flex", "--allow_manual_cross_attention"], "has no effect: method is flex"),
+        (["--method=all", "--allow_manual_cross_attention"], "method all compares both"),
     ],
 )
 def test_mistakes_are_one_sentence(tiny_llamas, tmp_path, more, message):
@@ -324,7 +370,7 @@ def test_a_damaged_result_is_refused(tiny_llamas, tmp_path, monkeypatch):
     args = command_line(tiny_llamas, tmp_path, "--method=avg", "--lemmaize")
     folder = tmp_path / "out" / "plain"
     folder.mkdir(parents=True)
-    (folder / "myriadlama_avg.feather").write_bytes(b"torn")
+    (folder / "avg_all_a5.feather").write_bytes(b"torn")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ConfigError, match="cannot be read .*; delete it and run again"):
         flex.main(args)
@@ -417,16 +463,17 @@ NO_RECORDS = {
 def test_lines_that_are_no_records_are_asked_again(args, tmp_path, capsys, spoil):
     flex.main(args)
     folder = tmp_path / "out" / "plain"
-    progress = folder / "progress.0.jsonl"
+    progress = folder / "progress_all_a5.0.jsonl"
 
     def accuracy():
-        return json.loads((folder / "table.json").read_text())["metrics"]["origin"]["accuracy"]
+        table = json.loads((folder / "table_all_a5.json").read_text())
+        return table["metrics"]["origin"]["accuracy"]
 
     before = accuracy()
     settings, first, *others = [line for line in progress.read_text().split("\n") if line]
     spoilt = json.dumps(spoil(json.loads(first)))
     progress.write_text("\n".join([settings, spoilt, *others]))
-    (folder / "progress.old.jsonl").write_text("no JSON")
+    (folder / "progress_all_a5.old.jsonl").write_text("no JSON")
     capsys.readouterr()
     flex.main(args)
     printed = capsys.readouterr().out
@@ -437,7 +484,7 @@ def test_lines_that_are_no_records_are_asked_again(args, tmp_path, capsys, spoil
 def test_records_without_settings_are_asked_again(args, tmp_path, capsys):
     """Nobody knows which model made them."""
     flex.main(args)
-    progress = tmp_path / "out" / "plain" / "progress.0.jsonl"
+    progress = tmp_path / "out" / "plain" / "progress_all_a5.0.jsonl"
     lines = [line for line in progress.read_text().split("\n") if line]
     for first in (b"", b'{"settings": 3}\n', b"\xff\xfe{\n"):
         progress.write_bytes(first + "\n".join(lines[1:]).encode())
