@@ -6,6 +6,8 @@
     python ablate.py heads runs/RUN          # each head, before the output projection
     python ablate.py force runs/RUN          # and inject, replace, swap: another example's slots
     python ablate.py swap-matrix runs/RUN    # and swap-pred: which digits can stand in for which
+    python ablate.py interchanges runs/RUN   # all of these in one figure; reads their results
+    python ablate.py swap-positions runs/RUN # reads of one position put at another
     python ablate.py patch runs/RUN          # activation patching, layer by position
     python ablate.py impact runs/RUN         # which slots matter? Reads the result of keys, as do
                                              # keystats, occurrences, position and repeats
@@ -28,7 +30,7 @@ from functools import partial
 
 import numpy as np
 
-from analysis import importance, patching
+from analysis import importance, interchange, patching, swap_matrix, swap_positions, swap_results
 from analysis.ablation import ABLATIONS, measure, measure_slots, part_ablations
 from analysis.hooks import (
     ablate_head,
@@ -53,7 +55,7 @@ from analysis.trained_run import (
 )
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
-from nanorecall.settings import at_least, one_of, require, run_cli, say, within
+from nanorecall.settings import at_least, one_of, require, run_cli, within
 from nanorecall.stats import (
     clustered_mean_ci,
     clustered_mean_proportion,
@@ -68,6 +70,7 @@ class AblateConfig(AnalysisConfig):
     ablations: str = "zero next_best mean random resample"  # keys: ways to ablate a slot
     n_pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of examples; 0: all
     exposure_pairs: str = "any"  # any, or less_less, more_more, less_more, more_less (base, source)
+    exchange: str = "output"  # swap-positions: output (slots and weights), or slots alone
     ablate_batch_size: int = 512  # ablated copies of examples in a forward pass
     seed: int = 0  # of the examples, pairs and random slots
 
@@ -82,7 +85,8 @@ class AblateConfig(AnalysisConfig):
             message = f"ablations={self.ablations!r} must be some of {known}"
             require(name in ABLATIONS, message, "ablations")
         require(names, f"ablations is empty; choose some of {known}", "ablations")
-        one_of(self, patching.EXPOSURE_PAIRS, "exposure_pairs")
+        one_of(self, interchange.EXPOSURE_PAIRS, "exposure_pairs")
+        one_of(self, swap_positions.EXCHANGES, "exchange")
 
 
 # ---- slots ---------------------------------------------------------------------------------------
@@ -101,7 +105,7 @@ def ablate_slots(run):
     message = f"ablation next_best needs mem_knn={k} below mem_n_keys={n_keys}; leave it out"
     require("next_best" not in ablations or k < n_keys, message, "ablations")
     examples = sample_correct_examples(run)
-    columns = measure_slots(run.model, examples, ablations, c.ablate_batch_size, c.seed)
+    columns = measure_slots(run.model, examples, ablations, c.ablate_batch_size, c.seed, run.world)
     effects = summarize_slots(columns)
     lines = []
     for (ablation, layer), effect in effects.items():
@@ -156,6 +160,7 @@ def ablate_layers(run):
         tables.append(measure(examples, clean, logits, {"layer": layer, "what": what}))
     columns = concat(tables)
     parts = summarize_by(columns, "layer", "what")
+    run.finding(describe_effects(parts))
     by_position = summarize_by(columns, "layer", "what", "answer_pos")
     print_effects("layer, ablated", parts)
     by_slice = {"layer, what": parts, "layer, what, answer_pos": by_position}
@@ -168,21 +173,27 @@ def ablate_heads(run):
     require_heads(run)
     examples = sample_correct_examples(run)
     clean = logit_diff(run_with_cache(run.model, examples).logits, examples.answers)
-    tables = []
+    all_heads = []
     for layer, mixer in hook_points(run.model)["mixer"].items():
         for head in range(mixer.n_heads):
-            hook = ablate_head(mixer.out_proj, mixer.n_heads, head)
-            logits = run_with_hooks(run.model, examples, [hook])
-            about = {"layer": layer, "head": head, "name": f"L{layer}H{head}"}
-            tables.append(measure(examples, clean, logits, about))
-    columns = concat(tables)
+            all_heads.append((layer, mixer, head))
+
+    def measure_head(item):
+        layer, mixer, head = item
+        hook = ablate_head(mixer.out_proj, mixer.n_heads, head)
+        logits = run_with_hooks(run.model, examples, [hook])
+        about = {"layer": layer, "head": head, "name": f"L{layer}H{head}"}
+        return measure(examples, clean, logits, about)
+
+    columns = concat(run.world.shared_map(measure_head, all_heads))
     heads = summarize_by(columns, "name")
+    run.finding(describe_effects(heads))
     by_position = summarize_by(columns, "name", "answer_pos")
     by_answer, most_needed = summarize_by_answer(columns, run.token)
     print_effects("ablated head", heads)
     if most_needed:
         pairs = [f"{token!r}: {name}" for token, name in most_needed.items()]
-        say("the head that each answer needs most:", ", ".join(pairs))
+        run.finding(f"the head that each answer needs most: {', '.join(pairs)}")
     by_slice = {"head": heads, "head, answer_pos": by_position, "answer, head": by_answer}
     metrics = {"n_examples": len(examples), "head of each answer": most_needed}
     plot = partial(plot_effects, "ablated head", heads, by_position, run.name)
@@ -221,6 +232,21 @@ def summarize_by_answer(columns, token, most=24):
             drops[name] = effect["drop"]["value"]
         most_needed[token(answer)] = max(drops, key=drops.get)
     return by_answer, most_needed
+
+
+def describe_effects(effects, spared=0.95):
+    """The finding: what is needed most, and how many can be spared."""
+
+    def accuracy(name):
+        return effects[name]["accuracy"]["value"]
+
+    worst = min(effects, key=accuracy)
+    _, value, interval = format_ci(effects[worst]["accuracy"])
+    n_spared = sum(accuracy(name) >= spared for name in effects)
+    return (
+        f"{worst} is needed most: without it {value} ({interval}) of the answers are correct; "
+        f"{n_spared} of {len(effects)} can be left out with {spared} or more correct"
+    )
 
 
 def print_effects(head, effects):
@@ -266,10 +292,10 @@ PAIRS = ("n_examples", "seed", "n_pairs", "exposure_pairs")
 EXAMPLES = ("n_examples", "seed")
 BATCH = ("ablate_batch_size",)
 
-force = partial(patching.interchange, name="force")
-inject = partial(patching.interchange, name="inject")
-replace = partial(patching.interchange, name="replace")
-swap = partial(patching.interchange, name="swap")
+force = partial(interchange.interchange, name="force")
+inject = partial(interchange.interchange, name="inject")
+replace = partial(interchange.interchange, name="replace")
+swap = partial(interchange.interchange, name="swap")
 
 COMMANDS = {
     "keys": Command(ablate_slots, KEYS + BATCH, "Each slot that an example reads, ablated."),
@@ -284,13 +310,23 @@ COMMANDS = {
     "inject": Command(inject, PAIRS + BATCH, "All reads of the source at one label of a layer."),
     "replace": Command(replace, PAIRS + BATCH, "The strongest slot gets the source's value."),
     "swap": Command(swap, PAIRS + BATCH, "The source's slots with the base's own weights."),
-    "swap-matrix": Command(patching.swap_matrix, PAIRS + BATCH, "Which digits stand in for which?"),
-    "swap-pred": Command(importance.swap_predictions, PAIRS, "What does each digit turn into?"),
+    "swap-matrix": Command(
+        swap_matrix.swap_matrix, PAIRS + BATCH, "Which digits stand in for which?"
+    ),
+    "swap-positions": Command(
+        swap_positions.swap_positions,
+        PAIRS + BATCH + ("exchange",),
+        "Does what memory holds depend on the position?",
+    ),
+    "interchanges": Command(
+        swap_results.interchanges, PAIRS, "All interchanges in one figure, with controls."
+    ),
+    "swap-pred": Command(swap_results.swap_predictions, PAIRS, "What does each digit turn into?"),
     "corr": Command(
         importance.ablation_vs_swap, KEYS + PAIRS, "Do ablation and swap affect the same examples?"
     ),
     "patch": Command(patching.patch, EXAMPLES, "Activation patching: where is the answer decided?"),
-    "all": Command(run_all, KEYS + PAIRS + BATCH, "Everything that fits the run."),
+    "all": Command(run_all, KEYS + PAIRS + BATCH + ("exchange",), "Everything that fits the run."),
 }
 
 

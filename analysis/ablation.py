@@ -21,6 +21,7 @@ from analysis.hooks import (
 )
 from analysis.trained_run import concat, select
 from memory import SCORES, weighted_values
+from nanorecall.distributed import SINGLE_PROCESS
 
 
 def to_columns(examples, about, measured):
@@ -127,7 +128,7 @@ ABLATIONS = {  # SlotAblation -> reads
 
 
 @torch.no_grad()
-def measure_slots(model, examples, ablations, batch_size=512, seed=0):
+def measure_slots(model, examples, ablations, batch_size=512, seed=0, world=SINGLE_PROCESS):
     """Ablate each slot that an example reads, and as a control one that it does not, by layer.
 
     -> {column: (N,)}: those of `to_columns`, layer, slot, ablation, control, reads and weight of
@@ -153,10 +154,13 @@ def measure_slots(model, examples, ablations, batch_size=512, seed=0):
         pairs["resampled_slot"] = rng.permutation(pairs["slot"])
         inputs = (resid, reads, label_pos, best)
         for ablation in ablations:
+            batches = []
             for first in range(0, len(pairs["slot"]), batch_size):
-                batch = select(pairs, slice(first, first + batch_size))
-                measured = measure_ablation(model, layer, ablation, examples, before, inputs, batch)
-                tables.append(measured)
+                batches.append(select(pairs, slice(first, first + batch_size)))
+            measure_batch = partial(
+                measure_ablation, model, layer, ablation, examples, before, inputs
+            )
+            tables += world.shared_map(measure_batch, batches)
     return concat(tables)
 
 

@@ -19,7 +19,7 @@ import torch
 from analysis.clustering import chance_silhouette, spherical_k_means
 from analysis.editing import require_facts
 from analysis.memory_usage import require_slots
-from analysis.patching import DECODING
+from analysis.swap_matrix import DECODING
 from analysis.trained_run import (
     BOOLEAN,
     DECISIVE,
@@ -50,19 +50,22 @@ from nanorecall.stats import (
 DROP = "drop in logit difference"  # in figures
 
 # The columns that are read here of each table, and their kinds.
+INTERCHANGE = {
+    **dict.fromkeys(("example", "layer", "answer_pos"), WHOLE),
+    "drop": NUMBER,
+    **dict.fromkeys(("source_answer", "control_answer", "base_lost"), BOOLEAN),
+}
 COLUMNS = {
     "keys": {
         **dict.fromkeys(("example", "layer", "slot", "answer_pos", "answer", "reads"), WHOLE),
         **dict.fromkeys(("weight", "drop", "p", "p_clean"), NUMBER),
         **{"ablation": TEXT, "control": BOOLEAN, "flip": BOOLEAN},
     },
-    "swap": {
-        **dict.fromkeys(("example", "layer", "answer_pos"), WHOLE),
-        **{"drop": NUMBER, "source_answer": BOOLEAN},
+    **dict.fromkeys(("force", "inject", "replace", "swap"), INTERCHANGE),
+    "swap_matrix": {
+        **dict.fromkeys(("example", "answer_pos", "answer"), WHOLE),
+        **dict.fromkeys(("source_answer_token", "control_answer_token", *DECODING), WHOLE),
     },
-    "swap_matrix": dict.fromkeys(
-        ("example", "answer_pos", "answer", "source_answer_token", *DECODING), WHOLE
-    ),
 }
 
 
@@ -625,68 +628,3 @@ def plot_corr(columns, title, path):
         scatter_by_layer(axis, columns, "drop_by_ablation", name, "examples", ms=4, alpha=0.7)
         axis.set(xlabel=f"mean {DROP} by ablation", ylabel=label)
     finish_figure(fig, plt, path, title)
-
-
-def swap_predictions(run):
-    """What does each digit turn into after the interchange? Reads the result of swap-matrix."""
-    require_slots(run)
-    require_facts(run)
-    columns = load_table(run, "swap_matrix")
-    changed = differing_digits(columns)
-    by_slice, lines = {}, []
-    for decoding in DECODING:
-        outcomes = swap_outcomes(changed, decoding)
-        by_slice[decoding] = outcomes
-        by_slice[f"{decoding}, digit"] = digit_transitions(changed, decoding, run.token)
-        for outcome, cell in outcomes.items():
-            lines.append((outcome, decoding, *format_ci(cell)))
-    print_table(("a digit turns into", "decoding", "digits", "fraction", "95% interval"), lines)
-    plot = partial(plot_swap_predictions, run, columns)
-    save_result(run, "swap_pred", {}, by_slice, (), None, plot)
-
-
-def differing_digits(columns):
-    """Without digits that base and source share: there, an interchange cannot be seen."""
-    return select(columns, columns["answer"] != columns["source_answer_token"])
-
-
-def swap_outcomes(columns, decoding):
-    """{outcome: fraction of digits}"""
-    is_base = columns[decoding] == columns["answer"]
-    is_source = columns[decoding] == columns["source_answer_token"]
-    return {
-        "the base's digit": clustered_proportion(is_base, columns["example"]),
-        "the source's digit": clustered_proportion(is_source, columns["example"]),
-        "another digit": clustered_proportion(~is_base & ~is_source, columns["example"]),
-    }
-
-
-def digit_transitions(columns, decoding, token):
-    """{"digit to digit": fraction of the first that became the second}"""
-    transitions = {}
-    for before in np.unique(columns["answer"]):
-        of_digit = select(columns, columns["answer"] == before)
-        for after in np.unique(of_digit[decoding]):
-            cell = clustered_proportion(of_digit[decoding] == after, of_digit["example"])
-            transitions[f"{token(before)} to {token(after)}"] = cell
-    return transitions
-
-
-def plot_swap_predictions(run, columns, path):
-    plt, fig, axes = figure(1, 2, width=4.8, grid=False)
-    changed = differing_digits(columns)
-    before = np.unique(columns["answer"])
-    for axis, decoding in zip(axes, DECODING):
-        after = np.unique(columns[decoding])
-        row = np.searchsorted(before, changed["answer"])
-        column = np.searchsorted(after, changed[decoding])
-        counts = np.zeros((len(before), len(after)))
-        np.add.at(counts, (row, column), 1)
-        fractions = counts / np.maximum(1, counts.sum(1, keepdims=True))
-        image = axis.imshow(fractions, cmap="viridis", vmin=0)
-        axis.set_xticks(range(len(after)), [run.token(digit) for digit in after])
-        axis.set_yticks(range(len(before)), [run.token(digit) for digit in before])
-        axis.set(xlabel="answer after the interchange", ylabel="answer before")
-        axis.set_title(f"{decoding}, n = {len(row)}")
-        fig.colorbar(image, ax=axis, label="fraction", shrink=0.8)
-    finish_figure(fig, plt, path, run.name)

@@ -19,11 +19,10 @@ VARIANTS = {  # of toys.ablation_model: the settings that change what a slot doe
 }
 
 
-def planted_facts(V=9, n=3):
-    """A model without attention in which slot s holds the answer to token s, (s + 4) mod 9.
+def planted_memory(answer_of, V=9, n=3):
+    """A model without attention in which slot s holds the answer to token s: answer_of (V,).
 
-    -> model, Examples: one for each token, which the model answers correctly. Tokens are one-hot in
-    the first V features of the residual stream, answers in the last V.
+    Tokens are one-hot in the first V features of the residual stream, answers in the last V.
     """
     c = memory.Config(
         dim=2 * V, n_layers=1, n_heads=1, dk=2, dv=2, pos_emb="none", vocab_size=V, seq_len=2,
@@ -41,11 +40,35 @@ def planted_facts(V=9, n=3):
             model.embed.weight[v, v] = 1
             layer.query.weight[v // n, v] = 20
             layer.query.weight[n + v % n, v] = 20
-            layer.values[v, V + (v + 4) % V] = 1
+            layer.values[v, V + answer_of[v]] = 1
             model.lm_head.weight[v, V + v] = 5
         for half in range(2):
             layer.keys[0, half] = torch.eye(n)
+    return model
+
+
+def planted_facts(V=9):
+    """-> model, Examples: one for each token v, whose answer is (v + 4) mod 9; all are correct."""
+    answer_of = (torch.arange(V) + 4) % V
+    model = planted_memory(answer_of, V)
     tokens = torch.stack([torch.zeros(V, dtype=torch.long), torch.arange(V)], 1)
-    answers = ((torch.arange(V) + 4) % V)[:, None]
     label_pos = torch.ones(V, 1, dtype=torch.long)
-    return model, Examples(np.arange(V), tokens, label_pos, answers, {"exposures": np.arange(V)})
+    slices = {"exposures": np.arange(V)}
+    return model, Examples(np.arange(V), tokens, label_pos, answer_of[:, None], slices)
+
+
+def planted_positions(depends):
+    """Two labels: tokens 0 to 3 stand at the first, 4 to 8 at the second; answers are of their own.
+
+    depends: a position takes none of the other one's answers, as its token speaks against them.
+    Otherwise, what memory reads says the same at both.
+    """
+    answer_of = torch.tensor([1, 2, 3, 0, 5, 6, 7, 8, 4])
+    model = planted_memory(answer_of)
+    if depends:
+        with torch.no_grad():
+            model.embed.weight[:4, 9 + 4 :] = -2
+            model.embed.weight[4:, 9 : 9 + 4] = -2
+    tokens = torch.cartesian_prod(torch.arange(4), torch.arange(4, 9))
+    label_pos = torch.arange(2).expand(20, 2)
+    return model, Examples(np.arange(20), tokens, label_pos, answer_of[tokens], {})

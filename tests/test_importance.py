@@ -265,22 +265,3 @@ def test_means_are_joined_by_example():
     assert joined["drop_by_ablation"].tolist() == [2, 3, 4, 5, 7]
     assert joined["drop_by_swap"].tolist() == [2, 0, 0, 0, 5]
     assert joined["source_answer_by_swap"].tolist() == [0.5, 0, 1, 1, 1]
-
-
-def test_what_a_digit_turns_into(analyse):
-    """The last digit is the same in base and source, so it cannot be told apart."""
-    columns = {
-        "example": np.array([0, 1, 2, 3, 4]),
-        "answer": np.array([1, 1, 1, 2, 2]),
-        "source_answer_token": np.array([2, 2, 2, 1, 2]),
-        "teacher-forced": np.array([2, 2, 3, 2, 2]),
-        "token by token": np.array([1, 1, 1, 1, 1]),
-    }
-    by_slice = analyse(importance.swap_predictions, columns).by_slice
-    fractions = {"teacher-forced": [0.25, 0.5, 0.25], "token by token": [0.75, 0.25, 0]}
-    for decoding, expected in fractions.items():
-        cells = list(by_slice[decoding].values())
-        assert [cell["value"] for cell in cells] == expected and cells[0]["n"] == 4
-    transitions = by_slice["teacher-forced, digit"]
-    expected = {"1 to 2": 2 / 3, "1 to 3": 1 / 3, "2 to 2": 1}
-    assert {name: cell["value"] for name, cell in transitions.items()} == expected
