@@ -9,7 +9,7 @@ import torch
 
 import ablate
 import train
-from analysis import ablation, hooks
+from analysis import ablation, hooks, swap_positions
 from analysis.trained_run import open_run
 from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.settings import ConfigError
@@ -274,6 +274,39 @@ def test_all_commands_and_their_report(runs, name, n_left_out):
     n_measured = len(np.unique(columns["example"])) * len(np.unique(columns["answer_pos"]))
     assert len(columns["drop"]) == n_heads * n_measured
     assert result["config"]["run"] == str(runs / name)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_one_process_writes(runs, on_ranks, undrawn, monkeypatch):
+    """Every command, in batches so small that both ranks have some; each rank measures a part."""
+    argv = ["all", str(runs / "two"), "--n_examples=6", "--n_pairs=10", "--ablate_batch_size=7"]
+    argv += ["--ablations=zero next_best", "--eval_batch_size=9", "--device=cpu"]
+    paths = sorted((runs / "two").glob("ablate_*"))
+    for path in paths:
+        path.unlink()
+    ablate.main(argv)
+    alone = {path: path.read_bytes() for path in (runs / "two").glob("ablate_*.json")}
+    tables = {path: path.read_bytes() for path in (runs / "two").glob("ablate_*.parquet")}
+    assert len(alone) == len(ablate.COMMANDS) - 1
+    for path in [*alone, *tables]:
+        path.unlink()
+    n_passes = []
+    forward_from = swap_positions.forward_from
+
+    def count(*args):
+        n_passes.append(1)
+        return forward_from(*args)
+
+    def work(rank):
+        monkeypatch.setattr(swap_positions, "forward_from", count)
+        ablate.main(argv)
+        (runs / f"passes{rank}").write_text(str(len(n_passes)))
+
+    assert on_ranks(2, work) == [0, 0]
+    for path, content in {**alone, **tables}.items():
+        assert path.read_bytes() == content, path
+    passes = [int((runs / f"passes{rank}").read_text()) for rank in range(2)]
+    assert min(passes) > 0 and abs(passes[0] - passes[1]) <= 2 * max(passes) // 10
 
 
 def test_controls_of_a_trained_run_change_nothing(runs):
