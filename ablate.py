@@ -240,12 +240,15 @@ def describe_effects(effects, spared=0.95):
     def accuracy(name):
         return effects[name]["accuracy"]["value"]
 
+    # Of a part the name is "layer, part".
     worst = min(effects, key=accuracy)
+    layer, _, part = worst.partition(", ")
+    name = f"the {part} of layer {layer}" if part else f"head {worst}"
     _, value, interval = format_ci(effects[worst]["accuracy"])
     n_spared = sum(accuracy(name) >= spared for name in effects)
     return (
-        f"{worst} is needed most: without it {value} ({interval}) of the answers are correct; "
-        f"{n_spared} of {len(effects)} can be left out with {spared} or more correct"
+        f"{name} is needed most: without it {value} ({interval}) of the answers are correct; "
+        f"{n_spared} of {len(effects)} can be spared one at a time, with {spared:.0%} still correct"
     )
 
 

@@ -54,7 +54,7 @@ def patch(run):
     run.finding(describe(cells, len(clean)))
     # resid_pre is the sum of what the layers before it add, so it recovers the most.
     parts = [key for key in cells if not key.startswith("resid_pre")]
-    best = sorted(parts, key=lambda key: -cells[key]["value"])[:12]
+    best = sorted(parts, key=lambda key: -cells[key]["value"])[:8]
     head = ("activation, layer, position", "examples", "recovered", "95% interval")
     print_table(head, [(key, *format_ci(cells[key])) for key in best])
     metrics = {
@@ -91,6 +91,9 @@ def position_roles(run, examples):
     return np.tile(roles, (len(tokens), 1))
 
 
+MQAR_ROLES = ["asked key", "its value", "others", "query"]
+
+
 def mqar_roles(tokens, labels):
     """tokens (B, T), labels (B,): positions of the query -> names (B, T).
 
@@ -125,30 +128,41 @@ def patch_columns(recovered, clean, roles):
 
 
 def recovered_by_role(columns):
-    """{"hook point, layer, role": mean over examples}, roles in the order of their positions."""
-    keys = combine_columns(columns, "hook_point", "layer", "role")
+    """{"hook_point, layer, role": mean over examples}"""
+    roles = list(dict.fromkeys(columns["role"].tolist()))
+    # Positions of a fact stand in order, and those of MQAR differ between examples.
+    if set(roles) <= set(MQAR_ROLES):
+        roles.sort(key=MQAR_ROLES.index)
+    places = combine_columns(columns, "hook_point", "layer")
     cells = {}
-    for key in dict.fromkeys(keys.tolist()):
-        mask = keys == key
-        cells[key] = clustered_mean_ci(columns["recovered"][mask], columns["example"][mask])
+    for place in dict.fromkeys(places.tolist()):
+        for role in roles:
+            mask = (places == place) & (columns["role"] == role)
+            mean = clustered_mean_ci(columns["recovered"][mask], columns["example"][mask])
+            cells[f"{place}, {role}"] = mean
     return cells
 
 
 def describe(cells, n_examples):
-    """The finding in a sentence: the position at which each part of a block recovers the most."""
-    best = {}
-    for key, cell in cells.items():
-        name = key.split(", ")[0]
-        if name not in best or cell["value"] > cells[best[name]]["value"]:
-            best[name] = key
+    """The finding in a sentence: the best position of each part, and what recovers a half."""
+
+    def recovered(key):
+        return cells[key]["value"]
+
+    by_part = {}
+    for key in sorted(cells, key=recovered, reverse=True):
+        by_part.setdefault(key.split(", ")[0], []).append(key)
+    # resid_pre holds what all layers before it have added.
+    by_part.pop("resid_pre")
     findings = []
-    for name, key in best.items():
-        if name != "resid_pre":
-            _, layer, role = key.split(", ")
-            _, value, interval = format_ci(cells[key])
-            findings.append(f"the {name} of layer {layer} at {role!r} {value} ({interval})")
+    for keys in by_part.values():
+        for key in keys:
+            if key == keys[0] or recovered(key) >= 0.5:
+                name, layer, role = key.split(", ")
+                _, value, interval = format_ci(cells[key])
+                findings.append(f"{name} of layer {layer} at {role!r} {value} ({interval})")
     listed = ", ".join(findings)
-    return f"of the logit difference, one activation recovers at most: {listed}; n = {n_examples}"
+    return f"one activation brings back, of the logit difference: {listed}; n = {n_examples}"
 
 
 # ---- patching ------------------------------------------------------------------------------------
@@ -244,7 +258,8 @@ def plot_patch(run, cells, n_examples, path):
         grid = np.empty((len(own_blocks), len(roles)))
         for row, block in enumerate(own_blocks):
             for column, role in enumerate(roles):
-                value = cells[f"{name}, {block}, {role}"]["value"]
+                # Rounded here: -0.004 would read -0.00.
+                value = round(cells[f"{name}, {block}, {role}"]["value"], 2) + 0.0
                 grid[row, column] = value
                 color = "black" if value > 0.6 else "white"
                 axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)

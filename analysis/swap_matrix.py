@@ -128,10 +128,13 @@ def describe(columns, decoding, token):
     for answer in np.unique(columns["source_answer_token"]):
         fractions[token(answer)] = is_source[columns["source_answer_token"] == answer].mean()
     best, worst = max(fractions, key=fractions.get), min(fractions, key=fractions.get)
+    text = f"{decoding}: with the source's reads, its answer comes in {value} ({interval})"
+    text += f", a control answer in {is_control.mean():.3f}"
+    if rate["ci95"][0] <= is_control.mean():
+        return f"{text}: reads carry no answer"
     return (
-        f"{decoding}: with the source's reads, its answer comes in {value} ({interval}), a control "
-        f"answer in {is_control.mean():.3f}; most often {best!r} ({fractions[best]:.2f}), "
-        f"least often {worst!r} ({fractions[worst]:.2f})"
+        f"{text}; {best!r} comes most easily ({fractions[best]:.2f}), "
+        f"{worst!r} least ({fractions[worst]:.2f})"
     )
 
 
@@ -169,14 +172,15 @@ def answer_pairs(columns, decoding, run):
 
 def plot_swap_matrix(run, columns, path):
     """For each decoding, how often the source answer comes, by pair of answers."""
-    plt, fig, axes = figure(1, 2, width=4.6, grid=False)
+    plt, fig, axes = figure(1, 2, width=4.2, grid=False)
     tokens = np.unique(columns["answer"])
+    columns = differing_answers(columns)
     for axis, decoding in zip(axes, DECODING):
         is_source = columns[decoding] == columns["source_answer_token"]
         grid = answer_pair_grid(columns, is_source, tokens)
         title = f"{decoding}: fraction with the source answer"
         plot_answer_pairs(run, fig, axis, grid, tokens, title)
-    finish_figure(fig, plt, path, f"{run.name}, {len(columns['example'])} answer tokens")
+    finish_figure(fig, plt, path, f"{run.name}, {len(columns['example'])} answers; white: the same")
 
 
 def answer_pair_grid(columns, outcome, tokens):

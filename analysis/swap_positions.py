@@ -214,7 +214,7 @@ def describe(layer, cells, exchange):
     control = cells["other position"]["control_answer"]
     low, high = cells["difference"]["ci95"]
     if own["ci95"][0] <= cells["own position"]["control_answer"]["ci95"][1]:
-        verdict = "it carries no answer by itself, so position cannot be judged"
+        verdict = "it brings no answer, so nothing can be said about positions"
     elif low > 0:
         verdict = "content depends on the position"
     elif high < 0:
@@ -222,9 +222,9 @@ def describe(layer, cells, exchange):
     else:
         verdict = "no dependence on the position is seen"
     return (
-        f"layer {layer}: the {exchange} of another example brings the source's answer in "
-        f"{own['value']:.2f} at the same position, in {other['value']:.2f} at other positions "
-        f"(control {control['value']:.2f}): {verdict}"
+        f"layer {layer}: the {exchange} of another example brings its answer along in "
+        f"{own['value']:.0%} at the same position, in {other['value']:.0%} at other positions "
+        f"(a control answer in {control['value']:.0%}): {verdict}"
     )
 
 
@@ -266,7 +266,7 @@ def plot_positions(run, examples, columns, exchange, path):
     layers = np.unique(columns["layer"])
     labels = examples.label_pos[0].tolist()
     positions = np.unique(columns["i"])
-    plt, fig, axes = figure(len(layers), 4, width=3.7, grid=False)
+    plt, fig, axes = figure(len(layers), 4, width=4, grid=False)
     for row, layer in enumerate(layers):
         of_layer = select(columns, columns["layer"] == layer)
         highest = None
@@ -277,16 +277,17 @@ def plot_positions(run, examples, columns, exchange, path):
             if highest is None:
                 highest = np.nanmax(grid)
             title = f"layer {layer}, from {relation}"
-            show_grid(run, fig, drop, grid, positions, examples, title)
+            show_grid(fig, drop, grid, positions, labels, title)
             drop.images[0].set_clim(0, highest)
             part = select(part, part["is_pair"])
             grid = mean_grid(part, "source_answer", labels, labels)
-            show_grid(run, fig, taken, grid, labels, examples, title)
+            show_grid(fig, taken, grid, labels, labels, title)
+            write_values(taken, grid)
             taken.images[0].set_clim(0, 1)
-            drop.images[0].colorbar.set_label("mean drop in logit difference")
+            drop.images[0].colorbar.set_label("drop in logit diff of answers from j on")
             taken.images[0].colorbar.set_label("fraction with the source's answer")
-    title = f"{run.name}: {exchange} of one position put at another; ticks: token of an example"
-    finish_figure(fig, plt, path, f"{title}, * predicts an answer; white: not measured")
+    title = f"{run.name}: {exchange} of one position put at another. a1 predicts the first answer."
+    finish_figure(fig, plt, path, f"{title} White: it cannot change an answer.")
 
 
 def mean_grid(columns, name, rows, across):
@@ -300,14 +301,25 @@ def mean_grid(columns, name, rows, across):
     return grid
 
 
-def show_grid(run, fig, axis, grid, positions, examples, title):
+def show_grid(fig, axis, grid, positions, labels, title):
     image = axis.imshow(grid, cmap="viridis")
-    labels = examples.label_pos[0].tolist()
     names = []
     for position in positions:
-        mark = "*" if position in labels else ""
-        names.append(f"{position}{mark}")
+        if position in labels:
+            names.append(f"a{labels.index(position) + 1}")
+        else:
+            names.append(str(position))
     axis.set_xticks(range(len(names)), names)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="put at position j", ylabel="read at position i", title=title)
     fig.colorbar(image, ax=axis, shrink=0.8)
+
+
+def write_values(axis, grid, most=8):
+    """Write the numbers into a small grid, of which small ones have about the same colour."""
+    if len(grid) > most:
+        return
+    for (row, column), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            color = "black" if value > 0.6 else "white"
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)

@@ -34,10 +34,10 @@ def interchanges(run):
     for name in INTERCHANGES:
         if list_results(run, name):
             for layer, outcomes in outcomes_by(load_table(run, name), "layer").items():
-                cells[f"{name}, layer {layer}"] = outcomes
+                cells[f"{name} in layer {layer}"] = outcomes
     if list_results(run, "swap_matrix"):
         columns = differing_answers(load_table(run, "swap_matrix"))
-        cells["swap-matrix, all layers"] = matrix_outcomes(columns)
+        cells["swap-matrix in all layers"] = matrix_outcomes(columns)
     names = ", ".join([*INTERCHANGES[:-1], f"{INTERCHANGES[-1]} or swap-matrix"])
     message = f"{run.folder} has no result of {names}; python ablate.py inject {run.folder} writes"
     require(cells, f"{message} one", None)
@@ -68,20 +68,22 @@ def matrix_outcomes(columns):
 
 
 def describe(cells):
-    """The finding in a sentence: the strongest interchange, and those that only damage."""
+    """The finding: the strongest interchange, and those that bring no more than the control."""
 
     def rate(name):
         return cells[name]["source_answer"]["value"]
 
+    idle = []
+    for name, outcomes in cells.items():
+        if outcomes["source_answer"]["ci95"][0] <= outcomes["control_answer"]["value"]:
+            idle.append(name)
+    if len(idle) == len(cells):
+        return "no interchange brings the source's answer more often than a control answer"
     best = max(cells, key=rate)
     _, value, interval = format_ci(cells[best]["source_answer"])
     control = cells[best]["control_answer"]["value"]
     text = f"{best} carries the most: the source's answer in {value} ({interval}), a control answer"
     text += f" in {control:.3f}"
-    idle = []
-    for name, outcomes in cells.items():
-        if outcomes["source_answer"]["ci95"][0] <= outcomes["control_answer"]["ci95"][1]:
-            idle.append(name)
     if idle:
         text += f"; no more than the control: {', '.join(idle)}"
     return text
@@ -101,12 +103,12 @@ def plot_interchanges(cells, title, path):
         axis.bar(place, values, width, yerr=lengths, capsize=2, label=label)
     names = []
     for name, cell in cells.items():
-        names.append(f"{name.replace(', ', chr(10))}\nn = {cell['source_answer']['n']}")
+        names.append(f"{name.replace(' in ', chr(10))}\nn = {cell['source_answer']['n']}")
     axis.set_xticks(x, names)
     axis.grid(False, axis="x")
     axis.set(ylabel="fraction of answers (95%)", ylim=(0, 1.02))
     axis.legend(loc="upper left")
-    finish_figure(fig, plt, path, title)
+    finish_figure(fig, plt, path, f"{title}: answers of the base, with reads of the source")
 
 
 # ---- what each digit turns into ------------------------------------------------------------------
@@ -165,7 +167,7 @@ def digit_transitions(columns, decoding, token):
 
 def plot_swap_predictions(run, columns, path):
     """For each decoding, what each digit turns into; tokens that are no digits are one column."""
-    plt, fig, axes = figure(1, 2, width=4.8, grid=False)
+    plt, fig, axes = figure(1, 2, width=4.2, grid=False)
     changed = differing_answers(columns)
     digits = np.unique(changed["answer"])
     names = [run.token(digit) for digit in digits]
@@ -176,7 +178,7 @@ def plot_swap_predictions(run, columns, path):
             for column, other in enumerate(digits):
                 grid[row, column] = (after == other).mean()
             grid[row, -1] = 1 - grid[row].sum()
-        image = axis.imshow(grid, cmap="viridis", vmin=0)
+        image = axis.imshow(grid, cmap="viridis", vmin=0, vmax=1)
         axis.set_xticks(range(len(digits) + 1), [*names, "other"])
         axis.set_yticks(range(len(digits)), names)
         axis.set(xlabel="digit after the interchange", ylabel="digit before")

@@ -34,3 +34,30 @@ def test_activation_patching_finds_memory_at_the_label():
     np.testing.assert_allclose(recovered["resid_pre", 0][1], 1, atol=1e-4)
     np.testing.assert_allclose(recovered["memory", 0][0], 0, atol=1e-4)
     np.testing.assert_allclose(recovered["mixer", 0], 0, atol=1e-4)
+
+
+def test_roles_of_positions():
+    """The query 3 at position 5; its key is stored at 2. Fractions are 1 at its value, 3."""
+    tokens = np.array([[7, 9, 3, 8, 0, 3], [3, 9, 7, 8, 3, 0]])
+    roles = patching.mqar_roles(tokens, np.array([5, 4]))
+    assert roles[0].tolist() == ["others", "others", "asked key", "its value", "others", "query"]
+    assert roles[1].tolist() == ["asked key", "its value", "others", "others", "query", "others"]
+    clean = SimpleNamespace(indices=np.arange(2))
+    fractions = (roles == "its value").T.astype(float)
+    columns = patching.patch_columns({("mixer", 0): fractions}, clean, roles)
+    cells = patching.recovered_by_role(columns)
+    values = {role: cell["value"] for role, cell in cells.items()}
+    assert list(values) == [f"mixer, 0, {role}" for role in patching.MQAR_ROLES]
+    assert list(values.values()) == [0, 1, 0, 0]
+    assert cells["mixer, 0, others"]["n"] == 2
+    cells["resid_pre, 0, query"] = cells["mixer, 0, query"]
+    assert "mixer of layer 0 at 'its value' 1.0000" in patching.describe(cells, 2)
+
+
+def test_roles_of_a_fact():
+    text = {0: "BOS", 1: "5", 2: "5", 3: ":"}
+    run = SimpleNamespace(data=SimpleNamespace(tokenizer=None), token=lambda t: text[int(t)])
+    tokens = torch.tensor([[0, 1, 2, 3, 1]] * 2)
+    examples = hooks.Examples(np.arange(2), tokens, torch.tensor([[3], [3]]), tokens[:, 4:], {})
+    roles = patching.position_roles(run, examples)
+    assert roles.tolist() == [["BOS", "digit 1", "digit 2", ":"]] * 2
