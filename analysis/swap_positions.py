@@ -31,7 +31,7 @@ from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.plots import figure, finish_figure
 from nanorecall.settings import require, say
-from nanorecall.stats import clustered_mean_ci, clustered_proportion, format_ci
+from nanorecall.stats import cluster_means, clustered_mean_ci, clustered_proportion, format_ci
 
 EXCHANGES = {  # what is moved: function of the reads of base and source at one position
     "output": inject,  # slots and weights; a gated layer applies the base's gate
@@ -161,10 +161,10 @@ def compare_move(examples, clean, logits, base, source, i, j, seed):
 
 
 def summarize_positions(columns):
-    """{layer: {"own position", "other position", "same example": outcomes, "difference": mean}}
+    """{layer: {"own position", "other position", "same example": outcomes, "own - other": means}}
 
-    own position: of another example, i = j; other position: i != j; same example: i != j. The
-    difference is that of the source's answer between the first two, for each base that has both.
+    own position: of another example, i = j; other position: i != j; same example: i != j. own -
+    other: the difference of the first two in source's answers and in drop, for each base.
     """
     summary = {}
     is_own = columns["i"] == columns["j"]
@@ -182,7 +182,10 @@ def summarize_positions(columns):
                 cells[name] = outcomes(select(columns, place))
         own = select(columns, places["own position"])
         other = select(columns, places["other position"])
-        cells["difference"] = paired_difference(own, other)
+        cells["own - other"] = {
+            "source_answer": paired_difference(own, other, "source_answer"),
+            "drop": paired_difference(own, other, "drop"),
+        }
         summary[str(layer)] = cells
     return summary
 
@@ -196,15 +199,19 @@ def outcomes(columns):
     return cells
 
 
-def paired_difference(own, other):
-    """How much more often the source's answer comes at its own position: mean over bases."""
-    bases = np.intersect1d(own["example"], other["example"])
-    rates = []
-    for columns in (own, other):
-        of_bases = select(columns, np.isin(columns["example"], bases))
-        _, index = np.unique(of_bases["example"], return_inverse=True)
-        rates.append(np.bincount(index, of_bases["source_answer"]) / np.bincount(index))
-    return clustered_mean_ci(rates[0] - rates[1], bases)
+def paired_difference(own, other, name):
+    """How much more a column is at the own position: mean over bases that have both.
+
+    Each base and position j is compared with itself, because the positions differ in difficulty.
+    """
+    keys = [combine_columns(columns, "example", "j") for columns in (own, other)]
+    common = np.intersect1d(*keys)
+    means = []
+    for columns, key in zip((own, other), keys):
+        mask = np.isin(key, common)
+        means.append(cluster_means(columns[name][mask], key[mask]))
+    example = [key.split(", ")[0] for key in common]
+    return clustered_mean_ci(means[0] - means[1], example)
 
 
 def describe(layer, cells, exchange):
@@ -212,13 +219,16 @@ def describe(layer, cells, exchange):
     own = cells["own position"]["source_answer"]
     other = cells["other position"]["source_answer"]
     control = cells["other position"]["control_answer"]
-    low, high = cells["difference"]["ci95"]
-    if own["ci95"][0] <= cells["own position"]["control_answer"]["ci95"][1]:
-        verdict = "it brings no answer, so nothing can be said about positions"
+    low, high = cells["own - other"]["source_answer"]["ci95"]
+    if own["ci95"][0] <= cells["own position"]["control_answer"]["value"]:
+        # Without an answer to follow, what is left is how much the base's own answers suffer.
+        drop = cells["own - other"]["drop"]
+        _, value, interval = format_ci(drop)
+        verdict = f"no answer goes along, and the drop differs by {value} logits ({interval})"
     elif low > 0:
         verdict = "content depends on the position"
     elif high < 0:
-        verdict = "other positions do better than the own one"
+        verdict = "content depends on the position, and other positions take it better"
     else:
         verdict = "no dependence on the position is seen"
     return (
@@ -232,13 +242,11 @@ def print_summary(summary):
     lines = []
     for layer, cells in summary.items():
         for name, cell in cells.items():
-            if name == "difference":
-                lines.append((f"{layer}, own - other", *format_ci(cell), "", "", ""))
-                continue
-            numbers = format_ci(cell["source_answer"])
-            control = f"{cell['control_answer']['value']:.3f}"
-            line = (f"{layer}, {name}", *numbers, control, *format_ci(cell["drop"])[1:])
-            lines.append(line)
+            control = ""
+            if "control_answer" in cell:
+                control = f"{cell['control_answer']['value']:.3f}"
+            line = [f"{layer}, {name}", *format_ci(cell["source_answer"]), control]
+            lines.append(line + list(format_ci(cell["drop"])[1:]))
     head = ("layer, moved to", "moves", "source answer", "95% interval", "control answer")
     print_table((*head, "mean drop in logit diff", "95% interval"), lines)
 

@@ -25,7 +25,8 @@ def test_content_that_says_the_same_everywhere(exchange):
     for place in ("own position", "other position", "same example"):
         assert cells[place]["source_answer"]["value"] == 1
         assert cells[place]["control_answer"]["value"] == 0
-    assert cells["difference"]["value"] == 0
+    assert cells["own - other"]["source_answer"]["value"] == 0
+    assert cells["own - other"]["drop"]["value"] == pytest.approx(0, abs=1e-5)
     assert "no dependence" in swap_positions.describe("0", cells, exchange)
     matrix = swap_positions.matrix_cells(columns)
     # An example moved to its own position is left out.
@@ -40,7 +41,7 @@ def test_content_that_depends_on_the_position(exchange):
     assert cells["own position"]["source_answer"]["value"] == 1
     assert cells["other position"]["source_answer"]["value"] == 0
     assert cells["same example"]["source_answer"]["value"] == 0
-    assert cells["difference"]["value"] == 1
+    assert cells["own - other"]["source_answer"]["value"] == 1
     assert "depends on the position" in swap_positions.describe("0", cells, exchange)
     moved = (columns["i"] != columns["j"]) & columns["is_pair"]
     assert (columns["drop"][moved] > 0).all()
