@@ -262,6 +262,11 @@ def test_all_commands_and_their_report(runs, name, n_left_out):
     assert report.count("Left out") == last.startswith("Left out: ") == (n_left_out > 0)
     n_sections = report.count("\n## ")
     assert n_sections == len(ablate.COMMANDS) - 1 - n_left_out
+    # Findings come before the table, and once.
+    of_heads = report.split("\n## heads\n")[1].split("\n## ")[0]
+    finding = of_heads.split("\n- ")[1].split(".\n")[0]
+    assert "is needed most" in finding
+    assert finding not in of_heads.split("```")[1] and report.count(finding) == 1
     figures = [line for line in report.splitlines() if line.startswith("![")]
     # Numbers of force, inject, replace and swap are in the figure of interchanges.
     assert len(figures) == (14 if n_left_out == 0 else 3)

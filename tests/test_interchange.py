@@ -218,3 +218,47 @@ def test_what_a_digit_turns_into(monkeypatch):
     transitions = by_slice["teacher-forced, digit"]
     expected = {"1 to 2": 2 / 3, "1 to 3": 1 / 3, "2 to 2": 1}
     assert {name: cell["value"] for name, cell in transitions.items()} == expected
+
+
+def test_interchanges_beside_each_other(monkeypatch):
+    """inject always gives the source's answer; force gives it as often as a control answer."""
+    n = 40
+    columns = {"example": np.arange(n), "layer": np.zeros(n, int), "answer_pos": np.zeros(n, int)}
+    carried = {"source_answer": np.ones(n, bool), "control_answer": np.zeros(n, bool)}
+    half = np.arange(n) % 2 == 0
+    idle = {"source_answer": half, "control_answer": ~half}
+    lost = {"base_lost": np.ones(n, bool)}
+    tables = {"inject": columns | carried | lost, "force": columns | idle | lost}
+    saved, findings = [], []
+    monkeypatch.setattr(swap_results, "list_results", lambda run, name: name in tables)
+    monkeypatch.setattr(swap_results, "load_table", lambda run, name: tables[name])
+    monkeypatch.setattr(swap_results, "require_slots", lambda run: None)
+    monkeypatch.setattr(swap_results, "require_facts", lambda run: None)
+    monkeypatch.setattr(swap_results, "save_result", lambda *args: saved.append(args))
+    run = SimpleNamespace(name="run", folder="r", finding=findings.append)
+    swap_results.interchanges(run)
+    cells = saved[0][3]["interchange"]
+    assert list(cells) == ["force in layer 0", "inject in layer 0"]
+    assert cells["inject in layer 0"]["source_answer"]["value"] == 1
+    assert cells["force in layer 0"]["control_answer"]["value"] == 0.5
+    assert findings[0].startswith("inject in layer 0 carries the most")
+    assert findings[0].endswith("no more than the control: force in layer 0")
+    del tables["inject"]
+    swap_results.interchanges(run)
+    assert findings[1].startswith("no interchange brings the source's answer more often")
+    tables.clear()
+    with pytest.raises(ConfigError, match="r has no result of force, replace, swap, inject or"):
+        swap_results.interchanges(run)
+
+
+def test_what_is_no_digit_is_counted_apart():
+    columns = {
+        "example": np.arange(4),
+        "answer": np.array([1, 1, 1, 1]),
+        "source_answer_token": np.array([2, 2, 2, 2]),
+        "teacher-forced": np.array([1, 2, 3, 50]),
+    }
+    names = {1: "1", 2: "2", 3: "3", 50: "\ufffd"}
+    outcomes = swap_results.swap_outcomes(columns, "teacher-forced", lambda t: names[int(t)])
+    assert [cell["value"] for cell in outcomes.values()] == [0.25] * 4
+    assert list(outcomes)[-1] == "no digit"
