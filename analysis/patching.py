@@ -8,6 +8,7 @@ activation of the clean one.
 Letters: B examples, T tokens, D width of the residual stream.
 """
 
+import math
 from functools import partial
 
 import numpy as np
@@ -252,7 +253,11 @@ def plot_patch(run, cells, n_examples, path):
     names = list(dict.fromkeys(key.split(", ")[0] for key in cells))
     roles = list(dict.fromkeys(key.split(", ", 2)[2] for key in cells))
     blocks = list(dict.fromkeys(key.split(", ")[1] for key in cells))
-    plt, fig, axes = figure(1, len(names), width=max(3, 0.55 * len(roles) + 1), grid=False)
+    n_rows = math.ceil(len(names) / 2)
+    plt, fig, axes = figure(n_rows, 2, width=max(3, 0.55 * len(roles) + 1), grid=False)
+    for axis in axes[len(names) :]:
+        axis.remove()
+    axes = axes[: len(names)]
     for axis, name in zip(axes, names):
         own_blocks = [block for block in blocks if f"{name}, {block}, {roles[0]}" in cells]
         grid = np.empty((len(own_blocks), len(roles)))

@@ -74,8 +74,8 @@ def position_effects(
 
     examples must have their labels at the same positions. base, source (P,). exchange: a name of
     EXCHANGES. Columns: layer, relation (of RELATIONS), example (the base), source_example, i, j;
-    drop, the mean drop in the logit difference of the base's answers from j on; lost, the fraction
-    of these that are lost; and for labels i, j with different answers, is_pair, source_answer and
+    drop, that in logit difference, summed over the base's answers from j on; lost, how many of
+    these are lost; and for labels i, j with different answers, is_pair, source_answer and
     control_answer: is the prediction at j the source's answer at i, or a third one?
     """
     clean = run_with_cache(model, examples)
@@ -138,8 +138,8 @@ def compare_move(examples, clean, logits, base, source, i, j, seed):
     diff, _, correct = logit_diff(logits, answers[base])  # (M, n)
     from_j = examples.label_pos[0] >= j
     columns = {
-        "drop": (clean_diff - diff)[:, from_j].mean(1).cpu().numpy(),
-        "lost": 1 - correct[:, from_j].float().mean(1).cpu().numpy(),
+        "drop": (clean_diff - diff)[:, from_j].sum(1).cpu().numpy(),
+        "lost": (~correct[:, from_j]).sum(1).cpu().numpy(),
     }
     none = np.zeros(len(base), bool)
     columns |= {"is_pair": none, "source_answer": none, "control_answer": none}
@@ -248,7 +248,7 @@ def print_summary(summary):
             line = [f"{layer}, {name}", *format_ci(cell["source_answer"]), control]
             lines.append(line + list(format_ci(cell["drop"])[1:]))
     head = ("layer, moved to", "moves", "source answer", "95% interval", "control answer")
-    print_table((*head, "mean drop in logit diff", "95% interval"), lines)
+    print_table((*head, "drop in logit diff", "95% interval"), lines)
 
 
 def matrix_cells(columns):
@@ -281,21 +281,22 @@ def plot_positions(run, examples, columns, exchange, path):
         for column, relation in enumerate(RELATIONS):
             part = select(of_layer, of_layer["relation"] == relation)
             drop, taken = axes[4 * row + column], axes[4 * row + 2 + column]
-            grid = mean_grid(part, "drop", positions, positions)
+            targets = np.unique(part["j"])
+            grid = mean_grid(part, "drop", positions, targets)
             if highest is None:
                 highest = np.nanmax(grid)
             title = f"layer {layer}, from {relation}"
-            show_grid(fig, drop, grid, positions, labels, title)
+            show_grid(fig, drop, grid, positions, targets, labels, title)
             drop.images[0].set_clim(0, highest)
             part = select(part, part["is_pair"])
             grid = mean_grid(part, "source_answer", labels, labels)
-            show_grid(fig, taken, grid, labels, labels, title)
+            show_grid(fig, taken, grid, labels, labels, labels, title)
             write_values(taken, grid)
             taken.images[0].set_clim(0, 1)
-            drop.images[0].colorbar.set_label("drop in logit diff of answers from j on")
+            drop.images[0].colorbar.set_label("drop in logit diff, summed over answers")
             taken.images[0].colorbar.set_label("fraction with the source's answer")
     title = f"{run.name}: {exchange} of one position put at another. a1 predicts the first answer."
-    finish_figure(fig, plt, path, f"{title} White: it cannot change an answer.")
+    finish_figure(fig, plt, path, f"{title} White: not moved.")
 
 
 def mean_grid(columns, name, rows, across):
@@ -309,18 +310,23 @@ def mean_grid(columns, name, rows, across):
     return grid
 
 
-def show_grid(fig, axis, grid, positions, labels, title):
+def show_grid(fig, axis, grid, rows, across, labels, title):
     image = axis.imshow(grid, cmap="viridis")
+    axis.set_xticks(range(len(across)), position_names(across, labels))
+    axis.set_yticks(range(len(rows)), position_names(rows, labels))
+    axis.set(xlabel="put at position j", ylabel="read at position i", title=title)
+    fig.colorbar(image, ax=axis, shrink=0.8)
+
+
+def position_names(positions, labels):
+    """a1 for the position that predicts the first answer; others by number."""
     names = []
     for position in positions:
         if position in labels:
             names.append(f"a{labels.index(position) + 1}")
         else:
             names.append(str(position))
-    axis.set_xticks(range(len(names)), names)
-    axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="put at position j", ylabel="read at position i", title=title)
-    fig.colorbar(image, ax=axis, shrink=0.8)
+    return names
 
 
 def write_values(axis, grid, most=8):

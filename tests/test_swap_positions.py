@@ -79,7 +79,7 @@ def test_moves_equal_full_forwards():
                     others[answers[0, label]] = -torch.inf
                     diffs.append(x[answers[0, label]] - others.max())
                 drops.append(float(diffs[0] - diffs[1]))
-        assert columns["drop"][row] == pytest.approx(np.mean(drops), abs=1e-4)
+        assert columns["drop"][row] == pytest.approx(sum(drops), abs=1e-4)
         if columns["is_pair"][row]:
             source_answer = answers[source, (2, 4, 5).index(i)]
             assert columns["source_answer"][row] == (logits[0, j].argmax() == source_answer)
