@@ -255,6 +255,7 @@ def plot_patch(run, cells, n_examples, path):
     blocks = list(dict.fromkeys(key.split(", ")[1] for key in cells))
     n_rows = math.ceil(len(names) / 2)
     plt, fig, axes = figure(n_rows, 2, width=max(3, 0.55 * len(roles) + 1), grid=False)
+    fig.set_figheight(n_rows * (1.2 + 0.4 * len(blocks)))
     for axis in axes[len(names) :]:
         axis.remove()
     axes = axes[: len(names)]

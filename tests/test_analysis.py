@@ -16,6 +16,7 @@ import eval as eval_script
 import memory
 import train
 from analysis import confidence, memory_usage, routing, trained_run
+from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
 from toys import as_flags, load_result
@@ -108,6 +109,7 @@ def test_a_correct_example_has_no_wrong_label(monkeypatch):
     monkeypatch.setattr(trained_run, "iter_predictions", lambda *_, **__: batches)
     config = SimpleNamespace(split="test", eval_batch_size=5)
     run = SimpleNamespace(config=config, model=None, data=None, device=None, dtype=None)
+    run.world = SINGLE_PROCESS
     assert trained_run.correct_examples(run).tolist() == [3, 5, 8]
 
 
