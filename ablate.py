@@ -8,8 +8,8 @@
     python ablate.py swap-matrix runs/RUN    # and swap-pred: which digits can stand in for which
     python ablate.py patch runs/RUN          # activation patching, layer by position
     python ablate.py impact runs/RUN         # which slots matter? Reads the result of keys, as do
-                                             # keystats, occurrences, position and repeats
-    python ablate.py corr runs/RUN           # after keys and swap: do their effects correlate?
+                                             # keystats, position, repeats and corr
+    python ablate.py corr runs/RUN           # which slots can stand in for which?
 
 Each writes ablate_<what>.json, .parquet and .png into the run. Settings that decide what is
 measured and are not at their defaults are part of the name, as in
@@ -28,8 +28,14 @@ from functools import partial
 
 import numpy as np
 
-from analysis import importance, patching
-from analysis.ablation import ABLATIONS, measure, measure_slots, part_ablations
+from analysis import importance, keystats, patching, positions, substitution
+from analysis.ablation import (
+    ABLATIONS,
+    SELECTING_ABLATIONS,
+    measure,
+    measure_slots,
+    part_ablations,
+)
 from analysis.hooks import (
     ablate_head,
     hook_points,
@@ -65,7 +71,11 @@ from nanorecall.stats import (
 @dataclass
 class AblateConfig(AnalysisConfig):
     n_examples: int = 100  # examples to measure, of those answered correctly; 0: all of them
-    ablations: str = "zero next_best mean random resample"  # keys: ways to ablate a slot
+    # keys: ways to ablate a slot: its weight (zero), its value (mean, random, resample), its key
+    # (key_zero, key_noise), or the slot itself (next_best)
+    ablations: str = "zero next_best mean random resample key_zero key_noise"
+    n_corr_slots: int = 24  # corr: slots of a layer, those that most examples need
+    n_cases: int = 10  # corr: examples for each of these slots
     n_pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of examples; 0: all
     exposure_pairs: str = "any"  # any, or less_less, more_more, less_more, more_less (base, source)
     ablate_batch_size: int = 512  # ablated copies of examples in a forward pass
@@ -75,7 +85,8 @@ class AblateConfig(AnalysisConfig):
         at_least(self, 0, "n_examples", "n_pairs")
         within(self, 0, 2**62, "seed")
         super().check()
-        at_least(self, 1, "ablate_batch_size")
+        at_least(self, 1, "ablate_batch_size", "n_cases")
+        at_least(self, 3, "n_corr_slots")
         names = self.ablations.split()
         known = ", ".join(ABLATIONS)
         for name in names:
@@ -92,14 +103,16 @@ def ablate_slots(run):
     """Ablate each slot that an example reads, in several ways: which slots matter, how much?
 
     Zero ablation is off-distribution, because the layer was never trained with less weight. The
-    other ways replace the slot: by the next best one, or its value by a mean or another one.
+    other ways replace the slot by the next best one, its value by a mean or another one, or its key
+    by zeros or noise, so that the layer may choose other slots.
     """
     require_slots(run)
     c = run.config
     ablations = c.ablations.split()
     k, n_keys = run.model.config.mem_knn, run.model.config.mem_n_keys
-    message = f"ablation next_best needs mem_knn={k} below mem_n_keys={n_keys}; leave it out"
-    require("next_best" not in ablations or k < n_keys, message, "ablations")
+    for name in SELECTING_ABLATIONS:
+        message = f"ablation {name} needs mem_knn={k} below mem_n_keys={n_keys}; leave it out"
+        require(name not in ablations or k < n_keys, message, "ablations")
     examples = sample_correct_examples(run)
     columns = measure_slots(run.model, examples, ablations, c.ablate_batch_size, c.seed)
     effects = summarize_slots(columns)
@@ -107,28 +120,45 @@ def ablate_slots(run):
     for (ablation, layer), effect in effects.items():
         drop, flip = format_ci(effect["drop"])[1:], format_ci(effect["flip"])[1:]
         lines.append((ablation, layer, effect["n"], *drop, f"{effect['strongest']:.3f}", *flip))
-    head = ("ablation", "layer", "measured", "mean drop in logit diff", "95% interval", "top 1%")
-    print_table((*head, "flips", "95% interval"), lines)
+    say(ablations_in_words(effects))
+    head = ("ablation", "layer", "slot, label", "mean drop in logit diff", "95% interval", "top 1%")
+    print_table((*head, "answers lost", "95% interval"), lines)
+    print("Only labels that a read of the slot can reach; control: a slot that is not read.")
     if "zero" in ablations:
         print("zero is off-distribution: no example was trained with less weight.")
-    print("control: a slot that the example does not read.")
     by_slice = {"ablation, layer": {", ".join(key): effect for key, effect in effects.items()}}
     metrics = {"n_examples": len(examples), "ablations": ablations}
     plot = partial(importance.plot_keys, columns, run.name)
     save_result(run, "keys", metrics, by_slice, (), columns, plot)
 
 
-def summarize_slots(columns):
-    """{(ablation, layer or "control"): {"drop", "flip", "strongest", "n"}} of all measurements.
+def ablations_in_words(effects):
+    """One sentence on the result of `summarize_slots`: the least and the most harmful ablation."""
+    lost = {}
+    for (ablation, layer), effect in effects.items():
+        if layer != "control":
+            lost[f"{ablation}, layer {layer}"] = effect["flip"]["value"]
+    most, least = max(lost, key=lost.get), min(lost, key=lost.get)
+    text = f"where an example reads a slot, its ablation loses {lost[most]:.2%} of the answers"
+    text += f" ({most})"
+    if least != most:
+        text += f" to {lost[least]:.2%} ({least})"
+    return text
 
+
+def summarize_slots(columns):
+    """{(ablation, layer or "control"): {"drop", "flip", "strongest", "n"}}, of labels that count.
+
+    A label counts if the slot is read where the label can depend on it (analysis/slot_results.py).
     Intervals are over examples; strongest is the mean drop of the strongest 1%.
     """
     layer = np.where(columns["control"], "control", columns["layer"].astype(str))
+    counts = columns["control"] | (columns["reads_in_reach"] > 0)
     names = [*np.unique(columns["layer"]).astype(str).tolist(), "control"]
     effects = {}
     for ablation in dict.fromkeys(columns["ablation"].tolist()):
         for name in names:
-            mask = (columns["ablation"] == ablation) & (layer == name)
+            mask = (columns["ablation"] == ablation) & (layer == name) & counts
             if not mask.any():
                 continue
             drop, example = columns["drop"][mask], columns["example"][mask]
@@ -263,6 +293,7 @@ def run_all(run):
 # Settings of the commands. KEYS and PAIRS also choose the result of `keys` or `swap` to read.
 KEYS = ("n_examples", "seed", "ablations")
 PAIRS = ("n_examples", "seed", "n_pairs", "exposure_pairs")
+CORR = ("n_corr_slots", "n_cases")
 EXAMPLES = ("n_examples", "seed")
 BATCH = ("ablate_batch_size",)
 
@@ -274,10 +305,10 @@ swap = partial(patching.interchange, name="swap")
 COMMANDS = {
     "keys": Command(ablate_slots, KEYS + BATCH, "Each slot that an example reads, ablated."),
     "impact": Command(importance.impact, KEYS, "Which slots matter, how much, for which facts?"),
-    "keystats": Command(importance.keystats, KEYS, "How slots are read, how their effects vary."),
-    "occurrences": Command(importance.occurrences, KEYS, "How evenly the slots are read."),
-    "position": Command(importance.position, KEYS, "At which answer position do slots matter?"),
-    "repeats": Command(importance.repeated_digits, KEYS, "Do repeated digits of a key matter?"),
+    "keystats": Command(keystats.keystats, KEYS, "How slots are read, how their effects vary."),
+    "occurrences": Command(keystats.occurrences, (), "How evenly the slots are read."),
+    "position": Command(positions.position, KEYS, "At which answer position do slots matter?"),
+    "repeats": Command(positions.repeated_digits, KEYS, "Do repeated digits of a key matter?"),
     "layer": Command(ablate_layers, EXAMPLES, "Parts of blocks, ablated: which are needed?"),
     "heads": Command(ablate_heads, EXAMPLES, "Which heads are needed, where, for which digit?"),
     "force": Command(force, PAIRS + BATCH, "One head reads only the source's strongest slot."),
@@ -287,10 +318,10 @@ COMMANDS = {
     "swap-matrix": Command(patching.swap_matrix, PAIRS + BATCH, "Which digits stand in for which?"),
     "swap-pred": Command(importance.swap_predictions, PAIRS, "What does each digit turn into?"),
     "corr": Command(
-        importance.ablation_vs_swap, KEYS + PAIRS, "Do ablation and swap affect the same examples?"
+        substitution.substitution, KEYS + CORR + BATCH, "Which slots can stand in for which?"
     ),
     "patch": Command(patching.patch, EXAMPLES, "Activation patching: where is the answer decided?"),
-    "all": Command(run_all, KEYS + PAIRS + BATCH, "Everything that fits the run."),
+    "all": Command(run_all, KEYS + CORR + PAIRS + BATCH, "Everything that fits the run."),
 }
 
 

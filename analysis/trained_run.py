@@ -286,6 +286,8 @@ DECISIVE = (
     "data",
     "n_edits",
     "ablations",
+    "n_corr_slots",
+    "n_cases",
     "n_pairs",
     "exposure_pairs",
     "seed",

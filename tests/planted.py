@@ -19,11 +19,12 @@ VARIANTS = {  # of toys.ablation_model: the settings that change what a slot doe
 }
 
 
-def planted_facts(V=9, n=3):
+def planted_facts(V=9, n=3, answer=lambda token: (token + 4) % 9):
     """A model without attention in which slot s holds the answer to token s, (s + 4) mod 9.
 
     -> model, Examples: one for each token, which the model answers correctly. Tokens are one-hot in
-    the first V features of the residual stream, answers in the last V.
+    the first V features of the residual stream, answers in the last V. answer: another function of
+    the token.
     """
     c = memory.Config(
         dim=2 * V, n_layers=1, n_heads=1, dk=2, dv=2, pos_emb="none", vocab_size=V, seq_len=2,
@@ -41,11 +42,24 @@ def planted_facts(V=9, n=3):
             model.embed.weight[v, v] = 1
             layer.query.weight[v // n, v] = 20
             layer.query.weight[n + v % n, v] = 20
-            layer.values[v, V + (v + 4) % V] = 1
+            layer.values[v, V + answer(v)] = 1
             model.lm_head.weight[v, V + v] = 5
         for half in range(2):
             layer.keys[0, half] = torch.eye(n)
     tokens = torch.stack([torch.zeros(V, dtype=torch.long), torch.arange(V)], 1)
-    answers = ((torch.arange(V) + 4) % V)[:, None]
+    answers = answer(torch.arange(V))[:, None]
     label_pos = torch.ones(V, 1, dtype=torch.long)
     return model, Examples(np.arange(V), tokens, label_pos, answers, {"exposures": np.arange(V)})
+
+
+def planted_groups():
+    """planted_facts in which slots s and t hold the same answer if s = t mod 3.
+
+    -> model, Examples: 27, of which three need each slot.
+    """
+    model, one = planted_facts(answer=lambda token: token % 3)
+    first, last = torch.cartesian_prod(torch.arange(3), torch.arange(9)).T
+    examples = one.select(last.numpy())
+    examples.tokens[:, 0] = first
+    examples.indices = np.arange(27)
+    return model, examples
