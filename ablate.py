@@ -5,6 +5,8 @@
     python ablate.py layer runs/RUN          # parts of blocks: memory, its values, MLP, attention
     python ablate.py heads runs/RUN          # each head, before the output projection
     python ablate.py force runs/RUN          # and inject, replace, swap: another example's slots
+    python ablate.py force runs/RUN --slot 7                    # all examples read slot 7
+    python ablate.py replace runs/RUN --slot 7 --pattern mean   # its value becomes the mean
     python ablate.py swap-matrix runs/RUN    # and swap-pred: which digits can stand in for which
     python ablate.py patch runs/RUN          # activation patching, layer by position
     python ablate.py impact runs/RUN         # which slots matter? Reads the result of keys, as do
@@ -47,6 +49,7 @@ from analysis.hooks import (
     sample_correct_examples,
 )
 from analysis.memory_usage import require_slots
+from analysis.named_slots import PATTERNS, change_slot
 from analysis.trained_run import (
     AnalysisConfig,
     Command,
@@ -79,6 +82,9 @@ class AblateConfig(AnalysisConfig):
     n_pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of examples; 0: all
     exposure_pairs: str = "any"  # any, or less_less, more_more, less_more, more_less (base, source)
     ablate_batch_size: int = 512  # ablated copies of examples in a forward pass
+    slot: int = -1  # force, replace: this slot of the table in every example; -1: pairs of examples
+    pattern: str = ""  # with --slot, what its value becomes: zero, random, mean, slot, vector
+    value: str = ""  # pattern=slot: a slot's number; vector: numbers "0.5 -1 ...", or a .npy file
     seed: int = 0  # of the examples, pairs and random slots
 
     def check(self):
@@ -94,6 +100,12 @@ class AblateConfig(AnalysisConfig):
             require(name in ABLATIONS, message, "ablations")
         require(names, f"ablations is empty; choose some of {known}", "ablations")
         one_of(self, patching.EXPOSURE_PAIRS, "exposure_pairs")
+        at_least(self, -1, "slot")
+        one_of(self, ("", *PATTERNS), "pattern")
+        message = "pattern changes the value of one slot: name it with --slot"
+        require(self.slot >= 0 or not self.pattern, message, "pattern")
+        message = f"value={self.value!r} needs pattern=slot or pattern=vector"
+        require(not self.value or self.pattern in ("slot", "vector"), message, "value")
 
 
 # ---- slots ---------------------------------------------------------------------------------------
@@ -293,13 +305,29 @@ def run_all(run):
 # Settings of the commands. KEYS and PAIRS also choose the result of `keys` or `swap` to read.
 KEYS = ("n_examples", "seed", "ablations")
 PAIRS = ("n_examples", "seed", "n_pairs", "exposure_pairs")
+SLOT = ("slot", "pattern", "value")
 CORR = ("n_corr_slots", "n_cases")
 EXAMPLES = ("n_examples", "seed")
 BATCH = ("ablate_batch_size",)
 
-force = partial(patching.interchange, name="force")
+
+def force(run):
+    """One head reads one slot only: --slot, or the source's strongest."""
+    if run.config.slot >= 0:
+        change_slot(run, "force")
+    else:
+        patching.interchange(run, "force")
+
+
+def replace(run):
+    """One slot gets another value: --slot that of --pattern, or a pair's that of the source."""
+    if run.config.slot >= 0:
+        change_slot(run, "replace")
+    else:
+        patching.interchange(run, "replace")
+
+
 inject = partial(patching.interchange, name="inject")
-replace = partial(patching.interchange, name="replace")
 swap = partial(patching.interchange, name="swap")
 
 COMMANDS = {
@@ -311,9 +339,13 @@ COMMANDS = {
     "repeats": Command(positions.repeated_digits, KEYS, "Do repeated digits of a key matter?"),
     "layer": Command(ablate_layers, EXAMPLES, "Parts of blocks, ablated: which are needed?"),
     "heads": Command(ablate_heads, EXAMPLES, "Which heads are needed, where, for which digit?"),
-    "force": Command(force, PAIRS + BATCH, "One head reads only the source's strongest slot."),
+    "force": Command(
+        force, PAIRS + SLOT + BATCH, "One head reads only the source's strongest slot."
+    ),
     "inject": Command(inject, PAIRS + BATCH, "All reads of the source at one label of a layer."),
-    "replace": Command(replace, PAIRS + BATCH, "The strongest slot gets the source's value."),
+    "replace": Command(
+        replace, PAIRS + SLOT + BATCH, "The strongest slot gets the source's value."
+    ),
     "swap": Command(swap, PAIRS + BATCH, "The source's slots with the base's own weights."),
     "swap-matrix": Command(patching.swap_matrix, PAIRS + BATCH, "Which digits stand in for which?"),
     "swap-pred": Command(importance.swap_predictions, PAIRS, "What does each digit turn into?"),

@@ -126,17 +126,23 @@ def resample_ablation(a):
 
 def mean_ablation(a):
     """Mean ablation: the mean of all values under the slot's weight."""
-    slots, weights = a.reads["slots"], a.reads["weights"]
-    others = zero_ablation(a)
-    ablated_weight = (weights * a.matches(slots)).sum((-1, -2))  # (M, T)
+    return read_vector(a.memory, a.reads, a.matches(a.reads["slots"]), a.memory.values.mean(0))
+
+
+def read_vector(memory, reads, is_replaced, vector):
+    """The reads, with vector (V,) in place of some values, under their weights.
+
+    is_replaced: bool, in the shape of the weights (M, T, H, k).
+    """
+    slots, weights = reads["slots"], reads["weights"]
+    kept = weights.masked_fill(is_replaced, 0)
+    weight_of_vector = (weights * is_replaced).sum((-1, -2))  # (M, T)
     output = weighted_values(  # (M * T, V)
-        a.memory.values,
-        others["slots"].flatten(0, 1).flatten(1),
-        others["weights"].flatten(0, 1).flatten(1),
+        memory.values, slots.flatten(0, 1).flatten(1), kept.flatten(0, 1).flatten(1)
     )
-    output = output.unflatten(0, ablated_weight.shape)
-    output = output + ablated_weight.unsqueeze(-1) * a.memory.values.mean(0)
-    return {**others, "output": output}
+    output = output.unflatten(0, weight_of_vector.shape)
+    output = output + weight_of_vector.unsqueeze(-1) * vector
+    return {"slots": slots, "weights": kept, "output": output}
 
 
 # A slot's key is a sub-key of each half, which it shares with other slots. Only the slot's own
@@ -241,7 +247,9 @@ def measure_ablation(model, layer, ablation, examples, before, inputs, pairs):
     diff_clean, p_clean, was_correct = before
     about = {name: pairs[name] for name in ("slot", "reads", "weight")}
     about |= {"layer": layer, "ablation": ablation, "control": pairs["reads"] == 0}
-    at_label, in_reach = count_reads(change, label_pos[i], is_last=layer == len(model.layers) - 1)
+    is_read = change.matches(change.reads["slots"])
+    is_last = layer == len(model.layers) - 1
+    at_label, in_reach = count_reads(is_read, label_pos[i], is_last)
     measured = {
         "reads_at_label": at_label,
         "reads_in_reach": in_reach,
@@ -253,13 +261,14 @@ def measure_ablation(model, layer, ablation, examples, before, inputs, pairs):
     return to_columns(examples.select(pairs["index"]), about, measured)
 
 
-def count_reads(change, label_pos, is_last):
-    """How often the slot is read at each label, and where each label can depend on it: (M, n) each.
+def count_reads(is_read, label_pos, is_last):
+    """How often a slot is read at each label, and where each label can depend on it: (M, n) each.
 
-    label_pos (M, n). Attention carries what a block reads to later positions, except from the last
-    block on: there, a label depends on its own position alone.
+    is_read (M, T, H, k) bool: is it this slot? label_pos (M, n). Attention carries what a block
+    reads to later positions, except from the last block on: there, a label depends on its own
+    position alone.
     """
-    reads = change.matches(change.reads["slots"]).sum((-1, -2))  # (M, T)
+    reads = is_read.sum((-1, -2))  # (M, T)
     at_label = reads.gather(1, label_pos)
     if is_last:
         return at_label, at_label

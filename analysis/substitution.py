@@ -191,6 +191,22 @@ def interchangeable(matrix, least=SAME):
     return cluster
 
 
+def chance_in_clusters(matrix, seed, draws=20):
+    """Mean number of slots in clusters of two or more, if entries off the diagonal are permuted.
+
+    With few cases of each slot, some pairs stand in for each other by chance.
+    """
+    rng = np.random.default_rng(seed)
+    off = ~np.eye(len(matrix), dtype=bool)
+    found = []
+    for _ in range(draws):
+        permuted = np.eye(len(matrix))
+        permuted[off] = rng.permutation(matrix[off])
+        sizes = np.bincount(interchangeable(permuted))
+        found.append(sizes[sizes > 1].sum())
+    return float(np.mean(found))
+
+
 def likeness(memory, columns, slots):
     """How alike are slots (S,)? -> {"keys", "values", "effects"}: (S, S) each, mean drops (S,).
 
@@ -242,6 +258,7 @@ def describe(table, matrix, slots, alike, seed):
     for name, mask in (("another of them", ~is_random), ("a random slot", is_random)):
         survival[name] = clustered_mean_proportion(table["survives"][mask], table["example"][mask])
     cluster = interchangeable(matrix)
+    by_chance = chance_in_clusters(matrix, seed)
     members = {}
     for number in range(cluster.max() + 1):
         of_cluster = slots[cluster == number].tolist()
@@ -254,7 +271,13 @@ def describe(table, matrix, slots, alike, seed):
         against[f"similarity of {kind}"] = matrix_correlation(matrix, similarity, seed=seed)
     for name, mean in (("replaced", off.sum(1) / others), ("read instead", off.sum(0) / others)):
         against[f"effect of the slot {name}"] = correlation(mean, effect, seed=seed)
-    return {"slots": len(slots), "survival": survival, "clusters": members, "against": against}
+    return {
+        "slots": len(slots),
+        "survival": survival,
+        "clusters": members,
+        "slots in clusters by chance": by_chance,
+        "against": against,
+    }
 
 
 # ---- output --------------------------------------------------------------------------------------
@@ -268,7 +291,8 @@ def substitution_in_words(layer, found):
     text += f" instead, {survival['a random slot']['value']:.1%} if a random one is; "
     sizes = [len(of_cluster) for of_cluster in found["clusters"].values()]
     if sizes:
-        text += f"clusters of interchangeable slots: {' + '.join(map(str, sizes))} slots"
+        text += f"{sum(sizes)} slots are in clusters of interchangeable ones"
+        text += f" (by chance {found['slots in clusters by chance']:.1f})"
     else:
         text += f"no two stand in for each other in {SAME:.0%} of the cases"
     related = []
