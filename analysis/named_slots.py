@@ -222,12 +222,20 @@ def largest_gain(shares, layer):
     return f"{token!r} gains most, {shares} of the answers"
 
 
+IN_WORDS = {
+    "zero": "zeros",
+    "random": "a random vector",
+    "mean": "the mean of all values",
+    "slot": "the value of slot {}",
+    "vector": "the given vector",
+}
+
+
 def described(config):
     """The slot and its value, in words."""
     if not config.pattern:
         return f"slot {config.slot}"
-    value = f"slot {config.value}" if config.pattern == "slot" else config.pattern
-    return f"slot {config.slot} with the value {value}"
+    return f"slot {config.slot} holding {IN_WORDS[config.pattern].format(config.value)}"
 
 
 def force_in_words(config, effects, shares):
@@ -273,7 +281,7 @@ def plot_change(run, columns, effects, names, path, most=20):
     lost = [effect["base_lost"] for effect in effects.values()]
     errorbars(axes[0], height, lost, horizontal=True, ls="none")
     axes[0].set_yticks(height, list(effects))
-    axes[0].set(xlabel="fraction of answers lost (95%)", ylabel=names, xlim=(-0.02, 1.02))
+    axes[0].set(xlabel="fraction of answers lost (95%)", ylabel=names, xlim=(0, None))
     tokens, counts = np.unique(columns["prediction"], return_counts=True)
     # The most frequent ones, by number: the digits of an answer in their order.
     tokens = np.sort(tokens[np.argsort(-counts, kind="stable")[:most]])

@@ -19,16 +19,16 @@ VARIANTS = {  # of toys.ablation_model: the settings that change what a slot doe
 }
 
 
-def planted_facts(V=9, n=3, answer=lambda token: (token + 4) % 9):
+def planted_facts(V=9, n=3, answer=lambda token: (token + 4) % 9, n_layers=1):
     """A model without attention in which slot s holds the answer to token s, (s + 4) mod 9.
 
     -> model, Examples: one for each token, which the model answers correctly. Tokens are one-hot in
     the first V features of the residual stream, answers in the last V. answer: another function of
-    the token.
+    the token. n_layers: blocks; those after the first do nothing.
     """
     c = memory.Config(
-        dim=2 * V, n_layers=1, n_heads=1, dk=2, dv=2, pos_emb="none", vocab_size=V, seq_len=2,
-        memory_layers=(0,), mem_n_keys=n, mem_heads=1, mem_knn=2, mem_k_dim=2 * n,
+        dim=2 * V, n_layers=n_layers, n_heads=1, dk=2, dv=2, pos_emb="none", vocab_size=V,
+        seq_len=2, memory_layers=(0,), mem_n_keys=n, mem_heads=1, mem_knn=2, mem_k_dim=2 * n,
         mem_query_norm="none",
     )  # fmt: skip
     model = memory.MemoryGPT(c).eval()

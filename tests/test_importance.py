@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import clustering, importance, keystats, positions, slot_results
+from analysis import clustering, hooks, importance, keystats, positions, slot_results
 from nanorecall.distributed import SINGLE_PROCESS
-from planted import N_SLOTS
+from planted import N_SLOTS, VARIANTS, planted_facts
 from toys import ablation_model, some_examples
 
 
@@ -52,6 +52,7 @@ def analyse(monkeypatch, capsys):
 
         def save(run, what, metrics, by_slice, examples, columns, plot):
             saved.metrics, saved.by_slice, saved.columns = metrics, by_slice, columns
+            saved.has_figure = plot is not None
 
         module = sys.modules[function.__module__]
         monkeypatch.setattr(module, "load_table", lambda run, what: columns)
@@ -333,8 +334,65 @@ def test_repeated_digits(analyse):
     assert saved.columns["repeated digits of the key"].tolist() == [1, 0, 2, 1]
     assert saved.columns["repeated digits of the value"].tolist() == [1, 0, 2, 2]
     assert saved.columns["digits that key and value share"].tolist() == [2, 0, 1, 0]
-    cell = saved.metrics["correlation"]["repeated digits of the key"]
+    cell = saved.metrics["correlation"]["effect, repeated digits of the key"]
     assert cell["value"] == pytest.approx(1)
+    assert not saved.has_figure
+
+
+def test_the_number_of_slots_goes_with_repeated_digits(analyse):
+    """Example i has i repeated digits in its key and reads 1 + i slots; effects are the same."""
+    texts = np.array(["123456:7 ", "123451:7 ", "123411:7 ", "123111:7 ", "121111:7 ", "111111:7 "])
+    source = SimpleNamespace(read=lambda split, indices: (texts[indices].tolist(), {}))
+    example = np.repeat(range(6), [1, 2, 3, 4, 5, 6])
+    columns = table(drop=np.ones(21), example=example, slot=range(21))
+    saved = analyse(positions.repeated_digits, columns, data=SimpleNamespace(source=source))
+    cells = saved.metrics["correlation"]
+    assert cells["slots read, repeated digits of the key"]["value"] == pytest.approx(1)
+    assert np.isnan(cells["effect, repeated digits of the key"]["value"])
+    assert saved.columns["slots read"].tolist() == [1, 2, 3, 4, 5, 6] and saved.has_figure
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_layer_that_reads_nothing_at_one_token(variant):
+    """Against a whole forward pass for each token, of which one layer's weights are 0 there."""
+    model, examples = ablation_model(**VARIANTS[variant]), some_examples()
+    columns = positions.measure_tokens(model, examples)
+    before, _, _ = hooks.logit_diff(hooks.run_with_cache(model, examples).logits, examples.answers)
+    n_compared = 0
+    for layer in model.memory_layers():
+        for t in range(9):
+
+            def without(reads, t=t):
+                weights = reads["weights"].clone()
+                weights[:, t] = 0
+                return {"slots": reads["slots"], "weights": weights}
+
+            logits = hooks.run_with_hooks(model, examples, intervene={layer: without})
+            drop = before - hooks.logit_diff(logits, examples.answers)[0]
+            here = (columns["layer"] == layer) & (columns["token_pos"] == t)
+            is_measured = np.zeros(drop.shape, bool)
+            labels = columns["example"][here], columns["answer_pos"][here]
+            is_measured[labels] = True
+            np.testing.assert_allclose(columns["drop"][here], drop.numpy()[labels], atol=1e-4)
+            # What was not measured does not depend on that token.
+            assert np.abs(drop.numpy()[~is_measured]).max(initial=0) < 1e-5
+            n_compared += here.sum()
+    assert n_compared == len(columns["drop"]) > 2 * 6 * 3
+
+
+def test_the_token_at_which_memory_matters():
+    """planted_facts reads the fact at its second token; the first one says nothing.
+
+    The first of two blocks has the memory, so that both tokens could matter.
+    """
+    model, examples = planted_facts(n_layers=2)
+    columns = positions.measure_tokens(model, examples)
+    cells = positions.cells_by(columns, "token_pos")["0"]
+    assert list(cells) == [0, 1]
+    assert cells[0]["drop"]["value"] == cells[0]["flips"]["value"] == 0
+    assert cells[1]["drop"]["value"] > 1 and cells[1]["flips"]["value"] == 1
+    assert positions.any_differs({"0": cells})
 
 
 def test_what_a_digit_turns_into(analyse):
