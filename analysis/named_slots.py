@@ -106,9 +106,8 @@ def change_slot(run, name):
     columns = concat(tables)
     if name == "replace":
         columns["read"] = columns.pop("reads_in_reach") > 0
-        read = columns["read"]
-        message = f"no label of the {len(examples)} examples depends on slot {c.slot}"
-        require(read.any(), f"{message}; name one that `ablate.py keys` lists", "slot")
+        if not columns["read"].any():
+            say(f"no label of the {len(examples)} examples depends on slot {c.slot}")
     names = ("layer", "head") if name == "force" else ("layer", "read")
     effects = effects_by(columns, *names)
     shares = answer_shares(columns, run.token)
@@ -116,7 +115,7 @@ def change_slot(run, name):
         say(line)
     print_effects(", ".join(names), effects)
     by_slice = {", ".join(names): effects, "layer, answer": shares}
-    plot = partial(plot_change, run, columns, effects, ", ".join(names))
+    plot = partial(plot_change, run, columns, effects, ", ".join(names)) if shares else None
     save_result(run, name, {"n_examples": len(examples)}, by_slice, (), columns, plot)
 
 

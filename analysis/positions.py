@@ -14,7 +14,7 @@ import torch
 
 from analysis.ablation import measure, memory_inputs
 from analysis.editing import require_facts
-from analysis.hooks import forward_from, logit_diff, run_with_cache, sample_correct_examples
+from analysis.hooks import forward_from, load_examples, logit_diff, run_with_cache
 from analysis.memory_usage import require_slots
 from analysis.slot_results import (
     DROP,
@@ -48,7 +48,7 @@ def position(run):
     """
     require_slots(run)
     columns, ablation = first_ablation(load_table(run, "keys"))
-    examples = sample_correct_examples(run)
+    examples, _ = load_examples(run, np.unique(columns["example"]))
     at_tokens = measure_tokens(run.model, examples)
     by_answer = cells_by(columns, "answer_pos")
     by_token = cells_by(at_tokens, "token_pos")

@@ -21,17 +21,17 @@ from analysis.clustering import normalize
 from analysis.hooks import (
     forward_from,
     index_reads,
+    load_examples,
     logit_diff,
     run_with_cache,
-    sample_correct_examples,
 )
 from analysis.keystats import slot_vectors
 from analysis.memory_usage import require_slots
 from analysis.slot_results import correlation_lines, first_ablation, load_table, per_value_mean
-from analysis.trained_run import concat, save_result, select
+from analysis.trained_run import concat, save_result, select, settings_suffix
 from nanorecall.metrics import print_table
 from nanorecall.plots import figure, finish_figure
-from nanorecall.settings import require, say
+from nanorecall.settings import say
 from nanorecall.stats import clustered_mean_proportion, correlation, format_ci, pearson, rankdata
 
 SAME = 0.5  # slots of a cluster stand in for each other in at least this fraction of cases
@@ -41,8 +41,7 @@ def substitution(run):
     """Which slots can stand in for which? Does that follow their keys, values or effects?"""
     require_slots(run)
     columns, ablation = first_ablation(load_table(run, "keys"))
-    examples = sample_correct_examples(run)
-    columns = select(columns, np.isin(columns["example"], examples.indices))
+    examples, _ = load_examples(run, np.unique(columns["example"]))
     by_slice = {"layer": {}, "layer, slot, read instead": {}}
     tables, panels = [], []
     for layer in np.unique(columns["layer"]).tolist():
@@ -61,11 +60,17 @@ def substitution(run):
         tables.append(table)
         order = np.argsort(interchangeable(matrix), kind="stable")
         panels.append((layer, slots, matrix, order, alike[0]))
-    message = "no layer has 3 slots whose loss flips answers of 2 examples each: no single slot is"
-    require(tables, f"{message} needed; measure more examples: --n_examples, also of keys", None)
+    metrics = {"ablation": ablation, "n_examples": len(examples)}
+    run.suffixes_read.append(settings_suffix(run, ("n_corr_slots", "n_cases")))
+    if not tables:
+        say(
+            "no layer has 3 slots that at least 2 examples need: the loss of a slot flips no answer,"
+        )
+        say("or too few. More examples show more: --n_examples, also of keys.")
+        save_result(run, "corr", metrics)
+        return
     print_substitution(by_slice["layer"])
     plot = partial(plot_substitution, panels, run.name)
-    metrics = {"ablation": ablation, "n_examples": len(examples)}
     save_result(run, "corr", metrics, by_slice, (), concat(tables), plot)
 
 

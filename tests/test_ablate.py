@@ -305,7 +305,8 @@ def test_all_commands_and_their_report(runs, name, n_left_out):
     report = (runs / name / f"ablate_report{end}.md").read_text()
     assert report.count("Left out") == n_left_out
     figures = [line for line in report.splitlines() if line.startswith("![")]
-    assert len(figures) == 16 - n_left_out
+    # position, repeats and corr draw only what is there.
+    assert 13 <= len(figures) + n_left_out <= 16
     for line in figures:
         figure = line.split("(")[1].rstrip(")")
         assert (runs / name / figure).stat().st_size > 5000
