@@ -74,9 +74,7 @@ from nanorecall.stats import (
 @dataclass
 class AblateConfig(AnalysisConfig):
     n_examples: int = 100  # examples to measure, of those answered correctly; 0: all of them
-    # keys: ways to ablate a slot: its weight (zero), its value (mean, random, resample), its key
-    # (key_zero, key_noise), or the slot itself (next_best)
-    ablations: str = "zero next_best mean random resample key_zero key_noise"
+    ablations: str = " ".join(ABLATIONS)  # keys: what happens to a slot's weight, value or key
     n_corr_slots: int = 24  # corr: slots of a layer, those that most examples need
     n_cases: int = 10  # corr: examples for each of these slots
     n_pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of examples; 0: all

@@ -173,8 +173,8 @@ def noise_keys(memory, seed):
 ABLATIONS = {  # SlotAblation -> reads
     "zero": zero_ablation,
     "next_best": next_best_ablation,
-    "random": random_ablation,
     "mean": mean_ablation,
+    "random": random_ablation,
     "resample": resample_ablation,
     "key_zero": key_zero_ablation,
     "key_noise": key_noise_ablation,

@@ -56,16 +56,13 @@ def substitution(run):
         alike = likeness(run.model.memory_layers()[layer], of_layer, slots)
         found = describe(table, matrix, slots, alike, run.config.seed)
         by_slice["layer"][str(layer)] = found
-        say(substitution_in_words(layer, found))
         tables.append(table)
         order = np.argsort(interchangeable(matrix), kind="stable")
         panels.append((layer, slots, matrix, order, alike[0]))
     metrics = {"ablation": ablation, "n_examples": len(examples)}
     run.suffixes_read.append(settings_suffix(run, ("n_corr_slots", "n_cases")))
     if not tables:
-        say(
-            "no layer has 3 slots that at least 2 examples need: the loss of a slot flips no answer,"
-        )
+        say("no layer has 3 slots that at least 2 examples need: one slot less flips no answer,")
         say("or too few. More examples show more: --n_examples, also of keys.")
         save_result(run, "corr", metrics)
         return
@@ -302,7 +299,7 @@ def substitution_in_words(layer, found):
         text += f"no two stand in for each other in {SAME:.0%} of the cases"
     related = []
     for name, cell in found["against"].items():
-        if cell["p"] < 0.05:
+        if cell["p_holm"] < 0.05:
             related.append(f"the {name} (rho {cell['value']:.2f})")
     return f"{text}; survival goes with {' and '.join(related) or 'nothing that was compared'}"
 
@@ -310,12 +307,15 @@ def substitution_in_words(layer, found):
 def print_substitution(by_layer):
     against = {}
     for layer, found in by_layer.items():
-        for name, of_cluster in found["clusters"].items():
-            say(f"layer {layer}, cluster {name}: slots {' '.join(map(str, of_cluster))}")
         for name, cell in found["against"].items():
             against[f"{layer}, {name}"] = cell
+    correlations = correlation_lines(against)
+    for layer, found in by_layer.items():
+        say(substitution_in_words(layer, found))
+        for name, of_cluster in found["clusters"].items():
+            say(f"layer {layer}, cluster {name}: slots {' '.join(map(str, of_cluster))}")
     head = ("layer, survival against", "slots", "Spearman", "95% interval", "p (permutations)")
-    print_table((*head, "Holm"), correlation_lines(against))
+    print_table((*head, "Holm"), correlations)
     lines = []
     for layer, found in by_layer.items():
         for name, cell in found["survival"].items():
