@@ -278,7 +278,7 @@ def plot_repeats(columns, related, cells, title, path):
             if mean["n"] == 1:  # no interval
                 mean["ci95"] = [mean["value"]] * 2
             means.append(mean)
-        errorbars(axis, np.unique(x), means)
+        errorbars(axis, np.unique(x), means, ls="none")
         jitter = np.random.default_rng(0).uniform(-0.15, 0.15, len(x))
         axis.plot(x + jitter, y, ".", ms=2, alpha=0.5, color="gray")
         axis.set(xlabel=name, ylabel=f"{outcome} (mean, 95%)")
