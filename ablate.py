@@ -5,13 +5,15 @@
     python ablate.py layer runs/RUN          # parts of blocks: memory, its values, MLP, attention
     python ablate.py heads runs/RUN          # each head, before the output projection
     python ablate.py force runs/RUN          # and inject, replace, swap: another example's slots
+    python ablate.py force runs/RUN --slot 7                    # all examples read slot 7
+    python ablate.py replace runs/RUN --slot 7 --pattern mean   # its value becomes the mean
     python ablate.py swap-matrix runs/RUN    # and swap-pred: which digits can stand in for which
     python ablate.py interchanges runs/RUN   # all of these in one figure; reads their results
     python ablate.py swap-positions runs/RUN # reads of one position put at another
     python ablate.py patch runs/RUN          # activation patching, layer by position
     python ablate.py impact runs/RUN         # which slots matter? Reads the result of keys, as do
-                                             # keystats, occurrences, position and repeats
-    python ablate.py corr runs/RUN           # after keys and swap: do their effects correlate?
+                                             # keystats, position, repeats and corr
+    python ablate.py corr runs/RUN           # which slots can stand in for which?
 
 Each writes ablate_<what>.json, .parquet and .png into the run. Settings that decide what is
 measured and are not at their defaults are part of the name, as in
@@ -30,8 +32,24 @@ from functools import partial
 
 import numpy as np
 
-from analysis import importance, interchange, patching, swap_matrix, swap_positions, swap_results
-from analysis.ablation import ABLATIONS, measure, measure_slots, part_ablations
+from analysis import (
+    importance,
+    interchange,
+    keystats,
+    patching,
+    positions,
+    substitution,
+    swap_matrix,
+    swap_positions,
+    swap_results,
+)
+from analysis.ablation import (
+    ABLATIONS,
+    SELECTING_ABLATIONS,
+    measure,
+    measure_slots,
+    part_ablations,
+)
 from analysis.hooks import (
     ablate_head,
     hook_points,
@@ -43,6 +61,7 @@ from analysis.hooks import (
     sample_correct_examples,
 )
 from analysis.memory_usage import require_slots
+from analysis.named_slots import PATTERNS, change_slot
 from analysis.trained_run import (
     AnalysisConfig,
     Command,
@@ -67,18 +86,24 @@ from nanorecall.stats import (
 @dataclass
 class AblateConfig(AnalysisConfig):
     n_examples: int = 100  # examples to measure, of those answered correctly; 0: all of them
-    ablations: str = "zero next_best mean random resample"  # keys: ways to ablate a slot
+    ablations: str = " ".join(ABLATIONS)  # keys: what happens to a slot's weight, value or key
+    n_corr_slots: int = 24  # corr: slots of a layer, those that most examples need
+    n_cases: int = 10  # corr: examples for each of these slots
     n_pairs: int = 400  # force, inject, replace, swap, swap-matrix: pairs of examples; 0: all
     exposure_pairs: str = "any"  # any, or less_less, more_more, less_more, more_less (base, source)
     exchange: str = "output"  # swap-positions: output (slots and weights), or slots alone
     ablate_batch_size: int = 512  # ablated copies of examples in a forward pass
+    slot: int = -1  # force, replace: this slot of the table in every example; -1: pairs of examples
+    pattern: str = ""  # with --slot, what its value becomes: zero, random, mean, slot, vector
+    value: str = ""  # pattern=slot: a slot's number; vector: numbers "0.5 -1 ...", or a .npy file
     seed: int = 0  # of the examples, pairs and random slots
 
     def check(self):
         at_least(self, 0, "n_examples", "n_pairs")
         within(self, 0, 2**62, "seed")
         super().check()
-        at_least(self, 1, "ablate_batch_size")
+        at_least(self, 1, "ablate_batch_size", "n_cases")
+        at_least(self, 3, "n_corr_slots")
         names = self.ablations.split()
         known = ", ".join(ABLATIONS)
         for name in names:
@@ -87,6 +112,12 @@ class AblateConfig(AnalysisConfig):
         require(names, f"ablations is empty; choose some of {known}", "ablations")
         one_of(self, interchange.EXPOSURE_PAIRS, "exposure_pairs")
         one_of(self, swap_positions.EXCHANGES, "exchange")
+        at_least(self, -1, "slot")
+        one_of(self, ("", *PATTERNS), "pattern")
+        message = "pattern changes the value of one slot: name it with --slot"
+        require(self.slot >= 0 or not self.pattern, message, "pattern")
+        message = f"value={self.value!r} needs pattern=slot or pattern=vector"
+        require(not self.value or self.pattern in ("slot", "vector"), message, "value")
 
 
 # ---- slots ---------------------------------------------------------------------------------------
@@ -96,14 +127,16 @@ def ablate_slots(run):
     """Ablate each slot that an example reads, in several ways: which slots matter, how much?
 
     Zero ablation is off-distribution, because the layer was never trained with less weight. The
-    other ways replace the slot: by the next best one, or its value by a mean or another one.
+    other ways replace the slot by the next best one, its value by a mean or another one, or its key
+    by zeros or noise, so that the layer may choose other slots.
     """
     require_slots(run)
     c = run.config
     ablations = c.ablations.split()
     k, n_keys = run.model.config.mem_knn, run.model.config.mem_n_keys
-    message = f"ablation next_best needs mem_knn={k} below mem_n_keys={n_keys}; leave it out"
-    require("next_best" not in ablations or k < n_keys, message, "ablations")
+    for name in SELECTING_ABLATIONS:
+        message = f"ablation {name} needs mem_knn={k} below mem_n_keys={n_keys}; leave it out"
+        require(name not in ablations or k < n_keys, message, "ablations")
     examples = sample_correct_examples(run)
     columns = measure_slots(run.model, examples, ablations, c.ablate_batch_size, c.seed, run.world)
     effects = summarize_slots(columns)
@@ -111,28 +144,45 @@ def ablate_slots(run):
     for (ablation, layer), effect in effects.items():
         drop, flip = format_ci(effect["drop"])[1:], format_ci(effect["flip"])[1:]
         lines.append((ablation, layer, effect["n"], *drop, f"{effect['strongest']:.3f}", *flip))
-    head = ("ablation", "layer", "measured", "mean drop in logit diff", "95% interval", "top 1%")
-    print_table((*head, "flips", "95% interval"), lines)
+    run.finding(ablations_in_words(effects))
+    head = ("ablation", "layer", "slot, label", "mean drop in logit diff", "95% interval", "top 1%")
+    print_table((*head, "answers lost", "95% interval"), lines)
+    print("Only labels that a read of the slot can reach; control: a slot that is not read.")
     if "zero" in ablations:
         print("zero is off-distribution: no example was trained with less weight.")
-    print("control: a slot that the example does not read.")
     by_slice = {"ablation, layer": {", ".join(key): effect for key, effect in effects.items()}}
     metrics = {"n_examples": len(examples), "ablations": ablations}
     plot = partial(importance.plot_keys, columns, run.name)
     save_result(run, "keys", metrics, by_slice, (), columns, plot)
 
 
-def summarize_slots(columns):
-    """{(ablation, layer or "control"): {"drop", "flip", "strongest", "n"}} of all measurements.
+def ablations_in_words(effects):
+    """One sentence on the result of `summarize_slots`: the least and the most harmful ablation."""
+    lost = {}
+    for (ablation, layer), effect in effects.items():
+        if layer != "control":
+            lost[f"{ablation}, layer {layer}"] = effect["flip"]["value"]
+    most, least = max(lost, key=lost.get), min(lost, key=lost.get)
+    text = f"where an example reads a slot, its ablation loses {lost[most]:.2%} of the answers"
+    text += f" ({most})"
+    if least != most:
+        text += f" to {lost[least]:.2%} ({least})"
+    return text
 
+
+def summarize_slots(columns):
+    """{(ablation, layer or "control"): {"drop", "flip", "strongest", "n"}}, of labels that count.
+
+    A label counts if the slot is read where the label can depend on it (analysis/slot_results.py).
     Intervals are over examples; strongest is the mean drop of the strongest 1%.
     """
     layer = np.where(columns["control"], "control", columns["layer"].astype(str))
+    counts = columns["control"] | (columns["reads_in_reach"] > 0)
     names = [*np.unique(columns["layer"]).astype(str).tolist(), "control"]
     effects = {}
     for ablation in dict.fromkeys(columns["ablation"].tolist()):
         for name in names:
-            mask = (columns["ablation"] == ablation) & (layer == name)
+            mask = (columns["ablation"] == ablation) & (layer == name) & counts
             if not mask.any():
                 continue
             drop, example = columns["drop"][mask], columns["example"][mask]
@@ -292,26 +342,47 @@ def run_all(run):
 # Settings of the commands. KEYS and PAIRS also choose the result of `keys` or `swap` to read.
 KEYS = ("n_examples", "seed", "ablations")
 PAIRS = ("n_examples", "seed", "n_pairs", "exposure_pairs")
+SLOT = ("slot", "pattern", "value")
+CORR = ("n_corr_slots", "n_cases")
 EXAMPLES = ("n_examples", "seed")
 BATCH = ("ablate_batch_size",)
 
-force = partial(interchange.interchange, name="force")
+
+def force(run):
+    """One head reads one slot only: --slot, or the source's strongest."""
+    if run.config.slot >= 0:
+        change_slot(run, "force")
+    else:
+        interchange.interchange(run, "force")
+
+
+def replace(run):
+    """One slot gets another value: --slot that of --pattern, or a pair's that of the source."""
+    if run.config.slot >= 0:
+        change_slot(run, "replace")
+    else:
+        interchange.interchange(run, "replace")
+
+
 inject = partial(interchange.interchange, name="inject")
-replace = partial(interchange.interchange, name="replace")
 swap = partial(interchange.interchange, name="swap")
 
 COMMANDS = {
     "keys": Command(ablate_slots, KEYS + BATCH, "Each slot that an example reads, ablated."),
     "impact": Command(importance.impact, KEYS, "Which slots matter, how much, for which facts?"),
-    "keystats": Command(importance.keystats, KEYS, "How slots are read, how their effects vary."),
-    "occurrences": Command(importance.occurrences, KEYS, "How evenly the slots are read."),
-    "position": Command(importance.position, KEYS, "At which answer position do slots matter?"),
-    "repeats": Command(importance.repeated_digits, KEYS, "Do repeated digits of a key matter?"),
+    "keystats": Command(keystats.keystats, KEYS, "How slots are read, how their effects vary."),
+    "occurrences": Command(keystats.occurrences, (), "How evenly the slots are read."),
+    "position": Command(positions.position, KEYS, "At which answer position do slots matter?"),
+    "repeats": Command(positions.repeated_digits, KEYS, "Do repeated digits of a key matter?"),
     "layer": Command(ablate_layers, EXAMPLES, "Parts of blocks, ablated: which are needed?"),
     "heads": Command(ablate_heads, EXAMPLES, "Which heads are needed, where, for which digit?"),
-    "force": Command(force, PAIRS + BATCH, "One head reads only the source's strongest slot."),
+    "force": Command(
+        force, PAIRS + SLOT + BATCH, "One head reads only the source's strongest slot."
+    ),
     "inject": Command(inject, PAIRS + BATCH, "All reads of the source at one label of a layer."),
-    "replace": Command(replace, PAIRS + BATCH, "The strongest slot gets the source's value."),
+    "replace": Command(
+        replace, PAIRS + SLOT + BATCH, "The strongest slot gets the source's value."
+    ),
     "swap": Command(swap, PAIRS + BATCH, "The source's slots with the base's own weights."),
     "swap-matrix": Command(
         swap_matrix.swap_matrix, PAIRS + BATCH, "Which digits stand in for which?"
@@ -326,10 +397,12 @@ COMMANDS = {
     ),
     "swap-pred": Command(swap_results.swap_predictions, PAIRS, "What does each digit turn into?"),
     "corr": Command(
-        importance.ablation_vs_swap, KEYS + PAIRS, "Do ablation and swap affect the same examples?"
+        substitution.substitution, KEYS + CORR + BATCH, "Which slots can stand in for which?"
     ),
     "patch": Command(patching.patch, EXAMPLES, "Activation patching: where is the answer decided?"),
-    "all": Command(run_all, KEYS + PAIRS + BATCH + ("exchange",), "Everything that fits the run."),
+    "all": Command(
+        run_all, KEYS + CORR + PAIRS + BATCH + ("exchange",), "Everything that fits the run."
+    ),
 }
 
 

@@ -11,9 +11,9 @@ from functools import partial
 import numpy as np
 
 from analysis.editing import require_facts
-from analysis.importance import load_table
 from analysis.interchange import OUTCOMES, outcomes_by
 from analysis.memory_usage import require_slots
+from analysis.slot_results import load_table
 from analysis.swap_matrix import DECODING, differing_answers
 from analysis.trained_run import list_results, save_result, select
 from nanorecall.metrics import print_table

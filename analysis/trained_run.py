@@ -300,6 +300,11 @@ DECISIVE = (
     "data",
     "n_edits",
     "ablations",
+    "slot",
+    "pattern",
+    "value",
+    "n_corr_slots",
+    "n_cases",
     "n_pairs",
     "exposure_pairs",
     "exchange",
@@ -329,8 +334,15 @@ def result_suffix(run, what):
     """
     split = run.config.split
     suffix = "" if split in ("test", what) else f"_{split}"
+    return suffix + settings_suffix(run, decisive_settings(run, what))
+
+
+def settings_suffix(run, names):
+    """The part of a result's name for these settings: "_name-value" of those not at defaults."""
     defaults = {f.name: f.default for f in fields(run.config)}
-    for name, value in decisive_settings(run, what).items():
+    suffix = ""
+    for name in names:
+        value = getattr(run.config, name)
         if value != defaults[name]:
             suffix += f"_{name}-{short_value(name, value)}"
     return suffix

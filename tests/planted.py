@@ -19,14 +19,15 @@ VARIANTS = {  # of toys.ablation_model: the settings that change what a slot doe
 }
 
 
-def planted_memory(answer_of, V=9, n=3):
+def planted_memory(answer_of, V=9, n=3, n_layers=1):
     """A model without attention in which slot s holds the answer to token s: answer_of (V,).
 
     Tokens are one-hot in the first V features of the residual stream, answers in the last V.
+    n_layers: blocks; those after the first do nothing.
     """
     c = memory.Config(
-        dim=2 * V, n_layers=1, n_heads=1, dk=2, dv=2, pos_emb="none", vocab_size=V, seq_len=2,
-        memory_layers=(0,), mem_n_keys=n, mem_heads=1, mem_knn=2, mem_k_dim=2 * n,
+        dim=2 * V, n_layers=n_layers, n_heads=1, dk=2, dv=2, pos_emb="none", vocab_size=V,
+        seq_len=2, memory_layers=(0,), mem_n_keys=n, mem_heads=1, mem_knn=2, mem_k_dim=2 * n,
         mem_query_norm="none",
     )  # fmt: skip
     model = memory.MemoryGPT(c).eval()
@@ -47,14 +48,14 @@ def planted_memory(answer_of, V=9, n=3):
     return model
 
 
-def planted_facts(V=9):
-    """-> model, Examples: one for each token v, whose answer is (v + 4) mod 9; all are correct."""
-    answer_of = (torch.arange(V) + 4) % V
-    model = planted_memory(answer_of, V)
+def planted_facts(V=9, answer=lambda token: (token + 4) % 9, n_layers=1):
+    """-> model, Examples: one for each token v, with answer(v), (v + 4) mod 9; all are correct."""
+    answer_of = answer(torch.arange(V))
+    model = planted_memory(answer_of, V, n_layers=n_layers)
     tokens = torch.stack([torch.zeros(V, dtype=torch.long), torch.arange(V)], 1)
+    answers = answer_of[:, None]
     label_pos = torch.ones(V, 1, dtype=torch.long)
-    slices = {"exposures": np.arange(V)}
-    return model, Examples(np.arange(V), tokens, label_pos, answer_of[:, None], slices)
+    return model, Examples(np.arange(V), tokens, label_pos, answers, {"exposures": np.arange(V)})
 
 
 def planted_positions(depends):
@@ -72,3 +73,16 @@ def planted_positions(depends):
     tokens = torch.cartesian_prod(torch.arange(4), torch.arange(4, 9))
     label_pos = torch.arange(2).expand(20, 2)
     return model, Examples(np.arange(20), tokens, label_pos, answer_of[tokens], {})
+
+
+def planted_groups():
+    """planted_facts in which slots s and t hold the same answer if s = t mod 3.
+
+    -> model, Examples: 27, of which three need each slot.
+    """
+    model, one = planted_facts(answer=lambda token: token % 3)
+    first, last = torch.cartesian_prod(torch.arange(3), torch.arange(9)).T
+    examples = one.select(last.numpy())
+    examples.tokens[:, 0] = first
+    examples.indices = np.arange(27)
+    return model, examples

@@ -60,7 +60,8 @@ def open_run(runs, name, n_examples=0, **settings):
         "analysis.repair",
         "analysis.routing",
         "analysis.decoding",
-        "analysis.importance",
+        "analysis.keystats",
+        "analysis.slot_results",
         "myriadlama.prompts",
     ],
 )
