@@ -15,10 +15,10 @@
                                              # keystats, position, repeats and corr
     python ablate.py corr runs/RUN           # which slots can stand in for which?
 
-Each writes ablate_<what>.json, .parquet and .png into the run. Settings that decide what is
-measured and are not at their defaults are part of the name, as in
-ablate_swap_exposure_pairs-less_more.json. A command that needs the result of another takes the one
-with the same settings, or the only one.
+Each writes ablate_<what>.json, .parquet and .png into the run; position, repeats and corr draw only
+what they find. Settings that decide what is measured and are not at their defaults are part of the
+name, as in ablate_swap_exposure_pairs-less_more.json. A command that needs the result of another
+takes the one with the same settings, or the only one.
 
 Examples are those that the model answers correctly, balanced over exposures. Effects are measured
 as accuracy and as the drop in the logit difference of the answer.

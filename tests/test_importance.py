@@ -53,7 +53,7 @@ def analyse(monkeypatch, capsys):
 
         def save(run, what, metrics, by_slice, examples, columns, plot):
             saved.metrics, saved.by_slice, saved.columns = metrics, by_slice, columns
-            saved.has_figure = plot is not None
+            saved.plot = plot
 
         module = sys.modules[function.__module__]
         monkeypatch.setattr(module, "load_table", lambda run, what: columns)
@@ -338,10 +338,10 @@ def test_repeated_digits(analyse):
     assert saved.columns["digits that key and value share"].tolist() == [2, 0, 1, 0]
     cell = saved.metrics["correlation"]["effect, repeated digits of the key"]
     assert cell["value"] == pytest.approx(1)
-    assert not saved.has_figure
+    assert saved.plot is None
 
 
-def test_the_number_of_slots_goes_with_repeated_digits(analyse):
+def test_the_number_of_slots_goes_with_repeated_digits(analyse, tmp_path):
     """Example i has i repeated digits in its key and reads 1 + i slots; effects are the same."""
     texts = np.array(["123456:7 ", "123451:7 ", "123411:7 ", "123111:7 ", "121111:7 ", "111111:7 "])
     source = SimpleNamespace(read=lambda split, indices: (texts[indices].tolist(), {}))
@@ -351,7 +351,9 @@ def test_the_number_of_slots_goes_with_repeated_digits(analyse):
     cells = saved.metrics["correlation"]
     assert cells["slots read, repeated digits of the key"]["value"] == pytest.approx(1)
     assert np.isnan(cells["effect, repeated digits of the key"]["value"])
-    assert saved.columns["slots read"].tolist() == [1, 2, 3, 4, 5, 6] and saved.has_figure
+    assert saved.columns["slots read"].tolist() == [1, 2, 3, 4, 5, 6]
+    saved.plot(str(tmp_path / "repeats.png"))
+    assert (tmp_path / "repeats.png").stat().st_size > 5000
 
 
 @torch.no_grad()
@@ -383,7 +385,7 @@ def test_a_layer_that_reads_nothing_at_one_token(variant):
     assert n_compared == len(columns["drop"]) > 2 * 6 * 3
 
 
-def test_the_token_at_which_memory_matters():
+def test_the_token_at_which_memory_matters(tmp_path):
     """planted_facts reads the fact at its second token; the first one says nothing.
 
     The first of two blocks has the memory, so that both tokens could matter.
@@ -395,3 +397,6 @@ def test_the_token_at_which_memory_matters():
     assert cells[0]["drop"]["value"] == cells[0]["flips"]["value"] == 0
     assert cells[1]["drop"]["value"] > 1 and cells[1]["flips"]["value"] == 1
     assert positions.any_differs({"0": cells})
+    by_layer = {"0": cells}
+    positions.plot_position(by_layer, by_layer, "ab", "title", str(tmp_path / "position.png"))
+    assert (tmp_path / "position.png").stat().st_size > 5000

@@ -26,7 +26,7 @@ def change(monkeypatch):
 
         def save(run, what, metrics, by_slice, examples, columns, plot):
             saved.by_slice, saved.columns = by_slice, columns
-            saved.has_figure = plot is not None
+            saved.plot = plot
 
         monkeypatch.setattr(named_slots, "sample_correct_examples", lambda run: examples)
         monkeypatch.setattr(named_slots, "save_result", save)
@@ -36,13 +36,15 @@ def change(monkeypatch):
     return call
 
 
-def test_a_forced_slot_gives_its_answer_to_all_examples(change):
+def test_a_forced_slot_gives_its_answer_to_all_examples(change, tmp_path):
     """Slot 6 holds the answer 1: every example answers 1, and only example 6 keeps its own."""
     saved = change("force", *planted_facts(), slot=6)
     assert (saved.columns["prediction"] == 1).all()
     assert saved.columns["base_lost"].tolist() == [example != 6 for example in range(9)]
     shares = saved.by_slice["layer, answer"]["0, 1"]
     assert shares["before"]["value"] == pytest.approx(1 / 9) and shares["after"]["value"] == 1
+    saved.plot(str(tmp_path / "force.png"))
+    assert (tmp_path / "force.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("settings", [dict(value="4"), dict(value="", pattern="vector")])
@@ -143,4 +145,4 @@ def test_a_slot_that_no_example_reads(change, capsys):
     model, examples = planted_facts()
     saved = change("replace", model, examples.select([0]), slot=8, pattern="mean")
     assert "no label of the 1 examples depends on slot 8" in capsys.readouterr().out
-    assert not saved.columns["read"].any() and not saved.has_figure
+    assert not saved.columns["read"].any() and saved.plot is None

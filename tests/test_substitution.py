@@ -31,6 +31,7 @@ def substitute(monkeypatch):
         def save(run, what, metrics, by_slice=None, examples=(), columns=None, plot=None):
             saved.by_slice, saved.columns = by_slice, columns
             saved.suffix = "".join(run.suffixes_read)
+            saved.plot = plot
 
         monkeypatch.setattr(substitution, "load_table", lambda run, what: columns)
         monkeypatch.setattr(substitution, "load_examples", lambda run, indices: (examples, 0))
@@ -56,6 +57,11 @@ def test_slots_with_the_same_answer_stand_in_for_each_other(substitute):
     assert against["similarity of values"]["p"] < 0.01
     # A slot shares a sub-key with the two others of its group, and with two slots of others.
     assert against["similarity of keys"]["value"] < 0.7
+
+
+def test_the_figure(substitute, tmp_path):
+    substitute(*planted_groups()).plot(str(tmp_path / "corr.png"))
+    assert (tmp_path / "corr.png").stat().st_size > 5000
 
 
 def test_slots_with_different_answers_do_not(substitute):
