@@ -180,11 +180,15 @@ class MemoryLayer(nn.Module):
         self.register_buffer("bias", torch.zeros(H, 2, n) if c.mem_balance_rate else None)
         self.forget_reads()
 
+    def half_queries(self, x):
+        """x (..., D) -> normalised halves of each head's query (..., H, 2, Q/2)."""
+        q = self.query(x).unflatten(-1, (self.config.mem_heads, 2, -1))
+        return NORMS[self.config.mem_query_norm](q)
+
     def topk_slots(self, x, k):
         """x (..., D) -> scores and slots (..., H, k) of each head's k best slots."""
-        c, shape = self.config, x.shape[:-1]
-        q = self.query(x.flatten(0, -2)).unflatten(-1, (c.mem_heads, 2, -1))  # (N, H, 2, Q/2)
-        q = NORMS[c.mem_query_norm](q)
+        shape = x.shape[:-1]
+        q = self.half_queries(x.flatten(0, -2))
         # Under autocast queries are in half precision, and keys are not.
         scores, slots = product_key_topk(q, self.keys.to(q.dtype), k, self.bias)
         return scores.unflatten(0, shape), slots.unflatten(0, shape)

@@ -1,7 +1,8 @@
 """Ablate slots of memory layers, and whole parts of blocks: measurements for ablate.py.
 
 Letters: B examples, M ablated copies of examples, P pairs (example, slot), T tokens, n labels of an
-example, N measurements, H heads, k slots that a head reads, V width of a value.
+example, N measurements, H heads, k slots that a head reads, n sub-keys, Q width of a query, V width
+of a value.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from analysis.hooks import (
 )
 from analysis.trained_run import concat, select
 from memory import SCORES, weighted_values
+from nanorecall.distributed import SINGLE_PROCESS
 
 
 def to_columns(examples, about, measured):
@@ -57,9 +59,11 @@ class SlotAblation:
     memory: object  # the memory layer
     reads: dict  # slots and weights (M, T, H, k) of each copy
     slot: torch.Tensor  # (M,) to ablate
-    best: tuple  # scores and slots (M, T, H, k + 1) of each head's k + 1 best; only for next_best
+    best: tuple  # scores and slots (M, T, H, k + 1) of each head's best; for SELECTING_ABLATIONS
     random_slot: torch.Tensor  # (M,) of the whole table
     resampled_slot: torch.Tensor  # (M,) read by another example
+    queries: torch.Tensor = None  # (M, T, H, 2, Q/2); only for key_noise
+    noise: torch.Tensor = None  # (H, 2, n, Q/2) in place of the sub-keys; only for key_noise
 
     def matches(self, slots):
         """Is it the slot to ablate? slots (M, T, H, k) -> bool"""
@@ -70,6 +74,28 @@ class SlotAblation:
         slots, weights = self.reads["slots"], self.reads["weights"]
         replaced = torch.where(self.matches(slots), slot[:, None, None, None], slots)
         return {"slots": replaced, "weights": weights}
+
+    def rescored(self, score):
+        """What the layer reads if the slot's score is score (M, T, H), and all others as before."""
+        scores, slots = self.best
+        scores = scores.masked_fill(self.matches(slots), -torch.inf)
+        slot = self.slot[:, None, None, None].expand(score.unsqueeze(-1).shape)
+        # The k best of all slots are among the k best others and this one.
+        scores = torch.cat([scores, score.unsqueeze(-1)], dim=-1)
+        slots = torch.cat([slots, slot], dim=-1)
+        ranking = scores + selection_bias(self.memory, slots)
+        chosen = ranking.topk(self.reads["slots"].shape[-1], dim=-1).indices
+        weights = SCORES[self.memory.config.mem_score](scores.gather(-1, chosen))
+        return {"slots": slots.gather(-1, chosen), "weights": weights}
+
+
+def selection_bias(memory, slots):
+    """The bias of slots (M, T, H, k) in the choice of slots -> the same shape; 0 without a bias."""
+    if memory.bias is None:
+        return 0
+    n = memory.config.mem_n_keys
+    head = torch.arange(slots.shape[2], device=slots.device)[:, None]
+    return memory.bias[head, 0, slots // n] + memory.bias[head, 1, slots % n]
 
 
 def zero_ablation(a):
@@ -101,38 +127,74 @@ def resample_ablation(a):
 
 def mean_ablation(a):
     """Mean ablation: the mean of all values under the slot's weight."""
-    slots, weights = a.reads["slots"], a.reads["weights"]
-    others = zero_ablation(a)
-    ablated_weight = (weights * a.matches(slots)).sum((-1, -2))  # (M, T)
+    return read_vector(a.memory, a.reads, a.matches(a.reads["slots"]), a.memory.values.mean(0))
+
+
+def read_vector(memory, reads, is_replaced, vector):
+    """The reads, with vector (V,) in place of some values, under their weights.
+
+    is_replaced: bool, in the shape of the weights (M, T, H, k).
+    """
+    slots, weights = reads["slots"], reads["weights"]
+    kept = weights.masked_fill(is_replaced, 0)
+    weight_of_vector = (weights * is_replaced).sum((-1, -2))  # (M, T)
     output = weighted_values(  # (M * T, V)
-        a.memory.values,
-        others["slots"].flatten(0, 1).flatten(1),
-        others["weights"].flatten(0, 1).flatten(1),
+        memory.values, slots.flatten(0, 1).flatten(1), kept.flatten(0, 1).flatten(1)
     )
-    output = output.unflatten(0, ablated_weight.shape)
-    output = output + ablated_weight.unsqueeze(-1) * a.memory.values.mean(0)
-    return {**others, "output": output}
+    output = output.unflatten(0, weight_of_vector.shape)
+    output = output + weight_of_vector.unsqueeze(-1) * vector
+    return {"slots": slots, "weights": kept, "output": output}
+
+
+# A slot's key is a sub-key of each half, which it shares with other slots. Only the slot's own
+# score is changed here, as if it had a key of its own.
+
+
+def key_zero_ablation(a):
+    """A key of zeros: the slot's score is 0."""
+    scores, _ = a.best
+    return a.rescored(torch.zeros_like(scores[..., 0]))
+
+
+def key_noise_ablation(a):
+    """A random key of the same length, half by half, in each head."""
+    n = a.memory.config.mem_n_keys
+    first, second = a.noise[:, 0, a.slot // n], a.noise[:, 1, a.slot % n]  # (H, M, Q/2) each
+    score = torch.einsum("mthq,hmq->mth", a.queries[..., 0, :], first)
+    return a.rescored(score + torch.einsum("mthq,hmq->mth", a.queries[..., 1, :], second))
+
+
+def noise_keys(memory, seed):
+    """Random directions with the lengths of the sub-keys: (H, 2, n, Q/2)."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(memory.keys.shape, generator=generator).to(memory.keys)
+    return noise * memory.keys.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
 
 
 ABLATIONS = {  # SlotAblation -> reads
     "zero": zero_ablation,
     "next_best": next_best_ablation,
-    "random": random_ablation,
     "mean": mean_ablation,
+    "random": random_ablation,
     "resample": resample_ablation,
+    "key_zero": key_zero_ablation,
+    "key_noise": key_noise_ablation,
 }
+KEY_ABLATIONS = ("key_zero", "key_noise")
+SELECTING_ABLATIONS = ("next_best", *KEY_ABLATIONS)  # they choose slots anew
 
 
 # ---- slots ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def measure_slots(model, examples, ablations, batch_size=512, seed=0):
+def measure_slots(model, examples, ablations, batch_size=512, seed=0, world=SINGLE_PROCESS):
     """Ablate each slot that an example reads, and as a control one that it does not, by layer.
 
     -> {column: (N,)}: those of `to_columns`, layer, slot, ablation, control, reads and weight of
-    the slot in the example, drop in logit difference, p_clean and p (probability of the answer
-    before and after), flip (correct before, wrong after).
+    the slot in the example, reads_at_label (at the label's own position) and reads_in_reach (where
+    the label can depend on them), drop in logit difference, p_clean and p (probability of the
+    answer before and after), flip (correct before, wrong after).
     """
     clean = run_with_cache(model, examples)
     before = logit_diff(clean.logits, examples.answers)  # (B, n) each
@@ -140,33 +202,37 @@ def measure_slots(model, examples, ablations, batch_size=512, seed=0):
     tables = []
     for layer, memory in model.memory_layers().items():
         resid, reads, label_pos = memory_inputs(model, layer, clean, examples.label_pos)
-        best = ()
-        if "next_best" in ablations:
-            # One more than is read, because one of them may be the ablated slot.
+        best, queries = (), None
+        if set(ablations) & set(SELECTING_ABLATIONS):
             x = model.layers[layer].ffn_norm(resid)
+            # One more than is read, because one of them may be the ablated slot.
             best = memory.topk_slots(x, model.config.mem_knn + 1)
+            queries = memory.half_queries(x)
         n_slots = len(memory.values)
         # Controls check the method: without a slot that is not read, nothing may change.
         pairs = add_controls(slots_read(reads, n_slots), n_slots, rng)
         # Drawn here, so results depend neither on the batch size nor on the other ablations.
         pairs["random_slot"] = rng.integers(n_slots, size=len(pairs["slot"]))
         pairs["resampled_slot"] = rng.permutation(pairs["slot"])
-        inputs = (resid, reads, label_pos, best)
+        inputs = (resid, reads, label_pos, best, queries, noise_keys(memory, seed))
         for ablation in ablations:
+            batches = []
             for first in range(0, len(pairs["slot"]), batch_size):
-                batch = select(pairs, slice(first, first + batch_size))
-                measured = measure_ablation(model, layer, ablation, examples, before, inputs, batch)
-                tables.append(measured)
+                batches.append(select(pairs, slice(first, first + batch_size)))
+            measure_batch = partial(
+                measure_ablation, model, layer, ablation, examples, before, inputs
+            )
+            tables += world.shared_map(measure_batch, batches)
     return concat(tables)
 
 
 def measure_ablation(model, layer, ablation, examples, before, inputs, pairs):
     """Ablate the slot of each of M pairs in a copy of its example -> columns of `measure_slots`.
 
-    before: what `logit_diff` returned without the ablation; inputs: those of `memory_inputs`, and
-    the best slots.
+    before: what `logit_diff` returned without the ablation; inputs: those of `memory_inputs`, the
+    best slots, queries and noise keys.
     """
-    resid, reads, label_pos, best = inputs
+    resid, reads, label_pos, best, queries, noise = inputs
     pairs_on_device = {}
     for name in ("index", "slot", "random_slot", "resampled_slot"):
         pairs_on_device[name] = torch.as_tensor(pairs[name], device=resid.device)
@@ -175,6 +241,8 @@ def measure_ablation(model, layer, ablation, examples, before, inputs, pairs):
         model.memory_layers()[layer],
         reads=index_reads(reads, i),
         best=tuple(x[i] for x in best),
+        queries=None if queries is None else queries[i],
+        noise=noise,
         **pairs_on_device,
     )
     changed = ABLATIONS[ablation](change)
@@ -183,13 +251,32 @@ def measure_ablation(model, layer, ablation, examples, before, inputs, pairs):
     diff_clean, p_clean, was_correct = before
     about = {name: pairs[name] for name in ("slot", "reads", "weight")}
     about |= {"layer": layer, "ablation": ablation, "control": pairs["reads"] == 0}
+    is_read = change.matches(change.reads["slots"])
+    is_last = layer == len(model.layers) - 1
+    at_label, in_reach = count_reads(is_read, label_pos[i], is_last)
     measured = {
+        "reads_at_label": at_label,
+        "reads_in_reach": in_reach,
         "drop": diff_clean[i] - diff,
         "p_clean": p_clean[i],
         "p": p,
         "flip": was_correct[i] & ~correct,
     }
     return to_columns(examples.select(pairs["index"]), about, measured)
+
+
+def count_reads(is_read, label_pos, is_last):
+    """How often a slot is read at each label, and where each label can depend on it: (M, n) each.
+
+    is_read (M, T, H, k) bool: is it this slot? label_pos (M, n). Attention carries what a block
+    reads to later positions, except from the last block on: there, a label depends on its own
+    position alone.
+    """
+    reads = is_read.sum((-1, -2))  # (M, T)
+    at_label = reads.gather(1, label_pos)
+    if is_last:
+        return at_label, at_label
+    return at_label, reads.cumsum(1).gather(1, label_pos)
 
 
 def memory_inputs(model, layer, clean, label_pos):

@@ -1,4 +1,4 @@
-"""Do vectors form clusters of directions? Spherical k-means, and the silhouette as its measure.
+"""Do vectors form clusters of directions? Spherical k-means, its silhouette, and a projection.
 
 The silhouette is near 1 for clusters that are far apart and near 0 for none. Even vectors without
 clusters have some silhouette, so compare it with `chance_silhouette`.
@@ -36,8 +36,9 @@ def mean_silhouette(x, cluster, n_clusters):
     sizes = np.bincount(cluster, minlength=n_clusters)
     if (sizes > 0).sum() < 2:
         return 0.0
-    distance = 1 - x @ x.T
-    sums = np.stack([distance[:, cluster == c].sum(1) for c in range(n_clusters)], axis=1)  # (S, C)
+    # The distance 1 - x.y is linear, so a sum over a cluster needs no S x S distances.
+    centre = np.stack([x[cluster == c].sum(0) for c in range(n_clusters)])  # (C, V)
+    sums = sizes - x @ centre.T  # (S, C)
     point = np.arange(len(x))
     own = sums[point, cluster] / np.maximum(1, sizes[cluster] - 1)  # without the point itself
     others = np.where(sizes > 0, sums / np.maximum(1, sizes), np.inf)
@@ -63,3 +64,11 @@ def permute_columns(vectors, seed):
     """
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(column) for column in vectors.T], axis=1)
+
+
+def project(vectors):
+    """Directions of vectors (S, V) in the plane of their largest variance (PCA) -> (S, 2)."""
+    x = normalize(vectors)
+    x = x - x.mean(0)
+    _, axes = np.linalg.eigh(x.T @ x)  # in order of ascending variance
+    return x @ axes[:, -2:][:, ::-1]

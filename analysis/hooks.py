@@ -85,6 +85,12 @@ def load_examples(run, indices):
     return examples, len(indices) - len(examples)
 
 
+def same_form(examples):
+    """Those examples whose labels stand at the positions of the first one's."""
+    same = (examples.label_pos == examples.label_pos[:1]).all(1)
+    return examples.select(np.flatnonzero(same.cpu().numpy()))
+
+
 def in_largest_group(run, indices):
     """Those indices that are in one eval group, the one with most of them."""
     groups = run.data.eval_groups(run.config.split)
@@ -99,8 +105,6 @@ def sample_correct_examples(run):
     are fewer than 4.
     """
     c = run.config
-    message = "ablate.py works in one process; start it without torchrun"
-    require(run.world.size == 1, message, None)
     all_correct = indices = correct_examples(run)
     if run.pad < 0:  # without padding, only sequences of one length fit in a batch
         indices = in_largest_group(run, all_correct)

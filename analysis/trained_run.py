@@ -17,6 +17,7 @@ import io
 import math
 import os
 import re
+import sys
 import time
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
@@ -85,6 +86,7 @@ class TrainedRun:
     options: dict = field(default_factory=dict)  # {command: names of its settings}
     suffixes_read: list = field(default_factory=list)  # of results that the present command read
     figures: list = field(default_factory=list)  # paths of those that it wrote
+    findings: list = field(default_factory=list)  # sentences that it found
 
     @property
     def name(self):
@@ -104,6 +106,11 @@ class TrainedRun:
             "step": self.step,
             "model": self.settings.train.model,
         }
+
+    def finding(self, sentence):
+        """Print what a command found, in words. A report's section begins with it."""
+        say(sentence)
+        self.findings.append(sentence)
 
     def tensor(self, ids):
         return torch.from_numpy(np.asarray(ids, np.int64)).to(self.device)
@@ -214,13 +221,20 @@ def combine_columns(columns, *names):
 def correct_examples(run):
     """Indices of the examples of the split of which the model predicts every label correctly."""
     split, batch_size = run.config.split, run.config.eval_batch_size
-    model, device = run.model, run.device
-    options = dict(dtype=run.dtype, show_progress=True)
+    model, device, world = run.model, run.device, run.world
+    options = dict(dtype=run.dtype, show_progress=True, world=world)
     correct = []
     for batch in iter_predictions(model, run.data, split, batch_size, device, **options):
+        # Where the ranks share a last round, some have no batch.
+        if batch is None:
+            correct.append(np.empty(0, int))
+            continue
         wrong = batch["example"][~batch["correct"]]
         correct.append(np.setdiff1d(batch["example"], wrong))
-    return np.concatenate(correct)
+    in_order = []
+    for of_ranks in zip(*world.all_gather_object(correct)):
+        in_order += of_ranks
+    return np.concatenate(in_order)
 
 
 def label_positions(batch):
@@ -288,8 +302,14 @@ DECISIVE = (
     "data",
     "n_edits",
     "ablations",
+    "slot",
+    "pattern",
+    "value",
+    "n_corr_slots",
+    "n_cases",
     "n_pairs",
     "exposure_pairs",
+    "exchange",
     "seed",
 )
 
@@ -316,8 +336,15 @@ def result_suffix(run, what):
     """
     split = run.config.split
     suffix = "" if split in ("test", what) else f"_{split}"
+    return suffix + settings_suffix(run, decisive_settings(run, what))
+
+
+def settings_suffix(run, names):
+    """The part of a result's name for these settings: "_name-value" of those not at defaults."""
     defaults = {f.name: f.default for f in fields(run.config)}
-    for name, value in decisive_settings(run, what).items():
+    suffix = ""
+    for name in names:
+        value = getattr(run.config, name)
         if value != defaults[name]:
             suffix += f"_{name}-{short_value(name, value)}"
     return suffix
@@ -437,8 +464,11 @@ def run_command(name, paths, config, commands, prefix="eval"):
             run = open_run(paths[0], config, world)
         run.prefix = prefix
         run.options = {n: c.all_options() for n, c in commands.items()}
+        # Each rank has the whole result; one prints and writes it.
+        output = sys.stdout if world.is_main else io.StringIO()
         try:
-            command.function(run)
+            with contextlib.redirect_stdout(output):
+                command.function(run)
         except ConfigError as e:
             # What the run lacks has no setting at fault. A message that begins with a file of the
             # run says the folder already.
@@ -462,33 +492,50 @@ def report(run, script, commands, names, file):
     provenance = ", ".join(f"{name} {value}" for name, value in run.provenance().items())
     n_params = sum(p.numel() for p in run.model.parameters())
     text = f"# {run.name}\n\n{provenance}; {n_params:,} parameters. Intervals are 95%.\n"
+    left_out = {}
     for name in names:
         run.world.print0(f"\n{name}: {commands[name].summary}")
-        text += f"\n## {name}\n\n{report_section(run, script, name, commands[name])}"
+        try:
+            section = report_section(run, script, name, commands[name])
+            text += f"\n## {name}\n\n{section}"
+        except ConfigError as e:
+            run.world.print0(f"left out: {e}")
+            left_out.setdefault(str(e), []).append(name)
+        # Other ranks wait: the next command may read what the main rank has just written.
+        run.world.all_gather(0)
         if run.world.is_main:
-            readable = printable(text, keep="\n").encode()
+            readable = printable(text + left_out_line(left_out), keep="\n").encode()
             atomic_write(path, lambda f: f.write(readable))
     run.world.print0(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
 
 
+def left_out_line(left_out):
+    """{reason: names of commands} -> the report's last line, or nothing."""
+    if not left_out:
+        return ""
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in left_out.items()]
+    return f"\nLeft out: {'; '.join(parts)}.\n"
+
+
 def report_section(run, script, name, command):
-    """Run one command -> its section of the report, without the heading."""
+    """Run one command -> its section of the report, without the heading, or ConfigError."""
     start = time.perf_counter()
     run.figures.clear()
+    run.findings.clear()
     run.suffixes_read.clear()
     output = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output):
-            if command.needs_model:
-                command.function(run)
-            elif run.world.is_main:
-                run.figures.append(command.function([run.folder], run.config))
-    except ConfigError as e:
-        run.world.print0(f"left out: {e}")
-        return f"Left out: {e}.\n"
+    with contextlib.redirect_stdout(output):
+        if command.needs_model:
+            command.function(run)
+        elif run.world.is_main:
+            run.figures.append(command.function([run.folder], run.config))
     printed = output.getvalue()
     print(printed, end="", flush=True)
+    findings = ""
+    for sentence in run.findings:
+        printed = printed.replace(printable(sentence, keep="\n\t") + "\n", "", 1)
+        findings += f"- {sentence}.\n"
     table = re.sub(r"^wrote .*\n", "", printed, flags=re.M).strip()
     figures = [f"![{name}]({os.path.basename(path)})\n" for path in run.figures]
     took = f"`python {script} {name} {run.folder}`, {time.perf_counter() - start:.1f} s"
-    return f"{command.summary}\n{took}\n\n```\n{table}\n```\n\n{''.join(figures)}"
+    return f"{command.summary}\n\n{findings}\n{took}\n\n```\n{table}\n```\n\n{''.join(figures)}"

@@ -73,6 +73,12 @@ class World:
         """The main rank's value, on every rank."""
         return self.all_gather_object(value)[0]
 
+    def shared_map(self, function, items):
+        """function(item) of each item, in their order: ranks share the work, and each gets all."""
+        mine = [function(item) for item in items[self.rank :: self.size]]
+        of_ranks = self.all_gather_object(mine)
+        return [of_ranks[i % self.size][i // self.size] for i in range(len(items))]
+
     def all_gather(self, *numbers):
         """Collect a few numbers from every rank -> (size, n) float64, the same on every rank."""
         mine = torch.tensor([numbers], dtype=torch.float64)

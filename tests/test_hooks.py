@@ -13,7 +13,14 @@ import torch
 import delta
 import memory
 from analysis import hooks
-from analysis.ablation import ABLATIONS, SlotAblation, measure_slots
+from analysis.ablation import (
+    ABLATIONS,
+    KEY_ABLATIONS,
+    SELECTING_ABLATIONS,
+    SlotAblation,
+    measure_slots,
+    noise_keys,
+)
 from model import GPT, NORMS, Config
 from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.settings import ConfigError
@@ -155,14 +162,22 @@ def naive_ablation(layer, ablation, slot, new_slot):
     return intervene
 
 
-def naive_next_best(layer, x, slot):
-    """Reads of x (1, T, D) from a table without one slot: the scores of all others, sorted."""
+def naive_selection(layer, x, slot, ablation):
+    """Reads of x (1, T, D) if one slot has another score, or none: the scores of all, sorted."""
     c = layer.config
     q = NORMS[c.mem_query_norm](layer.query(x).unflatten(-1, (c.mem_heads, 2, -1)))
-    half_scores = torch.einsum("bthse,hske->bthsk", q, layer.keys)
-    scores = all_slots(half_scores)
-    ranking = scores if layer.bias is None else all_slots(half_scores + layer.bias)
-    ranking[..., slot] = -torch.inf
+
+    def slot_scores(keys):
+        return all_slots(torch.einsum("bthse,hske->bthsk", q, keys))
+
+    scores = slot_scores(layer.keys)
+    if ablation == "next_best":
+        scores[..., slot] = -torch.inf
+    elif ablation == "key_zero":
+        scores[..., slot] = 0
+    else:
+        scores[..., slot] = slot_scores(noise_keys(layer, seed=5))[..., slot]
+    ranking = scores if layer.bias is None else scores + all_slots(layer.bias)
     slots = ranking.topk(c.mem_knn, dim=-1).indices
     return {"slots": slots, "weights": memory.SCORES[c.mem_score](scores.gather(-1, slots))}
 
@@ -177,10 +192,10 @@ def naive_logits(model, block, ablation, tokens, slot, new_slot):
     layer = model.memory_layers()[block]
     intervene = naive_ablation(layer, ablation, slot, new_slot)
     inputs = []
-    if ablation == "next_best":
+    if ablation in SELECTING_ABLATIONS:
 
         def intervene(reads):
-            return naive_next_best(layer, inputs[0], slot)
+            return naive_selection(layer, inputs[0], slot, ablation)
 
     def keep(module, _, output):
         inputs.append(output)
@@ -202,8 +217,11 @@ def test_a_batch_of_ablations_equals_one_full_forward_each(model, ablation):
         reads = {}
         for name, x in slots_and_weights(clean.reads[block]).items():
             reads[name] = x[copy]
-        best = layer.topk_slots(model.layers[block].ffn_norm(resid_mid), 4)
-        change = SlotAblation(layer, reads, slot, best, new_slot, new_slot)
+        x = model.layers[block].ffn_norm(resid_mid)
+        lookup = (layer.half_queries(x), noise_keys(layer, seed=5))
+        change = SlotAblation(
+            layer, reads, slot, layer.topk_slots(x, 4), new_slot, new_slot, *lookup
+        )
         changed = ABLATIONS[ablation](change)
         label_pos = examples.label_pos[copy]
         logits = hooks.forward_from(model, block, resid_mid, changed, label_pos)
@@ -214,12 +232,12 @@ def test_a_batch_of_ablations_equals_one_full_forward_each(model, ablation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ablation", ["zero", "mean", "next_best"])
+@pytest.mark.parametrize("ablation", ["zero", "mean", "next_best", "key_zero", "key_noise"])
 def test_measured_drops_equal_full_forwards(model, ablation):
     """What `ablate.py keys` measures in batches of 7, against a full forward pass each."""
     examples = some_examples(B=2)
     n = examples.label_pos.shape[1]
-    columns = measure_slots(model, examples, [ablation], 7)
+    columns = measure_slots(model, examples, [ablation], 7, seed=5)
     clean = hooks.run_with_cache(model, examples)
     clean_diff, _, _ = hooks.logit_diff(clean.logits, examples.answers)
     for i in range(0, len(columns["slot"]), n):
@@ -232,9 +250,10 @@ def test_measured_drops_equal_full_forwards(model, ablation):
         drop = clean_diff[example] - diff
         np.testing.assert_allclose(columns["drop"][of_labels], drop, atol=1e-4)
         np.testing.assert_allclose(columns["p"][of_labels], p, atol=1e-5)
-    # A control in each example and block, which changes nothing.
+    # A control in each example and block, which changes nothing unless a new key attracts queries.
     assert columns["control"].sum() == 2 * 2 * n and len(columns["slot"]) > 20 * n
-    np.testing.assert_allclose(columns["drop"][columns["control"]], 0, atol=1e-5)
+    if ablation not in KEY_ABLATIONS:
+        np.testing.assert_allclose(columns["drop"][columns["control"]], 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("ablation, new_slot", [("random", 11), ("resample", 12)])
@@ -250,7 +269,7 @@ def test_random_and_resample_replace_one_slot(ablation, new_slot):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", sorted(set(ABLATIONS) - set(KEY_ABLATIONS)))
 def test_ablation_of_a_slot_that_is_not_read_is_exact_identity(model, ablation):
     examples = some_examples(B=1)
     clean = hooks.run_with_cache(model, examples)

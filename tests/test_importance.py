@@ -1,12 +1,16 @@
-"""importance.py and clustering.py: tables by hand, effects that were put there, slow twins."""
+"""What is made of the results of keys: tables by hand, effects that were put there, slow twins."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from analysis import clustering, importance
+from analysis import clustering, hooks, importance, keystats, positions, slot_results
+from nanorecall.distributed import SINGLE_PROCESS
+from planted import N_SLOTS, VARIANTS, planted_facts
+from toys import ablation_model, some_examples
 
 
 def table(**columns):
@@ -20,18 +24,21 @@ def table(**columns):
         "layer": [0] * n,
         "slot": [0] * n,
         "reads": [1] * n,
+        "weight": [1.0] * n,
         "flip": [False] * n,
     }
-    return {name: np.array(values) for name, values in {**plain, **columns}.items()}
+    made = {name: np.array(values) for name, values in {**plain, **columns}.items()}
+    is_read = (~made["control"]).astype(int)
+    return {"reads_at_label": is_read, "reads_in_reach": is_read, **made}
 
 
 @pytest.fixture
 def analyse(monkeypatch, capsys):
     """analyse(function, columns): what an analysis of these columns would save."""
 
-    def call(function, columns, values=None, data=None):
-        memory = SimpleNamespace(values=values)
+    def call(function, columns, memory=None, data=None):
         run = SimpleNamespace(
+            finding=print,
             name="run",
             token=str,
             data=data,
@@ -46,9 +53,11 @@ def analyse(monkeypatch, capsys):
 
         def save(run, what, metrics, by_slice, examples, columns, plot):
             saved.metrics, saved.by_slice, saved.columns = metrics, by_slice, columns
+            saved.plot = plot
 
-        monkeypatch.setattr(importance, "load_table", lambda run, what: columns)
-        monkeypatch.setattr(importance, "save_result", save)
+        module = sys.modules[function.__module__]
+        monkeypatch.setattr(module, "load_table", lambda run, what: columns)
+        monkeypatch.setattr(module, "save_result", save)
         function(run)
         return saved
 
@@ -65,12 +74,12 @@ def test_tables_by_hand():
         flip=[True, False, False, False, False],
         drop=[1.0, 2.0, 3.0, 4.0, 7.0],
     )
-    slots = importance.slot_table(columns)
+    slots = slot_results.slot_table(columns)
     assert slots["slot"].tolist() == [4, 5] and slots["layer"].tolist() == [0, 0]
     assert slots["n_examples"].tolist() == [2, 1]
     assert slots["mean"].tolist() == [2.5, 7] and slots["median"].tolist() == [2.5, 7]
     assert slots["max"].tolist() == [4, 7] and slots["flips"].tolist() == [0.25, 0]
-    examples, drops = importance.per_example_mean(columns["example"], columns["drop"])
+    examples, drops = slot_results.per_value_mean(columns["example"], columns["drop"])
     assert examples.tolist() == [0, 1, 2] and drops.tolist() == [1.5, 3.5, 7]
 
 
@@ -78,8 +87,29 @@ def test_the_first_ablation_without_controls_is_chosen():
     columns = table(
         drop=[1.0, 2.0, 3.0], ablation=["mean", "zero", "mean"], control=[False, False, True]
     )
-    chosen, ablation = importance.first_ablation(columns)
+    chosen, ablation = slot_results.first_ablation(columns)
     assert ablation == "mean" and chosen["drop"].tolist() == [1]
+
+
+def test_labels_at_which_a_slot_is_not_read_do_not_count(analyse):
+    """A slot that is read at one of four labels costs 4 there, not 1 on average over all."""
+    columns = table(drop=[4.0, 0.0, 0.0, 0.0], example=[0] * 4, answer_pos=range(4))
+    columns["reads_at_label"] = columns["reads_in_reach"] = np.array([1, 0, 0, 0])
+    saved = analyse(importance.impact, columns)
+    cell = saved.by_slice["layer"]["0"]
+    assert cell["drop"]["value"] == cell["drop where it is read"]["value"] == cell["median"] == 4
+    assert cell["negligible"]["value"] == 0 and cell["labels"] == 1
+    assert saved.metrics["left out"] == 0.75
+
+
+def test_reads_at_the_label_and_earlier_are_told_apart(analyse):
+    """Attention carries an earlier read to the second label, where the slot costs half as much."""
+    columns = table(drop=[4.0, 2.0, 0.0], example=[0] * 3, answer_pos=range(3))
+    columns["reads_at_label"] = np.array([1, 0, 0])
+    columns["reads_in_reach"] = np.array([1, 1, 0])
+    by_read = analyse(importance.impact, columns).by_slice["layer, where it is read"]
+    drops = {name: cell["drop"]["value"] for name, cell in by_read.items()}
+    assert drops == {"0, at the label": 4, "0, earlier only": 2}
 
 
 # ---- impact --------------------------------------------------------------------------------------
@@ -142,31 +172,88 @@ def test_facts_with_the_median_of_exposures_are_rare():
 # ---- slots ---------------------------------------------------------------------------------------
 
 
-def test_reads_of_an_example_count_once(analyse):
-    """Slot 0 is read three times by example 0, slot 1 once by example 1; both have two labels."""
-    columns = table(
-        drop=[0.0] * 4,
-        example=[0, 0, 1, 1],
-        answer_pos=[0, 1, 0, 1],
-        slot=[0, 0, 1, 1],
-        reads=[3, 3, 1, 1],
+def test_all_reads_of_the_split_count(monkeypatch):
+    """Of 25 slots and 30 sequences in batches of 7: how often is each slot read, in each layer?"""
+    model = ablation_model()
+    tokens = some_examples(B=30).tokens
+    run = SimpleNamespace(
+        finding=print,
+        model=model,
+        device="cpu",
+        dtype=torch.float32,
+        pad=0,
+        world=SINGLE_PROCESS,
+        # occurrences is of all sequences, whatever number keys takes.
+        config=SimpleNamespace(split="test", eval_batch_size=7, n_examples=4),
+        data=SimpleNamespace(
+            eval_groups=lambda split: [range(20), range(20, 30)],
+            batch=lambda split, step, indices: (tokens[indices], tokens[indices], {}),
+        ),
     )
-    saved = analyse(importance.occurrences, columns, values=torch.zeros(4, 2))
-    cell = saved.by_slice["layer"]["0"]
-    assert saved.columns["times"].tolist() == [3, 1, 0, 0] and cell["reads"] == 4
-    assert cell["unused"]["value"] == 0.5
-    assert cell["gini"] == pytest.approx((2 * (3 * 1 + 4 * 3) / 4 - 5) / 4)
-    assert cell["kl"] == pytest.approx(np.log(4) + 0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    times, n_sequences = keystats.count_slot_reads(run)
+    assert n_sequences == 30 and list(times) == [0, 2]
+    *_, trace = model(tokens, trace=True)
+    for reads, counted in zip(trace, times.values()):
+        expected = [0] * N_SLOTS
+        for b, t in (tokens != 0).nonzero().tolist():
+            for slot in reads["slots"][b, t].flatten().tolist():
+                expected[slot] += 1
+        assert counted.tolist() == expected
 
 
-def test_the_variance_of_an_effect(analyse):
-    """Slot 0 drops by 0 and 4 (variance 4), slots 1 and 2 by 1 each."""
-    columns = table(drop=[0.0, 4.0, 1.0, 1.0], slot=[0, 0, 1, 2])
-    saved = analyse(importance.keystats, columns, values=torch.eye(3))
+def test_gini():
+    assert keystats.gini(np.array([3, 1, 0, 0])) == pytest.approx((2 * (3 * 1 + 4 * 3) / 4 - 5) / 4)
+
+
+def test_variances_of_weight_and_effect(analyse):
+    """Slot 0 drops by 0 and 4 (variance 8) and is read with weights 1 and 3 (variance 2).
+
+    Slots 1 and 2 were measured once, so they have no variance.
+    """
+    columns = table(drop=[0.0, 4.0, 1.0, 1.0], slot=[0, 0, 1, 2], weight=[1.0, 3.0, 5.0, 5.0])
+    memory = ablation_model().memory_layers()[0]
+    saved = analyse(keystats.keystats, columns, memory=memory)
     cell = saved.by_slice["layer"]["0"]
-    assert cell["variance of effect"]["value"] == pytest.approx(4 / 3)
-    assert saved.columns["std"].tolist() == [2, 0, 0]
+    assert cell["variance of effect"]["value"] == pytest.approx(8)
+    assert cell["variance of weight"]["value"] == 2 and cell["variance of weight"]["n"] == 1
     assert saved.columns["n_examples"].tolist() == [2, 1, 1]
+
+
+def test_clusters_of_keys_and_of_values(analyse, monkeypatch):
+    """Keys fall into two directions by the second sub-key, values by the first.
+
+    Slots 0 to 24 are (0, 0) to (4, 4). Sub-keys 0 and 1 are alike, and so are 2, 3 and 4.
+    """
+    memory = ablation_model().memory_layers()[0]
+    direction = torch.tensor([0, 0, 1, 1, 1])
+    with torch.no_grad():
+        memory.keys.zero_()
+        memory.keys[:, 1, range(5), direction] = 1
+        memory.values.zero_()
+        memory.values[range(25), direction.repeat_interleave(5)] = 1
+    find = keystats.find_clusters
+    monkeypatch.setattr(keystats, "find_clusters", lambda x, n, seed: find(x, 2, seed))
+    columns = table(drop=np.ones(25), slot=range(25), example=[0] * 25)
+    saved = analyse(keystats.keystats, columns, memory=memory)
+    cell = saved.by_slice["layer"]["0"]
+    for kind in ("keys", "values"):
+        assert cell[f"clusters of {kind}"]["sizes"] == [15, 10]
+        assert cell[f"clusters of {kind}"]["silhouette"] == pytest.approx(1)
+    second = saved.columns["key_cluster"].reshape(5, 5)
+    assert (second == second[0]).all() and len(set(second[0])) == 2
+    first = saved.columns["value_cluster"].reshape(5, 5)
+    assert (first.T == first[:, 0]).all() and len(set(first[:, 0])) == 2
+
+
+def test_the_projection_keeps_the_plane_of_largest_variance():
+    """Directions that differ in features 3 and 1 only."""
+    angle = np.linspace(0, 1.5, 20)
+    vectors = np.zeros((20, 5))
+    vectors[:, 3], vectors[:, 1] = 2 * np.cos(angle), 2 * np.sin(angle)
+    points = clustering.project(vectors)
+    x = vectors / 2 - (vectors / 2).mean(0)
+    np.testing.assert_allclose(points @ points.T, x @ x.T, atol=1e-9)
+    assert points[:, 0].var() > points[:, 1].var()
 
 
 def test_clusters_are_found_and_noise_has_none():
@@ -223,12 +310,12 @@ def test_permuted_vectors_keep_their_columns():
 def test_a_position_that_differs_is_found():
     rng = np.random.default_rng(0)
     drops = rng.normal(size=(60, 4))
-    assert (importance.position_permutation_test(drops) > 0.01).all()
+    assert (positions.position_permutation_test(drops) > 0.01).all()
     drops[:, 2] += 1
-    assert importance.position_permutation_test(drops)[2] < 0.002
+    assert positions.position_permutation_test(drops)[2] < 0.002
     p = []
     for _ in range(300):
-        p.append(importance.position_permutation_test(rng.normal(size=(10, 3)), draws=99)[0])
+        p.append(positions.position_permutation_test(rng.normal(size=(10, 3)), draws=99)[0])
     assert np.mean(np.array(p) <= 0.05) < 0.1
 
 
@@ -236,8 +323,8 @@ def test_the_smallest_p_of_a_position_is_that_of_the_given_order():
     """Position 1 is far below the others in all of 40 examples: no permutation of 99 is as far."""
     drops = np.random.default_rng(0).normal(size=(40, 3))
     drops[:, 1] -= 5
-    assert importance.position_permutation_test(drops, draws=99)[1] == 1 / 100
-    assert (importance.position_permutation_test(np.ones((5, 2)), draws=9) == 1).all()
+    assert positions.position_permutation_test(drops, draws=99)[1] == 1 / 100
+    assert (positions.position_permutation_test(np.ones((5, 2)), draws=9) == 1).all()
 
 
 def test_repeated_digits(analyse):
@@ -245,42 +332,71 @@ def test_repeated_digits(analyse):
     texts = np.array(["112:121 ", "123:456 ", "111:111 ", "121:333 "])
     source = SimpleNamespace(read=lambda split, indices: (texts[indices].tolist(), {}))
     columns = table(drop=[1.0, 0.0, 2.0, 1.0])
-    saved = analyse(importance.repeated_digits, columns, data=SimpleNamespace(source=source))
+    saved = analyse(positions.repeated_digits, columns, data=SimpleNamespace(source=source))
     assert saved.columns["repeated digits of the key"].tolist() == [1, 0, 2, 1]
     assert saved.columns["repeated digits of the value"].tolist() == [1, 0, 2, 2]
     assert saved.columns["digits that key and value share"].tolist() == [2, 0, 1, 0]
-    cell = saved.metrics["correlation"]["repeated digits of the key"]
+    cell = saved.metrics["correlation"]["effect, repeated digits of the key"]
     assert cell["value"] == pytest.approx(1)
+    assert saved.plot is None
 
 
-def test_means_are_joined_by_example():
-    """Examples 2 to 6 are in both tables of layer 1; example 9 is in another layer."""
-    ablated = {"example": np.array([1, 2, 3, 4, 5, 6, 6, 9]), "layer": np.array([1] * 7 + [0])}
-    ablated["drop"] = np.array([9.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 9.0])
-    swapped = {"example": np.array([2, 2, 3, 4, 5, 6, 9]), "layer": np.array([1] * 7)}
-    swapped["drop"] = np.array([1.0, 3.0, 0.0, 0.0, 0.0, 5.0, 9.0])
-    swapped["source_answer"] = np.array([True, False, False, True, True, True, True])
-    joined = importance.join_by_example(ablated, swapped, layer=1)
-    assert joined["example"].tolist() == [2, 3, 4, 5, 6] and (joined["layer"] == 1).all()
-    assert joined["drop_by_ablation"].tolist() == [2, 3, 4, 5, 7]
-    assert joined["drop_by_swap"].tolist() == [2, 0, 0, 0, 5]
-    assert joined["source_answer_by_swap"].tolist() == [0.5, 0, 1, 1, 1]
+def test_the_number_of_slots_goes_with_repeated_digits(analyse, tmp_path):
+    """Example i has i repeated digits in its key and reads 1 + i slots; effects are the same."""
+    texts = np.array(["123456:7 ", "123451:7 ", "123411:7 ", "123111:7 ", "121111:7 ", "111111:7 "])
+    source = SimpleNamespace(read=lambda split, indices: (texts[indices].tolist(), {}))
+    example = np.repeat(range(6), [1, 2, 3, 4, 5, 6])
+    columns = table(drop=np.ones(21), example=example, slot=range(21))
+    saved = analyse(positions.repeated_digits, columns, data=SimpleNamespace(source=source))
+    cells = saved.metrics["correlation"]
+    assert cells["slots read, repeated digits of the key"]["value"] == pytest.approx(1)
+    assert np.isnan(cells["effect, repeated digits of the key"]["value"])
+    assert saved.columns["slots read"].tolist() == [1, 2, 3, 4, 5, 6]
+    saved.plot(str(tmp_path / "repeats.png"))
+    assert (tmp_path / "repeats.png").stat().st_size > 5000
 
 
-def test_what_a_digit_turns_into(analyse):
-    """The last digit is the same in base and source, so it cannot be told apart."""
-    columns = {
-        "example": np.array([0, 1, 2, 3, 4]),
-        "answer": np.array([1, 1, 1, 2, 2]),
-        "source_answer_token": np.array([2, 2, 2, 1, 2]),
-        "teacher-forced": np.array([2, 2, 3, 2, 2]),
-        "token by token": np.array([1, 1, 1, 1, 1]),
-    }
-    by_slice = analyse(importance.swap_predictions, columns).by_slice
-    fractions = {"teacher-forced": [0.25, 0.5, 0.25], "token by token": [0.75, 0.25, 0]}
-    for decoding, expected in fractions.items():
-        cells = list(by_slice[decoding].values())
-        assert [cell["value"] for cell in cells] == expected and cells[0]["n"] == 4
-    transitions = by_slice["teacher-forced, digit"]
-    expected = {"1 to 2": 2 / 3, "1 to 3": 1 / 3, "2 to 2": 1}
-    assert {name: cell["value"] for name, cell in transitions.items()} == expected
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_layer_that_reads_nothing_at_one_token(variant):
+    """Against a whole forward pass for each token, of which one layer's weights are 0 there."""
+    model, examples = ablation_model(**VARIANTS[variant]), some_examples()
+    columns = positions.measure_tokens(model, examples)
+    before, _, _ = hooks.logit_diff(hooks.run_with_cache(model, examples).logits, examples.answers)
+    n_compared = 0
+    for layer in model.memory_layers():
+        for t in range(9):
+
+            def without(reads, t=t):
+                weights = reads["weights"].clone()
+                weights[:, t] = 0
+                return {"slots": reads["slots"], "weights": weights}
+
+            logits = hooks.run_with_hooks(model, examples, intervene={layer: without})
+            drop = before - hooks.logit_diff(logits, examples.answers)[0]
+            here = (columns["layer"] == layer) & (columns["token_pos"] == t)
+            is_measured = np.zeros(drop.shape, bool)
+            labels = columns["example"][here], columns["answer_pos"][here]
+            is_measured[labels] = True
+            np.testing.assert_allclose(columns["drop"][here], drop.numpy()[labels], atol=1e-4)
+            # What was not measured does not depend on that token.
+            assert np.abs(drop.numpy()[~is_measured]).max(initial=0) < 1e-5
+            n_compared += here.sum()
+    assert n_compared == len(columns["drop"]) > 2 * 6 * 3
+
+
+def test_the_token_at_which_memory_matters(tmp_path):
+    """planted_facts reads the fact at its second token; the first one says nothing.
+
+    The first of two blocks has the memory, so that both tokens could matter.
+    """
+    model, examples = planted_facts(n_layers=2)
+    columns = positions.measure_tokens(model, examples)
+    cells = positions.cells_by(columns, "token_pos")["0"]
+    assert list(cells) == [0, 1]
+    assert cells[0]["drop"]["value"] == cells[0]["flips"]["value"] == 0
+    assert cells[1]["drop"]["value"] > 1 and cells[1]["flips"]["value"] == 1
+    assert positions.any_differs({"0": cells})
+    by_layer = {"0": cells}
+    positions.plot_position(by_layer, by_layer, "ab", "title", str(tmp_path / "position.png"))
+    assert (tmp_path / "position.png").stat().st_size > 5000

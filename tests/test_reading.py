@@ -508,29 +508,27 @@ def test_a_second_analysis_leaves_the_first(facts, tmp_path, capsys, main, comma
     assert len(configs) == len(settings)
 
 
-def test_corr_reads_what_was_measured_with_its_settings(facts, tmp_path, capsys):
+def test_a_command_reads_what_was_measured_with_its_settings(facts, tmp_path, capsys):
     run = shutil.copytree(
         facts, tmp_path / "m", ignore=shutil.ignore_patterns("eval_*", "ablate_*")
     )
     ablate.main(["keys", str(run), "--n_examples=12", "--ablations=zero"])
-    for kind in ("any", "less_more"):
-        sizes = ["--n_examples=12", "--n_pairs=40"]
-        ablate.main(["swap", str(run), *sizes, f"--exposure_pairs={kind}"])
-    with pytest.raises(
-        ConfigError,
-        match="has ablate_swap_n_examples-12_n_pairs-40, "
-        "ablate_swap_n_examples-12_n_pairs-40_exposure_pairs-less_more; name one",
-    ):
-        ablate.main(["corr", str(run)])
     capsys.readouterr()
     ablate.main(["impact", str(run)])  # one result of keys is there
     assert "reading ablate_keys_n_examples-12_ablations-zero" in capsys.readouterr().out
-    same = ["--n_examples=12", "--ablations=zero", "--n_pairs=40"]
-    ablate.main(["corr", str(run), *same])
-    assert (run / "ablate_corr_n_examples-12_ablations-zero_n_examples-12_n_pairs-40.json").exists()
-    missing = "ablate_swap_n_examples-12_n_pairs-40_exposure_pairs-more_more.parquet"
+    ablate.main(["keys", str(run), "--n_examples=12", "--ablations=mean"])
+    with pytest.raises(
+        ConfigError,
+        match="has ablate_keys_n_examples-12_ablations-mean, "
+        "ablate_keys_n_examples-12_ablations-zero; name one",
+    ):
+        ablate.main(["impact", str(run)])
+    same = ["--n_examples=12", "--ablations=zero"]
+    ablate.main(["keystats", str(run), *same])
+    assert (run / "ablate_keystats_n_examples-12_ablations-zero.json").exists()
+    missing = "ablate_keys_n_examples-12_ablations-random.parquet"
     with pytest.raises(ConfigError, match=f"{missing} does not exist"):
-        ablate.main(["corr", str(run), *same, "--exposure_pairs=more_more"])
+        ablate.main(["keystats", str(run), "--n_examples=12", "--ablations=random"])
 
 
 def test_tables_and_statistics_of_other_runs_stay(runs):
@@ -629,9 +627,7 @@ def test_intervals_are_shortest_where_all_is_correct(size):
 def test_a_bound_on_what_labels_count_by_hand():
     """Of 1 in 100 examples: as long as 3.8415 / 103.8415. Far from the ends the bound is far above
     all labels."""
-    assert (
-        stats.max_sample_size(1.0, 100) == pytest.approx(100) == stats.max_sample_size(0.0, 100)
-    )
+    assert stats.max_sample_size(1.0, 100) == pytest.approx(100) == stats.max_sample_size(0.0, 100)
     for p in (0.99, 0.999, 0.9999):
         n = stats.max_sample_size(p, 100)
         low, high = stats.wilson_interval(p * n, n)

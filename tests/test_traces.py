@@ -13,7 +13,7 @@ import ablate
 import eval as ev
 import model as M
 import train
-from analysis import attention_maps, editing, patching
+from analysis import attention_maps, editing, interchange, patching, swap_matrix
 from analysis import hooks as I
 from analysis.ablation import measure_slots
 from analysis.trained_run import Command, open_run, run_command
@@ -170,7 +170,8 @@ def change_nothing(model):
 
 
 def exchange_all(model):
-    patching.interchange_effects(model, some_examples(), np.array([0, 1]), np.array([2, 3]), "swap")
+    pairs = np.array([0, 1]), np.array([2, 3])
+    interchange.interchange_effects(model, some_examples(), *pairs, "swap")
 
 
 FUNCTIONS = {
@@ -182,7 +183,7 @@ FUNCTIONS = {
     "run_changed": change_nothing,
     "measure_slots": lambda model: measure_slots(model, some_examples(), ["zero", "next_best"]),
     "exchanged": exchange_all,
-    "decode_with": lambda model: patching.decode_with(model, some_examples(), {}),
+    "decode_with": lambda model: swap_matrix.decode_with(model, some_examples(), {}),
     "patched": lambda model: patching.activation_patching(
         model, some_examples(), some_examples(seed=2)
     ),
