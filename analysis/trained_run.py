@@ -23,12 +23,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nanorecall.build import enough_memory
 from nanorecall.checkpoint import atomic_write, dataset_sha256, write_json
 from nanorecall.distributed import SINGLE_PROCESS, autodetect_device, process_group
 from nanorecall.metrics import autocast, iter_predictions
+from nanorecall.progress import progress
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import (
     ConfigError,
@@ -173,11 +173,9 @@ def map_batches(run, measure, batches=None, read=None):
     split = run.config.split
     if batches is None:
         batches = sample_batches(run)
-    # None shows the bar on a terminal only.
-    disable = None if world.is_main else True
     parts = []
     rank_batches = batches[world.rank :: world.size]
-    for indices in tqdm(rank_batches, desc=split, disable=disable, leave=False):
+    for indices in progress(rank_batches, f"{split} batches", world.is_main):
         tokens, targets, slices, *_ = read(indices) if read else run.data.batch(split, 0, indices)
         tokens, targets = tokens.to(run.device), targets.to(run.device)
         batch = SimpleNamespace(tokens=tokens, targets=targets, indices=indices, slices=slices)

@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from nanorecall.checkpoint import atomic_write, read_log
+from nanorecall.metrics import slice_accuracy
 from nanorecall.settings import printable
 
 STYLE = {
@@ -69,8 +70,11 @@ def write_figure(fig, plt, path):
         plt.close(fig)
 
 
-def plot_curves(folder, title):
-    """Write curves.png: loss and validation accuracy against steps, from the run's log.jsonl."""
+def plot_curves(folder, title, target_slice="", stage_ends=()):
+    """Write curves.png: loss and validation accuracy against steps, from the run's log.jsonl.
+
+    target_slice: "slice=value" to draw, too. stage_ends: steps at which curriculum stages ended.
+    """
     train, val = [], []
     for record in read_log(folder):
         if record["kind"] == "train" and record["loss"] is not None:
@@ -82,8 +86,15 @@ def plot_curves(folder, title):
     plot_records(losses, val, "loss", marker="o", ms=3, label="val")
     plot_records(accuracies, val, "accuracy", marker="o", ms=3, label="labels (token accuracy)")
     plot_records(accuracies, val, "exact_match", marker="o", ms=3, label="examples (exact match)")
-    losses.legend()
-    accuracies.legend()
+    if target_slice:
+        for record in val:
+            record["target"] = slice_accuracy(record, target_slice)
+        plot_records(accuracies, val, "target", marker="s", ms=3, label=f"labels of {target_slice}")
+    for axis in (losses, accuracies):
+        for number, step in enumerate(stage_ends):
+            label = "end of a curriculum stage" if number == 0 else None
+            axis.axvline(step, color="gray", ls="--", lw=1, label=label)
+        axis.legend()
     losses.set(xlabel="step", ylabel="loss (nats per label)", yscale="log")
     accuracies.set(xlabel="step", ylabel="val accuracy", ylim=(-0.02, 1.02))
     accuracies.set_xlim(losses.get_xlim())
@@ -91,7 +102,7 @@ def plot_curves(folder, title):
     n = "0"
     if val:
         n = f"{val[-1]['labels']} labels in {val[-1]['n_examples']} examples"
-    accuracies.set_title(f"n = {n}")
+    accuracies.set_title(f"val: {n}")
     finish_figure(fig, plt, os.path.join(folder, "curves.png"), title)
 
 

@@ -151,6 +151,16 @@ def field_names(cls):
     return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("derived")]
 
 
+def changed_settings(config):
+    """{name: value} of the settings of a dataclass that differ from their defaults."""
+    changed = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if not f.metadata.get("derived") and value != f.default:
+            changed[f.name] = value
+    return changed
+
+
 def reject_unknown(settings, *classes):
     """ConfigError for the first setting that no dataclass has; it names the nearest one."""
     known = []
