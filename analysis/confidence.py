@@ -10,7 +10,14 @@ import torch
 
 from analysis.trained_run import label_positions, map_batches, save_result
 from nanorecall.metrics import print_table
-from nanorecall.plots import errorbars, figure, finish_figure
+from nanorecall.plots import (
+    draw_slice,
+    drawn_slices,
+    errorbars,
+    figure,
+    finish_figure,
+    large_cells,
+)
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.stats import (
     cluster_counts,
@@ -160,16 +167,19 @@ def score_examples(run, table, n_examples=8):
 
 def plot_logits(path, by_slice, bins, error, title):
     """Probability of the correct token by slice; accuracy against confidence."""
-    plt, fig, axes = figure(1, max(1, len(by_slice)) + 1)
-    for axis, (name, cells) in zip(axes, by_slice.items()):
-        probabilities = [cell["probability"] for cell in cells.values()]
-        errorbars(axis, range(len(cells)), probabilities)
-        ticks = [f"{value}\nn={p['n']}" for value, p in zip(cells, probabilities)]
-        axis.set_xticks(range(len(cells)), ticks)
-        axis.set(xlabel=name, ylabel="probability of the correct token (95%)", ylim=(-0.02, 1.02))
+    drawn = drawn_slices(by_slice)
+    plt, fig, axes = figure(1, len(drawn) + 1)
+    for axis, (name, cells) in zip(axes, drawn.items()):
+        probabilities = {value: cell["probability"] for value, cell in cells.items()}
+        draw_slice(axis, name, probabilities)
+        axis.set(ylabel="probability of the correct token (95%)", ylim=(-0.02, 1.02))
     axis = axes[-1]
-    confidence = [cell["confidence"] for cell in bins]
-    errorbars(axis, confidence, bins, label=f"calibration error {error:.3f}")
+    large = large_cells(bins)
+    small = [cell for cell in bins if cell not in large]
+    for cells, color, label in ((large, "C0", "ten bins"), (small, "darkgray", "n < 1%")):
+        confidence = [cell["confidence"] for cell in cells]
+        errorbars(axis, confidence, cells, label=label, ls="none", color=color)
+    axis.set_title(f"calibration error {error:.3f}")
     axis.plot([0, 1], [0, 1], "--", color="gray", lw=1, label="perfectly calibrated")
     axis.set(xlabel="confidence: largest probability", ylabel="accuracy (95% interval)")
     axis.set_ylim(-0.02, 1.02)

@@ -301,22 +301,27 @@ def track(run):
 
 
 def plot_track(path, log, purity, layers, title):
-    """Usage of slots against training steps, and a histogram of purity."""
-    plt, fig, (fractions, divergences, purities) = figure(1, 3)
-    if log:
-        steps = [record["step"] for record in log]
-        for n in log[0]["layers"]:
-            for axis, name in ((fractions, "fraction"), (divergences, "kl")):
-                values = [record["layers"][n][name] for record in log]
-                axis.plot(steps, values, "o-", ms=3, label=f"layer {n}")
-        fractions.legend()
-        divergences.legend()
+    """A histogram of purity; with several rows of the log, usage of slots against steps, too."""
+    has_history = len(log) > 1
+    plt, fig, (purities, *usage) = figure(1, 3 if has_history else 1)
+    if has_history:
+        plot_usage(*usage, log)
     for n in np.unique(layers):
         x = purity[layers == n]
         edges = np.linspace(0, 1, 21)
         purities.hist(x, edges, alpha=0.5, label=f"layer {n}: {len(x)} slots read")
     purities.legend()
-    fractions.set(xlabel="step", ylabel="fraction of slots read in a step", ylim=(0, 1.02))
-    divergences.set(xlabel="step", ylabel="KL divergence from even use (nats)", ylim=(0, None))
     purities.set(xlabel="fraction of reads at its most frequent token", ylabel="slots")
     finish_figure(fig, plt, path, title)
+
+
+def plot_usage(fractions, divergences, log):
+    """The fraction of slots that a step reads, and how unevenly, on one axis each."""
+    steps = [record["step"] for record in log]
+    for axis, name in ((fractions, "fraction"), (divergences, "kl")):
+        for n in log[0]["layers"]:
+            values = [record["layers"][n][name] for record in log]
+            axis.plot(steps, values, "o-", ms=3, label=f"layer {n}")
+        axis.legend()
+    fractions.set(xlabel="step", ylabel="fraction of slots read in a step", ylim=(0, 1.02))
+    divergences.set(xlabel="step", ylabel="KL divergence from even use (nats)", ylim=(0, None))

@@ -30,7 +30,7 @@ from nanorecall.stats import (
 
 
 def stats(args, config):
-    """Analyse the results of one run, or compare two -> the path of the figure."""
+    """Analyse the results of one run, or compare two -> the path of the figure, None without."""
     require(len(args) in (1, 2), "name one or two runs: python eval.py stats runs/A [runs/B]", None)
     labels = [read_labels(arg, config.split) for arg in args]
     examples = [per_example(columns) for columns in labels]
@@ -45,6 +45,9 @@ def stats(args, config):
     path = result_path(args, config.split)
     provenance = {"runs": args, "split": config.split}
     write_json(path + ".json", {"config": provenance, **result, "examples": []})
+    if not result["by_slice"]:  # one number needs no figure
+        say(f"wrote {path}.json")
+        return None
     plot_stats(path + ".png", result, args)
     say(f"wrote {path}.json, .png")
     return path + ".png"

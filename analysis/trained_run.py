@@ -478,7 +478,8 @@ def report_section(run, script, name, command):
             if command.needs_model:
                 command.function(run)
             elif run.world.is_main:
-                run.figures.append(command.function([run.folder], run.config))
+                figure = command.function([run.folder], run.config)
+                run.figures += [figure] if figure else []
     except ConfigError as e:
         run.world.print0(f"left out: {e}")
         return f"Left out: {e}.\n"
