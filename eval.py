@@ -35,6 +35,7 @@ from analysis.compare import compare
 from analysis.confidence import logits
 from analysis.decoding import decode_example, hashhop_errors
 from analysis.editing import compare_editors
+from analysis.findings import describe_widest, percent
 from analysis.memory_usage import activations, norms, track
 from analysis.repair import repair
 from analysis.routing import routing
@@ -116,6 +117,9 @@ def accuracy_by_slice(run):
         "without_knowledge": getattr(data, "baselines", {}),
         "stored": stored_bits(batches, data, run.model),
     }
+    run.finding(describe_accuracy(metrics, config.split))
+    if drawn_slices(by_slice):
+        run.finding(describe_widest(by_slice, "token accuracy"))
     print_slices(result)
     print_baselines(metrics["without_knowledge"])
     for name, number in metrics["stored"].items():
@@ -140,6 +144,17 @@ def accuracy_by_slice(run):
         say(f"example {example['example']}")
         for name in ("prompt", "answer", "model"):
             say(f"  {name:8} {example[name]!r}")
+
+
+def describe_accuracy(metrics, split):
+    """Accuracy beside the best guess without knowledge, as a sentence."""
+    labels, examples = percent(metrics["accuracy"]), percent(metrics["exact_match"])
+    found = f"{labels} of the {split} labels are correct, and all of them in {examples} of examples"
+    guesses = metrics["without_knowledge"]
+    if guesses:
+        best = max(guesses, key=guesses.get)
+        found += f"; the best guess without knowledge ({best}) gets {guesses[best]:.1%}"
+    return found
 
 
 def predictions(run):

@@ -225,6 +225,7 @@ def attention(run):
     if len(maps) * n_tokens**2 <= MAX_JSON:
         weights = weights_as_lists(maps)
     if run.world.is_main:
+        run.finding(describe_roles(by_head, roles))
         print_heads(by_head)
     n = len(np.unique(table["example"]))
     title = f"{run.name}: attention maps of example {index}; roles of heads over {n} examples"
@@ -293,6 +294,26 @@ def examples_at_a_time(model, T):
     """How many examples' maps fit into MAX_WEIGHTS; at least one."""
     n_heads = getattr(getattr(model, "config", None), "n_heads", 1)
     return max(1, MAX_WEIGHTS // (len(model.layers) * n_heads * T * T))
+
+
+def describe_roles(by_head, roles):
+    """Which heads have which role, with the least and the largest share, as a sentence.
+
+    roles {(layer, head): role}, by_head {"layer 0, head 0": {pattern: cell}}
+    """
+    heads_of = {}
+    for key, role in roles.items():
+        heads_of.setdefault(role.split(",")[0], []).append(key)
+    parts = []
+    for role, keys in heads_of.items():
+        names = ", ".join(f"{layer}.{head}" for layer, head in keys)
+        part = f"{role}: {names}" if len(keys) <= 4 else f"{role}: {len(keys)} of {len(roles)}"
+        if role in PATTERNS:
+            cells = [by_head[f"layer {layer}, head {head}"][role] for layer, head in keys]
+            shares = [cell["value"] for cell in cells]
+            part += f" ({min(shares):.2f} to {max(shares):.2f} of the attention)"
+        parts.append(part)
+    return f"what heads (layer.head) attend to: {'; '.join(parts)}"
 
 
 def print_heads(by_head):

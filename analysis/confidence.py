@@ -80,6 +80,8 @@ def logits(run):
         columns[f"top{i + 1}"] = table["top"][:, i]
     bins, error = calibration(table["confidence"], table["correct"], table["example"])
     if run.world.is_main:
+        run.finding(describe_probability(total))
+        run.finding(describe_calibration(table["confidence"], table["correct"], error))
         print_summary(total, by_slice)
         print(f"expected calibration error: {error:.4f} (|confidence - accuracy|, ten bins)")
     exact_match = exact_match_of(table)
@@ -103,6 +105,24 @@ def summarize(table, mask):
         "rank": clustered_mean_ci(table["rank"][mask], example),
         "perplexity": {**perplexity, "n": nll["n"]},
     }
+
+
+def describe_probability(total):
+    """How probable the correct tokens are, as a sentence."""
+    probability, rank = total["probability"]["value"], total["rank"]["value"]
+    perplexity = total["perplexity"]["value"]
+    found = f"the correct token has probability {probability:.3f} and rank {rank:.2f} on average"
+    return f"{found} (perplexity {perplexity:.2f})"
+
+
+def describe_calibration(confidence, correct, error):
+    """Whether confidence exceeds accuracy, as a sentence."""
+    means = f"mean confidence is {confidence.mean():.1%}, accuracy {correct.mean():.1%}"
+    if error < 0.02:
+        return f"{means}: the model is calibrated (expected calibration error {error:.3f})"
+    is_over = confidence.mean() > correct.mean()
+    kind = "overconfident" if is_over else "underconfident"
+    return f"{means}: the model is {kind} (expected calibration error {error:.3f})"
 
 
 def print_summary(total, by_slice):

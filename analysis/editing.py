@@ -244,6 +244,8 @@ def compare_editors(run):
             finally:
                 model.load_state_dict(weights)
             results.append({"method": name, "edits": n, **measured})
+    for sentence in describe_editors(results):
+        run.finding(sentence)
     print_results(results)
     columns = {}
     for name in ("method", "edits", *METRICS, "seconds"):
@@ -267,6 +269,22 @@ def measure_editor(model, editor, edited, kept, unseen):
     for metric, (tokens, targets) in zip(METRICS, (edited, unseen, kept)):
         measured[metric] = proportion(n_correct(model, tokens, targets), len(tokens))
     return {**measured, "seconds": seconds}
+
+
+def describe_editors(results):
+    """Yield sentences on the first editor and the best of the others, with the most edits."""
+    n = max(r["edits"] for r in results)
+    of_most = [r for r in results if r["edits"] == n]
+    for r in of_most[:1] + sorted(of_most[1:], key=overall)[-1:]:
+        efficacy, specificity = r["efficacy"]["value"], r["specificity"]["value"]
+        method = r["method"] if r is of_most[0] else f"best of the other editors, {r['method']}"
+        what = f"{efficacy:.0%} of them get the new answer, {specificity:.0%} of others keep theirs"
+        yield f"{n} facts edited together, {method}: {what} ({r['seconds']:.2f} s)"
+
+
+def overall(result):
+    """Mean of efficacy and specificity."""
+    return result["efficacy"]["value"] + result["specificity"]["value"]
 
 
 def print_results(results):

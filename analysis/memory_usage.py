@@ -96,6 +96,7 @@ def activations(run):
         for t in np.unique(reads["position"][in_layer]):
             here = in_layer & (reads["position"] == t)
             by_position[f"{layer}, {t}"] = usage_stats(reads["slot"][here], size)
+        run.finding(describe_usage(layer, usage, size, slots))
         numbers = (usage["used"], f"{usage['fraction']:.1%}", f"{usage['effective']:.0f}")
         lines.append((str(layer), *numbers, f"{usage['kl']:.2f}", most_read(slots)))
     if run.world.is_main:
@@ -109,6 +110,15 @@ def activations(run):
         plot_activations(path, reads, by_slice, size, run.name)
 
     save_result(run, "activations", metrics, by_slice, read_examples(run, reads), reads, plot)
+
+
+def describe_usage(layer, usage, size, slots):
+    """How many slots are read, and how evenly, as a sentence."""
+    counts = np.sort(np.bincount(slots))[::-1]
+    top = counts[:10].sum() / counts.sum()
+    even = f"as evenly as {usage['effective']:.0f} equally used ones"
+    top_text = f"the ten most read get {top:.0%} of the reads"
+    return f"layer {layer} reads {usage['used']} of {size} slots, {even}; {top_text}"
 
 
 def most_read(slots):
@@ -194,6 +204,8 @@ def norms(run):
                 name = f"output of layer {layer}, position {t}"
                 position_lines.append((name, *format_ci(cell)))
     if run.world.is_main:
+        for sentence in describe_norms(metrics, by_position):
+            run.finding(sentence)
         # The figure shows many positions better.
         if len(position_lines) <= 60:
             lines += position_lines
@@ -203,6 +215,23 @@ def norms(run):
         plot_norms(path, tables, by_position, run.name)
 
     save_result(run, "norms", metrics, {"layer, position": by_position}, (), outputs, plot)
+
+
+def describe_norms(metrics, by_position):
+    """Yield sentences: values that are read beside others, and where outputs are longest."""
+    for name, cells in metrics.items():
+        if len(cells) == 2:
+            read, other = cells["read"]["value"], cells["never read"]["value"]
+            lengths = f"{read:.2f} against {other:.2f}"
+            change = f"{abs(read / other - 1):.0%} {'longer' if read > other else 'shorter'}"
+            yield f"values of {name} that are read are {change} than those never read ({lengths})"
+    for layer in dict.fromkeys(key.split(", ")[0] for key in by_position):
+        cells = positions_of(by_position, layer)
+        longest = max(cells, key=lambda t: cells[t]["value"])
+        shortest = min(cells, key=lambda t: cells[t]["value"])
+        ends = f"{cells[longest]['value']:.2f} at position {longest}"
+        ends += f" to {cells[shortest]['value']:.2f} at position {shortest}"
+        yield f"the memory output of layer {layer} has norms from {ends}"
 
 
 def output_norms(run, batch):
@@ -276,6 +305,10 @@ def track(run):
     by_layer = {str(n): mean_proportion(purity[layers == n]) for n in np.unique(layer)}
     log = [record for record in read_log(run.folder) if record["kind"] == "memory"]
     if run.world.is_main:
+        for n, cell in by_layer.items():
+            mean, n_slots = f"{cell['value']:.1%}", cell["n"]
+            where = f"at one token (mean of {n_slots} slots)"
+            run.finding(f"layer {n}: {mean} of a slot's reads are {where}")
         lines = []
         for n in np.unique(layer):
             of_layer = np.flatnonzero(layers == n)
@@ -286,9 +319,6 @@ def track(run):
                     tokens.append(f"{columns['text'][i]!r}:{times[i] / total[g]:.0%}")
                 lines.append((int(n), int(group[g] % size), int(total[g]), " ".join(tokens)))
         print_table(("layer", "slot", "reads", "at these tokens"), lines)
-        for n, cell in by_layer.items():
-            mean, n_slots = f"{cell['value']:.1%}", cell["n"]
-            print(f"layer {n}: {mean} of a slot's reads are at one token (mean of {n_slots} slots)")
         if not log:
             print("no usage of slots in log.jsonl: train with --mem_log_interval 100")
     metrics = {"fraction of reads at a slot's most frequent token": by_layer}

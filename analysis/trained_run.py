@@ -17,6 +17,7 @@ import io
 import math
 import os
 import re
+import sys
 import time
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
@@ -83,6 +84,8 @@ class TrainedRun:
     options: dict = field(default_factory=dict)  # {command: names of its settings}
     suffixes_read: list = field(default_factory=list)  # of results that the present command read
     figures: list = field(default_factory=list)  # paths of those that it wrote
+    findings: list = field(default_factory=list)  # sentences that it found
+    sample: str = ""  # which sequences it looked at, if not all of them
 
     @property
     def name(self):
@@ -102,6 +105,11 @@ class TrainedRun:
             "step": self.step,
             "model": self.settings.train.model,
         }
+
+    def finding(self, sentence):
+        """Print what a command found, in words. A report's section begins with it."""
+        say(sentence)
+        self.findings.append(sentence)
 
     def tensor(self, ids):
         return torch.from_numpy(np.asarray(ids, np.int64)).to(self.device)
@@ -158,6 +166,8 @@ def sample_batches(run):
             group = [group[i * size // per_group] for i in range(per_group)]
         for first in range(0, len(group), config.eval_batch_size):
             batches.append(np.asarray(group[first : first + config.eval_batch_size]))
+    n, n_all = sum(map(len, batches)), sum(map(len, groups))
+    run.sample = f"{n} of {n_all} {config.split} sequences" if n < n_all else ""
     return batches
 
 
@@ -210,13 +220,20 @@ def combine_columns(columns, *names):
 def correct_examples(run):
     """Indices of the examples of the split of which the model predicts every label correctly."""
     split, batch_size = run.config.split, run.config.eval_batch_size
-    model, device = run.model, run.device
-    options = dict(dtype=run.dtype, show_progress=True)
+    model, device, world = run.model, run.device, run.world
+    options = dict(dtype=run.dtype, show_progress=True, world=world)
     correct = []
     for batch in iter_predictions(model, run.data, split, batch_size, device, **options):
+        # Where the ranks share a last round, some have no batch.
+        if batch is None:
+            correct.append(np.empty(0, int))
+            continue
         wrong = batch["example"][~batch["correct"]]
         correct.append(np.setdiff1d(batch["example"], wrong))
-    return np.concatenate(correct)
+    in_order = []
+    for of_ranks in zip(*world.all_gather_object(correct)):
+        in_order += of_ranks
+    return np.concatenate(in_order)
 
 
 def label_positions(batch):
@@ -286,6 +303,7 @@ DECISIVE = (
     "ablations",
     "n_pairs",
     "exposure_pairs",
+    "exchange",
     "seed",
 )
 
@@ -433,8 +451,13 @@ def run_command(name, paths, config, commands, prefix="eval"):
             run = open_run(paths[0], config, world)
         run.prefix = prefix
         run.options = {n: c.all_options() for n, c in commands.items()}
+        # Each rank has the whole result; one prints and writes it.
+        output = sys.stdout if world.is_main else io.StringIO()
         try:
-            command.function(run)
+            with contextlib.redirect_stdout(output):
+                command.function(run)
+                if run.sample:
+                    say(f"measured on {run.sample}; --n_examples 0 takes all")
         except ConfigError as e:
             # What the run lacks has no setting at fault. A message that begins with a file of the
             # run says the folder already.
@@ -458,34 +481,54 @@ def report(run, script, commands, names, file):
     provenance = ", ".join(f"{name} {value}" for name, value in run.provenance().items())
     n_params = sum(p.numel() for p in run.model.parameters())
     text = f"# {run.name}\n\n{provenance}; {n_params:,} parameters. Intervals are 95%.\n"
+    left_out = {}
     for name in names:
         run.world.print0(f"\n{name}: {commands[name].summary}")
-        text += f"\n## {name}\n\n{report_section(run, script, name, commands[name])}"
+        try:
+            section = report_section(run, script, name, commands[name])
+            text += f"\n## {name}\n\n{section}"
+        except ConfigError as e:
+            run.world.print0(f"left out: {e}")
+            left_out.setdefault(str(e), []).append(name)
+        # Other ranks wait: the next command may read what the main rank has just written.
+        run.world.all_gather(0)
         if run.world.is_main:
-            readable = printable(text, keep="\n").encode()
+            readable = printable(text + left_out_line(left_out), keep="\n").encode()
             atomic_write(path, lambda f: f.write(readable))
+    run.sample = ""  # each section has said its own
     run.world.print0(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
 
 
+def left_out_line(left_out):
+    """{reason: names of commands} -> the report's last line, or nothing."""
+    if not left_out:
+        return ""
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in left_out.items()]
+    return f"\nLeft out: {'; '.join(parts)}.\n"
+
+
 def report_section(run, script, name, command):
-    """Run one command -> its section of the report, without the heading."""
+    """Run one command -> its section of the report, without the heading, or ConfigError."""
     start = time.perf_counter()
     run.figures.clear()
+    run.findings.clear()
     run.suffixes_read.clear()
+    run.sample = ""
     output = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output):
-            if command.needs_model:
-                command.function(run)
-            elif run.world.is_main:
-                figure = command.function([run.folder], run.config)
-                run.figures += [figure] if figure else []
-    except ConfigError as e:
-        run.world.print0(f"left out: {e}")
-        return f"Left out: {e}.\n"
+    with contextlib.redirect_stdout(output):
+        if command.needs_model:
+            command.function(run)
+        elif run.world.is_main:
+            figure = command.function([run.folder], run.config)
+            run.figures += [figure] if figure else []
     printed = output.getvalue()
     print(printed, end="", flush=True)
+    findings = ""
+    for sentence in run.findings:
+        printed = printed.replace(printable(sentence, keep="\n\t") + "\n", "", 1)
+        findings += f"- {sentence}.\n"
     table = re.sub(r"^wrote .*\n", "", printed, flags=re.M).strip()
     figures = [f"![{name}]({os.path.basename(path)})\n" for path in run.figures]
-    took = f"`python {script} {name} {run.folder}`, {time.perf_counter() - start:.1f} s"
-    return f"{command.summary}\n{took}\n\n```\n{table}\n```\n\n{''.join(figures)}"
+    sample = f"{run.sample}, " if run.sample else ""
+    took = f"`python {script} {name} {run.folder}`, {sample}{time.perf_counter() - start:.1f} s"
+    return f"{command.summary}\n\n{findings}\n{took}\n\n```\n{table}\n```\n\n{''.join(figures)}"
