@@ -16,6 +16,7 @@ import eval as eval_script
 import memory
 import train
 from analysis import confidence, memory_usage, routing, trained_run
+from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
 from toys import as_flags, load_result
@@ -108,6 +109,7 @@ def test_a_correct_example_has_no_wrong_label(monkeypatch):
     monkeypatch.setattr(trained_run, "iter_predictions", lambda *_, **__: batches)
     config = SimpleNamespace(split="test", eval_batch_size=5)
     run = SimpleNamespace(config=config, model=None, data=None, device=None, dtype=None)
+    run.world = SINGLE_PROCESS
     assert trained_run.correct_examples(run).tolist() == [3, 5, 8]
 
 
@@ -443,12 +445,14 @@ def test_correct_answers_of_hashhop_are_those_that_slices_count(runs, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, n_figures", [("memory", 7), ("mqar", 4)])
+@pytest.mark.parametrize("name, n_figures", [("memory", 7), ("mqar", 3)])
 def test_a_report_of_everything(runs, name, n_figures):
     eval_script.main(["all", str(runs / name), "--n_edits=[1]", "--n_examples=20"])
     report = (runs / name / "report_n_examples-20_n_edits-1.md").read_text()
-    for command in ("logits", "attention", "routing", "edit", "stats"):
+    for command in ("logits", "attention", "stats"):
         assert f"## {command}\n" in report
+    for command in ("routing", "edit"):
+        assert (f"## {command}\n" in report) == (name == "memory")
     lines = [line for line in report.splitlines() if line.startswith("![")]
     assert len(lines) >= n_figures
     for line in lines:
