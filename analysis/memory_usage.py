@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from analysis.trained_run import map_batches, save_result
+from analysis.trained_run import map_batches, sample_batches, save_result
 from memory import slot_usage
 from nanorecall.checkpoint import read_log
 from nanorecall.metrics import print_table
@@ -27,6 +27,19 @@ def require_slots(run):
     """ConfigError unless the model has memory layers."""
     message = f"{run.settings.train.model} has no memory layers"
     require(hasattr(run.model, "memory_layers"), message, None)
+
+
+MAX_READS = 50_000_000  # rows of a table of reads: 1.3 GB, and the same again while it is made
+
+
+def require_few_reads(run):
+    """ConfigError if the table of reads would not fit into memory."""
+    c = run.model.config
+    each = run.data.seq_len * c.mem_heads * c.mem_knn * len(run.model.memory_layers())
+    n_examples = sum(map(len, sample_batches(run)))
+    most = max(1, MAX_READS // each)
+    message = f"{n_examples} examples read up to {n_examples * each:,} slots, which are too many"
+    require(n_examples <= most, f"{message}; give --n_examples {most}", "n_examples")
 
 
 def slot_reads(run, batch):
@@ -52,17 +65,20 @@ def slot_reads(run, batch):
         tables.append(table)
     columns = {}
     for name in (*of_token, "layer", "head", "slot", "weight"):
-        columns[name] = torch.cat([table[name] for table in tables]).numpy()
+        column = torch.cat([table[name] for table in tables])
+        # Half the memory; no table has 2**31 slots.
+        columns[name] = (column.int() if column.dtype == torch.long else column).numpy()
     return columns
 
 
 def reads_of(run, *columns):
-    """These columns of the table of reads, of all batches."""
+    """These columns of the table of reads, or all of them, of all batches."""
 
     def measure(batch):
         table = slot_reads(run, batch)
-        return {name: table[name] for name in columns}
+        return {name: table[name] for name in columns or table}
 
+    require_few_reads(run)
     return map_batches(run, measure)
 
 
@@ -85,7 +101,7 @@ def usage_stats(slots, size):
 def activations(run):
     """Which slots are read, by example, layer, position and head."""
     require_slots(run)
-    reads = map_batches(run, lambda batch: slot_reads(run, batch))
+    reads = reads_of(run)
     size = run.model.config.mem_n_keys**2
     by_layer, by_position = {}, {}
     lines = []

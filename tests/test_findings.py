@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 
 import eval as eval_script
-from analysis import attention_maps, confidence, decoding, editing, findings, significance
+from analysis import (
+    attention_maps,
+    confidence,
+    decoding,
+    editing,
+    findings,
+    memory_usage,
+    significance,
+)
 from nanorecall import plots
+from nanorecall.settings import ConfigError
 from nanorecall.stats import proportion
+from toys import MEMORY_TOY
 from toys import run as train_toy
 
 
@@ -106,3 +116,12 @@ def test_a_report_begins_its_sections_with_findings(tmp_path, capsys):
     saved = json.loads((tmp_path / "r" / "eval_test.json").read_text())
     accuracy = saved["metrics"]["accuracy"]["value"]
     assert f"- {accuracy:.1%} of the test labels" in section
+
+
+def test_too_many_reads_for_the_memory_are_refused(tmp_path, monkeypatch):
+    """A sequence of 16 tokens reads 2 slots with each of 2 heads in 2 layers: 128."""
+    _, out = train_toy(tmp_path, "m", max_steps=2, model="memory", **MEMORY_TOY)
+    monkeypatch.setattr(memory_usage, "MAX_READS", 1280)
+    with pytest.raises(ConfigError, match=r"20 examples read up to 2,560 .*; give --n_examples 10"):
+        eval_script.main(["activations", out, "--n_examples=20"])
+    eval_script.main(["activations", out, "--n_examples=10"])
