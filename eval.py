@@ -36,6 +36,7 @@ from analysis.compare_figure import BANDS
 from analysis.confidence import logits
 from analysis.decoding import decode_example, hashhop_errors
 from analysis.editing import compare_editors
+from analysis.findings import describe_widest, percent
 from analysis.memory_usage import activations, norms, track
 from analysis.repair import repair
 from analysis.routing import routing
@@ -56,7 +57,7 @@ from nanorecall.metrics import (
     print_slices,
     slice_metrics,
 )
-from nanorecall.plots import errorbars, figure, finish_figure
+from nanorecall.plots import draw_slice, drawn_slices, figure, finish_figure, large_cells
 from nanorecall.settings import at_least, one_of, require, run_cli, say
 from nanorecall.stats import label_accuracy, mean_ci
 
@@ -119,6 +120,9 @@ def accuracy_by_slice(run):
         "without_knowledge": getattr(data, "baselines", {}),
         "stored": stored_bits(batches, data, run.model),
     }
+    run.finding(describe_accuracy(metrics, config.split))
+    if drawn_slices(by_slice):
+        run.finding(describe_widest(by_slice, "token accuracy"))
     print_slices(result)
     print_baselines(metrics["without_knowledge"])
     for name, number in metrics["stored"].items():
@@ -131,14 +135,29 @@ def accuracy_by_slice(run):
         measured = {name: batch[name] for name in ("example", "correct", "loss")}
         columns.append({**measured, **batch["slices"]})
 
-    def plot(path):
-        plot_slices(path, by_slice or {"all": {"all": total}}, f"{run.name}, {config.split}")
+    drawn = drawn_slices(by_slice)
 
+    def plot(path):
+        plot_slices(path, drawn, f"{run.name}, {config.split}")
+
+    # Without slices to compare, the table says it all.
+    plot = plot if drawn else None
     save_result(run, config.split, metrics, by_slice, examples, concat(columns), plot)
     for example in examples:
         say(f"example {example['example']}")
         for name in ("prompt", "answer", "model"):
             say(f"  {name:8} {example[name]!r}")
+
+
+def describe_accuracy(metrics, split):
+    """Accuracy beside the best guess without knowledge, as a sentence."""
+    labels, examples = percent(metrics["accuracy"]), percent(metrics["exact_match"])
+    found = f"{labels} of the {split} labels are correct, and all of them in {examples} of examples"
+    guesses = metrics["without_knowledge"]
+    if guesses:
+        best = max(guesses, key=guesses.get)
+        found += f"; the best guess without knowledge ({best}) gets {guesses[best]:.1%}"
+    return found
 
 
 def predictions(run):
@@ -203,17 +222,14 @@ def stored_bits(batches, data, model):
 
 def plot_slices(path, by_slice, title):
     """One panel for each slice: accuracy of each of its values, with intervals."""
-    # A slice with a single value shows nothing.
-    names = [name for name in by_slice if len(by_slice[name]) > 1] or list(by_slice)[:1]
-    plt, fig, axes = figure(1, len(names))
-    for axis, name in zip(axes, names):
-        metrics = list(by_slice[name].values())
-        errorbars(axis, range(len(metrics)), metrics)
-        ticks = [f"{value}\nn={of_value['n']}" for value, of_value in by_slice[name].items()]
-        axis.set_xticks(range(len(metrics)), ticks)
-        lowest = min(of_value["ci95"][0] for of_value in metrics)
-        axis.set(xlabel=name, ylabel="accuracy (95% interval)")
-        axis.set_ylim(min(0.98, lowest) - 0.02, 1.005)
+    plt, fig, axes = figure(1, len(by_slice))
+    lowest = 0.98
+    for axis, (name, cells) in zip(axes, by_slice.items()):
+        draw_slice(axis, name, cells)
+        axis.set_ylabel("accuracy (95% interval)")
+        lowest = min(lowest, *(cell["ci95"][0] for cell in large_cells(cells.values())))
+    for axis in axes:
+        axis.set_ylim(lowest - 0.02, 1.005)
     finish_figure(fig, plt, path, title)
 
 

@@ -38,7 +38,6 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from myriadlama import fusion, loading, prompts, results
 from myriadlama.batch import Batch
@@ -46,6 +45,7 @@ from myriadlama.questions import choose_facts, make_batches
 from nanorecall.build import enough_memory
 from nanorecall.checkpoint import make_directory, only_writer
 from nanorecall.distributed import autodetect_device, process_group
+from nanorecall.progress import progress
 from nanorecall.settings import (
     at_least,
     build_config,
@@ -445,12 +445,11 @@ def answer_all(run, folder, facts, missing, key, world):
     # Prepare all questions first: a prompt that is too long must not stop a run halfway.
     with world.agree():
         questions = [run.prepare(batch) for batch in batches]
-    no_bar = None if world.is_main else True  # None: a bar on terminals only
     path = results.progress_file(folder, results.templates_label(run.config), world.rank)
     with open(path, "a", encoding="utf-8") as file:
         results.start_progress(file, key)
         pairs = list(zip(batches, questions))
-        for batch, batch_questions in tqdm(pairs, desc="questions", disable=no_bar):
+        for batch, batch_questions in progress(pairs, "batches of questions", world.is_main):
             uuids = [prompted.fact["uuid"] for prompted in batch]
             batch_missing = missing.intersection(product(uuids, run.methods))
             missing_methods = {method for _, method in batch_missing}

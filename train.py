@@ -6,7 +6,7 @@
     python train.py --resume runs/RUN                            # after Ctrl-C, SIGTERM or a crash
     torchrun --standalone --nproc_per_node=4 train.py configs/mqar_gpt.py  # 4 GPUs or CPU processes
     sbatch train.slurm configs/mqar_gpt.py                       # SLURM, one or many nodes
-    python train.py configs/mqar_gpt.py --n_epochs 0             # print the model, and stop
+    python train.py configs/mqar_gpt.py --n_epochs 0             # print modules and settings, stop
 
 From Python: run = train.train_run(["configs/mqar_gpt.py", "--max_steps", "100"]).
 

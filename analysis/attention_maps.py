@@ -6,13 +6,15 @@
 Letters: B examples, T tokens, H heads.
 """
 
+import io
+import math
 import os
 
 import numpy as np
 import torch
 
 from analysis.trained_run import concat, map_batches, result_suffix, sample_batches, save_result
-from nanorecall.checkpoint import make_directory
+from nanorecall.checkpoint import atomic_write, make_directory
 from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.ops import attention_weights, softmax_attention
 from nanorecall.plots import figure, finish_figure, write_figure
@@ -189,6 +191,9 @@ def require_maps(run):
 
 # ---- the analysis --------------------------------------------------------------------------------
 
+MAX_WEIGHTS = 2**25  # attention weights that are held at a time: 128 MiB
+MAX_JSON = 1_000_000  # attention weights that are written as text: 10 MB
+
 
 def attention(run):
     """Maps of one example, and the role of each head over all examples."""
@@ -211,13 +216,16 @@ def attention(run):
     n_tokens = int((tokens[0] != run.pad).sum())
     tokens = tokens[:, :n_tokens].to(run.device)
     texts = [run.token(token) for token in tokens[0].tolist()]
-    maps, weights = {}, {}
+    maps = {}
     for layer, maps_of_layer in attention_maps(run.model, tokens).items():
         for head, x in enumerate(maps_of_layer[0].cpu().numpy()):
             maps[layer, head] = x
-            rounded = np.round(x, 4).tolist()
-            weights.setdefault(f"layer_{layer}", {})[f"head_{head}"] = rounded
+    folder = os.path.join(run.folder, "attention" + result_suffix(run, "attention"))
+    weights = f"{folder}/maps.npz"
+    if len(maps) * n_tokens**2 <= MAX_JSON:
+        weights = weights_as_lists(maps)
     if run.world.is_main:
+        run.finding(describe_roles(by_head, roles))
         print_heads(by_head)
     n = len(np.unique(table["example"]))
     title = f"{run.name}: attention maps of example {index}; roles of heads over {n} examples"
@@ -228,8 +236,26 @@ def attention(run):
     example = {"example": int(index), "tokens": texts, "weights": weights}
     save_result(run, "attention", {"n_examples": n}, {"head": by_head}, [example], table, plot)
     if run.world.is_main:
-        folder = os.path.join(run.folder, "attention" + result_suffix(run, "attention"))
+        make_directory(folder)
+        save_maps(f"{folder}/maps.npz", maps)
         plot_heads(folder, maps, texts, roles)
+
+
+def weights_as_lists(maps):
+    """{(layer, head): (T, T)} -> {"layer_0": {"head_0": T lists of T numbers}}"""
+    weights = {}
+    for (layer, head), x in maps.items():
+        rounded = np.round(x, 4).tolist()
+        weights.setdefault(f"layer_{layer}", {})[f"head_{head}"] = rounded
+    return weights
+
+
+def save_maps(path, maps):
+    """Write {(layer, head): (T, T)} as the arrays "layer_0_head_0", ... of one .npz file."""
+    arrays = {f"layer_{layer}_head_{head}": x for (layer, head), x in maps.items()}
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    atomic_write(path, lambda f: f.write(file.getvalue()))
 
 
 def example_to_draw(run):
@@ -246,18 +272,48 @@ def example_to_draw(run):
 def score_heads(run, batch):
     """{"example", "layer", "head", pattern} (B * layers * H,) of one batch."""
     tables = []
-    for layer, weights in attention_maps(run.model, batch.tokens).items():
-        B, H = weights.shape[:2]
-        table = {
-            "example": np.repeat(batch.indices, H),
-            "layer": np.full(B * H, layer),
-            "head": np.tile(np.arange(H), B),
-        }
-        scores = pattern_scores(weights, batch.tokens, batch.tokens != run.pad)
-        for name, x in scores.items():
-            table[name] = x.flatten().cpu().numpy()
-        tables.append(table)
+    # Maps grow with the square of the tokens, so few examples are held at a time.
+    size = examples_at_a_time(run.model, batch.tokens.shape[1])
+    for first in range(0, len(batch.tokens), size):
+        ids = batch.tokens[first : first + size]
+        indices = batch.indices[first : first + size]
+        for layer, weights in attention_maps(run.model, ids).items():
+            B, H = weights.shape[:2]
+            table = {
+                "example": np.repeat(indices, H),
+                "layer": np.full(B * H, layer),
+                "head": np.tile(np.arange(H), B),
+            }
+            for name, x in pattern_scores(weights, ids, ids != run.pad).items():
+                table[name] = x.flatten().cpu().numpy()
+            tables.append(table)
     return concat(tables)
+
+
+def examples_at_a_time(model, T):
+    """How many examples' maps fit into MAX_WEIGHTS; at least one."""
+    n_heads = getattr(getattr(model, "config", None), "n_heads", 1)
+    return max(1, MAX_WEIGHTS // (len(model.layers) * n_heads * T * T))
+
+
+def describe_roles(by_head, roles):
+    """Which heads have which role, with the least and the largest share, as a sentence.
+
+    roles {(layer, head): role}, by_head {"layer 0, head 0": {pattern: cell}}
+    """
+    heads_of = {}
+    for key, role in roles.items():
+        heads_of.setdefault(role.split(",")[0], []).append(key)
+    parts = []
+    for role, keys in heads_of.items():
+        names = ", ".join(f"{layer}.{head}" for layer, head in keys)
+        part = f"{role}: {names}" if len(keys) <= 4 else f"{role}: {len(keys)} of {len(roles)}"
+        if role in PATTERNS:
+            cells = [by_head[f"layer {layer}, head {head}"][role] for layer, head in keys]
+            shares = [cell["value"] for cell in cells]
+            part += f" ({min(shares):.2f} to {max(shares):.2f} of the attention)"
+        parts.append(part)
+    return f"what heads (layer.head) attend to: {'; '.join(parts)}"
 
 
 def print_heads(by_head):
@@ -274,41 +330,92 @@ def print_heads(by_head):
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def draw_map(axis, weights, texts, title):
-    """One head's map (T, T). Tokens are named if there is room."""
-    image = axis.imshow(weights, vmin=0, vmax=max(1, weights.max()), cmap="Blues")
+N_COLUMNS = 16  # panels of the grid in a row; a layer with more heads takes several rows
+MAX_LARGE = 6  # with more heads, panels are small: a number, and the role as a colour
+
+
+def draw_map(axis, weights, texts, title, n_named):
+    """One head's map (T, T), with about n_named of its tokens along the axes."""
+    import matplotlib.colors
+
+    # On an even scale a weight of 1/128 would be white, and a diffuse head has no others.
+    scale = matplotlib.colors.PowerNorm(0.4, vmin=0, vmax=max(1, weights.max()))
+    image = axis.imshow(weights, norm=scale, cmap="Blues", interpolation="nearest")
     axis.set_title(title, fontsize=7)
-    if len(texts) <= 40:
-        axis.set_xticks(range(len(texts)), texts, fontsize=5, rotation=90)
-        axis.set_yticks(range(len(texts)), texts, fontsize=5)
+    every = math.ceil(len(texts) / n_named)
+    named = range(0, len(texts), every)
+    labels = [texts[t] if every == 1 else f"{t}: {texts[t]}" for t in named]
+    axis.set_xticks(named, labels, fontsize=5, rotation=90)
+    axis.set_yticks(named, labels, fontsize=5)
     return image
 
 
 def plot_grid(path, maps, texts, roles, title):
-    """All maps {(layer, head): (T, T)}, one line of panels for each layer."""
-    layers, heads = zip(*maps)
-    plt, fig, axes = figure(len(set(layers)), max(heads) + 1, width=3.0, grid=False)
+    """All maps {(layer, head): (T, T)}; the panels of a layer begin a new row."""
+    n_heads = max(head for _, head in maps) + 1
+    is_small = n_heads > MAX_LARGE
+    n_columns = min(n_heads, N_COLUMNS)
+    rows_each = math.ceil(n_heads / n_columns)
+    layers = sorted({layer for layer, _ in maps})
+    n_rows = rows_each * len(layers)
+    plt, fig, axes = figure(n_rows, n_columns, width=1.0 if is_small else 3.0, grid=False)
+    if is_small:
+        fig.set_size_inches(n_columns, 1.15 * n_rows + 0.8)
     for axis in axes:
         axis.axis("off")
-    for axis, (layer, head) in zip(axes, maps):
+    for (layer, head), weights in maps.items():
+        axis = axes[layers.index(layer) * rows_each * n_columns + head]
         axis.axis("on")
-        label = f"layer {layer}, head {head}: {roles[layer, head]}"
-        image = draw_map(axis, maps[layer, head], texts, label)
+        if is_small:
+            image = draw_map(axis, weights, texts, f"{layer}.{head}", 1)
+            frame_by_role(axis, roles[layer, head])
+        else:
+            label = f"layer {layer}, head {head}: {roles[layer, head]}"
+            image = draw_map(axis, weights, texts, label, 32)
+    if is_small:
+        name_roles(fig, roles)
+        title += "; a panel is layer.head"
     fig.colorbar(image, ax=axes, shrink=0.6, label="attention weight")
     fig.supxlabel("key (token attended to)")
     fig.supylabel("query (token that attends)")
     finish_figure(fig, plt, path, title)
 
 
+def role_color(role):
+    """A colour for each pattern, and for "diffuse"; gray for a mixed head."""
+    names = [*PATTERNS, "diffuse"]
+    return f"C{names.index(role)}" if role in names else "gray"
+
+
+def frame_by_role(axis, role):
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set(color=role_color(role), linewidth=2)
+
+
+def name_roles(fig, roles):
+    """A legend of the colours of the roles that occur."""
+    from matplotlib.lines import Line2D
+
+    handles = {}
+    for role in roles.values():
+        name = role.split(",")[0]
+        handles[name] = Line2D([], [], color=role_color(name), lw=3, label=name)
+    fig.legend(handles=list(handles.values()), loc="outside right upper")
+
+
 def plot_heads(folder, maps, texts, roles):
     """A large map for each head, in files such as attention/layer_0_head_1.png."""
-    make_directory(folder)
+    # One figure for all, because making one takes longer than the rest.
+    plt, fig, (axis,) = figure(1, 1, width=6, grid=False)
+    fig.set_size_inches(7.2, 6.2)
+    image = draw_map(axis, next(iter(maps.values())), texts, "", 70)
+    axis.set(xlabel="key (token attended to)", ylabel="query (token that attends)")
+    fig.colorbar(image, ax=axis, label="attention weight")
     for (layer, head), weights in maps.items():
-        plt, fig, (axis,) = figure(1, 1, width=6, grid=False)
-        fig.set_size_inches(6.4, 5.6)
-        label = f"layer {layer}, head {head}: {roles[layer, head]}"
-        image = draw_map(axis, weights, texts, label)
-        axis.set(xlabel="key (token attended to)", ylabel="query (token that attends)")
-        fig.colorbar(image, ax=axis, label="attention weight")
+        image.set_data(weights)
+        axis.set_title(f"layer {layer}, head {head}: {roles[layer, head]}", fontsize=7)
         write_figure(fig, plt, os.path.join(folder, f"layer_{layer}_head_{head}.png"))
+        fig.set_layout_engine("none")  # it stays as it is laid out now
     say(f"wrote {folder}/layer_*_head_*.png")

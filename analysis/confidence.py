@@ -10,7 +10,14 @@ import torch
 
 from analysis.trained_run import label_positions, map_batches, save_result
 from nanorecall.metrics import print_table
-from nanorecall.plots import errorbars, figure, finish_figure
+from nanorecall.plots import (
+    draw_slice,
+    drawn_slices,
+    errorbars,
+    figure,
+    finish_figure,
+    large_cells,
+)
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.stats import (
     cluster_counts,
@@ -73,6 +80,8 @@ def logits(run):
         columns[f"top{i + 1}"] = table["top"][:, i]
     bins, error = calibration(table["confidence"], table["correct"], table["example"])
     if run.world.is_main:
+        run.finding(describe_probability(total))
+        run.finding(describe_calibration(table["confidence"], table["correct"], error))
         print_summary(total, by_slice)
         print(f"expected calibration error: {error:.4f} (|confidence - accuracy|, ten bins)")
     exact_match = exact_match_of(table)
@@ -96,6 +105,24 @@ def summarize(table, mask):
         "rank": clustered_mean_ci(table["rank"][mask], example),
         "perplexity": {**perplexity, "n": nll["n"]},
     }
+
+
+def describe_probability(total):
+    """How probable the correct tokens are, as a sentence."""
+    probability, rank = total["probability"]["value"], total["rank"]["value"]
+    perplexity = total["perplexity"]["value"]
+    found = f"the correct token has probability {probability:.3f} and rank {rank:.2f} on average"
+    return f"{found} (perplexity {perplexity:.2f})"
+
+
+def describe_calibration(confidence, correct, error):
+    """Whether confidence exceeds accuracy, as a sentence."""
+    means = f"mean confidence is {confidence.mean():.1%}, accuracy {correct.mean():.1%}"
+    if error < 0.02:
+        return f"{means}: the model is calibrated (expected calibration error {error:.3f})"
+    is_over = confidence.mean() > correct.mean()
+    kind = "overconfident" if is_over else "underconfident"
+    return f"{means}: the model is {kind} (expected calibration error {error:.3f})"
 
 
 def print_summary(total, by_slice):
@@ -160,16 +187,19 @@ def score_examples(run, table, n_examples=8):
 
 def plot_logits(path, by_slice, bins, error, title):
     """Probability of the correct token by slice; accuracy against confidence."""
-    plt, fig, axes = figure(1, max(1, len(by_slice)) + 1)
-    for axis, (name, cells) in zip(axes, by_slice.items()):
-        probabilities = [cell["probability"] for cell in cells.values()]
-        errorbars(axis, range(len(cells)), probabilities)
-        ticks = [f"{value}\nn={p['n']}" for value, p in zip(cells, probabilities)]
-        axis.set_xticks(range(len(cells)), ticks)
-        axis.set(xlabel=name, ylabel="probability of the correct token (95%)", ylim=(-0.02, 1.02))
+    drawn = drawn_slices(by_slice)
+    plt, fig, axes = figure(1, len(drawn) + 1)
+    for axis, (name, cells) in zip(axes, drawn.items()):
+        probabilities = {value: cell["probability"] for value, cell in cells.items()}
+        draw_slice(axis, name, probabilities)
+        axis.set(ylabel="probability of the correct token (95%)", ylim=(-0.02, 1.02))
     axis = axes[-1]
-    confidence = [cell["confidence"] for cell in bins]
-    errorbars(axis, confidence, bins, label=f"calibration error {error:.3f}")
+    large = large_cells(bins)
+    small = [cell for cell in bins if cell not in large]
+    for cells, color, label in ((large, "C0", "ten bins"), (small, "darkgray", "n < 1%")):
+        confidence = [cell["confidence"] for cell in cells]
+        errorbars(axis, confidence, cells, label=label, ls="none", color=color)
+    axis.set_title(f"calibration error {error:.3f}")
     axis.plot([0, 1], [0, 1], "--", color="gray", lw=1, label="perfectly calibrated")
     axis.set(xlabel="confidence: largest probability", ylabel="accuracy (95% interval)")
     axis.set_ylim(-0.02, 1.02)

@@ -115,6 +115,7 @@ def hashhop_errors(run):
         for kind in ANSWER_KINDS:
             by_hops[level][kind] = proportion(int((kinds == kind).sum()), len(kinds))
     if run.world.is_main:
+        run.finding(describe_errors(by_hops))
         lines = []
         for level, cells in by_hops.items():
             lines += [(level, kind, *format_ci(cell)) for kind, cell in cells.items()]
@@ -124,6 +125,19 @@ def hashhop_errors(run):
         plot_errors(path, by_hops, run.name)
 
     save_result(run, "hashhop", {}, {"hops": by_hops}, (), table, plot)
+
+
+def describe_errors(by_hops):
+    """The correct answers and the most frequent error by number of hops, as a sentence."""
+    parts = []
+    for level, cells in by_hops.items():
+        part = f"{cells[CORRECT]['value']:.1%} correct with {level} hops"
+        errors = [kind for kind in ANSWER_KINDS if kind != CORRECT]
+        worst = max(errors, key=lambda kind: cells[kind]["value"])
+        if cells[worst]["value"] > 0:
+            part += f" (most frequent error: {worst}, {cells[worst]['value']:.1%})"
+        parts.append(part)
+    return f"decoded token by token: {'; '.join(parts)}"
 
 
 def decode_batch(run, batch):

@@ -28,14 +28,14 @@ from nanorecall.stats import format_ci, proportion
 
 
 @in_eval_mode
-def edit_facts(model, tokens, targets, covariance=None, margin=2.0, ridge=1e-4):
+def edit_facts(model, tokens, targets, keep=(), margin=2.0, ridge=1e-4):
     """Change values of the last block so that the model answers `targets` -> record for undo_edit.
 
     tokens, targets (B, T): labels as in training; each prompt is read with its new answer. There
     are two closed forms and no gradients. First, for each label, the smallest change of the memory
     output that puts the answer's logit `margin` above all others. Then the smallest change of
-    values that produces it: least squares with a ridge. With covariance (slots, slots), see
-    key_second_moment, it is the change that disturbs those texts least (MEMIT, eq. 14).
+    values that produces it: least squares with a ridge. With keep, batches [(tokens, targets)] of
+    facts, it is the change that disturbs those least (MEMIT, eq. 14).
     ValueError if the model is not editable.
     """
     check_editable(model)
@@ -50,8 +50,8 @@ def edit_facts(model, tokens, targets, covariance=None, margin=2.0, ridge=1e-4):
     keys = hidden.new_zeros(len(slots), len(read_slots))  # (N, S)
     keys.scatter_add_(1, columns.view_as(slots), weights)
     whitened = keys  # (N, S)
-    if covariance is not None:
-        C = add_ridge(covariance[read_slots][:, read_slots].to(keys), ridge)
+    if keep:
+        C = add_ridge(key_second_moment(model, keep, read_slots).to(keys), ridge)
         whitened = torch.linalg.solve(C, keys.T).T
     solved = torch.linalg.solve(add_ridge(keys @ whitened.T, ridge), updates)  # (N, V)
     before = memory.values[read_slots]
@@ -134,17 +134,22 @@ def add_ridge(matrix, ridge):
 
 
 @in_eval_mode
-def key_second_moment(model, batches):
-    """Covariance for edit_facts: sum over labels of w w^T (slots, slots), MEMIT's C0.
+def key_second_moment(model, batches, chosen):
+    """Sum over labels of w w^T (S, S), MEMIT's C0. batches: [(tokens, targets)] of facts to keep.
 
-    w are the weights of all slots in the last block. batches: [(tokens, targets)] of facts to keep.
+    w are the weights of the chosen slots (S,) in the last block: an edit changes no others, and a
+    matrix of all slots of a large table would not fit into memory.
     """
-    values = model.layers[-1].memory.values
-    total = torch.zeros(len(values), len(values), device=values.device)
+    n_slots = len(model.layers[-1].memory.values)
+    # Where each slot stands among the chosen; others share a last column, which is dropped.
+    column = torch.full((n_slots,), len(chosen), device=chosen.device)
+    column[chosen] = torch.arange(len(chosen), device=chosen.device)
+    total = torch.zeros(len(chosen), len(chosen), device=chosen.device)
     for tokens, targets in batches:
         slots, weights, *_ = last_layer_reads(model, tokens, targets)
-        keys = torch.zeros(len(slots), len(values), device=values.device)
-        keys.scatter_add_(1, slots, weights.float())
+        keys = torch.zeros(len(slots), len(chosen) + 1, device=chosen.device)
+        keys.scatter_add_(1, column[slots], weights.float())
+        keys = keys[:, :-1]
         total += keys.T @ keys
     return total
 
@@ -157,8 +162,7 @@ def closed_form(model, tokens, targets, kept, kept_targets):
 
 
 def closed_form_protecting(model, tokens, targets, kept, kept_targets):
-    covariance = key_second_moment(model, [(kept, kept_targets)])
-    edit_facts(model, tokens, targets, covariance)
+    edit_facts(model, tokens, targets, keep=[(kept, kept_targets)])
 
 
 def fine_tune_values(model, *facts):
@@ -244,6 +248,8 @@ def compare_editors(run):
             finally:
                 model.load_state_dict(weights)
             results.append({"method": name, "edits": n, **measured})
+    for sentence in describe_editors(results):
+        run.finding(sentence)
     print_results(results)
     columns = {}
     for name in ("method", "edits", *METRICS, "seconds"):
@@ -267,6 +273,22 @@ def measure_editor(model, editor, edited, kept, unseen):
     for metric, (tokens, targets) in zip(METRICS, (edited, unseen, kept)):
         measured[metric] = proportion(n_correct(model, tokens, targets), len(tokens))
     return {**measured, "seconds": seconds}
+
+
+def describe_editors(results):
+    """Yield sentences on the first editor and the best of the others, with the most edits."""
+    n = max(r["edits"] for r in results)
+    of_most = [r for r in results if r["edits"] == n]
+    for r in of_most[:1] + sorted(of_most[1:], key=overall)[-1:]:
+        efficacy, specificity = r["efficacy"]["value"], r["specificity"]["value"]
+        method = r["method"] if r is of_most[0] else f"best of the other editors, {r['method']}"
+        what = f"{efficacy:.0%} of them get the new answer, {specificity:.0%} of others keep theirs"
+        yield f"{n} facts edited together, {method}: {what} ({r['seconds']:.2f} s)"
+
+
+def overall(result):
+    """Mean of efficacy and specificity."""
+    return result["efficacy"]["value"] + result["specificity"]["value"]
 
 
 def print_results(results):

@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from analysis.trained_run import map_batches, save_result
+from analysis.trained_run import map_batches, sample_batches, save_result
 from memory import slot_usage
 from nanorecall.checkpoint import read_log
 from nanorecall.metrics import print_table
@@ -27,6 +27,19 @@ def require_slots(run):
     """ConfigError unless the model has memory layers."""
     message = f"{run.settings.train.model} has no memory layers"
     require(hasattr(run.model, "memory_layers"), message, None)
+
+
+MAX_READS = 50_000_000  # rows of a table of reads: 1.3 GB, and the same again while it is made
+
+
+def require_few_reads(run):
+    """ConfigError if the table of reads would not fit into memory."""
+    c = run.model.config
+    each = run.data.seq_len * c.mem_heads * c.mem_knn * len(run.model.memory_layers())
+    n_examples = sum(map(len, sample_batches(run)))
+    most = max(1, MAX_READS // each)
+    message = f"{n_examples} examples read up to {n_examples * each:,} slots, which are too many"
+    require(n_examples <= most, f"{message}; give --n_examples {most}", "n_examples")
 
 
 def slot_reads(run, batch):
@@ -52,17 +65,20 @@ def slot_reads(run, batch):
         tables.append(table)
     columns = {}
     for name in (*of_token, "layer", "head", "slot", "weight"):
-        columns[name] = torch.cat([table[name] for table in tables]).numpy()
+        column = torch.cat([table[name] for table in tables])
+        # Half the memory; no table has 2**31 slots.
+        columns[name] = (column.int() if column.dtype == torch.long else column).numpy()
     return columns
 
 
 def reads_of(run, *columns):
-    """These columns of the table of reads, of all batches."""
+    """These columns of the table of reads, or all of them, of all batches."""
 
     def measure(batch):
         table = slot_reads(run, batch)
-        return {name: table[name] for name in columns}
+        return {name: table[name] for name in columns or table}
 
+    require_few_reads(run)
     return map_batches(run, measure)
 
 
@@ -85,7 +101,7 @@ def usage_stats(slots, size):
 def activations(run):
     """Which slots are read, by example, layer, position and head."""
     require_slots(run)
-    reads = map_batches(run, lambda batch: slot_reads(run, batch))
+    reads = reads_of(run)
     size = run.model.config.mem_n_keys**2
     by_layer, by_position = {}, {}
     lines = []
@@ -96,6 +112,7 @@ def activations(run):
         for t in np.unique(reads["position"][in_layer]):
             here = in_layer & (reads["position"] == t)
             by_position[f"{layer}, {t}"] = usage_stats(reads["slot"][here], size)
+        run.finding(describe_usage(layer, usage, size, slots))
         numbers = (usage["used"], f"{usage['fraction']:.1%}", f"{usage['effective']:.0f}")
         lines.append((str(layer), *numbers, f"{usage['kl']:.2f}", most_read(slots)))
     if run.world.is_main:
@@ -109,6 +126,15 @@ def activations(run):
         plot_activations(path, reads, by_slice, size, run.name)
 
     save_result(run, "activations", metrics, by_slice, read_examples(run, reads), reads, plot)
+
+
+def describe_usage(layer, usage, size, slots):
+    """How many slots are read, and how evenly, as a sentence."""
+    counts = np.sort(np.bincount(slots))[::-1]
+    top = counts[:10].sum() / counts.sum()
+    even = f"as evenly as {usage['effective']:.0f} equally used ones"
+    top_text = f"the ten most read get {top:.0%} of the reads"
+    return f"layer {layer} reads {usage['used']} of {size} slots, {even}; {top_text}"
 
 
 def most_read(slots):
@@ -194,6 +220,8 @@ def norms(run):
                 name = f"output of layer {layer}, position {t}"
                 position_lines.append((name, *format_ci(cell)))
     if run.world.is_main:
+        for sentence in describe_norms(metrics, by_position):
+            run.finding(sentence)
         # The figure shows many positions better.
         if len(position_lines) <= 60:
             lines += position_lines
@@ -203,6 +231,23 @@ def norms(run):
         plot_norms(path, tables, by_position, run.name)
 
     save_result(run, "norms", metrics, {"layer, position": by_position}, (), outputs, plot)
+
+
+def describe_norms(metrics, by_position):
+    """Yield sentences: values that are read beside others, and where outputs are longest."""
+    for name, cells in metrics.items():
+        if len(cells) == 2:
+            read, other = cells["read"]["value"], cells["never read"]["value"]
+            lengths = f"{read:.2f} against {other:.2f}"
+            change = f"{abs(read / other - 1):.0%} {'longer' if read > other else 'shorter'}"
+            yield f"values of {name} that are read are {change} than those never read ({lengths})"
+    for layer in dict.fromkeys(key.split(", ")[0] for key in by_position):
+        cells = positions_of(by_position, layer)
+        longest = max(cells, key=lambda t: cells[t]["value"])
+        shortest = min(cells, key=lambda t: cells[t]["value"])
+        ends = f"{cells[longest]['value']:.2f} at position {longest}"
+        ends += f" to {cells[shortest]['value']:.2f} at position {shortest}"
+        yield f"the memory output of layer {layer} has norms from {ends}"
 
 
 def output_norms(run, batch):
@@ -246,7 +291,8 @@ def plot_norms(path, tables, by_position, title):
         cells = positions_of(by_position, layer)
         n = max(cell["n"] for cell in cells.values())
         errorbars(right, list(cells), list(cells.values()), label=f"layer {layer}, n = {n}")
-    right.set(xlabel="position", ylabel="mean norm of the memory output (95%)", ylim=(0, None))
+    right.set(xlabel="position", ylabel="mean norm of the memory output (95%)")
+    right.set_ylim(0, 1.1 * right.get_ylim()[1])
     left.legend()
     right.legend()
     finish_figure(fig, plt, path, title)
@@ -276,6 +322,10 @@ def track(run):
     by_layer = {str(n): mean_proportion(purity[layers == n]) for n in np.unique(layer)}
     log = [record for record in read_log(run.folder) if record["kind"] == "memory"]
     if run.world.is_main:
+        for n, cell in by_layer.items():
+            mean, n_slots = f"{cell['value']:.1%}", cell["n"]
+            where = f"at one token (mean of {n_slots} slots)"
+            run.finding(f"layer {n}: {mean} of a slot's reads are {where}")
         lines = []
         for n in np.unique(layer):
             of_layer = np.flatnonzero(layers == n)
@@ -286,9 +336,6 @@ def track(run):
                     tokens.append(f"{columns['text'][i]!r}:{times[i] / total[g]:.0%}")
                 lines.append((int(n), int(group[g] % size), int(total[g]), " ".join(tokens)))
         print_table(("layer", "slot", "reads", "at these tokens"), lines)
-        for n, cell in by_layer.items():
-            mean, n_slots = f"{cell['value']:.1%}", cell["n"]
-            print(f"layer {n}: {mean} of a slot's reads are at one token (mean of {n_slots} slots)")
         if not log:
             print("no usage of slots in log.jsonl: train with --mem_log_interval 100")
     metrics = {"fraction of reads at a slot's most frequent token": by_layer}
@@ -301,22 +348,27 @@ def track(run):
 
 
 def plot_track(path, log, purity, layers, title):
-    """Usage of slots against training steps, and a histogram of purity."""
-    plt, fig, (fractions, divergences, purities) = figure(1, 3)
-    if log:
-        steps = [record["step"] for record in log]
-        for n in log[0]["layers"]:
-            for axis, name in ((fractions, "fraction"), (divergences, "kl")):
-                values = [record["layers"][n][name] for record in log]
-                axis.plot(steps, values, "o-", ms=3, label=f"layer {n}")
-        fractions.legend()
-        divergences.legend()
+    """A histogram of purity; with several rows of the log, usage of slots against steps, too."""
+    has_history = len(log) > 1
+    plt, fig, (purities, *usage) = figure(1, 3 if has_history else 1)
+    if has_history:
+        plot_usage(*usage, log)
     for n in np.unique(layers):
         x = purity[layers == n]
         edges = np.linspace(0, 1, 21)
         purities.hist(x, edges, alpha=0.5, label=f"layer {n}: {len(x)} slots read")
     purities.legend()
-    fractions.set(xlabel="step", ylabel="fraction of slots read in a step", ylim=(0, 1.02))
-    divergences.set(xlabel="step", ylabel="KL divergence from even use (nats)", ylim=(0, None))
     purities.set(xlabel="fraction of reads at its most frequent token", ylabel="slots")
     finish_figure(fig, plt, path, title)
+
+
+def plot_usage(fractions, divergences, log):
+    """The fraction of slots that a step reads, and how unevenly, on one axis each."""
+    steps = [record["step"] for record in log]
+    for axis, name in ((fractions, "fraction"), (divergences, "kl")):
+        for n in log[0]["layers"]:
+            values = [record["layers"][n][name] for record in log]
+            axis.plot(steps, values, "o-", ms=3, label=f"layer {n}")
+        axis.legend()
+    fractions.set(xlabel="step", ylabel="fraction of slots read in a step", ylim=(0, 1.02))
+    divergences.set(xlabel="step", ylabel="KL divergence from even use (nats)", ylim=(0, None))

@@ -30,7 +30,7 @@ from nanorecall.stats import (
 
 
 def stats(args, config):
-    """Analyse the results of one run, or compare two -> the path of the figure."""
+    """Analyse the results of one run, or compare two -> the path of the figure, None without."""
     require(len(args) in (1, 2), "name one or two runs: python eval.py stats runs/A [runs/B]", None)
     labels = [read_labels(arg, config.split) for arg in args]
     examples = [per_example(columns) for columns in labels]
@@ -45,6 +45,9 @@ def stats(args, config):
     path = result_path(args, config.split)
     provenance = {"runs": args, "split": config.split}
     write_json(path + ".json", {"config": provenance, **result, "examples": []})
+    if not result["by_slice"]:  # one number needs no figure
+        say(f"wrote {path}.json")
+        return None
     plot_stats(path + ".png", result, args)
     say(f"wrote {path}.json, .png")
     return path + ".png"
@@ -173,15 +176,16 @@ def one_run(examples, slices):
         nll = mean_ci(loss / n_labels)
         by_slice[name] = {**accuracy, "exact": exact, "nll": nll}
         lines.append((name, *format_ci(accuracy), *format_ci(exact), *format_ci(nll)[1:]))
-    head = ("slice", "labels", "accuracy", "95% interval", "examples", "exact", "95% interval")
-    print_table((*head, "nats per label", "95% interval"), lines)
-
     correlations = {}
     for name in slices:
         values = examples[name]
         if np.issubdtype(values.dtype, np.number) and len(np.unique(values)) > 1:
             correlations[name] = correlation(values, examples["loss"] / examples["labels"])
     add_holm(correlations.values())
+    if correlations:
+        say(describe_correlations(correlations))
+    head = ("slice", "labels", "accuracy", "95% interval", "examples", "exact", "95% interval")
+    print_table((*head, "nats per label", "95% interval"), lines)
     if correlations:
         lines = []
         for name, cell in correlations.items():
@@ -190,6 +194,27 @@ def one_run(examples, slices):
         print_table((*head, "p (permutations)", "Holm"), lines)
     metrics = {"all": by_slice.pop("all"), "correlation with loss": correlations}
     return {"metrics": metrics, "by_slice": by_slice}
+
+
+def describe_correlations(correlations):
+    """The slice that the loss depends on most, as a sentence."""
+    name = max(correlations, key=lambda name: abs(correlations[name]["value"]))
+    cell = correlations[name]
+    how = "falls" if cell["value"] < 0 else "rises"
+    test = f"Spearman's correlation {cell['value']:.2f}, p {cell['p_holm']:.2g}"
+    if cell["p_holm"] >= 0.05:
+        return f"the loss depends on no slice of numbers; most on {name} ({test})"
+    return f"the loss {how} with {name} more than with any other slice ({test})"
+
+
+def describe_difference(cell):
+    """Which of two runs is more often right on all examples, as a sentence."""
+    test, (a, b) = cell["mcnemar"], cell["exact"]
+    values = f"exact match {a['value']:.4f} and {b['value']:.4f}, McNemar p {test['p']:.2g}"
+    if test["p"] >= 0.05:
+        return f"A and B do not differ in exact match ({values})"
+    better = "A" if a["value"] > b["value"] else "B"
+    return f"{better} is correct more often ({values})"
 
 
 def two_runs(a, b, slices):
@@ -207,6 +232,7 @@ def two_runs(a, b, slices):
         }
     # The test over all examples is not one of several.
     add_holm([cell["mcnemar"] for name, cell in by_slice.items() if name != "all"])
+    say(describe_difference(by_slice["all"]))
 
     lines = []
     for name, cell in by_slice.items():

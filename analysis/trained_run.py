@@ -24,12 +24,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nanorecall.build import enough_memory
 from nanorecall.checkpoint import atomic_write, dataset_sha256, write_json
 from nanorecall.distributed import SINGLE_PROCESS, autodetect_device, process_group
 from nanorecall.metrics import autocast, iter_predictions
+from nanorecall.progress import progress
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import (
     ConfigError,
@@ -87,6 +87,7 @@ class TrainedRun:
     suffixes_read: list = field(default_factory=list)  # of results that the present command read
     figures: list = field(default_factory=list)  # paths of those that it wrote
     findings: list = field(default_factory=list)  # sentences that it found
+    sample: str = ""  # which sequences it looked at, if not all of them
 
     @property
     def name(self):
@@ -167,6 +168,8 @@ def sample_batches(run):
             group = [group[i * size // per_group] for i in range(per_group)]
         for first in range(0, len(group), config.eval_batch_size):
             batches.append(np.asarray(group[first : first + config.eval_batch_size]))
+    n, n_all = sum(map(len, batches)), sum(map(len, groups))
+    run.sample = f"{n} of {n_all} {config.split} sequences" if n < n_all else ""
     return batches
 
 
@@ -182,11 +185,9 @@ def map_batches(run, measure, batches=None, read=None):
     split = run.config.split
     if batches is None:
         batches = sample_batches(run)
-    # None shows the bar on a terminal only.
-    disable = None if world.is_main else True
     parts = []
     rank_batches = batches[world.rank :: world.size]
-    for indices in tqdm(rank_batches, desc=split, disable=disable, leave=False):
+    for indices in progress(rank_batches, f"{split} batches", world.is_main):
         tokens, targets, slices, *_ = read(indices) if read else run.data.batch(split, 0, indices)
         tokens, targets = tokens.to(run.device), targets.to(run.device)
         batch = SimpleNamespace(tokens=tokens, targets=targets, indices=indices, slices=slices)
@@ -469,6 +470,8 @@ def run_command(name, paths, config, commands, prefix="eval"):
         try:
             with contextlib.redirect_stdout(output):
                 command.function(run)
+                if run.sample:
+                    say(f"measured on {run.sample}; --n_examples 0 takes all")
         except ConfigError as e:
             # What the run lacks has no setting at fault. A message that begins with a file of the
             # run says the folder already.
@@ -506,6 +509,7 @@ def report(run, script, commands, names, file):
         if run.world.is_main:
             readable = printable(text + left_out_line(left_out), keep="\n").encode()
             atomic_write(path, lambda f: f.write(readable))
+    run.sample = ""  # each section has said its own
     run.world.print0(f"\nwrote {path} in {time.perf_counter() - start:.0f} s")
 
 
@@ -523,12 +527,14 @@ def report_section(run, script, name, command):
     run.figures.clear()
     run.findings.clear()
     run.suffixes_read.clear()
+    run.sample = ""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         if command.needs_model:
             command.function(run)
         elif run.world.is_main:
-            run.figures.append(command.function([run.folder], run.config))
+            figure = command.function([run.folder], run.config)
+            run.figures += [figure] if figure else []
     printed = output.getvalue()
     print(printed, end="", flush=True)
     findings = ""
@@ -537,5 +543,6 @@ def report_section(run, script, name, command):
         findings += f"- {sentence}.\n"
     table = re.sub(r"^wrote .*\n", "", printed, flags=re.M).strip()
     figures = [f"![{name}]({os.path.basename(path)})\n" for path in run.figures]
-    took = f"`python {script} {name} {run.folder}`, {time.perf_counter() - start:.1f} s"
+    sample = f"{run.sample}, " if run.sample else ""
+    took = f"`python {script} {name} {run.folder}`, {sample}{time.perf_counter() - start:.1f} s"
     return f"{command.summary}\n\n{findings}\n{took}\n\n```\n{table}\n```\n\n{''.join(figures)}"

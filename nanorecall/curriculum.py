@@ -32,6 +32,13 @@ class Curriculum:
             start = end
         return len(self.max_steps), step - start
 
+    def ends(self, last_step):
+        """The steps before last_step with which another stage, or the task, began."""
+        found = list(self.state["ends"])
+        for max_steps in self.max_steps[len(found) :]:
+            found.append((found[-1] if found else 0) + max_steps)
+        return [end for end in found if end < last_step]
+
     def is_learning(self, step):
         """Does the end of this step's stage depend on its loss?"""
         return self.max_loss > 0 and self.stage(step)[0] < len(self.max_steps)

@@ -9,9 +9,9 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from nanorecall.distributed import SINGLE_PROCESS
+from nanorecall.progress import progress
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import printable, require, say
 from nanorecall.stats import cluster_counts, format_ci, label_accuracy, proportion
@@ -91,9 +91,8 @@ def iter_predictions(
     """
     correct_fn = getattr(model, "correct_predictions", correct_predictions)
     batches = list(eval_batches(data, split, batch_size))
-    # None shows the bar on a terminal only.
-    disable = None if show_progress and world.is_main else True
-    for first in tqdm(range(0, len(batches), world.size), desc=split, disable=disable, leave=False):
+    rounds = range(0, len(batches), world.size)
+    for first in progress(rounds, f"{split} batches", show_progress and world.is_main):
         if world.all_gather(len(stop)).any():
             return
         # FSDP gathers weights in every forward pass, so a rank without a batch needs a dummy one.
@@ -210,12 +209,19 @@ def slice_metrics(counts):
     return {**label_accuracy(counts), "exact": exact, "nll": counts["loss"] / counts["labels"]}
 
 
+def slice_counts(result, name):
+    """Counts from what `merge_counts` returned: of the slice "name=value"; "": of all."""
+    if not name:
+        return result["all"]
+    slice_name, _, value = name.partition("=")
+    return next(c for v, c in result["by_slice"][slice_name].items() if str(v) == value)
+
+
 def slice_accuracy(result, name):
     """Token accuracy from what `merge_counts` returned: of the slice "name=value"; "": of all."""
     if not name:
         return result["accuracy"]
-    slice_name, _, value = name.partition("=")
-    counts = next(c for v, c in result["by_slice"][slice_name].items() if str(v) == value)
+    counts = slice_counts(result, name)
     return counts["correct"] / counts["labels"]
 
 

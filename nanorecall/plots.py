@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from nanorecall.checkpoint import atomic_write, read_log
+from nanorecall.metrics import slice_accuracy
 from nanorecall.settings import printable
 
 STYLE = {
@@ -54,6 +55,45 @@ def errorbars(axis, x, cells, horizontal=False, **kwargs):
     axis.grid(True)
 
 
+# A value with fewer of the measurements does not decide how far an axis reaches.
+SMALL_SHARE = 0.01
+MAX_VALUES = 24  # a slice with more values is not drawn
+
+
+def drawn_slices(by_slice):
+    """{slice: {value: cell}} -> those that have something to compare, and room for it."""
+    return {name: cells for name, cells in by_slice.items() if 1 < len(cells) <= MAX_VALUES}
+
+
+def large_cells(cells):
+    """[{"n"}] -> those with at least SMALL_SHARE of all measurements."""
+    n_all = sum(cell["n"] for cell in cells)
+    return [cell for cell in cells if cell["n"] >= SMALL_SHARE * n_all]
+
+
+def draw_slice(axis, name, cells):
+    """One point with its interval for each value of a slice: cells {value: {"value", "ci95", "n"}}.
+
+    Values are categories, so no line joins them. Those of less than SMALL_SHARE are gray.
+    """
+    large = large_cells(cells.values())
+    for x, cell in enumerate(cells.values()):
+        color = "C0" if cell in large else "darkgray"
+        errorbars(axis, [x], [cell], ls="none", color=color)
+    counts = sorted({cell["n"] for cell in cells.values()})
+    if len(counts) == 1:
+        labels, name = list(cells), f"{name} (n = {counts[0]} each)"
+    else:
+        labels = [f"{value}\nn={cell['n']}" for value, cell in cells.items()]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    is_crowded = longest * len(labels) > 50  # letters that fit into a panel
+    if is_crowded:
+        labels = [label.replace("\n", ", ") for label in labels]
+    axis.set_xticks(range(len(labels)), labels, rotation=90 if is_crowded else 0)
+    axis.set_xlim(-0.5, len(labels) - 0.5)
+    axis.set_xlabel(name if len(large) == len(cells) else f"{name}; gray: n < 1%")
+
+
 def finish_figure(fig, plt, path, title):
     """Add the title, write the figure to path and close it."""
     # A $ would begin a formula.
@@ -69,8 +109,11 @@ def write_figure(fig, plt, path):
         plt.close(fig)
 
 
-def plot_curves(folder, title):
-    """Write curves.png: loss and validation accuracy against steps, from the run's log.jsonl."""
+def plot_curves(folder, title, target_slice="", stage_ends=()):
+    """Write curves.png: loss and validation accuracy against steps, from the run's log.jsonl.
+
+    target_slice: "slice=value" to draw, too. stage_ends: steps at which curriculum stages ended.
+    """
     train, val = [], []
     for record in read_log(folder):
         if record["kind"] == "train" and record["loss"] is not None:
@@ -82,8 +125,15 @@ def plot_curves(folder, title):
     plot_records(losses, val, "loss", marker="o", ms=3, label="val")
     plot_records(accuracies, val, "accuracy", marker="o", ms=3, label="labels (token accuracy)")
     plot_records(accuracies, val, "exact_match", marker="o", ms=3, label="examples (exact match)")
-    losses.legend()
-    accuracies.legend()
+    if target_slice:
+        for record in val:
+            record["target"] = slice_accuracy(record, target_slice)
+        plot_records(accuracies, val, "target", marker="s", ms=3, label=f"labels of {target_slice}")
+    for axis in (losses, accuracies):
+        for number, step in enumerate(stage_ends):
+            label = "end of a curriculum stage" if number == 0 else None
+            axis.axvline(step, color="gray", ls="--", lw=1, label=label)
+        axis.legend()
     losses.set(xlabel="step", ylabel="loss (nats per label)", yscale="log")
     accuracies.set(xlabel="step", ylabel="val accuracy", ylim=(-0.02, 1.02))
     accuracies.set_xlim(losses.get_xlim())
@@ -91,7 +141,7 @@ def plot_curves(folder, title):
     n = "0"
     if val:
         n = f"{val[-1]['labels']} labels in {val[-1]['n_examples']} examples"
-    accuracies.set_title(f"n = {n}")
+    accuracies.set_title(f"val: {n}")
     finish_figure(fig, plt, os.path.join(folder, "curves.png"), title)
 
 

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import types
 
@@ -76,13 +77,16 @@ from nanorecall.metrics import (
     print_baselines,
     print_slices,
     slice_accuracy,
+    slice_counts,
     slice_metrics,
 )
 from nanorecall.plots import plot_curves
+from nanorecall.progress import duration
 from nanorecall.settings import (
     ConfigError,
     RunError,
     Setting,
+    changed_settings,
     field_names,
     print_help,
     printable,
@@ -170,12 +174,21 @@ class Run:
         return cls(settings, world, world.broadcast(found))
 
     def print_summary(self):
-        """Print the model, its parameters, the device, and what it needs when it decodes."""
+        """Print the model's size, the device, and what the model needs when it decodes.
+
+        With n_epochs=0, which ends here, also its modules and all settings.
+        """
         print0, model_class = self.world.print0, self.settings.model_class
         counts = count_parameters(self.model)
         total = f"{counts['total']} with embedding, last norm and head"
-        print0(self.model)
-        print0(f"params: {counts['layers']} in the layers, {total}")
+        if self.settings.train.n_epochs == 0:
+            print0(self.model)
+            values = {}
+            for config in self.configs():
+                values |= dataclasses.asdict(config)
+            print0(values)
+        model = self.settings.train.model
+        print0(f"model: {model}, params: {counts['layers']} in the layers, {total}")
         for note in self.notes:
             print0(note)
         print0(self.device_line)
@@ -291,17 +304,22 @@ class Run:
         config["resumed"] = [*config.get("resumed", []), start]
         return config
 
+    def configs(self):
+        """The dataclasses that hold all settings."""
+        return self.settings.train, self.config, self.settings.data
+
     def print_start(self):
-        """Print the directory, all settings, and how many steps there are."""
-        print0, settings = self.world.print0, self.settings
-        values = {}
-        for config in (settings.train, self.config, settings.data):
-            values |= dataclasses.asdict(config)
+        """Print the directory, the settings that are not the defaults, and the number of steps."""
+        print0 = self.world.print0
+        changed = {}
+        for config in self.configs():
+            changed |= changed_settings(config)
+        words = ", ".join(f"{name}={value}" for name, value in changed.items())
         # A batch never crosses groups.
-        size = settings.train.eval_batch_size
+        size = self.settings.train.eval_batch_size
         n_val_steps = sum(math.ceil(len(s) / size) for s in self.data.eval_groups("val"))
         print0(f"### LOGDIR: {self.folder}")
-        print0(values)
+        print0(textwrap.fill(f"not defaults: {words}", 100, break_on_hyphens=False))
         print0(self.batch_line)
         print0(f">>> n_train_steps = {self.steps_per_epoch}, n_val_steps = {n_val_steps}")
 
@@ -362,10 +380,16 @@ class Run:
             total=self.total_steps,
             initial=self.state["step"],
             desc="train",
-            unit="step",
+            bar_format="{l_bar}{bar}| step {n_fmt}/{total_fmt}, {elapsed}{postfix}",
             disable=not (world.is_main and sys.stderr.isatty()),
         )
         self.start_time = time.perf_counter() - self.state["seconds"]
+        self.before = self.state["step"], self.state["seconds"]  # what earlier starts did
+        self.restart_clock()
+
+    def restart_clock(self):
+        """The next log line says how long steps take from here on."""
+        self.timed_from = self.state["step"], time.perf_counter()
 
     def note_new_schedule(self, learning_rate):
         """Say so if the learning rate jumps, because a resumed run is to end at another step."""
@@ -398,6 +422,7 @@ class Run:
         tensors = training_state(self.model, optimizer)
         sharded = any(is_dtensor(t) for t in tensors.values())
         write_checkpoint(self.folder, name, about, tensors, sharded, self.world)
+        self.restart_clock()
 
     def write_log(self, **row):
         """Add a row to log.jsonl (main rank only)."""
@@ -426,9 +451,21 @@ class Run:
         """Log the step that was just made: a row of log.jsonl, and a line or the progress bar."""
         step = self.state["step"]
         self.write_log(kind="train", step=step, seconds=self.seconds(), loss=loss, lr=lr, **row)
-        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        text = f"loss {loss:.4f}, lr {lr:.2e}, {self.pace()}"
+        self.bar.set_postfix_str(text)
         if self.bar.disable:
-            self.print(f"step {step}/{self.total_steps}: loss {loss:.4f}, lr {lr:.2e}")
+            self.print(f"step {step}/{self.total_steps}: {text}")
+        self.restart_clock()
+
+    def pace(self):
+        """Milliseconds per step since the last line, and the time left, as text."""
+        step, first_step, began = self.state["step"], *self.timed_from
+        milliseconds = 1000 * (time.perf_counter() - began) / (step - first_step)
+        # Unlike these, the time left has evaluations and checkpoints in it.
+        steps_before, seconds_before = self.before
+        seconds_per_step = (self.seconds() - seconds_before) / (step - steps_before)
+        left = duration(seconds_per_step * (self.total_steps - step))
+        return f"{milliseconds:.0f} ms per step, {left} left"
 
     # ---- after the loop ----
 
@@ -491,12 +528,12 @@ class Run:
                 print(f"failed: the loss of the test is not finite; {LOWER_LR}", flush=True)
             return 1
         test = result["test"]
-        by_label = f"{test['accuracy']:.4f} of {test['labels']} labels"
-        by_example = f"{test['exact_match']:.4f} of {test['n_examples']} examples"
-        summary = f"test accuracy {by_label}, exact match {by_example}"
+        summary = summarize_test(test, c.target_slice)
         print_slices(test)
         print_baselines(getattr(self.data, "baselines", {}))
-        plot_curves(self.folder, f"{os.path.basename(os.path.normpath(self.folder))}\n{summary}")
+        title = f"{os.path.basename(os.path.normpath(self.folder))}\n{summary}"
+        stage_ends = self.curriculum.ends(result["step"])
+        plot_curves(self.folder, title, c.target_slice, stage_ends)
         took = f"{result['step']} steps, {result['seconds']:.0f} s"
         print(f"{summary}; {took}; {self.folder}", flush=True)
         if result["status"] == "finished":
@@ -528,6 +565,18 @@ def table_row(counts):
     """Counts of a slice -> {"accuracy", "ci95", "n", ...}."""
     found = slice_metrics(counts)
     return {"accuracy": found.pop("value"), **found}
+
+
+def summarize_test(test, target_slice):
+    """The result of a test in one line, the target slice first."""
+    by_label = f"{test['accuracy']:.4f} of {test['labels']} labels"
+    by_example = f"{test['exact_match']:.4f} of {test['n_examples']} examples"
+    summary = f"test accuracy {by_label}, exact match {by_example}"
+    if not target_slice:
+        return summary
+    n = slice_counts(test, target_slice)["labels"]
+    accuracy = slice_accuracy(test, target_slice)
+    return f"{target_slice}: accuracy {accuracy:.4f} of {n} labels; {summary}"
 
 
 def describe_test(test, tested, c):

@@ -164,6 +164,16 @@ OUR_SETTINGS = {  # what LLMonade's commands set: what does it here
 }
 
 
+def changed_settings(config):
+    """{name: value} of the settings of a dataclass that differ from their defaults."""
+    changed = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if not f.metadata.get("derived") and value != f.default:
+            changed[f.name] = value
+    return changed
+
+
 def reject_unknown(settings, *classes):
     """ConfigError if no dataclass has a setting; it names the nearest one, or ours for LLMonade's.
 

@@ -501,7 +501,7 @@ def test_correct_answers_of_hashhop_are_those_that_slices_count(runs, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, n_figures", [("memory", 7), ("mqar", 4)])
+@pytest.mark.parametrize("name, n_figures", [("memory", 7), ("mqar", 3)])
 def test_a_report_of_everything(runs, name, n_figures):
     eval_script.main(["all", str(runs / name), "--n_edits=[1]", "--n_examples=20"])
     report = (runs / name / "report_n_examples-20_n_edits-1.md").read_text()

@@ -344,4 +344,47 @@ def test_the_attention_of_a_run(tmp_path):
     n_examples, n_layers, n_heads = 50, 2, 2
     columns = pq.read_table(stem.with_suffix(".parquet")).to_pydict()
     assert len(columns["example"]) == n_examples * n_layers * n_heads
-    assert (tmp_path / "mqar" / "attention_example-4" / "layer_1_head_0.png").exists()
+    folder = tmp_path / "mqar" / "attention_example-4"
+    assert (folder / "layer_1_head_0.png").exists()
+    saved = np.load(folder / "maps.npz")["layer_1_head_0"]
+    assert np.allclose(saved, weights, atol=1e-4)
+
+
+def test_few_maps_are_held_at_a_time(tmp_path, monkeypatch):
+    """The scores are the same; a large map is not written as text."""
+    _, out = train_toy(tmp_path, "mqar", max_steps=5, n_test_examples=6)
+    file = tmp_path / "mqar" / "eval_attention.parquet"
+    eval_script.main(["attention", out])
+    together = pq.read_table(file).to_pandas()
+    sizes, maps_of = [], attention_maps.attention_maps
+
+    def count(model, tokens):
+        sizes.append(len(tokens))
+        return maps_of(model, tokens)
+
+    monkeypatch.setattr(attention_maps, "attention_maps", count)
+    monkeypatch.setattr(attention_maps, "MAX_WEIGHTS", 2 * 4 * 16 * 16)
+    monkeypatch.setattr(attention_maps, "MAX_JSON", 10)
+    eval_script.main(["attention", out])
+    assert sizes == [1, 2, 2, 2, 1]  # first the check, last the example that is drawn
+    order = ["example", "layer", "head"]
+    alone = pq.read_table(file).to_pandas().sort_values(order).reset_index(drop=True)
+    together = together.sort_values(order).reset_index(drop=True)
+    assert np.allclose(alone, together, atol=1e-5, equal_nan=True)
+    example = json.loads(file.with_suffix(".json").read_text())["examples"][0]
+    assert example["weights"].endswith("attention/maps.npz")
+
+
+def test_many_heads_are_small_panels_with_roles(tmp_path, monkeypatch):
+    """Twenty heads of two layers: two rows of 16 panels for each layer."""
+    figures = []
+    monkeypatch.setattr(attention_maps, "finish_figure", lambda fig, *rest: figures.append(fig))
+    roles = {(layer, head): "diffuse" for layer in range(2) for head in range(20)}
+    roles[1, 3] = "induction"
+    maps = dict.fromkeys(roles, np.eye(4))
+    attention_maps.plot_grid("x.png", maps, list("abcd"), roles, "title")
+    axes = figures[0].axes
+    assert len(axes) == 4 * 16 + 1 and axes[35].get_title() == "1.3"
+    assert axes[35].spines["top"].get_edgecolor() != axes[34].spines["top"].get_edgecolor()
+    texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert texts == ["diffuse", "induction"]

@@ -131,6 +131,7 @@ def compare_without_a_model(monkeypatch, seeds):
             settings=SimpleNamespace(train=SimpleNamespace(seed=seed)),
             data=SimpleNamespace(source=source),
             name="x",
+            finding=print,
         )
         editing.compare_editors(run)
     return editor, texts, results

@@ -419,18 +419,25 @@ def test_a_covariance_protects_other_facts():
     others = random_tokens(30, 4, seed=5)
     labels = torch.where(torch.arange(4) == 3, others, IGNORE_INDEX)
     batches = [(others[:15], labels[:15]), (others[15:], labels[15:])]
-    covariance = editing.key_second_moment(m, batches)
-    torch.testing.assert_close(covariance, editing.key_second_moment(m, [(others, labels)]))
+    every_slot, some_slots = torch.arange(36), torch.tensor([30, 2, 7, 11])
+    of_all = editing.key_second_moment(m, batches, every_slot)
+    torch.testing.assert_close(
+        of_all, editing.key_second_moment(m, [(others, labels)], every_slot)
+    )
+    assert (of_all[some_slots][:, some_slots] > 0).any()
+    torch.testing.assert_close(
+        of_all[some_slots][:, some_slots], editing.key_second_moment(m, batches, some_slots)
+    )
     before = m(others, labels)[0]
 
-    def change_of_others(covariance):
-        record = editing.edit_facts(m, x, y, covariance=covariance)
+    def change_of_others(keep):
+        record = editing.edit_facts(m, x, y, keep=keep)
         assert m(x, y)[0].argmax(-1).tolist() == [1, 2]
         change = (m(others, labels)[0] - before).square().sum().item()
         editing.undo_edit(m, record)
         return change
 
-    assert change_of_others(covariance) < 0.8 * change_of_others(None)
+    assert change_of_others(batches) < 0.8 * change_of_others([])
 
 
 @pytest.mark.parametrize(

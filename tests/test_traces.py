@@ -176,7 +176,9 @@ def exchange_all(model):
 
 FUNCTIONS = {
     "write": write_and_undo,
-    "key_second_moment": lambda model: editing.key_second_moment(model, [labelled()]),
+    "key_second_moment": lambda model: editing.key_second_moment(
+        model, [labelled()], torch.arange(3)
+    ),
     "answered": lambda model: editing.n_correct(model, *labelled()),
     "maps": lambda model: attention_maps.attention_maps(model, tokens(2, 6)),
     "clean_run": lambda model: I.run_with_cache(model, some_examples()),
