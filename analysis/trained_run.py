@@ -374,7 +374,9 @@ def list_results(run, what):
         name, extension = os.path.splitext(file)
         if name.startswith(stem) and extension == ".parquet":
             suffix = name.removeprefix(stem)
-            if suffix == split or suffix.startswith(beginnings):
+            # What one slot by name does (`force --slot`) is no input of another command.
+            of_one_slot = "_slot-" in suffix
+            if not of_one_slot and (suffix == split or suffix.startswith(beginnings)):
                 suffixes.append(suffix)
     return suffixes
 

@@ -472,7 +472,7 @@ def test_a_setting_out_of_reach_is_one_sentence(tmp_path, flag, message):
         dict(dim=1, dk=2, model="gated_delta"),
         dict(eval_batch_size=2**62, log_interval=2**62, save_interval=2**62, warmup_steps=2**62),
         dict(seed=2**62),
-        dict(lr=1e-320, clip_grad=1e-320),
+        dict(lr=1e-300, clip_grad=1e-300),
     ],
 )
 def test_an_odd_setting_that_is_legal_trains(tmp_path, changes):

@@ -8,6 +8,7 @@ import torch
 
 import ablate
 from analysis import hooks, named_slots
+from analysis.trained_run import list_results
 from nanorecall.settings import ConfigError
 from planted import planted_facts
 from toys import ablation_model, some_examples
@@ -146,3 +147,10 @@ def test_a_slot_that_no_example_reads(change, capsys):
     saved = change("replace", model, examples.select([0]), slot=8, pattern="mean")
     assert "no label of the 1 examples depends on slot 8" in capsys.readouterr().out
     assert not saved.columns["read"].any() and saved.plot is None
+
+
+def test_what_one_slot_does_is_no_input_of_another_command(tmp_path):
+    for name in ("ablate_force.parquet", "ablate_force_slot-7.parquet"):
+        (tmp_path / name).touch()
+    run = SimpleNamespace(folder=tmp_path, prefix="ablate", config=SimpleNamespace(split="test"))
+    assert list_results(run, "force") == [""]

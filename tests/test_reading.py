@@ -239,7 +239,7 @@ def test_metadata_that_promises_other_rows_is_refused(tmp_path, format):
     data = lambda: data_mqar.Data(data_mqar.Config(path=str(tmp_path / "a"))).batch("train", 0, [0])
     data()
     for at, new, message in (
-        (("files", "train", 0, "rows"), 30, "the files of train have 30 rows, not num_samples=20"),
+        (("files", "train", 0, "rows"), 30, "the files of train have 30 rows, not 20"),
         (("seq_len",), 8, "rows that are not of seq_len=8"),
         (("vocab_size",), 8, "tokens that are not below vocab_size=8"),
         (("num_samples",), "20", "'num_samples' is '20', not a whole number"),

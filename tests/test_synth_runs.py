@@ -151,8 +151,9 @@ def text_run(tmp_path):
 
 
 def test_a_run_on_text_is_measured(text_run, capsys):
+    """Without slices there is nothing to compare, and no figure."""
     eval_script.main([str(text_run), "--print_examples=1"])
-    assert (text_run / "eval_test.png").stat().st_size > 3000
+    assert (text_run / "eval_test.json").exists() and not (text_run / "eval_test.png").exists()
     assert "model " in capsys.readouterr().out
 
 
