@@ -177,6 +177,8 @@ def draw_time(results):
             else:
                 times.plot(seconds[-1], number, "x", color=color)
     curves.set(xscale="log", xlabel="seconds of training, one thread")
+    curves.set_xticks((2, 5, 10, 20, 50, 100), ("2", "5", "10", "20", "50", "100"))
+    curves.set_xticks([], minor=True)
     curves.set(ylabel="val token accuracy", ylim=(-0.02, 1.02))
     times.set(xlabel="seconds to 99% (cross: ended below)", xlim=(0, None))
     times.set_yticks(range(len(results)), results)
