@@ -547,8 +547,8 @@ def wait_for_run(folder, process):
 
 def test_a_killed_rank_brings_the_job_down_and_restarted_it_ends_the_same(on_ranks, tmp_path):
     changes = {**SHORT, "max_steps": 200, "eval_interval": 50, "save_interval": 10}
-    # torchrun repeats the flags, and they do not name the run. Once in a dozen times a thread of
-    # gloo's aborts a process that connects or ends (torch 2.13), which a second restart mends.
+    # torchrun repeats the flags, and they do not name the run. Once in a dozen runs a
+    # process of the restart has aborted (SIGABRT, torch 2.13), which a second restart mends.
     process = torchrun(2, *flags(tmp_path, None, **changes), max_restarts=2)
     out = wait_for_run(tmp_path, process)
     wait_for_step(out, 30, process)
