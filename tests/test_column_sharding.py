@@ -2,15 +2,13 @@
 
 import os
 
-import numpy as np
 import pytest
 import torch
 
 import train
 from nanorecall import checkpoint, metrics
-from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
-from toys import MEMORY_TOY, assert_same, contents, flags, run
+from toys import MEMORY_TOY, assert_same, contents, flags, run, spread_labels_unevenly
 
 COLUMNS = {**MEMORY_TOY, "model": "memory", "mem_n_keys": 8, "mem_shard_values": 1}
 COLUMNS |= {"max_steps": 20, "eval_interval": 10, "log_interval": 1, "lr": 1e-3, "clip_grad": 0.5}
@@ -41,18 +39,7 @@ def assert_close(a, b):
 @pytest.mark.parametrize("share", [1, 0])
 def test_two_ranks_equal_one_process(on_ranks, tmp_path, monkeypatch, how, share):
     """Also with labels spread unevenly over ranks, and so tokens in the last block."""
-    batch = InMemoryMQAR.batch
-
-    def uneven(self, split, step, rows):
-        """Of the 32 sequences of a step, each has a label more than the fourth before it."""
-        tokens, targets, slices = batch(self, split, step, rows)
-        if split == "train":
-            labels = torch.as_tensor(np.asarray(rows) % 32 // 4)
-            keep = torch.arange(targets.shape[1]) >= 16 - labels[:, None]
-            targets = torch.where(keep, targets, IGNORE_INDEX)
-        return tokens, targets, slices
-
-    monkeypatch.setattr(InMemoryMQAR, "batch", uneven)
+    spread_labels_unevenly(monkeypatch, InMemoryMQAR)
     changes = dict(mem_share_values=share, mem_gated=1, weight_decay=0.1)
     two = train_on_two(on_ranks, tmp_path, "two", parallel=how, grad_accum_steps=2, **changes)
     _, one = run(tmp_path, "one", **{**COLUMNS, **changes})

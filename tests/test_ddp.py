@@ -22,7 +22,6 @@ import signal
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -40,6 +39,7 @@ from toys import (
     counts,
     flags,
     run,
+    spread_labels_unevenly,
     torchrun,
     wait_for_step,
 )
@@ -141,18 +141,7 @@ def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_loss_is_a_mean_over_labels_not_over_ranks(on_ranks, tmp_path, monkeypatch, how):
     """Ranks and micro-batches have different numbers of labels; the first micro-batch has none."""
-    batch = InMemoryMQAR.batch
-
-    def uneven(self, split, step, rows):
-        """Of the 32 sequences of a step, each has a label more than the fourth before it."""
-        tokens, targets, slices = batch(self, split, step, rows)
-        if split == "train":
-            labels = torch.as_tensor(np.asarray(rows) % 32 // 4)
-            keep = torch.arange(targets.shape[1]) >= 16 - labels[:, None]
-            targets = torch.where(keep, targets, IGNORE_INDEX)
-        return tokens, targets, slices
-
-    monkeypatch.setattr(InMemoryMQAR, "batch", uneven)
+    spread_labels_unevenly(monkeypatch, InMemoryMQAR)
     _, one = run(tmp_path, "one", **SHORT)
     two = train_on(on_ranks, 2, tmp_path, "two", grad_accum_steps=8, parallel=how)
     assert_close(tensors(two), tensors(one), 5e-6)

@@ -16,6 +16,7 @@ import model
 import train
 from analysis.hooks import Examples
 from nanorecall import checkpoint
+from nanorecall.rng import IGNORE_INDEX
 
 # ---- a run of seconds ----------------------------------------------------------------------------
 
@@ -131,6 +132,24 @@ def assert_same(a, b):
             assert_same(x, y)
     else:
         assert a == b
+
+
+def spread_labels_unevenly(monkeypatch, data_class):
+    """Of the 32 sequences of a training step, each has a label more than the fourth before it.
+
+    data_class: the InMemoryMQAR that train.py loads, which is not the one of `import data_mqar`.
+    """
+    batch = data_class.batch
+
+    def uneven(self, split, step, rows):
+        tokens, targets, slices = batch(self, split, step, rows)
+        if split == "train":
+            labels = torch.as_tensor(np.asarray(rows) % 32 // 4)
+            keep = torch.arange(targets.shape[1]) >= 16 - labels[:, None]
+            targets = torch.where(keep, targets, IGNORE_INDEX)
+        return tokens, targets, slices
+
+    monkeypatch.setattr(data_class, "batch", uneven)
 
 
 def counts(result):
