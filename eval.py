@@ -35,7 +35,7 @@ from analysis.compare import compare
 from analysis.compare_figure import BANDS
 from analysis.confidence import logits
 from analysis.decoding import decode_example, hashhop_errors
-from analysis.editing import compare_editors
+from analysis.edit_comparison import compare_editors
 from analysis.findings import describe_widest, percent
 from analysis.memory_usage import activations, norms, track
 from analysis.repair import repair

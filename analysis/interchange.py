@@ -13,7 +13,6 @@ Reads of a memory layer are a dict, as in memory.py.
 import numpy as np
 import torch
 
-from analysis.editing import require_facts
 from analysis.hooks import (
     forward_from,
     index_reads,
@@ -23,7 +22,7 @@ from analysis.hooks import (
     sample_correct_examples,
 )
 from analysis.memory_usage import require_slots
-from analysis.trained_run import combine_columns, concat, save_result, select
+from analysis.trained_run import combine_columns, concat, require_facts, save_result, select
 from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.metrics import print_table
 from nanorecall.settings import require

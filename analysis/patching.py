@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from analysis.editing import require_facts
 from analysis.hooks import (
     Examples,
     hook_output,
@@ -25,7 +24,7 @@ from analysis.hooks import (
     same_form,
     sample_correct_examples,
 )
-from analysis.trained_run import combine_columns, concat, save_result
+from analysis.trained_run import combine_columns, concat, require_facts, save_result
 from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.plots import figure, finish_figure

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from analysis.ablation import measure, memory_inputs
-from analysis.editing import require_facts
 from analysis.hooks import forward_from, load_examples, logit_diff, run_with_cache
 from analysis.memory_usage import require_slots
 from analysis.slot_results import (
@@ -24,7 +23,7 @@ from analysis.slot_results import (
     mean_drops,
     per_value_mean,
 )
-from analysis.trained_run import concat, save_result, select
+from analysis.trained_run import concat, require_facts, save_result, select
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.stats import (

@@ -10,12 +10,11 @@ from functools import partial
 
 import numpy as np
 
-from analysis.editing import require_facts
 from analysis.interchange import OUTCOMES, outcomes_by
 from analysis.memory_usage import require_slots
 from analysis.slot_results import load_table
 from analysis.swap_matrix import DECODING, differing_answers
-from analysis.trained_run import list_results, save_result, select
+from analysis.trained_run import list_results, require_facts, save_result, select
 from nanorecall.metrics import print_table
 from nanorecall.plots import figure, finish_figure
 from nanorecall.settings import require

@@ -219,6 +219,13 @@ def combine_columns(columns, *names):
     return np.array([", ".join(map(str, combination)) for combination in zip(*values)])
 
 
+def require_facts(run):
+    """ConfigError unless the examples are facts "key:value" of digits."""
+    task = getattr(run.settings.data, "task", run.settings.train.data)
+    message = f"it needs facts of digits, task=qa or digits, not {task}"
+    require(task in ("qa", "digits"), message, None)
+
+
 def correct_examples(run):
     """Indices of the examples of the split of which the model predicts every label correctly."""
     split, batch_size = run.config.split, run.config.eval_batch_size

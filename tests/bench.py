@@ -15,6 +15,7 @@ one.
 
 import argparse
 import importlib
+import math
 import os
 import socket
 import statistics
@@ -64,11 +65,11 @@ class Result:
     size: int | None = None  # where to draw it in the figure
 
 
-CURVES = {  # benchmarks with sizes: what these are
-    "lengths": "tokens in a sequence (4,096 in a training step)",
-    "memory": "slots in the table",
-    "slots": "slots in the table (training step)",
-    "templates": "templates of a question",
+CURVES = {  # benchmarks with sizes: what these are, and what is compared with the baseline
+    "lengths": ("tokens in a sequence (4,096 in a training step)", "DeltaNet, conv 4"),
+    "memory": ("slots in the table (lookup)", "product keys, ours"),
+    "slots": ("slots in the table (training step)", "sparse gradients"),
+    "templates": ("templates of a question", "fused, ours"),
 }
 
 
@@ -514,7 +515,8 @@ def bench_slots(rounds):
     # 13 GB. With dense gradients it would take 17 GB, which is not tried.
     largest = interleave({"ours": slots_step(2048, sparse_grad=True)}, 5)
     baseline = "a quarter of the slots"
-    yield Result(f"step, {slots_text(2048)}", largest["ours"], baseline, times["ours"])
+    what = f"step, {slots_text(2048)}"
+    yield Result(what, largest["ours"], baseline, times["ours"], size=2048 * 2048)
 
 
 def slots_text(n, V=256):
@@ -863,21 +865,28 @@ def draw_curves(path, curves, rounds):
     """{name of a benchmark: [Result with a size]} -> a panel for each."""
     from matplotlib.ticker import LogLocator  # slow to import, and only --figure needs it
 
-    plt, fig, axes = plots.figure(1, max(1, len(curves)), width=4)
+    n_columns = 2 if len(curves) > 1 else 1
+    n_rows = math.ceil(len(curves) / n_columns)
+    plt, fig, axes = plots.figure(max(1, n_rows), n_columns, width=4)
+    for axis in axes[len(curves) :]:
+        axis.remove()
     for axis, (name, results) in zip(axes, curves.items()):
-        lines = {"ours": {}}
+        sizes_are, ours_is = CURVES[name]
+        lines = {ours_is: {}}
         for result in results:
             ours, baseline = milliseconds(result)
-            lines["ours"][result.size] = ours
+            lines[ours_is][result.size] = ours
             name_of_baseline = result.baseline
             lines.setdefault(name_of_baseline, {})[result.size] = baseline
         for label, points in lines.items():
+            if len(points) == 1:  # only in the table
+                continue
             axis.plot(list(points), list(points.values()), "o-", ms=3, lw=1, label=label)
-        axis.set(xscale="log", yscale="log", xlabel=CURVES[name], ylabel="ms")
-        sizes = sorted(lines["ours"])
+        axis.set(xscale="log", yscale="log", xlabel=sizes_are, ylabel="ms")
+        sizes = sorted(lines[ours_is])
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axis.set_xticks([], minor=True)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axis.set_yticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:,.4g}")
         axis.legend()

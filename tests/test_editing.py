@@ -1,4 +1,4 @@
-"""editing.py, the comparison of editors: what it measures on which facts, and what it refuses.
+"""edit_comparison.py: what it measures on which facts, and what it refuses.
 
 The closed form itself is tested in test_memory.py, and that it leaves no trace in test_traces.py.
 """
@@ -12,7 +12,8 @@ import torch
 
 import eval as eval_script
 import train
-from analysis import editing
+from analysis import edit_comparison
+from analysis.editors import EDITORS
 from nanorecall.settings import ConfigError
 from toys import as_flags
 
@@ -42,8 +43,8 @@ def results(facts):
 
 
 def test_every_editor_is_measured_and_drawn(facts, results):
-    assert {method for method, _ in results} == set(editing.EDITORS)
-    assert len(results) == 2 * len(editing.EDITORS)
+    assert {method for method, _ in results} == set(EDITORS)
+    assert len(results) == 2 * len(EDITORS)
     assert (facts / "eval_edit_n_edits-1-5.png").stat().st_size > 5000
 
 
@@ -84,7 +85,7 @@ def test_texts_are_not_edited(tmp_path):
 def test_a_counterfactual_is_made_of_the_characters_that_answers_have():
     rng, alphabet = np.random.default_rng(0), list("12345")
     for _ in range(50):
-        fact = editing.counterfactual("34512:51234 ", alphabet, rng)
+        fact = edit_comparison.counterfactual("34512:51234 ", alphabet, rng)
         key, value = fact.strip().split(":")
         assert key == "34512" and set(value) <= set(alphabet)
         assert all(new != old for new, old in zip(value, "51234"))
@@ -113,16 +114,16 @@ def compare_without_a_model(monkeypatch, seeds):
     """compare_editors on 30 known facts, 4 of them edited -> RecordingEditor, texts, results."""
     texts = [f"{i:02}:{i * 7 % 97:02} " for i in range(30)]
     editor, results = RecordingEditor(), {}
-    monkeypatch.setattr(editing, "require_editable", lambda run: None)
-    monkeypatch.setattr(editing, "correct_examples", lambda run: np.arange(30))
-    monkeypatch.setattr(editing, "encode", lambda run, facts: (facts, facts))
-    monkeypatch.setattr(editing, "EDITORS", {"none": editor})
-    monkeypatch.setattr(editing, "n_correct", editor.n_correct)
+    monkeypatch.setattr(edit_comparison, "require_editable", lambda run: None)
+    monkeypatch.setattr(edit_comparison, "correct_examples", lambda run: np.arange(30))
+    monkeypatch.setattr(edit_comparison, "encode", lambda run, facts: (facts, facts))
+    monkeypatch.setattr(edit_comparison, "EDITORS", {"none": editor})
+    monkeypatch.setattr(edit_comparison, "n_correct", editor.n_correct)
 
     def save_result(run, what, metrics, by_slice, *rest):
         results.update(by_slice["method, edits"])
 
-    monkeypatch.setattr(editing, "save_result", save_result)
+    monkeypatch.setattr(edit_comparison, "save_result", save_result)
     source = SimpleNamespace(read=lambda split, indices: ([texts[i] for i in indices], {}))
     for seed in seeds:
         run = SimpleNamespace(
@@ -133,7 +134,7 @@ def compare_without_a_model(monkeypatch, seeds):
             name="x",
             finding=print,
         )
-        editing.compare_editors(run)
+        edit_comparison.compare_editors(run)
     return editor, texts, results
 
 

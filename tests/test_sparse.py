@@ -8,7 +8,7 @@ import torch
 
 import memory
 import train
-from analysis import editing
+from analysis import editors
 from nanorecall import distributed, sparse
 from nanorecall.ops import sparse_embedding_bag, sparse_rows
 from nanorecall.settings import ConfigError
@@ -260,7 +260,7 @@ def test_facts_are_edited_by_fine_tuning():
     model = memory_model(mem_sparse_grad=True, mem_n_keys=8)
     x, y = random_tokens(2, 6), torch.full((2, 6), -100)
     y[:, 5] = torch.tensor([3, 4])
-    editing.fine_tune_values(model, x, y, x, y)
+    editors.fine_tune_values(model, x, y, x, y)
     assert model(x, y)[0].argmax(-1).tolist() == [3, 4]
 
 

@@ -13,7 +13,7 @@ import ablate
 import eval as ev
 import model as M
 import train
-from analysis import attention_maps, editing, interchange, patching, swap_matrix
+from analysis import attention_maps, editing, editors, interchange, patching, swap_matrix
 from analysis import hooks as I
 from analysis.ablation import measure_slots
 from analysis.trained_run import Command, open_run, run_command
@@ -179,7 +179,7 @@ FUNCTIONS = {
     "key_second_moment": lambda model: editing.key_second_moment(
         model, [labelled()], torch.arange(3)
     ),
-    "answered": lambda model: editing.n_correct(model, *labelled()),
+    "answered": lambda model: editors.n_correct(model, *labelled()),
     "maps": lambda model: attention_maps.attention_maps(model, tokens(2, 6)),
     "clean_run": lambda model: I.run_with_cache(model, some_examples()),
     "run_changed": change_nothing,
@@ -216,7 +216,7 @@ def test_fine_tuning_changes_weights_only(at):
     before = state(model)
     bomb.at = at
     try:
-        editing.EDITORS["fine-tune all weights, replaying others"](model, *facts)
+        editors.EDITORS["fine-tune all weights, replaying others"](model, *facts)
     except Broken:
         assert at
     after = state(model)

@@ -1,0 +1,155 @@
+"""Compare ways to edit facts that a model knows (editors.py), one batch of facts at a time.
+
+    python eval.py edit runs/RUN                       # 1 to 100 facts
+    python eval.py edit runs/RUN --n_edits "[1,300]"
+
+Efficacy: edited facts get their new answer. Specificity: other facts keep theirs.
+"""
+
+import time
+
+import numpy as np
+
+from analysis.editing import check_editable
+from analysis.editors import EDITORS, n_correct
+from analysis.trained_run import correct_examples, require_facts, save_result
+from nanorecall.metrics import print_table
+from nanorecall.plots import errorbars, figure, finish_figure
+from nanorecall.settings import ConfigError, require
+from nanorecall.stats import format_ci, proportion
+
+METRICS = {
+    "efficacy": "edited facts, new answer",
+    "specificity": "other facts, old answer",
+    "retention": "facts that an editor may use, old answer",
+}
+
+
+def compare_editors(run):
+    """Edit n facts at a time, for each n of n_edits, with every editor, and measure METRICS.
+
+    Of up to 1000 other facts that the model knows, editors may use one half, and not the other.
+    """
+    require_editable(run)
+    data, model, config = run.data, run.model, run.config
+    known = correct_examples(run)
+    n_needed = max(config.n_edits) + 10
+    message = f"the model answers {len(known)} facts correctly; n_edits={config.n_edits} needs"
+    require(len(known) >= n_needed, f"{message} {n_needed}", "n_edits")
+    rng = np.random.default_rng(run.settings.train.seed)
+    facts = []
+    for index in rng.permutation(known):
+        texts, _ = data.source.read(config.split, [index])
+        facts.append(texts[0])
+    alphabet = sorted(set("".join(fact.strip().split(":")[1] for fact in facts)))
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    results = []
+    for n in config.n_edits:
+        others = facts[n : n + 1000]
+        edited = encode(run, [counterfactual(fact, alphabet, rng) for fact in facts[:n]])
+        kept, unseen = encode(run, others[::2]), encode(run, others[1::2])
+        for name, editor in EDITORS.items():
+            try:
+                measured = measure_editor(model, editor, edited, kept, unseen)
+            finally:
+                model.load_state_dict(weights)
+            results.append({"method": name, "edits": n, **measured})
+    for sentence in describe_editors(results):
+        run.finding(sentence)
+    print_results(results)
+    columns = {}
+    for name in ("method", "edits", *METRICS, "seconds"):
+        values = [r[name] for r in results]
+        columns[name] = [v["value"] for v in values] if name in METRICS else values
+
+    def plot(path):
+        plot_edits(path, results, run.name)
+
+    metrics = {"edits": list(config.n_edits)}
+    by_slice = {"method, edits": {f"{r['method']}, {r['edits']}": r for r in results}}
+    save_result(run, "edit", metrics, by_slice, (), columns, plot)
+
+
+def measure_editor(model, editor, edited, kept, unseen):
+    """Edit the model -> METRICS and the seconds that it took. Facts: (tokens, targets)."""
+    start = time.perf_counter()
+    editor(model, *edited, *kept)
+    seconds = time.perf_counter() - start
+    measured = {}
+    for metric, (tokens, targets) in zip(METRICS, (edited, unseen, kept)):
+        measured[metric] = proportion(n_correct(model, tokens, targets), len(tokens))
+    return {**measured, "seconds": seconds}
+
+
+def describe_editors(results):
+    """Yield sentences on the first editor and the best of the others, with the most edits."""
+    n = max(r["edits"] for r in results)
+    of_most = [r for r in results if r["edits"] == n]
+    for r in of_most[:1] + sorted(of_most[1:], key=overall)[-1:]:
+        efficacy, specificity = r["efficacy"]["value"], r["specificity"]["value"]
+        method = r["method"] if r is of_most[0] else f"best of the other editors, {r['method']}"
+        what = f"{efficacy:.0%} of them get the new answer, {specificity:.0%} of others keep theirs"
+        yield f"{n} facts edited together, {method}: {what} ({r['seconds']:.2f} s)"
+
+
+def overall(result):
+    """Mean of efficacy and specificity."""
+    return result["efficacy"]["value"] + result["specificity"]["value"]
+
+
+def print_results(results):
+    head = ["method", "edits"]
+    for metric in METRICS:
+        head += [metric, "95% interval"]
+    lines = []
+    for r in results:
+        line = [r["method"], r["edits"]]
+        for metric in METRICS:
+            line += format_ci(r[metric])[1:]
+        lines.append([*line, f"{r['seconds']:.2f}"])
+    print_table([*head, "seconds"], lines)
+    print("; ".join(f"{metric}: {meaning}" for metric, meaning in METRICS.items()))
+
+
+def require_editable(run):
+    """ConfigError unless the facts of this run can be edited."""
+    message = f"editing needs memory layers, and {run.settings.train.model} has none"
+    require(hasattr(run.model, "memory_layers"), message, None)
+    require_facts(run)
+    try:
+        check_editable(run.model)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+
+
+def counterfactual(fact, alphabet, rng):
+    """The fact "key:value " with another value: each character becomes another one of alphabet."""
+    key, value = fact.strip().split(":")
+    new_value = ""
+    for character in value:
+        others = [x for x in alphabet if x != character]
+        new_value += rng.choice(others)
+    return f"{key}:{new_value} "
+
+
+def encode(run, facts):
+    """Facts of one length -> tokens and targets (B, T)."""
+    tokens, targets, *_ = run.data.encoder.batch(facts, packed=False)
+    return run.tensor(tokens), run.tensor(targets)
+
+
+def plot_edits(path, results, title):
+    """METRICS of each editor against the number of edited facts."""
+    plt, fig, axes = figure(1, len(METRICS), width=3.8)
+    for axis, metric in zip(axes, METRICS):
+        for name in EDITORS:
+            of_editor = [r for r in results if r["method"] == name]
+            measured = [r[metric] for r in of_editor]
+            errorbars(axis, [r["edits"] for r in of_editor], measured, label=name)
+        n = "" if metric == "efficacy" else f" (n = {measured[-1]['n']})"
+        ylabel = f"{metric}{n}\nexact match, 95% interval"
+        axis.set(xscale="log", xlabel="facts edited together", ylabel=ylabel, ylim=(-0.02, 1.02))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    fig.supxlabel(title)
+    finish_figure(fig, plt, path, "")
