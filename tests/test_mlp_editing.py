@@ -209,13 +209,13 @@ def test_kept_facts_of_an_mlp_do_not_change(mixing):
 @torch.no_grad()
 def test_kept_facts_of_a_table_do_not_change():
     """One reads some of the slots that are edited."""
-    m = memory_model(mem_n_keys=8, dim=32).eval()
+    m = memory_model(mem_n_keys=16, dim=32).double().eval()
     (x, y), others = facts(2), facts(1, seed=7)
     others[1][:, :5] = IGNORE_INDEX
     before = m(*others)[0]
     changes = []
     for options in (dict(), dict(keep=[others], null_space=1e-5)):
-        record = editing.edit_facts(m, x, y, ridge=1e-6, **options)
+        record = editing.edit_facts(m, x, y, **options)
         assert torch.equal(m(x, y)[0].argmax(-1), y[y != IGNORE_INDEX])
         changes.append((m(*others)[0] - before).abs().max())
         editing.undo_edit(m, record)
