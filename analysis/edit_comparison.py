@@ -11,11 +11,12 @@ import time
 import numpy as np
 
 from analysis.editing import check_editable
-from analysis.editors import EDITORS, n_correct
+from analysis.editors import EDITORS, applicable_editors, n_correct, why_not
+from analysis.mlp_editing import check_mlp_editable
 from analysis.trained_run import correct_examples, require_facts, save_result
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
-from nanorecall.settings import ConfigError, require
+from nanorecall.settings import require, say
 from nanorecall.stats import format_ci, proportion
 
 METRICS = {
@@ -31,6 +32,9 @@ def compare_editors(run):
     Of up to 1000 other facts that the model knows, editors may use one half, and not the other.
     """
     require_editable(run)
+    editors, left_out = applicable_editors(run.model, EDITORS)
+    for reason, names in left_out.items():
+        say(f"left out: {'; '.join(names)} ({reason})")
     data, model, config = run.data, run.model, run.config
     known = correct_examples(run)
     n_needed = max(config.n_edits) + 10
@@ -48,7 +52,7 @@ def compare_editors(run):
         others = facts[n : n + 1000]
         edited = encode(run, [counterfactual(fact, alphabet, rng) for fact in facts[:n]])
         kept, unseen = encode(run, others[::2]), encode(run, others[1::2])
-        for name, editor in EDITORS.items():
+        for name, editor in editors.items():
             try:
                 measured = measure_editor(model, editor, edited, kept, unseen)
             finally:
@@ -113,13 +117,9 @@ def print_results(results):
 
 def require_editable(run):
     """ConfigError unless the facts of this run can be edited."""
-    message = f"editing needs memory layers, and {run.settings.train.model} has none"
-    require(hasattr(run.model, "memory_layers"), message, None)
     require_facts(run)
-    try:
-        check_editable(run.model)
-    except ValueError as e:
-        raise ConfigError(str(e)) from None
+    no_table, no_mlp = why_not(check_editable, run.model), why_not(check_mlp_editable, run.model)
+    require(not no_table or not no_mlp, f"{no_table}; {no_mlp}", None)
     require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
 
 
@@ -143,7 +143,7 @@ def plot_edits(path, results, title):
     """METRICS of each editor against the number of edited facts."""
     plt, fig, axes = figure(1, len(METRICS), width=3.8)
     for axis, metric in zip(axes, METRICS):
-        for name in EDITORS:
+        for name in dict.fromkeys(r["method"] for r in results):
             of_editor = [r for r in results if r["method"] == name]
             measured = [r[metric] for r in of_editor]
             errorbars(axis, [r["edits"] for r in of_editor], measured, label=name)

@@ -43,8 +43,10 @@ def results(facts):
 
 
 def test_every_editor_is_measured_and_drawn(facts, results):
-    assert {method for method, _ in results} == set(EDITORS)
-    assert len(results) == 2 * len(EDITORS)
+    # Both blocks have a memory layer in place of the MLP.
+    editors = {name for name in EDITORS if "MLP" not in name}
+    assert {method for method, _ in results} == editors
+    assert len(results) == 2 * len(editors)
     assert (facts / "eval_edit_n_edits-1-5.png").stat().st_size > 5000
 
 

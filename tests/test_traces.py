@@ -13,10 +13,19 @@ import ablate
 import eval as ev
 import model as M
 import train
-from analysis import attention_maps, editing, editors, interchange, patching, swap_matrix
+from analysis import (
+    attention_maps,
+    editing,
+    editors,
+    interchange,
+    mlp_editing,
+    patching,
+    swap_matrix,
+)
 from analysis import hooks as I
 from analysis.ablation import measure_slots
 from analysis.trained_run import Command, open_run, run_command
+from memory import MemoryGPT, MemoryRouterGPT
 from nanorecall import metrics, ops, pretrained
 from nanorecall.settings import ConfigError, RunError
 from toys import ablation_model, some_examples
@@ -164,6 +173,10 @@ def write_and_undo(model):
     editing.undo_edit(model, editing.edit_facts(model, *labelled()))
 
 
+def write_and_undo_in_mlp(model):
+    editing.undo_edit(model, mlp_editing.edit_mlp(model, *labelled(), keep=[labelled()]))
+
+
 def change_nothing(model):
     hooks = [I.hook_output("mixer", model.layers[1].att, torch.zeros_like)]
     I.run_with_hooks(model, some_examples(), hooks)
@@ -176,6 +189,7 @@ def exchange_all(model):
 
 FUNCTIONS = {
     "write": write_and_undo,
+    "write in the MLP": write_and_undo_in_mlp,
     "key_second_moment": lambda model: editing.key_second_moment(
         model, [labelled()], torch.arange(3)
     ),
@@ -195,7 +209,8 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_leave_no_trace_on_a_model_in_training(name):
     """One block is in eval mode among others in training: one flag for all is not enough."""
-    model = ablation_model(mem_share_values=False).train()
+    cls = MemoryRouterGPT if "MLP" in name else MemoryGPT
+    model = ablation_model(cls, mem_share_values=False).train()
     model.layers[1].eval()
     bomb = Bomb(model.lm_head)
     before = state(model)
