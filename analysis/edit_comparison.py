@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from analysis.edit_reach import REACH, editable_facts, require_editable_facts
+from analysis.edit_reach import REACH, describe_reach, editable_facts, require_editable_facts
 from analysis.editing import check_editable
 from analysis.editors import EDITORS, n_correct
 from analysis.trained_run import correct_examples, save_result
@@ -63,7 +63,7 @@ def compare_editors(run):
             finally:
                 model.load_state_dict(weights)
             results.append({"method": name, "edits": n, **measured})
-    for sentence in describe_editors(results):
+    for sentence in [*describe_editors(results), *describe_reach(results)]:
         run.finding(sentence)
     print_results(results)
     columns = {}

@@ -56,6 +56,16 @@ def nothing_beyond(facts, edited, others):
     return {}
 
 
+def describe_reach(results):
+    """Yield a sentence for each measured kind of generalisation and portability, with the most
+    edits."""
+    n = max(r["edits"] for r in results)
+    for metric in REACH:
+        if metric in results[0] and not metric.startswith("specificity"):
+            shares = [f"{r['method']} {r[metric]['value']:.0%}" for r in results if r["edits"] == n]
+            yield f"{metric}, {n} facts edited together: {', '.join(shares)}"
+
+
 # ---- two wordings --------------------------------------------------------------------------------
 
 
