@@ -1,6 +1,6 @@
 """Synthetic QA, 2,000 pairs in two wordings, "x:y " and "q x?y": does an edit reach the other one?
 
-2 minutes on one of 2 CPU cores.
+A minute and a half on one of 2 CPU cores.
 Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch in each wording.
 
 The settings are those of configs/qa_2k_memory1.py, with twice the steps for twice the documents.
