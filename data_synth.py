@@ -17,6 +17,12 @@ each bucket are held out (exposures 0).
 '266133:[972938] '       {'exposures': 4, 'seen': 1}
 '592345:[937705] '       {'exposures': 1, 'seen': 1}
 
+With forms=2, each pair is also asked in a second wording.
+
+>>> show(Config(task="qa", num_pairs=12, buckets=(2,), forms=2))
+'617214:[573826] '       {'exposures': 2, 'seen': 1, 'form': 'first'}
+'q 617214?[573826]'      {'exposures': 2, 'seen': 1, 'form': 'second'}
+
 digits: keys are words of W digits from 1 to W. The value is another such word, or follows a rule
 (selfindex: value[i] = key[key[i]]).
 
@@ -47,6 +53,7 @@ in a batch, T tokens, N labels.
 import itertools
 import math
 import os
+import re
 import string
 import sys
 from dataclasses import dataclass
@@ -62,7 +69,7 @@ from nanorecall.settings import at_least, one_of, require, run_cli, say, within
 from nanorecall.text import MASKS, DocumentEncoder, mark_answers, read_tokenizer
 
 SETTINGS_OF = {  # task: the settings that not all tasks use
-    "qa": "num_pairs num_digits buckets heldout_frac reverse_pairs",
+    "qa": "num_pairs num_digits buckets heldout_frac reverse_pairs forms second_form_frac",
     "digits": "num_pairs rule rule_steps num_unseen",
     "twohop": "num_entities num_relations phi ood_frac markers cot_frac",
     "hashhop": "cot_frac hops test_hops hash_len hash_lens num_queries n_train_examples max_bytes",
@@ -79,6 +86,8 @@ class Config:
     buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # qa: exposures in an epoch
     heldout_frac: float = 0.1  # qa: fraction of each bucket's pairs that are never trained on
     reverse_pairs: str = "none"  # qa: add "y:x"; probe: only measured; train: also trained on
+    forms: int = 1  # qa: wordings of each pair, "x:y " and with 2 also "q x?y"
+    second_form_frac: float = 1.0  # qa: fraction of pairs that are trained on in both wordings
     rule: str = "random"  # digits: random values, or selfindex: value[i] = key[key[i]]
     rule_steps: int = 1  # digits, selfindex: times that the rule is applied to its own result
     num_unseen: int = 1000  # digits: keys that are never trained on
@@ -111,6 +120,7 @@ class Config:
         at_least(self, 1, "num_pairs", "n_train_examples", "num_queries")
         at_least(self, 0, "seed", "num_unseen", "n_val_examples", "n_test_examples")
         within(self, 1, 9, "num_digits", "rule_steps")
+        within(self, 1, 2, "forms")
         within(self, 2, 64, "hash_len")
         message = f"hash_lens={self.hash_lens} needs different numbers from 2 to 64"
         valid = all(2 <= length <= 64 for length in self.hash_lens)
@@ -120,7 +130,7 @@ class Config:
         within(self, 3, 10**6, "num_entities")
         within(self, 8, 2**20, "max_bytes")
         within(self, 0, 0.9, "heldout_frac", "heldout_facts", "ood_frac")
-        within(self, 0, 1, "cot_frac")
+        within(self, 0, 1, "cot_frac", "second_form_frac")
         require(self.phi > 0, "phi must be above 0", "phi")
         for key in ("buckets", "hops", "test_hops"):
             values = getattr(self, key)
@@ -150,6 +160,8 @@ class Config:
                 reasons[name] = f"only task {' '.join(tasks)} uses it"
         if self.rule == "random":
             reasons["rule_steps"] = "rule is random"
+        if self.forms == 1:
+            reasons["second_form_frac"] = "forms is 1"
         if self.hash_lens:
             reasons["hash_len"] = f"hash_lens={self.hash_lens} names the lengths"
         return reasons
@@ -174,7 +186,8 @@ def build_qa(c):
     """Pairs of numbers "x:y ", of one width and all different (LLMonade: MQAR and Synthetic QA).
 
     Buckets of equally many pairs have different exposures. The held-out pairs of each bucket are
-    the control: no model can know them.
+    the control: no model can know them. With forms=2, of some pairs both wordings are trained on,
+    and of the others the first.
     """
     n = c.num_pairs
     numbers = rng_for(c.seed, STREAMS["facts"]).choice(10**c.num_digits, 2 * n, replace=False)
@@ -198,8 +211,17 @@ def build_qa(c):
     if c.reverse_pairs == "train":
         train = np.concatenate([train, train + n])
         capacity["facts"] *= 2
-    if c.reverse_pairs == "probe":
-        # The reverse answers follow from stored pairs, so their bits are not stored bits.
+    if c.forms == 2:
+        texts += [second_form(text) for text in texts]
+        slices = {name: np.tile(column, 2) for name, column in slices.items()}
+        in_both = seen & (np.arange(n) % size < n_heldout(c) + n_in_both_forms(c))
+        second = np.where(in_both, "second", "second, untrained")
+        forms = np.concatenate([np.repeat("first", n), second])
+        slices["form"] = np.where(slices["seen"], forms, "held out")
+        train = np.concatenate([train, n + train[in_both[train]]])
+        test = np.arange(2 * n)
+    if c.reverse_pairs == "probe" or c.forms == 2 and not in_both[seen].all():
+        # The other answers follow from stored pairs, so their bits are not stored bits.
         capacity = {}
     splits = {"train": train, "val": test, "test": test}
     baselines = guess_baselines(keys, values, seen)
@@ -218,7 +240,10 @@ def check_qa(c):
     n_seen = size - n_heldout(c)
     message = f"heldout_frac={c.heldout_frac} leaves no pair of {size} to train on"
     require(n_seen > 0, message, "heldout_frac")
-    E = n_seen * sum(c.buckets)
+    message = "forms=2 takes no reversed pairs: leave out reverse_pairs"
+    require(c.forms == 1 or c.reverse_pairs == "none", message, "reverse_pairs")
+    n_shown = n_seen + (n_in_both_forms(c) if c.forms == 2 else 0)
+    E = n_shown * sum(c.buckets)
     message = f"an epoch of {E} documents is too long; lower buckets or num_pairs"
     require(E <= 10**8, message, "buckets")
 
@@ -230,8 +255,20 @@ def n_heldout(c):
     return max(1, round(c.heldout_frac * c.num_pairs / len(c.buckets)))
 
 
+def n_in_both_forms(c):
+    """Pairs in each bucket that are trained on in both wordings."""
+    n_seen = c.num_pairs // len(c.buckets) - n_heldout(c)
+    return round(c.second_form_frac * n_seen)
+
+
 def fact_texts(keys, values):
     return [f"{key}:{value} " for key, value in zip(keys, values)]
+
+
+def second_form(fact):
+    """The second wording of a fact: "x:y " -> "q x?y". The label mask qa finds both answers."""
+    key, value = fact.strip().split(":")
+    return f"q {key}?{value}"
 
 
 # ---- digits --------------------------------------------------------------------------------------
@@ -326,6 +363,17 @@ def build_twohop(c):
     # Without markers the text has the form of digits, so it takes that label mask.
     kind = "twohop" if c.markers else "digits"
     return FactDataset(c, kind, texts, splits, {"query": query}, baselines)
+
+
+def read_two_hop(text):
+    """A single fact or a query, "a>b " to "a>x>yb>c " -> entity, letters of its one or two
+    relations, answer.
+
+    >>> read_two_hop("16>>30 "), read_two_hop("16>x>y43>30 ")
+    (('16', ['', ''], '30'), ('16', ['x', 'y'], '43>30'))
+    """
+    entity, *letters, answer = re.fullmatch(r"(\d+)>([a-z]?)(>[a-z]?)?([\d>]+) ", text).groups()
+    return entity, [mark.removeprefix(">") for mark in letters if mark is not None], answer
 
 
 def check_twohop(c):

@@ -219,11 +219,14 @@ def combine_columns(columns, *names):
     return np.array([", ".join(map(str, combination)) for combination in zip(*values)])
 
 
-def require_facts(run):
-    """ConfigError unless the examples are facts "key:value" of digits."""
+def require_facts(run, all_forms=False):
+    """ConfigError unless the examples are facts "key:value" of digits; with all_forms, they may
+    have a second wording."""
     task = getattr(run.settings.data, "task", run.settings.train.data)
     message = f"it needs facts of digits, task=qa or digits, not {task}"
     require(task in ("qa", "digits"), message, None)
+    has_forms = "form" in run.data.source.slices
+    require(all_forms or not has_forms, "it needs facts of one wording: train with forms=1", None)
 
 
 def correct_examples(run):

@@ -381,6 +381,8 @@ def mark_answers(tokenizer, tokens, targets):
         if was_scored and not scored:
             pieces.append("]")
         pieces.append(tokenizer.decode([token]))
+    if scored:
+        pieces.append("]")
     return "".join(pieces)
 
 

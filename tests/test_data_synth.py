@@ -109,6 +109,56 @@ def test_qa_reverse_pairs(reverse_pairs):
     assert not trained & heldout
 
 
+def read_forms(source):
+    """{(key, value): {"first" or "second": number of the document}}, read by its marks."""
+    facts = collections.defaultdict(dict)
+    for number, text in enumerate(source.texts):
+        first = re.fullmatch(r"(\d{6}):(\d{6}) ", text)
+        second = re.fullmatch(r"q (\d{6})\?(\d{6})", text)
+        facts[(first or second).groups()]["first" if first else "second"] = number
+    return facts
+
+
+@pytest.mark.parametrize("second_form_frac, n_in_both", [(1.0, 18), (0.5, 9), (0.0, 0)])
+def test_qa_in_two_wordings(second_form_frac, n_in_both):
+    """Of 20 pairs in each bucket 2 are held out, and n_in_both are trained on in both wordings."""
+    sizes = dict(num_pairs=40, buckets=(1, 3), **WHOLE_SPLITS)
+    source = data_synth.build_qa(Config(forms=2, second_form_frac=second_form_frac, **sizes))
+    shown = collections.Counter(source.splits["train"].tolist())
+    pairs = collections.Counter()
+    for numbers in read_forms(source).values():
+        first, second = numbers["first"], numbers["second"]
+        exposures = source.slices["exposures"][[first, second]]
+        assert exposures[0] == exposures[1] == shown[first]
+        forms = source.slices["form"][[first, second]].tolist()
+        if shown[second]:
+            assert shown[second] == shown[first] and forms == ["first", "second"]
+        elif shown[first]:
+            assert forms == ["first", "second, untrained"]
+        else:
+            assert forms == ["held out", "held out"]
+        pairs[shown[first], shown[second] > 0] += 1
+    assert sum(pairs.values()) == 40 and pairs[0, False] == 4
+    for exposures in (1, 3):
+        assert pairs[exposures, True] == n_in_both
+        assert pairs[exposures, False] == 18 - n_in_both
+    assert sorted(source.splits["test"]) == list(range(80))
+    one_form = data_synth.build_qa(Config(**sizes))
+    assert source.texts[:40] == one_form.texts
+    assert bool(source.capacity) == (second_form_frac == 1)
+
+
+@pytest.mark.parametrize("pack_documents", [False, True])
+def test_answers_of_both_wordings_are_scored(pack_documents):
+    data = small_data("qa", forms=2, pack_documents=pack_documents)
+    texts = documents(data, "train", range(20))
+    assert {text[0] == "q" for text in texts} == {False, True}
+    for text, scored in zip(texts, scored_texts(data, "train", range(20))):
+        assert scored == re.split("[:?]", text)[1].strip()
+    tokens, targets, *_ = data.batch("train", 0, range(20))
+    assert (targets != IGNORE_INDEX).sum() == 20 * 6
+
+
 # ---- digits --------------------------------------------------------------------------------------
 
 

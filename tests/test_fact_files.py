@@ -116,6 +116,8 @@ def test_the_majority_digit_is_that_of_trained_answers(task):
 
 WRITTEN = {task: (task, {}) for task in SMALL}
 WRITTEN["reverse"] = ("qa", dict(reverse_pairs="probe"))
+WRITTEN["forms"] = ("qa", dict(forms=2))
+WRITTEN["a form for some"] = ("qa", dict(forms=2, second_form_frac=0.5))
 WRITTEN["no markers"] = ("twohop", dict(markers=0))
 WRITTEN["cot"] = ("twohop", dict(num_relations=3, cot_frac=1))
 N_PROBLEMS = 30  # of an epoch of hashhop
@@ -160,7 +162,7 @@ def test_what_is_written_is_the_task_in_memory(tmp_path, variant, file_format):
         assert documents_with_slices(stored, split, n) == documents_with_slices(made, split, n)
     assert stored.kind == made.kind and stored.baselines == made.baselines
     assert stored.source.capacity == made.source.capacity
-    assert bool(stored.source.capacity) == (variant in ("qa", "digits"))
+    assert bool(stored.source.capacity) == (variant in ("qa", "digits", "forms"))
     _, targets, slices = stored.batch("test", 0, range(8))
     assert (targets != IGNORE_INDEX).any()
     assert slices.keys() == made.batch("test", 0, range(8))[2].keys()
@@ -264,6 +266,10 @@ def test_rows_that_others_changed_are_named(tmp_path, old, new, message):
         ("qa --num_digits=2 --num_pairs=800", "800 pairs need 1600 different numbers"),
         ("qa --buckets=[1] --num_pairs=1", "heldout_frac=0.1 leaves no pair of 1 to train on"),
         ("qa --buckets=[1,1]", "names a bucket twice"),
+        ("qa --forms=3", "forms=3 must be between 1 and 2"),
+        ("qa --forms=2 --reverse_pairs=train", "forms=2 takes no reversed pairs"),
+        ("qa --second_form_frac=0.5", "forms is 1"),
+        ("digits --forms=2", "only task qa uses it"),
         ("digits --buckets=[1,2]", "only task qa uses it"),
         ("digits --rule_steps=2", "rule is random"),
         ("twohop --phi=3", r"at most 0.8\d or more relations"),
