@@ -143,7 +143,7 @@ def describe_edit(run, new_facts):
     """What config.json of the edited run says about the edit: see edited_run.EDIT."""
     rows = []
     for fact in new_facts:
-        rows.append({"question": fact.question, "answer": answer_text(run.data, fact).strip()})
+        rows.append({"question": fact.question, "answer": answer_text(run.data, fact)})
     config = run.config
     about = {"run": run.folder, "checkpoint": config.checkpoint, "step": run.step}
     return about | {"editor": config.editor, "facts": rows}
@@ -157,7 +157,7 @@ def describe_answers(run, new_facts, before, after):
             {
                 "question": fact.question,
                 "before": old.text,
-                "asked for": answer_text(run.data, fact).strip(),
+                "asked for": answer_text(run.data, fact),
                 "after": new.text,
                 "exact": np.array_equal(new.tokens, fact.answer),
                 "probability": new.probability,
@@ -185,7 +185,7 @@ def report_changed(run, changed, answers):
     say(f"other facts that changed, the first {len(answers)} of {len(changed)}:")
     rows = []
     for fact, answer in zip(changed, answers):
-        rows.append((fact.question, answer_text(run.data, fact).strip(), answer.text))
+        rows.append((fact.question, answer_text(run.data, fact), answer.text))
     print_table(("question", "before", "after"), rows)
 
 
