@@ -166,7 +166,7 @@ def test_a_fact_that_shares_no_slot_keeps_its_logits_to_the_bit(runs):
     after = open_run(str(runs / "edited"), evaluate.EvalConfig())
     changed = load_checkpoint(str(runs / "edited"), "edit_1")["tensors"]
     rows = changed["rows.layers.1.memory.values"]
-    assert set(changed) == {f"{kind}.layers.1.memory.values" for kind in ("rows", "before", "after")}
+    assert {name.partition(".")[2] for name in changed} == {"layers.1.memory.values"}
     n_untouched = n_touched = 0
     for fact in asking.known_facts(before):
         facts = asking.encode_facts(before, [fact])
@@ -327,17 +327,23 @@ def test_rows_are_restored_to_the_bit_also_nan_and_vectors():
 # ---- refusals ------------------------------------------------------------------------------------
 
 KNOWN = "Capital of olsO?"
+
+
+def line(question, answer):
+    return json.dumps({"question": question, "answer": answer})
+
+
 BAD_FILES = {  # lines of a file of edits: the sentence
     "": "edits.jsonl is empty; it needs a line for each fact to edit",
     "{": r"edits.jsonl:1: no JSON \(.*\); is the line torn\?",
     "[1]": "edits.jsonl:1: a JSON list, not an object",
     '{"question": "x"}': 'edits.jsonl:1: needs "question" and "answer"',
-    '{"question": "%s", "answer": 7}' % KNOWN: 'edits.jsonl:1: "answer" is int, not text',
-    '{"question": "%s", "answer": " "}' % KNOWN: 'edits.jsonl:1: "answer" is empty',
-    '{"question": "%s", "answer": "\\ud800"}' % KNOWN: "1: .* half of a surrogate pair",
-    '{"question": "\\ud800", "answer": "a"}': "1: .* half of a surrogate pair",
-    '\n{"question": "Who?", "answer": "a"}': "jsonl:2: the model does not know .* 'Who\\?'; --add",
-    '{"question": "%s", "answer": "a"}\n{"question": "%s ", "answer": "b"}' % (KNOWN, KNOWN): (
+    line(KNOWN, 7): 'edits.jsonl:1: "answer" is int, not text',
+    line(KNOWN, " "): 'edits.jsonl:1: "answer" is empty',
+    line(KNOWN, "\ud800"): "1: .* half of a surrogate pair",
+    line("\ud800", "a"): "1: .* half of a surrogate pair",
+    "\n" + line("Who?", "a"): r"jsonl:2: the model does not know .* 'Who\?'; --add 1",
+    line(KNOWN, "a") + "\n" + line(KNOWN + " ", "b"): (
         "edits.jsonl:2: asks the same as .*edits.jsonl:1; leave one out"
     ),
 }
