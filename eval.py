@@ -113,7 +113,7 @@ class EvalConfig(AnalysisConfig):
             names = ("print_examples", "example")
             reasons |= dict.fromkeys(names, "ask prints answers alone")
         if self.undo:
-            reasons["facts"] = "undo takes an edit back"
+            reasons |= dict.fromkeys(("facts", "n_edits"), "undo takes an edit back")
         if self.facts:
             reasons["n_edits"] = "facts names what to edit"
         else:

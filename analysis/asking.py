@@ -214,4 +214,4 @@ def answer_questions(run):
             fact = make_fact(run.data, facts, question, any_answer)
         answer = ask(run.model, run, fact)
         if run.world.is_main:
-            say(f"{question} {answer.text}  (probability {answer.probability:.3f}{note})")
+            say(f"{question} {answer.text}  (probability {answer.probability:.3g}{note})")
