@@ -3,6 +3,7 @@
     python eval.py runs/RUN                       # test accuracy by slice, with 95% intervals
     python eval.py runs/RUN --print_examples 8    # and what the model answers to eight examples
     python eval.py runs/RUN --example 3           # and to the example with index 3
+    python eval.py runs/RUN --ask "34512:"        # the answer to a question, and its probability
     python eval.py hashhop runs/RUN               # the same for the runs of one task: mqar, qa,
                                                   # digits, twohop, hashhop, text
     python eval.py all runs/RUN                   # all that fits the run, with figures: report.md
@@ -12,6 +13,8 @@
     python eval.py activations | norms | track | routing runs/RUN     # memory layers
     python eval.py attention runs/RUN             # attention maps, and the role of each head
     python eval.py edit runs/RUN                  # closed-form editing beside fine-tuning
+    python eval.py edit runs/RUN --facts edits.jsonl --save_as NAME   # rewrite facts of your choice
+    python eval.py edit runs/NAME --undo 1        # and take that back
     python eval.py stats runs/A [runs/B]          # intervals and tests of one run or two
     python eval.py compare 'runs/*'               # runs side by side, seeds as bands
     python eval.py repair results.jsonl           # every whole record of a damaged file
@@ -30,14 +33,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.asking import answer_questions
 from analysis.attention_maps import attention
 from analysis.compare import compare
 from analysis.compare_figure import BANDS
 from analysis.confidence import logits
 from analysis.decoding import decode_example, hashhop_errors
 from analysis.edit_comparison import compare_editors
+from analysis.editors import EDITORS
 from analysis.findings import describe_widest, percent
 from analysis.memory_usage import activations, norms, track
+from analysis.named_edits import edit_named_facts, undo
 from analysis.repair import repair
 from analysis.routing import routing
 from analysis.significance import stats
@@ -58,17 +64,31 @@ from nanorecall.metrics import (
     slice_metrics,
 )
 from nanorecall.plots import draw_slice, drawn_slices, figure, finish_figure, large_cells
-from nanorecall.settings import at_least, one_of, require, run_cli, say
+from nanorecall.settings import (
+    Json,
+    at_least,
+    fits_in_a_path,
+    one_of,
+    require,
+    run_cli,
+    say,
+)
 from nanorecall.stats import label_accuracy, mean_ci
 
 
 @dataclass
 class EvalConfig(AnalysisConfig):
     print_examples: int = 0  # print this many examples with the answers that the model decodes
+    ask: Json = ""  # print the model's answer to this question, or to each of a JSON list
     example: int = -1  # index of an example to print (attention: to draw); -1: none (the first)
     n_examples: int = 1000  # examples to analyse, equally many from each eval group; 0: all
     data: str = ""  # routing: a .jsonl or .parquet file of texts, instead of the run's own data
     n_edits: tuple[int, ...] = (1, 3, 10, 30, 100)  # edit: how many facts to edit at once
+    facts: str = ""  # edit: a .jsonl of facts to rewrite: {"question", "answer"}, the new answer
+    editor: str = "closed form, protecting others"  # edit --facts: which one; see editors.EDITORS
+    add: bool = False  # edit --facts: also write facts that the model does not know yet
+    save_as: str = ""  # edit --facts: name of a run directory to write, with the edited weights
+    undo: bool = False  # edit: take the latest edit of an edited run back
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
     band: str = "range"  # compare: band over seeds, lowest to highest; or interval, 95% of the mean
     output: str = ""  # compare: path without extension; empty: a file in the runs' directory
@@ -81,6 +101,25 @@ class EvalConfig(AnalysisConfig):
         require(self.n_edits and min(self.n_edits) >= 1, message, "n_edits")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, BANDS, "band")
+        one_of(self, EDITORS, "editor")
+        fits_in_a_path(self, "save_as")
+        questions = self.ask if isinstance(self.ask, list) else [self.ask]
+        message = f"ask={self.ask!r} must be a question, or a JSON list of them"
+        require(all(isinstance(q, str) for q in questions), message, "ask")
+
+    def unused(self):
+        reasons = {}
+        if self.ask:
+            names = ("print_examples", "example")
+            reasons |= dict.fromkeys(names, "ask prints answers alone")
+        if self.undo:
+            reasons |= dict.fromkeys(("facts", "n_edits"), "undo takes an edit back")
+        if self.facts:
+            reasons["n_edits"] = "facts names what to edit"
+        else:
+            names = ("editor", "add", "save_as")
+            reasons |= dict.fromkeys(names, "there is no --facts FILE")
+        return reasons
 
 
 def parse(argv):
@@ -99,6 +138,9 @@ def main(argv=None):
 def accuracy_by_slice(run):
     """Accuracy of labels and of whole examples, in total and by slice, and the bits stored."""
     config, data = run.config, run.data
+    if config.ask:
+        answer_questions(run)
+        return
     decodes = config.print_examples > 0 or config.example >= 0
     message = "printing examples needs a model with a method `forward_cached`, as in model.py"
     require(not decodes or hasattr(run.model, "forward_cached"), message, "print_examples")
@@ -233,6 +275,19 @@ def plot_slices(path, by_slice, title):
     finish_figure(fig, plt, path, title)
 
 
+# ---- editing -------------------------------------------------------------------------------------
+
+
+def edit(run):
+    """Compare the editors; rewrite the facts of --facts; or, --undo, take an edit back."""
+    if run.config.undo:
+        undo(run)
+    elif run.config.facts:
+        edit_named_facts(run)
+    else:
+        compare_editors(run)
+
+
 # ---- commands ------------------------------------------------------------------------------------
 
 
@@ -263,7 +318,7 @@ def run_all(run):
 def task_command(task):
     return Command(
         functools.partial(accuracy_of_task, task),
-        ("print_examples", "example"),
+        ("print_examples", "ask", "example"),
         f"Accuracy of labels and of whole examples, for runs of {task}.",
     )
 
@@ -271,7 +326,7 @@ def task_command(task):
 COMMANDS = {
     "slices": Command(
         accuracy_by_slice,
-        ("print_examples", "example"),
+        ("print_examples", "ask", "example"),
         "Accuracy of labels and of whole examples.",
     ),
     "mqar": task_command("mqar"),
@@ -303,7 +358,9 @@ COMMANDS = {
         "MLP or memory, or which slots, by kind of token, position and layer.",
     ),
     "edit": Command(
-        compare_editors, ("n_edits",), "Facts edited in closed form, beside fine-tuning."
+        edit,
+        ("n_edits", "facts", "editor", "add", "save_as", "undo"),
+        "Facts edited in closed form, beside fine-tuning.",
     ),
     "stats": Command(
         stats, ("split",), "Intervals of every slice, and what correlates with the loss.", False

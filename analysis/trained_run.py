@@ -312,6 +312,9 @@ DECISIVE = (
     "n_examples",
     "data",
     "n_edits",
+    "facts",
+    "editor",
+    "add",
     "ablations",
     "slot",
     "pattern",
@@ -332,8 +335,12 @@ def decisive_settings(run, what):
     if what == "attention":
         # Elsewhere it is an example to print, besides what is measured.
         names.append("example")
+    # A setting without effect decides nothing.
+    unused = run.config.unused() if hasattr(run.config, "unused") else {}
     values = {}
     for name in names:
+        if name in unused:
+            continue
         if hasattr(run.config, name) and (used is None or name in used):
             values[name] = getattr(run.config, name)
     return values
@@ -364,9 +371,10 @@ def settings_suffix(run, names):
 def short_value(name, value):
     """A setting's value as part of a file name; a path with the beginning of its checksum."""
     text = str(value)
-    shown = os.path.basename(os.path.normpath(text)) if name == "data" else text
+    is_path = name in ("data", "facts")
+    shown = os.path.basename(os.path.normpath(text)) if is_path else text
     shown = re.sub(r"[^\w.]+", "-", shown).strip("-.")
-    if name == "data":
+    if is_path:
         return f"{shown[:40]}-{dataset_sha256(text)[:8]}"
     if len(shown) > 40:
         return f"{shown[:24]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -169,6 +169,7 @@ class Run:
         found = False
         with world.agree():
             if world.is_main:
+                require_unedited(settings.resume)
                 check_data_unchanged(settings.resume, settings)
                 found = has_checkpoint(settings.resume)
         return cls(settings, world, world.broadcast(found))
@@ -825,6 +826,13 @@ def fixed_settings_json(settings, config):
     for name, part in (("train", settings.train), ("model", config), ("data", settings.data)):
         values[name] = {k: v for k, v in vars(part).items() if k not in RESUMABLE + PATHS}
     return json.dumps(nan_to_null(values), sort_keys=True, default=str)
+
+
+def require_unedited(folder):
+    """ConfigError for a run that `eval.py edit --save_as` wrote: it has no optimizer's state."""
+    message = f"{folder} holds edited weights; train from them with --init_from {folder}"
+    config = read_record(os.path.join(folder, "config.json"), "dict")
+    require("edits" not in config, f"{message} in a new run", "resume")
 
 
 def require_same_settings(folder, settings, config, checkpoint):

@@ -114,6 +114,18 @@ MQAR_DATA = (
 )
 
 
+def make_own_facts():
+    """Files of facts and edits, and the runs in which the guide edits them."""
+    rows = [{"question": f"Who founded City {i}?", "answer": f"Ada {i}"} for i in range(20)]
+    for name, n in (("facts", 20), ("edits", 3)):
+        with open(name + ".jsonl", "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows[:n])
+    argv = ["configs/own_facts.py", "--max_steps=100", "--batch_size=20", "--num_threads=1"]
+    train.main([*argv, "--mem_n_keys=16", "--run_name=mine"])
+    edit = ["edit", "runs/mine", "--facts=edits.jsonl", "--add=1", "--save_as=edited"]
+    evaluate.main(edit)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder as a reader may have it: runs of one step, data sets, documents, a forked model."""
@@ -125,6 +137,7 @@ def workplace(tmp_path_factory):
         train.main([*FACTS, "--max_steps=1", "--run_name=RUN"])
         for name in RUNS[1:]:
             shutil.copytree("runs/RUN", f"runs/{name}")
+        shutil.copytree("runs/RUN", "runs/edited")
         data_mqar.main(MQAR_DATA.split())
         data_synth.main("qa --num_pairs 80 --output_dir synthetic_qa_data_10K".split())
         for name in ("notes", "gsm8k", "results"):
@@ -156,6 +169,7 @@ def trained_workplace(workplace):
     """The same with trained runs, on the same facts, as `stats` needs them."""
     with contextlib.chdir(workplace):
         shutil.rmtree("runs")
+        make_own_facts()
         for number, name in enumerate(RUNS):
             train.main([*FACTS, f"--run_name={name}", f"--lr={(10 + number) / 1000}"])
         for name in ("A", "B"):
@@ -193,7 +207,9 @@ def shorten_facts(argv, name):
 
 
 def shorten_evaluation(argv, name):
-    return argv + ["--n_edits=[1,2]"] if "edit" in argv else argv
+    if "--facts" in argv:
+        return [*argv, "--add=1", f"--save_as={name}"]
+    return argv + ["--n_edits=[1,2]"] if "edit" in argv and "--undo" not in argv else argv
 
 
 def rename_converted(argv, name):
@@ -239,8 +255,9 @@ def test_a_command_works(command, trained_workplace, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_python_examples_work(name, workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
+def test_python_examples_work(name, workplace, tmp_path, monkeypatch):
+    # In a copy, because an example writes files that runs were trained on.
+    monkeypatch.chdir(shutil.copytree(workplace, tmp_path / "workplace"))
     train_run = train.train_run
 
     def train_shortly(argv):

@@ -1,0 +1,200 @@
+"""Rewrite facts of one's own choice in a trained run, save the edited run, take an edit back.
+
+    python eval.py edit runs/RUN --facts edits.jsonl                  # what would happen
+    python eval.py edit runs/RUN --facts edits.jsonl --save_as NAME   # and write runs/NAME
+    python eval.py edit runs/NAME --undo 1                            # the latest edit of runs/NAME
+
+edits.jsonl has a line {"question": ..., "answer": ...} for each fact, with its new answer.
+"""
+
+import math
+import os
+
+import numpy as np
+
+from analysis.asking import (
+    answer_text,
+    are_answered,
+    ask,
+    complete_question,
+    encode_facts,
+    known_facts,
+    make_fact,
+    positions,
+    require_decoding,
+)
+from analysis.edited_run import new_folder, save_edited_run, undo_latest_edit
+from analysis.editing import check_editable
+from analysis.editors import EDITORS
+from analysis.trained_run import save_result
+from nanorecall.documents import validate_text
+from nanorecall.metrics import print_table
+from nanorecall.settings import ConfigError, require, say
+from nanorecall.shards import has_data_suffix, read_rows
+from nanorecall.stats import proportion
+
+KEPT_TOKENS = 2**16  # of the other facts that an editor may use: they are read in one batch
+N_SHOWN = 5  # other facts that changed, on the screen
+
+
+def edit_named_facts(run):
+    """Rewrite the facts of --facts with one editor, and measure what became of them and of others.
+
+    The run itself stays as it is; --save_as writes the edited one beside it.
+    """
+    config, model = run.config, run.model
+    require_editable(run)
+    folder = new_folder(run, config.save_as) if config.save_as else ""
+    facts = known_facts(run)
+    known = select(facts, are_answered(model, run, facts))
+    new_facts = read_new_facts(run, facts, {fact.question for fact in known})
+    edited = {fact.question for fact in new_facts}
+    others = [fact for fact in known if fact.question not in edited]
+    before = [ask(model, run, fact) for fact in new_facts]
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    try:
+        apply_editor(run, new_facts, others)
+        after = [ask(model, run, fact) for fact in new_facts]
+        are_kept = are_answered(model, run, others)
+        changed = select(others, ~are_kept)
+        changed_answers = [ask(model, run, fact) for fact in changed[:N_SHOWN]]
+        if folder:
+            save_edited_run(run, folder, weights, describe_edit(run, new_facts))
+    finally:
+        model.load_state_dict(weights)
+    edits = describe_answers(run, new_facts, before, after)
+    efficacy = proportion(sum(edit["exact"] for edit in edits), len(edits))
+    specificity = proportion(int(are_kept.sum()), len(others)) if others else None
+    report_edits(run, edits, efficacy, specificity)
+    report_changed(run, changed, changed_answers)
+    metrics = {"efficacy": efficacy}
+    columns = None
+    if others:
+        metrics["specificity"] = specificity
+        columns = {"question": [fact.question for fact in others], "kept": are_kept}
+    save_result(run, "edit", metrics, examples=edits, columns=columns)
+    if folder:
+        say(f"wrote {folder}; to take the edit back: python eval.py edit {folder} --undo 1")
+
+
+def select(facts, chosen):
+    """Some of the facts: chosen (n,) bool."""
+    return [fact for fact, is_chosen in zip(facts, chosen) if is_chosen]
+
+
+def require_editable(run):
+    """ConfigError unless the editor can change this model, and its answers can be decoded."""
+    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+    message = f"editing needs memory layers, and {run.settings.train.model} has none"
+    require(hasattr(run.model, "memory_layers"), message, None)
+    require_decoding(run)
+    try:
+        check_editable(run.model)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+
+
+def read_new_facts(run, facts, known):
+    """The file of --facts -> [Fact] with the new answers, checked.
+
+    facts: of the run. known: the questions that the model answers correctly.
+    """
+    path = run.config.facts
+    require(has_data_suffix(path), f"{path} is neither .jsonl nor .parquet", "facts")
+    first_line = {}  # of each question
+    new_facts = []
+    for row, where in read_rows(path, ("question", "answer")):
+        for name in ("question", "answer"):
+            require(name in row, f'{where}: needs "question" and "answer"', "facts")
+            validate_text(row[name], f'{where}: "{name}"')
+        question = complete_question(run.data, row["question"])
+        message = f"{where}: asks the same as {first_line.get(question)}; leave one out"
+        require(question not in first_line, message, "facts")
+        first_line[question] = where
+        try:
+            fact = make_fact(run.data, facts, question, row["answer"])
+        except ConfigError as e:
+            raise ConfigError(f"{where}: {e}", "facts") from None
+        message = f"{where}: the model does not know the answer to {question!r}"
+        message += "; --add 1 also adds new facts"
+        require(run.config.add or question in known, message, "facts")
+        length, most = len(fact.prompt) + len(fact.answer), positions(run.model)
+        message = f"{where}: {length} tokens with the answer; the model has positions for {most}"
+        require(length <= most, message, "facts")
+        new_facts.append(fact)
+    require(new_facts, f"{path} is empty; it needs a line for each fact to edit", "facts")
+    return new_facts
+
+
+def apply_editor(run, new_facts, others):
+    """Change the run's model so that it answers the new facts; others are to keep their answers."""
+    # An editor takes some facts to keep. Without others, these are the new ones.
+    kept = others or new_facts
+    longest = max(len(fact.prompt) + len(fact.answer) for fact in kept)
+    kept = kept[:: math.ceil(len(kept) * longest / KEPT_TOKENS)]
+    editor = EDITORS[run.config.editor]
+    try:
+        editor(run.model, *encode_facts(run, new_facts), *encode_facts(run, kept))
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+
+
+def describe_edit(run, new_facts):
+    """What config.json of the edited run says about the edit: see edited_run.EDIT."""
+    rows = []
+    for fact in new_facts:
+        rows.append({"question": fact.question, "answer": answer_text(run.data, fact)})
+    config = run.config
+    about = {"run": run.folder, "checkpoint": config.checkpoint, "step": run.step}
+    return about | {"editor": config.editor, "facts": rows}
+
+
+def describe_answers(run, new_facts, before, after):
+    """What the model answered before and after, a dict for each of the new facts."""
+    edits = []
+    for fact, old, new in zip(new_facts, before, after):
+        edits.append(
+            {
+                "question": fact.question,
+                "before": old.text,
+                "asked for": answer_text(run.data, fact),
+                "after": new.text,
+                "exact": np.array_equal(new.tokens, fact.answer),
+                "probability": new.probability,
+            }
+        )
+    return edits
+
+
+def report_edits(run, edits, efficacy, specificity):
+    """Print what became of the edited facts and, specificity, of the others."""
+    n = len(edits)
+    found = f"{efficacy['value'] * n:.0f} of {n} facts have the new answer"
+    if specificity:
+        share, n = specificity["value"], specificity["n"]
+        found += f"; {share * n:.0f} of {n} other known facts ({share:.1%}) keep theirs"
+    run.finding(found)
+    head = ("question", "before", "asked for", "after")
+    print_table(head, [[edit[name] for name in head] for edit in edits])
+
+
+def report_changed(run, changed, answers):
+    """Print the first of the other facts that changed. answers: what the model says to these."""
+    if not changed:
+        return
+    say(f"other facts that changed, the first {len(answers)} of {len(changed)}:")
+    rows = []
+    for fact, answer in zip(changed, answers):
+        rows.append((fact.question, answer_text(run.data, fact), answer.text))
+    print_table(("question", "before", "after"), rows)
+
+
+def undo(run):
+    """Take the latest edit of the run back, and print what it answers now."""
+    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+    edit = undo_latest_edit(run)
+    n = len(edit["facts"])
+    say(f"{run.folder}: took back the latest edit, of {n} facts by {edit['editor']!r}")
+    stale = [file for file in os.listdir(run.folder) if file.startswith(("eval_", "ablate_"))]
+    if stale:
+        say("note: eval_* and ablate_* in it were measured before; run those commands again")
