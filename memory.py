@@ -29,8 +29,10 @@ from torch import nn
 import model
 from model import GPT, NORMS, GPTBlock
 from nanorecall.ops import (
+    IGNORE_INDEX,
     column_sharded_embedding_bag,
     gather_positions,
+    labelled_positions,
     sparse_embedding_bag,
 )
 from nanorecall.second_order import transformed
@@ -193,18 +195,20 @@ class MemoryLayer(nn.Module):
         scores, slots = product_key_topk(q, self.keys.to(q.dtype), k, self.bias)
         return scores.unflatten(0, shape), slots.unflatten(0, shape)
 
-    def forward(self, x, intervene=None, reads=None):
+    def forward(self, x, intervene=None, reads=None, counted=None):
         """-> y (..., D), and the reads.
 
         reads: slots and weights that are known, so that there is no lookup. intervene: a function
-        of the reads that returns others; "output" among them replaces the weighted sum.
+        of the reads that returns others; "output" among them replaces the weighted sum. counted
+        (M,) long: the tokens, of all (...) in a row, whose reads are noted; None: every token.
         """
         c = self.config
         if reads is None:
             scores, slots = self.topk_slots(x, c.mem_knn)
             # torch.func allows no change of a buffer.
             if self.training and not transformed():
-                self.note_reads(slots.flatten(0, -3))
+                every = slots.flatten(0, -3)
+                self.note_reads(every if counted is None else every[counted])
             reads = {"slots": slots, "weights": SCORES[c.mem_score](scores)}
         if intervene:
             reads = intervene(reads)
@@ -317,18 +321,19 @@ class MemoryBlock(GPTBlock):
         self.memory = self.router = self.layer_idx = None
         self.top1 = c.mem_top1
 
-    def forward(self, x, query_pos=None, trace=None, intervene=None, **options):
+    def forward(self, x, query_pos=None, trace=None, intervene=None, counted=None, **options):
         y = gather_positions(x, query_pos)
         if self.att:
             y = self.add(y, self.mix(self.att_norm(x), query_pos, **options))
         change = (intervene or {}).get(self.layer_idx)
-        return self.add(y, self.mlp_or_memory(self.ffn_norm(y), trace, change))
+        counted = (counted or {}).get(self.layer_idx)
+        return self.add(y, self.mlp_or_memory(self.ffn_norm(y), trace, change, None, counted))
 
-    def mlp_or_memory(self, x, trace=None, intervene=None, reads=None):
+    def mlp_or_memory(self, x, trace=None, intervene=None, reads=None, counted=None):
         """MLP, memory, or both: (..., D) -> (..., D). The reads are appended to trace, a list."""
         if self.memory is None:
             return self.ffn(x)
-        y, reads = self.memory(x, intervene, reads)
+        y, reads = self.memory(x, intervene, reads, counted)
         if self.router:
             route = self.router(x).softmax(-1)  # (..., 2): weight of the MLP, of memory
             if self.top1:
@@ -339,6 +344,21 @@ class MemoryBlock(GPTBlock):
         if trace is not None:
             trace.append(reads)
         return y
+
+
+def counted_tokens(targets):
+    """Tokens of the last block whose reads count: targets (B, T) -> (M,), of (B * n,) in a row.
+
+    The last block computes n tokens of every sequence, as many as the one with most labels needs.
+    Each sequence counts with the tokens that it would have alone: its labelled ones, or all T if
+    more than half are labelled. Otherwise counts would change with the micro-batches or ranks.
+    """
+    query_pos, label_index, _ = labelled_positions(targets)
+    if query_pos is not None:
+        return label_index
+    labelled = targets != IGNORE_INDEX
+    has_many = 2 * labelled.sum(1, keepdim=True) > targets.shape[1]
+    return (labelled | has_many).flatten().nonzero().squeeze(1)
 
 
 class MemoryGPT(GPT):
@@ -370,9 +390,11 @@ class MemoryGPT(GPT):
 
     def forward(self, tokens, targets=None, cu_seqlens=None, trace=False, intervene=None):
         reads = [] if trace else None
-        logits, loss = super().forward(
-            tokens, targets, cu_seqlens, trace=reads, intervene=intervene
-        )
+        options = {"trace": reads, "intervene": intervene}
+        last = len(self.layers) - 1
+        if self.training and targets is not None and last in self.config.memory_layers:
+            options["counted"] = {last: counted_tokens(targets)}
+        logits, loss = super().forward(tokens, targets, cu_seqlens, **options)
         return (logits, loss, reads) if trace else (logits, loss)
 
     def memory_layers(self):

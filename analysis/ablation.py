@@ -36,7 +36,8 @@ def to_columns(examples, about, measured):
     for name, values in {"example": examples.indices, **examples.slices, **about}.items():
         columns[name] = np.repeat(np.broadcast_to(values, B), n)
     for name, values in {"answer": examples.answers, **measured}.items():
-        columns[name] = values.flatten().cpu().numpy()
+        # A copy in numpy's memory: small tensors that stay would keep torch's from being reused.
+        columns[name] = values.flatten().cpu().numpy().copy()
     return columns
 
 

@@ -29,28 +29,16 @@ def require_slots(run):
     require(hasattr(run.model, "memory_layers"), message, None)
 
 
-MAX_READS = 50_000_000  # rows of a table of reads: 1.3 GB, and the same again while it is made
-
-
-def require_few_reads(run):
-    """ConfigError if the table of reads would not fit into memory."""
-    c = run.model.config
-    each = run.data.seq_len * c.mem_heads * c.mem_knn * len(run.model.memory_layers())
-    n_examples = sum(map(len, sample_batches(run)))
-    most = max(1, MAX_READS // each)
-    message = f"{n_examples} examples read up to {n_examples * each:,} slots, which are too many"
-    require(n_examples <= most, f"{message}; give --n_examples {most}", "n_examples")
-
-
 def slot_reads(run, batch):
     """The table of reads of one batch, without padding: {column: (reads,)}."""
     *_, trace = run.model(batch.tokens, trace=True)
     tokens = batch.tokens.cpu()
     b, t = (tokens != run.pad).nonzero(as_tuple=True)  # of each token that is no padding
+    # Half the memory of long; no table has 2**31 slots.
     of_token = {
-        "example": torch.from_numpy(batch.indices)[b],
-        "position": t,
-        "token": tokens[b, t],
+        "example": torch.from_numpy(batch.indices)[b].int(),
+        "position": t.int(),
+        "token": tokens[b, t].int(),
         "labelled": (batch.targets != IGNORE_INDEX).cpu()[b, t],
     }
     tables = []
@@ -58,28 +46,15 @@ def slot_reads(run, batch):
         slots, weights = reads["slots"].cpu()[b, t], reads["weights"].cpu()[b, t]  # (tokens, H, k)
         H, k = slots.shape[1:]
         table = {name: x.repeat_interleave(H * k) for name, x in of_token.items()}
-        table["head"] = torch.arange(H).repeat_interleave(k).repeat(len(slots))
+        table["head"] = torch.arange(H).int().repeat_interleave(k).repeat(len(slots))
         table["layer"] = torch.full_like(table["head"], layer)
-        table["slot"] = slots.flatten()
+        table["slot"] = slots.flatten().int()
         table["weight"] = weights.float().flatten()
         tables.append(table)
     columns = {}
     for name in (*of_token, "layer", "head", "slot", "weight"):
-        column = torch.cat([table[name] for table in tables])
-        # Half the memory; no table has 2**31 slots.
-        columns[name] = (column.int() if column.dtype == torch.long else column).numpy()
+        columns[name] = torch.cat([table[name] for table in tables]).numpy()
     return columns
-
-
-def reads_of(run, *columns):
-    """These columns of the table of reads, or all of them, of all batches."""
-
-    def measure(batch):
-        table = slot_reads(run, batch)
-        return {name: table[name] for name in columns or table}
-
-    require_few_reads(run)
-    return map_batches(run, measure)
 
 
 def usage_stats(slots, size):
@@ -97,11 +72,25 @@ def usage_stats(slots, size):
 
 # ---- activations ---------------------------------------------------------------------------------
 
+MAX_READS = 50_000_000  # rows of a table of reads: 1.3 GB, and the same again while it is made
+
+
+def require_few_reads(run):
+    """ConfigError if the table of reads would not fit into memory."""
+    c = run.model.config
+    each = run.data.seq_len * c.mem_heads * c.mem_knn * len(run.model.memory_layers())
+    n_examples = sum(map(len, sample_batches(run)))
+    most = max(1, MAX_READS // each)
+    message = f"{n_examples} examples read up to {n_examples * each:,} slots, which are too many"
+    require(n_examples <= most, f"{message}; give --n_examples {most}", "n_examples")
+
+
 
 def activations(run):
     """Which slots are read, by example, layer, position and head."""
     require_slots(run)
-    reads = reads_of(run)
+    require_few_reads(run)
+    reads = map_batches(run, lambda batch: slot_reads(run, batch))
     size = run.model.config.mem_n_keys**2
     by_layer, by_position = {}, {}
     lines = []
@@ -203,7 +192,7 @@ def norms(run):
     """Norms of the values, of slots read and never read, and of the memory output by position."""
     require_slots(run)
     outputs = map_batches(run, lambda batch: output_norms(run, batch))
-    tables = value_norms(run.model, reads_of(run, "layer", "slot"))
+    tables = value_norms(run.model, map_batches(run, lambda batch: slots_in_use(run, batch)))
     metrics, lines = {}, []
     for name, (lengths, used) in tables.items():
         metrics[name] = {}
@@ -263,8 +252,19 @@ def output_norms(run, batch):
     }
 
 
+def slots_in_use(run, batch):
+    """{"layer", "slot"}: each slot that the batch reads, once."""
+    reads = slot_reads(run, batch)
+    size = run.model.config.mem_n_keys**2
+    layer, slot = np.divmod(np.unique(reads["layer"].astype(np.int64) * size + reads["slot"]), size)
+    return {"layer": layer, "slot": slot}
+
+
 def value_norms(model, reads):
-    """{"layers 0 1": (norms of the values (slots,), which are read (slots,) bool)}, by table."""
+    """{"layers 0 1": (norms of the values (slots,), which are read (slots,) bool)}, by table.
+
+    reads {"layer": (n,), "slot": (n,)}: slots that are read, once or more often.
+    """
     layers_of = {}
     for layer, memory in model.memory_layers().items():
         layers_of.setdefault(memory.values, []).append(layer)
@@ -304,15 +304,9 @@ def plot_norms(path, tables, by_position, title):
 def track(run):
     """The tokens at which each slot is read, and the usage of slots in training (log.jsonl)."""
     require_slots(run)
-    reads = reads_of(run, "layer", "slot", "token", "weight")
+    columns = sum_by_token(run, map_batches(run, lambda batch: reads_by_token(run, batch)))
     size = run.model.config.mem_n_keys**2
-    shape = (int(reads["layer"].max()) + 1, size, run.data.vocab_size)
-    # One number for each (layer, slot, token), because np.unique is slow on triples.
-    key = np.ravel_multi_index((reads["layer"], reads["slot"], reads["token"]), shape)
-    key, index, times = np.unique(key, return_inverse=True, return_counts=True)
-    layer, slot, token = np.unravel_index(key, shape)
-    columns = {"layer": layer, "slot": slot, "token": token, "times": times}
-    columns["weight"] = np.bincount(index, reads["weight"])
+    layer, slot, token, times = (columns[name] for name in ("layer", "slot", "token", "times"))
     columns["text"] = [run.token(t) for t in token]
     # Purity: is a slot read at one token, or all over the text?
     group, of_group = np.unique(layer * size + slot, return_inverse=True)
@@ -345,6 +339,27 @@ def track(run):
         plot_track(path, log, purity, layers, run.name)
 
     save_result(run, "track", metrics, {}, (), columns, plot)
+
+
+def reads_by_token(run, batch):
+    """`sum_by_token` of the reads of one batch: so few are held at a time."""
+    reads = slot_reads(run, batch)
+    return sum_by_token(run, {**reads, "times": np.ones(len(reads["slot"]), int)})
+
+
+def sum_by_token(run, reads):
+    """Sums of "times" and "weight" -> {"layer", "slot", "token", "times", "weight"}, each layer,
+    slot and token once.
+    """
+    size = run.model.config.mem_n_keys**2
+    shape = (int(reads["layer"].max()) + 1, size, run.data.vocab_size)
+    # One number for each (layer, slot, token), because np.unique is slow on triples.
+    key = np.ravel_multi_index((reads["layer"], reads["slot"], reads["token"]), shape)
+    key, index = np.unique(key, return_inverse=True)
+    columns = dict(zip(("layer", "slot", "token"), np.unravel_index(key, shape)))
+    columns["times"] = np.bincount(index, reads["times"]).astype(int)
+    columns["weight"] = np.bincount(index, reads["weight"])
+    return columns
 
 
 def plot_track(path, log, purity, layers, title):

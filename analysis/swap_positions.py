@@ -311,7 +311,8 @@ def mean_grid(columns, name, rows, across):
 
 
 def show_grid(fig, axis, grid, rows, across, labels, title):
-    image = axis.imshow(grid, cmap="viridis")
+    # Not square: a few answers among many positions would make a panel narrower than its labels.
+    image = axis.imshow(grid, cmap="viridis", aspect="auto")
     axis.set_xticks(range(len(across)), position_names(across, labels))
     axis.set_yticks(range(len(rows)), position_names(rows, labels))
     axis.set(xlabel="put at position j", ylabel="read at position i", title=title)

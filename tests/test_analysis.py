@@ -306,6 +306,18 @@ def test_track_counts_the_reads_of_each_slot_and_token(runs, all_reads):
     assert result["metrics"]["while training"]["0"]["fraction"] <= 1
 
 
+def test_batches_of_one_example_change_no_count(runs, all_reads):
+    run = open_run(runs, "memory", eval_batch_size=1, n_examples=0)
+    table = trained_run.map_batches(run, lambda batch: memory_usage.reads_by_token(run, batch))
+    table = memory_usage.sum_by_token(run, table)
+    keys = np.stack([table[name] for name in ("layer", "slot", "token")])
+    expected = np.stack([all_reads[1][name] for name in ("layer", "slot", "token")])
+    expected, times = np.unique(expected, axis=1, return_counts=True)
+    assert np.array_equal(keys, expected) and np.array_equal(table["times"], times)
+    in_use = trained_run.map_batches(run, lambda batch: memory_usage.slots_in_use(run, batch))
+    assert {*zip(in_use["layer"], in_use["slot"])} == {*zip(*expected[:2])}
+
+
 def test_purity_is_the_share_of_the_most_frequent_token(runs):
     eval_script.main(["track", str(runs / "memory"), "--n_examples=0"])
     result, table = load_result(runs / "memory", "eval_track")

@@ -125,3 +125,5 @@ def test_too_many_reads_for_the_memory_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"20 examples read up to 2,560 .*; give --n_examples 10"):
         eval_script.main(["activations", out, "--n_examples=20"])
     eval_script.main(["activations", out, "--n_examples=10"])
+    for name in ("norms", "track"):  # they hold no table of all reads
+        eval_script.main([name, out, "--n_examples=20"])

@@ -311,6 +311,27 @@ def test_frozen_keys_are_not_balanced():
     assert free.bias.tolist() == [[first, first]] * len(free.bias)
 
 
+@pytest.mark.parametrize("most", [3, 9])
+def test_reads_count_alike_however_a_batch_is_split(most):
+    """Sequences of 0 to 3 or 9 labels, of 12: the last block pads, or computes all tokens."""
+    m = memory_model(mem_n_keys=8, memory_layers=(0, 1)).train()
+    tokens, targets = random_tokens(8, 12), random_tokens(8, 12, seed=1)
+    n_labels = torch.arange(8) * most // 7
+    targets[torch.arange(12) >= n_labels[:, None]] = IGNORE_INDEX
+    counts = []
+    for size in (8, 4, 1):
+        for rows in torch.arange(8).split(size):
+            m(tokens[rows], targets[rows])
+        counts.append([layer.count_reads() for layer in m.memory_layers().values()])
+        m.on_step_end()
+    c = m.config
+    for first, last in counts:
+        assert first.sum() == 8 * 12 * c.mem_heads * c.mem_knn
+        n_counted = torch.where(2 * n_labels > 12, 12, n_labels).sum()
+        assert last.sum() == n_counted * c.mem_heads * c.mem_knn
+        assert torch.equal(first, counts[0][0]) and torch.equal(last, counts[0][1])
+
+
 def test_values_have_their_own_learning_rate_and_do_not_decay():
     model = memory_model(mem_value_lr_scale=3.0)
     groups = train.configure_optimizer(model, train.TrainConfig(weight_decay=0.1)).param_groups
