@@ -85,7 +85,6 @@ def require_few_reads(run):
     require(n_examples <= most, f"{message}; give --n_examples {most}", "n_examples")
 
 
-
 def activations(run):
     """Which slots are read, by example, layer, position and head."""
     require_slots(run)
