@@ -12,6 +12,14 @@ in the input. Its target is at the position of the query, where the logits predi
 tokens   5 19  7 17  4 15  7  0  5  0  4  0  0  0  0  0
 targets  .  .  .  .  .  . 17  . 19  . 15  .  .  .  .  .
 
+Below, two of three pairs are queried; the other one is a distractor. Values have two tokens, of
+which the first follows its query.
+
+>>> options = dict(num_queries=2, value_tokens=2, vocab_size=20, seed=1)
+>>> show(Config(input_seq_len=16, num_kv_pairs=3, **options))
+tokens   5 19 17  7 14 15  4 10 13  4 10  0  5 19  0  0
+targets  .  .  .  .  .  .  .  .  . 10 13  . 19 17  .  .
+
 On disk, also for other programs (nanorecall/mqar_files.py), as in the LLMonade data set. Storage
 and queries both show the values, several such blocks fill a sequence, and labels are unshifted.
 

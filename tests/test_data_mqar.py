@@ -90,7 +90,7 @@ TASKS = [
         key_tokens=2,
         value_tokens=2,
         random_non_queries=True,
-        vocab_size=128,
+        vocab_size=24,
     ),
 ]
 
