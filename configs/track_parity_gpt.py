@@ -3,8 +3,8 @@
 Two layers with convolutions, 25,472 layer parameters. A minute on one CPU core. Expected: chance,
 0.5, beyond the first few tokens.
 
-Attention takes a mean over the tokens so far. The more tokens there are, the less one more 1 changes
-it, and that change decides whether the number of ones is odd.
+Attention takes a mean over the tokens so far. The more tokens there are, the less one more 1
+changes it, and that change decides whether the number of ones is odd.
 """
 
 data = "data_track"
