@@ -12,6 +12,14 @@ in the input. Its target is at the position of the query, where the logits predi
 tokens   5 19  7 17  4 15  7  0  5  0  4  0  0  0  0  0
 targets  .  .  .  .  .  . 17  . 19  . 15  .  .  .  .  .
 
+Below, two of three pairs are queried; the other one is a distractor. Values have two tokens, of
+which the first follows its query.
+
+>>> options = dict(num_queries=2, value_tokens=2, vocab_size=20, seed=1)
+>>> show(Config(input_seq_len=16, num_kv_pairs=3, **options))
+tokens   5 19 17  7 14 15  4 10 13  4 10  0  5 19  0  0
+targets  .  .  .  .  .  .  .  .  . 10 13  . 19 17  .  .
+
 On disk, also for other programs (nanorecall/mqar_files.py), as in the LLMonade data set. Storage
 and queries both show the values, several such blocks fill a sequence, and labels are unshifted.
 
@@ -22,7 +30,7 @@ labels     .  .  .  .  .  .  .  .  . 13  . 19  . 16  . 11
 Each sequence is a pure function of the settings, split, length, pairs and index. It is the same in
 every batch and at every batch size.
 
-Letters: B sequences, T tokens, V vocabulary, n pairs, u updates, N labels.
+Letters: B sequences, T tokens, V vocabulary, n pairs, q queries, u updates, N labels.
 """
 
 import math
@@ -52,7 +60,7 @@ from nanorecall.rng import (
     shuffled_epochs,
     weighted_permutation,
 )
-from nanorecall.settings import ConfigError, at_least, require, run_cli, within
+from nanorecall.settings import ConfigError, at_least, one_of, require, run_cli, within
 
 IntPairs = tuple[tuple[int, int], ...]
 
@@ -60,7 +68,8 @@ IntPairs = tuple[tuple[int, int], ...]
 @dataclass
 class Config:
     input_seq_len: int = 128  # tokens in a sequence
-    num_kv_pairs: int = 32  # pairs in a sequence, each queried once
+    num_kv_pairs: int = 32  # pairs in a sequence, each queried at most once
+    num_queries: int = 0  # pairs that are queried, the others are distractors; 0: all are queried
     vocab_size: int = 2048  # token 0 is blank, keys are 1..V/2-1, values V/2..V-1
     power_a: float = 0.01  # query slot s has weight s^(a-1); 1: uniform; 0.01: mostly early slots
     random_non_queries: bool = False  # fill blanks with random tokens, never keys of the sequence
@@ -75,6 +84,8 @@ class Config:
     num_updates: int = 0  # keys that are stored again with a new value; the last value counts
     max_noise: int = 0  # 0..max_noise random tokens after each stored pair
     key_tokens: int = 1  # tokens in a key; longer keys share tokens, as words share letters
+    value_tokens: int = 1  # tokens in a value; each is predicted from those before it
+    loss_on: str = "answers"  # train on answers, or all: every next token; both measure answers
     path: str = ""  # train on a directory that `python data_mqar.py --output-dir` wrote instead
     seed: int = 0  # of data and model
 
@@ -82,8 +93,11 @@ class Config:
         return self.train_sizes or ((self.input_seq_len, self.num_kv_pairs),)
 
     def check(self):
-        at_least(self, 0, "num_updates", "max_noise", "seed", "power_a", "stage_loss")
+        at_least(self, 0, "num_queries", "num_updates", "max_noise", "seed")
+        at_least(self, 0, "power_a", "stage_loss")
         at_least(self, 1, "n_train_examples", "key_tokens", "num_kv_pairs")
+        within(self, 1, 2**20, "value_tokens")
+        one_of(self, ("answers", "all"), "loss_on")
         within(self, 1, 2**40, "n_val_examples", "n_test_examples")
         if self.path:
             return
@@ -91,6 +105,12 @@ class Config:
         message = f"num_updates={self.num_updates} exceeds the {n} pairs"
         message += ": a pair is updated at most once"
         require(self.num_updates <= n, message, "num_updates")
+        message = f"num_queries={self.num_queries} exceeds the {n} pairs"
+        message += ": a pair is queried at most once"
+        require(self.num_queries <= n, message, "num_queries")
+        # Random keys and values cost several nats each, however well the answers are known.
+        message = "stage_loss is a loss of answers; with loss_on=all set stage_loss=0"
+        require(self.loss_on == "answers" or not self.stage_loss, message, "stage_loss")
         for setting in ("train_sizes", "test_sizes"):
             for length, pairs in getattr(self, setting):
                 TaskSize(length, pairs, self).check(setting)
@@ -121,7 +141,7 @@ class Config:
 
     def unused(self):
         if self.path:
-            used = ("path", "seed", "n_val_examples", "n_test_examples")
+            used = ("path", "seed", "loss_on", "n_val_examples", "n_test_examples")
             reason = f"the data comes from path={self.path}"
             return {name: reason for name in vars(self) if name not in used}
         reasons = {}
@@ -142,7 +162,8 @@ class Config:
 @dataclass(frozen=True, eq=False)
 class TaskSize:
     """Length and pairs of a sequence, and the layout that follows from them:
-    storage_len tokens of pairs and noise, then n_query_slots slots, each for a key and a blank."""
+    storage_len tokens of pairs and noise, then n_query_slots slots, each as long as a pair: for a
+    key, all tokens of its value but the last, and a blank."""
 
     length: int
     pairs: int
@@ -151,6 +172,14 @@ class TaskSize:
     @property
     def updates(self):
         return min(self.config.num_updates, self.pairs)
+
+    @property
+    def queries(self):
+        return min(self.config.num_queries or self.pairs, self.pairs)
+
+    @property
+    def pair_len(self):
+        return self.config.key_tokens + self.config.value_tokens
 
     @property
     def alphabet(self):
@@ -162,11 +191,11 @@ class TaskSize:
 
     @property
     def storage_len(self):
-        return (self.pairs + self.updates) * (self.config.key_tokens + 1 + self.config.max_noise)
+        return (self.pairs + self.updates) * (self.pair_len + self.config.max_noise)
 
     @property
     def n_query_slots(self):
-        return max(0, self.length - self.storage_len) // (self.config.key_tokens + 1)
+        return max(0, self.length - self.storage_len) // self.pair_len
 
     def check(self, setting):
         """ConfigError, which names this setting, if such sequences cannot be made."""
@@ -175,9 +204,10 @@ class TaskSize:
         # As in Zoology, where pairs and query slots take two tokens each.
         require(T % 2 == 0, f"{setting}: a length of {T} is odd; use {T + 1}", setting)
         message = f"{setting}: {n} pairs need a sequence of at least {min_length(n, c)} tokens"
-        require(self.n_query_slots >= n, f"{message}, not {T}", setting)
+        require(self.n_query_slots >= self.queries, f"{message}, not {T}", setting)
         require(T <= 2**20, f"{setting}: {T} tokens are more than {2**20}", setting)
-        smallest = 2 * max(self.alphabet + 1, n + self.updates)
+        n_values = n + self.updates if c.value_tokens == 1 else 1
+        smallest = 2 * max(self.alphabet + 1, n_values)
         message = f"vocab_size={V} is too small for {n} pairs: half of it are keys, half values"
         require(V >= smallest, f"{message}; use at least {smallest}", "vocab_size")
         require(V <= 2**24, f"vocab_size={V} is larger than {2**24}", "vocab_size")
@@ -188,7 +218,8 @@ class TaskSize:
 
 def min_length(pairs, config):
     """The least even number of tokens for so many pairs and their queries; by default 4 a pair."""
-    length = TaskSize(0, pairs, config).storage_len + pairs * (config.key_tokens + 1)
+    size = TaskSize(0, pairs, config)
+    length = size.storage_len + size.queries * size.pair_len
     return length + length % 2
 
 
@@ -198,88 +229,178 @@ def make_sequences(size, split, indices):
 
     slices {name: (N,)}, of the N labels in row-major order: num_kv_pairs, input_seq_len, and
     distance (tokens since the key was stored, rounded down to a power of two). With several test
-    sizes also size ("128x32"), with num_updates also updated (0 or 1).
+    sizes also size ("128x32"), with num_updates also updated (0 or 1), with values of several
+    tokens also answer_pos (from 0).
+    """
+    n, n_key = size.pairs, size.config.key_tokens
+    draws = draw_uniforms(size, split, indices)
+    b = np.arange(len(indices))[:, None]
+    alphabet, keys = draw_keys(size, draws)  # (B, n, key_tokens)
+    values = draw_values(size, draws)  # (B, n+u, value_tokens)
+    tokens = draw_filler(size, draws, alphabet)  # (B, T)
+
+    # Store the pairs in order, then u of them again with a new value.
+    updated = sample_without_replacement(draws["updates"], n)  # (B, u)
+    stored = np.concatenate([np.tile(np.arange(n), (len(b), 1)), updated], axis=1)  # (B, n+u)
+    start = storage_positions(size, draws)  # (B, n+u)
+    put(tokens, start, keys[b, stored])
+    put(tokens, start + n_key, values)
+    answers = values[:, :n].copy()
+    answers[b, updated] = values[:, n:]
+
+    # Query q of them. The last token of a value is never in the input, it is only predicted.
+    queried = draw_queried(size, draws)  # (B, q)
+    query_pos = query_positions(size, draws)  # (B, q)
+    put(tokens, query_pos, keys[b, queried])
+    put(tokens, query_pos + n_key, answers[b, queried, :-1])
+    # Only answers are scored. Pairs are random, and blanks would be too easy.
+    targets = np.full(tokens.shape, IGNORE_INDEX, np.int32)
+    put(targets, query_pos + n_key - 1, answers[b, queried])  # from the key's last token on
+
+    stored_pos = start[:, :n].copy()
+    stored_pos[b, updated] = start[:, n:]
+    is_updated = np.zeros((len(b), n), np.int64)
+    is_updated[b, updated] = 1
+    slices = label_slices(size, query_pos, stored_pos[b, queried], is_updated[b, queried])
+    return tokens, targets, slices
+
+
+def draw_uniforms(size, split, indices):
+    """All random numbers of sequences `indices`: {what they are for: (B, how many)}.
+
+    They come from one call. The generator is counter-based (Philox): sequence i has its own block
+    of numbers, whichever others are made with it. So ranks can split a batch, and a resumed run
+    needs no generator's state.
     """
     c, T, n, u = size.config, size.length, size.pairs, size.updates
-    B, half = len(indices), c.vocab_size // 2
-    noisy = c.max_noise > 0 or c.random_non_queries
-
-    # All random numbers of a sequence come from one call, cut up by what they are for. The
-    # generator is counter-based (Philox): sequence i has its own block of numbers, whichever others
-    # are made with it. So ranks can split a batch, and a resumed run needs no generator's state.
     n_draws = {
         "alphabet": size.alphabet,
         "keys": n if c.key_tokens > 1 else 0,
-        "values": n + u,
+        "values": (n + u) * c.value_tokens,
         "updates": u,
         "slots": size.n_query_slots,
         "gaps": n + u if c.max_noise else 0,
-        "filler": T if noisy else 0,
+        "filler": T if c.max_noise or c.random_non_queries else 0,
+        "queried": size.queries if size.queries < n else 0,
     }
     key = philox_key(c.seed, STREAMS[split], T, n)
     uniforms = row_uniforms(key, indices, sum(n_draws.values()))
     ends = np.cumsum(list(n_draws.values()))
-    draws = dict(zip(n_draws, np.split(uniforms, ends[:-1], axis=1)))
-    b = np.arange(B)[:, None]
+    return dict(zip(n_draws, np.split(uniforms, ends[:-1], axis=1)))
 
-    # Keys (B, n, key_tokens), all different: a key that comes twice would have two answers.
-    # Values (B, n+u), one for each time a pair is stored.
-    alphabet = 1 + sample_without_replacement(draws["alphabet"], half - 1)  # (B, alphabet)
-    if c.key_tokens == 1:
-        keys = alphabet[:, :, None]
-    else:  # different numbers, written with key_tokens digits of base `alphabet`
-        numbers = sample_without_replacement(draws["keys"], size.alphabet**c.key_tokens)  # (B, n)
-        powers = size.alphabet ** np.arange(c.key_tokens)
-        keys = alphabet[b[:, :, None], numbers[:, :, None] // powers % size.alphabet]
-    values = half + sample_without_replacement(draws["values"], c.vocab_size - half)
 
-    # The pairs in order, then u of them again with a new value.
-    updated = sample_without_replacement(draws["updates"], n)  # (B, u)
-    stored = np.concatenate([np.tile(np.arange(n), (B, 1)), updated], axis=1)  # (B, n+u)
-    answers = values[:, :n].copy()
-    answers[b, updated] = values[:, n:]
+def draw_keys(size, draws):
+    """-> the tokens of keys (B, alphabet), keys (B, n, key_tokens).
 
-    tokens = np.zeros((B, T), np.int32)
-    if noisy:
+    Keys are all different: a key that comes twice would have two answers.
+    """
+    n_key, half = size.config.key_tokens, size.config.vocab_size // 2
+    alphabet = 1 + sample_without_replacement(draws["alphabet"], half - 1)
+    if n_key == 1:
+        return alphabet, alphabet[:, :, None]
+    # different numbers, written with key_tokens digits of base `alphabet`
+    numbers = sample_without_replacement(draws["keys"], size.alphabet**n_key)  # (B, n)
+    digits = numbers[:, :, None] // size.alphabet ** np.arange(n_key) % size.alphabet
+    b = np.arange(len(alphabet))[:, None, None]
+    return alphabet, alphabet[b, digits]
+
+
+def draw_values(size, draws):
+    """-> (B, n+u, value_tokens), a value for each time that a pair is stored.
+
+    Values of one token are all different, as in Zoology. Of longer ones each token is any token of
+    values.
+    """
+    c, half = size.config, size.config.vocab_size // 2
+    n_tokens = c.vocab_size - half
+    if c.value_tokens == 1:
+        return half + sample_without_replacement(draws["values"], n_tokens)[:, :, None]
+    values = half + (draws["values"] * n_tokens).astype(np.int32)
+    return values.reshape(len(values), -1, c.value_tokens)
+
+
+def draw_filler(size, draws, alphabet):
+    """-> (B, T) int32, what stands between pairs and queries: blanks or random tokens."""
+    c, T = size.config, size.length
+    tokens = np.zeros((len(alphabet), T), np.int32)
+    if c.max_noise or c.random_non_queries:
         # A key of the sequence among the noise would be one more query, or one more pair.
         noise = (draws["filler"] * (c.vocab_size - size.alphabet)).astype(np.int64)
         noise_len = T if c.random_non_queries else size.storage_len
-        filler = nth_not_in(noise, alphabet).astype(np.int32)
-        tokens[:, :noise_len] = filler[:, :noise_len]
-    start = np.tile(np.arange(n + u) * (c.key_tokens + 1), (B, 1))  # (B, n+u), of each stored pair
-    if c.max_noise:
-        gaps = (draws["gaps"] * (c.max_noise + 1)).astype(np.int64)
+        tokens[:, :noise_len] = nth_not_in(noise, alphabet)[:, :noise_len]
+    return tokens
+
+
+def storage_positions(size, draws):
+    """-> (B, n+u), of the first token of each stored pair."""
+    n_stored = size.pairs + size.updates
+    start = np.tile(np.arange(n_stored) * size.pair_len, (len(draws["gaps"]), 1))
+    if size.config.max_noise:
+        gaps = (draws["gaps"] * (size.config.max_noise + 1)).astype(np.int64)
         start[:, 1:] += np.cumsum(gaps, axis=1)[:, :-1]
-    offsets = np.arange(c.key_tokens)
-    tokens[b[:, :, None], start[:, :, None] + offsets] = keys[b, stored]
-    tokens[b, start + c.key_tokens] = values
+    return start
 
-    # Pair i is queried in slot slots[:, i]. Slots are drawn without replacement, for pair 0 first.
-    # With a small power_a, most queries come soon after the pairs and a few much later (Zoology).
-    slots = weighted_permutation(draws["slots"], c.power_a)[:, :n]
-    query_pos = size.storage_len + slots * (c.key_tokens + 1)  # (B, n), of the key's first token
-    tokens[b[:, :, None], query_pos[:, :, None] + offsets] = keys
-    # Only answers are scored. Pairs are random, and blanks would be too easy.
-    targets = np.full((B, T), IGNORE_INDEX, np.int32)
-    targets[b, query_pos + c.key_tokens - 1] = answers  # at the key's last token
 
-    stored_pos = start[:, :n].copy()
-    stored_pos[b, updated] = start[:, n:]
-    distance = 2 ** np.log2(query_pos - stored_pos).astype(np.int64)
-    is_updated = np.zeros((B, n), np.int64)
-    is_updated[b, updated] = 1
-    # From the order of the pairs to that of the labels.
+def draw_queried(size, draws):
+    """-> (B, q), the numbers of the pairs that are queried, in the order in which they are stored.
+
+    The others are distractors: they fill the memory as the queried ones do, and come between them.
+    """
+    if size.queries == size.pairs:
+        return np.tile(np.arange(size.pairs), (len(draws["queried"]), 1))
+    return np.sort(sample_without_replacement(draws["queried"], size.pairs), axis=1)
+
+
+def query_positions(size, draws):
+    """-> (B, q), of the first token of each queried key.
+
+    Slots are drawn without replacement, for the pair that is stored first at first. With a small
+    power_a, most queries come soon after the pairs and a few much later (Zoology).
+    """
+    slots = weighted_permutation(draws["slots"], size.config.power_a)[:, : size.queries]
+    return size.storage_len + slots * size.pair_len
+
+
+def put(tokens, start, words):
+    """Write words (B, m, w) into tokens (B, T), each from its position in start (B, m) on."""
+    b = np.arange(len(tokens))[:, None, None]
+    tokens[b, start[:, :, None] + np.arange(words.shape[2])] = words
+
+
+def label_slices(size, query_pos, stored_pos, is_updated):
+    """Arrays (B, q), in the order of the pairs -> the slices of make_sequences, in that of labels.
+
+    query_pos, stored_pos: of the first tokens of the queried key, and of its pair.
+    """
+    c, n_value = size.config, size.config.value_tokens
     by_position = np.argsort(query_pos, axis=1)
+
+    def of_labels(values):
+        return np.repeat(np.take_along_axis(values, by_position, axis=1), n_value)
+
+    n_labels = query_pos.size * n_value
     slices = {
-        "num_kv_pairs": np.full(B * n, n),
-        "input_seq_len": np.full(B * n, T),
-        "distance": np.take_along_axis(distance, by_position, axis=1).ravel(),
+        "num_kv_pairs": np.full(n_labels, size.pairs),
+        "input_seq_len": np.full(n_labels, size.length),
+        "distance": of_labels(2 ** np.log2(query_pos - stored_pos).astype(np.int64)),
     }
     if len(c.test_sizes or c.train_sizes) > 1:
-        slices["size"] = np.full(B * n, f"{T}x{n}")
+        slices["size"] = np.full(n_labels, f"{size.length}x{size.pairs}")
     if c.num_updates:
-        slices["updated"] = np.take_along_axis(is_updated, by_position, axis=1).ravel()
-    return tokens, targets, slices
+        slices["updated"] = of_labels(is_updated)
+    if n_value > 1:
+        slices["answer_pos"] = np.tile(np.arange(n_value), query_pos.size)
+    return slices
+
+
+def next_token_targets(tokens, targets):
+    """Targets for loss_on=all: the answers, and the next token wherever no answer is due.
+
+    tokens, targets (B, T) -> (B, T); -100 at the end.
+    """
+    following = torch.full_like(targets, IGNORE_INDEX)
+    following[:, :-1] = tokens[:, 1:]
+    return torch.where(targets == IGNORE_INDEX, following, targets)
 
 
 class Data:
@@ -301,7 +422,12 @@ class Data:
 
     def batch(self, split, step, indices):
         """-> tokens (B, T) long, targets (B, T) long, slices {name: (N,) array}."""
-        return self.source.batch(split, step, indices)
+        tokens, targets, slices = self.source.batch(split, step, indices)
+        # Validation and test score the answers alone, so that accuracy and loss mean the same
+        # whatever was trained on. Slices are of answers; a loss of all tokens has none.
+        if split == "train" and self.config.loss_on == "all":
+            return tokens, next_token_targets(tokens, targets), {}
+        return tokens, targets, slices
 
     def eval_groups(self, split):
         """Indices of val or test in groups of equal length, a range each."""
@@ -395,7 +521,7 @@ def show(config):
 
 def parse(argv):
     """Command line -> DatasetConfig."""
-    return parse_dataset(argv, __doc__)
+    return parse_dataset(argv, __doc__, in_memory=Config)
 
 
 def main(argv=None):

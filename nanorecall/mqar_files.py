@@ -36,6 +36,7 @@ from nanorecall.settings import (
     ConfigError,
     at_least,
     build_config,
+    field_names,
     one_of,
     print_help,
     read_argv,
@@ -251,12 +252,19 @@ def dataset_metadata(c, files):
     }
 
 
-def parse_dataset(argv, doc):
-    """Command line of data_mqar.py -> DatasetConfig; its output_dir is empty without settings."""
+def parse_dataset(argv, doc, in_memory):
+    """Command line of data_mqar.py -> DatasetConfig; its output_dir is empty without settings.
+
+    in_memory: the Config of training data, whose settings are refused by that name.
+    """
     args, settings = read_argv(argv)
     if wants_help(settings):
         print_help(doc, DatasetConfig)
     reject_args(args)
+    elsewhere = set(field_names(in_memory)) - set(field_names(DatasetConfig))
+    for setting in settings:
+        message = f"{setting.source}: a data set on disk has no {setting.key}; train.py has it"
+        require(setting.key not in elsewhere, message, setting.key)
     reject_unknown(settings, DatasetConfig)
     config = build_config(DatasetConfig, settings)
     has_directory = config.output_dir or not settings

@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc):
     models = metafunc.config.getoption("--model")
     datas = metafunc.config.getoption("--data")
     if not models and not datas:
-        models, datas = list(MODELS), ["data_mqar"]
+        models, datas = list(MODELS), ["data_mqar", "data_track"]
     if "model_name" in metafunc.fixturenames:
         metafunc.parametrize("model_name", models or [])
     if "data_name" in metafunc.fixturenames:

@@ -37,11 +37,11 @@ def test_doctests():
 
 
 def solve(tokens, size, alphabet):
-    """Read a sequence with a dict: yield (position of the key's last token, value) of every query.
+    """Read a sequence with a dict: yield (position, token to predict there) of every query.
 
     Knows no generator. alphabet: the tokens that its keys are made of.
     """
-    c, width = size.config, size.config.key_tokens
+    c, width, n_value = size.config, size.config.key_tokens, size.config.value_tokens
     half = c.vocab_size // 2
     memory, t = {}, 0
     # A value that follows a key closes a pair; anything else is noise.
@@ -49,15 +49,16 @@ def solve(tokens, size, alphabet):
         key = tuple(tokens[t : t + width])
         is_key = all(1 <= x < half for x in key) and set(key) <= alphabet
         if is_key and t + width < size.storage_len and tokens[t + width] >= half:
-            memory[key] = tokens[t + width]
-            t += width + 1
+            memory[key] = tokens[t + width : t + width + n_value]
+            t += width + n_value
         else:
             t += 1
     while t + width <= len(tokens):
         key = tuple(tokens[t : t + width])
         if key in memory:
-            yield t + width - 1, memory[key]
-            t += width
+            for i, token in enumerate(memory[key]):
+                yield t + width - 1 + i, token
+            t += width + n_value - 1
         else:
             t += 1
 
@@ -78,6 +79,19 @@ TASKS = [
         vocab_size=128,
     ),
     dict(input_seq_len=128, num_kv_pairs=32, power_a=1.0, vocab_size=66),
+    dict(input_seq_len=96, num_kv_pairs=12, num_queries=5, vocab_size=64),
+    dict(input_seq_len=128, num_kv_pairs=9, value_tokens=3, vocab_size=64),
+    dict(
+        input_seq_len=240,
+        num_kv_pairs=12,
+        num_queries=7,
+        num_updates=4,
+        max_noise=2,
+        key_tokens=2,
+        value_tokens=2,
+        random_non_queries=True,
+        vocab_size=24,
+    ),
 ]
 
 
@@ -86,13 +100,15 @@ def test_a_dict_gives_every_label_and_no_other(task):
     c = config(**task)
     size = data_mqar.TaskSize(c.input_seq_len, c.num_kv_pairs, c)
     tokens, targets, slices = data_mqar.make_sequences(size, "train", np.arange(300))
-    assert len(slices["distance"]) == (targets != IGNORE_INDEX).sum() == 300 * c.num_kv_pairs
+    n_queries = c.num_queries or c.num_kv_pairs
+    n_labels = 300 * n_queries * c.value_tokens
+    assert len(slices["distance"]) == (targets != IGNORE_INDEX).sum() == n_labels
     for x, y in zip(tokens.tolist(), targets.tolist()):
         queried = set()
-        for t in range(len(x)):
-            if y[t] != IGNORE_INDEX:
-                queried.add(tuple(x[t - c.key_tokens + 1 : t + 1]))
-        assert len(queried) == c.num_kv_pairs  # every key once
+        labelled = [t for t in range(len(x)) if y[t] != IGNORE_INDEX]
+        for t in labelled[:: c.value_tokens]:
+            queried.add(tuple(x[t - c.key_tokens + 1 : t + 1]))
+        assert len(queried) == n_queries  # every key at most once
         expected = [IGNORE_INDEX] * len(x)
         for t, value in solve(x, size, set().union(*queried)):
             expected[t] = value
@@ -114,19 +130,22 @@ def test_labels_moved_by_one_are_noticed():
 
 def read_slices(tokens, targets, size):
     """For each label of a sequence, as a person would read it:
-    how far back its key was stored last, and how often it was stored.
+    how far back its key was stored last, how often it was stored, and which token of its value
+    the label is.
     """
     c, width, found = size.config, size.config.key_tokens, []
     for label in range(len(tokens)):
         if targets[label] == IGNORE_INDEX:
             continue
-        key = tokens[label - width + 1 : label + 1]
+        i = len(found) % c.value_tokens
+        query = label - i - width + 1
+        key = tokens[query : query + width]
         stored = []
         for t in range(size.storage_len - width):
             if tokens[t : t + width] == key and tokens[t + width] >= c.vocab_size // 2:
                 stored.append(t)
-        assert tokens[stored[-1] + width] == targets[label]
-        found.append((label - width + 1 - stored[-1], len(stored)))
+        assert tokens[stored[-1] + width + i] == targets[label]
+        found.append((query - stored[-1], len(stored), i))
     return found
 
 
@@ -138,13 +157,17 @@ def test_the_slices_are_what_a_person_would_count(task):
     found = []
     for x, y in zip(tokens.tolist(), targets.tolist()):
         found += read_slices(x, y, size)
-    powers = [1 << (distance.bit_length() - 1) for distance, _ in found]
+    powers = [1 << (distance.bit_length() - 1) for distance, _, _ in found]
     assert slices["distance"].tolist() == powers and len(set(powers)) > 2
     if c.num_updates:
-        assert slices["updated"].tolist() == [times - 1 for _, times in found]
-        assert slices["updated"].sum() == 60 * c.num_updates
+        assert slices["updated"].tolist() == [times - 1 for _, times, _ in found]
+        assert c.num_queries or slices["updated"].sum() == 60 * c.num_updates
     else:
         assert "updated" not in slices
+    if c.value_tokens > 1:
+        assert slices["answer_pos"].tolist() == [i for _, _, i in found]
+    else:
+        assert "answer_pos" not in slices
 
 
 def test_the_slices_of_a_sequence_by_hand():
@@ -235,6 +258,71 @@ def test_the_law_is_that_of_a_loop_over_sequences(power_a):
         assert (np.abs(a - b) / np.sqrt(a + b + 1)).max() < 5
 
 
+def test_each_pair_is_a_distractor_as_often_as_any_other():
+    """And those that are queried are asked in the order of Zoology: stored early, asked early."""
+    c = config(input_seq_len=40, num_kv_pairs=8, num_queries=3, vocab_size=64)
+    size = data_mqar.TaskSize(40, 8, c)
+    tokens, targets, _ = data_mqar.make_sequences(size, "train", np.arange(8000))
+    labelled = np.nonzero(targets != IGNORE_INDEX)[1].reshape(8000, 3)
+    asked = np.take_along_axis(tokens, labelled, axis=1)
+    pair = np.argmax(tokens[:, None, :16:2] == asked[:, :, None], axis=2)  # (8000, 3), in time
+    assert (np.sort(pair, axis=1)[:, 1:] > np.sort(pair, axis=1)[:, :-1]).all()
+    counts = np.bincount(pair.ravel(), minlength=8)
+    assert (np.abs(counts - 3000) < 5 * np.sqrt(3000)).all()
+    assert (pair[:, 0] < pair[:, 2]).mean() > 0.57  # without an order, half of them
+
+
+def test_tokens_of_long_values_are_any_tokens_of_values():
+    c = config(input_seq_len=48, num_kv_pairs=4, value_tokens=3, vocab_size=16)
+    size = data_mqar.TaskSize(48, 4, c)
+    tokens, _, _ = data_mqar.make_sequences(size, "train", np.arange(4000))
+    values = tokens[:, :16].reshape(4000, 4, 4)[:, :, 1:]
+    for i in range(3):
+        counts = np.bincount(values[:, :, i].ravel(), minlength=16)
+        assert (counts[:8] == 0).all()
+        assert (np.abs(counts[8:] - 2000) < 5 * np.sqrt(2000)).all()
+
+
+def test_values_and_distractors_by_hand():
+    """Three pairs of a key and two tokens, two of them asked: key, first token, blank."""
+    c = config(input_seq_len=16, num_kv_pairs=3, num_queries=2, value_tokens=2, vocab_size=20)
+    size = data_mqar.TaskSize(16, 3, c)
+    for index in range(50):
+        tokens, targets, _ = data_mqar.make_sequences(size, "train", np.array([index]))
+        x, y = tokens[0].tolist(), targets[0].tolist()
+        stored = {x[t]: x[t + 1 : t + 3] for t in (0, 3, 6)}
+        assert len(stored) == 3
+        for t in (9, 12):
+            assert x[t + 1] == y[t] == stored[x[t]][0]
+            assert y[t + 1] == stored[x[t]][1] and x[t + 2] == 0
+        assert [t for t in range(16) if y[t] != IGNORE_INDEX] == [9, 10, 12, 13]
+
+
+# ---- loss on all tokens --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [{}, {"infinite_data": True}, {"value_tokens": 2}], ids=str)
+def test_a_loss_on_all_tokens_asks_for_the_next_one_and_measures_answers(extra):
+    sizes = dict(input_seq_len=32, num_kv_pairs=4, vocab_size=64, n_train_examples=30, **extra)
+    answers = data_mqar.Data(config(**sizes))
+    everything = data_mqar.Data(config(**sizes, loss_on="all"))
+    for step in (0, 5):
+        indices = answers.batch_indices(step, 10)
+        tokens, targets, _ = answers.batch("train", step, indices)
+        same_tokens, all_targets, slices = everything.batch("train", step, indices)
+        assert torch.equal(tokens, same_tokens) and slices == {}
+        for x, y, found in zip(tokens.tolist(), targets.tolist(), all_targets.tolist()):
+            expected = [*x[1:], IGNORE_INDEX]
+            for t in range(32):
+                if y[t] != IGNORE_INDEX:
+                    expected[t] = y[t]
+            assert found == expected
+    for split in ("val", "test"):
+        ours, theirs = (data.batch(split, 0, range(20)) for data in (answers, everything))
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        assert all((ours[2][name] == theirs[2][name]).all() for name in {**ours[2], **theirs[2]})
+
+
 def test_uniform_without_replacement():
     u = rng.row_uniforms(rng.philox_key(3), np.arange(60000), 3)
     seen = np.bincount(rng.sample_without_replacement(u, 5) @ [25, 5, 1], minlength=125)
@@ -252,6 +340,7 @@ def test_uniform_without_replacement():
         {"infinite_data": True},
         {"infinite_data": True, "curriculum": ((2, 3),)},
         {"train_sizes": ((32, 4), (16, 2))},
+        {"num_queries": 2, "value_tokens": 2, "loss_on": "all"},
     ],
     ids=str,
 )
@@ -448,6 +537,10 @@ def test_training_reads_what_was_written(tmp_path):
     assert fewer.eval_groups("test") == [range(7)]
     with pytest.raises(ConfigError, match="no effect: the data comes from"):
         config("--path", str(folder), "--num_kv_pairs", "4")
+    everything = data_mqar.Data(config("--path", str(folder), "--loss_on=all"))
+    _, all_targets, _ = everything.batch("train", 3, [0, 61, 179, 180])
+    assert torch.equal(all_targets[:, :-1], tokens[:, 1:])
+    assert torch.equal(everything.batch("test", 0, [3])[1], data.batch("test", 0, [3])[1])
 
 
 def test_hugging_face_datasets_reads_it(tmp_path, monkeypatch):
@@ -570,6 +663,13 @@ def test_memory_does_not_grow_with_the_number_of_sequences(tmp_path):
         (["--path=/nowhere"], "holds no data set"),
         (["--n_train_examples=1e12"], "infinite_data=1"),
         (["--power_a=-1"], "at least 0"),
+        (["--num_queries=33"], "num_queries=33 exceeds the 32 pairs"),
+        (["--num_queries=-1"], "at least 0"),
+        (["--num_kv_pairs=40", "--num_queries=30"], "need a sequence of at least 140 tokens"),
+        (["--value_tokens=2"], "32 pairs need a sequence of at least 192 tokens, not 128"),
+        (["--value_tokens=0"], "value_tokens=0"),
+        (["--loss_on=queries"], "choose from answers, all"),
+        (["--loss_on=all", "--curriculum=[(2,9)]", "--stage_loss=0.8"], "set stage_loss=0"),
     ],
 )
 def test_impossible_tasks_are_refused_in_one_sentence(flags, message):
@@ -587,6 +687,8 @@ def test_impossible_tasks_are_refused_in_one_sentence(flags, message):
         (["--output-format=csv"], "choose from parquet, jsonl"),
         (["--num-sample=5"], "did you mean num_samples"),
         (["--num-samples=5"], "name the directory"),
+        (["--value-tokens=2", "--output-dir=x"], "a data set on disk has no value_tokens"),
+        (["--num-queries=2", "--output-dir=x"], "a data set on disk has no num_queries"),
     ],
 )
 def test_impossible_data_sets_are_refused_in_one_sentence(flags, message):

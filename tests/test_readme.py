@@ -14,6 +14,7 @@ import ablate
 import bench
 import data_mqar
 import data_synth
+import data_track
 import eval as evaluate
 import flex_generate
 import sweep
@@ -99,6 +100,7 @@ PARSERS = {
     "memory.py": weights.parse,
     "data_mqar.py": data_mqar.parse,
     "data_synth.py": data_synth.parse,
+    "data_track.py": data_track.parse,
     "tests/bench.py": bench.parse,
     "-m": parse_module,
 }
@@ -225,6 +227,7 @@ SHORTENED = {  # scripts that need nothing but this repo, and how their commands
     "memory.py": rename_converted,
     "data_mqar.py": shorten_mqar,
     "data_synth.py": shorten_facts,
+    "data_track.py": lambda argv, name: argv,
 }
 
 
