@@ -11,7 +11,8 @@
     python eval.py logits runs/RUN                # rank and probability of answers, calibration
     python eval.py activations | norms | track | routing runs/RUN     # memory layers
     python eval.py attention runs/RUN             # attention maps, and the role of each head
-    python eval.py edit runs/RUN                  # closed-form editing beside fine-tuning
+    python eval.py edit runs/RUN                  # closed-form editing beside fine-tuning; of MQAR,
+                                                  # pairs in the state or the cache
     python eval.py stats runs/A [runs/B]          # intervals and tests of one run or two
     python eval.py compare 'runs/*'               # runs side by side, seeds as bands
     python eval.py repair results.jsonl           # every whole record of a damaged file
@@ -41,6 +42,7 @@ from analysis.memory_usage import activations, norms, track
 from analysis.repair import repair
 from analysis.routing import routing
 from analysis.significance import stats
+from analysis.state_editing import edit_pairs
 from analysis.trained_run import (
     AnalysisConfig,
     Command,
@@ -69,6 +71,7 @@ class EvalConfig(AnalysisConfig):
     n_examples: int = 1000  # examples to analyse, equally many from each eval group; 0: all
     data: str = ""  # routing: a .jsonl or .parquet file of texts, instead of the run's own data
     n_edits: tuple[int, ...] = (1, 3, 10, 30, 100)  # edit: how many facts to edit at once
+    num_kv_pairs: tuple[int, ...] = ()  # edit, MQAR: pairs in a sequence; empty: as the run's test
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
     band: str = "range"  # compare: band over seeds, lowest to highest; or interval, 95% of the mean
     output: str = ""  # compare: path without extension; empty: a file in the runs' directory
@@ -79,6 +82,8 @@ class EvalConfig(AnalysisConfig):
         at_least(self, -1, "example")
         message = f"n_edits={self.n_edits} needs numbers of at least 1"
         require(self.n_edits and min(self.n_edits) >= 1, message, "n_edits")
+        message = f"num_kv_pairs={self.num_kv_pairs} needs numbers of at least 1"
+        require(min(self.num_kv_pairs, default=1) >= 1, message, "num_kv_pairs")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, BANDS, "band")
 
@@ -233,6 +238,19 @@ def plot_slices(path, by_slice, title):
     finish_figure(fig, plt, path, title)
 
 
+# ---- editing -------------------------------------------------------------------------------------
+
+
+def edit(run):
+    """Edit pairs in the context of MQAR, or facts in the weights."""
+    if run.settings.train.data == "data_mqar":
+        edit_pairs(run)
+        return
+    message = "num_kv_pairs is for runs of MQAR; this run stores facts in its weights"
+    require(not run.config.num_kv_pairs, message, "num_kv_pairs")
+    compare_editors(run)
+
+
 # ---- commands ------------------------------------------------------------------------------------
 
 
@@ -303,7 +321,9 @@ COMMANDS = {
         "MLP or memory, or which slots, by kind of token, position and layer.",
     ),
     "edit": Command(
-        compare_editors, ("n_edits",), "Facts edited in closed form, beside fine-tuning."
+        edit,
+        ("n_edits", "num_kv_pairs"),
+        "Facts edited in closed form, beside fine-tuning; of MQAR, pairs in state or cache.",
     ),
     "stats": Command(
         stats, ("split",), "Intervals of every slice, and what correlates with the loss.", False
@@ -312,7 +332,7 @@ COMMANDS = {
     "repair": Command(repair, (), "Every whole record of a damaged file.", False),
     "all": Command(
         run_all,
-        ("print_examples", "example", "n_examples", "n_edits"),
+        ("print_examples", "example", "n_examples", "n_edits", "num_kv_pairs"),
         "Everything that fits the run.",
     ),
 }

@@ -309,6 +309,7 @@ DECISIVE = (
     "n_examples",
     "data",
     "n_edits",
+    "num_kv_pairs",
     "ablations",
     "slot",
     "pattern",
