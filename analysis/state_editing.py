@@ -409,6 +409,9 @@ def plot_edits(results, cosines, title, path):
             errorbars(axis, edits, [r[metric] for r in of_method], label=method)
         axis.set(xscale="log", xlabel=f"edited pairs, of {loads[-1]}", ylim=(-0.02, 1.02))
         axis.set_ylabel(f"{metric}, 95% interval")
+        ticks = sorted({r["edits"] for r in of_largest})
+        axis.set_xticks(ticks, ticks)
+        axis.minorticks_off()
     labels = [f"{low}–{high}" for low, high in zip(COSINES, COSINES[1:])]
     names = [f"{low} to {high}" for low, high in zip(COSINES, COSINES[1:])]
     for n in sorted({r["edits"] for r in results}):
@@ -425,6 +428,7 @@ def plot_edits(results, cosines, title, path):
             errorbars(axes[3], x, [r["specificity"] for r in of_n], label=f"{n} edits")
         axes[3].set(xscale="log", xlabel="pairs in a sequence", ylabel="specificity of overwrite")
         axes[3].set_xticks(loads, loads)
+        axes[3].minorticks_off()
         axes[3].legend()
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     fig.supxlabel(title)
