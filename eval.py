@@ -12,7 +12,8 @@
     python eval.py logits runs/RUN                # rank and probability of answers, calibration
     python eval.py activations | norms | track | routing runs/RUN     # memory layers
     python eval.py attention runs/RUN             # attention maps, and the role of each head
-    python eval.py edit runs/RUN                  # closed-form editing beside fine-tuning
+    python eval.py edit runs/RUN                  # closed-form editing beside fine-tuning; of MQAR,
+                                                  # pairs in the state or the cache
     python eval.py edit runs/RUN --facts edits.jsonl --save_as NAME   # rewrite facts of your choice
     python eval.py edit runs/NAME --undo 1        # and take that back
     python eval.py stats runs/A [runs/B]          # intervals and tests of one run or two
@@ -47,6 +48,7 @@ from analysis.named_edits import edit_named_facts, undo
 from analysis.repair import repair
 from analysis.routing import routing
 from analysis.significance import stats
+from analysis.state_editing import edit_pairs
 from analysis.trained_run import (
     AnalysisConfig,
     Command,
@@ -89,6 +91,7 @@ class EvalConfig(AnalysisConfig):
     add: bool = False  # edit --facts: also write facts that the model does not know yet
     save_as: str = ""  # edit --facts: name of a run directory to write, with the edited weights
     undo: bool = False  # edit: take the latest edit of an edited run back
+    num_kv_pairs: tuple[int, ...] = ()  # edit, MQAR: pairs in a sequence; empty: as the run's test
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
     band: str = "range"  # compare: band over seeds, lowest to highest; or interval, 95% of the mean
     output: str = ""  # compare: path without extension; empty: a file in the runs' directory
@@ -99,6 +102,8 @@ class EvalConfig(AnalysisConfig):
         at_least(self, -1, "example")
         message = f"n_edits={self.n_edits} needs numbers of at least 1"
         require(self.n_edits and min(self.n_edits) >= 1, message, "n_edits")
+        message = f"num_kv_pairs={self.num_kv_pairs} needs numbers of at least 1"
+        require(min(self.num_kv_pairs, default=1) >= 1, message, "num_kv_pairs")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, BANDS, "band")
         one_of(self, EDITORS, "editor")
@@ -279,12 +284,16 @@ def plot_slices(path, by_slice, title):
 
 
 def edit(run):
-    """Compare the editors; rewrite the facts of --facts; or, --undo, take an edit back."""
+    """Rewrite the facts of --facts; or, --undo, take an edit back; or compare the ways to edit."""
     if run.config.undo:
         undo(run)
     elif run.config.facts:
         edit_named_facts(run)
+    elif run.settings.train.data == "data_mqar":
+        edit_pairs(run)
     else:
+        message = "num_kv_pairs is for runs of MQAR; this run stores facts in its weights"
+        require(not run.config.num_kv_pairs, message, "num_kv_pairs")
         compare_editors(run)
 
 
@@ -359,8 +368,8 @@ COMMANDS = {
     ),
     "edit": Command(
         edit,
-        ("n_edits", "facts", "editor", "add", "save_as", "undo"),
-        "Facts edited in closed form, beside fine-tuning.",
+        ("n_edits", "num_kv_pairs", "facts", "editor", "add", "save_as", "undo"),
+        "Facts edited in closed form, beside fine-tuning; of MQAR, pairs in state or cache.",
     ),
     "stats": Command(
         stats, ("split",), "Intervals of every slice, and what correlates with the loss.", False
@@ -369,7 +378,7 @@ COMMANDS = {
     "repair": Command(repair, (), "Every whole record of a damaged file.", False),
     "all": Command(
         run_all,
-        ("print_examples", "example", "n_examples", "n_edits"),
+        ("print_examples", "example", "n_examples", "n_edits", "num_kv_pairs"),
         "Everything that fits the run.",
     ),
 }

@@ -315,6 +315,7 @@ DECISIVE = (
     "facts",
     "editor",
     "add",
+    "num_kv_pairs",
     "ablations",
     "slot",
     "pattern",
