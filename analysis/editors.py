@@ -62,7 +62,6 @@ DEFAULT_EDITORS = (
     "fine-tune the values",
     "fine-tune all weights",
     "fine-tune all weights, replaying others",
-    "sparse tf-idf",
 )
 
 
