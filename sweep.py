@@ -348,8 +348,8 @@ def draw_forgetting(results):
             learned = edit_metric(seeds, method, n_edits[-1], "efficacy")
             fill = color if np.mean(learned) >= 0.95 else "white"
             by_load.plot(load, np.mean(values), "o", ms=5, mec=color, mfc=fill)
-        # One cell in detail: more facts, from left to right or from top to bottom.
-        seeds = results["16,384 slots"][2000]
+        # One table in detail, that of the median load.
+        seeds = cells[len(cells) // 2]
         learned = [np.mean(edit_metric(seeds, method, n, "efficacy")) for n in n_edits]
         retained = [np.mean(edit_metric(seeds, method, n, "retained")) for n in n_edits]
         by_learned.plot(learned, retained, color=color, lw=1, label=method)
@@ -359,7 +359,8 @@ def draw_forgetting(results):
     by_load.set(ylabel=label, ylim=(-0.02, 1.02))
     by_learned.set(xlabel="learned: new facts with their answer", xlim=(-0.02, 1.02))
     more = ", ".join(map(str, n_edits))
-    label = f"retained (16,384 slots, 2,000 pairs;\nlarger points: {more} new facts)"
+    load = f"{loads[len(cells) // 2]:.2g} bits per value"
+    label = f"retained, at a load of {load}\n(points from small to large: {more} new facts)"
     by_learned.set(ylabel=label, ylim=(-0.02, 1.02))
     caption = "Synthetic QA, new facts added to a trained model with one memory layer"
     return plt, fig, caption + BANDS
