@@ -355,13 +355,12 @@ def draw_forgetting(results):
         by_learned.plot(learned, retained, color=color, lw=1, label=method)
         by_learned.scatter(learned, retained, color=color, s=[8, 20, 45][: len(n_edits)])
     by_load.set(xscale="log", xlabel="load: bits stored per memory value before the edit")
-    label = f"retained, after {n_edits[-1]} new facts\n(filled: 95% of them are learned)"
-    by_load.set(ylabel=label, ylim=(-0.02, 1.02))
+    by_load.set(title=f"{n_edits[-1]} new facts (filled: 95% of them are learned)")
+    by_load.set(ylabel="retained", ylim=(-0.02, 1.02))
     by_learned.set(xlabel="learned: new facts with their answer", xlim=(-0.02, 1.02))
     more = ", ".join(map(str, n_edits))
-    load = f"{loads[len(cells) // 2]:.2g} bits per value"
-    label = f"retained, at a load of {load}\n(points from small to large: {more} new facts)"
-    by_learned.set(ylabel=label, ylim=(-0.02, 1.02))
+    title = f"load {loads[len(cells) // 2]:.2g}; points, small to large: {more} new facts"
+    by_learned.set(title=title, ylabel="retained", ylim=(-0.02, 1.02))
     caption = "Synthetic QA, new facts added to a trained model with one memory layer"
     return plt, fig, caption + BANDS
 
