@@ -41,14 +41,16 @@ from analysis.compare_figure import BANDS
 from analysis.confidence import logits
 from analysis.decoding import decode_example, hashhop_errors
 from analysis.edit_comparison import compare_editors
-from analysis.editors import EDITORS
+from analysis.editors import choose_editors
 from analysis.findings import describe_widest, percent
+from analysis.finetuning import TOP_SLOTS
 from analysis.memory_usage import activations, norms, track
 from analysis.named_edits import edit_named_facts, undo
 from analysis.repair import repair
 from analysis.routing import routing
 from analysis.significance import stats
 from analysis.state_editing import edit_pairs
+from analysis.stored_facts import predictions, stored_bits
 from analysis.trained_run import (
     AnalysisConfig,
     Command,
@@ -59,7 +61,6 @@ from analysis.trained_run import (
     save_result,
 )
 from nanorecall.metrics import (
-    iter_predictions,
     merge_batches,
     print_baselines,
     print_slices,
@@ -75,7 +76,7 @@ from nanorecall.settings import (
     run_cli,
     say,
 )
-from nanorecall.stats import label_accuracy, mean_ci
+from nanorecall.stats import label_accuracy
 
 
 @dataclass
@@ -86,8 +87,11 @@ class EvalConfig(AnalysisConfig):
     n_examples: int = 1000  # examples to analyse, equally many from each eval group; 0: all
     data: str = ""  # routing: a .jsonl or .parquet file of texts, instead of the run's own data
     n_edits: tuple[int, ...] = (1, 3, 10, 30, 100)  # edit: how many facts to edit at once
+    editors: str = ""  # edit: names of methods, separated by ';'; all; empty: a short list
+    new_facts: bool = False  # edit: add facts with new keys, instead of rewriting known ones
+    portions: int = 1  # edit: portions of the facts, edited one after the other
+    top_slots: int = TOP_SLOTS  # edit: slots that sparse methods train for each fact
     facts: str = ""  # edit: a .jsonl of facts to rewrite: {"question", "answer"}, the new answer
-    editor: str = "closed form, protecting others"  # edit --facts: which one; see editors.EDITORS
     add: bool = False  # edit --facts: also write facts that the model does not know yet
     save_as: str = ""  # edit --facts: name of a run directory to write, with the edited weights
     undo: bool = False  # edit: take the latest edit of an edited run back
@@ -104,9 +108,12 @@ class EvalConfig(AnalysisConfig):
         require(self.n_edits and min(self.n_edits) >= 1, message, "n_edits")
         message = f"num_kv_pairs={self.num_kv_pairs} needs numbers of at least 1"
         require(min(self.num_kv_pairs, default=1) >= 1, message, "num_kv_pairs")
+        at_least(self, 1, "portions", "top_slots")
+        message = f"portions={self.portions} needs n_edits of at least as many, not {self.n_edits}"
+        require(self.portions <= min(self.n_edits), message, "portions")
+        choose_editors(self.editors, self.top_slots)
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, BANDS, "band")
-        one_of(self, EDITORS, "editor")
         fits_in_a_path(self, "save_as")
         questions = self.ask if isinstance(self.ask, list) else [self.ask]
         message = f"ask={self.ask!r} must be a question, or a JSON list of them"
@@ -117,13 +124,14 @@ class EvalConfig(AnalysisConfig):
         if self.ask:
             names = ("print_examples", "example")
             reasons |= dict.fromkeys(names, "ask prints answers alone")
+        compared = ("n_edits", "new_facts", "portions", "num_kv_pairs")
         if self.undo:
-            reasons |= dict.fromkeys(("facts", "n_edits"), "undo takes an edit back")
+            names = ("facts", "editors", "top_slots", *compared)
+            reasons |= dict.fromkeys(names, "undo takes an edit back")
         if self.facts:
-            reasons["n_edits"] = "facts names what to edit"
+            reasons |= dict.fromkeys(compared, "facts names what to edit")
         else:
-            names = ("editor", "add", "save_as")
-            reasons |= dict.fromkeys(names, "there is no --facts FILE")
+            reasons |= dict.fromkeys(("add", "save_as"), "there is no --facts FILE")
         return reasons
 
 
@@ -207,20 +215,6 @@ def describe_accuracy(metrics, split):
     return found
 
 
-def predictions(run):
-    """What iter_predictions yields on all ranks, in the order of one process."""
-    options = dict(dtype=run.dtype, show_progress=True, world=run.world)
-    split, batch_size = run.config.split, run.config.eval_batch_size
-    of_this_rank = iter_predictions(
-        run.model, run.data, split, batch_size, run.device, **options
-    )
-    batches = []
-    for of_ranks in zip(*run.world.all_gather_object(list(of_this_rank))):
-        # A rank without a batch has None.
-        batches += [batch for batch in of_ranks if batch]
-    return batches
-
-
 def indices_to_print(run):
     """print_examples indices, evenly spaced over the split, and that of --example."""
     config = run.config
@@ -232,39 +226,6 @@ def indices_to_print(run):
     if config.example >= 0:
         indices.append(config.example)
     return indices
-
-
-def stored_bits(batches, data, model):
-    """Bits of the trained facts that the model stores, as {name: {"value", "ci95", "n"}}.
-
-    A fact counts with the bits of its answer less its loss, and at least with 0 (Allen-Zhu and Li
-    2024, arXiv 2404.05405). The mean over the facts that were measured, with its interval, is
-    multiplied by the number of all. {} if the task has no facts to store.
-    """
-    capacity = getattr(getattr(data, "source", None), "capacity", {})
-    if not capacity:
-        return {}
-    name, value = capacity["slice"].split("=")
-    example, loss = [], []
-    for batch in batches:
-        trained = batch["slices"][name].astype(str) == value
-        example.append(batch["example"][trained])
-        loss.append(batch["loss"][trained])
-    _, fact = np.unique(np.concatenate(example), return_inverse=True)
-    n_labels, nats = np.bincount(fact), np.bincount(fact, np.concatenate(loss))
-    bits = np.maximum(0, n_labels * capacity["bits"] - nats / np.log(2))  # of each fact
-    values = {}  # a table of values may be shared by several layers
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("memory.values"):
-            values[id(parameter)] = parameter.numel()
-    units = {
-        "bits stored": 1,
-        "bits stored per parameter": sum(p.numel() for p in model.parameters()),
-        "bits stored per memory value": sum(values.values()),
-    }
-    return {
-        name: mean_ci(bits * (capacity["facts"] / n)) for name, n in units.items() if n > 0
-    }
 
 
 def plot_slices(path, by_slice, title):
@@ -368,7 +329,10 @@ COMMANDS = {
     ),
     "edit": Command(
         edit,
-        ("n_edits", "num_kv_pairs", "facts", "editor", "add", "save_as", "undo"),
+        (
+            *("n_edits", "editors", "new_facts", "portions", "top_slots"),
+            *("facts", "add", "save_as", "undo", "num_kv_pairs"),
+        ),
         "Facts edited in closed form, beside fine-tuning; of MQAR, pairs in state or cache.",
     ),
     "stats": Command(

@@ -303,6 +303,85 @@ def draw_edits(results):
     return plt, fig, "Facts of a memory model edited (exact match)" + BANDS
 
 
+# ---- in the weights: learning more ---------------------------------------------------------------
+
+FORGETTING_EDITORS = (
+    "closed form, protecting others",
+    "fine-tune the values",
+    "fine-tune all weights",
+    "fine-tune all weights, replaying a tenth",
+    "fine-tune LoRA",
+    "sparse tf-idf",
+    "sparse random",
+)
+
+
+def forgetting_points():
+    eval_args = "eval.py edit {run} --new_facts 1 --n_edits [10,30,100]"
+    eval_args += f' --editors "{"; ".join(FORGETTING_EDITORS)}"'
+    result = "eval_edit_n_edits-10-30-100_new_facts-True"
+    result += "_editors-closed-form-protecting-o-973b87f1.json"  # the names' checksum
+    points = []
+    for n_keys in (32, 64, 128):
+        # 8 buckets of equally many pairs; a tenth of them is held out.
+        for pairs, steps in ((496, 300), (2000, 300), (10000, 800)):
+            train_args = f"configs/qa_2k_memory1.py --num_pairs {pairs} --mem_n_keys {n_keys}"
+            train_args += f" --max_steps {steps} --target_accuracy 0"
+            series, name = f"{n_keys**2:,} slots", f"qa_{pairs}_keys{n_keys}"
+            points.append(Point(series, pairs, name, train_args, eval_args, result))
+    return points
+
+
+def draw_forgetting(results):
+    plt, fig, (by_load, by_learned) = figure(1, 2, width=4.8)
+    cells = []  # [result of each seed], from the emptiest table to the fullest
+    for points in results.values():
+        cells += points.values()
+    cells.sort(key=mean_load)
+    n_edits = cells[0][0]["result"]["metrics"]["edits"]
+    loads = [mean_load(seeds) for seeds in cells]
+    for number, method in enumerate(methods_of(cells[0])):
+        color = f"C{number}"
+        retained = [edit_metric(seeds, method, n_edits[-1], "retained") for seeds in cells]
+        mean_and_range(by_load, loads, np.array(retained).T, label=method, color=color)
+        for load, seeds, values in zip(loads, cells, retained):
+            learned = edit_metric(seeds, method, n_edits[-1], "efficacy")
+            fill = color if np.mean(learned) >= 0.95 else "white"
+            by_load.plot(load, np.mean(values), "o", ms=5, mec=color, mfc=fill)
+        # One table in detail, that of the median load.
+        seeds = cells[len(cells) // 2]
+        learned = [np.mean(edit_metric(seeds, method, n, "efficacy")) for n in n_edits]
+        retained = [np.mean(edit_metric(seeds, method, n, "retained")) for n in n_edits]
+        by_learned.plot(learned, retained, color=color, lw=1, label=method)
+        by_learned.scatter(learned, retained, color=color, s=[8, 20, 45][: len(n_edits)])
+    by_load.set(xscale="log", xlabel="load: bits stored per memory value before the edit")
+    by_load.set(title=f"{n_edits[-1]} new facts (filled: 95% of them are learned)")
+    by_load.set(ylabel="retained", ylim=(-0.02, 1.02))
+    by_learned.set(xlabel="learned: new facts with their answer", xlim=(-0.02, 1.02))
+    more = ", ".join(map(str, n_edits))
+    title = f"load {loads[len(cells) // 2]:.2g}; points, small to large: {more} new facts"
+    by_learned.set(title=title, ylabel="retained", ylim=(-0.02, 1.02))
+    caption = "Synthetic QA, new facts added to a trained model with one memory layer"
+    return plt, fig, caption + BANDS
+
+
+def mean_load(seeds):
+    return np.mean([stored("bits stored per memory value")(result) for result in seeds])
+
+
+def methods_of(seeds):
+    edits = seeds[0]["result"]["by_slice"]["method, edits"]
+    return dict.fromkeys(edit["method"] for edit in edits.values())
+
+
+def edit_metric(seeds, method, n, metric):
+    """Of n facts edited with a method: [the metric for each seed]"""
+    name = f"{method}, {n}"
+    return [r["result"]["by_slice"]["method, edits"][name][metric]["value"] for r in seeds]
+
+
+# ---- in the weights: several hops ----------------------------------------------------------------
+
 HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "twohop_cot_memory")
 HOPS += ("hashhop_gpt", "hashhop_cot_gpt")
 
@@ -386,6 +465,7 @@ FIGURES = {
     "exposures": Figure(exposure_points, draw_exposures, "synthetic QA: recall by exposures"),
     "table": Figure(table_points, draw_table, "synthetic QA: bits stored by size of the table"),
     "edits": Figure(edit_points, draw_edits, "edited facts: efficacy, specificity, retention"),
+    "forgetting": Figure(forgetting_points, draw_forgetting, "new facts: learned and retained"),
     "hops": Figure(hop_points, draw_hops, "two-hop in and out of distribution, HashHop by hops"),
     "templates": Figure(template_points, draw_templates, "fused answers by number of templates"),
 }

@@ -1,21 +1,29 @@
-"""Compare ways to edit facts that a model knows (editors.py), one batch of facts at a time.
+"""Compare ways to change the facts that a model knows (editors.py).
 
-    python eval.py edit runs/RUN                       # 1 to 100 facts
+    python eval.py edit runs/RUN                       # rewrite 1 to 100 facts
     python eval.py edit runs/RUN --n_edits "[1,300]"
+    python eval.py edit runs/RUN --new_facts 1         # add facts with new keys instead
+    python eval.py edit runs/RUN --n_edits "[100]" --portions 10         # ten facts after ten
+    python eval.py edit runs/RUN --editors "closed form; sparse tf-idf"  # or all
 
 Efficacy: edited facts get their new answer. Specificity: other facts keep theirs. Facts with two
 wordings and two-hop questions are asked beyond what was edited (edit_reach.py).
 """
 
+import functools
 import time
+from collections import namedtuple
 
 import numpy as np
+import torch
 
 from analysis.edit_reach import REACH, describe_reach, editable_facts, require_editable_facts
 from analysis.editing import check_editable
-from analysis.editors import EDITORS, applicable_editors, n_correct, why_not
+from analysis.editors import answered, applicable_editors, choose_editors, n_correct, why_not
 from analysis.mlp_editing import check_mlp_editable
-from analysis.trained_run import correct_examples, save_result
+from analysis.peak_memory import peak_memory_of
+from analysis.stored_facts import predictions, stored_bits
+from analysis.trained_run import correct_examples, require_facts, save_result
 from data_synth import read_two_hop
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
@@ -26,83 +34,156 @@ METRICS = {
     "efficacy": "edited facts, new answer",
     "specificity": "other facts, old answer",
     "retention": "facts that an editor may use, old answer",
+    "retained": "all facts that the model knew and that are not edited, old answer",
 }
+LAST_PORTION = {"last_portion": "facts of the last portion, new answer"}
+COSTS = {
+    "seconds": "time of the portion",
+    "peak_memory": "bytes by which memory in use rose meanwhile",
+    "slots": "slots of which a value has changed",
+    "bytes": "bytes of weights that have changed",
+    "growth": "norm of these weights over their norm before",
+}
+
+# What is edited and measured together. Facts are (tokens, targets): the edited ones with their new
+# answers; those that an editor may use; others; and all that are not edited, each with its group.
+# beyond: {metric of REACH: facts}.
+Cell = namedtuple("Cell", "edited kept unseen old groups beyond")
 
 
 def compare_editors(run):
-    """Edit n facts at a time, for each n of n_edits, with every editor, and measure METRICS.
+    """Edit n facts, for each n of n_edits, with every editor, and measure METRICS and COSTS.
 
     Of up to 1000 other facts that the model knows, editors may use one half, and not the other.
     """
     require_editable(run)
-    editors, left_out = applicable_editors(run.model, EDITORS)
+    data, model, config = run.data, run.model, run.config
+    editors, left_out = applicable_editors(model, choose_editors(config.editors, config.top_slots))
     for reason, names in left_out.items():
         say(f"left out: {'; '.join(names)} ({reason})")
-    data, model, config = run.data, run.model, run.config
+    require(editors, "none of the editors fits this model", "editors")
+    if config.new_facts:
+        require_facts(run)
     known, asked_beyond, before = editable_facts(run, correct_examples(run))
     for what, share in before.items():
         run.finding(f"before editing, {what}: {share['value']:.0%} of {share['n']} answered")
-    n_needed = max(config.n_edits) + 10
+    n_needed = 10 + (0 if config.new_facts else max(config.n_edits))
     message = f"the model answers {len(known)} facts correctly; n_edits={config.n_edits} needs"
     require(len(known) >= n_needed, f"{message} {n_needed}", "n_edits")
+    stored = stored_bits(predictions(run), data, model)
     rng = np.random.default_rng(run.settings.train.seed)
-    facts = []
-    for index in rng.permutation(known):
-        texts, _ = data.source.read(config.split, [index])
-        facts.append(texts[0])
-    alphabet = answer_alphabet(facts)
+    facts, slices = data.source.read(config.split, rng.permutation(known))
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     results = []
     for n in config.n_edits:
-        others = facts[n : n + 1000]
-        new_facts = [counterfactual(fact, alphabet, rng) for fact in facts[:n]]
-        edited = encode(run, new_facts)
-        kept, unseen = encode(run, others[::2]), encode(run, others[1::2])
-        beyond = {}
-        for metric, texts in asked_beyond(facts[:n], new_facts, others[1::2]).items():
-            beyond[metric] = encode(run, texts)
+        cell = make_cell(run, n, facts, slices, asked_beyond, rng)
         for name, editor in editors.items():
             try:
-                measured = measure_editor(model, editor, edited, kept, unseen, beyond)
+                for row in edit_in_portions(model, editor, cell, config.portions):
+                    results.append({"method": name, "edits": n, **row})
             finally:
                 model.load_state_dict(weights)
-            results.append({"method": name, "edits": n, **measured})
-    for sentence in [*describe_editors(results), *describe_reach(results)]:
+    last = [r for r in results if r["portion"] == config.portions]
+    for sentence in [*describe_editors(last), *describe_reach(last)]:
         run.finding(sentence)
-    print_results(results)
-    columns = {}
     metrics = metrics_of(results)
-    for name in ("method", "edits", *metrics, "seconds"):
+    print_results(results, metrics)
+    columns = {}
+    for name in ("method", "edits", "portion", *metrics, *COSTS):
         values = [r[name] for r in results]
         columns[name] = [v["value"] for v in values] if name in metrics else values
 
     def plot(path):
-        plot_edits(path, results, run.name)
+        of_most = [r for r in results if r["edits"] == max(config.n_edits)]
+        plot_edits(path, of_most if config.portions > 1 else last, metrics, run.name)
 
-    metrics = {"edits": list(config.n_edits), **before}
-    by_slice = {"method, edits": {f"{r['method']}, {r['edits']}": r for r in results}}
-    save_result(run, "edit", metrics, by_slice, (), columns, plot)
+    by_slice = {"method, edits": {f"{r['method']}, {r['edits']}": r for r in last}}
+    if config.portions > 1:
+        keys = [f"{r['method']}, {r['edits']}, {r['portion']}" for r in results]
+        by_slice["method, edits, portion"] = dict(zip(keys, results))
+    measured = {"edits": list(config.n_edits), "stored": stored, **before}
+    save_result(run, "edit", measured, by_slice, (), columns, plot)
 
 
 def metrics_of(results):
     """{metric: meaning} of those that were measured."""
-    known = METRICS | REACH
+    known = METRICS | LAST_PORTION | REACH
     return {metric: known[metric] for metric in results[0] if metric in known}
 
 
-def measure_editor(model, editor, edited, kept, unseen, beyond):
-    """Edit the model -> METRICS and the seconds that it took. Facts: (tokens, targets).
+def make_cell(run, n, facts, slices, asked_beyond, rng):
+    """facts: all that the model knows. slices: {name: (facts,)}, of which the first has groups.
 
-    beyond: {metric of REACH: facts}
+    asked_beyond: see edit_reach.editable_facts.
     """
-    start = time.perf_counter()
-    editor(model, *edited, *kept)
-    seconds = time.perf_counter() - start
+    if run.config.new_facts:
+        changed, n_edited = unknown_facts(n, facts, run.data.source.texts, rng), 0
+    else:
+        alphabet = answer_alphabet(facts)
+        changed, n_edited = [counterfactual(fact, alphabet, rng) for fact in facts[:n]], n
+    old = facts[n_edited:]
+    group, values = next(iter(slices.items()))  # exposures in synthetic QA
+    groups = [f"{group}={value}" for value in values[n_edited:]]
+    parts = (changed, old[:1000:2], old[1:1000:2], old)
+    beyond = {}
+    # What follows from all edits does not follow from a portion of them.
+    if n_edited and run.config.portions == 1:
+        for metric, texts in asked_beyond(facts[:n], changed, old[1:1000:2]).items():
+            beyond[metric] = encode(run, texts)
+    return Cell(*(encode(run, part) for part in parts), np.array(groups), beyond)
+
+
+def edit_in_portions(model, editor, cell, portions):
+    """Edit the facts in portions, from the edited model each time -> measurements after each.
+
+    METRICS are of all facts edited so far, COSTS of changes since the first portion.
+    """
+    original = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows, so_far = [], 0
+    for portion in torch.arange(len(cell.edited[0])).tensor_split(portions):
+        tokens, targets = (x[portion] for x in cell.edited)
+        so_far += len(portion)
+        edit = functools.partial(editor, model, tokens, targets, *cell.kept)
+        start = time.perf_counter()
+        row = {"portion": len(rows) + 1, "so_far": so_far}
+        row["peak_memory"] = peak_memory_of(edit, tokens.device)
+        row["seconds"] = time.perf_counter() - start
+        row |= measure(model, [x[:so_far] for x in cell.edited], cell)
+        if portions > 1:
+            row["last_portion"] = proportion(n_correct(model, tokens, targets), len(tokens))
+        rows.append(row | changes(model, original))
+    return rows
+
+
+def measure(model, edited, cell):
+    """-> METRICS, retained by group, and those of REACH. edited: (tokens, targets) so far."""
     measured = {}
-    asked = dict(zip(METRICS, (edited, unseen, kept))) | beyond
+    asked = dict(zip(METRICS, (edited, cell.unseen, cell.kept))) | cell.beyond
     for metric, (tokens, targets) in asked.items():
         measured[metric] = proportion(n_correct(model, tokens, targets), len(tokens))
-    return {**measured, "seconds": seconds}
+    is_correct = answered(model, *cell.old).cpu().numpy()
+    measured["retained"] = proportion(int(is_correct.sum()), len(is_correct))
+    measured["retained_by"] = {}
+    for group in dict.fromkeys(cell.groups.tolist()):
+        of_group = is_correct[cell.groups == group]
+        measured["retained_by"][group] = proportion(int(of_group.sum()), len(of_group))
+    return measured
+
+
+def changes(model, original):
+    """How the parameters differ from the original ones {name: tensor} -> slots, bytes, growth."""
+    slots = n_bytes = 0
+    before = after = 0.0  # sums of squares
+    for name, parameter in model.named_parameters():
+        old, new = original[name], parameter.detach()
+        changed = old != new
+        n_bytes += int(changed.sum()) * new.element_size()
+        if name.endswith("memory.values"):
+            slots += int(changed.any(1).sum())
+        before += float(old[changed].double().square().sum())
+        after += float(new[changed].double().square().sum())
+    growth = (after / before) ** 0.5 if before else 1.0
+    return {"slots": slots, "bytes": n_bytes, "growth": growth}
 
 
 def describe_editors(results):
@@ -121,19 +202,27 @@ def overall(result):
     return result["efficacy"]["value"] + result["specificity"]["value"]
 
 
-def print_results(results):
-    metrics = metrics_of(results)
-    head = ["method", "edits"]
+def print_results(results, metrics):
+    names = ["method", "edits"]
+    if results[0]["so_far"] != results[0]["edits"]:
+        names.append("so_far")
+    head = list(names)
     for metric in metrics:
         head += [metric, "95% interval"]
-    lines = []
+    lines, costs = [], []
     for r in results:
-        line = [r["method"], r["edits"]]
+        begin = [r[name] for name in names]
+        line = list(begin)
         for metric in metrics:
             line += format_ci(r[metric])[1:]
-        lines.append([*line, f"{r['seconds']:.2f}"])
-    print_table([*head, "seconds"], lines)
+        lines.append(line)
+        memory = "-" if r["peak_memory"] is None else f"{r['peak_memory']:,}"
+        numbers = (f"{r['seconds']:.2f}", memory, f"{r['slots']:,}", f"{r['bytes']:,}")
+        costs.append([*begin, *numbers, f"{r['growth']:.2f}"])
+    print_table(head, lines)
     print("; ".join(f"{metric}: {meaning}" for metric, meaning in metrics.items()))
+    print_table([*names, *COSTS], costs)
+    print("; ".join(f"{cost}: {meaning}" for cost, meaning in COSTS.items()))
 
 
 def require_editable(run):
@@ -166,26 +255,50 @@ def counterfactual(fact, alphabet, rng):
     return f"{key}:{new_value} "
 
 
+def unknown_facts(n, facts, texts, rng):
+    """n facts that look like `facts`, with keys that none of the data set's texts has."""
+    key, value = facts[0].strip().split(":")
+    key_alphabet = characters_of(fact.split(":")[0] for fact in facts)
+    alphabet = characters_of(value_of(fact) for fact in facts)
+    taken = {text.split(":")[0] for text in texts}
+    n_free = len(key_alphabet) ** len(key) - len(taken)
+    message = f"n_edits={n} new facts need keys that the data lacks; there are {n_free}"
+    require(n <= n_free, message, "n_edits")
+    made = []
+    while len(made) < n:
+        key = "".join(rng.choice(key_alphabet, len(key)))
+        if key not in taken:
+            taken.add(key)
+            made.append(f"{key}:{''.join(rng.choice(alphabet, len(value)))} ")
+    return made
+
+
+def value_of(fact):
+    return fact.strip().split(":")[1]
+
+
+def characters_of(words):
+    return sorted(set("".join(words)))
+
+
 def encode(run, facts):
     """Facts of one length -> tokens and targets (B, T)."""
     tokens, targets, *_ = run.data.encoder.batch(facts, packed=False)
     return run.tensor(tokens), run.tensor(targets)
 
 
-def plot_edits(path, results, title):
+def plot_edits(path, results, metrics, title):
     """Metrics of each editor against the number of edited facts."""
-    metrics = metrics_of(results)
     plt, fig, axes = figure(1, len(metrics), width=3.8)
     for axis, metric in zip(axes, metrics):
         for name in dict.fromkeys(r["method"] for r in results):
             of_editor = [r for r in results if r["method"] == name]
             measured = [r[metric] for r in of_editor]
-            errorbars(axis, [r["edits"] for r in of_editor], measured, label=name)
-        # How many are asked depends on the edits, but for those METRICS that ask other facts.
-        asks_others = metric in METRICS and metric != "efficacy"
-        n = f" (n = {measured[-1]['n']})" if asks_others else ""
+            errorbars(axis, [r["so_far"] for r in of_editor], measured, label=name)
+        n_all = {cell["n"] for cell in measured}
+        n = f" (n = {n_all.pop()})" if len(n_all) == 1 else ""
         ylabel = f"{metric}{n}\nexact match, 95% interval"
-        axis.set(xscale="log", xlabel="facts edited together", ylabel=ylabel, ylim=(-0.02, 1.02))
+        axis.set(xscale="log", xlabel="facts edited", ylabel=ylabel, ylim=(-0.02, 1.02))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     fig.supxlabel(title)
     finish_figure(fig, plt, path, "")

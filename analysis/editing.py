@@ -148,6 +148,22 @@ def parameter_name(model, parameter):
 # ---- memory layers -------------------------------------------------------------------------------
 
 
+def undo_edits(model, records):
+    """undo_edit of several edits, the latest of them first.
+
+    ValueError, and no change, if one of them cannot be undone.
+    """
+    undone = []
+    try:
+        for record in reversed(records):
+            undo_edit(model, record)
+            undone.append(record)
+    except ValueError:
+        for record in reversed(undone):
+            undo_edit(model, {**record, "values": record["written"], "written": record["values"]})
+        raise
+
+
 def check_editable(model):
     """ValueError unless values of the last block's memory act on the logits alone and linearly."""
     memory = last_block_part(model, "memory")

@@ -1,24 +1,44 @@
-"""Ways to make a model answer facts anew: closed forms and fine-tuning.
+"""Ways to make a model answer facts anew, in a table: closed forms and fine-tuning.
 
 An editor is a function f(model, tokens, targets, kept_tokens, kept_targets). It changes weights of
 the model in place, so that the model answers the facts (tokens, targets). It may use the kept
 facts, which should keep their answers.
 """
 
+import functools
+
+import torch
+
 from analysis.editing import check_editable, edit_facts
+from analysis.finetuning import (
+    SPARSE,
+    fine_tune_all,
+    fine_tune_all_replaying,
+    fine_tune_all_replaying_some,
+    fine_tune_lora,
+    fine_tune_values,
+)
 from analysis.mlp_editing import check_mlp_editable, edit_mlp
-from nanorecall.metrics import correct_predictions, evaluating, in_eval_mode
-from nanorecall.sparse import SparseAdamW
+from nanorecall.metrics import correct_predictions, in_eval_mode
+from nanorecall.settings import require
 
 # Eigenvalues up to this fraction of the largest are taken for 0: see solve_change.
 NULL_SPACE = 1e-2
 
 
 @in_eval_mode
+def answered(model, tokens, targets, batch_size=500):
+    """Which examples have all labels predicted correctly: (B,) bool"""
+    parts = []
+    for x, y in zip(tokens.split(batch_size), targets.split(batch_size)):
+        logits, _ = model(x, y)
+        parts.append(correct_predictions(logits, y)[1])
+    return torch.cat(parts)
+
+
 def n_correct(model, tokens, targets):
     """Number of examples whose labels are all predicted correctly."""
-    logits, _ = model(tokens, targets)
-    return int(correct_predictions(logits, targets)[1].sum())
+    return int(answered(model, tokens, targets).sum())
 
 
 def closed_form(model, tokens, targets, kept, kept_targets):
@@ -53,41 +73,6 @@ def check_has_values(model):
         raise ValueError("fine-tuning the values needs memory layers")
 
 
-def fine_tune_values(model, *facts):
-    values = [q for name, q in model.named_parameters() if "memory.values" in name]
-    fine_tune(model, values, 1e-2, *facts)
-
-
-def fine_tune_all(model, *facts):
-    fine_tune(model, list(model.parameters()), 1e-3, *facts)
-
-
-def fine_tune_all_replaying(model, *facts):
-    fine_tune(model, list(model.parameters()), 1e-3, *facts, replay=True)
-
-
-def fine_tune(model, parameters, lr, tokens, targets, kept, kept_targets, replay=False, steps=200):
-    """Train parameters on the new facts until all are answered; with replay, on kept facts, too."""
-    optimizer = SparseAdamW(parameters, lr=lr, weight_decay=0)  # Adam
-    try:
-        with evaluating(model):
-            for _ in range(steps):
-                model.zero_grad()
-                loss = model(tokens, targets)[1]
-                if replay:
-                    loss = loss + model(kept, kept_targets)[1]
-                loss.backward()
-                optimizer.step()
-                done = n_correct(model, tokens, targets) == len(tokens)
-                if done and replay:
-                    done = n_correct(model, kept, kept_targets) == len(kept)
-                if done:
-                    break
-    finally:
-        # Or the next training step would add its own gradients to these.
-        model.zero_grad()
-
-
 EDITORS = {
     "closed form": closed_form,
     "closed form, protecting others": closed_form_protecting,
@@ -98,7 +83,21 @@ EDITORS = {
     "fine-tune the values": fine_tune_values,
     "fine-tune all weights": fine_tune_all,
     "fine-tune all weights, replaying others": fine_tune_all_replaying,
+    "fine-tune all weights, replaying a tenth": fine_tune_all_replaying_some,
+    "fine-tune LoRA": fine_tune_lora,
+    **SPARSE,
 }
+
+# What `eval.py edit` compares if it is not told: they take about a minute.
+DEFAULT_EDITORS = (
+    "closed form",
+    "closed form, protecting others",
+    "closed form in the MLP",
+    "closed form in the MLP, protecting others",
+    "fine-tune the values",
+    "fine-tune all weights",
+    "fine-tune all weights, replaying others",
+)
 
 # What an editor needs, as a function of the model that raises ValueError. Others take any model.
 NEEDS = {
@@ -109,7 +108,28 @@ NEEDS = {
     "closed form in the MLP, protecting others": check_mlp_editable,
     "closed form in the MLP, null space of others": check_mlp_editable,
     "fine-tune the values": check_has_values,
+    **dict.fromkeys(SPARSE, check_editable),
 }
+
+
+def choose_editors(names, top_slots):
+    """{name: editor} of names separated by ";", of all, or of DEFAULT_EDITORS if names is empty.
+
+    top_slots: of the SPARSE ones. ConfigError for a name that is not in EDITORS.
+    """
+    chosen = DEFAULT_EDITORS
+    if names == "all":
+        chosen = EDITORS
+    elif names:
+        chosen = [name.strip() for name in names.split(";")]
+    editors = {}
+    for name in chosen:
+        message = f"there is no editor {name!r}; separate names by ';': {'; '.join(EDITORS)}"
+        require(name in EDITORS, message, "editors")
+        editors[name] = EDITORS[name]
+        if name in SPARSE:
+            editors[name] = functools.partial(EDITORS[name], top_slots=top_slots)
+    return editors
 
 
 def applicable_editors(model, editors):

@@ -24,8 +24,7 @@ from analysis.asking import (
     require_decoding,
 )
 from analysis.edited_run import new_folder, save_edited_run, undo_latest_edit
-from analysis.editing import check_editable
-from analysis.editors import EDITORS
+from analysis.editors import applicable_editors, choose_editors
 from analysis.trained_run import save_result
 from nanorecall.documents import validate_text
 from nanorecall.metrics import print_table
@@ -33,6 +32,7 @@ from nanorecall.settings import ConfigError, require, say
 from nanorecall.shards import has_data_suffix, read_rows
 from nanorecall.stats import proportion
 
+DEFAULT = "closed form, protecting others; closed form in the MLP, protecting others"  # what fits
 KEPT_TOKENS = 2**16  # of the other facts that an editor may use: they are read in one batch
 N_SHOWN = 5  # other facts that changed, on the screen
 
@@ -43,7 +43,7 @@ def edit_named_facts(run):
     The run itself stays as it is; --save_as writes the edited one beside it.
     """
     config, model = run.config, run.model
-    require_editable(run)
+    name, editor = choose_editor(run)
     folder = new_folder(run, config.save_as) if config.save_as else ""
     facts = known_facts(run)
     known = select(facts, are_answered(model, run, facts))
@@ -53,13 +53,13 @@ def edit_named_facts(run):
     before = [ask(model, run, fact) for fact in new_facts]
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     try:
-        apply_editor(run, new_facts, others)
+        apply_editor(run, editor, new_facts, others)
         after = [ask(model, run, fact) for fact in new_facts]
         are_kept = are_answered(model, run, others)
         changed = select(others, ~are_kept)
         changed_answers = [ask(model, run, fact) for fact in changed[:N_SHOWN]]
         if folder:
-            save_edited_run(run, folder, weights, describe_edit(run, new_facts))
+            save_edited_run(run, folder, weights, describe_edit(run, name, new_facts))
     finally:
         model.load_state_dict(weights)
     edits = describe_answers(run, new_facts, before, after)
@@ -82,16 +82,20 @@ def select(facts, chosen):
     return [fact for fact, is_chosen in zip(facts, chosen) if is_chosen]
 
 
-def require_editable(run):
-    """ConfigError unless the editor can change this model, and its answers can be decoded."""
+def choose_editor(run):
+    """-> the name of the editor that --facts uses, and the editor.
+
+    ConfigError if it cannot change this model, or if the answers of the model cannot be decoded.
+    """
+    config = run.config
     require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
-    message = f"editing needs memory layers, and {run.settings.train.model} has none"
-    require(hasattr(run.model, "memory_layers"), message, None)
     require_decoding(run)
-    try:
-        check_editable(run.model)
-    except ValueError as e:
-        raise ConfigError(str(e)) from None
+    chosen = choose_editors(config.editors or DEFAULT, config.top_slots)
+    message = f"editors={config.editors!r} are {len(chosen)} methods; --facts uses one"
+    require(not config.editors or len(chosen) == 1, message, "editors")
+    editors, left_out = applicable_editors(run.model, chosen)
+    require(editors, "; ".join(left_out), None)
+    return next(iter(editors.items()))
 
 
 def read_new_facts(run, facts, known):
@@ -126,27 +130,26 @@ def read_new_facts(run, facts, known):
     return new_facts
 
 
-def apply_editor(run, new_facts, others):
+def apply_editor(run, editor, new_facts, others):
     """Change the run's model so that it answers the new facts; others are to keep their answers."""
     # An editor takes some facts to keep. Without others, these are the new ones.
     kept = others or new_facts
     longest = max(len(fact.prompt) + len(fact.answer) for fact in kept)
     kept = kept[:: math.ceil(len(kept) * longest / KEPT_TOKENS)]
-    editor = EDITORS[run.config.editor]
     try:
         editor(run.model, *encode_facts(run, new_facts), *encode_facts(run, kept))
     except ValueError as e:
         raise ConfigError(str(e)) from None
 
 
-def describe_edit(run, new_facts):
+def describe_edit(run, editor, new_facts):
     """What config.json of the edited run says about the edit: see edited_run.EDIT."""
     rows = []
     for fact in new_facts:
         rows.append({"question": fact.question, "answer": answer_text(run.data, fact)})
     config = run.config
     about = {"run": run.folder, "checkpoint": config.checkpoint, "step": run.step}
-    return about | {"editor": config.editor, "facts": rows}
+    return about | {"editor": editor, "facts": rows}
 
 
 def describe_answers(run, new_facts, before, after):

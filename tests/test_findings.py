@@ -10,7 +10,7 @@ from analysis import (
     attention_maps,
     confidence,
     decoding,
-    editing,
+    edit_comparison,
     findings,
     memory_usage,
     significance,
@@ -74,7 +74,7 @@ def test_the_first_editor_stands_beside_the_best_of_the_others():
         for edits in (1, 10):
             cell = {"efficacy": {"value": 1.0}, "specificity": {"value": kept}, "seconds": 1.0}
             results.append({"method": method, "edits": edits, **cell})
-    first, second = editing.describe_editors(results)
+    first, second = edit_comparison.describe_editors(results)
     assert first.startswith("10 facts edited together, a: 100% of them") and "70%" in first
     assert second.startswith("10 facts edited together, best of the other editors, c:")
 

@@ -412,6 +412,30 @@ def test_dummy_micro_batches_do_not_count_as_reads(tmp_path):
 # ---- editing -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_edits_undone_in_any_order_are_right_or_refused(order):
+    """Edits 0 and 1 change the same slots, edit 2 changes others."""
+    m = memory_model(mem_n_keys=16).eval()
+    values = m.layers[1].memory.values
+    before = values.detach().clone()
+    records = []
+    for slots in ([3, 5], [5, 9], [20, 30]):
+        slots = torch.tensor(slots)
+        old = values.detach()[slots]
+        with torch.no_grad():
+            values[slots] += 1
+        records.append({"slots": slots, "values": old, "written": values.detach()[slots]})
+    now = values.detach().clone()
+    in_order = [records[i] for i in order]
+    if order.index(0) < order.index(1):
+        editing.undo_edits(m, in_order)
+        assert torch.equal(values, before)
+    else:
+        with pytest.raises(ValueError, match="undo later edits first"):
+            editing.undo_edits(m, in_order)
+        assert torch.equal(values, now)
+
+
 @pytest.mark.parametrize(
     "cls, options",
     [(MemoryGPT, {}), (MemoryGPT, {"mem_v_dim": 24}), (MemoryRouterGPT, {})],

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import flex_generate
 import sweep
 import train
 from analysis.sweep_runs import training_command
+from analysis.trained_run import result_suffix
 from nanorecall.settings import ConfigError, RunError
 
 TOY = (
@@ -57,6 +59,16 @@ def test_every_command_is_understood(name):
     if point.eval_args:
         script, *argv = shlex.split(point.eval_args.format(run="runs/RUN", seed=0))
         PARSERS[script](argv)
+
+
+@pytest.mark.parametrize("name", [name for name, point in POINTS.items() if "edit" in point.result])
+def test_the_result_of_an_edit_is_where_eval_writes_it(name):
+    point = POINTS[name]
+    _, *argv = shlex.split(point.eval_args.format(run="runs/RUN"))
+    command, _, config = evaluate.parse(argv)
+    options = {command: evaluate.COMMANDS[command].all_options()}
+    run = SimpleNamespace(config=config, options=options)
+    assert point.result == f"eval_{command}{result_suffix(run, command)}.json"
 
 
 def test_figures_share_runs_of_the_same_arguments_only():
@@ -145,7 +157,8 @@ def made_up_result(value, state=100):
         by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
     edits = {}
     for method in "ab":
-        edit = {"method": method, "efficacy": number, "specificity": number, "retention": number}
+        metrics = ("efficacy", "specificity", "retention", "retained")
+        edit = {"method": method, **dict.fromkeys(metrics, number)}
         edits |= {f"{method}, 1": edit, f"{method}, 10": edit}
     bits = ("bits stored", "bits stored per parameter", "bits stored per memory value")
     metrics = {
