@@ -62,8 +62,6 @@ def compare_editors(run):
     for reason, names in left_out.items():
         say(f"left out: {'; '.join(names)} ({reason})")
     require(editors, "none of the editors fits this model", "editors")
-    if config.new_facts:
-        require_facts(run)
     known, asked_beyond, before = editable_facts(run, correct_examples(run))
     for what, share in before.items():
         run.finding(f"before editing, {what}: {share['value']:.0%} of {share['n']} answered")
@@ -228,6 +226,8 @@ def print_results(results, metrics):
 def require_editable(run):
     """ConfigError unless the facts of this run can be edited."""
     require_editable_facts(run)
+    if run.config.new_facts:  # which are of one wording
+        require_facts(run)
     no_table, no_mlp = why_not(check_editable, run.model), why_not(check_mlp_editable, run.model)
     require(not no_table or not no_mlp, f"{no_table}; {no_mlp}", None)
     require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)

@@ -11,7 +11,7 @@ import ablate
 import eval as eval_script
 import train
 from analysis import edit_reach
-from analysis.edit_comparison import counterfactual, measure_editor
+from analysis.edit_comparison import Cell, counterfactual, edit_in_portions
 from analysis.editors import EDITORS
 from data_synth import read_two_hop
 from nanorecall.settings import ConfigError
@@ -89,7 +89,8 @@ def test_an_edit_generalises_if_both_wordings_read_one_slot(same_slot):
         "specificity, other wording": (second[0][2:], second[1][2:]),
     }
     others = (first[0][2:], first[1][2:])
-    measured = measure_editor(model, EDITORS["closed form"], edited, others, others, beyond)
+    cell = Cell(edited, others, others, others, np.array(["all", "all"]), beyond)
+    (measured,) = edit_in_portions(model, EDITORS["closed form"], cell, portions=1)
     assert measured["efficacy"]["value"] == measured["specificity"]["value"] == 1
     assert measured["generalisation"]["value"] == same_slot
     assert measured["specificity, other wording"]["value"] == 1

@@ -13,6 +13,7 @@ import train
 from analysis import editing, mlp_editing
 from analysis.edit_comparison import require_editable
 from analysis.editors import EDITORS, applicable_editors
+from analysis.finetuning import SPARSE
 from memory import MemoryGPT, MemoryRouterGPT
 from model import GPT, Config, UnifiedKV
 from nanorecall.rng import IGNORE_INDEX
@@ -288,8 +289,9 @@ def test_a_later_edit_is_undone_first():
 
 def test_editors_are_those_that_the_model_can_take():
     in_table = {name for name in EDITORS if name.startswith("closed form,")} | {"closed form"}
+    in_table |= SPARSE.keys()
     in_mlp = {name for name in EDITORS if name.startswith("closed form in the MLP")}
-    assert len(in_table) == len(in_mlp) == 3
+    assert (len(in_table), len(in_mlp)) == (3 + len(SPARSE), 3)
     for m, lacks in [
         (build_gpt(use_ffn=True), in_table | {"fine-tune the values"}),
         (memory_model(), in_mlp),
@@ -304,7 +306,11 @@ def test_editors_are_those_that_the_model_can_take():
 def test_a_model_with_neither_is_refused_in_a_sentence():
     data = SimpleNamespace(task="qa")
     settings = SimpleNamespace(data=data, train=SimpleNamespace(data="data_synth"))
-    run = SimpleNamespace(model=build_gpt(), settings=settings, world=SimpleNamespace(size=1))
+    source = SimpleNamespace(source=SimpleNamespace(slices={}))
+    world = SimpleNamespace(size=1)
+    options = dict(settings=settings, data=source, world=world)
+    config = SimpleNamespace(new_facts=False)
+    run = SimpleNamespace(model=build_gpt(), config=config, **options)
     message = "^editing needs a memory layer .*; editing an MLP needs one in the last block"
     with pytest.raises(ConfigError, match=message):
         require_editable(run)
@@ -324,5 +330,5 @@ def test_a_gpt_run_is_edited(tmp_path, capsys):
     train.main(flags)
     eval_script.main(["edit", str(tmp_path / "a"), "--n_edits=[1]"])
     out = capsys.readouterr().out
-    assert "left out: closed form; closed form, protecting others; " in out
+    assert "left out: closed form; closed form, protecting others (" in out
     assert "1 facts edited together, closed form in the MLP: 100% of them get the new answer" in out

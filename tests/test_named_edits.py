@@ -404,7 +404,7 @@ def test_what_cannot_be_edited(runs):
     edits = str(runs / "edits.jsonl")
     before = contents(runs)
     for name, flags, message in (
-        ("gpt", ["--facts", edits], "gpt: editing needs a memory layer .*; editing an MLP needs one"),
+        ("gpt", ["--facts", edits], "gpt: editing needs a memory layer .*; editing an MLP needs"),
         ("texts", ["--facts", edits], "texts: its documents hold no facts"),
         ("twohop", ["--facts", edits], "twohop: it needs facts, task=qa, digits or text, not twoh"),
         ("own", ["--facts", edits, "--save_as", "edited"], "edited exists; give another --save_as"),
