@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from nanorecall.settings import ConfigError, line_of, require, say
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-REPO_FILES = ("model", "delta", "memory", "data_mqar", "data_synth")  # that a run may name
+# that a run may name
+REPO_FILES = ("model", "delta", "linear", "memory", "data_mqar", "data_synth")
 
 
 def is_main_rank():
