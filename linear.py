@@ -470,6 +470,8 @@ class Mamba2Layer(LinearAttentionLayer):
         dt = F.softplus(z.to(accum_dtype(z))).transpose(1, 2)[..., None]  # (B, H, T, 1)
         A, D = (p[:, None, None] for p in (self.A_log.exp(), self.D))
         written = (dt * v).to(v.dtype)
+        # The paper does not divide by sqrt(K): beside the skip, so small an answer would be lost.
+        q = q * math.sqrt(q.shape[-1])
         o, state = additive(q, k, written, -A * dt, state, cu_seqlens, self.config.chunk_size)
         return o + (D * v).to(v.dtype), state
 

@@ -494,9 +494,11 @@ def naive_layer(layer, x):
         heads = []
         for h in range(c.n_heads):
             decay = written = torch.ones((), dtype=x.dtype)
+            scale = 1 / math.sqrt(K)
             if isinstance(layer, linear.RetNetLayer):
                 decay = 1 - 1 / torch.tensor(2.0, dtype=x.dtype) ** (5 + h)
             if isinstance(layer, linear.Mamba2Layer):
+                scale = 1
                 z = layer.proj_dt.weight[h] @ x[t] + layer.dt_bias[h]
                 written = torch.log(1 + torch.exp(z))
                 decay = torch.exp(-torch.exp(layer.A_log[h]) * written)
@@ -507,7 +509,7 @@ def naive_layer(layer, x):
             if isinstance(layer, linear.MesaNetLayer):
                 written = naive_activation("sigmoid", layer.proj_beta.weight[h] @ x[t])
             states[h] = decay * states[h] + written * torch.outer(k[h], v[h])
-            read = q[h] / math.sqrt(K)
+            read = scale * q[h]
             if isinstance(layer, linear.MesaNetLayer):
                 grams[h] = grams[h] + written * torch.outer(k[h], k[h])
                 ridge = 0.25 + torch.log(1 + torch.exp(layer.ridge[h]))
