@@ -1,6 +1,8 @@
 """linear.py: chunks against the recurrence and the definition; each model from its weights."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -436,6 +438,30 @@ def test_the_kernel_is_chosen_only_where_it_works(monkeypatch):
         ("additive_fla", 6),
         ("additive_chunkwise", 7),
     ]
+
+
+def test_torch_func_never_reaches_the_kernel(monkeypatch):
+    *tokens, state, _ = inputs("decay of heads", T=9)
+    q, *rest = [x.detach() for x in (*tokens, state)]
+    monkeypatch.setattr(linear, "why_no_fla", lambda *a: None)
+    monkeypatch.setattr(linear, "additive_fla", None)
+    gradient = torch.func.grad(lambda q: linear.additive(q, *rest)[0].sum())(q)
+    q.requires_grad_()
+    expected = torch.autograd.grad(additive_recurrent(q, *rest)[0].sum(), q)[0]
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_without_the_extra_the_reason_is_said(monkeypatch):
+    for name in ("fla", "fla.ops.gla", "fla.ops.simple_gla"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    linear.load_fla.cache_clear()
+    assert "cannot be imported" in linear.load_fla()
+    kernels = types.SimpleNamespace(chunk_simple_gla="of heads", chunk_gla="of rows")
+    for name in ("fla", "fla.ops", "fla.ops.gla", "fla.ops.simple_gla"):
+        monkeypatch.setitem(sys.modules, name, kernels)
+    linear.load_fla.cache_clear()
+    assert linear.load_fla() == ("of heads", "of rows")
+    linear.load_fla.cache_clear()
 
 
 def test_the_backend_is_described(monkeypatch):
