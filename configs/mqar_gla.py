@@ -3,8 +3,9 @@
 dv is 71, to pay for the projection of the decay. The state takes 122 kB whatever the length. Two
 minutes on one CPU core. Expected: test token accuracy of 0.99 or more.
 
-Each row of the state starts with a decay of about 0.96 per token, which halves it in 16 tokens. That
-does no harm: decays depend on the token, and the model takes as many steps as linear attention.
+Each row of the state starts with a decay of about 0.96 per token, which halves it in 16 tokens.
+That does no harm: decays depend on the token, and the model takes as many steps as linear
+attention.
 """
 
 model = "gla"
