@@ -404,6 +404,7 @@ def test_kernels_get_their_arguments_in_their_layout(monkeypatch, kind, document
     assert called == ["gla" if kind == "decay of rows" else "simple_gla"]
     q, k, v, *rest = [None if x is None else x.detach() for x in arguments]
     v = v.to(torch.bfloat16)
+    rest[0] = None if rest[0] is None else rest[0].to(torch.bfloat16)
     exact, last = additive_recurrent(q.to(torch.bfloat16), k.to(torch.bfloat16), v, *rest)
     o, state = additive_fla(q, k, v, *rest)
     assert o.dtype == torch.bfloat16 and torch.equal(o, exact) and torch.equal(state, last)
