@@ -105,9 +105,9 @@ def additive_recurrent(q, k, v, log_decay=None, state=None, cu_seqlens=None):
     return torch.stack(outputs, dim=2).to(v.dtype), S
 
 
-def check_inputs(q, k, v, log_decay, state, cu_seqlens):
+def check_inputs(q, k, v, log_decay, state, cu_seqlens, beta=None):
     """-> cu_seqlens as int64, or None, and the state, zeros if None; ValueError as above."""
-    cu_seqlens = check_shapes(q, k, v, None, None, state, cu_seqlens)
+    cu_seqlens = check_shapes(q, k, v, beta, None, state, cu_seqlens)
     shapes = (*q.shape[:3], 1), q.shape
     if log_decay is not None and log_decay.shape not in shapes:
         what = f"log_decay must have shape {shapes[0]} or {tuple(q.shape)}"
@@ -292,10 +292,11 @@ def additive(q, k, v, log_decay=None, state=None, cu_seqlens=None, chunk_size=16
 def least_squares_recurrent(q, k, v, beta, ridge, state=None, cu_seqlens=None):
     """MesaNet's recurrence, a system of K equations for each token: oracle and decoding.
 
-    As additive_recurrent, but beta (B, H, T, 1) is the write strength, ridge (H, K) is L, above 0,
+    As additive_recurrent, but beta (B, H, T) is the write strength, ridge (H, K) is L, above 0,
     and state (B, H, K, K + V) holds Z and S side by side. Nothing is divided by sqrt(K).
     """
-    cu_seqlens, state = check_inputs(q, k, torch.cat([k, v], dim=-1), beta, state, cu_seqlens)
+    kv = torch.cat([k, v], dim=-1)
+    cu_seqlens, state = check_inputs(q, k, kv, None, state, cu_seqlens, beta)
     if cu_seqlens is not None:
         rule = least_squares_recurrent
         return recurrent_varlen(rule, [q, k, v, beta], state, cu_seqlens, ridge=ridge)
@@ -303,8 +304,9 @@ def least_squares_recurrent(q, k, v, beta, ridge, state=None, cu_seqlens=None):
     ridge = torch.diag_embed(ridge.to(dtype))  # (H, K, K)
     outputs = []
     for t in range(q.shape[2]):
-        q_t, k_t, v_t, beta_t = (x[:, :, t].to(dtype) for x in (q, k, v, beta))
-        state = state + (beta_t * k_t)[..., None] * torch.cat([k_t, v_t], dim=-1)[..., None, :]
+        q_t, k_t, kv_t, beta_t = (x[:, :, t].to(dtype) for x in (q, k, kv, beta))
+        written_t = beta_t[..., None] * k_t
+        state = state + written_t[..., None] * kv_t[..., None, :]
         Z, S = state.split([q.shape[-1], v.shape[-1]], dim=-1)
         x_t = torch.linalg.solve(Z + ridge, q_t[..., None])  # (B, H, K, 1)
         outputs.append((S * x_t).sum(-2))
@@ -316,14 +318,15 @@ def least_squares_recurrent(q, k, v, beta, ridge, state=None, cu_seqlens=None):
 @torch._disable_dynamo
 def least_squares_chunkwise(q, k, v, beta, ridge, state=None, cu_seqlens=None, chunk_size=16):
     """least_squares_recurrent with one system per chunk: same arguments and results, any T."""
-    cu_seqlens, state = check_inputs(q, k, torch.cat([k, v], dim=-1), beta, state, cu_seqlens)
+    kv = torch.cat([k, v], dim=-1)
+    cu_seqlens, state = check_inputs(q, k, kv, None, state, cu_seqlens, beta)
     if q.shape[2] == 0:
         return v, state
 
     def form(*inputs):
         return least_squares_chunks(*inputs, ridge.to(state.dtype))
 
-    return in_chunks(form, [q, k, v, beta], state, cu_seqlens, chunk_size)
+    return in_chunks(form, [q, k, v, beta[..., None]], state, cu_seqlens, chunk_size)
 
 
 def least_squares_chunks(q, k, v, beta, state, sizes, ridge):
@@ -510,7 +513,7 @@ class MesaNetLayer(LinearAttentionLayer):
         self.ridge = nn.Parameter(torch.full((c.n_heads, self.head_dims(c)[0]), start))
 
     def recall(self, x, q, k, v, state, cu_seqlens):
-        beta = torch.sigmoid(self.proj_beta(x)).transpose(1, 2)[..., None]  # (B, H, T, 1)
+        beta = torch.sigmoid(self.proj_beta(x)).transpose(1, 2)  # (B, H, T)
         ridge = 0.25 + F.softplus(self.ridge)
         return least_squares(q, k, v, beta, ridge, state, cu_seqlens, self.config.chunk_size)
 

@@ -50,7 +50,7 @@ def inputs(kind, T=70, documents=False, B=2, dtype=torch.float64, seed=0):
     k = F.normalize(k, dim=-1)
     state = normal(n_states, H, K, V)
     if kind == "least squares":
-        beta = torch.rand(B, H, T, 1, generator=g, dtype=torch.float64)
+        beta = torch.rand(B, H, T, generator=g, dtype=torch.float64)
         ridge = 0.25 + torch.rand(H, K, generator=g, dtype=torch.float64)
         Z = normal(n_states, H, K, K)
         tokens = [q, k, v, beta, ridge, torch.cat([Z @ Z.mT, state], dim=-1)]
@@ -113,7 +113,7 @@ def test_least_squares_is_the_solution_of_torch_for_each_token(rule):
     o, _ = rule(q, k, v, beta, ridge)
     for h in range(H):
         for t in range(9):
-            root = beta[0, h, : t + 1].sqrt()
+            root = beta[0, h, : t + 1, None].sqrt()
             left = torch.cat([root * k[0, h, : t + 1], torch.diag(ridge[h].sqrt())])
             right = torch.cat([root * v[0, h, : t + 1], torch.zeros(K, V, dtype=torch.float64)])
             W = torch.linalg.lstsq(left, right).solution  # (K, V)
@@ -127,7 +127,7 @@ def test_least_squares_recalls_as_many_pairs_as_a_key_has_features(rule):
     keys, values = (torch.randn(1, 1, n, n, generator=g, dtype=torch.float64) for n in (8, 8))
     stored = torch.cat([keys, keys[:, :, :1]], dim=2)
     v = torch.cat([values, values[:, :, :1] + 2], dim=2)
-    beta = torch.ones(1, 1, 9, 1, dtype=torch.float64)
+    beta = torch.ones(1, 1, 9, dtype=torch.float64)
     ridge = torch.full((1, 8), 1e-9, dtype=torch.float64)
     o, state = rule(keys, keys, values, beta[:, :, :8], ridge)
     torch.testing.assert_close(o[:, :, 7], values[:, :, 7], rtol=1e-5, atol=1e-5)
@@ -216,7 +216,7 @@ def test_long_sequences_of_nearly_parallel_keys_stay_exact(kind):
         "decay of heads": [torch.full((1, 1, T, 1), -0.01, dtype=torch.float64)],
         "decay of rows": [-0.01 * torch.rand(1, 1, T, 16, generator=g, dtype=torch.float64)],
         "least squares": [
-            torch.ones(1, 1, T, 1, dtype=torch.float64),
+            torch.ones(1, 1, T, dtype=torch.float64),
             torch.full((1, 16), 0.25, dtype=torch.float64),
         ],
     }[kind]
@@ -267,6 +267,12 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
             rule(q, k[..., :5], v)
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T=70"):
             rule(q[:1], k[:1], v[:1], None, None, torch.tensor([0, 30, 60]))
+    q, k, v, beta, ridge, state, _ = inputs("least squares")
+    for rule in (least_squares_recurrent, least_squares_chunkwise):
+        with pytest.raises(ValueError, match="beta must have shape"):
+            rule(q, k, v, beta[..., None], ridge)
+        with pytest.raises(ValueError, match="state must have shape .2, 2, 6, 11."):
+            rule(q, k, v, beta, ridge, state[..., :K])
 
 
 # ---- flash-linear-attention: its naive forms as oracles, its kernels by stand-ins ----------------
@@ -322,9 +328,9 @@ def test_least_squares_equals_the_exact_form_of_flash_linear_attention(rule):
 
     def theirs(q, k, v, beta, ridge):
         q, k, v, b = (x.transpose(1, 2) for x in (q, k, v, beta))
-        no_decay = torch.zeros_like(b[..., 0])
+        no_decay = torch.zeros_like(b)
         naive = fla_naive("mesa_net").naive_mesa_net_exact
-        o, Z_last, S_last = naive(q, k, v, no_decay, ridge, b[..., 0], Z, S)
+        o, Z_last, S_last = naive(q, k, v, no_decay, ridge, b, Z, S)
         return o.transpose(1, 2), torch.cat([Z_last, S_last], dim=-1)
 
     def ours(*tokens):
