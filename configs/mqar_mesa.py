@@ -1,6 +1,6 @@
 """MQAR with MesaNet: the task and recipe of configs/mqar_delta.py.
 
-dv is 86, to pay for the write strength. Half a minute on one of 2 CPU cores. Expected: test token
+dv is 86, to pay for the write strength. Two minutes on one of 2 CPU cores. Expected: test token
 accuracy of 0.99 or more.
 
 It reads with the linear map that fits all pairs best, and is there after 100 steps, where DeltaNet
