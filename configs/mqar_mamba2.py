@@ -1,8 +1,8 @@
 """MQAR with Mamba-2: the task of configs/mqar_delta.py.
 
 2 layers of its widths: within 0.2% of the 98,560 layer parameters of mqar_gpt.py. The state takes
-147 kB whatever the length. One to three minutes on one of 2 CPU cores. Expected: test token accuracy of
-0.99 or more.
+147 kB whatever the length. One to three minutes on one of 2 CPU cores. Expected: test token
+accuracy of 0.99 or more.
 
 Queries and keys have no norm, as in the paper: with keys of length 1 the accuracy is 0.01 after 300
 steps. What a token writes is multiplied by its step, which starts between 0.001 and 0.1, so beside
