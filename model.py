@@ -31,8 +31,8 @@ class Config:
     n_layers: int = 4  # number of blocks
     n_heads: int = 2  # query heads
     n_kv_heads: int = 0  # key/value heads, each shared by a group of query heads; 0: n_heads
-    dk: int = 64  # gpt, delta: width of a query or key per head
-    dv: int = 64  # gpt, delta: width of a value per head
+    dk: int = 64  # gpt, delta, linear: width of a query or key per head
+    dv: int = 64  # gpt, delta, linear: width of a value per head
     du: int = 64  # unified_kv: width of the one vector per head that is key and value
     use_att: bool = True  # a sequence mixer (attention or another) in every block
     use_ffn: bool = False  # an MLP in every block; the recall task does not need one
@@ -52,7 +52,7 @@ class Config:
     pos_emb: str = "rope"  # positions: rope, learned or none
     tie_weights: bool = False  # the output head shares the embedding's weight
     init_std: float = 0.02  # of the initial embedding; projections start as torch makes them
-    chunk_size: int = 16  # delta models: tokens per chunk of the parallel form
+    chunk_size: int = 16  # delta, linear: tokens per chunk of the parallel form
     lr_temp: float = 1.0  # delta models: temperature of the write strength, sigmoid(z / lr_temp)
     vocab_size: int = derived(2048)
     seq_len: int = derived(128)
@@ -469,7 +469,8 @@ class GPT(nn.Module):
 
     block = GPTBlock
     inactive_settings = {"du": "only unified_kv has it"}  # setting: why it has no effect here
-    inactive_settings |= dict.fromkeys(("chunk_size", "lr_temp"), "only delta models have it")
+    inactive_settings["chunk_size"] = "only models with a recurrent state have it"
+    inactive_settings["lr_temp"] = "only delta models have it"
 
     def __init__(self, config):
         super().__init__()
@@ -570,7 +571,8 @@ class UnifiedKV(GPT):
 
     block = UnifiedKVBlock
     inactive_settings = dict.fromkeys(("dk", "dv"), "only gpt has it; unified_kv has du")
-    inactive_settings |= dict.fromkeys(("chunk_size", "lr_temp"), "only delta models have it")
+    inactive_settings["chunk_size"] = "only models with a recurrent state have it"
+    inactive_settings["lr_temp"] = "only delta models have it"
 
 
 Model = GPT  # what `--model model` names

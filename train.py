@@ -54,7 +54,7 @@ from nanorecall.sparse import SparseAdamW
 @dataclass
 class TrainConfig:
     # -- what to train
-    model: str = "gpt"  # gpt, unified_kv, delta, gated_delta, memory, memory_router, or file.Class
+    model: str = "gpt"  # short name (MODELS in nanorecall/build.py lists all), or file.Class
     data: str = "data_mqar"  # file with the task
     # -- steps
     n_epochs: int = 10  # passes over the training set; 0 prints the model and stops

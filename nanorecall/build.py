@@ -46,6 +46,11 @@ MODELS = {  # short names; anything else is file or file.Class
     "unified_kv": "model.UnifiedKV",
     "delta": "delta.DeltaNet",
     "gated_delta": "delta.GatedDeltaNet",
+    "linear": "linear.LinearAttention",
+    "retnet": "linear.RetNet",
+    "mamba2": "linear.Mamba2",
+    "gla": "linear.GLA",
+    "mesa": "linear.MesaNet",
     "memory": "memory.MemoryGPT",
     "memory_router": "memory.MemoryRouterGPT",
 }
