@@ -303,6 +303,48 @@ def draw_edits(results):
     return plt, fig, "Facts of a memory model edited (exact match)" + BANDS
 
 
+IN_CONTEXT = ("mqar_gpt", "mqar_unified_kv", "mqar_conv", "mqar_delta", "mqar_gated_delta")
+IN_WEIGHTS = {"memory table": "qa_2k_memory1", "MLP": "qa_2k_gpt"}
+# What each kind of memory is edited with: the first of these that its eval_edit.json has.
+CLOSED_FORMS = ("overwrite", "closed form, protecting others", "closed form")
+
+
+def memory_points():
+    points = []
+    for name in IN_CONTEXT:
+        train_args = f"configs/{name}.py --target_accuracy 0"
+        points.append(Point(name, 0, name, train_args, "eval.py edit {run}", "eval_edit.json"))
+    for series, config in IN_WEIGHTS.items():
+        train_args = f"configs/{config}.py --target_accuracy 0"
+        # `exposures` has measured its qa_2k_gpt otherwise.
+        name = config if config == "qa_2k_memory1" else f"{config}_edits"
+        points.append(Point(series, 0, name, train_args, "eval.py edit {run}", "eval_edit.json"))
+    return points
+
+
+def draw_memories(results):
+    """One panel for efficacy and one for specificity; a line for each memory that is edited."""
+    plt, fig, axes = figure(1, 2, width=4.5)
+    ticks = set()
+    for series, points in results.items():
+        seeds = [result["result"] for result in points[0]]
+        cells = [result["by_slice"]["method, edits"] for result in seeds]
+        known = {cell["method"] for cell in cells[0].values()}
+        method = next((name for name in CLOSED_FORMS if name in known), min(known))
+        n_edits = [n for n in seeds[0]["metrics"]["edits"] if f"{method}, {n}" in cells[0]]
+        ticks |= set(n_edits)
+        for axis, metric in zip(axes, ("efficacy", "specificity")):
+            values = []
+            for of_seed in cells:
+                values.append([of_seed[f"{method}, {n}"][metric]["value"] for n in n_edits])
+            mean_and_range(axis, n_edits, np.array(values), label=series)
+            axis.set(xlabel="facts or pairs edited together", ylabel=metric, ylim=(-0.02, 1.02))
+    for axis in axes:
+        log_axis(axis, sorted(ticks))
+    caption = "Edited in closed form: in the context 32 pairs of MQAR, in the weights 2,000 facts"
+    return plt, fig, caption + BANDS
+
+
 HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "twohop_cot_memory")
 HOPS += ("hashhop_gpt", "hashhop_cot_gpt")
 
@@ -386,6 +428,7 @@ FIGURES = {
     "exposures": Figure(exposure_points, draw_exposures, "synthetic QA: recall by exposures"),
     "table": Figure(table_points, draw_table, "synthetic QA: bits stored by size of the table"),
     "edits": Figure(edit_points, draw_edits, "edited facts: efficacy, specificity, retention"),
+    "memories": Figure(memory_points, draw_memories, "one update in cache, state, table, MLP"),
     "hops": Figure(hop_points, draw_hops, "two-hop in and out of distribution, HashHop by hops"),
     "templates": Figure(template_points, draw_templates, "fused answers by number of templates"),
 }
