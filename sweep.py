@@ -382,6 +382,49 @@ def edit_metric(seeds, method, n, metric):
 
 # ---- in the weights: several hops ----------------------------------------------------------------
 
+IN_CONTEXT = ("mqar_gpt", "mqar_unified_kv", "mqar_conv", "mqar_delta", "mqar_gated_delta")
+IN_WEIGHTS = {"memory table": "qa_2k_memory1", "MLP": "qa_2k_gpt"}
+# What each kind of memory is edited with: the first of these that its result has.
+IN_TABLE, IN_MLP = "closed form, protecting others", "closed form in the MLP, protecting others"
+CLOSED_FORMS = ("overwrite", IN_TABLE, IN_MLP)
+
+
+def memory_points():
+    points = []
+    for name in IN_CONTEXT:
+        train_args = f"configs/{name}.py --target_accuracy 0"
+        points.append(Point(name, 0, name, train_args, "eval.py edit {run}", "eval_edit.json"))
+    eval_args = f'eval.py edit {{run}} --editors "{IN_TABLE}; {IN_MLP}"'
+    result = "eval_edit_editors-closed-form-protecting-o-ad5506dc.json"  # the names' checksum
+    for series, config in IN_WEIGHTS.items():
+        train_args = f"configs/{config}.py --target_accuracy 0"
+        points.append(Point(series, 0, config, train_args, eval_args, result))
+    return points
+
+
+def draw_memories(results):
+    """One panel for efficacy and one for specificity; a line for each memory that is edited."""
+    plt, fig, axes = figure(1, 2, width=4.5)
+    ticks = set()
+    for series, points in results.items():
+        seeds = [result["result"] for result in points[0]]
+        cells = [result["by_slice"]["method, edits"] for result in seeds]
+        known = {cell["method"] for cell in cells[0].values()}
+        method = next((name for name in CLOSED_FORMS if name in known), min(known))
+        n_edits = [n for n in seeds[0]["metrics"]["edits"] if f"{method}, {n}" in cells[0]]
+        ticks |= set(n_edits)
+        for axis, metric in zip(axes, ("efficacy", "specificity")):
+            values = []
+            for of_seed in cells:
+                values.append([of_seed[f"{method}, {n}"][metric]["value"] for n in n_edits])
+            mean_and_range(axis, n_edits, np.array(values), label=series)
+            axis.set(xlabel="facts or pairs edited together", ylabel=metric, ylim=(-0.02, 1.02))
+    for axis in axes:
+        log_axis(axis, sorted(ticks))
+    caption = "Edited in closed form: in the context 32 pairs of MQAR, in the weights 2,000 facts"
+    return plt, fig, caption + BANDS
+
+
 HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "twohop_cot_memory")
 HOPS += ("hashhop_gpt", "hashhop_cot_gpt")
 
@@ -466,6 +509,7 @@ FIGURES = {
     "table": Figure(table_points, draw_table, "synthetic QA: bits stored by size of the table"),
     "edits": Figure(edit_points, draw_edits, "edited facts: efficacy, specificity, retention"),
     "forgetting": Figure(forgetting_points, draw_forgetting, "new facts: learned and retained"),
+    "memories": Figure(memory_points, draw_memories, "one update in cache, state, table, MLP"),
     "hops": Figure(hop_points, draw_hops, "two-hop in and out of distribution, HashHop by hops"),
     "templates": Figure(template_points, draw_templates, "fused answers by number of templates"),
 }

@@ -124,7 +124,7 @@ def run_missing(points, config):
 # ---- results -------------------------------------------------------------------------------------
 
 VALUE = {"value": "number"}
-EDIT_METRICS = {"method": "text", "efficacy": VALUE, "specificity": VALUE, "retention": VALUE}
+EDIT_METRICS = {"method": "text", "efficacy": VALUE, "specificity": VALUE}
 RESULT_KINDS = {  # beginning of a result file's name: its parts that a figure shows
     "eval_test": {"metrics": {"stored": {"*": VALUE}}},
     "eval_edit": {
