@@ -1,6 +1,6 @@
 """Parity with GPT, which does not learn it: the task of configs/track_parity_delta.py.
 
-Two layers with convolutions, 25,472 layer parameters. A minute on one CPU core. Expected: chance,
+Two layers with convolutions, 25,472 layer parameters. A minute on one of 2 CPU cores. Expected: chance,
 0.5, beyond the first few tokens.
 
 Attention takes a mean over the tokens so far. The more tokens there are, the less one more 1

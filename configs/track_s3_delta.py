@@ -1,6 +1,6 @@
 """Words in S3 with DeltaNet: each token swaps two of three objects, or none. Where are they now?
 
-One layer, as in configs/track_parity_delta.py. A minute on one CPU core. Expected: test accuracy
+One layer, as in configs/track_parity_delta.py. A minute on one of 2 CPU cores. Expected: test accuracy
 of 0.99 on 256 tokens with seed 0, four times the length in training. It depends on the seed: seed
 1 ends at 0.84 and still improves, seed 2 stays at chance.
 

@@ -330,7 +330,7 @@ def test_the_smallest_p_of_a_position_is_that_of_the_given_order():
 def test_repeated_digits(analyse):
     """112:121 has one repeated digit in the key, one in the value, and both digits shared."""
     texts = np.array(["112:121 ", "123:456 ", "111:111 ", "121:333 "])
-    source = SimpleNamespace(read=lambda split, indices: (texts[indices].tolist(), {}))
+    source = SimpleNamespace(slices={}, read=lambda split, indices: (texts[indices].tolist(), {}))
     columns = table(drop=[1.0, 0.0, 2.0, 1.0])
     saved = analyse(positions.repeated_digits, columns, data=SimpleNamespace(source=source))
     assert saved.columns["repeated digits of the key"].tolist() == [1, 0, 2, 1]
@@ -344,7 +344,7 @@ def test_repeated_digits(analyse):
 def test_the_number_of_slots_goes_with_repeated_digits(analyse, tmp_path):
     """Example i has i repeated digits in its key and reads 1 + i slots; effects are the same."""
     texts = np.array(["123456:7 ", "123451:7 ", "123411:7 ", "123111:7 ", "121111:7 ", "111111:7 "])
-    source = SimpleNamespace(read=lambda split, indices: (texts[indices].tolist(), {}))
+    source = SimpleNamespace(slices={}, read=lambda split, indices: (texts[indices].tolist(), {}))
     example = np.repeat(range(6), [1, 2, 3, 4, 5, 6])
     columns = table(drop=np.ones(21), example=example, slot=range(21))
     saved = analyse(positions.repeated_digits, columns, data=SimpleNamespace(source=source))

@@ -424,7 +424,8 @@ def test_edits_undone_in_any_order_are_right_or_refused(order):
         old = values.detach()[slots]
         with torch.no_grad():
             values[slots] += 1
-        records.append({"slots": slots, "values": old, "written": values.detach()[slots]})
+        record = {"slots": slots, "values": old, "written": values.detach()[slots]}
+        records.append({"weight": "layers.1.memory.values", **record})
     now = values.detach().clone()
     in_order = [records[i] for i in order]
     if order.index(0) < order.index(1):
