@@ -1,7 +1,7 @@
 """Parity with DeltaNet: is the number of ones so far odd? Trained on 64 tokens, tested on 256.
 
-One layer, 12,816 layer parameters. Half a minute on one of 2 CPU cores. Expected: test accuracy of 0.99
-or more on 256 tokens (the slice input_seq_len=256), with any seed.
+One layer, 12,816 layer parameters. Half a minute on one of 2 CPU cores. Expected: test accuracy of
+0.99 or more on 256 tokens (the slice input_seq_len=256), with any seed.
 
 The state must change its sign with every 1 and keep it with every 0. Beta in (0, 2) can do that:
 the transition I - beta k k^T has the eigenvalue 1 - beta on its key. With --allow_neg_eigval 0 that

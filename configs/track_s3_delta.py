@@ -1,8 +1,8 @@
 """Words in S3 with DeltaNet: each token swaps two of three objects, or none. Where are they now?
 
-One layer, as in configs/track_parity_delta.py. A minute on one of 2 CPU cores. Expected: test accuracy
-of 0.99 on 256 tokens with seed 0, four times the length in training. It depends on the seed: seed
-1 ends at 0.84 and still improves, seed 2 stays at chance.
+One layer, as in configs/track_parity_delta.py. A minute on one of 2 CPU cores. Expected: test
+accuracy of 0.99 on 256 tokens with seed 0, four times the length in training. It depends on the
+seed: seed 1 ends at 0.84 and still improves, seed 2 stays at chance.
 
 A swap is a reflection, which is one step of the delta rule with beta = 2. With --elements all, a
 token may also turn three objects around. That takes two reflections, and one layer of DeltaNet has
