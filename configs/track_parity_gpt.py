@@ -1,7 +1,7 @@
 """Parity with GPT, which does not learn it: the task of configs/track_parity_delta.py.
 
-Two layers with convolutions, 25,472 layer parameters. A minute on one of 2 CPU cores. Expected:
-chance, 0.5, beyond the first few tokens.
+Two layers with convolutions, 25,472 layer parameters. A minute on one of 2 CPU cores.
+Expected: chance, 0.5, beyond the first few tokens.
 
 Attention takes a mean over the tokens so far. The more tokens there are, the less one more 1
 changes it, and that change decides whether the number of ones is odd.
@@ -28,5 +28,4 @@ n_val_examples = 100
 n_test_examples = 500
 target_slice = "input_seq_len=256"
 stop_accuracy = 1.0
-
 target_accuracy = 0.5
