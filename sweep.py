@@ -380,7 +380,7 @@ def edit_metric(seeds, method, n, metric):
     return [r["result"]["by_slice"]["method, edits"][name][metric]["value"] for r in seeds]
 
 
-# ---- in the weights: several hops ----------------------------------------------------------------
+# ---- in the context and in the weights: one update -----------------------------------------------
 
 IN_CONTEXT = ("mqar_gpt", "mqar_unified_kv", "mqar_conv", "mqar_delta", "mqar_gated_delta")
 IN_WEIGHTS = {"memory table": "qa_2k_memory1", "MLP": "qa_2k_gpt"}
@@ -424,6 +424,8 @@ def draw_memories(results):
     caption = "Edited in closed form: in the context 32 pairs of MQAR, in the weights 2,000 facts"
     return plt, fig, caption + BANDS
 
+
+# ---- in the weights: several hops ----------------------------------------------------------------
 
 HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "twohop_cot_memory")
 HOPS += ("hashhop_gpt", "hashhop_cot_gpt")
