@@ -11,6 +11,7 @@ import eval as evaluate
 import flex_generate
 import sweep
 import train
+from analysis import sweep_runs
 from analysis.sweep_runs import training_command
 from analysis.trained_run import result_suffix
 from nanorecall.settings import ConfigError, RunError
@@ -45,14 +46,15 @@ def read_status(tmp_path, name):
 
 ALL_POINTS = [point for figure in sweep.FIGURES.values() for point in figure.points()]
 POINTS = {point.name: point for point in ALL_POINTS}
+# Figures may measure the same run differently.
+MEASURED = {f"{point.name}, {point.result}": point for point in ALL_POINTS}
 
 
 PARSERS = {"eval.py": evaluate.parse, "flex_generate.py": flex_generate.parse}
 
 
-@pytest.mark.parametrize("name", POINTS)
-def test_every_command_is_understood(name):
-    point = POINTS[name]
+@pytest.mark.parametrize("point", MEASURED.values(), ids=MEASURED)
+def test_every_command_is_understood(point):
     if point.train_args:
         settings = train.parse(shlex.split(point.train_args))
         assert not settings.train.resume and settings.train.target_accuracy == 0
@@ -61,9 +63,11 @@ def test_every_command_is_understood(name):
         PARSERS[script](argv)
 
 
-@pytest.mark.parametrize("name", [name for name, point in POINTS.items() if "edit" in point.result])
-def test_the_result_of_an_edit_is_where_eval_writes_it(name):
-    point = POINTS[name]
+EDITS = {name: point for name, point in MEASURED.items() if "edit" in point.result}
+
+
+@pytest.mark.parametrize("point", EDITS.values(), ids=EDITS)
+def test_the_result_of_an_edit_is_where_eval_writes_it(point):
     _, *argv = shlex.split(point.eval_args.format(run="runs/RUN"))
     command, _, config = evaluate.parse(argv)
     options = {command: evaluate.COMMANDS[command].all_options()}
@@ -73,9 +77,26 @@ def test_the_result_of_an_edit_is_where_eval_writes_it(name):
 
 def test_figures_share_runs_of_the_same_arguments_only():
     for point in ALL_POINTS:
-        same = POINTS[point.name]
-        assert (point.train_args, point.eval_args) == (same.train_args, same.eval_args)
+        assert point.train_args == POINTS[point.name].train_args
     assert len(POINTS) < len(ALL_POINTS)
+
+
+def test_a_run_is_measured_for_every_figure(monkeypatch, tmp_path):
+    measured = []
+
+    def run_point(point, seed, folder, config):
+        measured.append((point.eval_args, seed))
+        return ""
+
+    monkeypatch.setattr(sweep_runs, "run_point", run_point)
+    options = [("eval.py {run}", "a.json"), ("eval.py edit {run}", "b.json")]
+    points = []
+    for series, (eval_args, result) in enumerate([*options, options[0]]):
+        points.append(sweep.Point(str(series), 0, "toy", TOY, eval_args, result))
+    config = SimpleNamespace(seeds=2, jobs=1, log_dir=str(tmp_path))
+    sweep_runs.run_missing(points, config)
+    once = [eval_args for eval_args, _ in options]
+    assert measured == [(eval_args, seed) for seed in (0, 1) for eval_args in once]
 
 
 @pytest.mark.slow
