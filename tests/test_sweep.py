@@ -177,7 +177,7 @@ def made_up_result(value, state=100):
     for name, values in (("exposures", "01"), ("query", "ab"), ("hops", "12")):
         by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
     edits = {}
-    for method in "ab":
+    for method in ("a", *sorted(set(sweep.CLOSED_FORMS.values()))):
         metrics = ("efficacy", "specificity", "retention", "retained")
         edit = {"method": method, **dict.fromkeys(metrics, number)}
         edits |= {f"{method}, 1": edit, f"{method}, 10": edit}
@@ -231,12 +231,16 @@ def test_every_figure_can_be_drawn(name, tmp_path):
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
-def test_results_that_lack_what_a_figure_shows(tmp_path):
+@pytest.mark.parametrize(
+    "name, series, edit", [("edits", "memory", "a, 10"), ("memories", "mqar_gpt", "overwrite, 10")]
+)
+def test_results_that_lack_what_a_figure_shows(tmp_path, name, series, edit):
     _, config = sweep.parse([f"--output={tmp_path}"])
-    results = made_up_results("edits")
-    del results["memory"][0][0]["result"]["by_slice"]["method, edits"]["a, 10"]
-    with pytest.raises(ConfigError, match="figure edits: .* lack what it shows .*; run them again"):
-        sweep.save_figure("edits", results, config)
+    results = made_up_results(name)
+    del results[series][0][0]["result"]["by_slice"]["method, edits"][edit]
+    message = f"figure {name}: .* lack what it shows .*; run them again"
+    with pytest.raises(ConfigError, match=message):
+        sweep.save_figure(name, results, config)
 
 
 def test_seconds_to_99_are_those_of_the_first_evaluation_there():
