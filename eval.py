@@ -43,7 +43,7 @@ from analysis.decoding import decode_example, hashhop_errors
 from analysis.edit_comparison import compare_editors
 from analysis.editors import choose_editors
 from analysis.findings import describe_widest, percent
-from analysis.finetuning import TOP_SLOTS
+from analysis.finetuning import SPARSE, TOP_SLOTS
 from analysis.memory_usage import activations, norms, track
 from analysis.named_edits import edit_named_facts, undo
 from analysis.repair import repair
@@ -72,6 +72,7 @@ from nanorecall.settings import (
     at_least,
     fits_in_a_path,
     one_of,
+    reject_unused,
     require,
     run_cli,
     say,
@@ -132,6 +133,8 @@ class EvalConfig(AnalysisConfig):
             reasons |= dict.fromkeys(compared, "facts names what to edit")
         else:
             reasons |= dict.fromkeys(("add", "save_as"), "there is no --facts FILE")
+        if not SPARSE.keys() & choose_editors(self.editors, self.top_slots).keys():
+            reasons.setdefault("top_slots", "editors names no sparse method")
         return reasons
 
 
@@ -251,10 +254,12 @@ def edit(run):
     elif run.config.facts:
         edit_named_facts(run)
     elif run.settings.train.data == "data_mqar":
+        names = ("editors", "new_facts", "portions", "top_slots")
+        reasons = dict.fromkeys(names, "this run is of MQAR, whose pairs are in the context")
+        reject_unused(run.config, reasons, {})
         edit_pairs(run)
     else:
-        message = "num_kv_pairs is for runs of MQAR; this run stores facts in its weights"
-        require(not run.config.num_kv_pairs, message, "num_kv_pairs")
+        reject_unused(run.config, {"num_kv_pairs": "this run stores facts in its weights"}, {})
         compare_editors(run)
 
 

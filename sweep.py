@@ -380,13 +380,13 @@ def edit_metric(seeds, method, n, metric):
     return [r["result"]["by_slice"]["method, edits"][name][metric]["value"] for r in seeds]
 
 
-# ---- in the weights: several hops ----------------------------------------------------------------
+# ---- in the context and in the weights: one update -----------------------------------------------
 
 IN_CONTEXT = ("mqar_gpt", "mqar_unified_kv", "mqar_conv", "mqar_delta", "mqar_gated_delta")
 IN_WEIGHTS = {"memory table": "qa_2k_memory1", "MLP": "qa_2k_gpt"}
-# What each kind of memory is edited with: the first of these that its result has.
 IN_TABLE, IN_MLP = "closed form, protecting others", "closed form in the MLP, protecting others"
-CLOSED_FORMS = ("overwrite", IN_TABLE, IN_MLP)
+# What each kind of memory is edited with.
+CLOSED_FORMS = {**dict.fromkeys(IN_CONTEXT, "overwrite"), "memory table": IN_TABLE, "MLP": IN_MLP}
 
 
 def memory_points():
@@ -409,9 +409,8 @@ def draw_memories(results):
     for series, points in results.items():
         seeds = [result["result"] for result in points[0]]
         cells = [result["by_slice"]["method, edits"] for result in seeds]
-        known = {cell["method"] for cell in cells[0].values()}
-        method = next((name for name in CLOSED_FORMS if name in known), min(known))
-        n_edits = [n for n in seeds[0]["metrics"]["edits"] if f"{method}, {n}" in cells[0]]
+        method = CLOSED_FORMS[series]
+        n_edits = seeds[0]["metrics"]["edits"]
         ticks |= set(n_edits)
         for axis, metric in zip(axes, ("efficacy", "specificity")):
             values = []
@@ -424,6 +423,8 @@ def draw_memories(results):
     caption = "Edited in closed form: in the context 32 pairs of MQAR, in the weights 2,000 facts"
     return plt, fig, caption + BANDS
 
+
+# ---- in the weights: several hops ----------------------------------------------------------------
 
 HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "twohop_cot_memory")
 HOPS += ("hashhop_gpt", "hashhop_cot_gpt")

@@ -237,7 +237,7 @@ def answer_alphabet(facts):
     """What answers are made of: characters, or for two-hop data entities."""
     if ">" in facts[0]:
         return sorted({read_two_hop(fact)[2] for fact in facts})
-    return sorted(set("".join(fact.strip().split(":")[1] for fact in facts)))
+    return characters_of(value_of(fact) for fact in facts)
 
 
 def counterfactual(fact, alphabet, rng):

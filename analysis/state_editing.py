@@ -34,7 +34,7 @@ from data_mqar import min_length
 from nanorecall.metrics import autocast, evaluating, print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.settings import require
+from nanorecall.settings import require, say
 from nanorecall.stats import clustered_proportion, format_ci
 
 N_SEQUENCES = 200  # of each size; enough for intervals of one point
@@ -90,8 +90,12 @@ def edit_pairs(run):
     for sentence in describe_editors(results, cosines):
         run.finding(sentence)
     print_results(results)
+    n_edits = sorted({r["edits"] for r in results})
+    left_out = [n for n in run.config.n_edits if n not in n_edits]
+    if left_out:
+        say(f"left out: {left_out} edits, which are more than the pairs that can be edited")
     metrics = {
-        "edits": sorted({r["edits"] for r in results}),
+        "edits": n_edits,
         "memory": place.kind,
         "block": place.block,
         "tokens after the value": place.offset,
@@ -109,8 +113,12 @@ def edit_pairs(run):
 
 def require_editable(run):
     """ConfigError unless the run is MQAR made in memory, of a model with a state or a cache."""
+    data = run.settings.data
     message = "editing pairs needs the task made in memory; this run's data comes from"
-    require(not run.settings.data.path, f"{message} path={run.settings.data.path}", None)
+    require(not data.path, f"{message} path={data.path}", None)
+    message = "editing pairs needs a query for every pair, and values of one token; this run has"
+    message += f" num_queries={data.num_queries}, value_tokens={data.value_tokens}"
+    require(not data.num_queries and data.value_tokens == 1, message, None)
     model = run.settings.train.model
     message = f"editing pairs needs a model with a method `forward_cached`, and {model} has none"
     require(hasattr(run.model, "forward_cached"), message, None)
@@ -202,6 +210,20 @@ def places_of(run, cache):
     return places
 
 
+def require_linear_reads(run, cache):
+    """ConfigError if a block's queries q do not read S^T q from its state S (K, V)."""
+    for layer, of_block in zip(run.model.layers, cache):
+        if memory_kind(of_block) != "state":
+            continue
+        c = layer.att.config
+        # MesaNet's state also holds the sum of k k^T, which takes part in every read.
+        is_linear = of_block["state"].shape[-1] == layer.att.head_dims(c)[1]
+        message = f"the state of {run.settings.train.model} is not read linearly"
+        require(is_linear, f"{message}; edit a run of another model", None)
+        message = "with pos_emb=rope a query depends on its position; train with pos_emb=none"
+        require(c.pos_emb != "rope", message, None)
+
+
 def find_place(run):
     """Where pairs are recalled: of all places, that where overwriting one pair of each validation
     sequence is most efficacious -> Place, {place: efficacy}"""
@@ -211,6 +233,7 @@ def find_place(run):
     message = "no pair can be edited, for its convolution sees a value beyond the first query"
     require(sequences.n_editable > 0, message, None)
     cache = read(run.model, sequences.stored, run.dtype)
+    require_linear_reads(run, cache)
     places = places_of(run, cache)
     message = f"the cache of {run.settings.train.model} holds neither a state nor values of tokens"
     require(places, message, None)

@@ -93,17 +93,27 @@ def run_point(point, seed, folder, config):
     return ""
 
 
+def run_points(points, seed, folder, config):
+    """run_point of several points with the same training -> "", or the first error."""
+    for point in points:
+        error = run_point(point, seed, folder, config)
+        if error:
+            return error
+    return ""
+
+
 def run_missing(points, config):
     """Run all that is missing, config.jobs runs at a time. RunError names the runs that failed."""
-    todo = {}  # by folder, since figures share runs
+    # Figures share runs, and may measure the same run differently. A run is trained by one job.
+    todo = {}  # {(folder, seed): {eval_args: point}}
     for point, seed, folder in runs_of(points, config):
-        if folder not in todo and not is_finished(point, folder):
-            todo[folder] = (point, seed)
+        if not is_finished(point, folder):
+            todo.setdefault((folder, seed), {})[point.eval_args] = point
     errors = []
     with ThreadPoolExecutor(config.jobs) as pool:
         pending = {}
-        for folder, (point, seed) in todo.items():
-            pending[folder] = pool.submit(run_point, point, seed, folder, config)
+        for (folder, seed), of_run in todo.items():
+            pending[folder] = pool.submit(run_points, of_run.values(), seed, folder, config)
         bar = tqdm(pending.items(), desc="runs", disable=None)  # None: on terminals only
         try:
             for number, (folder, future) in enumerate(bar, 1):

@@ -273,6 +273,8 @@ def test_the_load_of_the_table_is_that_of_eval(facts, results):
         (["--editors=sparse"], "there is no editor 'sparse'; separate names by ';': closed form;"),
         (["--portions=6"], "portions=6 needs n_edits of at least as many, not "),
         (["--top_slots=0"], "top_slots=0 must be at least 1"),
+        (["--top_slots=8"], "top_slots=8 has no effect: editors names no sparse method"),
+        (["--num_kv_pairs=[8]"], "no effect: this run stores facts in its weights"),
     ],
 )
 def test_a_mistake_is_one_sentence(facts, flags, message):

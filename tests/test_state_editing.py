@@ -229,6 +229,7 @@ def test_the_number_of_pairs_can_be_chosen(runs):
         (["--n_edits=[9]"], "at most 3 pairs can be edited"),
         (["--num_kv_pairs=[0]"], "numbers of at least 1"),
         (["--num_kv_pairs=[40]"], "vocab_size=64 is too small for 40 pairs"),
+        (["--new_facts=1"], "no effect: this run is of MQAR"),
     ],
 )
 def test_what_cannot_be_edited_is_said_in_a_sentence(runs, changes, message):
@@ -242,3 +243,24 @@ def test_a_model_that_recalls_nothing_is_not_edited(tmp_path):
     with pytest.raises(ConfigError, match="no pair|too few pairs"):
         eval_script.main(["edit", str(tmp_path / "a"), "--n_edits=[1]", "--eval_batch_size=2"])
     assert not list((tmp_path / "a").glob("eval_edit*"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_queries=2), "num_queries=2, value_tokens=1"),
+        (dict(value_tokens=2), "num_queries=0, value_tokens=2"),
+        (dict(model="mesa"), "the state of mesa is not read linearly"),
+        (dict(model="retnet", pos_emb="rope"), "train with pos_emb=none"),
+    ],
+)
+def test_pairs_that_no_query_reads_from_a_state_are_refused(tmp_path, changes, message):
+    own = dict(log_dir=tmp_path, run_name="a", max_steps=1, eval_interval=1)
+    train.main(as_flags({**MQAR, **own, **changes}))
+    with pytest.raises(ConfigError, match=message):
+        eval_script.main(["edit", str(tmp_path / "a"), "--n_edits=[1]"])
+
+
+def test_numbers_of_edits_that_do_not_fit_are_named(runs, capsys):
+    eval_script.main(["edit", str(runs / "delta"), "--n_edits=[1,9]"])
+    assert "left out: [9] edits" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import eval as evaluate
 import flex_generate
 import sweep
 import train
+from analysis import sweep_runs
 from analysis.sweep_runs import training_command
 from analysis.trained_run import result_suffix
 from nanorecall.settings import ConfigError, RunError
@@ -45,14 +46,15 @@ def read_status(tmp_path, name):
 
 ALL_POINTS = [point for figure in sweep.FIGURES.values() for point in figure.points()]
 POINTS = {point.name: point for point in ALL_POINTS}
+# Figures may measure the same run differently.
+MEASURED = {f"{point.name}, {point.result}": point for point in ALL_POINTS}
 
 
 PARSERS = {"eval.py": evaluate.parse, "flex_generate.py": flex_generate.parse}
 
 
-@pytest.mark.parametrize("name", POINTS)
-def test_every_command_is_understood(name):
-    point = POINTS[name]
+@pytest.mark.parametrize("point", MEASURED.values(), ids=MEASURED)
+def test_every_command_is_understood(point):
     if point.train_args:
         settings = train.parse(shlex.split(point.train_args))
         assert not settings.train.resume and settings.train.target_accuracy == 0
@@ -61,9 +63,11 @@ def test_every_command_is_understood(name):
         PARSERS[script](argv)
 
 
-@pytest.mark.parametrize("name", [name for name, point in POINTS.items() if "edit" in point.result])
-def test_the_result_of_an_edit_is_where_eval_writes_it(name):
-    point = POINTS[name]
+EDITS = {name: point for name, point in MEASURED.items() if "edit" in point.result}
+
+
+@pytest.mark.parametrize("point", EDITS.values(), ids=EDITS)
+def test_the_result_of_an_edit_is_where_eval_writes_it(point):
     _, *argv = shlex.split(point.eval_args.format(run="runs/RUN"))
     command, _, config = evaluate.parse(argv)
     options = {command: evaluate.COMMANDS[command].all_options()}
@@ -73,9 +77,26 @@ def test_the_result_of_an_edit_is_where_eval_writes_it(name):
 
 def test_figures_share_runs_of_the_same_arguments_only():
     for point in ALL_POINTS:
-        same = POINTS[point.name]
-        assert (point.train_args, point.eval_args) == (same.train_args, same.eval_args)
+        assert point.train_args == POINTS[point.name].train_args
     assert len(POINTS) < len(ALL_POINTS)
+
+
+def test_a_run_is_measured_for_every_figure(monkeypatch, tmp_path):
+    measured = []
+
+    def run_point(point, seed, folder, config):
+        measured.append((point.eval_args, seed))
+        return ""
+
+    monkeypatch.setattr(sweep_runs, "run_point", run_point)
+    options = [("eval.py {run}", "a.json"), ("eval.py edit {run}", "b.json")]
+    points = []
+    for series, (eval_args, result) in enumerate([*options, options[0]]):
+        points.append(sweep.Point(str(series), 0, "toy", TOY, eval_args, result))
+    config = SimpleNamespace(seeds=2, jobs=1, log_dir=str(tmp_path))
+    sweep_runs.run_missing(points, config)
+    once = [eval_args for eval_args, _ in options]
+    assert measured == [(eval_args, seed) for seed in (0, 1) for eval_args in once]
 
 
 @pytest.mark.slow
@@ -156,7 +177,7 @@ def made_up_result(value, state=100):
     for name, values in (("exposures", "01"), ("query", "ab"), ("hops", "12")):
         by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
     edits = {}
-    for method in "ab":
+    for method in ("a", *sorted(set(sweep.CLOSED_FORMS.values()))):
         metrics = ("efficacy", "specificity", "retention", "retained")
         edit = {"method": method, **dict.fromkeys(metrics, number)}
         edits |= {f"{method}, 1": edit, f"{method}, 10": edit}
@@ -210,12 +231,16 @@ def test_every_figure_can_be_drawn(name, tmp_path):
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
-def test_results_that_lack_what_a_figure_shows(tmp_path):
+@pytest.mark.parametrize(
+    "name, series, edit", [("edits", "memory", "a, 10"), ("memories", "mqar_gpt", "overwrite, 10")]
+)
+def test_results_that_lack_what_a_figure_shows(tmp_path, name, series, edit):
     _, config = sweep.parse([f"--output={tmp_path}"])
-    results = made_up_results("edits")
-    del results["memory"][0][0]["result"]["by_slice"]["method, edits"]["a, 10"]
-    with pytest.raises(ConfigError, match="figure edits: .* lack what it shows .*; run them again"):
-        sweep.save_figure("edits", results, config)
+    results = made_up_results(name)
+    del results[series][0][0]["result"]["by_slice"]["method, edits"][edit]
+    message = f"figure {name}: .* lack what it shows .*; run them again"
+    with pytest.raises(ConfigError, match=message):
+        sweep.save_figure(name, results, config)
 
 
 def test_seconds_to_99_are_those_of_the_first_evaluation_there():
