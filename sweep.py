@@ -333,36 +333,30 @@ def forgetting_points():
 
 
 def draw_forgetting(results):
-    plt, fig, (by_load, by_learned) = figure(1, 2, width=4.8)
+    """Retained facts against the load of the table, after the fewest and the most new facts."""
+    plt, fig, axes = figure(1, 2, width=4.8)
     cells = []  # [result of each seed], from the emptiest table to the fullest
     for points in results.values():
         cells += points.values()
     cells.sort(key=mean_load)
     n_edits = cells[0][0]["result"]["metrics"]["edits"]
-    loads = [mean_load(seeds) for seeds in cells]
-    for number, method in enumerate(methods_of(cells[0])):
-        color = f"C{number}"
-        retained = [edit_metric(seeds, method, n_edits[-1], "retained") for seeds in cells]
-        mean_and_range(by_load, loads, np.array(retained).T, label=method, color=color)
-        for load, seeds, values in zip(loads, cells, retained):
-            learned = edit_metric(seeds, method, n_edits[-1], "efficacy")
-            fill = color if np.mean(learned) >= 0.95 else "white"
-            by_load.plot(load, np.mean(values), "o", ms=5, mec=color, mfc=fill)
-        # One table in detail, that of the median load.
-        seeds = cells[len(cells) // 2]
-        learned = [np.mean(edit_metric(seeds, method, n, "efficacy")) for n in n_edits]
-        retained = [np.mean(edit_metric(seeds, method, n, "retained")) for n in n_edits]
-        by_learned.plot(learned, retained, color=color, lw=1, label=method)
-        by_learned.scatter(learned, retained, color=color, s=[8, 20, 45][: len(n_edits)])
-    by_load.set(xscale="log", xlabel="load: bits stored per memory value before the edit")
-    by_load.set(title=f"{n_edits[-1]} new facts (filled: 95% of them are learned)")
-    by_load.set(ylabel="retained", ylim=(-0.02, 1.02))
-    by_learned.set(xlabel="learned: new facts with their answer", xlim=(-0.02, 1.02))
-    more = ", ".join(map(str, n_edits))
-    title = f"load {loads[len(cells) // 2]:.2g}; points, small to large: {more} new facts"
-    by_learned.set(title=title, ylabel="retained", ylim=(-0.02, 1.02))
+    for axis, n in zip(axes, (min(n_edits), max(n_edits))):
+        for number, method in enumerate(methods_of(cells[0])):
+            draw_retained(axis, cells, method, n, f"C{number}")
+        axis.set(xscale="log", xlabel="load: bits stored per memory value before the edit")
+        axis.set(title=f"{n} new facts (filled: 95% of them are learned)")
+        axis.set(ylabel="retained", ylim=(-0.02, 1.02))
     caption = "Synthetic QA, new facts added to a trained model with one memory layer"
     return plt, fig, caption + BANDS
+
+
+def draw_retained(axis, cells, method, n, color):
+    loads = [mean_load(seeds) for seeds in cells]
+    retained = [edit_metric(seeds, method, n, "retained") for seeds in cells]
+    mean_and_range(axis, loads, np.array(retained).T, label=method, color=color)
+    for load, seeds, values in zip(loads, cells, retained):
+        is_learned = np.mean(edit_metric(seeds, method, n, "efficacy")) >= 0.95
+        axis.plot(load, np.mean(values), "o", ms=5, mec=color, mfc=color if is_learned else "white")
 
 
 def mean_load(seeds):

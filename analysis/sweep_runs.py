@@ -194,8 +194,10 @@ def changed_settings(folder, argv):
     changed = []
     for part, config in (("train", now.train), ("data", now.data), ("model", model)):
         values = json.loads(json.dumps(asdict(config)))  # as in the file: lists, not tuples
+        # A run that is older than a setting was trained with what is its default now.
+        saved_values = json.loads(json.dumps(asdict(type(config)()))) | saved[part]
         for name in field_names(type(config)):
             is_path = part == "train" and name in ("log_dir", "resume")
-            if not is_path and saved[part].get(name) != values[name]:
+            if not is_path and saved_values[name] != values[name]:
                 changed.append(name)
     return changed
