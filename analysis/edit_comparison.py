@@ -11,6 +11,7 @@ wordings and two-hop questions are asked beyond what was edited (edit_reach.py).
 """
 
 import functools
+import math
 import time
 from collections import namedtuple
 
@@ -134,14 +135,16 @@ def make_cell(run, n, facts, slices, asked_beyond, rng):
 def edit_in_portions(model, editor, cell, portions):
     """Edit the facts in portions, from the edited model each time -> measurements after each.
 
+    Editors may use earlier portions, as they may use the facts to keep.
     METRICS are of all facts edited so far, COSTS of changes since the first portion.
     """
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows, so_far = [], 0
     for portion in torch.arange(len(cell.edited[0])).tensor_split(portions):
         tokens, targets = (x[portion] for x in cell.edited)
+        kept = [torch.cat([x, y[:so_far]]) for x, y in zip(cell.kept, cell.edited)]
         so_far += len(portion)
-        edit = functools.partial(editor, model, tokens, targets, *cell.kept)
+        edit = functools.partial(editor, model, tokens, targets, *kept)
         start = time.perf_counter()
         row = {"portion": len(rows) + 1, "so_far": so_far}
         row["peak_memory"] = peak_memory_of(edit, tokens.device)
@@ -289,7 +292,13 @@ def encode(run, facts):
 
 def plot_edits(path, results, metrics, title):
     """Metrics of each editor against the number of edited facts."""
-    plt, fig, axes = figure(1, len(metrics), width=3.8)
+    n_columns = min(3, len(metrics))
+    plt, fig, axes = figure(math.ceil(len(metrics) / n_columns), n_columns, width=3.8)
+    for axis in axes[len(metrics) :]:
+        axis.remove()
+    counts = sorted({r["so_far"] for r in results})
+    # Portions are equally large, numbers of edits grow by factors.
+    in_portions = max(r["portion"] for r in results) > 1
     for axis, metric in zip(axes, metrics):
         for name in dict.fromkeys(r["method"] for r in results):
             of_editor = [r for r in results if r["method"] == name]
@@ -298,7 +307,10 @@ def plot_edits(path, results, metrics, title):
         n_all = {cell["n"] for cell in measured}
         n = f" (n = {n_all.pop()})" if len(n_all) == 1 else ""
         ylabel = f"{metric}{n}\nexact match, 95% interval"
-        axis.set(xscale="log", xlabel="facts edited", ylabel=ylabel, ylim=(-0.02, 1.02))
+        axis.set(xscale="linear" if in_portions else "log", xlabel="facts edited")
+        axis.set_xticks(counts, [f"{count:,}" for count in counts])
+        axis.minorticks_off()
+        axis.set(ylabel=ylabel, ylim=(-0.02, 1.02))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     fig.supxlabel(title)
     finish_figure(fig, plt, path, "")
