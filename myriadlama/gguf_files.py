@@ -105,6 +105,7 @@ def read_gguf(path):
         max_seq_len=min(size("context_length"), 8192),
         tie_weights="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         bos_token_id=gguf_bos(fields, path, vocab_size),
         eos_token_ids=gguf_eos(fields, path, vocab_size),

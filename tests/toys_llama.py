@@ -139,12 +139,13 @@ def byte_level_tokenizer():
     return tokenizer
 
 
-def save_llama(folder, max_shard_size="1GB", **changes):
-    """Save a random Llama as transformers does, with a tokenizer -> its directory as text."""
+def save_llama(folder, max_shard_size="1GB", model_type="llama", **changes):
+    """Save a random model as transformers does, with a tokenizer -> its directory as text."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | changes))
+    config = transformers.AutoConfig.for_model(model_type, **SIZES | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -155,7 +156,9 @@ def save_llama(folder, max_shard_size="1GB", **changes):
 def load_theirs(folder, **options):
     """The same directory as transformers reads it."""
     transformers = pytest.importorskip("transformers")
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, **options
+    )
     return model.eval()
 
 
