@@ -7,12 +7,13 @@ import json
 import os
 import random
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
 
-from myriadlama import fact_files, fusion, hugging_face, loading, prompts
+from myriadlama import fact_files, fusion, gguf_files, hugging_face, loading, prompts
 from nanorecall.settings import ConfigError
 from toys_llama import (
     LLAMA3,
@@ -32,11 +33,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 from tokenizers import (  # noqa: E402
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
     normalizers,
+    pre_tokenizers,
     processors,
+    trainers,
 )
 
 
@@ -331,7 +335,7 @@ def test_a_family_is_not_taken_for_another(other_families, tmp_path, model_type,
     """Its tensors say what it is."""
     folder = shutil.copytree(other_families[model_type], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    for key in ("sliding_window", "use_sliding_window", "max_window_layers"):
+    for key in ("attention_bias", "sliding_window", "use_sliding_window", "max_window_layers"):
         config.pop(key, None)
     classes = hugging_face.FAMILIES[other].classes
     config |= {"model_type": other, "architectures": [f"{classes}ForCausalLM"]}
@@ -494,6 +498,29 @@ def test_a_name_twice_in_a_safetensors_file(plain_llama):
 # ---- GGUF files ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "model_type, changes",
+    [
+        ("llama", {}),
+        ("llama", {"head_dim": 16, "tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "num_key_value_heads": 4}),
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+        ("qwen3", {"head_dim": 16}),
+        ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    ],
+)
+def test_gguf_files_of_every_architecture(tmp_path, model_type, changes):
+    folder = tmp_path / "model"
+    save_llama(folder, model_type=model_type, **changes)
+    model, _ = loading.load(save_gguf(tmp_path / "model.gguf", folder))
+    tokens = torch.randint(256, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = load_theirs(folder)(tokens).logits
+    torch.testing.assert_close(causal_logits(model, tokens), expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("rope_type", ["llama3", "linear"])
 def test_gguf_files_are_computed(tmp_path, rope_type):
     """With biases and rotary scaling: Llama 3's is a tensor there, linear scaling two fields."""
@@ -548,6 +575,116 @@ def test_ends_of_answers_in_gguf_files(plain_llama, tmp_path):
 )
 def test_gguf_files_that_are_refused(plain_llama, tmp_path, tensors, fields, message):
     assert_refused(save_gguf(tmp_path / "model.gguf", plain_llama, tensors, fields), message)
+
+
+@pytest.mark.parametrize(
+    "model_type, architecture, message",
+    [
+        ("llama", "qwen2", "has no weights for blk.0.attn_q.bias"),
+        ("qwen3", "qwen2", "holds 'blk.0.attn_k_norm.weight'"),
+        ("llama", "qwen3", "has no weights for blk.0.attn_q_norm.weight"),
+        ("llama", "gemma2", "is of architecture gemma2; only llama, qwen2, qwen3 are computed"),
+    ],
+)
+def test_an_architecture_is_not_taken_for_another(tmp_path, model_type, architecture, message):
+    folder = tmp_path / "model"
+    save_llama(folder, model_type=model_type, **({"head_dim": 8} if model_type == "qwen3" else {}))
+    file = save_gguf(tmp_path / "model.gguf", folder, architecture=architecture)
+    assert_refused(file, message)
+
+
+END_TOKENS = {
+    "smollm": [],
+    "llama-bpe": ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+    "qwen2": ["<|endoftext|>", "<|im_end|>"],
+}
+
+
+def trained_fields(pre):
+    """Metadata of a GGUF file whose tokenizer was trained on the built-in facts.
+
+    Its merges join more than any kind of tokenizer may, and the token "zzqq" has no merges.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=499,
+        special_tokens=["<|start|>", *END_TOKENS[pre]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 3 + fact_texts(), trainer)
+    found = json.loads(tokenizer.to_str())["model"]
+    tokens = [*sorted(found["vocab"], key=found["vocab"].get), "zzqq"]
+    return {
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in found["merges"]],
+        "tokenizer.ggml.token_type": [3 if token.startswith("<|") else 1 for token in tokens],
+    }
+
+
+TEXTS = [
+    " 1234567 1234567 7654321 7654321 zzqq",
+    "Q: The H\u00e9l\u00e8ne  of 1234567 m\u00b2 isn't [MASK].\nA: 42\n\n",
+    "Q: We'LL see  12 or\t123 \r\n x\u0301 e\u0301\u4e2d\u6587 in 2024!!\nA:",
+    "\n\n  a b c 1,000.00 they're\u00a0HERE \u0e01\u0e33",
+]
+
+
+def fact_texts():
+    texts = []
+    for fact in fact_files.read_facts("")[:40]:
+        texts += [prompts.fill(template, fact["subject"]) for template in fact["manual"]]
+    return texts
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
+def test_gguf_tokenizers_equal_transformers(pre):
+    """On facts, and on digits, accents, spaces and apostrophes."""
+    import inspect
+
+    import transformers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    fields = trained_fields(pre)
+    ours, size = gguf_files.gguf_tokenizer(fields, "file")
+    vocabulary = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    if pre == "qwen2":
+        theirs = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=merges)._tokenizer
+    else:
+        pattern = inspect.signature(TikTokenConverter).parameters["pattern"].default
+        theirs = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+        theirs.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    for text in TEXTS + fact_texts():
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == unicodedata.normalize("NFC", text) or pre == "llama-bpe"
+    assert size == 500 and len(ours.encode("<|start|>").ids) == 1
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "smollm"])
+def test_end_tokens_that_a_gguf_file_does_not_name(pre):
+    """Those of the tokenizer's kind that are control tokens. Llama 3's also has a first token."""
+    fields = trained_fields(pre) | {"tokenizer.ggml.eos_token_id": 2}
+    n_ends = len(END_TOKENS[pre])
+    others = {*range(1, n_ends + 1)} - {2}
+    assert gguf_files.gguf_eos(fields, "file", 500) == (2, *sorted(others))
+    kinds = [1] * 500
+    fields["tokenizer.ggml.token_type"] = kinds
+    assert gguf_files.gguf_eos(fields, "file", 500) == (2,)
+    begins = fields | {"tokenizer.ggml.bos_token_id": 5}
+    expected = 5 if pre == "llama-bpe" else None
+    assert gguf_files.gguf_bos(begins, "file", 500) == expected
+    begins["tokenizer.ggml.add_bos_token"] = pre != "llama-bpe"
+    assert gguf_files.gguf_bos(begins, "file", 500) == (None if expected else 5)
 
 
 def test_a_length_beyond_the_end_of_a_gguf_file(plain_llama, tmp_path):
