@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from myriadlama.chat import ChatTemplate
 from myriadlama.file_checks import (
     ANY,
     check_settings,
@@ -170,6 +171,7 @@ def read_gguf(path):
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         bos_token_id=gguf_bos(fields, path, vocab_size),
         eos_token_ids=gguf_eos(fields, path, vocab_size),
+        chat_template=gguf_chat_template(fields),
     )
     check_sizes(config, path)
     weights = match_weights(config, tensors, gguf_name, path)
@@ -250,6 +252,15 @@ def gguf_eos(fields, path, vocab_size):
         if text in ends and kind == CONTROL and token not in ids:
             ids.append(token)
     return tuple(ids)
+
+
+def gguf_chat_template(fields):
+    texts, ends = fields["tokenizer.ggml.tokens"], []
+    for name in ("bos", "eos"):
+        token = fields.get(f"tokenizer.ggml.{name}_token_id")
+        known = isinstance(token, int) and 0 <= token < len(texts)
+        ends.append(texts[token] if known else None)
+    return ChatTemplate(fields.get("tokenizer.chat_template"), *ends)
 
 
 def gguf_tokenizer(fields, path):

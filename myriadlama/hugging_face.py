@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from myriadlama.chat import ChatTemplate
 from myriadlama.file_checks import (
     ANY,
     check_settings,
@@ -26,6 +27,7 @@ from myriadlama.llama import Config, interleave_rotary_pairs, rope_inv_freq
 from nanorecall.settings import ConfigError, require
 
 INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 READ_BELOW = """
     model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers
@@ -155,6 +157,7 @@ def read_directory(path):
     require(not is_adapter, f"{path} holds an adapter; merge it into the weights first", "model")
     config = read_config(path, settings, where)
     tokenizer, config.bos_token_id = read_tokenizer(os.path.join(path, "tokenizer.json"))
+    config.chat_template = read_chat_template(path)
     tensors = read_weights(path, config)
     weights = match_weights(config, tensors, hugging_face_name, path)
     interleave_rotary_pairs(weights, config)
@@ -331,6 +334,22 @@ def read_tokenizer(file):
     message = f"{file} puts {len(before)} tokens before a text; at most one is known here"
     require(len(before) <= 1, message, "model")
     return tokenizer, before[0] if before else None
+
+
+def read_chat_template(path):
+    """-> ChatTemplate; chat_template.jinja goes before the one in tokenizer_config.json."""
+    found = {}
+    if os.path.exists(os.path.join(path, TOKENIZER_CONFIG)):
+        found = read_json(path, TOKENIZER_CONFIG)
+    source, file = found.get("chat_template"), os.path.join(path, CHAT_TEMPLATE)
+    if os.path.exists(file):
+        try:
+            with open(file, encoding="utf-8") as f:
+                source = f.read()
+        except (OSError, ValueError) as e:
+            reason = " ".join(str(e).split())[:80]
+            raise ConfigError(f"{file} cannot be read ({reason})", "model") from None
+    return ChatTemplate(source, found.get("bos_token"), found.get("eos_token"))
 
 
 # ---- weights -------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Config:
     bos_token_id: int | None = None  # set if the tokenizer puts it before a prompt
     eos_token_ids: tuple[int, ...] = ()
     not_applied: tuple[str, ...] = ()  # what the files advise for decoding and we do not do
+    chat_template: object = None  # a chat.ChatTemplate
 
 
 # ---- rotary positions ----------------------------------------------------------------------------
