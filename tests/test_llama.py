@@ -633,6 +633,36 @@ TEXTS = [
 ]
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"qwen2.rope.scaling.type": ("add_string", "yarn")}, "scaling 'yarn' is not known"),
+        ({"qwen2.attention.sliding_window": ("add_uint32", 4)}, "'qwen2.attention.sliding_window'"),
+        ({"qwen2.expert_count": ("add_uint32", 8)}, "'qwen2.expert_count' is 8; only 0"),
+        ({"qwen2.logit_scale": ("add_float32", 8)}, "'qwen2.logit_scale' is 8.0; only 0 or 1"),
+        ({"llama.context_length": ("add_uint32", 8)}, "'llama.context_length' is 8, a setting"),
+        ({"qwen2.rope.dimension_count": ("add_uint32", 4)}, "qwen2.rope.dimension_count is not"),
+    ],
+)
+def test_settings_of_another_architecture_are_refused(other_families, tmp_path, fields, message):
+    file = save_gguf(tmp_path / "model.gguf", other_families["qwen2"], fields=fields)
+    assert_refused(file, message)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tokenizer.ggml.model": "llama"}, "is 'llama'; only gpt2 is known, give a directory"),
+        ({"tokenizer.ggml.pre": "gpt-4o"}, "of kind 'gpt-4o'; only smollm, llama-bpe, qwen2 are"),
+        ({"tokenizer.ggml.pre": None}, "of kind None"),
+        ({"tokenizer.ggml.merges": ["no"]}, "its tokenizer cannot be built"),
+    ],
+)
+def test_gguf_tokenizers_that_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        gguf_files.gguf_tokenizer(trained_fields("qwen2") | changes, "file")
+
+
 def fact_texts():
     texts = []
     for fact in fact_files.read_facts("")[:40]:
@@ -714,7 +744,15 @@ def sentencepiece():
     return tokenizer
 
 
-@pytest.mark.parametrize("make", [sentencepiece, byte_level_tokenizer])
+def metaspace():
+    """As newer files of Llama 2's: the space is put before the first text only."""
+    tokenizer = sentencepiece()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [sentencepiece, metaspace, byte_level_tokenizer])
 def test_pieces_of_a_prompt_are_encoded_as_in_the_whole(make):
     tokenizer = make()
     prefix, template, separator = "a b\n\nQ: a\nA: b\n\n", "Q: ab [MASK].\nA:", "\n\n"
