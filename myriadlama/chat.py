@@ -42,6 +42,9 @@ def prompt_parts(chat, examples, is_question):
     text = render(chat, messages)
     message = "the chat template of this model changes or drops a message; leave out --chat"
     require(text.count(QUESTION) == 1, message, "chat")
+    opens_thought = text.rstrip().endswith("<think>")
+    message = "this model thinks before it answers, for longer than an answer may be"
+    require(not opens_thought, f"{message}; leave out --chat", "chat")
     # A tokenizer joins a space to the word after it, so the space belongs to the template.
     before = text[: text.index(QUESTION)].rstrip(" ")
     return before, text[len(before) :]

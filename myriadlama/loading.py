@@ -26,6 +26,9 @@ MODELS = {  # short name -> where to get the model
     "llama3.2_1b": "huggingface.co/meta-llama/Llama-3.2-1B",
     "llama3.2_3b": "huggingface.co/meta-llama/Llama-3.2-3B",
     "llama3.1_8b_it": "huggingface.co/meta-llama/Llama-3.1-8B-Instruct",
+    "qwen2.5_3b_it": "huggingface.co/Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5_3b": "huggingface.co/Qwen/Qwen2.5-3B",
+    "qwen2.5_7b_it": "huggingface.co/Qwen/Qwen2.5-7B-Instruct",
 }
 
 

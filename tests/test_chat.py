@@ -149,6 +149,7 @@ def test_whole_questions_have_their_own_instruction():
         ("{% for %}", "cannot be rendered"),
         ("{{ ''.__class__.__mro__ }}", "cannot be rendered .access to attribute '__class__'"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "cannot be rendered .Range too big"),
+        ("{{ messages[-1].content }}<|im_start|>assistant\n<think>\n", "thinks before it answers"),
         ("no messages", "changes or drops a message"),
         ("{{ messages[-1].content * 2 }}", "changes or drops a message"),
     ],
