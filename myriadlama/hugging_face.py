@@ -303,7 +303,7 @@ def read_generation(path, settings, vocab_size):
     not_applied = []
     for key in sorted(found.keys() - {*READ_BELOW, *NO_EFFECT, *GENERATION}):
         if found[key] not in (None, PENALTIES.get(key)):
-            not_applied.append(f"{key}={shown(found[key])}")
+            not_applied.append(f"{shown(key)} {shown(found[key])}")
     return ids, tuple(not_applied)
 
 

@@ -346,11 +346,11 @@ def test_a_family_is_not_taken_for_another(other_families, tmp_path, model_type,
 @pytest.mark.parametrize(
     "generation, config, not_applied",
     [
-        ({"repetition_penalty": 1.1, "temperature": 0.7, "do_sample": True}, {}, ("repetition",)),
+        ({"repetition_penalty": 1.1, "temperature": 0.7, "top_k": 20}, {}, ("'repetition_pen",)),
         ({"repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None}, {}, ()),
-        ({}, {"num_beams": 4}, ("num_beams=4",)),
+        ({}, {"num_beams": 4}, ("'num_beams' 4",)),
         ({"num_beams": 1}, {"num_beams": 4}, ()),
-        ({"sequence_bias": [1], "no_repeat_ngram_size": 2}, {}, ("no_repeat", "sequence_bias=")),
+        ({"sequence_bias": [1], "no_repeat_ngram_size": 2}, {}, ("'no_repeat", "'sequence")),
     ],
 )
 def test_advice_for_decoding_that_is_not_followed_is_named(
