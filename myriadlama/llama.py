@@ -85,8 +85,10 @@ def scale_yarn(inv_freq, scaling):
     if scaling["truncate"]:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * n_pairs - 1)
-    width = last - first or 0.001  # no division by zero
-    divide = ((torch.arange(n_pairs, device=inv_freq.device) - first) / width).clamp(0, 1)
+    if first == last:
+        last += 0.001  # no division by zero
+    number = torch.arange(n_pairs, device=inv_freq.device)
+    divide = ((number - first) / (last - first)).clamp(0, 1)
     return divide * inv_freq / scaling["factor"] + (1 - divide) * inv_freq
 
 

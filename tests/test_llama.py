@@ -598,7 +598,7 @@ def test_gguf_files_that_are_refused(plain_llama, tmp_path, tensors, fields, mes
 )
 def test_an_architecture_is_not_taken_for_another(tmp_path, model_type, architecture, message):
     folder = tmp_path / "model"
-    save_llama(folder, model_type=model_type, **({"head_dim": 8} if model_type == "qwen3" else {}))
+    save_llama(folder, model_type=model_type, head_dim=8)
     file = save_gguf(tmp_path / "model.gguf", folder, architecture=architecture)
     assert_refused(file, message)
 
