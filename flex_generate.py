@@ -4,7 +4,8 @@
     python flex_generate.py --max_samples 100       # 100 facts; all manual, 5 automatic templates
     python flex_generate.py --allow_manual_cross_attention --num_manual 3 --num_auto 2
     python flex_generate.py --method all            # every method, one table
-    python flex_generate.py --model llama3.2_3b_it  # or any local Hugging Face directory of a Llama
+    python flex_generate.py --model llama3.2_3b_it  # or a local directory: Llama, Mistral, Qwen2, 3
+    python flex_generate.py --model models/qwen2.5 --chat  # in the model's chat format
     python flex_generate.py --path facts.jsonl --shots_path pool.jsonl
     python flex_generate.py --draw_mask --num_manual 3 --num_auto 2 --allow_manual_cross_attention
     python flex_generate.py --lemmaize              # add lemmas to existing results
@@ -39,7 +40,7 @@ from typing import NamedTuple
 
 import torch
 
-from myriadlama import fusion, loading, prompts, results
+from myriadlama import chat, fusion, loading, prompts, results
 from myriadlama.batch import Batch
 from myriadlama.questions import choose_facts, make_batches
 from nanorecall.build import enough_memory
@@ -74,6 +75,7 @@ class Config:
     num_auto: int = 5  # automatic templates of a question; -1: all
     allow_manual_cross_attention: bool = False  # flex_myriadlama: manual ones see those before them
     template_positions: str = "restart"  # each right after the prefix; or sequential
+    chat: bool = False  # ask in the model's chat format, as *_it models expect
     score_bias: float = -1.0  # times log(n): bias on n templates, else they outweigh the prefix
     max_new_tokens: int = 10  # tokens of an answer
     max_samples: int = 0  # questions, spread over the relations; 0: all
@@ -94,6 +96,9 @@ class Config:
         require(any_template, "num_manual=0 and num_auto=0 leave no template", "num_manual")
         one_of(self, ("all", *METHODS), "method")
         one_of(self, ("restart", "sequential"), "template_positions")
+        both = self.chat and self.template_positions == "sequential"
+        message = "chat=True needs template_positions=restart: each template is a turn of the user"
+        require(not both, message, "chat")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
 
     def unused(self):
@@ -318,10 +323,31 @@ class Run:
 
     def prefix_ids(self, fact):
         """Token ids of instruction and examples."""
+        if self.config.chat:  # a chat template writes the first token itself
+            return self.encode(self.chat_parts(fact)[0], starts_prompt=True)
         examples, is_question = self.examples[fact["relation"]], not fact["subject"]
         text = prompts.few_shot_prefix(examples, is_question)
         bos = self.model.config.bos_token_id
         return ([] if bos is None else [bos]) + self.encode(text, starts_prompt=True)
+
+    def chat_parts(self, fact):
+        """See chat.prompt_parts."""
+        examples, is_question = self.examples[fact["relation"]], not fact["subject"]
+        return chat.prompt_parts(self.model.config.chat_template, examples, is_question)
+
+    def template_ids(self, prompted):
+        """Token ids of each template of a question, up to where the answer begins."""
+        if not self.config.chat:
+            return [self.encode(f"Q: {text}\nA:") for text in prompted.texts]
+        before, rest = self.chat_parts(prompted.fact)
+        prefix, templates = self.prefix_ids(prompted.fact), []
+        for text in prompted.texts:
+            whole = before + rest.replace(chat.QUESTION, text)
+            ids = self.encode(whole, starts_prompt=True)
+            glued = f"the tokenizer glues the chat format to the template after it: {text[:40]!r}"
+            require(ids[: len(prefix)] == prefix, glued, "chat")
+            templates.append(ids[len(prefix) :])
+        return templates
 
     def prefix_kv(self, fact):
         relation = fact["relation"]
@@ -331,7 +357,7 @@ class Run:
         return self.prefixes[relation]
 
     def make_question(self, prompted):
-        ids = [self.encode(f"Q: {text}\nA:") for text in prompted.texts]
+        ids = self.template_ids(prompted)
         is_manual, separator = torch.from_numpy(prompted.is_manual), self.encode("\n\n")
         # All templates must end in the same token, which then belongs to the fused part.
         check_same_end(template[-1] for template in ids)
@@ -422,6 +448,9 @@ def generate_in(folder, config, world, asked, facts, examples):
         seconds, size = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
         world.print0(f"{config.model}: {size:,} parameters in {seconds:.1f} s; {device_line}")
         n_answered = len(asked) - len(open_facts)
+        if model.config.not_applied:
+            advice = ", ".join(model.config.not_applied)
+            world.print0(f"note: decoding is greedy; the model's files advise {advice}, too")
         note = f"{len(asked)} questions, {n_answered} of them answered already"
         world.print0(f"{note}; results go to {folder}")
         eos, vocab_size = model.config.eos_token_ids, model.config.vocab_size

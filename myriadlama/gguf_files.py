@@ -1,8 +1,11 @@
-"""Read a GGUF file of architecture llama with a byte-level BPE tokenizer."""
+"""Read a GGUF file of architecture llama, qwen2 or qwen3 with a byte-level BPE tokenizer."""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from myriadlama.chat import ChatTemplate
 from myriadlama.file_checks import (
     ANY,
     check_settings,
@@ -15,7 +18,7 @@ from myriadlama.file_checks import (
     true_or_false,
     whole_number,
 )
-from myriadlama.llama import Config
+from myriadlama.llama import Config, interleave_rotary_pairs
 from nanorecall.settings import ConfigError, require
 
 MODEL_NAMES = {  # module of Llama -> tensor in a GGUF file, without .weight
@@ -25,6 +28,8 @@ MODEL_NAMES = {  # module of Llama -> tensor in a GGUF file, without .weight
 }
 LAYER_NAMES = {  # the same within a layer
     "input_layernorm": "attn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -35,24 +40,27 @@ LAYER_NAMES = {  # the same within a layer
     "mlp.down_proj": "ffn_down",
 }
 
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Keys of which each architecture has its own, such as llama.vocab_size.
 READ_BELOW = """
-    llama.vocab_size llama.context_length llama.embedding_length llama.block_count
-    llama.feed_forward_length llama.attention.head_count llama.attention.head_count_kv
-    llama.attention.layer_norm_rms_epsilon llama.attention.key_length llama.attention.value_length
-    llama.rope.dimension_count llama.rope.freq_base llama.rope.scaling.type
-    llama.rope.scaling.factor llama.rope.scale_linear
+    vocab_size context_length embedding_length block_count feed_forward_length attention.head_count
+    attention.head_count_kv attention.layer_norm_rms_epsilon attention.key_length
+    attention.value_length rope.dimension_count rope.freq_base rope.scaling.type
+    rope.scaling.factor rope.scale_linear
 """.split()
 NO_EFFECT = """
-    llama.rope.scaling.original_context_length llama.rope.scaling.finetuned llama.tensor_data_layout
+    rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout
 """.split()
 ALLOWED_VALUES = {  # key -> values with which this model computes what the file means
     **dict.fromkeys(READ_BELOW + NO_EFFECT, ANY),
-    "llama.expert_count": (0,),
-    "llama.expert_used_count": (0,),
-    "llama.use_parallel_residual": (False,),
-    "llama.attention.causal": (True,),
-    "llama.attention.scale": (0,),
-    "llama.logit_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "use_parallel_residual": (False,),
+    "attention.causal": (True,),
+    "attention.scale": (0,),
+    "logit_scale": (0, 1),
+}
+ALLOWED_IN_ALL = {  # the same for keys that all architectures share
     "split.count": (0, 1),
     "tokenizer.ggml.add_space_prefix": (False,),
     "tokenizer.ggml.remove_extra_whitespaces": (False,),
@@ -61,6 +69,53 @@ ALLOWED_VALUES = {  # key -> values with which this model computes what the file
 HARMLESS_PREFIXES = ("general.", "GGUF.", "quantize.", "split.", "tokenizer.")
 # Kinds of tokens in tokenizer.ggml.token_type.
 CONTROL, USER_DEFINED = 3, 4
+# Runs of letters, digits, marks and white space, as in GPT-4's tokenizer.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def single_digits():
+    from tokenizers import pre_tokenizers
+
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return pre_tokenizers.Sequence([digits, letters])
+
+
+def split_words(pattern):
+    from tokenizers import Regex, pre_tokenizers
+
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([words, letters])
+
+
+class TokenizerKind(NamedTuple):
+    """What a name in tokenizer.ggml.pre means."""
+
+    pre_tokenizer: object  # () -> a pre-tokenizer
+    end_tokens: tuple = ()  # control tokens that end an answer, besides those that a file names
+    nfc: bool = False  # text is normalised to NFC
+    ignore_merges: bool = False  # a word that is a token is one, whatever the merges say
+    add_bos: bool = False  # the default of tokenizer.ggml.add_bos_token
+
+
+TOKENIZERS = {
+    "smollm": TokenizerKind(single_digits),
+    "llama-bpe": TokenizerKind(
+        lambda: split_words(WORDS % "{1,3}"),
+        ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+        ignore_merges=True,
+        add_bos=True,
+    ),
+    "qwen2": TokenizerKind(
+        lambda: split_words(WORDS % ""),
+        ("<|endoftext|>", "<|im_end|>"),
+        nfc=True,
+    ),
+}
 
 
 def gguf_name(parameter):
@@ -76,20 +131,26 @@ def read_gguf(path):
     """-> Config, {parameter name: float32 tensor}, tokenizer"""
     require_package("gguf", "this model needs a package: pip install gguf")
     fields, tensors = read_contents(path)
-    is_llama = fields.get("general.architecture") == "llama"
-    require(is_llama, f"{path} is not of architecture llama", "model")
-    check_settings(fields, ALLOWED_VALUES, path, HARMLESS_PREFIXES)
+    architecture = fields.get("general.architecture")
+    found = f"{path} is of architecture {str(architecture)[:60]}"
+    message = f"{found}; only {', '.join(ARCHITECTURES)} are computed here"
+    require(architecture in ARCHITECTURES, message, "model")
+    allowed = {f"{architecture}.{key}": values for key, values in ALLOWED_VALUES.items()}
+    check_settings(fields, allowed | ALLOWED_IN_ALL, path, HARMLESS_PREFIXES)
     tokenizer, vocab_size = gguf_tokenizer(fields, path)
 
     def size(key, default=None):
-        return whole_number(fields, f"llama.{key}", path, default)
+        return whole_number(fields, f"{architecture}.{key}", path, default)
+
+    def number(key, default=None):
+        return positive_number(fields, f"{architecture}.{key}", path, default)
 
     n_heads, dim = size("attention.head_count"), size("embedding_length")
     head_dim = size("attention.key_length", dim // n_heads or 1)
     for key in ("attention.value_length", "rope.dimension_count"):
-        message = f"{path}: llama.{key} is not the width of a head, {head_dim}"
+        message = f"{path}: {architecture}.{key} is not the width of a head, {head_dim}"
         require(size(key, head_dim) == head_dim, message, "model")
-    message = f"{path}: llama.vocab_size is not its number of tokens, {vocab_size}"
+    message = f"{path}: {architecture}.vocab_size is not its number of tokens, {vocab_size}"
     require(size("vocab_size", vocab_size) == vocab_size, message, "model")
     config = Config(
         vocab_size=vocab_size,
@@ -99,18 +160,25 @@ def read_gguf(path):
         n_kv_heads=size("attention.head_count_kv", n_heads),
         head_dim=head_dim,
         intermediate_size=size("feed_forward_length"),
-        norm_eps=positive_number(fields, "llama.attention.layer_norm_rms_epsilon", path),
-        rope_base=positive_number(fields, "llama.rope.freq_base", path, 10000.0),
-        rope_scaling=gguf_rope_scaling(fields, tensors, head_dim, path),
+        norm_eps=number("attention.layer_norm_rms_epsilon"),
+        rope_base=number("rope.freq_base", 10000.0),
+        rope_scaling=gguf_rope_scaling(fields, tensors, architecture, head_dim, path),
         max_seq_len=min(size("context_length"), 8192),
         tie_weights="output.weight" not in tensors,
-        attention_bias="blk.0.attn_q.bias" in tensors,
+        attention_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+        qk_norm=architecture == "qwen3",
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         bos_token_id=gguf_bos(fields, path, vocab_size),
         eos_token_ids=gguf_eos(fields, path, vocab_size),
+        chat_template=gguf_chat_template(fields),
     )
     check_sizes(config, path)
-    return config, match_weights(config, tensors, gguf_name, path), tokenizer
+    weights = match_weights(config, tensors, gguf_name, path)
+    # Files of a Llama have rotary pairs side by side; the others have them as Hugging Face.
+    if architecture != "llama":
+        interleave_rotary_pairs(weights, config)
+    return config, weights, tokenizer
 
 
 def read_contents(path):
@@ -138,17 +206,18 @@ def read_contents(path):
     return fields, tensors
 
 
-def gguf_rope_scaling(fields, tensors, head_dim, path):
+def gguf_rope_scaling(fields, tensors, architecture, head_dim, path):
     """Config.rope_scaling. Removes rope_freqs.weight, the factors of each frequency, from tensors.
 
-    llama.rope.scale_linear is the older name of llama.rope.scaling.factor.
+    rope.scale_linear is the older name of rope.scaling.factor.
     """
-    kind = fields.get("llama.rope.scaling.type", "none")
+    rope = f"{architecture}.rope"
+    kind = fields.get(f"{rope}.scaling.type", "none")
     unknown = f"{path}: rotary scaling {shown(kind)} is not known, only none and linear"
     require(kind in ("none", "linear"), unknown, "model")
-    factor = positive_number(fields, "llama.rope.scale_linear", path, 1.0)
-    factor = positive_number(fields, "llama.rope.scaling.factor", path, factor)
-    if kind == "none" and "llama.rope.scaling.type" in fields:
+    factor = positive_number(fields, f"{rope}.scale_linear", path, 1.0)
+    factor = positive_number(fields, f"{rope}.scaling.factor", path, factor)
+    if kind == "none" and f"{rope}.scaling.type" in fields:
         factor = 1.0
     factors = tensors.pop("rope_freqs.weight", None)
     if factors is None:
@@ -161,31 +230,52 @@ def gguf_rope_scaling(fields, tensors, head_dim, path):
 
 def gguf_bos(fields, path, vocab_size):
     """The token that the tokenizer puts before a prompt, or None."""
-    if not true_or_false(fields, "tokenizer.ggml.add_bos_token", path):
+    default = TOKENIZERS[fields["tokenizer.ggml.pre"]].add_bos
+    if not true_or_false(fields, "tokenizer.ggml.add_bos_token", path, default):
         return None
     return whole_number(fields, "tokenizer.ggml.bos_token_id", path, None, 0, vocab_size - 1)
 
 
 def gguf_eos(fields, path, vocab_size):
-    """All tokens that end an answer: end of sequence, of turn, of message."""
+    """All tokens that end an answer: end of sequence, of turn, of message.
+
+    Many files name only one of them, so those of the tokenizer's kind are added.
+    """
     ids = []
     for name in ("eos", "eot", "eom"):
         for token in eos_ids(fields.get(f"tokenizer.ggml.{name}_token_id"), path, vocab_size):
             if token not in ids:
                 ids.append(token)
+    ends = TOKENIZERS[fields["tokenizer.ggml.pre"]].end_tokens
+    texts, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    for token, (text, kind) in enumerate(zip(texts, kinds)):
+        if text in ends and kind == CONTROL and token not in ids:
+            ids.append(token)
     return tuple(ids)
+
+
+def gguf_chat_template(fields):
+    texts, ends = fields["tokenizer.ggml.tokens"], []
+    for name in ("bos", "eos"):
+        token = fields.get(f"tokenizer.ggml.{name}_token_id")
+        known = isinstance(token, int) and 0 <= token < len(texts)
+        ends.append(texts[token] if known else None)
+    return ChatTemplate(fields.get("tokenizer.chat_template"), *ends)
 
 
 def gguf_tokenizer(fields, path):
     """-> the byte-level BPE tokenizer in a GGUF file's metadata, its number of tokens"""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    pre = fields.get("tokenizer.ggml.pre")
-    hint = "only smollm is known, give a directory instead"
-    require(pre == "smollm", f"{path}: its tokenizer is of kind {pre!r}; {hint}", "model")
+    # Tokenizers of SentencePiece are "llama".
     algorithm = fields.get("tokenizer.ggml.model")
     message = f"{path}: its tokenizer is {shown(algorithm)}; only gpt2 is known"
-    require(algorithm == "gpt2", message, "model")
+    require(algorithm == "gpt2", f"{message}, give a directory instead", "model")
+    pre = fields.get("tokenizer.ggml.pre")
+    hint = f"only {', '.join(TOKENIZERS)} are known, give a directory instead"
+    known = isinstance(pre, str) and pre in TOKENIZERS
+    require(known, f"{path}: its tokenizer is of kind {shown(pre)}; {hint}", "model")
+    kind_of_tokenizer = TOKENIZERS[pre]
     tokens = fields.get("tokenizer.ggml.tokens")
     merges = fields.get("tokenizer.ggml.merges")
     kinds = fields.get("tokenizer.ggml.token_type")
@@ -196,13 +286,14 @@ def gguf_tokenizer(fields, path):
     try:
         vocabulary = {token: i for i, token in enumerate(tokens)}
         pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-        tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+        ignore_merges = kind_of_tokenizer.ignore_merges
+        tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))
     except Exception as e:  # the package raises plain Exception
         message = f"{path}: its tokenizer cannot be built ({shown(str(e))})"
         raise ConfigError(message, "model") from None
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
+    if kind_of_tokenizer.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = kind_of_tokenizer.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     control, user_defined = [], []
     for token, kind in zip(tokens, kinds):

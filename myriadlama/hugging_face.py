@@ -1,10 +1,16 @@
-"""Read a Hugging Face directory of a Llama: config.json, *.safetensors, tokenizer.json."""
+"""Read a Hugging Face directory of a Llama: config.json, *.safetensors, tokenizer.json.
+
+Mistral, Qwen2, Qwen2.5 and Qwen3 directories are read, too (FAMILIES).
+"""
 
 import json
+import math
 import os
+from typing import NamedTuple
 
 import torch
 
+from myriadlama.chat import ChatTemplate
 from myriadlama.file_checks import (
     ANY,
     check_settings,
@@ -17,16 +23,17 @@ from myriadlama.file_checks import (
     true_or_false,
     whole_number,
 )
-from myriadlama.llama import Config, rope_inv_freq
+from myriadlama.llama import Config, interleave_rotary_pairs, rope_inv_freq
 from nanorecall.settings import ConfigError, require
 
 INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 READ_BELOW = """
     model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers
     num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling
-    rope_parameters max_position_embeddings tie_word_embeddings attention_bias mlp_bias
-    bos_token_id eos_token_id
+    rope_parameters max_position_embeddings tie_word_embeddings bos_token_id eos_token_id
+    layer_types
 """.split()
 NO_EFFECT = """
     pad_token_id unk_token_id sep_token_id _name_or_path name_or_path _commit_hash
@@ -39,16 +46,31 @@ NO_EFFECT = """
     task_specific_params tokenizer_class decoder_start_token_id is_llama_config
     max_sequence_length transformers.js_config unsloth_fixed unsloth_version model_max_length
 """.split()
-# Settings of generation. We always decode greedily, whatever the file advises.
+# Settings of generation that do not change which token is the most probable one.
 GENERATION = """
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    bad_words_ids encoder_no_repeat_ngram_size num_return_sequences output_scores
-    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    max_length max_new_tokens do_sample early_stopping temperature top_k top_p min_p typical_p
+    epsilon_cutoff eta_cutoff num_return_sequences length_penalty output_scores output_logits
+    return_dict_in_generate remove_invalid_values cache_implementation cache_config
+    _from_model_config
 """.split()
+# Settings of generation that do, unless they have this value. We decode greedily without them.
+PENALTIES = {
+    "min_length": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0,
+    "repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
 ALLOWED_VALUES = {  # key of config.json -> values with which this model computes what is meant
-    **dict.fromkeys(READ_BELOW + NO_EFFECT + GENERATION, ANY),
+    **dict.fromkeys([*READ_BELOW, *NO_EFFECT, *GENERATION, *PENALTIES], ANY),
     "hidden_act": ("silu", "swish"),
     "pruned_heads": (None, {}),
     "is_encoder_decoder": (None, False),
@@ -64,6 +86,9 @@ ALLOWED_VALUES = {  # key of config.json -> values with which this model compute
     "residual_multiplier": (None, 1),
     "logits_scaling": (None, 1),
     "logit_scale": (None, 1),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "use_mrope": (None, False),
     "quantization_config": (None,),
     "sliding_window": (None,),
     "attention_multiplier": (None,),
@@ -71,49 +96,93 @@ ALLOWED_VALUES = {  # key of config.json -> values with which this model compute
     "final_logit_softcapping": (None,),
     "auto_map": (None,),
 }
+
+
+class Family(NamedTuple):
+    """What a model type means."""
+
+    classes: str  # name of its classes in transformers
+    allowed_values: dict  # other than ALLOWED_VALUES
+    explicit: tuple = ()  # keys whose default in transformers is another than Llama's
+    eos_token_id: int | None = None  # the default
+
+
+FAMILIES = {
+    "llama": Family("Llama", {"attention_bias": ANY, "mlp_bias": ANY}, (), 2),
+    "mistral": Family(
+        "Mistral",
+        {"sliding_window": ANY},
+        ("num_key_value_heads", "sliding_window", "max_position_embeddings"),
+        2,
+    ),
+    "qwen2": Family(
+        "Qwen2",
+        {
+            "attention_bias": (None, True),
+            "sliding_window": ANY,
+            "use_sliding_window": (None, False, True),
+            "max_window_layers": ANY,
+        },
+        ("num_key_value_heads", "max_position_embeddings"),
+    ),
+    "qwen3": Family(
+        "Qwen3",
+        {
+            "attention_bias": ANY,
+            "use_qk_norm": (None, True),
+            "sliding_window": ANY,
+            "use_sliding_window": (None, False, True),
+            "max_window_layers": ANY,
+        },
+        ("num_key_value_heads", "head_dim", "max_position_embeddings"),
+    ),
+}
 ROPE_PARAMETERS = {  # rope_type -> the numbers that it needs
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
 }
+YARN_OPTIONS = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
 
 
 def read_directory(path):
     """-> Config, {parameter name: float32 tensor}, tokenizer"""
     require_package("safetensors", "this model needs a package: pip install safetensors")
     settings, where = read_json(path, "config.json"), os.path.join(path, "config.json")
-    model_type = settings.get("model_type")
-    message = f"{path} holds a {model_type!r} model; a llama is needed"
-    require(model_type == "llama", message, "model")
-    architectures = settings.get("architectures") or ["LlamaForCausalLM"]
-    known = architectures in (["LlamaForCausalLM"], ["LlamaModel"])
-    message = f"{path} holds {shown(architectures)}; LlamaForCausalLM is needed"
-    require(known, message, "model")
-    check_settings(settings, ALLOWED_VALUES, where)
+    family = read_family(path, settings)
+    check_settings(settings, ALLOWED_VALUES | family.allowed_values, where)
     is_adapter = os.path.exists(os.path.join(path, "adapter_config.json"))
     require(not is_adapter, f"{path} holds an adapter; merge it into the weights first", "model")
     config = read_config(path, settings, where)
     tokenizer, config.bos_token_id = read_tokenizer(os.path.join(path, "tokenizer.json"))
+    config.chat_template = read_chat_template(path)
     tensors = read_weights(path, config)
     weights = match_weights(config, tensors, hugging_face_name, path)
-    for name, weight in weights.items():
-        if ".q_proj." in name:
-            weights[name] = interleave_pairs(weight, config.n_heads)
-        elif ".k_proj." in name:
-            weights[name] = interleave_pairs(weight, config.n_kv_heads)
+    interleave_rotary_pairs(weights, config)
     return config, weights, tokenizer
+
+
+def read_family(path, settings):
+    """The Family of a directory."""
+    model_type = settings.get("model_type")
+    known = isinstance(model_type, str) and model_type in FAMILIES
+    message = f"{path} holds a {shown(model_type)} model; one of {', '.join(FAMILIES)} is needed"
+    require(known, message, "model")
+    family = FAMILIES[model_type]
+    wanted = f"{family.classes}ForCausalLM"
+    architectures = settings.get("architectures") or [wanted]
+    message = f"{path} holds {shown(architectures)}; {wanted} is needed"
+    require(architectures in ([wanted], [f"{family.classes}Model"]), message, "model")
+    for key in family.explicit:
+        require(key in settings, f"{path}: config.json has no {key}; download it again", "model")
+    return family
 
 
 def hugging_face_name(parameter):
     """layers.3.mlp.up_proj.weight -> model.layers.3.mlp.up_proj.weight"""
     return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
-
-
-def interleave_pairs(weight, n_heads):
-    """Rows of each head from Hugging Face's order (all first features of the rotary pairs, then all
-    second ones) to ours (the two features of a pair side by side)."""
-    by_head = weight.view(n_heads, 2, weight.shape[0] // n_heads // 2, -1)
-    return by_head.transpose(1, 2).reshape(weight.shape)
 
 
 def read_config(path, settings, where):
@@ -125,6 +194,8 @@ def read_config(path, settings, where):
         message = f"{where}: {n_heads} heads cannot share {dim} features"
         require(dim % n_heads == 0, message, "model")
     max_seq_len = whole_number(settings, "max_position_embeddings", where, 2048, 1, 2**40)
+    model_type = settings["model_type"]
+    attention_bias = true_or_false(settings, "attention_bias", where)
     config = Config(
         vocab_size=vocab_size,
         dim=dim,
@@ -134,15 +205,36 @@ def read_config(path, settings, where):
         head_dim=whole_number(settings, "head_dim", where, dim // n_heads),
         intermediate_size=whole_number(settings, "intermediate_size", where),
         norm_eps=positive_number(settings, "rms_norm_eps", where, 1e-6),
-        max_seq_len=min(max_seq_len, 8192),
+        max_seq_len=min(max_seq_len, 8192, read_window(settings, where)),
         tie_weights=true_or_false(settings, "tie_word_embeddings", where),
-        attention_bias=true_or_false(settings, "attention_bias", where),
+        attention_bias=attention_bias or model_type == "qwen2",
+        output_bias=attention_bias and model_type != "qwen2",
+        qk_norm=model_type == "qwen3",
         mlp_bias=true_or_false(settings, "mlp_bias", where),
-        eos_token_ids=read_eos_ids(path, settings, vocab_size),
     )
     config.rope_base, config.rope_scaling = read_rope(settings, max_seq_len, where)
+    config.eos_token_ids, config.not_applied = read_generation(path, settings, vocab_size)
     check_sizes(config, where)
     return config
+
+
+def read_window(settings, where):
+    """How many tokens a token may attend to.
+
+    A sliding window changes nothing as long as all tokens fit into it, so this limits the length.
+    """
+    window = settings.get("sliding_window")
+    if settings.get("use_sliding_window") is False:
+        window = None
+    layer_types = settings.get("layer_types")
+    known = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
+    valid = layer_types is None
+    valid = valid or isinstance(layer_types, list) and all(kind in known for kind in layer_types)
+    message = f"{where}: 'layer_types' is {shown(layer_types)}"
+    require(valid, f"{message}; only {' and '.join(known)} are computed here", "model")
+    if window is None:
+        return math.inf
+    return whole_number(settings, "sliding_window", where, None, 1, 2**40)
 
 
 def read_rope(settings, max_seq_len, where):
@@ -156,29 +248,63 @@ def read_rope(settings, max_seq_len, where):
     require(known, message, "model")
     allowed = dict.fromkeys(("rope_type", "type", "rope_theta", *ROPE_PARAMETERS[kind]), ANY)
     allowed["partial_rotary_factor"] = (None, 1)
+    if kind == "yarn":
+        allowed |= dict.fromkeys(YARN_OPTIONS, ANY)
     check_settings(rope, allowed, where)
     base = positive_number(settings, "rope_theta", where, 10000.0)
     base = positive_number(rope, "rope_theta", where, base)
-    defaults = {"original_max_position_embeddings": max_seq_len}
+    defaults = {"original_max_position_embeddings": max_seq_len, "beta_fast": 32, "beta_slow": 1}
     scaling = {}
     for key in ROPE_PARAMETERS[kind]:
         scaling[key] = positive_number(rope, key, where, defaults.get(key))
     if kind == "llama3":
         ordered = scaling["low_freq_factor"] < scaling["high_freq_factor"]
         require(ordered, f"{where}: low_freq_factor must be below high_freq_factor", "model")
-    return base, {"rope_type": kind, **scaling} if scaling else None
+    elif kind == "yarn":
+        require(base > 1, f"{where}: rope_theta is {base}, but yarn needs one above 1", "model")
+        scaling |= {"rope_theta": base, "truncate": true_or_false(rope, "truncate", where, True)}
+        scaling["attention_factor"] = yarn_attention_factor(rope, scaling["factor"], where)
+    # Dynamic scaling begins beyond max_position_embeddings, where we refuse a prompt.
+    has_effect = kind not in ("default", "dynamic")
+    return base, {"rope_type": kind, **scaling} if has_effect else None
 
 
-def read_eos_ids(path, settings, vocab_size):
-    """Tokens that end an answer: generation_config.json's if it has any, else config.json's."""
+def yarn_attention_factor(rope, factor, where):
+    """By how much YaRN lengthens queries and keys: as given, or 0.1 ln(factor) + 1."""
+
+    def length(mscale):
+        return 0.1 * mscale * math.log(max(factor, 1.0)) + 1.0
+
+    if rope.get("attention_factor") is not None:
+        return positive_number(rope, "attention_factor", where)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        mscale = positive_number(rope, "mscale", where)
+        return length(mscale) / length(positive_number(rope, "mscale_all_dim", where))
+    return length(1)
+
+
+def read_generation(path, settings, vocab_size):
+    """-> eos_token_ids, not_applied of Config.
+
+    generation_config.json's end tokens if it has any, else config.json's.
+    """
     file_name = "generation_config.json"
     where = os.path.join(path, file_name)
-    generation = read_json(path, file_name) if os.path.exists(where) else {}
-    ids = eos_ids(generation.get("eos_token_id"), where, vocab_size)
-    if ids:
-        return ids
-    # 2 is the default of transformers' LlamaConfig.
-    return eos_ids(settings.get("eos_token_id", 2), os.path.join(path, "config.json"), vocab_size)
+    found = {key: settings[key] for key in PENALTIES if key in settings}
+    ids = ()
+    if os.path.exists(where):
+        generation = read_json(path, file_name)
+        ids = eos_ids(generation.get("eos_token_id"), where, vocab_size)
+        found |= generation
+    if not ids:
+        default = FAMILIES[settings["model_type"]].eos_token_id
+        where = os.path.join(path, "config.json")
+        ids = eos_ids(settings.get("eos_token_id", default), where, vocab_size)
+    not_applied = []
+    for key in sorted(found.keys() - {*READ_BELOW, *NO_EFFECT, *GENERATION}):
+        if found[key] not in (None, PENALTIES.get(key)):
+            not_applied.append(f"{shown(key)} {shown(found[key])}")
+    return ids, tuple(not_applied)
 
 
 def read_tokenizer(file):
@@ -208,6 +334,22 @@ def read_tokenizer(file):
     message = f"{file} puts {len(before)} tokens before a text; at most one is known here"
     require(len(before) <= 1, message, "model")
     return tokenizer, before[0] if before else None
+
+
+def read_chat_template(path):
+    """-> ChatTemplate; chat_template.jinja goes before the one in tokenizer_config.json."""
+    found = {}
+    if os.path.exists(os.path.join(path, TOKENIZER_CONFIG)):
+        found = read_json(path, TOKENIZER_CONFIG)
+    source, file = found.get("chat_template"), os.path.join(path, CHAT_TEMPLATE)
+    if os.path.exists(file):
+        try:
+            with open(file, encoding="utf-8") as f:
+                source = f.read()
+        except (OSError, ValueError) as e:
+            reason = " ".join(str(e).split())[:80]
+            raise ConfigError(f"{file} cannot be read ({reason})", "model") from None
+    return ChatTemplate(source, found.get("bos_token"), found.get("eos_token"))
 
 
 # ---- weights -------------------------------------------------------------------------------------

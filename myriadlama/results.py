@@ -40,6 +40,7 @@ PROGRAM = (
     "myriadlama/fusion.py",
     "myriadlama/questions.py",
     "myriadlama/prompts.py",
+    "myriadlama/chat.py",
     "myriadlama/fact_files.py",
     "myriadlama/llama.py",
     "myriadlama/loading.py",

@@ -309,6 +309,14 @@ def test_bfloat16_runs(tiny_llamas, tmp_path):
     flex.main(command_line(tiny_llamas, tmp_path, "--method=all", "--dtype=bfloat16"))
 
 
+def test_advice_that_is_not_followed_is_printed(args, plain_llama, capsys):
+    text = json.dumps({"repetition_penalty": 1.1, "temperature": 0.7})
+    (plain_llama / "generation_config.json").write_text(text)
+    flex.main(args)
+    note = "note: decoding is greedy; the model's files advise 'repetition_penalty' 1.1, too\n"
+    assert note in capsys.readouterr().out
+
+
 def test_result_file_names():
     c = flex.Config(num_manual=3, num_auto=5)
     assert results.file_name(c, "flex_myriadlama_xattn") == "myriadlama_flex_m3_a5_xattn.feather"

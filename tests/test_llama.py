@@ -7,12 +7,13 @@ import json
 import os
 import random
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
 
-from myriadlama import fact_files, hugging_face, loading, prompts
+from myriadlama import fact_files, fusion, gguf_files, hugging_face, loading, prompts
 from nanorecall.settings import ConfigError
 from toys_llama import (
     LLAMA3,
@@ -21,6 +22,7 @@ from toys_llama import (
     causal_logits,
     change_json,
     change_weights,
+    decode_fused,
     load_theirs,
     logits_difference,
     save_gguf,
@@ -31,11 +33,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 from tokenizers import (  # noqa: E402
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
     normalizers,
+    pre_tokenizers,
     processors,
+    trainers,
 )
 
 
@@ -96,18 +101,83 @@ def test_a_prompt_longer_than_the_positions_is_a_sentence(plain_llama):
 # ---- settings of config.json ---------------------------------------------------------------------
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 500.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "rope_theta": 500.0,
+    "original_max_position_embeddings": 128,
+}
+SHARED_VARIATIONS = [
+    {},
+    {"tie_word_embeddings": True},
+    {"head_dim": 16},
+    {"num_key_value_heads": 1},
+    {"num_key_value_heads": 4, "rms_norm_eps": 0.1},
+    {"rope_parameters": LINEAR},
+    {"rope_parameters": YARN},
+]
+VARIATIONS = [
+    *[(kind, changes) for kind in hugging_face.FAMILIES for changes in SHARED_VARIATIONS],
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("llama", {"rope_parameters": DYNAMIC}),
+    ("llama", {"rope_parameters": YARN | {"attention_factor": 1.3}}),
+    ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}),
+    ("llama", {"rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 2.0}}),
+    ("llama", {"rope_parameters": YARN | {"truncate": False}}),
+    ("llama", {"rope_parameters": YARN | {"original_max_position_embeddings": 4}}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 101}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 101, "max_window_layers": 1}),
+    ("qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    ("qwen3", {"attention_bias": True}),
+    ("qwen3", {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 101, "max_window_layers": 0}),
+]
+
+
+@pytest.mark.parametrize("model_type, changes", VARIATIONS)
+def test_logits_and_greedy_tokens_of_every_variation(tmp_path, model_type, changes):
+    """Those of transformers; the tokens are decoded from a cache, five after a prompt of 95."""
+    if model_type == "qwen3":
+        changes = {"head_dim": 8} | changes  # Qwen3 has a width of its own
+    folder = save_llama(tmp_path / "model", model_type=model_type, **changes)
+    model, _ = loading.load(folder)
+    tokens = torch.randint(256, (2, 100), generator=torch.Generator().manual_seed(1))
+    theirs = load_theirs(folder)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    got = causal_logits(model, tokens)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    assert float(expected.std()) > 0.1  # the variations would not show in a constant
+
+    prompt = tokens[0, :95].tolist()
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(tokens[:1, :95], max_new_tokens=5, do_sample=False)[0, 95:].tolist()
+    question = fusion.Question([prompt[20:94]], torch.tensor([True]), prompt[94], [])
+    got = decode_fused(model, prompt[:20], [question], "isolated", "restart", max_new_tokens=5)
+    assert got == [expected]
+
+
 @pytest.mark.parametrize(
-    "changes",
+    "model_type, changes",
     [
-        {"attention_bias": True},
-        {"mlp_bias": True},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
-        {"rope_parameters": LLAMA3},
-        {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        ("mistral", {"sliding_window": 32}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}),
     ],
 )
-def test_settings_that_are_computed(tmp_path, changes):
-    assert logits_difference(save_llama(tmp_path / "model", **changes)) < 1e-4
+def test_prompts_end_where_a_sliding_window_begins_to_slide(tmp_path, model_type, changes):
+    """32 tokens are equal to transformers'; 33 are refused, and would be other ones."""
+    folder = save_llama(tmp_path / "model", model_type=model_type, **changes)
+    assert logits_difference(folder, 32) < 1e-4
+    model, _ = loading.load(folder)
+    tokens = torch.zeros(1, 33, dtype=torch.long)
+    with pytest.raises(ConfigError, match="33 tokens is longer than the 32 positions"):
+        causal_logits(model, tokens)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +208,15 @@ def test_rotary_settings_in_every_style(plain_llama, changes):
         ("attn_logit_softcapping", 50.0),
         ("final_logit_softcapping", 30.0),
         ("use_qk_norm", True),
+        ("qk_layernorm", True),
+        ("use_sliding_window", True),
+        ("use_mrope", True),
+        ("is_encoder_decoder", True),
+        ("add_cross_attention", True),
+        ("logit_scale", 0.5),
+        ("no_rope_layers", [0, 1]),
+        ("attention_chunk_size", 64),
+        ("num_experts", 8),
         ("num_local_experts", 8),
         ("quantization_config", {"quant_method": "fp8"}),
         ("attention_multiplier", 0.01),
@@ -161,11 +240,20 @@ def test_settings_that_are_refused_by_name(plain_llama, key, value):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "mistral"}, "holds a 'mistral' model; a llama is needed"),
-        ({"model_type": "qwen2"}, "holds a 'qwen2' model"),
+        ({"model_type": "gemma2"}, "holds a 'gemma2' model; one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": ["llama"]}, "holds a 'llama' model; one of"),
+        ({"model_type": "qwen2"}, "holds 'LlamaForCausalLM'; Qwen2ForCausalLM is needed"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM is needed"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rotary scaling 'yarn' is not"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4}}, "scaling 'dynamic' is not"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "config.json: factor is missing"),
+        ({"rope_parameters": YARN | {"rope_theta": 1}}, "yarn needs one above 1"),
+        ({"rope_parameters": YARN | {"beta_slow": 0}}, "beta_slow is 0, but must be a number"),
+        ({"rope_parameters": YARN | {"truncate": 1}}, "truncate is 1, not true or false"),
+        ({"rope_parameters": YARN | {"mscale": "a", "mscale_all_dim": 1}}, "mscale is 'a'"),
+        ({"rope_parameters": YARN | {"attention_factor": -1}}, "attention_factor is -1"),
+        ({"rope_parameters": YARN | {"short_factor": [1]}}, "'short_factor' is "),
+        ({"rope_parameters": {"full_attention": YARN}}, "'full_attention' is "),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "'partial_rotary_factor' is 0.5"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "scaling 'proportional' is not"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "longrope"}},
             "'longrope' is not known",
@@ -193,6 +281,97 @@ def test_settings_that_cannot_be(plain_llama, changes, message):
     os.remove(plain_llama / "generation_config.json")
     change_json(plain_llama / "config.json", **changes)
     assert_refused(plain_llama, message)
+
+
+@pytest.fixture(scope="session")
+def other_families(tmp_path_factory):
+    """Directories of the other model types: {model type: path}."""
+    folders = {}
+    for kind in ("mistral", "qwen2", "qwen3"):
+        folders[kind] = tmp_path_factory.mktemp("families") / kind
+        save_llama(folders[kind], model_type=kind, head_dim=8, sliding_window=None)
+    return folders
+
+
+@pytest.mark.parametrize(
+    "model_type, changes, message",
+    [
+        ("mistral", {"attention_bias": True}, "'attention_bias' is True; only None or False"),
+        ("mistral", {"mlp_bias": True}, "'mlp_bias' is True"),
+        ("mistral", {"use_sliding_window": True}, "'use_sliding_window' is True"),
+        ("mistral", {"sliding_window": "all"}, "sliding_window is 'all', but must be a whole"),
+        ("mistral", {"layer_types": ["sliding_attention"] * 2}, "only full_attention are comp"),
+        ("mistral", {"num_key_value_heads": ...}, "config.json has no num_key_value_heads"),
+        ("mistral", {"sliding_window": ...}, "config.json has no sliding_window"),
+        ("qwen2", {"attention_bias": False}, "'attention_bias' is False; only None or True"),
+        ("qwen2", {"mlp_bias": True}, "'mlp_bias' is True"),
+        ("qwen2", {"use_mrope": True}, "'use_mrope' is True"),
+        ("qwen2", {"use_qk_norm": True}, "'use_qk_norm' is True"),
+        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 4}}, "that is not known here"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "only full_attention are comp"),
+        ("qwen2", {"layer_types": ["linear_attention"]}, "'layer_types' is 'linear_attention'"),
+        ("qwen2", {"layer_types": 3}, "'layer_types' is 3"),
+        ("qwen2", {"use_sliding_window": "no"}, "'use_sliding_window' is 'no'"),
+        ("qwen3", {"use_qk_norm": False}, "'use_qk_norm' is False; only None or True"),
+        ("qwen3", {"mlp_bias": True}, "'mlp_bias' is True"),
+        ("qwen3", {"num_experts": 4}, "'num_experts' is 4"),
+        ("qwen3", {"head_dim": ...}, "config.json has no head_dim"),
+        ("qwen3", {"attention_bias": True}, "has no weights for model.layers.0.self_attn.q_proj.b"),
+    ],
+)
+def test_settings_of_other_families_are_refused(
+    other_families, tmp_path, model_type, changes, message
+):
+    """... stands for a key that is missing, whose default is another than Llama's."""
+    folder = shutil.copytree(other_families[model_type], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    "model_type, other, message",
+    [
+        ("mistral", "qwen2", "no weights for model.layers.0.self_attn.q_proj.bias"),
+        ("mistral", "qwen3", "no weights for model.layers.0.self_attn.q_norm.weight"),
+        ("qwen2", "llama", "holds 'model.layers.0.self_attn.k_proj.bias'"),
+        ("qwen2", "qwen3", "holds 'model.layers.0.self_attn.k_proj.bias'"),
+        ("qwen3", "llama", "holds 'model.layers.0.self_attn.k_norm.weight'"),
+        ("qwen3", "qwen2", "holds 'model.layers.0.self_attn.k_norm.weight'"),
+    ],
+)
+def test_a_family_is_not_taken_for_another(other_families, tmp_path, model_type, other, message):
+    """Its tensors say what it is."""
+    folder = shutil.copytree(other_families[model_type], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("attention_bias", "sliding_window", "use_sliding_window", "max_window_layers"):
+        config.pop(key, None)
+    classes = hugging_face.FAMILIES[other].classes
+    config |= {"model_type": other, "architectures": [f"{classes}ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    "generation, config, not_applied",
+    [
+        ({"repetition_penalty": 1.1, "temperature": 0.7, "top_k": 20}, {}, ("'repetition_pen",)),
+        ({"repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None}, {}, ()),
+        ({}, {"num_beams": 4}, ("'num_beams' 4",)),
+        ({"num_beams": 1}, {"num_beams": 4}, ()),
+        ({"sequence_bias": [1], "no_repeat_ngram_size": 2}, {}, ("'no_repeat", "'sequence")),
+    ],
+)
+def test_advice_for_decoding_that_is_not_followed_is_named(
+    plain_llama, generation, config, not_applied
+):
+    change_json(plain_llama / "config.json", **config)
+    (plain_llama / "generation_config.json").write_text(json.dumps(generation))
+    found = loading.load(str(plain_llama))[0].config.not_applied
+    assert len(found) == len(not_applied)
+    for text, start in zip(found, not_applied):
+        assert text.startswith(start)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +508,29 @@ def test_a_name_twice_in_a_safetensors_file(plain_llama):
 # ---- GGUF files ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "model_type, changes",
+    [
+        ("llama", {}),
+        ("llama", {"head_dim": 16, "tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "num_key_value_heads": 4}),
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+        ("qwen3", {"head_dim": 16}),
+        ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    ],
+)
+def test_gguf_files_of_every_architecture(tmp_path, model_type, changes):
+    folder = tmp_path / "model"
+    save_llama(folder, model_type=model_type, **changes)
+    model, _ = loading.load(save_gguf(tmp_path / "model.gguf", folder))
+    tokens = torch.randint(256, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = load_theirs(folder)(tokens).logits
+    torch.testing.assert_close(causal_logits(model, tokens), expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("rope_type", ["llama3", "linear"])
 def test_gguf_files_are_computed(tmp_path, rope_type):
     """With biases and rotary scaling: Llama 3's is a tensor there, linear scaling two fields."""
@@ -385,6 +587,144 @@ def test_gguf_files_that_are_refused(plain_llama, tmp_path, tensors, fields, mes
     assert_refused(save_gguf(tmp_path / "model.gguf", plain_llama, tensors, fields), message)
 
 
+@pytest.mark.parametrize(
+    "model_type, architecture, message",
+    [
+        ("llama", "qwen2", "has no weights for blk.0.attn_q.bias"),
+        ("qwen3", "qwen2", "holds 'blk.0.attn_k_norm.weight'"),
+        ("llama", "qwen3", "has no weights for blk.0.attn_q_norm.weight"),
+        ("llama", "gemma2", "is of architecture gemma2; only llama, qwen2, qwen3 are computed"),
+    ],
+)
+def test_an_architecture_is_not_taken_for_another(tmp_path, model_type, architecture, message):
+    folder = tmp_path / "model"
+    save_llama(folder, model_type=model_type, head_dim=8)
+    file = save_gguf(tmp_path / "model.gguf", folder, architecture=architecture)
+    assert_refused(file, message)
+
+
+END_TOKENS = {
+    "smollm": [],
+    "llama-bpe": ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+    "qwen2": ["<|endoftext|>", "<|im_end|>"],
+}
+
+
+def trained_fields(pre):
+    """Metadata of a GGUF file whose tokenizer was trained on the built-in facts.
+
+    Its merges join more than any kind of tokenizer may, and the token " zzqq" has no merges.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=499,
+        special_tokens=["<|start|>", *END_TOKENS[pre]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 3 + fact_texts(), trainer)
+    found = json.loads(tokenizer.to_str())["model"]
+    tokens = [*sorted(found["vocab"], key=found["vocab"].get), "\u0120zzqq"]
+    return {
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in found["merges"]],
+        "tokenizer.ggml.token_type": [3 if token.startswith("<|") else 1 for token in tokens],
+    }
+
+
+TEXTS = [
+    " 1234567 1234567 7654321 7654321 zzqq",
+    "Q: The H\u00e9l\u00e8ne  of 1234567 m\u00b2 isn't [MASK].\nA: 42\n\n",
+    "Q: We'LL see  12 or\t123 \r\n x\u0301 e\u0301\u4e2d\u6587 in 2024!!\nA:",
+    "\n\n  a b c 1,000.00 they're\u00a0HERE \u0e01\u0e33",
+]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"qwen2.rope.scaling.type": ("add_string", "yarn")}, "scaling 'yarn' is not known"),
+        ({"qwen2.attention.sliding_window": ("add_uint32", 4)}, "'qwen2.attention.sliding_window'"),
+        ({"qwen2.expert_count": ("add_uint32", 8)}, "'qwen2.expert_count' is 8; only 0"),
+        ({"qwen2.logit_scale": ("add_float32", 8)}, "'qwen2.logit_scale' is 8.0; only 0 or 1"),
+        ({"llama.context_length": ("add_uint32", 8)}, "'llama.context_length' is 8, a setting"),
+        ({"qwen2.rope.dimension_count": ("add_uint32", 4)}, "qwen2.rope.dimension_count is not"),
+    ],
+)
+def test_settings_of_another_architecture_are_refused(other_families, tmp_path, fields, message):
+    file = save_gguf(tmp_path / "model.gguf", other_families["qwen2"], fields=fields)
+    assert_refused(file, message)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tokenizer.ggml.model": "llama"}, "is 'llama'; only gpt2 is known, give a directory"),
+        ({"tokenizer.ggml.pre": "gpt-4o"}, "of kind 'gpt-4o'; only smollm, llama-bpe, qwen2 are"),
+        ({"tokenizer.ggml.pre": None}, "of kind None"),
+        ({"tokenizer.ggml.merges": ["no"]}, "its tokenizer cannot be built"),
+    ],
+)
+def test_gguf_tokenizers_that_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        gguf_files.gguf_tokenizer(trained_fields("qwen2") | changes, "file")
+
+
+def fact_texts():
+    texts = []
+    for fact in fact_files.read_facts("")[:40]:
+        texts += [prompts.fill(template, fact["subject"]) for template in fact["manual"]]
+    return texts
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
+def test_gguf_tokenizers_equal_transformers(pre):
+    """On facts, and on digits, accents, spaces and apostrophes."""
+    import inspect
+
+    import transformers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    fields = trained_fields(pre)
+    ours, size = gguf_files.gguf_tokenizer(fields, "file")
+    vocabulary = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    if pre == "qwen2":
+        theirs = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=merges)._tokenizer
+    else:
+        pattern = inspect.signature(TikTokenConverter).parameters["pattern"].default
+        theirs = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+        theirs.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    for text in TEXTS + fact_texts():
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == unicodedata.normalize("NFC", text) or pre == "llama-bpe"
+    assert size == 500 and len(ours.encode("<|start|>").ids) == 1
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "smollm"])
+def test_end_tokens_that_a_gguf_file_does_not_name(pre):
+    """Those of the tokenizer's kind that are control tokens. Llama 3's also has a first token."""
+    fields = trained_fields(pre) | {"tokenizer.ggml.eos_token_id": 400}
+    others = range(1, 1 + len(END_TOKENS[pre]))
+    assert gguf_files.gguf_eos(fields, "file", 500) == (400, *others)
+    fields["tokenizer.ggml.token_type"] = [1] * 500
+    assert gguf_files.gguf_eos(fields, "file", 500) == (400,)
+    begins = fields | {"tokenizer.ggml.bos_token_id": 5}
+    expected = 5 if pre == "llama-bpe" else None
+    assert gguf_files.gguf_bos(begins, "file", 500) == expected
+    begins["tokenizer.ggml.add_bos_token"] = pre != "llama-bpe"
+    assert gguf_files.gguf_bos(begins, "file", 500) == (None if expected else 5)
+
+
 def test_a_length_beyond_the_end_of_a_gguf_file(plain_llama, tmp_path):
     """A list of 10^12 tokens is refused at once."""
     file = save_gguf(tmp_path / "model.gguf", plain_llama)
@@ -414,7 +754,15 @@ def sentencepiece():
     return tokenizer
 
 
-@pytest.mark.parametrize("make", [sentencepiece, byte_level_tokenizer])
+def metaspace():
+    """As newer files of Llama 2's: the space is put before the first text only."""
+    tokenizer = sentencepiece()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [sentencepiece, metaspace, byte_level_tokenizer])
 def test_pieces_of_a_prompt_are_encoded_as_in_the_whole(make):
     tokenizer = make()
     prefix, template, separator = "a b\n\nQ: a\nA: b\n\n", "Q: ab [MASK].\nA:", "\n\n"

@@ -139,12 +139,13 @@ def byte_level_tokenizer():
     return tokenizer
 
 
-def save_llama(folder, max_shard_size="1GB", **changes):
-    """Save a random Llama as transformers does, with a tokenizer -> its directory as text."""
+def save_llama(folder, max_shard_size="1GB", model_type="llama", **changes):
+    """Save a random model as transformers does, with a tokenizer -> its directory as text."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | changes))
+    config = transformers.AutoConfig.for_model(model_type, **SIZES | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -155,7 +156,9 @@ def save_llama(folder, max_shard_size="1GB", **changes):
 def load_theirs(folder, **options):
     """The same directory as transformers reads it."""
     transformers = pytest.importorskip("transformers")
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, **options
+    )
     return model.eval()
 
 
@@ -195,23 +198,28 @@ def gguf_name(name):
     return f"blk.{number}.{gguf_files.LAYER_NAMES[part]}.{kind}"
 
 
-def save_gguf(path, folder, tensors=None, fields=None):
+def save_gguf(path, folder, tensors=None, fields=None, architecture=None):
     """Write the model of a directory as a GGUF file -> path as text.
 
     tensors {name: array} and fields {name: (method of the writer, value)} are added to it.
+    architecture: that of the directory if None.
     """
     gguf = pytest.importorskip("gguf")
     tokenizers = pytest.importorskip("tokenizers")
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(str(path), "llama")
+    head_dim = config.get("head_dim") or 8
+    writer = gguf.GGUFWriter(str(path), architecture or config["model_type"])
     writer.add_context_length(512)
     writer.add_embedding_length(32)
     writer.add_block_count(2)
     writer.add_feed_forward_length(48)
     writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    if head_dim != 8:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -225,10 +233,9 @@ def save_gguf(path, folder, tensors=None, fields=None):
         getattr(writer, method)(key, value)
     for name, weight in load_file(folder / "model.safetensors").items():
         name = gguf_name(name)
-        if "attn_q" in name or "attn_k" in name:
-            # llama.cpp's converter interleaves the two halves of each head.
-            n_heads = 4 if "attn_q" in name else 2
-            halves = weight.view(n_heads, 2, 4, -1).transpose(1, 2)
+        if config["model_type"] == "llama" and ("attn_q" in name or "attn_k" in name):
+            # llama.cpp's converter interleaves the two halves of each head of a Llama.
+            halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:]).transpose(1, 2)
             weight = halves.reshape(weight.shape)
         writer.add_tensor(name, weight.numpy())
     for name, values in (tensors or {}).items():
