@@ -491,7 +491,7 @@ class GPT(nn.Module):
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.pos_embed = nn.Embedding(c.seq_len, c.dim) if c.pos_emb == "learned" else None
-        self.layers = nn.ModuleList(self.block(c) for _ in range(c.n_layers))
+        self.layers = nn.ModuleList(self.make_layers(c))
         self.final_norm = RMSNorm(c.dim)
         self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
         # torch's own std of 1 would give large first logits where the head shares this weight
@@ -501,6 +501,9 @@ class GPT(nn.Module):
         if c.tie_weights:
             # one parameter under two names: the checkpoint holds it once, and both uses train it
             self.lm_head.weight = self.embed.weight
+
+    def make_layers(self, c):
+        return [self.block(c) for _ in range(c.n_layers)]
 
     def forward(self, tokens, targets=None, cu_seqlens=None, **options):
         query_pos = documents = None

@@ -46,6 +46,7 @@ MODELS = {  # short names; anything else is file or file.Class
     "unified_kv": "model.UnifiedKV",
     "delta": "delta.DeltaNet",
     "gated_delta": "delta.GatedDeltaNet",
+    "hybrid": "hybrid.Hybrid",
     "memory": "memory.MemoryGPT",
     "memory_router": "memory.MemoryRouterGPT",
 }

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import delta
+import hybrid
 from analysis.decoding import greedy_decode
 from model import GPT, CausalSelfAttention, Config, UnifiedKV
 from nanorecall import ops
@@ -136,16 +137,30 @@ KINDS = {
     "unified_kv, window, gated": (UnifiedKV, dict(window=5, k_gated=True)),
     "delta": (delta.DeltaNet, {}),
     "gated_delta": (delta.GatedDeltaNet, dict(att_use_output_gate=True)),
+    "delta, gpt": (hybrid.Hybrid, dict(blocks=("delta", "gpt n_kv_heads=1"))),
+    "unified_kv, gated_delta, gpt": (
+        hybrid.Hybrid,
+        dict(
+            blocks=("unified_kv du=6 window=4", "gated_delta conv_size=2", "gpt window=5"),
+            n_layers=3,
+            pos_emb="learned",
+        ),
+    ),
 }
 
 
 def build_kind(kind, **changes):
     cls, options = KINDS[kind]
-    if not issubclass(cls, delta.DeltaNet):
+    sizes = dict(dim=8, n_layers=2, vocab_size=V, seq_len=T, init_std=0.3)
+    if issubclass(cls, hybrid.Hybrid):
+        config_class = hybrid.Config
+    elif issubclass(cls, delta.DeltaNet):
+        config_class = delta.Config
+        sizes |= dict(n_heads=2, dk=6, dv=4)
+    else:
         return build_gpt(cls, **{**options, **changes})
     torch.manual_seed(0)
-    sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, vocab_size=V, seq_len=T, init_std=0.3)
-    return cls(delta.Config(**{**sizes, **options, **changes})).double()
+    return cls(config_class(**{**sizes, **options, **changes})).double()
 
 
 def outcome(model, *inputs):
@@ -232,15 +247,20 @@ CACHED = [
     (delta.DeltaNet, dict(conv_size=2)),
     (delta.DeltaNet, dict(conv_size=0, k_kernel="taylor", q_kernel="taylor", v_kernel="taylor")),
     (delta.GatedDeltaNet, dict(n_layers=1)),
+    (hybrid.Hybrid, dict(blocks=("delta", "gpt window=4", "unified_kv conv_size=2"), n_layers=4)),
 ]
 
 
 @pytest.mark.parametrize("cls, changes", CACHED, ids=str)
 @pytest.mark.parametrize("T", [1, 5, 12])
 def test_state_bytes_is_the_size_of_the_cache_and_decoding_from_it_is_correct(cls, changes, T):
-    config_class = delta.Config if issubclass(cls, delta.DeltaNet) else Config
     torch.manual_seed(0)
-    sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, du=6, vocab_size=V, seq_len=T)
+    sizes = dict(dim=8, n_layers=2, vocab_size=V, seq_len=T)
+    if cls is hybrid.Hybrid:
+        config_class = hybrid.Config
+    else:
+        config_class = delta.Config if issubclass(cls, delta.DeltaNet) else Config
+        sizes |= dict(n_heads=2, dk=6, dv=4, du=6)
     model = cls(config_class(**{**sizes, **changes}))
     tokens = torch.randint(V, (1, T))
     cache, logits = None, []
