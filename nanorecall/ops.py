@@ -419,11 +419,13 @@ def softmax_attention(q, k, v, query_pos=None, documents=None, window=0):
         q, k, v = (documents.pad(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
         o = softmax_attention(q, k, v, window=window)
         return documents.pack(o.transpose(1, 2)).transpose(1, 2)
-    if query_pos is None and 0 < window < k.shape[2]:
-        return window_attention(q, k, v, window)
+    key_pos = torch.arange(k.shape[2], device=k.device)
+    if query_pos is None and 0 < window < len(key_pos):
+        if len(key_pos) >= BLOCKWISE_LENGTH:
+            return window_attention(q, k, v, window)
+        query_pos = key_pos[None]
     if query_pos is None:
         return dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    key_pos = torch.arange(k.shape[2], device=k.device)
     distance = query_pos[:, None, :, None] - key_pos  # (B, 1, n, T)
     visible = distance >= 0
     if window:
@@ -431,11 +433,14 @@ def softmax_attention(q, k, v, query_pos=None, documents=None, window=0):
     return dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 
+BLOCKWISE_LENGTH = 512  # shorter sequences are faster with one mask over all pairs of tokens
+
+
 def window_attention(q, k, v, window):
     """softmax_attention of all tokens with a window, in a time linear in T.
 
-    A block of C queries sees C + window - 1 keys, those before the first token masked. With
-    C = window half of the scores are masked; short blocks would be many small products.
+    A block of C queries sees C + window - 1 keys, those before the first token masked. Blocks as
+    long as the window mask half of their scores; much shorter ones are many small products.
     """
     B, H, T, _ = q.shape
     C = max(window, 32)

@@ -34,8 +34,12 @@ def test_softmax_attention_equals_naive(groups, some_positions, window):
 
 
 @pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 40, 69, 70, 1000])
-def test_a_window_equals_full_attention_with_a_band_in_its_mask(window):
-    """In blocks, T is no multiple of a block, and a block may be longer than half of T."""
+@pytest.mark.parametrize("blockwise_length", [512, 0])
+def test_a_window_equals_full_attention_with_a_band_in_its_mask(
+    monkeypatch, window, blockwise_length
+):
+    """With one mask, and in blocks, of which 70 tokens are no multiple."""
+    monkeypatch.setattr(ops, "BLOCKWISE_LENGTH", blockwise_length)
     torch.manual_seed(0)
     inputs = []
     for shape in ((2, 4, 70, 6), (2, 2, 70, 6), (2, 2, 70, 5)):
