@@ -46,9 +46,9 @@ MODELS = {  # short names; anything else is file or file.Class
     "unified_kv": "model.UnifiedKV",
     "delta": "delta.DeltaNet",
     "gated_delta": "delta.GatedDeltaNet",
-    "hybrid": "hybrid.Hybrid",
     "memory": "memory.MemoryGPT",
     "memory_router": "memory.MemoryRouterGPT",
+    "hybrid": "hybrid.Hybrid",
 }
 
 

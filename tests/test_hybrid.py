@@ -39,6 +39,8 @@ def as_text(kind, own):
 
 def pure_and_hybrid(kind, **common):
     """The model of one kind, and the hybrid with its weights."""
+    # The default of a kind may be another than the hybrid's.
+    common = {"pos_emb": "rope", **common}
     config_class, model_class = hybrid.KINDS[kind]
     inactive = model_class.inactive_settings
     config = config_class(**SIZES, **OWN[kind])
