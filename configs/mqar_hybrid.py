@@ -1,7 +1,19 @@
+"""MQAR with a hybrid: a block of the delta rule, then one of attention over 32 tokens.
+
+69,056 layer parameters. Three minutes on one busy CPU core. Expected: test token accuracy of 0.99
+or more, with any seed. The state takes 83 kB whatever the length; that of configs/mqar_delta.py takes
+147 kB, the cache of configs/mqar_gpt.py 393 kB at 128 tokens.
+
+This config shows how blocks are mixed, not that mixing pays: one such delta layer alone reaches
+0.99 too. The kind that comes first does all the recall, since it is enough for the short sequences
+of the curriculum. With attention first and a window of 64, the delta rule learns nothing in 240
+steps. RESULTS.md has the numbers (MQAR: windows and hybrids).
+"""
+
 model = "hybrid"
 blocks = [
-    "delta dk=48 dv=48 q_kernel=none k_kernel=none chunk_size=32",
-    "gpt dk=48 dv=48 q_norm=rms k_norm=rms window=32",
+    "delta dk=96 dv=64 q_kernel=none k_kernel=none chunk_size=32",
+    "gpt dk=48 dv=48 q_norm=rms k_norm=rms conv_size=4 window=32",
 ]
 n_layers = 2
 pos_emb = "none"
