@@ -1,8 +1,8 @@
 """MQAR with a hybrid: a block of the delta rule, then one of attention over 32 tokens.
 
 69,056 layer parameters. Three minutes on one busy CPU core. Expected: test token accuracy of 0.99
-or more, with any seed. The state takes 83 kB whatever the length; that of configs/mqar_delta.py takes
-147 kB, the cache of configs/mqar_gpt.py 393 kB at 128 tokens.
+or more, with any seed. The state takes 83 kB whatever the length, that of configs/mqar_delta.py
+147 kB, and the cache of configs/mqar_gpt.py 393 kB at 128 tokens.
 
 This config shows how blocks are mixed, not that mixing pays: one such delta layer alone reaches
 0.99 too. The kind that comes first does all the recall, since it is enough for the short sequences
