@@ -503,6 +503,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.embed.weight
 
     def make_layers(self, c):
+        """The blocks, of one kind; hybrid.py has several."""
         return [self.block(c) for _ in range(c.n_layers)]
 
     def forward(self, tokens, targets=None, cu_seqlens=None, **options):
