@@ -619,6 +619,7 @@ class DeltaNet(GPT):
     inactive_settings = {
         "du": "only unified_kv has it",
         "n_kv_heads": "each head of the delta rule has keys and values of its own",
+        "window": "the delta rule reads no tokens but a state",
         "pos_emb": "the recurrence knows the order of its tokens",
     }
 

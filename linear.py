@@ -553,6 +553,7 @@ class LinearAttention(GPT):
         "du": "only unified_kv has it",
         "n_kv_heads": "each head of an additive memory has keys and values of its own",
         "lr_temp": "only delta models have it",
+        "window": "an additive memory reads no tokens but a state",
     }
 
 

@@ -48,6 +48,7 @@ class Config:
     att_use_output_gate: bool = False  # multiply the mixer's output by act(W x) before out_proj
     att_output_gate_act: str = "silu"  # activation of that gate, as for ffn_act
     residual_mul: bool = False  # x + f(norm x) * x instead of x + f(norm x)
+    window: int = 0  # tokens that attention sees, the query's own and those before; 0: all
     conv_size: int = 0  # width of a short causal convolution on queries, keys and values; 0: none
     pos_emb: str = "rope"  # positions: rope, learned or none
     tie_weights: bool = False  # the output head shares the embedding's weight
@@ -60,7 +61,7 @@ class Config:
     def check(self):
         within(self, 1, 2**20, "dim", "n_layers", "n_heads", "dk", "dv", "du")
         within(self, 1, 2**20, "ffn_expand_factor", "chunk_size")
-        within(self, 0, 2**20, "n_kv_heads", "conv_size")
+        within(self, 0, 2**20, "n_kv_heads", "window", "conv_size")
         one_of(self, ACTIVATIONS, "ffn_act", "att_output_gate_act")
         one_of(self, FEATURE_MAPS, "q_kernel", "k_kernel", "v_kernel")
         one_of(self, NORMS, "q_norm", "k_norm")
@@ -85,7 +86,8 @@ class Config:
             reasons["att_output_gate_act"] = "att_use_output_gate is 0"
         if not self.use_att:
             names = ["n_heads", "n_kv_heads", "dk", "dv", "du", "q_kernel", "k_kernel", "v_kernel"]
-            names += ["q_norm", "k_norm", "q_gated", "k_gated", "conv_size", "att_use_output_gate"]
+            names += ["q_norm", "k_norm", "q_gated", "k_gated", "window", "conv_size"]
+            names += ["att_use_output_gate"]
             reasons |= dict.fromkeys(names, "use_att is 0")
         return reasons
 
@@ -285,10 +287,14 @@ class CausalSelfAttention(nn.Module):
             v = self.values(v)
         else:
             k, v = self.update_cache(cache, k, v, x, positions)
-            # k and v now cover earlier tokens, too, so the mask needs the positions of the queries.
-            query_pos = positions
+            # k and v now cover earlier tokens, too, so the mask needs the positions of the queries
+            # among them. With a window, the first tokens are no longer there.
+            if positions is not None:
+                query_pos = positions - self.first_cached(cache, x, k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, n or T, K or V)
-        o = self.attention_fn(q, k, v, query_pos, documents)  # (B, H, n, V)
+        # The attention function of a fork need not know windows.
+        options = {"window": c.window} if c.window else {}
+        o = self.attention_fn(q, k, v, query_pos, documents, **options)  # (B, H, n, V)
         o = o.transpose(1, 2).flatten(2)  # (B, n, H*V)
         if documents:
             o = ops.gather_positions(o, output_pos)
@@ -334,11 +340,17 @@ class CausalSelfAttention(nn.Module):
         return x
 
     def update_cache(self, cache, k, v, x, positions):
-        """Add projected keys and values to the cache -> keys and values of all tokens seen."""
+        """Add projected keys and values to the cache -> keys and values of all it holds."""
         # Stored ready for use, rotation included: a new token costs one key and one value.
-        k = ops.append_to_cache(cache, "k", self.keys(k, x, positions))
-        v = ops.append_to_cache(cache, "v", self.values(v))
+        window = self.config.window
+        k = ops.append_to_cache(cache, "k", self.keys(k, x, positions), window)
+        v = ops.append_to_cache(cache, "v", self.values(v), window)
         return k, v
+
+    @staticmethod
+    def first_cached(cache, x, k):
+        """Position of the first of the keys k (B, keys, ...), of which the tokens x are the last"""
+        return cache["seen"] + x.shape[1] - k.shape[1]
 
     @staticmethod
     def head_dims(c):
@@ -387,11 +399,14 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
         """Stores u alone, and makes keys and values from it."""
         # Half the memory, but all keys and values are made again for every new token. A gated key
         # depends on its token x, which is gone by then, so it is stored as well.
+        window = self.config.window
+        u = ops.append_to_cache(cache, "u", v, window)
         if self.gate_k:
-            k = ops.append_to_cache(cache, "k", self.keys(k, x, positions))
-        u = ops.append_to_cache(cache, "u", v)
-        # u starts at token 0, so keys need no positions.
-        return k if self.gate_k else self.keys(u), self.values(u)
+            k = ops.append_to_cache(cache, "k", self.keys(k, x, positions), window)
+        else:
+            u_pos = ops.token_positions(u, {"seen": self.first_cached(cache, x, u)})
+            k = self.keys(u, positions=u_pos)
+        return k, self.values(u)
 
     @staticmethod
     def head_dims(c):
@@ -477,7 +492,7 @@ class GPT(nn.Module):
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.pos_embed = nn.Embedding(c.seq_len, c.dim) if c.pos_emb == "learned" else None
-        self.layers = nn.ModuleList(self.block(c) for _ in range(c.n_layers))
+        self.layers = nn.ModuleList(self.make_layers(c))
         self.final_norm = RMSNorm(c.dim)
         self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
         # torch's own std of 1 would give large first logits where the head shares this weight
@@ -487,6 +502,10 @@ class GPT(nn.Module):
         if c.tie_weights:
             # one parameter under two names: the checkpoint holds it once, and both uses train it
             self.lm_head.weight = self.embed.weight
+
+    def make_layers(self, c):
+        """The blocks, of one kind; hybrid.py has several."""
+        return [self.block(c) for _ in range(c.n_layers)]
 
     def forward(self, tokens, targets=None, cu_seqlens=None, **options):
         query_pos = documents = None

@@ -152,7 +152,7 @@ def weights_of_call(block, q, k, v, output, attention_fn, more, options):
     """The weights (B, H, T, T) of one call, output = attention_fn(q, k, v, *more, **options)."""
     if attention_fn is softmax_attention:
         documents = options.get("documents", more[1] if len(more) > 1 else None)
-        return attention_weights(q, k, documents)
+        return attention_weights(q, k, documents, options.get("window", 0))
     # A weighted sum of one-hot values is the weights.
     B, n_kv_heads, T, _ = v.shape
     one_hot = torch.eye(T, device=v.device).expand(B, n_kv_heads, T, T)

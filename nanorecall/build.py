@@ -53,6 +53,7 @@ MODELS = {  # short names; anything else is file or file.Class
     "mesa": "linear.MesaNet",
     "memory": "memory.MemoryGPT",
     "memory_router": "memory.MemoryRouterGPT",
+    "hybrid": "hybrid.Hybrid",
 }
 
 
@@ -183,25 +184,17 @@ def count_parameters(model):
 
 
 def inference_state_bytes(model, T):
-    """Bytes of the cache of one sequence of T tokens; None: the model has no cache.
-
-    It is measured after one token and after two. A cache grows by the same with every token, or
-    not at all.
-    """
+    """Bytes of the cache of one sequence of T tokens; None: the model has no cache."""
     if not hasattr(model, "forward_cached"):
         return None
     device = next(model.parameters()).device
-    sizes, cache = [], None
     try:
         with evaluating(model):  # in which a memory layer counts no reads
-            for _ in range(min(T, 2)):
-                tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
-                _, cache = model.forward_cached(tokens, cache)
-                tensors = [x for x in tree_leaves(cache) if torch.is_tensor(x)]
-                sizes.append(sum(x.nbytes for x in tensors))
+            tokens = torch.zeros(1, T, dtype=torch.long, device=device)
+            _, cache = model.forward_cached(tokens, None)
     except (ConfigError, RuntimeError, TypeError, ValueError):
         return None  # a mixer without a cache
-    return sizes[0] + (T - 1) * (sizes[-1] - sizes[0])
+    return sum(x.nbytes for x in tree_leaves(cache) if torch.is_tensor(x))
 
 
 def total_steps(c, data):

@@ -70,11 +70,17 @@ def fused_linear(x, *linears):
     return F.linear(x, torch.cat([m.weight for m in linears]))
 
 
-def append_to_cache(cache, name, new):
-    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it, stored and returned."""
+def append_to_cache(cache, name, new, window=0):
+    """cache[name] (B, earlier tokens, ...) with new (B, T, ...) behind it, stored and returned.
+
+    With a window, only the last window - 1 are stored: the next token sees no others.
+    """
     # torch.cat copies even the first: a view would keep all that was projected beside it
-    cache[name] = torch.cat([cache[name], new] if name in cache else [new], dim=1)
-    return cache[name]
+    seen = torch.cat([cache[name], new] if name in cache else [new], dim=1)
+    cache[name] = seen
+    if window and seen.shape[1] >= window:
+        cache[name] = seen[:, seen.shape[1] - window + 1 :].clone()
+    return seen
 
 
 # Sizes depend on the data, so compiled code would be made anew for every batch. (The public
@@ -391,12 +397,13 @@ def token_positions(x, cache=None, documents=None):
 # ---- softmax attention ---------------------------------------------------------------------------
 
 
-def softmax_attention(q, k, v, query_pos=None, documents=None):
+def softmax_attention(q, k, v, query_pos=None, documents=None, window=0):
     """Causal softmax attention: o_t = sum_{s<=t} softmax_s(q_t.k_s / sqrt(K)) v_s.
 
     The one function that all models call. q (B, H, n, K); k (B, G, T, K); v (B, G, T, V) with G
     dividing H -> (B, H, n, V). query_pos (B, n) is the position of each query; None means n == T,
     in order. With documents (and no query_pos), B is 1 and no query sees beyond its own document.
+    With a window, s > t - window: a query sees that many tokens, its own included.
     Runs flash-attn's varlen kernel where why_no_flash returns None, else
     scaled_dot_product_attention.
     """
@@ -405,18 +412,55 @@ def softmax_attention(q, k, v, query_pos=None, documents=None):
     k = k.to(v.dtype)
     problem = why_no_flash(q.device, q.dtype, q.shape[-1], v.shape[-1])
     if query_pos is None and problem is None and not transformed():
-        return flash_attention(q, k, v, documents)
+        return flash_attention(q, k, v, documents, window)
     grouped = q.shape[1] != k.shape[1]
     if documents:
         # One padded sequence a document: on a CPU faster than a mask over all pairs of tokens.
         q, k, v = (documents.pad(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-        o = dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        o = softmax_attention(q, k, v, window=window)
         return documents.pack(o.transpose(1, 2)).transpose(1, 2)
+    key_pos = torch.arange(k.shape[2], device=k.device)
+    if query_pos is None and 0 < window < len(key_pos):
+        if len(key_pos) >= BLOCKWISE_LENGTH:
+            return window_attention(q, k, v, window)
+        query_pos = key_pos[None]
     if query_pos is None:
         return dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    key_pos = torch.arange(k.shape[2], device=k.device)
-    visible = query_pos[:, None, :, None] >= key_pos  # (B, 1, n, T)
+    distance = query_pos[:, None, :, None] - key_pos  # (B, 1, n, T)
+    visible = distance >= 0
+    if window:
+        visible &= distance < window
     return dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
+
+
+BLOCKWISE_LENGTH = 512  # shorter sequences are faster with one mask over all pairs of tokens
+
+
+def window_attention(q, k, v, window):
+    """softmax_attention of all tokens with a window, in a time linear in T.
+
+    A block of C queries sees C + window - 1 keys, those before the first token masked. Blocks as
+    long as the window mask half of their scores; much shorter ones are many small products.
+    """
+    B, H, T, _ = q.shape
+    C = max(window, 32)
+    n_blocks = -(-T // C)
+    n_after = n_blocks * C - T
+
+    def to_blocks(x, n_before):  # (B, heads, T, width) -> (B * n_blocks, heads, tokens, width)
+        x = F.pad(x, (0, 0, n_before, n_after)).unfold(2, n_before + C, C)
+        return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    q, k, v = to_blocks(q, 0), to_blocks(k, window - 1), to_blocks(v, window - 1)
+    # Query i of a block sees its keys i to i + window - 1.
+    key_idx = torch.arange(k.shape[2], device=k.device)
+    band = torch.ones(C, k.shape[2], dtype=torch.bool, device=k.device).triu().tril(window - 1)
+    block_start = C * torch.arange(n_blocks, device=k.device)
+    exists = block_start[:, None] + key_idx >= window - 1  # (n_blocks, keys)
+    visible = (band & exists[:, None]).repeat(B, 1, 1)[:, None]  # (B * n_blocks, 1, C, keys)
+    grouped = q.shape[1] != k.shape[1]
+    o = dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
+    return o.unflatten(0, (B, n_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 def dot_product_attention(q, k, v, **options):
@@ -442,7 +486,7 @@ def why_no_flash(device, dtype, key_width, value_width):
     return None
 
 
-def flash_attention(q, k, v, documents=None):
+def flash_attention(q, k, v, documents=None, window=0):
     """softmax_attention over B sequences of T tokens through flash-attn's varlen kernel.
 
     Deterministic, so that a resumed run repeats the interrupted one.
@@ -456,14 +500,15 @@ def flash_attention(q, k, v, documents=None):
     else:
         ends = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
         longest = T
-    o = flash_attn_varlen_func(
-        q, k, v, ends, ends, longest, longest, causal=True, deterministic=True
-    )  # (B*T, H, V)
+    options = dict(causal=True, deterministic=True)
+    if window:
+        options["window_size"] = window - 1, 0  # tokens before and after the query's own
+    o = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, **options)  # (B*T, H, V)
     o = FirstOrder.apply(o, "flash-attn")
     return o.unflatten(0, (B, T)).transpose(1, 2)
 
 
-def naive_attention(q, k, v, query_pos=None):
+def naive_attention(q, k, v, query_pos=None, window=0):
     """softmax_attention one query at a time, written from the definition: the tests' oracle."""
     B, H, n, K = q.shape
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
@@ -471,21 +516,24 @@ def naive_attention(q, k, v, query_pos=None):
     for b in range(B):
         for i in range(n):
             t = i if query_pos is None else int(query_pos[b, i])
-            scores = (k[b, :, : t + 1] @ q[b, :, i, :, None]).squeeze(-1) / math.sqrt(K)  # (H, t+1)
-            out.append((scores.softmax(-1)[:, :, None] * v[b, :, : t + 1]).sum(1))
+            seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
+            scores = (k[b, :, seen] @ q[b, :, i, :, None]).squeeze(-1) / math.sqrt(K)  # (H, seen)
+            out.append((scores.softmax(-1)[:, :, None] * v[b, :, seen]).sum(1))
     return torch.stack(out).unflatten(0, (B, n)).transpose(1, 2)
 
 
-def attention_weights(q, k, documents=None):
+def attention_weights(q, k, documents=None, window=0):
     """The weights of softmax_attention: q (B, H, T, K), k (B, G, T, K) -> (B, H, T, T).
 
-    Row t holds the weights on tokens s <= t, zeros after.
+    Row t holds the weights on tokens s <= t that the query sees, zeros elsewhere.
     """
     H, T, K = q.shape[1:]
     k = k.repeat_interleave(H // k.shape[1], dim=1)
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if documents:
         visible &= documents.doc_id[:, None] == documents.doc_id
+    if window:
+        visible = visible.triu(1 - window)
     scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(K)
     return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 

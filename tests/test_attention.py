@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import delta
+import hybrid
 from analysis.decoding import greedy_decode
 from model import GPT, CausalSelfAttention, Config, UnifiedKV
 from nanorecall import ops
@@ -14,15 +16,16 @@ from toys import T, V, build_gpt
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("some_positions", [False, True])
-def test_softmax_attention_equals_naive(groups, some_positions):
+@pytest.mark.parametrize("window", [0, 1, 5])
+def test_softmax_attention_equals_naive(groups, some_positions, window):
     torch.manual_seed(0)
     query_pos = torch.tensor([[0, 3, 11], [2, 2, 5]]) if some_positions else None
     queries = 3 if some_positions else T
     inputs = []
     for shape in ((2, 4, queries, 6), (2, groups, T, 6), (2, groups, T, 5)):
         inputs.append(torch.randn(shape, dtype=torch.float64, requires_grad=True))
-    ours = ops.softmax_attention(*inputs, query_pos)
-    naive = ops.naive_attention(*inputs, query_pos)
+    ours = ops.softmax_attention(*inputs, query_pos, window=window)
+    naive = ops.naive_attention(*inputs, query_pos, window)
     torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(ours)
     ours_grads = torch.autograd.grad(ours, inputs, grad)
@@ -30,22 +33,50 @@ def test_softmax_attention_equals_naive(groups, some_positions):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_flash_attention_lays_its_arguments_out_as_varlen_expects(monkeypatch):
+@pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 40, 69, 70, 1000])
+@pytest.mark.parametrize("blockwise_length", [512, 0])
+def test_a_window_equals_full_attention_with_a_band_in_its_mask(
+    monkeypatch, window, blockwise_length
+):
+    """With one mask, and in blocks, of which 70 tokens are no multiple."""
+    monkeypatch.setattr(ops, "BLOCKWISE_LENGTH", blockwise_length)
+    torch.manual_seed(0)
+    inputs = []
+    for shape in ((2, 4, 70, 6), (2, 2, 70, 6), (2, 2, 70, 5)):
+        inputs.append(torch.randn(shape, dtype=torch.float64, requires_grad=True))
+    t = torch.arange(70)
+    band = (t <= t[:, None]) & (t > t[:, None] - window)
+    q, k, v = inputs
+    masked = F.scaled_dot_product_attention(q, k, v, attn_mask=band, enable_gqa=True)
+    ours = ops.softmax_attention(q, k, v, window=window)
+    torch.testing.assert_close(ours, masked, rtol=1e-10, atol=1e-12)
+    grad = torch.randn_like(ours)
+    ours_grads = torch.autograd.grad(ours, inputs, grad)
+    for a, b in zip(ours_grads, torch.autograd.grad(masked, inputs, grad)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_flash_attention_lays_its_arguments_out_as_varlen_expects(monkeypatch, window):
     """The kernel needs a GPU; a stand-in with its documented semantics checks the call."""
 
-    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, causal, deterministic):
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, causal, deterministic, window_size=(-1, -1)):
         assert causal and deterministic and max_q == max_k == T
+        assert window_size[1] == (0 if window else -1)
+        n_seen = window_size[0] + 1  # the query's own token, and those before; 0: all
         assert q.shape == (2 * T, 4, 6) and k.shape == v.shape == (2 * T, 2, 6)
         assert cu_q.dtype == torch.int32 and cu_q.tolist() == [0, T, 2 * T]
         outputs = []
         for a, b in zip(cu_q[:-1], cu_q[1:]):
             sequence = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
-            outputs.append(ops.naive_attention(*sequence)[0].transpose(0, 1))
+            output = ops.naive_attention(*sequence, window=n_seen)
+            outputs.append(output[0].transpose(0, 1))
         return torch.cat(outputs)
 
     monkeypatch.setattr(ops, "flash_attn_varlen_func", stand_in)
     q, k, v = (torch.randn(2, h, T, 6) for h in (4, 2, 2))
-    torch.testing.assert_close(ops.flash_attention(q, k, v), ops.softmax_attention(q, k, v))
+    ours = ops.flash_attention(q, k, v, window=window)
+    torch.testing.assert_close(ours, ops.softmax_attention(q, k, v, window=window))
 
 
 def test_flash_is_chosen_only_where_it_works(monkeypatch):
@@ -104,19 +135,36 @@ KINDS = {
         GPT,
         dict(pos_emb="learned", q_gated=True, k_gated=True, att_use_output_gate=True),
     ),
+    "gpt, window": (GPT, dict(n_kv_heads=1, window=3)),
     "unified_kv, conv, mlp": (UnifiedKV, dict(conv_size=3, use_ffn=True)),
+    "unified_kv, window": (UnifiedKV, dict(window=4)),
+    "unified_kv, window, gated": (UnifiedKV, dict(window=5, k_gated=True)),
     "delta": (delta.DeltaNet, {}),
     "gated_delta": (delta.GatedDeltaNet, dict(att_use_output_gate=True)),
+    "delta, gpt": (hybrid.Hybrid, dict(blocks=("delta", "gpt n_kv_heads=1"))),
+    "unified_kv, gated_delta, gpt": (
+        hybrid.Hybrid,
+        dict(
+            blocks=("unified_kv du=6 window=4", "gated_delta conv_size=2", "gpt window=5"),
+            n_layers=3,
+            pos_emb="learned",
+        ),
+    ),
 }
 
 
 def build_kind(kind, **changes):
     cls, options = KINDS[kind]
-    if not issubclass(cls, delta.DeltaNet):
+    sizes = dict(dim=8, n_layers=2, vocab_size=V, seq_len=T, init_std=0.3)
+    if issubclass(cls, hybrid.Hybrid):
+        config_class = hybrid.Config
+    elif issubclass(cls, delta.DeltaNet):
+        config_class = delta.Config
+        sizes |= dict(n_heads=2, dk=6, dv=4)
+    else:
         return build_gpt(cls, **{**options, **changes})
     torch.manual_seed(0)
-    sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, vocab_size=V, seq_len=T, init_std=0.3)
-    return cls(delta.Config(**{**sizes, **options, **changes})).double()
+    return cls(config_class(**{**sizes, **options, **changes})).double()
 
 
 def outcome(model, *inputs):
@@ -196,18 +244,27 @@ CACHED = [
     (UnifiedKV, dict()),
     (UnifiedKV, dict(n_kv_heads=1, conv_size=4, v_kernel="taylor", pos_emb="none")),
     (UnifiedKV, dict(k_gated=True, k_norm="l2", k_kernel="silu")),
+    (GPT, dict(window=1)),
+    (GPT, dict(window=4, conv_size=2, n_layers=1)),
+    (UnifiedKV, dict(window=5)),
+    (UnifiedKV, dict(window=3, k_gated=True)),
     (delta.DeltaNet, dict(conv_size=2)),
     (delta.DeltaNet, dict(conv_size=0, k_kernel="taylor", q_kernel="taylor", v_kernel="taylor")),
     (delta.GatedDeltaNet, dict(n_layers=1)),
+    (hybrid.Hybrid, dict(blocks=("delta", "gpt window=4", "unified_kv conv_size=2"), n_layers=4)),
 ]
 
 
 @pytest.mark.parametrize("cls, changes", CACHED, ids=str)
 @pytest.mark.parametrize("T", [1, 5, 12])
 def test_state_bytes_is_the_size_of_the_cache_and_decoding_from_it_is_correct(cls, changes, T):
-    config_class = delta.Config if issubclass(cls, delta.DeltaNet) else Config
     torch.manual_seed(0)
-    sizes = dict(dim=8, n_layers=2, n_heads=2, dk=6, dv=4, du=6, vocab_size=V, seq_len=T)
+    sizes = dict(dim=8, n_layers=2, vocab_size=V, seq_len=T)
+    if cls is hybrid.Hybrid:
+        config_class = hybrid.Config
+    else:
+        config_class = delta.Config if issubclass(cls, delta.DeltaNet) else Config
+        sizes |= dict(n_heads=2, dk=6, dv=4, du=6)
     model = cls(config_class(**{**sizes, **changes}))
     tokens = torch.randint(V, (1, T))
     cache, logits = None, []
@@ -234,6 +291,26 @@ def test_greedy_equals_the_argmax_of_whole_sequences(kind):
     whole = torch.cat([tokens, out], dim=1)
     assert torch.equal(model(whole)[0][:, 3:-1].argmax(-1), out)
     assert torch.equal(greedy_decode(model, tokens, 1), out[:, :1])
+
+
+@pytest.mark.parametrize("cls, numbers", [(GPT, 2 * (6 + 4)), (UnifiedKV, 2 * 6)])
+@pytest.mark.parametrize("window, kept", [(1, 0), (2, 1), (5, 4), (12, 11), (13, 12), (0, 12)])
+def test_a_window_bounds_the_cache(cls, numbers, window, kept):
+    """Of each of two layers: the tokens that the next one sees besides itself."""
+    model = build_gpt(cls, window=window)
+    assert inference_state_bytes(model, T) == 8 * 2 * kept * numbers
+
+
+def test_a_model_with_a_window_sees_no_further():
+    """With two layers, the last logits depend on the last 2 * (window - 1) + 1 tokens."""
+    tokens = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(0))
+    model = build_gpt(window=3)
+    last = model(tokens)[0][0, -1]
+    for position in range(T):
+        changed = tokens.clone()
+        changed[0, position] = (changed[0, position] + 1) % V
+        is_seen = bool((model(changed)[0][0, -1] != last).any())
+        assert is_seen == (position >= T - 5), position
 
 
 def test_more_tokens_than_positions_are_refused():

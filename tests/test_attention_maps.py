@@ -50,6 +50,18 @@ def test_weights_times_values_are_the_attention_output():
     torch.testing.assert_close(output, softmax_attention(q, k, v))
 
 
+def test_no_weight_lies_outside_a_window():
+    gpt = small_gpt(window=3)
+    tokens = torch.randint(9, (3, 6))
+    whole = attention_maps.attention_maps(small_gpt(), tokens)[0]
+    maps = attention_maps.attention_maps(gpt, tokens)
+    t = torch.arange(6)
+    band = (t <= t[:, None]) & (t > t[:, None] - 3)
+    expected = whole * band
+    torch.testing.assert_close(maps[0], expected / expected.sum(-1, keepdim=True))
+    assert (maps[1][:, :, ~band] == 0).all()
+
+
 def test_no_weight_crosses_documents():
     gpt = small_gpt(n_layers=1)
     tokens = torch.randint(9, (1, 9))

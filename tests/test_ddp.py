@@ -80,6 +80,9 @@ def train_log(out, column):
 def model_flags(model):
     if model == "unified_kv":
         return dict(model=model, dk=None, dv=None, du=16)
+    if model == "hybrid":
+        blocks = "['delta dk=16 dv=16', 'gpt dk=16 dv=16 window=5']"
+        return dict(model=model, dk=None, dv=None, conv_size=None, blocks=blocks)
     return dict(model=model)
 
 
@@ -118,7 +121,7 @@ def test_any_split_of_the_batch_gives_the_same_weights(
     assert_close(tensors(many), tensors(one))
 
 
-@pytest.mark.parametrize("model", ["gpt", "unified_kv", "delta"])
+@pytest.mark.parametrize("model", ["gpt", "unified_kv", "delta", "hybrid"])
 def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
     changes = dict(grad_accum_steps=2, weight_decay=0.1, tie_weights=1, clip_grad=0.5)
     changes |= model_flags(model)

@@ -617,7 +617,7 @@ def test_pieces_with_a_cache_equal_one_forward_pass(cls, changes):
 def test_state_bytes_is_the_size_of_the_cache_of_any_length(cls, changes):
     model = build(cls, **changes).float()
     expected = inference_state_bytes(model, 12)
-    assert expected == inference_state_bytes(model, 1000) > 0
+    assert expected == inference_state_bytes(model, 7) > 0
     for T in (1, 2, 12):
         _, cache = model.forward_cached(torch.zeros(1, T, dtype=torch.long))
         found = 0
