@@ -72,7 +72,6 @@ from nanorecall.settings import (
     at_least,
     fits_in_a_path,
     one_of,
-    reject_unused,
     require,
     run_cli,
     say,
@@ -254,12 +253,10 @@ def edit(run):
     elif run.config.facts:
         edit_named_facts(run)
     elif run.settings.train.data == "data_mqar":
-        names = ("editors", "new_facts", "portions", "top_slots")
-        reasons = dict.fromkeys(names, "this run is of MQAR, whose pairs are in the context")
-        reject_unused(run.config, reasons, {})
         edit_pairs(run)
     else:
-        reject_unused(run.config, {"num_kv_pairs": "this run stores facts in its weights"}, {})
+        message = "num_kv_pairs is for runs of MQAR; this run stores facts in its weights"
+        require(not run.config.num_kv_pairs, message, "num_kv_pairs")
         compare_editors(run)
 
 

@@ -327,7 +327,7 @@ class MemoryBlock(GPTBlock):
             y = self.add(y, self.mix(self.att_norm(x), query_pos, **options))
         change = (intervene or {}).get(self.layer_idx)
         counted = (counted or {}).get(self.layer_idx)
-        return self.add(y, self.mlp_or_memory(self.ffn_norm(y), trace, change, None, counted))
+        return self.add(y, self.mlp_or_memory(self.ffn_norm(y), trace, change, counted=counted))
 
     def mlp_or_memory(self, x, trace=None, intervene=None, reads=None, counted=None):
         """MLP, memory, or both: (..., D) -> (..., D). The reads are appended to trace, a list."""

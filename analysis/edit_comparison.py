@@ -159,8 +159,8 @@ def edit_in_portions(model, editor, cell, portions):
 def measure(model, edited, cell):
     """-> METRICS, retained by group, and those of REACH. edited: (tokens, targets) so far."""
     measured = {}
-    asked = dict(zip(METRICS, (edited, cell.unseen, cell.kept))) | cell.beyond
-    for metric, (tokens, targets) in asked.items():
+    asked = {"efficacy": edited, "specificity": cell.unseen, "retention": cell.kept}
+    for metric, (tokens, targets) in (asked | cell.beyond).items():
         measured[metric] = proportion(n_correct(model, tokens, targets), len(tokens))
     is_correct = answered(model, *cell.old).cpu().numpy()
     measured["retained"] = proportion(int(is_correct.sum()), len(is_correct))

@@ -359,7 +359,8 @@ def summarise(columns):
 def specificity_by_cosine(columns):
     """Specificity of "overwrite" by the largest cosine between a pair's key and an edited one.
 
-    -> {"edits, low to high": cell}; of the largest number of pairs in a sequence.
+    -> {"edits, low to high": cell}; of the largest number of pairs in a sequence. Bins of fewer
+    than 20 pairs are left out.
     """
     largest = columns["num_kv_pairs"] == columns["num_kv_pairs"].max()
     others = ~columns["edited"] & columns["known"] & (columns["method"] == "overwrite") & largest

@@ -275,7 +275,7 @@ def test_the_load_of_the_table_is_that_of_eval(facts, results):
         (["--portions=6"], "portions=6 needs n_edits of at least as many, not "),
         (["--top_slots=0"], "top_slots=0 must be at least 1"),
         (["--top_slots=8"], "top_slots=8 has no effect: editors names no sparse method"),
-        (["--num_kv_pairs=[8]"], "no effect: this run stores facts in its weights"),
+        (["--num_kv_pairs=[8]"], "num_kv_pairs is for runs of MQAR; this run stores facts"),
     ],
 )
 def test_a_mistake_is_one_sentence(facts, flags, message):

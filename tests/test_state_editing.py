@@ -229,7 +229,6 @@ def test_the_number_of_pairs_can_be_chosen(runs):
         (["--n_edits=[9]"], "at most 3 pairs can be edited"),
         (["--num_kv_pairs=[0]"], "numbers of at least 1"),
         (["--num_kv_pairs=[40]"], "vocab_size=64 is too small for 40 pairs"),
-        (["--new_facts=1"], "no effect: this run is of MQAR"),
     ],
 )
 def test_what_cannot_be_edited_is_said_in_a_sentence(runs, changes, message):
