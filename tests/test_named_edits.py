@@ -513,6 +513,9 @@ def test_questions_that_cannot_be_asked(runs, tmp_path):
     for flags, message in (
         ([str(tmp_path / "rope"), "--ask", long], r"has 101 tokens; the model has positions for"),
         ([str(runs / "own"), "--ask", "[1]"], r"ask=\[1\] must be a question, or a JSON list"),
+        ([str(runs / "own"), "--ask", "[]"], r"ask=\[\] must be a question, or a JSON list"),
+        ([str(runs / "own"), "--ask", " "], "ask=' ': a question is empty; write it"),
+        ([str(runs / "own"), "--ask", '["Who?", ""]'], "a question is empty; write it"),
         ([str(runs / "own"), "--ask", "a", "--example", "1"], "ask prints answers alone; leave it"),
         (["logits", str(runs / "own"), "--ask", "a"], "logits does not use it, only slices"),
     ):
