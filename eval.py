@@ -266,6 +266,9 @@ def edit(run):
     else:
         message = "num_kv_pairs is for runs of MQAR; this run stores facts in its weights"
         require(not run.config.num_kv_pairs, message, "num_kv_pairs")
+        is_own = getattr(run.settings.data, "task", "") == "text"
+        message = "facts of your own are edited by name: give a file of them with --facts"
+        require(not is_own, message, None)
         compare_editors(run)
 
 

@@ -464,6 +464,7 @@ def test_what_cannot_be_edited(runs):
         ("own", ["--facts", edits, "--undo", "1"], "no effect: undo takes an edit back"),
         ("own", ["--facts", edits, "--n_edits", "[1]"], "no effect: facts names what to edit"),
         ("own", ["--undo", "1"], "own has no edit to take back"),
+        ("own", [], "own: facts of your own are edited by name: give a file of them with --facts"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate.main(["edit", str(runs / name), *flags])
