@@ -115,9 +115,16 @@ class EvalConfig(AnalysisConfig):
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, BANDS, "band")
         fits_in_a_path(self, "save_as")
-        questions = self.ask if isinstance(self.ask, list) else [self.ask]
+        for name in ("n_edits", "num_kv_pairs"):
+            numbers = getattr(self, name)
+            message = f"{name}={numbers} names a number twice; name it once"
+            require(len(set(numbers)) == len(numbers), message, name)
         message = f"ask={self.ask!r} must be a question, or a JSON list of them"
-        require(all(isinstance(q, str) for q in questions), message, "ask")
+        questions = self.ask if isinstance(self.ask, list) else [self.ask]
+        is_text = all(isinstance(question, str) for question in questions)
+        require(is_text and self.ask != [], message, "ask")
+        is_blank = self.ask != "" and not all(map(str.strip, questions))
+        require(not is_blank, f"ask={self.ask!r}: a question is empty; write it", "ask")
 
     def unused(self):
         reasons = {}
@@ -253,10 +260,17 @@ def edit(run):
     elif run.config.facts:
         edit_named_facts(run)
     elif run.settings.train.data == "data_mqar":
+        for name in ("editors", "new_facts", "portions", "top_slots"):
+            message = f"{name} is for runs that store facts in their weights; this is one of MQAR"
+            is_default = getattr(run.config, name) == getattr(EvalConfig, name)
+            require(is_default, f"{message}; leave it out", name)
         edit_pairs(run)
     else:
         message = "num_kv_pairs is for runs of MQAR; this run stores facts in its weights"
         require(not run.config.num_kv_pairs, message, "num_kv_pairs")
+        is_own = getattr(run.settings.data, "task", "") == "text"
+        message = "facts of your own are edited by name: give a file of them with --facts"
+        require(not is_own, message, None)
         compare_editors(run)
 
 

@@ -20,6 +20,7 @@ from nanorecall.checkpoint import (
     write_json,
 )
 from nanorecall.distributed import training_state
+from nanorecall.documents import validate_text
 from nanorecall.metrics import evaluate
 from nanorecall.settings import ConfigError, require
 
@@ -56,21 +57,27 @@ def restore_rows(weights, changes):
     Rows that are as before already stay. ConfigError if others are not as the edit left them.
     """
     restored = dict(weights)
-    for key, rows in changes.items():
-        kind, _, name = key.partition(".")
-        if kind != "rows":
-            continue
-        before, after = changes[f"before.{name}"], changes[f"after.{name}"]
+    for name in {key.partition(".")[2]: None for key in changes}:
         message = f"{name} is not as the edit left it; nothing was changed"
-        fits = name in weights and len(rows) and rows.max() < len(as_rows(weights[name]))
-        require(fits, message, None)
+        parts = [changes.get(f"{kind}.{name}") for kind in ("rows", "before", "after")]
+        require(name in weights and all(torch.is_tensor(part) for part in parts), message, None)
+        rows, before, after = parts
         table = as_rows(weights[name]).clone()
+        require(are_row_numbers(rows, len(table)), message, None)
         found = table[rows]
+        require(before.shape == found.shape and before.dtype == found.dtype, message, None)
         if not same_bits(found, before):
             require(same_bits(found, after), message, None)
             table[rows] = before
         restored[name] = table.reshape(weights[name].shape)
     return restored
+
+
+def are_row_numbers(rows, n):
+    """Are these numbers of rows of a table of n rows, each at most once?"""
+    if rows.dtype != torch.int64 or rows.ndim != 1 or len(rows) == 0:
+        return False
+    return bool(rows.min() >= 0 and rows.max() < n and len(rows.unique()) == len(rows))
 
 
 def as_rows(tensor):
@@ -95,6 +102,10 @@ def recorded_edits(folder):
     path = os.path.join(folder, "config.json")
     edits = read_record(path, "dict").get("edits", [])
     check_kinds(edits, [EDIT], f"{path}: 'edits'")
+    for edit in edits:
+        for fact in edit["facts"]:
+            for name in ("question", "answer"):
+                validate_text(fact[name], f"{path}: 'edits': {name!r}")
     return edits
 
 

@@ -43,9 +43,9 @@ def edit_named_facts(run):
     The run itself stays as it is; --save_as writes the edited one beside it.
     """
     config, model = run.config, run.model
+    facts = known_facts(run)
     name, editor = choose_editor(run)
     folder = new_folder(run, config.save_as) if config.save_as else ""
-    facts = known_facts(run)
     known = select(facts, are_answered(model, run, facts))
     new_facts = read_new_facts(run, facts, {fact.question for fact in known})
     edited = {fact.question for fact in new_facts}

@@ -284,6 +284,53 @@ def test_weights_that_changed_since_the_edit_stay(runs, name):
     assert contents(runs) == before
 
 
+TABLE = "layers.1.memory.values"
+DAMAGES = {  # of edit_1.pt: what becomes of its tensors; None: it is missing
+    "no rows": lambda rows, before, after: {"rows": None},
+    "no values before": lambda rows, before, after: {"before": None},
+    "no values after": lambda rows, before, after: {"after": None},
+    "negative": lambda rows, before, after: {"rows": rows - 10**6},
+    "too large": lambda rows, before, after: {"rows": rows + 10**6},
+    "fractions": lambda rows, before, after: {"rows": rows.float()},
+    "a number": lambda rows, before, after: {"rows": rows[0]},
+    "a mask": lambda rows, before, after: {"rows": rows > 0},
+    "one row twice": lambda rows, before, after: {"rows": rows * 0 + rows[0]},
+    "narrow": lambda rows, before, after: {"before": before[:, :3]},
+    "doubles": lambda rows, before, after: {"before": before.double()},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_edit_is_one_sentence_and_changes_nothing(runs, damage):
+    edit(runs, "own", EDITS[:1], "--save_as", "edited")
+    state = load_checkpoint(str(runs / "edited"), "edit_1")
+    parts = {name: state["tensors"][f"{name}.{TABLE}"] for name in ("rows", "before", "after")}
+    parts |= DAMAGES[damage](**parts)
+    state["tensors"] = {f"{name}.{TABLE}": t for name, t in parts.items() if t is not None}
+    save_checkpoint(str(runs / "edited"), "edit_1", state, keep_old=False)
+    before = contents(runs)
+    message = f"edited: best.pt: {TABLE} is not as the edit left it; nothing was changed"
+    with pytest.raises(ConfigError, match=message):
+        evaluate.main(["edit", str(runs / "edited"), "--undo", "1"])
+    assert contents(runs) == before
+
+
+@pytest.mark.parametrize("name", ["question", "answer"])
+@pytest.mark.parametrize("text, message", [("\ud800", "half of a surrogate"), (" ", "is empty")])
+def test_a_damaged_record_of_edits_is_one_sentence(runs, name, text, message):
+    edit(runs, "own", EDITS[:1], "--save_as", "edited")
+    path = runs / "edited" / "config.json"
+    config = json.loads(path.read_text())
+    config["edits"][0]["facts"][0][name] = text
+    path.write_text(json.dumps(config))
+    before = contents(runs)
+    edited = str(runs / "edited")
+    for argv in ([edited, "--ask", "Who?"], ["edit", edited, "--undo", "1"]):
+        with pytest.raises(ConfigError, match=f"config.json: 'edits': '{name}'.* {message}"):
+            evaluate.main(argv)
+    assert contents(runs) == before
+
+
 @pytest.mark.parametrize("n_written", range(5))
 def test_an_undo_that_was_killed_is_completed_by_the_next(runs, monkeypatch, n_written):
     edit(runs, "own", EDITS, "--save_as", "edited")
@@ -417,6 +464,7 @@ def test_what_cannot_be_edited(runs):
         ("own", ["--facts", edits, "--undo", "1"], "no effect: undo takes an edit back"),
         ("own", ["--facts", edits, "--n_edits", "[1]"], "no effect: facts names what to edit"),
         ("own", ["--undo", "1"], "own has no edit to take back"),
+        ("own", [], "own: facts of your own are edited by name: give a file of them with --facts"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate.main(["edit", str(runs / name), *flags])
@@ -466,6 +514,9 @@ def test_questions_that_cannot_be_asked(runs, tmp_path):
     for flags, message in (
         ([str(tmp_path / "rope"), "--ask", long], r"has 101 tokens; the model has positions for"),
         ([str(runs / "own"), "--ask", "[1]"], r"ask=\[1\] must be a question, or a JSON list"),
+        ([str(runs / "own"), "--ask", "[]"], r"ask=\[\] must be a question, or a JSON list"),
+        ([str(runs / "own"), "--ask", " "], "ask=' ': a question is empty; write it"),
+        ([str(runs / "own"), "--ask", '["Who?", ""]'], "a question is empty; write it"),
         ([str(runs / "own"), "--ask", "a", "--example", "1"], "ask prints answers alone; leave it"),
         (["logits", str(runs / "own"), "--ask", "a"], "logits does not use it, only slices"),
     ):

@@ -228,6 +228,13 @@ def test_the_number_of_pairs_can_be_chosen(runs):
     [
         (["--n_edits=[9]"], "at most 3 pairs can be edited"),
         (["--num_kv_pairs=[0]"], "numbers of at least 1"),
+        (["--num_kv_pairs=[2,2]"], r"num_kv_pairs=\(2, 2\) names a number twice; name it once"),
+        (["--n_edits=[1,1]"], r"n_edits=\(1, 1\) names a number twice; name it once"),
+        (["--facts=x.jsonl"], "delta: it needs facts, task=qa, digits or text, not data_mqar"),
+        (["--editors=closed form"], "editors is for runs that store facts in their weights; this"),
+        (["--new_facts=1"], "new_facts is for runs that store facts in their weights; this is one"),
+        (["--n_edits=[2]", "--portions=2"], "portions is for runs that store facts in their wei"),
+        (["--top_slots=1"], "top_slots is for runs that store facts in their weights; this is one"),
         (["--num_kv_pairs=[40]"], "vocab_size=64 is too small for 40 pairs"),
     ],
 )
