@@ -542,6 +542,8 @@ def save_figure(name, results, config):
     if not any(axis.get_legend() for axis in fig.axes):
         handles, labels = fig.axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside upper center", ncols=5)
+    if config.seeds == 1:  # no mean and no bands
+        caption = caption.replace(BANDS, "\n1 seed")
     fig.supxlabel(caption.format(seeds=config.seeds), fontsize=7)
     make_directory(config.output)
     path = os.path.join(config.output, name + ".png")

@@ -234,7 +234,6 @@ def test_the_number_of_pairs_can_be_chosen(runs):
         (["--editors=closed form"], "editors is for runs that store facts in their weights; this"),
         (["--new_facts=1"], "new_facts is for runs that store facts in their weights; this is one"),
         (["--n_edits=[2]", "--portions=2"], "portions is for runs that store facts in their wei"),
-        (["--top_slots=1"], "top_slots is for runs that store facts in their weights; this is one"),
         (["--num_kv_pairs=[40]"], "vocab_size=64 is too small for 40 pairs"),
     ],
 )
