@@ -1,6 +1,6 @@
 """MQAR with sliding-window attention: the model of configs/mqar_gpt.py sees the last 64 tokens.
 
-22 seconds on one CPU core. Expected: token accuracy of 0.99 or more where the pair
+22 seconds on one of 2 CPU cores. Expected: token accuracy of 0.99 or more where the pair
 lies 32 to 63 tokens before the query (slice distance=32), and about 0.57 over all labels, with any
 seed.
 

@@ -84,7 +84,7 @@ def test_texts_are_not_edited(tmp_path):
     path.write_text("".join(f'{{"text": "{i}:{i} "}}\n' for i in range(40)))
     place = dict(log_dir=tmp_path, run_name="t", max_steps=1, eval_interval=1)
     train.main(as_flags({**SMALL, **place, "task": "text", "label_mask": "qa", "path": path}))
-    with pytest.raises(ConfigError, match="needs facts of digits, task=qa or digits, not text"):
+    with pytest.raises(ConfigError, match="facts of your own are edited by name"):
         eval_script.main(["edit", str(tmp_path / "t")])
 
 
