@@ -111,6 +111,11 @@ FACTS = (
     "--mem_n_keys=8 --mem_k_dim=16 --mem_knn=4 --mem_heads=2 --mem_value_lr_scale=4 --init_std=1 "
     "--batch_size=64 --max_steps=100 --eval_interval=100 --num_threads=1 --mem_log_interval=20"
 ).split()
+MQAR = (
+    "--input_seq_len=32 --num_kv_pairs=4 --vocab_size=32 --n_layers=2 --dim=32 --dk=16 --dv=16 "
+    "--conv_size=2 --init_std=1 --lr=1e-2 --max_steps=60 --eval_interval=60 --num_threads=1 "
+    "--n_val_examples=20 --n_test_examples=20 --infinite_data=1"
+).split()
 MQAR_DATA = (
     "--output-dir mqar_data --num-samples 300 --seq-len 16 --num-kv-pairs 4 --vocab-size 1024"
 )
@@ -139,7 +144,8 @@ def workplace(tmp_path_factory):
         train.main([*FACTS, "--max_steps=1", "--run_name=RUN"])
         for name in RUNS[1:]:
             shutil.copytree("runs/RUN", f"runs/{name}")
-        shutil.copytree("runs/RUN", "runs/edited")
+        for name in ("edited", "MQAR"):
+            shutil.copytree("runs/RUN", f"runs/{name}")
         data_mqar.main(MQAR_DATA.split())
         data_synth.main("qa --num_pairs 80 --output_dir synthetic_qa_data_10K".split())
         for name in ("notes", "gsm8k", "results"):
@@ -174,6 +180,7 @@ def trained_workplace(workplace):
         make_own_facts()
         for number, name in enumerate(RUNS):
             train.main([*FACTS, f"--run_name={name}", f"--lr={(10 + number) / 1000}"])
+        train.main([*MQAR, "--run_name=MQAR"])
         for name in ("A", "B"):
             evaluate.main([f"runs/{name}"])
         for name in ("keys", "swap", "swap-matrix"):  # other commands read their results
@@ -193,7 +200,7 @@ def shorten_training(argv, name):
     small |= {"num_queries": 2, "n_train_examples": 400}
     for setting, value in small.items():
         is_used = hasattr(settings.data, setting) and setting not in settings.data.unused()
-        if is_used and not settings.data.path:
+        if is_used and not getattr(settings.data, "path", ""):
             argv.append(f"--{setting}={value}")
     return argv
 
@@ -211,7 +218,14 @@ def shorten_facts(argv, name):
 def shorten_evaluation(argv, name):
     if "--facts" in argv:
         return [*argv, "--add=1", f"--save_as={name}"]
-    return argv + ["--n_edits=[1,2]"] if "edit" in argv and "--undo" not in argv else argv
+    if "edit" not in argv or "--undo" in argv:
+        return argv
+    if "--portions" in argv:
+        return [*argv, "--n_edits=[2]", "--portions=2"]
+    if "runs/MQAR" in argv:
+        pairs = ["--num_kv_pairs=[2]"] if "--num_kv_pairs" in argv else []
+        return [*argv, "--n_edits=[1]", *pairs]
+    return [*argv, "--n_edits=[1,2]"]
 
 
 def rename_converted(argv, name):
@@ -232,7 +246,7 @@ SHORTENED = {  # scripts that need nothing but this repo, and how their commands
 
 
 def can_be_run(args):
-    needs_more = {"mine", "tokenizer.json", "--help"}
+    needs_more = {"mine", "tokenizer.json", "--help", "BLOCKS"}
     return args[0] in SHORTENED and not needs_more.intersection(args)
 
 
