@@ -107,7 +107,10 @@ class AblateConfig(AnalysisConfig):
         names = self.ablations.split()
         known = ", ".join(ABLATIONS)
         for name in names:
-            message = f"ablations={self.ablations!r} must be some of {known}"
+            message = (
+                f"ablations={self.ablations!r} must be some of these, "
+                f"with spaces between them: {known}"
+            )
             require(name in ABLATIONS, message, "ablations")
         require(names, f"ablations is empty; choose some of {known}", "ablations")
         one_of(self, interchange.EXPOSURE_PAIRS, "exposure_pairs")

@@ -42,7 +42,11 @@ def compare(args, config):
     require(args, "name the runs to compare: python eval.py compare 'runs/*'", None)
     folders = set()
     for pattern in args:
-        folders.update(filter(os.path.isdir, glob.glob(pattern)))
+        found = list(filter(os.path.isdir, glob.glob(pattern)))
+        if not found:
+            say(f"note: no directory matches {pattern}", file=sys.stderr)
+        # A run may be named with a slash at its end, too.
+        folders.update(map(os.path.normpath, found))
     folders = sorted(folders)
     runs = read_results(folders)
     require(runs, f"no run with a test result matches {' '.join(args)}", None)

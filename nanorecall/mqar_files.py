@@ -321,13 +321,17 @@ def n_rows_of(metadata, directory):
 
 
 class StoredMQAR:
-    """A directory that write_dataset wrote, read into memory and checked against its checksums."""
+    """A directory that write_dataset wrote, checked against its checksums when it is opened. A
+    split is read into memory when it is first used."""
 
     def __init__(self, config):
         self.path = config.path
         # at most, because evaluating 100,000 sequences takes minutes
         self.n_examples = {"val": config.n_val_examples, "test": config.n_test_examples}
         self.metadata = self.read_metadata()
+        # All now: else a damaged test split would stop a run only after its training.
+        for shard in itertools.chain.from_iterable(self.metadata["files"].values()):
+            verified_path(self.path, shard)
         self.vocab_size = self.metadata["vocab_size"]
         self.seq_len = self.metadata["seq_len"]
         self.splits = {}
@@ -415,7 +419,7 @@ class StoredMQAR:
 
     def read_shard(self, shard):
         """-> input_ids and labels, (R, T) int32 each."""
-        path = verified_path(self.path, shard)
+        path = os.path.join(self.path, shard["name"])
         if path.endswith(".jsonl"):
             return self.read_jsonl_shard(path)
         return self.read_parquet_shard(path)

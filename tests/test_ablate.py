@@ -377,7 +377,7 @@ def test_controls_of_a_trained_run_change_nothing(runs):
     [
         (["keys"], "name one run directory, as in: keys runs/RUN"),
         (["keyz", "two"], "'keyz' is no command; did you mean keys?"),
-        (["keys", "two", "--ablations=zero,next_best"], "must be some of zero, next_best"),
+        (["keys", "two", "--ablations=zero,next_best"], "with spaces between them: zero, next"),
         (["keys", "two", "--exposure_pairs=more_more"], "keys does not use it, only force"),
         (["swap", "two", "--exposure_pairs=less"], "exposure_pairs='less' is unknown"),
         (["swap", "gpt"], "gpt has no memory layers"),

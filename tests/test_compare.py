@@ -36,6 +36,13 @@ def test_compare_puts_runs_side_by_side(runs, capsys):
     assert (runs / "compare.png").stat().st_size > 5000
 
 
+def test_a_run_named_twice_counts_once_and_a_name_without_a_run_is_told(runs, tmp_path, capsys):
+    names = [str(runs / "r1"), str(runs / "r1") + "/", str(runs / "r9*")]
+    eval_script.main(["compare", *names, "--output", str(tmp_path / "one")])
+    assert f"no directory matches {names[2]}" in capsys.readouterr().err
+    assert pq.read_table(tmp_path / "one.parquet").to_pydict()["run"] == ["r1"]
+
+
 def test_runs_that_differ_in_their_seed_are_one_line(runs):
     results = [compare.read_result(str(runs / name)) for name in ("r1", "r2")]
     groups = compare.group_seeds(results)

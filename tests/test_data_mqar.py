@@ -583,7 +583,7 @@ def test_a_damaged_or_missing_shard_is_refused(tmp_path, form, spoil):
     folder = write(tmp_path, output_format=form)
     spoil(folder / "test" / f"part-00001.{form}")
     with pytest.raises(ConfigError, match="part-00001.* is missing or damaged"):
-        data_mqar.Data(config("--path", str(folder))).batch("test", 0, [0])
+        data_mqar.Data(config("--path", str(folder)))
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
