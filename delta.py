@@ -51,7 +51,14 @@ from torch import nn
 
 import model
 from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm
-from nanorecall.ops import accum_dtype, check_cu_seqlens, gather_positions, no_autocast
+from nanorecall.ops import (
+    accum_dtype,
+    apply_rotary,
+    check_cu_seqlens,
+    gather_positions,
+    no_autocast,
+    token_positions,
+)
 from nanorecall.second_order import FirstOrder, Twinned, needs_twin, transformed, twin_gradients
 
 # ---- the rule, token by token --------------------------------------------------------------------
@@ -515,21 +522,18 @@ class Config(model.Config):
         return reasons
 
 
-class DeltaNetLayer(CausalSelfAttention):
-    """The delta rule in attention's place (the DeltaNet layer of arXiv 2406.06484).
+class RecurrentLayer(CausalSelfAttention):
+    """A memory of constant size in attention's place; `recall` is its rule.
 
-    Queries, keys and values are made as in CausalSelfAttention, without positions;
-    beta = sigmoid(W x / lr_temp) per head. The output goes
+    Queries, keys and values are made as in CausalSelfAttention. The output goes
 
-        delta rule -> RMSNorm per head -> output gate -> last projection.
+        recall -> RMSNorm per head -> output gate -> last projection.
     """
 
     attention_fn = None  # there are no attention weights to look at
 
-    def __init__(self, c):
-        super().__init__(c)
-        self.proj_beta = nn.Linear(c.dim, c.n_heads, bias=False) if c.use_beta else None
-        self.out_norm = RMSNorm(self.head_dims(c)[1]) if c.use_out_norm else None
+    def make_out_norm(self, c):
+        return RMSNorm(self.head_dims(c)[1]) if c.use_out_norm else None
 
     def forward(self, x, query_pos=None, cache=None, documents=None):
         """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions query_pos (B, n).
@@ -540,15 +544,16 @@ class DeltaNetLayer(CausalSelfAttention):
         c = self.config
         # The recurrence needs every token, so query_pos are picked from its output.
         q, k, v = self.qkv(x, x, None, cache, documents)
+        positions = token_positions(x, cache, documents)
         q = self.split_heads(q, self.n_heads, c.q_kernel, c.q_norm, self.gate_q, x)  # (B, T, H, K)
-        k = self.split_heads(k, self.n_heads, c.k_kernel, c.k_norm, self.gate_k, x)  # (B, T, H, K)
-        v = self.split_heads(v, self.n_heads, c.v_kernel).to(v.dtype)  # (B, T, H, V)
-        q, k, v, beta = (y.transpose(1, 2) for y in (q, k, v, self.beta(x)))
+        if c.pos_emb == "rope":
+            q = apply_rotary(q, self.rope, positions)
+        k = self.keys(k, x, positions)  # (B, T, H, K)
+        v = self.values(v)  # (B, T, H, V)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         state = cache.get("state") if cache else None
         cu_seqlens = documents.cu_seqlens if documents else None
-        o, state = delta_rule(
-            q, k, v, beta, self.log_decay(x), state, cu_seqlens, c.chunk_size
-        )  # (B, H, T, V)
+        o, state = self.recall(x, q, k, v, state, cu_seqlens)  # (B, H, T, V)
         if cache is not None:
             cache["state"] = state
         o = gather_positions(o.transpose(1, 2).flatten(2), query_pos)  # (B, n, H*V)
@@ -559,6 +564,27 @@ class DeltaNetLayer(CausalSelfAttention):
             o = o * ACTIVATIONS[c.att_output_gate_act](z)
         return self.out_proj(o)
 
+    def log_decay(self, x):
+        """g (B, H, T) or more, or None: no decay"""
+        return None
+
+
+class DeltaNetLayer(RecurrentLayer):
+    """The delta rule in attention's place (the DeltaNet layer of arXiv 2406.06484), without
+    positions; beta = sigmoid(W x / lr_temp) per head.
+    """
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.proj_beta = nn.Linear(c.dim, c.n_heads, bias=False) if c.use_beta else None
+        self.out_norm = self.make_out_norm(c)
+
+    def recall(self, x, q, k, v, state, cu_seqlens):
+        """-> what the memory answers (B, H, T, V), and the state after the last token"""
+        beta = self.beta(x).transpose(1, 2)  # (B, H, T)
+        chunk_size = self.config.chunk_size
+        return delta_rule(q, k, v, beta, self.log_decay(x), state, cu_seqlens, chunk_size)
+
     def beta(self, x):
         """Write strength (B, T, H)"""
         c = self.config
@@ -566,10 +592,6 @@ class DeltaNetLayer(CausalSelfAttention):
             return x.new_ones(*x.shape[:2], self.n_heads)
         beta = torch.sigmoid(self.proj_beta(x) / c.lr_temp)
         return 2 * beta if c.allow_neg_eigval else beta
-
-    def log_decay(self, x):
-        """g (B, H, T), or None: no decay"""
-        return None
 
     @classmethod
     def describe_backend(cls, c, device, dtype):

@@ -63,14 +63,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
-from delta import BatchChunks, DocumentChunks, check_shapes, scale, zero_state
-from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm
+from delta import BatchChunks, DocumentChunks, RecurrentLayer, check_shapes, scale, zero_state
+from model import GPT, GPTBlock
 from nanorecall.ops import (
     accum_dtype,
-    apply_rotary,
-    gather_positions,
     no_autocast,
-    token_positions,
 )
 from nanorecall.second_order import FirstOrder, transformed
 
@@ -378,62 +375,24 @@ class Config(model.Config):
         return reasons
 
 
-class LinearAttentionLayer(CausalSelfAttention):
+class LinearAttentionLayer(RecurrentLayer):
     """An additive memory in attention's place.
-
-    Queries, keys and values are made as in CausalSelfAttention. The output goes
-
-        memory -> RMSNorm per head -> output gate -> last projection.
 
     Linear attention's division by the sum of scores (Katharopoulos et al. 2020) is left out, since
     the norm of a head's output undoes it. taylor feature maps make this the linear layer of Based
     (Arora et al. 2024, arXiv 2402.18668).
     """
 
-    attention_fn = None  # there are no attention weights to look at
     memory_name = "additive memory"
 
     def __init__(self, c):
         super().__init__(c)
-        self.out_norm = RMSNorm(self.head_dims(c)[1]) if c.use_out_norm else None
-
-    def forward(self, x, query_pos=None, cache=None, documents=None):
-        """x (B, T, D) -> (B, T, D), or (B, n, D) at the positions query_pos (B, n).
-
-        cache: {"seen": 0} before the first token, then also "state" (B, H, K, V) and "conv_state";
-        of constant size, updated in place. documents (PackedDocuments) start from an empty state.
-        """
-        c = self.config
-        # The recurrence needs every token, so query_pos are picked from its output.
-        q, k, v = self.qkv(x, x, None, cache, documents)
-        positions = token_positions(x, cache, documents)
-        q = self.split_heads(q, self.n_heads, c.q_kernel, c.q_norm, self.gate_q, x)  # (B, T, H, K)
-        if c.pos_emb == "rope":
-            q = apply_rotary(q, self.rope, positions)
-        k = self.keys(k, x, positions)  # (B, T, H, K)
-        v = self.values(v)  # (B, T, H, V)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        state = cache.get("state") if cache else None
-        cu_seqlens = documents.cu_seqlens if documents else None
-        o, state = self.recall(x, q, k, v, state, cu_seqlens)  # (B, H, T, V)
-        if cache is not None:
-            cache["state"] = state
-        o = gather_positions(o.transpose(1, 2).flatten(2), query_pos)  # (B, n, H*V)
-        if self.out_norm:
-            o = self.out_norm(o.unflatten(-1, (self.n_heads, -1))).flatten(2)
-        if self.gate_out:
-            z = self.gate_out(gather_positions(x, query_pos))
-            o = o * ACTIVATIONS[c.att_output_gate_act](z)
-        return self.out_proj(o)
+        self.out_norm = self.make_out_norm(c)
 
     def recall(self, x, q, k, v, state, cu_seqlens):
         """-> what the memory answers (B, H, T, V), and the state after the last token"""
         chunk_size = self.config.chunk_size
         return additive(q, k, v, self.log_decay(x), state, cu_seqlens, chunk_size)
-
-    def log_decay(self, x):
-        """g (B, H, T, 1 or K), or None: no decay"""
-        return None
 
     @classmethod
     def describe_backend(cls, c, device, dtype):

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from analysis.edited_run import recorded_edits
+from analysis.editors import answered
 from nanorecall.documents import normalize
 from nanorecall.fact_files import FactDataset
-from nanorecall.metrics import correct_predictions, in_eval_mode
+from nanorecall.metrics import in_eval_mode
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import require, say
 
@@ -133,15 +134,13 @@ def has_end(data, fact):
     return fact.answer[-1] == data.tokenizer.eos
 
 
-@in_eval_mode
 def are_answered(model, run, facts):
     """Which facts the model answers to the last token: (n,) bool."""
     found = [np.empty(0, bool)]
     size = run.config.eval_batch_size
     for first in range(0, len(facts), size):
         tokens, targets = encode_facts(run, facts[first : first + size])
-        logits, _ = model(tokens, targets)
-        found.append(correct_predictions(logits, targets)[1].cpu().numpy())
+        found.append(answered(model, tokens, targets).cpu().numpy())
     return np.concatenate(found)
 
 

@@ -142,7 +142,8 @@ def edit_in_portions(model, editor, cell, portions):
     rows, so_far = [], 0
     for portion in torch.arange(len(cell.edited[0])).tensor_split(portions):
         tokens, targets = (x[portion] for x in cell.edited)
-        kept = [torch.cat([x, y[:so_far]]) for x, y in zip(cell.kept, cell.edited)]
+        # Earlier portions first: an editor that takes some of these facts takes the first ones.
+        kept = [torch.cat([y[:so_far], x]) for x, y in zip(cell.kept, cell.edited)]
         so_far += len(portion)
         edit = functools.partial(editor, model, tokens, targets, *kept)
         start = time.perf_counter()

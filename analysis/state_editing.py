@@ -215,6 +215,10 @@ def require_linear_reads(run, cache):
     for layer, of_block in zip(run.model.layers, cache):
         if memory_kind(of_block) != "state":
             continue
+        message = f"editing a state needs queries made as in delta.py; {run.settings.train.model}"
+        message += " makes its own"
+        has_queries = all(hasattr(layer.att, name) for name in ("qkv", "split_heads", "head_dims"))
+        require(has_queries, message, None)
         c = layer.att.config
         # MesaNet's state also holds the sum of k k^T, which takes part in every read.
         is_linear = of_block["state"].shape[-1] == layer.att.head_dims(c)[1]
