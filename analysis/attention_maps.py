@@ -358,9 +358,12 @@ def plot_grid(path, maps, texts, roles, title):
     rows_each = math.ceil(n_heads / n_columns)
     layers = sorted({layer for layer, _ in maps})
     n_rows = rows_each * len(layers)
-    plt, fig, axes = figure(n_rows, n_columns, width=1.0 if is_small else 3.0, grid=False)
+    plt, fig, axes = figure(n_rows, n_columns, grid=False)
     if is_small:
         fig.set_size_inches(n_columns, 1.15 * n_rows + 0.8)
+    else:
+        # A panel is a square map with the names of its tokens; an inch for the colour bar.
+        fig.set_size_inches(3.0 * n_columns + 1, 2.9 * n_rows + 0.8)
     for axis in axes:
         axis.axis("off")
     for (layer, head), weights in maps.items():
@@ -370,8 +373,8 @@ def plot_grid(path, maps, texts, roles, title):
             image = draw_map(axis, weights, texts, f"{layer}.{head}", 1)
             frame_by_role(axis, roles[layer, head])
         else:
-            label = f"layer {layer}, head {head}: {roles[layer, head]}"
-            image = draw_map(axis, weights, texts, label, 32)
+            label = f"layer {layer}, head {head}\n{roles[layer, head]}"
+            image = draw_map(axis, weights, texts, label, 16)
     if is_small:
         name_roles(fig, roles)
         title += "; a panel is layer.head"
