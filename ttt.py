@@ -224,9 +224,8 @@ class TTTLinearLayer(RecurrentLayer):
         self.proj_rate = nn.Linear(c.dim, c.n_heads, bias=False)
         K, _ = self.head_dims(c)
         self.inner_weights = nn.ParameterList()
-        for n_in, n_out in self.inner_sizes(c, K):
-            # LN divides by the size of what it gets, so small first weights are soon overwritten.
-            W = 0.02 * torch.randn(c.n_heads, n_in, n_out)
+        for n_in, n_out, std in self.inner_sizes(c, K):
+            W = std * torch.randn(c.n_heads, n_in, n_out)
             self.inner_weights.append(nn.Parameter(W))
         # Vectors, since weight decay is for matrices.
         self.inner_norm_weight = nn.Parameter(torch.ones(c.n_heads * K))
@@ -235,8 +234,9 @@ class TTTLinearLayer(RecurrentLayer):
 
     @staticmethod
     def inner_sizes(c, K):
-        """Width of the inputs and outputs of each layer of the inner net."""
-        return [(K, K)]
+        """Of each layer of the inner net: width of inputs, of outputs, std of the first weights."""
+        # LN divides by the size of what it gets, so the paper's small weights are overwritten soon.
+        return [(K, K, 0.02)]
 
     def recall(self, x, q, k, v, state, cu_seqlens):
         """-> what the inner net answers (B, H, T, K), and the state after the last token"""
@@ -260,7 +260,9 @@ class TTTMLPLayer(TTTLinearLayer):
     @staticmethod
     def inner_sizes(c, K):
         hidden = c.inner_expand_factor * K
-        return [(K, hidden), (hidden, K)]
+        # Hidden units of a key of length 1 start with a variance of 1. With the paper's 0.02 they
+        # are in the linear part of gelu, and the first inner step changes all of them.
+        return [(K, hidden, 1.0), (hidden, K, 0.02)]
 
 
 # ---- models --------------------------------------------------------------------------------------
