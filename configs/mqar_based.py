@@ -1,3 +1,16 @@
+"""MQAR with Based: a block of linear attention with taylor features, then a window of attention.
+
+42,928 layer parameters. 34 seconds on one of 2 CPU cores. Expected: test token accuracy of 0.99 or
+more (0.9920 to 0.9960 with seeds 0 to 2). The state takes 159 kB whatever the length, the cache of
+configs/mqar_gpt.py 393 kB at 128 tokens.
+
+A query and a key of width 16 have 1 + 16 + 256 features, so few parameters make a state with room
+for many keys. Their scores are 1 + s + s^2 / 2, nearly exp(s), the scores of softmax: norms would
+take the size of s away, so there are none. As in configs/mqar_hybrid.py, the first kind does all
+the recall here: that block alone reaches 0.994. RESULTS.md has the numbers (MQAR: windows and
+hybrids).
+"""
+
 model = "hybrid"
 blocks = [
     "linear dk=16 dv=48 q_kernel=taylor k_kernel=taylor v_kernel=none q_norm=none k_norm=none",
