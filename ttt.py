@@ -83,16 +83,18 @@ def inner_gradients(weights, k, v, norm):
     inverse_std = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
     z_hat = centred * inverse_std
     g = weight * (k + weight * z_hat + bias - v)  # at z_hat
+    # Whatever z is, z_hat has mean 0 and variance 1, so z cannot change it in these two directions.
     g = g - g.mean(-1, keepdim=True) - z_hat * (g * z_hat).mean(-1, keepdim=True)
-    gradients = [inverse_std * g]
+    gradients = [inverse_std * g]  # of the last layer; then back through the others
     for W, hidden in zip(weights[:0:-1], outputs[-2::-1]):
-        slope = torch.special.ndtr(hidden) + hidden * gaussian_density(hidden)  # of gelu
-        gradients.append(gradients[-1] @ W.mT * slope)
+        gradients.append(gradients[-1] @ W.mT * gelu_slope(hidden))
     return inputs, gradients[::-1]
 
 
-def gaussian_density(x):
-    return (-0.5 * x.square()).exp() / math.sqrt(2 * math.pi)
+def gelu_slope(x):
+    """Derivative of gelu(x) = x P(x), where P is the normal distribution function"""
+    density = (-0.5 * x.square()).exp() / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
 
 
 # ---- writing and reading it ----------------------------------------------------------------------
