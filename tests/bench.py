@@ -615,7 +615,7 @@ def bench_ttt(rounds):
     """Inner steps in the dual form, forward and backward, against a loop with torch.func.grad."""
     K, hidden = 48, 192
     nets = {"TTT-Linear": [(K, K)], "TTT-MLP": [(K, hidden), (hidden, K)]}
-    inputs = delta_inputs(32, 128, 2, K)
+    inputs = delta_inputs(8, 128, 2, K)
     for name, sizes in nets.items():
         weights = [0.1 * torch.randn(2, *size) for size in sizes]
         options = dict(weights=weights, norm=(torch.ones(2, K), torch.zeros(2, K)))
@@ -624,7 +624,7 @@ def bench_ttt(rounds):
             "loop": forward_and_backward(ttt.ttt_recurrent, inputs, **options),
         }
         times = interleave(functions, rounds)
-        what = f"{name}, 32 x 128, 2 heads of {K}"
+        what = f"{name}, 8 x 128, 2 heads of {K}"
         yield Result(what, times["ours"], "token by token, torch.func.grad", times["loop"])
 
 
