@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import delta
 import linear
 import model
+import ttt
 from nanorecall.settings import (
     ConfigError,
     Setting,
@@ -34,6 +35,8 @@ KINDS = {  # kind: settings of its blocks, and the model that has no others
     "mamba2": (linear.Config, linear.Mamba2),
     "gla": (linear.Config, linear.GLA),
     "mesa": (linear.Config, linear.MesaNet),
+    "ttt_linear": (ttt.Config, ttt.TTTLinear),
+    "ttt_mlp": (ttt.Config, ttt.TTTMLP),
 }
 
 

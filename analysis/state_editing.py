@@ -220,8 +220,10 @@ def require_linear_reads(run, cache):
         has_queries = all(hasattr(layer.att, name) for name in ("qkv", "split_heads", "head_dims"))
         require(has_queries, message, None)
         c = layer.att.config
-        # MesaNet's state also holds the sum of k k^T, which takes part in every read.
-        is_linear = of_block["state"].shape[-1] == layer.att.head_dims(c)[1]
+        # MesaNet's state also holds the sum of k k^T, which takes part in every read. That of
+        # test-time training is a tuple: weights of a net.
+        state = of_block["state"]
+        is_linear = torch.is_tensor(state) and state.shape[-1] == layer.att.head_dims(c)[1]
         message = f"the state of {run.settings.train.model} is not read linearly"
         require(is_linear, f"{message}; edit a run of another model", None)
         message = "with pos_emb=rope a query depends on its position; train with pos_emb=none"

@@ -51,6 +51,8 @@ MODELS = {  # short names; anything else is file or file.Class
     "mamba2": "linear.Mamba2",
     "gla": "linear.GLA",
     "mesa": "linear.MesaNet",
+    "ttt_linear": "ttt.TTTLinear",
+    "ttt_mlp": "ttt.TTTMLP",
     "memory": "memory.MemoryGPT",
     "memory_router": "memory.MemoryRouterGPT",
     "hybrid": "hybrid.Hybrid",

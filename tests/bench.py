@@ -40,6 +40,7 @@ import data_synth
 import delta
 import memory
 import train
+import ttt
 from analysis import hooks
 from analysis.ablation import measure_slots
 from model import GPT, NORMS
@@ -607,6 +608,26 @@ def bench_delta_at(rounds, naive, B, T, H, width, chunk_size):
         yield Result(what, times["ours"], baseline, times[key], of_peak)
 
 
+# ---- test-time training --------------------------------------------------------------------------
+
+
+def bench_ttt(rounds):
+    """Inner steps in the dual form, forward and backward, against a loop with torch.func.grad."""
+    K, hidden = 48, 192
+    nets = {"TTT-Linear": [(K, K)], "TTT-MLP": [(K, hidden), (hidden, K)]}
+    inputs = delta_inputs(8, 128, 2, K)
+    for name, sizes in nets.items():
+        weights = [0.1 * torch.randn(2, *size) for size in sizes]
+        options = dict(weights=weights, norm=(torch.ones(2, K), torch.zeros(2, K)))
+        functions = {
+            "ours": forward_and_backward(ttt.ttt, inputs, **options),
+            "loop": forward_and_backward(ttt.ttt_recurrent, inputs, **options),
+        }
+        times = interleave(functions, rounds)
+        what = f"{name}, 8 x 128, 2 heads of {K}"
+        yield Result(what, times["ours"], "token by token, torch.func.grad", times["loop"])
+
+
 # ---- evaluation and ablation ---------------------------------------------------------------------
 
 
@@ -798,6 +819,7 @@ BENCHES = {
     "flex": bench_flex,
     "templates": bench_templates,
     "delta": bench_delta,
+    "ttt": bench_ttt,
     "lengths": bench_lengths,
     "ranks": bench_ranks,
 }

@@ -27,6 +27,8 @@ OWN = {
     "mamba2": dict(dk=6, dv=4, conv_size=2),
     "gla": dict(dk=6, dv=4, chunk_size=4),
     "mesa": dict(dk=6, dv=4),
+    "ttt_linear": dict(dk=6, dv=6, inner_batch_size=4),
+    "ttt_mlp": dict(dk=6, dv=6, inner_lr=0.1),
 }
 
 

@@ -256,6 +256,7 @@ def test_a_model_that_recalls_nothing_is_not_edited(tmp_path):
         (dict(num_queries=2), "num_queries=2, value_tokens=1"),
         (dict(value_tokens=2), "num_queries=0, value_tokens=2"),
         (dict(model="mesa"), "the state of mesa is not read linearly"),
+        (dict(model="ttt_linear"), "the state of ttt_linear is not read linearly"),
         (dict(model="retnet", pos_emb="rope"), "train with pos_emb=none"),
     ],
 )

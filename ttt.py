@@ -1,0 +1,303 @@
+"""Test-time training: the state is the weights of a small net, on model.py.
+
+    python train.py configs/mqar_ttt.py              # TTT-Linear
+    python train.py configs/mqar_ttt.py --model ttt_mlp --dk 40 --dv 40 --inner_lr 0.1
+
+The memory of one head is a net f with weights W that maps keys to values (Sun et al. 2024, arXiv
+2407.04620). Each token is a training example: W takes a gradient step that brings f(k_t) nearer to
+v_t, and the token reads f(q_t).
+
+    f(x; W) = x + LN(W^T x)                      TTT-Linear, W (K, K)
+    f(x; W) = x + LN(W2^T gelu(W1^T x))          TTT-MLP, W1 (K, F) and W2 (F, K)
+    l(W; k, v) = |f(k; W) - v|^2 / 2             the inner loss
+    W_t = W_{t-1} - eta_t grad l(W'; k_t, v_t)   eta_t = inner_lr sigmoid(w.x_t), the inner rate
+    o_t = f(q_t; W_t)
+
+W' are the weights before the mini-batch of the token. inner_batch_size tokens share them, so their
+gradients do not wait for each other. W_0 is learned like any other parameter, and so are the weight
+and bias of LN. Without LN and residual, TTT-Linear with one token per mini-batch is the delta rule.
+
+Let h be the inputs of a layer (keys, or gelu of the hidden units) for the C tokens of a mini-batch,
+and U the gradients at its outputs times eta, both computed with W'. A step of token j changes the
+layer's weights by -h_j u_j^T. So a token i whose own input is x_i gets the output
+
+    W_i^T x_i = W_0^T x_i - sum_{j<=i} (x_i.h_j) u_j      W_0: the weights before the mini-batch
+
+and for all tokens of a mini-batch at once this is X W_0 - tril(X H^T) U. No W_i but the last is
+formed (the paper's dual form). Gradients of the inner loss are written out below; those of training
+go through them by autograd.
+
+The authors' code adds biases to the layers, divides eta by K, and averages over the tokens of a
+mini-batch where the paper adds; these are left out here.
+
+Letters: B batch, T tokens, H heads, K width of a query, key or value, F hidden width, C tokens in a
+mini-batch or a part of one. In shapes of the model, D is the width of the residual stream.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model
+from delta import RecurrentLayer, check_shapes
+from model import GPT, GPTBlock, feature_width
+from nanorecall.ops import PackedDocuments, accum_dtype, no_autocast
+from nanorecall.settings import require, within
+
+EPS = 1e-6  # of the LayerNorm
+
+# ---- the small net -------------------------------------------------------------------------------
+
+
+def layer_norm(z, norm):
+    """z (B, H, C, K) with a weight and a bias (H, K) for each head"""
+    weight, bias = (x[:, None] for x in norm)
+    return F.layer_norm(z, z.shape[-1:], eps=EPS) * weight + bias
+
+
+def run_layers(weights, x):
+    """-> inputs of each layer, (B, H, C, K or F), and its outputs"""
+    inputs = []
+    outputs = []
+    for W in weights:
+        inputs.append(F.gelu(outputs[-1]) if outputs else x)
+        outputs.append(inputs[-1] @ W)
+    return inputs, outputs
+
+
+def inner_loss(weights, k, v, norm):
+    """Sum over all tokens, of which each head and sequence has its own weights."""
+    _, outputs = run_layers(weights, k)
+    return (k + layer_norm(outputs[-1], norm) - v).square().sum() / 2
+
+
+def inner_gradients(weights, k, v, norm):
+    """-> inputs of each layer, and the gradients of the inner loss at its outputs, per token"""
+    inputs, outputs = run_layers(weights, k)
+    weight, bias = (x[:, None] for x in norm)
+    z = outputs[-1]
+    centred = z - z.mean(-1, keepdim=True)
+    inverse_std = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    z_hat = centred * inverse_std
+    g = weight * (k + weight * z_hat + bias - v)  # at z_hat
+    # Whatever z is, z_hat has mean 0 and variance 1, so z cannot change it in these two directions.
+    g = g - g.mean(-1, keepdim=True) - z_hat * (g * z_hat).mean(-1, keepdim=True)
+    gradients = [inverse_std * g]  # of the last layer; then back through the others
+    for W, hidden in zip(weights[:0:-1], outputs[-2::-1]):
+        gradients.append(gradients[-1] @ W.mT * gelu_slope(hidden))
+    return inputs, gradients[::-1]
+
+
+def gelu_slope(x):
+    """Derivative of gelu(x) = x P(x), where P is the normal distribution function"""
+    density = (-0.5 * x.square()).exp() / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
+
+
+# ---- writing and reading it ----------------------------------------------------------------------
+
+
+def ttt_recurrent(q, k, v, rate, weights, norm, batch_size=16):
+    """Token by token, with gradients by torch.func: the tests' oracle.
+
+    q, k, v (B, H, T, K); rate (B, H, T), the eta of each token; weights, of one layer or of two:
+    W_0 of each, (H, in, out); norm: weight and bias (H, K). -> o (B, H, T, K) and the weights after
+    the last token, (B, H, in, out) each.
+    """
+    now = [W.expand(len(q), -1, -1, -1) for W in weights]
+    outputs = []
+    for t in range(q.shape[2]):
+        if t % batch_size == 0:
+            start = now
+        q_t, k_t, v_t, rate_t = (x[:, :, t : t + 1] for x in (q, k, v, rate[..., None]))
+        gradients = torch.func.grad(inner_loss)(start, k_t, v_t, norm)
+        now = [W - rate_t * g for W, g in zip(now, gradients)]
+        _, of_layers = run_layers(now, q_t)
+        outputs.append(q_t + layer_norm(of_layers[-1], norm))
+    return torch.cat(outputs, dim=2), now
+
+
+def one_mini_batch(q, k, v, rate, start, now, norm):
+    """A mini-batch or a part of it, in the dual form; rate (B, H, C, 1).
+
+    start: the weights where gradients are taken; now: those before the first of these tokens.
+    -> o (B, H, C, K), and the weights after the last token.
+    """
+    inputs, gradients = inner_gradients(start, k, v, norm)
+    outputs = []
+    after = []
+    for W, h, g in zip(now, inputs, gradients):
+        x = F.gelu(outputs[-1]) if outputs else q
+        u = rate * g
+        outputs.append(x @ W - (x @ h.mT).tril() @ u)
+        after.append(W - h.mT @ u)
+    return q + layer_norm(outputs[-1], norm), after
+
+
+@torch._disable_dynamo  # traced, the loop would be unrolled into a copy for each mini-batch
+def ttt(q, k, v, rate, weights, norm, state=None, cu_seqlens=None, batch_size=16):
+    """ttt_recurrent in the dual form: same arguments and results, but for states.
+
+    state (start, now, filled): weights before the mini-batch that has begun, weights after its
+    first `filled` tokens, and that number, so that tokens may come in pieces of any size. None: the
+    beginning, with W_0. -> o in v's dtype, and such a state, with weights in float32 (float64 if q
+    is).
+
+    With cu_seqlens (documents + 1,), B is 1, and each document begins with W_0. They are padded to
+    a sequence each, and have no state to go on from: None is returned. ValueError if shapes do not
+    fit.
+    """
+    cu_seqlens = check_shapes(q, k, v, rate, None, None, cu_seqlens)
+    if cu_seqlens is not None:
+        documents = PackedDocuments(cu_seqlens, q[:, 0, :, 0])
+        # Padding has a rate of 0.
+        padded = [documents.pad(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v, rate)]
+        o, _ = ttt(*padded, weights, norm, batch_size=batch_size)
+        return documents.pack(o.transpose(1, 2)).transpose(1, 2), None
+    dtype = accum_dtype(q)
+    with no_autocast(q):  # steps of a gradient descent, rounded to bfloat16, would get lost
+        norm = [x.to(dtype) for x in norm]
+        if state is None:
+            start = now = [W.to(dtype).expand(len(q), -1, -1, -1) for W in weights]
+            filled = 0
+        else:
+            start, now, filled = state
+        sizes = piece_sizes(q.shape[2], filled, batch_size)
+        # split, since the backward of each slice would write zeros for all the others
+        tokens = [x.to(dtype).split(sizes, dim=2) for x in (q, k, v, rate[..., None])]
+        outputs = []
+        for size, *piece in zip(sizes, *tokens):
+            o, now = one_mini_batch(*piece, start, now, norm)
+            outputs.append(o)
+            filled += size
+            if filled == batch_size:
+                start = now
+                filled = 0
+        return torch.cat(outputs, dim=2).to(v.dtype), (start, now, filled)
+
+
+def piece_sizes(T, filled, batch_size):
+    """T tokens cut where mini-batches end, the first of which holds `filled` tokens before them"""
+    ends = [*range(batch_size - filled, T, batch_size), T]
+    starts = [0, *ends[:-1]]
+    return [end - start for start, end in zip(starts, ends)]
+
+
+# ---- layers --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config(model.Config):
+    q_norm: str = "l2"  # norm of each query after its feature map: none l2 l1 rms layer
+    k_norm: str = "l2"  # norm of each key after its feature map, as for queries
+    conv_size: int = 4  # width of a short causal convolution on queries, keys and values; 0: none
+    pos_emb: str = "none"  # positions: rope, learned or none
+    inner_lr: float = 1.0  # of the inner steps at most; in the paper 1 for ttt_linear, 0.1 for mlp
+    inner_batch_size: int = 16  # tokens whose inner gradients are taken at the same weights
+    inner_expand_factor: int = 4  # ttt_mlp: hidden width of the inner net over dk
+    use_out_norm: bool = True  # RMSNorm of each head's output
+
+    def check(self):
+        super().check()
+        within(self, 1, 2**20, "inner_batch_size", "inner_expand_factor")
+        require(self.inner_lr > 0, "inner_lr must be above 0", "inner_lr")
+        K, V = feature_width(self.k_kernel, self.dk), feature_width(self.v_kernel, self.dv)
+        message = f"keys and values of the inner net must have one width, not {K} and {V}"
+        require(K == V or not self.use_att, message, "dv")
+
+    def unused(self):
+        reasons = super().unused()
+        if not self.use_att:
+            names = "inner_lr", "inner_batch_size", "inner_expand_factor", "use_out_norm"
+            reasons |= dict.fromkeys(names, "use_att is 0")
+        return reasons
+
+
+class TTTLinearLayer(RecurrentLayer):
+    """TTT-Linear in attention's place."""
+
+    memory_name = "test-time training of a linear map"
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.proj_rate = nn.Linear(c.dim, c.n_heads, bias=False)
+        K, _ = self.head_dims(c)
+        self.inner_weights = nn.ParameterList()
+        for n_in, n_out, std in self.inner_sizes(c, K):
+            W = std * torch.randn(c.n_heads, n_in, n_out)
+            self.inner_weights.append(nn.Parameter(W))
+        # Vectors, since weight decay is for matrices.
+        self.inner_norm_weight = nn.Parameter(torch.ones(c.n_heads * K))
+        self.inner_norm_bias = nn.Parameter(torch.zeros(c.n_heads * K))
+        self.out_norm = self.make_out_norm(c)
+
+    @staticmethod
+    def inner_sizes(c, K):
+        """Of each layer of the inner net: width of inputs, of outputs, std of the first weights."""
+        # LN divides by the size of what it gets, so the paper's small weights are overwritten soon.
+        return [(K, K, 0.02)]
+
+    def recall(self, x, q, k, v, state, cu_seqlens):
+        """-> what the inner net answers (B, H, T, K), and the state after the last token"""
+        c = self.config
+        rate = c.inner_lr * torch.sigmoid(self.proj_rate(x)).transpose(1, 2)  # (B, H, T)
+        norm = self.inner_norm_weight, self.inner_norm_bias
+        norm = [p.unflatten(0, (self.n_heads, -1)) for p in norm]
+        weights = list(self.inner_weights)
+        return ttt(q, k, v, rate, weights, norm, state, cu_seqlens, c.inner_batch_size)
+
+    @classmethod
+    def describe_backend(cls, c, device, dtype):
+        return f"{cls.memory_name}, mini-batches of {c.inner_batch_size} tokens"
+
+
+class TTTMLPLayer(TTTLinearLayer):
+    """TTT-MLP in attention's place."""
+
+    memory_name = "test-time training of an MLP"
+
+    @staticmethod
+    def inner_sizes(c, K):
+        hidden = c.inner_expand_factor * K
+        # Hidden units of a key of length 1 start with a variance of 1. With the paper's 0.02 they
+        # are in the linear part of gelu, and the first inner step changes all of them.
+        return [(K, hidden, 1.0), (hidden, K, 0.02)]
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+class TTTLinearBlock(GPTBlock):
+    mixer = TTTLinearLayer
+
+
+class TTTMLPBlock(GPTBlock):
+    mixer = TTTMLPLayer
+
+
+class TTTLinear(GPT):
+    """model.py's GPT with a linear map that is trained on the sequence in place of attention."""
+
+    block = TTTLinearBlock
+    inactive_settings = {
+        "du": "only unified_kv has it",
+        "n_kv_heads": "each head of an inner net has keys and values of its own",
+        "lr_temp": "only delta models have it",
+        "window": "an inner net reads no tokens but its weights",
+        "chunk_size": "inner_batch_size decides how many tokens are computed at once",
+        "inner_expand_factor": "only ttt_mlp has hidden units",
+    }
+
+
+class TTTMLP(TTTLinear):
+    """TTTLinear with an MLP in place of the linear map."""
+
+    block = TTTMLPBlock
+    inactive_settings = dict(TTTLinear.inactive_settings)
+    del inactive_settings["inner_expand_factor"]
+
+
+Model = TTTLinear  # what `--model ttt` names
