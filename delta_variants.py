@@ -100,8 +100,8 @@ def kda_chunks(q, k, v, beta, g, S, sizes):
     q = q / math.sqrt(q.shape[-1])
     decay_in = g.cumsum(1).exp()  # (R, C, K): exp(G_i)
     # For all chunks at once: everything without S.
-    P = scores_of_rows(q, k, g)
-    A = beta * scores_of_rows(k, k, g).tril(-1)
+    P, A = scores_of_rows(torch.stack([q, k]), k, g)
+    A = beta * A.tril(-1)
     known = beta * torch.cat([v, decay_in * k], dim=-1)
     solved = torch.linalg.solve_triangular(A, known, upper=False, unitriangular=True)
     U, W = solved.split([v.shape[-1], k.shape[-1]], dim=-1)

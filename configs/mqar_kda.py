@@ -1,0 +1,29 @@
+"""MQAR with Gated DeltaNet: the task and recipe of configs/mqar_delta.py.
+
+dv is 86, to pay for the projection of the decay. Half a minute on 2 CPU cores.
+Expected: test token accuracy of 0.99 or more.
+
+In this task nothing should be forgotten, so the model must first unlearn its decay.
+"""
+
+model = "kda"
+n_layers = 2
+dk = 96
+dv = 71
+q_kernel = k_kernel = "none"
+chunk_size = 16
+
+curriculum = [(2, 100), (8, 60)]  # (pairs, steps at most), then 32
+stage_loss = 0.8  # nats; a stage ends below it
+infinite_data = True
+
+lr = 1e-2
+warmup_steps = 20
+lr_schedule = "cosine"
+max_steps = 400
+eval_interval = 10
+n_val_examples = 200
+eval_batch_size = 32  # what stays in the cache of a CPU core
+stop_accuracy = 0.993
+
+target_accuracy = 0.99
