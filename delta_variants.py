@@ -101,9 +101,9 @@ def kda_chunks(q, k, v, beta, g, S, sizes):
     decay_in = g.cumsum(1).exp()  # (R, C, K): exp(G_i)
     # For all chunks at once: everything without S.
     P, A = scores_of_rows(torch.stack([q, k]), k, g)
-    A = beta * A.tril(-1)
     known = beta * torch.cat([v, decay_in * k], dim=-1)
-    solved = torch.linalg.solve_triangular(A, known, upper=False, unitriangular=True)
+    # It reads what is below the diagonal, and takes the diagonal as 1: that is I + A.
+    solved = torch.linalg.solve_triangular(beta * A, known, upper=False, unitriangular=True)
     U, W = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     q_in = decay_in * q
     k_out = decay_to_end(g) * k  # exp(G_C - G) * K
