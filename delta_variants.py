@@ -25,9 +25,9 @@ with a key, a value and a write strength for each, and reads after the last:
 
     S_t = (I - beta_n k_n k_n^T) ... (I - beta_1 k_1 k_1^T) S_{t-1} + what the steps write
 
-With beta = 2 a step is a reflection, and n of them make any rotation that turns n of K directions.
-One step can swap two objects; two can turn three around. It is the delta rule on a sequence that is
-n times as long, so delta.py computes it.
+With beta = 2 a step is a reflection. n of them make any rotation or reflection that moves no more
+than n directions: one step can swap two objects, two can turn three around. This is the delta rule
+on a sequence that is n times as long, so delta.py computes it, on a GPU too.
 
 Letters are those of delta.py; n is the number of steps a token.
 """
