@@ -1,10 +1,11 @@
 """Words in S3 with DeltaProduct: any of the six permutations a token, two steps for each.
 
-One layer, four heads, no convolution. Trained on 32 tokens, tested on up to 128. HARDWARE
-Expected: test accuracy of 0.95 or more on 128 tokens (the slice input_seq_len=128), EXPECTED
+One layer, four heads, 14,664 layer parameters. Trained on 32 tokens, tested on up to 128. A quarter
+of a minute on one of 2 CPU cores. Expected: test accuracy of 0.99 or more on 128 tokens (the slice
+input_seq_len=128), with each of three seeds.
 
 A token that turns three objects around is two reflections, one after the other. With
---n_householder 1 this is DeltaNet, which has one a token: EXPECTED1.
+--n_householder 1 this is DeltaNet, which has one: it learns the sign of the permutation, 1/3.
 """
 
 data = "data_track"
@@ -16,7 +17,7 @@ model = "delta_product"
 n_householder = 2
 allow_neg_eigval = True
 n_layers = 1
-n_heads = 4  # the more heads, the more of them may find a representation of the group
+n_heads = 4
 dim = 32
 dk = dv = 8
 conv_size = 0  # a token says all that its step needs
@@ -34,4 +35,4 @@ n_test_examples = 500
 target_slice = "input_seq_len=128"
 stop_accuracy = 0.999
 
-target_accuracy = 0.95
+target_accuracy = 0.99
