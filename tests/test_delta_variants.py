@@ -370,10 +370,10 @@ def test_the_kernel_gets_its_arguments_in_its_layout(monkeypatch, documents):
     monkeypatch.setattr(delta_variants, "load_fla", lambda: chunk_kda)
     expected = outputs_and_gradients(kda_recurrent, arguments)
     assert_all_close(outputs_and_gradients(kda_fla, arguments), expected, 1e-5)
-    # The kernel takes one dtype: that of the values.
-    q, k, v, beta = (x.detach().to(torch.bfloat16) for x in arguments[:4])
-    exact, last = kda_recurrent(q, k, v, beta, *arguments[4:])
-    o, S = kda_fla(q.float(), k.float(), v, beta.float(), *arguments[4:])
+    # The kernel takes one dtype: that of the values; but decays in float32.
+    q, k, v, beta, g = (x.detach().to(torch.bfloat16) for x in arguments[:5])
+    exact, last = kda_recurrent(q, k, v, beta, g, *arguments[5:])
+    o, S = kda_fla(q.float(), k.float(), v, beta.float(), g, *arguments[5:])
     assert o.dtype == torch.bfloat16 and torch.equal(o, exact) and torch.equal(S, last)
     for output in kda_fla(*arguments):
         with pytest.raises(RuntimeError, match="flash-linear-attention has no second derivatives"):
