@@ -1,9 +1,11 @@
-"""MQAR with Gated DeltaNet: the task and recipe of configs/mqar_delta.py.
+"""MQAR with Kimi Delta Attention: the task and recipe of configs/mqar_delta.py.
 
-dv is 86, to pay for the projection of the decay. Half a minute on 2 CPU cores.
-Expected: test token accuracy of 0.99 or more.
+dv is 71, to pay for the projection of the decay: within 0.3% of the layer parameters there. The
+state takes 122 kB whatever the length. Two minutes on one of 2 CPU cores. Expected: test token
+accuracy of 0.99 or more.
 
-In this task nothing should be forgotten, so the model must first unlearn its decay.
+Nothing should be forgotten in this task. Each row of the state has a decay of its own to unlearn,
+and 170 steps are enough (seed 0).
 """
 
 model = "kda"
