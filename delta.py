@@ -574,9 +574,12 @@ class DeltaNetLayer(RecurrentLayer):
     positions; beta = sigmoid(W x / lr_temp) per head.
     """
 
+    memory_name = "delta rule"
+    why_no_fla = staticmethod(why_no_fla)
+
     def __init__(self, c):
         super().__init__(c)
-        self.proj_beta = nn.Linear(c.dim, c.n_heads, bias=False) if c.use_beta else None
+        self.proj_beta = nn.Linear(c.dim, self.n_kv_heads, bias=False) if c.use_beta else None
         self.out_norm = self.make_out_norm(c)
 
     def recall(self, x, q, k, v, state, cu_seqlens):
@@ -586,24 +589,24 @@ class DeltaNetLayer(RecurrentLayer):
         return delta_rule(q, k, v, beta, self.log_decay(x), state, cu_seqlens, chunk_size)
 
     def beta(self, x):
-        """Write strength (B, T, H)"""
+        """Write strength of each key (B, T, H)"""
         c = self.config
         if not c.use_beta:
-            return x.new_ones(*x.shape[:2], self.n_heads)
+            return x.new_ones(*x.shape[:2], self.n_kv_heads)
         beta = torch.sigmoid(self.proj_beta(x) / c.lr_temp)
         return 2 * beta if c.allow_neg_eigval else beta
 
     @classmethod
     def describe_backend(cls, c, device, dtype):
-        problem = why_no_fla(device, dtype, cls.head_dims(c)[0])
+        problem = cls.why_no_fla(device, dtype, cls.head_dims(c)[0])
         form = "flash-linear-attention, its own chunks"
         if problem:
             form = f"chunks of {c.chunk_size} tokens ({problem})"
         is_bounded = c.k_norm in ("l2", "l1") or (c.k_norm == "none" and c.k_kernel == "softmax")
         if is_bounded:
-            return f"delta rule, {form}"
+            return f"{cls.memory_name}, {form}"
         note = f"note: with k_norm={c.k_norm} long keys may make the state grow without bound"
-        return f"delta rule, {form}; {note}"
+        return f"{cls.memory_name}, {form}; {note}"
 
 
 class GatedDeltaNetLayer(DeltaNetLayer):

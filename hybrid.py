@@ -12,6 +12,7 @@ place of MLPs, and memory.py places them.
 from dataclasses import asdict, dataclass
 
 import delta
+import delta_variants
 import linear
 import model
 import ttt
@@ -30,6 +31,8 @@ KINDS = {  # kind: settings of its blocks, and the model that has no others
     "unified_kv": (model.Config, model.UnifiedKV),
     "delta": (delta.Config, delta.DeltaNet),
     "gated_delta": (delta.Config, delta.GatedDeltaNet),
+    "kda": (delta_variants.Config, delta_variants.KDA),
+    "delta_product": (delta_variants.Config, delta_variants.DeltaProduct),
     "linear": (linear.Config, linear.LinearAttention),
     "retnet": (linear.Config, linear.RetNet),
     "mamba2": (linear.Config, linear.Mamba2),

@@ -198,19 +198,25 @@ def scores_of_heads(q, k, g):
 
 
 def scores_of_rows(q, k, g):
-    """Decayed scores with a decay for each row of the state: g (R, C, K) -> (R, C, C)."""
-    R, C, K = q.shape
+    """Decayed scores with a decay for each row of the state: g (R, C, K) -> (R, C, C).
+
+    q may be several (n, R, C, K) that share k and g -> (n, R, C, C).
+    """
+    R, C, K = k.shape
+    if C == 1:
+        return (q * k).sum(-1, keepdim=True)
     if C % 2:
-        return (q[:, :, None] * k[:, None] * decay_between(g)).sum(-1).tril()
+        return (q[..., None, :] * k[:, None] * decay_between(g)).sum(-1).tril()
     half = C // 2
-    within = scores_of_rows(*(x.reshape(2 * R, half, K) for x in (q, k, g)))
-    first, second = within.unflatten(0, (R, 2)).unbind(1)  # (R, half, half) each
+    q_halves = q.reshape(*q.shape[:-3], 2 * R, half, K)
+    within = scores_of_rows(q_halves, *(x.reshape(2 * R, half, K) for x in (k, g)))
+    first, second = within.unflatten(-3, (R, 2)).unbind(-3)  # (R, half, half) each
     # From the second half to the first all decays pass the middle.
-    later = q[:, half:] * g[:, half:].cumsum(1).exp()
+    later = q[..., half:, :] * g[:, half:].cumsum(1).exp()
     earlier = k[:, :half] * decay_to_end(g[:, :half])
     upper = F.pad(first, (0, half))
     lower = torch.cat([later @ earlier.mT, second], dim=-1)
-    return torch.cat([upper, lower], dim=1)
+    return torch.cat([upper, lower], dim=-2)
 
 
 def scan_chunks(written, decay_chunk, S, sizes):

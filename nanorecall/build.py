@@ -46,6 +46,8 @@ MODELS = {  # short names; anything else is file or file.Class
     "unified_kv": "model.UnifiedKV",
     "delta": "delta.DeltaNet",
     "gated_delta": "delta.GatedDeltaNet",
+    "kda": "delta_variants.KDA",
+    "delta_product": "delta_variants.DeltaProduct",
     "linear": "linear.LinearAttention",
     "retnet": "linear.RetNet",
     "mamba2": "linear.Mamba2",

@@ -24,7 +24,7 @@ from nanorecall.settings import ConfigError, line_of, require, say
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Files of this repo that a run may name.
 REPO_FILES = (
-    *("model", "delta", "linear", "ttt", "hybrid", "memory"),
+    *("model", "delta", "delta_variants", "linear", "ttt", "hybrid", "memory"),
     *("data_mqar", "data_synth", "data_track"),
 )
 

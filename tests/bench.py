@@ -38,6 +38,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import data_mqar
 import data_synth
 import delta
+import delta_variants
 import memory
 import train
 import ttt
@@ -608,6 +609,40 @@ def bench_delta_at(rounds, naive, B, T, H, width, chunk_size):
         yield Result(what, times["ours"], baseline, times[key], of_peak)
 
 
+def bench_kda(rounds):
+    """KDA in chunks, forward and backward, against the loop, one decay a head and fla's chunks."""
+    naive = fla_naive("kda")
+    B, T, H, width = 32, 128, 2, 48
+    q, k, v, beta = delta_inputs(B, T, H, width)
+    decay = (-0.1 * torch.rand(B, H, T, width)).requires_grad_()
+    inputs = [q, k, v, beta, decay]
+    functions = {
+        "ours": forward_and_backward(delta_variants.kda_chunkwise, inputs, chunk_size=16),
+        "token by token": forward_and_backward(delta_variants.kda_recurrent, inputs),
+        "one decay a head": forward_and_backward(
+            delta.delta_rule_chunkwise, [q, k, v, beta, decay[..., 0]], chunk_size=16
+        ),
+    }
+    if naive is None:
+        print("(no comparison with fla's naive form: pip install fla-core)", file=sys.stderr)
+    else:
+        functions["fla naive, its default"] = fla_kda(naive, inputs)
+    times = interleave(functions, rounds)
+    ours = times.pop("ours")
+    for baseline, seconds in times.items():
+        yield Result(f"KDA, {B} x {T}, {H} heads of {width}", ours, baseline, seconds)
+
+
+def fla_kda(naive, inputs):
+    """A function that runs fla's chunks forward and backward on inputs (B, H, T, width)."""
+
+    def rule(q, k, v, beta, decay):
+        q, k, v, beta, decay = (x.transpose(1, 2) for x in (q, k, v, beta, decay))
+        return naive.naive_chunk_kda(q, k, v, decay, beta)
+
+    return forward_and_backward(rule, inputs)
+
+
 # ---- test-time training --------------------------------------------------------------------------
 
 
@@ -819,6 +854,7 @@ BENCHES = {
     "flex": bench_flex,
     "templates": bench_templates,
     "delta": bench_delta,
+    "kda": bench_kda,
     "ttt": bench_ttt,
     "lengths": bench_lengths,
     "ranks": bench_ranks,

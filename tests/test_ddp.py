@@ -121,7 +121,7 @@ def test_any_split_of_the_batch_gives_the_same_weights(
     assert_close(tensors(many), tensors(one))
 
 
-@pytest.mark.parametrize("model", ["gpt", "unified_kv", "delta", "ttt_mlp", "hybrid"])
+@pytest.mark.parametrize("model", ["gpt", "unified_kv", "delta", "kda", "ttt_mlp", "hybrid"])
 def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
     changes = dict(grad_accum_steps=2, weight_decay=0.1, tie_weights=1, clip_grad=0.5)
     changes |= model_flags(model)

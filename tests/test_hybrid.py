@@ -22,6 +22,8 @@ OWN = {
     "unified_kv": dict(du=6, conv_size=2, k_gated=True),
     "delta": dict(dk=6, dv=4, q_kernel="none", use_out_norm=False),
     "gated_delta": dict(n_heads=4, dk=6, dv=4, att_use_output_gate=True),
+    "kda": dict(dk=6, dv=4, chunk_size=4),
+    "delta_product": dict(dk=6, dv=4, n_householder=3, allow_neg_eigval=True),
     "linear": dict(dk=6, dv=4, q_norm="none"),
     "retnet": dict(n_heads=1, dk=6, dv=4),
     "mamba2": dict(dk=6, dv=4, conv_size=2),

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDERS = ("nanorecall", "analysis", "myriadlama")
-MODELS = ("model", "delta", "linear", "ttt", "hybrid", "memory")
+MODELS = ("model", "delta", "delta_variants", "linear", "ttt", "hybrid", "memory")
 SUPPORT = ("nanorecall.ops", "nanorecall.second_order", "nanorecall.settings")
 
 
