@@ -5,7 +5,7 @@ state takes 122 kB whatever the length. Two minutes on one of 2 CPU cores. Expec
 accuracy of 0.99 or more.
 
 Nothing should be forgotten in this task. Each row of the state has a decay of its own to unlearn,
-and 170 steps are enough (seed 0).
+and 130 to 170 steps are enough.
 """
 
 model = "kda"
