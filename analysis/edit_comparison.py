@@ -33,8 +33,8 @@ from nanorecall.stats import format_ci, proportion
 
 METRICS = {
     "efficacy": "edited facts, new answer",
-    "specificity": "other facts, old answer",
-    "retention": "facts that an editor may use, old answer",
+    "specificity": "facts that the editor was not shown, old answer",
+    "specificity, shown": "facts that the editor was shown, old answer",
     "retained": "all facts that the model knew and that are not edited, old answer",
 }
 LAST_PORTION = {"last_portion": "facts of the last portion, new answer"}
@@ -160,7 +160,7 @@ def edit_in_portions(model, editor, cell, portions):
 def measure(model, edited, cell):
     """-> METRICS, retained by group, and those of REACH. edited: (tokens, targets) so far."""
     measured = {}
-    asked = {"efficacy": edited, "specificity": cell.unseen, "retention": cell.kept}
+    asked = {"efficacy": edited, "specificity": cell.unseen, "specificity, shown": cell.kept}
     for metric, (tokens, targets) in (asked | cell.beyond).items():
         measured[metric] = proportion(n_correct(model, tokens, targets), len(tokens))
     is_correct = answered(model, *cell.old).cpu().numpy()
