@@ -90,6 +90,15 @@ def complete_question(data, question):
     return question + ":" if is_number else question
 
 
+def other_wording(data, question):
+    """A question (completed) in the other wording that qa has with forms=2; None without one."""
+    if "form" not in data.source.slices:
+        return None
+    # As data_synth.second_form writes it.
+    key = question.removeprefix("q ")[:-1]
+    return f"q {key}?" if question.endswith(":") else f"{key}:"
+
+
 def make_fact(data, facts, question, answer):
     """The Fact with this question (completed) and answer, written as the run's documents are.
 

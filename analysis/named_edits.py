@@ -20,6 +20,7 @@ from analysis.asking import (
     encode_facts,
     known_facts,
     make_fact,
+    other_wording,
     positions,
     require_decoding,
 )
@@ -48,13 +49,16 @@ def edit_named_facts(run):
     folder = new_folder(run, config.save_as) if config.save_as else ""
     known = select(facts, are_answered(model, run, facts))
     new_facts = read_new_facts(run, facts, {fact.question for fact in known})
-    edited = {fact.question for fact in new_facts}
+    reworded = in_other_wording(run, facts, new_facts)
+    edited = {fact.question for fact in new_facts + reworded}
+    # The other wording of an edited fact is not protected: its old answer is wrong now.
     others = [fact for fact in known if fact.question not in edited]
     before = [ask(model, run, fact) for fact in new_facts]
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     try:
         apply_editor(run, editor, new_facts, others)
         after = [ask(model, run, fact) for fact in new_facts]
+        are_reached = are_answered(model, run, reworded)
         are_kept = are_answered(model, run, others)
         changed = select(others, ~are_kept)
         changed_answers = [ask(model, run, fact) for fact in changed[:N_SHOWN]]
@@ -68,6 +72,10 @@ def edit_named_facts(run):
     report_edits(run, edits, efficacy, specificity)
     report_changed(run, changed, changed_answers)
     metrics = {"efficacy": efficacy}
+    if reworded:
+        n_reached = int(are_reached.sum())
+        metrics["generalisation"] = proportion(n_reached, len(reworded))
+        say(f"in their other wording, {n_reached} of {len(reworded)} have the new answer")
     columns = None
     if others:
         metrics["specificity"] = specificity
@@ -75,6 +83,17 @@ def edit_named_facts(run):
     save_result(run, "edit", metrics, examples=edits, columns=columns)
     if folder:
         say(f"wrote {folder}; to take the edit back: python eval.py edit {folder} --undo 1")
+
+
+def in_other_wording(run, facts, new_facts):
+    """The new facts in their other wording, where that is not edited itself -> [Fact]."""
+    edited = {fact.question for fact in new_facts}
+    found = []
+    for fact in new_facts:
+        question = other_wording(run.data, fact.question)
+        if question and question not in edited:
+            found.append(make_fact(run.data, facts, question, answer_text(run.data, fact)))
+    return found
 
 
 def select(facts, chosen):

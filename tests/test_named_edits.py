@@ -14,7 +14,7 @@ import torch
 
 import eval as evaluate
 import train
-from analysis import asking, edited_run
+from analysis import asking, edited_run, named_edits
 from analysis.editing import last_layer_reads
 from analysis.trained_run import open_run
 from nanorecall.checkpoint import load_checkpoint, save_checkpoint
@@ -158,6 +158,31 @@ def test_texts_in_which_a_mask_finds_the_answer(tmp_path):
     row["answer"] = "Yes"
     assert edit(tmp_path, "t", [row], "--save_as", "edited")["examples"][0]["after"] == "Yes"
     assert answers(tmp_path, "edited", "Is 7 even?") == ["Yes"]
+
+
+def test_the_other_wording_of_an_edited_fact_is_not_protected(tmp_path, monkeypatch):
+    qa = dict(task="qa", num_pairs=20, buckets="[16]", heldout_frac=0, forms=2)
+    place = dict(max_steps=80, eval_interval=80, log_dir=tmp_path, run_name="forms")
+    train.main(as_flags({**SMALL, **qa, **place}))
+    pairs = open_run(str(tmp_path / "forms"), evaluate.EvalConfig()).data.source.texts[:20]
+    first, second = (pair.split(":")[0] for pair in pairs[:2])
+    protected = []
+
+    def record(run, editor, new_facts, others):
+        protected.extend(fact.question for fact in others)
+        apply_editor(run, editor, new_facts, others)
+
+    apply_editor = named_edits.apply_editor
+    monkeypatch.setattr(named_edits, "apply_editor", record)
+    rows = [{"question": f"{first}:", "answer": "111111"}]
+    rows.append({"question": f"q {second}?", "answer": "222222"})
+    metrics = edit(tmp_path, "forms", rows, "--save_as", "edited")["metrics"]
+    assert len(protected) > 30
+    assert not {f"{first}:", f"q {first}?", f"{second}:", f"q {second}?"} & set(protected)
+    assert metrics["specificity"]["n"] == len(protected)
+    asked = answers(tmp_path, "edited", f"q {first}?", f"{second}:")
+    n_reached = (asked[0] == "111111") + (asked[1] == "222222")
+    assert metrics["generalisation"]["value"] == n_reached / 2
 
 
 def test_a_fact_that_shares_no_slot_keeps_its_logits_to_the_bit(runs):
