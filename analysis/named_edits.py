@@ -25,7 +25,12 @@ from analysis.asking import (
     require_decoding,
 )
 from analysis.edited_run import new_folder, save_edited_run, undo_latest_edit
-from analysis.editors import applicable_editors, choose_editors
+from analysis.editors import (
+    answer_probabilities,
+    applicable_editors,
+    choose_editors,
+    say_margin,
+)
 from analysis.trained_run import save_result
 from nanorecall.documents import validate_text
 from nanorecall.metrics import print_table
@@ -58,6 +63,7 @@ def edit_named_facts(run):
     try:
         apply_editor(run, editor, new_facts, others)
         after = [ask(model, run, fact) for fact in new_facts]
+        probability = answer_probabilities(model, *encode_facts(run, new_facts)).mean().item()
         are_reached = are_answered(model, run, reworded)
         are_kept = are_answered(model, run, others)
         changed = select(others, ~are_kept)
@@ -69,9 +75,10 @@ def edit_named_facts(run):
     edits = describe_answers(run, new_facts, before, after)
     efficacy = proportion(sum(edit["exact"] for edit in edits), len(edits))
     specificity = proportion(int(are_kept.sum()), len(others)) if others else None
-    report_edits(run, edits, efficacy, specificity)
+    say_margin({name: editor}, config.margin)
+    report_edits(run, edits, efficacy, specificity, probability)
     report_changed(run, changed, changed_answers)
-    metrics = {"efficacy": efficacy}
+    metrics = {"efficacy": efficacy, "probability": probability}
     if reworded:
         n_reached = int(are_reached.sum())
         metrics["generalisation"] = proportion(n_reached, len(reworded))
@@ -109,7 +116,7 @@ def choose_editor(run):
     config = run.config
     require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
     require_decoding(run)
-    chosen = choose_editors(config.editors or DEFAULT, config.top_slots)
+    chosen = choose_editors(config.editors or DEFAULT, config.top_slots, config.margin)
     message = f"editors={config.editors!r} are {len(chosen)} methods; --facts uses one"
     require(not config.editors or len(chosen) == 1, message, "editors")
     editors, left_out = applicable_editors(run.model, chosen)
@@ -188,10 +195,11 @@ def describe_answers(run, new_facts, before, after):
     return edits
 
 
-def report_edits(run, edits, efficacy, specificity):
+def report_edits(run, edits, efficacy, specificity, probability):
     """Print what became of the edited facts and, specificity, of the others."""
     n = len(edits)
     found = f"{efficacy['value'] * n:.0f} of {n} facts have the new answer"
+    found += f" (mean probability {probability:.2g})"
     if specificity:
         share, n = specificity["value"], specificity["n"]
         found += f"; {share * n:.0f} of {n} other known facts ({share:.1%}) keep theirs"

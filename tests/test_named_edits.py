@@ -114,7 +114,10 @@ def test_facts_get_the_new_answers_and_the_run_stays_as_it_is(runs, capsys):
         ".json",
         ".parquet",
     }
-    assert "2 of 2 facts have the new answer; " in capsys.readouterr().out
+    assert result["metrics"]["probability"] == pytest.approx(
+        sum(e["probability"] for e in result["examples"]) / 2, rel=1e-3
+    )
+    assert "2 of 2 facts have the new answer (mean probability 0.0" in capsys.readouterr().out
 
 
 def test_each_other_fact_is_measured_by_what_the_edited_run_answers(runs, capsys):
@@ -487,6 +490,9 @@ def test_what_cannot_be_edited(runs):
         ("own", ["--facts", edits, "--editors", "all"], "editors='all' are .* --facts uses one"),
         ("own", ["--save_as", "x"], "save_as='x' has no effect: there is no --facts FILE; leave"),
         ("own", ["--facts", edits, "--undo", "1"], "no effect: undo takes an edit back"),
+        ("own", ["--undo", "1", "--checkpoint", "ckpt"], "no effect: undo takes an edit back"),
+        ("own", ["--facts", edits, "--dtype", "bfloat16"], "weights are edited in float32; leave"),
+        ("own", ["--facts", edits, "--split", "val"], "no effect: all facts of the run are asked"),
         ("own", ["--facts", edits, "--n_edits", "[1]"], "no effect: facts names what to edit"),
         ("own", ["--undo", "1"], "own has no edit to take back"),
         ("own", [], "own: facts of your own are edited by name: give a file of them with --facts"),
