@@ -16,6 +16,7 @@
                                                   # pairs in the state or the cache
     python eval.py edit runs/RUN --facts edits.jsonl --save_as NAME   # rewrite facts of your choice
     python eval.py edit runs/NAME --undo 1        # and take that back
+    python eval.py consolidate runs/RUN           # facts from the context into the memory table
     python eval.py stats runs/A [runs/B]          # intervals and tests of one run or two
     python eval.py compare 'runs/*'               # runs side by side, seeds as bands
     python eval.py repair results.jsonl           # every whole record of a damaged file
@@ -39,6 +40,7 @@ from analysis.attention_maps import attention
 from analysis.compare import compare
 from analysis.compare_figure import BANDS
 from analysis.confidence import logits
+from analysis.consolidation import consolidate
 from analysis.decoding import decode_example, hashhop_errors
 from analysis.edit_comparison import compare_editors
 from analysis.editors import CLOSED_FORMS, MARGIN, choose_editors
@@ -362,6 +364,11 @@ COMMANDS = {
             *("facts", "add", "save_as", "undo", "num_kv_pairs"),
         ),
         "Facts edited in closed form, beside fine-tuning; of MQAR, pairs in state or cache.",
+    ),
+    "consolidate": Command(
+        consolidate,
+        ("n_edits", "margin"),
+        "Facts that the model reads in its context, written into its memory table.",
     ),
     "stats": Command(
         stats, ("split",), "Intervals of every slice, and what correlates with the loss.", False
