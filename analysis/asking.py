@@ -44,7 +44,10 @@ def known_facts(run):
     source = getattr(run.data, "source", None)
     message = f"it needs facts, task=qa, digits or text, not {task}"
     require(task in TASKS and isinstance(source, FactDataset), message, None)
-    facts = find_facts(run.data, source.texts)
+    texts = source.texts
+    if task == "qa":  # without the documents of context_docs, whose answers are in the context
+        texts = [text for text in texts if isinstance(text, str)]
+    facts = find_facts(run.data, texts)
     message = "its documents hold no facts; facts have a question and an answer"
     require(facts, message, None)
     edited = {}

@@ -44,11 +44,10 @@ def consolidate(run):
     message = f"the model answers {len(known)} facts correctly; this needs 10"
     require(len(known) >= 10, f"{message}: train it longer", None)
     facts, _ = source.read(config.split, known)
-    texts = [text for text in source.texts if isinstance(text, str)]  # no contexts
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     rows, examples = [], []
     for n in config.n_edits:
-        new = unknown_facts(n, facts, texts, rng)
+        new = unknown_facts(n, facts, source.texts, rng)
         try:
             row, examples = consolidate_facts(run, new, facts[:1000:2], facts[1:1000:2])
         finally:

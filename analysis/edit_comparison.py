@@ -287,7 +287,8 @@ def unknown_facts(n, facts, texts, rng):
     key, value = facts[0].strip().split(":")
     key_alphabet = characters_of(fact.split(":")[0] for fact in facts)
     alphabet = characters_of(value_of(fact) for fact in facts)
-    taken = {text.split(":")[0] for text in texts}
+    # Documents of another form are (question, answer): qa with context_docs.
+    taken = {text.split(":")[0] for text in texts if isinstance(text, str)}
     n_free = len(key_alphabet) ** len(key) - len(taken)
     message = f"n_edits={n} new facts need keys that the data lacks; there are {n_free}"
     require(n <= n_free, message, "n_edits")

@@ -9,6 +9,7 @@ import data_synth
 import eval as eval_script
 import train
 from analysis import consolidation
+from analysis.asking import known_facts
 from analysis.trained_run import open_run
 from nanorecall.settings import ConfigError
 from toys import as_flags
@@ -64,6 +65,15 @@ def test_the_model_stays_as_it_is(folder):
     consolidation.consolidate(run)
     for name, t in run.model.state_dict().items():
         assert torch.equal(t, before[name]), name
+
+
+def test_contexts_are_no_facts_to_edit_or_to_keep(folder):
+    run = open_run(str(folder), eval_script.EvalConfig())
+    assert len(known_facts(run)) == 40
+    argv = ["--n_edits=[3]", "--new_facts=1", "--editors=closed form"]
+    eval_script.main(["edit", str(folder), *argv])
+    path = folder / "eval_edit_n_edits-3_new_facts-True_editors-closed-form.json"
+    assert json.loads(path.read_text())["by_slice"]["method, edits"]["closed form, 3"]["edits"] == 3
 
 
 def test_facts_in_contexts_of_some_size():
