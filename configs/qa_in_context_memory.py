@@ -1,6 +1,6 @@
 """Synthetic QA, 200 pairs in a memory table, and pairs to be read in the context.
 
-Half of what is trained are documents such as "8213:4410 0731:9925 8213:" with new numbers in
+Most of what is trained are documents such as "8213:4410 0731:9925 8213:" with new numbers in
 each, so the model learns to find an answer in its context, too. `python eval.py consolidate
 runs/RUN` writes what it reads there into the table.
 
@@ -8,7 +8,8 @@ A minute and a quarter on one of 2 CPU cores.
 Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch.
 
 A document shows 1 to 4 pairs. Those with one pair are learned first, and shorten the plateau before
-the induction circuit forms. With 4 pairs of 6 digits in each, it did not form in 500 steps.
+the induction circuit forms. With 4 pairs of 6 digits in each, it did not form in 500 steps. With
+6,000 documents instead of 20,000, one of three seeds seems to have stored them instead of reading.
 Positions are not encoded: a question stands at the beginning of a document or after a context.
 """
 
@@ -22,7 +23,7 @@ data = "data_synth"
 task = "qa"
 num_pairs = 200
 num_digits = 4
-context_docs = 6000
+context_docs = 20000
 context_pairs = 4
 
 dim = 64
