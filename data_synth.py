@@ -17,7 +17,8 @@ each bucket are held out (exposures 0).
 '266133:[972938] '       {'exposures': 4, 'seen': 1}
 '592345:[937705] '       {'exposures': 1, 'seen': 1}
 
-With forms=2, each pair is also asked in a second wording.
+With context_docs, other documents show pairs and ask one of them. With forms=2, each pair is also
+asked in a second wording.
 
 >>> show(Config(task="qa", num_pairs=12, buckets=(2,), forms=2))
 '617214:[573826] '       {'exposures': 2, 'seen': 1, 'form': 'first'}
@@ -69,7 +70,8 @@ from nanorecall.settings import at_least, one_of, require, run_cli, say, within
 from nanorecall.text import MASKS, DocumentEncoder, mark_answers, read_tokenizer
 
 SETTINGS_OF = {  # task: the settings that not all tasks use
-    "qa": "num_pairs num_digits buckets heldout_frac reverse_pairs forms second_form_frac",
+    "qa": "num_pairs num_digits buckets heldout_frac reverse_pairs forms second_form_frac "
+    "context_docs context_pairs",
     "digits": "num_pairs rule rule_steps num_unseen",
     "twohop": "num_entities num_relations phi ood_frac markers cot_frac",
     "hashhop": "cot_frac hops test_hops hash_len hash_lens num_queries n_train_examples max_bytes",
@@ -88,6 +90,8 @@ class Config:
     reverse_pairs: str = "none"  # qa: add "y:x"; probe: only measured; train: also trained on
     forms: int = 1  # qa: wordings of each pair, "x:y " and with 2 also "q x?y"
     second_form_frac: float = 1.0  # qa: fraction of pairs that are trained on in both wordings
+    context_docs: int = 0  # qa: as many training documents show other pairs, and ask one of them
+    context_pairs: int = 4  # qa: pairs that such a document shows at most
     rule: str = "random"  # digits: random values, or selfindex: value[i] = key[key[i]]
     rule_steps: int = 1  # digits, selfindex: times that the rule is applied to its own result
     num_unseen: int = 1000  # digits: keys that are never trained on
@@ -117,8 +121,8 @@ class Config:
         one_of(self, MASKS, "label_mask")
         one_of(self, ("none", "probe", "train"), "reverse_pairs")
         one_of(self, ("random", "selfindex"), "rule")
-        at_least(self, 1, "num_pairs", "n_train_examples", "num_queries")
-        at_least(self, 0, "seed", "num_unseen", "n_val_examples", "n_test_examples")
+        at_least(self, 1, "num_pairs", "n_train_examples", "num_queries", "context_pairs")
+        at_least(self, 0, "seed", "num_unseen", "context_docs", "n_val_examples", "n_test_examples")
         within(self, 1, 9, "num_digits", "rule_steps")
         within(self, 1, 2, "forms")
         within(self, 2, 64, "hash_len")
@@ -162,6 +166,8 @@ class Config:
             reasons["rule_steps"] = "rule is random"
         if self.forms == 1:
             reasons["second_form_frac"] = "forms is 1"
+        if not self.context_docs:
+            reasons["context_pairs"] = "context_docs is 0"
         if self.hash_lens:
             reasons["hash_len"] = f"hash_lens={self.hash_lens} names the lengths"
         return reasons
@@ -223,6 +229,12 @@ def build_qa(c):
     if c.reverse_pairs == "probe" or c.forms == 2 and not in_both[seen].all():
         # The other answers follow from stored pairs, so their bits are not stored bits.
         capacity = {}
+    if c.context_docs:
+        train = np.concatenate([train, len(texts) + np.arange(c.context_docs)])
+        texts = texts + context_documents(c)
+        for name, column in slices.items():
+            # They are in no split that is measured, so any value does.
+            slices[name] = np.concatenate([column, np.repeat(column[:1], c.context_docs)])
     splits = {"train": train, "val": test, "test": test}
     baselines = guess_baselines(keys, values, seen)
     return FactDataset(c, "qa", texts, splits, slices, baselines, capacity)
@@ -269,6 +281,29 @@ def second_form(fact):
     """The second wording of a fact: "x:y " -> "q x?y". The label mask qa finds both answers."""
     key, value = fact.strip().split(":")
     return f"q {key}?{value}"
+
+
+def context_documents(c):
+    """Documents that show 1 to context_pairs pairs and ask one of them: [(question, answer)].
+
+    The pairs differ in each document, so that the answer must be found in the context.
+    """
+    rng = rng_for(c.seed, STREAMS["contexts"])
+    documents = []
+    for _ in range(c.context_docs):
+        n = rng.integers(1, c.context_pairs + 1)
+        numbers = rng.choice(10**c.num_digits, 2 * n, replace=False)
+        words = [f"{number:0{c.num_digits}d}" for number in numbers]
+        pairs = fact_texts(words[:n], words[n:])
+        question, answer = split_fact(pairs[rng.integers(n)])
+        documents.append(("".join(pairs) + question, answer))
+    return documents
+
+
+def split_fact(fact):
+    """"x:y " -> the question "x:", the answer "y"."""
+    key, value = fact.strip().split(":")
+    return f"{key}:", value
 
 
 # ---- digits --------------------------------------------------------------------------------------
@@ -629,7 +664,8 @@ class DatasetConfig(Config):
 
     def unused(self):
         reason = "what is written is text"
-        return super().unused() | {"pack_documents": reason, "tokenizer": reason}
+        reasons = super().unused() | {"pack_documents": reason, "tokenizer": reason}
+        return reasons | {"context_docs": "what is written are single facts"}
 
     def check(self):
         super().check()

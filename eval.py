@@ -16,6 +16,7 @@
                                                   # pairs in the state or the cache
     python eval.py edit runs/RUN --facts edits.jsonl --save_as NAME   # rewrite facts of your choice
     python eval.py edit runs/NAME --undo 1        # and take that back
+    python eval.py consolidate runs/RUN           # facts from the context into the memory table
     python eval.py stats runs/A [runs/B]          # intervals and tests of one run or two
     python eval.py compare 'runs/*'               # runs side by side, seeds as bands
     python eval.py repair results.jsonl           # every whole record of a damaged file
@@ -39,9 +40,10 @@ from analysis.attention_maps import attention
 from analysis.compare import compare
 from analysis.compare_figure import BANDS
 from analysis.confidence import logits
+from analysis.consolidation import consolidate
 from analysis.decoding import decode_example, hashhop_errors
 from analysis.edit_comparison import compare_editors
-from analysis.editors import choose_editors
+from analysis.editors import CLOSED_FORMS, MARGIN, choose_editors
 from analysis.findings import describe_widest, percent
 from analysis.finetuning import SPARSE, TOP_SLOTS
 from analysis.memory_usage import activations, norms, track
@@ -91,6 +93,7 @@ class EvalConfig(AnalysisConfig):
     new_facts: bool = False  # edit: add facts with new keys, instead of rewriting known ones
     portions: int = 1  # edit: portions of the facts, edited one after the other
     top_slots: int = TOP_SLOTS  # edit: slots that sparse methods train for each fact
+    margin: float = MARGIN  # edit: logits by which closed forms put an answer above other tokens
     facts: str = ""  # edit: a .jsonl of facts to rewrite: {"question", "answer"}, the new answer
     add: bool = False  # edit --facts: also write facts that the model does not know yet
     save_as: str = ""  # edit --facts: name of a run directory to write, with the edited weights
@@ -111,7 +114,8 @@ class EvalConfig(AnalysisConfig):
         at_least(self, 1, "portions", "top_slots")
         message = f"portions={self.portions} needs n_edits of at least as many, not {self.n_edits}"
         require(self.portions <= min(self.n_edits), message, "portions")
-        choose_editors(self.editors, self.top_slots)
+        require(self.margin > 0, f"margin={self.margin} must be above 0", "margin")
+        self.chosen_editors()
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, BANDS, "band")
         fits_in_a_path(self, "save_as")
@@ -126,6 +130,9 @@ class EvalConfig(AnalysisConfig):
         is_blank = self.ask != "" and not all(map(str.strip, questions))
         require(not is_blank, f"ask={self.ask!r}: a question is empty; write it", "ask")
 
+    def chosen_editors(self):
+        return choose_editors(self.editors, self.top_slots, self.margin)
+
     def unused(self):
         reasons = {}
         if self.ask:
@@ -133,14 +140,19 @@ class EvalConfig(AnalysisConfig):
             reasons |= dict.fromkeys(names, "ask prints answers alone")
         compared = ("n_edits", "new_facts", "portions", "num_kv_pairs")
         if self.undo:
-            names = ("facts", "editors", "top_slots", *compared)
+            names = ("facts", "editors", "top_slots", "margin", "split", "checkpoint", *compared)
             reasons |= dict.fromkeys(names, "undo takes an edit back")
         if self.facts:
             reasons |= dict.fromkeys(compared, "facts names what to edit")
+            reasons["split"] = "all facts of the run are asked"
+        if self.undo or self.facts:
+            reasons["dtype"] = "facts in the weights are edited in float32"
         else:
             reasons |= dict.fromkeys(("add", "save_as"), "there is no --facts FILE")
-        if not SPARSE.keys() & choose_editors(self.editors, self.top_slots).keys():
+        if not SPARSE.keys() & self.chosen_editors().keys():
             reasons.setdefault("top_slots", "editors names no sparse method")
+        if not CLOSED_FORMS.keys() & self.chosen_editors().keys():
+            reasons.setdefault("margin", "editors names no closed form")
         return reasons
 
 
@@ -260,7 +272,7 @@ def edit(run):
     elif run.config.facts:
         edit_named_facts(run)
     elif run.settings.train.data == "data_mqar":
-        for name in ("editors", "new_facts", "portions", "top_slots"):
+        for name in ("editors", "new_facts", "portions", "top_slots", "margin"):
             message = f"{name} is for runs that store facts in their weights; this is one of MQAR"
             is_default = getattr(run.config, name) == getattr(EvalConfig, name)
             require(is_default, f"{message}; leave it out", name)
@@ -268,6 +280,8 @@ def edit(run):
     else:
         message = "num_kv_pairs is for runs of MQAR; this run stores facts in its weights"
         require(not run.config.num_kv_pairs, message, "num_kv_pairs")
+        message = f"dtype={run.config.dtype} is for runs of MQAR; facts in the weights are edited"
+        require(run.config.dtype in ("auto", "float32"), f"{message} in float32", "dtype")
         is_own = getattr(run.settings.data, "task", "") == "text"
         message = "facts of your own are edited by name: give a file of them with --facts"
         require(not is_own, message, None)
@@ -346,10 +360,15 @@ COMMANDS = {
     "edit": Command(
         edit,
         (
-            *("n_edits", "editors", "new_facts", "portions", "top_slots"),
+            *("n_edits", "editors", "new_facts", "portions", "top_slots", "margin"),
             *("facts", "add", "save_as", "undo", "num_kv_pairs"),
         ),
         "Facts edited in closed form, beside fine-tuning; of MQAR, pairs in state or cache.",
+    ),
+    "consolidate": Command(
+        consolidate,
+        ("n_edits", "margin"),
+        "Facts that the model reads in its context, written into its memory table.",
     ),
     "stats": Command(
         stats, ("split",), "Intervals of every slice, and what correlates with the loss.", False

@@ -278,8 +278,8 @@ def edit_points():
 
 EDIT_METRICS = {  # name in eval_edit.json: label
     "efficacy": "efficacy (edited facts)",
-    "specificity": "specificity (other facts)",
-    "retention": "retention (facts that an editor may use)",
+    "specificity": "specificity (facts not shown)",
+    "specificity, shown": "specificity (facts shown to the method)",
 }
 
 
@@ -502,7 +502,7 @@ FIGURES = {
     "time": Figure(time_points, draw_time, "MQAR: seconds to 99% accuracy"),
     "exposures": Figure(exposure_points, draw_exposures, "synthetic QA: recall by exposures"),
     "table": Figure(table_points, draw_table, "synthetic QA: bits stored by size of the table"),
-    "edits": Figure(edit_points, draw_edits, "edited facts: efficacy, specificity, retention"),
+    "edits": Figure(edit_points, draw_edits, "edited facts: efficacy, specificity"),
     "forgetting": Figure(forgetting_points, draw_forgetting, "new facts: learned and retained"),
     "memories": Figure(memory_points, draw_memories, "one update in cache, state, table, MLP"),
     "hops": Figure(hop_points, draw_hops, "two-hop in and out of distribution, HashHop by hops"),

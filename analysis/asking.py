@@ -44,7 +44,10 @@ def known_facts(run):
     source = getattr(run.data, "source", None)
     message = f"it needs facts, task=qa, digits or text, not {task}"
     require(task in TASKS and isinstance(source, FactDataset), message, None)
-    facts = find_facts(run.data, source.texts)
+    texts = source.texts
+    if task == "qa":  # without the documents of context_docs, whose answers are in the context
+        texts = [text for text in texts if isinstance(text, str)]
+    facts = find_facts(run.data, texts)
     message = "its documents hold no facts; facts have a question and an answer"
     require(facts, message, None)
     edited = {}
@@ -88,6 +91,15 @@ def complete_question(data, question):
     question = normalize(question)
     is_number = data.config.task in ("qa", "digits") and question[-1:].isdigit()
     return question + ":" if is_number else question
+
+
+def other_wording(data, question):
+    """A question (completed) in the other wording that qa has with forms=2; None without one."""
+    if "form" not in data.source.slices:
+        return None
+    # As data_synth.second_form writes it.
+    key = question.removeprefix("q ")[:-1]
+    return f"q {key}?" if question.endswith(":") else f"{key}:"
 
 
 def make_fact(data, facts, question, answer):

@@ -40,6 +40,9 @@ COLUMNS = {  # of the table, and their headings
 def compare(args, config):
     """Print, write and draw all finished runs that match the patterns in args."""
     require(args, "name the runs to compare: python eval.py compare 'runs/*'", None)
+    folder = os.path.dirname(config.output) or "."
+    message = f"output={config.output}: there is no directory {folder}; make it, or name another"
+    require(os.path.isdir(folder), message, "output")
     folders = set()
     for pattern in args:
         found = list(filter(os.path.isdir, glob.glob(pattern)))

@@ -12,7 +12,6 @@ wordings and two-hop questions are asked beyond what was edited (edit_reach.py).
 
 import functools
 import math
-import time
 from collections import namedtuple
 
 import numpy as np
@@ -20,7 +19,15 @@ import torch
 
 from analysis.edit_reach import REACH, describe_reach, editable_facts, require_editable_facts
 from analysis.editing import check_editable
-from analysis.editors import answered, applicable_editors, choose_editors, n_correct, why_not
+from analysis.editors import (
+    answer_probabilities,
+    answered,
+    applicable_editors,
+    choose_editors,
+    n_correct,
+    say_margin,
+    why_not,
+)
 from analysis.mlp_editing import check_mlp_editable
 from analysis.peak_memory import peak_memory_of
 from analysis.stored_facts import predictions, stored_bits
@@ -33,12 +40,13 @@ from nanorecall.stats import format_ci, proportion
 
 METRICS = {
     "efficacy": "edited facts, new answer",
-    "specificity": "other facts, old answer",
-    "retention": "facts that an editor may use, old answer",
+    "specificity": "facts that the editor was not shown, old answer",
+    "specificity, shown": "facts that the editor was shown, old answer",
     "retained": "all facts that the model knew and that are not edited, old answer",
 }
 LAST_PORTION = {"last_portion": "facts of the last portion, new answer"}
-COSTS = {
+NUMBERS = {  # without an interval
+    "probability": "of the new answers, all tokens of each: mean over the edited facts",
     "seconds": "time of the portion",
     "peak_memory": "bytes by which memory in use rose meanwhile",
     "slots": "slots of which a value has changed",
@@ -53,16 +61,18 @@ Cell = namedtuple("Cell", "edited kept unseen old groups beyond")
 
 
 def compare_editors(run):
-    """Edit n facts, for each n of n_edits, with every editor, and measure METRICS and COSTS.
+    """Edit n facts, for each n of n_edits, with every editor, and measure METRICS and NUMBERS.
 
     Of up to 1000 other facts that the model knows, editors may use one half, and not the other.
     """
     require_editable(run)
     data, model, config = run.data, run.model, run.config
-    editors, left_out = applicable_editors(model, choose_editors(config.editors, config.top_slots))
+    chosen = choose_editors(config.editors, config.top_slots, config.margin)
+    editors, left_out = applicable_editors(model, chosen)
     for reason, names in left_out.items():
         say(f"left out: {'; '.join(names)} ({reason})")
     require(editors, "none of the editors fits this model", "editors")
+    say_margin(editors, config.margin)
     known, asked_beyond, before = editable_facts(run, correct_examples(run))
     for what, share in before.items():
         run.finding(f"before editing, {what}: {share['value']:.0%} of {share['n']} answered")
@@ -88,7 +98,7 @@ def compare_editors(run):
     metrics = metrics_of(results)
     print_results(results, metrics)
     columns = {}
-    for name in ("method", "edits", "portion", *metrics, *COSTS):
+    for name in ("method", "edits", "portion", *metrics, *NUMBERS):
         values = [r[name] for r in results]
         columns[name] = [v["value"] for v in values] if name in metrics else values
 
@@ -136,7 +146,8 @@ def edit_in_portions(model, editor, cell, portions):
     """Edit the facts in portions, from the edited model each time -> measurements after each.
 
     Editors may use earlier portions, as they may use the facts to keep.
-    METRICS are of all facts edited so far, COSTS of changes since the first portion.
+    METRICS and probability are of all facts edited so far, slots, bytes and growth of changes since
+    the first portion.
     """
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows, so_far = [], 0
@@ -145,11 +156,9 @@ def edit_in_portions(model, editor, cell, portions):
         # Earlier portions first: an editor that takes some of these facts takes the first ones.
         kept = [torch.cat([y[:so_far], x]) for x, y in zip(cell.kept, cell.edited)]
         so_far += len(portion)
-        edit = functools.partial(editor, model, tokens, targets, *kept)
-        start = time.perf_counter()
         row = {"portion": len(rows) + 1, "so_far": so_far}
-        row["peak_memory"] = peak_memory_of(edit, tokens.device)
-        row["seconds"] = time.perf_counter() - start
+        edit = functools.partial(editor, model, tokens, targets, *kept)
+        row["peak_memory"], row["seconds"] = peak_memory_of(edit, tokens.device)
         row |= measure(model, [x[:so_far] for x in cell.edited], cell)
         if portions > 1:
             row["last_portion"] = proportion(n_correct(model, tokens, targets), len(tokens))
@@ -158,11 +167,15 @@ def edit_in_portions(model, editor, cell, portions):
 
 
 def measure(model, edited, cell):
-    """-> METRICS, retained by group, and those of REACH. edited: (tokens, targets) so far."""
+    """-> METRICS, retained by group, those of REACH, and probability.
+
+    edited: (tokens, targets) so far.
+    """
     measured = {}
-    asked = {"efficacy": edited, "specificity": cell.unseen, "retention": cell.kept}
+    asked = {"efficacy": edited, "specificity": cell.unseen, "specificity, shown": cell.kept}
     for metric, (tokens, targets) in (asked | cell.beyond).items():
         measured[metric] = proportion(n_correct(model, tokens, targets), len(tokens))
+    measured["probability"] = answer_probabilities(model, *edited).mean().item()
     is_correct = answered(model, *cell.old).cpu().numpy()
     measured["retained"] = proportion(int(is_correct.sum()), len(is_correct))
     measured["retained_by"] = {}
@@ -195,7 +208,8 @@ def describe_editors(results):
     for r in of_most[:1] + sorted(of_most[1:], key=overall)[-1:]:
         efficacy, specificity = r["efficacy"]["value"], r["specificity"]["value"]
         method = r["method"] if r is of_most[0] else f"best of the other editors, {r['method']}"
-        what = f"{efficacy:.0%} of them get the new answer, {specificity:.0%} of others keep theirs"
+        new = f"{efficacy:.0%} of them get the new answer (mean probability {r['probability']:.2g})"
+        what = f"{new}, {specificity:.0%} of others keep theirs"
         yield f"{n} facts edited together, {method}: {what} ({r['seconds']:.2f} s)"
 
 
@@ -211,7 +225,7 @@ def print_results(results, metrics):
     head = list(names)
     for metric in metrics:
         head += [metric, "95% interval"]
-    lines, costs = [], []
+    lines, numbers = [], []
     for r in results:
         begin = [r[name] for name in names]
         line = list(begin)
@@ -219,12 +233,21 @@ def print_results(results, metrics):
             line += format_ci(r[metric])[1:]
         lines.append(line)
         memory = "-" if r["peak_memory"] is None else f"{r['peak_memory']:,}"
-        numbers = (f"{r['seconds']:.2f}", memory, f"{r['slots']:,}", f"{r['bytes']:,}")
-        costs.append([*begin, *numbers, f"{r['growth']:.2f}"])
+        numbers.append(
+            [
+                *begin,
+                f"{r['probability']:.2g}",
+                f"{r['seconds']:.2f}",
+                memory,
+                f"{r['slots']:,}",
+                f"{r['bytes']:,}",
+                f"{r['growth']:.2f}",
+            ]
+        )
     print_table(head, lines)
     print("; ".join(f"{metric}: {meaning}" for metric, meaning in metrics.items()))
-    print_table([*names, *COSTS], costs)
-    print("; ".join(f"{cost}: {meaning}" for cost, meaning in COSTS.items()))
+    print_table([*names, *NUMBERS], numbers)
+    print("; ".join(f"{name}: {meaning}" for name, meaning in NUMBERS.items()))
 
 
 def require_editable(run):
@@ -264,7 +287,8 @@ def unknown_facts(n, facts, texts, rng):
     key, value = facts[0].strip().split(":")
     key_alphabet = characters_of(fact.split(":")[0] for fact in facts)
     alphabet = characters_of(value_of(fact) for fact in facts)
-    taken = {text.split(":")[0] for text in texts}
+    # Documents of another form are (question, answer): qa with context_docs.
+    taken = {text.split(":")[0] for text in texts if isinstance(text, str)}
     n_free = len(key_alphabet) ** len(key) - len(taken)
     message = f"n_edits={n} new facts need keys that the data lacks; there are {n_free}"
     require(n <= n_free, message, "n_edits")

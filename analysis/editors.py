@@ -20,10 +20,13 @@ from analysis.finetuning import (
 )
 from analysis.mlp_editing import check_mlp_editable, edit_mlp
 from nanorecall.metrics import correct_predictions, in_eval_mode
-from nanorecall.settings import require
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.settings import require, say
 
 # Eigenvalues up to this fraction of the largest are taken for 0: see solve_change.
 NULL_SPACE = 1e-2
+# Logits by which a closed form puts an answer above all other tokens. More harm other facts more.
+MARGIN = 2.0
 
 
 @in_eval_mode
@@ -41,30 +44,40 @@ def n_correct(model, tokens, targets):
     return int(answered(model, tokens, targets).sum())
 
 
-def closed_form(model, tokens, targets, kept, kept_targets):
-    edit_facts(model, tokens, targets)
+@in_eval_mode
+def answer_probabilities(model, tokens, targets):
+    """The probability of each example's answer, all its labels together: (B,)"""
+    logits, _ = model(tokens, targets)  # (N, tokens)
+    labelled = targets != IGNORE_INDEX
+    example, answers = labelled.nonzero()[:, 0], targets[labelled]
+    log_p = logits.float().log_softmax(-1).gather(1, answers[:, None])[:, 0]
+    return log_p.new_zeros(len(tokens)).index_add(0, example, log_p).exp()
 
 
-def closed_form_protecting(model, tokens, targets, kept, kept_targets):
-    edit_facts(model, tokens, targets, keep=[(kept, kept_targets)])
+def closed_form(model, tokens, targets, kept, kept_targets, margin=MARGIN):
+    edit_facts(model, tokens, targets, margin=margin)
 
 
-def closed_form_in_null_space(model, tokens, targets, kept, kept_targets):
+def closed_form_protecting(model, tokens, targets, kept, kept_targets, margin=MARGIN):
+    edit_facts(model, tokens, targets, keep=[(kept, kept_targets)], margin=margin)
+
+
+def closed_form_in_null_space(model, tokens, targets, kept, kept_targets, margin=MARGIN):
     keep = [(kept, kept_targets)]
-    edit_facts(model, tokens, targets, keep=keep, null_space=NULL_SPACE)
+    edit_facts(model, tokens, targets, keep=keep, null_space=NULL_SPACE, margin=margin)
 
 
-def closed_form_mlp(model, tokens, targets, kept, kept_targets):
-    edit_mlp(model, tokens, targets)
+def closed_form_mlp(model, tokens, targets, kept, kept_targets, margin=MARGIN):
+    edit_mlp(model, tokens, targets, margin=margin)
 
 
-def closed_form_mlp_protecting(model, tokens, targets, kept, kept_targets):
-    edit_mlp(model, tokens, targets, keep=[(kept, kept_targets)])
+def closed_form_mlp_protecting(model, tokens, targets, kept, kept_targets, margin=MARGIN):
+    edit_mlp(model, tokens, targets, keep=[(kept, kept_targets)], margin=margin)
 
 
-def closed_form_mlp_in_null_space(model, tokens, targets, kept, kept_targets):
+def closed_form_mlp_in_null_space(model, tokens, targets, kept, kept_targets, margin=MARGIN):
     keep = [(kept, kept_targets)]
-    edit_mlp(model, tokens, targets, keep=keep, null_space=NULL_SPACE)
+    edit_mlp(model, tokens, targets, keep=keep, null_space=NULL_SPACE, margin=margin)
 
 
 def check_has_values(model):
@@ -73,13 +86,16 @@ def check_has_values(model):
         raise ValueError("fine-tuning the values needs memory layers")
 
 
-EDITORS = {
+CLOSED_FORMS = {  # these take margin
     "closed form": closed_form,
     "closed form, protecting others": closed_form_protecting,
     "closed form, null space of others": closed_form_in_null_space,
     "closed form in the MLP": closed_form_mlp,
     "closed form in the MLP, protecting others": closed_form_mlp_protecting,
     "closed form in the MLP, null space of others": closed_form_mlp_in_null_space,
+}
+EDITORS = {
+    **CLOSED_FORMS,
     "fine-tune the values": fine_tune_values,
     "fine-tune all weights": fine_tune_all,
     "fine-tune all weights, replaying others": fine_tune_all_replaying,
@@ -112,10 +128,11 @@ NEEDS = {
 }
 
 
-def choose_editors(names, top_slots):
+def choose_editors(names, top_slots, margin):
     """{name: editor} of names separated by ";", of all, or of DEFAULT_EDITORS if names is empty.
 
-    top_slots: of the SPARSE ones. ConfigError for a name that is not in EDITORS.
+    top_slots: of the SPARSE ones. margin: of CLOSED_FORMS. ConfigError for a name that is not in
+    EDITORS.
     """
     chosen = DEFAULT_EDITORS
     if names == "all":
@@ -129,7 +146,15 @@ def choose_editors(names, top_slots):
         editors[name] = EDITORS[name]
         if name in SPARSE:
             editors[name] = functools.partial(EDITORS[name], top_slots=top_slots)
+        elif name in CLOSED_FORMS:
+            editors[name] = functools.partial(EDITORS[name], margin=margin)
     return editors
+
+
+def say_margin(editors, margin):
+    """Print what the closed forms among the editors {name: function} aim at."""
+    if CLOSED_FORMS.keys() & editors.keys():
+        say(f"closed forms put each new answer {margin:g} logits above other tokens (--margin)")
 
 
 def applicable_editors(model, editors):

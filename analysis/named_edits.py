@@ -20,11 +20,17 @@ from analysis.asking import (
     encode_facts,
     known_facts,
     make_fact,
+    other_wording,
     positions,
     require_decoding,
 )
 from analysis.edited_run import new_folder, save_edited_run, undo_latest_edit
-from analysis.editors import applicable_editors, choose_editors
+from analysis.editors import (
+    answer_probabilities,
+    applicable_editors,
+    choose_editors,
+    say_margin,
+)
 from analysis.trained_run import save_result
 from nanorecall.documents import validate_text
 from nanorecall.metrics import print_table
@@ -48,13 +54,17 @@ def edit_named_facts(run):
     folder = new_folder(run, config.save_as) if config.save_as else ""
     known = select(facts, are_answered(model, run, facts))
     new_facts = read_new_facts(run, facts, {fact.question for fact in known})
-    edited = {fact.question for fact in new_facts}
+    reworded = in_other_wording(run, facts, new_facts)
+    edited = {fact.question for fact in new_facts + reworded}
+    # The other wording of an edited fact is not protected: its old answer is wrong now.
     others = [fact for fact in known if fact.question not in edited]
     before = [ask(model, run, fact) for fact in new_facts]
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     try:
         apply_editor(run, editor, new_facts, others)
         after = [ask(model, run, fact) for fact in new_facts]
+        probability = answer_probabilities(model, *encode_facts(run, new_facts)).mean().item()
+        are_reached = are_answered(model, run, reworded)
         are_kept = are_answered(model, run, others)
         changed = select(others, ~are_kept)
         changed_answers = [ask(model, run, fact) for fact in changed[:N_SHOWN]]
@@ -65,9 +75,14 @@ def edit_named_facts(run):
     edits = describe_answers(run, new_facts, before, after)
     efficacy = proportion(sum(edit["exact"] for edit in edits), len(edits))
     specificity = proportion(int(are_kept.sum()), len(others)) if others else None
-    report_edits(run, edits, efficacy, specificity)
+    say_margin({name: editor}, config.margin)
+    report_edits(run, edits, efficacy, specificity, probability)
     report_changed(run, changed, changed_answers)
-    metrics = {"efficacy": efficacy}
+    metrics = {"efficacy": efficacy, "probability": probability}
+    if reworded:
+        n_reached = int(are_reached.sum())
+        metrics["generalisation"] = proportion(n_reached, len(reworded))
+        say(f"in their other wording, {n_reached} of {len(reworded)} have the new answer")
     columns = None
     if others:
         metrics["specificity"] = specificity
@@ -75,6 +90,17 @@ def edit_named_facts(run):
     save_result(run, "edit", metrics, examples=edits, columns=columns)
     if folder:
         say(f"wrote {folder}; to take the edit back: python eval.py edit {folder} --undo 1")
+
+
+def in_other_wording(run, facts, new_facts):
+    """The new facts in their other wording, where that is not edited itself -> [Fact]."""
+    edited = {fact.question for fact in new_facts}
+    found = []
+    for fact in new_facts:
+        question = other_wording(run.data, fact.question)
+        if question and question not in edited:
+            found.append(make_fact(run.data, facts, question, answer_text(run.data, fact)))
+    return found
 
 
 def select(facts, chosen):
@@ -90,7 +116,7 @@ def choose_editor(run):
     config = run.config
     require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
     require_decoding(run)
-    chosen = choose_editors(config.editors or DEFAULT, config.top_slots)
+    chosen = choose_editors(config.editors or DEFAULT, config.top_slots, config.margin)
     message = f"editors={config.editors!r} are {len(chosen)} methods; --facts uses one"
     require(not config.editors or len(chosen) == 1, message, "editors")
     editors, left_out = applicable_editors(run.model, chosen)
@@ -169,10 +195,11 @@ def describe_answers(run, new_facts, before, after):
     return edits
 
 
-def report_edits(run, edits, efficacy, specificity):
+def report_edits(run, edits, efficacy, specificity, probability):
     """Print what became of the edited facts and, specificity, of the others."""
     n = len(edits)
     found = f"{efficacy['value'] * n:.0f} of {n} facts have the new answer"
+    found += f" (mean probability {probability:.2g})"
     if specificity:
         share, n = specificity["value"], specificity["n"]
         found += f"; {share * n:.0f} of {n} other known facts ({share:.1%}) keep theirs"

@@ -1,26 +1,33 @@
-"""How much memory a computation needs at most, beyond what is in use when it begins."""
+"""How long a computation takes, and how much memory it needs beyond what is in use before it."""
 
 import ctypes
+import time
 
 import torch
 
 
 def peak_memory_of(function, device):
-    """Call function() -> the bytes by which memory in use rises; None where nobody counts them.
+    """Call function() -> the bytes by which memory in use rises (None where nobody counts them),
+    and its seconds, without those of the counting.
 
     On a GPU, it is memory that torch allocates. On Linux, it is the resident memory of the process.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
+        seconds = seconds_of(function)
+        return torch.cuda.max_memory_allocated(device) - before, seconds
     if not reset_peak():
-        function()
-        return None
+        return None, seconds_of(function)
     before = resident_peak()
+    seconds = seconds_of(function)
+    return resident_peak() - before, seconds
+
+
+def seconds_of(function):
+    start = time.perf_counter()
     function()
-    return resident_peak() - before
+    return time.perf_counter() - start
 
 
 def reset_peak():

@@ -231,8 +231,9 @@ def describe(layer, cells, exchange):
         verdict = "content depends on the position, and other positions take it better"
     else:
         verdict = "no dependence on the position is seen"
+    verb = "bring their" if exchange == "slots" else "brings its"
     return (
-        f"layer {layer}: the {exchange} of another example brings its answer along in "
+        f"layer {layer}: the {exchange} of another example {verb} answer along in "
         f"{own['value']:.0%} at the same position, in {other['value']:.0%} at other positions "
         f"(a control answer in {control['value']:.0%}): {verdict}"
     )

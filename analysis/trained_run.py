@@ -319,6 +319,7 @@ DECISIVE = (
     "portions",
     "editors",
     "top_slots",
+    "margin",
     "ablations",
     "slot",
     "pattern",

@@ -19,6 +19,7 @@ STREAMS = {
     "values": 1,  # random values of digits
     "epoch": 3,  # order of the examples in an epoch
     "subset": 7,  # which examples of val and test are measured
+    "contexts": 8,  # pairs of numbers that are shown in the context, and which of them is asked
     "mixture": 9,  # which training steps take the synthetic data set
 }
 

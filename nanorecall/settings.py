@@ -233,16 +233,25 @@ def build_config(cls, settings, **derived_values):
 
 
 def reject_unused(config, reasons, mine):
-    """ConfigError for a setting in `reasons` (name -> why) that differs from its default.
+    """ConfigError for the settings in `reasons` (name -> why) that differ from their defaults.
 
-    mine: {name: Setting}, to say where it was set.
+    mine: {name: Setting}, to say where they were set.
     """
+    unused = {}  # {reason: {name: what was set where}}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if f.name in reasons and value != f.default:
             where = f"{mine[f.name].source}: " if f.name in mine else ""
-            message = f"{where}{f.name}={value!r} has no effect: {reasons[f.name]}; leave it out"
-            raise ConfigError(message, f.name)
+            unused.setdefault(reasons[f.name], {})[f.name] = f"{where}{f.name}={value!r}"
+    if not unused:
+        return
+    parts = []
+    for reason, shown in unused.items():
+        verb = "has" if len(shown) == 1 else "have"
+        parts.append(f"{', '.join(shown.values())} {verb} no effect: {reason}")
+    names = [name for shown in unused.values() for name in shown]
+    what = "it" if len(names) == 1 else "them"
+    raise ConfigError(f"{'; '.join(parts)}; leave {what} out", names[0])
 
 
 Json = dict | list | str  # the type of a setting that takes JSON

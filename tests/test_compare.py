@@ -10,6 +10,7 @@ import pytest
 import eval as eval_script
 import train
 from analysis import compare, compare_figure
+from nanorecall.settings import ConfigError
 from toys import run as train_toy
 
 
@@ -41,6 +42,13 @@ def test_a_run_named_twice_counts_once_and_a_name_without_a_run_is_told(runs, tm
     eval_script.main(["compare", *names, "--output", str(tmp_path / "one")])
     assert f"no directory matches {names[2]}" in capsys.readouterr().err
     assert pq.read_table(tmp_path / "one.parquet").to_pydict()["run"] == ["r1"]
+
+
+def test_a_missing_directory_of_the_output_is_told_before_anything_else(runs, tmp_path, capsys):
+    path = str(tmp_path / "none" / "x")
+    with pytest.raises(ConfigError, match=f"output={path}: there is no directory {tmp_path}/none"):
+        eval_script.main(["compare", str(runs / "*"), "--output", path])
+    assert capsys.readouterr().out == ""
 
 
 def test_runs_that_differ_in_their_seed_are_one_line(runs):

@@ -23,6 +23,7 @@ from nanorecall.settings import (
     help_text,
     read_argv,
     reject_unknown,
+    reject_unused,
     run_override_file,
     split_argv,
 )
@@ -85,6 +86,19 @@ def test_a_wrong_value_is_one_sentence(flag, message):
     with pytest.raises(ConfigError) as error:
         build_config(Toy, settings(flag))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_all_settings_without_effect_are_named_at_once():
+    first, second = Setting("layers", 2, "a.py:3"), Setting("name", "b", "--name")
+    mine = {s.key: s for s in (first, second)}
+    toy = Toy(layers=2, name="b", lr=0.1)
+    with pytest.raises(ConfigError) as error:
+        reject_unused(toy, {"layers": "tie is 0", "name": "tie is 0", "lr": "none is left"}, mine)
+    assert str(error.value) == (
+        "lr=0.1 has no effect: none is left; a.py:3: layers=2, --name: name='b' have no effect: "
+        "tie is 0; leave them out"
+    )
+    reject_unused(Toy(), {"layers": "tie is 0"}, {})
 
 
 def test_unknown_names_point_to_the_nearest():

@@ -190,7 +190,7 @@ def test_a_run_directory_alone_means_slices():
         (["compare", "a", "--print_examples=2"], "no effect: compare does not use it"),
         (["logits", "a", "--print_examples=3"], "logits does not use it, only slices, mqar"),
         (["a", "--output=b"], "no effect: slices does not use it, only compare"),
-        (["a", "--n_edits=[2]"], "slices does not use it, only edit, all"),
+        (["a", "--n_edits=[2]"], "slices does not use it, only edit, consolidate, all"),
         (["edit", "a", "--n_edits=[0]"], "numbers of at least 1"),
         (["routing", "a", "--n_examples=-1"], "n_examples=-1 must be at least 0"),
     ],

@@ -14,7 +14,7 @@ import torch
 
 import eval as evaluate
 import train
-from analysis import asking, edited_run
+from analysis import asking, edited_run, named_edits
 from analysis.editing import last_layer_reads
 from analysis.trained_run import open_run
 from nanorecall.checkpoint import load_checkpoint, save_checkpoint
@@ -114,7 +114,10 @@ def test_facts_get_the_new_answers_and_the_run_stays_as_it_is(runs, capsys):
         ".json",
         ".parquet",
     }
-    assert "2 of 2 facts have the new answer; " in capsys.readouterr().out
+    assert result["metrics"]["probability"] == pytest.approx(
+        sum(e["probability"] for e in result["examples"]) / 2, rel=1e-3
+    )
+    assert "2 of 2 facts have the new answer (mean probability 0.0" in capsys.readouterr().out
 
 
 def test_each_other_fact_is_measured_by_what_the_edited_run_answers(runs, capsys):
@@ -158,6 +161,31 @@ def test_texts_in_which_a_mask_finds_the_answer(tmp_path):
     row["answer"] = "Yes"
     assert edit(tmp_path, "t", [row], "--save_as", "edited")["examples"][0]["after"] == "Yes"
     assert answers(tmp_path, "edited", "Is 7 even?") == ["Yes"]
+
+
+def test_the_other_wording_of_an_edited_fact_is_not_protected(tmp_path, monkeypatch):
+    qa = dict(task="qa", num_pairs=20, buckets="[16]", heldout_frac=0, forms=2)
+    place = dict(max_steps=80, eval_interval=80, log_dir=tmp_path, run_name="forms")
+    train.main(as_flags({**SMALL, **qa, **place}))
+    pairs = open_run(str(tmp_path / "forms"), evaluate.EvalConfig()).data.source.texts[:20]
+    first, second = (pair.split(":")[0] for pair in pairs[:2])
+    protected = []
+
+    def record(run, editor, new_facts, others):
+        protected.extend(fact.question for fact in others)
+        apply_editor(run, editor, new_facts, others)
+
+    apply_editor = named_edits.apply_editor
+    monkeypatch.setattr(named_edits, "apply_editor", record)
+    rows = [{"question": f"{first}:", "answer": "111111"}]
+    rows.append({"question": f"q {second}?", "answer": "222222"})
+    metrics = edit(tmp_path, "forms", rows, "--save_as", "edited")["metrics"]
+    assert len(protected) > 30
+    assert not {f"{first}:", f"q {first}?", f"{second}:", f"q {second}?"} & set(protected)
+    assert metrics["specificity"]["n"] == len(protected)
+    asked = answers(tmp_path, "edited", f"q {first}?", f"{second}:")
+    n_reached = (asked[0] == "111111") + (asked[1] == "222222")
+    assert metrics["generalisation"]["value"] == n_reached / 2
 
 
 def test_a_fact_that_shares_no_slot_keeps_its_logits_to_the_bit(runs):
@@ -462,6 +490,9 @@ def test_what_cannot_be_edited(runs):
         ("own", ["--facts", edits, "--editors", "all"], "editors='all' are .* --facts uses one"),
         ("own", ["--save_as", "x"], "save_as='x' has no effect: there is no --facts FILE; leave"),
         ("own", ["--facts", edits, "--undo", "1"], "no effect: undo takes an edit back"),
+        ("own", ["--undo", "1", "--checkpoint", "ckpt"], "no effect: undo takes an edit back"),
+        ("own", ["--facts", edits, "--dtype", "bfloat16"], "weights are edited in float32; leave"),
+        ("own", ["--facts", edits, "--split", "val"], "no effect: all facts of the run are asked"),
         ("own", ["--facts", edits, "--n_edits", "[1]"], "no effect: facts names what to edit"),
         ("own", ["--undo", "1"], "own has no edit to take back"),
         ("own", [], "own: facts of your own are edited by name: give a file of them with --facts"),

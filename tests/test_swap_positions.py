@@ -42,7 +42,10 @@ def test_content_that_depends_on_the_position(exchange):
     assert cells["other position"]["source_answer"]["value"] == 0
     assert cells["same example"]["source_answer"]["value"] == 0
     assert cells["own - other"]["source_answer"]["value"] == 1
-    assert "depends on the position" in swap_positions.describe("0", cells, exchange)
+    sentence = swap_positions.describe("0", cells, exchange)
+    assert "depends on the position" in sentence
+    verb = {"slots": "bring their", "output": "brings its"}[exchange]
+    assert f"the {exchange} of another example {verb} answer along in 100%" in sentence
     moved = (columns["i"] != columns["j"]) & columns["is_pair"]
     assert (columns["drop"][moved] > 0).all()
 

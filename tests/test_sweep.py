@@ -179,7 +179,7 @@ def made_up_result(value, state=100):
         by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
     edits = {}
     for method in ("a", *sorted(set(sweep.CLOSED_FORMS.values()))):
-        metrics = ("efficacy", "specificity", "retention", "retained")
+        metrics = ("efficacy", "specificity", "specificity, shown", "retained")
         edit = {"method": method, **dict.fromkeys(metrics, number)}
         edits |= {f"{method}, 1": edit, f"{method}, 10": edit}
     bits = ("bits stored", "bits stored per parameter", "bits stored per memory value")
