@@ -37,6 +37,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = (
     "flex_generate.py",
     "myriadlama/batch.py",
+    "myriadlama/methods.py",
     "myriadlama/fusion.py",
     "myriadlama/questions.py",
     "myriadlama/prompts.py",

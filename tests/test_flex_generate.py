@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flex_generate as flex
-from myriadlama import fusion, hugging_face, prompts, results
+from myriadlama import fusion, hugging_face, methods, prompts, results
 from naive import naive_decode
 from nanorecall import checkpoint
 from nanorecall.settings import ConfigError
@@ -45,7 +45,7 @@ def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
     prefix = random_ids(rng, 7)
     questions = [random_question(rng, n=3) for _ in range(4)]
     forward = our_forward(model)
-    texts = flex.hybrid(batch_of(model, questions, prefix, 2))
+    texts = methods.hybrid(batch_of(model, questions, prefix, 2))
 
     def log_probabilities(question, bias=0.0):
         _, logits = naive_decode(forward, prefix, question, "isolated", "restart", bias)
@@ -65,8 +65,8 @@ def test_adaptive_takes_the_templates_with_the_highest_confidence():
     model, rng = random_llama(), np.random.default_rng(1)
     prefix, q = random_ids(rng, 7), random_question(rng)
     batch = batch_of(model, [q], prefix, 3)
-    (text,) = flex.flex_adaptive(batch)
-    best = flex.separate_answers(batch)[1][0].topk(2).indices.sort().values.tolist()
+    (text,) = methods.flex_adaptive(batch)
+    best = methods.separate_answers(batch)[1][0].topk(2).indices.sort().values.tolist()
     templates = [q.templates[i] for i in best]
     half = fusion.Question(templates, q.is_manual[:2], q.answer_start, q.separator)
     bias = -np.log(2)
@@ -88,8 +88,8 @@ def test_weighted_attention_by_hand(monkeypatch):
     batch.decode = note_bias
     for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
         answers = [], torch.tensor([confidence])
-        monkeypatch.setattr(flex, "separate_answers", lambda batch, answers=answers: answers)
-        flex.flex_weighted(batch)
+        monkeypatch.setattr(methods, "separate_answers", lambda batch, answers=answers: answers)
+        methods.flex_weighted(batch)
     weighted, even = biases
     lengths = torch.tensor([len(ids) for ids in q.templates])
     factors = torch.tensor([1.0, 1.5, 0.5]).repeat_interleave(lengths)
