@@ -39,9 +39,9 @@ from itertools import product
 
 import torch
 
-from myriadlama import chat, fusion, loading, prompts, results
+from myriadlama import chat, decoding, fusion, loading, prompts, results
 from myriadlama.batch import Batch
-from myriadlama.methods import METHODS, ONE_PROMPT_METHODS
+from myriadlama.methods import METHODS, settings_of_others
 from myriadlama.questions import choose_facts, make_batches
 from nanorecall.build import enough_memory
 from nanorecall.checkpoint import make_directory, only_writer
@@ -70,13 +70,19 @@ class Config:
     path: str = ""  # facts (myriadlama/fact_files.py says in which forms); empty: the built-in ones
     shots_path: str = ""  # facts to show as examples; empty: some of the same relation
     num_shots: int = 5  # examples before the question
-    same_relation: bool = True  # examples of the question's relation; false: of any, as MyriadLAMA
+    shots: str = (
+        "relation"  # examples of its relation; or mixed: of any, for all questions the same
+    )
     num_manual: int = -1  # manual templates of a question; -1: all
     num_auto: int = 5  # automatic templates of a question; -1: all
     allow_manual_cross_attention: bool = False  # flex_myriadlama: manual ones see those before them
     template_positions: str = "restart"  # each right after the prefix; or sequential
     chat: bool = False  # ask in the model's chat format, as *_it models expect
     score_bias: float = -1.0  # times log(n): bias on n templates, else they outweigh the prefix
+    ape_temperature: float = 0.9  # ape: scores of templates are divided by it
+    ape_scale: float = 0.9  # ape: times the log of the attention to all templates, as a sum
+    prior_weight: float = 1.0  # contrast: times log p without subject, subtracted
+    ensemble_layer: int = -1  # layers from here on share hidden states; -1: the last quarter
     max_new_tokens: int = 10  # tokens of an answer
     max_samples: int = 0  # questions, spread over the relations; 0: all
     batch_size: int = 8  # questions of one relation in a batch
@@ -91,27 +97,28 @@ class Config:
     def check(self):
         at_least(self, 0, "num_shots", "max_samples", "seed", "num_threads")
         at_least(self, 1, "max_new_tokens", "batch_size")
-        at_least(self, -1, "num_manual", "num_auto")
+        at_least(self, -1, "num_manual", "num_auto", "ensemble_layer")
+        at_least(self, 0, "ape_scale", "prior_weight")
+        at_least(self, 0.01, "ape_temperature")
         any_template = self.num_manual != 0 or self.num_auto != 0
         require(any_template, "num_manual=0 and num_auto=0 leave no template", "num_manual")
         one_of(self, ("all", *METHODS), "method")
         one_of(self, ("restart", "sequential"), "template_positions")
+        one_of(self, ("relation", "mixed"), "shots")
         both = self.chat and self.template_positions == "sequential"
         message = "chat=True needs template_positions=restart: each template is a turn of the user"
         require(not both, message, "chat")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
 
     def unused(self):
-        method, reasons = self.method, {}
-        if method == "all":
-            return {"allow_manual_cross_attention": "method all compares both"}
-        if method != "flex_myriadlama":
-            reasons["allow_manual_cross_attention"] = f"method is {method}"
-        if method not in ONE_PROMPT_METHODS:
-            reason = f"method {method} lets each template begin right after the prefix"
-            reasons["template_positions"] = reason
-        if "attention" not in METHODS[method].fused_by:
-            reasons["score_bias"] = f"method {method} fuses no attention"
+        reasons = {}
+        if self.num_shots == 0:
+            reasons["shots"] = "num_shots is 0"
+        if self.method == "all":
+            reasons["allow_manual_cross_attention"] = "method all compares both"
+        else:
+            names = settings_of_others(self.method)
+            reasons |= dict.fromkeys(names, f"method is {self.method}")
         return reasons
 
 
@@ -155,13 +162,13 @@ class Run:
         examples, is_question = self.examples[fact["relation"]], not fact["subject"]
         return chat.prompt_parts(self.model.config.chat_template, examples, is_question)
 
-    def template_ids(self, prompted):
-        """Token ids of each template of a question, up to where the answer begins."""
+    def template_ids(self, fact, texts):
+        """Token ids of each filled template of a question, up to where the answer begins."""
         if not self.config.chat:
-            return [self.encode(f"Q: {text}\nA:") for text in prompted.texts]
-        before, rest = self.chat_parts(prompted.fact)
-        prefix, templates = self.prefix_ids(prompted.fact), []
-        for text in prompted.texts:
+            return [self.encode(f"Q: {text}\nA:") for text in texts]
+        before, rest = self.chat_parts(fact)
+        prefix, templates = self.prefix_ids(fact), []
+        for text in texts:
             whole = before + rest.replace(chat.QUESTION, text)
             ids = self.encode(whole, starts_prompt=True)
             glued = f"the tokenizer glues the chat format to the template after it: {text[:40]!r}"
@@ -177,16 +184,20 @@ class Run:
         return self.prefixes[relation]
 
     def make_question(self, prompted):
-        ids = self.template_ids(prompted)
+        n, texts = len(prompted.texts), prompted.texts
+        if "contrast" in self.methods:
+            texts = [*texts, *prompted.priors]
+        ids = self.template_ids(prompted.fact, texts)
         is_manual, separator = torch.from_numpy(prompted.is_manual), self.encode("\n\n")
         # All templates must end in the same token, which then belongs to the fused part.
         check_same_end(template[-1] for template in ids)
-        templates = [template[:-1] for template in ids]
-        return fusion.Question(templates, is_manual, ids[0][-1], separator)
+        rows = [template[:-1] for template in ids]
+        return fusion.Question(rows[:n], is_manual, ids[0][-1], separator, rows[n:])
 
     def check_length(self, fact, questions):
         """Raise ConfigError if a prompt with its answer is longer than the model's positions."""
-        one_prompt = not set(ONE_PROMPT_METHODS).isdisjoint(self.methods)
+        settings = [METHODS[method].settings for method in self.methods]
+        one_prompt = any("template_positions" in names for names in settings)
         prefix = len(self.prefix_ids(fact))
         for question in questions:
             lengths = [len(ids) for ids in question.templates]
@@ -205,18 +216,21 @@ class Run:
 
     def answer(self, prompted_facts, questions, methods):
         """Answer one batch with each method -> records (see results.py)."""
-        batch = Batch(self, questions, self.prefix_kv(prompted_facts[0].fact))
+        facts = [prompted.fact for prompted in prompted_facts]
+        batch = Batch(self, questions, facts, self.prefix_kv(facts[0]))
         size, records = len(questions), []
         for method in methods:
             batch.meter.reset_cost()
-            generated = METHODS[method].generate(batch)
+            generated, confidence = METHODS[method].generate(batch)
             seconds, tokens = batch.meter.cost()
-            for prompted, generation in zip(prompted_facts, generated):
+            answers = zip(prompted_facts, generated, confidence.tolist())
+            for prompted, generation, own_confidence in answers:
                 record = {
                     "uuid": prompted.fact["uuid"],
                     "templates": prompted.texts,
                     "answers": prompted.fact["answers"],
                     "generation": generation,
+                    "confidence": own_confidence,
                     "method": method,
                     "seconds": seconds / size,
                     "tokens": tokens / size,
@@ -273,8 +287,11 @@ def generate_in(folder, config, world, asked, facts, examples):
             world.print0(f"note: decoding is greedy; the model's files advise {advice}, too")
         note = f"{len(asked)} questions, {n_answered} of them answered already"
         world.print0(f"{note}; results go to {folder}")
+        n_layers = model.config.n_layers
+        message = f"ensemble_layer={config.ensemble_layer}, but the layers are 0 to {n_layers - 1}"
+        require(config.ensemble_layer < n_layers, message, "ensemble_layer")
         eos, vocab_size = model.config.eos_token_ids, model.config.vocab_size
-        stop = fusion.StopCriteria.from_tokenizer(tokenizer, eos, vocab_size, device)
+        stop = decoding.StopCriteria.from_tokenizer(tokenizer, eos, vocab_size, device)
         with world.agree():
             if world.is_main:
                 make_directory(folder)

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from myriadlama import fusion
+from myriadlama import decoding, fusion
 
 
 class CostMeter:
@@ -56,10 +56,11 @@ class CostMeter:
 
 
 class Batch:
-    """Questions of one relation with n templates each, after one prefix."""
+    """Questions of one relation with n templates each, after one prefix. facts: what they ask."""
 
-    def __init__(self, run, questions, prefix_kv):
-        self.run, self.questions, self.prefix_kv = run, questions, prefix_kv
+    def __init__(self, run, questions, facts, prefix_kv):
+        self.run, self.questions, self.facts = run, questions, facts
+        self.prefix_kv = prefix_kv
         self.prefix_length = prefix_kv[0][0].shape[2]
         self.n = len(questions[0].templates)
         self.meter = CostMeter()
@@ -76,20 +77,25 @@ class Batch:
         """
 
         def compute():
-            rows, start = [], self.prefix_length
+            templates = []
             for question in self.questions:
-                for ids in question.templates:
-                    rows.append((ids, range(start, start + len(ids))))
+                templates += question.templates
+            rows = self.rows(templates)
             return rows, self.encode(rows)
 
         return self.meter.shared("encode_separately", compute, fraction)
 
-    def decode(self, cache, choose=fusion.argmax_each):
-        """-> texts, and the probability that the model gives to each"""
+    def rows(self, templates):
+        """Lists of token ids, each at the positions right after the prefix."""
+        start = self.prefix_length
+        return [(ids, range(start, start + len(ids))) for ids in templates]
+
+    def decode(self, cache, choose=decoding.argmax_each, attention=decoding.plain_attention):
+        """-> texts, and their probabilities (see decoding.greedy_decode)"""
         run = self.run
         first_token, limit = self.questions[0].answer_start, run.config.max_new_tokens
-        tokens, probability = fusion.greedy_decode(
-            run.model, cache, first_token, choose, run.stop, limit
+        tokens, probability = decoding.greedy_decode(
+            run.model, cache, first_token, choose, run.stop, limit, attention
         )
         # Every row reads the answer start and what it has generated.
         self.meter.tokens += len(tokens) + int((tokens >= 0).sum())

@@ -1,11 +1,26 @@
 """The methods of flex_generate.py: how templates of a question become one answer.
 
-A method is a function: batch -> the text generated for each question.
+A method is a function: batch -> the text generated for each question (B), its confidence (B,).
+The confidence is the probability that the method gives to the whole text and its end.
+
+Two methods from elsewhere are settings of `flex`, in which each template attends to the shared
+prefix and to itself, and the answer to everything:
+
+- parallel context windows (Ratner et al. 2023, arXiv 2212.10947): --score_bias 0. Positions
+  restart and scores are not changed. Here windows share the prefix.
+- star attention (Acharya et al. 2024, arXiv 2411.17116): --score_bias 0 --template_positions
+  sequential, with the prefix as anchor block. Its merge of blocks by the log of their sums of
+  exponentials equals one softmax over all blocks, which is what is computed here.
 """
 
+import functools
 from typing import NamedTuple
 
-from myriadlama import fusion
+import torch
+
+from myriadlama import decoding, fusion, prompts
+
+# ---- parts of methods ----------------------------------------------------------------------------
 
 
 def separate_cache(batch, template=None):
@@ -20,10 +35,7 @@ def separate_cache(batch, template=None):
 
 
 def separate_answers(batch):
-    """Answer each template alone -> texts (B * n), confidence (B, n).
-
-    The confidence is the probability that the model gives to its answer.
-    """
+    """Answer each template alone -> texts (B * n), confidence (B, n)."""
 
     def compute():
         return batch.decode(separate_cache(batch))
@@ -32,21 +44,47 @@ def separate_answers(batch):
     return texts, probability.view(-1, batch.n)
 
 
-def decode_ensemble(batch, combine, confidence=None):
-    """Decode all templates in parallel; their logits together choose each token.
+def decode_together(batch, cache, n, combine, confidence=None):
+    """Decode n rows a question in parallel; their logits together choose each token.
 
-    combine: see fusion.argmax_grouped.
+    combine: see decoding.argmax_grouped.
     """
-    choose = fusion.argmax_grouped(batch.n, combine, confidence)
-    texts, _ = batch.decode(separate_cache(batch), choose)
-    return texts[:: batch.n]  # all templates of a question have the same answer
+    choose = decoding.argmax_grouped(n, combine, confidence)
+    texts, probability = batch.decode(cache, choose)
+    return texts[::n], probability[::n]  # all rows of a question have the same answer
 
 
-def decode_fused(batch, chosen=None, bias=0.0):
-    """Put templates that were encoded alone into one cache per question and decode.
+def decode_ensemble(batch, combine, confidence=None):
+    """Decode all templates in parallel, see decode_together."""
+    return decode_together(batch, separate_cache(batch), batch.n, combine, confidence)
+
+
+def count_votes(batch, weights):
+    """The answer that most templates give when they are asked alone; of equals the first one.
+
+    weights (B, n): how much the vote of each template counts. Answers are equal if what is scored
+    of them is. The confidence is the share of the votes.
+    """
+    texts, _ = separate_answers(batch)
+    winners, shares = [], []
+    for i, fact in enumerate(batch.facts):
+        votes, first_text = {}, {}
+        own_texts = texts[i * batch.n : (i + 1) * batch.n]
+        for text, weight in zip(own_texts, weights[i].tolist()):
+            answer = prompts.scored_words(fact, text)
+            votes[answer] = votes.get(answer, 0) + weight
+            first_text.setdefault(answer, text)
+        winner = max(votes, key=votes.get)
+        winners.append(first_text[winner])
+        shares.append(votes[winner] / max(sum(votes.values()), 1e-30))
+    return winners, torch.tensor(shares)
+
+
+def fused_cache(batch, chosen=None, bias=0.0):
+    """Templates that were encoded alone, in one cache per question.
 
     chosen: numbers of templates (B, m), or None for all. bias: on their attention scores, a number
-    or (B, m), besides that of the setting score_bias.
+    or (B, m).
     """
     rows, kv = batch.encode_separately()
     if chosen is None:
@@ -56,15 +94,15 @@ def decode_fused(batch, chosen=None, bias=0.0):
         cache_rows = [i * batch.n + j for j in templates]
         members.append(cache_rows)
         next_pos.append(batch.prefix_length + max(len(rows[r][0]) for r in cache_rows))
-    bias = bias + batch.score_bias(len(chosen[0]))
-    return batch.decode(fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias))[0]
+    return fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias)
 
 
 def decode_scheme(batch, scheme):
     """Put all templates into one cache per question under an attention scheme and decode."""
-    positions = batch.run.config.template_positions
+    positions, bias = batch.run.config.template_positions, batch.score_bias(batch.n)
     if scheme == "isolated" and positions == "restart":
-        return decode_fused(batch)  # the templates are encoded as if they were alone
+        # The templates are encoded as if they were alone.
+        return batch.decode(fused_cache(batch, bias=bias))
     rows, members, next_pos = [], [], []
     for question in batch.questions:
         first = len(rows)
@@ -72,35 +110,105 @@ def decode_scheme(batch, scheme):
         rows += [(ids, row_positions) for ids, row_positions, _ in new_rows]
         members.append(range(first, len(rows)))
         next_pos.append(answer_position)
-    kv, bias = batch.encode(rows), batch.score_bias(batch.n)
-    return batch.decode(fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias))[0]
+    kv = batch.encode(rows)
+    return batch.decode(fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias))
+
+
+def decode_fused_layers(batch, part, combine):
+    """Decode all templates in parallel; they share hidden states of each new token.
+
+    From the layer ensemble_layer on. part, combine: see decoding.fused_layers.
+    """
+    model, first_layer = batch.run.model, batch.run.config.ensemble_layer
+    if first_layer < 0:
+        first_layer = model.config.n_layers * 3 // 4
+    cache = separate_cache(batch)  # the templates themselves are encoded without sharing
+    with decoding.fused_layers(model, first_layer, batch.n, part, combine):
+        return decode_together(batch, cache, batch.n, decoding.mean_logits)
+
+
+# ---- templates alone -----------------------------------------------------------------------------
 
 
 def origin(batch):
     """The first template alone."""
-    return batch.decode(separate_cache(batch, template=0))[0]
+    return batch.decode(separate_cache(batch, template=0))
 
 
 def per_prompt(batch):
-    """Each template alone: a list of n answers to each question."""
-    texts, _ = separate_answers(batch)
-    return [texts[i : i + batch.n] for i in range(0, len(texts), batch.n)]
+    """Each template alone: a list of n answers to each question, confidence (B, n)."""
+    texts, confidence = separate_answers(batch)
+    return [texts[i : i + batch.n] for i in range(0, len(texts), batch.n)], confidence
+
+
+def vote(batch):
+    """The most frequent answer of the templates."""
+    return count_votes(batch, separate_answers(batch)[1].new_ones(len(batch.questions), batch.n))
+
+
+def weighted_vote(batch):
+    """The answer with the highest sum of confidences."""
+    return count_votes(batch, separate_answers(batch)[1])
+
+
+# ---- logits --------------------------------------------------------------------------------------
 
 
 def average(batch):
-    return decode_ensemble(batch, fusion.mean_logits)
+    return decode_ensemble(batch, decoding.mean_logits)
+
+
+def mixture(batch):
+    return decode_ensemble(batch, decoding.mean_probability)
 
 
 def maximum(batch):
-    return decode_ensemble(batch, fusion.max_probability)
+    return decode_ensemble(batch, decoding.max_probability)
 
 
 def weighted_average(batch):
-    return decode_ensemble(batch, fusion.weighted_mean_logits, separate_answers(batch)[1])
+    return decode_ensemble(batch, decoding.weighted_mean_logits, separate_answers(batch)[1])
 
 
 def weighted_maximum(batch):
-    return decode_ensemble(batch, fusion.most_confident_logits, separate_answers(batch)[1])
+    return decode_ensemble(batch, decoding.most_confident_logits, separate_answers(batch)[1])
+
+
+def contrast(batch):
+    """Divide the probability of the answer by that after the template without its subject."""
+    templates = []
+    for question in batch.questions:
+        templates += [*question.templates, *question.priors]
+    rows = batch.rows(templates)
+    next_pos = [batch.prefix_length + len(ids) for ids in templates]
+    members = [[r] for r in range(len(rows))]
+    cache = fusion.build_cache(batch.prefix_kv, rows, batch.encode(rows), members, next_pos)
+
+    def combine(logits, confidence):
+        return decoding.contrast_with_prior(logits, batch.run.config.prior_weight)
+
+    return decode_together(batch, cache, 2 * batch.n, combine)
+
+
+# ---- hidden states -------------------------------------------------------------------------------
+
+
+def layer_output_avg(batch):
+    """The mean of what each layer puts out."""
+    return decode_fused_layers(batch, "layer_output", lambda x: x.mean(1))
+
+
+def ffn_activation_avg(batch):
+    """The mean of the activations within each MLP."""
+    return decode_fused_layers(batch, "ffn_activation", lambda x: x.mean(1))
+
+
+def ffn_activation_max(batch):
+    """The maximum of the activations within each MLP."""
+    return decode_fused_layers(batch, "ffn_activation", lambda x: x.amax(1))
+
+
+# ---- attention -----------------------------------------------------------------------------------
 
 
 def flex(batch):
@@ -111,8 +219,9 @@ def flex(batch):
 def flex_adaptive(batch):
     """The half of the templates with the highest confidence, in one cache."""
     confidence = separate_answers(batch)[1]
-    best = confidence.topk((batch.n + 1) // 2, dim=1).indices
-    return decode_fused(batch, best.sort(dim=1).values.tolist())
+    m = (batch.n + 1) // 2
+    best = confidence.topk(m, dim=1).indices.sort(dim=1).values.tolist()
+    return batch.decode(fused_cache(batch, best, batch.score_bias(m)))
 
 
 def flex_weighted(batch):
@@ -122,7 +231,17 @@ def flex_weighted(batch):
     """
     confidence = separate_answers(batch)[1]
     factors = confidence / confidence.mean(1, keepdim=True)
-    return decode_fused(batch, bias=factors.log().clamp(min=-30).numpy(force=True))
+    bias = factors.log().clamp(min=-30).numpy(force=True) + batch.score_bias(batch.n)
+    return batch.decode(fused_cache(batch, bias=bias))
+
+
+def ape(batch):
+    """All templates in one cache, under the attention of Adaptive Parallel Encoding."""
+    config = batch.run.config
+    attention = functools.partial(
+        decoding.ape_attention, temperature=config.ape_temperature, scale=config.ape_scale
+    )
+    return batch.decode(fused_cache(batch), attention=attention)
 
 
 def hybrid(batch):
@@ -142,7 +261,7 @@ def hybrid(batch):
         return log_probs[:, :n].mean(1) + log_probs[:, n]
 
     cache = fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias)
-    return batch.decode(cache, fusion.argmax_grouped(n + 1, combine))[0][:: n + 1]
+    return decode_together(batch, cache, n + 1, combine)
 
 
 def flex_full(batch):
@@ -164,25 +283,48 @@ def flex_myriadlama_xattn(batch):
 
 
 class Method(NamedTuple):
-    generate: object  # batch -> texts
+    generate: object  # batch -> texts, confidence
     templates: str  # how many it uses for an answer: one, half, all
     fused_by: str
+    settings: tuple = ()  # those that other methods do not have
 
 
+ATTENTION = ("score_bias",)
+# They may put the templates one after another.
+ONE_PROMPT = ("score_bias", "template_positions")
+LAYERS = ("ensemble_layer",)
 METHODS = {
     "origin": Method(origin, "one", "nothing"),
     "per_prompt": Method(per_prompt, "one", "nothing"),
-    "avg": Method(average, "all", "logits"),
-    "max": Method(maximum, "all", "probabilities"),
+    "vote": Method(vote, "all", "answers"),
+    "weighted_vote": Method(weighted_vote, "all", "answers, by confidence"),
+    "avg": Method(average, "all", "logits: product of experts"),
+    "mixture": Method(mixture, "all", "probabilities: mean"),
+    "max": Method(maximum, "all", "probabilities: maximum"),
     "weighted_avg": Method(weighted_average, "all", "logits, by confidence"),
     "weighted_max": Method(weighted_maximum, "all", "the most confident one"),
-    "flex": Method(flex, "all", "attention"),
-    "flex_adaptive": Method(flex_adaptive, "half", "attention, the most confident half"),
-    "flex_weighted": Method(flex_weighted, "all", "attention, by confidence"),
-    "hybrid": Method(hybrid, "all", "attention and logits"),
-    "flex_full": Method(flex_full, "all", "attention, all see all before"),
-    "flex_myriadlama": Method(flex_myriadlama, "all", "attention"),
-    "flex_myriadlama_xattn": Method(flex_myriadlama_xattn, "all", "attention, manual see manual"),
+    "contrast": Method(contrast, "all", "logits, less those without subject", ("prior_weight",)),
+    "layer_output_avg": Method(layer_output_avg, "all", "layer outputs: mean", LAYERS),
+    "ffn_activation_avg": Method(ffn_activation_avg, "all", "MLP activations: mean", LAYERS),
+    "ffn_activation_max": Method(ffn_activation_max, "all", "MLP activations: maximum", LAYERS),
+    "flex": Method(flex, "all", "attention", ONE_PROMPT),
+    "flex_adaptive": Method(flex_adaptive, "half", "attention, the most confident half", ATTENTION),
+    "flex_weighted": Method(flex_weighted, "all", "attention, by confidence", ATTENTION),
+    "ape": Method(ape, "all", "attention, rescaled", ("ape_temperature", "ape_scale")),
+    "hybrid": Method(hybrid, "all", "attention and logits", ATTENTION),
+    "flex_full": Method(flex_full, "all", "attention, all see all before", ONE_PROMPT),
+    "flex_myriadlama": Method(
+        flex_myriadlama, "all", "attention", (*ONE_PROMPT, "allow_manual_cross_attention")
+    ),
+    "flex_myriadlama_xattn": Method(
+        flex_myriadlama_xattn, "all", "attention, manual see manual", ONE_PROMPT
+    ),
 }
-# They may put the templates one after another (setting template_positions).
-ONE_PROMPT_METHODS = ("flex", "flex_full", "flex_myriadlama", "flex_myriadlama_xattn")
+
+
+def settings_of_others(method):
+    """Settings that some methods have and this one has not, in the order of the table."""
+    names = {}
+    for other in METHODS.values():
+        names.update(dict.fromkeys(other.settings))
+    return [name for name in names if name not in METHODS[method].settings]

@@ -1,8 +1,9 @@
 """Results of flex_generate.py: answers kept while it runs, a feather file per method, a table.
 
 A record is what one method answered to one question: {"uuid", "method", "templates", "answers",
-"generation", "seconds", "tokens"}. The generation is a text, or with per_prompt a list with a text
-for each template. A key is what results depend on: settings and SHA-256 of files.
+"generation", "confidence", "seconds", "tokens"}. Generation and confidence are a text and a number,
+or with per_prompt lists with one for each template. A key is what results depend on: settings and
+SHA-256 of files.
 
 Results of one number of templates share a key, progress files and a table. Those of another number
 lie beside them under other names.
@@ -37,6 +38,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = (
     "flex_generate.py",
     "myriadlama/batch.py",
+    "myriadlama/decoding.py",
     "myriadlama/methods.py",
     "myriadlama/fusion.py",
     "myriadlama/questions.py",
@@ -164,12 +166,14 @@ def is_record(line):
         "seconds": "number",
         "tokens": "number",
         "generation": ["text"] if per_template else "text",
+        "confidence": ["number"] if per_template else "number",
     }
     try:
         check_kinds(line, kinds, "")
     except ConfigError:
         return False
-    return not per_template or len(line["generation"]) == len(line["templates"])
+    n = len(line["templates"])
+    return not per_template or len(line["generation"]) == len(line["confidence"]) == n
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -31,12 +31,13 @@ from toys_llama import (
 # ---- methods on one batch ------------------------------------------------------------------------
 
 
-def batch_of(model, questions, prefix, max_new_tokens=10):
+def batch_of(model, questions, prefix, max_new_tokens=10, **settings):
     """A Batch whose texts are token ids."""
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
-    config = flex.Config(max_new_tokens=max_new_tokens)
+    config = flex.Config(max_new_tokens=max_new_tokens, **settings)
     run = SimpleNamespace(model=model, config=config, stop=never_stop(V), tokenizer=tokenizer)
-    return flex.Batch(run, questions, fusion.prefill_prefix(model, prefix))
+    facts = [{"subject": "s", "answers": ["a"]}] * len(questions)
+    return flex.Batch(run, questions, facts, fusion.prefill_prefix(model, prefix))
 
 
 def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
@@ -45,7 +46,7 @@ def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
     prefix = random_ids(rng, 7)
     questions = [random_question(rng, n=3) for _ in range(4)]
     forward = our_forward(model)
-    texts = methods.hybrid(batch_of(model, questions, prefix, 2))
+    texts, _ = methods.hybrid(batch_of(model, questions, prefix, 2))
 
     def log_probabilities(question, bias=0.0):
         _, logits = naive_decode(forward, prefix, question, "isolated", "restart", bias)
@@ -65,7 +66,7 @@ def test_adaptive_takes_the_templates_with_the_highest_confidence():
     model, rng = random_llama(), np.random.default_rng(1)
     prefix, q = random_ids(rng, 7), random_question(rng)
     batch = batch_of(model, [q], prefix, 3)
-    (text,) = methods.flex_adaptive(batch)
+    (text,), _ = methods.flex_adaptive(batch)
     best = methods.separate_answers(batch)[1][0].topk(2).indices.sort().values.tolist()
     templates = [q.templates[i] for i in best]
     half = fusion.Question(templates, q.is_manual[:2], q.answer_start, q.separator)
@@ -350,7 +351,7 @@ def test_the_mask_draws_itself(tmp_path, capsys):
         (["facts.jsonl"], "'facts.jsonl' is not a flag"),
         (
             ["--method=avg", "--score_bias=0"],
-            "score_bias=0.0 has no effect: method avg fuses no attention",
+            "score_bias=0.0 has no effect: method is avg",
         ),
         (
             ["--method=hybrid", "--template_positions=sequential"],

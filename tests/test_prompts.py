@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from myriadlama import fact_files, prompts
+import flex_generate
+from myriadlama import fact_files, prompts, questions
 from nanorecall.settings import ConfigError
 
 
@@ -190,11 +191,16 @@ def test_answers_may_be_json_python_or_plain_text(text, answers):
 # ---- templates and shots -------------------------------------------------------------------------
 
 
-def test_templates_are_filled_with_the_subject():
-    paris = {"subject": "Paris", "manual": ["[X] is in [Y]."], "auto": ["Where is [X]? [Y]."]}
-    texts, is_manual = prompts.select_templates(paris, 1, 5, np.random.default_rng(0))
-    assert texts == ["Paris is in [MASK].", "Where is Paris? [MASK]."]
-    assert is_manual.tolist() == [True, False]
+def test_templates_are_filled_with_the_subject_or_with_nothing():
+    paris = {"uuid": "u", "relation": "r", "subject": "Paris"}
+    paris |= {"manual": ["[X] is in [Y]."], "auto": ["Where is [X]? [Y]."]}
+    config = flex_generate.Config(num_manual=1)
+    ((asked,),) = questions.make_batches([paris], config)
+    assert asked.texts == ["Paris is in [MASK].", "Where is Paris? [MASK]."]
+    assert asked.priors == ["is in [MASK].", "Where is ? [MASK]."]
+    assert asked.is_manual.tolist() == [True, False]
+    ((whole,),) = questions.make_batches([{**paris, "subject": ""}], config)
+    assert whole.priors == ["", ""]
 
 
 def test_manual_templates_never_fill_up_automatic_ones():
@@ -202,8 +208,8 @@ def test_manual_templates_never_fill_up_automatic_ones():
     manual = [f"m{i} [X] [Y]" for i in range(5)]
     auto = [f"a{i} [X] [Y]" for i in range(5)]
     asked = {"subject": "S", "manual": manual, "auto": auto}
-    texts, is_manual = prompts.select_templates(asked, 3, 2, np.random.default_rng(0))
-    assert [text[0] for text in texts] == ["m", "m", "m", "a", "a"]
+    templates, is_manual = prompts.select_templates(asked, 3, 2, np.random.default_rng(0))
+    assert [template[0] for template in templates] == ["m", "m", "m", "a", "a"]
     assert is_manual.tolist() == [True, True, True, False, False]
 
 
