@@ -1,129 +1,19 @@
-"""flex_generate.py: methods by hand, its files, what is resumed and what is refused."""
+"""flex_generate.py: its files, what is resumed and what is refused."""
 
 import importlib.util
 import json
 import os
 import shutil
-import time
-from types import SimpleNamespace
 
-import numpy as np
 import pyarrow.feather as feather
 import pytest
 import torch
 
 import flex_generate as flex
-from myriadlama import fusion, hugging_face, methods, prompts, results
-from naive import naive_decode
+from myriadlama import hugging_face, prompts, results
 from nanorecall import checkpoint
 from nanorecall.settings import ConfigError
-from toys_llama import (
-    Q_PROJ,
-    V,
-    change_weights,
-    never_stop,
-    our_forward,
-    random_ids,
-    random_llama,
-    random_question,
-)
-
-# ---- methods on one batch ------------------------------------------------------------------------
-
-
-def batch_of(model, questions, prefix, max_new_tokens=10, **settings):
-    """A Batch whose texts are token ids."""
-    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
-    config = flex.Config(max_new_tokens=max_new_tokens, **settings)
-    run = SimpleNamespace(model=model, config=config, stop=never_stop(V), tokenizer=tokenizer)
-    facts = [{"subject": "s", "answers": ["a"]}] * len(questions)
-    return flex.Batch(run, questions, facts, fusion.prefill_prefix(model, prefix))
-
-
-def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
-    """The first token, without a cache."""
-    model, rng = random_llama(), np.random.default_rng(0)
-    prefix = random_ids(rng, 7)
-    questions = [random_question(rng, n=3) for _ in range(4)]
-    forward = our_forward(model)
-    texts, _ = methods.hybrid(batch_of(model, questions, prefix, 2))
-
-    def log_probabilities(question, bias=0.0):
-        _, logits = naive_decode(forward, prefix, question, "isolated", "restart", bias)
-        return logits.log_softmax(-1)
-
-    for q, text in zip(questions, texts):
-        single = []
-        for ids in q.templates:
-            alone = fusion.Question([ids], q.is_manual[:1], q.answer_start, q.separator)
-            single.append(log_probabilities(alone))
-        fused = log_probabilities(q, bias=-np.log(3))
-        expected = torch.stack(single).mean(0) + fused
-        assert text.split()[0] == str(int(expected.argmax()))
-
-
-def test_adaptive_takes_the_templates_with_the_highest_confidence():
-    model, rng = random_llama(), np.random.default_rng(1)
-    prefix, q = random_ids(rng, 7), random_question(rng)
-    batch = batch_of(model, [q], prefix, 3)
-    (text,), _ = methods.flex_adaptive(batch)
-    best = methods.separate_answers(batch)[1][0].topk(2).indices.sort().values.tolist()
-    templates = [q.templates[i] for i in best]
-    half = fusion.Question(templates, q.is_manual[:2], q.answer_start, q.separator)
-    bias = -np.log(2)
-    tokens, _ = naive_decode(our_forward(model), prefix, half, "isolated", "restart", bias, 3)
-    assert text == " ".join(map(str, tokens))
-
-
-def test_weighted_attention_by_hand(monkeypatch):
-    """Attention to a template is multiplied by its confidence; equal confidences change nothing."""
-    model, rng = random_llama(), np.random.default_rng(2)
-    q = random_question(rng, n=3)
-    batch = batch_of(model, [q], random_ids(rng, 7))
-    biases = []
-
-    def note_bias(cache):
-        biases.append(cache.score_bias[0, 0, 0])
-        return None, None
-
-    batch.decode = note_bias
-    for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
-        answers = [], torch.tensor([confidence])
-        monkeypatch.setattr(methods, "separate_answers", lambda batch, answers=answers: answers)
-        methods.flex_weighted(batch)
-    weighted, even = biases
-    lengths = torch.tensor([len(ids) for ids in q.templates])
-    factors = torch.tensor([1.0, 1.5, 0.5]).repeat_interleave(lengths)
-    torch.testing.assert_close(weighted[7:].exp(), factors / 3)
-    torch.testing.assert_close(even[7:].exp(), torch.full_like(factors, 1 / 3))
-    assert weighted[:7].eq(0).all() and even[:7].eq(0).all()
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_shared_work_is_charged_to_each_method_once(reverse):
-    """Three templates of 4, 5 and 6 tokens. A decoded sequence has 3: answer start and two more."""
-    encoded, decoded = 4 + 5 + 6, 3
-    expected = {
-        "origin": encoded / 3 + decoded,
-        "per_prompt": encoded + 3 * decoded,
-        "weighted_avg": encoded + 3 * decoded + 3 * decoded,
-        "flex_adaptive": encoded + 3 * decoded + decoded,
-        "flex": encoded + decoded,
-    }
-    order = ["flex_adaptive", "weighted_avg", "origin"] if reverse else list(expected)
-    model, rng = random_llama(), np.random.default_rng(3)
-    templates = [random_ids(rng, n) for n in (4, 5, 6)]
-    question = fusion.Question(templates, torch.tensor([True] * 3), 7, [3])
-    batch = batch_of(model, [question], [20, 21], 2)
-    for method in order:
-        start = time.perf_counter()
-        batch.meter.reset_cost()
-        flex.METHODS[method].generate(batch)
-        seconds, tokens = batch.meter.cost()
-        assert tokens == expected[method] and seconds > 0
-        if method == order[0]:
-            assert seconds <= time.perf_counter() - start
-
+from toys_llama import Q_PROJ, change_weights
 
 # ---- whole runs ----------------------------------------------------------------------------------
 
