@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pyarrow.feather as feather
 import pytest
 import torch
 
 import flex_generate as flex
-from myriadlama import hugging_face, prompts, results
+from myriadlama import hugging_face, metrics, prompts, results
 from nanorecall import checkpoint
 from nanorecall.settings import ConfigError
 from toys_llama import Q_PROJ, change_weights
@@ -66,9 +67,12 @@ def test_every_method_and_its_files(tiny_llamas, tmp_path, capsys):
     assert not any(" " in prediction for prediction in table["prediction"])
     assert len(feather.read_table(folder / "per_prompt_all_a5.feather")["uuid"]) == 16
     assert (folder / "table_all_a5.png").stat().st_size > 5000
-    metrics = json.loads((folder / "table_all_a5.json").read_text())["metrics"]
-    assert metrics["per_prompt"]["accuracy"]["n"] == 16
-    assert "p" in metrics["flex"] and "p" not in metrics["origin"]
+    table = json.loads((folder / "table_all_a5.json").read_text())
+    assert table["metrics"]["per_prompt"]["accuracy"]["n"] == 16
+    assert "p" in table["metrics"]["flex"] and "p" not in table["metrics"]["origin"]
+    assert table["templates"]["oracle"]["n"] == 4
+    assert "pairs of templates that agree" in printed and "minus accuracy" in printed
+    assert (folder / "reliability_all_a5.png").stat().st_size > 5000
 
 
 def test_lines_of_the_document_lie_side_by_side(tiny_llamas, tmp_path, capsys):
@@ -88,7 +92,8 @@ def test_lines_of_the_document_lie_side_by_side(tiny_llamas, tmp_path, capsys):
     counts = [len(columns["templates"][0]) for columns in before.values()]
     assert sorted(counts) == [2, 3, 4, 4]
     # Of one method there is a sentence, and no figure.
-    assert [file.name for file in folder.glob("*.png")] == ["table_all_a5.png"]
+    assert [file.name for file in folder.glob("table*.png")] == ["table_all_a5.png"]
+    assert len(list(folder.glob("reliability*.png"))) == 3
     capsys.readouterr()
     flex.main(command_line(tiny_llamas, tmp_path, "--max_samples=2"))
     printed = capsys.readouterr().out
@@ -113,6 +118,56 @@ def test_a_table_says_what_it_finds():
     assert results.findings(summaries, cell(0.25)).endswith("p < 0.05): none.")
     alone = results.findings({"flex": {"accuracy": cell(0.5)}}, cell(0.25))
     assert alone.startswith("flex: accuracy") and len(alone.splitlines()) == 1
+
+
+def test_metrics_of_templates_by_hand():
+    """Four questions; the third template is left out where it is compared by number."""
+    correct = [[True, False], [True, True], [False, False], [True, False, True]]
+    answers = ["ab", "aa", "ab", "aba"]
+    table = metrics.compare_templates(correct, [list(word) for word in answers])
+    assert (table["best"]["template"], table["worst"]["template"]) == (1, 2)
+    assert table["best"]["value"] == table["oracle"]["value"] == 0.75
+    assert table["worst"]["value"] == 0.25 and table["range"] == 0.5
+    assert table["std"] == pytest.approx(0.5 / 2**0.5)
+    assert table["consistency"]["value"] == pytest.approx((0 + 1 + 0 + 1 / 3) / 4)
+    assert metrics.agreement("aabb") == pytest.approx(2 / 6)
+
+
+def test_overconfidence_by_hand():
+    """Two questions with two answers each: a question counts once, as one cluster."""
+    table = metrics.measure_confidence([0.9, 0.7, 0.2, 0.6], [1, 0, 0, 1], ["u", "u", "v", "v"])
+    assert table["confidence"]["value"] == pytest.approx(0.6)
+    # 0.8 - 0.5 and 0.4 - 0.5
+    assert table["overconfidence"]["value"] == pytest.approx(0.1)
+    half = 1.959964 * np.std([0.3, -0.1], ddof=1) / 2**0.5
+    assert table["overconfidence"]["ci95"] == pytest.approx([0.1 - half, 0.1 + half])
+    assert table["calibration_error"] == pytest.approx((0.1 + 0.7 + 0.2 + 0.4) / 4)
+    assert [cell["value"] for cell in table["calibration"]] == [0, 1, 0, 1]
+
+
+def test_the_table_of_a_run_is_that_of_its_answers(tiny_llamas, tmp_path):
+    """An answer of the first template to the first question is made the correct one."""
+    args = command_line(tiny_llamas, tmp_path, "--method=per_prompt")
+    flex.main(args)
+    folder = tmp_path / "out" / "plain"
+    progress = folder / "progress_all_a5.0.jsonl"
+    records = []
+    for text in filter(None, progress.read_text().splitlines()):
+        line = json.loads(text)
+        if "uuid" in line:
+            words = ["q w", "Q.", "z", "q"] if line["uuid"] == "u4" else ["z"] * 4
+            line |= {"generation": words, "confidence": [0.9, 0.8, 0.1, 0.4]}
+        records.append(line)
+    write_jsonl(progress, records)
+    flex.main(args)
+    table = json.loads((folder / "table_all_a5.json").read_text())
+    n = table["templates"]["oracle"]["n"]
+    assert table["templates"]["best"]["value"] == table["templates"]["oracle"]["value"] == 1 / n
+    assert table["templates"]["worst"]["template"] == 3
+    assert table["templates"]["consistency"]["value"] == pytest.approx((n - 1 + 0.5) / n)
+    expected = 0.55 - 3 / (4 * n)
+    over = table["metrics"]["per_prompt"]["overconfidence"]["value"]
+    assert over == pytest.approx(expected)
 
 
 def test_lemmas_are_added_to_the_tables(tiny_llamas, tmp_path, monkeypatch):
