@@ -229,6 +229,37 @@ def test_no_question_is_among_its_own_shots():
         prompts.sample_few_shot(left, {"r"}, 3, np.random.default_rng(0))
 
 
+@pytest.mark.parametrize("has_pool", [False, True])
+def test_mixed_shots_are_the_same_for_all_and_ask_the_same_questions(tmp_path, has_pool):
+    """Of any relation, from the facts that are not asked, or from the whole pool."""
+
+    def write(name, relations, size):
+        rows = []
+        for relation in relations:
+            for i in range(size):
+                rows.append(fact(relation=relation, subject=f"{name} {relation} {i}"))
+        read(tmp_path, rows, name)
+        return str(tmp_path / name)
+
+    settings = {"path": write("asked.jsonl", "abcde", 8), "num_shots": 3, "max_samples": 9}
+    if has_pool:
+        settings["shots_path"] = write("pool.jsonl", "fgab", 4)
+    asked, _, own = questions.choose_facts(flex_generate.Config(**settings))
+    config = flex_generate.Config(**settings, shots="mixed")
+    mixed_asked, _, mixed = questions.choose_facts(config)
+    assert mixed_asked == asked and list(mixed) == list(own)
+    shots = mixed["a"]
+    assert all(examples == shots for examples in mixed.values())
+    assert len({shot["subject"] for shot in shots}) == 3
+    relations = set()
+    for seed in range(20):
+        config = flex_generate.Config(**settings, shots="mixed", seed=seed)
+        for shot in questions.choose_facts(config)[2]["a"]:
+            assert shot["subject"].startswith("pool" if has_pool else "asked")
+            relations.add(shot["relation"])
+    assert relations == set("fgab" if has_pool else "abcde")
+
+
 def test_a_shot_in_other_templates_or_letters_gives_the_answer_away(tmp_path):
     asked = read(tmp_path, [fact(subject="New York", manual_templates=["[X] is [Y]"])])
     pool = read(tmp_path, [fact(subject="new  york"), fact(subject="Rome")], "pool.jsonl")
