@@ -19,6 +19,7 @@ Writes into <out_dir>/<model>/:
   two automatic ones, or all_a5; xattn is manual cross attention. Other methods write
   <method>_<templates>.feather.
 - table_<templates>.json and, of several methods, .png: all methods with these templates.
+- reliability_<templates>.png: accuracy against confidence, a panel for each method.
 - progress_<templates>.<rank>.jsonl: every answer so far. A run that was killed continues from
   there, if settings, program, model files and facts are still the same.
 
@@ -26,7 +27,7 @@ It differs from the script that MyriadLAMA FlexAttention documents. Token ids ar
 from concatenated text. The prefix is shared instead of repeated before each template. The token
 that predicts the first word of the answer attends to all templates; there only later tokens did, so
 one-word answers came from the last template alone. Manual and automatic templates are never mixed
-up. No other attention is used silently. All methods share one metric.
+up. No other attention is used silently. All methods share the same metrics.
 """
 
 import contextlib
@@ -66,13 +67,11 @@ MEMORY_ADVICE = "lower batch_size, or take a smaller model"
 @dataclass
 class Config:
     model: str = "smollm2_135m_it"  # short name, GGUF file or Hugging Face directory
-    method: str = "flex_myriadlama"  # one of the methods in the table, or all to compare them
+    method: str = "flex_myriadlama"  # one of METHODS in myriadlama/methods.py, or all of them
     path: str = ""  # facts (myriadlama/fact_files.py says in which forms); empty: the built-in ones
     shots_path: str = ""  # facts to show as examples; empty: some of the same relation
     num_shots: int = 5  # examples before the question
-    shots: str = (
-        "relation"  # examples of its relation; or mixed: of any, for all questions the same
-    )
+    shots: str = "relation"  # examples of the question's relation; or mixed: of any relation
     num_manual: int = -1  # manual templates of a question; -1: all
     num_auto: int = 5  # automatic templates of a question; -1: all
     allow_manual_cross_attention: bool = False  # flex_myriadlama: manual ones see those before them
@@ -80,7 +79,7 @@ class Config:
     chat: bool = False  # ask in the model's chat format, as *_it models expect
     score_bias: float = -1.0  # times log(n): bias on n templates, else they outweigh the prefix
     ape_temperature: float = 0.9  # ape: scores of templates are divided by it
-    ape_scale: float = 0.9  # ape: times the log of the attention to all templates, as a sum
+    ape_scale: float = 0.9  # ape: times log-sum-exp of the templates' scores, their attention
     prior_weight: float = 1.0  # contrast: times log p without subject, subtracted
     ensemble_layer: int = -1  # layers from here on share hidden states; -1: the last quarter
     max_new_tokens: int = 10  # tokens of an answer
