@@ -98,12 +98,14 @@ def greedy_decode(
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     has_text = torch.zeros(B, dtype=torch.bool, device=device)
     log_probability = torch.zeros(B, device=device)
+    live = torch.arange(B, device=device)  # rows that are still computed
     generated = []
     for step in range(max_new_tokens):
-        positions = (cache.next_pos + step)[:, None]
+        positions = (cache.next_pos[live] + step)[:, None]
         attention_fn = functools.partial(attend, S + step + 1)
-        x = model(token[:, None], positions, attention_fn)  # (B, 1, D)
-        logits = model.logits(x[:, -1]).float()  # (B, V)
+        x = model(token[live, None], positions, attention_fn)  # (rows, 1, D)
+        live_logits = model.logits(x[:, -1]).float()
+        logits = live_logits.new_zeros(B, live_logits.shape[1]).index_copy(0, live, live_logits)
         token, token_log_prob = choose(logits)
         ends = torch.isin(token, stop.eos) | (stop.has_line_break[token] & has_text)
         log_probability += torch.where(finished, 0, token_log_prob)
@@ -111,8 +113,14 @@ def greedy_decode(
         generated.append(torch.where(in_answer, token, -1))
         has_text |= in_answer & ~stop.is_blank[token]
         finished |= ends
-        if finished.all():
+        is_open = ~finished[live]
+        if not is_open.any():
             break
+        # Copying a cache costs about as much as a step, so wait until half of the rows are done.
+        if 2 * is_open.sum() <= len(live):
+            keys = [k[is_open] for k in keys]
+            values = [v[is_open] for v in values]
+            live, score_bias = live[is_open], score_bias[is_open]
     return torch.stack(generated, 1), log_probability.exp()
 
 

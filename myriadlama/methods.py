@@ -77,7 +77,7 @@ def count_votes(batch, weights):
         winner = max(votes, key=votes.get)
         winners.append(first_text[winner])
         shares.append(votes[winner] / max(sum(votes.values()), 1e-30))
-    return winners, torch.tensor(shares)
+    return winners, torch.tensor(shares, dtype=torch.float64)
 
 
 def fused_cache(batch, chosen=None, bias=0.0):

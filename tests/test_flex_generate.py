@@ -155,7 +155,7 @@ def test_the_table_of_a_run_is_that_of_its_answers(tiny_llamas, tmp_path):
     for text in filter(None, progress.read_text().splitlines()):
         line = json.loads(text)
         if "uuid" in line:
-            words = ["q w", "Q.", "z", "q"] if line["uuid"] == "u4" else ["z"] * 4
+            words = ["q w", "Q.", "z q", "q"] if line["uuid"] == "u4" else ["z"] * 4
             line |= {"generation": words, "confidence": [0.9, 0.8, 0.1, 0.4]}
         records.append(line)
     write_jsonl(progress, records)

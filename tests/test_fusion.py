@@ -193,6 +193,34 @@ def test_answers_stop_at_a_line_break_once_they_have_begun():
     assert out.tolist() == [[1, 40, -1], [50, -1, -1], [60, -1, -1]]
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_that_end_early_change_nothing(n):
+    """Rows in groups of n end at any step; each group is then decoded alone."""
+    model, rng = random_llama(), np.random.default_rng(7)
+    prefix = random_ids(rng, 9)
+    rows = [(random_ids(rng, length), range(9, 9 + length)) for length in rng.integers(2, 9, 48)]
+    prefix_kv = fusion.prefill_prefix(model, prefix)
+    kv = fusion.prefill_padded(model, prefix_kv, rows)
+    nothing = torch.zeros(V, dtype=torch.bool)
+    stop = decoding.StopCriteria(torch.tensor([2, 4, 6, 19, 23]), nothing, nothing)
+    choose = decoding.argmax_grouped(n, decoding.mean_logits)
+
+    def decode(first, end):
+        ends = [9 + len(ids) for ids, _ in rows[first:end]]
+        members = [[r] for r in range(first, end)]
+        cache = fusion.build_cache(prefix_kv, rows, kv, members, ends)
+        return decoding.greedy_decode(model, cache, 7, choose, stop, 8)
+
+    together, confidence = decode(0, 48)
+    for first in range(0, 48, n):
+        alone, own_confidence = decode(first, first + n)
+        shown = together[first : first + n]
+        assert shown[:, : alone.shape[1]].equal(alone) and shown[:, alone.shape[1] :].eq(-1).all()
+        torch.testing.assert_close(confidence[first : first + n], own_confidence)
+    lengths = (together >= 0).sum(1)
+    assert len(lengths.unique()) > 3
+
+
 def test_ensembles_by_hand():
     logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 2.0, 1.5]]])
     confidence = torch.tensor([[0.2, 0.6]])
