@@ -220,16 +220,16 @@ class Run:
         size, records = len(questions), []
         for method in methods:
             batch.meter.reset_cost()
-            generated, confidence = METHODS[method].generate(batch)
+            answers = METHODS[method].generate(batch)
             seconds, tokens = batch.meter.cost()
-            answers = zip(prompted_facts, generated, confidence.tolist())
-            for prompted, generation, own_confidence in answers:
+            confidences = answers.confidence.tolist()
+            for prompted, text, confidence in zip(prompted_facts, answers.texts, confidences):
                 record = {
                     "uuid": prompted.fact["uuid"],
                     "templates": prompted.texts,
                     "answers": prompted.fact["answers"],
-                    "generation": generation,
-                    "confidence": own_confidence,
+                    "generation": text,
+                    "confidence": confidence,
                     "method": method,
                     "seconds": seconds / size,
                     "tokens": tokens / size,

@@ -1,10 +1,12 @@
 """A batch of questions with the work that the methods of flex_generate.py share, and its cost."""
 
 import time
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from myriadlama import decoding, fusion
+from myriadlama import decoding, fusion, prompts
 
 
 class CostMeter:
@@ -55,6 +57,14 @@ class CostMeter:
         return self.results[name][0]
 
 
+class Answers(NamedTuple):
+    """Of one method. With one answer to each question, everything is (B,); or (B, n)."""
+
+    texts: list
+    confidence: torch.Tensor  # probability of what is scored of the text: its first word or words
+    weight: torch.Tensor | None = None  # probability of the whole text and its end
+
+
 class Batch:
     """Questions of one relation with n templates each, after one prefix. facts: what they ask."""
 
@@ -91,19 +101,31 @@ class Batch:
         return [(ids, range(start, start + len(ids))) for ids in templates]
 
     def decode(self, cache, choose=decoding.argmax_each, attention=decoding.plain_attention):
-        """-> texts, and their probabilities (see decoding.greedy_decode)"""
+        """-> Answers of the rows of a cache"""
         run = self.run
         first_token, limit = self.questions[0].answer_start, run.config.max_new_tokens
-        tokens, probability = decoding.greedy_decode(
+        tokens, log_probs = decoding.greedy_decode(
             run.model, cache, first_token, choose, run.stop, limit, attention
         )
         # Every row reads the answer start and what it has generated.
         self.meter.tokens += len(tokens) + int((tokens >= 0).sum())
-        texts = []
-        for row in tokens.tolist():
-            text = run.tokenizer.decode([token for token in row if token >= 0])
-            texts.append(text.strip())
-        return texts, probability
+        texts, confidence = [], []
+        for r, row in enumerate(tokens.tolist()):
+            fact = self.facts[r * len(self.facts) // len(tokens)]
+            text, n_scored = self.scored_text(fact, [token for token in row if token >= 0])
+            texts.append(text)
+            # An empty text is as probable as its end.
+            confidence.append(log_probs[r, : max(n_scored, 1)].sum().exp())
+        return Answers(texts, torch.stack(confidence), log_probs.sum(1).exp())
+
+    def scored_text(self, fact, ids):
+        """-> text of an answer, the number of its first tokens that what is scored consists of"""
+        text = self.run.tokenizer.decode(ids).strip()
+        scored = prompts.prediction(fact, text)
+        for n in range(len(ids)):
+            if prompts.prediction(fact, self.run.tokenizer.decode(ids[:n])) == scored:
+                return text, n
+        return text, len(ids)
 
     def score_bias(self, n):
         """Bias on the attention scores of n fused templates, so that they do not outweigh the

@@ -75,8 +75,8 @@ def greedy_decode(
     """Decode greedily from B caches, after first_token.
 
     choose(logits (B, V)) -> tokens (B,), log of their probability (B,). Returns tokens (B, up to
-    max_new_tokens), -1 after the end of an answer, and the probability (B,) of the answer and its
-    end, as `choose` gives it. The cache is not changed.
+    max_new_tokens), -1 after the end of an answer, and the log probability of each, as `choose`
+    gives it, 0 after the end. The end has one, too. The cache is not changed.
     """
     B, device = len(cache.next_pos), cache.next_pos.device
     S = cache.k[0].shape[2]
@@ -97,18 +97,17 @@ def greedy_decode(
     token = torch.as_tensor(first_token, device=device).expand(B).clone()
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     has_text = torch.zeros(B, dtype=torch.bool, device=device)
-    log_probability = torch.zeros(B, device=device)
     live = torch.arange(B, device=device)  # rows that are still computed
-    generated = []
+    generated, log_probs = [], []
     for step in range(max_new_tokens):
         positions = (cache.next_pos[live] + step)[:, None]
         attention_fn = functools.partial(attend, S + step + 1)
         x = model(token[live, None], positions, attention_fn)  # (rows, 1, D)
         live_logits = model.logits(x[:, -1]).float()
         logits = live_logits.new_zeros(B, live_logits.shape[1]).index_copy(0, live, live_logits)
-        token, token_log_prob = choose(logits)
+        token, log_prob = choose(logits)
         ends = torch.isin(token, stop.eos) | (stop.has_line_break[token] & has_text)
-        log_probability += torch.where(finished, 0, token_log_prob)
+        log_probs.append(torch.where(finished, 0, log_prob))
         in_answer = ~finished & ~ends
         generated.append(torch.where(in_answer, token, -1))
         has_text |= in_answer & ~stop.is_blank[token]
@@ -121,7 +120,7 @@ def greedy_decode(
             keys = [k[is_open] for k in keys]
             values = [v[is_open] for v in values]
             live, score_bias = live[is_open], score_bias[is_open]
-    return torch.stack(generated, 1), log_probability.exp()
+    return torch.stack(generated, 1), torch.stack(log_probs, 1)
 
 
 def argmax_each(logits):
@@ -130,15 +129,15 @@ def argmax_each(logits):
     return token, logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
 
 
-def argmax_grouped(n, combine, confidence=None):
+def argmax_grouped(n, combine, weight=None):
     """A `choose` for rows in groups of n that all take the same token.
 
-    The token is the argmax of combine(logits (B, n, V), confidence (B, n)) -> scores (B, V), the
+    The token is the argmax of combine(logits (B, n, V), weight (B, n)) -> scores (B, V), the
     log of a probability up to a constant.
     """
 
     def choose(logits):
-        token, log_prob = argmax_each(combine(logits.unflatten(0, (-1, n)), confidence))
+        token, log_prob = argmax_each(combine(logits.unflatten(0, (-1, n)), weight))
         return token.repeat_interleave(n), log_prob.repeat_interleave(n)
 
     return choose
@@ -147,28 +146,28 @@ def argmax_grouped(n, combine, confidence=None):
 # ---- combined logits -----------------------------------------------------------------------------
 
 
-def mean_logits(logits, confidence):
+def mean_logits(logits, weight):
     """A product of experts: the geometric mean of the probabilities."""
     return logits.mean(1)
 
 
-def mean_probability(logits, confidence):
+def mean_probability(logits, weight):
     """A mixture of experts: the mean of the probabilities."""
     return logits.log_softmax(-1).logsumexp(1)
 
 
-def max_probability(logits, confidence):
+def max_probability(logits, weight):
     return logits.softmax(-1).amax(1).log()
 
 
-def weighted_mean_logits(logits, confidence):
-    weights = confidence / confidence.sum(1, keepdim=True)
-    return (logits * weights.unsqueeze(-1)).sum(1)
+def weighted_mean_logits(logits, weight):
+    weight = weight / weight.sum(1, keepdim=True)
+    return (logits * weight.unsqueeze(-1)).sum(1)
 
 
-def most_confident_logits(logits, confidence):
+def most_confident_logits(logits, weight):
     """The logits of the template of which the model is most confident."""
-    return logits[torch.arange(len(logits), device=logits.device), confidence.argmax(1)]
+    return logits[torch.arange(len(logits), device=logits.device), weight.argmax(1)]
 
 
 def contrast_with_prior(logits, prior_weight):

@@ -1,7 +1,7 @@
 """The methods of flex_generate.py: how templates of a question become one answer.
 
-A method is a function: batch -> the text generated for each question (B), its confidence (B,).
-The confidence is the probability that the method gives to the whole text and its end.
+A method is a function: batch -> Answers, a text and its confidence for each question. The
+confidence is the probability that the method gives to what is scored of the text.
 
 Two methods from elsewhere are settings of `flex`, in which each template attends to the shared
 prefix and to itself, and the answer to everything:
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from myriadlama import decoding, fusion, prompts
+from myriadlama.batch import Answers
 
 # ---- parts of methods ----------------------------------------------------------------------------
 
@@ -35,28 +36,30 @@ def separate_cache(batch, template=None):
 
 
 def separate_answers(batch):
-    """Answer each template alone -> texts (B * n), confidence (B, n)."""
+    """Answer each template alone -> Answers (B, n)."""
 
     def compute():
-        return batch.decode(separate_cache(batch))
+        texts, confidence, weight = batch.decode(separate_cache(batch))
+        n = batch.n
+        texts = [texts[i : i + n] for i in range(0, len(texts), n)]
+        return Answers(texts, confidence.view(-1, n), weight.view(-1, n))
 
-    texts, probability = batch.meter.shared("separate_answers", compute)
-    return texts, probability.view(-1, batch.n)
+    return batch.meter.shared("separate_answers", compute)
 
 
-def decode_together(batch, cache, n, combine, confidence=None):
+def decode_together(batch, cache, n, combine, weight=None):
     """Decode n rows a question in parallel; their logits together choose each token.
 
     combine: see decoding.argmax_grouped.
     """
-    choose = decoding.argmax_grouped(n, combine, confidence)
-    texts, probability = batch.decode(cache, choose)
-    return texts[::n], probability[::n]  # all rows of a question have the same answer
+    rows = batch.decode(cache, decoding.argmax_grouped(n, combine, weight))
+    # All rows of a question have the same answer.
+    return Answers(rows.texts[::n], rows.confidence[::n])
 
 
-def decode_ensemble(batch, combine, confidence=None):
+def decode_ensemble(batch, combine, weight=None):
     """Decode all templates in parallel, see decode_together."""
-    return decode_together(batch, separate_cache(batch), batch.n, combine, confidence)
+    return decode_together(batch, separate_cache(batch), batch.n, combine, weight)
 
 
 def count_votes(batch, weights):
@@ -65,19 +68,17 @@ def count_votes(batch, weights):
     weights (B, n): how much the vote of each template counts. Answers are equal if what is scored
     of them is. The confidence is the share of the votes.
     """
-    texts, _ = separate_answers(batch)
     winners, shares = [], []
-    for i, fact in enumerate(batch.facts):
+    for fact, texts, own_weights in zip(batch.facts, separate_answers(batch).texts, weights):
         votes, first_text = {}, {}
-        own_texts = texts[i * batch.n : (i + 1) * batch.n]
-        for text, weight in zip(own_texts, weights[i].tolist()):
+        for text, weight in zip(texts, own_weights.tolist()):
             answer = prompts.scored_words(fact, text)
             votes[answer] = votes.get(answer, 0) + weight
             first_text.setdefault(answer, text)
         winner = max(votes, key=votes.get)
         winners.append(first_text[winner])
         shares.append(votes[winner] / max(sum(votes.values()), 1e-30))
-    return winners, torch.tensor(shares, dtype=torch.float64)
+    return Answers(winners, torch.tensor(shares, dtype=torch.float64))
 
 
 def fused_cache(batch, chosen=None, bias=0.0):
@@ -136,19 +137,18 @@ def origin(batch):
 
 
 def per_prompt(batch):
-    """Each template alone: a list of n answers to each question, confidence (B, n)."""
-    texts, confidence = separate_answers(batch)
-    return [texts[i : i + batch.n] for i in range(0, len(texts), batch.n)], confidence
+    """Each template alone: n answers to each question."""
+    return separate_answers(batch)
 
 
 def vote(batch):
     """The most frequent answer of the templates."""
-    return count_votes(batch, separate_answers(batch)[1].new_ones(len(batch.questions), batch.n))
+    return count_votes(batch, torch.ones(len(batch.facts), batch.n))
 
 
 def weighted_vote(batch):
-    """The answer with the highest sum of confidences."""
-    return count_votes(batch, separate_answers(batch)[1])
+    """The answer with the highest sum of weights."""
+    return count_votes(batch, separate_answers(batch).weight)
 
 
 # ---- logits --------------------------------------------------------------------------------------
@@ -167,11 +167,11 @@ def maximum(batch):
 
 
 def weighted_average(batch):
-    return decode_ensemble(batch, decoding.weighted_mean_logits, separate_answers(batch)[1])
+    return decode_ensemble(batch, decoding.weighted_mean_logits, separate_answers(batch).weight)
 
 
 def weighted_maximum(batch):
-    return decode_ensemble(batch, decoding.most_confident_logits, separate_answers(batch)[1])
+    return decode_ensemble(batch, decoding.most_confident_logits, separate_answers(batch).weight)
 
 
 def contrast(batch):
@@ -184,7 +184,7 @@ def contrast(batch):
     members = [[r] for r in range(len(rows))]
     cache = fusion.build_cache(batch.prefix_kv, rows, batch.encode(rows), members, next_pos)
 
-    def combine(logits, confidence):
+    def combine(logits, weight):
         return decoding.contrast_with_prior(logits, batch.run.config.prior_weight)
 
     return decode_together(batch, cache, 2 * batch.n, combine)
@@ -217,20 +217,19 @@ def flex(batch):
 
 
 def flex_adaptive(batch):
-    """The half of the templates with the highest confidence, in one cache."""
-    confidence = separate_answers(batch)[1]
+    """The half of the templates with the highest weight, in one cache."""
     m = (batch.n + 1) // 2
-    best = confidence.topk(m, dim=1).indices.sort(dim=1).values.tolist()
+    best = separate_answers(batch).weight.topk(m, dim=1).indices.sort(dim=1).values.tolist()
     return batch.decode(fused_cache(batch, best, batch.score_bias(m)))
 
 
 def flex_weighted(batch):
-    """All templates in one cache; attention to a template is multiplied by its confidence.
+    """All templates in one cache; attention to a template is multiplied by its weight.
 
     The factors of a question have mean 1.
     """
-    confidence = separate_answers(batch)[1]
-    factors = confidence / confidence.mean(1, keepdim=True)
+    weight = separate_answers(batch).weight
+    factors = weight / weight.mean(1, keepdim=True)
     bias = factors.log().clamp(min=-30).numpy(force=True) + batch.score_bias(batch.n)
     return batch.decode(fused_cache(batch, bias=bias))
 
@@ -256,7 +255,7 @@ def hybrid(batch):
         next_pos += [*ends, max(ends)]
         bias += [0.0] * n + [batch.score_bias(n)]
 
-    def combine(logits, confidence):
+    def combine(logits, weight):
         log_probs = logits.log_softmax(-1)  # (B, n + 1, V)
         return log_probs[:, :n].mean(1) + log_probs[:, n]
 
@@ -283,7 +282,7 @@ def flex_myriadlama_xattn(batch):
 
 
 class Method(NamedTuple):
-    generate: object  # batch -> texts, confidence
+    generate: object  # batch -> Answers
     templates: str  # how many it uses for an answer: one, half, all
     fused_by: str
     settings: tuple = ()  # those that other methods do not have

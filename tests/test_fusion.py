@@ -211,12 +211,12 @@ def test_rows_that_end_early_change_nothing(n):
         cache = fusion.build_cache(prefix_kv, rows, kv, members, ends)
         return decoding.greedy_decode(model, cache, 7, choose, stop, 8)
 
-    together, confidence = decode(0, 48)
+    together, log_probs = decode(0, 48)
     for first in range(0, 48, n):
-        alone, own_confidence = decode(first, first + n)
+        alone, own_log_probs = decode(first, first + n)
         shown = together[first : first + n]
         assert shown[:, : alone.shape[1]].equal(alone) and shown[:, alone.shape[1] :].eq(-1).all()
-        torch.testing.assert_close(confidence[first : first + n], own_confidence)
+        torch.testing.assert_close(log_probs.sum(1)[first : first + n], own_log_probs.sum(1))
     lengths = (together >= 0).sum(1)
     assert len(lengths.unique()) > 3
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import flex_generate as flex
-from myriadlama import fusion, llama, methods
-from myriadlama.batch import Batch
+from myriadlama import decoding, fusion, llama, methods
+from myriadlama.batch import Answers, Batch
 from naive import naive_decode
 from toys_llama import (
     V,
@@ -23,13 +23,17 @@ from toys_llama import (
     random_question,
 )
 
+ANSWERS = ("a", "a b")  # one word of a text is scored, or two; a token is a word
+
 
 def batch_of(model, questions, prefix, max_new_tokens=10, **settings):
     """A Batch whose texts are token ids."""
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     config = flex.Config(max_new_tokens=max_new_tokens, **settings)
     run = SimpleNamespace(model=model, config=config, stop=never_stop(V), tokenizer=tokenizer)
-    facts = [{"subject": "s", "answers": ["a"]}] * len(questions)  # a word, the first, is scored
+    facts = []
+    for i in range(len(questions)):
+        facts.append({"subject": "s", "answers": [ANSWERS[i % 2]]})
     return Batch(run, questions, facts, fusion.prefill_prefix(model, prefix))
 
 
@@ -80,18 +84,18 @@ def naive_alone(model, prefix, question, ids, max_new_tokens):
 def test_votes_are_counted_over_first_words(method):
     model = random_llama()
     prefix, batch = random_batch(model, 5, n=6, n_questions=12)
-    texts, shares = methods.METHODS[method].generate(batch)
+    texts, shares, _ = methods.METHODS[method].generate(batch)
     n_not_first = 0
-    for question, text, share in zip(batch.questions, texts, shares.tolist()):
+    for i, (question, text, share) in enumerate(zip(batch.questions, texts, shares.tolist())):
         votes, answers = Counter(), []
         for ids in question.templates:
             tokens, p = naive_alone(model, prefix, question, ids, 3)
             answers.append(tokens)
-            votes[tokens[0]] += 1 if method == "vote" else p
+            votes[tuple(tokens[: 1 + i % 2])] += 1 if method == "vote" else p
         most = max(votes.values())
         winners = [word for word in votes if votes[word] == pytest.approx(most)]
-        # Of equals, and of different texts with one first word, the first counts.
-        expected = next(tokens for tokens in answers if tokens[0] in winners)
+        # Of equals, and of different texts with one beginning, the first counts.
+        expected = next(tokens for tokens in answers if tuple(tokens[: 1 + i % 2]) in winners)
         assert text == text_of(expected)
         assert share == pytest.approx(most / sum(votes.values()), rel=1e-4)
         n_not_first += expected != answers[0]
@@ -101,12 +105,12 @@ def test_votes_are_counted_over_first_words(method):
 def test_answers_of_a_vote_are_equal_regardless_of_case_and_marks():
     facts = [{"subject": "s", "answers": ["New York"]}, {"subject": "", "answers": ["x"]}]
     batch = SimpleNamespace(n=4, facts=facts)
-    texts = ["Paris is it", "new york, of", "New York.", "Oslo or so", "a b", "a", "A b!", "c"]
-    batch.meter = SimpleNamespace(shared=lambda name, compute: (texts, torch.ones(8)))
+    texts = [["Paris is it", "new york, of", "New York.", "Oslo or so"], ["a b", "a", "A b!", "c"]]
+    batch.meter = SimpleNamespace(shared=lambda name, compute: Answers(texts, None))
     # Two words of a fact with a two-word answer are scored, and all words of a whole question.
-    winners, shares = methods.count_votes(batch, torch.ones(2, 4))
+    winners, shares, _ = methods.count_votes(batch, torch.ones(2, 4))
     assert winners == ["new york, of", "a b"] and shares.tolist() == [0.5, 0.5]
-    winners, shares = methods.count_votes(batch, torch.tensor([[4.0, 1, 1, 2], [1, 3, 1, 5]]))
+    winners, shares, _ = methods.count_votes(batch, torch.tensor([[4.0, 1, 1, 2], [1, 3, 1, 5]]))
     assert winners == ["Paris is it", "c"] and shares.tolist() == [0.5, 0.5]
 
 
@@ -134,13 +138,16 @@ def naive_contrast(p, prior, weight=0.7):
 
 @pytest.mark.parametrize("method", COMBINE)
 def test_combined_logits_against_probabilities(method):
-    """Texts and confidence; templates in one batch with caches, or one by one without."""
+    """Texts and confidence; templates in one batch with caches, or one by one without.
+
+    The confidence is that of the first word, or of the first two.
+    """
     model = random_llama()
     prefix, batch = random_batch(model, 6, prior_weight=0.7)
-    texts, got = methods.METHODS[method].generate(batch)
-    for question, text, probability in zip(batch.questions, texts, got.tolist()):
+    texts, got, _ = methods.METHODS[method].generate(batch)
+    for i, question in enumerate(batch.questions):
         alone = [naive_alone(model, prefix, question, ids, 3)[1] for ids in question.templates]
-        tokens, product = [], 1.0
+        tokens, steps = [], []
         for _ in range(3):
             p = []
             for ids in (*question.templates, *question.priors):
@@ -149,9 +156,9 @@ def test_combined_logits_against_probabilities(method):
             p, prior = np.array(p[:4]), np.array(p[4:])
             score = COMBINE[method](p, np.array(alone), prior)
             tokens.append(int(score.argmax()))
-            product *= score.max() / score.sum()
-        assert text == text_of(tokens)
-        assert probability == pytest.approx(product, rel=1e-3)
+            steps.append(score.max() / score.sum())
+        assert texts[i] == text_of(tokens)
+        assert got[i].item() == pytest.approx(np.prod(steps[: 1 + i % 2]), rel=1e-3)
 
 
 # ---- hidden states -------------------------------------------------------------------------------
@@ -160,9 +167,9 @@ def test_combined_logits_against_probabilities(method):
 def naive_fused_layers(model, prefix, question, first_layer, part, combine, max_new_tokens):
     """All templates side by side without a cache, through the parts of each layer.
 
-    -> tokens, product of their probabilities
+    -> tokens, their probabilities
     """
-    tokens, product = [question.answer_start], 1.0
+    tokens, steps = [question.answer_start], []
     for _ in range(max_new_tokens):
         rows = [torch.tensor([[*prefix, *ids, *tokens]]) for ids in question.templates]
         x = [model.embed_tokens(row) for row in rows]
@@ -186,8 +193,8 @@ def naive_fused_layers(model, prefix, question, first_layer, part, combine, max_
                 share_last(x, len(tokens), combine)
         logits = torch.stack([model.logits(row[0, -1]) for row in x]).mean(0)
         tokens.append(int(logits.argmax()))
-        product *= float(logits.softmax(0).max())
-    return tokens[1:], product
+        steps.append(float(logits.softmax(0).max()))
+    return tokens[1:], steps
 
 
 def share_last(rows, n_last, combine):
@@ -203,13 +210,13 @@ def share_last(rows, n_last, combine):
 def test_fused_layers_without_a_cache(method, first_layer):
     model = random_llama()
     prefix, batch = random_batch(model, 7, n=3, ensemble_layer=first_layer)
-    texts, confidence = methods.METHODS[method].generate(batch)
+    texts, confidence, _ = methods.METHODS[method].generate(batch)
     part, kind = method.rsplit("_", 1)
     combine = {"avg": lambda x: x.mean(0), "max": lambda x: x.amax(0)}[kind]
-    for question, text, probability in zip(batch.questions, texts, confidence.tolist()):
-        tokens, product = naive_fused_layers(model, prefix, question, first_layer, part, combine, 3)
-        assert text == text_of(tokens)
-        assert probability == pytest.approx(product, rel=1e-3)
+    for i, question in enumerate(batch.questions):
+        tokens, steps = naive_fused_layers(model, prefix, question, first_layer, part, combine, 3)
+        assert texts[i] == text_of(tokens)
+        assert confidence[i].item() == pytest.approx(np.prod(steps[: 1 + i % 2]), rel=1e-3)
     # No hook is left behind.
     plain = methods.average(random_batch(random_llama(), 7, n=3)[1])[1]
     assert torch.equal(methods.average(batch)[1], plain)
@@ -230,7 +237,7 @@ def test_the_last_quarter_of_the_layers_is_fused_by_default():
 def naive_ape(model, prefix, question, temperature, scale, max_new_tokens):
     """Two softmaxes for each head, of templates and of all else, weighted.
 
-    -> tokens, product of their probabilities
+    -> tokens, their probabilities
     """
     steps = []
     n_tokens = sum(len(ids) for ids in question.templates)
@@ -257,7 +264,7 @@ def naive_ape(model, prefix, question, temperature, scale, max_new_tokens):
         return logits
 
     tokens, _ = naive_decode(forward, prefix, question, "isolated", "restart", 0.0, max_new_tokens)
-    return tokens, np.prod(steps)
+    return tokens, steps
 
 
 @pytest.mark.parametrize("temperature, scale", [(0.9, 0.9), (0.4, 1.0), (1.0, 0.3), (1.5, 1.2)])
@@ -265,19 +272,19 @@ def test_ape_against_two_softmaxes(temperature, scale):
     model = random_llama()
     settings = dict(ape_temperature=temperature, ape_scale=scale)
     prefix, batch = random_batch(model, 8, **settings)
-    texts, confidence = methods.ape(batch)
-    for question, text, probability in zip(batch.questions, texts, confidence.tolist()):
-        tokens, product = naive_ape(model, prefix, question, temperature, scale, 3)
-        assert text == text_of(tokens)
-        assert probability == pytest.approx(product, rel=1e-3)
+    texts, confidence, _ = methods.ape(batch)
+    for i, question in enumerate(batch.questions):
+        tokens, steps = naive_ape(model, prefix, question, temperature, scale, 3)
+        assert texts[i] == text_of(tokens)
+        assert confidence[i].item() == pytest.approx(np.prod(steps[: 1 + i % 2]), rel=1e-3)
 
 
 def test_ape_without_its_two_numbers_is_flex_without_bias():
     model = random_llama()
     settings = dict(ape_temperature=1.0, ape_scale=1.0, score_bias=0.0, max_new_tokens=6)
     _, batch = random_batch(model, 9, n_questions=16, **settings)
-    texts, confidence = methods.ape(batch)
-    plain_texts, plain_confidence = methods.flex(batch)
+    texts, confidence, _ = methods.ape(batch)
+    plain_texts, plain_confidence, _ = methods.flex(batch)
     assert texts == plain_texts
     torch.testing.assert_close(confidence, plain_confidence, rtol=1e-3, atol=0)
 
@@ -288,7 +295,7 @@ def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
     prefix = random_ids(rng, 7)
     questions = [random_question(rng, n=3) for _ in range(4)]
     forward = our_forward(model)
-    texts, _ = methods.hybrid(batch_of(model, questions, prefix, 2))
+    texts = methods.hybrid(batch_of(model, questions, prefix, 2)).texts
 
     def log_probabilities(question, bias=0.0):
         _, logits = naive_decode(forward, prefix, question, "isolated", "restart", bias)
@@ -308,8 +315,8 @@ def test_adaptive_takes_the_templates_with_the_highest_confidence():
     model, rng = random_llama(), np.random.default_rng(1)
     prefix, q = random_ids(rng, 7), random_question(rng)
     batch = batch_of(model, [q], prefix, 3)
-    (text,), _ = methods.flex_adaptive(batch)
-    best = methods.separate_answers(batch)[1][0].topk(2).indices.sort().values.tolist()
+    (text,) = methods.flex_adaptive(batch).texts
+    best = methods.separate_answers(batch).weight[0].topk(2).indices.sort().values.tolist()
     templates = [q.templates[i] for i in best]
     half = fusion.Question(templates, q.is_manual[:2], q.answer_start, q.separator)
     bias = -np.log(2)
@@ -326,11 +333,11 @@ def test_weighted_attention_by_hand(monkeypatch):
 
     def note_bias(cache):
         biases.append(cache.score_bias[0, 0, 0])
-        return None, None
+        return Answers([], None)
 
     batch.decode = note_bias
     for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
-        answers = [], torch.tensor([confidence])
+        answers = Answers([], None, torch.tensor([confidence]))
         monkeypatch.setattr(methods, "separate_answers", lambda batch, answers=answers: answers)
         methods.flex_weighted(batch)
     weighted, even = biases
@@ -365,3 +372,24 @@ def test_shared_work_is_charged_to_each_method_once(reverse):
         assert tokens == expected[method] and seconds > 0
         if method == order[0]:
             assert seconds <= time.perf_counter() - start
+
+
+def test_the_confidence_is_that_of_what_is_scored(monkeypatch):
+    """Tokens are letters; a row ends with -1. An empty text is as probable as its end."""
+    rows = [[1, 2, 0, 3], [1, 2, 0, 3], [1, 0, 3, 2], [-1, -1, -1, -1]]
+    p = [[0.5, 0.4, 0.3, 0.2], [0.5, 0.4, 0.3, 0.2], [0.5, 0.4, 0.3, 0.2], [0.6, 1, 1, 1]]
+    one, two = {"subject": "s", "answers": ["x"]}, {"subject": "s", "answers": ["x y"]}
+    whole = {"subject": "", "answers": ["x"]}
+    model, question = random_llama(), fusion.Question([[1]], torch.tensor([True]), 7, [3])
+    batch = batch_of(model, [question] * 4, [20, 21])
+    batch.facts = [one, two, one, whole]
+    batch.run.tokenizer = SimpleNamespace(decode=lambda ids: "".join(" abc"[i] for i in ids))
+
+    def decode(*args):
+        return torch.tensor(rows), torch.tensor(p).log()
+
+    monkeypatch.setattr(decoding, "greedy_decode", decode)
+    texts, confidence, weight = batch.decode(None)
+    assert texts == ["ab c", "ab c", "a cb", ""]
+    torch.testing.assert_close(confidence, torch.tensor([0.2, 0.012, 0.5, 0.6]))
+    torch.testing.assert_close(weight, torch.tensor([0.012, 0.012, 0.012, 0.6]))
