@@ -166,7 +166,7 @@ def weighted_mean_logits(logits, weight):
 
 
 def most_confident_logits(logits, weight):
-    """The logits of the template of which the model is most confident."""
+    """The logits of the template with the highest weight."""
     return logits[torch.arange(len(logits), device=logits.device), weight.argmax(1)]
 
 

@@ -142,7 +142,7 @@ def per_prompt(batch):
 
 
 def vote(batch):
-    """The most frequent answer of the templates."""
+    """The most frequent answer of the templates, each asked alone."""
     return count_votes(batch, torch.ones(len(batch.facts), batch.n))
 
 
@@ -296,19 +296,19 @@ METHODS = {
     "origin": Method(origin, "one", "nothing"),
     "per_prompt": Method(per_prompt, "one", "nothing"),
     "vote": Method(vote, "all", "answers"),
-    "weighted_vote": Method(weighted_vote, "all", "answers, by confidence"),
+    "weighted_vote": Method(weighted_vote, "all", "answers, weighted"),
     "avg": Method(average, "all", "logits: product of experts"),
     "mixture": Method(mixture, "all", "probabilities: mean"),
     "max": Method(maximum, "all", "probabilities: maximum"),
-    "weighted_avg": Method(weighted_average, "all", "logits, by confidence"),
-    "weighted_max": Method(weighted_maximum, "all", "the most confident one"),
+    "weighted_avg": Method(weighted_average, "all", "logits, weighted"),
+    "weighted_max": Method(weighted_maximum, "all", "logits of the highest weight"),
     "contrast": Method(contrast, "all", "logits, less those without subject", ("prior_weight",)),
     "layer_output_avg": Method(layer_output_avg, "all", "layer outputs: mean", LAYERS),
     "ffn_activation_avg": Method(ffn_activation_avg, "all", "MLP activations: mean", LAYERS),
     "ffn_activation_max": Method(ffn_activation_max, "all", "MLP activations: maximum", LAYERS),
     "flex": Method(flex, "all", "attention", ONE_PROMPT),
-    "flex_adaptive": Method(flex_adaptive, "half", "attention, the most confident half", ATTENTION),
-    "flex_weighted": Method(flex_weighted, "all", "attention, by confidence", ATTENTION),
+    "flex_adaptive": Method(flex_adaptive, "half", "attention, half of them", ATTENTION),
+    "flex_weighted": Method(flex_weighted, "all", "attention, weighted", ATTENTION),
     "ape": Method(ape, "all", "attention, rescaled", ("ape_temperature", "ape_scale")),
     "hybrid": Method(hybrid, "all", "attention and logits", ATTENTION),
     "flex_full": Method(flex_full, "all", "attention, all see all before", ONE_PROMPT),
