@@ -19,6 +19,7 @@ Writes into <out_dir>/<model>/:
   two automatic ones, or all_a5; xattn is manual cross attention. Other methods write
   <method>_<templates>.feather.
 - table_<templates>.json and, of several methods, .png: all methods with these templates.
+- reliability_<templates>.png: accuracy against confidence, a panel for each method.
 - progress_<templates>.<rank>.jsonl: every answer so far. A run that was killed continues from
   there, if settings, program, model files and facts are still the same.
 
@@ -26,7 +27,7 @@ It differs from the script that MyriadLAMA FlexAttention documents. Token ids ar
 from concatenated text. The prefix is shared instead of repeated before each template. The token
 that predicts the first word of the answer attends to all templates; there only later tokens did, so
 one-word answers came from the last template alone. Manual and automatic templates are never mixed
-up. No other attention is used silently. All methods share one metric.
+up. No other attention is used silently. All methods share the same metrics.
 """
 
 import contextlib
@@ -36,12 +37,12 @@ import sys
 import time
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple
 
 import torch
 
-from myriadlama import chat, fusion, loading, prompts, results
+from myriadlama import chat, decoding, fusion, loading, prompts, results
 from myriadlama.batch import Batch
+from myriadlama.methods import METHODS, settings_of_others
 from myriadlama.questions import choose_facts, make_batches
 from nanorecall.build import enough_memory
 from nanorecall.checkpoint import make_directory, only_writer
@@ -66,17 +67,21 @@ MEMORY_ADVICE = "lower batch_size, or take a smaller model"
 @dataclass
 class Config:
     model: str = "smollm2_135m_it"  # short name, GGUF file or Hugging Face directory
-    method: str = "flex_myriadlama"  # one of the methods in the table, or all to compare them
+    method: str = "flex_myriadlama"  # one of METHODS in myriadlama/methods.py, or all of them
     path: str = ""  # facts (myriadlama/fact_files.py says in which forms); empty: the built-in ones
     shots_path: str = ""  # facts to show as examples; empty: some of the same relation
     num_shots: int = 5  # examples before the question
-    same_relation: bool = True  # examples of the question's relation; false: of any, as MyriadLAMA
+    shots: str = "relation"  # examples of the question's relation; or mixed: of any relation
     num_manual: int = -1  # manual templates of a question; -1: all
     num_auto: int = 5  # automatic templates of a question; -1: all
     allow_manual_cross_attention: bool = False  # flex_myriadlama: manual ones see those before them
     template_positions: str = "restart"  # each right after the prefix; or sequential
     chat: bool = False  # ask in the model's chat format, as *_it models expect
     score_bias: float = -1.0  # times log(n): bias on n templates, else they outweigh the prefix
+    ape_temperature: float = 0.9  # ape: scores of templates are divided by it
+    ape_scale: float = 0.9  # ape: times log-sum-exp of the templates' scores, their attention
+    prior_weight: float = 1.0  # contrast: times log p without subject, subtracted
+    ensemble_layer: int = -1  # layers from here on share hidden states; -1: the last quarter
     max_new_tokens: int = 10  # tokens of an answer
     max_samples: int = 0  # questions, spread over the relations; 0: all
     batch_size: int = 8  # questions of one relation in a batch
@@ -91,208 +96,29 @@ class Config:
     def check(self):
         at_least(self, 0, "num_shots", "max_samples", "seed", "num_threads")
         at_least(self, 1, "max_new_tokens", "batch_size")
-        at_least(self, -1, "num_manual", "num_auto")
+        at_least(self, -1, "num_manual", "num_auto", "ensemble_layer")
+        at_least(self, 0, "ape_scale", "prior_weight")
+        at_least(self, 0.01, "ape_temperature")
         any_template = self.num_manual != 0 or self.num_auto != 0
         require(any_template, "num_manual=0 and num_auto=0 leave no template", "num_manual")
         one_of(self, ("all", *METHODS), "method")
         one_of(self, ("restart", "sequential"), "template_positions")
+        one_of(self, ("relation", "mixed"), "shots")
         both = self.chat and self.template_positions == "sequential"
         message = "chat=True needs template_positions=restart: each template is a turn of the user"
         require(not both, message, "chat")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
 
     def unused(self):
-        method, reasons = self.method, {}
-        if method == "all":
-            return {"allow_manual_cross_attention": "method all compares both"}
-        if method != "flex_myriadlama":
-            reasons["allow_manual_cross_attention"] = f"method is {method}"
-        if method not in ONE_PROMPT_METHODS:
-            reason = f"method {method} lets each template begin right after the prefix"
-            reasons["template_positions"] = reason
-        if "attention" not in METHODS[method].fused_by:
-            reasons["score_bias"] = f"method {method} fuses no attention"
+        reasons = {}
+        if self.num_shots == 0:
+            reasons["shots"] = "num_shots is 0"
+        if self.method == "all":
+            reasons["allow_manual_cross_attention"] = "method all compares both"
+        else:
+            names = settings_of_others(self.method)
+            reasons |= dict.fromkeys(names, f"method is {self.method}")
         return reasons
-
-
-# ---- methods: batch -> the text generated for each question --------------------------------------
-
-
-def separate_cache(batch, template=None):
-    """A cache for each template alone, or for one template number of each question."""
-    rows, kv = batch.encode_separately(1.0 if template is None else 1 / batch.n)
-    members, next_pos = [], []
-    for r, (ids, _) in enumerate(rows):
-        if template is None or r % batch.n == template:
-            members.append([r])
-            next_pos.append(batch.prefix_length + len(ids))
-    return fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos)
-
-
-def separate_answers(batch):
-    """Answer each template alone -> texts (B * n), confidence (B, n).
-
-    The confidence is the probability that the model gives to its answer.
-    """
-
-    def compute():
-        return batch.decode(separate_cache(batch))
-
-    texts, probability = batch.meter.shared("separate_answers", compute)
-    return texts, probability.view(-1, batch.n)
-
-
-def decode_ensemble(batch, combine, confidence=None):
-    """Decode all templates in parallel; their logits together choose each token.
-
-    combine: see fusion.argmax_grouped.
-    """
-    choose = fusion.argmax_grouped(batch.n, combine, confidence)
-    texts, _ = batch.decode(separate_cache(batch), choose)
-    return texts[:: batch.n]  # all templates of a question have the same answer
-
-
-def decode_fused(batch, chosen=None, bias=0.0):
-    """Put templates that were encoded alone into one cache per question and decode.
-
-    chosen: numbers of templates (B, m), or None for all. bias: on their attention scores, a number
-    or (B, m), besides that of the setting score_bias.
-    """
-    rows, kv = batch.encode_separately()
-    if chosen is None:
-        chosen = [range(batch.n)] * len(batch.questions)
-    members, next_pos = [], []
-    for i, templates in enumerate(chosen):
-        cache_rows = [i * batch.n + j for j in templates]
-        members.append(cache_rows)
-        next_pos.append(batch.prefix_length + max(len(rows[r][0]) for r in cache_rows))
-    bias = bias + batch.score_bias(len(chosen[0]))
-    return batch.decode(fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias))[0]
-
-
-def decode_scheme(batch, scheme):
-    """Put all templates into one cache per question under an attention scheme and decode."""
-    positions = batch.run.config.template_positions
-    if scheme == "isolated" and positions == "restart":
-        return decode_fused(batch)  # the templates are encoded as if they were alone
-    rows, members, next_pos = [], [], []
-    for question in batch.questions:
-        first = len(rows)
-        new_rows, answer_position = fusion.layout(question, batch.prefix_length, scheme, positions)
-        rows += [(ids, row_positions) for ids, row_positions, _ in new_rows]
-        members.append(range(first, len(rows)))
-        next_pos.append(answer_position)
-    kv, bias = batch.encode(rows), batch.score_bias(batch.n)
-    return batch.decode(fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias))[0]
-
-
-def origin(batch):
-    """The first template alone."""
-    return batch.decode(separate_cache(batch, template=0))[0]
-
-
-def per_prompt(batch):
-    """Each template alone: a list of n answers to each question."""
-    texts, _ = separate_answers(batch)
-    return [texts[i : i + batch.n] for i in range(0, len(texts), batch.n)]
-
-
-def average(batch):
-    return decode_ensemble(batch, fusion.mean_logits)
-
-
-def maximum(batch):
-    return decode_ensemble(batch, fusion.max_probability)
-
-
-def weighted_average(batch):
-    return decode_ensemble(batch, fusion.weighted_mean_logits, separate_answers(batch)[1])
-
-
-def weighted_maximum(batch):
-    return decode_ensemble(batch, fusion.most_confident_logits, separate_answers(batch)[1])
-
-
-def flex(batch):
-    """All templates in one cache, each attending only to itself."""
-    return decode_scheme(batch, "isolated")
-
-
-def flex_adaptive(batch):
-    """The half of the templates with the highest confidence, in one cache."""
-    confidence = separate_answers(batch)[1]
-    best = confidence.topk((batch.n + 1) // 2, dim=1).indices
-    return decode_fused(batch, best.sort(dim=1).values.tolist())
-
-
-def flex_weighted(batch):
-    """All templates in one cache; attention to a template is multiplied by its confidence.
-
-    The factors of a question have mean 1.
-    """
-    confidence = separate_answers(batch)[1]
-    factors = confidence / confidence.mean(1, keepdim=True)
-    return decode_fused(batch, bias=factors.log().clamp(min=-30).numpy(force=True))
-
-
-def hybrid(batch):
-    """Average the fused prompt's log probabilities with those of the single prompts."""
-    rows, kv = batch.encode_separately()
-    n, members, next_pos, bias = batch.n, [], [], []
-    for first in range(0, len(rows), n):
-        ends = [batch.prefix_length + len(ids) for ids, _ in rows[first : first + n]]
-        for i in range(n):
-            members.append([first + i])
-        members.append(range(first, first + n))
-        next_pos += [*ends, max(ends)]
-        bias += [0.0] * n + [batch.score_bias(n)]
-
-    def combine(logits, confidence):
-        log_probs = logits.log_softmax(-1)  # (B, n + 1, V)
-        return log_probs[:, :n].mean(1) + log_probs[:, n]
-
-    cache = fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias)
-    return batch.decode(cache, fusion.argmax_grouped(n + 1, combine))[0][:: n + 1]
-
-
-def flex_full(batch):
-    """All templates in one cache, each attending to all before it."""
-    return decode_scheme(batch, "full")
-
-
-def flex_myriadlama(batch):
-    """Manual and automatic templates in one cache, each attending only to itself."""
-    return decode_scheme(batch, "isolated")
-
-
-def flex_myriadlama_xattn(batch):
-    """The same, with cross attention between manual templates (allow_manual_cross_attention)."""
-    return decode_scheme(batch, "manual_cross")
-
-
-class Method(NamedTuple):
-    generate: object  # batch -> texts
-    templates: str  # how many it uses for an answer: one, half, all
-    fused_by: str
-
-
-METHODS = {
-    "origin": Method(origin, "one", "nothing"),
-    "per_prompt": Method(per_prompt, "one", "nothing"),
-    "avg": Method(average, "all", "logits"),
-    "max": Method(maximum, "all", "probabilities"),
-    "weighted_avg": Method(weighted_average, "all", "logits, by confidence"),
-    "weighted_max": Method(weighted_maximum, "all", "the most confident one"),
-    "flex": Method(flex, "all", "attention"),
-    "flex_adaptive": Method(flex_adaptive, "half", "attention, the most confident half"),
-    "flex_weighted": Method(flex_weighted, "all", "attention, by confidence"),
-    "hybrid": Method(hybrid, "all", "attention and logits"),
-    "flex_full": Method(flex_full, "all", "attention, all see all before"),
-    "flex_myriadlama": Method(flex_myriadlama, "all", "attention"),
-    "flex_myriadlama_xattn": Method(flex_myriadlama_xattn, "all", "attention, manual see manual"),
-}
-# They may put the templates one after another (setting template_positions).
-ONE_PROMPT_METHODS = ("flex", "flex_full", "flex_myriadlama", "flex_myriadlama_xattn")
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -335,13 +161,13 @@ class Run:
         examples, is_question = self.examples[fact["relation"]], not fact["subject"]
         return chat.prompt_parts(self.model.config.chat_template, examples, is_question)
 
-    def template_ids(self, prompted):
-        """Token ids of each template of a question, up to where the answer begins."""
+    def template_ids(self, fact, texts):
+        """Token ids of each filled template of a question, up to where the answer begins."""
         if not self.config.chat:
-            return [self.encode(f"Q: {text}\nA:") for text in prompted.texts]
-        before, rest = self.chat_parts(prompted.fact)
-        prefix, templates = self.prefix_ids(prompted.fact), []
-        for text in prompted.texts:
+            return [self.encode(f"Q: {text}\nA:") for text in texts]
+        before, rest = self.chat_parts(fact)
+        prefix, templates = self.prefix_ids(fact), []
+        for text in texts:
             whole = before + rest.replace(chat.QUESTION, text)
             ids = self.encode(whole, starts_prompt=True)
             glued = f"the tokenizer glues the chat format to the template after it: {text[:40]!r}"
@@ -357,16 +183,20 @@ class Run:
         return self.prefixes[relation]
 
     def make_question(self, prompted):
-        ids = self.template_ids(prompted)
+        n, texts = len(prompted.texts), prompted.texts
+        if "contrast" in self.methods:
+            texts = [*texts, *prompted.priors]
+        ids = self.template_ids(prompted.fact, texts)
         is_manual, separator = torch.from_numpy(prompted.is_manual), self.encode("\n\n")
         # All templates must end in the same token, which then belongs to the fused part.
         check_same_end(template[-1] for template in ids)
-        templates = [template[:-1] for template in ids]
-        return fusion.Question(templates, is_manual, ids[0][-1], separator)
+        rows = [template[:-1] for template in ids]
+        return fusion.Question(rows[:n], is_manual, ids[0][-1], separator, rows[n:])
 
     def check_length(self, fact, questions):
         """Raise ConfigError if a prompt with its answer is longer than the model's positions."""
-        one_prompt = not set(ONE_PROMPT_METHODS).isdisjoint(self.methods)
+        settings = [METHODS[method].settings for method in self.methods]
+        one_prompt = any("template_positions" in names for names in settings)
         prefix = len(self.prefix_ids(fact))
         for question in questions:
             lengths = [len(ids) for ids in question.templates]
@@ -385,18 +215,21 @@ class Run:
 
     def answer(self, prompted_facts, questions, methods):
         """Answer one batch with each method -> records (see results.py)."""
-        batch = Batch(self, questions, self.prefix_kv(prompted_facts[0].fact))
+        facts = [prompted.fact for prompted in prompted_facts]
+        batch = Batch(self, questions, facts, self.prefix_kv(facts[0]))
         size, records = len(questions), []
         for method in methods:
             batch.meter.reset_cost()
-            generated = METHODS[method].generate(batch)
+            answers = METHODS[method].generate(batch)
             seconds, tokens = batch.meter.cost()
-            for prompted, generation in zip(prompted_facts, generated):
+            confidences = answers.confidence.tolist()
+            for prompted, text, confidence in zip(prompted_facts, answers.texts, confidences):
                 record = {
                     "uuid": prompted.fact["uuid"],
                     "templates": prompted.texts,
                     "answers": prompted.fact["answers"],
-                    "generation": generation,
+                    "generation": text,
+                    "confidence": confidence,
                     "method": method,
                     "seconds": seconds / size,
                     "tokens": tokens / size,
@@ -453,8 +286,11 @@ def generate_in(folder, config, world, asked, facts, examples):
             world.print0(f"note: decoding is greedy; the model's files advise {advice}, too")
         note = f"{len(asked)} questions, {n_answered} of them answered already"
         world.print0(f"{note}; results go to {folder}")
+        n_layers = model.config.n_layers
+        message = f"ensemble_layer={config.ensemble_layer}, but the layers are 0 to {n_layers - 1}"
+        require(config.ensemble_layer < n_layers, message, "ensemble_layer")
         eos, vocab_size = model.config.eos_token_ids, model.config.vocab_size
-        stop = fusion.StopCriteria.from_tokenizer(tokenizer, eos, vocab_size, device)
+        stop = decoding.StopCriteria.from_tokenizer(tokenizer, eos, vocab_size, device)
         with world.agree():
             if world.is_main:
                 make_directory(folder)

@@ -20,6 +20,7 @@ from nanorecall.plots import (
 )
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.stats import (
+    calibration,
     cluster_counts,
     clustered_mean_ci,
     clustered_mean_proportion,
@@ -143,23 +144,6 @@ def exact_match_of(table):
     """Proportion of examples of which every label is correct."""
     counts = cluster_counts(table["correct"], table["example"])
     return proportion(counts["exact_matches"], counts["n_examples"])
-
-
-def calibration(confidence, correct, example):
-    """Accuracy against confidence in ten bins of equal width -> (bins, expected calibration error).
-
-    A bin is a proportion {"value", "ci95", "n"} with its mean "confidence". The error is the mean
-    over labels of the distance between the two.
-    """
-    bin_of_label = np.minimum((confidence * 10).astype(int), 9)
-    bins, error = [], 0.0
-    for number in np.unique(bin_of_label):
-        mask = bin_of_label == number
-        accuracy = clustered_proportion(correct[mask], example[mask])
-        cell = {"confidence": float(confidence[mask].mean()), **accuracy}
-        error += abs(cell["confidence"] - cell["value"]) * mask.mean()
-        bins.append(cell)
-    return bins, float(error)
 
 
 def score_examples(run, table, n_examples=8):

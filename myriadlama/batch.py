@@ -1,10 +1,12 @@
 """A batch of questions with the work that the methods of flex_generate.py share, and its cost."""
 
 import time
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from myriadlama import fusion
+from myriadlama import decoding, fusion, prompts
 
 
 class CostMeter:
@@ -55,11 +57,20 @@ class CostMeter:
         return self.results[name][0]
 
 
-class Batch:
-    """Questions of one relation with n templates each, after one prefix."""
+class Answers(NamedTuple):
+    """Of one method. With one answer to each question, everything is (B,); or (B, n)."""
 
-    def __init__(self, run, questions, prefix_kv):
-        self.run, self.questions, self.prefix_kv = run, questions, prefix_kv
+    texts: list
+    confidence: torch.Tensor  # probability of what is scored of the text: its first word or words
+    weight: torch.Tensor | None = None  # probability of the whole text and its end
+
+
+class Batch:
+    """Questions of one relation with n templates each, after one prefix. facts: what they ask."""
+
+    def __init__(self, run, questions, facts, prefix_kv):
+        self.run, self.questions, self.facts = run, questions, facts
+        self.prefix_kv = prefix_kv
         self.prefix_length = prefix_kv[0][0].shape[2]
         self.n = len(questions[0].templates)
         self.meter = CostMeter()
@@ -76,28 +87,45 @@ class Batch:
         """
 
         def compute():
-            rows, start = [], self.prefix_length
+            templates = []
             for question in self.questions:
-                for ids in question.templates:
-                    rows.append((ids, range(start, start + len(ids))))
+                templates += question.templates
+            rows = self.rows(templates)
             return rows, self.encode(rows)
 
         return self.meter.shared("encode_separately", compute, fraction)
 
-    def decode(self, cache, choose=fusion.argmax_each):
-        """-> texts, and the probability that the model gives to each"""
+    def rows(self, templates):
+        """Lists of token ids, each at the positions right after the prefix."""
+        start = self.prefix_length
+        return [(ids, range(start, start + len(ids))) for ids in templates]
+
+    def decode(self, cache, choose=decoding.argmax_each, attention=decoding.plain_attention):
+        """-> Answers of the rows of a cache"""
         run = self.run
         first_token, limit = self.questions[0].answer_start, run.config.max_new_tokens
-        tokens, probability = fusion.greedy_decode(
-            run.model, cache, first_token, choose, run.stop, limit
+        tokens, log_probs = decoding.greedy_decode(
+            run.model, cache, first_token, choose, run.stop, limit, attention
         )
         # Every row reads the answer start and what it has generated.
         self.meter.tokens += len(tokens) + int((tokens >= 0).sum())
-        texts = []
-        for row in tokens.tolist():
-            text = run.tokenizer.decode([token for token in row if token >= 0])
-            texts.append(text.strip())
-        return texts, probability
+        texts, confidence = [], []
+        for r, row in enumerate(tokens.tolist()):
+            fact = self.facts[r * len(self.facts) // len(tokens)]
+            text, n_scored = self.scored_text(fact, [token for token in row if token >= 0])
+            texts.append(text)
+            # An empty text is as probable as its end.
+            confidence.append(log_probs[r, : max(n_scored, 1)].sum().exp())
+        return Answers(texts, torch.stack(confidence), log_probs.sum(1).exp())
+
+    def scored_text(self, fact, ids):
+        """-> text of an answer, the number of its first tokens that what is scored consists of"""
+        text = self.run.tokenizer.decode(ids).strip()
+        scored = prompts.prediction(fact, text)
+        for n in range(len(ids)):
+            if prompts.prediction(fact, self.run.tokenizer.decode(ids[:n])) == scored:
+                return text, n
+        return text, len(ids)
 
     def score_bias(self, n):
         """Bias on the attention scores of n fused templates, so that they do not outweigh the

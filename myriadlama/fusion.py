@@ -1,4 +1,4 @@
-"""One question in many templates, one answer: attention masks, caches and decoding.
+"""One question in many templates, one answer: attention masks, encoding and caches.
 
 A prompt is a prefix (instruction and examples), then templates, then the answer start, which is the
 ":" of "A:". A template attends to the prefix, to itself and, depending on the scheme, to other
@@ -13,10 +13,9 @@ positions afterwards: its values already depend on the distance to the prefix.
 A row is a pair (token ids, positions) of tokens that are encoded together.
 
 Letters: B questions, n templates of a question, R rows, P tokens of the prefix, L tokens of the
-longest row, S tokens in a cache, H query heads, G key/value heads, K head_dim, V vocabulary.
+longest row, S tokens in a cache, H query heads, G key/value heads, K head_dim.
 """
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,6 +113,7 @@ class Question:
     is_manual: torch.Tensor  # (n,) bool
     answer_start: int  # the last token of every template, the first that attends to all of them
     separator: list  # token ids between two templates under sequential positions
+    priors: list = ()  # n lists of token ids, as templates but without the subject, or none
 
 
 def layout(question, prefix_length, scheme, positions):
@@ -272,6 +272,7 @@ class KVCache:
     v: list
     score_bias: torch.Tensor  # (B, 1, 1, S), added to attention scores; -inf at padding
     next_pos: torch.Tensor  # (B,) position of the next token
+    prefix_length: int  # tokens before the templates
 
 
 @torch.no_grad()
@@ -314,112 +315,5 @@ def build_cache(prefix_kv, rows, rows_kv, members, next_pos, bias=0.0):
         keys.append(gather(prefix_k, k))
         values.append(gather(prefix_v, v))
     score_bias = score_bias.to(device)[:, None, None]
-    return KVCache(keys, values, score_bias, torch.as_tensor(next_pos, device=device))
-
-
-# ---- decoding ------------------------------------------------------------------------------------
-
-
-@dataclass
-class StopCriteria:
-    """An answer ends before an eos token, or before a line break once it has some text."""
-
-    eos: torch.Tensor  # (number of eos tokens,)
-    has_line_break: torch.Tensor  # (V,) bool
-    is_blank: torch.Tensor  # (V,) bool
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer, eos, vocab_size, device):
-        has_line_break, is_blank = [], []
-        for token in range(vocab_size):
-            text = tokenizer.decode([token], skip_special_tokens=False)
-            has_line_break.append("\n" in text)
-            is_blank.append(not text.strip())
-        return cls(
-            torch.tensor(list(eos), device=device, dtype=torch.long),
-            torch.tensor(has_line_break, device=device),
-            torch.tensor(is_blank, device=device),
-        )
-
-
-@torch.no_grad()
-def greedy_decode(model, cache, first_token, choose, stop, max_new_tokens=10):
-    """Decode greedily from B caches, after first_token.
-
-    choose(logits (B, V)) -> tokens (B,). Returns tokens (B, up to max_new_tokens), -1 after the end
-    of an answer, and the probability (B,) that the model gives to the answer and its end. The
-    cache is not changed.
-    """
-    B, device = len(cache.next_pos), cache.next_pos.device
-    S = cache.k[0].shape[2]
-    # Make room for the new tokens once, so that no step copies the cache.
-    keys = [F.pad(k, (0, 0, 0, max_new_tokens)) for k in cache.k]
-    values = [F.pad(v, (0, 0, 0, max_new_tokens)) for v in cache.v]
-    score_bias = F.pad(cache.score_bias, (0, max_new_tokens))
-
-    def attend(length, layer, q, k, v):
-        """Store one new key and value, attend to the first `length` tokens."""
-        keys[layer][:, :, length - 1 : length] = k
-        values[layer][:, :, length - 1 : length] = v
-        k, v = keys[layer][:, :, :length], values[layer][:, :, :length]
-        bias = score_bias[..., :length]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
-
-    token = torch.as_tensor(first_token, device=device).expand(B).clone()
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    has_text = torch.zeros(B, dtype=torch.bool, device=device)
-    log_probability = torch.zeros(B, device=device)
-    generated = []
-    for step in range(max_new_tokens):
-        positions = (cache.next_pos + step)[:, None]
-        attention_fn = functools.partial(attend, S + step + 1)
-        x = model(token[:, None], positions, attention_fn)  # (B, 1, D)
-        logits = model.logits(x[:, -1]).float()  # (B, V)
-        token = choose(logits)
-        ends = torch.isin(token, stop.eos) | (stop.has_line_break[token] & has_text)
-        token_log_prob = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
-        log_probability += torch.where(finished, 0, token_log_prob)
-        in_answer = ~finished & ~ends
-        generated.append(torch.where(in_answer, token, -1))
-        has_text |= in_answer & ~stop.is_blank[token]
-        finished |= ends
-        if finished.all():
-            break
-    return torch.stack(generated, 1), log_probability.exp()
-
-
-def argmax_each(logits):
-    """Every row chooses its own token."""
-    return logits.argmax(-1)
-
-
-def argmax_grouped(n, combine, confidence=None):
-    """A `choose` for rows in groups of n that all take the same token.
-
-    The token is the argmax of combine(logits (B, n, V), confidence (B, n)) -> scores (B, V).
-    """
-
-    def choose(logits):
-        scores = combine(logits.unflatten(0, (-1, n)), confidence)
-        return scores.argmax(-1).repeat_interleave(n)
-
-    return choose
-
-
-def mean_logits(logits, confidence):
-    """Log of the geometric mean of the probabilities, up to a constant."""
-    return logits.mean(1)
-
-
-def max_probability(logits, confidence):
-    return logits.softmax(-1).amax(1)
-
-
-def weighted_mean_logits(logits, confidence):
-    weights = confidence / confidence.sum(1, keepdim=True)
-    return (logits * weights.unsqueeze(-1)).sum(1)
-
-
-def most_confident_logits(logits, confidence):
-    """The logits of the template of which the model is most confident."""
-    return logits[torch.arange(len(logits), device=logits.device), confidence.argmax(1)]
+    next_pos = torch.as_tensor(next_pos, device=device)
+    return KVCache(keys, values, score_bias, next_pos, P)

@@ -37,16 +37,27 @@ def fill(template, subject):
 def select_templates(fact, n_manual, n_auto, rng):
     """The first n_manual manual templates and n_auto random automatic ones; -1 means all.
 
-    -> filled templates (n), is_manual (n,). If a fact has too few templates of one kind, they are
-    not replaced by templates of the other kind.
+    -> templates (n), is_manual (n,). If a fact has too few templates of one kind, they are not
+    replaced by templates of the other kind.
     """
     manual, auto = fact["manual"], fact["auto"]
     if n_manual >= 0:
         manual = manual[:n_manual]
     if n_auto >= 0:
         auto = [auto[i] for i in rng.permutation(len(auto))[:n_auto]]
-    texts = [fill(template, fact["subject"]) for template in manual + auto]
-    return texts, np.arange(len(texts)) < len(manual)
+    templates = manual + auto
+    return templates, np.arange(len(templates)) < len(manual)
+
+
+def without_subject(fact, template):
+    """The template filled with nothing, for the prior of its answer. Nothing of a whole question.
+
+    >>> without_subject({"subject": "Iowa"}, "In which country is [X]? [Y]")
+    'In which country is ? [MASK]'
+    """
+    if fact["subject"] == "":
+        return ""
+    return " ".join(fill(template, "").split())
 
 
 def exclude(pool, facts):
@@ -162,6 +173,15 @@ def prediction(fact, text):
         shortest = min(len(answer.split()) for answer in fact["answers"])
         words = words[:shortest]
     return " ".join(words)
+
+
+def scored_words(fact, text):
+    """What is scored of a generated text, as words that are equal if two answers are, (words).
+
+    Case and punctuation are ignored. Lemmas are not used, so that a vote is the same everywhere.
+    """
+    words = strip_punctuation(split_words(prediction(fact, text)))
+    return tuple(word.casefold() for word in words)
 
 
 def is_correct(text, answers):

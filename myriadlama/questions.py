@@ -9,9 +9,15 @@ from nanorecall.settings import require
 
 
 def choose_facts(config):
-    """-> facts to ask, those to ask without max_samples, {relation: facts to show as examples}"""
+    """-> facts to ask, those to ask without max_samples, {relation: facts to show as examples}
+
+    Examples are facts of shots_path that are not asked, or without it some of each relation, which
+    are then not asked. shots says which of them a question gets: those of its own relation, or,
+    mixed, the same random ones of any relation, as the code of MyriadLAMA does.
+    """
     facts = fact_files.read_facts(config.path, "path")
     rng = np.random.default_rng(config.seed)
+    pool = []
     if config.num_shots == 0:
         examples = {fact["relation"]: [] for fact in facts}
     elif config.shots_path:
@@ -21,10 +27,13 @@ def choose_facts(config):
         examples = prompts.sample_few_shot(pool, relations, config.num_shots, rng)
     else:
         examples, facts = prompts.split_few_shot(facts, config.num_shots, rng)
-    if config.num_shots and not config.same_relation:
-        everything = sum(examples.values(), [])
-        some = [everything[i] for i in rng.permutation(len(everything))[: config.num_shots]]
-        examples = dict.fromkeys(examples, some)
+        pool = sum(examples.values(), [])
+    if config.shots == "mixed":
+        # Random numbers of its own, so that both kinds of examples are followed by one choice of
+        # questions and can be compared in pairs.
+        order = np.random.default_rng([config.seed, 1]).permutation(len(pool))
+        mixed = [pool[i] for i in order[: config.num_shots]]
+        examples = dict.fromkeys(examples, mixed)
     asked = facts
     if 0 < config.max_samples < len(facts):
         asked = spread_over_relations(facts, config.max_samples, rng)
@@ -48,6 +57,7 @@ class Prompted(NamedTuple):
     fact: dict
     texts: list  # n filled templates
     is_manual: np.ndarray  # (n,) bool
+    priors: list = ()  # the same templates without the subject
 
 
 def make_batches(facts, config):
@@ -55,11 +65,15 @@ def make_batches(facts, config):
     groups = {}
     for fact in facts:
         rng = np.random.default_rng([config.seed, *fact["uuid"].encode()])
-        texts, is_manual = prompts.select_templates(fact, config.num_manual, config.num_auto, rng)
+        templates, is_manual = prompts.select_templates(
+            fact, config.num_manual, config.num_auto, rng
+        )
         message = f"question {fact['uuid']} has no template of the kind asked for"
-        require(texts, f"{message}; raise num_manual or num_auto", "num_auto")
+        require(templates, f"{message}; raise num_manual or num_auto", "num_auto")
+        texts = [prompts.fill(template, fact["subject"]) for template in templates]
+        priors = [prompts.without_subject(fact, template) for template in templates]
         group = groups.setdefault((fact["relation"], is_manual.tobytes()), [])
-        group.append(Prompted(fact, texts, is_manual))
+        group.append(Prompted(fact, texts, is_manual, priors))
     batches = []
     for group in groups.values():
         for first in range(0, len(group), config.batch_size):

@@ -1,8 +1,9 @@
 """Results of flex_generate.py: answers kept while it runs, a feather file per method, a table.
 
 A record is what one method answered to one question: {"uuid", "method", "templates", "answers",
-"generation", "seconds", "tokens"}. The generation is a text, or with per_prompt a list with a text
-for each template. A key is what results depend on: settings and SHA-256 of files.
+"generation", "confidence", "seconds", "tokens"}. Generation and confidence are a text and a number,
+or with per_prompt lists with one for each template. A key is what results depend on: settings and
+SHA-256 of files.
 
 Results of one number of templates share a key, progress files and a table. Those of another number
 lie beside them under other names.
@@ -16,7 +17,7 @@ import re
 import numpy as np
 
 from myriadlama import facts as builtin_facts
-from myriadlama import loading, prompts
+from myriadlama import loading, metrics, prompts
 from myriadlama.file_checks import require_package
 from nanorecall.checkpoint import (
     atomic_write,
@@ -37,6 +38,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = (
     "flex_generate.py",
     "myriadlama/batch.py",
+    "myriadlama/decoding.py",
+    "myriadlama/methods.py",
     "myriadlama/fusion.py",
     "myriadlama/questions.py",
     "myriadlama/prompts.py",
@@ -163,12 +166,14 @@ def is_record(line):
         "seconds": "number",
         "tokens": "number",
         "generation": ["text"] if per_template else "text",
+        "confidence": ["number"] if per_template else "number",
     }
     try:
         check_kinds(line, kinds, "")
     except ConfigError:
         return False
-    return not per_template or len(line["generation"]) == len(line["templates"])
+    n = len(line["templates"])
+    return not per_template or len(line["generation"]) == len(line["confidence"]) == n
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -200,20 +205,27 @@ def write_results(config, folder, asked, facts, examples, key, chosen, methods):
     correct = prompts.majority_baseline(examples, asked)
     baseline = proportion(sum(correct), len(correct))
     add_p_values(summaries, columns)
+    alone = records_of(latest, "per_prompt", asked)
+    template_metrics = compare_templates(alone, fact_of) if len(alone) == len(asked) else None
     print(findings(summaries, baseline))
     print_results(summaries, baseline, methods)
+    metrics.print_confidence(summaries)
+    if template_metrics:
+        metrics.print_templates(template_metrics)
     result = {
         "config": {**key, "lemmas": prompts.has_lemmas()},
         "metrics": {"majority": baseline, **summaries},
+        "templates": template_metrics,
         "by_slice": {},
         "examples": [],
     }
-    table = f"table_{templates}"
+    table, reliability = f"table_{templates}", f"reliability_{templates}.png"
     write_json(os.path.join(folder, f"{table}.json"), result)
-    written = [file_name(config, name) for name in chosen] + [f"{table}.json"]
+    written = [file_name(config, name) for name in chosen] + [f"{table}.json", reliability]
+    title = f"{config.model}: {len(asked)} questions, templates {templates}"
+    metrics.plot_reliability(os.path.join(folder, reliability), summaries, title)
     # Of one method a sentence says as much as a figure.
     if len(summaries) > 1:
-        title = f"{config.model}: {len(asked)} questions, templates {templates}"
         plot_table(os.path.join(folder, f"{table}.png"), summaries, baseline, title)
         written.append(f"{table}.png")
     say(f"wrote into {folder}: {', '.join(written)}")
@@ -248,20 +260,37 @@ def correctness(columns):
 
 
 def summarize(method, records, columns):
-    """Accuracy with its interval, number of templates, seconds and tokens per question.
+    """Accuracy with its interval, number of templates, seconds and tokens per question, confidence.
 
     Answers to the same question are correlated, so they form one cluster.
     """
+    correct, confidence = correctness(columns), []
+    for record in records:
+        confidence += np.atleast_1d(record["confidence"]).tolist()
     counts = [len(record["templates"]) for record in records]
     n = str(min(counts))
     if max(counts) > min(counts):
         n += f"-{max(counts)}"
     return {
-        "accuracy": clustered_proportion(correctness(columns), columns["uuid"]),
+        "accuracy": clustered_proportion(correct, columns["uuid"]),
         "templates": {"one": "1", "half": f"half of {n}", "all": n}[method.templates],
         "seconds": float(np.mean([record["seconds"] for record in records])),
         "tokens": float(np.mean([record["tokens"] for record in records])),
+        **metrics.measure_confidence(confidence, correct, columns["uuid"]),
     }
+
+
+def compare_templates(records, fact_of):
+    """metrics.compare_templates of per_prompt's records; None if a question has one template."""
+    correct, answers = [], []
+    for record in records:
+        fact, texts = fact_of[record["uuid"]], record["generation"]
+        predictions = [prompts.prediction(fact, text) for text in texts]
+        correct.append([prompts.is_correct(text, record["answers"]) for text in predictions])
+        answers.append([prompts.scored_words(fact, text) for text in texts])
+    if min(map(len, answers)) < 2:
+        return None
+    return metrics.compare_templates(correct, answers)
 
 
 def add_p_values(summaries, columns):

@@ -166,6 +166,23 @@ def cluster_means(x, cluster):
     return np.bincount(index, x) / np.bincount(index)
 
 
+def calibration(confidence, correct, example):
+    """Accuracy against confidence in ten bins of equal width -> (bins, expected calibration error).
+
+    A bin is a proportion {"value", "ci95", "n"} with its mean "confidence". The error is the mean
+    over labels of the distance between the two.
+    """
+    bin_of_label = np.minimum((confidence * 10).astype(int), 9)
+    bins, error = [], 0.0
+    for number in np.unique(bin_of_label):
+        mask = bin_of_label == number
+        accuracy = clustered_proportion(correct[mask], example[mask])
+        cell = {"confidence": float(confidence[mask].mean()), **accuracy}
+        error += abs(cell["confidence"] - cell["value"]) * mask.mean()
+        bins.append(cell)
+    return bins, float(error)
+
+
 def format_ci(cell):
     """{"value", "ci95", "n"} -> n, and value and interval as text."""
     low, high = cell["ci95"]

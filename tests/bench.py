@@ -46,7 +46,7 @@ from analysis import hooks
 from analysis.ablation import measure_slots
 from model import GPT, NORMS
 from model import Config as GPTConfig
-from myriadlama import fusion, llama
+from myriadlama import decoding, fusion, llama
 from naive import fla_naive, loop_sequences, naive_mask
 from nanorecall import distributed, metrics, ops, plots, text
 from nanorecall.build import build_model, build_model_config
@@ -742,7 +742,7 @@ def make_fusion(model, prefix, n_questions, n_templates, max_new_tokens=4):
     """A function that encodes the prefix and each template once, fuses and decodes."""
     templates = random_templates(n_questions * n_templates)
     no_tokens = torch.tensor([], dtype=torch.long)
-    never = fusion.StopCriteria(no_tokens, *torch.zeros(2, 49152, dtype=torch.bool))
+    never = decoding.StopCriteria(no_tokens, *torch.zeros(2, 49152, dtype=torch.bool))
 
     def function():
         prefix_kv = fusion.prefill_prefix(model, prefix)
@@ -752,8 +752,8 @@ def make_fusion(model, prefix, n_questions, n_templates, max_new_tokens=4):
         for first in range(0, len(rows), n_templates):
             members.append(range(first, first + n_templates))
         cache = fusion.build_cache(prefix_kv, rows, kv, members, [119] * n_questions)
-        argmax = fusion.argmax_each
-        fusion.greedy_decode(model, cache, 7, argmax, never, max_new_tokens=max_new_tokens)
+        argmax = decoding.argmax_each
+        decoding.greedy_decode(model, cache, 7, argmax, never, max_new_tokens=max_new_tokens)
 
     return function
 

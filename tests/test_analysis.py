@@ -62,6 +62,7 @@ def open_run(runs, name, n_examples=0, **settings):
         "analysis.decoding",
         "analysis.keystats",
         "analysis.slot_results",
+        "myriadlama.metrics",
         "myriadlama.prompts",
     ],
 )

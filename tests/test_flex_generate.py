@@ -1,11 +1,9 @@
-"""flex_generate.py: methods by hand, its files, what is resumed and what is refused."""
+"""flex_generate.py: its files, what is resumed and what is refused."""
 
 import importlib.util
 import json
 import os
 import shutil
-import time
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.feather as feather
@@ -13,116 +11,10 @@ import pytest
 import torch
 
 import flex_generate as flex
-from myriadlama import fusion, hugging_face, prompts, results
-from naive import naive_decode
+from myriadlama import hugging_face, metrics, prompts, results
 from nanorecall import checkpoint
 from nanorecall.settings import ConfigError
-from toys_llama import (
-    Q_PROJ,
-    V,
-    change_weights,
-    never_stop,
-    our_forward,
-    random_ids,
-    random_llama,
-    random_question,
-)
-
-# ---- methods on one batch ------------------------------------------------------------------------
-
-
-def batch_of(model, questions, prefix, max_new_tokens=10):
-    """A Batch whose texts are token ids."""
-    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
-    config = flex.Config(max_new_tokens=max_new_tokens)
-    run = SimpleNamespace(model=model, config=config, stop=never_stop(V), tokenizer=tokenizer)
-    return flex.Batch(run, questions, fusion.prefill_prefix(model, prefix))
-
-
-def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
-    """The first token, without a cache."""
-    model, rng = random_llama(), np.random.default_rng(0)
-    prefix = random_ids(rng, 7)
-    questions = [random_question(rng, n=3) for _ in range(4)]
-    forward = our_forward(model)
-    texts = flex.hybrid(batch_of(model, questions, prefix, 2))
-
-    def log_probabilities(question, bias=0.0):
-        _, logits = naive_decode(forward, prefix, question, "isolated", "restart", bias)
-        return logits.log_softmax(-1)
-
-    for q, text in zip(questions, texts):
-        single = []
-        for ids in q.templates:
-            alone = fusion.Question([ids], q.is_manual[:1], q.answer_start, q.separator)
-            single.append(log_probabilities(alone))
-        fused = log_probabilities(q, bias=-np.log(3))
-        expected = torch.stack(single).mean(0) + fused
-        assert text.split()[0] == str(int(expected.argmax()))
-
-
-def test_adaptive_takes_the_templates_with_the_highest_confidence():
-    model, rng = random_llama(), np.random.default_rng(1)
-    prefix, q = random_ids(rng, 7), random_question(rng)
-    batch = batch_of(model, [q], prefix, 3)
-    (text,) = flex.flex_adaptive(batch)
-    best = flex.separate_answers(batch)[1][0].topk(2).indices.sort().values.tolist()
-    templates = [q.templates[i] for i in best]
-    half = fusion.Question(templates, q.is_manual[:2], q.answer_start, q.separator)
-    bias = -np.log(2)
-    tokens, _ = naive_decode(our_forward(model), prefix, half, "isolated", "restart", bias, 3)
-    assert text == " ".join(map(str, tokens))
-
-
-def test_weighted_attention_by_hand(monkeypatch):
-    """Attention to a template is multiplied by its confidence; equal confidences change nothing."""
-    model, rng = random_llama(), np.random.default_rng(2)
-    q = random_question(rng, n=3)
-    batch = batch_of(model, [q], random_ids(rng, 7))
-    biases = []
-
-    def note_bias(cache):
-        biases.append(cache.score_bias[0, 0, 0])
-        return None, None
-
-    batch.decode = note_bias
-    for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
-        answers = [], torch.tensor([confidence])
-        monkeypatch.setattr(flex, "separate_answers", lambda batch, answers=answers: answers)
-        flex.flex_weighted(batch)
-    weighted, even = biases
-    lengths = torch.tensor([len(ids) for ids in q.templates])
-    factors = torch.tensor([1.0, 1.5, 0.5]).repeat_interleave(lengths)
-    torch.testing.assert_close(weighted[7:].exp(), factors / 3)
-    torch.testing.assert_close(even[7:].exp(), torch.full_like(factors, 1 / 3))
-    assert weighted[:7].eq(0).all() and even[:7].eq(0).all()
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_shared_work_is_charged_to_each_method_once(reverse):
-    """Three templates of 4, 5 and 6 tokens. A decoded sequence has 3: answer start and two more."""
-    encoded, decoded = 4 + 5 + 6, 3
-    expected = {
-        "origin": encoded / 3 + decoded,
-        "per_prompt": encoded + 3 * decoded,
-        "weighted_avg": encoded + 3 * decoded + 3 * decoded,
-        "flex_adaptive": encoded + 3 * decoded + decoded,
-        "flex": encoded + decoded,
-    }
-    order = ["flex_adaptive", "weighted_avg", "origin"] if reverse else list(expected)
-    model, rng = random_llama(), np.random.default_rng(3)
-    templates = [random_ids(rng, n) for n in (4, 5, 6)]
-    question = fusion.Question(templates, torch.tensor([True] * 3), 7, [3])
-    batch = batch_of(model, [question], [20, 21], 2)
-    for method in order:
-        start = time.perf_counter()
-        batch.meter.reset_cost()
-        flex.METHODS[method].generate(batch)
-        seconds, tokens = batch.meter.cost()
-        assert tokens == expected[method] and seconds > 0
-        if method == order[0]:
-            assert seconds <= time.perf_counter() - start
-
+from toys_llama import Q_PROJ, change_weights
 
 # ---- whole runs ----------------------------------------------------------------------------------
 
@@ -175,9 +67,12 @@ def test_every_method_and_its_files(tiny_llamas, tmp_path, capsys):
     assert not any(" " in prediction for prediction in table["prediction"])
     assert len(feather.read_table(folder / "per_prompt_all_a5.feather")["uuid"]) == 16
     assert (folder / "table_all_a5.png").stat().st_size > 5000
-    metrics = json.loads((folder / "table_all_a5.json").read_text())["metrics"]
-    assert metrics["per_prompt"]["accuracy"]["n"] == 16
-    assert "p" in metrics["flex"] and "p" not in metrics["origin"]
+    table = json.loads((folder / "table_all_a5.json").read_text())
+    assert table["metrics"]["per_prompt"]["accuracy"]["n"] == 16
+    assert "p" in table["metrics"]["flex"] and "p" not in table["metrics"]["origin"]
+    assert table["templates"]["oracle"]["n"] == 4
+    assert "pairs of templates that agree" in printed and "minus accuracy" in printed
+    assert (folder / "reliability_all_a5.png").stat().st_size > 5000
 
 
 def test_lines_of_the_document_lie_side_by_side(tiny_llamas, tmp_path, capsys):
@@ -197,7 +92,8 @@ def test_lines_of_the_document_lie_side_by_side(tiny_llamas, tmp_path, capsys):
     counts = [len(columns["templates"][0]) for columns in before.values()]
     assert sorted(counts) == [2, 3, 4, 4]
     # Of one method there is a sentence, and no figure.
-    assert [file.name for file in folder.glob("*.png")] == ["table_all_a5.png"]
+    assert [file.name for file in folder.glob("table*.png")] == ["table_all_a5.png"]
+    assert len(list(folder.glob("reliability*.png"))) == 3
     capsys.readouterr()
     flex.main(command_line(tiny_llamas, tmp_path, "--max_samples=2"))
     printed = capsys.readouterr().out
@@ -222,6 +118,56 @@ def test_a_table_says_what_it_finds():
     assert results.findings(summaries, cell(0.25)).endswith("p < 0.05): none.")
     alone = results.findings({"flex": {"accuracy": cell(0.5)}}, cell(0.25))
     assert alone.startswith("flex: accuracy") and len(alone.splitlines()) == 1
+
+
+def test_metrics_of_templates_by_hand():
+    """Four questions; the third template is left out where it is compared by number."""
+    correct = [[True, False], [True, True], [False, False], [True, False, True]]
+    answers = ["ab", "aa", "ab", "aba"]
+    table = metrics.compare_templates(correct, [list(word) for word in answers])
+    assert (table["best"]["template"], table["worst"]["template"]) == (1, 2)
+    assert table["best"]["value"] == table["oracle"]["value"] == 0.75
+    assert table["worst"]["value"] == 0.25 and table["range"] == 0.5
+    assert table["std"] == pytest.approx(0.5 / 2**0.5)
+    assert table["consistency"]["value"] == pytest.approx((0 + 1 + 0 + 1 / 3) / 4)
+    assert metrics.agreement("aabb") == pytest.approx(2 / 6)
+
+
+def test_overconfidence_by_hand():
+    """Two questions with two answers each: a question counts once, as one cluster."""
+    table = metrics.measure_confidence([0.9, 0.7, 0.2, 0.6], [1, 0, 0, 1], ["u", "u", "v", "v"])
+    assert table["confidence"]["value"] == pytest.approx(0.6)
+    # 0.8 - 0.5 and 0.4 - 0.5
+    assert table["overconfidence"]["value"] == pytest.approx(0.1)
+    half = 1.959964 * np.std([0.3, -0.1], ddof=1) / 2**0.5
+    assert table["overconfidence"]["ci95"] == pytest.approx([0.1 - half, 0.1 + half])
+    assert table["calibration_error"] == pytest.approx((0.1 + 0.7 + 0.2 + 0.4) / 4)
+    assert [cell["value"] for cell in table["calibration"]] == [0, 1, 0, 1]
+
+
+def test_the_table_of_a_run_is_that_of_its_answers(tiny_llamas, tmp_path):
+    """An answer of the first template to the first question is made the correct one."""
+    args = command_line(tiny_llamas, tmp_path, "--method=per_prompt")
+    flex.main(args)
+    folder = tmp_path / "out" / "plain"
+    progress = folder / "progress_all_a5.0.jsonl"
+    records = []
+    for text in filter(None, progress.read_text().splitlines()):
+        line = json.loads(text)
+        if "uuid" in line:
+            words = ["q w", "Q.", "z q", "q"] if line["uuid"] == "u4" else ["z"] * 4
+            line |= {"generation": words, "confidence": [0.9, 0.8, 0.1, 0.4]}
+        records.append(line)
+    write_jsonl(progress, records)
+    flex.main(args)
+    table = json.loads((folder / "table_all_a5.json").read_text())
+    n = table["templates"]["oracle"]["n"]
+    assert table["templates"]["best"]["value"] == table["templates"]["oracle"]["value"] == 1 / n
+    assert table["templates"]["worst"]["template"] == 3
+    assert table["templates"]["consistency"]["value"] == pytest.approx((n - 1 + 0.5) / n)
+    expected = 0.55 - 3 / (4 * n)
+    over = table["metrics"]["per_prompt"]["overconfidence"]["value"]
+    assert over == pytest.approx(expected)
 
 
 def test_lemmas_are_added_to_the_tables(tiny_llamas, tmp_path, monkeypatch):
@@ -350,12 +296,20 @@ def test_the_mask_draws_itself(tmp_path, capsys):
         (["facts.jsonl"], "'facts.jsonl' is not a flag"),
         (
             ["--method=avg", "--score_bias=0"],
-            "score_bias=0.0 has no effect: method avg fuses no attention",
+            "score_bias=0.0 has no effect: method is avg",
         ),
         (
             ["--method=hybrid", "--template_positions=sequential"],
             "positions='sequential' has no effect",
         ),
+        (["--method=flex", "--prior_weight=2"], "prior_weight=2.0 has no effect: method is flex"),
+        (["--shots=mixed", "--num_shots=0"], "shots='mixed' has no effect: num_shots is 0"),
+        (["--shots=any"], "shots='any' is unknown; choose from relation, mixed"),
+        (
+            ["--method=layer_output_avg", "--ensemble_layer=2"],
+            "ensemble_layer=2, but the layers are 0 to 1",
+        ),
+        (["--method=ape", "--ape_temperature=0"], "ape_temperature=0.0 must be at least 0.01"),
         (["--method=flex", "--allow_manual_cross_attention"], "has no effect: method is flex"),
         (["--method=all", "--allow_manual_cross_attention"], "method all compares both"),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from myriadlama import fact_files, fusion, loading, prompts
+from myriadlama import decoding, fact_files, fusion, loading, prompts
 from naive import naive_decode
 from toys_llama import (
     V,
@@ -177,7 +177,7 @@ def test_answers_stop_at_a_line_break_once_they_have_begun():
     """Tokens 1 and 2 are line breaks, 9 is an end. A leading line break does not end an answer."""
     is_blank = torch.zeros(V, dtype=torch.bool)
     is_blank[[1, 2]] = True
-    stop, model = fusion.StopCriteria(torch.tensor([9]), is_blank, is_blank), random_llama()
+    stop, model = decoding.StopCriteria(torch.tensor([9]), is_blank, is_blank), random_llama()
     prefix_kv = fusion.prefill_prefix(model, [20, 21])
     rows = [([30], [2]), ([31], [2]), ([32], [2])]
     kv = fusion.prefill_padded(model, prefix_kv, rows)
@@ -187,23 +187,54 @@ def test_answers_stop_at_a_line_break_once_they_have_begun():
 
     def choose(logits):
         step = next(steps)
-        return torch.tensor([script[step] for script in scripts])
+        return torch.tensor([script[step] for script in scripts]), torch.zeros(3)
 
-    out, _ = fusion.greedy_decode(model, cache, 7, choose, stop, max_new_tokens=4)
+    out, _ = decoding.greedy_decode(model, cache, 7, choose, stop, max_new_tokens=4)
     assert out.tolist() == [[1, 40, -1], [50, -1, -1], [60, -1, -1]]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_that_end_early_change_nothing(n):
+    """Rows in groups of n end at any step; each group is then decoded alone."""
+    model, rng = random_llama(), np.random.default_rng(7)
+    prefix = random_ids(rng, 9)
+    rows = [(random_ids(rng, length), range(9, 9 + length)) for length in rng.integers(2, 9, 48)]
+    prefix_kv = fusion.prefill_prefix(model, prefix)
+    kv = fusion.prefill_padded(model, prefix_kv, rows)
+    nothing = torch.zeros(V, dtype=torch.bool)
+    stop = decoding.StopCriteria(torch.tensor([2, 4, 6, 19, 23]), nothing, nothing)
+    choose = decoding.argmax_grouped(n, decoding.mean_logits)
+
+    def decode(first, end):
+        ends = [9 + len(ids) for ids, _ in rows[first:end]]
+        members = [[r] for r in range(first, end)]
+        cache = fusion.build_cache(prefix_kv, rows, kv, members, ends)
+        return decoding.greedy_decode(model, cache, 7, choose, stop, 8)
+
+    together, log_probs = decode(0, 48)
+    for first in range(0, 48, n):
+        alone, own_log_probs = decode(first, first + n)
+        shown = together[first : first + n]
+        assert shown[:, : alone.shape[1]].equal(alone) and shown[:, alone.shape[1] :].eq(-1).all()
+        torch.testing.assert_close(log_probs.sum(1)[first : first + n], own_log_probs.sum(1))
+    lengths = (together >= 0).sum(1)
+    assert len(lengths.unique()) > 3
 
 
 def test_ensembles_by_hand():
     logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 2.0, 1.5]]])
     confidence = torch.tensor([[0.2, 0.6]])
-    assert fusion.mean_logits(logits, None).tolist() == [[1.0, 1.0, 1.25]]
-    largest = logits.softmax(-1).max(1).values
-    torch.testing.assert_close(fusion.max_probability(logits, None), largest)
-    weighted = fusion.weighted_mean_logits(logits, confidence)
+    assert decoding.mean_logits(logits, None).tolist() == [[1.0, 1.0, 1.25]]
+    probabilities = logits.softmax(-1)
+    largest = decoding.max_probability(logits, None).exp()
+    torch.testing.assert_close(largest, probabilities.max(1).values)
+    mean = decoding.mean_probability(logits, None).softmax(-1)
+    torch.testing.assert_close(mean, probabilities.mean(1))
+    weighted = decoding.weighted_mean_logits(logits, confidence)
     torch.testing.assert_close(weighted, torch.tensor([[0.5, 1.5, 1.375]]))
-    assert fusion.most_confident_logits(logits, confidence).tolist() == [[0.0, 2.0, 1.5]]
-    choose = fusion.argmax_grouped(2, fusion.mean_logits)
-    assert choose(logits.flatten(0, 1)).tolist() == [2, 2]
+    assert decoding.most_confident_logits(logits, confidence).tolist() == [[0.0, 2.0, 1.5]]
+    choose = decoding.argmax_grouped(2, decoding.mean_logits)
+    assert choose(logits.flatten(0, 1))[0].tolist() == [2, 2]
 
 
 def test_smollm2_fuses_as_transformers_does(smollm2):

@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from myriadlama import fact_files, prompts
+import flex_generate
+from myriadlama import fact_files, prompts, questions
 from nanorecall.settings import ConfigError
 
 
@@ -190,11 +191,16 @@ def test_answers_may_be_json_python_or_plain_text(text, answers):
 # ---- templates and shots -------------------------------------------------------------------------
 
 
-def test_templates_are_filled_with_the_subject():
-    paris = {"subject": "Paris", "manual": ["[X] is in [Y]."], "auto": ["Where is [X]? [Y]."]}
-    texts, is_manual = prompts.select_templates(paris, 1, 5, np.random.default_rng(0))
-    assert texts == ["Paris is in [MASK].", "Where is Paris? [MASK]."]
-    assert is_manual.tolist() == [True, False]
+def test_templates_are_filled_with_the_subject_or_with_nothing():
+    paris = {"uuid": "u", "relation": "r", "subject": "Paris"}
+    paris |= {"manual": ["[X] is in [Y]."], "auto": ["Where is [X]? [Y]."]}
+    config = flex_generate.Config(num_manual=1)
+    ((asked,),) = questions.make_batches([paris], config)
+    assert asked.texts == ["Paris is in [MASK].", "Where is Paris? [MASK]."]
+    assert asked.priors == ["is in [MASK].", "Where is ? [MASK]."]
+    assert asked.is_manual.tolist() == [True, False]
+    ((whole,),) = questions.make_batches([{**paris, "subject": ""}], config)
+    assert whole.priors == ["", ""]
 
 
 def test_manual_templates_never_fill_up_automatic_ones():
@@ -202,8 +208,8 @@ def test_manual_templates_never_fill_up_automatic_ones():
     manual = [f"m{i} [X] [Y]" for i in range(5)]
     auto = [f"a{i} [X] [Y]" for i in range(5)]
     asked = {"subject": "S", "manual": manual, "auto": auto}
-    texts, is_manual = prompts.select_templates(asked, 3, 2, np.random.default_rng(0))
-    assert [text[0] for text in texts] == ["m", "m", "m", "a", "a"]
+    templates, is_manual = prompts.select_templates(asked, 3, 2, np.random.default_rng(0))
+    assert [template[0] for template in templates] == ["m", "m", "m", "a", "a"]
     assert is_manual.tolist() == [True, True, True, False, False]
 
 
@@ -221,6 +227,38 @@ def test_no_question_is_among_its_own_shots():
     message = "the pool has 2 facts that are not asked, too few for 3 shots"
     with pytest.raises(ConfigError, match=message):
         prompts.sample_few_shot(left, {"r"}, 3, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("has_pool", [False, True])
+def test_mixed_shots_are_the_same_for_all_and_ask_the_same_questions(tmp_path, has_pool):
+    """Of any relation, from the facts that are not asked, or from the whole pool."""
+
+    def write(name, relations, size):
+        rows = []
+        for relation in relations:
+            for i in range(size):
+                rows.append(fact(relation=relation, subject=f"{name} {relation} {i}"))
+        read(tmp_path, rows, name)
+        return str(tmp_path / name)
+
+    settings = {"path": write("asked.jsonl", "abcde", 8), "num_shots": 3, "max_samples": 9}
+    if has_pool:
+        settings["shots_path"] = write("pool.jsonl", "fgab", 4)
+    asked, _, own = questions.choose_facts(flex_generate.Config(**settings))
+    config = flex_generate.Config(**settings, shots="mixed")
+    mixed_asked, _, mixed = questions.choose_facts(config)
+    assert mixed_asked == asked and list(mixed) == list(own)
+    shots = mixed["a"]
+    assert all(examples == shots for examples in mixed.values())
+    assert len({shot["subject"] for shot in shots}) == 3
+    assert all(shot["subject"].startswith("pool" if has_pool else "asked") for shot in shots)
+    relations, most = set(), 0
+    for seed in range(20):
+        config = flex_generate.Config(**settings, shots="mixed", seed=seed)
+        drawn = {shot["relation"] for shot in questions.choose_facts(config)[2]["a"]}
+        relations |= drawn
+        most = max(most, len(drawn))
+    assert relations == set("fgab" if has_pool else "abcde") and most == 3
 
 
 def test_a_shot_in_other_templates_or_letters_gives_the_answer_away(tmp_path):

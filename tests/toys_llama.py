@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from myriadlama import fusion, gguf_files, llama, loading
+from myriadlama import decoding, fusion, gguf_files, llama, loading
 
 # ---- in memory -----------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def causal_logits(model, tokens):
 
 def never_stop(vocab_size):
     nothing = torch.zeros(vocab_size, dtype=torch.bool)
-    return fusion.StopCriteria(torch.tensor([], dtype=torch.long), nothing, nothing)
+    return decoding.StopCriteria(torch.tensor([], dtype=torch.long), nothing, nothing)
 
 
 def decode_fused(model, prefix, questions, scheme, positions, bias=0.0, max_new_tokens=6):
@@ -69,11 +69,11 @@ def decode_fused(model, prefix, questions, scheme, positions, bias=0.0, max_new_
         next_pos.append(answer_position)
     kv = fusion.prefill(model, prefix_kv, rows)
     cache = fusion.build_cache(prefix_kv, rows, kv, members, next_pos, bias)
-    tokens, _ = fusion.greedy_decode(
+    tokens, _ = decoding.greedy_decode(
         model,
         cache,
         questions[0].answer_start,
-        fusion.argmax_each,
+        decoding.argmax_each,
         never_stop(model.config.vocab_size),
         max_new_tokens,
     )

@@ -1,0 +1,329 @@
+"""The methods of flex_generate.py: how templates of a question become one answer.
+
+A method is a function: batch -> Answers, a text and its confidence for each question. The
+confidence is the probability that the method gives to what is scored of the text.
+
+Two methods from elsewhere are settings of `flex`, in which each template attends to the shared
+prefix and to itself, and the answer to everything:
+
+- parallel context windows (Ratner et al. 2023, arXiv 2212.10947): --score_bias 0. Positions
+  restart and scores are not changed. Here windows share the prefix.
+- star attention (Acharya et al. 2024, arXiv 2411.17116): --score_bias 0 --template_positions
+  sequential, with the prefix as anchor block. Its merge of blocks by the log of their sums of
+  exponentials equals one softmax over all blocks, which is what is computed here.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from myriadlama import decoding, fusion, prompts
+from myriadlama.batch import Answers
+
+# ---- parts of methods ----------------------------------------------------------------------------
+
+
+def separate_cache(batch, template=None):
+    """A cache for each template alone, or for one template number of each question."""
+    rows, kv = batch.encode_separately(1.0 if template is None else 1 / batch.n)
+    members, next_pos = [], []
+    for r, (ids, _) in enumerate(rows):
+        if template is None or r % batch.n == template:
+            members.append([r])
+            next_pos.append(batch.prefix_length + len(ids))
+    return fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos)
+
+
+def separate_answers(batch):
+    """Answer each template alone -> Answers (B, n)."""
+
+    def compute():
+        texts, confidence, weight = batch.decode(separate_cache(batch))
+        n = batch.n
+        texts = [texts[i : i + n] for i in range(0, len(texts), n)]
+        return Answers(texts, confidence.view(-1, n), weight.view(-1, n))
+
+    return batch.meter.shared("separate_answers", compute)
+
+
+def decode_together(batch, cache, n, combine, weight=None):
+    """Decode n rows a question in parallel; their logits together choose each token.
+
+    combine: see decoding.argmax_grouped.
+    """
+    rows = batch.decode(cache, decoding.argmax_grouped(n, combine, weight))
+    # All rows of a question have the same answer.
+    return Answers(rows.texts[::n], rows.confidence[::n])
+
+
+def decode_ensemble(batch, combine, weight=None):
+    """Decode all templates in parallel, see decode_together."""
+    return decode_together(batch, separate_cache(batch), batch.n, combine, weight)
+
+
+def count_votes(batch, weights):
+    """The answer that most templates give when they are asked alone; of equals the first one.
+
+    weights (B, n): how much the vote of each template counts. Answers are equal if what is scored
+    of them is. The confidence is the share of the votes.
+    """
+    winners, shares = [], []
+    for fact, texts, own_weights in zip(batch.facts, separate_answers(batch).texts, weights):
+        votes, first_text = {}, {}
+        for text, weight in zip(texts, own_weights.tolist()):
+            answer = prompts.scored_words(fact, text)
+            votes[answer] = votes.get(answer, 0) + weight
+            first_text.setdefault(answer, text)
+        winner = max(votes, key=votes.get)
+        winners.append(first_text[winner])
+        shares.append(votes[winner] / max(sum(votes.values()), 1e-30))
+    return Answers(winners, torch.tensor(shares, dtype=torch.float64))
+
+
+def fused_cache(batch, chosen=None, bias=0.0):
+    """Templates that were encoded alone, in one cache per question.
+
+    chosen: numbers of templates (B, m), or None for all. bias: on their attention scores, a number
+    or (B, m).
+    """
+    rows, kv = batch.encode_separately()
+    if chosen is None:
+        chosen = [range(batch.n)] * len(batch.questions)
+    members, next_pos = [], []
+    for i, templates in enumerate(chosen):
+        cache_rows = [i * batch.n + j for j in templates]
+        members.append(cache_rows)
+        next_pos.append(batch.prefix_length + max(len(rows[r][0]) for r in cache_rows))
+    return fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias)
+
+
+def decode_scheme(batch, scheme):
+    """Put all templates into one cache per question under an attention scheme and decode."""
+    positions, bias = batch.run.config.template_positions, batch.score_bias(batch.n)
+    if scheme == "isolated" and positions == "restart":
+        # The templates are encoded as if they were alone.
+        return batch.decode(fused_cache(batch, bias=bias))
+    rows, members, next_pos = [], [], []
+    for question in batch.questions:
+        first = len(rows)
+        new_rows, answer_position = fusion.layout(question, batch.prefix_length, scheme, positions)
+        rows += [(ids, row_positions) for ids, row_positions, _ in new_rows]
+        members.append(range(first, len(rows)))
+        next_pos.append(answer_position)
+    kv = batch.encode(rows)
+    return batch.decode(fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias))
+
+
+def decode_fused_layers(batch, part, combine):
+    """Decode all templates in parallel; they share hidden states of each new token.
+
+    From the layer ensemble_layer on. part, combine: see decoding.fused_layers.
+    """
+    model, first_layer = batch.run.model, batch.run.config.ensemble_layer
+    if first_layer < 0:
+        first_layer = model.config.n_layers * 3 // 4
+    cache = separate_cache(batch)  # the templates themselves are encoded without sharing
+    with decoding.fused_layers(model, first_layer, batch.n, part, combine):
+        return decode_together(batch, cache, batch.n, decoding.mean_logits)
+
+
+# ---- templates alone -----------------------------------------------------------------------------
+
+
+def origin(batch):
+    """The first template alone."""
+    return batch.decode(separate_cache(batch, template=0))
+
+
+def per_prompt(batch):
+    """Each template alone: n answers to each question."""
+    return separate_answers(batch)
+
+
+def vote(batch):
+    """The most frequent answer of the templates, each asked alone."""
+    return count_votes(batch, torch.ones(len(batch.facts), batch.n))
+
+
+def weighted_vote(batch):
+    """The answer with the highest sum of weights."""
+    return count_votes(batch, separate_answers(batch).weight)
+
+
+# ---- logits --------------------------------------------------------------------------------------
+
+
+def average(batch):
+    return decode_ensemble(batch, decoding.mean_logits)
+
+
+def mixture(batch):
+    return decode_ensemble(batch, decoding.mean_probability)
+
+
+def maximum(batch):
+    return decode_ensemble(batch, decoding.max_probability)
+
+
+def weighted_average(batch):
+    return decode_ensemble(batch, decoding.weighted_mean_logits, separate_answers(batch).weight)
+
+
+def weighted_maximum(batch):
+    return decode_ensemble(batch, decoding.most_confident_logits, separate_answers(batch).weight)
+
+
+def contrast(batch):
+    """Divide the probability of the answer by that after the template without its subject."""
+    templates = []
+    for question in batch.questions:
+        templates += [*question.templates, *question.priors]
+    rows = batch.rows(templates)
+    next_pos = [batch.prefix_length + len(ids) for ids in templates]
+    members = [[r] for r in range(len(rows))]
+    cache = fusion.build_cache(batch.prefix_kv, rows, batch.encode(rows), members, next_pos)
+
+    def combine(logits, weight):
+        return decoding.contrast_with_prior(logits, batch.run.config.prior_weight)
+
+    return decode_together(batch, cache, 2 * batch.n, combine)
+
+
+# ---- hidden states -------------------------------------------------------------------------------
+
+
+def layer_output_avg(batch):
+    """The mean of what each layer puts out."""
+    return decode_fused_layers(batch, "layer_output", lambda x: x.mean(1))
+
+
+def ffn_activation_avg(batch):
+    """The mean of the activations within each MLP."""
+    return decode_fused_layers(batch, "ffn_activation", lambda x: x.mean(1))
+
+
+def ffn_activation_max(batch):
+    """The maximum of the activations within each MLP."""
+    return decode_fused_layers(batch, "ffn_activation", lambda x: x.amax(1))
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def flex(batch):
+    """All templates in one cache, each attending only to itself."""
+    return decode_scheme(batch, "isolated")
+
+
+def flex_adaptive(batch):
+    """The half of the templates with the highest weight, in one cache."""
+    m = (batch.n + 1) // 2
+    best = separate_answers(batch).weight.topk(m, dim=1).indices.sort(dim=1).values.tolist()
+    return batch.decode(fused_cache(batch, best, batch.score_bias(m)))
+
+
+def flex_weighted(batch):
+    """All templates in one cache; attention to a template is multiplied by its weight.
+
+    The factors of a question have mean 1.
+    """
+    weight = separate_answers(batch).weight
+    factors = weight / weight.mean(1, keepdim=True)
+    bias = factors.log().clamp(min=-30).numpy(force=True) + batch.score_bias(batch.n)
+    return batch.decode(fused_cache(batch, bias=bias))
+
+
+def ape(batch):
+    """All templates in one cache, under the attention of Adaptive Parallel Encoding."""
+    config = batch.run.config
+    attention = functools.partial(
+        decoding.ape_attention, temperature=config.ape_temperature, scale=config.ape_scale
+    )
+    return batch.decode(fused_cache(batch), attention=attention)
+
+
+def hybrid(batch):
+    """Average the fused prompt's log probabilities with those of the single prompts."""
+    rows, kv = batch.encode_separately()
+    n, members, next_pos, bias = batch.n, [], [], []
+    for first in range(0, len(rows), n):
+        ends = [batch.prefix_length + len(ids) for ids, _ in rows[first : first + n]]
+        for i in range(n):
+            members.append([first + i])
+        members.append(range(first, first + n))
+        next_pos += [*ends, max(ends)]
+        bias += [0.0] * n + [batch.score_bias(n)]
+
+    def combine(logits, weight):
+        log_probs = logits.log_softmax(-1)  # (B, n + 1, V)
+        return log_probs[:, :n].mean(1) + log_probs[:, n]
+
+    cache = fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias)
+    return decode_together(batch, cache, n + 1, combine)
+
+
+def flex_full(batch):
+    """All templates in one cache, each attending to all before it."""
+    return decode_scheme(batch, "full")
+
+
+def flex_myriadlama(batch):
+    """Manual and automatic templates in one cache, each attending only to itself."""
+    return decode_scheme(batch, "isolated")
+
+
+def flex_myriadlama_xattn(batch):
+    """The same, with cross attention between manual templates (allow_manual_cross_attention)."""
+    return decode_scheme(batch, "manual_cross")
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    generate: object  # batch -> Answers
+    templates: str  # how many it uses for an answer: one, half, all
+    fused_by: str
+    settings: tuple = ()  # those that other methods do not have
+
+
+ATTENTION = ("score_bias",)
+# They may put the templates one after another.
+ONE_PROMPT = ("score_bias", "template_positions")
+LAYERS = ("ensemble_layer",)
+METHODS = {
+    "origin": Method(origin, "one", "nothing"),
+    "per_prompt": Method(per_prompt, "one", "nothing"),
+    "vote": Method(vote, "all", "answers"),
+    "weighted_vote": Method(weighted_vote, "all", "answers, weighted"),
+    "avg": Method(average, "all", "logits: product of experts"),
+    "mixture": Method(mixture, "all", "probabilities: mean"),
+    "max": Method(maximum, "all", "probabilities: maximum"),
+    "weighted_avg": Method(weighted_average, "all", "logits, weighted"),
+    "weighted_max": Method(weighted_maximum, "all", "logits of the highest weight"),
+    "contrast": Method(contrast, "all", "logits, less those without subject", ("prior_weight",)),
+    "layer_output_avg": Method(layer_output_avg, "all", "layer outputs: mean", LAYERS),
+    "ffn_activation_avg": Method(ffn_activation_avg, "all", "MLP activations: mean", LAYERS),
+    "ffn_activation_max": Method(ffn_activation_max, "all", "MLP activations: maximum", LAYERS),
+    "flex": Method(flex, "all", "attention", ONE_PROMPT),
+    "flex_adaptive": Method(flex_adaptive, "half", "attention, half of them", ATTENTION),
+    "flex_weighted": Method(flex_weighted, "all", "attention, weighted", ATTENTION),
+    "ape": Method(ape, "all", "attention, rescaled", ("ape_temperature", "ape_scale")),
+    "hybrid": Method(hybrid, "all", "attention and logits", ATTENTION),
+    "flex_full": Method(flex_full, "all", "attention, all see all before", ONE_PROMPT),
+    "flex_myriadlama": Method(
+        flex_myriadlama, "all", "attention", (*ONE_PROMPT, "allow_manual_cross_attention")
+    ),
+    "flex_myriadlama_xattn": Method(
+        flex_myriadlama_xattn, "all", "attention, manual see manual", ONE_PROMPT
+    ),
+}
+
+
+def settings_of_others(method):
+    """Settings that some methods have and this one has not, in the order of the table."""
+    names = {}
+    for other in METHODS.values():
+        names.update(dict.fromkeys(other.settings))
+    return [name for name in names if name not in METHODS[method].settings]

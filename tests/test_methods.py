@@ -1,0 +1,395 @@
+"""methods.py and decoding.py: methods against slow twins without caches, on random questions."""
+
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import flex_generate as flex
+from myriadlama import decoding, fusion, llama, methods
+from myriadlama.batch import Answers, Batch
+from naive import naive_decode
+from toys_llama import (
+    V,
+    causal_logits,
+    never_stop,
+    our_forward,
+    random_ids,
+    random_llama,
+    random_question,
+)
+
+ANSWERS = ("a", "a b")  # one word of a text is scored, or two; a token is a word
+
+
+def batch_of(model, questions, prefix, max_new_tokens=10, **settings):
+    """A Batch whose texts are token ids."""
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    config = flex.Config(max_new_tokens=max_new_tokens, **settings)
+    run = SimpleNamespace(model=model, config=config, stop=never_stop(V), tokenizer=tokenizer)
+    facts = []
+    for i in range(len(questions)):
+        facts.append({"subject": "s", "answers": [ANSWERS[i % 2]]})
+    return Batch(run, questions, facts, fusion.prefill_prefix(model, prefix))
+
+
+def with_priors(question, rng):
+    """The question with a prior for each template: the template without one of its tokens."""
+    priors = []
+    for ids in question.templates:
+        left_out = int(rng.integers(len(ids)))
+        priors.append(ids[:left_out] + ids[left_out + 1 :])
+    fields = vars(question) | {"priors": priors}
+    return fusion.Question(**fields)
+
+
+def random_batch(model, seed, n=4, n_questions=6, max_new_tokens=3, **settings):
+    rng = np.random.default_rng(seed)
+    prefix = random_ids(rng, 7)
+    questions = []
+    for _ in range(n_questions):
+        questions.append(with_priors(random_question(rng, n=n), rng))
+    return prefix, batch_of(model, questions, prefix, max_new_tokens, **settings)
+
+
+def next_probabilities(model, ids):
+    """Of the token after ids, without a cache, in float64 -> (V,)"""
+    logits = causal_logits(model, torch.tensor([ids]))[0, -1]
+    return logits.double().softmax(-1).numpy()
+
+
+def text_of(tokens):
+    return " ".join(map(str, tokens))
+
+
+# ---- templates alone -----------------------------------------------------------------------------
+
+
+def naive_alone(model, prefix, question, ids, max_new_tokens):
+    """Greedy tokens after one template, and the product of their probabilities."""
+    ids, tokens, probability = [*prefix, *ids, question.answer_start], [], 1.0
+    for _ in range(max_new_tokens):
+        p = next_probabilities(model, ids)
+        tokens.append(int(p.argmax()))
+        probability *= p.max()
+        ids.append(tokens[-1])
+    return tokens, probability
+
+
+@pytest.mark.parametrize("method", ["vote", "weighted_vote"])
+def test_votes_are_counted_over_first_words(method):
+    model = random_llama()
+    prefix, batch = random_batch(model, 5, n=6, n_questions=12)
+    texts, shares, _ = methods.METHODS[method].generate(batch)
+    n_not_first = 0
+    for i, (question, text, share) in enumerate(zip(batch.questions, texts, shares.tolist())):
+        votes, answers = Counter(), []
+        for ids in question.templates:
+            tokens, p = naive_alone(model, prefix, question, ids, 3)
+            answers.append(tokens)
+            votes[tuple(tokens[: 1 + i % 2])] += 1 if method == "vote" else p
+        most = max(votes.values())
+        winners = [word for word in votes if votes[word] == pytest.approx(most)]
+        # Of equals, and of different texts with one beginning, the first counts.
+        expected = next(tokens for tokens in answers if tuple(tokens[: 1 + i % 2]) in winners)
+        assert text == text_of(expected)
+        assert share == pytest.approx(most / sum(votes.values()), rel=1e-4)
+        n_not_first += expected != answers[0]
+    assert n_not_first > 2
+
+
+def test_answers_of_a_vote_are_equal_regardless_of_case_and_marks():
+    facts = [{"subject": "s", "answers": ["New York"]}, {"subject": "", "answers": ["x"]}]
+    batch = SimpleNamespace(n=4, facts=facts)
+    texts = [["Paris is it", "new york, of", "New York.", "Oslo or so"], ["a b", "a", "A b!", "c"]]
+    batch.meter = SimpleNamespace(shared=lambda name, compute: Answers(texts, None))
+    # Two words of a fact with a two-word answer are scored, and all words of a whole question.
+    winners, shares, _ = methods.count_votes(batch, torch.ones(2, 4))
+    assert winners == ["new york, of", "a b"] and shares.tolist() == [0.5, 0.5]
+    winners, shares, _ = methods.count_votes(batch, torch.tensor([[4.0, 1, 1, 2], [1, 3, 1, 5]]))
+    assert winners == ["Paris is it", "c"] and shares.tolist() == [0.5, 0.5]
+
+
+# ---- logits --------------------------------------------------------------------------------------
+
+# p (n, V) after each template, confidence (n,), p after each prior (n, V) -> (V,)
+COMBINE = {
+    "avg": lambda p, confidence, prior: p.prod(0) ** (1 / len(p)),
+    "mixture": lambda p, confidence, prior: p.mean(0),
+    "max": lambda p, confidence, prior: p.max(0),
+    "weighted_avg": lambda p, confidence, prior: np.exp(
+        (confidence / confidence.sum()) @ np.log(p)
+    ),
+    "weighted_max": lambda p, confidence, prior: p[confidence.argmax()],
+    "contrast": lambda p, confidence, prior: naive_contrast(p, prior),
+}
+
+
+def naive_contrast(p, prior, weight=0.7):
+    mean, mean_prior = p.prod(0) ** (1 / len(p)), prior.prod(0) ** (1 / len(p))
+    score = mean / mean_prior**weight
+    score[mean < mean.max() / 10] = 0
+    return score
+
+
+@pytest.mark.parametrize("method", COMBINE)
+def test_combined_logits_against_probabilities(method):
+    """Texts and confidence; templates in one batch with caches, or one by one without.
+
+    The confidence is that of the first word, or of the first two.
+    """
+    model = random_llama()
+    prefix, batch = random_batch(model, 6, prior_weight=0.7)
+    texts, got, _ = methods.METHODS[method].generate(batch)
+    for i, question in enumerate(batch.questions):
+        alone = [naive_alone(model, prefix, question, ids, 3)[1] for ids in question.templates]
+        tokens, steps = [], []
+        for _ in range(3):
+            p = []
+            for ids in (*question.templates, *question.priors):
+                whole = [*prefix, *ids, question.answer_start, *tokens]
+                p.append(next_probabilities(model, whole))
+            p, prior = np.array(p[:4]), np.array(p[4:])
+            score = COMBINE[method](p, np.array(alone), prior)
+            tokens.append(int(score.argmax()))
+            steps.append(score.max() / score.sum())
+        assert texts[i] == text_of(tokens)
+        assert got[i].item() == pytest.approx(np.prod(steps[: 1 + i % 2]), rel=1e-3)
+
+
+# ---- hidden states -------------------------------------------------------------------------------
+
+
+def naive_fused_layers(model, prefix, question, first_layer, part, combine, max_new_tokens):
+    """All templates side by side without a cache, through the parts of each layer.
+
+    -> tokens, their probabilities
+    """
+    tokens, steps = [question.answer_start], []
+    for _ in range(max_new_tokens):
+        rows = [torch.tensor([[*prefix, *ids, *tokens]]) for ids in question.templates]
+        x = [model.embed_tokens(row) for row in rows]
+        for number, layer in enumerate(model.layers):
+            activation, rest = [], []
+            for row in x:
+                positions = torch.arange(row.shape[1])[None]
+
+                def attend(q, k, v):
+                    return llama.causal_attention(0, q, k, v)
+
+                h = layer.input_layernorm(row)
+                row = row + layer.self_attn(h, model.rope_table, positions, attend)
+                h = layer.post_attention_layernorm(row)
+                rest.append(row)
+                activation.append(F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h))
+            if number >= first_layer and part == "ffn_activation":
+                share_last(activation, len(tokens), combine)
+            x = [row + layer.mlp.down_proj(a) for row, a in zip(rest, activation)]
+            if number >= first_layer and part == "layer_output":
+                share_last(x, len(tokens), combine)
+        logits = torch.stack([model.logits(row[0, -1]) for row in x]).mean(0)
+        tokens.append(int(logits.argmax()))
+        steps.append(float(logits.softmax(0).max()))
+    return tokens[1:], steps
+
+
+def share_last(rows, n_last, combine):
+    """Each of the last tokens of all rows gets what they have together, in place."""
+    for t in range(1, n_last + 1):
+        together = combine(torch.stack([row[0, -t] for row in rows]))
+        for row in rows:
+            row[0, -t] = together
+
+
+@pytest.mark.parametrize("method", ["layer_output_avg", "ffn_activation_avg", "ffn_activation_max"])
+@pytest.mark.parametrize("first_layer", [0, 1])
+def test_fused_layers_without_a_cache(method, first_layer):
+    model = random_llama()
+    prefix, batch = random_batch(model, 7, n=3, ensemble_layer=first_layer)
+    texts, confidence, _ = methods.METHODS[method].generate(batch)
+    part, kind = method.rsplit("_", 1)
+    combine = {"avg": lambda x: x.mean(0), "max": lambda x: x.amax(0)}[kind]
+    for i, question in enumerate(batch.questions):
+        tokens, steps = naive_fused_layers(model, prefix, question, first_layer, part, combine, 3)
+        assert texts[i] == text_of(tokens)
+        assert confidence[i].item() == pytest.approx(np.prod(steps[: 1 + i % 2]), rel=1e-3)
+    # No hook is left behind.
+    plain = methods.average(random_batch(random_llama(), 7, n=3)[1])[1]
+    assert torch.equal(methods.average(batch)[1], plain)
+
+
+def test_the_last_quarter_of_the_layers_is_fused_by_default():
+    confidences = []
+    for first_layer in (-1, 1, 0):
+        _, batch = random_batch(random_llama(), 7, ensemble_layer=first_layer)
+        confidences.append(methods.layer_output_avg(batch)[1])
+    assert torch.equal(confidences[0], confidences[1])  # 1 of the layers 0 and 1
+    assert not torch.allclose(confidences[0], confidences[2], rtol=0.01)
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def naive_ape(model, prefix, question, temperature, scale, max_new_tokens):
+    """Two softmaxes for each head, of templates and of all else, weighted.
+
+    -> tokens, their probabilities
+    """
+    steps = []
+    n_tokens = sum(len(ids) for ids in question.templates)
+    first, end = len(prefix), len(prefix) + n_tokens
+
+    def forward(ids, positions, mask):
+        def attend(layer, q, k, v):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            for head in range(q.shape[1]):
+                group = head * k.shape[1] // q.shape[1]
+                for i in range(end, q.shape[2]):
+                    s = k[0, group, : i + 1] @ q[0, head, i] / q.shape[-1] ** 0.5
+                    seen = v[0, group, : i + 1]
+                    templates, others = s[first:end] / temperature, torch.cat([s[:first], s[end:]])
+                    from_templates = templates.softmax(0) @ seen[first:end]
+                    from_others = others.softmax(0) @ torch.cat([seen[:first], seen[end:]])
+                    log_sum = templates.logsumexp(0) * scale * temperature
+                    share = torch.stack([log_sum, others.logsumexp(0)]).softmax(0)
+                    out[0, head, i] = share[0] * from_templates + share[1] * from_others
+            return out
+
+        logits = model.logits(model(ids, positions, attend))[0]
+        steps.append(float(logits[-1].softmax(0).max()))
+        return logits
+
+    tokens, _ = naive_decode(forward, prefix, question, "isolated", "restart", 0.0, max_new_tokens)
+    return tokens, steps
+
+
+@pytest.mark.parametrize("temperature, scale", [(0.9, 0.9), (0.4, 1.0), (1.0, 0.3), (1.5, 1.2)])
+def test_ape_against_two_softmaxes(temperature, scale):
+    model = random_llama()
+    settings = dict(ape_temperature=temperature, ape_scale=scale)
+    prefix, batch = random_batch(model, 8, **settings)
+    texts, confidence, _ = methods.ape(batch)
+    for i, question in enumerate(batch.questions):
+        tokens, steps = naive_ape(model, prefix, question, temperature, scale, 3)
+        assert texts[i] == text_of(tokens)
+        assert confidence[i].item() == pytest.approx(np.prod(steps[: 1 + i % 2]), rel=1e-3)
+
+
+def test_ape_without_its_two_numbers_is_flex_without_bias():
+    model = random_llama()
+    settings = dict(ape_temperature=1.0, ape_scale=1.0, score_bias=0.0, max_new_tokens=6)
+    _, batch = random_batch(model, 9, n_questions=16, **settings)
+    texts, confidence, _ = methods.ape(batch)
+    plain_texts, plain_confidence, _ = methods.flex(batch)
+    assert texts == plain_texts
+    torch.testing.assert_close(confidence, plain_confidence, rtol=1e-3, atol=0)
+
+
+def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
+    """The first token, without a cache."""
+    model, rng = random_llama(), np.random.default_rng(0)
+    prefix = random_ids(rng, 7)
+    questions = [random_question(rng, n=3) for _ in range(4)]
+    forward = our_forward(model)
+    texts = methods.hybrid(batch_of(model, questions, prefix, 2)).texts
+
+    def log_probabilities(question, bias=0.0):
+        _, logits = naive_decode(forward, prefix, question, "isolated", "restart", bias)
+        return logits.log_softmax(-1)
+
+    for q, text in zip(questions, texts):
+        single = []
+        for ids in q.templates:
+            alone = fusion.Question([ids], q.is_manual[:1], q.answer_start, q.separator)
+            single.append(log_probabilities(alone))
+        fused = log_probabilities(q, bias=-np.log(3))
+        expected = torch.stack(single).mean(0) + fused
+        assert text.split()[0] == str(int(expected.argmax()))
+
+
+def test_adaptive_takes_the_templates_with_the_highest_confidence():
+    model, rng = random_llama(), np.random.default_rng(1)
+    prefix, q = random_ids(rng, 7), random_question(rng)
+    batch = batch_of(model, [q], prefix, 3)
+    (text,) = methods.flex_adaptive(batch).texts
+    best = methods.separate_answers(batch).weight[0].topk(2).indices.sort().values.tolist()
+    templates = [q.templates[i] for i in best]
+    half = fusion.Question(templates, q.is_manual[:2], q.answer_start, q.separator)
+    bias = -np.log(2)
+    tokens, _ = naive_decode(our_forward(model), prefix, half, "isolated", "restart", bias, 3)
+    assert text == " ".join(map(str, tokens))
+
+
+def test_weighted_attention_by_hand(monkeypatch):
+    """Attention to a template is multiplied by its confidence; equal confidences change nothing."""
+    model, rng = random_llama(), np.random.default_rng(2)
+    q = random_question(rng, n=3)
+    batch = batch_of(model, [q], random_ids(rng, 7))
+    biases = []
+
+    def note_bias(cache):
+        biases.append(cache.score_bias[0, 0, 0])
+        return Answers([], None)
+
+    batch.decode = note_bias
+    for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
+        answers = Answers([], None, torch.tensor([confidence]))
+        monkeypatch.setattr(methods, "separate_answers", lambda batch, answers=answers: answers)
+        methods.flex_weighted(batch)
+    weighted, even = biases
+    lengths = torch.tensor([len(ids) for ids in q.templates])
+    factors = torch.tensor([1.0, 1.5, 0.5]).repeat_interleave(lengths)
+    torch.testing.assert_close(weighted[7:].exp(), factors / 3)
+    torch.testing.assert_close(even[7:].exp(), torch.full_like(factors, 1 / 3))
+    assert weighted[:7].eq(0).all() and even[:7].eq(0).all()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_shared_work_is_charged_to_each_method_once(reverse):
+    """Three templates of 4, 5 and 6 tokens. A decoded sequence has 3: answer start and two more."""
+    encoded, decoded = 4 + 5 + 6, 3
+    expected = {
+        "origin": encoded / 3 + decoded,
+        "per_prompt": encoded + 3 * decoded,
+        "weighted_avg": encoded + 3 * decoded + 3 * decoded,
+        "flex_adaptive": encoded + 3 * decoded + decoded,
+        "flex": encoded + decoded,
+    }
+    order = ["flex_adaptive", "weighted_avg", "origin"] if reverse else list(expected)
+    model, rng = random_llama(), np.random.default_rng(3)
+    templates = [random_ids(rng, n) for n in (4, 5, 6)]
+    question = fusion.Question(templates, torch.tensor([True] * 3), 7, [3])
+    batch = batch_of(model, [question], [20, 21], 2)
+    for method in order:
+        start = time.perf_counter()
+        batch.meter.reset_cost()
+        methods.METHODS[method].generate(batch)
+        seconds, tokens = batch.meter.cost()
+        assert tokens == expected[method] and seconds > 0
+        if method == order[0]:
+            assert seconds <= time.perf_counter() - start
+
+
+def test_the_confidence_is_that_of_what_is_scored(monkeypatch):
+    """Tokens are letters; a row ends with -1. An empty text is as probable as its end."""
+    rows = [[1, 2, 0, 3], [1, 2, 0, 3], [1, 0, 3, 2], [-1, -1, -1, -1]]
+    p = [[0.5, 0.4, 0.3, 0.2], [0.5, 0.4, 0.3, 0.2], [0.5, 0.4, 0.3, 0.2], [0.6, 1, 1, 1]]
+    one, two = {"subject": "s", "answers": ["x"]}, {"subject": "s", "answers": ["x y"]}
+    whole = {"subject": "", "answers": ["x"]}
+    model, question = random_llama(), fusion.Question([[1]], torch.tensor([True]), 7, [3])
+    batch = batch_of(model, [question] * 4, [20, 21])
+    batch.facts = [one, two, one, whole]
+    batch.run.tokenizer = SimpleNamespace(decode=lambda ids: "".join(" abc"[i] for i in ids))
+
+    def decode(*args):
+        return torch.tensor(rows), torch.tensor(p).log()
+
+    monkeypatch.setattr(decoding, "greedy_decode", decode)
+    texts, confidence, weight = batch.decode(None)
+    assert texts == ["ab c", "ab c", "a cb", ""]
+    torch.testing.assert_close(confidence, torch.tensor([0.2, 0.012, 0.5, 0.6]))
+    torch.testing.assert_close(weight, torch.tensor([0.012, 0.012, 0.012, 0.6]))
