@@ -12,8 +12,12 @@ import flex_generate
 import sweep
 import train
 from analysis import sweep_runs
-from analysis.sweep_runs import training_command
+from analysis.figure_lines import draw_series
+from analysis.figures_in_context import seconds_to_99
+from analysis.figures_in_weights import CLOSED_FORMS
+from analysis.sweep_runs import Point, training_command
 from analysis.trained_run import result_suffix
+from nanorecall.plots import figure
 from nanorecall.settings import ConfigError, RunError
 
 TOY = (
@@ -24,12 +28,12 @@ TOY = (
 
 
 def toy_points():
-    return [sweep.Point("gpt", 2, "toy2", f"{TOY} 2"), sweep.Point("gpt", 4, "toy4", f"{TOY} 4")]
+    return [Point("gpt", 2, "toy2", f"{TOY} 2"), Point("gpt", 4, "toy4", f"{TOY} 4")]
 
 
 def draw_toy(results):
-    plt, fig, (axis,) = sweep.figure(1, 1)
-    sweep.draw_series(axis, results, lambda result: result["steps"])
+    plt, fig, (axis,) = figure(1, 1)
+    draw_series(axis, results, lambda result: result["steps"])
     return plt, fig, "steps"
 
 
@@ -92,7 +96,7 @@ def test_a_run_is_measured_for_every_figure(monkeypatch, tmp_path):
     options = [("eval.py {run}", "a.json"), ("eval.py edit {run}", "b.json")]
     points = []
     for series, (eval_args, result) in enumerate([*options, options[0]]):
-        points.append(sweep.Point(str(series), 0, "toy", TOY, eval_args, result))
+        points.append(Point(str(series), 0, "toy", TOY, eval_args, result))
     config = SimpleNamespace(seeds=2, jobs=1, log_dir=str(tmp_path))
     sweep_runs.run_missing(points, config)
     once = [eval_args for eval_args, _ in options]
@@ -155,7 +159,7 @@ def test_a_run_with_other_settings_is_refused(toy, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_kept(toy, tmp_path, monkeypatch):
     def points():
-        return [sweep.Point("gpt", 0, "bad", "--dimm 7"), toy_points()[0]]
+        return [Point("gpt", 0, "bad", "--dimm 7"), toy_points()[0]]
 
     monkeypatch.setattr(sweep, "FIGURES", {"toy": sweep.Figure(points, draw_toy, "")})
     with pytest.raises(RunError, match=r"1 runs failed(.|\n)*did you mean dim\?"):
@@ -178,7 +182,7 @@ def made_up_result(value, state=100):
     for name, values in (("exposures", "01"), ("query", "ab"), ("hops", "12")):
         by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
     edits = {}
-    for method in ("a", *sorted(set(sweep.CLOSED_FORMS.values()))):
+    for method in ("a", *sorted(set(CLOSED_FORMS.values()))):
         metrics = ("efficacy", "specificity", "retention", "retained")
         edit = {"method": method, **dict.fromkeys(metrics, number)}
         edits |= {f"{method}, 1": edit, f"{method}, 10": edit}
@@ -245,5 +249,5 @@ def test_results_that_lack_what_a_figure_shows(tmp_path, name, series, edit):
 
 
 def test_seconds_to_99_are_those_of_the_first_evaluation_there():
-    assert sweep.seconds_to_99(made_up_result(1)) == 2.0
-    assert sweep.seconds_to_99({"evals": [{"seconds": 1.0, "accuracy": 0.98}]}) == float("inf")
+    assert seconds_to_99(made_up_result(1)) == 2.0
+    assert seconds_to_99({"evals": [{"seconds": 1.0, "accuracy": 0.98}]}) == float("inf")
