@@ -5,6 +5,9 @@
     python sweep.py lr width --jobs 2      # two runs at a time, one thread each
     python sweep.py all --draw_only 1      # draw from the runs that exist, train nothing
 
+What a figure shows is also kept as numbers, in figures/NAME.json. --draw_only draws from that file
+where runs are missing.
+
 A point of a figure is one run directory per seed in runs/sweep, which eval.py reads, too. Figures
 share runs. A finished run is never trained again, and a stopped one is resumed.
 
@@ -20,9 +23,18 @@ from dataclasses import dataclass
 from analysis import figures_in_context as context
 from analysis import figures_in_prompts as prompts
 from analysis import figures_in_weights as weights
+from analysis import figures_of_state as state
 from analysis.figure_lines import BANDS
-from analysis.sweep_runs import collect_results, is_finished, run_missing, runs_of
-from nanorecall.checkpoint import make_directory
+from analysis.sweep_runs import (
+    by_series,
+    collect_results,
+    missing_runs,
+    read_shown,
+    run_missing,
+    runs_of,
+    shown_results,
+)
+from nanorecall.checkpoint import make_directory, write_json
 from nanorecall.metrics import print_table
 from nanorecall.plots import finish_figure
 from nanorecall.settings import (
@@ -45,60 +57,155 @@ class Config:
     seeds: int = 3  # runs per point: seeds 0, 1, ...
     log_dir: str = "runs/sweep"  # where run directories go
     output: str = "figures"  # where figures go
-    draw_only: bool = False  # draw from the runs that exist, train nothing
+    draw_only: bool = False  # draw from the runs that exist, or else the .json; train nothing
     extra_args: str = ""  # extra flags for every training ("--max_steps 5"); use another log_dir
 
     def check(self):
         at_least(self, 1, "jobs", "seeds")
 
 
-Figure = namedtuple("Figure", "points draw summary")
+# points() -> [Point]; draw({series: {x: [result of each seed]}}) -> pyplot, figure, caption.
+# parts: what draw needs of a result (see shown_results). choose({point: [result of each seed]}) ->
+# the points to draw, if they follow from the results of others.
+Figure = namedtuple("Figure", "points draw parts summary choose", defaults=[None])
+IN_EDIT = ("result.metrics.edits", "result.metrics.stored", "result.by_slice.method, edits")
 FIGURES = {
-    "lr": Figure(context.lr_points, context.draw_lr, "MQAR: accuracy by learning rate"),
-    "pairs": Figure(context.pairs_points, context.draw_pairs, "MQAR: accuracy by number of pairs"),
-    "width": Figure(
-        context.width_points, context.draw_width, "MQAR: accuracy by model width and by state size"
+    "lr": Figure(
+        context.lr_points,
+        context.draw_lr,
+        ["all"],
+        "MQAR: accuracy by learning rate",
     ),
-    "time": Figure(context.time_points, context.draw_time, "MQAR: seconds to 99% accuracy"),
+    "pairs": Figure(
+        context.pairs_points,
+        context.draw_pairs,
+        ["all"],
+        "MQAR: accuracy by number of pairs",
+    ),
+    "width": Figure(
+        context.width_points,
+        context.draw_width,
+        ["all", "state"],
+        "MQAR: accuracy by model width and by state size",
+    ),
+    "time": Figure(
+        context.time_points,
+        context.draw_time,
+        ["evals"],
+        "MQAR: seconds to 99% accuracy",
+    ),
+    "state": Figure(
+        state.state_points,
+        state.draw_state,
+        ["all", "state", "slices.updated", "slices.input_seq_len"],
+        "every mixer: accuracy by state size at equal parameters, updates, state tracking",
+        state.best_rates,
+    ),
     "exposures": Figure(
-        weights.exposure_points, weights.draw_exposures, "synthetic QA: recall by exposures"
+        weights.exposure_points,
+        weights.draw_exposures,
+        ["slices.exposures"],
+        "synthetic QA: recall by exposures",
     ),
     "table": Figure(
-        weights.table_points, weights.draw_table, "synthetic QA: bits stored by size of the table"
+        weights.table_points,
+        weights.draw_table,
+        ["result.metrics.stored"],
+        "synthetic QA: bits stored by size of the table",
     ),
     "edits": Figure(
-        weights.edit_points, weights.draw_edits, "edited facts: efficacy, specificity, retention"
+        weights.edit_points,
+        weights.draw_edits,
+        IN_EDIT,
+        "edited facts: efficacy, specificity, retention",
     ),
     "forgetting": Figure(
-        weights.forgetting_points, weights.draw_forgetting, "new facts: learned and retained"
+        weights.forgetting_points,
+        weights.draw_forgetting,
+        IN_EDIT,
+        "new facts: learned and retained",
     ),
     "memories": Figure(
-        weights.memory_points, weights.draw_memories, "one update in cache, state, table, MLP"
+        weights.memory_points,
+        weights.draw_memories,
+        IN_EDIT,
+        "one update in cache, state, table, MLP",
     ),
     "hops": Figure(
-        weights.hop_points, weights.draw_hops, "two-hop in and out of distribution, HashHop by hops"
+        weights.hop_points,
+        weights.draw_hops,
+        ["slices.query", "slices.hops"],
+        "two-hop in and out of distribution, HashHop by hops",
     ),
     "templates": Figure(
-        prompts.template_points, prompts.draw_templates, "fused answers by number of templates"
+        prompts.template_points,
+        prompts.draw_templates,
+        ["result.metrics"],
+        "fused answers by number of templates",
     ),
 }
+
+
+# ---- points --------------------------------------------------------------------------------------
+
+
+def points_of(name, config):
+    """-> the points that a figure shows, and all that are trained for it, as far as known."""
+    figure = FIGURES[name]
+    points = figure.points()
+    if not figure.choose or missing_runs(points, config):
+        return points, points
+    chosen = figure.choose(collect_results(points, config))
+    return chosen, points + chosen
+
+
+def trained_points(names, config):
+    points = []
+    for name in names:
+        points += points_of(name, config)[1]
+    return points
+
+
+def train_missing(names, config):
+    points = trained_points(names, config)
+    run_missing(points, config)
+    more = trained_points(names, config)
+    if len(more) > len(points):  # their choice needed the results of the others
+        run_missing(more, config)
 
 
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def save_figure(name, results, config):
+def make_figure(name, config):
+    """Draw a figure from its runs, and keep what it shows as <name>.json.
+
+    With draw_only, a figure whose runs are missing is drawn from that file.
+    """
+    path = os.path.join(config.output, name + ".json")
+    points, _ = points_of(name, config)
+    if config.draw_only and os.path.exists(path) and missing_runs(points, config):
+        say(f"{name}: runs are missing, so it shows {path}")
+        shown = read_shown(path)
+        save_figure(name, shown, config)
+        return
+    shown = shown_results(collect_results(points, config), FIGURES[name].parts, config.seeds)
+    save_figure(name, shown, config)
+    write_json(path, shown)
+
+
+def save_figure(name, shown, config):
     try:
-        plt, fig, caption = FIGURES[name].draw(results)
+        plt, fig, caption = FIGURES[name].draw(by_series(shown))
     except (KeyError, IndexError, TypeError, ValueError) as e:
         problem = f"the results of its runs lack what it shows ({type(e).__name__}: {e})"
         raise ConfigError(f"figure {name}: {problem}; run them again") from None
     if not any(axis.get_legend() for axis in fig.axes):
         handles, labels = fig.axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside upper center", ncols=5)
-    if config.seeds == 1:  # no mean and no bands
+    if shown["seeds"] == 1:  # no mean and no bands
         caption = caption.replace(BANDS, "\n1 seed")
-    fig.supxlabel(caption.format(seeds=config.seeds), fontsize=7)
+    fig.supxlabel(caption.format(seeds=shown["seeds"]), fontsize=7)
     make_directory(config.output)
     path = os.path.join(config.output, name + ".png")
     finish_figure(fig, plt, path, "")
@@ -124,10 +231,11 @@ def parse(argv):
 
 def print_figures(config):
     lines = []
-    for name, (points, _, summary) in FIGURES.items():
-        runs = list(runs_of(points(), config))
-        n_missing = sum(not is_finished(point, folder) for point, _, folder in runs)
-        lines.append((name, len(runs), n_missing, summary))
+    for name, figure in FIGURES.items():
+        points = trained_points([name], config)
+        folders = {folder for _, _, folder in runs_of(points, config)}
+        missing = set(missing_runs(points, config))
+        lines.append((name, len(folders), len(missing), figure.summary))
     print_table(("figure", "runs", "missing", "shows"), lines)
 
 
@@ -137,14 +245,11 @@ def main(argv=None):
         print_figures(config)
         return
     if not config.draw_only:
-        points = []
-        for name in names:
-            points += FIGURES[name].points()
-        run_missing(points, config)
+        train_missing(names, config)
     errors = []
     for name in names:
         try:
-            save_figure(name, collect_results(FIGURES[name].points(), config), config)
+            make_figure(name, config)
         except ConfigError as e:  # the other figures do not need these runs
             errors.append(str(e))
     require(not errors, "\n".join(errors), None)

@@ -15,7 +15,7 @@ from analysis import sweep_runs
 from analysis.figure_lines import draw_series
 from analysis.figures_in_context import seconds_to_99
 from analysis.figures_in_weights import CLOSED_FORMS
-from analysis.sweep_runs import Point, training_command
+from analysis.sweep_runs import Point, by_series, shown_results, training_command
 from analysis.trained_run import result_suffix
 from nanorecall.plots import figure
 from nanorecall.settings import ConfigError, RunError
@@ -40,7 +40,8 @@ def draw_toy(results):
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """A sweep of one figure, of two points in one series -> the arguments that every call gets."""
-    monkeypatch.setattr(sweep, "FIGURES", {"toy": sweep.Figure(toy_points, draw_toy, "steps")})
+    toy_figure = sweep.Figure(toy_points, draw_toy, ["steps"], "steps")
+    monkeypatch.setattr(sweep, "FIGURES", {"toy": toy_figure})
     return ["toy", f"--log_dir={tmp_path}/runs", f"--output={tmp_path}/figures", "--seeds=1"]
 
 
@@ -161,7 +162,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(toy, tmp_path, monkey
     def points():
         return [Point("gpt", 0, "bad", "--dimm 7"), toy_points()[0]]
 
-    monkeypatch.setattr(sweep, "FIGURES", {"toy": sweep.Figure(points, draw_toy, "")})
+    monkeypatch.setattr(sweep, "FIGURES", {"toy": sweep.Figure(points, draw_toy, ["steps"], "")})
     with pytest.raises(RunError, match=r"1 runs failed(.|\n)*did you mean dim\?"):
         sweep.main(toy)
     assert read_status(tmp_path, "toy2")["status"] == "finished"
@@ -179,7 +180,8 @@ def made_up_result(value, state=100):
     """The result of one run, with everything that some figure shows equal to value."""
     number = {"value": value}
     by_slice = {}
-    for name, values in (("exposures", "01"), ("query", "ab"), ("hops", "12")):
+    slices = {"exposures": "01", "query": "ab", "hops": "12", "updated": "01"}
+    for name, values in {**slices, "input_seq_len": ("64", "256")}.items():
         by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
     edits = {}
     for method in ("a", *sorted(set(CLOSED_FORMS.values()))):
@@ -210,18 +212,17 @@ def made_up_results(name):
     """Three seeds with the values 0.2, 0.4 and 0.9 for every point of a figure."""
     results = {}
     for number, point in enumerate(sweep.FIGURES[name].points()):
-        seeds = [made_up_result(value, state=100 + number) for value in (0.2, 0.4, 0.9)]
-        results.setdefault(point.series, {})[point.x] = seeds
-    return results
+        results[point] = [made_up_result(value, state=100 + number) for value in (0.2, 0.4, 0.9)]
+    return shown_results(results, sweep.FIGURES[name].parts, seeds=3)
 
 
 @pytest.mark.parametrize("name", ["lr", "pairs", "width", "table", "templates"])
 def test_a_line_is_the_mean_over_seeds_in_a_band_of_their_range(name):
     results = made_up_results(name)
-    plt, fig, _ = sweep.FIGURES[name].draw(results)
+    plt, fig, _ = sweep.FIGURES[name].draw(by_series(results))
     lines = [line for axis in fig.axes for line in axis.lines]
     bands = [band for axis in fig.axes for band in axis.collections]
-    assert len(lines) == len(bands) >= len(results)
+    assert len(lines) == len(bands) >= len(by_series(results))
     for line, band in zip(lines, bands):
         np.testing.assert_allclose(line.get_ydata(), 0.5)
         heights = band.get_paths()[0].vertices[:, 1]
@@ -242,7 +243,8 @@ def test_every_figure_can_be_drawn(name, tmp_path):
 def test_results_that_lack_what_a_figure_shows(tmp_path, name, series, edit):
     _, config = sweep.parse([f"--output={tmp_path}"])
     results = made_up_results(name)
-    del results[series][0][0]["result"]["by_slice"]["method, edits"][edit]
+    of_point = next(point for point in results["points"] if point["series"] == series)
+    del of_point["results"][0]["result"]["by_slice"]["method, edits"][edit]
     message = f"figure {name}: .* lack what it shows .*; run them again"
     with pytest.raises(ConfigError, match=message):
         sweep.save_figure(name, results, config)
