@@ -32,8 +32,7 @@ MEMORIES = {
 }
 NO_FEATURE_MAP = "--q_kernel none --k_kernel none"
 ATTENTION = "--model gpt --conv_size 4 --pos_emb none --q_norm rms --k_norm rms --init_std 1.0"
-# Key/value heads, each shared by 2 / G query heads: key and value width, and windows.
-WINDOWS = {2: (48, (16, 32, 64, 128, 256)), 1: (64, (16, 64, 256))}
+KV_WIDTHS = {2: 48, 1: 64}  # number of key/value heads: width of keys and values
 
 
 def memory_args(name, heads):
@@ -44,7 +43,7 @@ def memory_args(name, heads):
 
 
 def attention_args(kv_heads, window):
-    width, _ = WINDOWS[kv_heads]
+    width = KV_WIDTHS[kv_heads]
     args = f"{ATTENTION} --dim 64 --n_heads 2 --n_kv_heads {kv_heads} --dk {width} --dv {width}"
     return f"{args} --window {window}"
 
@@ -52,7 +51,11 @@ def attention_args(kv_heads, window):
 # ---- points: first each learning rate with one seed, then the best one with all ------------------
 
 RATES = (0.003, 0.01, 0.03)
-PAIRS = (64, 32)
+# Number of pairs: heads of memories, windows of attention by its number of key/value heads.
+SIZES = {
+    64: (HEADS, {2: (16, 32, 64, 128, 256), 1: (16, 64, 256)}),
+    32: ((2, 4, 8), {2: (16, 64, 256)}),
+}
 CURRICULUM = {
     64: "[(2, 80), (8, 40), (32, 40)]",
     32: "[(2, 80), (8, 40)]",
@@ -63,12 +66,12 @@ TASKS = {"parity": "--task parity", "S3": "--task s3 --elements swaps"}
 
 def state_points():
     points = []
-    for pairs in PAIRS:
+    for pairs, (of_memories, of_attention) in SIZES.items():
         panel = f"{pairs} pairs"
         for name in MEMORIES:
-            for heads in HEADS:
+            for heads in of_memories:
                 points += rates(panel, name, heads, recall_args(memory_args(name, heads), pairs))
-        for kv_heads, (_, windows) in WINDOWS.items():
+        for kv_heads, windows in of_attention.items():
             for window in windows:
                 args = recall_args(attention_args(kv_heads, window), pairs)
                 points += rates(panel, f"attention, {kv_heads} KV heads", window, args)
@@ -149,7 +152,7 @@ def state_bytes(seeds):
 
 def draw_state(results):
     plt, fig, axes = figure(2, 2, width=5)
-    for axis, pairs in zip(axes, PAIRS):
+    for axis, pairs in zip(axes, SIZES):
         draw_series(axis, of_panel(results, f"{pairs} pairs"), token_accuracy, x_of=state_bytes)
         axis.set(title=f"MQAR, {pairs} pairs", ylabel="test token accuracy", ylim=(-0.02, 1.02))
         axis.set(xlabel="inference state after 256 tokens (bytes, float32)", xscale="log")

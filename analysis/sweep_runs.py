@@ -169,6 +169,9 @@ def collect_results(points, config):
     return results
 
 
+EVAL = ("step", "seconds", "accuracy", "loss")  # what is kept of an evaluation in the log
+
+
 def read_point(point, folder):
     """What the figures need of one run.
 
@@ -182,7 +185,10 @@ def read_point(point, folder):
         _, test = read_test(folder)
         for name, values in test["by_slice"].items():
             result["slices"][name] = {value: slice_metrics(n) for value, n in values.items()}
-        result["evals"] = [record for record in read_log(folder) if record["kind"] == "eval"]
+        result["evals"] = []
+        for record in read_log(folder):
+            if record["kind"] == "eval":
+                result["evals"].append({name: record[name] for name in EVAL})
     if point.result:
         path = os.path.join(folder, point.result)
         name = os.path.basename(path)
