@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from analysis import figures_in_context as context
 from analysis import figures_in_prompts as prompts
 from analysis import figures_in_weights as weights
-from analysis import figures_of_state as state
+from analysis import figures_of_mixers as mixers
 from analysis.figure_lines import BANDS
 from analysis.sweep_runs import (
     by_series,
@@ -95,11 +95,17 @@ FIGURES = {
         "MQAR: seconds to 99% accuracy",
     ),
     "state": Figure(
-        state.state_points,
-        state.draw_state,
+        mixers.state_points,
+        mixers.draw_state,
         ["all", "state", "slices.updated", "slices.input_seq_len"],
         "every mixer: accuracy by state size at equal parameters, updates, state tracking",
-        state.best_rates,
+        mixers.best_rates,
+    ),
+    "plateau": Figure(
+        mixers.plateau_points,
+        mixers.draw_plateau,
+        ["evals"],
+        "every mixer: steps until recall appears, with and without a curriculum",
     ),
     "exposures": Figure(
         weights.exposure_points,

@@ -199,9 +199,9 @@ def made_up_result(value, state=100):
         "all": number,
         "state": state,
         "evals": [
-            {"seconds": 1.0, "accuracy": 0.5},
-            {"seconds": 2.0, "accuracy": 0.99},
-            {"seconds": 3.0, "accuracy": 1.0},
+            {"step": 20, "seconds": 1.0, "accuracy": 0.5},
+            {"step": 40, "seconds": 2.0, "accuracy": 0.99},
+            {"step": 60, "seconds": 3.0, "accuracy": 1.0},
         ],
         "slices": by_slice,
         "result": {"metrics": metrics, "by_slice": {"method, edits": edits}},

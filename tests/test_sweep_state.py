@@ -9,7 +9,7 @@ import pytest
 
 import sweep
 import train
-from analysis import figures_of_state as state
+from analysis import figures_of_mixers as state
 from analysis.sweep_runs import Point, pick_parts
 from nanorecall.build import (
     build_model,
@@ -44,7 +44,8 @@ def test_memories_with_as_many_heads_have_the_same_state():
     sizes = {}
     for point in RECALL_POINTS.values():
         name = point.series.partition(": ")[2]
-        if point.x in state.HEADS and name not in ("mesa",):  # whose state is twice as large
+        mixer = state.MEMORIES.get(name)
+        if mixer and mixer.product == 96 and name != "mesa":  # whose state is twice as large
             sizes.setdefault(point.x, set()).add(inference_state_bytes(build(point), 256))
     assert all(len(of_heads) == 1 for of_heads in sizes.values())
     matrices = [2 * 4 * 96 * 96 // heads for heads in state.HEADS]
@@ -66,6 +67,13 @@ def test_the_second_phase_has_the_best_learning_rate_of_each_cell():
     assert [point.name for point in best] == [middle.name, low2.name]
     assert [point.seeds for point in points] == [1] * 6
     assert [point.seeds for point in best] == [0, 0]
+
+
+def test_steps_until_an_accuracy():
+    result = {"evals": []}
+    for step, accuracy in ((20, 0.1), (40, 0.6), (60, 0.97), (80, 0.4)):
+        result["evals"].append({"step": step, "accuracy": accuracy})
+    assert [state.steps_until(result, level) for level in (0.5, 0.95, 0.99)] == [40, 60, None]
 
 
 # ---- two phases, and figures kept as numbers -----------------------------------------------------

@@ -1,4 +1,5 @@
-"""Figures that compare sequence mixers at equal layer parameters: their state (see sweep.py).
+"""Figures that compare sequence mixers: by their state at equal layer parameters, and by the steps
+until recall appears (see sweep.py).
 
 The state of a matrix memory is H matrices of K x V. Its projections have 4 H K D weights (K = V).
 So with H K fixed, the number of heads H changes the state and not the number of parameters.
@@ -18,9 +19,9 @@ from nanorecall.plots import figure
 # args: feature maps and norms as in the mixer's config in configs/. widths: of the residual stream
 # with 1, 2, 4 and 8 heads; a narrower one pays for what a mixer has beside its projections, so that
 # all models have as many layer parameters, within 1%. tracking: further args for state tracking.
-Mixer = namedtuple("Mixer", "args widths tracking", defaults=[""])
+# product: number of heads times key width, smaller where there are more than four projections.
+Mixer = namedtuple("Mixer", "args widths tracking product", defaults=["", 96])
 HEADS = (1, 2, 4, 8)
-HEADS_TIMES_WIDTH = 96
 MEMORIES = {
     "linear": Mixer("--chunk_size 32", (64, 64, 64, 64)),
     "retnet": Mixer("--chunk_size 32", (64, 64, 64, 64)),
@@ -37,7 +38,7 @@ KV_WIDTHS = {2: 48, 1: 64}  # number of key/value heads: width of keys and value
 
 def memory_args(name, heads):
     mixer = MEMORIES[name]
-    width = HEADS_TIMES_WIDTH // heads
+    width = mixer.product // heads
     args = f"--model {name} {NO_FEATURE_MAP} {mixer.args} --dim {mixer.widths[HEADS.index(heads)]}"
     return f"{args} --n_heads {heads} --dk {width} --dv {width}"
 
@@ -48,7 +49,7 @@ def attention_args(kv_heads, window):
     return f"{args} --window {window}"
 
 
-# ---- points: first each learning rate with one seed, then the best one with all ------------------
+# ---- state: first each learning rate with one seed, then the best one with all -------------------
 
 RATES = (0.003, 0.01, 0.03)
 # Number of pairs: heads of memories, windows of attention by its number of key/value heads.
@@ -139,9 +140,6 @@ def best_rates(results):
     return [point for _, point in best.values()]
 
 
-# ---- drawing -------------------------------------------------------------------------------------
-
-
 def token_accuracy(result):
     return result["all"]["value"]
 
@@ -207,3 +205,99 @@ def draw_bars(axis, bars):
         axis.set_xticks(range(len(heights)), mixers, rotation=20, ha="right")
     axis.set(ylabel="test accuracy", ylim=(0, 1.02))
     axis.legend(loc="lower right")
+
+
+# ---- plateau: steps until recall appears ---------------------------------------------------------
+
+RECIPES = {  # mixer: the config whose model and learning rate it has
+    "attention": "configs/mqar_gpt.py",
+    "attention, convolution": "configs/mqar_conv.py",
+    "unified_kv": "configs/mqar_unified_kv.py",
+    "linear": "configs/mqar_linear.py",
+    "retnet": "configs/mqar_linear.py --model retnet",
+    "mamba2": "configs/mqar_mamba2.py",
+    "gla": "configs/mqar_gla.py",
+    "mesa": "configs/mqar_mesa.py",
+    "delta": "configs/mqar_delta.py",
+    "gated_delta": "configs/mqar_gated_delta.py",
+}
+STARTS = {"curriculum": "", "no curriculum": "--curriculum [] --stage_loss 0"}
+MAX_STEPS = 1000
+LEVELS = (0.5, 0.95)  # of validation accuracy
+LONG = "512 tokens"
+LONG_MIXERS = {"gated_delta": "--model gated_delta --chunk_size 32"}
+
+
+def plateau_points():
+    points = []
+    for name, config in RECIPES.items():
+        for start, start_args in STARTS.items():
+            train_args = f"{config} {start_args} --max_steps {MAX_STEPS} --eval_interval 20 "
+            train_args += "--n_val_examples 100 --n_test_examples 300 --stop_accuracy 0.95 "
+            run = f"plateau_{name}_{start}".replace(", ", "_").replace(" ", "-")
+            points.append(Point(f"{start}: {name}", 0, run, train_args + "--target_accuracy 0"))
+    for name, model_args in LONG_MIXERS.items():
+        points.append(Point(f"{LONG}: {name}", 0, f"plateau_long_{name}", long_args(model_args)))
+    return points
+
+
+def long_args(model_args):
+    """The model and task of a rerun of Kimi Linear's MQAR, with a curriculum."""
+    return (
+        f"{model_args} {NO_FEATURE_MAP} --n_layers 2 --dim 128 --n_heads 2 --dk 128 --dv 128 "
+        "--input_seq_len 512 --num_kv_pairs 128 --num_queries 64 --infinite_data 1 "
+        '--curriculum "[(2, 100), (8, 60), (32, 60)]" --stage_loss 0.8 '
+        "--max_steps 600 --batch_size 8 --lr 0.005 --warmup_steps 20 --lr_schedule cosine "
+        "--eval_interval 20 --n_val_examples 50 --n_test_examples 200 --stop_accuracy 0.95"
+    )
+
+
+def steps_until(result, level):
+    """Steps until the first evaluation with this accuracy; None without one."""
+    for evaluation in result["evals"]:
+        if evaluation["accuracy"] >= level:
+            return evaluation["step"]
+    return None
+
+
+def draw_plateau(results):
+    plt, fig, (steps, curves) = figure(1, 2, width=5)
+    for number, start in enumerate(STARTS):
+        panel = of_panel(results, start)
+        heights = np.arange(len(panel)) + 0.3 * (number - 0.5)
+        for height, points in zip(heights, panel.values()):
+            draw_steps(steps, points[0], height, f"C{number}")
+        for level, fill in zip(LEVELS, ("white", f"C{number}")):
+            label = f"{level:.0%}, {start}"
+            steps.plot([], [], "o", ms=5, mec=f"C{number}", mfc=fill, label=label)
+        steps.set_yticks(range(len(panel)), panel)
+    steps.set(xscale="log", xlabel=f"steps (cross: below 95% after {MAX_STEPS:,})")
+    steps.set(title="MQAR, 32 pairs in 128 tokens: validation accuracy reaches")
+    steps.invert_yaxis()
+    steps.legend()
+    for number, (name, points) in enumerate(of_panel(results, LONG).items()):
+        for seed, result in enumerate(points[0]):
+            x = [evaluation["step"] for evaluation in result["evals"]]
+            y = [evaluation["accuracy"] for evaluation in result["evals"]]
+            # One entry in the legend for all seeds.
+            curves.plot(x, y, lw=1, color=f"C{number}", label=name if seed == 0 else None)
+    curves.set(title="MQAR, 128 pairs in 512 tokens, with a curriculum", xlabel="step")
+    curves.set(ylabel="validation token accuracy", ylim=(-0.02, 1.02))
+    curves.legend()
+    return (
+        plt,
+        fig,
+        "Model, learning rate and curriculum of configs/\npoints and lines: {seeds} seeds",
+    )
+
+
+def draw_steps(axis, seeds, height, color):
+    """The steps until each level, a point for each seed."""
+    for result in seeds:
+        low, high = (steps_until(result, level) for level in LEVELS)
+        if low:
+            axis.plot(low, height, "o", ms=4, mec=color, mfc="white")
+        if high:
+            axis.plot(high, height, "o", ms=4, mec=color, mfc=color)
+        else:
+            axis.plot(result["evals"][-1]["step"], height, "x", ms=4, color=color)
