@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.figure_lines import BANDS, draw_series
+from analysis.figure_lines import BANDS, draw_series, log_axis
 from analysis.sweep_runs import Point
 from nanorecall.plots import figure
 
@@ -75,7 +75,7 @@ def state_points():
         for kv_heads, windows in of_attention.items():
             for window in windows:
                 args = recall_args(attention_args(kv_heads, window), pairs)
-                points += rates(panel, f"attention, {kv_heads} KV heads", window, args)
+                points += rates(panel, f"attention, KV heads: {kv_heads}", window, args)
     for name, args in one_size().items():
         points += rates(UPDATES, name, 0, recall_args(args, 32) + " --num_updates 16")
     for task in TASKS:
@@ -117,11 +117,16 @@ def tracking_args(task, name):
     )
 
 
+def run_name(*parts):
+    name = "_".join(map(str, parts))
+    return name.replace(", ", "_").replace(": ", "").replace(" ", "-")
+
+
 def rates(panel, name, x, train_args):
     """A point with one seed for each learning rate."""
     points = []
     for lr in RATES:
-        run = f"state_{panel}_{name}_{x}_lr{lr}".replace(", ", "_").replace(" ", "-")
+        run = run_name("state", panel, name, x, f"lr{lr}")
         points.append(Point(f"{panel}: {name}", x, run, f"{train_args} --lr {lr}", seeds=1))
     return points
 
@@ -144,16 +149,17 @@ def token_accuracy(result):
     return result["all"]["value"]
 
 
-def state_bytes(seeds):
-    return seeds[0]["state"]
+def state_kilobytes(seeds):
+    return seeds[0]["state"] / 1000
 
 
 def draw_state(results):
     plt, fig, axes = figure(2, 2, width=5)
     for axis, pairs in zip(axes, SIZES):
-        draw_series(axis, of_panel(results, f"{pairs} pairs"), token_accuracy, x_of=state_bytes)
+        draw_series(axis, of_panel(results, f"{pairs} pairs"), token_accuracy, x_of=state_kilobytes)
         axis.set(title=f"MQAR, {pairs} pairs", ylabel="test token accuracy", ylim=(-0.02, 1.02))
-        axis.set(xlabel="inference state after 256 tokens (bytes, float32)", xscale="log")
+        axis.set(xlabel="inference state after 256 tokens (kB, float32)")
+        log_axis(axis, (10, 20, 50, 100, 200, 400))
     updates, tracking = axes[2:]
     panel = of_panel(results, UPDATES)
     bars = {
@@ -203,8 +209,8 @@ def draw_bars(axis, bars):
         axis.bar(x, heights.mean(1), 0.9 * width, label=label, alpha=0.5)
         axis.plot(x, heights, "k.", ms=3)
         axis.set_xticks(range(len(heights)), mixers, rotation=20, ha="right")
-    axis.set(ylabel="test accuracy", ylim=(0, 1.02))
-    axis.legend(loc="lower right")
+    axis.set(ylabel="test accuracy", ylim=(0, 1.3))  # room for the legend
+    axis.legend(loc="upper center", ncols=2)
 
 
 # ---- plateau: steps until recall appears ---------------------------------------------------------
@@ -234,7 +240,7 @@ def plateau_points():
         for start, start_args in STARTS.items():
             train_args = f"{config} {start_args} --max_steps {MAX_STEPS} --eval_interval 20 "
             train_args += "--n_val_examples 100 --n_test_examples 300 --stop_accuracy 0.95 "
-            run = f"plateau_{name}_{start}".replace(", ", "_").replace(" ", "-")
+            run = run_name("plateau", name, start)
             points.append(Point(f"{start}: {name}", 0, run, train_args + "--target_accuracy 0"))
     for name, model_args in LONG_MIXERS.items():
         points.append(Point(f"{LONG}: {name}", 0, f"plateau_long_{name}", long_args(model_args)))
@@ -271,7 +277,8 @@ def draw_plateau(results):
             label = f"{level:.0%}, {start}"
             steps.plot([], [], "o", ms=5, mec=f"C{number}", mfc=fill, label=label)
         steps.set_yticks(range(len(panel)), panel)
-    steps.set(xscale="log", xlabel=f"steps (cross: below 95% after {MAX_STEPS:,})")
+    log_axis(steps, (20, 50, 100, 200, 500, 1000))
+    steps.set(xlabel=f"steps (cross: below 95% after {MAX_STEPS:,})")
     steps.set(title="MQAR, 32 pairs in 128 tokens: validation accuracy reaches")
     steps.invert_yaxis()
     steps.legend()
