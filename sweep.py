@@ -4,6 +4,7 @@
     python sweep.py lr                     # train what is missing, then draw figures/lr.png
     python sweep.py lr width --jobs 2      # two runs at a time, one thread each
     python sweep.py all --draw_only 1      # draw from the runs that exist, train nothing
+    python sweep.py card --model mine      # a report card of one mixer (card --help)
 
 What a figure shows is also kept as numbers, in figures/NAME.json. --draw_only draws from that file
 where runs are missing.
@@ -20,6 +21,7 @@ import sys
 from collections import namedtuple
 from dataclasses import dataclass
 
+from analysis import card
 from analysis import figures_in_context as context
 from analysis import figures_in_prompts as prompts
 from analysis import figures_in_weights as weights
@@ -246,7 +248,11 @@ def print_figures(config):
 
 
 def main(argv=None):
-    names, config = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["card"]:
+        card.main(argv[1:])
+        return
+    names, config = parse(argv)
     if not names:
         print_figures(config)
         return

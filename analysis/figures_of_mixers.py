@@ -40,13 +40,22 @@ def memory_args(name, heads):
     mixer = MEMORIES[name]
     width = mixer.product // heads
     args = f"--model {name} {NO_FEATURE_MAP} {mixer.args} --dim {mixer.widths[HEADS.index(heads)]}"
-    return f"{args} --n_heads {heads} --dk {width} --dv {width}"
+    return f"{args} --n_layers 2 --n_heads {heads} --dk {width} --dv {width}"
 
 
 def attention_args(kv_heads, window):
     width = KV_WIDTHS[kv_heads]
-    args = f"{ATTENTION} --dim 64 --n_heads 2 --n_kv_heads {kv_heads} --dk {width} --dv {width}"
-    return f"{args} --window {window}"
+    args = f"{ATTENTION} --dim 64 --n_layers 2 --n_heads 2 --n_kv_heads {kv_heads}"
+    return f"{args} --dk {width} --dv {width} --window {window}"
+
+
+def tracking_model(name):
+    """One layer of width 32 with an MLP."""
+    model_args = ATTENTION
+    if name != "attention":
+        mixer = MEMORIES[name]
+        model_args = f"--model {name} {mixer.args} {mixer.tracking} --init_std 1.0"
+    return f"{model_args} --n_layers 1 --dim 32 --n_heads 2 --dk 16 --dv 16 --use_ffn 1"
 
 
 # ---- state: first each learning rate with one seed, then the best one with all -------------------
@@ -57,10 +66,7 @@ SIZES = {
     64: (HEADS, {2: (16, 32, 64, 128, 256), 1: (16, 64, 256)}),
     32: ((2, 4, 8), {2: (16, 64, 256)}),
 }
-CURRICULUM = {
-    64: "[(2, 80), (8, 40), (32, 40)]",
-    32: "[(2, 80), (8, 40)]",
-}  # (pairs, steps at most)
+CURRICULUM = ((2, 80), (8, 40), (32, 40))  # (pairs, steps at most), then those of the task
 UPDATES = "keys stored again"
 TASKS = {"parity": "--task parity", "S3": "--task s3 --elements swaps"}
 
@@ -80,7 +86,7 @@ def state_points():
         points += rates(UPDATES, name, 0, recall_args(args, 32) + " --num_updates 16")
     for task in TASKS:
         for name in ("attention", *MEMORIES):
-            points += rates(task, name, 0, tracking_args(task, name))
+            points += rates(task, name, 0, tracking_args(tracking_model(name), task))
     return points
 
 
@@ -94,24 +100,19 @@ def one_size():
 
 def recall_args(model_args, pairs):
     """Steps of 4,096 tokens in sequences of 256."""
+    curriculum = [stage for stage in CURRICULUM if stage[0] < pairs]
     return (
-        f"{model_args} --n_layers 2 --input_seq_len 256 --num_kv_pairs {pairs} "
-        f'--curriculum "{CURRICULUM[pairs]}" --stage_loss 0.8 --infinite_data 1 '
+        f"{model_args} --input_seq_len 256 --num_kv_pairs {pairs} "
+        f'--curriculum "{curriculum}" --stage_loss 0.8 --infinite_data 1 '
         "--max_steps 300 --batch_size 16 --warmup_steps 20 --lr_schedule cosine "
         "--eval_interval 50 --n_val_examples 100 --n_test_examples 300 --stop_accuracy 0.995"
     )
 
 
-def tracking_args(task, name):
-    """One layer of width 32 with an MLP; trained on 64 tokens, tested on 64 and on 256."""
-    if name == "attention":
-        model_args = ATTENTION
-    else:
-        mixer = MEMORIES[name]
-        model_args = f"--model {name} {mixer.args} {mixer.tracking} --init_std 1.0"
+def tracking_args(model_args, task):
+    """Trained on 64 tokens, tested on 64 and on 256."""
     return (
-        f"{model_args} --n_layers 1 --dim 32 --n_heads 2 --dk 16 --dv 16 --use_ffn 1 "
-        f"--data data_track {TASKS[task]} --test_lengths [64,256] "
+        f"{model_args} --data data_track {TASKS[task]} --test_lengths [64,256] "
         "--max_steps 500 --batch_size 32 --warmup_steps 20 --lr_schedule cosine "
         "--eval_interval 50 --n_val_examples 100 --n_test_examples 300 --stop_accuracy 1.0"
     )
@@ -139,10 +140,13 @@ def best_rates(results):
     best = {}
     for point, (result,) in results.items():
         cell = point.series, point.x
-        quality = max((record["accuracy"], -record["loss"]) for record in result["evals"])
-        if cell not in best or quality > best[cell][0]:
-            best[cell] = quality, replace(point, seeds=0)
+        if cell not in best or quality(result) > best[cell][0]:
+            best[cell] = quality(result), replace(point, seeds=0)
     return [point for _, point in best.values()]
+
+
+def quality(result):
+    return max((record["accuracy"], -record["loss"]) for record in result["evals"])
 
 
 def token_accuracy(result):
