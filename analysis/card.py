@@ -47,6 +47,7 @@ from nanorecall.settings import (
     split_argv,
     wants_help,
 )
+from nanorecall.source_files import import_source_file
 
 STORED = os.path.join(ROOT, "figures", "card.json")  # {name: card} of this project's mixers
 
@@ -69,6 +70,7 @@ class Config:
         message = f"mixer={self.mixer} must be file.Class, without .py"
         parts = self.mixer.split(".")
         is_class = len(parts) == 2 and all(part.isidentifier() for part in parts)
+        is_class = is_class and parts[1] != "py"
         require(not self.mixer or is_class, message, "mixer")
         fits_in_a_path(self, "name")
 
@@ -93,6 +95,7 @@ class Model(GPT):
 def model_file(mixer):
     """Write a model file with this mixer into the working directory -> its name, without .py"""
     file, name = mixer.split(".")
+    import_source_file(file, "mixer", name)
     model = f"{file}_{name}_blocks"
     text = MODEL_FILE.format(file=file, name=name).encode()
     path = model + ".py"
