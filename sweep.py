@@ -224,7 +224,9 @@ def save_figure(name, shown, config):
 
 
 def parse(argv):
-    """Command line -> names of figures, Config."""
+    """Command line -> names of figures, Config; or ["card"], the Config of a card."""
+    if argv[:1] == ["card"]:
+        return ["card"], card.parse(argv[1:])
     args, settings = split_argv(argv)
     if wants_help(settings):
         print_help(__doc__, Config)
@@ -248,11 +250,10 @@ def print_figures(config):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["card"]:
-        card.main(argv[1:])
+    names, config = parse(sys.argv[1:] if argv is None else argv)
+    if names == ["card"]:
+        card.make_card(config)
         return
-    names, config = parse(argv)
     if not names:
         print_figures(config)
         return

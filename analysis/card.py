@@ -242,8 +242,7 @@ def read_stored():
     return read_record(STORED, {"*": CARD})
 
 
-def main(argv):
-    config = parse(argv)
+def make_card(config):
     model = config.model or model_file(config.mixer)
     name = config.name or (config.mixer or config.model).replace(".", "_")
     recall = recall_model(model, config.model_args)
