@@ -36,6 +36,7 @@ from analysis.sweep_runs import ROOT, Point, collect_results, missing_runs, run_
 from nanorecall.build import resolve_model
 from nanorecall.checkpoint import atomic_write, make_directory, read_record, write_json
 from nanorecall.settings import (
+    ConfigError,
     RunError,
     build_config,
     fits_in_a_path,
@@ -47,7 +48,7 @@ from nanorecall.settings import (
     split_argv,
     wants_help,
 )
-from nanorecall.source_files import import_source_file
+from nanorecall.source_files import find_source_file
 
 STORED = os.path.join(ROOT, "figures", "card.json")  # {name: card} of this project's mixers
 
@@ -95,7 +96,7 @@ class Model(GPT):
 def model_file(mixer):
     """Write a model file with this mixer into the working directory -> its name, without .py"""
     file, name = mixer.split(".")
-    import_source_file(file, "mixer", name)
+    require(find_source_file(file), f"mixer={mixer}: there is no {file}.py here", "mixer")
     model = f"{file}_{name}_blocks"
     text = MODEL_FILE.format(file=file, name=name).encode()
     path = model + ".py"
@@ -103,9 +104,14 @@ def model_file(mixer):
         with open(path, "rb") as f:
             message = f"{path} is not what the card would write there; rename it"
             require(f.read() == text, message, "mixer")
-    else:
-        atomic_write(path, lambda f: f.write(text))
-        say(f"wrote {path}: {mixer} in the blocks of model.py")
+        return model
+    atomic_write(path, lambda f: f.write(text))
+    try:
+        resolve_model(model)
+    except ConfigError:  # the mixer is not there, or does not run
+        os.remove(path)
+        raise
+    say(f"wrote {path}: {mixer} in the blocks of model.py")
     return model
 
 
@@ -181,17 +187,28 @@ def train_points(points, runs):
 
     A run may fail: at a high learning rate that is a result, too. RunError if all of a series do.
     """
+    # Runs of an earlier version of the mixer must not be mixed with new ones.
+    read_finished(points, runs)
     failed = None
     try:
         run_missing(points, runs)
     except RunError as e:
         failed = e
-    done = [point for point in points if not missing_runs([point], runs)]
-    if failed and {point.series for point in done} != {point.series for point in points}:
+    results = read_finished(points, runs)
+    if failed and set(results) != {point.series for point in points}:
         raise failed
+    return results
+
+
+def read_finished(points, runs):
+    """{series: {x: result}} of the finished runs; ConfigError if they are of another model."""
+    done = [point for point in points if not missing_runs([point], runs)]
     results = {}
-    for point, (result,) in collect_results(done, runs).items():
-        results.setdefault(point.series, {})[point.x] = result
+    try:
+        for point, (result,) in collect_results(done, runs).items():
+            results.setdefault(point.series, {})[point.x] = result
+    except ConfigError as e:
+        raise ConfigError(f"{e}; or give the card of the changed model another --name") from None
     return results
 
 

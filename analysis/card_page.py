@@ -94,9 +94,18 @@ def percent(value):
 
 # ---- the page ------------------------------------------------------------------------------------
 
-NUMBERS = {"*": "number or null"}
-PARTS = ("state", "cost", "pairs", "rates", "lengths", "updates", "parity")
-CARD = {"parameters": "count", "checks": {"*": "text"}, **dict.fromkeys(PARTS, NUMBERS)}
+NUMBER = "number or null"  # null: that run failed, or the model cannot decode
+CARD = {  # the parts of card.json, and the numbers in them that are shown in words or in the table
+    "parameters": "count",
+    "checks": {"decoding": "text"},
+    "state": {"256": NUMBER, "1024": NUMBER},
+    "cost": {"128": "number", "1024": "number"},
+    "pairs": {"64": NUMBER},
+    "rates": {"*": NUMBER},
+    "lengths": {"256": "number", "1024": "number"},
+    "updates": {"0": "number", "1": "number"},
+    "parity": {"64": "number", "256": "number"},
+}
 COLUMNS = {  # column of the table: a part of the card, which number, how it is written
     "state, kB": ("state", "256", lambda value: f"{value / 1000:,.0f}"),
     "64 pairs": ("pairs", "64", "{:.3f}".format),
@@ -107,11 +116,11 @@ COLUMNS = {  # column of the table: a part of the card, which number, how it is 
     "cost, 1,024 tokens": ("cost", "1024", "{:.1f}".format),
 }
 PANELS = {  # part of the card: title, label of the x axis, label of the y axis
-    "pairs": ("recall", "pairs in 256 tokens", "test token accuracy"),
+    "pairs": ("recall at the best learning rate", "pairs in 256 tokens", "test token accuracy"),
     "lengths": ("32 pairs, trained on 256 tokens", "tokens", "test token accuracy"),
     "updates": ("16 of 32 keys stored again", "times that a key is updated", "test token accuracy"),
     "parity": ("parity, trained on 64 tokens", "tokens", "test accuracy"),
-    "rates": ("32 pairs", "learning rate", "test token accuracy"),
+    "rates": ("32 pairs in 256 tokens", "learning rate", "test token accuracy"),
     "cost": ("training step of 4,096 tokens", "tokens in a sequence", f"time, {REFERENCE} = 1"),
 }
 

@@ -138,8 +138,8 @@ def test_a_mixer_that_looks_ahead_is_refused_and_nothing_is_trained(user, monkey
         ([], "give --model FILE or --mixer FILE.CLASS, and not both"),
         (["--model=gpt", "--mixer=a.B"], "and not both"),
         (["--mixer=mine.py"], "mixer=mine.py must be file.Class, without .py"),
-        (["--mixer=nothing.Sum"], "mixer='nothing': there is no nothing.py here"),
-        (["--mixer=card_mine.Product"], "card_mine.py has no Product"),
+        (["--mixer=nothing.Sum"], "mixer=nothing.Sum: there is no nothing.py here"),
+        (["--mixer=card_mine.Product"], "cannot import name 'Product'"),
         (["--mixer=mine"], "mixer=mine must be file.Class, without .py"),
         (["--model=nothing"], "model='nothing' is neither one of"),
         (["--model=gpt", "--model_args=--heads 3"], "there is no setting 'heads'"),
@@ -217,6 +217,22 @@ def test_a_card_from_the_first_check_to_the_page(user, monkeypatch, capsys):
     sweep.main([*argv, "--store=0"])
     again = json.loads((folder / "card.json").read_text())
     assert again["rates"] == numbers["rates"]
+
+    (user / "card_mine.py").write_text(MINE.replace("cumsum", "cumprod"))
+    for name in ("card_mine", "card_mine_Sum_blocks"):
+        del sys.modules[name]
+    with pytest.raises(ConfigError, match="has changed since the run began.*another --name"):
+        sweep.main(argv)
+
+
+def test_stored_cards_that_are_damaged(user):
+    (user / "stored.json").write_text(json.dumps({"gpt": made_up_card(0.5)}))
+    assert card.read_stored() == {"gpt": made_up_card(0.5)}
+    damaged = made_up_card(0.5)
+    del damaged["parity"]["256"]
+    (user / "stored.json").write_text(json.dumps({"gpt": damaged}))
+    with pytest.raises(ConfigError, match="stored.json: 'gpt': 'parity' has no '256'"):
+        card.read_stored()
 
 
 # ---- the page ------------------------------------------------------------------------------------
