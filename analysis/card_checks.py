@@ -39,6 +39,10 @@ def example_batch(model_args, T=96):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(64, (3, T), generator=generator)
     is_label = torch.rand(tokens.shape, generator=generator) < 0.3
+    # A part that starts at zero would hide what it does until it is trained.
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=generator)
     return model, tokens, torch.where(is_label, tokens.flip(1), IGNORE_INDEX)
 
 

@@ -97,6 +97,7 @@ def test_a_parameter_without_a_gradient_is_found(batch):
 
 
 MINE = """
+import torch
 from torch import nn
 
 class Sum(nn.Module):
@@ -110,6 +111,14 @@ class Sum(nn.Module):
 class Mean(Sum):
     def forward(self, x):
         return self.proj(x) + self.proj(x).mean(1, keepdim=True)
+
+class Gated(Sum):  # looks ahead once its gate is no longer 0
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return super().forward(x) + self.gate * self.proj(x).mean(1, keepdim=True)
 """
 
 
@@ -124,11 +133,12 @@ def user(tmp_path, monkeypatch):
         del sys.modules[name]  # the next test has files of the same names
 
 
-def test_a_mixer_that_looks_ahead_is_refused_and_nothing_is_trained(user, monkeypatch):
+@pytest.mark.parametrize("name", ["Mean", "Gated"])
+def test_a_mixer_that_looks_ahead_is_refused_and_nothing_is_trained(user, monkeypatch, name):
     monkeypatch.setattr(card, "run_missing", None)
-    message = "card_mine_Mean fails causality: its logits at token 1 change .* later; mask them"
+    message = f"card_mine_{name} fails causality: its logits at token 1 change .* later; mask them"
     with pytest.raises(ConfigError, match=message):
-        sweep.main(["card", "--mixer=card_mine.Mean"])
+        sweep.main(["card", f"--mixer=card_mine.{name}"])
     assert not (user / "runs").exists()
 
 
