@@ -149,7 +149,7 @@ def known_args(model, **settings):
 
 # ---- the trainings -------------------------------------------------------------------------------
 
-RATES = (0.001, 0.003, 0.01, 0.03)
+RATES = (0.003, 0.01, 0.03, 0.1)
 PARITY_RATES = (0.003, 0.01)
 PAIRS = (16, 32, 64)
 SIZES = "[(256, 32), (512, 32), (1024, 32)]"  # (tokens, pairs) to test on; trained on the first

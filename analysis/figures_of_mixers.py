@@ -60,7 +60,8 @@ def tracking_model(name):
 
 # ---- state: first each learning rate with one seed, then the best one with all -------------------
 
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.01, 0.03, 0.06)  # for recall; additive memories want the higher ones
+TRACKING_RATES = (0.003, 0.01, 0.03)
 # Number of pairs: heads of memories, windows of attention by its number of key/value heads.
 SIZES = {
     64: (HEADS, {2: (16, 32, 64, 128, 256), 1: (16, 64, 256)}),
@@ -86,7 +87,9 @@ def state_points():
         points += rates(UPDATES, name, 0, recall_args(args, 32) + " --num_updates 16")
     for task in TASKS:
         for name in ("attention", *MEMORIES):
-            points += rates(task, name, 0, tracking_args(tracking_model(name), task))
+            points += rates(
+                task, name, 0, tracking_args(tracking_model(name), task), TRACKING_RATES
+            )
     return points
 
 
@@ -123,10 +126,10 @@ def run_name(*parts):
     return name.replace(", ", "_").replace(": ", "").replace(" ", "-")
 
 
-def rates(panel, name, x, train_args):
+def rates(panel, name, x, train_args, learning_rates=RATES):
     """A point with one seed for each learning rate."""
     points = []
-    for lr in RATES:
+    for lr in learning_rates:
         run = run_name("state", panel, name, x, f"lr{lr}")
         points.append(Point(f"{panel}: {name}", x, run, f"{train_args} --lr {lr}", seeds=1))
     return points

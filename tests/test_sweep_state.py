@@ -22,7 +22,7 @@ from nanorecall.settings import ConfigError
 
 RECALL_POINTS = {}
 for _point in state.state_points():
-    if "data_track" not in _point.train_args and _point.train_args.endswith("0.003"):
+    if "data_track" not in _point.train_args and _point.train_args.endswith("0.01"):
         RECALL_POINTS[_point.name] = _point
 
 
