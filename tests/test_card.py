@@ -285,3 +285,11 @@ def test_numbers_that_are_missing():
     assert "it recalls nothing (the run failed)." in text
     assert "unknown, since it cannot decode" in text
     assert "| **mine** | 51,584 | - | - | 0.800 |" in text
+
+
+def test_the_stored_cards_are_of_our_mixers():
+    """And each one has what the table shows."""
+    stored = card.read_stored()
+    assert {"gpt", "delta"} <= set(stored) <= {card.REFERENCE, *card.MEMORIES}
+    text = card_page.page("mine", made_up_card(0.6), stored)
+    assert text.count("\n| ") == 2 + len(stored)
