@@ -10,9 +10,7 @@ def predictions(run):
     """What iter_predictions yields on all ranks, in the order of one process."""
     options = dict(dtype=run.dtype, show_progress=True, world=run.world)
     split, batch_size = run.config.split, run.config.eval_batch_size
-    of_this_rank = iter_predictions(
-        run.model, run.data, split, batch_size, run.device, **options
-    )
+    of_this_rank = iter_predictions(run.model, run.data, split, batch_size, run.device, **options)
     batches = []
     for of_ranks in zip(*run.world.all_gather_object(list(of_this_rank))):
         # A rank without a batch has None.
@@ -48,6 +46,4 @@ def stored_bits(batches, data, model):
         "bits stored per parameter": sum(p.numel() for p in model.parameters()),
         "bits stored per memory value": sum(values.values()),
     }
-    return {
-        name: mean_ci(bits * (capacity["facts"] / n)) for name, n in units.items() if n > 0
-    }
+    return {name: mean_ci(bits * (capacity["facts"] / n)) for name, n in units.items() if n > 0}

@@ -36,6 +36,7 @@ class Point:
     train_args: str = ""  # arguments of train.py; empty: nothing is trained
     eval_args: str = ""  # what to run after training: a script and its arguments
     result: str = ""  # the file that this writes into the run directory
+    seeds: int = 0  # how many, seeds 0, 1, ...; 0: as many as the command line says
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -43,9 +44,16 @@ class Point:
 
 def runs_of(points, config):
     """(point, seed, run directory) for every run of these points"""
-    for seed in range(config.seeds):
+    for seed in range(max([config.seeds, *[point.seeds for point in points]])):
         for point in points:
-            yield point, seed, os.path.join(config.log_dir, f"{point.name}_seed{seed}")
+            if seed < (point.seeds or config.seeds):
+                yield point, seed, os.path.join(config.log_dir, f"{point.name}_seed{seed}")
+
+
+def missing_runs(points, config):
+    """Run directories of these points that are not there, or not finished."""
+    runs = runs_of(points, config)
+    return [folder for point, _, folder in runs if not is_finished(point, folder)]
 
 
 def is_trained(folder):
@@ -146,21 +154,22 @@ RESULT_KINDS = {  # beginning of a result file's name: its parts that a figure s
 
 
 def collect_results(points, config):
-    """{series: {x: [result of each seed]}}; ConfigError for missing runs and for changed ones."""
-    runs = list(runs_of(points, config))
-    missing = [folder for point, _, folder in runs if not is_finished(point, folder)]
+    """{point: [result of each seed]}; ConfigError for missing runs and for changed ones."""
+    missing = missing_runs(points, config)
     message = f"{len(missing)} runs are missing, such as {' '.join(missing[:1])}"
     require(not missing, f"{message}; leave out --draw_only to train them", "draw_only")
     results = {}
-    for point, seed, folder in runs:
+    for point, seed, folder in runs_of(points, config):
         if point.train_args:
             argv = shlex.split(training_command(point, seed, folder, config))[1:]
             changed = ", ".join(changed_settings(folder, argv))
             message = f"{folder} was trained with another {changed}"
             require(not changed, f"{message}; delete it, or use another --log_dir", "log_dir")
-        seeds = results.setdefault(point.series, {}).setdefault(point.x, [])
-        seeds.append(read_point(point, folder))
+        results.setdefault(point, []).append(read_point(point, folder))
     return results
+
+
+EVAL = ("step", "seconds", "accuracy", "loss")  # what is kept of an evaluation in the log
 
 
 def read_point(point, folder):
@@ -176,7 +185,10 @@ def read_point(point, folder):
         _, test = read_test(folder)
         for name, values in test["by_slice"].items():
             result["slices"][name] = {value: slice_metrics(n) for value, n in values.items()}
-        result["evals"] = [record for record in read_log(folder) if record["kind"] == "eval"]
+        result["evals"] = []
+        for record in read_log(folder):
+            if record["kind"] == "eval":
+                result["evals"].append({name: record[name] for name in EVAL})
     if point.result:
         path = os.path.join(folder, point.result)
         name = os.path.basename(path)
@@ -201,3 +213,46 @@ def changed_settings(folder, argv):
             if not is_path and saved_values[name] != values[name]:
                 changed.append(name)
     return changed
+
+
+# ---- what a figure shows, as a file ----------------------------------------------------------
+
+SHOWN = {"seeds": "size", "points": [{"series": "text", "x": "number", "results": ["dict"]}]}
+
+
+def shown_results(results, parts, seeds):
+    """Of each result the parts that a figure shows, as write_json takes it.
+
+    results: {point: [result of each seed]}; parts: paths in a result ("slices.query").
+    """
+    points = []
+    for point, of_seeds in results.items():
+        small = [pick_parts(result, parts) for result in of_seeds]
+        points.append({"series": point.series, "x": point.x, "results": small})
+    return {"seeds": seeds, "points": points}
+
+
+def pick_parts(result, parts):
+    """{"a": {"b": 1, "c": 2}}, ["a.b"] -> {"a": {"b": 1}}; parts that it lacks are left out."""
+    picked = {}
+    for path in parts:
+        *outer, last = path.split(".")
+        source, target = result, picked
+        for name in outer:
+            source, target = source.get(name, {}), target.setdefault(name, {})
+        if last in source:
+            target[last] = source[last]
+    return picked
+
+
+def read_shown(path):
+    """A file of shown_results; ConfigError if it is damaged."""
+    return read_record(path, SHOWN)
+
+
+def by_series(shown):
+    """What shown_results returns -> {series: {x: [result of each seed]}}"""
+    results = {}
+    for point in shown["points"]:
+        results.setdefault(point["series"], {})[point["x"]] = point["results"]
+    return results

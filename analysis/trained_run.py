@@ -214,7 +214,7 @@ def select(columns, mask):
 
 
 def combine_columns(columns, *names):
-    """"value, value" (N,): the key in by_slice of each measurement."""
+    """ "value, value" (N,): the key in by_slice of each measurement."""
     values = [columns[name].tolist() for name in names]
     return np.array([", ".join(map(str, combination)) for combination in zip(*values)])
 

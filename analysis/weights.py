@@ -1,10 +1,10 @@
 """Count, compare and convert the weights of memory models.
 
-    python memory.py params configs/qa_2k_memory.py    # parameters, active ones, bytes, by block
-    python memory.py params runs/RUN                   # and how sparse its activations are
-    python memory.py inspect runs/A runs/B             # names and shapes of weights; differences
-    python memory.py inspect --trace runs/A runs/B     # the same of activations, module by module
-    python memory.py convert runs/A x.pt --to memory_router
+python memory.py params configs/qa_2k_memory.py    # parameters, active ones, bytes, by block
+python memory.py params runs/RUN                   # and how sparse its activations are
+python memory.py inspect runs/A runs/B             # names and shapes of weights; differences
+python memory.py inspect --trace runs/A runs/B     # the same of activations, module by module
+python memory.py convert runs/A x.pt --to memory_router
 """
 
 import os

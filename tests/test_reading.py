@@ -17,9 +17,9 @@ import ablate
 import data_mqar
 import data_synth
 import eval as ev
-import sweep
 import train
 from analysis import compare
+from analysis.sweep_runs import Point, is_finished
 from nanorecall import checkpoint, plots, stats
 from nanorecall.run import load_settings
 from nanorecall.settings import ConfigError, RunError, printable
@@ -216,12 +216,12 @@ def test_damaged_lines_of_a_log_are_left_out_and_counted(runs, capsys):
 
 def test_what_a_sweep_cannot_read_is_done_again(runs, capsys):
     os.rename(runs / "r0", runs / "r0_seed0")
-    point = sweep.Point("a", 0, "r0", " ".join(TOY))
+    point = Point("a", 0, "r0", " ".join(TOY))
     folder = str(runs / "r0_seed0")
-    assert sweep.is_finished(point, folder)
+    assert is_finished(point, folder)
     for odd in ODD.values():
         (runs / "r0_seed0" / "status.json").write_bytes(odd)
-        assert not sweep.is_finished(point, folder)
+        assert not is_finished(point, folder)
     assert "status.json is damaged" in capsys.readouterr().err
 
 

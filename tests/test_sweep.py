@@ -12,8 +12,12 @@ import flex_generate
 import sweep
 import train
 from analysis import sweep_runs
-from analysis.sweep_runs import training_command
+from analysis.figure_lines import draw_series
+from analysis.figures_in_context import seconds_to_99
+from analysis.figures_in_weights import CLOSED_FORMS
+from analysis.sweep_runs import Point, by_series, shown_results, training_command
 from analysis.trained_run import result_suffix
+from nanorecall.plots import figure
 from nanorecall.settings import ConfigError, RunError
 
 TOY = (
@@ -24,19 +28,20 @@ TOY = (
 
 
 def toy_points():
-    return [sweep.Point("gpt", 2, "toy2", f"{TOY} 2"), sweep.Point("gpt", 4, "toy4", f"{TOY} 4")]
+    return [Point("gpt", 2, "toy2", f"{TOY} 2"), Point("gpt", 4, "toy4", f"{TOY} 4")]
 
 
 def draw_toy(results):
-    plt, fig, (axis,) = sweep.figure(1, 1)
-    sweep.draw_series(axis, results, lambda result: result["steps"])
+    plt, fig, (axis,) = figure(1, 1)
+    draw_series(axis, results, lambda result: result["steps"])
     return plt, fig, "steps"
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """A sweep of one figure, of two points in one series -> the arguments that every call gets."""
-    monkeypatch.setattr(sweep, "FIGURES", {"toy": sweep.Figure(toy_points, draw_toy, "steps")})
+    toy_figure = sweep.Figure(toy_points, draw_toy, ["steps"], "steps")
+    monkeypatch.setattr(sweep, "FIGURES", {"toy": toy_figure})
     return ["toy", f"--log_dir={tmp_path}/runs", f"--output={tmp_path}/figures", "--seeds=1"]
 
 
@@ -92,7 +97,7 @@ def test_a_run_is_measured_for_every_figure(monkeypatch, tmp_path):
     options = [("eval.py {run}", "a.json"), ("eval.py edit {run}", "b.json")]
     points = []
     for series, (eval_args, result) in enumerate([*options, options[0]]):
-        points.append(sweep.Point(str(series), 0, "toy", TOY, eval_args, result))
+        points.append(Point(str(series), 0, "toy", TOY, eval_args, result))
     config = SimpleNamespace(seeds=2, jobs=1, log_dir=str(tmp_path))
     sweep_runs.run_missing(points, config)
     once = [eval_args for eval_args, _ in options]
@@ -155,9 +160,9 @@ def test_a_run_with_other_settings_is_refused(toy, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_kept(toy, tmp_path, monkeypatch):
     def points():
-        return [sweep.Point("gpt", 0, "bad", "--dimm 7"), toy_points()[0]]
+        return [Point("gpt", 0, "bad", "--dimm 7"), toy_points()[0]]
 
-    monkeypatch.setattr(sweep, "FIGURES", {"toy": sweep.Figure(points, draw_toy, "")})
+    monkeypatch.setattr(sweep, "FIGURES", {"toy": sweep.Figure(points, draw_toy, ["steps"], "")})
     with pytest.raises(RunError, match=r"1 runs failed(.|\n)*did you mean dim\?"):
         sweep.main(toy)
     assert read_status(tmp_path, "toy2")["status"] == "finished"
@@ -175,10 +180,11 @@ def made_up_result(value, state=100):
     """The result of one run, with everything that some figure shows equal to value."""
     number = {"value": value}
     by_slice = {}
-    for name, values in (("exposures", "01"), ("query", "ab"), ("hops", "12")):
+    slices = {"exposures": "01", "query": "ab", "hops": "12", "updated": "01"}
+    for name, values in {**slices, "input_seq_len": ("64", "256")}.items():
         by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
     edits = {}
-    for method in ("a", *sorted(set(sweep.CLOSED_FORMS.values()))):
+    for method in ("a", *sorted(set(CLOSED_FORMS.values()))):
         metrics = ("efficacy", "specificity", "specificity, shown", "retained")
         edit = {"method": method, **dict.fromkeys(metrics, number)}
         edits |= {f"{method}, 1": edit, f"{method}, 10": edit}
@@ -193,9 +199,9 @@ def made_up_result(value, state=100):
         "all": number,
         "state": state,
         "evals": [
-            {"seconds": 1.0, "accuracy": 0.5},
-            {"seconds": 2.0, "accuracy": 0.99},
-            {"seconds": 3.0, "accuracy": 1.0},
+            {"step": 20, "seconds": 1.0, "accuracy": 0.5},
+            {"step": 40, "seconds": 2.0, "accuracy": 0.99},
+            {"step": 60, "seconds": 3.0, "accuracy": 1.0},
         ],
         "slices": by_slice,
         "result": {"metrics": metrics, "by_slice": {"method, edits": edits}},
@@ -206,18 +212,17 @@ def made_up_results(name):
     """Three seeds with the values 0.2, 0.4 and 0.9 for every point of a figure."""
     results = {}
     for number, point in enumerate(sweep.FIGURES[name].points()):
-        seeds = [made_up_result(value, state=100 + number) for value in (0.2, 0.4, 0.9)]
-        results.setdefault(point.series, {})[point.x] = seeds
-    return results
+        results[point] = [made_up_result(value, state=100 + number) for value in (0.2, 0.4, 0.9)]
+    return shown_results(results, sweep.FIGURES[name].parts, seeds=3)
 
 
 @pytest.mark.parametrize("name", ["lr", "pairs", "width", "table", "templates"])
 def test_a_line_is_the_mean_over_seeds_in_a_band_of_their_range(name):
     results = made_up_results(name)
-    plt, fig, _ = sweep.FIGURES[name].draw(results)
+    plt, fig, _ = sweep.FIGURES[name].draw(by_series(results))
     lines = [line for axis in fig.axes for line in axis.lines]
     bands = [band for axis in fig.axes for band in axis.collections]
-    assert len(lines) == len(bands) >= len(results)
+    assert len(lines) == len(bands) >= len(by_series(results))
     for line, band in zip(lines, bands):
         np.testing.assert_allclose(line.get_ydata(), 0.5)
         heights = band.get_paths()[0].vertices[:, 1]
@@ -238,12 +243,13 @@ def test_every_figure_can_be_drawn(name, tmp_path):
 def test_results_that_lack_what_a_figure_shows(tmp_path, name, series, edit):
     _, config = sweep.parse([f"--output={tmp_path}"])
     results = made_up_results(name)
-    del results[series][0][0]["result"]["by_slice"]["method, edits"][edit]
+    of_point = next(point for point in results["points"] if point["series"] == series)
+    del of_point["results"][0]["result"]["by_slice"]["method, edits"][edit]
     message = f"figure {name}: .* lack what it shows .*; run them again"
     with pytest.raises(ConfigError, match=message):
         sweep.save_figure(name, results, config)
 
 
 def test_seconds_to_99_are_those_of_the_first_evaluation_there():
-    assert sweep.seconds_to_99(made_up_result(1)) == 2.0
-    assert sweep.seconds_to_99({"evals": [{"seconds": 1.0, "accuracy": 0.98}]}) == float("inf")
+    assert seconds_to_99(made_up_result(1)) == 2.0
+    assert seconds_to_99({"evals": [{"seconds": 1.0, "accuracy": 0.98}]}) == float("inf")

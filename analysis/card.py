@@ -1,0 +1,291 @@
+"""The report card of one sequence mixer: what it recalls, what it costs, where it fails.
+
+    python sweep.py card --model mine             # a model file of your own, mine.py
+    python sweep.py card --mixer mine.Mixer       # a module (B, T, D) -> (B, T, D), from a Config
+    python sweep.py card --model delta            # a mixer of this project
+
+It checks the model first, and refuses one that looks ahead. Then it trains ten small models, and
+writes card.md, card.png and card.json into runs/card/NAME, beside the cards of this project's own
+mixers (figures/card.json). Its runs lie there too: a second call continues where the first stopped.
+A mixer gets 2 layers of width 64; --model_args has further settings (--model_args="--conv_size 4").
+"""
+
+import os
+import shlex
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from analysis.card_checks import (
+    LENGTHS,
+    check_model,
+    layer_parameters,
+    relative_cost,
+    state_bytes,
+)
+from analysis.card_page import CARD, REFERENCE, draw, findings, page
+from analysis.figures_of_mixers import (
+    MEMORIES,
+    attention_args,
+    memory_args,
+    quality,
+    recall_args,
+    tracking_args,
+    tracking_model,
+)
+from analysis.sweep_runs import ROOT, Point, collect_results, missing_runs, run_missing
+from nanorecall.build import resolve_model
+from nanorecall.checkpoint import atomic_write, make_directory, read_record, write_json
+from nanorecall.settings import (
+    ConfigError,
+    RunError,
+    build_config,
+    fits_in_a_path,
+    print_help,
+    reject_args,
+    reject_unknown,
+    require,
+    say,
+    split_argv,
+    wants_help,
+)
+from nanorecall.source_files import find_source_file
+
+STORED = os.path.join(ROOT, "figures", "card.json")  # {name: card} of this project's mixers
+
+
+@dataclass
+class Config:
+    model: str = ""  # a model: short name, file or file.Class, as for train.py
+    mixer: str = ""  # file.Class of a mixer, for the blocks of model.py, instead of a model
+    model_args: str = ""  # further settings of the model; write --model_args="--conv_size 4"
+    name: str = ""  # name of the card; empty: that of the model
+    log_dir: str = "runs/card"  # where the card's directory goes
+    jobs: int = 1  # runs at a time, one thread each
+    store: bool = False  # also add the card to figures/card.json, beside which others are shown
+    extra_args: str = ""  # extra flags for every training (="--max_steps 5"); use another log_dir
+
+    def check(self):
+        require(self.jobs >= 1, f"jobs={self.jobs} must be at least 1", "jobs")
+        message = "give --model FILE or --mixer FILE.CLASS, and not both"
+        require(bool(self.model) != bool(self.mixer), message, "model")
+        message = f"mixer={self.mixer} must be file.Class, without .py"
+        parts = self.mixer.split(".")
+        is_class = len(parts) == 2 and all(part.isidentifier() for part in parts)
+        is_class = is_class and parts[1] != "py"
+        require(not self.mixer or is_class, message, "mixer")
+        fits_in_a_path(self, "name")
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+MODEL_FILE = '''"""{name} in the blocks of model.py; written by `python sweep.py card`."""
+
+from model import GPT, Config, GPTBlock
+from {file} import {name}
+
+
+class Block(GPTBlock):
+    mixer = {name}
+
+
+class Model(GPT):
+    block = Block
+'''
+
+
+def model_file(mixer):
+    """Write a model file with this mixer into the working directory -> its name, without .py"""
+    file, name = mixer.split(".")
+    require(find_source_file(file), f"mixer={mixer}: there is no {file}.py here", "mixer")
+    model = f"{file}_{name}_blocks"
+    text = MODEL_FILE.format(file=file, name=name).encode()
+    path = model + ".py"
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            message = f"{path} is not what the card would write there; rename it"
+            require(f.read() == text, message, "mixer")
+        return model
+    atomic_write(path, lambda f: f.write(text))
+    try:
+        resolve_model(model)
+    except ConfigError:  # the mixer is not there, or does not run
+        os.remove(path)
+        raise
+    say(f"wrote {path}: {mixer} in the blocks of model.py")
+    return model
+
+
+def recall_model(model, model_args):
+    """Arguments of train.py: the model with which recall is measured."""
+    if model == REFERENCE:
+        args = attention_args(kv_heads=2, window=0)
+    elif model in MEMORIES:
+        args = memory_args(model, heads=2)
+    else:
+        args = known_args(model, dim=64, n_layers=2)
+    return f"{args} {model_args}"
+
+
+def parity_model(model, model_args):
+    """Arguments of train.py: the model with which state tracking is measured."""
+    if model == REFERENCE:
+        args = tracking_model("attention")
+    elif model in MEMORIES:
+        args = tracking_model(model)
+    else:
+        args = known_args(model, dim=32, n_layers=1, use_ffn=1, init_std=1.0)
+    return f"{args} {model_args}"
+
+
+def known_args(model, **settings):
+    """--model, and those of the settings that its file has."""
+    module, _ = resolve_model(model)
+    args = f"--model {model}"
+    for name, value in settings.items():
+        if name in module.Config.__dataclass_fields__:
+            args += f" --{name} {value}"
+    return args
+
+
+# ---- the trainings -------------------------------------------------------------------------------
+
+RATES = (0.003, 0.01, 0.03, 0.1)
+PARITY_RATES = (0.003, 0.01)
+PAIRS = (16, 32, 64)
+SIZES = "[(256, 32), (512, 32), (1024, 32)]"  # (tokens, pairs) to test on; trained on the first
+SHORT = "--max_steps 200 --n_val_examples 50"
+
+
+def recall_point(series, x, name, model_args, lr, pairs=32, more=""):
+    args = f"{recall_args(model_args, pairs)} {SHORT} --lr {lr} {more}"
+    return Point(series, x, f"{name}_lr{lr}", args, seeds=1)
+
+
+def first_points(recall, parity):
+    """32 pairs at each learning rate, parity at two."""
+    points = [recall_point("recall", lr, "recall", recall, lr) for lr in RATES]
+    for lr in PARITY_RATES:
+        args = tracking_args(parity, "parity") + f" --lr {lr}"
+        points.append(Point("parity", lr, f"parity_lr{lr}", args, seeds=1))
+    return points
+
+
+def other_points(recall, lr):
+    """At the best learning rate: other numbers of pairs, longer sequences, keys stored again."""
+    points = []
+    for pairs in PAIRS:
+        if pairs != 32:
+            points.append(recall_point("pairs", pairs, f"pairs{pairs}", recall, lr, pairs))
+    sizes = f'--test_sizes "{SIZES}" --n_val_examples 10 --n_test_examples 100'
+    points.append(recall_point("lengths", 0, "lengths", recall, lr, more=sizes))
+    points.append(recall_point("updates", 0, "updates", recall, lr, more="--num_updates 16"))
+    return points
+
+
+def train_points(points, runs):
+    """Train what is missing -> {series: {x: result}} of the runs that ended well.
+
+    A run may fail: at a high learning rate that is a result, too. RunError if all of a series do.
+    """
+    # Runs of an earlier version of the mixer must not be mixed with new ones.
+    read_finished(points, runs)
+    failed = None
+    try:
+        run_missing(points, runs)
+    except RunError as e:
+        failed = e
+    results = read_finished(points, runs)
+    if failed and set(results) != {point.series for point in points}:
+        raise failed
+    return results
+
+
+def read_finished(points, runs):
+    """{series: {x: result}} of the finished runs; ConfigError if they are of another model."""
+    done = [point for point in points if not missing_runs([point], runs)]
+    results = {}
+    try:
+        for point, (result,) in collect_results(done, runs).items():
+            results.setdefault(point.series, {})[point.x] = result
+    except ConfigError as e:
+        raise ConfigError(f"{e}; or give the card of the changed model another --name") from None
+    return results
+
+
+def measure_runs(recall, parity, runs):
+    """Train, and -> the parts of a card that trainings give: {part: {name: accuracy or None}}"""
+    first = train_points(first_points(recall, parity), runs)
+    lr = max(first["recall"], key=lambda rate: quality(first["recall"][rate]))
+    best_parity = max(first["parity"].values(), key=quality)
+    others = train_points(other_points(recall, lr), runs)
+    at_32 = first["recall"][lr]
+    pairs = {}
+    for n in PAIRS:
+        pairs[str(n)] = token_accuracy(at_32 if n == 32 else others["pairs"].get(n))
+    rates = {str(rate): token_accuracy(first["recall"].get(rate)) for rate in RATES}
+    return {
+        "pairs": pairs,
+        "rates": rates,
+        "lengths": slice_accuracies(others["lengths"][0], "input_seq_len"),
+        "updates": slice_accuracies(others["updates"][0], "updated"),
+        "parity": slice_accuracies(best_parity, "input_seq_len"),
+    }
+
+
+def token_accuracy(result):
+    """None: the run failed."""
+    return result["all"]["value"] if result else None
+
+
+def slice_accuracies(result, name):
+    return {value: metrics["value"] for value, metrics in result["slices"][name].items()}
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def parse(argv):
+    args, settings = split_argv(argv)
+    if wants_help(settings):
+        print_help(__doc__, Config)
+    reject_args(args)
+    reject_unknown(settings, Config)
+    return build_config(Config, settings)
+
+
+def read_stored():
+    if not os.path.exists(STORED):
+        return {}
+    return read_record(STORED, {"*": CARD})
+
+
+def make_card(config):
+    model = config.model or model_file(config.mixer)
+    name = config.name or (config.mixer or config.model).replace(".", "_")
+    recall = recall_model(model, config.model_args)
+    parity = parity_model(model, config.model_args)
+    folder = os.path.join(config.log_dir, name)
+
+    say(f"{name}: checks")
+    model_args, reference = shlex.split(recall), shlex.split(recall_model(REFERENCE, ""))
+    card = {"checks": check_model(model_args, name)}
+    card |= {"parameters": layer_parameters(model_args), "state": state_bytes(model_args)}
+    make_directory(folder)
+    say(f"{name}: cost of a training step at {len(LENGTHS)} lengths")
+    card["cost"] = relative_cost(model_args, reference)
+    say(f"{name}: trainings")
+    runs = SimpleNamespace(seeds=1, jobs=config.jobs, log_dir=folder, extra_args=config.extra_args)
+    card |= measure_runs(recall, parity, runs)
+
+    stored = read_stored()
+    stored.pop(name, None)  # an earlier card of the same mixer
+    for sentence in findings(card, stored):
+        say(f"- {sentence}")
+    text = page(name, card, stored).encode()
+    atomic_write(os.path.join(folder, "card.md"), lambda f: f.write(text))
+    draw(os.path.join(folder, "card.png"), name, card, stored)
+    write_json(os.path.join(folder, "card.json"), card)
+    say(f"wrote {folder}/card.md, card.png, card.json")
+    if config.store:
+        write_json(STORED, {**stored, name: card})
+        say(f"added {name} to {STORED}")

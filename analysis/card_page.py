@@ -1,0 +1,167 @@
+"""The page of a report card (see card.py): findings in words, a table and a figure."""
+
+import math
+
+from nanorecall.plots import figure, finish_figure
+
+REFERENCE = "gpt"  # whose time the cost is relative to
+
+# ---- the findings --------------------------------------------------------------------------------
+
+
+def findings(card, stored):
+    """What the numbers of a card say, as sentences. stored: {name: card} of other mixers."""
+    return [
+        say_checks(card["checks"]),
+        say_state(card["state"]),
+        say_place(card, stored),
+        say_lengths(card["lengths"]),
+        say_updates(card["updates"]),
+        say_parity(card["parity"]),
+        say_rates(card["rates"]),
+        say_cost(card["cost"]),
+    ]
+
+
+def say_checks(checks):
+    text = "It keeps the contract of a model, and no output depends on a later token"
+    if checks["decoding"]:
+        return f"{text}. Decoding fails: {checks['decoding']}."
+    return f"{text}. Decoding token by token equals the parallel form."
+
+
+def say_state(state):
+    short, long = state["256"], state["1024"]
+    if short is None:
+        return "Its inference state is unknown, since it cannot decode."
+    text = f"Its state takes {short / 1000:,.0f} kB after 256 tokens"
+    if long == short:
+        return f"{text}, and does not grow."
+    return f"{text}, and {long / 1000:,.0f} kB after 1,024."
+
+
+def say_place(card, stored):
+    text = f"With 64 pairs in 256 tokens it recalls {percent(card['pairs']['64'])}"
+    others = {name: of_other["pairs"]["64"] or 0 for name, of_other in stored.items()}
+    if not others:
+        return f"{text}."
+    n_better = sum(value > (card["pairs"]["64"] or 0) for value in others.values())
+    best = max(others, key=others.get)
+    return f"{text}: place {n_better + 1} beside {len(others)} others ({best}: {others[best]:.1%})."
+
+
+def say_lengths(lengths):
+    text = f"Trained on 256 tokens, it recalls {percent(lengths['256'])} there"
+    return f"{text} and {percent(lengths['1024'])} in sequences of 1,024."
+
+
+def say_updates(updates):
+    once, again = updates["0"], updates["1"]
+    text = f"Keys that are stored again are recalled in {percent(again)} of the cases, others in"
+    return f"{text} {percent(once)}."
+
+
+def say_parity(parity):
+    if parity["256"] >= 0.9:
+        verdict = "it tracks the parity of its tokens"
+    elif parity["64"] >= 0.9:
+        verdict = "it tracks parity only at the length of its training"
+    else:
+        verdict = "it does not track parity"
+    numbers = f"{percent(parity['64'])} at 64 tokens, {percent(parity['256'])} at 256; chance 50%"
+    return f"State tracking: {verdict} ({numbers})."
+
+
+def say_rates(rates):
+    """Which learning rates are nearly as good as the best one?"""
+    best = max(value or 0 for value in rates.values())
+    good = [rate for rate, value in rates.items() if (value or 0) >= 0.95 * best]
+    if best < 0.1:
+        return f"It learned to recall 32 pairs at no learning rate of {', '.join(rates)}."
+    text = f"Learning rates within 5% of the best accuracy ({percent(best)} with 32 pairs)"
+    return f"{text}: {', '.join(good)} of {', '.join(rates)}."
+
+
+def say_cost(cost):
+    short, long = cost["128"], cost["1024"]
+    text = f"A training step takes {short:.1f} times as long as that of {REFERENCE} with sequences"
+    return f"{text} of 128 tokens, and {long:.1f} times with 1,024 (equal tokens in a step)."
+
+
+def percent(value):
+    return "nothing (the run failed)" if value is None else f"{value:.1%}"
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+NUMBER = "number or null"  # null: that run failed, or the model cannot decode
+CARD = {  # the parts of card.json, and the numbers in them that are shown in words or in the table
+    "parameters": "count",
+    "checks": {"decoding": "text"},
+    "state": {"256": NUMBER, "1024": NUMBER},
+    "cost": {"128": "number", "1024": "number"},
+    "pairs": {"64": NUMBER},
+    "rates": {"*": NUMBER},
+    "lengths": {"256": "number", "1024": "number"},
+    "updates": {"0": "number", "1": "number"},
+    "parity": {"64": "number", "256": "number"},
+}
+COLUMNS = {  # column of the table: a part of the card, which number, how it is written
+    "state, kB": ("state", "256", lambda value: f"{value / 1000:,.0f}"),
+    "64 pairs": ("pairs", "64", "{:.3f}".format),
+    "1,024 tokens": ("lengths", "1024", "{:.3f}".format),
+    "stored again": ("updates", "1", "{:.3f}".format),
+    "parity, 256 tokens": ("parity", "256", "{:.3f}".format),
+    "cost, 128 tokens": ("cost", "128", "{:.1f}".format),
+    "cost, 1,024 tokens": ("cost", "1024", "{:.1f}".format),
+}
+PANELS = {  # part of the card: title, label of the x axis, label of the y axis
+    "pairs": ("recall at the best learning rate", "pairs in 256 tokens", "test token accuracy"),
+    "lengths": ("32 pairs, trained on 256 tokens", "tokens", "test token accuracy"),
+    "updates": ("16 of 32 keys stored again", "times that a key is updated", "test token accuracy"),
+    "parity": ("parity, trained on 64 tokens", "tokens", "test accuracy"),
+    "rates": ("32 pairs in 256 tokens", "learning rate", "test token accuracy"),
+    "cost": ("training step of 4,096 tokens", "tokens in a sequence", f"time, {REFERENCE} = 1"),
+}
+
+
+def page(name, card, stored):
+    """The card as markdown."""
+    lines = [f"# {name}", ""]
+    lines += [f"- {sentence}" for sentence in findings(card, stored)]
+    lines += ["", f"![Six panels: {name} beside other mixers](card.png)", ""]
+    lines.append("| mixer | layer parameters | " + " | ".join(COLUMNS) + " |")
+    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    lines.append(table_row(f"**{name}**", card))
+    lines += [table_row(other, of_other) for other, of_other in stored.items()]
+    lines += ["", "One seed each, 200 steps of 4,096 tokens; recall at the best of four learning"]
+    lines += [f"rates, parity at the better of two. Cost: CPU time relative to {REFERENCE}.", ""]
+    return "\n".join(lines)
+
+
+def table_row(name, card):
+    cells = [name, f"{card['parameters']:,}"]
+    for part, key, write in COLUMNS.values():
+        value = card[part][key]
+        cells.append("-" if value is None else write(value))
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(path, name, card, stored):
+    plt, fig, axes = figure(2, 3, width=4)
+    for axis, (part, (title, xlabel, ylabel)) in zip(axes, PANELS.items()):
+        for other, of_other in stored.items():
+            draw_line(axis, of_other[part], lw=1, ms=3, alpha=0.6, label=other)
+        draw_line(axis, card[part], lw=2, ms=5, color="black", label=name)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        if part != "cost":
+            axis.set_ylim(-0.02, 1.02)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    finish_figure(fig, plt, path, "")
+
+
+def draw_line(axis, values, **style):
+    """values {x: number or None}: a point each, and nothing where a run failed"""
+    heights = [math.nan if value is None else value for value in values.values()]
+    axis.plot(range(len(values)), heights, marker="o", **style)
+    axis.set_xticks(range(len(values)), values)

@@ -1,0 +1,317 @@
+"""Figures that compare sequence mixers: by their state at equal layer parameters, and by the steps
+until recall appears (see sweep.py).
+
+The state of a matrix memory is H matrices of K x V. Its projections have 4 H K D weights (K = V).
+So with H K fixed, the number of heads H changes the state and not the number of parameters.
+"""
+
+from collections import namedtuple
+from dataclasses import replace
+
+import numpy as np
+
+from analysis.figure_lines import BANDS, draw_series, log_axis
+from analysis.sweep_runs import Point
+from nanorecall.plots import figure
+
+# ---- mixers --------------------------------------------------------------------------------------
+
+# args: feature maps and norms as in the mixer's config in configs/. widths: of the residual stream
+# with 1, 2, 4 and 8 heads; a narrower one pays for what a mixer has beside its projections, so that
+# all models have as many layer parameters, within 1%. tracking: further args for state tracking.
+# product: number of heads times key width, smaller where there are more than four projections.
+Mixer = namedtuple("Mixer", "args widths tracking product", defaults=["", 96])
+HEADS = (1, 2, 4, 8)
+MEMORIES = {
+    "linear": Mixer("--chunk_size 32", (64, 64, 64, 64)),
+    "retnet": Mixer("--chunk_size 32", (64, 64, 64, 64)),
+    "mamba2": Mixer("--chunk_size 32 --q_norm none --k_norm none", (64, 64, 63, 63)),
+    "gla": Mixer("--chunk_size 32", (57, 57, 57, 57)),
+    "mesa": Mixer("--chunk_size 64", (63, 63, 63, 62)),
+    "delta": Mixer("--chunk_size 32", (64, 64, 63, 63), "--allow_neg_eigval 1"),
+    "gated_delta": Mixer("--chunk_size 32", (63, 63, 63, 61), "--allow_neg_eigval 1"),
+}
+NO_FEATURE_MAP = "--q_kernel none --k_kernel none"
+ATTENTION = "--model gpt --conv_size 4 --pos_emb none --q_norm rms --k_norm rms --init_std 1.0"
+KV_WIDTHS = {2: 48, 1: 64}  # number of key/value heads: width of keys and values
+
+
+def memory_args(name, heads):
+    mixer = MEMORIES[name]
+    width = mixer.product // heads
+    args = f"--model {name} {NO_FEATURE_MAP} {mixer.args} --dim {mixer.widths[HEADS.index(heads)]}"
+    return f"{args} --n_layers 2 --n_heads {heads} --dk {width} --dv {width}"
+
+
+def attention_args(kv_heads, window):
+    width = KV_WIDTHS[kv_heads]
+    args = f"{ATTENTION} --dim 64 --n_layers 2 --n_heads 2 --n_kv_heads {kv_heads}"
+    return f"{args} --dk {width} --dv {width} --window {window}"
+
+
+def tracking_model(name):
+    """One layer of width 32 with an MLP."""
+    model_args = ATTENTION
+    if name != "attention":
+        mixer = MEMORIES[name]
+        model_args = f"--model {name} {mixer.args} {mixer.tracking} --init_std 1.0"
+    return f"{model_args} --n_layers 1 --dim 32 --n_heads 2 --dk 16 --dv 16 --use_ffn 1"
+
+
+# ---- state: first each learning rate with one seed, then the best one with all -------------------
+
+RATES = (0.01, 0.03, 0.06)  # for recall; additive memories want the higher ones
+TRACKING_RATES = (0.003, 0.01, 0.03)
+# Number of pairs: heads of memories, windows of attention by its number of key/value heads.
+SIZES = {
+    64: (HEADS, {2: (16, 32, 64, 128, 256), 1: (16, 64, 256)}),
+    32: ((2, 4, 8), {2: (16, 64, 256)}),
+}
+CURRICULUM = ((2, 80), (8, 40), (32, 40))  # (pairs, steps at most), then those of the task
+UPDATES = "keys stored again"
+TASKS = {"parity": "--task parity", "S3": "--task s3 --elements swaps"}
+
+
+def state_points():
+    points = []
+    for pairs, (of_memories, of_attention) in SIZES.items():
+        panel = f"{pairs} pairs"
+        for name in MEMORIES:
+            for heads in of_memories:
+                points += rates(panel, name, heads, recall_args(memory_args(name, heads), pairs))
+        for kv_heads, windows in of_attention.items():
+            for window in windows:
+                args = recall_args(attention_args(kv_heads, window), pairs)
+                points += rates(panel, f"attention, KV heads: {kv_heads}", window, args)
+    for name, args in one_size().items():
+        points += rates(UPDATES, name, 0, recall_args(args, 32) + " --num_updates 16")
+    for task in TASKS:
+        for name in ("attention", *MEMORIES):
+            points += rates(
+                task, name, 0, tracking_args(tracking_model(name), task), TRACKING_RATES
+            )
+    return points
+
+
+def one_size():
+    """{mixer: its arguments in the panels that do not vary the state}"""
+    args = {"attention": attention_args(2, 256)}
+    for name in MEMORIES:
+        args[name] = memory_args(name, 2)
+    return args
+
+
+def recall_args(model_args, pairs):
+    """Steps of 4,096 tokens in sequences of 256."""
+    curriculum = [stage for stage in CURRICULUM if stage[0] < pairs]
+    return (
+        f"{model_args} --input_seq_len 256 --num_kv_pairs {pairs} "
+        f'--curriculum "{curriculum}" --stage_loss 0.8 --infinite_data 1 '
+        "--max_steps 300 --batch_size 16 --warmup_steps 20 --lr_schedule cosine "
+        "--eval_interval 50 --n_val_examples 100 --n_test_examples 300 --stop_accuracy 0.995"
+    )
+
+
+def tracking_args(model_args, task):
+    """Trained on 64 tokens, tested on 64 and on 256."""
+    return (
+        f"{model_args} --data data_track {TASKS[task]} --test_lengths [64,256] "
+        "--max_steps 500 --batch_size 32 --warmup_steps 20 --lr_schedule cosine "
+        "--eval_interval 50 --n_val_examples 100 --n_test_examples 300 --stop_accuracy 1.0"
+    )
+
+
+def run_name(*parts):
+    name = "_".join(map(str, parts))
+    return name.replace(", ", "_").replace(": ", "").replace(" ", "-")
+
+
+def rates(panel, name, x, train_args, learning_rates=RATES):
+    """A point with one seed for each learning rate."""
+    points = []
+    for lr in learning_rates:
+        run = run_name("state", panel, name, x, f"lr{lr}")
+        points.append(Point(f"{panel}: {name}", x, run, f"{train_args} --lr {lr}", seeds=1))
+    return points
+
+
+def best_rates(results):
+    """{point: [result of seed 0]} -> of each cell the learning rate of highest validation accuracy.
+
+    These points have all seeds. The lower validation loss decides between equal accuracies.
+    """
+    best = {}
+    for point, (result,) in results.items():
+        cell = point.series, point.x
+        if cell not in best or quality(result) > best[cell][0]:
+            best[cell] = quality(result), replace(point, seeds=0)
+    return [point for _, point in best.values()]
+
+
+def quality(result):
+    return max((record["accuracy"], -record["loss"]) for record in result["evals"])
+
+
+def token_accuracy(result):
+    return result["all"]["value"]
+
+
+def state_kilobytes(seeds):
+    return seeds[0]["state"] / 1000
+
+
+def draw_state(results):
+    plt, fig, axes = figure(2, 2, width=5)
+    for axis, pairs in zip(axes, SIZES):
+        draw_series(axis, of_panel(results, f"{pairs} pairs"), token_accuracy, x_of=state_kilobytes)
+        axis.set(title=f"MQAR, {pairs} pairs", ylabel="test token accuracy", ylim=(-0.02, 1.02))
+        axis.set(xlabel="inference state after 256 tokens (kB, float32)")
+        log_axis(axis, (10, 20, 50, 100, 200, 400))
+    updates, tracking = axes[2:]
+    panel = of_panel(results, UPDATES)
+    bars = {
+        "stored once": in_slice(panel, "updated", "0"),
+        "stored again": in_slice(panel, "updated", "1"),
+    }
+    draw_bars(updates, bars)
+    updates.set(title="MQAR, 32 pairs, 16 of them stored again with a new value")
+    bars = {}
+    for task in TASKS:
+        panel = of_panel(results, task)
+        for length in ("64", "256"):
+            bars[f"{task}, {length} tokens"] = in_slice(panel, "input_seq_len", length)
+    draw_bars(tracking, bars)
+    tracking.set(title="state tracking, trained on 64 tokens: one layer of width 32 with an MLP")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    caption = (
+        "MQAR: 256 tokens, 2 layers, a short convolution, no positions, 51,600 layer parameters"
+    )
+    return plt, fig, caption + BANDS + "; bars: mean, points: each seed"
+
+
+def of_panel(results, panel):
+    """The series of a panel, without its name."""
+    found = {}
+    for series, points in results.items():
+        start, _, name = series.partition(": ")
+        if start == panel:
+            found[name] = points
+    return found
+
+
+def in_slice(panel, name, value):
+    """{mixer: test token accuracy of each seed in a slice}"""
+    accuracies = {}
+    for mixer, points in panel.items():
+        accuracies[mixer] = [result["slices"][name][value]["value"] for result in points[0]]
+    return accuracies
+
+
+def draw_bars(axis, bars):
+    """bars: {label: {mixer: value of each seed}}, side by side for each mixer."""
+    width = 0.8 / len(bars)
+    for number, (label, mixers) in enumerate(bars.items()):
+        heights = np.array(list(mixers.values()))  # (mixers, seeds)
+        x = np.arange(len(heights)) + (number - (len(bars) - 1) / 2) * width
+        axis.bar(x, heights.mean(1), 0.9 * width, label=label, alpha=0.5)
+        axis.plot(x, heights, "k.", ms=3)
+        axis.set_xticks(range(len(heights)), mixers, rotation=20, ha="right")
+    axis.set(ylabel="test accuracy", ylim=(0, 1.3))  # room for the legend
+    axis.legend(loc="upper center", ncols=2)
+
+
+# ---- plateau: steps until recall appears ---------------------------------------------------------
+
+RECIPES = {  # mixer: the config whose model and learning rate it has
+    "attention": "configs/mqar_gpt.py",
+    "attention, convolution": "configs/mqar_conv.py",
+    "unified_kv": "configs/mqar_unified_kv.py",
+    "linear": "configs/mqar_linear.py",
+    "retnet": "configs/mqar_linear.py --model retnet",
+    "mamba2": "configs/mqar_mamba2.py",
+    "gla": "configs/mqar_gla.py",
+    "mesa": "configs/mqar_mesa.py",
+    "delta": "configs/mqar_delta.py",
+    "gated_delta": "configs/mqar_gated_delta.py",
+}
+STARTS = {"curriculum": "", "no curriculum": "--curriculum [] --stage_loss 0"}
+MAX_STEPS = 1000
+LEVELS = (0.5, 0.95)  # of validation accuracy
+LONG = "512 tokens"
+LONG_MIXERS = {"gated_delta": "--model gated_delta --chunk_size 32"}
+
+
+def plateau_points():
+    points = []
+    for name, config in RECIPES.items():
+        for start, start_args in STARTS.items():
+            train_args = f"{config} {start_args} --max_steps {MAX_STEPS} --eval_interval 20 "
+            train_args += "--n_val_examples 100 --n_test_examples 300 --stop_accuracy 0.95 "
+            run = run_name("plateau", name, start)
+            points.append(Point(f"{start}: {name}", 0, run, train_args + "--target_accuracy 0"))
+    for name, model_args in LONG_MIXERS.items():
+        points.append(Point(f"{LONG}: {name}", 0, f"plateau_long_{name}", long_args(model_args)))
+    return points
+
+
+def long_args(model_args):
+    """The model and task of a rerun of Kimi Linear's MQAR, with a curriculum."""
+    return (
+        f"{model_args} {NO_FEATURE_MAP} --n_layers 2 --dim 128 --n_heads 2 --dk 128 --dv 128 "
+        "--input_seq_len 512 --num_kv_pairs 128 --num_queries 64 --infinite_data 1 "
+        '--curriculum "[(2, 100), (8, 60), (32, 60)]" --stage_loss 0.8 '
+        "--max_steps 600 --batch_size 8 --lr 0.005 --warmup_steps 20 --lr_schedule cosine "
+        "--eval_interval 20 --n_val_examples 50 --n_test_examples 200 --stop_accuracy 0.95"
+    )
+
+
+def steps_until(result, level):
+    """Steps until the first evaluation with this accuracy; None without one."""
+    for evaluation in result["evals"]:
+        if evaluation["accuracy"] >= level:
+            return evaluation["step"]
+    return None
+
+
+def draw_plateau(results):
+    plt, fig, (steps, curves) = figure(1, 2, width=5)
+    for number, start in enumerate(STARTS):
+        panel = of_panel(results, start)
+        heights = np.arange(len(panel)) + 0.3 * (number - 0.5)
+        for height, points in zip(heights, panel.values()):
+            draw_steps(steps, points[0], height, f"C{number}")
+        for level, fill in zip(LEVELS, ("white", f"C{number}")):
+            label = f"{level:.0%}, {start}"
+            steps.plot([], [], "o", ms=5, mec=f"C{number}", mfc=fill, label=label)
+        steps.set_yticks(range(len(panel)), panel)
+    log_axis(steps, (20, 50, 100, 200, 500, 1000))
+    steps.set(xlabel=f"steps (cross: below 95% after {MAX_STEPS:,})")
+    steps.set(title="MQAR, 32 pairs in 128 tokens: validation accuracy reaches")
+    steps.invert_yaxis()
+    steps.legend()
+    for number, (name, points) in enumerate(of_panel(results, LONG).items()):
+        for seed, result in enumerate(points[0]):
+            x = [evaluation["step"] for evaluation in result["evals"]]
+            y = [evaluation["accuracy"] for evaluation in result["evals"]]
+            # One entry in the legend for all seeds.
+            curves.plot(x, y, lw=1, color=f"C{number}", label=name if seed == 0 else None)
+    curves.set(title="MQAR, 128 pairs in 512 tokens, with a curriculum", xlabel="step")
+    curves.set(ylabel="validation token accuracy", ylim=(-0.02, 1.02))
+    curves.legend()
+    return (
+        plt,
+        fig,
+        "Model, learning rate and curriculum of configs/\npoints and lines: {seeds} seeds",
+    )
+
+
+def draw_steps(axis, seeds, height, color):
+    """The steps until each level, a point for each seed."""
+    for result in seeds:
+        low, high = (steps_until(result, level) for level in LEVELS)
+        if low:
+            axis.plot(low, height, "o", ms=4, mec=color, mfc="white")
+        if high:
+            axis.plot(high, height, "o", ms=4, mec=color, mfc=color)
+        else:
+            axis.plot(result["evals"][-1]["step"], height, "x", ms=4, color=color)

@@ -1,0 +1,139 @@
+"""sweep.py state: equal parameters, equal states, the second phase; figures kept as numbers."""
+
+import json
+import os
+import shlex
+import shutil
+
+import pytest
+
+import sweep
+import train
+from analysis import figures_of_mixers as state
+from analysis.sweep_runs import Point, pick_parts
+from nanorecall.build import (
+    build_model,
+    build_model_config,
+    count_parameters,
+    inference_state_bytes,
+)
+from nanorecall.plots import figure
+from nanorecall.settings import ConfigError
+
+RECALL_POINTS = {}
+for _point in state.state_points():
+    if "data_track" not in _point.train_args and _point.train_args.endswith("0.01"):
+        RECALL_POINTS[_point.name] = _point
+
+
+def build(point):
+    settings = train.parse(shlex.split(point.train_args))
+    return build_model(
+        settings, build_model_config(settings, settings.data_module.Data(settings.data))
+    )
+
+
+@pytest.mark.parametrize("point", RECALL_POINTS.values(), ids=RECALL_POINTS)
+def test_all_have_as_many_layer_parameters(point):
+    """If this fails for a new mixer, change its width in MEMORIES."""
+    n = count_parameters(build(point))["layers"]
+    assert abs(n / 51600 - 1) < 0.01, n
+
+
+def test_memories_with_as_many_heads_have_the_same_state():
+    sizes = {}
+    for point in RECALL_POINTS.values():
+        name = point.series.partition(": ")[2]
+        mixer = state.MEMORIES.get(name)
+        if mixer and mixer.product == 96 and name != "mesa":  # whose state is twice as large
+            sizes.setdefault(point.x, set()).add(inference_state_bytes(build(point), 256))
+    assert all(len(of_heads) == 1 for of_heads in sizes.values())
+    matrices = [2 * 4 * 96 * 96 // heads for heads in state.HEADS]
+    convolutions = 2 * 4 * 3 * 3 * 96
+    assert [sizes[heads] for heads in state.HEADS] == [{n + convolutions} for n in matrices]
+
+
+def evals(*accuracies, loss=1.0):
+    return [{"evals": [{"accuracy": accuracy, "loss": loss} for accuracy in accuracies]}]
+
+
+def test_the_second_phase_has_the_best_learning_rate_of_each_cell():
+    points = state.rates("a", "delta", 1, "x") + state.rates("a", "delta", 2, "x")
+    low, middle, high = points[:3]
+    planted = {low: evals(0.5, 0.6), middle: evals(0.9, 0.2), high: evals(0.8, 0.8)}
+    low2, middle2, high2 = points[3:]
+    planted |= {low2: evals(1.0, loss=0.2), middle2: evals(1.0, loss=0.3), high2: evals(0.1)}
+    best = state.best_rates(planted)
+    assert [point.name for point in best] == [middle.name, low2.name]
+    assert [point.seeds for point in points] == [1] * 6
+    assert [point.seeds for point in best] == [0, 0]
+
+
+def test_steps_until_an_accuracy():
+    result = {"evals": []}
+    for step, accuracy in ((20, 0.1), (40, 0.6), (60, 0.97), (80, 0.4)):
+        result["evals"].append({"step": step, "accuracy": accuracy})
+    assert [state.steps_until(result, level) for level in (0.5, 0.95, 0.99)] == [40, 60, None]
+
+
+# ---- two phases, and figures kept as numbers -----------------------------------------------------
+
+
+TOY = (
+    "--vocab_size 32 --input_seq_len 16 --num_kv_pairs 2 --n_layers 1 --dim 16 --dk 8 --dv 8 "
+    "--conv_size 2 --n_val_examples 10 --n_test_examples 20 --n_train_examples 100 --max_steps"
+)
+
+
+def draw_toy(results):
+    plt, fig, (axis,) = figure(1, 1)
+    axis.plot([result["steps"] for result in results["gpt"][0]])
+    return plt, fig, "steps"
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A figure of two points, of which the better one gets all seeds -> arguments of the sweep."""
+
+    def points():
+        return [Point("gpt", 0, f"toy{n}", f"{TOY} {n}", seeds=1) for n in (2, 4)]
+
+    def choose(results):
+        return [Point("gpt", 0, p.name, p.train_args) for p in results if p.name == "toy4"]
+
+    toy_figure = sweep.Figure(points, draw_toy, ["steps"], "steps", choose)
+    monkeypatch.setattr(sweep, "FIGURES", {"toy": toy_figure})
+    return ["toy", f"--log_dir={tmp_path}/runs", f"--output={tmp_path}/figures", "--seeds=2"]
+
+
+@pytest.mark.slow
+def test_points_chosen_by_results_are_trained_after_them(toy, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="2 runs are missing"):
+        sweep.main([*toy, "--draw_only=1"])
+    sweep.main(toy)
+    assert sorted(os.listdir(tmp_path / "runs")) == ["toy2_seed0", "toy4_seed0", "toy4_seed1"]
+    shown = json.loads((tmp_path / "figures" / "toy.json").read_text())
+    assert shown["points"] == [{"series": "gpt", "x": 0, "results": [{"steps": 4}] * 2}]
+    capsys.readouterr()
+    sweep.main(toy[1:])
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["toy", "3", "0"]
+
+    # Without the runs, the numbers beside the figure give the same figure.
+    drawn = tmp_path / "figures" / "toy.png"
+    from_runs = drawn.read_bytes()
+    drawn.unlink()
+    shutil.rmtree(tmp_path / "runs")
+    sweep.main([*toy, "--draw_only=1", "--seeds=1"])
+    assert drawn.read_bytes() == from_runs
+    (tmp_path / "figures" / "toy.json").write_text('{"seeds": 2, "points": [{"x": 1}]}')
+    with pytest.raises(ConfigError, match="toy.json: 'points'.* has no 'series'"):
+        sweep.main([*toy, "--draw_only=1"])
+
+
+def test_parts_of_a_result():
+    result = {"all": {"value": 1}, "slices": {"a": {"b": 2}, "c": 3}, "evals": [4]}
+    assert pick_parts(result, ["all", "slices.a"]) == {
+        "all": {"value": 1},
+        "slices": {"a": {"b": 2}},
+    }
+    assert pick_parts(result, ["result.metrics", "evals"]) == {"result": {}, "evals": [4]}
