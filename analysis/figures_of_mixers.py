@@ -19,7 +19,7 @@ from nanorecall.plots import figure
 # args: feature maps and norms as in the mixer's config in configs/. widths: of the residual stream
 # with 1, 2, 4 and 8 heads; a narrower one pays for what a mixer has beside its projections, so that
 # all models have as many layer parameters, within 1%. tracking: further args for state tracking.
-# product: number of heads times key width, smaller where there are more than four projections.
+# product: number of heads times key width. Without widths, a mixer is in state tracking alone.
 Mixer = namedtuple("Mixer", "args widths tracking product", defaults=["", 96])
 HEADS = (1, 2, 4, 8)
 MEMORIES = {
@@ -30,7 +30,11 @@ MEMORIES = {
     "mesa": Mixer("--chunk_size 64", (63, 63, 63, 62)),
     "delta": Mixer("--chunk_size 32", (64, 64, 63, 63), "--allow_neg_eigval 1"),
     "gated_delta": Mixer("--chunk_size 32", (63, 63, 63, 61), "--allow_neg_eigval 1"),
+    "kda": Mixer("--chunk_size 16", (57, 57, 57, 56), "--allow_neg_eigval 1"),
+    "delta_product": Mixer("--chunk_size 16", (), "--allow_neg_eigval 1"),
+    "ttt_linear": Mixer("--inner_lr 0.2", (57, 66, 71, 73), product=80),
 }
+RECALLING = [name for name, mixer in MEMORIES.items() if mixer.widths]
 NO_FEATURE_MAP = "--q_kernel none --k_kernel none"
 ATTENTION = "--model gpt --conv_size 4 --pos_emb none --q_norm rms --k_norm rms --init_std 1.0"
 KV_WIDTHS = {2: 48, 1: 64}  # number of key/value heads: width of keys and values
@@ -76,7 +80,7 @@ def state_points():
     points = []
     for pairs, (of_memories, of_attention) in SIZES.items():
         panel = f"{pairs} pairs"
-        for name in MEMORIES:
+        for name in RECALLING:
             for heads in of_memories:
                 points += rates(panel, name, heads, recall_args(memory_args(name, heads), pairs))
         for kv_heads, windows in of_attention.items():
@@ -96,7 +100,7 @@ def state_points():
 def one_size():
     """{mixer: its arguments in the panels that do not vary the state}"""
     args = {"attention": attention_args(2, 256)}
-    for name in MEMORIES:
+    for name in RECALLING:
         args[name] = memory_args(name, 2)
     return args
 
@@ -233,12 +237,17 @@ RECIPES = {  # mixer: the config whose model and learning rate it has
     "mesa": "configs/mqar_mesa.py",
     "delta": "configs/mqar_delta.py",
     "gated_delta": "configs/mqar_gated_delta.py",
+    "kda": "configs/mqar_kda.py",
+    "ttt_linear": "configs/mqar_ttt.py",
 }
 STARTS = {"curriculum": "", "no curriculum": "--curriculum [] --stage_loss 0"}
 MAX_STEPS = 1000
 LEVELS = (0.5, 0.95)  # of validation accuracy
 LONG = "512 tokens"
-LONG_MIXERS = {"gated_delta": "--model gated_delta --chunk_size 32"}
+LONG_MIXERS = {
+    "gated_delta": "--model gated_delta --chunk_size 32",
+    "kda": "--model kda --chunk_size 16",
+}
 
 
 def plateau_points():
