@@ -90,7 +90,7 @@ class Config:
     reverse_pairs: str = "none"  # qa: add "y:x"; probe: only measured; train: also trained on
     forms: int = 1  # qa: wordings of each pair, "x:y " and with 2 also "q x?y"
     second_form_frac: float = 1.0  # qa: fraction of pairs that are trained on in both wordings
-    context_docs: int = 0  # qa: as many training documents show other pairs, and ask one of them
+    context_docs: int = 0  # qa: training documents that show other pairs and ask one of them
     context_pairs: int = 4  # qa: pairs that such a document shows at most
     rule: str = "random"  # digits: random values, or selfindex: value[i] = key[key[i]]
     rule_steps: int = 1  # digits, selfindex: times that the rule is applied to its own result
@@ -252,11 +252,14 @@ def check_qa(c):
     n_seen = size - n_heldout(c)
     message = f"heldout_frac={c.heldout_frac} leaves no pair of {size} to train on"
     require(n_seen > 0, message, "heldout_frac")
+    message = f"a context of {c.context_pairs} pairs needs {2 * c.context_pairs} different numbers"
+    enough = c.context_docs == 0 or 2 * c.context_pairs <= 10**c.num_digits
+    require(enough, f"{message}; num_digits={c.num_digits} has {10**c.num_digits}", "context_pairs")
     message = "forms=2 takes no reversed pairs: leave out reverse_pairs"
     require(c.forms == 1 or c.reverse_pairs == "none", message, "reverse_pairs")
     n_shown = n_seen + (n_in_both_forms(c) if c.forms == 2 else 0)
-    E = n_shown * sum(c.buckets)
-    message = f"an epoch of {E} documents is too long; lower buckets or num_pairs"
+    E = n_shown * sum(c.buckets) + c.context_docs
+    message = f"an epoch of {E} documents is too long; lower buckets, num_pairs or context_docs"
     require(E <= 10**8, message, "buckets")
 
 

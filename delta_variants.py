@@ -51,6 +51,14 @@ from nanorecall.settings import within
 # ---- a decay for each row ------------------------------------------------------------------------
 
 
+def check_kda_inputs(q, k, v, beta, log_decay, state, cu_seqlens):
+    """-> cu_seqlens as int64, or None, and the state, zeros if None; ValueError as below."""
+    if log_decay is None or log_decay.shape != q.shape:
+        given = None if log_decay is None else tuple(log_decay.shape)
+        raise ValueError(f"log_decay must have the shape of q, {tuple(q.shape)}, not {given}")
+    return check_inputs(q, k, v, log_decay, state, cu_seqlens, beta)
+
+
 def kda_recurrent(q, k, v, beta, log_decay, state=None, cu_seqlens=None):
     """The recurrence as it is written: the tests' oracle, and one step of decoding.
 
@@ -62,7 +70,7 @@ def kda_recurrent(q, k, v, beta, log_decay, state=None, cu_seqlens=None):
     cu_seqlens[d + 1] and starts from a state of its own; states are (documents, H, K, V).
     ValueError if shapes do not fit.
     """
-    cu_seqlens, S = check_inputs(q, k, v, log_decay, state, cu_seqlens, beta)
+    cu_seqlens, S = check_kda_inputs(q, k, v, beta, log_decay, state, cu_seqlens)
     if cu_seqlens is not None:
         return recurrent_varlen(kda_recurrent, [q, k, v, beta, log_decay], S, cu_seqlens)
     dtype = accum_dtype(q)
@@ -84,7 +92,7 @@ def kda_chunkwise(q, k, v, beta, log_decay, state=None, cu_seqlens=None, chunk_s
 
     Best with a power of two, which linear.py's decayed products halve down to single tokens.
     """
-    cu_seqlens, S = check_inputs(q, k, v, log_decay, state, cu_seqlens, beta)
+    cu_seqlens, S = check_kda_inputs(q, k, v, beta, log_decay, state, cu_seqlens)
     if q.shape[2] == 0:
         return v, S
     tokens = [q, k, v, beta[..., None], log_decay]
@@ -146,7 +154,7 @@ def kda_fla(q, k, v, beta, log_decay, state=None, cu_seqlens=None):
     q, k and beta are rounded to v's dtype.
     """
     inputs = q, k, v, beta, log_decay
-    cu_seqlens, state = check_inputs(q, k, v, log_decay, state, cu_seqlens, beta)
+    cu_seqlens, state = check_kda_inputs(q, k, v, beta, log_decay, state, cu_seqlens)
     if cu_seqlens is not None and (cu_seqlens.diff() == 0).any():
         return without_empty(kda_fla, *inputs, state, cu_seqlens)
     # the kernel's layout is (B, T, H, width); it scales by 1 / sqrt(K) itself
@@ -208,10 +216,11 @@ class Config(delta.Config):
 class KDALayer(DeltaNetLayer):
     """DeltaNetLayer in which row r of the state decays by exp(-exp(A_log) softplus(z_r + dt_r)).
 
-    z = W_2 W_1 x for each head and row, dt its bias; initial values are those of Gated DeltaNet.
-    W_1 has 16 rows, as in GLA; the paper's has as many as a value has features, which would be more
-    than the residual stream has in a small model. The paper's output gate is
-    att_use_output_gate=1 with att_output_gate_act=sigmoid, from one matrix instead of two.
+    z = W_2 W_1 x for each head and row, dt its bias. exp(A_log) starts between 1 and 16, and dt so
+    that softplus(dt) is between 0.001 and 0.1. W_1 has 16 rows, as in GLA; the paper's has as many
+    as a value has features, which would be more than the residual stream has in a small model. The
+    paper's output gate is att_use_output_gate=1 with att_output_gate_act=sigmoid, from one matrix
+    instead of two.
     """
 
     memory_name = "Kimi delta attention"

@@ -88,12 +88,12 @@ class EvalConfig(AnalysisConfig):
     example: int = -1  # index of an example to print (attention: to draw); -1: none (the first)
     n_examples: int = 1000  # examples to analyse, equally many from each eval group; 0: all
     data: str = ""  # routing: a .jsonl or .parquet file of texts, instead of the run's own data
-    n_edits: tuple[int, ...] = (1, 3, 10, 30, 100)  # edit: how many facts to edit at once
+    n_edits: tuple[int, ...] = (1, 3, 10, 30, 100)  # edit, consolidate: facts written at once
     editors: str = ""  # edit: names of methods, separated by ';'; all; empty: a short list
     new_facts: bool = False  # edit: add facts with new keys, instead of rewriting known ones
     portions: int = 1  # edit: portions of the facts, edited one after the other
     top_slots: int = TOP_SLOTS  # edit: slots that sparse methods train for each fact
-    margin: float = MARGIN  # edit: logits by which closed forms put an answer above other tokens
+    margin: float = MARGIN  # logits by which closed forms aim to put an answer above other tokens
     facts: str = ""  # edit: a .jsonl of facts to rewrite: {"question", "answer"}, the new answer
     add: bool = False  # edit --facts: also write facts that the model does not know yet
     save_as: str = ""  # edit --facts: name of a run directory to write, with the edited weights
@@ -147,7 +147,7 @@ class EvalConfig(AnalysisConfig):
             reasons["split"] = "all facts of the run are asked"
         if self.undo or self.facts:
             reasons["dtype"] = "facts in the weights are edited in float32"
-        else:
+        if not self.facts:
             reasons |= dict.fromkeys(("add", "save_as"), "there is no --facts FILE")
         if not SPARSE.keys() & self.chosen_editors().keys():
             reasons.setdefault("top_slots", "editors names no sparse method")

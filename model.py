@@ -31,8 +31,8 @@ class Config:
     n_layers: int = 4  # number of blocks
     n_heads: int = 2  # query heads
     n_kv_heads: int = 0  # key/value heads, each shared by a group of query heads; 0: n_heads
-    dk: int = 64  # gpt, delta, linear: width of a query or key per head
-    dv: int = 64  # gpt, delta, linear: width of a value per head
+    dk: int = 64  # width of a query or key per head; unified_kv has du
+    dv: int = 64  # width of a value per head
     du: int = 64  # unified_kv: width of the one vector per head that is key and value
     use_att: bool = True  # a sequence mixer (attention or another) in every block
     use_ffn: bool = False  # an MLP in every block; the recall task does not need one

@@ -27,8 +27,9 @@ and for all tokens of a mini-batch at once this is X W_0 - tril(X H^T) U. No W_i
 formed (the paper's dual form). Gradients of the inner loss are written out below; those of training
 go through them by autograd.
 
-The authors' code adds biases to the layers, divides eta by K, and averages over the tokens of a
-mini-batch where the paper adds; these are left out here.
+The paper's loss has no 1/2, so its rate of 1 is inner_lr=2 here. The authors' code adds biases to
+the layers, divides eta by K, and averages over the tokens of a mini-batch where the paper adds;
+these are left out here.
 
 Letters: B batch, T tokens, H heads, K width of a query, key or value, F hidden width, C tokens in a
 mini-batch or a part of one. In shapes of the model, D is the width of the residual stream.
@@ -100,7 +101,7 @@ def gelu_slope(x):
 # ---- writing and reading it ----------------------------------------------------------------------
 
 
-def ttt_recurrent(q, k, v, rate, weights, norm, batch_size=16):
+def ttt_recurrent(q, k, v, rate, weights, norm, inner_batch_size=16):
     """Token by token, with gradients by torch.func: the tests' oracle.
 
     q, k, v (B, H, T, K); rate (B, H, T), the eta of each token; weights, of one layer or of two:
@@ -110,7 +111,7 @@ def ttt_recurrent(q, k, v, rate, weights, norm, batch_size=16):
     now = [W.expand(len(q), -1, -1, -1) for W in weights]
     outputs = []
     for t in range(q.shape[2]):
-        if t % batch_size == 0:
+        if t % inner_batch_size == 0:
             start = now
         q_t, k_t, v_t, rate_t = (x[:, :, t : t + 1] for x in (q, k, v, rate[..., None]))
         gradients = torch.func.grad(inner_loss)(start, k_t, v_t, norm)
@@ -137,8 +138,19 @@ def one_mini_batch(q, k, v, rate, start, now, norm):
     return q + layer_norm(outputs[-1], norm), after
 
 
+def check_ttt_inputs(q, k, v, rate, state, cu_seqlens):
+    """-> cu_seqlens as int64, or None; ValueError in one sentence if shapes do not fit."""
+    if v.shape != q.shape:
+        raise ValueError(f"v must have the shape of q, {tuple(q.shape)}, not {tuple(v.shape)}")
+    if rate.shape != q.shape[:3]:
+        raise ValueError(f"rate must have shape {tuple(q.shape[:3])}, not {tuple(rate.shape)}")
+    if state is not None and cu_seqlens is not None:
+        raise ValueError("documents begin with W_0: give state or cu_seqlens, not both")
+    return check_shapes(q, k, v, rate, None, None, cu_seqlens)
+
+
 @torch._disable_dynamo  # traced, the loop would be unrolled into a copy for each mini-batch
-def ttt(q, k, v, rate, weights, norm, state=None, cu_seqlens=None, batch_size=16):
+def ttt(q, k, v, rate, weights, norm, state=None, cu_seqlens=None, inner_batch_size=16):
     """ttt_recurrent in the dual form: same arguments and results, but for states.
 
     state (start, now, filled): weights before the mini-batch that has begun, weights after its
@@ -150,12 +162,12 @@ def ttt(q, k, v, rate, weights, norm, state=None, cu_seqlens=None, batch_size=16
     a sequence each, and have no state to go on from: None is returned. ValueError if shapes do not
     fit.
     """
-    cu_seqlens = check_shapes(q, k, v, rate, None, None, cu_seqlens)
+    cu_seqlens = check_ttt_inputs(q, k, v, rate, state, cu_seqlens)
     if cu_seqlens is not None:
         documents = PackedDocuments(cu_seqlens, q[:, 0, :, 0])
         # Padding has a rate of 0.
         padded = [documents.pad(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v, rate)]
-        o, _ = ttt(*padded, weights, norm, batch_size=batch_size)
+        o, _ = ttt(*padded, weights, norm, inner_batch_size=inner_batch_size)
         return documents.pack(o.transpose(1, 2)).transpose(1, 2), None
     dtype = accum_dtype(q)
     with no_autocast(q):  # steps of a gradient descent, rounded to bfloat16, would get lost
@@ -165,7 +177,7 @@ def ttt(q, k, v, rate, weights, norm, state=None, cu_seqlens=None, batch_size=16
             filled = 0
         else:
             start, now, filled = state
-        sizes = piece_sizes(q.shape[2], filled, batch_size)
+        sizes = piece_sizes(q.shape[2], filled, inner_batch_size)
         # split, since the backward of each slice would write zeros for all the others
         tokens = [x.to(dtype).split(sizes, dim=2) for x in (q, k, v, rate[..., None])]
         outputs = []
@@ -173,15 +185,15 @@ def ttt(q, k, v, rate, weights, norm, state=None, cu_seqlens=None, batch_size=16
             o, now = one_mini_batch(*piece, start, now, norm)
             outputs.append(o)
             filled += size
-            if filled == batch_size:
+            if filled == inner_batch_size:
                 start = now
                 filled = 0
         return torch.cat(outputs, dim=2).to(v.dtype), (start, now, filled)
 
 
-def piece_sizes(T, filled, batch_size):
+def piece_sizes(T, filled, inner_batch_size):
     """T tokens cut where mini-batches end, the first of which holds `filled` tokens before them"""
-    ends = [*range(batch_size - filled, T, batch_size), T]
+    ends = [*range(inner_batch_size - filled, T, inner_batch_size), T]
     starts = [0, *ends[:-1]]
     return [end - start for start, end in zip(starts, ends)]
 

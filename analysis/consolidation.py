@@ -62,6 +62,7 @@ def consolidate(run):
         lines.append([row["facts"], *shares, f"{row['seconds']:.2f}"])
     print_table(head, lines)
     print("; ".join(f"{metric}: {meaning}" for metric, meaning in METRICS.items()))
+    print("seconds: to read all contexts and to write the table once")
     by_slice = {"facts": {str(row["facts"]): row for row in rows}}
     save_result(run, "consolidate", {"facts": list(config.n_edits)}, by_slice, examples)
 

@@ -283,7 +283,7 @@ def counterfactual(fact, alphabet, rng):
 
 
 def unknown_facts(n, facts, texts, rng):
-    """n facts that look like `facts`, with keys that none of the data set's texts has."""
+    """n facts that look like `facts`, with keys that no fact of the data set has."""
     key, value = facts[0].strip().split(":")
     key_alphabet = characters_of(fact.split(":")[0] for fact in facts)
     alphabet = characters_of(value_of(fact) for fact in facts)

@@ -25,7 +25,8 @@ from nanorecall.settings import require, say
 
 # Eigenvalues up to this fraction of the largest are taken for 0: see solve_change.
 NULL_SPACE = 1e-2
-# Logits by which a closed form puts an answer above all other tokens. More harm other facts more.
+# Logits by which a closed form aims to put an answer above all other tokens. A larger margin harms
+# other facts more.
 MARGIN = 2.0
 
 
@@ -154,7 +155,8 @@ def choose_editors(names, top_slots, margin):
 def say_margin(editors, margin):
     """Print what the closed forms among the editors {name: function} aim at."""
     if CLOSED_FORMS.keys() & editors.keys():
-        say(f"closed forms put each new answer {margin:g} logits above other tokens (--margin)")
+        goal = f"{margin:g} logits between a new answer and other tokens"
+        say(f"closed forms aim at {goal} (--margin)")
 
 
 def applicable_editors(model, editors):

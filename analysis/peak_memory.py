@@ -1,6 +1,7 @@
 """How long a computation takes, and how much memory it needs beyond what is in use before it."""
 
 import ctypes
+import functools
 import time
 
 import torch
@@ -15,7 +16,8 @@ def peak_memory_of(function, device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        seconds = seconds_of(function)
+        torch.cuda.synchronize(device)  # or the clock would not see what still runs
+        seconds = seconds_of(function, functools.partial(torch.cuda.synchronize, device))
         return torch.cuda.max_memory_allocated(device) - before, seconds
     if not reset_peak():
         return None, seconds_of(function)
@@ -24,9 +26,11 @@ def peak_memory_of(function, device):
     return resident_peak() - before, seconds
 
 
-def seconds_of(function):
+def seconds_of(function, wait=lambda: None):
+    """wait: what returns when the device has done all that function() asked it to do."""
     start = time.perf_counter()
     function()
+    wait()
     return time.perf_counter() - start
 
 

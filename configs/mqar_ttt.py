@@ -1,9 +1,8 @@
 """MQAR with TTT-Linear: the task and recipe of configs/mqar_delta.py.
 
 The inner matrix is square, so dk and dv are 72: within 0.5% of the 98,560 layer parameters of
-mqar_gpt.py. A minute on one of 2 CPU cores. Expected: test token accuracy of 0.99 or more, with
-any seed. The state takes 176 kB whatever the length, half of it for the weights before the
-mini-batch.
+mqar_gpt.py. A minute on one of 2 CPU cores. Expected: test token accuracy of 0.99 or more. The
+state takes 176 kB whatever the length, half of it for the weights before the mini-batch.
 
 It takes about as many steps as DeltaNet. inner_lr is 0.2, since with the paper's 1 it takes all 240
 steps. TTT-MLP takes fewer and longer steps (63 to 75 seconds), and its state takes 415 kB with

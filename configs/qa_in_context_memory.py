@@ -4,7 +4,7 @@ Most of what is trained are documents such as "8213:4410 0731:9925 8213:" with n
 each, so the model learns to find an answer in its context, too. `python eval.py consolidate
 runs/RUN` writes what it reads there into the table.
 
-A minute and a quarter on one of 2 CPU cores.
+Three and a half minutes on one of 2 CPU cores, beside many other processes.
 Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch.
 
 A document shows 1 to 4 pairs. Those with one pair are learned first, and shorten the plateau before

@@ -432,3 +432,10 @@ def test_packed_training_equals_unpacked(module, cls, task, tmp_path):
         results.append([loss, *torch.autograd.grad(loss, list(net.parameters()))])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_contexts_that_need_more_numbers_than_there_are_are_refused():
+    sizes = dict(task="qa", num_digits=1, num_pairs=4, buckets=(2,), context_docs=50)
+    with pytest.raises(ConfigError, match="needs 12 different numbers; num_digits=1 has 10"):
+        Config(**sizes, context_pairs=6).check()
+    Config(**sizes, context_pairs=5).check()

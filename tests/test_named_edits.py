@@ -491,6 +491,7 @@ def test_what_cannot_be_edited(runs):
         ("own", ["--save_as", "x"], "save_as='x' has no effect: there is no --facts FILE; leave"),
         ("own", ["--facts", edits, "--undo", "1"], "no effect: undo takes an edit back"),
         ("own", ["--undo", "1", "--checkpoint", "ckpt"], "no effect: undo takes an edit back"),
+        ("own", ["--undo", "1", "--save_as", "x"], "no effect: there is no --facts FILE"),
         ("own", ["--facts", edits, "--dtype", "bfloat16"], "weights are edited in float32; leave"),
         ("own", ["--facts", edits, "--split", "val"], "no effect: all facts of the run are asked"),
         ("own", ["--facts", edits, "--n_edits", "[1]"], "no effect: facts names what to edit"),

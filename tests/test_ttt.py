@@ -31,15 +31,15 @@ def inputs(kind, T=37, B=2, dtype=torch.float64):
     return q, k, v, rate, weights, [normal(H, K), normal(H, K)]
 
 
-def dual_form(q, k, v, rate, weights, norm, batch_size):
+def dual_form(q, k, v, rate, weights, norm, inner_batch_size):
     """-> o, the weights after the last token"""
-    o, (_, now, _) = ttt.ttt(q, k, v, rate, weights, norm, batch_size=batch_size)
+    o, (_, now, _) = ttt.ttt(q, k, v, rate, weights, norm, inner_batch_size=inner_batch_size)
     return o, now
 
 
-def outputs_and_gradients(form, q, k, v, rate, weights, norm, batch_size):
+def outputs_and_gradients(form, q, k, v, rate, weights, norm, inner_batch_size):
     """[o, weights after the last token, gradients of all inputs] for one gradient of the first."""
-    o, now = form(q, k, v, rate, weights, norm, batch_size)
+    o, now = form(q, k, v, rate, weights, norm, inner_batch_size)
     g = torch.Generator().manual_seed(7)
     results = [o, *now]
     grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in results]
@@ -59,9 +59,9 @@ def assert_all_close(ours, expected, tolerance):
 @pytest.mark.parametrize("T", [1, 7, 16, 37])
 def test_the_dual_form_equals_the_loop_for_every_mini_batch(kind, T):
     arguments = inputs(kind, T)
-    for batch_size in (1, 2, 5, 7, 8, 16, 36, 37, 38, 64):
-        expected = outputs_and_gradients(ttt_recurrent, *arguments, batch_size)
-        ours = outputs_and_gradients(dual_form, *arguments, batch_size)
+    for inner_batch_size in (1, 2, 5, 7, 8, 16, 36, 37, 38, 64):
+        expected = outputs_and_gradients(ttt_recurrent, *arguments, inner_batch_size)
+        ours = outputs_and_gradients(dual_form, *arguments, inner_batch_size)
         # Small variances in the LayerNorm multiply both results and rounding.
         assert_all_close(ours, expected, 1e-10 * max(1, expected[1].abs().max().item()))
 
@@ -69,15 +69,15 @@ def test_the_dual_form_equals_the_loop_for_every_mini_batch(kind, T):
 @pytest.mark.parametrize("kind", SIZES)
 def test_pieces_of_any_size_equal_the_whole(kind):
     q, k, v, rate, weights, norm = inputs(kind)
-    for batch_size in (1, 8, 37, 50):
-        whole, now = dual_form(q, k, v, rate, weights, norm, batch_size)
+    for inner_batch_size in (1, 8, 37, 50):
+        whole, now = dual_form(q, k, v, rate, weights, norm, inner_batch_size)
         for sizes in ([1] * 37, [3, 10, 0, 20, 4], [8, 8, 21], [36, 1]):
             state = None
             outputs = []
             for piece in zip(*(x.split(sizes, dim=2) for x in (q, k, v, rate))):
-                o, state = ttt.ttt(*piece, weights, norm, state, batch_size=batch_size)
+                o, state = ttt.ttt(*piece, weights, norm, state, inner_batch_size=inner_batch_size)
                 outputs.append(o)
-            assert state[2] == 37 % batch_size
+            assert state[2] == 37 % inner_batch_size
             assert_all_close([torch.cat(outputs, dim=2), *state[1]], [whole, *now], 1e-9)
 
 
@@ -107,7 +107,7 @@ def test_a_pair_that_is_repeated_is_learned(kind):
     v = k + F.layer_norm(v, (K,), eps=0)
     tokens = [x.expand(-1, -1, 300, -1) for x in (k, k, v)]
     rate = torch.full((2, H, 300), 0.1, dtype=k.dtype)
-    o, _ = ttt.ttt(*tokens, rate, weights, norm, batch_size=4)
+    o, _ = ttt.ttt(*tokens, rate, weights, norm, inner_batch_size=4)
     error = (o - tokens[2]).norm(dim=-1)
     assert error[:, :, 0].min() > 0.3 and error[:, :, -1].max() < 1e-3
 
@@ -148,8 +148,13 @@ def test_a_mini_batch_changes_the_weights_as_in_flash_linear_attention():
 
 def test_shapes_that_do_not_fit_are_refused_by_name():
     q, k, v, rate, weights, norm = inputs("linear")
-    with pytest.raises(ValueError, match="beta must have shape"):
+    with pytest.raises(ValueError, match="rate must have shape"):
         ttt.ttt(q, k, v, rate[..., None], weights, norm)
+    with pytest.raises(ValueError, match="v must have the shape of q"):
+        ttt.ttt(q, k, v[..., :-1], rate, weights, norm)
+    _, state = ttt.ttt(q, k, v, rate, weights, norm)
+    with pytest.raises(ValueError, match="not both"):
+        ttt.ttt(q[:1], k[:1], v[:1], rate[:1], weights, norm, state, torch.tensor([0, 37]))
     with pytest.raises(ValueError, match="one sequence"):
         ttt.ttt(q, k, v, rate, weights, norm, None, torch.tensor([0, 37]))
 
