@@ -59,6 +59,7 @@ from nanorecall.settings import (
     say,
     split_argv,
     wants_help,
+    within,
 )
 
 MEMORY_ADVICE = "lower batch_size, or take a smaller model"
@@ -79,7 +80,7 @@ class Config:
     chat: bool = False  # ask in the model's chat format, as *_it models expect
     score_bias: float = -1.0  # times log(n): bias on n templates, else they outweigh the prefix
     ape_temperature: float = 0.9  # ape: scores of templates are divided by it
-    ape_scale: float = 0.9  # ape: times log-sum-exp of the templates' scores, their attention
+    ape_scale: float = 0.9  # ape: ape_scale * ape_temperature multiplies the scores' log-sum-exp
     prior_weight: float = 1.0  # contrast: times log p without subject, subtracted
     ensemble_layer: int = -1  # layers from here on share hidden states; -1: the last quarter
     max_new_tokens: int = 10  # tokens of an answer
@@ -97,8 +98,10 @@ class Config:
         at_least(self, 0, "num_shots", "max_samples", "seed", "num_threads")
         at_least(self, 1, "max_new_tokens", "batch_size")
         at_least(self, -1, "num_manual", "num_auto", "ensemble_layer")
-        at_least(self, 0, "ape_scale", "prior_weight")
-        at_least(self, 0.01, "ape_temperature")
+        # Far larger numbers overflow.
+        within(self, -100, 100, "score_bias")
+        within(self, 0, 100, "ape_scale", "prior_weight")
+        within(self, 0.01, 100, "ape_temperature")
         any_template = self.num_manual != 0 or self.num_auto != 0
         require(any_template, "num_manual=0 and num_auto=0 leave no template", "num_manual")
         one_of(self, ("all", *METHODS), "method")
@@ -142,7 +145,7 @@ class Run:
     model: object
     tokenizer: object
     stop: object
-    prefixes: dict = field(default_factory=dict)  # relation -> keys and values, of the last one
+    prefixes: dict = field(default_factory=dict)  # token ids -> keys and values, of the last one
 
     def encode(self, text, starts_prompt=False):
         return loading.encode(self.tokenizer, text, self.model.config.vocab_size, starts_prompt)
@@ -176,11 +179,11 @@ class Run:
         return templates
 
     def prefix_kv(self, fact):
-        relation = fact["relation"]
-        if relation not in self.prefixes:
+        ids = tuple(self.prefix_ids(fact))
+        if ids not in self.prefixes:
             self.prefixes.clear()  # keep only the last one, to save memory
-            self.prefixes[relation] = fusion.prefill_prefix(self.model, self.prefix_ids(fact))
-        return self.prefixes[relation]
+            self.prefixes[ids] = fusion.prefill_prefix(self.model, ids)
+        return self.prefixes[ids]
 
     def make_question(self, prompted):
         n, texts = len(prompted.texts), prompted.texts
@@ -222,6 +225,8 @@ class Run:
             batch.meter.reset_cost()
             answers = METHODS[method].generate(batch)
             seconds, tokens = batch.meter.cost()
+            message = "this model's logits are not finite; check its files, or try --dtype float32"
+            require(answers.confidence.isfinite().all(), message, "model")
             confidences = answers.confidence.tolist()
             for prompted, text, confidence in zip(prompted_facts, answers.texts, confidences):
                 record = {
@@ -245,16 +250,16 @@ def check_same_end(tokens):
 
 def generate(config, world):
     """Answer what is not answered yet, and write the results of everything."""
-    asked, facts, examples = choose_facts(config)
+    asked, facts, pool, examples = choose_facts(config)
     folder = results.results_folder(config)
     with contextlib.ExitStack() as stack:
         with world.agree():
             if world.is_main:
                 stack.enter_context(only_writer(folder, "results there"))
-        generate_in(folder, config, world, asked, facts, examples)
+        generate_in(folder, config, world, asked, facts, pool, examples)
 
 
-def generate_in(folder, config, world, asked, facts, examples):
+def generate_in(folder, config, world, asked, facts, pool, examples):
     methods = chosen_methods(config)
     device, dtype, device_line = autodetect_device(config, world)
     key = None
@@ -298,7 +303,7 @@ def generate_in(folder, config, world, asked, facts, examples):
         answer_all(run, folder, open_facts, missing, key, world)
         world.print0(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
     if world.is_main:
-        results.write_results(config, folder, asked, facts, examples, key, methods, METHODS)
+        results.write_results(config, folder, asked, facts, pool, key, methods, METHODS)
 
 
 def answer_all(run, folder, facts, missing, key, world):

@@ -58,11 +58,15 @@ class CostMeter:
 
 
 class Answers(NamedTuple):
-    """Of one method. With one answer to each question, everything is (B,); or (B, n)."""
+    """Of one method. With one answer to each question, everything is (B,); or (B, n).
+
+    The confidence is the probability of a text that begins with what is scored of this one, its
+    first word or words: that of "New" includes that of "Newark".
+    """
 
     texts: list
-    confidence: torch.Tensor  # probability of what is scored of the text: its first word or words
-    weight: torch.Tensor | None = None  # probability of the whole text and its end
+    confidence: torch.Tensor
+    log_weight: torch.Tensor | None = None  # log probability of the whole text and its end
 
 
 class Batch:
@@ -116,7 +120,7 @@ class Batch:
             texts.append(text)
             # An empty text is as probable as its end.
             confidence.append(log_probs[r, : max(n_scored, 1)].sum().exp())
-        return Answers(texts, torch.stack(confidence), log_probs.sum(1).exp())
+        return Answers(texts, torch.stack(confidence), log_probs.sum(1))
 
     def scored_text(self, fact, ids):
         """-> text of an answer, the number of its first tokens that what is scored consists of"""

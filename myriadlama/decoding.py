@@ -165,7 +165,7 @@ def weighted_mean_logits(logits, weight):
     return (logits * weight.unsqueeze(-1)).sum(1)
 
 
-def most_confident_logits(logits, weight):
+def highest_weight_logits(logits, weight):
     """The logits of the template with the highest weight."""
     return logits[torch.arange(len(logits), device=logits.device), weight.argmax(1)]
 

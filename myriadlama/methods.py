@@ -1,7 +1,7 @@
 """The methods of flex_generate.py: how templates of a question become one answer.
 
 A method is a function: batch -> Answers, a text and its confidence for each question. The
-confidence is the probability that the method gives to what is scored of the text.
+confidence is the probability that the method gives to a text that begins with what is scored.
 
 Two methods from elsewhere are settings of `flex`, in which each template attends to the shared
 prefix and to itself, and the answer to everything:
@@ -14,6 +14,7 @@ prefix and to itself, and the answer to everything:
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,12 +40,21 @@ def separate_answers(batch):
     """Answer each template alone -> Answers (B, n)."""
 
     def compute():
-        texts, confidence, weight = batch.decode(separate_cache(batch))
+        texts, confidence, log_weight = batch.decode(separate_cache(batch))
         n = batch.n
         texts = [texts[i : i + n] for i in range(0, len(texts), n)]
-        return Answers(texts, confidence.view(-1, n), weight.view(-1, n))
+        return Answers(texts, confidence.view(-1, n), log_weight.view(-1, n))
 
     return batch.meter.shared("separate_answers", compute)
+
+
+def relative_weights(batch):
+    """The weights of the templates (B, n), divided by the highest one of their question.
+
+    The probability of a long answer is too small for float32.
+    """
+    log_weight = separate_answers(batch).log_weight
+    return (log_weight - log_weight.amax(1, keepdim=True)).exp()
 
 
 def decode_together(batch, cache, n, combine, weight=None):
@@ -77,7 +87,7 @@ def count_votes(batch, weights):
             first_text.setdefault(answer, text)
         winner = max(votes, key=votes.get)
         winners.append(first_text[winner])
-        shares.append(votes[winner] / max(sum(votes.values()), 1e-30))
+        shares.append(votes[winner] / sum(votes.values()))
     return Answers(winners, torch.tensor(shares, dtype=torch.float64))
 
 
@@ -148,7 +158,7 @@ def vote(batch):
 
 def weighted_vote(batch):
     """The answer with the highest sum of weights."""
-    return count_votes(batch, separate_answers(batch).weight)
+    return count_votes(batch, relative_weights(batch))
 
 
 # ---- logits --------------------------------------------------------------------------------------
@@ -167,11 +177,11 @@ def maximum(batch):
 
 
 def weighted_average(batch):
-    return decode_ensemble(batch, decoding.weighted_mean_logits, separate_answers(batch).weight)
+    return decode_ensemble(batch, decoding.weighted_mean_logits, relative_weights(batch))
 
 
 def weighted_maximum(batch):
-    return decode_ensemble(batch, decoding.most_confident_logits, separate_answers(batch).weight)
+    return decode_ensemble(batch, decoding.highest_weight_logits, relative_weights(batch))
 
 
 def contrast(batch):
@@ -212,15 +222,15 @@ def ffn_activation_max(batch):
 
 
 def flex(batch):
-    """All templates in one cache, each attending only to itself."""
+    """All templates in one cache, each attending only to itself. flex_myriadlama is the same."""
     return decode_scheme(batch, "isolated")
 
 
 def flex_adaptive(batch):
     """The half of the templates with the highest weight, in one cache."""
     m = (batch.n + 1) // 2
-    best = separate_answers(batch).weight.topk(m, dim=1).indices.sort(dim=1).values.tolist()
-    return batch.decode(fused_cache(batch, best, batch.score_bias(m)))
+    best = separate_answers(batch).log_weight.topk(m, dim=1).indices.sort(dim=1).values
+    return batch.decode(fused_cache(batch, best.tolist(), batch.score_bias(m)))
 
 
 def flex_weighted(batch):
@@ -228,9 +238,9 @@ def flex_weighted(batch):
 
     The factors of a question have mean 1.
     """
-    weight = separate_answers(batch).weight
-    factors = weight / weight.mean(1, keepdim=True)
-    bias = factors.log().clamp(min=-30).numpy(force=True) + batch.score_bias(batch.n)
+    log_weight = separate_answers(batch).log_weight
+    log_mean = log_weight.logsumexp(1, keepdim=True) - math.log(batch.n)
+    bias = (log_weight - log_mean).numpy(force=True) + batch.score_bias(batch.n)
     return batch.decode(fused_cache(batch, bias=bias))
 
 
@@ -244,7 +254,7 @@ def ape(batch):
 
 
 def hybrid(batch):
-    """Average the fused prompt's log probabilities with those of the single prompts."""
+    """Average the fused prompt's log probabilities with the mean of the single prompts'."""
     rows, kv = batch.encode_separately()
     n, members, next_pos, bias = batch.n, [], [], []
     for first in range(0, len(rows), n):
@@ -257,7 +267,7 @@ def hybrid(batch):
 
     def combine(logits, weight):
         log_probs = logits.log_softmax(-1)  # (B, n + 1, V)
-        return log_probs[:, :n].mean(1) + log_probs[:, n]
+        return (log_probs[:, :n].mean(1) + log_probs[:, n]) / 2
 
     cache = fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias)
     return decode_together(batch, cache, n + 1, combine)
@@ -268,13 +278,8 @@ def flex_full(batch):
     return decode_scheme(batch, "full")
 
 
-def flex_myriadlama(batch):
-    """Manual and automatic templates in one cache, each attending only to itself."""
-    return decode_scheme(batch, "isolated")
-
-
 def flex_myriadlama_xattn(batch):
-    """The same, with cross attention between manual templates (allow_manual_cross_attention)."""
+    """As flex, but manual templates attend to manual ones before them."""
     return decode_scheme(batch, "manual_cross")
 
 
@@ -285,7 +290,7 @@ class Method(NamedTuple):
     generate: object  # batch -> Answers
     templates: str  # how many it uses for an answer: one, half, all
     fused_by: str
-    settings: tuple = ()  # those that other methods do not have
+    settings: tuple = ()  # those that it uses and some other method does not
 
 
 ATTENTION = ("score_bias",)
@@ -313,7 +318,7 @@ METHODS = {
     "hybrid": Method(hybrid, "all", "attention and logits", ATTENTION),
     "flex_full": Method(flex_full, "all", "attention, all see all before", ONE_PROMPT),
     "flex_myriadlama": Method(
-        flex_myriadlama, "all", "attention", (*ONE_PROMPT, "allow_manual_cross_attention")
+        flex, "all", "attention", (*ONE_PROMPT, "allow_manual_cross_attention")
     ),
     "flex_myriadlama_xattn": Method(
         flex_myriadlama_xattn, "all", "attention, manual see manual", ONE_PROMPT

@@ -4,11 +4,13 @@ Zhao et al. 2024, arXiv 2406.12277. All are computed from answers and confidence
 no model is needed. Letters: B questions, n templates of a question.
 
 >>> right, wrong, paris, rome = True, False, ("paris",), ("rome",)
->>> metrics = compare_templates([[right, wrong], [right, wrong]], [[paris, rome], [rome, rome]])
->>> metrics["best"]["value"], metrics["worst"]["value"], metrics["oracle"]["value"]
-(1.0, 0.0, 1.0)
->>> metrics["range"], metrics["consistency"]["value"]
-(1.0, 0.5)
+>>> correct = [[right, wrong, wrong], [wrong, right, wrong], [right, wrong, wrong]]
+>>> answers = [[paris, rome, rome], [rome, paris, rome], [rome, paris, paris]]
+>>> metrics = compare_templates(correct, answers)
+>>> metrics["oracle"]["value"], round(metrics["best"]["value"], 2), metrics["worst"]["value"]
+(1.0, 0.67, 0.0)
+>>> round(metrics["range"], 2), round(metrics["consistency"]["value"], 2)
+(0.67, 0.33)
 """
 
 from collections import Counter
@@ -39,8 +41,8 @@ def agreement(answers):
 def compare_templates(correct, answers):
     """Each template asked alone: correct (B lists of n bool), answers (B lists of n).
 
-    - best, worst: accuracy of the number of a template with the highest and the lowest one; they
-      are found on the questions they are measured on
+    - best, worst: the template numbers with the highest and the lowest accuracy, and that accuracy.
+      They are chosen on these questions, so best is too high and worst too low.
     - oracle: questions with at least one correct template
     - fluctuation: range and sample standard deviation of the accuracies of the numbers
     - consistency: mean over questions of the pairs of templates with equal answers

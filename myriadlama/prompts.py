@@ -211,18 +211,13 @@ def strip_punctuation(words):
     return words[inner[0] : inner[-1] + 1] if inner else words
 
 
-def majority_baseline(examples, facts):
+def majority_baseline(pool, facts):
     """For each fact: is the most frequent answer of the other facts of its relation correct?
 
-    This needs no model. examples: {relation: facts}.
+    This needs no model. pool: the facts that examples are taken from; none of them is in `facts`.
     """
-    # An example counts once, even if several relations show it. Its uuid does not identify it: two
-    # files may number their rows alike.
-    known = {id(fact): fact for fact in facts}
-    for group in examples.values():
-        known.update((id(fact), fact) for fact in group)
     counts = {}
-    for fact in known.values():
+    for fact in [*pool, *facts]:
         counts.setdefault(fact["relation"], Counter())[fact["answers"][0]] += 1
     correct = []
     for fact in facts:

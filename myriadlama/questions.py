@@ -9,7 +9,7 @@ from nanorecall.settings import require
 
 
 def choose_facts(config):
-    """-> facts to ask, those to ask without max_samples, {relation: facts to show as examples}
+    """-> facts to ask, those to ask without max_samples, pool, {relation: examples out of the pool}
 
     Examples are facts of shots_path that are not asked, or without it some of each relation, which
     are then not asked. shots says which of them a question gets: those of its own relation, or,
@@ -37,7 +37,7 @@ def choose_facts(config):
     asked = facts
     if 0 < config.max_samples < len(facts):
         asked = spread_over_relations(facts, config.max_samples, rng)
-    return asked, facts, examples
+    return asked, facts, pool, examples
 
 
 def spread_over_relations(facts, n, rng):

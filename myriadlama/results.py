@@ -179,12 +179,12 @@ def is_record(line):
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def write_results(config, folder, asked, facts, examples, key, chosen, methods):
+def write_results(config, folder, asked, facts, pool, key, chosen, methods):
     """Write a feather file for each chosen method, and a table of all methods with these templates.
 
     methods: {name: Method}, in the order of the table. The table is of the facts asked; a file
-    has all answers, so that a run of a few questions does not shorten it. examples: {relation:
-    facts}.
+    has all answers, so that a run of a few questions does not shorten it. pool: facts that examples
+    are taken from.
     """
     templates = templates_label(config)
     fact_of = {fact["uuid"]: fact for fact in facts}
@@ -202,7 +202,7 @@ def write_results(config, folder, asked, facts, examples, key, chosen, methods):
         if len(records) == len(asked):
             columns[name] = to_columns(records, fact_of)
             summaries[name] = summarize(method, records, columns[name])
-    correct = prompts.majority_baseline(examples, asked)
+    correct = prompts.majority_baseline(pool, asked)
     baseline = proportion(sum(correct), len(correct))
     add_p_values(summaries, columns)
     alone = records_of(latest, "per_prompt", asked)
@@ -289,6 +289,7 @@ def compare_templates(records, fact_of):
         correct.append([prompts.is_correct(text, record["answers"]) for text in predictions])
         answers.append([prompts.scored_words(fact, text) for text in texts])
     if min(map(len, answers)) < 2:
+        say("a question has one template only, so templates are not compared with each other")
         return None
     return metrics.compare_templates(correct, answers)
 

@@ -184,9 +184,13 @@ def calibration(confidence, correct, example):
 
 
 def format_ci(cell):
-    """{"value", "ci95", "n"} -> n, and value and interval as text."""
+    """{"value", "ci95", "n"} -> n, and value and interval as text.
+
+    The interval of one measurement is infinite, and its text empty.
+    """
     low, high = cell["ci95"]
-    return cell["n"], f"{cell['value']:.4f}", f"{low:.4f} - {high:.4f}"
+    interval = "" if math.isinf(low) else f"{low:.4f} - {high:.4f}"
+    return cell["n"], f"{cell['value']:.4f}", interval
 
 
 # ---- significance tests --------------------------------------------------------------------------

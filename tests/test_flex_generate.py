@@ -130,6 +130,10 @@ def test_metrics_of_templates_by_hand():
     assert table["worst"]["value"] == 0.25 and table["range"] == 0.5
     assert table["std"] == pytest.approx(0.5 / 2**0.5)
     assert table["consistency"]["value"] == pytest.approx((0 + 1 + 0 + 1 / 3) / 4)
+    # Each template knows another question.
+    table = metrics.compare_templates([[True, False], [False, True], [False, False]], ["ab"] * 3)
+    assert table["oracle"]["value"] == pytest.approx(2 / 3)
+    assert table["best"]["value"] == table["worst"]["value"] == pytest.approx(1 / 3)
     assert metrics.agreement("aabb") == pytest.approx(2 / 6)
 
 
@@ -146,7 +150,7 @@ def test_overconfidence_by_hand():
 
 
 def test_the_table_of_a_run_is_that_of_its_answers(tiny_llamas, tmp_path):
-    """An answer of the first template to the first question is made the correct one."""
+    """Two answers to one question and one to another one are made correct ones."""
     args = command_line(tiny_llamas, tmp_path, "--method=per_prompt")
     flex.main(args)
     folder = tmp_path / "out" / "plain"
@@ -155,19 +159,58 @@ def test_the_table_of_a_run_is_that_of_its_answers(tiny_llamas, tmp_path):
     for text in filter(None, progress.read_text().splitlines()):
         line = json.loads(text)
         if "uuid" in line:
-            words = ["q w", "Q.", "z q", "q"] if line["uuid"] == "u4" else ["z"] * 4
-            line |= {"generation": words, "confidence": [0.9, 0.8, 0.1, 0.4]}
+            words = {"u4": ["q w", "Q.", "z q", "z"], "u5": ["z", "z", "z", "q"]}
+            texts = words.get(line["uuid"], ["z"] * 4)
+            line |= {"generation": texts, "confidence": [0.9, 0.8, 0.1, 0.4]}
         records.append(line)
     write_jsonl(progress, records)
     flex.main(args)
     table = json.loads((folder / "table_all_a5.json").read_text())
     n = table["templates"]["oracle"]["n"]
-    assert table["templates"]["best"]["value"] == table["templates"]["oracle"]["value"] == 1 / n
+    assert table["templates"]["oracle"]["value"] == 2 / n
+    assert table["templates"]["best"]["value"] == 1 / n
     assert table["templates"]["worst"]["template"] == 3
-    assert table["templates"]["consistency"]["value"] == pytest.approx((n - 1 + 0.5) / n)
+    assert table["templates"]["consistency"]["value"] == pytest.approx((n - 2 + 1 / 3 + 1 / 2) / n)
     expected = 0.55 - 3 / (4 * n)
     over = table["metrics"]["per_prompt"]["overconfidence"]["value"]
     assert over == pytest.approx(expected)
+
+
+def test_one_question_has_no_interval(tiny_llamas, tmp_path, capsys):
+    flex.main(command_line(tiny_llamas, tmp_path, "--method=per_prompt", "--max_samples=1"))
+    printed = capsys.readouterr().out
+    assert "minus accuracy" in printed and "inf" not in printed
+
+
+def test_templates_that_cannot_be_compared_are_said_to_be(args, capsys):
+    flex.main([*args, "--method=per_prompt", "--num_auto=0"])
+    assert "a question has one template only, so templates are not" in capsys.readouterr().out
+
+
+def test_mixed_shots_are_encoded_once(tiny_llamas, tmp_path, monkeypatch):
+    """For both relations."""
+    encode, n_tokens = flex.fusion.prefill_prefix, []
+
+    def note_tokens(model, ids):
+        n_tokens.append(len(ids))
+        return encode(model, ids)
+
+    monkeypatch.setattr(flex.fusion, "prefill_prefix", note_tokens)
+    flex.main(command_line(tiny_llamas, tmp_path, "--method=origin", "--shots=mixed"))
+    assert len(n_tokens) == 1
+
+
+def test_long_answers_of_every_method_are_kept(tiny_llamas, tmp_path):
+    """Their probability is 0 in float32."""
+    flex.main(command_line(tiny_llamas, tmp_path, "--method=all", "--max_new_tokens=80"))
+    table = json.loads((tmp_path / "out" / "plain" / "table_all_a5.json").read_text())
+    assert set(flex.METHODS) < set(table["metrics"])
+
+
+def test_a_model_that_computes_no_numbers_is_refused(args, plain_llama):
+    change_weights(plain_llama, lambda weights: weights[Q_PROJ].mul_(np.nan))
+    with pytest.raises(ConfigError, match="logits are not finite; check its files, or try --dtype"):
+        flex.main(args)
 
 
 def test_lemmas_are_added_to_the_tables(tiny_llamas, tmp_path, monkeypatch):
@@ -309,7 +352,10 @@ def test_the_mask_draws_itself(tmp_path, capsys):
             ["--method=layer_output_avg", "--ensemble_layer=2"],
             "ensemble_layer=2, but the layers are 0 to 1",
         ),
-        (["--method=ape", "--ape_temperature=0"], "ape_temperature=0.0 must be at least 0.01"),
+        (["--method=ape", "--ape_temperature=0"], "temperature=0.0 must be between 0.01 and 100"),
+        (["--method=ape", "--ape_scale=1e39"], "ape_scale=1e[+]39 must be between 0 and 100"),
+        (["--method=flex", "--score_bias=1e39"], "score_bias=1e[+]39 must be between -100 and 100"),
+        (["--method=contrast", "--prior_weight=1e39"], "prior_weight=1e[+]39 must be between 0"),
         (["--method=flex", "--allow_manual_cross_attention"], "has no effect: method is flex"),
         (["--method=all", "--allow_manual_cross_attention"], "method all compares both"),
     ],

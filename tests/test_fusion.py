@@ -223,16 +223,16 @@ def test_rows_that_end_early_change_nothing(n):
 
 def test_ensembles_by_hand():
     logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 2.0, 1.5]]])
-    confidence = torch.tensor([[0.2, 0.6]])
+    weight = torch.tensor([[0.2, 0.6]])
     assert decoding.mean_logits(logits, None).tolist() == [[1.0, 1.0, 1.25]]
     probabilities = logits.softmax(-1)
     largest = decoding.max_probability(logits, None).exp()
     torch.testing.assert_close(largest, probabilities.max(1).values)
     mean = decoding.mean_probability(logits, None).softmax(-1)
     torch.testing.assert_close(mean, probabilities.mean(1))
-    weighted = decoding.weighted_mean_logits(logits, confidence)
+    weighted = decoding.weighted_mean_logits(logits, weight)
     torch.testing.assert_close(weighted, torch.tensor([[0.5, 1.5, 1.375]]))
-    assert decoding.most_confident_logits(logits, confidence).tolist() == [[0.0, 2.0, 1.5]]
+    assert decoding.highest_weight_logits(logits, weight).tolist() == [[0.0, 2.0, 1.5]]
     choose = decoding.argmax_grouped(2, decoding.mean_logits)
     assert choose(logits.flatten(0, 1))[0].tolist() == [2, 2]
 

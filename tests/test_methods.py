@@ -116,16 +116,14 @@ def test_answers_of_a_vote_are_equal_regardless_of_case_and_marks():
 
 # ---- logits --------------------------------------------------------------------------------------
 
-# p (n, V) after each template, confidence (n,), p after each prior (n, V) -> (V,)
+# p (n, V) after each template, weight (n,), p after each prior (n, V) -> (V,)
 COMBINE = {
-    "avg": lambda p, confidence, prior: p.prod(0) ** (1 / len(p)),
-    "mixture": lambda p, confidence, prior: p.mean(0),
-    "max": lambda p, confidence, prior: p.max(0),
-    "weighted_avg": lambda p, confidence, prior: np.exp(
-        (confidence / confidence.sum()) @ np.log(p)
-    ),
-    "weighted_max": lambda p, confidence, prior: p[confidence.argmax()],
-    "contrast": lambda p, confidence, prior: naive_contrast(p, prior),
+    "avg": lambda p, weight, prior: p.prod(0) ** (1 / len(p)),
+    "mixture": lambda p, weight, prior: p.mean(0),
+    "max": lambda p, weight, prior: p.max(0),
+    "weighted_avg": lambda p, weight, prior: np.exp((weight / weight.sum()) @ np.log(p)),
+    "weighted_max": lambda p, weight, prior: p[weight.argmax()],
+    "contrast": lambda p, weight, prior: naive_contrast(p, prior),
 }
 
 
@@ -159,6 +157,26 @@ def test_combined_logits_against_probabilities(method):
             steps.append(score.max() / score.sum())
         assert texts[i] == text_of(tokens)
         assert got[i].item() == pytest.approx(np.prod(steps[: 1 + i % 2]), rel=1e-3)
+
+
+WEIGHTED = ["weighted_vote", "weighted_avg", "weighted_max", "flex_adaptive", "flex_weighted"]
+
+
+@pytest.mark.parametrize("method", WEIGHTED)
+def test_weights_too_small_for_float32_count_as_all_others(method, monkeypatch):
+    """Only ratios of weights count. exp(-200) is 0 in float32, as for a long answer."""
+    model, alone = random_llama(), methods.separate_answers
+    _, batch = random_batch(model, 6, n_questions=8)
+    texts, confidence, _ = methods.METHODS[method].generate(batch)
+
+    def less_probable(batch):
+        answers = alone(batch)
+        return answers._replace(log_weight=answers.log_weight - 200)
+
+    monkeypatch.setattr(methods, "separate_answers", less_probable)
+    got_texts, got, _ = methods.METHODS[method].generate(batch)
+    assert got_texts == texts
+    torch.testing.assert_close(got, confidence, rtol=1e-3, atol=0)
 
 
 # ---- hidden states -------------------------------------------------------------------------------
@@ -224,10 +242,10 @@ def test_fused_layers_without_a_cache(method, first_layer):
 
 def test_the_last_quarter_of_the_layers_is_fused_by_default():
     confidences = []
-    for first_layer in (-1, 1, 0):
-        _, batch = random_batch(random_llama(), 7, ensemble_layer=first_layer)
+    for first_layer in (-1, 3, 2):
+        _, batch = random_batch(random_llama(n_layers=4), 7, ensemble_layer=first_layer)
         confidences.append(methods.layer_output_avg(batch)[1])
-    assert torch.equal(confidences[0], confidences[1])  # 1 of the layers 0 and 1
+    assert torch.equal(confidences[0], confidences[1])  # 3 of the layers 0 to 3
     assert not torch.allclose(confidences[0], confidences[2], rtol=0.01)
 
 
@@ -289,34 +307,35 @@ def test_ape_without_its_two_numbers_is_flex_without_bias():
     torch.testing.assert_close(confidence, plain_confidence, rtol=1e-3, atol=0)
 
 
-def test_hybrid_adds_the_fused_prompt_to_the_single_ones():
-    """The first token, without a cache."""
+def test_hybrid_averages_the_fused_prompt_and_the_single_ones():
+    """The first token and its probability, without a cache."""
     model, rng = random_llama(), np.random.default_rng(0)
     prefix = random_ids(rng, 7)
     questions = [random_question(rng, n=3) for _ in range(4)]
     forward = our_forward(model)
-    texts = methods.hybrid(batch_of(model, questions, prefix, 2)).texts
+    texts, confidence, _ = methods.hybrid(batch_of(model, questions, prefix, 1))
 
     def log_probabilities(question, bias=0.0):
         _, logits = naive_decode(forward, prefix, question, "isolated", "restart", bias)
         return logits.log_softmax(-1)
 
-    for q, text in zip(questions, texts):
+    for q, text, got in zip(questions, texts, confidence):
         single = []
         for ids in q.templates:
             alone = fusion.Question([ids], q.is_manual[:1], q.answer_start, q.separator)
             single.append(log_probabilities(alone))
         fused = log_probabilities(q, bias=-np.log(3))
-        expected = torch.stack(single).mean(0) + fused
-        assert text.split()[0] == str(int(expected.argmax()))
+        expected = ((torch.stack(single).mean(0) + fused) / 2).softmax(-1)
+        assert text == str(int(expected.argmax()))
+        assert got.item() == pytest.approx(expected.max().item(), rel=1e-4)
 
 
-def test_adaptive_takes_the_templates_with_the_highest_confidence():
+def test_adaptive_takes_the_templates_with_the_highest_weight():
     model, rng = random_llama(), np.random.default_rng(1)
     prefix, q = random_ids(rng, 7), random_question(rng)
     batch = batch_of(model, [q], prefix, 3)
     (text,) = methods.flex_adaptive(batch).texts
-    best = methods.separate_answers(batch).weight[0].topk(2).indices.sort().values.tolist()
+    best = methods.separate_answers(batch).log_weight[0].topk(2).indices.sort().values.tolist()
     templates = [q.templates[i] for i in best]
     half = fusion.Question(templates, q.is_manual[:2], q.answer_start, q.separator)
     bias = -np.log(2)
@@ -325,7 +344,7 @@ def test_adaptive_takes_the_templates_with_the_highest_confidence():
 
 
 def test_weighted_attention_by_hand(monkeypatch):
-    """Attention to a template is multiplied by its confidence; equal confidences change nothing."""
+    """Attention to a template is multiplied by its weight; equal weights change nothing."""
     model, rng = random_llama(), np.random.default_rng(2)
     q = random_question(rng, n=3)
     batch = batch_of(model, [q], random_ids(rng, 7))
@@ -336,8 +355,8 @@ def test_weighted_attention_by_hand(monkeypatch):
         return Answers([], None)
 
     batch.decode = note_bias
-    for confidence in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
-        answers = Answers([], None, torch.tensor([confidence]))
+    for weight in ([0.2, 0.3, 0.1], [0.4, 0.4, 0.4]):
+        answers = Answers([], None, torch.tensor([weight]).log())
         monkeypatch.setattr(methods, "separate_answers", lambda batch, answers=answers: answers)
         methods.flex_weighted(batch)
     weighted, even = biases
@@ -389,7 +408,7 @@ def test_the_confidence_is_that_of_what_is_scored(monkeypatch):
         return torch.tensor(rows), torch.tensor(p).log()
 
     monkeypatch.setattr(decoding, "greedy_decode", decode)
-    texts, confidence, weight = batch.decode(None)
+    texts, confidence, log_weight = batch.decode(None)
     assert texts == ["ab c", "ab c", "a cb", ""]
     torch.testing.assert_close(confidence, torch.tensor([0.2, 0.012, 0.5, 0.6]))
-    torch.testing.assert_close(weight, torch.tensor([0.012, 0.012, 0.012, 0.6]))
+    torch.testing.assert_close(log_weight.exp(), torch.tensor([0.012, 0.012, 0.012, 0.6]))

@@ -244,10 +244,12 @@ def test_mixed_shots_are_the_same_for_all_and_ask_the_same_questions(tmp_path, h
     settings = {"path": write("asked.jsonl", "abcde", 8), "num_shots": 3, "max_samples": 9}
     if has_pool:
         settings["shots_path"] = write("pool.jsonl", "fgab", 4)
-    asked, _, own = questions.choose_facts(flex_generate.Config(**settings))
+    asked, _, pool, own = questions.choose_facts(flex_generate.Config(**settings))
     config = flex_generate.Config(**settings, shots="mixed")
-    mixed_asked, _, mixed = questions.choose_facts(config)
+    mixed_asked, _, mixed_pool, mixed = questions.choose_facts(config)
     assert mixed_asked == asked and list(mixed) == list(own)
+    # The majority of a relation is counted in the same facts.
+    assert mixed_pool == pool and len(pool) == (16 if has_pool else 15)
     shots = mixed["a"]
     assert all(examples == shots for examples in mixed.values())
     assert len({shot["subject"] for shot in shots}) == 3
@@ -255,7 +257,7 @@ def test_mixed_shots_are_the_same_for_all_and_ask_the_same_questions(tmp_path, h
     relations, most = set(), 0
     for seed in range(20):
         config = flex_generate.Config(**settings, shots="mixed", seed=seed)
-        drawn = {shot["relation"] for shot in questions.choose_facts(config)[2]["a"]}
+        drawn = {shot["relation"] for shot in questions.choose_facts(config)[3]["a"]}
         relations |= drawn
         most = max(most, len(drawn))
     assert relations == set("fgab" if has_pool else "abcde") and most == 3
@@ -337,22 +339,25 @@ def facts_of(answers):
 
 
 def test_the_majority_is_the_most_frequent_answer():
-    assert prompts.majority_baseline({}, facts_of("xxy")) == [True, True, False]
+    assert prompts.majority_baseline([], facts_of("xxy")) == [True, True, False]
 
 
-def test_a_shot_of_several_relations_is_one_fact():
-    """So "y" is no more frequent than "x"."""
-    shot = {"uuid": 9, "relation": "r", "answers": ["y"]}
-    shots = {"r": [shot], "s": [shot], "t": [shot]}
-    assert prompts.majority_baseline(shots, facts_of("xx")) == [True, True]
+def test_the_majority_of_a_pool():
+    """Of the two facts of the relation."""
+    others = [{"uuid": i, "relation": "s", "answers": ["x"]} for i in range(3)]
+    assert prompts.majority_baseline([*facts_of("yy"), *others], facts_of("xxy")) == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_question_has_no_vote_in_its_majority():
     """Of two facts with different answers, each one's only other fact answers otherwise."""
-    assert prompts.majority_baseline({}, facts_of("xy")) == [False, False]
-    assert prompts.majority_baseline({}, facts_of("xyx")) == [True, False, True]
+    assert prompts.majority_baseline([], facts_of("xy")) == [False, False]
+    assert prompts.majority_baseline([], facts_of("xyx")) == [True, False, True]
     alone = {"uuid": 9, "relation": "s", "answers": ["x"]}
-    assert prompts.majority_baseline({}, [*facts_of("xyx"), alone])[3] is False
+    assert prompts.majority_baseline([], [*facts_of("xyx"), alone])[3] is False
 
 
 def test_the_majority_of_two_files_that_number_their_rows():
@@ -362,5 +367,5 @@ def test_the_majority_of_two_files_that_number_their_rows():
         return {"uuid": uuid, "relation": "", "subject": "", "answers": [answer]}
 
     facts = [numbered("0", "New York"), numbered("1", "x")]
-    shots = {"": [numbered("0", "New York")]}
-    assert prompts.majority_baseline(shots, facts) == [True, False]
+    pool = [numbered("0", "New York")]
+    assert prompts.majority_baseline(pool, facts) == [True, False]

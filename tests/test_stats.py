@@ -127,6 +127,7 @@ def test_the_mean_by_hand():
     cell = stats.mean_ci([1, 3])
     assert cell == {"value": 2, "ci95": pytest.approx([2 - 1.959964, 2 + 1.959964]), "n": 2}
     assert stats.mean_ci([5.0])["ci95"] == [-np.inf, np.inf]
+    assert stats.format_ci(stats.mean_ci([5.0])) == (1, "5.0000", "")
 
 
 @pytest.mark.parametrize("correct, n", [([1, 1, 0, 0, 1, 0], 3), ([1, 0, 0, 1, 1, 0], 6)])

@@ -15,13 +15,13 @@ from myriadlama import decoding, fusion, gguf_files, llama, loading
 V = 61  # vocabulary of random_llama
 
 
-def random_llama():
+def random_llama(n_layers=2):
     """A Llama without files."""
     torch.manual_seed(0)
     config = llama.Config(
         vocab_size=V,
         dim=32,
-        n_layers=2,
+        n_layers=n_layers,
         n_heads=4,
         n_kv_heads=2,
         head_dim=8,
