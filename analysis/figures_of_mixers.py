@@ -31,7 +31,7 @@ MEMORIES = {
     "delta": Mixer("--chunk_size 32", (64, 64, 63, 63), "--allow_neg_eigval 1"),
     "gated_delta": Mixer("--chunk_size 32", (63, 63, 63, 61), "--allow_neg_eigval 1"),
     "kda": Mixer("--chunk_size 16", (57, 57, 57, 56), "--allow_neg_eigval 1"),
-    "delta_product": Mixer("--chunk_size 16", (), "--allow_neg_eigval 1"),
+    "delta_product": Mixer("--chunk_size 16", (), "--allow_neg_eigval 1"),  # 2 steps a token
     "ttt_linear": Mixer("--inner_lr 0.2", (57, 66, 71, 73), product=80),
 }
 RECALLING = [name for name, mixer in MEMORIES.items() if mixer.widths]
@@ -54,12 +54,13 @@ def attention_args(kv_heads, window):
 
 
 def tracking_model(name):
-    """One layer of width 32 with an MLP."""
+    """One layer of width 32 with an MLP. A token says all that its step needs: no convolution."""
     model_args = ATTENTION
     if name != "attention":
         mixer = MEMORIES[name]
-        model_args = f"--model {name} {mixer.args} {mixer.tracking} --init_std 1.0"
-    return f"{model_args} --n_layers 1 --dim 32 --n_heads 2 --dk 16 --dv 16 --use_ffn 1"
+        model_args = f"--model {name} {NO_FEATURE_MAP} {mixer.args} {mixer.tracking}"
+    model_args += " --init_std 1.0 --conv_size 0 --v_kernel none"
+    return f"{model_args} --n_layers 1 --dim 32 --n_heads 4 --dk 8 --dv 8 --use_ffn 1"
 
 
 # ---- state: first each learning rate with one seed, then the best one with all -------------------
@@ -73,7 +74,11 @@ SIZES = {
 }
 CURRICULUM = ((2, 80), (8, 40), (32, 40))  # (pairs, steps at most), then those of the task
 UPDATES = "keys stored again"
-TASKS = {"parity": "--task parity", "S3": "--task s3 --elements swaps"}
+TASKS = {
+    "parity": "--task parity",
+    "S3, swaps": "--task s3 --elements swaps",
+    "S3": "--task s3 --elements all",
+}
 
 
 def state_points():
