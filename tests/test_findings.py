@@ -72,7 +72,8 @@ def test_the_first_editor_stands_beside_the_best_of_the_others():
     results = []
     for method, kept in (("a", 0.7), ("b", 0.2), ("c", 0.9)):
         for edits in (1, 10):
-            cell = {"efficacy": {"value": 1.0}, "specificity": {"value": kept}, "seconds": 1.0}
+            cell = {"efficacy": {"value": 1.0}, "specificity": {"value": kept}}
+            cell |= {"probability": 0.5, "seconds": 1.0}
             results.append({"method": method, "edits": edits, **cell})
     first, second = edit_comparison.describe_editors(results)
     assert first.startswith("10 facts edited together, a: 100% of them") and "70%" in first

@@ -174,7 +174,7 @@ def test_a_finished_run_is_measured_without_the_synthetic_data(tmp_path, stored)
     [
         (
             {"synthetic_dataset": None},
-            "synthetic_start_step=2 has no effect: there is no synthetic_dataset",
+            "synthetic_start_step=2, .*weight=0.5 have no effect: there is no synthetic_dataset",
         ),
         ({"synthetic_end_step": 2}, "synthetic_end_step=2 must be above synthetic_start_step=2"),
         ({"synthetic_weight": 1.5}, "synthetic_weight=1.5"),
