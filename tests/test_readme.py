@@ -144,7 +144,7 @@ def workplace(tmp_path_factory):
         train.main([*FACTS, "--max_steps=1", "--run_name=RUN"])
         for name in RUNS[1:]:
             shutil.copytree("runs/RUN", f"runs/{name}")
-        for name in ("edited", "MQAR"):
+        for name in ("edited", "MQAR", "reader"):
             shutil.copytree("runs/RUN", f"runs/{name}")
         data_mqar.main(MQAR_DATA.split())
         data_synth.main("qa --num_pairs 80 --output_dir synthetic_qa_data_10K".split())
@@ -181,6 +181,7 @@ def trained_workplace(workplace):
         for number, name in enumerate(RUNS):
             train.main([*FACTS, f"--run_name={name}", f"--lr={(10 + number) / 1000}"])
         train.main([*MQAR, "--run_name=MQAR"])
+        train.main([*FACTS, "--context_docs=10", "--lr=1e-2", "--run_name=reader"])
         for name in ("A", "B"):
             evaluate.main([f"runs/{name}"])
         for name in ("keys", "swap", "swap-matrix"):  # other commands read their results
@@ -218,6 +219,8 @@ def shorten_facts(argv, name):
 def shorten_evaluation(argv, name):
     if "--facts" in argv:
         return [*argv, "--add=1", f"--save_as={name}"]
+    if "consolidate" in argv:
+        return [*argv, "--n_edits=[1,2]"]
     if "edit" not in argv or "--undo" in argv:
         return argv
     if "--portions" in argv:
