@@ -70,7 +70,13 @@ class Config:
 # parts: what draw needs of a result (see shown_results). choose({point: [result of each seed]}) ->
 # the points to draw, if they follow from the results of others.
 Figure = namedtuple("Figure", "points draw parts summary choose", defaults=[None])
-IN_EDIT = ("result.metrics.edits", "result.metrics.stored", "result.by_slice.method, edits")
+OF_EDITS = "result.by_slice.method, edits.*"
+IN_EDIT = (
+    "result.metrics.edits",
+    "result.metrics.stored.*.value",
+    f"{OF_EDITS}.method",
+    *(f"{OF_EDITS}.{metric}.value" for metric in (*weights.EDIT_METRICS, "retained")),
+)
 FIGURES = {
     "lr": Figure(
         context.lr_points,

@@ -233,16 +233,27 @@ def shown_results(results, parts, seeds):
 
 
 def pick_parts(result, parts):
-    """{"a": {"b": 1, "c": 2}}, ["a.b"] -> {"a": {"b": 1}}; parts that it lacks are left out."""
+    """{"a": {"b": 1, "c": 2}}, ["a.b"] -> {"a": {"b": 1}}; parts that it lacks are left out.
+
+    A "*" in a path stands for every name: "slices.query.*.value".
+    """
     picked = {}
     for path in parts:
-        *outer, last = path.split(".")
-        source, target = result, picked
-        for name in outer:
-            source, target = source.get(name, {}), target.setdefault(name, {})
-        if last in source:
-            target[last] = source[last]
+        copy_part(result, picked, path.split("."))
     return picked
+
+
+def copy_part(source, target, path):
+    """Copy what lies at path, a list of names, from one nested dict to the other."""
+    first, *rest = path
+    names = list(source) if first == "*" else [first]
+    for name in names:
+        if name not in source:
+            continue
+        if rest:
+            copy_part(source[name], target.setdefault(name, {}), rest)
+        else:
+            target[name] = source[name]
 
 
 def read_shown(path):

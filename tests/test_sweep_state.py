@@ -136,4 +136,7 @@ def test_parts_of_a_result():
         "all": {"value": 1},
         "slices": {"a": {"b": 2}},
     }
-    assert pick_parts(result, ["result.metrics", "evals"]) == {"result": {}, "evals": [4]}
+    assert pick_parts(result, ["result.metrics", "evals"]) == {"evals": [4]}
+    cells = {"x": {"value": 1, "n": 2}, "y": {"value": 3, "n": 4}, "z": {}}
+    shown = {"x": {"value": 1}, "y": {"value": 3}, "z": {}}
+    assert pick_parts({"cells": cells}, ["cells.*.value"]) == {"cells": shown}
