@@ -43,6 +43,7 @@ from nanorecall.settings import (
     ConfigError,
     at_least,
     build_config,
+    has_closed_quotes,
     print_help,
     reject_unknown,
     require,
@@ -64,6 +65,7 @@ class Config:
 
     def check(self):
         at_least(self, 1, "jobs", "seeds")
+        has_closed_quotes(self, "extra_args")
 
 
 # points() -> [Point]; draw({series: {x: [result of each seed]}}) -> pyplot, figure, caption.

@@ -40,6 +40,7 @@ from nanorecall.settings import (
     RunError,
     build_config,
     fits_in_a_path,
+    has_closed_quotes,
     print_help,
     reject_args,
     reject_unknown,
@@ -74,6 +75,11 @@ class Config:
         is_class = is_class and parts[1] != "py"
         require(not self.mixer or is_class, message, "mixer")
         fits_in_a_path(self, "name")
+        is_own = bool(self.model_args or self.extra_args)
+        message = "store=1 keeps the card beside others; leave out model_args and extra_args"
+        require(not (self.store and is_own), message, "store")
+        for setting in ("model_args", "extra_args"):
+            has_closed_quotes(self, setting)
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -122,7 +128,8 @@ def recall_model(model, model_args):
     elif model in MEMORIES:
         args = memory_args(model, heads=2)
     else:
-        args = known_args(model, dim=64, n_layers=2)
+        args = f"--model {model}"
+        args += known_args(model, dim=64, n_layers=2, conv_size=4, pos_emb="none")
     return f"{args} {model_args}"
 
 
@@ -133,14 +140,18 @@ def parity_model(model, model_args):
     elif model in MEMORIES:
         args = tracking_model(model)
     else:
-        args = known_args(model, dim=32, n_layers=1, use_ffn=1, init_std=1.0)
+        # As in tracking_model. A model file that has not all of these settings keeps its own.
+        args = f"--model {model}"
+        args += known_args(model, dim=32, n_layers=1, n_heads=4, dk=8, dv=8, conv_size=0)
+        args += known_args(model, q_kernel="none", k_kernel="none", v_kernel="none")
+        args += known_args(model, pos_emb="none", use_ffn=1, init_std=1.0, allow_neg_eigval=1)
     return f"{args} {model_args}"
 
 
 def known_args(model, **settings):
-    """--model, and those of the settings that its file has."""
+    """Those of the settings that the model's file has, as arguments."""
     module, _ = resolve_model(model)
-    args = f"--model {model}"
+    args = ""
     for name, value in settings.items():
         if name in module.Config.__dataclass_fields__:
             args += f" --{name} {value}"

@@ -19,7 +19,7 @@ from nanorecall.build import (
     inference_state_bytes,
 )
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.settings import ConfigError, require
+from nanorecall.settings import ConfigError, printable, require
 
 # A later token must not change an earlier logit. Float32 sums differ by about 1e-6 of it.
 TOLERANCE = 1e-4
@@ -50,7 +50,9 @@ def differs(a, b):
     """The largest difference of logits a and b (..., V) at each position (...), 0 if tolerated."""
     scale = max(1.0, float(b.detach().abs().max()))
     difference = (a - b).detach().abs().amax(-1)
-    return torch.where(difference > TOLERANCE * scale, difference, 0.0)
+    # Not ">", which is false for a NaN on either side.
+    is_equal = difference <= TOLERANCE * scale
+    return torch.where(is_equal, 0.0, difference.nan_to_num(nan=torch.inf))
 
 
 def contract(model, tokens, targets):
@@ -129,12 +131,19 @@ ADVICE = {
 }
 
 
+# What the code of a mixer raises that does not do what the checks ask for.
+WRONG_CODE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+
+
 def check_model(model_args, name):
     """{check: "" or what is wrong}; ConfigError if a needed check fails."""
     found = {}
     for check, function in CHECKS.items():
-        model, tokens, targets = example_batch(model_args)
-        found[check] = function(model.eval(), tokens, targets)
+        try:
+            model, tokens, targets = example_batch(model_args)
+            found[check] = function(model.eval(), tokens, targets)
+        except WRONG_CODE as e:
+            found[check] = f"it ends in {type(e).__name__}: {printable(str(e))}"
         if check in NEEDED:
             message = f"{name} fails {check}: {found[check]}; {ADVICE[check]}"
             require(not found[check], message, None)

@@ -76,7 +76,7 @@ def is_finished(point, folder):
 
 def training_command(point, seed, folder, config):
     """The script and the arguments that train a run of the point, as text."""
-    flags = f"--seed {seed} --num_threads 1 --log_dir {config.log_dir}"
+    flags = f"--seed {seed} --num_threads 1 --log_dir {shlex.quote(config.log_dir)}"
     flags += f" --run_name {os.path.basename(folder)}"
     return f"train.py {point.train_args} {config.extra_args} {flags}"
 
@@ -86,11 +86,11 @@ def run_point(point, seed, folder, config):
     commands = []
     if point.train_args and not is_trained(folder):
         if os.path.exists(os.path.join(folder, "config.json")):
-            commands.append(f"train.py --resume {folder}")
+            commands.append(f"train.py --resume {shlex.quote(folder)}")
         else:
             commands.append(training_command(point, seed, folder, config))
     if point.eval_args:
-        commands.append(point.eval_args.format(run=folder, seed=seed))
+        commands.append(point.eval_args.format(run=shlex.quote(folder), seed=seed))
     for command in commands:
         # Scripts and configs are those of this folder, wherever the sweep is started.
         argv = [os.path.join(ROOT, a) if a.endswith(".py") else a for a in shlex.split(command)]

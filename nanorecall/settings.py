@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import tokenize
 import types
@@ -381,6 +382,15 @@ def fits_in_a_path(config, *names):
         allowed = "letters, digits, . _ - only"
         message = f"{name}={value!r} becomes part of a directory name: {allowed}"
         require(is_name, message, name)
+
+
+def has_closed_quotes(config, name):
+    """The setting can be split into arguments as a shell does it."""
+    value = getattr(config, name)
+    try:
+        shlex.split(value)
+    except ValueError as e:
+        raise ConfigError(f"{name}={value!r} is no list of arguments: {e}", name) from None
 
 
 def require(condition, message, key):

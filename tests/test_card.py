@@ -87,6 +87,9 @@ def test_decoding_that_differs_is_found(batch):
     # One token at a time there is no token before it.
     shifted = Faulty(model, lambda logits: logits + logits.roll(1, 1) * (logits.shape[1] > 1))
     assert "decoded logits differ by" in card_checks.decoding(shifted, *inputs)
+    # Decoding gives NaN, which no comparison calls larger.
+    broken = Faulty(model, lambda logits: logits if logits.shape[1] > 50 else logits * torch.nan)
+    assert "decoded logits differ by inf" in card_checks.decoding(broken, *inputs)
     assert "cannot decode" in card_checks.decoding(nn.Identity(), *inputs)
 
 
@@ -111,6 +114,10 @@ class Sum(nn.Module):
 class Mean(Sum):
     def forward(self, x):
         return self.proj(x) + self.proj(x).mean(1, keepdim=True)
+
+class Narrow(Sum):  # its output is too narrow for the residual stream
+    def forward(self, x):
+        return self.proj(x)[..., :-1]
 
 class Gated(Sum):  # looks ahead once its gate is no longer 0
     def __init__(self, config):
@@ -142,6 +149,18 @@ def test_a_mixer_that_looks_ahead_is_refused_and_nothing_is_trained(user, monkey
     assert not (user / "runs").exists()
 
 
+def test_a_mixer_that_does_not_run_is_refused_in_a_sentence(user):
+    with pytest.raises(ConfigError, match="Narrow fails contract: it ends in RuntimeError: "):
+        sweep.main(["card", "--mixer=card_mine.Narrow"])
+
+
+def test_every_mixer_of_ours_has_a_model_of_the_card():
+    for name in (card.REFERENCE, *card.MEMORIES):
+        assert card.recall_model(name, "").startswith(f"--model {name} ")
+    fork = card.parity_model("delta.GatedDeltaNet", "")
+    assert "--allow_neg_eigval 1" in fork and "--conv_size 0" in fork
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -154,6 +173,8 @@ def test_a_mixer_that_looks_ahead_is_refused_and_nothing_is_trained(user, monkey
         (["--model=nothing"], "model='nothing' is neither one of"),
         (["--model=gpt", "--model_args=--heads 3"], "there is no setting 'heads'"),
         (["--model=gpt", "--jobs=0"], "jobs=0 must be at least 1"),
+        (["--model=gpt", "--extra_args='"], "extra_args=.* is no list of arguments: No closing"),
+        (["--model=gpt", "--store=1", "--model_args=--window 8"], "store=1 keeps .* leave out"),
         (["gpt"], "gpt"),
     ],
 )
@@ -273,7 +294,7 @@ def test_findings_are_computed_from_the_numbers():
         "stored again are recalled in 98.0% of the cases, others in 91.0%.",
         "it tracks parity only at the length of its training (99.0% at 64 tokens, 70.0% at 256",
         "(97.0% with 32 pairs): 0.003, 0.01 of 0.001, 0.003, 0.01, 0.03.",
-        "1.5 times as long as that of gpt with sequences of 128 tokens, and 0.8 times with 1,024",
+        "1.5 times the CPU time of gpt with sequences of 128 tokens, and 0.8 times with 1,024",
     ):
         assert part in text
 
