@@ -207,7 +207,7 @@ def make_figure(name, config):
         return
     shown = shown_results(collect_results(points, config), FIGURES[name].parts, config.seeds)
     save_figure(name, shown, config)
-    write_json(path, shown)
+    write_json(path, shown, indent=None)
 
 
 def save_figure(name, shown, config):

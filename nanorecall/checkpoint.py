@@ -263,8 +263,10 @@ def nan_to_null(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path, value):
-    atomic_write(path, lambda f: f.write(json.dumps(nan_to_null(value), indent=1).encode() + b"\n"))
+def write_json(path, value, indent=1):
+    """indent=None: all in one line, for long lists of numbers."""
+    text = json.dumps(nan_to_null(value), indent=indent)
+    atomic_write(path, lambda f: f.write(text.encode() + b"\n"))
 
 
 # ---- reading what this project wrote -------------------------------------------------------------
