@@ -6,7 +6,6 @@ So with H K fixed, the number of heads H changes the state and not the number of
 """
 
 from collections import namedtuple
-from dataclasses import replace
 
 import numpy as np
 
@@ -68,47 +67,93 @@ def tracking_model(name):
 
 RATES = (0.01, 0.03, 0.06)  # for recall; additive memories want the higher ones
 TRACKING_RATES = (0.003, 0.01, 0.03)
-# Number of pairs: heads of memories, windows of attention by its number of key/value heads.
-SIZES = {
-    64: (HEADS, {2: (16, 32, 64, 128, 256), 1: (16, 64, 256)}),
-    32: ((2, 4, 8), {2: (16, 64, 256)}),
-}
+TUNED_PAIRS = 64  # learning rates are chosen with these, and kept for the other panels of MQAR
+PAIRS = {TUNED_PAIRS: HEADS, 32: (2, 4, 8)}  # {number of pairs: heads of memories}
+WINDOWS = (16, 64, 256)  # of attention
 CURRICULUM = ((2, 80), (8, 40), (32, 40))  # (pairs, steps at most), then those of the task
 UPDATES = "keys stored again"
+UPDATE_ARGS = "--num_updates 16"
 TASKS = {
     "parity": "--task parity",
     "S3, swaps": "--task s3 --elements swaps",
     "S3": "--task s3 --elements all",
 }
 
+# One model on one task. x: number of heads, or the window; 0 in state tracking.
+Cell = namedtuple("Cell", "panel name x train_args rates", defaults=[RATES])
+
 
 def state_points():
+    """Each learning rate with one seed."""
     points = []
-    for pairs, (of_memories, of_attention) in SIZES.items():
-        panel = f"{pairs} pairs"
-        for name in RECALLING:
-            for heads in of_memories:
-                points += rates(panel, name, heads, recall_args(memory_args(name, heads), pairs))
-        for kv_heads, windows in of_attention.items():
-            for window in windows:
-                args = recall_args(attention_args(kv_heads, window), pairs)
-                points += rates(panel, f"attention, KV heads: {kv_heads}", window, args)
-    for name, args in one_size().items():
-        points += rates(UPDATES, name, 0, recall_args(args, 32) + " --num_updates 16")
-    for task in TASKS:
-        for name in ("attention", *MEMORIES):
-            points += rates(
-                task, name, 0, tracking_args(tracking_model(name), task), TRACKING_RATES
-            )
+    for cell in tuned_cells():
+        points += [point_of(cell, lr, seeds=1) for lr in cell.rates]
     return points
 
 
-def one_size():
-    """{mixer: its arguments in the panels that do not vary the state}"""
-    args = {"attention": attention_args(2, 256)}
+def best_rates(results):
+    """{point: [result of seed 0]} of state_points -> the points of the figure, with all seeds.
+
+    Each has the learning rate of highest validation accuracy. The lower validation loss decides
+    between equal accuracies.
+    """
+    points = []
+    best = {}
+    for cell in tuned_cells():
+        qualities = {}
+        for lr in cell.rates:
+            qualities[lr] = quality(results[point_of(cell, lr, seeds=1)][0])
+        best[cell.name, cell.x] = max(qualities, key=qualities.get)
+        points.append(point_of(cell, best[cell.name, cell.x]))
+    for cell in following_cells():
+        points.append(point_of(cell, best[cell.name, cell.x]))
+    return points
+
+
+def quality(result):
+    return max((record["accuracy"], -record["loss"]) for record in result["evals"])
+
+
+def tuned_cells():
+    cells = recall_cells(TUNED_PAIRS)
+    for task in TASKS:
+        for name in ("attention", *MEMORIES):
+            train_args = tracking_args(tracking_model(name), task)
+            cells.append(Cell(task, name, 0, train_args, TRACKING_RATES))
+    return cells
+
+
+def following_cells():
+    """Cells that take over the learning rate of the same model with more pairs."""
+    cells = []
+    for pairs in PAIRS:
+        if pairs != TUNED_PAIRS:
+            cells += recall_cells(pairs)
+    for cell in recall_cells(32):
+        if cell.x in (2, max(WINDOWS)):
+            train_args = f"{cell.train_args} {UPDATE_ARGS}"
+            cells.append(cell._replace(panel=UPDATES, train_args=train_args))
+    return cells
+
+
+def recall_cells(pairs):
+    """Every mixer in each of its sizes."""
+    models = []
     for name in RECALLING:
-        args[name] = memory_args(name, 2)
-    return args
+        models += [(name, heads, memory_args(name, heads)) for heads in PAIRS[pairs]]
+    for kv_heads in KV_WIDTHS:
+        name = f"attention, KV heads: {kv_heads}"
+        models += [(name, window, attention_args(kv_heads, window)) for window in WINDOWS]
+    cells = []
+    for name, x, model_args in models:
+        cells.append(Cell(f"{pairs} pairs", name, x, recall_args(model_args, pairs)))
+    return cells
+
+
+def point_of(cell, lr, seeds=0):
+    run = run_name("state", cell.panel, cell.name, cell.x, f"lr{lr}")
+    series = f"{cell.panel}: {cell.name}"
+    return Point(series, cell.x, run, f"{cell.train_args} --lr {lr}", seeds=seeds)
 
 
 def recall_args(model_args, pairs):
@@ -136,32 +181,6 @@ def run_name(*parts):
     return name.replace(", ", "_").replace(": ", "").replace(" ", "-")
 
 
-def rates(panel, name, x, train_args, learning_rates=RATES):
-    """A point with one seed for each learning rate."""
-    points = []
-    for lr in learning_rates:
-        run = run_name("state", panel, name, x, f"lr{lr}")
-        points.append(Point(f"{panel}: {name}", x, run, f"{train_args} --lr {lr}", seeds=1))
-    return points
-
-
-def best_rates(results):
-    """{point: [result of seed 0]} -> of each cell the learning rate of highest validation accuracy.
-
-    These points have all seeds. The lower validation loss decides between equal accuracies.
-    """
-    best = {}
-    for point, (result,) in results.items():
-        cell = point.series, point.x
-        if cell not in best or quality(result) > best[cell][0]:
-            best[cell] = quality(result), replace(point, seeds=0)
-    return [point for _, point in best.values()]
-
-
-def quality(result):
-    return max((record["accuracy"], -record["loss"]) for record in result["evals"])
-
-
 def token_accuracy(result):
     return result["all"]["value"]
 
@@ -172,7 +191,7 @@ def state_kilobytes(seeds):
 
 def draw_state(results):
     plt, fig, axes = figure(2, 2, width=5)
-    for axis, pairs in zip(axes, SIZES):
+    for axis, pairs in zip(axes, PAIRS):
         draw_series(axis, of_panel(results, f"{pairs} pairs"), token_accuracy, x_of=state_kilobytes)
         axis.set(title=f"MQAR, {pairs} pairs", ylabel="test token accuracy", ylim=(-0.02, 1.02))
         axis.set(xlabel="inference state after 256 tokens (kB, float32)")
@@ -195,7 +214,7 @@ def draw_state(results):
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     caption = (
         "MQAR: 256 tokens, 2 layers, a short convolution, no positions, 51,600 layer parameters, "
-        "300 steps"
+        "300 steps, the best of three learning rates"
     )
     return plt, fig, caption + BANDS + "; bars: mean, points: each seed"
 
@@ -214,7 +233,8 @@ def in_slice(panel, name, value):
     """{mixer: test token accuracy of each seed in a slice}"""
     accuracies = {}
     for mixer, points in panel.items():
-        accuracies[mixer] = [result["slices"][name][value]["value"] for result in points[0]]
+        (seeds,) = points.values()
+        accuracies[mixer] = [result["slices"][name][value]["value"] for result in seeds]
     return accuracies
 
 

@@ -199,9 +199,9 @@ def made_up_result(value, state=100):
         "all": number,
         "state": state,
         "evals": [
-            {"step": 20, "seconds": 1.0, "accuracy": 0.5},
-            {"step": 40, "seconds": 2.0, "accuracy": 0.99},
-            {"step": 60, "seconds": 3.0, "accuracy": 1.0},
+            {"step": 20, "seconds": 1.0, "accuracy": 0.5, "loss": 1.0},
+            {"step": 40, "seconds": 2.0, "accuracy": 0.99, "loss": 1.0},
+            {"step": 60, "seconds": 3.0, "accuracy": 1.0, "loss": 1.0},
         ],
         "slices": by_slice,
         "result": {"metrics": metrics, "by_slice": {"method, edits": edits}},
@@ -210,10 +210,14 @@ def made_up_result(value, state=100):
 
 def made_up_results(name):
     """Three seeds with the values 0.2, 0.4 and 0.9 for every point of a figure."""
+    figure = sweep.FIGURES[name]
+    points = figure.points()
+    if figure.choose:
+        points = figure.choose({point: [made_up_result(0.5)] for point in points})
     results = {}
-    for number, point in enumerate(sweep.FIGURES[name].points()):
+    for number, point in enumerate(points):
         results[point] = [made_up_result(value, state=100 + number) for value in (0.2, 0.4, 0.9)]
-    return shown_results(results, sweep.FIGURES[name].parts, seeds=3)
+    return shown_results(results, figure.parts, seeds=3)
 
 
 @pytest.mark.parametrize("name", ["lr", "pairs", "width", "table", "templates"])

@@ -21,8 +21,9 @@ from nanorecall.plots import figure
 from nanorecall.settings import ConfigError
 
 RECALL_POINTS = {}
-for _point in state.state_points():
-    if "data_track" not in _point.train_args and _point.train_args.endswith("0.01"):
+for _pairs in state.PAIRS:
+    for _cell in state.recall_cells(_pairs):
+        _point = state.point_of(_cell, 0.01)
         RECALL_POINTS[_point.name] = _point
 
 
@@ -58,15 +59,28 @@ def evals(*accuracies, loss=1.0):
 
 
 def test_the_second_phase_has_the_best_learning_rate_of_each_cell():
-    points = state.rates("a", "delta", 1, "x") + state.rates("a", "delta", 2, "x")
-    low, middle, high = points[:3]
-    planted = {low: evals(0.5, 0.6), middle: evals(0.9, 0.2), high: evals(0.8, 0.8)}
-    low2, middle2, high2 = points[3:]
-    planted |= {low2: evals(1.0, loss=0.2), middle2: evals(1.0, loss=0.3), high2: evals(0.1)}
-    best = state.best_rates(planted)
-    assert [point.name for point in best] == [middle.name, low2.name]
-    assert [point.seeds for point in points] == [1] * 6
-    assert [point.seeds for point in best] == [0, 0]
+    results = {point: evals(0.5, 0.6) for point in state.state_points()}
+    cells = {(cell.panel, cell.name, cell.x): cell for cell in state.tuned_cells()}
+    low, middle, high = state.RATES
+    first = cells["64 pairs", "kda", 2]
+    results[state.point_of(first, middle, seeds=1)] = evals(0.9, 0.2)
+    results[state.point_of(first, high, seeds=1)] = evals(0.8, 0.8)
+    second = cells["64 pairs", "kda", 4]
+    for lr, accuracies, loss in ((low, (0.7,), 0.4), (middle, (0.7,), 0.5), (high, (0.7,), 0.3)):
+        results[state.point_of(second, lr, seeds=1)] = evals(*accuracies, loss=loss)
+
+    rates = {}
+    for point in state.best_rates(results):
+        assert point.seeds == 0
+        rates[point.series, point.x] = float(point.train_args.split()[-1])
+    assert len(rates) == len(state.tuned_cells()) + len(state.following_cells())
+    assert rates["64 pairs: kda", 2] == middle
+    assert rates["64 pairs: kda", 4] == high
+    assert rates["64 pairs: kda", 8] == low
+    # The other panels take over the rate of the same model.
+    assert rates["32 pairs: kda", 2] == rates["keys stored again: kda", 2] == middle
+    assert rates["32 pairs: kda", 4] == high
+    assert rates["S3: kda", 0] == state.TRACKING_RATES[0]
 
 
 def test_steps_until_an_accuracy():
