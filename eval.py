@@ -31,7 +31,7 @@ own model and data files only those whose checksum is in config.json.
 
 import functools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,7 +51,7 @@ from analysis.named_edits import edit_named_facts, undo
 from analysis.repair import repair
 from analysis.routing import routing
 from analysis.significance import stats
-from analysis.state_editing import edit_pairs
+from analysis.state_editing import data_of_sizes, edit_pairs
 from analysis.stored_facts import predictions, stored_bits
 from analysis.trained_run import (
     AnalysisConfig,
@@ -98,7 +98,7 @@ class EvalConfig(AnalysisConfig):
     add: bool = False  # edit --facts: also write facts that the model does not know yet
     save_as: str = ""  # edit --facts: name of a run directory to write, with the edited weights
     undo: bool = False  # edit: take the latest edit of an edited run back
-    num_kv_pairs: tuple[int, ...] = ()  # edit, MQAR: pairs in a sequence; empty: as the run's test
+    num_kv_pairs: tuple[int, ...] = ()  # MQAR: pairs in a sequence; empty: as in the run's own test
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
     band: str = "range"  # compare: band over seeds, lowest to highest; or interval, 95% of the mean
     output: str = ""  # compare: path without extension; empty: a file in the runs' directory
@@ -136,7 +136,7 @@ class EvalConfig(AnalysisConfig):
     def unused(self):
         reasons = {}
         if self.ask:
-            names = ("print_examples", "example")
+            names = ("print_examples", "example", "num_kv_pairs")
             reasons |= dict.fromkeys(names, "ask prints answers alone")
         compared = ("n_edits", "new_facts", "portions", "num_kv_pairs")
         if self.undo:
@@ -171,10 +171,16 @@ def main(argv=None):
 
 def accuracy_by_slice(run):
     """Accuracy of labels and of whole examples, in total and by slice, and the bits stored."""
-    config, data = run.config, run.data
+    config = run.config
     if config.ask:
         answer_questions(run)
         return
+    if config.num_kv_pairs:
+        is_mqar = run.settings.train.data == "data_mqar"
+        message = "num_kv_pairs is for runs of MQAR; this is a run of another task"
+        require(is_mqar, message, "num_kv_pairs")
+        run = replace(run, data=data_of_sizes(run))
+    data = run.data
     decodes = config.print_examples > 0 or config.example >= 0
     message = "printing examples needs a model with a method `forward_cached`, as in model.py"
     require(not decodes or hasattr(run.model, "forward_cached"), message, "print_examples")
@@ -315,10 +321,11 @@ def run_all(run):
     report(run, "eval.py", COMMANDS, names, "report.md")
 
 
-def task_command(task):
+def task_command(task, *of_task):
+    """of_task: names of settings that this task has alone."""
     return Command(
         functools.partial(accuracy_of_task, task),
-        ("print_examples", "ask", "example"),
+        ("print_examples", "ask", "example", *of_task),
         f"Accuracy of labels and of whole examples, for runs of {task}.",
     )
 
@@ -326,10 +333,10 @@ def task_command(task):
 COMMANDS = {
     "slices": Command(
         accuracy_by_slice,
-        ("print_examples", "ask", "example"),
+        ("print_examples", "ask", "example", "num_kv_pairs"),
         "Accuracy of labels and of whole examples.",
     ),
-    "mqar": task_command("mqar"),
+    "mqar": task_command("mqar", "num_kv_pairs"),
     "qa": task_command("qa"),
     "digits": task_command("digits"),
     "twohop": task_command("twohop"),
@@ -345,9 +352,7 @@ COMMANDS = {
         ("n_examples", "example"),
         "Attention maps of one example, and the pattern that each head attends to most.",
     ),
-    "activations": Command(
-        activations, ("n_examples",), "Which slots are read, and how evenly."
-    ),
+    "activations": Command(activations, ("n_examples",), "Which slots are read, and how evenly."),
     "norms": Command(norms, ("n_examples",), "Norms of the values and of the memory output."),
     "track": Command(
         track, ("n_examples",), "At which tokens each slot is read, and slot usage in training."

@@ -107,7 +107,7 @@ FIGURES = {
     "state": Figure(
         mixers.state_points,
         mixers.draw_state,
-        ["all", "state", "slices.updated", "slices.input_seq_len"],
+        ["all", "state", "slices.updated", "slices.input_seq_len", "result.metrics.accuracy"],
         "every mixer: accuracy by state size at equal parameters, updates, state tracking",
         mixers.best_rates,
     ),

@@ -6,6 +6,7 @@ So with H K fixed, the number of heads H changes the state and not the number of
 """
 
 from collections import namedtuple
+from dataclasses import replace
 
 import numpy as np
 
@@ -67,12 +68,11 @@ def tracking_model(name):
 
 RATES = (0.01, 0.03, 0.06)  # for recall; additive memories want the higher ones
 TRACKING_RATES = (0.003, 0.01, 0.03)
-TUNED_PAIRS = 64  # learning rates are chosen with these, and kept for the other panels of MQAR
-PAIRS = {TUNED_PAIRS: HEADS, 32: (2, 4, 8)}  # {number of pairs: heads of memories}
+PAIRS = 64  # in training and for the choice of the learning rate
+FEWER_PAIRS = 32  # the same models are also tested with these
 WINDOWS = (16, 64, 256)  # of attention
 CURRICULUM = ((2, 80), (8, 40), (32, 40))  # (pairs, steps at most), then those of the task
 UPDATES = "keys stored again"
-UPDATE_ARGS = "--num_updates 16"
 TASKS = {
     "parity": "--task parity",
     "S3, swaps": "--task s3 --elements swaps",
@@ -86,7 +86,7 @@ Cell = namedtuple("Cell", "panel name x train_args rates", defaults=[RATES])
 def state_points():
     """Each learning rate with one seed."""
     points = []
-    for cell in tuned_cells():
+    for cell in [*recall_cells(), *tracking_cells()]:
         points += [point_of(cell, lr, seeds=1) for lr in cell.rates]
     return points
 
@@ -99,13 +99,15 @@ def best_rates(results):
     """
     points = []
     best = {}
-    for cell in tuned_cells():
+    for cell in [*recall_cells(), *tracking_cells()]:
         qualities = {}
         for lr in cell.rates:
             qualities[lr] = quality(results[point_of(cell, lr, seeds=1)][0])
         best[cell.name, cell.x] = max(qualities, key=qualities.get)
         points.append(point_of(cell, best[cell.name, cell.x]))
-    for cell in following_cells():
+    for cell in recall_cells():
+        points.append(fewer_pairs(point_of(cell, best[cell.name, cell.x])))
+    for cell in update_cells():
         points.append(point_of(cell, best[cell.name, cell.x]))
     return points
 
@@ -114,33 +116,11 @@ def quality(result):
     return max((record["accuracy"], -record["loss"]) for record in result["evals"])
 
 
-def tuned_cells():
-    cells = recall_cells(TUNED_PAIRS)
-    for task in TASKS:
-        for name in ("attention", *MEMORIES):
-            train_args = tracking_args(tracking_model(name), task)
-            cells.append(Cell(task, name, 0, train_args, TRACKING_RATES))
-    return cells
-
-
-def following_cells():
-    """Cells that take over the learning rate of the same model with more pairs."""
-    cells = []
-    for pairs in PAIRS:
-        if pairs != TUNED_PAIRS:
-            cells += recall_cells(pairs)
-    for cell in recall_cells(32):
-        if cell.x in (2, max(WINDOWS)):
-            train_args = f"{cell.train_args} {UPDATE_ARGS}"
-            cells.append(cell._replace(panel=UPDATES, train_args=train_args))
-    return cells
-
-
-def recall_cells(pairs):
+def recall_cells(pairs=PAIRS):
     """Every mixer in each of its sizes."""
     models = []
     for name in RECALLING:
-        models += [(name, heads, memory_args(name, heads)) for heads in PAIRS[pairs]]
+        models += [(name, heads, memory_args(name, heads)) for heads in HEADS]
     for kv_heads in KV_WIDTHS:
         name = f"attention, KV heads: {kv_heads}"
         models += [(name, window, attention_args(kv_heads, window)) for window in WINDOWS]
@@ -148,6 +128,33 @@ def recall_cells(pairs):
     for name, x, model_args in models:
         cells.append(Cell(f"{pairs} pairs", name, x, recall_args(model_args, pairs)))
     return cells
+
+
+def update_cells():
+    """One size of every mixer. Its learning rate is that of the same model with more pairs."""
+    cells = []
+    for cell in recall_cells(FEWER_PAIRS):
+        if cell.x in (2, max(WINDOWS)):
+            train_args = f"{cell.train_args} --num_updates 16"
+            cells.append(cell._replace(panel=UPDATES, train_args=train_args))
+    return cells
+
+
+def tracking_cells():
+    cells = []
+    for task in TASKS:
+        for name in ("attention", *MEMORIES):
+            train_args = tracking_args(tracking_model(name), task)
+            cells.append(Cell(task, name, 0, train_args, TRACKING_RATES))
+    return cells
+
+
+def fewer_pairs(point):
+    """The same runs, tested with fewer pairs than they were trained with."""
+    series = point.series.replace(f"{PAIRS} pairs", f"{FEWER_PAIRS} pairs")
+    eval_args = f'eval.py {{run}} --num_kv_pairs "[{FEWER_PAIRS}]" --device cpu'
+    result = f"eval_test_num_kv_pairs-{FEWER_PAIRS}.json"
+    return replace(point, series=series, eval_args=eval_args, result=result)
 
 
 def point_of(cell, lr, seeds=0):
@@ -189,11 +196,17 @@ def state_kilobytes(seeds):
     return seeds[0]["state"] / 1000
 
 
+def accuracy_of_fewer_pairs(result):
+    return result["result"]["metrics"]["accuracy"]["value"]
+
+
 def draw_state(results):
     plt, fig, axes = figure(2, 2, width=5)
-    for axis, pairs in zip(axes, PAIRS):
-        draw_series(axis, of_panel(results, f"{pairs} pairs"), token_accuracy, x_of=state_kilobytes)
-        axis.set(title=f"MQAR, {pairs} pairs", ylabel="test token accuracy", ylim=(-0.02, 1.02))
+    accuracies = {PAIRS: token_accuracy, FEWER_PAIRS: accuracy_of_fewer_pairs}
+    for axis, (pairs, accuracy) in zip(axes, accuracies.items()):
+        draw_series(axis, of_panel(results, f"{pairs} pairs"), accuracy, x_of=state_kilobytes)
+        axis.set(title=f"MQAR, tested with {pairs} pairs")
+        axis.set(ylabel="test token accuracy", ylim=(-0.02, 1.02))
         axis.set(xlabel="inference state after 256 tokens (kB, float32)")
         log_axis(axis, (10, 20, 50, 100, 200, 400))
     updates, tracking = axes[2:]
@@ -213,8 +226,8 @@ def draw_state(results):
     tracking.set(title="state tracking, trained on 64 tokens: one layer of width 32 with an MLP")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     caption = (
-        "MQAR: 256 tokens, 2 layers, a short convolution, no positions, 51,600 layer parameters, "
-        "300 steps, the best of three learning rates"
+        f"MQAR: 256 tokens, trained with {PAIRS} pairs for 300 steps, the best of three learning "
+        "rates; 2 layers, a short convolution, no positions, 51,600 layer parameters"
     )
     return plt, fig, caption + BANDS + "; bars: mean, points: each seed"
 

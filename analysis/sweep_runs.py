@@ -144,7 +144,7 @@ def run_missing(points, config):
 VALUE = {"value": "number"}
 EDIT_METRICS = {"method": "text", "efficacy": VALUE, "specificity": VALUE}
 RESULT_KINDS = {  # beginning of a result file's name: its parts that a figure shows
-    "eval_test": {"metrics": {"stored": {"*": VALUE}}},
+    "eval_test": {"metrics": {"accuracy": VALUE, "stored": {"*": VALUE}}},
     "eval_edit": {
         "metrics": {"edits": ["size"]},
         "by_slice": {"method, edits": {"*": EDIT_METRICS}},

@@ -111,6 +111,28 @@ def test_slices_are_printed(runs, capsys):
     assert "num_kv_pairs" in printed and "95% interval" in printed
 
 
+def test_other_numbers_of_pairs_than_in_the_runs_own_test(runs, result):
+    eval_script.main([str(runs / "r1"), "--num_kv_pairs", "[2, 4]"])
+    path = runs / "r1" / "eval_test_num_kv_pairs-2-4.json"
+    saved = json.loads(path.read_text())
+    cells = saved["by_slice"]["num_kv_pairs"]
+    assert {pairs: cell["n"] for pairs, cell in cells.items()} == {"2": 30 * 2, "4": 30 * 4}
+    assert saved["metrics"]["accuracy"]["n"] == 30 * 2 + 30 * 4
+    assert saved["config"]["num_kv_pairs"] == [2, 4]
+    # The run's own result stays.
+    own = json.loads((runs / "r1" / "eval_test.json").read_text())
+    assert own["by_slice"]["num_kv_pairs"].keys() == {"4", "8"}
+
+
+def test_numbers_of_pairs_are_for_mqar(tmp_path):
+    sizes = (
+        "--n_layers=1 --dim=8 --dk=4 --dv=4 --n_val_examples=8 --n_test_examples=8 --max_steps=1"
+    )
+    train.main(["--data=data_track", *sizes.split(), f"--log_dir={tmp_path}", "--run_name=parity"])
+    with pytest.raises(ConfigError, match="num_kv_pairs is for runs of MQAR"):
+        eval_script.main([str(tmp_path / "parity"), "--num_kv_pairs=[2]"])
+
+
 def test_checkpoint_and_split_can_be_chosen(runs, capsys):
     eval_script.main([str(runs / "r1"), "--split", "val", "--checkpoint=ckpt"])
     assert "ckpt.pt of step 40" in capsys.readouterr().out

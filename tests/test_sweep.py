@@ -194,6 +194,7 @@ def made_up_result(value, state=100):
         "flex": {"accuracy": number},
         "stored": dict.fromkeys(bits, number),
         "edits": [1, 10],
+        "accuracy": number,
     }
     return {
         "all": number,

@@ -21,10 +21,9 @@ from nanorecall.plots import figure
 from nanorecall.settings import ConfigError
 
 RECALL_POINTS = {}
-for _pairs in state.PAIRS:
-    for _cell in state.recall_cells(_pairs):
-        _point = state.point_of(_cell, 0.01)
-        RECALL_POINTS[_point.name] = _point
+for _cell in state.recall_cells():
+    _point = state.point_of(_cell, 0.01)
+    RECALL_POINTS[_point.name] = _point
 
 
 def build(point):
@@ -60,27 +59,30 @@ def evals(*accuracies, loss=1.0):
 
 def test_the_second_phase_has_the_best_learning_rate_of_each_cell():
     results = {point: evals(0.5, 0.6) for point in state.state_points()}
-    cells = {(cell.panel, cell.name, cell.x): cell for cell in state.tuned_cells()}
+    cells = {(cell.name, cell.x): cell for cell in state.recall_cells()}
     low, middle, high = state.RATES
-    first = cells["64 pairs", "kda", 2]
+    first = cells["kda", 2]
     results[state.point_of(first, middle, seeds=1)] = evals(0.9, 0.2)
     results[state.point_of(first, high, seeds=1)] = evals(0.8, 0.8)
-    second = cells["64 pairs", "kda", 4]
-    for lr, accuracies, loss in ((low, (0.7,), 0.4), (middle, (0.7,), 0.5), (high, (0.7,), 0.3)):
-        results[state.point_of(second, lr, seeds=1)] = evals(*accuracies, loss=loss)
+    second = cells["kda", 4]
+    for lr, loss in ((low, 0.4), (middle, 0.5), (high, 0.3)):
+        results[state.point_of(second, lr, seeds=1)] = evals(0.7, loss=loss)
 
-    rates = {}
-    for point in state.best_rates(results):
-        assert point.seeds == 0
-        rates[point.series, point.x] = float(point.train_args.split()[-1])
-    assert len(rates) == len(state.tuned_cells()) + len(state.following_cells())
-    assert rates["64 pairs: kda", 2] == middle
-    assert rates["64 pairs: kda", 4] == high
-    assert rates["64 pairs: kda", 8] == low
-    # The other panels take over the rate of the same model.
-    assert rates["32 pairs: kda", 2] == rates["keys stored again: kda", 2] == middle
-    assert rates["32 pairs: kda", 4] == high
-    assert rates["S3: kda", 0] == state.TRACKING_RATES[0]
+    points = state.best_rates(results)
+    assert all(point.seeds == 0 for point in points)
+    found = {}
+    runs = {}
+    for point in points:
+        found[point.series, point.x] = float(point.train_args.split()[-1])
+        runs[point.series, point.x] = point.name
+    assert len(found) == len(points)
+    assert found["64 pairs: kda", 2] == middle
+    assert found["64 pairs: kda", 4] == high
+    assert found["64 pairs: kda", 8] == low
+    assert found["S3: kda", 0] == state.TRACKING_RATES[0]
+    # Other panels take over the rate of the same model; with fewer pairs, its runs, too.
+    assert found["keys stored again: kda", 2] == middle
+    assert runs["32 pairs: kda", 4] == runs["64 pairs: kda", 4]
 
 
 def test_steps_until_an_accuracy():
