@@ -351,7 +351,7 @@ def test_links_lead_somewhere(name):
 
 
 def test_every_promise_names_a_test():
-    promises = section(README, "Ten promises, each with its test")
+    promises = section(TEXT["GUIDE.md"], "Ten promises, each with its test")
     tests = re.findall(r"`(tests/\w+\.py)::(\w+)`", promises)
     assert len(tests) == 10
     for file, test in tests:
