@@ -309,6 +309,12 @@ def test_a_queue_that_refuses_is_no_success(job):
     assert job(PREEMPTED, scontrol="exit 1") == (1, ["requeue 7"])
 
 
+def test_the_environment_beside_the_code_is_activated(job, tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("export FROM_VENV=3\n")
+    assert job("exit ${FROM_VENV:-1}")[0] == 3
+
+
 def test_a_result_of_an_earlier_start_stays(job, tmp_path):
     path = tmp_path / "runs" / "t-7" / "status.json"
     path.write_text('{\n "status": "finished"\n}')
