@@ -269,9 +269,9 @@ class CausalSelfAttention(nn.Module):
         """
         c = self.config
         output_pos = query_pos
-        if documents:
-            # The kernels for packed documents take every token as a query. So all outputs are
-            # computed, and output_pos are picked from them at the end.
+        if documents or ops.prefers_all_queries(query_pos, x.shape[1], c.window):
+            # The operators for packed documents and for a window take every token as a query. So
+            # all outputs are computed, and output_pos are picked from them at the end.
             query_pos = None
         query_x = ops.gather_positions(x, query_pos)  # (B, n, D)
         q, k, v = self.qkv(x, query_x, query_pos, cache, documents)
@@ -296,7 +296,7 @@ class CausalSelfAttention(nn.Module):
         options = {"window": c.window} if c.window else {}
         o = self.attention_fn(q, k, v, query_pos, documents, **options)  # (B, H, n, V)
         o = o.transpose(1, 2).flatten(2)  # (B, n, H*V)
-        if documents:
+        if query_pos is None:
             o = ops.gather_positions(o, output_pos)
         if self.gate_out:
             z = self.gate_out(ops.gather_positions(x, output_pos))
