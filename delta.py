@@ -4,8 +4,8 @@
     python train.py configs/mqar_gated_delta.py      # Gated DeltaNet: the state decays
 
 The memory of one head is a matrix S (K, V) that maps keys to values. Each token reads the value
-that S holds under its key, and moves it towards its own value; beta, the write strength in [0, 1],
-says how far (Schlag et al. 2021, arXiv 2102.11174; Widrow and Hoff's rule of 1960):
+that S holds under the token's key, and moves it towards the token's value by a fraction beta, the
+write strength (Schlag et al. 2021, arXiv 2102.11174; Widrow and Hoff's rule of 1960):
 
     u_t = beta_t (v_t - S_{t-1}^T k_t)        the error, times the write strength
     S_t = S_{t-1} + k_t u_t^T                 = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
@@ -33,8 +33,8 @@ for each i of the chunk, so with A = tril(diag(beta) K K^T * D, -1) and P = tril
 
 Only products with S wait for the chunk before; the rest is done for all chunks at once. Cost per
 head and chunk, in multiply-adds: C^2 (3 K + 2 V) + 3 C K V, and C^3 / 2 for the inverse, so linear
-in T. The inverse is a triangular solve. The product (I - A)(I + A^2)(I + A^4)... would be faster,
-but its factors overflow if keys resemble each other.
+in T. The inverse is a triangular solve, not the product (I - A)(I + A^2)(I + A^4)..., whose factors
+overflow if keys resemble each other.
 
 Letters: B batch, T tokens, H heads, K key width, V value width, C tokens in a chunk, M sequences
 x heads, R chunks of all M. In shapes of the model, D is the width of the residual stream. The D
