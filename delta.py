@@ -316,7 +316,7 @@ class ChunkwiseDeltaRule(Twinned):
         decay = decay_in = decay_out = decay_chunk = None
         if g is not None:
             # Sums over the tokens from j to i, not differences of two long sums, which would
-            # cancel. Only j <= i has a meaning.
+            # cancel. Entries with j > i are not used.
             decay = g.expand(-1, -1, g.shape[1]).tril(-1).cumsum(1).exp()  # (R, C, C), [i, j]
             decay_in = g.cumsum(1).exp()  # (R, C, 1)
             decay_out = decay[:, -1:].mT  # (R, C, 1)
@@ -324,6 +324,7 @@ class ChunkwiseDeltaRule(Twinned):
         # For all chunks at once: everything without S.
         P = scale(torch.bmm(q, k.mT), decay).tril_()
         A = scale(torch.bmm(k, k.mT), decay).tril_(-1).mul_(beta)
+        # unitriangular takes the diagonal of A as 1, so this is the inverse of I + A.
         eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device).expand_as(A)
         inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
         solve_beta = inverse * beta.mT  # (I + A)^-1 diag(beta)
@@ -393,7 +394,8 @@ class ChunkwiseDeltaRule(Twinned):
             dE = torch.bmm(inverse.mT, dU)  # gradient of E, divided by beta
             dP = scale(torch.bmm(do, U.mT), decay).tril_()
             dA = scale(torch.bmm(dE, U.mT), decay).tril_(-1)  # gradient of -A, divided by beta
-            # Gradients of q and r through the states before their chunks, without decay.
+            # Gradients of q, and of -r divided by beta, through the states before their chunks; the
+            # decay follows below.
             through_q = torch.bmm(do[first:], before.mT)
             through_r = torch.bmm(dE[first:], before.mT)
             late_decay = None if decay_in is None else decay_in[first:]
