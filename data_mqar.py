@@ -5,23 +5,24 @@
         --num-kv-pairs 16 --vocab-size 32000 --power-a 0.01 --num-copies 100
     python train.py --data data_mqar --path mqar_data  # train on what that wrote
 
-In memory, for training (`Data`), as in Zoology (arXiv 2312.04927). A value never follows its query
-in the input. Its target is at the position of the query, where the logits predict it.
+In memory, for training (`Data`), sequences are those of Zoology (arXiv 2312.04927). A query is not
+followed by its value in the input. The value is the target at the position of the query.
 
 >>> show(Config(input_seq_len=16, num_kv_pairs=3, vocab_size=20, seed=1))
 tokens   5 19  7 17  4 15  7  0  5  0  4  0  0  0  0  0
 targets  .  .  .  .  .  . 17  . 19  . 15  .  .  .  .  .
 
-Below, two of three pairs are queried; the other one is a distractor. Values have two tokens, of
-which the first follows its query.
+Below, two of three pairs are queried; the third is a distractor. Values have two tokens. The first
+of them follows the query in the input, and is there to predict the second.
 
 >>> options = dict(num_queries=2, value_tokens=2, vocab_size=20, seed=1)
 >>> show(Config(input_seq_len=16, num_kv_pairs=3, **options))
 tokens   5 19 17  7 14 15  4 10 13  4 10  0  5 19  0  0
 targets  .  .  .  .  .  .  .  .  . 10 13  . 19 17  .  .
 
-On disk, also for other programs (nanorecall/mqar_files.py), as in the LLMonade data set. Storage
-and queries both show the values, several such blocks fill a sequence, and labels are unshifted.
+On disk, also for other programs (nanorecall/mqar_files.py), sequences are those of the LLMonade
+data set. Queries are followed by their values, several blocks of pairs and queries fill a sequence,
+and labels are not shifted: a label is at the position of its own token.
 
 >>> show_on_disk(DatasetConfig(seq_len=16, num_kv_pairs=4, vocab_size=20, seed=0))
 input_ids  4 11  3 16  6 13  2 19  6 13  2 19  3 16  4 11
@@ -217,7 +218,7 @@ class TaskSize:
 
 
 def min_length(pairs, config):
-    """The least even number of tokens for so many pairs and their queries; by default 4 a pair."""
+    """The least even number of tokens for these pairs and their queries; by default 4 a pair."""
     size = TaskSize(0, pairs, config)
     length = size.storage_len + size.queries * size.pair_len
     return length + length % 2
@@ -248,12 +249,12 @@ def make_sequences(size, split, indices):
     answers = values[:, :n].copy()
     answers[b, updated] = values[:, n:]
 
-    # Query q of them. The last token of a value is never in the input, it is only predicted.
+    # Query q of them. The last token of a value does not follow its query, it is only predicted.
     queried = draw_queried(size, draws)  # (B, q)
     query_pos = query_positions(size, draws)  # (B, q)
     put(tokens, query_pos, keys[b, queried])
     put(tokens, query_pos + n_key, answers[b, queried, :-1])
-    # Only answers are scored. Pairs are random, and blanks would be too easy.
+    # Only answers are scored: pairs are random, and blanks are easy to predict.
     targets = np.full(tokens.shape, IGNORE_INDEX, np.int32)
     put(targets, query_pos + n_key - 1, answers[b, queried])  # from the key's last token on
 
@@ -268,9 +269,9 @@ def make_sequences(size, split, indices):
 def draw_uniforms(size, split, indices):
     """All random numbers of sequences `indices`: {what they are for: (B, how many)}.
 
-    They come from one call. The generator is counter-based (Philox): sequence i has its own block
-    of numbers, whichever others are made with it. So ranks can split a batch, and a resumed run
-    needs no generator's state.
+    They come from one call. The generator is counter-based (Philox): sequence i has numbers of its
+    own, whichever other sequences are in the batch. So ranks can split a batch, and a resumed run
+    needs no state of a generator.
     """
     c, T, n, u = size.config, size.length, size.pairs, size.updates
     n_draws = {
@@ -344,7 +345,7 @@ def storage_positions(size, draws):
 def draw_queried(size, draws):
     """-> (B, q), the numbers of the pairs that are queried, in the order in which they are stored.
 
-    The others are distractors: they fill the memory as the queried ones do, and come between them.
+    The others are distractors: they take as much memory, and lie between the queried ones.
     """
     if size.queries == size.pairs:
         return np.tile(np.arange(size.pairs), (len(draws["queried"]), 1))
@@ -354,21 +355,21 @@ def draw_queried(size, draws):
 def query_positions(size, draws):
     """-> (B, q), of the first token of each queried key.
 
-    Slots are drawn without replacement, for the pair that is stored first at first. With a small
+    Each pair in turn, in the order of storage, draws a slot without replacement. With a small
     power_a, most queries come soon after the pairs and a few much later (Zoology).
     """
     slots = weighted_permutation(draws["slots"], size.config.power_a)[:, : size.queries]
     return size.storage_len + slots * size.pair_len
 
 
-def put(tokens, start, words):
-    """Write words (B, m, w) into tokens (B, T), each from its position in start (B, m) on."""
+def put(tokens, start, spans):
+    """Write spans (B, m, w), m of w tokens each, into tokens (B, T) from start (B, m) on."""
     b = np.arange(len(tokens))[:, None, None]
-    tokens[b, start[:, :, None] + np.arange(words.shape[2])] = words
+    tokens[b, start[:, :, None] + np.arange(spans.shape[2])] = spans
 
 
 def label_slices(size, query_pos, stored_pos, is_updated):
-    """Arrays (B, q), in the order of the pairs -> the slices of make_sequences, in that of labels.
+    """Arrays (B, q) in the order of the pairs -> slices (N,) in the order of the labels.
 
     query_pos, stored_pos: of the first tokens of the queried key, and of its pair.
     """
@@ -423,8 +424,8 @@ class Data:
     def batch(self, split, step, indices):
         """-> tokens (B, T) long, targets (B, T) long, slices {name: (N,) array}."""
         tokens, targets, slices = self.source.batch(split, step, indices)
-        # Validation and test score the answers alone, so that accuracy and loss mean the same
-        # whatever was trained on. Slices are of answers; a loss of all tokens has none.
+        # Validation and test score answers alone, so that accuracy and loss can be compared,
+        # whichever tokens were trained on. Slices are of answers, so a loss of all tokens has none.
         if split == "train" and self.config.loss_on == "all":
             return tokens, next_token_targets(tokens, targets), {}
         return tokens, targets, slices

@@ -19,15 +19,15 @@ targets 0 1 1 1 1 0 1 1 1 0 0 0 0 0 0 1
 tokens  1 5 0 1 0 2 5 0 1 5 0 1 1 0 1 5
 targets 1 4 4 2 2 0 5 5 3 2 2 4 2 2 4 1
 
-Permutations are numbered in the order of the alphabet: number 0, 012, moves nothing, and number 1,
-021, swaps the last two objects. The later token is applied to what the earlier ones left.
+Permutations are numbered in lexicographic order: number 0, 012, moves nothing, and number 1, 021,
+swaps the last two objects. Each token permutes the objects as the tokens before it left them.
 
-Recall needs a memory; this needs a state that turns. Eigenvalues of the state's transition that are
-at least 0 are not enough for parity at every length (Grazzi et al. 2024, arXiv 2411.12537). One
-step of the delta rule with beta up to 2 can be a reflection, which is a swap. Other permutations
-take several steps a token (Siems et al. 2025, arXiv 2502.10297), or several layers. A model of
-constant depth without such a state (attention, for one) is believed unable to track S5 at every
-length (Merrill et al. 2024, arXiv 2404.08819).
+What does a recurrent model need to solve this at every length? For parity, the state's transition
+must have negative eigenvalues (Grazzi et al. 2024, arXiv 2411.12537). A step of the delta rule with
+beta = 2 has one: it is a reflection, which can swap two objects. Other permutations take several
+steps a token (Siems et al. 2025, arXiv 2502.10297) or several layers. Attention and diagonal
+recurrences of constant depth are believed unable to track S5 at every length (Merrill et al. 2024,
+arXiv 2404.08819).
 
 Each sequence is a pure function of the settings, split, length and index.
 
@@ -85,8 +85,9 @@ class Config:
         require(is_once, message, "test_lengths")
 
     def check_length(self, length, setting):
-        # Splits are drawn independently. What keeps them apart is the number of sequences: of 2^40,
-        # 1,000 test sequences meet a million training sequences with a probability of 0.001.
+        # Splits are drawn independently, so a test sequence may be trained on by chance. With 2^40
+        # sequences to draw from, one of 1,000 test sequences is among a million training sequences
+        # with a probability of 0.001.
         n = len(token_elements(self))
         shortest = math.ceil(40 / math.log2(n))
         message = f"{setting}: there are too few different sequences of {length} tokens"
@@ -121,7 +122,7 @@ def cyclic(n):
 
 
 def permutations(n_objects):
-    """All permutations in the order of the alphabet (n, n_objects); object i goes to p[i]."""
+    """All permutations in lexicographic order (n, n_objects); object i goes to p[i]."""
     return np.array(list(itertools.permutations(range(n_objects))))
 
 
@@ -129,7 +130,7 @@ def symmetric(n_objects):
     """Permutations one after another -> (n, n), [a, b]: first a, then b"""
     p = permutations(n_objects)
     products = p[:, p].swapaxes(0, 1)  # (n, n, n_objects), [a, b, i] = p[b][p[a][i]]
-    # Read as numbers, permutations in the order of the alphabet are sorted.
+    # Lexicographic order is the order of the numbers that the permutations spell as digits.
     digits = n_objects ** np.arange(n_objects)[::-1]
     return np.searchsorted(p @ digits, products @ digits)
 
@@ -164,8 +165,8 @@ def running_product(products, tokens):
 
 
 class Data:
-    """The methods of data_mqar.Data; .vocab_size, the elements of the group; .seq_len, of the
-    longest sequence; .baselines {name: accuracy without knowledge}."""
+    """The methods of data_mqar.Data; .vocab_size, the number of elements of the group; .seq_len, of
+    the longest sequence; .baselines {name: accuracy of guessing}."""
 
     def __init__(self, config):
         self.config = config

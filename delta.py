@@ -1,11 +1,11 @@
 """The delta rule three ways (token by token, in chunks, a GPU kernel), and DeltaNet on model.py.
 
     python train.py configs/mqar_delta.py            # DeltaNet
-    python train.py configs/mqar_gated_delta.py      # and its state decays
+    python train.py configs/mqar_gated_delta.py      # Gated DeltaNet: the state decays
 
-The memory of one head is a matrix S (K, V) that maps keys to values. Each token reads what S holds
-under its key, and corrects it towards its value by the write strength beta in [0, 1] (Schlag et al.
-2021, arXiv 2102.11174; Widrow and Hoff's rule of 1960):
+The memory of one head is a matrix S (K, V) that maps keys to values. Each token reads the value
+that S holds under the token's key, and moves it towards the token's value by a fraction beta, the
+write strength (Schlag et al. 2021, arXiv 2102.11174; Widrow and Hoff's rule of 1960):
 
     u_t = beta_t (v_t - S_{t-1}^T k_t)        the error, times the write strength
     S_t = S_{t-1} + k_t u_t^T                 = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
@@ -14,30 +14,31 @@ under its key, and corrects it towards its value by the write strength beta in [
 Storing a key again replaces its value (wholly if beta = 1 and |k| = 1), where linear attention
 would add the two. Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) lets S decay first: S_{t-1}
 above becomes exp(g_t) S_{t-1}, with g_t <= 0 a number per head. The recurrence is stable if
-beta_t |k_t|^2 <= 2, hence keys of length 1; beta in (1, 2) overshoots, which gives the transition a
-negative eigenvalue and lets the state flip signs (Grazzi et al. 2024, arXiv 2411.12537).
+beta_t |k_t|^2 <= 2, so keys are normalised to length 1. With beta in (1, 2) the transition has a
+negative eigenvalue, and the state can change its sign (Grazzi et al. 2024, arXiv 2411.12537).
 
 Token by token this is T small steps one after another. In chunks of C tokens (Yang et al. 2024,
-arXiv 2406.06484: the WY or UT form) nearly all of it is matrix products. Let S be the state before
-a chunk, G_i = g_1 + ... + g_i within the chunk (0 without decay), and D_ij = exp(g_{j+1} + ... +
-g_i) for j <= i, the decay from j to i, else 0. Inserting one step into the next,
+arXiv 2406.06484: the WY or UT form) nearly all of it is matrix products. Here Q, K, V and U have
+a row for each token of a chunk, Q is divided by sqrt(K), and * is elementwise. Let S be the state
+before the chunk, G_i = g_1 + ... + g_i within the chunk (0 without decay), and D_ij = exp(g_{j+1} +
+... + g_i) for j <= i, the decay from j to i, else 0. The recurrence, written out, is
 
     u_i + sum_{j<i} beta_i D_ij (k_i.k_j) u_j = beta_i (v_i - exp(G_i) S^T k_i)
 
-for all i of the chunk, so with A = tril(diag(beta) K K^T * D, -1) and P = tril(Q K^T * D)
+for each i of the chunk, so with A = tril(diag(beta) K K^T * D, -1) and P = tril(Q K^T * D)
 
     U = (I + A)^-1 diag(beta) V - (I + A)^-1 diag(beta exp(G)) K S =: U' - W S       errors, (C, V)
     O = diag(exp(G)) Q S + P U
     S <- exp(G_C) S + (diag(exp(G_C - G)) K)^T U
 
-Only the lines with S wait for the chunk before; the rest is done for all chunks at once. Cost per
+Only products with S wait for the chunk before; the rest is done for all chunks at once. Cost per
 head and chunk, in multiply-adds: C^2 (3 K + 2 V) + 3 C K V, and C^3 / 2 for the inverse, so linear
-in T. Solving with the triangular matrix is safe where the product (I - A)(I + A^2)(I + A^4)... is
-not: for keys that resemble each other its factors overflow.
+in T. The inverse is a triangular solve, not the product (I - A)(I + A^2)(I + A^4)..., whose factors
+overflow if keys resemble each other.
 
 Letters: B batch, T tokens, H heads, K key width, V value width, C tokens in a chunk, M sequences
-x heads, R chunks of all M. In shapes of the model, D is the width of the residual stream; what
-is D above is `decay` in the code.
+x heads, R chunks of all M. In shapes of the model, D is the width of the residual stream. The D
+above is `decay` in the code.
 """
 
 import functools
@@ -203,10 +204,10 @@ class BatchChunks:
 
 
 class DocumentChunks:
-    """As BatchChunks, for documents end to end in one sequence, each cut on its own.
+    """As BatchChunks, for documents end to end in one sequence, each cut into chunks of its own.
 
-    The document with the most chunks comes first, so that those which still have a chunk in step n
-    are the first sizes[n] / H ones, and their states are one slice.
+    The document with the most chunks comes first. So the documents that still have a chunk in step
+    n are the first sizes[n] / H, and their states are one slice.
     """
 
     def __init__(self, cu_seqlens, H, C):
@@ -250,7 +251,7 @@ class DocumentChunks:
 
 
 def scale(x, factor):
-    """x * factor; None stands for 1, since without decay nothing should be multiplied."""
+    """x * factor, or x itself if factor is None: a product with ones would cost time."""
     return x if factor is None else x * factor
 
 
@@ -261,9 +262,9 @@ def chunk_slices(sizes):
 
 
 def naive_chunks(q, k, v, beta, g, S, sizes):
-    """ChunkwiseDeltaRule token by token; q is scaled already."""
+    """ChunkwiseDeltaRule token by token: same arguments and results."""
     outputs = []
-    q = q * math.sqrt(q.shape[-1])
+    q = q * math.sqrt(q.shape[-1])  # delta_rule_recurrent divides by it, and q is divided already
     if S is None:
         S = q.new_zeros(sizes[0] if sizes else 0, q.shape[-1], v.shape[-1])
     for chunks, m in chunk_slices(sizes):
@@ -275,16 +276,18 @@ def naive_chunks(q, k, v, beta, g, S, sizes):
     return torch.cat(outputs) if outputs else torch.zeros_like(v), S
 
 
-# Below this log decay, a fast sum of its gradient cancels terms 1 / exp(decay) times larger.
+# The fast formula for the gradient of a log decay g is a difference of sums, whose terms are up to
+# exp(-g) times larger than the result. Below this g, float32 would keep too few of its digits.
 STRONG_DECAY = -8.0
 
 
 def strong_decay_gradient(between, reads, writes, carried):
-    """Gradients of the log decays (R, C, 1), each a sum of terms with exp(g_t) as a factor.
+    """Gradients of the log decays (R, C, 1), by a formula without differences of large sums.
 
-    Gradient times value of what decays from an earlier token j to i: between (R, C, C), [i, j];
-    from the chunk's start to i: reads (R, C, 1); from j to its end: writes (R, C, 1); from its
-    start to its end: carried (R,).
+    The gradient of g_t adds up gradient times value of everything that decays across token t. It
+    decays from a token j to a later i: between (R, C, C), [i, j]; from the chunk's start to i:
+    reads (R, C, 1); from j to the chunk's end: writes (R, C, 1); or from start to end: carried
+    (R,).
     """
     across = between.cumsum(2).flip(1).cumsum(1).flip(1)
     across = across.diagonal(-1, 1, 2)  # (R, C - 1): the sum over i >= t > j
@@ -298,12 +301,12 @@ class ChunkwiseDeltaRule(Twinned):
 
     q, k (R, C, K), q scaled; v (R, C, V); beta (R, C, 1); g (R, C, 1), the log decays, or None;
     S (M, K, V), the states before the first chunks, or None for zeros; sizes: chunks in each step,
-    at most M, never rising. -> o (R, C, V) and the states after the last chunks. All of one dtype,
-    float32 or float64. decay_in is exp(G_i), decay_out exp(G_C - G_j), decay_chunk exp(G_C).
+    at most M, never increasing. -> o (R, C, V) and the states after the last chunks. All of one
+    dtype, float32 or float64. decay_in is exp(G_i), decay_out exp(G_C - G_j), decay_chunk exp(G_C).
 
-    Without S, the chunks of the first step read nothing from before them. So `before` and W leave
-    them out: they begin with chunk number `first`. In training that saves a quarter of the products
-    with states where a sequence has four chunks, and nearly all where it has one.
+    Without S, the state before the chunks of the first step is zero, so products with it are left
+    out: `before` and W begin with chunk number `first`. In training this saves a quarter of the
+    products with states if a sequence has four chunks, and nearly all if it has one.
     """
 
     twin = staticmethod(naive_chunks)
@@ -313,7 +316,7 @@ class ChunkwiseDeltaRule(Twinned):
         decay = decay_in = decay_out = decay_chunk = None
         if g is not None:
             # Sums over the tokens from j to i, not differences of two long sums, which would
-            # cancel. Only j <= i has a meaning.
+            # cancel. Entries with j > i are not used.
             decay = g.expand(-1, -1, g.shape[1]).tril(-1).cumsum(1).exp()  # (R, C, C), [i, j]
             decay_in = g.cumsum(1).exp()  # (R, C, 1)
             decay_out = decay[:, -1:].mT  # (R, C, 1)
@@ -321,6 +324,7 @@ class ChunkwiseDeltaRule(Twinned):
         # For all chunks at once: everything without S.
         P = scale(torch.bmm(q, k.mT), decay).tril_()
         A = scale(torch.bmm(k, k.mT), decay).tril_(-1).mul_(beta)
+        # unitriangular takes the diagonal of A as 1, so this is the inverse of I + A.
         eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device).expand_as(A)
         inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
         solve_beta = inverse * beta.mT  # (I + A)^-1 diag(beta)
@@ -366,8 +370,8 @@ class ChunkwiseDeltaRule(Twinned):
                 dS = zero_states() if dS is None else dS
                 return twin_gradients(naive_chunks, ctx, inputs, do, dS)
             dS = dS if dS is None else dS.clone()
-            # The scan backwards. Keys have two parts to play: as `k` they are written, as `r` they
-            # read the state and the keys before them; dk collects the first, dr the second.
+            # The scan backwards. A key has two uses: the write k_t u_t^T, whose gradient is dk, and
+            # the read S_{t-1}^T k_t. In the read it is called r here, and its gradient is dr.
             dU = torch.bmm(P.mT, do)
             dk = torch.zeros_like(k)
             q_in = scale(q, decay_in)
@@ -387,16 +391,17 @@ class ChunkwiseDeltaRule(Twinned):
                 dS[:m].baddbmm_(q_in[chunks].mT, do[chunks])
                 dS[:m].baddbmm_(W[reads].mT, dU[chunks], alpha=-1)
             # U solves (I + A) U = diag(beta) E with E = V - diag(exp(G)) K S.
-            dE = torch.bmm(inverse.mT, dU)  # of E, over beta
+            dE = torch.bmm(inverse.mT, dU)  # gradient of E, divided by beta
             dP = scale(torch.bmm(do, U.mT), decay).tril_()
-            dA = scale(torch.bmm(dE, U.mT), decay).tril_(-1)  # of -A, over beta
-            # What q and r got from the states before their chunks, without decay.
+            dA = scale(torch.bmm(dE, U.mT), decay).tril_(-1)  # gradient of -A, divided by beta
+            # Gradients of q, and of -r divided by beta, through the states before their chunks; the
+            # decay follows below.
             through_q = torch.bmm(do[first:], before.mT)
             through_r = torch.bmm(dE[first:], before.mT)
             late_decay = None if decay_in is None else decay_in[first:]
             dq = torch.bmm(dP, k)
             dq[first:] += scale(through_q, late_decay)
-            dr = torch.bmm(dA, k)  # of -r, over beta
+            dr = torch.bmm(dA, k)  # gradient of -r, divided by beta
             dr[first:] += scale(through_r, late_decay)
             dk = scale(dk, decay_out)
             is_strong = g is not None and bool((g < STRONG_DECAY).any())
@@ -415,8 +420,8 @@ class ChunkwiseDeltaRule(Twinned):
             dr *= beta
             dg = None
             if g is not None:
-                # What reads at i carries exp(G_i), what is written at j exp(-G_j), the state at
-                # the end exp(G_C); g_t is in all G_i from t on.
+                # Token i reads with a factor exp(G_i) and writes with exp(-G_i). The state after
+                # the chunk has the factor exp(G_C). g_t is a term of every G_i with i >= t.
                 dG = (q * dq).sum(-1) - (k * dr).sum(-1) - (k * dk).sum(-1)  # (R, C)
                 dG[:, -1] += carried
                 dg = dG.flip(1).cumsum(1).flip(1)[..., None]
@@ -507,9 +512,9 @@ class Config(model.Config):
     q_norm: str = "l2"  # norm of each query after its feature map: none l2 l1 rms layer
     k_norm: str = "l2"  # norm of each key; keys longer than 1 may make the state grow without bound
     conv_size: int = 4  # width of a short causal convolution on queries, keys and values; 0: none
-    pos_emb: str = "none"  # the recurrence knows the order; nothing is added
-    use_beta: bool = True  # write strength sigmoid(z / lr_temp), z a projection of the token; 0: 1
-    allow_neg_eigval: bool = False  # twice that strength, in (0, 2)
+    pos_emb: str = "none"  # no positions: the recurrence knows the order of its tokens
+    use_beta: bool = True  # write strength sigmoid(z / lr_temp), z = W x; 0: a write strength of 1
+    allow_neg_eigval: bool = False  # double the write strength, to (0, 2): the state can flip sign
     use_out_norm: bool = True  # RMSNorm of each head's output
 
     def unused(self):
@@ -523,11 +528,12 @@ class Config(model.Config):
 
 
 class RecurrentLayer(CausalSelfAttention):
-    """A memory of constant size in attention's place; `recall` is its rule.
+    """A memory of constant size in place of attention. Subclasses define `recall`.
 
-    Queries, keys and values are made as in CausalSelfAttention. The output goes
+    Queries, keys and values are made as in CausalSelfAttention. `recall` writes keys and values to
+    the memory and reads it with the queries. What is read goes through
 
-        recall -> RMSNorm per head -> output gate -> last projection.
+        RMSNorm per head -> output gate -> output projection.
     """
 
     attention_fn = None  # there are no attention weights to look at
@@ -570,8 +576,9 @@ class RecurrentLayer(CausalSelfAttention):
 
 
 class DeltaNetLayer(RecurrentLayer):
-    """The delta rule in attention's place (the DeltaNet layer of arXiv 2406.06484), without
-    positions; beta = sigmoid(W x / lr_temp) per head.
+    """The delta rule in place of attention: the DeltaNet layer of arXiv 2406.06484.
+
+    beta = sigmoid(W x / lr_temp) per head.
     """
 
     memory_name = "delta rule"
@@ -583,7 +590,7 @@ class DeltaNetLayer(RecurrentLayer):
         self.out_norm = self.make_out_norm(c)
 
     def recall(self, x, q, k, v, state, cu_seqlens):
-        """-> what the memory answers (B, H, T, V), and the state after the last token"""
+        """-> o (B, H, T, V), what the queries read, and the state after the last token"""
         beta = self.beta(x).transpose(1, 2)  # (B, H, T)
         chunk_size = self.config.chunk_size
         return delta_rule(q, k, v, beta, self.log_decay(x), state, cu_seqlens, chunk_size)
@@ -612,8 +619,8 @@ class DeltaNetLayer(RecurrentLayer):
 class GatedDeltaNetLayer(DeltaNetLayer):
     """DeltaNetLayer whose state decays by exp(-exp(A_log) softplus(W x + dt_bias)) per token.
 
-    Per head, with the parametrisation and initial values of Gated DeltaNet. The paper's output gate
-    is att_use_output_gate=1.
+    Each head has a decay of its own. Parametrisation and initial values are those of the paper's
+    code, which takes them from Mamba-2. The paper's output gate is att_use_output_gate=1.
     """
 
     def __init__(self, c):

@@ -12,9 +12,10 @@ number of its own, where Gated DeltaNet has one for the head:
     o_t = S_t^T q_t / sqrt(K)
 
 In chunks this is the form of delta.py. Let S be the state before a chunk, and G_i = g_1 + ... + g_i
-within the chunk. What was a product of two vectors times a decay is now a sum of K terms, (a.b)_ij
-= sum_r a_ir b_jr exp(G_ir - G_jr). linear.py computes it so that no factor grows. With
-A = diag(beta) (k.k), strictly lower triangular, P = (q.k), lower triangular, and * elementwise,
+within the chunk. There a score is an inner product times one decay; here each of its K terms has a
+decay of its own: (a.b)_ij = sum_r a_ir b_jr exp(G_ir - G_jr). linear.py computes such scores
+without overflow. With A = diag(beta) (k.k), strictly lower triangular, P = (q.k), lower triangular,
+Q divided by sqrt(K), and * elementwise,
 
     U = (I + A)^-1 diag(beta) (V - (exp(G) * K) S)                             errors, (C, V)
     O = (exp(G) * Q) S + P U
@@ -23,11 +24,14 @@ A = diag(beta) (k.k), strictly lower triangular, P = (q.k), lower triangular, an
 DeltaProduct (Siems et al. 2025, arXiv 2502.10297) makes n steps of the delta rule for each token,
 with a key, a value and a write strength for each, and reads after the last:
 
-    S_t = (I - beta_n k_n k_n^T) ... (I - beta_1 k_1 k_1^T) S_{t-1} + what the steps write
+    S_{t,0} = S_{t-1}
+    S_{t,m} = (I - beta_m k_m k_m^T) S_{t,m-1} + beta_m k_m v_m^T      m = 1, ..., n
+    S_t = S_{t,n}
 
-With beta = 2 a step is a reflection. n of them make any rotation or reflection that moves no more
-than n directions: one step can swap two objects, two can turn three around. This is the delta rule
-on a sequence that is n times as long, so delta.py computes it, on a GPU too.
+With beta = 2 and |k| = 1 a step is a reflection. n reflections make up any orthogonal matrix that
+leaves all but n dimensions as they are: one can swap two objects, two can move three objects around
+in a circle. This is the delta rule on a sequence n times as long, so delta.py computes it, on a GPU
+too.
 
 Letters are those of delta.py; n is the number of steps a token.
 """
@@ -100,7 +104,7 @@ def kda_chunkwise(q, k, v, beta, log_decay, state=None, cu_seqlens=None, chunk_s
 
 
 def kda_chunks(q, k, v, beta, g, S, sizes):
-    """The chunk form of the module's docstring: q, k, g (R, C, K), v (R, C, V), beta (R, C, 1).
+    """The chunk form of the docstring above: q, k, g (R, C, K), v (R, C, V), beta (R, C, 1).
 
     S (M, K, V), the states before the first chunks; sizes as in delta.BatchChunks. -> o (R, C, V),
     the states after the last chunks. Gradients are autograd's.
@@ -110,7 +114,7 @@ def kda_chunks(q, k, v, beta, g, S, sizes):
     # For all chunks at once: everything without S.
     P, A = scores_of_rows(torch.stack([q, k]), k, g)
     known = beta * torch.cat([v, decay_in * k], dim=-1)
-    # It reads what is below the diagonal, and takes the diagonal as 1: that is I + A.
+    # solve_triangular ignores the diagonal and all above it, and takes the diagonal as 1: I + A.
     solved = torch.linalg.solve_triangular(beta * A, known, upper=False, unitriangular=True)
     U, W = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     q_in = decay_in * q
@@ -187,7 +191,7 @@ def delta_product(q, k, v, beta, state=None, cu_seqlens=None, chunk_size=16):
     of each token, and the state after the last token. ValueError if shapes do not fit.
     """
     n = k.shape[3]
-    # Every step of a token reads, but only the last answer is wanted.
+    # delta_rule reads after every step. Only what is read after a token's last step is returned.
     q = q.repeat_interleave(n, dim=2)
     k, v, beta = (x.flatten(2, 3) for x in (k, v, beta))
     cu_seqlens = None if cu_seqlens is None else n * cu_seqlens
@@ -216,11 +220,10 @@ class Config(delta.Config):
 class KDALayer(DeltaNetLayer):
     """DeltaNetLayer in which row r of the state decays by exp(-exp(A_log) softplus(z_r + dt_r)).
 
-    z = W_2 W_1 x for each head and row, dt its bias. exp(A_log) starts between 1 and 16, and dt so
-    that softplus(dt) is between 0.001 and 0.1. W_1 has 16 rows, as in GLA; the paper's has as many
-    as a value has features, which would be more than the residual stream has in a small model. The
-    paper's output gate is att_use_output_gate=1 with att_output_gate_act=sigmoid, from one matrix
-    instead of two.
+    z = W_2 W_1 x for each head and row, and dt is its bias. exp(A_log) starts between 1 and 16, and
+    softplus(dt) between 0.001 and 0.1. W_1 has 16 rows, as in GLA. The paper's W_1 has as many rows
+    as a value has features, here often more than the residual stream. The paper's output gate is
+    att_use_output_gate=1 with att_output_gate_act=sigmoid, from a product of two matrices there.
     """
 
     memory_name = "Kimi delta attention"
@@ -243,7 +246,7 @@ class KDALayer(DeltaNetLayer):
         return -(self.A_log.exp()[:, None] * rate).transpose(1, 2)
 
     def recall(self, x, q, k, v, state, cu_seqlens):
-        """-> what the memory answers (B, H, T, V), and the state after the last token"""
+        """-> o (B, H, T, V), what the queries read, and the state after the last token"""
         beta = self.beta(x).transpose(1, 2)  # (B, H, T)
         chunk_size = self.config.chunk_size
         return kda(q, k, v, beta, self.log_decay(x), state, cu_seqlens, chunk_size)
@@ -269,7 +272,7 @@ class DeltaProductLayer(DeltaNetLayer):
         return c.n_heads * (c.dk + c.n_householder * (c.dk + c.dv))
 
     def recall(self, x, q, k, v, state, cu_seqlens):
-        """k, v (B, n*H, T, width) -> what the memory answers (B, H, T, V), and the last state"""
+        """k, v (B, n*H, T, width) -> o (B, H, T, V), and the state after the last token"""
         beta = self.beta(x).transpose(1, 2)  # (B, n*H, T)
         k, v, beta = (y.unflatten(1, (-1, self.n_heads)).movedim(1, 3) for y in (k, v, beta))
         return delta_product(q, k, v, beta, state, cu_seqlens, self.config.chunk_size)

@@ -5,8 +5,8 @@
 
 `blocks` lists the kinds of the first layers; the layers after them repeat the list. A kind is
 followed by settings of its blocks. Those that are left out have the defaults of that kind.
-Settings of the whole model are in Config below. Memory layers are no kind of block: they take the
-place of MLPs, and memory.py places them.
+Settings of the whole model are in Config below. A memory layer is not a kind of block, since it
+replaces an MLP: see memory.py.
 """
 
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ from nanorecall.settings import (
     require,
 )
 
-KINDS = {  # kind: settings of its blocks, and the model that has no others
+KINDS = {  # kind: Config of its blocks, and the model of such blocks alone
     "gpt": (model.Config, model.GPT),
     "unified_kv": (model.Config, model.UnifiedKV),
     "delta": (delta.Config, delta.DeltaNet),
@@ -95,7 +95,7 @@ def parse_block(text, c):
 
 
 class Hybrid(model.GPT):
-    """GPT whose layers are blocks of the kinds in `blocks`, over and over."""
+    """GPT whose layers are blocks of the kinds in `blocks`, repeated up to n_layers."""
 
     inactive_settings = {}
 

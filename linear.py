@@ -1,32 +1,34 @@
-"""Memories that add: linear attention, RetNet, Mamba-2, GLA, and MesaNet, on model.py.
+"""Additive memories (linear attention, RetNet, Mamba-2, GLA) and MesaNet, on model.py.
 
     python train.py configs/mqar_linear.py    # linear attention: nothing decays
     python train.py configs/mqar_mamba2.py    # --model retnet, mamba2, gla: the state decays
     python train.py configs/mqar_mesa.py      # MesaNet: least squares
 
-The memory of one head is a matrix S (K, V) that maps keys to values, as in delta.py. Each token is
-added to it. What S already holds under the key plays no part:
+The memory of one head is a matrix S (K, V) that maps keys to values, as in delta.py. Each token
+adds its value under its key, whatever S already holds there:
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T
     o_t = S_t^T q_t / sqrt(K)
 
     linear    g = 0              Katharopoulos et al. 2020, arXiv 2006.16236
     retnet    g of head h is log(1 - 2^(-5-h))              Sun et al. 2023, arXiv 2307.08621
-    mamba2    g_t = -exp(A) dt_t, and dt_t v_t is written   Dao and Gu 2024, arXiv 2405.21060
+    mamba2    g_t = -exp(A_log) dt_t, and v_t times dt_t    Dao and Gu 2024, arXiv 2405.21060
     gla       g_t = log(sigmoid(W x_t)) / 16, a number for each of the K rows of S
                                                             Yang et al. 2023, arXiv 2312.06635
 
-In chunks of C tokens (RetNet's chunkwise form, Mamba-2's SSD) this is matrix products. Let S be the
-state before a chunk, G_i = g_1 + ... + g_i within the chunk, and D_ij = exp(g_{j+1} + ... + g_i)
-for j <= i, the decay from j to i, else 0. Then
+In chunks of C tokens (RetNet's chunkwise form, Mamba-2's SSD) this is matrix products. Here Q, K
+and V have a row for each token of a chunk, Q is divided by sqrt(K), and * is elementwise. Let S be
+the state before the chunk, G_i = g_1 + ... + g_i within the chunk, and D_ij = exp(g_{j+1} + ... +
+g_i) for j <= i, the decay from j to i, else 0. Then
 
     O = diag(exp(G)) Q S + (Q K^T * D) V
     S <- exp(G_C) S + (diag(exp(G_C - G)) K)^T V
 
-With a decay for each row of S, the score of tokens i and j is a sum of K terms q_i k_j exp(G_i -
-G_j). As a product of q exp(G) and k exp(-G), the second would overflow. So a chunk is cut in two
-halves, and these again. With m in the middle, the scores between the halves are products of
-q exp(G_i - G_m) and k exp(G_m - G_j), neither of which grows. Gradients are autograd's.
+With a decay for each row of S, the score of tokens i and j is a sum over the K rows of q_i k_j
+exp(G_i - G_j). As the product of q exp(G) and k exp(-G) it would overflow. So a chunk is cut in two
+halves, and these again. Let m be the middle. The scores of the second half with the first are
+products of q exp(G_i - G_m) and k exp(G_m - G_j), and neither exponent is above 0. Gradients are
+autograd's.
 
 MesaNet (von Oswald et al. 2025, arXiv 2506.05233) has the state of linear attention and one more,
 
@@ -35,18 +37,19 @@ MesaNet (von Oswald et al. 2025, arXiv 2506.05233) has the state of linear atten
     o_t = S_t^T x_t  with  x_t = (Z_t + L)^-1 q_t           L > 0 diagonal, learned
 
 so it reads with the matrix W = (Z_t + L)^-1 S_t that minimises sum_j beta_j |v_j - W^T k_j|^2 +
-tr(W^T L W). No matrix W of this size fits the pairs seen so far better, at the given L: the delta
-rule takes one gradient step per token towards what this has after each. It reads the pairs in any
-order alike. In a chunk, with keys scaled by sqrt(beta) as rows of K and M = (Z + L)^-1 of the state
-before it, the matrix inversion lemma for the first i tokens is
+tr(W^T L W): ridge regression on all pairs so far. The delta rule takes one gradient step per token
+instead, on that token's pair alone. Unlike there, the order of the pairs makes no difference. In a
+chunk, with keys times sqrt(beta) as rows of K and M = (Z + L)^-1 of the state before it, the matrix
+inversion lemma for the first i tokens is
 
     x_i = M q_i - M K_i^T (I + K_i M K_i^T)^-1 K_i M q_i    K_i: the first i rows of K
 
-All i share one Cholesky factor F of I + K M K^T: that of the first i tokens is a corner of it. So
-x_i takes F^-1 K M q_i, keeps the first i numbers, and goes on with F^-T. One (K, K) matrix is
-factored per chunk, not per token; I + K M K^T is at least I, and Z + L at least L, so both are
-safe. The paper's Z also decays while L does not. Then no corner fits, and each token needs a system
-of its own (the paper uses conjugate gradients), so decay is left out here.
+Let F be the Cholesky factor of I + K M K^T. The factor for the first i tokens is the upper left
+corner of F, so one F serves all tokens: of F^-1 K M q_i the first i numbers are kept, the others
+set to 0, and F^-T is applied to that. So one (K, K) matrix is factored per chunk, not per token. No
+eigenvalue of I + K M K^T is below 1, and none of Z + L below the smallest of L, so both factors
+exist. In the paper Z decays, too, while L does not. Then F serves one token only, and each token
+needs a system of its own (the paper uses conjugate gradients), so decay is left out here.
 
 Letters: B batch, T tokens, H heads, K key width, V value width, C tokens in a chunk, M sequences
 x heads, R chunks of all M; W is 1 or K, the width of a decay. In shapes of the model, D is the
@@ -161,7 +164,7 @@ def in_chunks(form, tokens, state, cu_seqlens, chunk_size):
 
 
 def additive_chunks(q, k, v, g, S, sizes):
-    """The chunk form of the module's docstring: q, k (R, C, K), v (R, C, V), g (R, C, W) or None.
+    """The chunk form of the docstring above: q, k (R, C, K), v (R, C, V), g (R, C, W) or None.
 
     S (M, K, V), the states before the first chunks. -> o (R, C, V), the states after the last.
     """
@@ -211,7 +214,7 @@ def scores_of_rows(q, k, g):
     q_halves = q.reshape(*q.shape[:-3], 2 * R, half, K)
     within = scores_of_rows(q_halves, *(x.reshape(2 * R, half, K) for x in (k, g)))
     first, second = within.unflatten(-3, (R, 2)).unbind(-3)  # (R, half, half) each
-    # From the second half to the first all decays pass the middle.
+    # What decays from the first half to the second decays to the middle, then from there.
     later = q[..., half:, :] * g[:, half:].cumsum(1).exp()
     earlier = k[:, :half] * decay_to_end(g[:, :half])
     upper = F.pad(first, (0, half))
@@ -382,11 +385,11 @@ class Config(model.Config):
 
 
 class LinearAttentionLayer(RecurrentLayer):
-    """An additive memory in attention's place.
+    """An additive memory in place of attention.
 
-    Linear attention's division by the sum of scores (Katharopoulos et al. 2020) is left out, since
-    the norm of a head's output undoes it. taylor feature maps make this the linear layer of Based
-    (Arora et al. 2024, arXiv 2402.18668).
+    Linear attention divides by the sum of scores (Katharopoulos et al. 2020). That is left out:
+    RMSNorm of a head's output removes any such factor. With taylor feature maps this is the linear
+    layer of Based (Arora et al. 2024, arXiv 2402.18668).
     """
 
     memory_name = "additive memory"
@@ -396,7 +399,7 @@ class LinearAttentionLayer(RecurrentLayer):
         self.out_norm = self.make_out_norm(c)
 
     def recall(self, x, q, k, v, state, cu_seqlens):
-        """-> what the memory answers (B, H, T, V), and the state after the last token"""
+        """-> o (B, H, T, V), what the queries read, and the state after the last token"""
         chunk_size = self.config.chunk_size
         return additive(q, k, v, self.log_decay(x), state, cu_seqlens, chunk_size)
 
@@ -409,7 +412,7 @@ class LinearAttentionLayer(RecurrentLayer):
 
 
 class RetNetLayer(LinearAttentionLayer):
-    """The state of head h decays by 1 - 2^(-5-h) per token: half of it in 22, 44, ... tokens."""
+    """The state of head h decays by 1 - 2^(-5-h) per token, to a half in 22 * 2^h tokens."""
 
     def log_decay(self, x):
         h = torch.arange(self.n_heads, dtype=accum_dtype(x), device=x.device)
@@ -420,9 +423,9 @@ class RetNetLayer(LinearAttentionLayer):
 class Mamba2Layer(LinearAttentionLayer):
     """Mamba-2's state space: its B, C and x are k, q and v, its step dt = softplus(W x + dt_bias).
 
-    Per head, with the parametrisation and initial values of the paper, and a skip D v. In the paper
-    all heads share q and k, which have no norm (q_norm = k_norm = none), and the gate
-    (att_use_output_gate=1) comes before the norm of the output.
+    Each head has a step of its own, with the parametrisation and initial values of the paper, and a
+    skip D v. In the paper all heads share q and k, which have no norm (q_norm = k_norm = none), and
+    the gate (att_use_output_gate=1) comes before the norm of the output.
     """
 
     def __init__(self, c):
@@ -438,7 +441,7 @@ class Mamba2Layer(LinearAttentionLayer):
         dt = F.softplus(z.to(accum_dtype(z))).transpose(1, 2)[..., None]  # (B, H, T, 1)
         A, D = (p[:, None, None] for p in (self.A_log.exp(), self.D))
         written = (dt * v).to(v.dtype)
-        # The paper does not divide by sqrt(K): beside the skip, so small an answer would be lost.
+        # The paper does not divide by sqrt(K): what is read would be too small beside the skip.
         q = q * math.sqrt(q.shape[-1])
         o, state = additive(q, k, written, -A * dt, state, cu_seqlens, self.config.chunk_size)
         return o + (D * v).to(v.dtype), state
@@ -463,7 +466,7 @@ class GLALayer(LinearAttentionLayer):
 
 
 class MesaNetLayer(LinearAttentionLayer):
-    """Least squares over all tokens so far, in attention's place; its state also holds Z.
+    """Least squares over all tokens so far, in place of attention; its state also holds Z.
 
     beta = sigmoid(W x) per head; L = 1/4 + softplus(.) per head and row, 1 at the start, as in the
     paper's code.

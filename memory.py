@@ -11,8 +11,8 @@
 A query is cut into two halves. Each half is scored against n sub-keys of its own. The table has
 n * n slots. The score of slot (i, j) is the sum of the first half's score i and the second half's
 score j. The k best slots are among the k * k sums of the k best scores of each half, so a lookup
-costs n + k * k instead of n * n (Lample et al. 2019, arXiv 1907.05242; Berges et al. 2024, arXiv
-2412.09764, replace MLPs by it). Options are those of LLMonade.
+computes 2 n + k * k scores instead of n * n (Lample et al. 2019, arXiv 1907.05242; Berges et al.
+2024, arXiv 2412.09764, replace MLPs by it). Options are those of LLMonade.
 
 Letters: N tokens, D model width, H heads, n sub-keys per half, n * n slots, k slots that a head
 reads, Q width of a query, V width of a value.
@@ -53,10 +53,10 @@ class Config(model.Config):
     mem_share_values: bool = True  # one table of values for all memory layers of the model
     mem_gated: bool = False  # multiply the values read by silu(W x) before the output projection
     mem_balance_rate: float = 0.0  # load balancing: change per step of a sub-key's selection bias
-    mem_value_lr_scale: float = 1.0  # learning rate of the values over that of the rest
+    mem_value_lr_scale: float = 1.0  # learning rate of the values, relative to all others
     mem_sparse_grad: bool = False  # update only the values that a step reads: for large tables
     mem_shard_values: bool = False  # under torchrun, each rank keeps some columns of the table
-    mem_top1: bool = False  # memory_router: the likelier of MLP and memory, not their sum
+    mem_top1: bool = False  # memory_router: each token takes the likelier of MLP and memory alone
 
     def check(self):
         super().check()
@@ -104,8 +104,8 @@ def product_key_topk(q, keys, k, bias=None):
     """Find the k best slots of each head, exactly.
 
     q (N, H, 2, Q/2), keys (H, 2, n, Q/2) -> scores (N, H, k), slots (N, H, k) long. Slot
-    i * n + j scores q[0] . keys[0, i] + q[1] . keys[1, j]. bias (H, 2, n) counts in the choice of
-    slots, but not in the scores that are returned.
+    i * n + j scores q[0] . keys[0, i] + q[1] . keys[1, j]. bias (H, 2, n) is added for the choice
+    of slots, but not to the scores that are returned.
     """
     n = keys.shape[2]
     half_scores = torch.einsum("nhse,hske->nhsk", q, keys)  # (N, H, 2, n)
@@ -116,7 +116,7 @@ def product_key_topk(q, keys, k, bias=None):
     first = index[:, :, 0].gather(-1, pair // k)
     second = index[:, :, 1].gather(-1, pair % k)
     if bias is not None:
-        # A bias in the weights would change what is read; it may only change what is chosen.
+        # The bias is for load balancing alone: it changes which slots are read, not their weights.
         scores = half_scores[:, :, 0].gather(-1, first) + half_scores[:, :, 1].gather(-1, second)
     return scores, first * n + second
 
@@ -174,7 +174,7 @@ class MemoryLayer(nn.Module):
         self.query = nn.Linear(c.dim, H * c.mem_k_dim)
         self.keys = nn.Parameter(torch.empty(H, 2, n, c.mem_k_dim // 2).uniform_(-bound, bound))
         if values is None:
-            # In place: of a large table, memory holds no two.
+            # mul_ works in place: a second copy of a large table may not fit in memory.
             values = nn.Parameter(torch.randn(n * n, V).mul_(V**-0.5))
         self.values = values
         self.gate = nn.Linear(c.dim, V, bias=False) if c.mem_gated else None
@@ -198,9 +198,9 @@ class MemoryLayer(nn.Module):
     def forward(self, x, intervene=None, reads=None, counted=None):
         """-> y (..., D), and the reads.
 
-        reads: slots and weights that are known, so that there is no lookup. intervene: a function
-        of the reads that returns others; "output" among them replaces the weighted sum. counted
-        (M,) long: the tokens, of all (...) in a row, whose reads are noted; None: every token.
+        reads: given slots and weights, in place of a lookup. intervene: a function from the reads
+        to others; if these have an "output", it replaces the weighted sum. counted (M,) long: the
+        tokens whose reads are noted, as indices into the flattened (...); None: every token.
         """
         c = self.config
         if reads is None:
@@ -222,9 +222,9 @@ class MemoryLayer(nn.Module):
             y = y * F.silu(self.gate(x))
         return self.out(y) if self.out else y, reads
 
-    # The slots read in a training step are kept as they come. They are counted when somebody asks,
-    # so that a step's cost does not grow with the table. Checkpoints fall between steps, so nothing
-    # of this is saved.
+    # The slots read in a training step are kept in a list, and counted only where counts are
+    # needed, so that the cost of a step does not grow with the table. Checkpoints are saved between
+    # steps, when the list is empty.
 
     def forget_reads(self):
         """Begin a new training step."""
@@ -235,7 +235,7 @@ class MemoryLayer(nn.Module):
     def note_reads(self, slots):
         """Note slots (N, H, k) as read in this training step."""
         self.slots_read.append(slots)
-        # Counts take less room than so many slots: a training loop without on_step_end goes on.
+        # A training loop may never call on_step_end. Then counts take less memory than the list.
         c = self.config
         if sum(s.numel() for s in self.slots_read) > c.mem_heads * c.mem_n_keys**2:
             self.count_reads()
@@ -267,8 +267,8 @@ class MemoryLayer(nn.Module):
     def update_balance_bias(self, counts):
         """Raise the bias of sub-keys that were read less than average in this step, lower others'.
 
-        counts (H, 2, n): of all ranks. This is loss-free balancing (Wang et al. 2024, arXiv
-        2408.15664): by mem_balance_rate each.
+        Each changes by mem_balance_rate: loss-free balancing (Wang et al. 2024, arXiv 2408.15664).
+        counts (H, 2, n): of all ranks.
         """
         counts = in_float64(counts)
         change = torch.sign(counts.mean(-1, keepdim=True) - counts)
@@ -289,7 +289,7 @@ def in_float64(x):
 
 
 def sum_over_ranks(counts):
-    """Counts of this rank -> of all ranks."""
+    """Add up the counts of all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(counts)
     return counts
@@ -347,11 +347,11 @@ class MemoryBlock(GPTBlock):
 
 
 def counted_tokens(targets):
-    """Tokens of the last block whose reads count: targets (B, T) -> (M,), of (B * n,) in a row.
+    """Tokens of the last block whose reads count: targets (B, T) -> (M,), indices into (B * n,).
 
-    The last block computes n tokens of every sequence, as many as the one with most labels needs.
-    Each sequence counts with the tokens that it would have alone: its labelled ones, or all T if
-    more than half are labelled. Otherwise counts would change with the micro-batches or ranks.
+    The last block computes n tokens of every sequence, as many as the sequence with most labels
+    has. Of each sequence, those count that it would compute in a batch of its own: its labelled
+    ones, or all T if more than half are labelled. So counts do not depend on how a batch is split.
     """
     query_pos, label_index, _ = labelled_positions(targets)
     if query_pos is not None:
@@ -420,7 +420,7 @@ class MemoryGPT(GPT):
         """
         usage = {}
         for i, memory in self.memory_layers().items():
-            # Ranks read different tokens, but must move their biases alike.
+            # Ranks read different tokens, but must change their biases in the same way.
             if self.config.mem_balance_rate and memory.keys.requires_grad:
                 memory.update_balance_bias(sum_over_ranks(memory.count_half_reads()))
             if report:
@@ -430,14 +430,14 @@ class MemoryGPT(GPT):
 
 
 class MemoryRouterGPT(MemoryGPT):
-    """GPT in which some blocks have MLP and memory layer, weighted for each token by a router."""
+    """GPT in which some blocks have an MLP and a memory layer, weighted per token by a router."""
 
     has_mlp = True
     inactive_settings = GPT.inactive_settings
 
 
 def main(argv=None):
-    # Not at the top: to train a model takes none of this.
+    # Not imported at the top: training needs none of it.
     from analysis import weights
 
     return weights.main(sys.argv[1:] if argv is None else list(argv), __doc__)

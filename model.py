@@ -1,9 +1,9 @@
-"""GPT and UnifiedKV: a transformer of which every part can be switched.
+"""GPT and UnifiedKV: a transformer whose parts are all options.
 
     python train.py configs/mqar_gpt.py              # keys and values of their own
     python train.py configs/mqar_unified_kv.py       # one vector is both key and value
 
-Settings have the names of the experiments in "Updatable Long-Term Memory" (README, Sources).
+Settings have the names that they have in "Updatable Long-Term Memory" (README, Sources).
 
 Read from top to bottom: settings, tables of options, small modules, the two attention modules, the
 block, the model. Delta-rule and memory models (delta.py, memory.py) reuse the model and replace the
@@ -54,7 +54,7 @@ class Config:
     tie_weights: bool = False  # the output head shares the embedding's weight
     init_std: float = 0.02  # of the initial embedding; projections start as torch makes them
     chunk_size: int = 16  # delta, linear: tokens per chunk of the parallel form
-    lr_temp: float = 1.0  # delta models: temperature of the write strength, sigmoid(z / lr_temp)
+    lr_temp: float = 1.0  # delta models: temperature of the write strength sigmoid(z / lr_temp)
     vocab_size: int = derived(2048)
     seq_len: int = derived(128)
 
@@ -108,8 +108,8 @@ def taylor(x):
     return torch.cat([torch.ones_like(x[..., :1]), x, second], dim=-1)
 
 
-# Of a vector per head, over its last axis. For the delta rule and linear attention the score is the
-# product of two feature vectors; maps like relu, elu1 and exp keep it positive, as softmax does.
+# Over the last axis, a vector per head. The delta rule and linear attention score a query and a key
+# by the product of their features. With relu, elu1 and exp it is never negative, as in softmax.
 FEATURE_MAPS = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -121,8 +121,8 @@ FEATURE_MAPS = {
     "taylor": taylor,
 }
 
-# Of a vector after its feature map. Keys of length 1 keep the delta rule stable; queries and keys
-# of equal length bound attention's scores. 1e-6 keeps a vector of zeros finite.
+# Of a vector after its feature map. Keys of length 1 keep the delta rule stable. Attention's scores
+# are bounded if queries and keys have a fixed length. 1e-6 avoids a division by zero.
 NORMS = {
     "none": lambda x: x,
     "l2": ops.l2_normalize,
@@ -170,8 +170,8 @@ class RMSNorm(nn.Module):
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution on (B, T, C).
 
-    It lets a token see the tokens just before it ahead of any attention. In MQAR that binds a value
-    to the key before it, for which attention alone needs a layer.
+    Queries, keys and values then also depend on the few tokens before their own. In MQAR this binds
+    a value to the key before it, for which attention alone needs a layer.
     """
 
     def __init__(self, channels, width):
@@ -183,7 +183,8 @@ class ShortConvolution(nn.Module):
         """x (B, T, C) -> (B, T, C). cache["conv_state"]: the width - 1 tokens before x."""
         weight = self.weight.to(x.dtype)  # x is bfloat16 under autocast
         if documents:
-            # padded to a sequence each, or the first tokens of one would see the end of another
+            # Documents are padded to a sequence each, or the first tokens of one would see the end
+            # of the one before.
             return documents.pack(ops.causal_conv1d(documents.pad(x), weight))
         if cache is None:
             return ops.causal_conv1d(x, weight)
@@ -199,7 +200,7 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        # no biases here and in attention, as in Llama
+        # There are no biases here and in attention, as in Llama.
         self.up = nn.Linear(c.dim, c.ffn_expand_factor * c.dim, bias=False)
         self.down = nn.Linear(c.ffn_expand_factor * c.dim, c.dim, bias=False)
         self.act = c.ffn_act
@@ -230,7 +231,7 @@ class CausalSelfAttention(nn.Module):
         self.n_kv_heads = c.n_kv_heads or c.n_heads
         self.add_projections(c)
         self.conv = ShortConvolution(self.qkv_dim(c), c.conv_size) if c.conv_size else None
-        # Sizes after the feature maps, since taylor widens vectors.
+        # widths after the feature maps: taylor makes vectors wider
         K, V = self.head_dims(c)
         self.gate_q = nn.Linear(c.dim, self.n_heads * K, bias=False) if c.q_gated else None
         self.gate_k = nn.Linear(c.dim, self.n_kv_heads * K, bias=False) if c.k_gated else None
@@ -238,7 +239,7 @@ class CausalSelfAttention(nn.Module):
         if c.att_use_output_gate:
             self.gate_out = nn.Linear(c.dim, self.n_heads * V, bias=False)
         if c.pos_emb == "rope":
-            # not in the checkpoint: it can be computed, and a longer seq_len would not fit
+            # Not in the checkpoint: it can be computed again, and would not fit a longer seq_len.
             self.register_buffer("rope", ops.rope_table(K, c.seq_len), persistent=False)
         self.out_proj = nn.Linear(self.n_heads * V, c.dim, bias=False)
 
@@ -269,26 +270,26 @@ class CausalSelfAttention(nn.Module):
         """
         c = self.config
         output_pos = query_pos
-        if documents:
-            # The kernels for packed documents take every token as a query. So all outputs are
-            # computed, and output_pos are picked from them at the end.
+        if documents or ops.prefers_all_queries(query_pos, x.shape[1], c.window):
+            # The operators for packed documents and for a window take every token as a query. So
+            # all outputs are computed, and output_pos are picked from them at the end.
             query_pos = None
         query_x = ops.gather_positions(x, query_pos)  # (B, n, D)
         q, k, v = self.qkv(x, query_x, query_pos, cache, documents)
         positions = ops.token_positions(x, cache, documents)
         q = self.split_heads(q, self.n_heads, c.q_kernel, c.q_norm, self.gate_q, query_x)
         if c.pos_emb == "rope":
-            # Turned by their positions, a query and a key have a product that depends only on how
-            # far apart they are.
+            # After the rotation, the product of a query and a key depends on their positions only
+            # by the distance between them.
             q = ops.apply_rotary(q, self.rope, positions if query_pos is None else query_pos)
-        # Keys and values of all tokens, also where no query is computed: (B, T, G, K or V).
+        # Keys and values are computed for all tokens, queries maybe not: (B, T, G, K or V).
         if cache is None:
             k = self.keys(k, x, positions)
             v = self.values(v)
         else:
             k, v = self.update_cache(cache, k, v, x, positions)
             # k and v now cover earlier tokens, too, so the mask needs the positions of the queries
-            # among them. With a window, the first tokens are no longer there.
+            # among them. With a window, the earliest tokens have left the cache.
             if positions is not None:
                 query_pos = positions - self.first_cached(cache, x, k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, n or T, K or V)
@@ -296,7 +297,7 @@ class CausalSelfAttention(nn.Module):
         options = {"window": c.window} if c.window else {}
         o = self.attention_fn(q, k, v, query_pos, documents, **options)  # (B, H, n, V)
         o = o.transpose(1, 2).flatten(2)  # (B, n, H*V)
-        if documents:
+        if query_pos is None:
             o = ops.gather_positions(o, output_pos)
         if self.gate_out:
             z = self.gate_out(ops.gather_positions(x, output_pos))
@@ -308,7 +309,7 @@ class CausalSelfAttention(nn.Module):
         kv = self.kv_projections()
         widths = [m.out_features for m in kv]
         if query_pos is not None and not self.conv:
-            # the last block in training: queries of the labelled tokens only
+            # the last block in training: only labelled tokens need a query
             return self.proj_q(query_x), *ops.fused_linear(x, *kv).split(widths, dim=-1)
         y = ops.fused_linear(x, self.proj_q, *kv)  # (B, T, C)
         if self.conv:
@@ -326,8 +327,8 @@ class CausalSelfAttention(nn.Module):
 
     def values(self, v):
         """Projected values (B, T, G*dv) -> (B, T, G, V)."""
-        # Back to v's dtype: under autocast exp and softmax return float32. (softmax_attention casts
-        # queries and keys to it, after the rotation, which wants float32.)
+        # Back to v's dtype: under autocast exp and softmax return float32. Queries and keys stay in
+        # it for the rotation, and softmax_attention casts them.
         return self.split_heads(v, self.n_kv_heads, self.config.v_kernel).to(v.dtype)
 
     @staticmethod
@@ -341,7 +342,7 @@ class CausalSelfAttention(nn.Module):
 
     def update_cache(self, cache, k, v, x, positions):
         """Add projected keys and values to the cache -> keys and values of all it holds."""
-        # Stored ready for use, rotation included: a new token costs one key and one value.
+        # Keys are stored after norm and rotation, so a new token computes one key and one value.
         window = self.config.window
         k = ops.append_to_cache(cache, "k", self.keys(k, x, positions), window)
         v = ops.append_to_cache(cache, "v", self.values(v), window)
@@ -375,9 +376,9 @@ class CausalSelfAttention(nn.Module):
 class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
     """Attention with one vector u per head and token as key and value: o_t = sum_s p_ts u_s.
 
-    As in a Hopfield network, what a query is compared with is also what it gets. The cache is half
-    as large as with keys and values of their own. The score uses a copy of u with k_kernel, k_norm,
-    k_gated and rotary positions. The value copy has v_kernel only: values are not rotated.
+    As in a Hopfield network, a query reads the same vectors that it is compared with. The cache is
+    half as large as with separate keys and values of that width. k_kernel, k_norm, k_gated and
+    rotary positions apply to u as a key only, v_kernel to u as a value.
 
     "Updatable Long-Term Memory" shows only the size of the projection, H * du. With H = 2 that also
     fits a single key/value head with a key and a value of its own, which is
@@ -397,8 +398,8 @@ class CausalSelfAttentionUnifiedKV(CausalSelfAttention):
 
     def update_cache(self, cache, k, v, x, positions):
         """Stores u alone, and makes keys and values from it."""
-        # Half the memory, but all keys and values are made again for every new token. A gated key
-        # depends on its token x, which is gone by then, so it is stored as well.
+        # This takes half the memory, but computes all keys and values again for every new token. A
+        # gated key also depends on x, which is not stored, so the key is stored as well.
         window = self.config.window
         u = ops.append_to_cache(cache, "u", v, window)
         if self.gate_k:
@@ -460,11 +461,11 @@ class GPTBlock(nn.Module):
         """The mixer's output at query_pos: (B, n, D)"""
         if self.att_takes_query_pos:
             return self.att(x, query_pos, **options)
-        # a plain mixer computes all positions; correct, only slower in the last block
+        # A plain mixer computes all positions: the same result, only slower in the last block.
         return ops.gather_positions(self.att(x, **options), query_pos)
 
     def add(self, x, change):
-        # residual_mul is an experiment: x scales each feature of its own change
+        # residual_mul is an experiment: each feature of x scales the change that is added to it
         return x + change * x if self.residual_mul else x + change
 
 
@@ -500,7 +501,7 @@ class GPT(nn.Module):
         if self.pos_embed:
             nn.init.normal_(self.pos_embed.weight, std=c.init_std)
         if c.tie_weights:
-            # one parameter under two names: the checkpoint holds it once, and both uses train it
+            # one parameter with two names, which the checkpoint holds once
             self.lm_head.weight = self.embed.weight
 
     def make_layers(self, c):
@@ -510,8 +511,8 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, cu_seqlens=None, **options):
         query_pos = documents = None
         if targets is not None:
-            # This waits for the GPU to count the labels. It comes first, while the GPU has no work
-            # queued that the CPU would have to wait for as well.
+            # The CPU waits here until the GPU has counted the labels. So this comes first: later,
+            # it would also have to wait for all work queued before.
             query_pos, label_index, labels = ops.labelled_positions(targets)
         if cu_seqlens is not None:
             self.require_mixers("documents", "packed documents need a mixer that keeps them apart")
@@ -534,7 +535,7 @@ class GPT(nn.Module):
         x = self.embed(tokens)
         if self.pos_embed:
             positions = ops.token_positions(x, cache, documents)
-            if positions is None:  # a slice needs no gather, and adds to all sequences at once
+            if positions is None:  # a slice is faster than a lookup, and serves all sequences
                 x = x + self.pos_embed.weight[: tokens.shape[1]]
             else:
                 x = x + self.pos_embed(positions)
@@ -561,7 +562,7 @@ class GPT(nn.Module):
         x = self.embed_tokens(tokens, cache[0])
         for layer, of_layer in zip(self.layers, cache):
             x = layer(x, cache=of_layer)
-            of_layer["seen"] = end  # after the layer, which takes its positions from it
+            of_layer["seen"] = end  # only now, since the layer takes its positions from it
         return self.lm_head(self.final_norm(x)), cache
 
     def require_mixers(self, option, why):

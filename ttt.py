@@ -13,23 +13,25 @@ v_t, and the token reads f(q_t).
     W_t = W_{t-1} - eta_t grad l(W'; k_t, v_t)   eta_t = inner_lr sigmoid(w.x_t), the inner rate
     o_t = f(q_t; W_t)
 
-W' are the weights before the mini-batch of the token. inner_batch_size tokens share them, so their
-gradients do not wait for each other. W_0 is learned like any other parameter, and so are the weight
-and bias of LN. Without LN and residual, TTT-Linear with one token per mini-batch is the delta rule.
+W' are the weights before the token's mini-batch. The inner_batch_size tokens of a mini-batch share
+W', so their gradients are computed at once. W_0 is learned like any other parameter, and so are the
+weight and bias of LN. Without LN and residual, TTT-Linear with one token per mini-batch is the
+delta rule.
 
-Let h be the inputs of a layer (keys, or gelu of the hidden units) for the C tokens of a mini-batch,
-and U the gradients at its outputs times eta, both computed with W'. A step of token j changes the
-layer's weights by -h_j u_j^T. So a token i whose own input is x_i gets the output
+The weights W_i of each token need not be formed (the paper's dual form). For a layer and token j,
+let h_j be the layer's input for the key k_j, and u_j the gradient at its output times eta_j. Both
+are computed with W'. The step of token j adds -h_j u_j^T to the layer's weights. So if x_i is the
+layer's input for the query q_i, its output is
 
-    W_i^T x_i = W_0^T x_i - sum_{j<=i} (x_i.h_j) u_j      W_0: the weights before the mini-batch
+    W_i^T x_i = W'^T x_i - sum_{j<=i} (x_i.h_j) u_j
 
-and for all tokens of a mini-batch at once this is X W_0 - tril(X H^T) U. No W_i but the last is
-formed (the paper's dual form). Gradients of the inner loss are written out below; those of training
-go through them by autograd.
+and for all tokens of a mini-batch at once this is X W' - tril(X H^T) U. Only the weights after the
+last token are formed. Gradients of the inner loss are written out below; autograd differentiates
+through them.
 
-The paper's loss has no 1/2, so its rate of 1 is inner_lr=2 here. The authors' code adds biases to
-the layers, divides eta by K, and averages over the tokens of a mini-batch where the paper adds;
-these are left out here.
+The paper's loss has no 1/2, so its rate of 1 is inner_lr=2 here. Three things of the authors' code
+are left out: biases of the layers, a division of eta by K, and a mean over the tokens of a
+mini-batch, where the paper has a sum.
 
 Letters: B batch, T tokens, H heads, K width of a query, key or value, F hidden width, C tokens in a
 mini-batch or a part of one. In shapes of the model, D is the width of the residual stream.
@@ -70,23 +72,23 @@ def run_layers(weights, x):
 
 
 def inner_loss(weights, k, v, norm):
-    """Sum over all tokens, of which each head and sequence has its own weights."""
+    """The inner loss, summed over all tokens; each head and sequence has its own weights."""
     _, outputs = run_layers(weights, k)
     return (k + layer_norm(outputs[-1], norm) - v).square().sum() / 2
 
 
 def inner_gradients(weights, k, v, norm):
-    """-> inputs of each layer, and the gradients of the inner loss at its outputs, per token"""
+    """-> inputs of each layer, and gradients of the inner loss with respect to its outputs"""
     inputs, outputs = run_layers(weights, k)
     weight, bias = (x[:, None] for x in norm)
     z = outputs[-1]
     centred = z - z.mean(-1, keepdim=True)
     inverse_std = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
     z_hat = centred * inverse_std
-    g = weight * (k + weight * z_hat + bias - v)  # at z_hat
-    # Whatever z is, z_hat has mean 0 and variance 1, so z cannot change it in these two directions.
+    g = weight * (k + weight * z_hat + bias - v)  # gradient with respect to z_hat
+    # z_hat always has mean 0 and variance 1, so the parts of g that would change them are removed.
     g = g - g.mean(-1, keepdim=True) - z_hat * (g * z_hat).mean(-1, keepdim=True)
-    gradients = [inverse_std * g]  # of the last layer; then back through the others
+    gradients = [inverse_std * g]  # of the last layer first
     for W, hidden in zip(weights[:0:-1], outputs[-2::-1]):
         gradients.append(gradients[-1] @ W.mT * gelu_slope(hidden))
     return inputs, gradients[::-1]
@@ -124,7 +126,7 @@ def ttt_recurrent(q, k, v, rate, weights, norm, inner_batch_size=16):
 def one_mini_batch(q, k, v, rate, start, now, norm):
     """A mini-batch or a part of it, in the dual form; rate (B, H, C, 1).
 
-    start: the weights where gradients are taken; now: those before the first of these tokens.
+    start: the weights at which gradients are taken; now: those before the first of these tokens.
     -> o (B, H, C, K), and the weights after the last token.
     """
     inputs, gradients = inner_gradients(start, k, v, norm)
@@ -192,7 +194,7 @@ def ttt(q, k, v, rate, weights, norm, state=None, cu_seqlens=None, inner_batch_s
 
 
 def piece_sizes(T, filled, inner_batch_size):
-    """T tokens cut where mini-batches end, the first of which holds `filled` tokens before them"""
+    """Cut T tokens where mini-batches end; the first mini-batch has `filled` tokens already."""
     ends = [*range(inner_batch_size - filled, T, inner_batch_size), T]
     starts = [0, *ends[:-1]]
     return [end - start for start, end in zip(starts, ends)]
@@ -207,7 +209,7 @@ class Config(model.Config):
     k_norm: str = "l2"  # norm of each key after its feature map, as for queries
     conv_size: int = 4  # width of a short causal convolution on queries, keys and values; 0: none
     pos_emb: str = "none"  # positions: rope, learned or none
-    inner_lr: float = 1.0  # of the inner steps at most; in the paper 1 for ttt_linear, 0.1 for mlp
+    inner_lr: float = 1.0  # largest inner rate; 1 in the paper for ttt_linear, 0.1 for ttt_mlp
     inner_batch_size: int = 16  # tokens whose inner gradients are taken at the same weights
     inner_expand_factor: int = 4  # ttt_mlp: hidden width of the inner net over dk
     use_out_norm: bool = True  # RMSNorm of each head's output
@@ -229,7 +231,7 @@ class Config(model.Config):
 
 
 class TTTLinearLayer(RecurrentLayer):
-    """TTT-Linear in attention's place."""
+    """TTT-Linear in place of attention."""
 
     memory_name = "test-time training of a linear map"
 
@@ -249,11 +251,12 @@ class TTTLinearLayer(RecurrentLayer):
     @staticmethod
     def inner_sizes(c, K):
         """Of each layer of the inner net: width of inputs, of outputs, std of the first weights."""
-        # LN divides by the size of what it gets, so the paper's small weights are overwritten soon.
+        # The paper's std. LN's gradient is large where its input is small, so the first inner steps
+        # overwrite such small weights.
         return [(K, K, 0.02)]
 
     def recall(self, x, q, k, v, state, cu_seqlens):
-        """-> what the inner net answers (B, H, T, K), and the state after the last token"""
+        """-> o (B, H, T, K), the inner net's outputs for q, and the state after the last token"""
         c = self.config
         rate = c.inner_lr * torch.sigmoid(self.proj_rate(x)).transpose(1, 2)  # (B, H, T)
         norm = self.inner_norm_weight, self.inner_norm_bias
@@ -267,15 +270,15 @@ class TTTLinearLayer(RecurrentLayer):
 
 
 class TTTMLPLayer(TTTLinearLayer):
-    """TTT-MLP in attention's place."""
+    """TTT-MLP in place of attention."""
 
     memory_name = "test-time training of an MLP"
 
     @staticmethod
     def inner_sizes(c, K):
         hidden = c.inner_expand_factor * K
-        # Hidden units of a key of length 1 start with a variance of 1. With the paper's 0.02 they
-        # are in the linear part of gelu, and the first inner step changes all of them.
+        # With a key of length 1, hidden units start with a variance of 1. With the paper's std of
+        # 0.02 they would all be close to 0, where gelu is nearly linear.
         return [(K, hidden, 1.0), (hidden, K, 0.02)]
 
 
@@ -291,7 +294,7 @@ class TTTMLPBlock(GPTBlock):
 
 
 class TTTLinear(GPT):
-    """model.py's GPT with a linear map that is trained on the sequence in place of attention."""
+    """model.py's GPT with TTT-Linear in place of attention."""
 
     block = TTTLinearBlock
     inactive_settings = {
@@ -305,7 +308,7 @@ class TTTLinear(GPT):
 
 
 class TTTMLP(TTTLinear):
-    """TTTLinear with an MLP in place of the linear map."""
+    """model.py's GPT with TTT-MLP in place of attention."""
 
     block = TTTMLPBlock
     inactive_settings = dict(TTTLinear.inactive_settings)

@@ -4,9 +4,9 @@
 Expected: letter accuracy of 0.99 or more on one hop, and close to 0 on two, three and four.
 
 The short convolution has width 12 to see a hash, " = '" and all letters of the answer so far. With
-8 it no longer sees the first letters of the hash when the last ones are asked for, and some seeds
-stay on the plateau. 218 bytes hold 9 hashes with their answers and 4 queries. For longer chains:
-configs/hashhop_cot_gpt.py.
+width 8 it does not see the first letters of the hash where the last letters of the answer are
+predicted, and some seeds stay on the plateau. 218 bytes hold 9 hashes with their answers and 4
+queries. For longer chains: configs/hashhop_cot_gpt.py.
 """
 
 data = "data_synth"

@@ -5,9 +5,9 @@ more (0.9920 to 0.9960 with seeds 0 to 2). The state takes 159 kB whatever the l
 configs/mqar_gpt.py 393 kB at 128 tokens.
 
 A query and a key of width 16 have 1 + 16 + 256 features, so few parameters make a state with room
-for many keys. Their scores are 1 + s + s^2 / 2, nearly exp(s), the scores of softmax: norms would
-take the size of s away, so there are none. As in configs/mqar_hybrid.py, the first kind does all
-the recall here: that block alone reaches 0.994. RESULTS.md has the numbers (MQAR: windows and
+for many keys. Their score is 1 + s + s^2 / 2, nearly exp(s) as in softmax attention. Norms would
+bound s and make all scores alike, so there are none. As in configs/mqar_hybrid.py, the first block
+does all the recall here: alone it reaches 0.994. RESULTS.md has the numbers (MQAR: windows and
 hybrids).
 """
 

@@ -4,11 +4,11 @@
 mqar_gpt.py. Half a minute on 2 CPU cores. Expected: test token accuracy of 0.99 or more, with any
 seed. The state takes 147 kB whatever the length; GPT's cache takes 393 kB at 128 tokens.
 
-The convolution is needed: without it key and value never meet in one token, and even 2 pairs are
+The convolution is needed: without it no token sees both a key and its value, and even 2 pairs are
 not learned. With it, small initial embeddings are best. Once it binds the pairs, one layer is
 enough for the lookup, so few wide layers beat many narrow ones: a 96 x 87 state per head has room
 for 32 keys, and 4 layers with 48 x 43 need more than twice as many steps. Keys have no feature
-map, since silu leaves few negative features, and vectors without them are never far apart.
+map: silu makes few features negative, so all keys would point in similar directions.
 """
 
 model = "delta"

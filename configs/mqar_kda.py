@@ -4,8 +4,8 @@ dv is 71, to pay for the projection of the decay: within 0.3% of the layer param
 state takes 122 kB whatever the length. Two minutes on one of 2 CPU cores. Expected: test token
 accuracy of 0.99 or more.
 
-Nothing should be forgotten in this task. Each row of the state has a decay of its own to unlearn,
-and 130 to 170 steps are enough.
+Nothing should be forgotten in this task, so the model must unlearn the decay of every row of its
+state. 130 to 170 steps are enough.
 """
 
 model = "kda"

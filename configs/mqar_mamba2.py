@@ -5,8 +5,8 @@
 accuracy of 0.99 or more.
 
 Queries and keys have no norm, as in the paper: with keys of length 1 the accuracy is 0.01 after 300
-steps. What a token writes is multiplied by its step, which starts between 0.001 and 0.1, so beside
-the skip little is read at first, and seed 0 needs 630 steps, where seeds 1 and 2 need 240.
+steps. Each value is written times a step, which starts between 0.001 and 0.1. So at first what is
+read is small beside the skip connection. Seed 0 needs 630 steps, seeds 1 and 2 need 240.
 """
 
 model = "mamba2"

@@ -4,8 +4,8 @@ The task and recipe of configs/mqar_gpt.py, and the same 98,560 layer parameters
 dk = dv = 48). The cache has two thirds of the size of GPT's. Twenty seconds on 2 CPU cores.
 Expected: test token accuracy of 0.99 or more.
 
-The learning rate is lower, and the first stage may take longer: at 3e-2 one seed in three never
-leaves it.
+The learning rate is lower than in mqar_gpt.py, and the first stage of the curriculum may be longer:
+at 3e-2 one seed in three never leaves that stage.
 """
 
 model = "unified_kv"

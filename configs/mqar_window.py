@@ -4,10 +4,10 @@
 lies 32 to 63 tokens before the query (slice distance=32), and about 0.57 over all labels, with any
 seed.
 
-The value of 58% of the queries lies in the window, and these are answered. The others are not: the
-query has to meet its key, and each layer looks back 63 tokens. Four layers reach four times as
-far, but a layer would have to carry on all pairs, not knowing which will be asked for. The cache
-takes 194 kB whatever the length, that of mqar_gpt.py 393 kB.
+Of the queries, 58% have their pair in the window, and these are answered. The others are not,
+since a layer looks back 63 tokens only. Four layers reach four times as far, but the lower ones
+would have to pass on all pairs, not knowing which will be queried. The cache takes 194 kB whatever
+the length, that of mqar_gpt.py 393 kB.
 """
 
 model = "gpt"

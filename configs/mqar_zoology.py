@@ -4,7 +4,7 @@ Vocabulary 8,192. Half a minute on 2 CPU cores. Expected: test token accuracy of
 all labels, and 0.99 or more at each size. In the paper attention is at 1.0 throughout.
 
 Zoology trains one run per size and width: 64 epochs of 100,000 sequences, at four learning rates.
-Here the steps alternate between the sizes, so one run gives the whole line, and each step has 4,096
+Here the steps alternate between the sizes, so one run gives all four, and each step has 4,096
 tokens. The short convolution takes the place of Zoology's convolution layer below the mixer.
 Other widths of the figure: `--dim 128 --dk 128 --dv 128`, and so on.
 """

@@ -3,8 +3,8 @@
 2 minutes on one of 2 CPU cores. Expected: digit accuracy of 0.99 or more on pairs shown 128 times
 an epoch, less on pairs shown less often, and chance (0.1) on pairs never shown.
 
-The short convolution of width 8 shows the colon a whole key. That shortens the plateau before the
-first facts are stored.
+With the short convolution of width 8, the position of the colon sees the whole key. That shortens
+the plateau before the first facts are stored.
 """
 
 data = "data_synth"

@@ -1,15 +1,15 @@
 """Synthetic QA, 200 pairs in a memory table, and pairs to be read in the context.
 
-Most of what is trained are documents such as "8213:4410 0731:9925 8213:" with new numbers in
-each, so the model learns to find an answer in its context, too. `python eval.py consolidate
-runs/RUN` writes what it reads there into the table.
+Most training documents are like "8213:4410 0731:9925 8213:", with new numbers in each, so the model
+also learns to find an answer in its context. `python eval.py consolidate runs/RUN` writes what it
+reads there into the table.
 
 Three and a half minutes on one of 2 CPU cores, beside many other processes.
 Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch.
 
 A document shows 1 to 4 pairs. Those with one pair are learned first, and shorten the plateau before
 the induction circuit forms. With 4 pairs of 6 digits in each, it did not form in 500 steps. With
-6,000 documents instead of 20,000, one of three seeds seems to have stored them instead of reading.
+6,000 documents instead of 20,000, one of three seeds seems to have memorised them instead.
 Positions are not encoded: a question stands at the beginning of a document or after a context.
 """
 

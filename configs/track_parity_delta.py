@@ -4,8 +4,8 @@ One layer, 12,816 layer parameters. Half a minute on one of 2 CPU cores. Expecte
 0.99 or more on 256 tokens (the slice input_seq_len=256), with any seed.
 
 The state must change its sign with every 1 and keep it with every 0. Beta in (0, 2) can do that:
-the transition I - beta k k^T has the eigenvalue 1 - beta on its key. With --allow_neg_eigval 0 that
-is never negative, and the model stays at chance but for the first few tokens.
+the transition I - beta k k^T has the eigenvalue 1 - beta along its key. With --allow_neg_eigval 0
+it is never negative, and the model stays at chance after the first few tokens.
 """
 
 data = "data_track"

@@ -3,8 +3,8 @@
 Two layers with convolutions, 25,472 layer parameters. A minute on one of 2 CPU cores.
 Expected: chance, 0.5, beyond the first few tokens.
 
-Attention takes a mean over the tokens so far. The more tokens there are, the less one more 1
-changes it, and that change decides whether the number of ones is odd.
+Attention takes a weighted mean over the tokens so far. The more tokens there are, the less a single
+1 changes that mean, and every single 1 changes the answer.
 """
 
 data = "data_track"

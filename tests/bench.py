@@ -2,7 +2,8 @@
 
     python tests/bench.py train delta             # two benchmarks; --help lists them
     python tests/bench.py --quick                 # all, in less than 3 minutes
-    python tests/bench.py lengths memory templates --figure figures/scaling.png  # how cost grows
+    python tests/bench.py memory slots templates --figure figures/scaling.png  # how cost grows
+    python tests/bench.py lengths --figure figures/lengths.png  # every mixer: one table
 
 Ours and the baseline are timed alternately, so that a busy machine slows both, and the ratio is
 the median over the rounds. Utilisation is relative to a 2048 x 2048 float32 matrix product timed
@@ -39,6 +40,7 @@ import data_mqar
 import data_synth
 import delta
 import delta_variants
+import hybrid
 import memory
 import train
 import ttt
@@ -67,8 +69,9 @@ class Result:
     size: int | None = None  # where to draw it in the figure
 
 
-CURVES = {  # benchmarks with sizes: what these are, and what is compared with the baseline
-    "lengths": ("tokens in a sequence (4,096 in a training step)", "DeltaNet, conv 4"),
+# Benchmarks with sizes: what these are, and what is compared with the baseline (None: `what`).
+CURVES = {
+    "lengths": ("tokens in a sequence (of as many in a step)", None),
     "memory": ("slots in the table (lookup)", "product keys, ours"),
     "slots": ("slots in the table (training step)", "sparse gradients"),
     "templates": ("templates of a question", "fused, ours"),
@@ -301,28 +304,57 @@ def bench_step(rounds):
 
 
 def bench_lengths(rounds):
-    """A step of DeltaNet against GPT of the same sizes: same convolution, none, and as shipped."""
-    peak = peak_function()
-    for T in (128, 512, 2048) if rounds < 5 else (128, 256, 512, 1024, 2048):
-        data = data_mqar.Data(data_mqar.Config(infinite_data=True, input_seq_len=T))
-        tokens, targets, _ = data.batch("train", 0, data.batch_indices(0, 4096 // T))
+    """A training step of every sequence mixer at several lengths, against one of softmax attention.
 
-        def loss_of(model, tokens=tokens, targets=targets):
-            return model(tokens, targets)[1]
+    A step has as many tokens at each length, so a time that does not change is linear in length.
+    """
+    lengths = (128, 512, 2048) if rounds < 5 else (128, 512, 2048, 8192)
+    mixers = {kind: (kind, {}) for kind in hybrid.KINDS}
+    mixers["gpt, window 64"] = ("gpt", {"window": 64})
+    steps = {}
+    for name, (kind, options) in mixers.items():
+        for T in lengths:
+            steps[name, T] = mixer_step(kind, T, max(lengths), **options)
+    times = interleave(steps, min(rounds, 5))
+    for (name, T), seconds in times.items():
+        if name != "gpt":
+            yield Result(name, seconds, "gpt", times["gpt", T], size=T)
 
-        steps = {}
-        for conv_size in (4, 0):
-            sizes = dict(dk=48, dv=48, seq_len=T, conv_size=conv_size)
-            model = delta.DeltaNet(delta.Config(**sizes))
-            steps[f"DeltaNet, conv {conv_size}"] = make_step(model, loss_of)
-            steps[f"GPT, conv {conv_size}"] = make_step(GPT(GPTConfig(**sizes)), loss_of)
-        times = interleave({**steps, "peak": peak}, rounds)
-        for ours, other in ((4, 4), (0, 0), (4, 0)) if T == 128 else ((4, 4),):
-            name, baseline = f"DeltaNet, conv {ours}", f"GPT, conv {other}"
-            of_peak = utilisation(count_flop(steps[name]), times[name], times["peak"])
-            size = T if (ours, other) == (4, 4) else None
-            what = f"step, {4096 // T} x {T}, {name}"
-            yield Result(what, times[name], baseline, times[baseline], of_peak, size)
+
+def mixer_step(kind, T, n_tokens, **options):
+    """A function that makes a step of one block with a mixer, on n_tokens in sequences of T.
+
+    All mixers have the same width, heads and convolution, and their default chunk size. Every token
+    is labelled, or attention would skip queries of its last block, and the vocabulary is small, so
+    most of the time is the mixer's.
+    """
+    config_class, model_class = hybrid.KINDS[kind]
+    sizes = dict(n_layers=1, dk=48, dv=48, du=48, conv_size=4, vocab_size=256, seq_len=T)
+    torch.manual_seed(0)
+    model = model_class(config_class(**sizes, **options))
+    tokens = torch.randint(256, (n_tokens // T, T))
+    return make_step(model, lambda model: model(tokens, tokens)[1])
+
+
+def print_lengths(results):
+    """Results of bench_lengths as a table: a line for each mixer, a column for each length.
+
+    The exponent p, from the two longest: the time of one sequence grows as T^p.
+    """
+    rows = {}
+    for result in results:
+        ours, baseline = milliseconds(result)
+        rows.setdefault(result.baseline, {})[result.size] = baseline
+        rows.setdefault(result.what, {})[result.size] = ours
+    lengths = sorted(rows["gpt"])
+    columns = "".join(f"{T:9,d}" for T in lengths)
+    print(f"training step of {max(lengths):,} tokens, ms; columns: tokens in a sequence")
+    print(f"{'mixer':16s}{columns}  exponent")
+    for name, row in rows.items():
+        before, last = lengths[-2:]
+        exponent = 1 + math.log(row[last] / row[before]) / math.log(last / before)
+        columns = "".join(f"{row[T]:9.1f}" for T in lengths)
+        print(f"{name:16s}{columns}  {exponent:8.2f}", flush=True)
 
 
 STEPS = 5  # of a rank in each round
@@ -910,8 +942,13 @@ def main():
     print(f"{first}  {end}")
     curves = {}
     for name in args.names or BENCHES:
-        for result in BENCHES[name](args.rounds):
-            print_result(result)
+        results = BENCHES[name](args.rounds)
+        if name == "lengths":
+            results = list(results)
+            print_lengths(results)
+        for result in results:
+            if name != "lengths":
+                print_result(result)
             if result.size is not None:
                 curves.setdefault(name, []).append(result)
     if args.figure:
@@ -930,24 +967,28 @@ def draw_curves(path, curves, rounds):
         axis.remove()
     for axis, (name, results) in zip(axes, curves.items()):
         sizes_are, ours_is = CURVES[name]
-        lines = {ours_is: {}}
+        lines = {}
         for result in results:
             ours, baseline = milliseconds(result)
-            lines[ours_is][result.size] = ours
-            name_of_baseline = result.baseline
-            lines.setdefault(name_of_baseline, {})[result.size] = baseline
-        for label, points in lines.items():
+            lines.setdefault(ours_is or result.what, {})[result.size] = ours
+            lines.setdefault(result.baseline, {})[result.size] = baseline
+        # The highest line comes first in the legend.
+        for i, label in enumerate(sorted(lines, key=lambda label: -max(lines[label].values()))):
+            points = lines[label]
             if len(points) == 1:  # only in the table
                 continue
-            axis.plot(list(points), list(points.values()), "o-", ms=3, lw=1, label=label)
+            style = "o-" if i < 10 else "s--"  # there are ten colours
+            axis.plot(list(points), list(points.values()), style, ms=3, lw=1, label=label)
         axis.set(xscale="log", yscale="log", xlabel=sizes_are, ylabel="ms")
-        sizes = sorted(lines[ours_is])
+        sizes = sorted({result.size for result in results})
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axis.set_xticks([], minor=True)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axis.set_yticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:,.4g}")
         axis.legend()
+        if len(lines) > 6:
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     threads = torch.get_num_threads()
     unit = "thread" if threads == 1 else "threads"
     caption = f"{threads} {unit}, medians of up to {rounds} interleaved rounds"

@@ -313,6 +313,32 @@ def test_a_model_with_a_window_sees_no_further():
         assert is_seen == (position >= T - 5), position
 
 
+@pytest.mark.parametrize("cls", [GPT, UnifiedKV])
+def test_many_labels_and_a_window_are_computed_in_blocks(monkeypatch, cls):
+    """A mask over all pairs of label and token would make long sequences cost as T^2."""
+    labelled = torch.zeros(2, T, dtype=torch.bool)
+    labelled[0, [1, 2, 5, 8, 9, 11]] = True
+    labelled[1, [0, 3, 7]] = True
+    tokens = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0))
+    targets = tokens.roll(1, dims=1).where(labelled, IGNORE_INDEX)
+    model = build_gpt(cls, window=1, conv_size=3, att_use_output_gate=True)
+    under_mask = outcome(model, tokens, targets)
+
+    window_attention = ops.window_attention
+    n_queries = []
+
+    def count_queries(q, k, v, window):
+        n_queries.append(q.shape[2])
+        return window_attention(q, k, v, window)
+
+    monkeypatch.setattr(ops, "BLOCKWISE_LENGTH", 0)
+    monkeypatch.setattr(ops, "window_attention", count_queries)
+    in_blocks = outcome(model, tokens, targets)
+    assert n_queries == [T] * len(model.layers)
+    for a, b in zip(in_blocks, under_mask):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_more_tokens_than_positions_are_refused():
     with pytest.raises(ValueError, match="positions for 12 tokens, not for 13"):
         build_gpt().forward_cached(torch.zeros(1, T + 1, dtype=torch.long))

@@ -1,0 +1,35 @@
+"""The benchmark of mixers by length: every mixer makes a step, and the exponent is right."""
+
+import pytest
+
+import bench
+import hybrid
+
+
+@pytest.mark.parametrize("kind", hybrid.KINDS)
+def test_a_step_of_every_mixer_changes_its_weights(kind, monkeypatch):
+    models = []
+
+    def keep_model(model, loss_of):
+        models.append(model)
+        return make_step(model, loss_of)
+
+    make_step = bench.make_step
+    monkeypatch.setattr(bench, "make_step", keep_model)
+    step = bench.mixer_step(kind, T=32, n_tokens=64)
+    before = [p.detach().clone() for p in models[0].layers[0].att.parameters()]
+    step()
+    for old, new in zip(before, models[0].layers[0].att.parameters()):
+        assert (old != new).any()
+
+
+def test_the_exponent_is_1_if_steps_take_as_long_and_2_if_they_grow_with_length(capsys):
+    results = []
+    for T in (128, 512, 2048):
+        gpt = [1e-3 * T]
+        results.append(bench.Result("linear", [0.5, 0.2, 0.1], "gpt", gpt, size=T))
+    bench.print_lengths(results)
+    title, head, *rows = capsys.readouterr().out.splitlines()
+    assert "2,048 tokens" in title and head.split() == ["mixer", "128", "512", "2,048", "exponent"]
+    assert rows[0].split() == ["gpt", "128.0", "512.0", "2048.0", "2.00"]
+    assert rows[1].split() == ["linear", "200.0", "200.0", "200.0", "1.00"]
