@@ -47,7 +47,7 @@ def find_results(folders, methods):
 
     A method with the same settings in two folders counts once.
     """
-    found, first = [], None
+    found, first, programs = [], None, set()
     for folder in folders:
         tables = sorted(glob.glob(os.path.join(glob.escape(folder), "table_*.json")))
         message = f"{folder} has no table_*.json; name a folder of results of flex_generate.py"
@@ -56,6 +56,7 @@ def find_results(folders, methods):
             key = read_record(table, {"config": KEY})["config"]
             first = first or (table, key)
             check_alike(table, key, *first)
+            programs.add(str(key.get("program")))
             templates = SimpleNamespace(num_manual=key["num_manual"], num_auto=key["num_auto"])
             for method in methods:
                 path = os.path.join(folder, results.file_name(templates, method))
@@ -66,18 +67,20 @@ def find_results(folders, methods):
                     found.append(Result(path, method, settings))
     message = f"there is no result of {', '.join(methods)} in {', '.join(folders)}"
     require(found, message, "methods")
+    if len(programs) > 1:
+        say(f"note: these results were made by {len(programs)} versions of flex_generate.py")
     return found, first[1]["path"]
 
 
 def check_alike(table, key, first_table, first_key):
-    """ConfigError unless two results have the same model, facts, examples and program."""
-    ignored = {"model", "lemmas", *COMMON}
+    """ConfigError unless two results have the same model, facts, seed and so on."""
+    ignored = {"model", "program", "lemmas", *COMMON}
     for method in METHODS.values():
         ignored.update(method.settings)
     names = [name for name in {**first_key, **key} if name not in ignored]
     different = [name for name in names if key.get(name) != first_key.get(name)]
     message = f"{table} and {first_table} differ in {', '.join(different)}"
-    require(not different, f"{message}; name folders of one model, program and set of facts", None)
+    require(not different, f"{message}; name folders of one model and set of facts", None)
 
 
 def label_of(result, found):

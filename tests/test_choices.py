@@ -292,14 +292,15 @@ def test_the_best_templates_of_each_relation_vote(tmp_path, facts):
     assert list(only["metrics"]) == ["methods", "candidates"]
 
 
-def test_settings_of_several_folders_are_candidates(tmp_path, facts):
+def test_settings_of_several_folders_are_candidates(tmp_path, facts, capsys):
     """avg does not use the bias, so it counts once."""
     first = write_results(tmp_path / "m", facts, METHOD_ANSWERS)
     more = {"flex": "111111 0000", "avg": "000000 0000"}
-    second = write_results(tmp_path / "bias", facts, more, score_bias=0.0)
+    second = write_results(tmp_path / "bias", facts, more, score_bias=0.0, program="2")
     found = choose(first, second, f"--path={facts}")["metrics"]["candidates"]
     names = ["origin", "avg", "flex (score_bias=-1.0)", "flex (score_bias=0.0)"]
     assert list(found) == names and found["avg"]["value"] == 0.6
+    assert "were made by 2 versions of flex_generate.py" in capsys.readouterr().out
 
 
 def test_facts_that_a_method_lacks_are_left_out(tmp_path, facts, capsys):
