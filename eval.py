@@ -19,6 +19,8 @@
     python eval.py consolidate runs/RUN           # facts from the context into the memory table
     python eval.py stats runs/A [runs/B]          # intervals and tests of one run or two
     python eval.py compare 'runs/*'               # runs side by side, seeds as bands
+    python eval.py choices DIR                    # results of flex_generate.py: does a choice of
+                                                  # method or templates for each relation help?
     python eval.py repair results.jsonl           # every whole record of a damaged file
 
 Each writes eval_<what>.json {config, metrics, by_slice, examples}, .parquet and .png into the run,
@@ -62,6 +64,7 @@ from analysis.trained_run import (
     run_command,
     save_result,
 )
+from myriadlama.choices import choices
 from nanorecall.metrics import (
     merge_batches,
     print_baselines,
@@ -101,7 +104,9 @@ class EvalConfig(AnalysisConfig):
     num_kv_pairs: tuple[int, ...] = ()  # MQAR: pairs in a sequence; empty: as in the run's own test
     dtype: str = "auto"  # float32 or bfloat16; auto: as the run was trained
     band: str = "range"  # compare: band over seeds, lowest to highest; or interval, 95% of the mean
-    output: str = ""  # compare: path without extension; empty: a file in the runs' directory
+    path: str = ""  # choices: the facts that were asked, as for flex_generate.py; empty: built-in
+    methods: str = ""  # choices: names of methods, separated by ';'; empty: all that are there
+    output: str = ""  # compare, choices: path without extension; empty: a file beside the results
 
     def check(self):
         super().check()
@@ -379,6 +384,12 @@ COMMANDS = {
         stats, ("split",), "Intervals of every slice, and what correlates with the loss.", False
     ),
     "compare": Command(compare, ("output", "band"), "Runs side by side.", needs_model=False),
+    "choices": Command(
+        choices,
+        ("path", "methods", "output"),
+        "Method and templates chosen for each relation, from results of flex_generate.py.",
+        needs_model=False,
+    ),
     "repair": Command(repair, (), "Every whole record of a damaged file.", False),
     "all": Command(
         run_all,

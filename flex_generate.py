@@ -9,6 +9,7 @@
     python flex_generate.py --path facts.jsonl --shots_path pool.jsonl
     python flex_generate.py --draw_mask --num_manual 3 --num_auto 2 --allow_manual_cross_attention
     python flex_generate.py --lemmaize              # add lemmas to existing results
+    python eval.py choices runs/myriadlama/MODEL    # then: does a method for each relation help?
     torchrun --standalone --nproc_per_node=2 flex_generate.py
 
 Writes into <out_dir>/<model>/:

@@ -249,7 +249,7 @@ SHORTENED = {  # scripts that need nothing but this repo, and how their commands
 
 
 def can_be_run(args):
-    needs_more = {"mine", "tokenizer.json", "--help", "BLOCKS"}
+    needs_more = {"mine", "tokenizer.json", "--help", "BLOCKS", "choices"}
     return args[0] in SHORTENED and not needs_more.intersection(args)
 
 
