@@ -327,7 +327,7 @@ def test_shipped_configs_state_what_they_are_for():
 
 SLOW_IMPORTS = {
     *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
-    *("torch.distributed.tensor", "matplotlib", "pyarrow", "sympy"),
+    *("torch.distributed.tensor", "matplotlib", "pyarrow", "sympy", "tensorboard", "wandb"),
 }
 
 
