@@ -193,7 +193,7 @@ import sweep
 from analysis.sweep_runs import Point
 from nanorecall.settings import run_cli
 
-POINTS = [Point("gpt", n, f"toy{n}", {args!r}) for n in (2, 4, 8)]
+POINTS = [Point("gpt", n, f"toy{{n}}", {args!r}) for n in (2, 4, 8)]
 sweep.FIGURES = {{"toy": sweep.Figure(lambda: POINTS, None, [], "")}}
 run_cli(lambda: sweep.main(sys.argv[1:]))
 """
