@@ -321,7 +321,7 @@ def accuracy_of_task(task, run):
 
 def run_all(run):
     """Every command that fits the run, and report.md."""
-    memory = ("activations", "norms", "track", "routing", "edit")
+    memory = ("activations", "norms", "track", "routing", "edit", "consolidate")
     names = (task_of(run), "stats", "logits", "attention", *memory)
     report(run, "eval.py", COMMANDS, names, "report.md")
 

@@ -250,7 +250,11 @@ def parse(argv):
 def print_figures(config):
     lines = []
     for name, figure in FIGURES.items():
-        points = trained_points([name], config)
+        try:
+            points = trained_points([name], config)
+        except ConfigError as e:  # which runs it needs depends on runs that cannot be used
+            lines.append((name, "-", "-", str(e)))
+            continue
         folders = {folder for _, _, folder in runs_of(points, config)}
         missing = set(missing_runs(points, config))
         lines.append((name, len(folders), len(missing), figure.summary))

@@ -6,6 +6,7 @@
     python train.py --resume runs/RUN                            # after Ctrl-C, SIGTERM or a crash
     torchrun --standalone --nproc_per_node=4 train.py configs/mqar_gpt.py  # 4 GPUs or CPU processes
     sbatch train.slurm configs/mqar_gpt.py                       # SLURM, one or many nodes
+    python train.py configs/mqar_gpt.py --track tensorboard      # or wandb
     python train.py configs/mqar_gpt.py --n_epochs 0             # print modules and settings, stop
 
 From Python: run = train.train_run(["configs/mqar_gpt.py", "--max_steps", "100"]).
@@ -49,6 +50,7 @@ from nanorecall.settings import (
     within,
 )
 from nanorecall.sparse import SparseAdamW
+from nanorecall.tracking import TRACKERS
 
 
 @dataclass
@@ -79,6 +81,7 @@ class TrainConfig:
     eval_batch_size: int = 100  # sequences in a forward pass of an evaluation
     log_interval: int = 20  # steps between lines of log.jsonl
     mem_log_interval: int = 0  # memory models: steps between log lines on the use of slots; 0: none
+    track: str = ""  # where the log also goes: tensorboard or wandb; empty: nowhere
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
     target_accuracy: float = 0.0  # exit with status 1 if test token accuracy ends below this
     target_slice: str = ""  # slice=value that decides for these and best.pt; empty: all labels
@@ -120,6 +123,7 @@ class TrainConfig:
         one_of(self, SCHEDULES, "lr_schedule")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, PARALLEL, "parallel")
+        one_of(self, ("", *TRACKERS), "track")
         one_of(self, ("", *CHECKPOINT_FORMATS), "export_checkpoint")
         require(self.lr > 0, f"lr={self.lr} must be above 0", "lr")
         fits_in_a_path(self, "run_name", "exp_group")

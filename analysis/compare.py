@@ -152,7 +152,7 @@ def or_nan(x):
 
 MAX_SHOWN = 8  # settings in the printed table
 # Settings that may differ between runs of one line in the figure.
-NOT_COMPARED = ("seed", "run_name", "log_dir", "exp_group", "device", "num_threads")
+NOT_COMPARED = ("seed", "run_name", "log_dir", "exp_group", "device", "num_threads", "track")
 
 
 def read_result(folder):

@@ -133,6 +133,7 @@ def run_missing(points, config):
         except KeyboardInterrupt:
             # The runs got the same signal, and save a checkpoint.
             pool.shutdown(cancel_futures=True)
+            say("stopped: the runs are saved; the same command goes on with them", flush=True)
             raise
     if errors:
         message = f"{len(errors)} runs failed; the others are kept; run the same command again:"

@@ -97,10 +97,11 @@ from nanorecall.settings import (
     wants_help,
 )
 from nanorecall.source_files import REPO, is_main_rank
+from nanorecall.tracking import Tracker, require_package
 
 RESUMABLE = (  # settings that may change when a run is resumed
     *("n_epochs", "max_steps", "stop_accuracy", "target_accuracy", "log_interval", "eval_interval"),
-    *("save_interval", "max_skipped_steps", "grad_accum_steps", "parallel"),
+    *("save_interval", "max_skipped_steps", "grad_accum_steps", "parallel", "track"),
     *("export_checkpoint", "device", "num_threads", "compile"),
 )
 # Where things are does not change the weights. What is in them, check_data_unchanged compares.
@@ -147,6 +148,7 @@ class Run:
         with world.agree():
             self.notes = load_and_freeze(self.model, c, has_checkpoint)
             check_parallel(self.model, c.parallel, world)
+            require_package(c.track)
         self.steps_per_epoch = self.data.steps_per_epoch(c.batch_size)
         self.total_steps = total_steps(c, self.data)
         self.fixed_settings = fixed_settings_json(settings, self.config)  # goes into checkpoints
@@ -384,6 +386,7 @@ class Run:
             bar_format="{l_bar}{bar}| step {n_fmt}/{total_fmt}, {elapsed}{postfix}",
             disable=not (world.is_main and sys.stderr.isatty()),
         )
+        self.tracker = Tracker(self) if world.is_main else None
         self.start_time = time.perf_counter() - self.state["seconds"]
         self.before = self.state["step"], self.state["seconds"]  # what earlier starts did
         self.restart_clock()
@@ -429,6 +432,7 @@ class Run:
         """Add a row to log.jsonl (main rank only)."""
         if self.world.is_main:
             self.jsonl.write(**row)
+            self.tracker.log(row)
 
     def print(self, text):
         """Print a line without breaking the progress bar (main rank only)."""
@@ -485,6 +489,8 @@ class Run:
             result |= describe_test(self.evaluate("test", stop), tested, c)
         self.write_status(result)
         self.result = result
+        if world.is_main:
+            self.tracker.close(result)
         # Else they stay caught: torchrun may repeat them until this process has ended.
         if world.size == 1 and result["status"] != "preempted":
             self.restore_signals()

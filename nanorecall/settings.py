@@ -238,12 +238,14 @@ def reject_unused(config, reasons, mine):
 
     mine: {name: Setting}, to say where they were set.
     """
-    unused = {}  # {reason: {name: what was set where}}
+    unused = {}  # {reason: {name: what was set, and in which file}}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if f.name in reasons and value != f.default:
-            where = f"{mine[f.name].source}: " if f.name in mine else ""
-            unused.setdefault(reasons[f.name], {})[f.name] = f"{where}{f.name}={value!r}"
+            source = mine[f.name].source if f.name in mine else ""
+            # A flag has the name of its setting.
+            where = f" ({source})" if source and not source.startswith("--") else ""
+            unused.setdefault(reasons[f.name], {})[f.name] = f"{f.name}={value!r}{where}"
     if not unused:
         return
     parts = []

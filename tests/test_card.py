@@ -187,12 +187,24 @@ def test_mistakes_on_the_command_line(user, flags, message):
 # ---- trainings -----------------------------------------------------------------------------------
 
 
+# What a planted run of accuracy 1 has in each slice: a number that no other slice has.
+BY_LENGTH = {"64": 0.1, "256": 0.2, "512": 0.3, "1024": 0.4}
+BY_UPDATE = {"0": 0.5, "1": 0.6}
+ACCURACIES = {("pairs", 16): 0.8, ("pairs", 64): 0.7, ("lengths", 0): 0.6, ("updates", 0): 0.4}
+
+
+def shares(accuracy, by_slice):
+    return {value: pytest.approx(accuracy * share) for value, share in by_slice.items()}
+
+
 def planted(accuracy):
-    metrics = {value: {"value": accuracy} for value in ("0", "1", "64", "256", "512", "1024")}
+    slices = {}
+    for name, by_slice in (("input_seq_len", BY_LENGTH), ("updated", BY_UPDATE)):
+        slices[name] = {value: {"value": accuracy * share} for value, share in by_slice.items()}
     return {
         "all": {"value": accuracy},
         "evals": [{"accuracy": accuracy, "loss": 1.0}],
-        "slices": {"input_seq_len": metrics, "updated": metrics},
+        "slices": slices,
     }
 
 
@@ -204,9 +216,9 @@ def test_the_other_runs_have_the_best_learning_rate(monkeypatch):
         results = {}
         for point in points:
             is_best = "lr 0.01" in point.train_args
-            result = planted(0.9 if is_best else 0.5)
+            accuracy = ACCURACIES.get((point.series, point.x), 0.9 if is_best else 0.5)
             if not (point.series == "recall" and point.x == 0.1):  # whose run failed
-                results.setdefault(point.series, {})[point.x] = result
+                results.setdefault(point.series, {})[point.x] = planted(accuracy)
         return results
 
     monkeypatch.setattr(card, "train_points", train_points)
@@ -215,8 +227,10 @@ def test_the_other_runs_have_the_best_learning_rate(monkeypatch):
     assert len(trained) == 10 and len(others) == 4
     assert all("--lr 0.01" in point.train_args for point in others)
     assert found["rates"] == {"0.003": 0.5, "0.01": 0.9, "0.03": 0.5, "0.1": None}
-    assert found["pairs"] == {"16": 0.9, "32": 0.9, "64": 0.9}
-    assert found["parity"]["256"] == 0.9
+    assert found["pairs"] == {"16": 0.8, "32": 0.9, "64": 0.7}
+    assert found["lengths"] == shares(0.6, BY_LENGTH)
+    assert found["updates"] == shares(0.4, BY_UPDATE)
+    assert found["parity"] == shares(0.9, BY_LENGTH)
     for point in trained:
         train.parse(shlex.split(point.train_args))
 
@@ -305,7 +319,7 @@ def test_numbers_that_are_missing():
     text = card_page.page("mine", numbers, {})
     assert "it recalls nothing (the run failed)." in text
     assert "unknown, since it cannot decode" in text
-    assert "| **mine** | 51,584 | - | - | 0.800 |" in text
+    assert "| **mine** | 51,584 | - | - | 0.800 | 0.980 | 0.700 | 1.5 | 0.8 |" in text
 
 
 def test_the_stored_cards_are_of_our_mixers():

@@ -95,7 +95,7 @@ def test_all_settings_without_effect_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         reject_unused(toy, {"layers": "tie is 0", "name": "tie is 0", "lr": "none is left"}, mine)
     assert str(error.value) == (
-        "lr=0.1 has no effect: none is left; a.py:3: layers=2, --name: name='b' have no effect: "
+        "lr=0.1 has no effect: none is left; layers=2 (a.py:3), name='b' have no effect: "
         "tie is 0; leave them out"
     )
     reject_unused(Toy(), {"layers": "tie is 0"}, {})

@@ -221,3 +221,17 @@ def test_a_mistake_is_one_sentence(args, message):
     with pytest.raises(ConfigError, match=message) as error:
         eval_script.main(args)
     assert "\n" not in str(error.value)
+
+
+def test_all_runs_every_analysis_of_one_run(monkeypatch):
+    """Each decides by itself whether it fits the run."""
+    called = []
+
+    def report(run, script, commands, names, file):
+        called.extend(names)
+
+    monkeypatch.setattr(eval_script, "report", report)
+    monkeypatch.setattr(eval_script, "task_of", lambda run: "slices")
+    eval_script.run_all(None)
+    tasks = {"mqar", "qa", "digits", "twohop", "hashhop", "text"}
+    assert set(called) == eval_script.COMMANDS.keys() - tasks - {"compare", "repair", "all"}

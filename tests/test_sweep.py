@@ -1,7 +1,12 @@
 """sweep.py: commands are valid, finished runs stay, stopped ones resume, figures are true."""
 
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -168,6 +173,58 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(toy, tmp_path, monkey
     assert read_status(tmp_path, "toy2")["status"] == "finished"
 
 
+def test_a_figure_whose_runs_cannot_be_used_does_not_hide_the_others(toy, monkeypatch, capsys):
+    """A second phase depends on the results of the first, which may be of other settings."""
+
+    def choose(results):
+        raise ConfigError("runs/a_seed0 was trained with another lr; delete it")
+
+    broken = sweep.Figure(lambda: [], draw_toy, ["steps"], "steps", choose)
+    monkeypatch.setattr(sweep, "FIGURES", {"broken": broken, **sweep.FIGURES})
+    sweep.main(toy[1:])
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[:3] == ["broken", "-", "-"] and "trained with another lr" in first
+    assert second.split()[:3] == ["toy", "2", "2"]
+
+
+INTERRUPTED = """
+import sys
+import sweep
+from analysis.sweep_runs import Point
+from nanorecall.settings import run_cli
+
+POINTS = [Point("gpt", n, f"toy{{n}}", {args!r}) for n in (2, 4, 8)]
+sweep.FIGURES = {{"toy": sweep.Figure(lambda: POINTS, None, [], "")}}
+run_cli(lambda: sweep.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_interrupted_saves_the_runs_in_flight(toy, tmp_path):
+    code = INTERRUPTED.format(args=f"{TOY} 1000000 --eval_interval 1000000 --log_interval 5")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *toy, "--jobs=2"],
+        cwd=sweep_runs.ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C goes to all processes of a group
+    )
+    logs = [tmp_path / "runs" / f"toy{n}_seed0" / "log.jsonl" for n in (2, 4)]
+    deadline = time.monotonic() + 240
+    while not all(log.exists() and log.stat().st_size for log in logs):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 130 and "the same command goes on with them" in out
+    assert "interrupted" in err and "Traceback" not in err
+    for name in ("toy2", "toy4"):
+        assert read_status(tmp_path, name)["status"] == "preempted"
+        assert (tmp_path / "runs" / f"{name}_seed0" / "ckpt.pt").exists()
+    assert not (tmp_path / "runs" / "toy8_seed0").exists()
+
+
 def test_a_figure_that_does_not_exist():
     with pytest.raises(ConfigError, match="there is no figure lrs; choose from lr, pairs"):
         sweep.main(["lrs"])
@@ -176,28 +233,56 @@ def test_a_figure_that_does_not_exist():
 # ---- figures -------------------------------------------------------------------------------------
 
 
+# What a made-up result of the value 1 has in each slice: a number that no other slice has.
+SLICES = {
+    "exposures": {"0": 0.11, "1": 0.12},
+    "query": {"a": 0.13, "b": 0.14},
+    "hops": {"1": 0.15, "2": 0.16},
+    "updated": {"0": 0.17, "1": 0.18},
+    "input_seq_len": {"64": 0.19, "256": 0.2},
+}
+STORED = {
+    "bits stored": 0.21,
+    "bits stored per parameter": 0.22,
+    "bits stored per memory value": 0.23,
+}
+EDIT_METRICS = {
+    "efficacy": 0.31,
+    "specificity": 0.41,
+    "specificity, shown": 0.51,
+    "retained": 0.61,
+}
+METHODS = ("a", *sorted(set(CLOSED_FORMS.values())))
+
+
+def edited(method, n, metric):
+    return EDIT_METRICS[metric] * (1 - 0.1 * METHODS.index(method)) * (0.5 if n == 10 else 1)
+
+
 def made_up_result(value, state=100):
-    """The result of one run, with everything that some figure shows equal to value."""
-    number = {"value": value}
+    """The result of one run, with everything that some figure shows."""
     by_slice = {}
-    slices = {"exposures": "01", "query": "ab", "hops": "12", "updated": "01"}
-    for name, values in {**slices, "input_seq_len": ("64", "256")}.items():
-        by_slice[name] = dict.fromkeys(values, {"value": value, "exact": number})
+    for name, shares in SLICES.items():
+        by_slice[name] = {}
+        for x, share in shares.items():
+            metrics = {"value": value * share, "exact": {"value": value * share / 2}}
+            by_slice[name][x] = metrics
     edits = {}
-    for method in ("a", *sorted(set(CLOSED_FORMS.values()))):
-        metrics = ("efficacy", "specificity", "specificity, shown", "retained")
-        edit = {"method": method, **dict.fromkeys(metrics, number)}
-        edits |= {f"{method}, 1": edit, f"{method}, 10": edit}
-    bits = ("bits stored", "bits stored per parameter", "bits stored per memory value")
+    for method in METHODS:
+        for n in (1, 10):
+            edit = {"method": method}
+            for metric in EDIT_METRICS:
+                edit[metric] = {"value": value * edited(method, n, metric)}
+            edits[f"{method}, {n}"] = edit
     metrics = {
         "majority": {"value": 0},
-        "flex": {"accuracy": number},
-        "stored": dict.fromkeys(bits, number),
+        "flex": {"accuracy": {"value": value}},
+        "stored": {name: {"value": value * share} for name, share in STORED.items()},
         "edits": [1, 10],
         "accuracy": number,
     }
     return {
-        "all": number,
+        "all": {"value": value},
         "state": state,
         "evals": [
             {"step": 20, "seconds": 1.0, "accuracy": 0.5, "loss": 1.0},
@@ -221,7 +306,7 @@ def made_up_results(name):
     return shown_results(results, figure.parts, seeds=3)
 
 
-@pytest.mark.parametrize("name", ["lr", "pairs", "width", "table", "templates"])
+@pytest.mark.parametrize("name", ["lr", "pairs", "width", "templates"])
 def test_a_line_is_the_mean_over_seeds_in_a_band_of_their_range(name):
     results = made_up_results(name)
     plt, fig, _ = sweep.FIGURES[name].draw(by_series(results))
@@ -233,6 +318,84 @@ def test_a_line_is_the_mean_over_seeds_in_a_band_of_their_range(name):
         heights = band.get_paths()[0].vertices[:, 1]
         assert (heights.min(), heights.max()) == (0.2, 0.9)
     plt.close(fig)
+
+
+def draw(name):
+    plt, fig, _ = sweep.FIGURES[name].draw(by_series(made_up_results(name)))
+    plt.close(fig)
+    return fig.axes
+
+
+def test_a_line_goes_through_the_slices_in_their_order():
+    for axis in draw("exposures"):
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "1"]
+        assert len(axis.lines) >= 3
+        for line in axis.lines:
+            np.testing.assert_allclose(line.get_ydata(), [0.5 * 0.11 / 2, 0.5 * 0.12 / 2])
+
+
+def test_bits_stored_are_drawn_under_their_names():
+    total, relative = draw("table")
+    shown = {line.get_label(): line.get_ydata() for line in (*total.lines, *relative.lines)}
+    expected = {"memory": 0.21, "of all": 0.22, "of the table": 0.23}
+    assert shown.keys() == expected.keys()
+    for name, share in expected.items():
+        np.testing.assert_allclose(shown[name], 0.5 * share)
+
+
+def bars_of(axis):
+    """{label: heights}"""
+    bars = {}
+    for container in axis.containers:
+        bars[container.get_label()] = [bar.get_height() for bar in container]
+    return bars
+
+
+def test_bars_stand_over_their_slice():
+    for axis, ticks, shares in zip(draw("hops"), ("ab", "12"), ((0.13, 0.14), (0.15, 0.16))):
+        assert [label.get_text() for label in axis.get_xticklabels()] == list(ticks)
+        bars = bars_of(axis)
+        assert len(bars) in (2, 4)
+        for heights in bars.values():
+            np.testing.assert_allclose(heights, [0.5 * share / 2 for share in shares])
+
+
+def test_updates_and_lengths_are_drawn_under_their_names():
+    *_, updates, tracking = draw("state")
+    found = bars_of(updates)
+    assert found.keys() == {"stored once", "stored again"}
+    np.testing.assert_allclose(found["stored once"], 0.5 * 0.17)
+    np.testing.assert_allclose(found["stored again"], 0.5 * 0.18)
+    found = bars_of(tracking)
+    assert len(found) == 6  # two lengths of three tasks
+    for label, heights in found.items():
+        share = 0.19 if label.endswith(" 64 tokens") else 0.2
+        np.testing.assert_allclose(heights, 0.5 * share)
+
+
+def test_edits_are_drawn_by_method_and_metric():
+    axes = draw("edits")
+    for axis, metric in zip(axes, ("efficacy", "specificity", "specificity, shown"), strict=True):
+        assert [line.get_label() for line in axis.lines] == list(METHODS)
+        for line in axis.lines:
+            values = [0.5 * edited(line.get_label(), n, metric) for n in (1, 10)]
+            np.testing.assert_allclose(line.get_ydata(), values)
+    for axis, metric in zip(draw("memories"), ("efficacy", "specificity"), strict=True):
+        assert [line.get_label() for line in axis.lines] == list(CLOSED_FORMS)
+        for line in axis.lines:
+            method = CLOSED_FORMS[line.get_label()]
+            values = [0.5 * edited(method, n, metric) for n in (1, 10)]
+            np.testing.assert_allclose(line.get_ydata(), values)
+
+
+def test_forgetting_is_drawn_for_the_fewest_and_the_most_facts():
+    for axis, n in zip(draw("forgetting"), (1, 10), strict=True):
+        means = [line for line in axis.lines if line.get_label() in METHODS]
+        assert [line.get_label() for line in means] == list(METHODS)
+        for line in means:
+            np.testing.assert_allclose(line.get_xdata(), 0.5 * 0.23)
+            retained = edited(line.get_label(), n, "retained")
+            np.testing.assert_allclose(line.get_ydata(), 0.5 * retained)
 
 
 @pytest.mark.parametrize("name", sweep.FIGURES)

@@ -243,7 +243,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
         (["--model=model.Config"], "no torch.nn.Module"),
         (["--dim=1000000", "--vocab_size=10000000"], "does not fit in memory"),
         (["--num_threads=1e12"], "between 0 and 1024"),
-        (["--model=unified_kv", "--dk=32"], "--dk: dk=32 has no effect: only gpt has it"),
+        (["--model=unified_kv", "--dk=32"], "dk=32 has no effect: only gpt has it"),
         (["--du=32"], "no effect"),
         (["--lr_temp=2"], "only delta models have it"),
         (["--ffn_act=relu"], "use_ffn is 0"),
@@ -327,7 +327,7 @@ def test_shipped_configs_state_what_they_are_for():
 
 SLOW_IMPORTS = {
     *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
-    *("torch.distributed.tensor", "matplotlib", "pyarrow", "sympy"),
+    *("torch.distributed.tensor", "matplotlib", "pyarrow", "sympy", "tensorboard", "wandb"),
 }
 
 
