@@ -24,19 +24,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from nanorecall.checkpoint import (
-    load_checkpoint,
-    read_shards,
-    remove_old_shards,
-    save_checkpoint,
-    save_shards,
-    select_prefix,
-    shard_dir,
-    shard_metadata,
-)
+from nanorecall.checkpoint import load_checkpoint, remove_old_shards, save_checkpoint
 from nanorecall.ops import sparse_rows
 from nanorecall.settings import ConfigError, RunError, require, say
+from nanorecall.sharded_checkpoint import read_shards, save_shards, shard_dir, shard_metadata
 from nanorecall.sparse import coalesce
+from nanorecall.tensors import select_prefix
 
 # FSDP2 (torch.distributed.fsdp) and DTensor (torch.distributed.tensor) take a second to import, so
 # they are imported where they are used.

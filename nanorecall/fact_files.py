@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from nanorecall.checkpoint import atomic_directory, check_kinds, write_json
+from nanorecall.files import atomic_directory
 from nanorecall.metrics import print_baselines
+from nanorecall.records import check_kinds, write_json
 from nanorecall.rng import STREAMS, rng_for, shuffled_epochs
 from nanorecall.settings import (
     RunError,

@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 
-from nanorecall.checkpoint import read_record
+from nanorecall.records import read_record
 from nanorecall.rng import STREAMS, rng_for
 from nanorecall.settings import ConfigError, Setting, build_config, require
 from nanorecall.shards import MAX_LINE_BYTES

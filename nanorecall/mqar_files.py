@@ -16,13 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanorecall.checkpoint import (
-    atomic_directory,
-    check_kinds,
-    read_lines,
-    sha256_file,
-    write_json,
-)
+from nanorecall.files import atomic_directory, sha256_file
+from nanorecall.records import check_kinds, read_lines, write_json
 from nanorecall.rng import (
     IGNORE_INDEX,
     STREAMS,

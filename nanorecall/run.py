@@ -39,25 +39,7 @@ from nanorecall.build import (
     total_steps,
     training_advice,
 )
-from nanorecall.checkpoint import (
-    STATE,
-    JsonlLog,
-    check_kinds,
-    dataset_sha256,
-    first_valid_checkpoint,
-    load_checkpoint,
-    lock_run_dir,
-    nan_to_null,
-    parse_json,
-    read_checkpoint,
-    read_log,
-    read_record,
-    reading,
-    remove,
-    select_prefix,
-    unlock,
-    write_json,
-)
+from nanorecall.checkpoint import STATE, first_valid_checkpoint, load_checkpoint, read_checkpoint
 from nanorecall.curriculum import Curriculum
 from nanorecall.distributed import (
     autodetect_device,
@@ -71,6 +53,7 @@ from nanorecall.distributed import (
     wrap_model,
     write_checkpoint,
 )
+from nanorecall.files import dataset_sha256, lock_run_dir, reading, remove, unlock
 from nanorecall.metrics import (
     check_slice,
     evaluate,
@@ -82,6 +65,15 @@ from nanorecall.metrics import (
 )
 from nanorecall.plots import plot_curves
 from nanorecall.progress import duration
+from nanorecall.records import (
+    JsonlLog,
+    check_kinds,
+    nan_to_null,
+    parse_json,
+    read_log,
+    read_record,
+    write_json,
+)
 from nanorecall.settings import (
     ConfigError,
     RunError,
@@ -97,6 +89,7 @@ from nanorecall.settings import (
     wants_help,
 )
 from nanorecall.source_files import REPO, is_main_rank
+from nanorecall.tensors import select_prefix
 
 RESUMABLE = (  # settings that may change when a run is resumed
     *("n_epochs", "max_steps", "stop_accuracy", "target_accuracy", "log_interval", "eval_interval"),

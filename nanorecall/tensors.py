@@ -1,0 +1,54 @@
+"""{name: tensor} from a file that anyone may have made: checked before it is used as weights."""
+
+import os
+
+import torch
+
+from nanorecall.settings import ConfigError, require
+
+DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool}
+DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
+DTYPES |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64}
+
+
+def plain_tensors(found, path):
+    """{name: tensor}, checked: what a stranger calls weights may be of any kind. -> the same,
+    without attributes.
+
+    ConfigError for anything but text that can be shown and plain tensors of real numbers, and for
+    tensors of more numbers than the file has bytes: a stride of 0 makes 10^12 numbers of one.
+    """
+    size = os.path.getsize(path)
+
+    def need(condition, name, what):
+        require(condition, f"{path} cannot be read as weights: {name!r:.80} is {what}", "init_from")
+
+    message = f"{path} cannot be read as weights: no tensors by name"
+    require(isinstance(found, dict), message, "init_from")
+    for name, t in found.items():
+        need(isinstance(name, str) and name.isprintable(), name, "no name of a tensor")
+        plain = type(t) in (torch.Tensor, torch.nn.Parameter)
+        need(plain, name, f"a {type(t).__name__}, no tensor")
+        need(t.layout is torch.strided and not t.is_nested, name, "no dense tensor")
+        need(t.device.type == "cpu", name, "a tensor without data")
+        need(t.dtype in DTYPES, name, f"a tensor of {str(t.dtype).removeprefix('torch.')}")
+        count = torch.Tensor.numel(t)
+        need(count <= size, name, f"a tensor of {count} numbers, in a file of {size} bytes")
+    return {name: torch.Tensor.detach(t) for name, t in found.items()}
+
+
+def unreadable(path, error):
+    """ConfigError that says so in one sentence,
+    with the message of an error that torch or pickle raised.
+    """
+    why = " ".join(str(error).split())[:120] or type(error).__name__
+    return ConfigError(f"{path} cannot be read as weights ({why})", "init_from")
+
+
+def select_prefix(tensors, prefix):
+    """{"model.a": x, "optimizer.b": y}, "model" -> {"a": x}."""
+    found = {}
+    for name, t in tensors.items():
+        if name.startswith(prefix + "."):
+            found[name.removeprefix(prefix + ".")] = t
+    return found
