@@ -32,7 +32,7 @@ from nanorecall.build import build_model, build_model_config
 from nanorecall.files import lock_run_dir
 from nanorecall.records import read_json, read_log
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.run import load_settings
+from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError
 from toys import (
     as_flags,

@@ -22,6 +22,7 @@ from nanorecall import build, checkpoint
 from nanorecall.distributed import SINGLE_PROCESS, all_finite
 from nanorecall.files import unlock
 from nanorecall.records import read_json, read_log, write_json
+from nanorecall.run_dir import create_run_dir
 from nanorecall.settings import ConfigError, RunError
 from toys import assert_same, contents, flags, run
 
@@ -176,9 +177,9 @@ def test_killed_before_its_config_torchrun_starts_it_again(on_ranks, tmp_path, m
 
 def test_two_starts_of_one_name_make_one_run(tmp_path):
     p = train.parse(flags(tmp_path, "run", **SHORT))
-    folder, held = run_module.create_run_dir(p, None)
+    folder, held = create_run_dir(p, None)
     with pytest.raises(ConfigError, match="another process is writing this run"):
-        run_module.create_run_dir(p, None)
+        create_run_dir(p, None)
     unlock(held)
 
 

@@ -9,7 +9,7 @@ from nanorecall import checkpoint
 from nanorecall import run as run_module
 from nanorecall.build import build_data, build_model, build_model_config
 from nanorecall.records import read_json
-from nanorecall.run import load_settings
+from nanorecall.saved_run import load_settings
 from toys import run
 
 MEMORY = dict(model="memory", mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8)

@@ -20,7 +20,7 @@ from nanorecall import checkpoint
 from nanorecall.build import build_model, build_model_config, load_and_freeze
 from nanorecall.records import read_log
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.run import load_settings
+from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError
 from toys import (
     MEMORY_TOY,

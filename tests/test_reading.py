@@ -23,7 +23,7 @@ from analysis.sweep_runs import Point, is_finished
 from nanorecall import checkpoint, plots, stats
 from nanorecall.files import sha256_file
 from nanorecall.records import read_log
-from nanorecall.run import load_settings
+from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError, RunError, printable
 
 TOY = [

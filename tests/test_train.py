@@ -16,7 +16,7 @@ from nanorecall import checkpoint, metrics
 from nanorecall import run as run_module
 from nanorecall.build import build_model_config
 from nanorecall.records import read_json, read_log
-from nanorecall.run import run_label
+from nanorecall.run_dir import run_label
 from nanorecall.settings import ConfigError, RunError
 from toys import contents, counts, flags, run
 
