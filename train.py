@@ -25,7 +25,6 @@ import torch
 
 from nanorecall import saved_run
 from nanorecall.distributed import (
-    CHECKPOINT_FORMATS,
     PARALLEL,
     SINGLE_PROCESS,
     all_finite,
@@ -50,6 +49,7 @@ from nanorecall.settings import (
     within,
 )
 from nanorecall.sparse import SparseAdamW
+from nanorecall.training_checkpoint import CHECKPOINT_FORMATS
 
 
 @dataclass

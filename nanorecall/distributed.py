@@ -24,12 +24,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from nanorecall.checkpoint import load_checkpoint, remove_old_shards, save_checkpoint
 from nanorecall.ops import sparse_rows
 from nanorecall.settings import ConfigError, RunError, require, say
-from nanorecall.sharded_checkpoint import read_shards, save_shards, shard_dir, shard_metadata
 from nanorecall.sparse import coalesce
-from nanorecall.tensors import select_prefix
 
 # FSDP2 (torch.distributed.fsdp) and DTensor (torch.distributed.tensor) take a second to import, so
 # they are imported where they are used.
@@ -445,94 +442,3 @@ def all_finite(model, world):
             ends = torch.stack(torch.aminmax(local.detach()))  # NaN if there is one anywhere
             bad += not bool(torch.isfinite(ends).all())
     return not world.all_gather(bad).any()
-
-
-# ---- tensors of model and optimizer, by name -----------------------------------------------------
-
-
-def training_state(model, optimizer=None):
-    """{"model.<name>": tensor, "optimizer.<parameter>.exp_avg": tensor, ...} for a checkpoint.
-
-    Tensors are DTensors under FSDP. Without an optimizer, the model's alone.
-    """
-    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-    if optimizer:
-        for name, q in model.named_parameters():
-            for key, t in optimizer.state.get(q, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = t
-    return tensors
-
-
-def load_training_state(folder, state, model, optimizer=None):
-    """Copy the tensors of a checkpoint (read_checkpoint's dict) into model and optimizer.
-
-    They may be in one file or in shards of any number of ranks; each rank takes its own shard.
-    """
-    sharded = "shards" in state
-    saved = shard_metadata(shard_dir(folder, state)) if sharded else state["tensors"]
-    shapes = {name: torch.Size(t.size if sharded else t.shape) for name, t in saved.items()}
-    into = training_state(model)
-    here = {name: t.shape for name, t in into.items()}
-    same = here == {name: shape for name, shape in shapes.items() if name.startswith("model.")}
-    message = f"the checkpoint in {folder} is not of the model that its config.json describes"
-    require(same, message, "resume")
-    parameters = dict(model.named_parameters())
-    for name in select_prefix(shapes, "optimizer") if optimizer else ():
-        parameter, _, key = name.rpartition(".")
-        q, shape = parameters.get(parameter), shapes[f"optimizer.{name}"]
-        fits = q is not None and shape in (q.shape, torch.Size())
-        message = f"the checkpoint in {folder} has an optimizer's {name} that fits no parameter"
-        require(fits, message, "resume")
-        if shape == q.shape and q.ndim > 0:
-            empty = torch.zeros_like(q).detach()
-        else:  # the number of steps
-            empty = torch.zeros(shape, device=q.device)
-        into[f"optimizer.{name}"] = optimizer.state[q][key] = empty
-    with torch.no_grad():
-        if sharded:
-            read_shards(shard_dir(folder, state), into)
-            return
-        for name, t in into.items():
-            source = state["tensors"][name]
-            t.copy_(shard_like(source, t) if is_dtensor(t) else source)
-
-
-def shard_like(tensor, target):
-    """This rank's shard of a tensor that every rank has read: nothing is sent."""
-    from torch.distributed.tensor import distribute_tensor
-
-    tensor = tensor.to(target.device)
-    return distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
-
-
-def write_checkpoint(folder, name, state, tensors, sharded, world, keep_old=True):
-    """Save state and tensors as <name>.pt, on all ranks together.
-
-    The main rank writes one file, or each rank a shard beside it. keep_old: an older ckpt.pt stays
-    as ckpt_prev.pt.
-    """
-    if sharded:
-        shards = save_shards(folder, f"{name}-{state['step']}", tensors, world)
-        state = {**state, "shards": shards}
-    with world.agree():
-        if world.is_main:
-            if not sharded:
-                state = {**state, "tensors": {k: t.cpu() for k, t in tensors.items()}}
-            save_checkpoint(folder, name, state, keep_old)
-            remove_old_shards(folder)
-
-
-CHECKPOINT_FORMATS = {"file": False, "shards": True}
-
-
-def convert_checkpoints(folder, form, world):
-    """Rewrite the checkpoints of a run in the given form, `file` or `shards`."""
-    sharded = CHECKPOINT_FORMATS[form]
-    for name in ("ckpt", "ckpt_prev", "best"):
-        path = os.path.join(folder, name + ".pt")
-        if os.path.exists(path):
-            state = load_checkpoint(folder, name)
-            tensors = state.pop("tensors")
-            state.pop("shards", None)
-            write_checkpoint(folder, name, state, tensors, sharded, world, keep_old=False)
-            world.print0(f"rewrote {path}, step {state['step']}, as {form}")

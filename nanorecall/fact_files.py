@@ -11,6 +11,15 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from nanorecall.dataset_files import (
+    SHARDS,
+    SPLIT_DIRS,
+    n_bytes,
+    read_metadata,
+    read_rows,
+    verified_path,
+    write_splits,
+)
 from nanorecall.files import atomic_directory
 from nanorecall.metrics import print_baselines
 from nanorecall.records import check_kinds, write_json
@@ -26,15 +35,6 @@ from nanorecall.settings import (
     require,
     say,
     wants_help,
-)
-from nanorecall.shards import (
-    SHARDS,
-    SPLIT_DIRS,
-    n_bytes,
-    read_metadata,
-    read_rows,
-    verified_path,
-    write_splits,
 )
 from nanorecall.text import MASKS, check_label_mask, read_tokenizer
 

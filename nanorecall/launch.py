@@ -1,11 +1,11 @@
 """How train.py starts: with new settings, with those of a run to resume, or again by torchrun."""
 
 from nanorecall.build import resolve
-from nanorecall.distributed import convert_checkpoints
 from nanorecall.files import lock_run_dir, unlock
 from nanorecall.run_dir import find_restarted_run
 from nanorecall.saved_run import RESUMABLE, load_settings
 from nanorecall.settings import print_help, read_argv, reject_args, require, wants_help
+from nanorecall.training_checkpoint import convert_checkpoints
 
 
 def read_command_line(argv, train_config, doc, common=()):

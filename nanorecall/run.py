@@ -30,11 +30,8 @@ from nanorecall.distributed import (
     check_parallel,
     describe_batch,
     is_dtensor,
-    load_training_state,
     shard_columns,
-    training_state,
     wrap_model,
-    write_checkpoint,
 )
 from nanorecall.files import lock_run_dir, unlock
 from nanorecall.metrics import check_slice, evaluate, print_baselines, print_slices, slice_accuracy
@@ -57,6 +54,7 @@ from nanorecall.status import (
     table_row,
     tested_weights,
 )
+from nanorecall.training_checkpoint import load_training_state, training_state, write_checkpoint
 
 LOWER_LR = "lower lr or raise warmup_steps"
 COMPILE_NOTE = "compile: the first step and the first evaluation take 10 to 60 s each"

@@ -34,6 +34,7 @@ from nanorecall.records import read_json, read_log
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError
+from nanorecall.training_checkpoint import load_training_state, training_state
 from toys import (
     as_flags,
     assert_same,
@@ -375,9 +376,9 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_and_three(on_ranks, two, tmp_pat
             if form == "shards":
                 name = checkpoint.first_valid_checkpoint(out, "ckpt")
                 state = checkpoint.read_checkpoint(out, name)
-            distributed.load_training_state(out, state, copy, optimizer)
+            load_training_state(out, state, copy, optimizer)
             loaded = {}
-            for name, tensor in distributed.training_state(copy, optimizer).items():
+            for name, tensor in training_state(copy, optimizer).items():
                 loaded[name] = distributed.full_tensor(tensor)
             assert_same(loaded, saved)
             assert world.size == size
