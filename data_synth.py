@@ -47,8 +47,7 @@ hashhop: chains of hashes in random order; say where one of them ends (magicprod
 Each document is a pure function of the settings and its index. The order of an epoch is a function
 of (seed, epoch).
 
-Letters: n pairs, W digits of a word, E documents in an epoch, B documents in a batch, T tokens,
-N labels.
+Letters: n pairs, W digits of a word, E documents in an epoch, B in a batch, T tokens, N labels.
 """
 
 import math
@@ -195,8 +194,7 @@ def build_qa(c):
     and of the others the first.
     """
     n = c.num_pairs
-    numbers = rng_for(c.seed, STREAMS["facts"]).choice(10**c.num_digits, 2 * n, replace=False)
-    words = [f"{number:0{c.num_digits}d}" for number in numbers]
+    words = draw_numbers(rng_for(c.seed, STREAMS["facts"]), 2 * n, c.num_digits)
     keys, values = words[:n], words[n:]
     size = n // len(c.buckets)
     # The numbers are in random order, so the first pairs of each bucket may be the held-out ones.
@@ -275,6 +273,12 @@ def n_in_both_forms(c):
     return round(c.second_form_frac * n_seen)
 
 
+def draw_numbers(rng, n, num_digits):
+    """n different numbers of one width, as text."""
+    numbers = rng.choice(10**num_digits, n, replace=False)
+    return [f"{number:0{num_digits}d}" for number in numbers]
+
+
 def fact_texts(keys, values):
     return [f"{key}:{value} " for key, value in zip(keys, values)]
 
@@ -294,8 +298,7 @@ def context_documents(c):
     documents = []
     for _ in range(c.context_docs):
         n = rng.integers(1, c.context_pairs + 1)
-        numbers = rng.choice(10**c.num_digits, 2 * n, replace=False)
-        words = [f"{number:0{c.num_digits}d}" for number in numbers]
+        words = draw_numbers(rng, 2 * n, c.num_digits)
         pairs = fact_texts(words[:n], words[n:])
         question, answer = split_fact(pairs[rng.integers(n)])
         documents.append(("".join(pairs) + question, answer))
@@ -303,7 +306,7 @@ def context_documents(c):
 
 
 def split_fact(fact):
-    """"x:y " -> the question "x:", the answer "y"."""
+    """A fact "x:y " -> its question "x:", its answer "y"."""
     key, value = fact.strip().split(":")
     return f"{key}:", value
 
@@ -315,8 +318,7 @@ def build_digits(c):
     """Words "key:value " of W digits from 1..W, W as small as the number of keys allows: 6 for 6K
     and 20K pairs, 7 for 200K.
 
-    rule=random must be memorised. rule=selfindex, value[i] = key[key[i]], generalises to unseen
-    keys.
+    rule=random must be memorised; rule=selfindex, value[i] = key[key[i]], holds for unseen keys.
     """
     n, n_keys = c.num_pairs, c.num_pairs + c.num_unseen
     W = 2

@@ -42,7 +42,7 @@ from nanorecall.settings import ConfigError, RunError, require, say
 from nanorecall.sharded_checkpoint import read_shards, shard_dir, size_of_file
 from nanorecall.tensors import plain_tensors, unreadable
 
-# What a checkpoint holds beside tensors: see run.Run.state.
+# What a checkpoint holds beside tensors: Run.state of run.py.
 STATE = {
     "step": "count",
     "bad_steps": "count",
@@ -99,9 +99,9 @@ def append_sha256(f):
 def remove_old_shards(folder):
     """Delete shards that no checkpoint names. While a checkpoint cannot be read, delete none."""
     directory = os.path.join(folder, "shards")
-    used = set()
     if not os.path.isdir(directory):
         return
+    used = set()
     for name in ("ckpt", "ckpt_prev", "best"):
         try:
             if stamp(os.path.join(folder, name + ".pt")) is None:
@@ -123,8 +123,9 @@ def remove_old_shards(folder):
 
 
 def load_checkpoint(folder, *names):
-    """The first of the named checkpoints that is whole, with all tensors,
-    from whichever form it has. See first_valid_checkpoint.
+    """The first of the named checkpoints that is whole, with all tensors, in a file or in shards.
+
+    See first_valid_checkpoint.
     """
     while True:
         name = first_valid_checkpoint(folder, *names)
@@ -138,6 +139,7 @@ def load_checkpoint(folder, *names):
         except (ConfigError, RunError):
             if stamp(path) == seen:
                 raise
+            # The run that trains here has replaced it meanwhile, and deleted its shards.
 
 
 def first_valid_checkpoint(folder, *names, holds_lock=False):
@@ -151,15 +153,17 @@ def first_valid_checkpoint(folder, *names, holds_lock=False):
     """
     for name in names:
         path = os.path.join(folder, name + ".pt")
-        while (seen := stamp(path)) is not None:
+        seen = stamp(path)
+        while seen is not None:
             try:
                 check_whole(folder, name)
                 return name
             except Damaged as e:
-                # The run that trains here may have written another one meanwhile.
-                if stamp(path) != seen:
-                    continue
-                say(f"{path} is damaged ({e}); trying an older one", file=sys.stderr)
+                why = e
+            # The run that trains here may have written another one meanwhile.
+            before, seen = seen, stamp(path)
+            if seen == before:
+                say(f"{path} is damaged ({why}); trying an older one", file=sys.stderr)
                 if holds_lock:
                     quarantine(path)
                 break
@@ -196,8 +200,10 @@ def verify_sha256(path):
 
 
 def verify_shards(folder, state):
-    """Damaged unless the files that a checkpoint names are there, unchanged."""
-    for file, digest in state.get("shards", {"files": {}})["files"].items():
+    """Damaged unless the shards that a checkpoint names, if it does, are there, unchanged."""
+    if "shards" not in state:
+        return
+    for file, digest in state["shards"]["files"].items():
         path = inside(shard_dir(folder, state), file)
         with reading(path):
             try:
@@ -217,11 +223,10 @@ def quarantine(path):
 
 
 def read_checkpoint(folder, name):
-    """The contents of <folder>/<name>.pt, its checksum unchecked; tensors stay on disk until they
-    are used.
+    """The contents of <folder>/<name>.pt, its checksum unchecked.
 
-    ConfigError if they are not those of a checkpoint of train.py; RunError if the disk or memory
-    refuses.
+    Tensors stay on disk until they are used. ConfigError if the file is no checkpoint of train.py;
+    RunError if the disk or memory refuses.
     """
     path = os.path.join(folder, name + ".pt")
     with reading(path):
@@ -236,9 +241,7 @@ def read_checkpoint(folder, name):
 
 
 def check_form(state, path):
-    """ConfigError unless this is what save_checkpoint is given:
-    numbers, and tensors or the names of shards.
-    """
+    """ConfigError unless this is what save_checkpoint is given: see STATE."""
     try:
         check_kinds(state, "dict", path)
         require("step" in state, f"{path} has no 'step'", None)
@@ -248,8 +251,8 @@ def check_form(state, path):
         if "shards" in state:
             shards = {"folder": "path inside", "files": {"*": "hash"}}
             check_kinds(state["shards"], shards, f"{path}: 'shards'")
-            inside = all(is_inside(name) for name in state["shards"]["files"])
-            require(inside, f"{path} names files outside of its run", None)
+            all_inside = all(is_inside(name) for name in state["shards"]["files"])
+            require(all_inside, f"{path} names files outside of its run", None)
         else:
             state["tensors"] = plain_tensors(state.get("tensors", {}), path)
     except ConfigError as e:

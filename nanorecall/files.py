@@ -89,8 +89,9 @@ def new_temporary(path):
 
 
 def remove_stale(pattern):
-    """Delete files and directories with names of this pattern (of glob) whose writers are dead:
-    their locks are free.
+    """Delete what dead writers have left: files and directories whose locks are free.
+
+    pattern: of their names, as glob takes it.
     """
     if fcntl is None:
         return
@@ -200,8 +201,9 @@ def open_partial(path):
 
 @contextlib.contextmanager
 def signals_end_the_block():
-    """SIGTERM, SIGHUP and SIGUSR1 leave the block as sys.exit would, so that it can clean up;
-    a second one is ignored.
+    """SIGTERM, SIGHUP and SIGUSR1 leave the block as sys.exit would, so that it can clean up.
+
+    A second one is ignored.
     """
 
     def leave(number, frame):
@@ -226,10 +228,10 @@ def signals_end_the_block():
 
 
 def lock_run_dir(folder, what="this run"):
-    """Refuse a second process that writes into a directory. The lock ends with this process,
-    however it ends.
+    """Refuse a second process that writes into a directory -> the lock, for unlock.
 
-    -> the handle to close, or None where directories cannot be opened (Windows).
+    The lock ends with this process, however it ends. It is None where directories cannot be opened
+    (Windows). ConfigError if another process has it.
     """
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     held = take_lock(handle)
@@ -244,17 +246,17 @@ def lock_run_dir(folder, what="this run"):
 
 
 def unlock(handle):
-    """Give back what `lock` returned."""
+    """Give back the lock that lock_run_dir returned."""
     if handle is not None:
         os.close(handle)
 
 
 @contextlib.contextmanager
 def only_writer(folder, what):
-    """In the block, no other process writes `what` into this directory. It is made if need be, and
-    goes if it stays empty.
+    """In the block, no other process writes `what` into this directory.
 
-    ConfigError if another process is in such a block already, or if the disk refuses.
+    The directory is made if need be, and removed if it stays empty. ConfigError if another process
+    is in such a block already, or if the disk refuses.
     """
     made, above = [], os.path.abspath(folder)
     while not os.path.isdir(above):
@@ -279,8 +281,9 @@ def only_writer(folder, what):
 
 @contextlib.contextmanager
 def reading(path):
-    """Errors of the disk or of memory become RunError inside:
-    they say nothing about what is in the file.
+    """Inside, errors of the disk or of memory become RunError.
+
+    They say nothing about what is in the file, so nobody may take it for damaged.
     """
     try:
         yield
@@ -313,7 +316,7 @@ def stamp(path):
 
 
 def is_inside(name):
-    """Is this, from a file, the name of a place in that file's folder?"""
+    """Does this name, which a file gives, mean a place in that file's folder?"""
     if not isinstance(name, str) or not name.isprintable() or len(name) >= 256:
         return False
     path = os.path.normpath(name)

@@ -30,7 +30,7 @@ def nan_to_null(value):
 
 
 def write_json(path, value, indent=1):
-    """indent=None: all in one line, for long lists of numbers."""
+    """Write a value as JSON, whole or not at all. indent=None: in one line, for many numbers."""
     text = json.dumps(nan_to_null(value), indent=indent)
     atomic_write(path, lambda f: f.write(text.encode() + b"\n"))
 
@@ -67,9 +67,9 @@ def parse_json(text):
         raise ValueError(f"{word} is no number of JSON")
 
     try:
-        value = json.loads(
-            text.decode() if isinstance(text, bytes) else text, parse_constant=refuse
-        )
+        if isinstance(text, bytes):
+            text = text.decode()
+        value = json.loads(text, parse_constant=refuse)
         deep = is_deep(value)
     except UnicodeDecodeError as e:
         raise ValueError(f"byte {e.start + 1} is no UTF-8") from None
@@ -81,8 +81,12 @@ def parse_json(text):
 
 
 def is_deep(value, left=DEEPEST):
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return left == 0 or any(is_deep(v, left - 1) for v in inner)
+    """Are there `left` lists and dicts inside each other?"""
+    if left == 0:
+        return True
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and any(is_deep(v, left - 1) for v in value)
 
 
 def check_kinds(value, kinds, where):
@@ -96,9 +100,9 @@ def check_kinds(value, kinds, where):
         name, fits = KINDS[kinds]
         if not fits(value):
             shown = repr(value)
-            raise ConfigError(
-                f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, not {name}"
-            )
+            if len(shown) > 40:
+                shown = shown[:37] + "..."
+            raise ConfigError(f"{where} is {shown}, not {name}")
         return
     check_kinds(value, "list" if isinstance(kinds, list) else "dict", where)
     if isinstance(kinds, list):
@@ -108,13 +112,13 @@ def check_kinds(value, kinds, where):
     for key, kind in kinds.items():
         if key != "*" and key not in value:
             raise ConfigError(f"{where} has no {key!r}")
-        for k in value if key == "*" else (key,):
+        keys = value if key == "*" else (key,)
+        for k in keys:
             check_kinds(value[k], kind, f"{where}: {k!r}")
 
 
 def read_json(path):
-    """A JSON file of this project; ConfigError in a sentence if it is not there, unreadable or
-    damaged."""
+    """A JSON file of this project -> value; ConfigError if it is missing, unreadable or damaged."""
     try:
         with open(path, "rb") as f:
             return parse_json(f.read())
@@ -125,7 +129,7 @@ def read_json(path):
 
 
 def read_record(path, kinds):
-    """`read_json` of a file that must have `kinds` (see check_kinds)."""
+    """read_json of a file that must have `kinds` (see check_kinds)."""
     value = read_json(path)
     check_kinds(value, kinds, path)
     return value
@@ -137,7 +141,9 @@ def read_lines(path, kinds):
     rows, others = [], 0
     try:
         with open(path, "rb") as f:
-            for line in filter(bytes.strip, f):
+            for line in f:
+                if not line.strip():
+                    continue
                 try:
                     row = parse_json(line)
                     check_kinds(row, kinds, path)

@@ -48,10 +48,10 @@ from nanorecall.saved_run import (
 )
 from nanorecall.settings import RunError, changed_settings, printable, require, say
 from nanorecall.status import (
+    accuracy_table,
     describe_test,
     read_ended_status,
     summarize_test,
-    table_row,
     tested_weights,
 )
 from nanorecall.training_checkpoint import load_training_state, training_state, write_checkpoint
@@ -499,10 +499,4 @@ class Run:
     def metrics(self):
         """Test accuracy, a dict {"slice", "value", "accuracy", "ci95", ...} for each slice."""
         test = (self.result or {}).get("test")
-        if not test:
-            return []
-        rows = [{"slice": "all", "value": "", **table_row(test["all"])}]
-        for name, values in test["by_slice"].items():
-            for value, counts in values.items():
-                rows.append({"slice": name, "value": str(value), **table_row(counts)})
-        return rows
+        return accuracy_table(test) if test else []

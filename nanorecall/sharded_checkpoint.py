@@ -96,13 +96,19 @@ def read_shards(directory, into=None):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that there is one process
                 dcp.load(into, **tensor_reader(directory, index), no_dist=alone)
-        # The latter, errors of all ranks, is no Exception.
+        # CheckpointException is no Exception.
         except (Exception, dcp.CheckpointException) as e:
-            cause = next(iter(getattr(e, "failures", {}).values()), (e,))[0]
+            cause = first_error(e)
             if isinstance(cause, (ConfigError, RunError)) or from_system(cause):
                 raise cause from None
             raise unreadable(directory, cause) from None
     return into
+
+
+def first_error(error):
+    """The error itself; of a CheckpointException, the error of the first rank that failed."""
+    failures = getattr(error, "failures", {})  # rank: (its error, its traceback)
+    return next(iter(failures.values()))[0] if failures else error
 
 
 def tensor_reader(directory, index):
@@ -167,9 +173,7 @@ def fields_of(thing, kind):
 
 
 def describe_tensor(thing):
-    """TensorStorageMetadata of the index -> torch's own;
-    ValueError unless its chunks fill the tensor.
-    """
+    """TensorStorageMetadata of the index -> torch's own; ValueError unless its chunks fill it."""
     from torch.distributed.checkpoint import metadata
 
     about = fields_of(thing, "TensorStorageMetadata")
@@ -227,8 +231,9 @@ class Stub:
 
 # Python's own unpickler, because a few bytes make the one in C fill all memory.
 class RestrictedUnpickler(pickle._Unpickler):
-    """Reads the index, a pickle, and calls nothing in it:
-    an object of torch becomes a Stub of the same name.
+    """Reads the index, a pickle, and calls nothing in it.
+
+    An object of torch becomes a Stub of the same name.
     """
 
     VALUES = {"Size", *(str(kind).removeprefix("torch.") for kind in DTYPES)}

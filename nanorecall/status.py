@@ -85,6 +85,15 @@ def summarize_test(test, target_slice):
     return f"{target_slice}: accuracy {accuracy:.4f} of {n} labels; {summary}"
 
 
+def accuracy_table(test):
+    """Rows {"slice", "value", "accuracy", "ci95", "n", ...}: all labels, then each slice."""
+    rows = [{"slice": "all", "value": "", **table_row(test["all"])}]
+    for name, values in test["by_slice"].items():
+        for value, counts in values.items():
+            rows.append({"slice": name, "value": str(value), **table_row(counts)})
+    return rows
+
+
 def table_row(counts):
     """Counts of a slice -> {"accuracy", "ci95", "n", ...}."""
     found = slice_metrics(counts)

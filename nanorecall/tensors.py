@@ -6,17 +6,17 @@ import torch
 
 from nanorecall.settings import ConfigError, require
 
+# Those of real numbers. Complex and quantized tensors are no weights of ours.
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool}
 DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
 DTYPES |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64}
 
 
 def plain_tensors(found, path):
-    """{name: tensor}, checked: what a stranger calls weights may be of any kind. -> the same,
-    without attributes.
+    """What the file `path` calls weights, of any kind -> {name: tensor}, without attributes.
 
-    ConfigError for anything but text that can be shown and plain tensors of real numbers, and for
-    tensors of more numbers than the file has bytes: a stride of 0 makes 10^12 numbers of one.
+    ConfigError unless names are text that can be shown and tensors plain ones of real numbers. A
+    tensor may not have more numbers than the file has bytes: a stride of 0 makes 10^12 of one.
     """
     size = os.path.getsize(path)
 
@@ -38,9 +38,7 @@ def plain_tensors(found, path):
 
 
 def unreadable(path, error):
-    """ConfigError that says so in one sentence,
-    with the message of an error that torch or pickle raised.
-    """
+    """The ConfigError for a file of which torch or pickle has raised `error`."""
     why = " ".join(str(error).split())[:120] or type(error).__name__
     return ConfigError(f"{path} cannot be read as weights ({why})", "init_from")
 
