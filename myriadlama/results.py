@@ -42,6 +42,7 @@ PROGRAM = (
     "myriadlama/loading.py",
     "myriadlama/hugging_face.py",
     "myriadlama/gguf_files.py",
+    "nanorecall/attention.py",
     "nanorecall/ops.py",
 )
 # Settings that do not change an answer, or whose results lie beside each other.
