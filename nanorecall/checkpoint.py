@@ -33,13 +33,14 @@ from nanorecall.files import (
     remove,
     remove_stale,
     sha256_file,
+    size_of_file,
     stamp,
     temporary_name,
     temporary_names,
 )
 from nanorecall.records import check_kinds
 from nanorecall.settings import ConfigError, RunError, require, say
-from nanorecall.sharded_checkpoint import read_shards, shard_dir, size_of_file
+from nanorecall.sharded_checkpoint import read_shards, shard_dir
 from nanorecall.tensors import plain_tensors, unreadable
 
 # What a checkpoint holds beside tensors: Run.state of run.py.

@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import sys
 import threading
 
@@ -313,6 +314,14 @@ def stamp(path):
             return None
         about = os.stat(path)
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def size_of_file(path):
+    """Bytes of a file that is one: a pipe would wait for ever. ValueError otherwise."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{os.path.basename(path)} is no file")
+    return about.st_size
 
 
 def is_inside(name):

@@ -31,8 +31,10 @@ def run_label(settings, config):
     parts = [f"exp{settings.train.exp_group}", settings.train.model]
     if hasattr(config, "q_kernel"):  # a model of your own may lack these settings
         parts.append(model_label(settings.model_class, config))
-    data = settings.train.data
-    parts.append("data-" + settings.data.label() if hasattr(settings.data, "label") else data)
+    if hasattr(settings.data, "label"):
+        parts.append("data-" + settings.data.label())
+    else:
+        parts.append(settings.train.data)
     return "_".join(parts) + f"_lr{settings.train.lr:g}"
 
 

@@ -8,13 +8,12 @@ says of tensors.
 import os
 import pickle
 import shutil
-import stat
 import warnings
 
 import torch
 import torch.distributed as dist
 
-from nanorecall.files import from_system, inside, reading, sha256_file
+from nanorecall.files import from_system, inside, reading, sha256_file, size_of_file
 from nanorecall.settings import ConfigError, RunError
 from nanorecall.tensors import DTYPES, unreadable
 
@@ -149,8 +148,11 @@ def read_index(directory):
             for name, about in found["state_dict_metadata"].items():
                 if type(about).__name__ == "TensorStorageMetadata":
                     tensors[name] = describe_tensor(about)
-            chunks = [find_chunk(*entry) for entry in found["storage_data"].items()]
-            storage = {index: info for index, info in chunks if index.fqn in tensors}
+            storage = {}  # which part of a tensor: where it is
+            for entry in found["storage_data"].items():
+                index, info = find_chunk(*entry)
+                if index.fqn in tensors:
+                    storage[index] = info
             files = {info.relative_path for info in storage.values()}
             held = sum(size_of_file(inside(directory, file)) for file in files)
             need = sum(t.size.numel() * t.properties.dtype.itemsize for t in tensors.values())
@@ -165,18 +167,18 @@ def read_index(directory):
     return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta())
 
 
-def fields_of(thing, kind):
+def fields_of(stub, kind):
     """{field: value} of one of torch's objects in the index; ValueError if it is another kind."""
-    if type(thing).__name__ != kind or not isinstance(thing.state, dict):
+    if type(stub).__name__ != kind or not isinstance(stub.state, dict):
         raise ValueError(f"it has no {kind} there")
-    return thing.state
+    return stub.state
 
 
-def describe_tensor(thing):
+def describe_tensor(stub):
     """TensorStorageMetadata of the index -> torch's own; ValueError unless its chunks fill it."""
     from torch.distributed.checkpoint import metadata
 
-    about = fields_of(thing, "TensorStorageMetadata")
+    about = fields_of(stub, "TensorStorageMetadata")
     size, dtype = about["size"], about["properties"].state[0]
     if type(size) is not torch.Size or dtype not in DTYPES:
         raise ValueError("a tensor without shape or type")
@@ -207,14 +209,6 @@ def find_chunk(index, info):
         raise ValueError("its files are compressed")
     key = MetadataIndex(index["fqn"], index.get("offset"))
     return key, _StorageInfo(info["relative_path"], *numbers)
-
-
-def size_of_file(path):
-    """Bytes of a file that is one: a pipe would wait for ever. ValueError otherwise."""
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{os.path.basename(path)} is no file")
-    return about.st_size
 
 
 class Stub:
