@@ -19,7 +19,7 @@ from nanorecall.records import check_kinds, nan_to_null, parse_json, read_record
 from nanorecall.run_dir import data_paths, never_began
 from nanorecall.settings import ConfigError, Setting, field_names, require, say
 from nanorecall.source_files import is_main_rank
-from nanorecall.tensors import select_prefix
+from nanorecall.tensors import require_same_shapes, select_prefix
 
 RESUMABLE = (  # settings that may change when a run is resumed
     *("n_epochs", "max_steps", "stop_accuracy", "target_accuracy", "log_interval", "eval_interval"),
@@ -60,10 +60,7 @@ def load_run(folder, train_config, which="best"):
     checkpoint = load_checkpoint(folder, *names)
     require_same_settings(folder, settings, config, checkpoint)
     weights = select_prefix(checkpoint["tensors"], "model")
-    shapes = {name: t.shape for name, t in weights.items()}
-    same = shapes == {name: t.shape for name, t in model.state_dict().items()}
-    message = f"the checkpoint in {folder} is not of the model that its config.json describes"
-    require(same, message, None)
+    require_same_shapes(folder, {name: t.shape for name, t in weights.items()}, model)
     model.load_state_dict(weights)
     return settings, data, model.eval(), checkpoint
 

@@ -43,6 +43,16 @@ def unreadable(path, error):
     return ConfigError(f"{path} cannot be read as weights ({why})", "init_from")
 
 
+def require_same_shapes(folder, shapes, model, key=None):
+    """ConfigError unless the weights of a run's checkpoint, {name: shape}, are those of the model.
+
+    key: the setting that named the run.
+    """
+    same = shapes == {name: t.shape for name, t in model.state_dict().items()}
+    message = f"the checkpoint in {folder} is not of the model that its config.json describes"
+    require(same, message, key)
+
+
 def select_prefix(tensors, prefix):
     """{"model.a": x, "optimizer.b": y}, "model" -> {"a": x}."""
     found = {}

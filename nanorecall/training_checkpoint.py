@@ -8,7 +8,7 @@ from nanorecall.checkpoint import load_checkpoint, remove_old_shards, save_check
 from nanorecall.distributed import is_dtensor
 from nanorecall.settings import require
 from nanorecall.sharded_checkpoint import read_shards, save_shards, shard_dir, shard_metadata
-from nanorecall.tensors import select_prefix
+from nanorecall.tensors import require_same_shapes, select_prefix
 
 
 def training_state(model, optimizer=None):
@@ -30,25 +30,15 @@ def load_training_state(folder, state, model, optimizer=None):
     They may be in one file or in shards of any number of ranks; each rank takes its own shard.
     """
     sharded = "shards" in state
-    saved = shard_metadata(shard_dir(folder, state)) if sharded else state["tensors"]
-    shapes = {name: torch.Size(t.size if sharded else t.shape) for name, t in saved.items()}
-    into = training_state(model)
-    here = {name: t.shape for name, t in into.items()}
-    same = here == {name: shape for name, shape in shapes.items() if name.startswith("model.")}
-    message = f"the checkpoint in {folder} is not of the model that its config.json describes"
-    require(same, message, "resume")
-    parameters = dict(model.named_parameters())
-    for name in select_prefix(shapes, "optimizer") if optimizer else ():
-        parameter, _, key = name.rpartition(".")
-        q, shape = parameters.get(parameter), shapes[f"optimizer.{name}"]
-        fits = q is not None and shape in (q.shape, torch.Size())
-        message = f"the checkpoint in {folder} has an optimizer's {name} that fits no parameter"
-        require(fits, message, "resume")
-        if shape == q.shape and q.ndim > 0:
-            empty = torch.zeros_like(q).detach()
-        else:  # the number of steps
-            empty = torch.zeros(shape, device=q.device)
-        into[f"optimizer.{name}"] = optimizer.state[q][key] = empty
+    if sharded:
+        metadata = shard_metadata(shard_dir(folder, state))
+        shapes = {name: t.size for name, t in metadata.items()}
+    else:
+        shapes = {name: t.shape for name, t in state["tensors"].items()}
+    require_same_shapes(folder, select_prefix(shapes, "model"), model, "resume")
+    if optimizer:
+        make_optimizer_state(folder, select_prefix(shapes, "optimizer"), model, optimizer)
+    into = training_state(model, optimizer)
     with torch.no_grad():
         if sharded:
             read_shards(shard_dir(folder, state), into)
@@ -56,6 +46,24 @@ def load_training_state(folder, state, model, optimizer=None):
         for name, t in into.items():
             source = state["tensors"][name]
             t.copy_(shard_like(source, t) if is_dtensor(t) else source)
+
+
+def make_optimizer_state(folder, shapes, model, optimizer):
+    """Give a new optimizer the tensors that a checkpoint has of it, zeros still.
+
+    shapes: {"<parameter>.<key>": shape}.
+    """
+    parameters = dict(model.named_parameters())
+    for name, shape in shapes.items():
+        parameter, _, key = name.rpartition(".")
+        q = parameters.get(parameter)
+        fits = q is not None and shape in (q.shape, torch.Size())
+        message = f"the checkpoint in {folder} has an optimizer's {name} that fits no parameter"
+        require(fits, message, "resume")
+        if shape == q.shape and q.ndim > 0:
+            optimizer.state[q][key] = torch.zeros_like(q).detach()
+        else:  # the number of steps
+            optimizer.state[q][key] = torch.zeros(shape, device=q.device)
 
 
 def shard_like(tensor, target):
