@@ -47,15 +47,11 @@ hashhop: chains of hashes in random order; say where one of them ends (magicprod
 Each document is a pure function of the settings and its index. The order of an epoch is a function
 of (seed, epoch).
 
-Letters: n pairs or entities, W digits of a word, R relations, E documents in an epoch, B documents
-in a batch, T tokens, N labels.
+Letters: n pairs, W digits of a word, E documents in an epoch, B in a batch, T tokens, N labels.
 """
 
-import itertools
 import math
 import os
-import re
-import string
 import sys
 from dataclasses import dataclass
 
@@ -64,10 +60,12 @@ import torch
 
 from nanorecall import fact_files
 from nanorecall.documents import check_answers, read_and_split, survey
-from nanorecall.fact_files import FactDataset, GeneratedDataset, guess_baselines, read_facts
+from nanorecall.fact_files import FactDataset, guess_baselines, read_facts
+from nanorecall.hashhop import build_hashhop, check_hashhop
 from nanorecall.rng import STREAMS, rng_for
 from nanorecall.settings import at_least, one_of, require, run_cli, say, within
 from nanorecall.text import MASKS, DocumentEncoder, mark_answers, read_tokenizer
+from nanorecall.twohop import build_twohop, check_twohop
 
 SETTINGS_OF = {  # task: the settings that not all tasks use
     "qa": "num_pairs num_digits buckets heldout_frac reverse_pairs forms second_form_frac "
@@ -196,8 +194,7 @@ def build_qa(c):
     and of the others the first.
     """
     n = c.num_pairs
-    numbers = rng_for(c.seed, STREAMS["facts"]).choice(10**c.num_digits, 2 * n, replace=False)
-    words = [f"{number:0{c.num_digits}d}" for number in numbers]
+    words = draw_numbers(rng_for(c.seed, STREAMS["facts"]), 2 * n, c.num_digits)
     keys, values = words[:n], words[n:]
     size = n // len(c.buckets)
     # The numbers are in random order, so the first pairs of each bucket may be the held-out ones.
@@ -276,6 +273,12 @@ def n_in_both_forms(c):
     return round(c.second_form_frac * n_seen)
 
 
+def draw_numbers(rng, n, num_digits):
+    """n different numbers of one width, as text."""
+    numbers = rng.choice(10**num_digits, n, replace=False)
+    return [f"{number:0{num_digits}d}" for number in numbers]
+
+
 def fact_texts(keys, values):
     return [f"{key}:{value} " for key, value in zip(keys, values)]
 
@@ -295,8 +298,7 @@ def context_documents(c):
     documents = []
     for _ in range(c.context_docs):
         n = rng.integers(1, c.context_pairs + 1)
-        numbers = rng.choice(10**c.num_digits, 2 * n, replace=False)
-        words = [f"{number:0{c.num_digits}d}" for number in numbers]
+        words = draw_numbers(rng, 2 * n, c.num_digits)
         pairs = fact_texts(words[:n], words[n:])
         question, answer = split_fact(pairs[rng.integers(n)])
         documents.append(("".join(pairs) + question, answer))
@@ -304,7 +306,7 @@ def context_documents(c):
 
 
 def split_fact(fact):
-    """"x:y " -> the question "x:", the answer "y"."""
+    """A fact "x:y " -> its question "x:", its answer "y"."""
     key, value = fact.strip().split(":")
     return f"{key}:", value
 
@@ -316,8 +318,7 @@ def build_digits(c):
     """Words "key:value " of W digits from 1..W, W as small as the number of keys allows: 6 for 6K
     and 20K pairs, 7 for 200K.
 
-    rule=random must be memorised. rule=selfindex, value[i] = key[key[i]], generalises to unseen
-    keys.
+    rule=random must be memorised; rule=selfindex, value[i] = key[key[i]], holds for unseen keys.
     """
     n, n_keys = c.num_pairs, c.num_pairs + c.num_unseen
     W = 2
@@ -355,218 +356,6 @@ def digit_words(digits):
     return ["".join(map(str, row)) for row in (digits + 1).tolist()]
 
 
-# ---- twohop --------------------------------------------------------------------------------------
-
-
-def build_twohop(c):
-    """Single facts "a>b " and two-hop queries "a>>c ", where b>c (Wang et al. 2024, arXiv
-    2405.15071). Each relation is a permutation without fixed points.
-
-    All single facts are trained on. A query is trained; or in-distribution: not trained, but
-    trained queries use both of its facts; or out-of-distribution: no trained query uses either.
-    """
-    n, R = c.num_entities, c.num_relations
-    rng = rng_for(c.seed, STREAMS["facts"])
-    maps = np.stack([derangement(rng, n) for _ in range(R)])  # (R, n)
-    r1, r2, a = np.indices((R, R, n)).reshape(3, -1)  # of all queries
-    b = maps[r1, a]
-    end = maps[r2, b]
-    trained, in_dist, out_dist = split_queries(c, rng, r1, r2, a, b)
-
-    names = [f"{entity:0{len(str(n - 1))}d}" for entity in range(n)]
-    letters = [""] if R == 1 else string.ascii_lowercase
-    mark = ">" if c.markers else ":"
-    texts = []
-    for r in range(R):
-        for entity in range(n):
-            texts.append(f"{names[entity]}{mark}{letters[r]}{names[maps[r, entity]]} ")
-    for i in np.concatenate([trained, in_dist, out_dist]):
-        marks = f">{letters[r1[i]]}>{letters[r2[i]]}" if c.markers else mark
-        between = f"{names[b[i]]}>" if c.cot_frac else ""
-        texts.append(f"{names[a[i]]}{marks}{between}{names[end[i]]} ")
-
-    sizes = {
-        "single fact": n * R,
-        "trained": len(trained),
-        "in-distribution": len(in_dist),
-        "out-of-distribution": len(out_dist),
-    }
-    query = np.repeat(list(sizes), list(sizes.values()))
-    splits = twohop_splits(query)
-    compared = np.concatenate([trained, in_dist])
-    is_trained = np.arange(len(compared)) < len(trained)
-    words = np.array(names)
-    guesses = guess_baselines(words[a[compared]], words[end[compared]], is_trained)
-    baselines = {f"{guess} of the last entity": value for guess, value in guesses.items()}
-    # Without markers the text has the form of digits, so it takes that label mask.
-    kind = "twohop" if c.markers else "digits"
-    return FactDataset(c, kind, texts, splits, {"query": query}, baselines)
-
-
-def read_two_hop(text):
-    """A single fact or a query, "a>b " to "a>x>yb>c " -> entity, letters of its one or two
-    relations, answer.
-
-    >>> read_two_hop("16>>30 "), read_two_hop("16>x>y43>30 ")
-    (('16', ['', ''], '30'), ('16', ['x', 'y'], '43>30'))
-    """
-    entity, *letters, answer = re.fullmatch(r"(\d+)>([a-z]?)(>[a-z]?)?([\d>]+) ", text).groups()
-    return entity, [mark.removeprefix(">") for mark in letters if mark is not None], answer
-
-
-def check_twohop(c):
-    message = "cot_frac must be 0 or 1 for twohop: a query has one correct answer"
-    require(c.cot_frac in (0, 1), message, "cot_frac")
-    n_queries = c.num_entities * c.num_relations**2
-    message = f"{n_queries} queries of two hops are too many; lower num_entities or num_relations"
-    require(n_queries <= 10**6, message, "num_relations")
-    require(c.markers or not c.cot_frac, "cot_frac needs markers=1", "cot_frac")
-    require(c.markers or c.num_relations == 1, "num_relations needs markers=1", "num_relations")
-
-
-def twohop_splits(query):
-    """query: the kind of each document -> {split: numbers of its documents}.
-
-    Trained documents are in all splits, each of the others in val or in test.
-    """
-    number = np.arange(len(query))
-    train = (query == "single fact") | (query == "trained")
-    even = number % 2 == 0
-    return {"train": number[train], "val": number[train | even], "test": number[train | ~even]}
-
-
-def split_queries(c, rng, r1, r2, a, b):
-    """Queries a -r1-> b -r2-> ? -> numbers of the trained, in- and out-of-distribution ones."""
-    # Single facts that trained queries may use. The others are withheld two at a time, such that
-    # one follows the other: otherwise there would be no out-of-distribution query.
-    usable = np.ones((c.num_relations, c.num_entities), bool)
-    for i in rng.permutation(len(a)):
-        if (~usable).sum() >= c.ood_frac * usable.size:
-            break
-        usable[r1[i], a[i]] = usable[r2[i], b[i]] = False
-    both = usable[r1, a] & usable[r2, b]
-    neither = ~usable[r1, a] & ~usable[r2, b]
-    inside = rng.permutation(np.flatnonzero(both))
-    out_dist = rng.permutation(np.flatnonzero(neither))
-    n_usable = int(usable.sum())
-    n_trained = round(c.phi * n_usable)
-    most = int(90 * len(inside) / max(1, n_usable)) / 100
-    asks = f"phi={c.phi:g} asks for {n_trained} of {len(inside)} queries"
-    message = f"{asks}; use at most {most:.2f} or more relations"
-    require(1 <= n_trained <= 0.9 * len(inside), message, "phi")
-    trained, in_dist = np.split(inside, [n_trained])
-    used = np.zeros_like(usable)
-    used[r1[trained], a[trained]] = used[r2[trained], b[trained]] = True
-    in_dist = in_dist[used[r1[in_dist], a[in_dist]] & used[r2[in_dist], b[in_dist]]]
-    return trained, in_dist, out_dist
-
-
-def derangement(rng, n):
-    """A permutation of range(n) without fixed points."""
-    while True:
-        permutation = rng.permutation(n)
-        if (permutation != np.arange(n)).all():
-            return permutation
-
-
-# ---- hashhop -------------------------------------------------------------------------------------
-
-LETTERS = np.array(list(string.ascii_letters))
-
-
-def build_hashhop(c):
-    """Chains of hashes, "a = b" and at their end "c = 'd'", in random order; then "COMPLETION:",
-    the number of hops, and queries: a hash and the end of its chain (the text of
-    github.com/magicproduct/hash-hop). Val and test have a group for each of test_hops."""
-    baselines = {}
-    for hops in c.test_hops:
-        name = f"any end of a chain, whole answers, hops={hops}"
-        chances = [1 / n_chains(c, hops, 1, length) for length in hash_lengths(c)]
-        baselines[name] = sum(chances) / len(chances)
-    return GeneratedDataset(c, "hashhop", make_hashhop, len(c.test_hops), baselines)
-
-
-def make_hashhop(c, split, index, group):
-    """-> text of one problem, its slices {name: value}"""
-    rng = rng_for(c.seed, STREAMS[split], index)
-    lengths = hash_lengths(c)
-    if split == "train":
-        hops, queries = c.hops[index % len(c.hops)], c.num_queries
-        # Each number of hops comes with every length.
-        length = lengths[index // len(c.hops) % len(lengths)]
-    else:
-        hops, queries = c.test_hops[group], 1
-        length = lengths[index % len(lengths)]
-    cot = hops > 1 and rng.random() < c.cot_frac
-    n = n_chains(c, hops, queries, length)
-    hashes = unique_hashes(rng, n * (hops + 1), length)
-    lines, ends, answers = [], [], []
-    for i in range(n):
-        chain = hashes[i * (hops + 1) : (i + 1) * (hops + 1)]
-        for this, following in zip(chain, chain[1:-1]):
-            lines.append(f"{this} = {following}")
-        ends.append(f"{chain[-2]} = '{chain[-1]}'")
-        if i < queries:  # the first chains: the order of the lines does not show which
-            answer = " = ".join(chain[1:]) if cot else chain[-1]
-            answers.append(f"{chain[0]} = '{answer}'")
-    lines += ends
-    shuffled = [lines[i] for i in rng.permutation(len(lines))]
-    text = "\n".join([*shuffled, completion_header(hops, cot), *answers, ""])
-    slices = {"hops": hops}
-    if c.cot_frac:
-        slices["hops_cot"] = f"{hops} cot" if cot else f"{hops}"
-    if c.hash_lens:
-        slices["hash_len"] = length
-    return text, slices
-
-
-def hash_lengths(c):
-    """Letters in the hashes of problems, in turn."""
-    return c.hash_lens or (c.hash_len,)
-
-
-def check_hashhop(c):
-    problems = [(hops, c.num_queries) for hops in c.hops]
-    problems += [(hops, 1) for hops in c.test_hops]
-    for (hops, queries), length in itertools.product(problems, hash_lengths(c)):
-        fit = n_chains(c, hops, queries, length)
-        need = max(2, queries)
-        more = c.max_bytes + (need - fit) * (hops * (2 * length + 4) + 2)
-        small = f"max_bytes={c.max_bytes} is too small for {need} chains of {hops} hops"
-        require(fit >= need, f"{small}; use at least {more}", "max_bytes")
-        n_hashes = fit * (hops + 1)
-        message = f"hash_len={length} is too short for {n_hashes} hashes"
-        # Otherwise most draws in unique_hashes would repeat a hash and be discarded.
-        name = "hash_lens" if c.hash_lens else "hash_len"
-        require(n_hashes**2 < 52**length * 8, message, name)
-
-
-def completion_header(hops, cot):
-    return f"\nCOMPLETION:\nHops={hops}\n\nCoT={cot}\n"
-
-
-def n_chains(c, hops, queries, length):
-    """Number of chains that fit into max_bytes tokens (bytes, and BOS) with the completion.
-
-    length: letters in a hash.
-    """
-    pair = 2 * length + 4  # "a = b\n"
-    answer = pair + 2
-    if c.cot_frac > 0:
-        answer += (hops - 1) * (length + 3)
-    rest = 2 + len(completion_header(hops, False)) + queries * answer
-    return (c.max_bytes - rest) // (hops * pair + 2)
-
-
-def unique_hashes(rng, n, length):
-    """n different random words."""
-    while True:
-        letters = LETTERS[rng.integers(len(LETTERS), size=(n, length))]
-        words = ["".join(row) for row in letters]
-        if len(set(words)) == n:
-            return words
-
-
 # ---- text ----------------------------------------------------------------------------------------
 
 
@@ -587,7 +376,7 @@ def build_text(c):
     return FactDataset(c, c.label_mask, texts, splits, slices, origins=origins)
 
 
-# task -> FactDataset or GeneratedDataset
+# task -> FactDataset or GeneratedDataset. Two-hop and HashHop have files of their own.
 BUILD = {
     "qa": build_qa,
     "digits": build_digits,

@@ -52,9 +52,9 @@ from torch import nn
 
 import model
 from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTBlock, RMSNorm
+from nanorecall.attention import apply_rotary
 from nanorecall.ops import (
     accum_dtype,
-    apply_rotary,
     check_cu_seqlens,
     gather_positions,
     no_autocast,

@@ -46,8 +46,8 @@ from myriadlama.batch import Batch
 from myriadlama.methods import METHODS, settings_of_others
 from myriadlama.questions import choose_facts, make_batches
 from nanorecall.build import enough_memory
-from nanorecall.checkpoint import make_directory, only_writer
 from nanorecall.distributed import autodetect_device, process_group
+from nanorecall.files import make_directory, only_writer
 from nanorecall.progress import progress
 from nanorecall.settings import (
     at_least,

@@ -7,7 +7,7 @@ Settings have the names that they have in "Updatable Long-Term Memory" (README, 
 
 Read from top to bottom: settings, tables of options, small modules, the two attention modules, the
 block, the model. Delta-rule and memory models (delta.py, memory.py) reuse the model and replace the
-block. The operators (softmax_attention and others) are in nanorecall/ops.py.
+block. The operators are in nanorecall/ops.py and nanorecall/attention.py.
 
 Letters: B batch, T tokens, n queried positions, N labelled positions, D model width, C channels,
 H query heads, G key/value heads, K key width per head, V value width per head, R documents.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanorecall import ops
+from nanorecall import attention, ops
 from nanorecall.settings import derived, one_of, require, within
 
 
@@ -221,7 +221,7 @@ class CausalSelfAttention(nn.Module):
     positions.
     """
 
-    attention_fn = staticmethod(ops.softmax_attention)  # `eval.py attention` wraps it
+    attention_fn = staticmethod(attention.softmax_attention)  # `eval.py attention` wraps it
 
     def __init__(self, c):
         super().__init__()
@@ -240,7 +240,7 @@ class CausalSelfAttention(nn.Module):
             self.gate_out = nn.Linear(c.dim, self.n_heads * V, bias=False)
         if c.pos_emb == "rope":
             # Not in the checkpoint: it can be computed again, and would not fit a longer seq_len.
-            self.register_buffer("rope", ops.rope_table(K, c.seq_len), persistent=False)
+            self.register_buffer("rope", attention.rope_table(K, c.seq_len), persistent=False)
         self.out_proj = nn.Linear(self.n_heads * V, c.dim, bias=False)
 
     def add_projections(self, c):
@@ -259,7 +259,8 @@ class CausalSelfAttention(nn.Module):
         # have float32's errors. So it is computed again.
         if "rope" in self._buffers:
             T, half_width, _ = self.rope.shape
-            self.rope = ops.rope_table(2 * half_width, T, self.rope.dtype).to(self.rope.device)
+            table = attention.rope_table(2 * half_width, T, self.rope.dtype)
+            self.rope = table.to(self.rope.device)
         return self
 
     def forward(self, x, query_pos=None, cache=None, documents=None):
@@ -270,7 +271,7 @@ class CausalSelfAttention(nn.Module):
         """
         c = self.config
         output_pos = query_pos
-        if documents or ops.prefers_all_queries(query_pos, x.shape[1], c.window):
+        if documents or attention.prefers_all_queries(query_pos, x.shape[1], c.window):
             # The operators for packed documents and for a window take every token as a query. So
             # all outputs are computed, and output_pos are picked from them at the end.
             query_pos = None
@@ -281,7 +282,7 @@ class CausalSelfAttention(nn.Module):
         if c.pos_emb == "rope":
             # After the rotation, the product of a query and a key depends on their positions only
             # by the distance between them.
-            q = ops.apply_rotary(q, self.rope, positions if query_pos is None else query_pos)
+            q = attention.apply_rotary(q, self.rope, positions if query_pos is None else query_pos)
         # Keys and values are computed for all tokens, queries maybe not: (B, T, G, K or V).
         if cache is None:
             k = self.keys(k, x, positions)
@@ -323,7 +324,7 @@ class CausalSelfAttention(nn.Module):
         """Projected keys (B, T, G*dk) of x (B, T, D) -> (B, T, G, K)."""
         c = self.config
         k = self.split_heads(k, self.n_kv_heads, c.k_kernel, c.k_norm, self.gate_k, x)
-        return ops.apply_rotary(k, self.rope, positions) if c.pos_emb == "rope" else k
+        return attention.apply_rotary(k, self.rope, positions) if c.pos_emb == "rope" else k
 
     def values(self, v):
         """Projected values (B, T, G*dv) -> (B, T, G, V)."""
@@ -366,7 +367,7 @@ class CausalSelfAttention(nn.Module):
 
     @classmethod
     def describe_backend(cls, c, device, dtype):
-        problem = ops.why_no_flash(device, dtype, *cls.head_dims(c))
+        problem = attention.why_no_flash(device, dtype, *cls.head_dims(c))
         if problem:
             return f"scaled_dot_product_attention ({problem})"
         at_labels = "scaled_dot_product_attention for the labelled positions of the last block"

@@ -36,9 +36,10 @@ from analysis.sweep_runs import (
     runs_of,
     shown_results,
 )
-from nanorecall.checkpoint import make_directory, write_json
+from nanorecall.files import make_directory
 from nanorecall.metrics import print_table
 from nanorecall.plots import finish_figure
+from nanorecall.records import write_json
 from nanorecall.settings import (
     ConfigError,
     at_least,

@@ -24,9 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanorecall import run as run_file
+from nanorecall import saved_run
 from nanorecall.distributed import (
-    CHECKPOINT_FORMATS,
     PARALLEL,
     SINGLE_PROCESS,
     all_finite,
@@ -37,9 +36,10 @@ from nanorecall.distributed import (
     sum_sparse_gradients,
     sync_gradients,
 )
+from nanorecall.launch import after_restart, export_checkpoints, read_command_line
 from nanorecall.metrics import autocast, slice_accuracy
 from nanorecall.rng import IGNORE_INDEX, micro_batch_seed
-from nanorecall.run import LOWER_LR, Run, after_restart, export_checkpoints, read_command_line
+from nanorecall.run import LOWER_LR, Run
 from nanorecall.settings import (
     Json,
     at_least,
@@ -51,6 +51,7 @@ from nanorecall.settings import (
 )
 from nanorecall.sparse import SparseAdamW
 from nanorecall.tracking import TRACKERS
+from nanorecall.training_checkpoint import CHECKPOINT_FORMATS
 
 
 @dataclass
@@ -424,7 +425,7 @@ def load_run(folder, which="best"):
 
     which: "best" (highest validation accuracy) or "ckpt" (latest).
     """
-    return run_file.load_run(folder, TrainConfig, which)
+    return saved_run.load_run(folder, TrainConfig, which)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from analysis.trained_run import concat, map_batches, result_suffix, sample_batches, save_result
-from nanorecall.checkpoint import atomic_write, make_directory
+from nanorecall.attention import attention_weights, softmax_attention
+from nanorecall.files import atomic_write, make_directory
 from nanorecall.metrics import in_eval_mode, print_table
-from nanorecall.ops import attention_weights, softmax_attention
 from nanorecall.plots import figure, finish_figure, write_figure
 from nanorecall.settings import ConfigError, require, say
 from nanorecall.stats import mean_proportion

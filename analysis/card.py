@@ -34,7 +34,8 @@ from analysis.figures_of_mixers import (
 )
 from analysis.sweep_runs import ROOT, Point, collect_results, missing_runs, run_missing
 from nanorecall.build import resolve_model
-from nanorecall.checkpoint import atomic_write, make_directory, read_record, write_json
+from nanorecall.files import atomic_write, make_directory
+from nanorecall.records import read_record, write_json
 from nanorecall.settings import (
     ConfigError,
     RunError,

@@ -19,11 +19,12 @@ import numpy as np
 from analysis.compare_figure import plot_compare
 from analysis.trained_run import write_parquet
 from nanorecall.build import inference_state_bytes
-from nanorecall.checkpoint import check_kinds, read_log, read_record
 from nanorecall.metrics import print_table, slice_metrics
-from nanorecall.run import SLICE_COUNTS, load_settings, saved_model_config
+from nanorecall.records import check_kinds, read_log, read_record
+from nanorecall.saved_run import load_settings, saved_model_config
 from nanorecall.settings import ConfigError, printable, require, say
 from nanorecall.stats import format_ci
+from nanorecall.status import SLICE_COUNTS
 from train import TrainConfig
 
 COLUMNS = {  # of the table, and their headings

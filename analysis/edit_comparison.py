@@ -32,11 +32,11 @@ from analysis.mlp_editing import check_mlp_editable
 from analysis.peak_memory import peak_memory_of
 from analysis.stored_facts import predictions, stored_bits
 from analysis.trained_run import correct_examples, require_facts, save_result
-from data_synth import read_two_hop
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import require, say
 from nanorecall.stats import format_ci, proportion
+from nanorecall.twohop import read_two_hop
 
 METRICS = {
     "efficacy": "edited facts, new answer",

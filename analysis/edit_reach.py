@@ -13,9 +13,10 @@ from functools import partial
 import numpy as np
 
 from analysis.trained_run import require_facts
-from data_synth import read_two_hop, second_form
+from data_synth import second_form
 from nanorecall.settings import require
 from nanorecall.stats import proportion
+from nanorecall.twohop import read_two_hop
 
 # A run has the metrics of its task.
 REACH = {

@@ -9,20 +9,13 @@ import shutil
 
 import torch
 
-from nanorecall.checkpoint import (
-    atomic_directory,
-    check_kinds,
-    load_checkpoint,
-    only_writer,
-    read_record,
-    remove,
-    save_checkpoint,
-    write_json,
-)
-from nanorecall.distributed import training_state
+from nanorecall.checkpoint import load_checkpoint, save_checkpoint
 from nanorecall.documents import validate_text
+from nanorecall.files import atomic_directory, only_writer, remove
 from nanorecall.metrics import evaluate
+from nanorecall.records import check_kinds, read_record, write_json
 from nanorecall.settings import ConfigError, require
+from nanorecall.training_checkpoint import training_state
 
 EDIT = {  # of config.json's "edits"
     "run": "text",

@@ -15,9 +15,9 @@ import torch
 
 from analysis.trained_run import map_batches, sample_batches, save_result
 from memory import slot_usage
-from nanorecall.checkpoint import read_log
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
+from nanorecall.records import read_log
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import require
 from nanorecall.stats import format_ci, mean_ci, mean_proportion

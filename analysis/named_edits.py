@@ -32,10 +32,10 @@ from analysis.editors import (
     say_margin,
 )
 from analysis.trained_run import save_result
+from nanorecall.dataset_files import has_data_suffix, read_rows
 from nanorecall.documents import validate_text
 from nanorecall.metrics import print_table
 from nanorecall.settings import ConfigError, require, say
-from nanorecall.shards import has_data_suffix, read_rows
 from nanorecall.stats import proportion
 
 DEFAULT = "closed form, protecting others; closed form in the MLP, protecting others"  # what fits

@@ -11,7 +11,7 @@ import json
 import os
 import re
 
-from nanorecall.checkpoint import atomic_write
+from nanorecall.files import atomic_write
 from nanorecall.settings import ConfigError, require, say
 
 

@@ -12,9 +12,9 @@ import os
 import numpy as np
 
 from analysis.trained_run import BOOLEAN, NUMBER, WHOLE, read_parquet
-from nanorecall.checkpoint import read_record, write_json
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
+from nanorecall.records import read_record, write_json
 from nanorecall.settings import require, say
 from nanorecall.stats import (
     add_holm,

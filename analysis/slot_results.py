@@ -23,7 +23,7 @@ from analysis.trained_run import (
     result_suffix,
     select,
 )
-from nanorecall.checkpoint import read_record
+from nanorecall.records import read_record
 from nanorecall.settings import ConfigError, require
 from nanorecall.stats import add_holm, format_ci
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import train
 from analysis.compare import read_result, read_test
-from nanorecall.checkpoint import read_log, read_record
 from nanorecall.metrics import slice_metrics
+from nanorecall.records import read_log, read_record
 from nanorecall.settings import ConfigError, RunError, build_config, field_names, require, say
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 
 from nanorecall.build import enough_memory
-from nanorecall.checkpoint import atomic_write, dataset_sha256, write_json
 from nanorecall.distributed import SINGLE_PROCESS, autodetect_device, process_group
+from nanorecall.files import atomic_write, dataset_sha256
 from nanorecall.metrics import autocast, iter_predictions
 from nanorecall.progress import progress
+from nanorecall.records import write_json
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import (
     ConfigError,

@@ -15,7 +15,7 @@ import torch
 from analysis.activation_shapes import print_activations
 from analysis.sparsity import print_sparsity
 from nanorecall.build import build_model, build_model_config, resolve_model
-from nanorecall.checkpoint import atomic_write
+from nanorecall.files import atomic_write
 from nanorecall.metrics import print_table
 from nanorecall.pretrained import freeze, our_name, read_weights
 from nanorecall.settings import require, say, split_argv

@@ -17,7 +17,8 @@ import numpy as np
 from myriadlama import fact_files, prompts, results
 from myriadlama import facts as builtin_facts
 from myriadlama.methods import METHODS
-from nanorecall.checkpoint import check_kinds, dataset_sha256, read_record
+from nanorecall.files import dataset_sha256
+from nanorecall.records import check_kinds, read_record
 from nanorecall.settings import one_of, require, say
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from collections import Counter
 import numpy as np
 
 from myriadlama.candidates import open_results
-from nanorecall.checkpoint import only_writer, write_json
+from nanorecall.files import only_writer
 from nanorecall.metrics import print_table
 from nanorecall.progress import progress
+from nanorecall.records import write_json
 from nanorecall.settings import require, say
 from nanorecall.stats import add_holm, clustered_proportion, format_ci, mcnemar
 

@@ -23,8 +23,8 @@ import numpy as np
 
 from myriadlama import facts as builtin
 from myriadlama.prompts import casefolded, normalise
+from nanorecall.dataset_files import read_rows
 from nanorecall.settings import ConfigError, convert, require
-from nanorecall.shards import read_rows
 
 
 def read_facts(path, key="path"):

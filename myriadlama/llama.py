@@ -6,7 +6,7 @@ Parameters are named as in Hugging Face's transformers, without the leading "mod
 `loading.load` reads the weights.
 
 The two features of a rotary pair are neighbours in queries and keys, which is what
-nanorecall.ops.apply_rotary expects. Hugging Face stores the two halves of a head apart;
+nanorecall.attention.apply_rotary expects. Hugging Face stores the two halves of a head apart;
 interleave_rotary_pairs reorders them.
 
 Letters: B sequences, T tokens, S tokens in the cache and new ones, D model width, H query heads,
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanorecall.ops import apply_rotary
+from nanorecall.attention import apply_rotary
 from nanorecall.settings import require
 
 

@@ -14,7 +14,7 @@ import torch
 from myriadlama import gguf_files, hugging_face
 from myriadlama.file_checks import require_package
 from myriadlama.llama import Llama, rope_table
-from nanorecall.checkpoint import sha256_file
+from nanorecall.files import sha256_file
 from nanorecall.settings import ConfigError, require
 
 MODELS = {  # short name -> where to get the model

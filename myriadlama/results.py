@@ -19,17 +19,10 @@ import numpy as np
 from myriadlama import facts as builtin_facts
 from myriadlama import loading, metrics, prompts
 from myriadlama.file_checks import require_package
-from nanorecall.checkpoint import (
-    atomic_write,
-    check_kinds,
-    dataset_sha256,
-    only_writer,
-    read_lines,
-    sha256_file,
-    write_json,
-)
+from nanorecall.files import atomic_write, dataset_sha256, only_writer, sha256_file
 from nanorecall.metrics import print_table
 from nanorecall.plots import figure, write_figure
+from nanorecall.records import check_kinds, read_lines, write_json
 from nanorecall.settings import ConfigError, require, say
 from nanorecall.stats import clustered_proportion, format_ci, holm, mcnemar, proportion
 
@@ -49,6 +42,7 @@ PROGRAM = (
     "myriadlama/loading.py",
     "myriadlama/hugging_face.py",
     "myriadlama/gguf_files.py",
+    "nanorecall/attention.py",
     "nanorecall/ops.py",
 )
 # Settings that do not change an answer, or whose results lie beside each other.

@@ -14,9 +14,9 @@ import unicodedata
 import numpy as np
 from tqdm import tqdm
 
+from nanorecall.dataset_files import SPLIT_DIRS, has_data_suffix, read_rows
 from nanorecall.rng import IGNORE_INDEX, SPLITS
 from nanorecall.settings import ConfigError, require
-from nanorecall.shards import SPLIT_DIRS, has_data_suffix, read_rows
 from nanorecall.text import BYTES, check_label_mask, label_mask
 
 COLUMNS = ("text", "question", "answer")  # the columns of a row that are read

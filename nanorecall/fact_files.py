@@ -11,8 +11,18 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from nanorecall.checkpoint import atomic_directory, check_kinds, write_json
+from nanorecall.dataset_files import (
+    SHARDS,
+    SPLIT_DIRS,
+    n_bytes,
+    read_metadata,
+    read_rows,
+    verified_path,
+    write_splits,
+)
+from nanorecall.files import atomic_directory
 from nanorecall.metrics import print_baselines
+from nanorecall.records import check_kinds, write_json
 from nanorecall.rng import STREAMS, rng_for, shuffled_epochs
 from nanorecall.settings import (
     RunError,
@@ -25,15 +35,6 @@ from nanorecall.settings import (
     require,
     say,
     wants_help,
-)
-from nanorecall.shards import (
-    SHARDS,
-    SPLIT_DIRS,
-    n_bytes,
-    read_metadata,
-    read_rows,
-    verified_path,
-    write_splits,
 )
 from nanorecall.text import MASKS, check_label_mask, read_tokenizer
 

@@ -14,10 +14,10 @@ import os
 
 import numpy as np
 
-from nanorecall.checkpoint import read_record
+from nanorecall.dataset_files import MAX_LINE_BYTES
+from nanorecall.records import read_record
 from nanorecall.rng import STREAMS, rng_for
 from nanorecall.settings import ConfigError, Setting, build_config, require
-from nanorecall.shards import MAX_LINE_BYTES
 
 
 def mix(primary, c):

@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanorecall.checkpoint import (
-    atomic_directory,
-    check_kinds,
-    read_lines,
-    sha256_file,
-    write_json,
+from nanorecall.dataset_files import (
+    SHARDS,
+    SPLIT_DIRS,
+    n_bytes,
+    read_metadata,
+    verified_path,
+    write_splits,
 )
+from nanorecall.files import atomic_directory, sha256_file
+from nanorecall.records import check_kinds, read_lines, write_json
 from nanorecall.rng import (
     IGNORE_INDEX,
     STREAMS,
@@ -45,14 +48,6 @@ from nanorecall.settings import (
     require,
     say,
     wants_help,
-)
-from nanorecall.shards import (
-    SHARDS,
-    SPLIT_DIRS,
-    n_bytes,
-    read_metadata,
-    verified_path,
-    write_splits,
 )
 
 

@@ -4,8 +4,9 @@ import os
 
 import numpy as np
 
-from nanorecall.checkpoint import atomic_write, read_log
+from nanorecall.files import atomic_write
 from nanorecall.metrics import slice_accuracy
+from nanorecall.records import read_log
 from nanorecall.settings import printable
 
 STYLE = {

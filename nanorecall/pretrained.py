@@ -20,15 +20,11 @@ import zipfile
 
 import torch
 
-from nanorecall.checkpoint import (
-    load_checkpoint,
-    plain_tensors,
-    read_shards,
-    reading,
-    select_prefix,
-    unreadable,
-)
+from nanorecall.checkpoint import load_checkpoint
+from nanorecall.files import reading
 from nanorecall.settings import ConfigError, require
+from nanorecall.sharded_checkpoint import read_shards
+from nanorecall.tensors import plain_tensors, select_prefix, unreadable
 
 OUR_MODULES = {  # LLMonade's names of modules: ours
     "attn": "att",

@@ -1,29 +1,14 @@
-"""What train.py calls: a run, its directory, its settings.
-
-    settings = read_command_line(argv, TrainConfig, doc)     # -> Settings, see build.py
-    run = Run.create(settings, world)                        # or Run.resume
-    settings, data, model, checkpoint = load_run("runs/RUN", TrainConfig)   # a trained run
-
-config.json in a run directory holds every setting and the checksum of every file that the run
-reads, so that resume, eval.py and ablate.py rebuild it from there alone.
-"""
+"""One training run: its data and model, and what the loop in train.py calls."""
 
 import contextlib
 import dataclasses
-import glob
-import json
 import math
 import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import time
-import types
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -35,84 +20,45 @@ from nanorecall.build import (
     enough_memory,
     inference_state_bytes,
     load_and_freeze,
-    resolve,
     total_steps,
     training_advice,
 )
-from nanorecall.checkpoint import (
-    STATE,
-    JsonlLog,
-    check_kinds,
-    dataset_sha256,
-    first_valid_checkpoint,
-    load_checkpoint,
-    lock_run_dir,
-    nan_to_null,
-    parse_json,
-    read_checkpoint,
-    read_log,
-    read_record,
-    reading,
-    remove,
-    select_prefix,
-    unlock,
-    write_json,
-)
+from nanorecall.checkpoint import STATE, first_valid_checkpoint, read_checkpoint
 from nanorecall.curriculum import Curriculum
 from nanorecall.distributed import (
     autodetect_device,
     check_parallel,
-    convert_checkpoints,
     describe_batch,
     is_dtensor,
-    load_training_state,
     shard_columns,
-    training_state,
     wrap_model,
-    write_checkpoint,
 )
-from nanorecall.metrics import (
-    check_slice,
-    evaluate,
-    print_baselines,
-    print_slices,
-    slice_accuracy,
-    slice_counts,
-    slice_metrics,
-)
+from nanorecall.files import lock_run_dir, unlock
+from nanorecall.metrics import check_slice, evaluate, print_baselines, print_slices, slice_accuracy
 from nanorecall.plots import plot_curves
 from nanorecall.progress import duration
-from nanorecall.settings import (
-    ConfigError,
-    RunError,
-    Setting,
-    changed_settings,
-    field_names,
-    print_help,
-    printable,
-    read_argv,
-    reject_args,
-    require,
-    say,
-    wants_help,
+from nanorecall.records import JsonlLog, check_kinds, read_log, read_record, write_json
+from nanorecall.run_dir import create_run_dir, has_checkpoint, launch_id, run_metadata
+from nanorecall.saved_run import (
+    check_data_unchanged,
+    fixed_settings_json,
+    load_settings,
+    require_same_settings,
+    require_unedited,
 )
-from nanorecall.source_files import REPO, is_main_rank
+from nanorecall.settings import RunError, changed_settings, printable, require, say
+from nanorecall.status import (
+    accuracy_table,
+    describe_test,
+    read_ended_status,
+    summarize_test,
+    tested_weights,
+)
 from nanorecall.tracking import Tracker, require_package
+from nanorecall.training_checkpoint import load_training_state, training_state, write_checkpoint
 
-RESUMABLE = (  # settings that may change when a run is resumed
-    *("n_epochs", "max_steps", "stop_accuracy", "target_accuracy", "log_interval", "eval_interval"),
-    *("save_interval", "max_skipped_steps", "grad_accum_steps", "parallel", "track"),
-    *("export_checkpoint", "device", "num_threads", "compile"),
-)
-# Where things are does not change the weights. What is in them, check_data_unchanged compares.
-PATHS = (
-    *("log_dir", "run_name", "exp_group", "resume", "init_from", "path", "tokenizer"),
-    "synthetic_dataset",
-)
 LOWER_LR = "lower lr or raise warmup_steps"
 COMPILE_NOTE = "compile: the first step and the first evaluation take 10 to 60 s each"
-
-# ---- a run ---------------------------------------------------------------------------------------
 
 
 class Run:
@@ -559,422 +505,4 @@ class Run:
     def metrics(self):
         """Test accuracy, a dict {"slice", "value", "accuracy", "ci95", ...} for each slice."""
         test = (self.result or {}).get("test")
-        if not test:
-            return []
-        rows = [{"slice": "all", "value": "", **table_row(test["all"])}]
-        for name, values in test["by_slice"].items():
-            for value, counts in values.items():
-                rows.append({"slice": name, "value": str(value), **table_row(counts)})
-        return rows
-
-
-def table_row(counts):
-    """Counts of a slice -> {"accuracy", "ci95", "n", ...}."""
-    found = slice_metrics(counts)
-    return {"accuracy": found.pop("value"), **found}
-
-
-def summarize_test(test, target_slice):
-    """The result of a test in one line, the target slice first."""
-    by_label = f"{test['accuracy']:.4f} of {test['labels']} labels"
-    by_example = f"{test['exact_match']:.4f} of {test['n_examples']} examples"
-    summary = f"test accuracy {by_label}, exact match {by_example}"
-    if not target_slice:
-        return summary
-    n = slice_counts(test, target_slice)["labels"]
-    accuracy = slice_accuracy(test, target_slice)
-    return f"{target_slice}: accuracy {accuracy:.4f} of {n} labels; {summary}"
-
-
-def describe_test(test, tested, c):
-    """What status.json says of the test. test: what evaluate returned, None if cut short."""
-    if test is None:
-        return {"status": "preempted"}
-    about = {"tested": tested, "target_accuracy": c.target_accuracy, "test": test}
-    if not math.isfinite(test["loss"]):
-        return {"status": "failed", **about}
-    is_reached = slice_accuracy(test, c.target_slice) >= c.target_accuracy
-    return {"status": "finished" if is_reached else "below target", **about}
-
-
-def tested_weights(folder, step):
-    """Which weights to test: {"weights": "best" or "last", "step": theirs, "why" if last}.
-
-    step: the last one of the run.
-    """
-    try:
-        name = first_valid_checkpoint(folder, "best", holds_lock=True)
-    except ConfigError:
-        return {"weights": "last", "step": step, "why": "best.pt is missing or damaged"}
-    return {"weights": name, "step": read_checkpoint(folder, name)["step"]}
-
-
-def has_checkpoint(folder):
-    """Has a run saved a checkpoint, even one damaged since? Without any it starts again."""
-    with reading(folder):
-        names = os.listdir(folder)
-    return any(re.match(r"ckpt(_prev)?\.pt(\.damaged|$)", name) for name in names)
-
-
-SLICE_COUNTS = {  # see metrics.merge_counts
-    "correct": "count",
-    "labels": "size",
-    "exact_matches": "count",
-    "n_examples": "size",
-    "correct_correct": "count",
-    "correct_labels": "count",
-    "labels_labels": "count",
-    "loss": "number",
-}
-TESTED_STATUS = {  # status.json of a run that was tested
-    "status": "text",
-    "step": "count",
-    "seconds": "number",
-    "target_accuracy": "number",
-    "test": {
-        "accuracy": "share",
-        "labels": "size",
-        "exact_match": "share",
-        "n_examples": "size",
-        "all": SLICE_COUNTS,
-        "by_slice": {"*": {"*": SLICE_COUNTS}},
-    },
-}
-
-
-def read_ended_status(folder, state, c, last_step):
-    """status.json of a run that has nothing left to do, else None. state: of its checkpoint."""
-    status = {}
-    # If it is missing (killed before) or damaged, the run is tested again.
-    with contextlib.suppress(ConfigError):
-        status = read_record(os.path.join(folder, "status.json"), TESTED_STATUS)
-    was_tested = status.get("status") in ("finished", "below target")
-    same_target = was_tested and status["target_accuracy"] == c.target_accuracy
-    if not same_target or status["step"] != state["step"]:
-        return None
-    is_accurate = c.stop_accuracy and state["best"] >= c.stop_accuracy
-    return status if state["step"] >= last_step or is_accurate else None
-
-
-# ---- starts by torchrun, and exports -------------------------------------------------------------
-
-
-def launch_id():
-    """torchrun's name for the processes it started together, kept when it restarts them; or ""."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return "" if name == "none" else name
-
-
-def after_restart(settings, world):
-    """Settings of the run that this launch has begun already, if torchrun has restarted it.
-
-    torchrun repeats the command line after a rank has died, and that names no run to resume.
-    """
-    restarted = ""
-    with world.agree():
-        if world.is_main:
-            restarted = find_restarted_run(settings.train.log_dir)
-    restarted = world.broadcast(restarted)
-    if settings.resume or not restarted:
-        return settings
-    world.print0(f"started again by torchrun: going on with {restarted}")
-    return load_settings(restarted, type(settings.train))
-
-
-def find_restarted_run(log_dir):
-    """The run directory of this very launch if torchrun has started it again, else ""."""
-    if not launch_id() or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return ""
-    paths = glob.glob(os.path.join(glob.escape(log_dir), "*", "config.json"))
-    for path in sorted(paths, key=os.path.getmtime, reverse=True):
-        with contextlib.suppress(ConfigError):  # another run's may be damaged
-            if read_record(path, {"launch": "text"})["launch"] == launch_id():
-                return os.path.dirname(path)
-    return ""
-
-
-def export_checkpoints(settings, world):
-    """Rewrite the checkpoints of a run as settings.train.export_checkpoint says -> exit status."""
-    message = "export needs a single process; run it without torchrun"
-    require(world.size == 1, message, "export_checkpoint")
-    lock = lock_run_dir(settings.resume)
-    convert_checkpoints(settings.resume, settings.train.export_checkpoint, world)
-    unlock(lock)
-    return 0
-
-
-# ---- the run directory ---------------------------------------------------------------------------
-
-
-def run_label(settings, config):
-    """`exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_..._lr0.001`, as the ULTM experiments do."""
-    parts = [f"exp{settings.train.exp_group}", settings.train.model]
-    if hasattr(config, "q_kernel"):  # a model of your own may lack these settings
-        parts.append(model_label(settings.model_class, config))
-    data = settings.train.data
-    parts.append("data-" + settings.data.label() if hasattr(settings.data, "label") else data)
-    return "_".join(parts) + f"_lr{settings.train.lr:g}"
-
-
-def model_label(model_class, c):
-    """Sizes, then width, kernel, norm and gate of queries, keys and values, then memory layers."""
-    k, v = c.dk, c.dv
-    if "dk" in getattr(model_class, "inactive_settings", {}):  # unified_kv
-        k = v = c.du
-    blocks = f"L{c.n_layers}-D{c.dim}_FF{c.use_ffn:d}_OG{c.att_use_output_gate:d}_H{c.n_heads}"
-    queries = f"q-{k}-{c.q_kernel}-{c.q_norm}-{c.q_gated:d}"
-    keys = f"k-{k}-{c.k_kernel}-{c.k_norm}-{c.k_gated:d}"
-    label = f"{blocks}_{queries}_{keys}_v-{v}-{c.v_kernel}"
-    if hasattr(c, "memory_layers"):
-        layers = "-".join(map(str, c.memory_layers))
-        label += f"_M{layers}_S{c.mem_n_keys**2}_H{c.mem_heads}_K{c.mem_knn}"
-    return label
-
-
-def create_run_dir(settings, config):
-    """Create <log_dir>/<run> -> its path, and its lock.
-
-    Without `run_name`, it ends in the Unix time, raised until the name is free. A directory that a
-    run left before its config.json was written is used again.
-    """
-    c, now = settings.train, int(time.time())
-    while True:
-        folder = os.path.join(c.log_dir, c.run_name or f"{run_label(settings, config)}_{now}")
-        how = f"continue it with --resume {folder}, or give another --run_name"
-        message = f"{folder} exists; {how}"
-        try:
-            os.makedirs(folder)
-        except FileExistsError:
-            if not c.run_name:
-                now += 1
-                continue
-            require(never_began(folder), message, "run_name")
-        except OSError as e:
-            message = f"cannot make the run directory {folder}: {e.strerror}"
-            raise ConfigError(message, "log_dir") from None
-        lock = lock_run_dir(folder)
-        if not never_began(folder):  # another process was faster
-            unlock(lock)
-            raise ConfigError(message, "run_name")
-        for leftover in os.listdir(folder):
-            remove(os.path.join(folder, leftover))
-        return folder, lock
-
-
-def never_began(folder):
-    """Was a run stopped here before its config.json was written? Then nothing else is there."""
-    if not os.path.isdir(folder):
-        return False
-    return all("config.json" in name and name != "config.json" for name in os.listdir(folder))
-
-
-def run_metadata(run):
-    """config.json: enough to repeat the run, and to rebuild its model and data."""
-    settings = run.settings
-    return {
-        "train": dataclasses.asdict(settings.train),
-        "model": dataclasses.asdict(run.config),
-        "data": dataclasses.asdict(settings.data),
-        "set_by": {s.key: s.source for s in settings.assignments},
-        "argv": sys.argv,
-        "git_commit": git_commit(),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "device": str(run.device),
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "num_threads": torch.get_num_threads(),
-        "world_size": run.world.size,
-        "launch": launch_id(),
-        "parameters": count_parameters(run.model),
-        "data_sha256": {key: dataset_sha256(path) for key, path in data_paths(settings).items()},
-        "files": settings.files,
-    }
-
-
-def git_commit():
-    """The commit of this repo, or None outside git."""
-    if not shutil.which("git"):
-        return None
-    command = ["git", "-C", REPO, "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-def data_paths(settings):
-    """{setting: path} of what a run reads from disk, except the weights of init_from."""
-    values = {**vars(settings.data), "synthetic_dataset": settings.train.synthetic_dataset}
-    names = ("path", "tokenizer", "synthetic_dataset")
-    return {key: values[key] for key in names if values.get(key)}
-
-
-def check_data_unchanged(folder, settings, *except_for):
-    """ConfigError if a file that the run reads is not what it was when the run began."""
-    config = os.path.join(folder, "config.json")
-    before = read_record(config, {"data_sha256": {"*": "hash"}})["data_sha256"]
-    for key, path in data_paths(settings).items():
-        if key not in except_for:
-            require(key in before, f"{config} does not say which {key} the run began with", key)
-            message = f"{key}={path} does not exist, and {folder} was trained on it"
-            require(os.path.exists(path), message, key)
-            how = "put that one back, or start a new run"
-            message = f"{key}={path} is another one than {folder} was trained on; {how}"
-            require(dataset_sha256(path) == before[key], message, key)
-
-
-def fixed_settings_json(settings, config):
-    """JSON of the settings that may not change, for checkpoints.
-
-    -> {"train": {name: value}, "model": {...}, "data": {...}}
-    """
-    values = {}
-    for name, part in (("train", settings.train), ("model", config), ("data", settings.data)):
-        values[name] = {k: v for k, v in vars(part).items() if k not in RESUMABLE + PATHS}
-    return json.dumps(nan_to_null(values), sort_keys=True, default=str)
-
-
-def require_unedited(folder):
-    """ConfigError for a run that `eval.py edit --save_as` wrote: it has no optimizer's state."""
-    message = f"{folder} holds edited weights; train from them with --init_from {folder}"
-    config = read_record(os.path.join(folder, "config.json"), "dict")
-    require("edits" not in config, f"{message} in a new run", "resume")
-
-
-def require_same_settings(folder, settings, config, checkpoint):
-    """ConfigError if config.json is not what the checkpoint was trained with.
-
-    Older checkpoints do not say.
-    """
-    if "settings" not in checkpoint:
-        return
-    now = json.loads(fixed_settings_json(settings, config))
-    path = os.path.join(folder, "config.json")
-    try:
-        before = parse_json(checkpoint["settings"])
-        check_kinds(before, dict.fromkeys(now, "dict"), f"{folder}: the checkpoint's settings")
-    except ValueError as e:
-        message = f"{folder}: the settings in its checkpoint are damaged ({e})"
-        raise ConfigError(message) from None
-    for name, values in now.items():
-        for key, value in before[name].items():
-            mine = values.get(key, value)
-            trained = f"the checkpoint was trained with {key}={value!r}"
-            message = f"{path} says {key}={mine!r}, but {trained}"
-            require(mine == value, f"{message}; put that back, or start a new run", None)
-
-
-# ---- settings of a command line, and of a run directory ------------------------------------------
-
-
-def read_command_line(argv, train_config, doc, common=()):
-    """Command line -> Settings; with --resume, those of the run's config.json.
-
-    train_config: the class TrainConfig. --help prints doc and all settings, `common` first, and
-    exits.
-    """
-    words, assignments = read_argv(argv)
-    if wants_help(assignments):
-        chosen = [s for s in assignments if s.key in ("model", "data")]
-        settings = resolve(chosen, train_config)
-        classes = (train_config, settings.model_module.Config, settings.data_module.Config)
-        print_help(doc, *classes, common=common)
-    reject_args(words)
-    resume = [s for s in assignments if s.key == "resume"]
-    if not resume:
-        settings = resolve(assignments, train_config)
-        message = "--export_checkpoint rewrites the checkpoints of a run: name it with --resume"
-        require(not settings.train.export_checkpoint, message, "export_checkpoint")
-        return settings
-    folder = str(resume[-1].value)
-    require(folder, f"{resume[-1].source}: resume needs a run directory", "resume")
-    changes = [s for s in assignments if s.key != "resume"]
-    for s in changes:
-        can = f"(only {', '.join(RESUMABLE)} can)"
-        message = f"{s.source}: {s.key} cannot change in the middle of a run {can}"
-        require(s.key in RESUMABLE, message, s.key)
-    return load_settings(folder, train_config, changes)
-
-
-DERIVED = ("vocab_size", "seq_len")  # settings of a model that its data gives
-SAVED_CONFIG = {  # what config.json must hold, whichever model and data it is of
-    "train": {"model": "text", "data": "text"},
-    "model": "dict",
-    "data": "dict",
-    "files": {"*": "hash"},
-}
-
-
-def load_settings(folder, train_config, changes=()):
-    """Settings of an existing run, from its config.json alone. changes: [Setting] that win over it.
-
-    ConfigError if a setting is missing or has two values.
-    """
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        why = "it has no config.json"
-        if never_began(folder):
-            name = os.path.basename(os.path.normpath(folder))
-            how = f"start it again as before, with --run_name {name}"
-            why = f"{why}: the run was stopped before it began; {how}"
-        raise ConfigError(f"{folder} is not a run directory: {why}")
-    saved = read_record(path, SAVED_CONFIG)
-    model = {k: v for k, v in saved["model"].items() if k not in DERIVED}
-    assignments, values = [], {}
-    for group in (saved["train"], model, saved["data"]):
-        for key, value in group.items():
-            assignments.append(Setting(key, value, path))
-            first = values.setdefault(key, value)
-            message = f"{path}: {key} has two values, {first!r} and {value!r}; which was it?"
-            require(first == value, message, key)
-    settings = resolve(assignments + list(changes), train_config, saved["files"])
-    settings.resume = folder
-    note_new_settings(path, train_config, saved["train"])
-    note_new_settings(path, settings.model_module.Config, model)
-    note_new_settings(path, type(settings.data), saved["data"])
-    return settings
-
-
-def note_new_settings(path, cls, saved):
-    """Print which settings of the class are newer than the run and take their defaults.
-
-    Those that the checkpoint knows of are compared with it: see require_same_settings.
-    """
-    new = [n for n in field_names(cls) if n not in saved and n not in DERIVED]
-    if new and is_main_rank():
-        say(f"note: {path} has no {', '.join(new)}; their defaults are taken", file=sys.stderr)
-
-
-def saved_model_config(folder, settings):
-    """The model's Config of an existing run, without its data."""
-    path = os.path.join(folder, "config.json")
-    saved = read_record(path, SAVED_CONFIG)["model"]
-    # A model file's Config need not have all that is derived.
-    fields = {f.name for f in dataclasses.fields(settings.model_module.Config)}
-    needed = sorted(fields.intersection(DERIVED))
-    check_kinds(saved, dict.fromkeys(needed, "size"), f"{path}: 'model'")
-    derived = {**dict.fromkeys(DERIVED), **saved}
-    return build_model_config(settings, types.SimpleNamespace(**derived))
-
-
-def load_run(folder, train_config, which="best"):
-    """A trained run: -> (Settings, data, model in eval mode on the CPU, checkpoint).
-
-    which: "best" (highest validation accuracy) or "ckpt" (latest).
-    """
-    settings = load_settings(folder, train_config)
-    # The synthetic data set was mixed into training only, and may be gone.
-    check_data_unchanged(folder, settings, "synthetic_dataset")
-    data = settings.data_module.Data(settings.data)
-    config = saved_model_config(folder, settings)
-    model = build_model(settings, config)
-    names = ("best",) if which == "best" else ("ckpt", "ckpt_prev")
-    checkpoint = load_checkpoint(folder, *names)
-    require_same_settings(folder, settings, config, checkpoint)
-    weights = select_prefix(checkpoint["tensors"], "model")
-    shapes = {name: t.shape for name, t in weights.items()}
-    same = shapes == {name: t.shape for name, t in model.state_dict().items()}
-    message = f"the checkpoint in {folder} is not of the model that its config.json describes"
-    require(same, message, None)
-    model.load_state_dict(weights)
-    return settings, data, model.eval(), checkpoint
+        return accuracy_table(test) if test else []

@@ -51,6 +51,7 @@ from model import Config as GPTConfig
 from myriadlama import decoding, fusion, llama
 from naive import fla_naive, loop_sequences, naive_mask
 from nanorecall import distributed, metrics, ops, plots, text
+from nanorecall.attention import apply_rotary, rope_table, softmax_attention
 from nanorecall.build import build_model, build_model_config
 from nanorecall.ops import sparse_rows
 from nanorecall.run import Run
@@ -219,7 +220,7 @@ def step_parts(B=32, T=128, n=32, D=64, H=2, K=48, vocab_size=2048, n_layers=4):
     In the last block, queries and all that follows are computed at labels only.
     """
     full, C = n_layers - 1, H * K
-    table = ops.rope_table(K, T)
+    table = rope_table(K, T)
     query_pos = torch.arange(n).expand(B, -1) * (T // n)
     labels = torch.randint(vocab_size, (B * n,))
     model = GPT(GPTConfig(dk=K, dv=K))
@@ -229,13 +230,13 @@ def step_parts(B=32, T=128, n=32, D=64, H=2, K=48, vocab_size=2048, n_layers=4):
     n_parameters = sum(q.numel() for q in model.parameters())
 
     def rotate(x):
-        return ops.apply_rotary(x, table)
+        return apply_rotary(x, table)
 
     def attend(*qkv):
-        return ops.softmax_attention(*(x.transpose(1, 2) for x in qkv))
+        return softmax_attention(*(x.transpose(1, 2) for x in qkv))
 
     def attend_at_labels(*qkv):
-        return ops.softmax_attention(*(x.transpose(1, 2) for x in qkv), query_pos)
+        return softmax_attention(*(x.transpose(1, 2) for x in qkv), query_pos)
 
     def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

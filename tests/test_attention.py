@@ -8,7 +8,7 @@ import delta
 import hybrid
 from analysis.decoding import greedy_decode
 from model import GPT, CausalSelfAttention, Config, UnifiedKV
-from nanorecall import ops
+from nanorecall import attention
 from nanorecall.build import inference_state_bytes
 from nanorecall.rng import IGNORE_INDEX
 from toys import T, V, build_gpt
@@ -24,8 +24,8 @@ def test_softmax_attention_equals_naive(groups, some_positions, window):
     inputs = []
     for shape in ((2, 4, queries, 6), (2, groups, T, 6), (2, groups, T, 5)):
         inputs.append(torch.randn(shape, dtype=torch.float64, requires_grad=True))
-    ours = ops.softmax_attention(*inputs, query_pos, window=window)
-    naive = ops.naive_attention(*inputs, query_pos, window)
+    ours = attention.softmax_attention(*inputs, query_pos, window=window)
+    naive = attention.naive_attention(*inputs, query_pos, window)
     torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(ours)
     ours_grads = torch.autograd.grad(ours, inputs, grad)
@@ -39,7 +39,7 @@ def test_a_window_equals_full_attention_with_a_band_in_its_mask(
     monkeypatch, window, blockwise_length
 ):
     """With one mask, and in blocks, of which 70 tokens are no multiple."""
-    monkeypatch.setattr(ops, "BLOCKWISE_LENGTH", blockwise_length)
+    monkeypatch.setattr(attention, "BLOCKWISE_LENGTH", blockwise_length)
     torch.manual_seed(0)
     inputs = []
     for shape in ((2, 4, 70, 6), (2, 2, 70, 6), (2, 2, 70, 5)):
@@ -48,7 +48,7 @@ def test_a_window_equals_full_attention_with_a_band_in_its_mask(
     band = (t <= t[:, None]) & (t > t[:, None] - window)
     q, k, v = inputs
     masked = F.scaled_dot_product_attention(q, k, v, attn_mask=band, enable_gqa=True)
-    ours = ops.softmax_attention(q, k, v, window=window)
+    ours = attention.softmax_attention(q, k, v, window=window)
     torch.testing.assert_close(ours, masked, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(ours)
     ours_grads = torch.autograd.grad(ours, inputs, grad)
@@ -69,32 +69,32 @@ def test_flash_attention_lays_its_arguments_out_as_varlen_expects(monkeypatch, w
         outputs = []
         for a, b in zip(cu_q[:-1], cu_q[1:]):
             sequence = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
-            output = ops.naive_attention(*sequence, window=n_seen)
+            output = attention.naive_attention(*sequence, window=n_seen)
             outputs.append(output[0].transpose(0, 1))
         return torch.cat(outputs)
 
-    monkeypatch.setattr(ops, "flash_attn_varlen_func", stand_in)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", stand_in)
     q, k, v = (torch.randn(2, h, T, 6) for h in (4, 2, 2))
-    ours = ops.flash_attention(q, k, v, window=window)
-    torch.testing.assert_close(ours, ops.softmax_attention(q, k, v, window=window))
+    ours = attention.flash_attention(q, k, v, window=window)
+    torch.testing.assert_close(ours, attention.softmax_attention(q, k, v, window=window))
 
 
 def test_flash_is_chosen_only_where_it_works(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert "CUDA" in ops.why_no_flash(cpu, torch.bfloat16, 64, 64)
-    monkeypatch.setattr(ops, "flash_attn_varlen_func", None)
-    assert "not installed" in ops.why_no_flash(cuda, torch.bfloat16, 64, 64)
-    monkeypatch.setattr(ops, "flash_attn_varlen_func", object())
-    assert "bfloat16" in ops.why_no_flash(cuda, torch.float32, 64, 64)
-    assert "one width" in ops.why_no_flash(cuda, torch.bfloat16, 64, 32)
-    assert ops.why_no_flash(cuda, torch.bfloat16, 512, 512) is not None
-    assert ops.why_no_flash(cuda, torch.bfloat16, 64, 64) is None
+    assert "CUDA" in attention.why_no_flash(cpu, torch.bfloat16, 64, 64)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    assert "not installed" in attention.why_no_flash(cuda, torch.bfloat16, 64, 64)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", object())
+    assert "bfloat16" in attention.why_no_flash(cuda, torch.float32, 64, 64)
+    assert "one width" in attention.why_no_flash(cuda, torch.bfloat16, 64, 32)
+    assert attention.why_no_flash(cuda, torch.bfloat16, 512, 512) is not None
+    assert attention.why_no_flash(cuda, torch.bfloat16, 64, 64) is None
 
 
 def test_rotary_scores_depend_on_distance_only():
-    table = ops.rope_table(6, 32)
+    table = attention.rope_table(6, 32)
     q, k = torch.randn(2, 6)
-    turned = [ops.apply_rotary(x.expand(1, 32, 1, 6), table)[0, :, 0] for x in (q, k)]
+    turned = [attention.apply_rotary(x.expand(1, 32, 1, 6), table)[0, :, 0] for x in (q, k)]
     scores = turned[0] @ turned[1].T  # (32, 32)
     for distance in range(32):
         diagonal = scores.diagonal(-distance)
@@ -110,11 +110,11 @@ def test_rotation_keeps_the_digits_of_its_input_and_rounds_no_position():
     pairs = torch.view_as_complex(x.unflatten(-1, (3, 2)))
     turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, None])
     exact = turned.flatten(-2)
-    double = ops.apply_rotary(x, ops.rope_table(6, 300, torch.float64))
+    double = attention.apply_rotary(x, attention.rope_table(6, 300, torch.float64))
     assert double.dtype == torch.float64
     torch.testing.assert_close(double, exact, rtol=1e-12, atol=1e-12)
     for kind, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03), (torch.float16, 0.004)):
-        turned = ops.apply_rotary(x.to(kind), ops.rope_table(6, 300, kind))
+        turned = attention.apply_rotary(x.to(kind), attention.rope_table(6, 300, kind))
         assert turned.dtype == kind and (turned.double() - exact).abs().max() < tolerance
 
 
@@ -122,7 +122,7 @@ def test_rotation_keeps_the_digits_of_its_input_and_rounds_no_position():
 def test_a_model_in_another_dtype_has_positions_of_its_own_precision(kind):
     att = CausalSelfAttention(Config(dim=8, dk=6, dv=6, seq_len=300))
     single, moved = att.rope.clone(), att.to(kind).rope
-    assert torch.equal(moved, ops.rope_table(6, 300, kind))
+    assert torch.equal(moved, attention.rope_table(6, 300, kind))
     assert moved.dtype == torch.promote_types(kind, torch.float32)
     assert torch.equal(att.float().rope, single)
 
@@ -324,15 +324,15 @@ def test_many_labels_and_a_window_are_computed_in_blocks(monkeypatch, cls):
     model = build_gpt(cls, window=1, conv_size=3, att_use_output_gate=True)
     under_mask = outcome(model, tokens, targets)
 
-    window_attention = ops.window_attention
+    window_attention = attention.window_attention
     n_queries = []
 
     def count_queries(q, k, v, window):
         n_queries.append(q.shape[2])
         return window_attention(q, k, v, window)
 
-    monkeypatch.setattr(ops, "BLOCKWISE_LENGTH", 0)
-    monkeypatch.setattr(ops, "window_attention", count_queries)
+    monkeypatch.setattr(attention, "BLOCKWISE_LENGTH", 0)
+    monkeypatch.setattr(attention, "window_attention", count_queries)
     in_blocks = outcome(model, tokens, targets)
     assert n_queries == [T] * len(model.layers)
     for a, b in zip(in_blocks, under_mask):

@@ -12,7 +12,7 @@ import torch
 import eval as eval_script
 import model
 from analysis import attention_maps
-from nanorecall.ops import attention_weights, softmax_attention
+from nanorecall.attention import attention_weights, softmax_attention
 from nanorecall.settings import ConfigError
 from toys import run as train_toy
 

@@ -10,7 +10,7 @@ import pytest
 import eval as eval_script
 import flex_generate as flex
 from myriadlama import candidates, choices, fact_files, prompts, results
-from nanorecall.checkpoint import sha256_file
+from nanorecall.files import sha256_file
 from nanorecall.settings import ConfigError
 from nanorecall.stats import mcnemar
 from toy_facts import write_jsonl

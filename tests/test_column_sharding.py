@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import train
-from nanorecall import checkpoint, metrics
+from nanorecall import metrics
+from nanorecall.records import read_json
 from nanorecall.settings import ConfigError
 from toys import MEMORY_TOY, assert_same, contents, flags, run, spread_labels_unevenly
 
@@ -79,7 +80,7 @@ def test_a_run_is_exported_and_evaluated_and_continued_by_one_process(on_ranks, 
     assert_same(contents(out)[0]["tensors"], weights)
     _, data, model, _ = train.load_run(out)
     ours = metrics.evaluate(model, data, "test", 7, torch.device("cpu"))
-    tested = checkpoint.read_json(os.path.join(out, "status.json"))["test"]
+    tested = read_json(os.path.join(out, "status.json"))["test"]
     assert ours["loss"] == pytest.approx(tested["loss"], rel=1e-5)
     assert ours["labels"] == tested["labels"] and ours["accuracy"] == tested["accuracy"]
     assert run(tmp_path, "run", resume=True, max_steps=25)[0] == 0

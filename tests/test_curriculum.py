@@ -9,6 +9,7 @@ import data_mqar
 import train
 from nanorecall import checkpoint
 from nanorecall.curriculum import LARGEST, Curriculum
+from nanorecall.records import read_log
 from nanorecall.settings import ConfigError
 from toys import assert_same, contents, flags, run
 
@@ -109,7 +110,7 @@ def test_a_later_end_is_said_with_the_rates_of_the_run(tmp_path, capsys):
     capsys.readouterr()
     run(tmp_path, resume=True, max_steps=80, log_interval=1)
     note = next(x for x in capsys.readouterr().out.splitlines() if "the learning rate goes" in x)
-    rates = {row["step"]: row["lr"] for row in checkpoint.read_log(out) if row["kind"] == "train"}
+    rates = {row["step"]: row["lr"] for row in read_log(out) if row["kind"] == "train"}
     assert note.endswith(f"goes from {rates[60]:.3g} to {rates[61]:.3g}")
 
 

@@ -13,8 +13,10 @@ import delta
 import model
 from data_synth import Config
 from nanorecall import text as text_file
+from nanorecall import twohop as twohop_file
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
+from nanorecall.twohop import build_twohop
 from toy_facts import (
     SMALL,
     SPLITS,
@@ -26,7 +28,7 @@ from toy_facts import (
 )
 
 
-@pytest.mark.parametrize("module", [data_synth, text_file])
+@pytest.mark.parametrize("module", [data_synth, text_file, twohop_file])
 def test_the_docstrings_examples(module):
     result = doctest.testmod(module)
     assert result.attempted >= 2 and result.failed == 0
@@ -229,7 +231,7 @@ TWOHOP_SIZES = [
 def twohop(request):
     """-> settings, the source, its single facts, its trained queries."""
     c = Config(task="twohop", **request.param, **WHOLE_SPLITS)
-    source = data_synth.build_twohop(c)
+    source = build_twohop(c)
     return c, source, *read_twohop(source, source.splits["train"])
 
 

@@ -29,9 +29,12 @@ from torch.distributed.fsdp import FSDPModule
 import train
 from nanorecall import checkpoint, distributed, metrics
 from nanorecall.build import build_model, build_model_config
+from nanorecall.files import lock_run_dir
+from nanorecall.records import read_json, read_log
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.run import load_settings
+from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError
+from nanorecall.training_checkpoint import load_training_state, training_state
 from toys import (
     as_flags,
     assert_same,
@@ -69,12 +72,12 @@ def tensors(out, name="ckpt"):
 
 
 def status_of(out):
-    return checkpoint.read_json(os.path.join(out, "status.json"))
+    return read_json(os.path.join(out, "status.json"))
 
 
 def train_log(out, column):
     """A column of the log, for every step of training."""
-    return [row[column] for row in checkpoint.read_log(str(out)) if row["kind"] == "train"]
+    return [row[column] for row in read_log(str(out)) if row["kind"] == "train"]
 
 
 def model_flags(model):
@@ -373,9 +376,9 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_and_three(on_ranks, two, tmp_pat
             if form == "shards":
                 name = checkpoint.first_valid_checkpoint(out, "ckpt")
                 state = checkpoint.read_checkpoint(out, name)
-            distributed.load_training_state(out, state, copy, optimizer)
+            load_training_state(out, state, copy, optimizer)
             loaded = {}
-            for name, tensor in distributed.training_state(copy, optimizer).items():
+            for name, tensor in training_state(copy, optimizer).items():
                 loaded[name] = distributed.full_tensor(tensor)
             assert_same(loaded, saved)
             assert world.size == size
@@ -498,7 +501,7 @@ def test_sigterm_to_torchrun_stops_both_ranks_on_one_step(on_ranks, tmp_path):
     process.send_signal(signal.SIGTERM)
     text, error = process.communicate()
     assert process.returncode != 0 and f"--resume {out}" in text
-    status = checkpoint.read_json(os.path.join(out, "status.json"))
+    status = read_json(os.path.join(out, "status.json"))
     assert status["status"] == "preempted" and status["step"] >= 7
     assert checkpoint.load_checkpoint(out, "ckpt")["step"] == status["step"]
     # However many steps it made on a busy machine, a few more are enough.
@@ -549,7 +552,7 @@ def test_a_killed_rank_brings_the_job_down_and_restarted_it_ends_the_same(on_ran
     assert process.returncode == 0, error
     assert f"started again by torchrun: going on with {out}" in text
     assert os.listdir(tmp_path) == [os.path.basename(out)]
-    config = checkpoint.read_json(os.path.join(out, "config.json"))
+    config = read_json(os.path.join(out, "config.json"))
     assert config["resumed"][0]["step"] >= 20
     whole = train_on(on_ranks, 2, tmp_path, "whole", **changes)
     assert_same(contents(out), contents(whole))
@@ -601,7 +604,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(
 
     assert on_ranks(2, work) == [status] * 2
     assert status_of(tmp_path / "run")["status"] == ends
-    rows = checkpoint.read_log(str(tmp_path / "run"))
+    rows = read_log(str(tmp_path / "run"))
     assert [row["step"] - 1 for row in rows if row.get("skipped")] == list(bad_steps)
     if ends == "finished":
         assert all(torch.isfinite(t).all() for t in tensors(str(tmp_path / "run")).values())
@@ -609,7 +612,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(
 
 def test_two_jobs_never_write_one_run(on_ranks, tmp_path, capfd):
     out = train_on(on_ranks, 2, tmp_path, "run")
-    held = checkpoint.lock_run_dir(out)
+    held = lock_run_dir(out)
     args = [f"--resume={out}", "--max_steps=30"]
     assert on_ranks(2, lambda rank: train.main(args)) == [2, 2]
     assert capfd.readouterr().err.count("another process is writing this run") == 1

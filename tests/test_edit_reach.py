@@ -13,8 +13,8 @@ import train
 from analysis import edit_reach
 from analysis.edit_comparison import Cell, counterfactual, edit_in_portions
 from analysis.editors import EDITORS
-from data_synth import read_two_hop
 from nanorecall.settings import ConfigError
+from nanorecall.twohop import read_two_hop
 from planted import planted_memory
 from toys import as_flags
 

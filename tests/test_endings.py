@@ -20,6 +20,9 @@ import train
 from analysis import stored_facts, trained_run
 from nanorecall import build, checkpoint
 from nanorecall.distributed import SINGLE_PROCESS, all_finite
+from nanorecall.files import unlock
+from nanorecall.records import read_json, read_log, write_json
+from nanorecall.run_dir import create_run_dir
 from nanorecall.settings import ConfigError, RunError
 from toys import assert_same, contents, flags, run
 
@@ -29,7 +32,7 @@ SHORT = dict(max_steps=4, eval_interval=2, log_interval=1, n_val_examples=8, n_t
 
 
 def status_of(out):
-    return checkpoint.read_json(os.path.join(out, "status.json"))
+    return read_json(os.path.join(out, "status.json"))
 
 
 # ---- nobody reads the output ---------------------------------------------------------------------
@@ -145,7 +148,7 @@ def test_killed_before_its_config_a_run_starts_again(on_ranks, tmp_path, monkeyp
     if where == "before config.json":
         monkeypatch.setattr(run_module, "run_metadata", killed)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", killed)
+        monkeypatch.setattr(os, "replace", killed)
     assert on_ranks(1, lambda rank: train.main(args)) == [-signal.SIGKILL]
     monkeypatch.undo()
     assert len(os.listdir(out)) == (where == "in config.json")
@@ -174,10 +177,10 @@ def test_killed_before_its_config_torchrun_starts_it_again(on_ranks, tmp_path, m
 
 def test_two_starts_of_one_name_make_one_run(tmp_path):
     p = train.parse(flags(tmp_path, "run", **SHORT))
-    folder, held = run_module.create_run_dir(p, None)
+    folder, held = create_run_dir(p, None)
     with pytest.raises(ConfigError, match="another process is writing this run"):
-        run_module.create_run_dir(p, None)
-    checkpoint.unlock(held)
+        create_run_dir(p, None)
+    unlock(held)
 
 
 def test_stopped_before_its_first_checkpoint_a_run_begins_with_the_weights_it_was_given(tmp_path):
@@ -251,7 +254,7 @@ def test_torchrun_does_not_train_a_finished_run_again(on_ranks, tmp_path, monkey
     assert text.count("test accuracy") == error.count("below target:") == 2
     assert "started again by torchrun" in text and "has ended" in text
     assert text.count("step 4: val accuracy") == 1
-    assert "resumed" not in checkpoint.read_json(tmp_path / name / "config.json")
+    assert "resumed" not in read_json(tmp_path / name / "config.json")
     assert os.path.exists(tmp_path / name / "curves.png")
 
 
@@ -332,12 +335,12 @@ CHANGES += [("model", "pos_emb", "none")]
 def test_a_config_that_was_changed_is_not_resumed(tmp_path, part, key, value):
     _, out = run(tmp_path, **SHORT)
     path = os.path.join(out, "config.json")
-    saved = checkpoint.read_json(path)
+    saved = read_json(path)
     trained_with = saved[part][key]
     saved[part][key] = value
     if key == "seed":
         saved["train"]["seed"] = saved["data"]["seed"] = value  # one setting of both
-    checkpoint.write_json(path, saved)
+    write_json(path, saved)
     trained = f"the checkpoint was trained with {key}={trained_with!r}; put that back"
     message = f"config.json says {key}={value!r}, but {trained}"
     with pytest.raises(ConfigError, match=message):
@@ -363,7 +366,7 @@ def test_a_later_end_of_the_schedule_is_said_with_both_rates(tmp_path, capsys, s
     capsys.readouterr()
     run(tmp_path, resume=True, max_steps=8)
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the ")]
-    rates = [r["lr"] for r in checkpoint.read_log(out) if r["kind"] == "train"]
+    rates = [r["lr"] for r in read_log(out) if r["kind"] == "train"]
     expected = f"the learning rate goes from {rates[3]:.3g} to {rates[4]:.3g}"
     ends = f"note: the {schedule} schedule now ends at step 8 instead of 4: {expected}"
     assert notes == ([] if schedule == "constant" else [ends])

@@ -10,8 +10,9 @@ import pytest
 
 import data_synth
 from data_synth import Config
-from nanorecall import checkpoint, rng
+from nanorecall import rng
 from nanorecall.fact_files import guess_baselines
+from nanorecall.files import sha256_file
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
 from toy_facts import SMALL, SPLITS, WHOLE_SPLITS, documents, small_data
@@ -245,7 +246,7 @@ def test_rows_that_others_changed_are_named(tmp_path, old, new, message):
     path.write_text(path.read_text().replace(old, new))
     file = tmp_path / "a" / "metadata.json"
     metadata = json.loads(file.read_text())
-    metadata["files"]["validation"][0]["sha256"] = checkpoint.sha256_file(path)
+    metadata["files"]["validation"][0]["sha256"] = sha256_file(path)
     file.write_text(json.dumps(metadata))
     with pytest.raises(ConfigError, match=message):
         open_data_set(tmp_path / "a")

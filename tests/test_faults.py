@@ -21,7 +21,16 @@ import torch.distributed.checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from nanorecall import checkpoint
+from nanorecall import checkpoint, files
+from nanorecall.files import (
+    atomic_directory,
+    atomic_write,
+    lock_run_dir,
+    sha256_file,
+    temporary_name,
+    unlock,
+)
+from nanorecall.records import JsonlLog, read_json, read_log, write_json
 from nanorecall.settings import ConfigError, RunError, run_cli
 from toys import (
     TOY,
@@ -42,7 +51,7 @@ resource = pytest.importorskip("resource", reason="kills and signals are tested 
 
 
 def status_of(out):
-    return checkpoint.read_json(os.path.join(out, "status.json"))
+    return read_json(os.path.join(out, "status.json"))
 
 
 def steps_of(out, *names):
@@ -147,7 +156,7 @@ def test_two_ranks_killed_while_they_write_shards_continue_from_the_last_whole_o
     def until_killed(rank):
         limit = reached + 4 + 10 * rng.random()  # the same on both
         if rank == 0:  # as it writes the checkpoint
-            checkpoint.torch.save = killed_after(limit, checkpoint.torch.save)
+            torch.save = killed_after(limit, torch.save)
         else:  # as it writes its shards
             dcp.save = killed_after(limit + 1, dcp.save)
         return train.main([f"--resume={out}"] if reached else args)
@@ -166,7 +175,7 @@ def test_the_leftovers_of_a_kill_between_two_names_spoil_nothing(tmp_path):
     """The temporary file may be another name of ckpt.pt: writing there would be writing into it."""
     for step in (1, 2):
         checkpoint.save_checkpoint(tmp_path, "ckpt", {"step": step})
-    os.link(tmp_path / "ckpt.pt", checkpoint.temporary_name(str(tmp_path / "ckpt_prev.pt")))
+    os.link(tmp_path / "ckpt.pt", temporary_name(str(tmp_path / "ckpt_prev.pt")))
     checkpoint.save_checkpoint(tmp_path, "ckpt_prev", {"step": 0})
     assert steps_of(tmp_path, "ckpt", "ckpt_prev") == [2, 0]
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
@@ -351,8 +360,8 @@ def test_a_read_error_is_no_damage(tmp_path, monkeypatch, error, at):
 
     before = all_files()
     functions = {
-        "lstat": (checkpoint.os, "lstat"),
-        "stat": (checkpoint.os, "stat"),
+        "lstat": (os, "lstat"),
+        "stat": (os, "stat"),
         "open": (builtins, "open"),
         "hash": (checkpoint, "sha256_file"),
         "load": (torch, "load"),
@@ -440,7 +449,7 @@ def test_an_index_of_shards_that_is_a_bomb_does_not_go_off(sharded, tmp_path):
     with open(path, "wb") as f:
         pickle.dump(Bomb(fuse), f)
     state = checkpoint.read_checkpoint(sharded, "ckpt")
-    state["shards"]["files"][".metadata"] = checkpoint.sha256_file(path)
+    state["shards"]["files"][".metadata"] = sha256_file(path)
     checkpoint.save_checkpoint(sharded, "best", state)
     with pytest.raises(ConfigError, match="system has no place"):
         checkpoint.load_checkpoint(sharded, "best")
@@ -475,7 +484,7 @@ def test_shards_stay_while_a_checkpoint_cannot_be_read(sharded, monkeypatch):
 
 
 def test_what_json_cannot_say_is_null(tmp_path):
-    log = checkpoint.JsonlLog(str(tmp_path), 0)
+    log = JsonlLog(str(tmp_path), 0)
     by_slice = {"hops": {1: {"loss": math.inf, "labels": 2}}}
     log.write(kind="eval", step=1, loss=math.nan, by_slice=by_slice)
     row = json.loads((tmp_path / "log.jsonl").read_text())
@@ -487,12 +496,12 @@ def test_what_json_cannot_say_is_null(tmp_path):
 def test_with_a_checkpoint_set_aside_a_run_does_not_begin_again(tmp_path, model):
     """As after falling back once and being killed before the next save."""
     _, out = run(tmp_path, model=model)
-    before, whole = checkpoint.read_log(out), contents(out)
+    before, whole = read_log(out), contents(out)
     os.replace(os.path.join(out, "ckpt.pt"), os.path.join(out, "ckpt.pt.damaged"))
     assert run(tmp_path, resume=True)[0] == 0
     kept = [row for row in before if row["step"] < 40]
     # Their times are the same, too: these steps were not run again.
-    assert checkpoint.read_log(out)[: len(kept)] == kept
+    assert read_log(out)[: len(kept)] == kept
     assert_same(contents(out), whole)
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         os.remove(os.path.join(out, name))
@@ -519,14 +528,14 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, capsys, monkeypatch)
         raise OSError("not supported")
 
     run(tmp_path, max_steps=20)
-    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
     assert run(tmp_path, resume=True, max_steps=40)[0] == 0
     assert "cannot be locked" in capsys.readouterr().err
 
 
 def test_without_locks_everything_runs(tmp_path, monkeypatch, capsys):
     """As on Windows, which has no fcntl and opens no directories."""
-    spec = importlib.util.spec_from_file_location("without_fcntl", checkpoint.__file__)
+    spec = importlib.util.spec_from_file_location("without_fcntl", files.__file__)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "fcntl", None)
         module = importlib.util.module_from_spec(spec)
@@ -539,31 +548,31 @@ def test_without_locks_everything_runs(tmp_path, monkeypatch, capsys):
             raise PermissionError(errno.EACCES, "Permission denied")
         return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     monkeypatch.setattr(os, "open", files_only)
     status, out = run(tmp_path)
     assert status == 0 and run(tmp_path, resume=True, max_steps=80)[0] == 0
     assert "cannot be locked here" in capsys.readouterr().err
-    with checkpoint.atomic_directory(str(tmp_path / "made")) as work:
-        checkpoint.write_json(os.path.join(work, "a.json"), 1)
+    with atomic_directory(str(tmp_path / "made")) as work:
+        write_json(os.path.join(work, "a.json"), 1)
     assert os.listdir(tmp_path / "made") == ["a.json"]
 
 
 def test_two_writers_of_one_file_and_a_reader_do_not_disturb_each_other(tmp_path):
     path, length = str(tmp_path / "x.json"), 2000
-    checkpoint.write_json(path, [0] * length)
+    write_json(path, [0] * length)
 
     def write(number):
         def work():
             for _ in range(60):
-                checkpoint.write_json(path, [number] * length)
+                write_json(path, [number] * length)
 
         return work
 
     writers = [in_child(write(n)) for n in (1, 2)]
     n_reads, ended = 0, (0, 0)
     while ended == (0, 0):
-        found = checkpoint.read_json(path)
+        found = read_json(path)
         assert len(found) == length and len(set(found)) == 1
         n_reads += 1
         ended = os.waitpid(writers[0], os.WNOHANG)
@@ -580,23 +589,23 @@ def test_the_temporary_file_of_a_dead_writer_goes_that_of_a_living_one_stays(tmp
 
     def meanwhile(f):
         f.write(b"1")
-        checkpoint.write_json(path, 2)
+        write_json(path, 2)
         assert len(os.listdir(tmp_path)) == 2  # the other file, and this one
 
-    assert exit_status(in_child(lambda: checkpoint.atomic_write(path, die))) == -signal.SIGKILL
+    assert exit_status(in_child(lambda: atomic_write(path, die))) == -signal.SIGKILL
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".x [1].json.tmp-")
-    checkpoint.atomic_write(path, meanwhile)
-    assert os.listdir(tmp_path) == ["x [1].json"] and checkpoint.read_json(path) == 1
+    atomic_write(path, meanwhile)
+    assert os.listdir(tmp_path) == ["x [1].json"] and read_json(path) == 1
     # Of a file that nobody writes again, the next process that holds the directory deletes it.
-    assert exit_status(in_child(lambda: checkpoint.atomic_write(path, die))) == -signal.SIGKILL
-    checkpoint.unlock(checkpoint.lock_run_dir(str(tmp_path)))
+    assert exit_status(in_child(lambda: atomic_write(path, die))) == -signal.SIGKILL
+    unlock(lock_run_dir(str(tmp_path)))
     assert os.listdir(tmp_path) == ["x [1].json"]
 
 
 def test_a_new_file_can_be_read_by_those_who_could_read_the_old_one(tmp_path):
     before = os.umask(0o022)
-    checkpoint.write_json(str(tmp_path / "x.json"), 1)
+    write_json(str(tmp_path / "x.json"), 1)
     os.umask(before)
     assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o644
 
@@ -609,8 +618,8 @@ def test_a_data_set_that_was_stopped_leaves_nothing(tmp_path, number):
 
     def stopped():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with checkpoint.atomic_directory(target) as work:
-            checkpoint.write_json(os.path.join(work, "a.json"), 1)
+        with atomic_directory(target) as work:
+            write_json(os.path.join(work, "a.json"), 1)
             os.kill(os.getpid(), number)
             time.sleep(10)
 
@@ -620,18 +629,18 @@ def test_a_data_set_that_was_stopped_leaves_nothing(tmp_path, number):
         assert status == -number and len(left) == 1
     else:
         assert status == 128 + number and not left
-    with checkpoint.atomic_directory(target):
+    with atomic_directory(target):
         pass
     assert sorted(os.listdir(tmp_path)) == ["set", own.name]
 
 
 def test_data_sets_that_are_written_at_once_do_not_disturb_each_other(tmp_path):
     target = str(tmp_path / "set")
-    with checkpoint.atomic_directory(target) as work:
-        with checkpoint.atomic_directory(str(tmp_path / "other")):
+    with atomic_directory(target) as work:
+        with atomic_directory(str(tmp_path / "other")):
             pass
         with pytest.raises(ConfigError, match="stop"):
-            with checkpoint.atomic_directory(target) as second:
+            with atomic_directory(target) as second:
                 assert os.path.isdir(work) and second != work
                 raise OSError("stop")
     assert sorted(os.listdir(tmp_path)) == ["other", "set"]
@@ -795,5 +804,5 @@ def test_the_slurm_script_stops_in_time_queues_again_and_goes_on(tmp_path, slurm
     assert "started again by torchrun" not in done.stdout  # it knew at once where to go on
     assert asked.read_text() == f"requeue {slurm}\n"  # once
     assert status_of(out)["status"] == "finished"
-    config = checkpoint.read_json(f"{out}/config.json")
+    config = read_json(f"{out}/config.json")
     assert config["resumed"][0]["step"] == stopped["step"]

@@ -12,7 +12,7 @@ import torch
 
 import flex_generate as flex
 from myriadlama import hugging_face, metrics, prompts, results
-from nanorecall import checkpoint
+from nanorecall.files import only_writer
 from nanorecall.settings import ConfigError
 from toys_llama import Q_PROJ, change_weights
 
@@ -260,7 +260,7 @@ def test_a_killed_run_continues_and_nothing_is_lost_or_doubled(tiny_llamas, tmp_
 def test_two_processes_never_answer_in_one_directory(tiny_llamas, tmp_path):
     args = command_line(tiny_llamas, tmp_path)
     folder = tmp_path / "out" / "plain"
-    with checkpoint.only_writer(str(folder), "results there"):
+    with only_writer(str(folder), "results there"):
         for more in ([], ["--lemmaize"] if prompts.has_lemmas() else []):
             with pytest.raises(ConfigError, match="another process is writing results there; wait"):
                 flex.main([*args, *more])

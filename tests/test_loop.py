@@ -8,7 +8,8 @@ import train
 from nanorecall import checkpoint
 from nanorecall import run as run_module
 from nanorecall.build import build_data, build_model, build_model_config
-from nanorecall.run import load_settings
+from nanorecall.records import read_json
+from nanorecall.saved_run import load_settings
 from toys import run
 
 MEMORY = dict(model="memory", mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8)
@@ -95,7 +96,7 @@ def test_what_is_saved_when_and_which_weights_are_tested(scripted):
 def test_a_run_stops_at_the_very_accuracy_that_it_was_to_reach(scripted):
     _, out, saved, _ = scripted([0.2, 0.5, 0.6], 0.5, stop_accuracy=0.5)
     assert saved[-1] == ("ckpt", 4)
-    assert checkpoint.read_json(f"{out}/status.json")["step"] == 4
+    assert read_json(f"{out}/status.json")["step"] == 4
 
 
 @pytest.mark.parametrize("target, status", [(0.75, 0), (0.7501, 1)])

@@ -18,8 +18,9 @@ from analysis import editing, sparsity, weights
 from memory import MemoryGPT, MemoryRouterGPT
 from nanorecall import checkpoint
 from nanorecall.build import build_model, build_model_config, load_and_freeze
+from nanorecall.records import read_log
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.run import load_settings
+from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError
 from toys import (
     MEMORY_TOY,
@@ -359,7 +360,7 @@ def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
     options |= {"lr_schedule": "constant", "eval_interval": 60}
     status, whole = run(tmp_path, "whole", target_accuracy=0.8, max_steps=120, **options)
     assert status == 0
-    rows = memory_log(checkpoint.read_log(whole))
+    rows = memory_log(read_log(whole))
     assert len(rows) == 24 and set(rows[0]["layers"]) == {"0", "1"}
     assert 0 < rows[0]["layers"]["0"]["fraction"] <= 1
     run(tmp_path, "cut", max_steps=60, **options)
@@ -405,7 +406,7 @@ def test_dummy_micro_batches_do_not_count_as_reads(tmp_path):
     layers = []
     for n in (1, 4):
         _, out = run(tmp_path, f"a{n}", grad_accum_steps=n, **options)
-        layers.append([row["layers"] for row in memory_log(checkpoint.read_log(out))])
+        layers.append([row["layers"] for row in memory_log(read_log(out))])
     assert len(layers[0]) == 3 and layers[0] == layers[1]
 
 

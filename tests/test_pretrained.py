@@ -14,6 +14,7 @@ import train
 from nanorecall import checkpoint, pretrained
 from nanorecall.build import build_model, build_model_config, load_and_freeze
 from nanorecall.settings import ConfigError
+from nanorecall.tensors import select_prefix
 from toys import MEMORY_TOY, assert_same, flags, memory_model, run
 
 
@@ -97,7 +98,7 @@ def test_frozen_weights_are_bit_equal_after_decay_and_resume(tmp_path):
     run(tmp_path, "a", model="memory", max_steps=3, eval_interval=3, **options)
     run(tmp_path, "a", resume=True, max_steps=6)
     state = checkpoint.load_checkpoint(str(tmp_path / "a"), "ckpt")
-    last = checkpoint.select_prefix(state["tensors"], "model")
+    last = select_prefix(state["tensors"], "model")
     for name, parameter in named(first).items():
         is_frozen = name == "embed.weight" or name.endswith("memory.values")
         assert torch.equal(parameter, last[name]) == is_frozen, name
@@ -225,7 +226,7 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     _, out = run(folder, "run", model="memory", **MEMORY_TOY, max_steps=8, eval_interval=4)
     state = checkpoint.load_checkpoint(out, "ckpt")
-    weights = checkpoint.select_prefix(state["tensors"], "model")
+    weights = select_prefix(state["tensors"], "model")
     torch.save({"state_dict": weights}, folder / "file.pt")
     for step, added in ((2, 1), (10, 0)):
         tensors = {f"model.{name}": tensor + added for name, tensor in weights.items()}

@@ -21,7 +21,9 @@ import train
 from analysis import compare
 from analysis.sweep_runs import Point, is_finished
 from nanorecall import checkpoint, plots, stats
-from nanorecall.run import load_settings
+from nanorecall.files import sha256_file
+from nanorecall.records import read_log
+from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError, RunError, printable
 
 TOY = [
@@ -193,7 +195,7 @@ def test_a_sealed_checkpoint_of_another_tool_is_refused_and_stays(runs, state):
 
 def test_damaged_lines_of_a_log_are_left_out_and_counted(runs, capsys):
     path = runs / "r0" / "log.jsonl"
-    kept = checkpoint.read_log(str(runs / "r0"))
+    kept = read_log(str(runs / "r0"))
     odd = [
         b"\xff",
         b"[" * 9999,
@@ -203,11 +205,11 @@ def test_damaged_lines_of_a_log_are_left_out_and_counted(runs, capsys):
     ]
     path.write_bytes(path.read_bytes() + b"".join(line + b"\n" for line in odd) + b'{"kind": "tr')
     capsys.readouterr()
-    assert checkpoint.read_log(str(runs / "r0")) == kept
+    assert read_log(str(runs / "r0")) == kept
     assert f"note: 6 lines of {path} are damaged and left out" in capsys.readouterr().err
     ev.main(["compare", str(runs / "*")])
     train.main(["--resume", str(runs / "r0"), "--max_steps=3"])
-    assert [r["step"] for r in checkpoint.read_log(str(runs / "r0")) if r["kind"] == "eval"] == [
+    assert [r["step"] for r in read_log(str(runs / "r0")) if r["kind"] == "eval"] == [
         1,
         2,
         3,
@@ -309,7 +311,7 @@ def test_a_fork_is_executed_as_recorded_and_announced(fork, capsys):
     place, _ = fork
     files = json.loads((place / "f" / "config.json").read_text())["files"]
     assert files == {
-        str(place / name): checkpoint.sha256_file(place / name)
+        str(place / name): sha256_file(place / name)
         for name in ("my_fork.py", "my_helper.py")
     }
     capsys.readouterr()

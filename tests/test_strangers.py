@@ -14,7 +14,10 @@ import eval as evaluate
 import memory
 import train
 from nanorecall import checkpoint, pretrained
+from nanorecall.files import inside, sha256_file
 from nanorecall.settings import ConfigError, RunError
+from nanorecall.sharded_checkpoint import shard_dir
+from nanorecall.tensors import DTYPES
 from toys import Bomb, flags, run
 
 NAME = "model.embed.weight"
@@ -182,9 +185,9 @@ SPOILED = {
 def reseal(folder, name):
     """Give the checkpoint the checksums of its shards as they are now, as a stranger could."""
     state = checkpoint.read_checkpoint(folder, name)
-    shards = checkpoint.shard_dir(folder, state)
+    shards = shard_dir(folder, state)
     files = [f for f in os.listdir(shards) if os.path.isfile(os.path.join(shards, f))]
-    state["shards"]["files"] = {f: checkpoint.sha256_file(os.path.join(shards, f)) for f in files}
+    state["shards"]["files"] = {f: sha256_file(os.path.join(shards, f)) for f in files}
     checkpoint.save_checkpoint(folder, name, state, keep_old=False)
 
 
@@ -268,7 +271,7 @@ def test_a_checkpoint_whose_shards_are_elsewhere(tmp_path, trained, label):
 
 @pytest.mark.parametrize("name", ["a.bin", "sub/a.bin", "a..b"])
 def test_names_inside_a_folder(name):
-    assert checkpoint.inside("/data", name) == "/data/" + name
+    assert inside("/data", name) == "/data/" + name
 
 
 # ---- checkpoints and weights in one file ---------------------------------------------------------
@@ -335,7 +338,7 @@ def test_odd_weights_are_refused_in_a_sentence(tmp_path, how, key):
 
 def test_odd_tensors_that_are_weights_are_read(tmp_path, capsys):
     """Attributes are not; views, empty tensors and all kinds of real numbers are."""
-    kinds = sorted(checkpoint.DTYPES, key=str)
+    kinds = sorted(DTYPES, key=str)
     weights = {str(kind): torch.ones(3).to(kind) for kind in kinds}
     weights |= {
         "empty": torch.zeros(0, 4),

@@ -279,7 +279,7 @@ def made_up_result(value, state=100):
         "flex": {"accuracy": {"value": value}},
         "stored": {name: {"value": value * share} for name, share in STORED.items()},
         "edits": [1, 10],
-        "accuracy": number,
+        "accuracy": {"value": value},
     }
     return {
         "all": {"value": value},

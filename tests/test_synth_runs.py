@@ -12,6 +12,7 @@ import torch
 import eval as eval_script
 import train
 from nanorecall import checkpoint, metrics
+from nanorecall.records import read_json, read_log
 from nanorecall.settings import ConfigError
 from toy_facts import write_jsonl
 from toys import as_flags
@@ -75,7 +76,7 @@ def qa_run(tmp_path_factory):
 
 def test_the_best_checkpoint_is_that_of_the_slice(qa_run):
     found = []  # (accuracy of the slice, accuracy of all, step) of each evaluation
-    for row in checkpoint.read_log(str(qa_run)):
+    for row in read_log(str(qa_run)):
         if row["kind"] == "eval":
             accuracy = metrics.slice_accuracy(row, "exposures=8")
             found.append((accuracy, row["accuracy"], -row["step"]))
@@ -85,7 +86,7 @@ def test_the_best_checkpoint_is_that_of_the_slice(qa_run):
 
 
 def test_pairs_never_shown_are_not_stored(qa_run):
-    by_slice = checkpoint.read_json(str(qa_run / "status.json"))["test"]["by_slice"]
+    by_slice = read_json(str(qa_run / "status.json"))["test"]["by_slice"]
     heldout = by_slice["seen"]["0"]
     assert heldout["correct"] < 0.6 * heldout["labels"]
 
@@ -108,7 +109,7 @@ def test_printed_examples_are_those_counted(qa_run, capsys):
     eval_script.main([str(qa_run), "--print_examples=72"])  # all of them
     form = r"prompt +'(.*)'\n +answer +'(.*)'\n +model +'(.*)'"
     examples = re.findall(form, capsys.readouterr().out)
-    result = checkpoint.read_json(str(qa_run / "eval_test.json"))["metrics"]["exact_match"]
+    result = read_json(str(qa_run / "eval_test.json"))["metrics"]["exact_match"]
     assert len(examples) == result["n"]
     n_correct = 0
     for prompt, answer, output in examples:
@@ -120,7 +121,7 @@ def test_printed_examples_are_those_counted(qa_run, capsys):
 def test_bits_stored_follow_from_the_losses(qa_run):
     """Six digits are 6 log2(10) bits; the loss of a pair says how many of them are missing."""
     eval_script.main([str(qa_run)])
-    stored = checkpoint.read_json(str(qa_run / "eval_test.json"))["metrics"]["stored"]
+    stored = read_json(str(qa_run / "eval_test.json"))["metrics"]["stored"]
     table = pq.read_table(qa_run / "eval_test.parquet").to_pydict()
     nats = collections.Counter()
     for example, loss, seen in zip(table["example"], table["loss"], table["seen"]):
@@ -177,8 +178,8 @@ def test_documents_without_an_answer_are_not_counted_as_correct(tmp_path, capsys
     assert train_tiny(tmp_path, "run", max_steps=1, lr=1e-9, **settings) == 0
     unanswered = "without an answer, so not counted: 90 of train, 5 of val, 5 of test"
     assert unanswered in capsys.readouterr().out
-    test = checkpoint.read_json(str(tmp_path / "run" / "status.json"))["test"]
+    test = read_json(str(tmp_path / "run" / "status.json"))["test"]
     assert test["n_examples"] == test["all"]["n_examples"] == 100 and test["exact_match"] == 0
     eval_script.main([str(tmp_path / "run")])
-    result = checkpoint.read_json(str(tmp_path / "run" / "eval_test.json"))["metrics"]
+    result = read_json(str(tmp_path / "run" / "eval_test.json"))["metrics"]
     assert result["exact_match"]["n"] == 100 and result["exact_match"]["value"] == 0

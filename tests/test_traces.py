@@ -26,7 +26,7 @@ from analysis import hooks as I
 from analysis.ablation import measure_slots
 from analysis.trained_run import Command, open_run, run_command
 from memory import MemoryGPT, MemoryRouterGPT
-from nanorecall import metrics, ops, pretrained
+from nanorecall import attention, metrics, pretrained
 from nanorecall.settings import ConfigError, RunError
 from toys import ablation_model, some_examples
 from toys import memory_model as small_model
@@ -263,7 +263,7 @@ def test_maps_keep_a_function_that_was_there():
 
     def watched(*args):
         seen.append(1)
-        return ops.softmax_attention(*args)
+        return attention.softmax_attention(*args)
 
     mixer.attention_fn = watched
     attention_maps.attention_maps(model, tokens(1, 4))

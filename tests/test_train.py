@@ -15,7 +15,8 @@ import train
 from nanorecall import checkpoint, metrics
 from nanorecall import run as run_module
 from nanorecall.build import build_model_config
-from nanorecall.run import run_label
+from nanorecall.records import read_json, read_log
+from nanorecall.run_dir import run_label
 from nanorecall.settings import ConfigError, RunError
 from toys import contents, counts, flags, run
 
@@ -23,7 +24,7 @@ ROOT = os.path.dirname(train.__file__)
 
 
 def status_of(out):
-    return checkpoint.read_json(os.path.join(out, "status.json"))
+    return read_json(os.path.join(out, "status.json"))
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
@@ -43,10 +44,10 @@ def test_a_toy_run_learns_and_leaves_a_complete_directory(tmp_path, capsys, mode
     assert result["status"] == "finished" and result["test"]["accuracy"] > 0.9
     assert result["test"]["labels"] == 200
     assert result["test"]["by_slice"]["num_kv_pairs"]["4"]["labels"] == 200
-    config = checkpoint.read_json(os.path.join(out, "config.json"))
+    config = read_json(os.path.join(out, "config.json"))
     assert config["set_by"]["lr"] == "--lr" and config["train"]["lr"] == 0.01
     assert config["model"]["vocab_size"] == 32
-    losses = [row["loss"] for row in checkpoint.read_log(out) if row["kind"] == "train"]
+    losses = [row["loss"] for row in read_log(out) if row["kind"] == "train"]
     assert len(losses) == 40 and losses[-1] < 0.5 < losses[0]
 
 
@@ -145,7 +146,7 @@ def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
     _, out = run(tmp_path)
     assert run(tmp_path, resume=True, max_steps=70)[0] == 0
     assert status_of(out)["step"] == 70
-    config = checkpoint.read_json(os.path.join(out, "config.json"))
+    config = read_json(os.path.join(out, "config.json"))
     assert config["train"]["max_steps"] == 70
     with pytest.raises(ConfigError, match="--lr: lr cannot change"):
         run(tmp_path, resume=True, lr=1)
@@ -193,7 +194,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_end_the_run(
     assert status_of(out)["status"] == ends and status == exit_status
     printed = capsys.readouterr().out
     assert ("not finite 3 steps in a row" in printed) == (ends == "failed")
-    skipped = [row["step"] for row in checkpoint.read_log(out) if row.get("skipped")]
+    skipped = [row["step"] for row in read_log(out) if row.get("skipped")]
     assert skipped == list(bad_steps)
     assert all(torch.isfinite(w).all() for w in contents(out)[0]["tensors"].values())
 
@@ -300,7 +301,7 @@ def test_a_fork_is_one_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out = run(tmp_path, model="my_model", max_steps=2)
     assert status == 0
-    config = checkpoint.read_json(os.path.join(out, "config.json"))
+    config = read_json(os.path.join(out, "config.json"))
     assert config["train"]["model"] == "my_model"
     assert train.parse(["--model=my_model.Mine"]).model_class.__name__ == "Mine"
     with pytest.raises(ConfigError, match="no Theirs"):

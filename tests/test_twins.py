@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import delta
 import memory
 from model import GPT, Config, UnifiedKV
-from nanorecall import ops, second_order
+from nanorecall import attention, ops, second_order
 from nanorecall.rng import IGNORE_INDEX
 
 V, T = 19, 12
@@ -207,9 +207,9 @@ def test_kernels_without_a_twin_refuse_second_derivatives(monkeypatch):
         return o.transpose(1, 2), state
 
     monkeypatch.setattr(delta, "load_fla", lambda: (kernel, None))
-    monkeypatch.setattr(ops, "flash_attn_varlen_func", lambda q, *_, **__: q * q)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", lambda q, *_, **__: q * q)
     with torch.enable_grad():
-        outputs = delta.delta_rule_fla(**shape)[0], ops.flash_attention(q, q, q)
+        outputs = delta.delta_rule_fla(**shape)[0], attention.flash_attention(q, q, q)
     for o in outputs:
         torch.autograd.grad(o.sum(), q, retain_graph=True)
         with pytest.raises(RuntimeError, match="^flash-.* has no second derivatives; take them in"):

@@ -16,6 +16,7 @@ import model
 import train
 from analysis.hooks import Examples
 from nanorecall import checkpoint
+from nanorecall.records import read_log
 from nanorecall.rng import IGNORE_INDEX
 
 # ---- a run of seconds ----------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def contents(out):
     """What must not depend on interruptions -> checkpoint and log, both without their times."""
     state = checkpoint.load_checkpoint(out, "ckpt")
     del state["seconds"]
-    log = checkpoint.read_log(out)
+    log = read_log(out)
     for row in log:
         row.pop("seconds", None)
     return state, log

@@ -14,7 +14,8 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from nanorecall.checkpoint import atomic_write, read_record, sha256_file
+from nanorecall.files import atomic_write, sha256_file
+from nanorecall.records import read_record
 from nanorecall.settings import ConfigError, require
 
 SPLIT_DIRS = {"train": "train", "val": "validation", "test": "test"}
