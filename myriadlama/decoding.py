@@ -105,11 +105,9 @@ def greedy_decode(
         keys[layer][:, :, length - 1 : length] = k
         values[layer][:, :, length - 1 : length] = v
         k, v = keys[layer][:, :, :length], values[layer][:, :, :length]
-
-        def weigh_with_bias(scores):
-            return weigh(scores + score_bias[..., : P + length], is_template[: P + length])
-
-        return attend_to_cache(q, cache.prefix_kv[layer], k, v, weigh_with_bias)
+        bias, of_templates = score_bias[..., : P + length], is_template[: P + length]
+        prefix_kv = cache.prefix_kv[layer]
+        return attend_to_cache(q, prefix_kv, k, v, lambda x: weigh(x + bias, of_templates))
 
     token = torch.as_tensor(first_token, device=device).expand(B).clone()
     finished = torch.zeros(B, dtype=torch.bool, device=device)

@@ -12,9 +12,8 @@ positions afterwards: its values already depend on the distance to the prefix.
 
 A row is a pair (token ids, positions) of tokens that are encoded together.
 
-Letters: B questions, n templates of a question, R rows, P tokens of the prefix, L tokens of the
-longest row, T tokens of all rows, S tokens in a cache after the prefix, H query heads, G key/value
-heads, K head_dim.
+Letters: B caches, n templates of a question, P tokens of the prefix, T tokens of all rows, S tokens
+in a cache after the prefix, G key/value heads, K head_dim.
 """
 
 from dataclasses import dataclass

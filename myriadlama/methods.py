@@ -192,8 +192,10 @@ def contrast(batch):
     encoded = fusion.join(batch.encode_separately(), batch.encode(batch.rows(priors)))
     members, next_pos = [], []
     for first in range(0, len(priors), batch.n):
-        templates = range(first, first + batch.n)
-        for r in (*templates, *(len(priors) + i for i in templates)):
+        end = first + batch.n
+        templates = range(first, end)
+        their_priors = range(len(priors) + first, len(priors) + end)
+        for r in (*templates, *their_priors):
             members.append([r])
             next_pos.append(batch.prefix_length + len(encoded.paths[r]))
     cache = fusion.build_cache(batch.prefix_kv, encoded, members, next_pos)
