@@ -17,7 +17,7 @@ class CostMeter:
     """
 
     def __init__(self):
-        self.results = {}  # name of a shared result -> value, seconds, tokens
+        self.results = {}  # name of a shared result -> value, seconds, tokens, fractions of others
         self.reset_cost()
 
     def reset_cost(self):
@@ -32,7 +32,7 @@ class CostMeter:
         seconds = time.perf_counter() - self.start - self.seconds_sharing
         tokens = self.tokens
         for name, fraction in self.fractions.items():
-            _, shared_seconds, shared_tokens = self.results[name]
+            _, shared_seconds, shared_tokens, _ = self.results[name]
             seconds += fraction * shared_seconds
             tokens += fraction * shared_tokens
         return seconds, tokens
@@ -42,19 +42,23 @@ class CostMeter:
 
         fraction: the part of the cost to charge, for a method that needs only a part of the result.
         """
-        self.fractions[name] = max(fraction, self.fractions.get(name, 0.0))
         if name not in self.results:
             start, tokens_before = time.perf_counter(), self.tokens
             sharing_before = self.seconds_sharing
+            fractions_before, self.fractions = self.fractions, {}
             value = compute()
             seconds = time.perf_counter() - start
             # compute() may have called shared(), whose time is charged under its own name
             nested_seconds = self.seconds_sharing - sharing_before
             own_tokens = self.tokens - tokens_before
-            self.results[name] = value, seconds - nested_seconds, own_tokens
+            self.results[name] = value, seconds - nested_seconds, own_tokens, self.fractions
             self.seconds_sharing = sharing_before + seconds
             self.tokens = tokens_before
-        return self.results[name][0]
+            self.fractions = fractions_before
+        value, _, _, nested = self.results[name]
+        for used, part in {**nested, name: fraction}.items():
+            self.fractions[used] = max(part, self.fractions.get(used, 0.0))
+        return value
 
 
 class Answers(NamedTuple):
@@ -80,22 +84,21 @@ class Batch:
         self.meter = CostMeter()
 
     def encode(self, rows):
-        """rows [(token ids, positions)] -> their keys and values"""
+        """rows [(token ids, positions)] -> fusion.Encoded"""
         self.meter.tokens += sum(len(ids) for ids, _ in rows)
         return fusion.prefill(self.run.model, self.prefix_kv, rows)
 
     def encode_separately(self, fraction=1.0):
         """Encode every template as a prompt of its own, right after the prefix.
 
-        -> rows, question by question, and their keys and values
+        -> fusion.Encoded, a row for each template, question by question
         """
 
         def compute():
             templates = []
             for question in self.questions:
                 templates += question.templates
-            rows = self.rows(templates)
-            return rows, self.encode(rows)
+            return self.encode(self.rows(templates))
 
         return self.meter.shared("encode_separately", compute, fraction)
 
@@ -104,12 +107,12 @@ class Batch:
         start = self.prefix_length
         return [(ids, range(start, start + len(ids))) for ids in templates]
 
-    def decode(self, cache, choose=decoding.argmax_each, attention=decoding.plain_attention):
+    def decode(self, cache, choose=decoding.argmax_each, weigh=decoding.softmax_weights):
         """-> Answers of the rows of a cache"""
         run = self.run
         first_token, limit = self.questions[0].answer_start, run.config.max_new_tokens
         tokens, log_probs = decoding.greedy_decode(
-            run.model, cache, first_token, choose, run.stop, limit, attention
+            run.model, cache, first_token, choose, run.stop, limit, weigh
         )
         # Every row reads the answer start and what it has generated.
         self.meter.tokens += len(tokens) + int((tokens >= 0).sum())

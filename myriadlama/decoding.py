@@ -3,8 +3,8 @@
 Several rows may decode one answer together. Their logits are combined (`argmax_grouped`), or their
 hidden states (`fused_layers`).
 
-Letters: B caches or questions, n rows of a question, S tokens in a cache, H query heads, G
-key/value heads, K head_dim, D a layer's width, V vocabulary.
+Letters: B caches or questions, n rows of a question, P tokens of the prefix, S tokens in a cache
+after it, H query heads, G key/value heads, K head_dim, D a layer's width, V vocabulary.
 """
 
 import contextlib
@@ -40,29 +40,42 @@ class StopCriteria:
 
 # ---- attention of the new token ------------------------------------------------------------------
 #
-# q (B, H, 1, K), k and v (B, G, S, K), bias (B, 1, 1, S) on the scores, is_template (S,) bool:
-# which tokens are those of templates, as opposed to prefix and answer -> (B, H, 1, K)
+# scores (B, G, H/G, P + S) of prefix, templates and answer, is_template (P + S,) bool: which tokens
+# are those of templates -> weights of the same shape
 
 
-def plain_attention(q, k, v, bias, is_template):
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+def softmax_weights(scores, is_template):
+    return scores.softmax(-1)
 
 
-def ape_attention(q, k, v, bias, is_template, temperature, scale):
+def ape_weights(scores, is_template, temperature, scale):
     """Adaptive Parallel Encoding (Yang et al. 2025, arXiv 2502.05431).
 
     Scores of templates are divided by the temperature. The log of the sum of their exponentials,
     which decides how much attention all templates get, is multiplied by scale * temperature, as in
     the authors' code. With 1 and 1 this is plain attention.
     """
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, K)
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (B, H, 1, S)
-    scores = torch.where(is_template, scores / temperature, scores) + bias
+    scores = torch.where(is_template, scores / temperature, scores)
     log_sum = scores.masked_fill(~is_template, -torch.inf).logsumexp(-1, keepdim=True)
     change = (scale * temperature - 1) * log_sum
-    scores = torch.where(is_template, scores + change, scores)
-    return scores.softmax(-1).to(v.dtype) @ v
+    return torch.where(is_template, scores + change, scores).softmax(-1)
+
+
+def attend_to_cache(q, prefix_kv, k, v, weigh):
+    """Attend with one token to the prefix, which all caches share uncopied, and to the rest.
+
+    q (B, H, 1, K), prefix_kv two of (1, G, P, K), k and v (B, G, S, K) -> (B, H, 1, K). weigh:
+    scores (B, G, H/G, P + S) -> weights.
+    """
+    prefix_k, prefix_v = prefix_kv[0][0], prefix_kv[1][0]  # (G, P, K)
+    P = prefix_k.shape[1]
+    q = q[:, :, 0].unflatten(1, (len(prefix_k), -1))  # (B, G, H/G, K)
+    to_prefix = torch.einsum("bghk,gpk->bghp", q, prefix_k)
+    to_rest = q @ k.transpose(-1, -2)
+    scores = torch.cat([to_prefix, to_rest], -1).float() / math.sqrt(q.shape[-1])
+    weights = weigh(scores).to(v.dtype)
+    out = torch.einsum("bghp,gpk->bghk", weights[..., :P], prefix_v) + weights[..., P:] @ v
+    return out.flatten(1, 2).unsqueeze(2)
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -70,7 +83,7 @@ def ape_attention(q, k, v, bias, is_template, temperature, scale):
 
 @torch.no_grad()
 def greedy_decode(
-    model, cache, first_token, choose, stop, max_new_tokens=10, attention=plain_attention
+    model, cache, first_token, choose, stop, max_new_tokens=10, weigh=softmax_weights
 ):
     """Decode greedily from B caches, after first_token.
 
@@ -79,20 +92,22 @@ def greedy_decode(
     gives it, 0 after the end. The end has one, too. The cache is not changed.
     """
     B, device = len(cache.next_pos), cache.next_pos.device
-    S = cache.k[0].shape[2]
+    P, S = cache.prefix_kv[0][0].shape[2], cache.k[0].shape[2]
     # Make room for the new tokens once, so that no step copies the cache.
     keys = [F.pad(k, (0, 0, 0, max_new_tokens)) for k in cache.k]
     values = [F.pad(v, (0, 0, 0, max_new_tokens)) for v in cache.v]
     score_bias = F.pad(cache.score_bias, (0, max_new_tokens))
-    index = torch.arange(S + max_new_tokens, device=device)
-    is_template = (index >= cache.prefix_length) & (index < S)
+    index = torch.arange(P + S + max_new_tokens, device=device)
+    is_template = (index >= P) & (index < P + S)
 
     def attend(length, layer, q, k, v):
-        """Store one new key and value, attend to the first `length` tokens."""
+        """Store one new key and value, attend to the prefix and the first `length` tokens."""
         keys[layer][:, :, length - 1 : length] = k
         values[layer][:, :, length - 1 : length] = v
         k, v = keys[layer][:, :, :length], values[layer][:, :, :length]
-        return attention(q, k, v, score_bias[..., :length], is_template[:length])
+        bias, of_templates = score_bias[..., : P + length], is_template[: P + length]
+        prefix_kv = cache.prefix_kv[layer]
+        return attend_to_cache(q, prefix_kv, k, v, lambda x: weigh(x + bias, of_templates))
 
     token = torch.as_tensor(first_token, device=device).expand(B).clone()
     finished = torch.zeros(B, dtype=torch.bool, device=device)

@@ -12,8 +12,8 @@ positions afterwards: its values already depend on the distance to the prefix.
 
 A row is a pair (token ids, positions) of tokens that are encoded together.
 
-Letters: B questions, n templates of a question, R rows, P tokens of the prefix, L tokens of the
-longest row, S tokens in a cache, H query heads, G key/value heads, K head_dim.
+Letters: B caches, n templates of a question, P tokens of the prefix, T tokens of all rows, S tokens
+in a cache after the prefix, G key/value heads, K head_dim.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+
+from myriadlama.llama import causal_attention
 
 # ---- masks ---------------------------------------------------------------------------------------
 
@@ -144,123 +146,123 @@ def layout(question, prefix_length, scheme, positions):
 
 
 # ---- prefill -------------------------------------------------------------------------------------
-#
-# Keys and values of rows are a list with a pair (keys, values) for each layer.
+
+BLOCK = 64  # tokens: fewer make matrices too small to be fast, more are computed in vain
 
 
-@torch.no_grad()
+@dataclass
+class Encoded:
+    """Rows that were encoded after a prefix. Rows with the same beginning share its tokens."""
+
+    kv: list  # for each layer the keys and values of all tokens, both (1, G, T, K)
+    paths: list  # for each row the numbers of its tokens, from 0 to T - 1
+
+
 def prefill_prefix(model, ids):
-    """Encode the tokens that all questions share -> keys and values (1, G, P, K)."""
-    kv = []
-
-    def attend(layer, q, k, v):
-        kv.append((k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
+    """Encode the tokens that all questions share -> [keys (1, G, P, K), values] of each layer."""
     tokens = torch.tensor([ids], device=model.rope_table.device)
-    model(tokens, torch.arange(len(ids), device=tokens.device)[None], attend)
-    return kv
+    positions = torch.arange(len(ids), device=tokens.device)[None]
+    return model.encode(tokens, positions, causal_attention)
 
 
-@torch.no_grad()
-def prefill_padded(model, prefix_kv, rows):
-    """Encode rows; each attends to the prefix and, causally, to itself -> (R, G, L, K).
+def merge_beginnings(rows):
+    """Rows as a trie: what rows have in common at their beginning is there once.
 
-    The padding is at the end of a row, where no token attends to it.
+    A token's key and value depend only on the tokens before it in its row. Templates of a relation
+    are the same for all its questions up to the subject, so a third of the tokens can be left out.
+    -> token ids (1, T), positions (1, T), paths (see Encoded)
     """
-    R, L = len(rows), max(len(ids) for ids, _ in rows)
+    numbers, paths = {}, []  # numbers: (number of the token before, id, position) -> number
+    for ids, positions in rows:
+        number, path = None, []
+        for token, position in zip(ids, positions):
+            number = numbers.setdefault((number, token, int(position)), len(numbers))
+            path.append(number)
+        paths.append(path)
+    _, ids, positions = zip(*numbers)
+    return torch.tensor([ids]), torch.tensor([positions]), paths
+
+
+def path_mask(paths, P, T):
+    """(T, P + T) bool, query x key: a token attends to the prefix, itself and those before it."""
+    mask = torch.zeros(T, P + T, dtype=torch.bool)
+    mask[:, :P] = True
+    for path in paths:
+        path = torch.tensor(path)
+        # Numbers grow along a path.
+        mask[path[:, None], P + path] = path[:, None] >= path
+    return mask
+
+
+def prefill_blocks(model, prefix_kv, rows):
+    """Encode rows; each attends to the prefix and, causally, to itself -> Encoded.
+
+    All tokens lie end to end, without padding. Blocks of them attend to the keys that some token of
+    the block needs.
+    """
     P, device = prefix_kv[0][0].shape[2], model.rope_table.device
-    tokens = torch.zeros(R, L, dtype=torch.long)
-    positions = torch.zeros(R, L, dtype=torch.long)
-    for r, (ids, row_positions) in enumerate(rows):
-        tokens[r, : len(ids)] = torch.tensor(ids)
-        positions[r, : len(ids)] = torch.as_tensor(np.asarray(row_positions))
-    mask = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)
-    kv = []
+    tokens, positions, paths = merge_beginnings(rows)
+    blocks = []  # numbers of keys, mask (queries of a block, these keys)
+    for mask in path_mask(paths, P, tokens.shape[1]).split(BLOCK):
+        keys = mask.any(0).nonzero().squeeze(1)
+        blocks.append((keys.to(device), mask[:, keys].to(device)))
 
     def attend(layer, q, k, v):
-        kv.append((k, v))
         prefix_k, prefix_v = prefix_kv[layer]
-        k = torch.cat([prefix_k.expand(R, -1, -1, -1), k], dim=2)  # (R, G, P + L, K)
-        v = torch.cat([prefix_v.expand(R, -1, -1, -1), v], dim=2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)  # (1, G, P + T, K)
+        outputs = []
+        for q_block, (keys, mask) in zip(q.split(BLOCK, dim=2), blocks):
+            k_block, v_block = k.index_select(2, keys), v.index_select(2, keys)
+            out = F.scaled_dot_product_attention(
+                q_block, k_block, v_block, attn_mask=mask, enable_gqa=True
+            )
+            outputs.append(out)
+        return torch.cat(outputs, dim=2)
 
-    model(tokens.to(device), positions.to(device), attend)
-    return kv
+    return Encoded(model.encode(tokens.to(device), positions.to(device), attend), paths)
 
 
-@torch.no_grad()
 def prefill_flex(model, prefix_kv, rows, attention=None):
-    """prefill_padded without padding: all rows end to end, under a FlexAttention block mask.
+    """prefill_blocks with FlexAttention, for GPUs: one kernel instead of one for each block.
 
-    Made for GPUs, where short rows leave most of the device idle. attention: flex_attention,
-    compiled if None.
+    attention: flex_attention, compiled if None.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     P, device = prefix_kv[0][0].shape[2], model.rope_table.device
-    tokens, positions, lengths = [], [], []
-    for ids, row_positions in rows:
-        tokens += ids
-        positions += [int(p) for p in row_positions]
-        lengths.append(len(ids))
-    T = len(tokens)
-    tokens = torch.tensor([tokens], device=device)
-    positions = torch.tensor([positions], device=device)
-    row = torch.arange(len(rows), device=device)
-    row = row.repeat_interleave(torch.tensor(lengths, device=device))  # (T,)
-    row_of_key = torch.cat([torch.full((P,), PREFIX, device=device), row])  # (P + T,)
+    tokens, positions, paths = merge_beginnings(rows)
+    T = tokens.shape[1]
+    dense = path_mask(paths, P, T).to(device)
 
     def mask(b, h, q, kv):
-        same_row = row_of_key[kv] == row[q]
-        return (row_of_key[kv] == PREFIX) | (same_row & (kv - P <= q))
+        return dense[q, kv]
 
     if attention is None:
         attention = torch.compile(flex_attention)
     block_mask = create_block_mask(mask, None, None, T, P + T, device=device)
-    packed_kv = []
 
     def attend(layer, q, k, v):
-        packed_kv.append((k, v))
         prefix_k, prefix_v = prefix_kv[layer]
         k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
         return attention(q, k, v, block_mask=block_mask, enable_gqa=True)
 
-    model(tokens, positions, attend)
-    indices = torch.arange(T, device=device).split(lengths)
-    index = pad_sequence(indices, batch_first=True)  # (R, L)
+    return Encoded(model.encode(tokens.to(device), positions.to(device), attend), paths)
+
+
+def join(first, second):
+    """Two Encoded, behind the same prefix, as one: the rows of the first, then of the second."""
+    T = first.kv[0][0].shape[2]
     kv = []
-    for k, v in packed_kv:  # each (1, G, T, K)
-        kv.append((k[0][:, index].transpose(0, 1), v[0][:, index].transpose(0, 1)))
-    return kv
+    for (k1, v1), (k2, v2) in zip(first.kv, second.kv):
+        kv.append((torch.cat([k1, k2], dim=2), torch.cat([v1, v2], dim=2)))
+    paths = [[T + number for number in path] for path in second.paths]
+    return Encoded(kv, first.paths + paths)
 
 
 def prefill(model, prefix_kv, rows):
-    """Encode rows after the prefix -> keys and values (R, G, L, K)."""
-    device = model.rope_table.device
-    if device.type == "cuda":
-        return prefill_flex(model, prefix_kv, rows)
-    # Encode rows of similar length together, so that little of the work is padding.
-    rows_by_size = {}
-    for r, (ids, _) in enumerate(rows):
-        rows_by_size.setdefault(len(ids).bit_length(), []).append(r)
-    L = max(len(ids) for ids, _ in rows)
-    order, batches = [], []
-    for size in sorted(rows_by_size):
-        members = rows_by_size[size]
-        order += members
-        batches.append(prefill_padded(model, prefix_kv, [rows[r] for r in members]))
-    original_order = torch.tensor(order).argsort().to(device)
-    kv = []
-    for layer in range(len(prefix_kv)):
-        keys, values = [], []
-        for batch in batches:
-            k, v = batch[layer]
-            padding = (0, 0, 0, L - k.shape[2])
-            keys.append(F.pad(k, padding))
-            values.append(F.pad(v, padding))
-        kv.append((torch.cat(keys)[original_order], torch.cat(values)[original_order]))
-    return kv
+    """Encode rows after the prefix -> Encoded."""
+    on_gpu = model.rope_table.device.type == "cuda"
+    return (prefill_flex if on_gpu else prefill_blocks)(model, prefix_kv, rows)
 
 
 # ---- caches --------------------------------------------------------------------------------------
@@ -268,52 +270,38 @@ def prefill(model, prefix_kv, rows):
 
 @dataclass
 class KVCache:
-    k: list  # for each layer (B, G, S, K)
+    prefix_kv: list  # for each layer keys and values (1, G, P, K): all caches share them
+    k: list  # for each layer (B, G, S, K), of the tokens after the prefix
     v: list
-    score_bias: torch.Tensor  # (B, 1, 1, S), added to attention scores; -inf at padding
+    score_bias: torch.Tensor  # (B, 1, 1, P + S), added to attention scores; -inf at padding
     next_pos: torch.Tensor  # (B,) position of the next token
-    prefix_length: int  # tokens before the templates
 
 
 @torch.no_grad()
-def build_cache(prefix_kv, rows, rows_kv, members, next_pos, bias=0.0):
+def build_cache(prefix_kv, encoded, members, next_pos, bias=0.0):
     """Caches of the prefix followed by some rows -> KVCache.
 
-    rows_kv: their keys and values. members: for each of B caches the numbers of its rows. next_pos
-    (B,). bias is added to the attention scores of the rows' tokens: a number, or for each cache a
-    number or one for each of its rows.
+    encoded: the rows. members: for each of B caches the numbers of its rows. next_pos (B,). bias is
+    added to the attention scores of the rows' tokens: a number, or for each cache a number or one
+    for each of its rows.
     """
-    rows_k = rows_kv[0][0]
-    L, device = rows_k.shape[2], rows_k.device
-    B, P = len(members), prefix_kv[0][0].shape[2]
-    lengths = []
-    for cache_rows in members:
-        lengths.append(sum(len(rows[r][0]) for r in cache_rows))
-    # index: where each token of a cache is among the R * L tokens of the padded rows
-    index = torch.zeros(B, max(lengths), dtype=torch.long)
-    score_bias = torch.full((B, P + max(lengths)), -torch.inf, dtype=rows_k.dtype)
-    score_bias[:, :P] = 0
+    device, dtype = prefix_kv[0][0].device, prefix_kv[0][0].dtype
+    P = prefix_kv[0][0].shape[2]
+    index, score_bias = [], []
     for b, cache_rows in enumerate(members):
         cache_bias = bias if np.ndim(bias) == 0 else bias[b]
         row_bias = np.broadcast_to(cache_bias, len(cache_rows)).tolist()
-        start = 0
-        for i, r in enumerate(cache_rows):
-            end = start + len(rows[r][0])
-            index[b, start:end] = torch.arange(end - start) + r * L
-            score_bias[b, P + start : P + end] = row_bias[i]
-            start = end
-    index = index.to(device)
-
-    def gather(prefix, x):
-        """prefix (1, G, P, K), x (R, G, L, K) -> (B, G, S, K)"""
-        tokens = x.transpose(1, 2).flatten(0, 1)  # (R * L, G, K)
-        tokens = tokens[index].transpose(1, 2)
-        return torch.cat([prefix.expand(B, -1, -1, -1), tokens], dim=2)
-
+        numbers, token_bias = [], [0.0] * P
+        for r, one_bias in zip(cache_rows, row_bias):
+            numbers += encoded.paths[r]
+            token_bias += [one_bias] * len(encoded.paths[r])
+        index.append(torch.tensor(numbers))
+        score_bias.append(torch.tensor(token_bias, dtype=dtype))
+    index = pad_sequence(index, batch_first=True).to(device)  # (B, S)
+    score_bias = pad_sequence(score_bias, batch_first=True, padding_value=-torch.inf).to(device)
     keys, values = [], []
-    for (prefix_k, prefix_v), (k, v) in zip(prefix_kv, rows_kv):
-        keys.append(gather(prefix_k, k))
-        values.append(gather(prefix_v, v))
-    score_bias = score_bias.to(device)[:, None, None]
+    for k, v in encoded.kv:
+        keys.append(k[0][:, index].transpose(0, 1))
+        values.append(v[0][:, index].transpose(0, 1))
     next_pos = torch.as_tensor(next_pos, device=device)
-    return KVCache(keys, values, score_bias, next_pos, P)
+    return KVCache(prefix_kv, keys, values, score_bias[:, None, None], next_pos)

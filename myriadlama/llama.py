@@ -164,12 +164,17 @@ class Attention(nn.Module):
         attention_fn(q, k, v) is that of Llama.forward, for this layer.
         """
         q = self.q_proj(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, K)
-        k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, -1))  # (B, T, G, K)
-        v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, -1))  # (B, T, G, K)
-        q = apply_rotary(self.q_norm(q), rope_table, positions)
-        k = apply_rotary(self.k_norm(k), rope_table, positions)
-        out = attention_fn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, K)
+        q = apply_rotary(self.q_norm(q), rope_table, positions).transpose(1, 2)
+        k, v = self.keys_values(x, rope_table, positions)
+        out = attention_fn(q, k, v)  # (B, H, T, K)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def keys_values(self, x, rope_table, positions):
+        """x (B, T, D) at positions (B, T) -> keys and values, both (B, G, T, K)"""
+        k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, -1))  # (B, T, G, K)
+        v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, -1))
+        k = apply_rotary(self.k_norm(k), rope_table, positions)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -180,7 +185,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        # In place: these are the largest tensors of a pass.
+        gate = F.silu(self.gate_proj(x), inplace=True)
+        return self.down_proj(gate.mul_(self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -223,6 +230,27 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, self.rope_table, positions, functools.partial(attention_fn, i))
         return x
+
+    @torch.no_grad()
+    def encode(self, tokens, positions, attention_fn):
+        """As forward, but -> for each layer the keys and values, both (B, G, T, K).
+
+        Nothing reads the output of the last block, so it is not computed.
+        """
+        self.check_length(int(positions.max()) + 1)
+        kv = []
+
+        def store_and_attend(layer, q, k, v):
+            kv.append((k, v))
+            return attention_fn(layer, q, k, v)
+
+        x = self.embed_tokens(tokens)
+        for i, layer in enumerate(self.layers[:-1]):
+            x = layer(x, self.rope_table, positions, functools.partial(store_and_attend, i))
+        last = self.layers[-1]
+        x = last.input_layernorm(x)
+        kv.append(last.self_attn.keys_values(x, self.rope_table, positions))
+        return kv
 
     def check_length(self, length):
         """Raise ConfigError unless the model has positions for `length` tokens."""

@@ -27,13 +27,13 @@ from myriadlama.batch import Answers
 
 def separate_cache(batch, template=None):
     """A cache for each template alone, or for one template number of each question."""
-    rows, kv = batch.encode_separately(1.0 if template is None else 1 / batch.n)
+    encoded = batch.encode_separately(1.0 if template is None else 1 / batch.n)
     members, next_pos = [], []
-    for r, (ids, _) in enumerate(rows):
+    for r, path in enumerate(encoded.paths):
         if template is None or r % batch.n == template:
             members.append([r])
-            next_pos.append(batch.prefix_length + len(ids))
-    return fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos)
+            next_pos.append(batch.prefix_length + len(path))
+    return fusion.build_cache(batch.prefix_kv, encoded, members, next_pos)
 
 
 def separate_answers(batch):
@@ -97,15 +97,15 @@ def fused_cache(batch, chosen=None, bias=0.0):
     chosen: numbers of templates (B, m), or None for all. bias: on their attention scores, a number
     or (B, m).
     """
-    rows, kv = batch.encode_separately()
+    encoded = batch.encode_separately()
     if chosen is None:
         chosen = [range(batch.n)] * len(batch.questions)
     members, next_pos = [], []
     for i, templates in enumerate(chosen):
         cache_rows = [i * batch.n + j for j in templates]
         members.append(cache_rows)
-        next_pos.append(batch.prefix_length + max(len(rows[r][0]) for r in cache_rows))
-    return fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias)
+        next_pos.append(batch.prefix_length + max(len(encoded.paths[r]) for r in cache_rows))
+    return fusion.build_cache(batch.prefix_kv, encoded, members, next_pos, bias)
 
 
 def decode_scheme(batch, scheme):
@@ -121,8 +121,8 @@ def decode_scheme(batch, scheme):
         rows += [(ids, row_positions) for ids, row_positions, _ in new_rows]
         members.append(range(first, len(rows)))
         next_pos.append(answer_position)
-    kv = batch.encode(rows)
-    return batch.decode(fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias))
+    encoded = batch.encode(rows)
+    return batch.decode(fusion.build_cache(batch.prefix_kv, encoded, members, next_pos, bias))
 
 
 def decode_fused_layers(batch, part, combine):
@@ -186,13 +186,19 @@ def weighted_maximum(batch):
 
 def contrast(batch):
     """Divide the probability of the answer by that after the template without its subject."""
-    templates = []
+    priors = []
     for question in batch.questions:
-        templates += [*question.templates, *question.priors]
-    rows = batch.rows(templates)
-    next_pos = [batch.prefix_length + len(ids) for ids in templates]
-    members = [[r] for r in range(len(rows))]
-    cache = fusion.build_cache(batch.prefix_kv, rows, batch.encode(rows), members, next_pos)
+        priors += question.priors
+    encoded = fusion.join(batch.encode_separately(), batch.encode(batch.rows(priors)))
+    members, next_pos = [], []
+    for first in range(0, len(priors), batch.n):
+        end = first + batch.n
+        templates = range(first, end)
+        their_priors = range(len(priors) + first, len(priors) + end)
+        for r in (*templates, *their_priors):
+            members.append([r])
+            next_pos.append(batch.prefix_length + len(encoded.paths[r]))
+    cache = fusion.build_cache(batch.prefix_kv, encoded, members, next_pos)
 
     def combine(logits, weight):
         return decoding.contrast_with_prior(logits, batch.run.config.prior_weight)
@@ -223,7 +229,7 @@ def ffn_activation_max(batch):
 
 def flex(batch):
     """All templates in one cache, each attending only to itself. flex_myriadlama is the same."""
-    return decode_scheme(batch, "isolated")
+    return batch.meter.shared("flex", lambda: decode_scheme(batch, "isolated"))
 
 
 def flex_adaptive(batch):
@@ -247,18 +253,19 @@ def flex_weighted(batch):
 def ape(batch):
     """All templates in one cache, under the attention of Adaptive Parallel Encoding."""
     config = batch.run.config
-    attention = functools.partial(
-        decoding.ape_attention, temperature=config.ape_temperature, scale=config.ape_scale
+    weigh = functools.partial(
+        decoding.ape_weights, temperature=config.ape_temperature, scale=config.ape_scale
     )
-    return batch.decode(fused_cache(batch), attention=attention)
+    return batch.decode(fused_cache(batch), weigh=weigh)
 
 
 def hybrid(batch):
     """Average the fused prompt's log probabilities with the mean of the single prompts'."""
-    rows, kv = batch.encode_separately()
+    encoded = batch.encode_separately()
     n, members, next_pos, bias = batch.n, [], [], []
-    for first in range(0, len(rows), n):
-        ends = [batch.prefix_length + len(ids) for ids, _ in rows[first : first + n]]
+    for first in range(0, len(encoded.paths), n):
+        paths = encoded.paths[first : first + n]
+        ends = [batch.prefix_length + len(path) for path in paths]
         for i in range(n):
             members.append([first + i])
         members.append(range(first, first + n))
@@ -269,7 +276,7 @@ def hybrid(batch):
         log_probs = logits.log_softmax(-1)  # (B, n + 1, V)
         return (log_probs[:, :n].mean(1) + log_probs[:, n]) / 2
 
-    cache = fusion.build_cache(batch.prefix_kv, rows, kv, members, next_pos, bias)
+    cache = fusion.build_cache(batch.prefix_kv, encoded, members, next_pos, bias)
     return decode_together(batch, cache, n + 1, combine)
 
 

@@ -18,6 +18,7 @@ import argparse
 import importlib
 import math
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -48,7 +49,7 @@ from analysis import hooks
 from analysis.ablation import measure_slots
 from model import GPT, NORMS
 from model import Config as GPTConfig
-from myriadlama import decoding, fusion, llama
+from myriadlama import decoding, fact_files, fusion, llama, prompts
 from naive import fla_naive, loop_sequences, naive_mask
 from nanorecall import distributed, metrics, ops, plots, text
 from nanorecall.attention import apply_rotary, rope_table, softmax_attention
@@ -766,25 +767,43 @@ def small_llama():
     return llama.Llama(config).eval().requires_grad_(False), prefix
 
 
-def random_templates(n):
-    """n templates of 15 tokens."""
-    return np.random.default_rng(1).integers(10, 49152, (n, 15)).tolist()
+def random_questions(n_questions, n_templates):
+    """Questions of so many templates of 15 tokens."""
+    rng = np.random.default_rng(1)
+    return rng.integers(10, 49152, (n_questions, n_templates, 15)).tolist()
 
 
-def make_fusion(model, prefix, n_questions, n_templates, max_new_tokens=4):
-    """A function that encodes the prefix and each template once, fuses and decodes."""
-    templates = random_templates(n_questions * n_templates)
+def animal_questions(n):
+    """n questions about animals in the ten templates of myriadlama/facts.py, a token for each word.
+
+    Their beginnings are as much alike as those of the 12 relations on average.
+    """
+    numbers, questions = {}, []
+    facts = [fact for fact in fact_files.read_facts("") if fact["relation"] == "animal"]
+    for fact in facts[:n]:
+        templates = []
+        for template in fact["manual"] + fact["auto"]:
+            text = f"Q: {prompts.fill(template, fact['subject'])}\nA"
+            words = re.findall(r"\w+|[^\w ]", text)
+            templates.append([numbers.setdefault(word, 10 + len(numbers)) for word in words])
+        questions.append(templates)
+    return questions
+
+
+def make_fusion(model, prefix, questions, max_new_tokens=4):
+    """A function that encodes the prefix and all templates, fuses those of a question, decodes."""
     no_tokens = torch.tensor([], dtype=torch.long)
     never = decoding.StopCriteria(no_tokens, *torch.zeros(2, 49152, dtype=torch.bool))
+    rows, members, next_pos, start = [], [], [], len(prefix)
+    for templates in questions:
+        members.append(range(len(rows), len(rows) + len(templates)))
+        rows += [(ids, range(start, start + len(ids))) for ids in templates]
+        next_pos.append(start + max(map(len, templates)))
 
     def function():
         prefix_kv = fusion.prefill_prefix(model, prefix)
-        rows = [(template, range(104, 119)) for template in templates]
-        kv = fusion.prefill(model, prefix_kv, rows)
-        members = []  # the templates of each question
-        for first in range(0, len(rows), n_templates):
-            members.append(range(first, first + n_templates))
-        cache = fusion.build_cache(prefix_kv, rows, kv, members, [119] * n_questions)
+        encoded = fusion.prefill(model, prefix_kv, rows)
+        cache = fusion.build_cache(prefix_kv, encoded, members, next_pos)
         argmax = decoding.argmax_each
         decoding.greedy_decode(model, cache, 7, argmax, never, max_new_tokens=max_new_tokens)
 
@@ -792,18 +811,19 @@ def make_fusion(model, prefix, n_questions, n_templates, max_new_tokens=4):
 
 
 def bench_flex(rounds):
-    """One question in 5 + 5 templates behind 5 examples; ours answers 8 questions at once.
+    """A question in 5 + 5 templates behind 5 examples, when 1, 8 or 16 are answered at once.
 
-    Baselines: the documented way (each template with its own examples, a new mask for each token,
-    no cache), and transformers' generate with its cache on the same tokens, 8 sequences at once.
+    Baselines: the documented way, one at a time (each template with its own examples, a new mask
+    for each token, no cache), and transformers' generate with its cache on the same tokens, as many
+    sequences at once as we answer questions.
     """
     model, prefix = small_llama()
-    templates = random_templates(80)
+    questions = animal_questions(16)
     is_manual = torch.arange(10) < 5
 
     def documented():
         ids, segment = [], []
-        for number, template in enumerate(templates[:10]):
+        for number, template in enumerate(questions[0]):
             ids += [*prefix, *template, 7, 3]
             segment += [number] * (len(prefix) + len(template) + 2)
         for _ in range(4):
@@ -817,21 +837,22 @@ def bench_flex(rounds):
             segment.append(fusion.ANSWER)
 
     own_examples = "no cache, own examples each"
-    functions = {"ours": make_fusion(model, prefix, 8, 10), own_examples: documented}
+    functions = {own_examples: documented}
     transformers = optional_import("transformers")
-    if transformers:
-        functions["transformers generate"] = make_generate(transformers, prefix, templates)
+    for n in (1, 8, 16):
+        functions[n] = make_fusion(model, prefix, questions[:n])
+        if transformers:
+            functions[f"generate {n}"] = make_generate(transformers, prefix, questions[:n])
     times = interleave(functions, max(1, rounds // 5))
-    ours = scaled(times["ours"], 1 / 8)
-    what = "a question fused, 4 tokens"
-    yield Result(what, ours, own_examples, times[own_examples])
-    if transformers:
-        baseline = "transformers generate"
-        yield Result(what, ours, baseline, scaled(times[baseline], 1 / 8))
+    ours = scaled(times[8], 1 / 8)
+    yield Result("a question fused, 8 at once", ours, own_examples, times[own_examples])
+    for n in (1, 8, 16) if transformers else ():
+        what, theirs = f"a question fused, {n} at once", times[f"generate {n}"]
+        yield Result(what, scaled(times[n], 1 / n), "transformers generate", scaled(theirs, 1 / n))
 
 
-def make_generate(transformers, prefix, templates):
-    """transformers' generate for 8 questions of 10 templates each."""
+def make_generate(transformers, prefix, questions):
+    """transformers' generate for questions of equal length, the templates one after another."""
     config = transformers.LlamaConfig(
         vocab_size=SMOLLM2["vocab_size"],
         hidden_size=SMOLLM2["dim"],
@@ -843,10 +864,7 @@ def make_generate(transformers, prefix, templates):
         eos_token_id=None,
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    prompts = []
-    for first in range(0, 80, 10):
-        prompts.append([*prefix, *sum(templates[first : first + 10], []), 7])
-    ids = torch.tensor(prompts)
+    ids = torch.tensor([[*prefix, *sum(templates, []), 7] for templates in questions])
     options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
     return partial(model.generate, ids, attention_mask=torch.ones_like(ids), **options)
 
@@ -860,7 +878,10 @@ def bench_templates(rounds):
         "new tokens": {n: (4, 5, n) for n in (4, 16, 64)},
     }
     for what, numbers in sizes.items():
-        functions = {n: make_fusion(model, prefix, *size) for n, size in numbers.items()}
+        functions = {}
+        for n, (n_questions, n_templates, n_tokens) in numbers.items():
+            questions = random_questions(n_questions, n_templates)
+            functions[n] = make_fusion(model, prefix, questions, n_tokens)
         times = interleave(functions, max(1, rounds // 5))
         first = min(numbers)
         for n in numbers:

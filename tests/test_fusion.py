@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from myriadlama import decoding, fact_files, fusion, loading, prompts
+from myriadlama import decoding, fact_files, fusion, llama, loading, prompts
 from naive import naive_decode
 from toys_llama import (
     V,
@@ -73,7 +73,44 @@ def test_positions_by_hand():
     assert answer_position == 20
 
 
+def test_rows_with_one_beginning_by_hand():
+    """At other positions a token is another one, and so is one after another token."""
+    rows = [([5, 6, 7], range(2, 5)), ([5, 6, 8, 7], range(2, 6)), ([6, 7], [3, 4]), ([5], [2])]
+    ids, positions, paths = fusion.merge_beginnings(rows)
+    assert ids.tolist() == [[5, 6, 7, 8, 7, 6, 7]]
+    assert positions.tolist() == [[2, 3, 4, 4, 5, 3, 4]]
+    assert paths == [[0, 1, 2], [0, 1, 3, 4], [5, 6], [0]]
+    assert fusion.path_mask(paths, 1, 7).int().tolist() == [
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 1, 0, 0, 0],
+        [1, 1, 1, 0, 1, 1, 0, 0],
+        [1, 0, 0, 0, 0, 0, 1, 0],
+        [1, 0, 0, 0, 0, 0, 1, 1],
+    ]
+
+
 # ---- decoding ------------------------------------------------------------------------------------
+
+
+def test_rows_with_one_beginning_are_encoded_as_if_they_were_alone():
+    """Several blocks of tokens, against a causal pass over prefix and row; joined with others."""
+    model, rng = random_llama(), np.random.default_rng(6)
+    prefix, rows = random_ids(rng, 9), []
+    for length in rng.integers(1, 13, 50):
+        rows.append((rng.integers(10, 13, length).tolist(), range(9, 9 + length)))
+    prefix_kv = fusion.prefill_prefix(model, prefix)
+    encoded = fusion.prefill_blocks(model, prefix_kv, rows[:40])
+    T = encoded.kv[0][0].shape[2]
+    assert 2 * fusion.BLOCK < T < sum(len(ids) for ids, _ in rows[:40])
+    encoded = fusion.join(encoded, fusion.prefill_blocks(model, prefix_kv, rows[40:]))
+    for (ids, _), path in zip(rows, encoded.paths, strict=True):
+        whole = torch.tensor([prefix + ids])
+        expected = model.encode(whole, torch.arange(whole.shape[1])[None], llama.causal_attention)
+        for ours, alone in zip(encoded.kv, expected, strict=True):
+            for x, y in zip(ours, alone):
+                torch.testing.assert_close(x[:, :, path], y[:, :, 9:], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", fusion.MASKS)
@@ -117,13 +154,12 @@ def test_flex_attention_encodes_the_same(scheme):
     for question in (random_question(rng), random_question(rng, n=3)):
         for ids, positions, _ in fusion.layout(question, 5, scheme, "sequential")[0]:
             rows.append((ids, positions))
-    padded = fusion.prefill_padded(model, prefix_kv, rows)
+    blocks = fusion.prefill_blocks(model, prefix_kv, rows)
     packed = fusion.prefill_flex(model, prefix_kv, rows, flex_attention)
-    for padded_kv, packed_kv in zip(padded, packed):
-        for x, y in zip(padded_kv, packed_kv):
-            for r, (ids, _) in enumerate(rows):
-                real = slice(0, len(ids))
-                torch.testing.assert_close(x[r, :, real], y[r, :, real], atol=1e-5, rtol=1e-4)
+    assert blocks.paths == packed.paths
+    for block_kv, packed_kv in zip(blocks.kv, packed.kv):
+        for x, y in zip(block_kv, packed_kv):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["restart", "sequential"])
@@ -180,8 +216,8 @@ def test_answers_stop_at_a_line_break_once_they_have_begun():
     stop, model = decoding.StopCriteria(torch.tensor([9]), is_blank, is_blank), random_llama()
     prefix_kv = fusion.prefill_prefix(model, [20, 21])
     rows = [([30], [2]), ([31], [2]), ([32], [2])]
-    kv = fusion.prefill_padded(model, prefix_kv, rows)
-    cache = fusion.build_cache(prefix_kv, rows, kv, [[0], [1], [2]], [3, 3, 3])
+    encoded = fusion.prefill_blocks(model, prefix_kv, rows)
+    cache = fusion.build_cache(prefix_kv, encoded, [[0], [1], [2]], [3, 3, 3])
     scripts = [[1, 40, 2, 41], [50, 1, 51, 52], [60, 9, 1, 1]]
     steps = iter(range(10))
 
@@ -200,7 +236,7 @@ def test_rows_that_end_early_change_nothing(n):
     prefix = random_ids(rng, 9)
     rows = [(random_ids(rng, length), range(9, 9 + length)) for length in rng.integers(2, 9, 48)]
     prefix_kv = fusion.prefill_prefix(model, prefix)
-    kv = fusion.prefill_padded(model, prefix_kv, rows)
+    encoded = fusion.prefill_blocks(model, prefix_kv, rows)
     nothing = torch.zeros(V, dtype=torch.bool)
     stop = decoding.StopCriteria(torch.tensor([2, 4, 6, 19, 23]), nothing, nothing)
     choose = decoding.argmax_grouped(n, decoding.mean_logits)
@@ -208,7 +244,7 @@ def test_rows_that_end_early_change_nothing(n):
     def decode(first, end):
         ends = [9 + len(ids) for ids, _ in rows[first:end]]
         members = [[r] for r in range(first, end)]
-        cache = fusion.build_cache(prefix_kv, rows, kv, members, ends)
+        cache = fusion.build_cache(prefix_kv, encoded, members, ends)
         return decoding.greedy_decode(model, cache, 7, choose, stop, 8)
 
     together, log_probs = decode(0, 48)

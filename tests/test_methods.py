@@ -367,6 +367,12 @@ def test_weighted_attention_by_hand(monkeypatch):
     assert weighted[:7].eq(0).all() and even[:7].eq(0).all()
 
 
+def test_flex_and_flex_myriadlama_are_computed_once():
+    _, batch = random_batch(random_llama(), 10)
+    answers = methods.METHODS["flex"].generate(batch)
+    assert methods.METHODS["flex_myriadlama"].generate(batch) is answers
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_shared_work_is_charged_to_each_method_once(reverse):
     """Three templates of 4, 5 and 6 tokens. A decoded sequence has 3: answer start and two more."""
@@ -374,11 +380,13 @@ def test_shared_work_is_charged_to_each_method_once(reverse):
     expected = {
         "origin": encoded / 3 + decoded,
         "per_prompt": encoded + 3 * decoded,
+        "vote": encoded + 3 * decoded,
         "weighted_avg": encoded + 3 * decoded + 3 * decoded,
         "flex_adaptive": encoded + 3 * decoded + decoded,
         "flex": encoded + decoded,
+        "flex_myriadlama": encoded + decoded,
     }
-    order = ["flex_adaptive", "weighted_avg", "origin"] if reverse else list(expected)
+    order = ["flex_myriadlama", "flex_adaptive", "vote", "origin"] if reverse else list(expected)
     model, rng = random_llama(), np.random.default_rng(3)
     templates = [random_ids(rng, n) for n in (4, 5, 6)]
     question = fusion.Question(templates, torch.tensor([True] * 3), 7, [3])

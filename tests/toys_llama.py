@@ -67,8 +67,8 @@ def decode_fused(model, prefix, questions, scheme, positions, bias=0.0, max_new_
             rows.append((ids, row_positions))
         members.append(range(first, len(rows)))
         next_pos.append(answer_position)
-    kv = fusion.prefill(model, prefix_kv, rows)
-    cache = fusion.build_cache(prefix_kv, rows, kv, members, next_pos, bias)
+    encoded = fusion.prefill(model, prefix_kv, rows)
+    cache = fusion.build_cache(prefix_kv, encoded, members, next_pos, bias)
     tokens, _ = decoding.greedy_decode(
         model,
         cache,
