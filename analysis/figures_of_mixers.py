@@ -68,7 +68,7 @@ def tracking_model(name):
 
 RATES = (0.01, 0.03, 0.06)  # for recall; additive memories want the higher ones
 TRACKING_RATES = (0.003, 0.01, 0.03)
-PAIRS = 64  # in training and for the choice of the learning rate
+PAIRS = 64  # in training
 FEWER_PAIRS = 32  # the same models are also tested with these
 WINDOWS = (16, 64, 256)  # of attention
 CURRICULUM = ((2, 80), (8, 40), (32, 40))  # (pairs, steps at most), then those of the task
@@ -86,7 +86,7 @@ Cell = namedtuple("Cell", "panel name x train_args rates", defaults=[RATES])
 def state_points():
     """Each learning rate with one seed."""
     points = []
-    for cell in [*recall_cells(), *tracking_cells()]:
+    for cell in all_cells():
         points += [point_of(cell, lr, seeds=1) for lr in cell.rates]
     return points
 
@@ -98,22 +98,23 @@ def best_rates(results):
     between equal accuracies.
     """
     points = []
-    best = {}
-    for cell in [*recall_cells(), *tracking_cells()]:
+    for cell in all_cells():
         qualities = {}
         for lr in cell.rates:
             qualities[lr] = quality(results[point_of(cell, lr, seeds=1)][0])
-        best[cell.name, cell.x] = max(qualities, key=qualities.get)
-        points.append(point_of(cell, best[cell.name, cell.x]))
-    for cell in recall_cells():
-        points.append(fewer_pairs(point_of(cell, best[cell.name, cell.x])))
-    for cell in update_cells():
-        points.append(point_of(cell, best[cell.name, cell.x]))
+        point = point_of(cell, max(qualities, key=qualities.get))
+        points.append(point)
+        if cell.panel == f"{PAIRS} pairs":
+            points.append(fewer_pairs(point))
     return points
 
 
 def quality(result):
     return max((record["accuracy"], -record["loss"]) for record in result["evals"])
+
+
+def all_cells():
+    return [*recall_cells(), *update_cells(), *tracking_cells()]
 
 
 def recall_cells(pairs=PAIRS):
@@ -131,7 +132,7 @@ def recall_cells(pairs=PAIRS):
 
 
 def update_cells():
-    """One size of every mixer. Its learning rate is that of the same model with more pairs."""
+    """One size of every mixer, with keys that are stored again."""
     cells = []
     for cell in recall_cells(FEWER_PAIRS):
         if cell.x in (2, max(WINDOWS)):
@@ -203,7 +204,9 @@ def accuracy_of_fewer_pairs(result):
 def draw_state(results):
     plt, fig, axes = figure(2, 2, width=5)
     accuracies = {PAIRS: token_accuracy, FEWER_PAIRS: accuracy_of_fewer_pairs}
+    colors = [f"C{n}" for n in range(len(RECALLING))] + ["black", "gray"]
     for axis, (pairs, accuracy) in zip(axes, accuracies.items()):
+        axis.set_prop_cycle(color=colors)
         draw_series(axis, of_panel(results, f"{pairs} pairs"), accuracy, x_of=state_kilobytes)
         axis.set(title=f"MQAR, tested with {pairs} pairs")
         axis.set(ylabel="test token accuracy", ylim=(-0.02, 1.02))
@@ -224,7 +227,7 @@ def draw_state(results):
             bars[f"{task}, {length} tokens"] = in_slice(panel, "input_seq_len", length)
     draw_bars(tracking, bars)
     tracking.set(title="state tracking, trained on 64 tokens: one layer of width 32 with an MLP")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     caption = (
         f"MQAR: 256 tokens, trained with {PAIRS} pairs for 300 steps, the best of three learning "
         "rates; 2 layers, a short convolution, no positions, 51,600 layer parameters"
@@ -261,7 +264,7 @@ def draw_bars(axis, bars):
         axis.plot(x, heights, "k.", ms=3)
         axis.set_xticks(range(len(heights)), mixers, rotation=20, ha="right")
     axis.set(ylabel="test accuracy", ylim=(0, 1.3))  # room for the legend
-    axis.legend(loc="upper center", ncols=2)
+    axis.legend(loc="upper center", ncols=3)
 
 
 # ---- plateau: steps until recall appears ---------------------------------------------------------
@@ -281,7 +284,7 @@ RECIPES = {  # mixer: the config whose model and learning rate it has
     "ttt_linear": "configs/mqar_ttt.py",
 }
 STARTS = {"curriculum": "", "no curriculum": "--curriculum [] --stage_loss 0"}
-MAX_STEPS = 1000
+MAX_STEPS = 500
 LEVELS = (0.5, 0.95)  # of validation accuracy
 LONG = "512 tokens"
 LONG_MIXERS = {
@@ -333,7 +336,7 @@ def draw_plateau(results):
             label = f"{level:.0%}, {start}"
             steps.plot([], [], "o", ms=5, mec=f"C{number}", mfc=fill, label=label)
         steps.set_yticks(range(len(panel)), panel)
-    log_axis(steps, (20, 50, 100, 200, 500, 1000))
+    log_axis(steps, (20, 50, 100, 200, 500))
     steps.set(xlabel=f"steps (cross: below 95% after {MAX_STEPS:,})")
     steps.set(title="MQAR, 32 pairs in 128 tokens: validation accuracy reaches")
     steps.invert_yaxis()

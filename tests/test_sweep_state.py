@@ -80,8 +80,7 @@ def test_the_second_phase_has_the_best_learning_rate_of_each_cell():
     assert found["64 pairs: kda", 4] == high
     assert found["64 pairs: kda", 8] == low
     assert found["S3: kda", 0] == state.TRACKING_RATES[0]
-    # Other panels take over the rate of the same model; with fewer pairs, its runs, too.
-    assert found["keys stored again: kda", 2] == middle
+    # With fewer pairs, the same runs are tested.
     assert runs["32 pairs: kda", 4] == runs["64 pairs: kda", 4]
 
 
