@@ -50,9 +50,7 @@ class FactDataset:
     "facts": their number, "bits": entropy of a digit}. origins: "file:line" of each document.
     """
 
-    def __init__(
-        self, c, kind, texts, splits, slices, baselines=None, capacity=None, origins=None
-    ):
+    def __init__(self, c, kind, texts, splits, slices, baselines=None, capacity=None, origins=None):
         self.config, self.kind, self.texts, self.origins = c, kind, texts, origins
         self.baselines = baselines or {}
         self.capacity = capacity or {}

@@ -238,21 +238,27 @@ def reject_unused(config, reasons, mine):
 
     mine: {name: Setting}, to say where they were set.
     """
-    unused = {}  # {reason: {name: what was set, and in which file}}
+    unused = {}  # {reason: {file where they were set: ["name=value"]}}
+    names = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if f.name in reasons and value != f.default:
             source = mine[f.name].source if f.name in mine else ""
             # A flag has the name of its setting.
-            where = f" ({source})" if source and not source.startswith("--") else ""
-            unused.setdefault(reasons[f.name], {})[f.name] = f"{f.name}={value!r}{where}"
+            file = "" if source.startswith("--") else source
+            of_reason = unused.setdefault(reasons[f.name], {})
+            of_reason.setdefault(file, []).append(f"{f.name}={value!r}")
+            names.append(f.name)
     if not unused:
         return
     parts = []
-    for reason, shown in unused.items():
-        verb = "has" if len(shown) == 1 else "have"
-        parts.append(f"{', '.join(shown.values())} {verb} no effect: {reason}")
-    names = [name for shown in unused.values() for name in shown]
+    for reason, of_files in unused.items():
+        shown = []
+        for file, assignments in of_files.items():
+            shown.append(", ".join(assignments) + (f" ({file})" if file else ""))
+        n = sum(map(len, of_files.values()))
+        verb = "has" if n == 1 else "have"
+        parts.append(f"{', '.join(shown)} {verb} no effect: {reason}")
     what = "it" if len(names) == 1 else "them"
     raise ConfigError(f"{'; '.join(parts)}; leave {what} out", names[0])
 

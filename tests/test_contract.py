@@ -1,6 +1,6 @@
 """What train.py expects of any model file and any data file; a fork can check its own:
 
-    python -m pytest tests/test_contract.py --model=my_model --data=my_data
+python -m pytest tests/test_contract.py --model=my_model --data=my_data
 """
 
 import numpy as np

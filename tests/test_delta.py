@@ -147,6 +147,7 @@ def test_long_sequences_of_nearly_parallel_keys_stay_exact(gated):
     q = F.normalize(q, dim=-1)
     beta = 1 - 0.01 * torch.rand(1, 1, 4096, generator=g, dtype=torch.float64)
     decay = -0.01 * torch.rand(1, 1, 4096, generator=g, dtype=torch.float64) if gated else None
+
     def first(T, dtype):
         """The arguments up to token T, rounded."""
         cut = [x if x is None else x[:, :, :T] for x in (q, k, v, beta, decay)]

@@ -234,4 +234,9 @@ def test_all_runs_every_analysis_of_one_run(monkeypatch):
     monkeypatch.setattr(eval_script, "task_of", lambda run: "slices")
     eval_script.run_all(None)
     tasks = {"mqar", "qa", "digits", "twohop", "hashhop", "text"}
-    assert set(called) == eval_script.COMMANDS.keys() - tasks - {"compare", "repair", "all"}
+    assert set(called) == eval_script.COMMANDS.keys() - tasks - {
+        "compare",
+        "repair",
+        "choices",
+        "all",
+    }

@@ -468,9 +468,7 @@ def test_a_covariance_protects_other_facts():
     batches = [(others[:15], labels[:15]), (others[15:], labels[15:])]
     every_slot, some_slots = torch.arange(36), torch.tensor([30, 2, 7, 11])
     of_all = editing.key_second_moment(m, batches, every_slot)
-    torch.testing.assert_close(
-        of_all, editing.key_second_moment(m, [(others, labels)], every_slot)
-    )
+    torch.testing.assert_close(of_all, editing.key_second_moment(m, [(others, labels)], every_slot))
     assert (of_all[some_slots][:, some_slots] > 0).any()
     torch.testing.assert_close(
         of_all[some_slots][:, some_slots], editing.key_second_moment(m, batches, some_slots)

@@ -311,8 +311,7 @@ def test_a_fork_is_executed_as_recorded_and_announced(fork, capsys):
     place, _ = fork
     files = json.loads((place / "f" / "config.json").read_text())["files"]
     assert files == {
-        str(place / name): sha256_file(place / name)
-        for name in ("my_fork.py", "my_helper.py")
+        str(place / name): sha256_file(place / name) for name in ("my_fork.py", "my_helper.py")
     }
     capsys.readouterr()
     ev.main(["f"])
