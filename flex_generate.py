@@ -195,6 +195,8 @@ class Run:
         # All templates must end in the same token, which then belongs to the fused part.
         check_same_end(template[-1] for template in ids)
         rows = [template[:-1] for template in ids]
+        message = "the chat format leaves a template without a token before the answer's first one"
+        require(all(rows), f"{message}; leave out --chat, or method contrast", "chat")
         return fusion.Question(rows[:n], is_manual, ids[0][-1], separator, rows[n:])
 
     def check_length(self, fact, questions):

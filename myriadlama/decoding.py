@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from nanorecall.ops import accum_dtype
+
 
 @dataclass
 class StopCriteria:
@@ -69,10 +71,12 @@ def attend_to_cache(q, prefix_kv, k, v, weigh):
     """
     prefix_k, prefix_v = prefix_kv[0][0], prefix_kv[1][0]  # (G, P, K)
     P = prefix_k.shape[1]
-    q = q[:, :, 0].unflatten(1, (len(prefix_k), -1))  # (B, G, H/G, K)
-    to_prefix = torch.einsum("bghk,gpk->bghp", q, prefix_k)
-    to_rest = q @ k.transpose(-1, -2)
-    scores = torch.cat([to_prefix, to_rest], -1).float() / math.sqrt(q.shape[-1])
+    # Scores in bfloat16 have three digits, too few for a softmax.
+    dtype = accum_dtype(q)
+    q = q[:, :, 0].unflatten(1, (len(prefix_k), -1)).to(dtype)  # (B, G, H/G, K)
+    to_prefix = torch.einsum("bghk,gpk->bghp", q, prefix_k.to(dtype))
+    to_rest = q @ k.to(dtype).transpose(-1, -2)
+    scores = torch.cat([to_prefix, to_rest], -1) / math.sqrt(q.shape[-1])
     weights = weigh(scores).to(v.dtype)
     out = torch.einsum("bghp,gpk->bghk", weights[..., :P], prefix_v) + weights[..., P:] @ v
     return out.flatten(1, 2).unsqueeze(2)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from myriadlama.llama import causal_attention
+from nanorecall.ops import accum_dtype
 
 # ---- masks ---------------------------------------------------------------------------------------
 
@@ -169,7 +170,8 @@ def merge_beginnings(rows):
     """Rows as a trie: what rows have in common at their beginning is there once.
 
     A token's key and value depend only on the tokens before it in its row. Templates of a relation
-    are the same for all its questions up to the subject, so a third of the tokens can be left out.
+    are the same for all its questions up to the subject, so a full batch saves a third of its
+    tokens.
     -> token ids (1, T), positions (1, T), paths (see Encoded)
     """
     numbers, paths = {}, []  # numbers: (number of the token before, id, position) -> number
@@ -285,7 +287,7 @@ def build_cache(prefix_kv, encoded, members, next_pos, bias=0.0):
     added to the attention scores of the rows' tokens: a number, or for each cache a number or one
     for each of its rows.
     """
-    device, dtype = prefix_kv[0][0].device, prefix_kv[0][0].dtype
+    device, dtype = prefix_kv[0][0].device, accum_dtype(prefix_kv[0][0])
     P = prefix_kv[0][0].shape[2]
     index, score_bias = [], []
     for b, cache_rows in enumerate(members):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from myriadlama import decoding, fact_files, fusion, llama, loading, prompts
 from naive import naive_decode
@@ -299,3 +300,22 @@ def test_smollm2_fuses_as_transformers_does(smollm2):
         (got,) = decode_fused(model, prefix, [question], scheme, positions, -0.5, 3)
         expected, _ = naive_decode(forward, prefix, question, scheme, positions, -0.5, 3)
         assert got == expected
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_attention_to_a_shared_prefix_is_attention_to_a_copied_one(dtype, tolerance):
+    """In bfloat16 as close to float64 as inputs and result allow: scores are not rounded."""
+    torch.manual_seed(0)
+    B, H, G, P, S, K = 3, 4, 2, 40, 60, 32
+    q = (3 * torch.randn(B, H, 1, K)).to(dtype)
+    prefix = [torch.randn(1, G, P, K).to(dtype) for _ in range(2)]
+    k, v = ((3 * torch.randn(B, G, S, K)).to(dtype) for _ in range(2))
+    out = decoding.attend_to_cache(q, prefix, k, v, lambda scores: scores.softmax(-1))
+
+    whole_k, whole_v = (
+        torch.cat([part.expand(B, -1, -1, -1), rest], 2).double()
+        for part, rest in zip(prefix, (k, v))
+    )
+    expected = F.scaled_dot_product_attention(q.double(), whole_k, whole_v, enable_gqa=True)
+    error = (out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < tolerance
