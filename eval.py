@@ -182,7 +182,7 @@ def accuracy_by_slice(run):
         return
     if config.num_kv_pairs:
         is_mqar = run.settings.train.data == "data_mqar"
-        message = "num_kv_pairs is for runs of MQAR; this is a run of another task"
+        message = f"num_kv_pairs is for runs of data_mqar.py, not of {run.settings.train.data}.py"
         require(is_mqar, message, "num_kv_pairs")
         run = replace(run, data=data_of_sizes(run))
     data = run.data
@@ -393,7 +393,7 @@ COMMANDS = {
     "repair": Command(repair, (), "Every whole record of a damaged file.", False),
     "all": Command(
         run_all,
-        ("print_examples", "example", "n_examples", "n_edits", "num_kv_pairs"),
+        ("print_examples", "example", "n_examples", "n_edits"),
         "Everything that fits the run.",
     ),
 }

@@ -194,7 +194,6 @@ def train(run, stop):
     run.begin(optimizer)  # loads the checkpoint of a resumed run
     run.note_new_schedule(learning_rate)  # a resumed run may end at another step than planned
     state = run.state  # {"step", "best", "best_overall", "bad_steps", ...}
-    eval_interval = c.eval_interval or run.steps_per_epoch
 
     while True:
         step = state["step"]
@@ -210,7 +209,7 @@ def train(run, stop):
         # so step counts the updates made so far, and the loop is entered once more after the last.
         # A run that resumes at such a step measures it again, with the same result.
         is_last = step >= run.total_steps
-        if is_last or (step % eval_interval == 0 and step > 0):
+        if run.evaluates_at(step):
             result = run.evaluate("val", stop)
             if result is None:  # a signal cut it short: it is done again after a resume
                 run.save("ckpt", optimizer)

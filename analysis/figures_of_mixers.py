@@ -204,7 +204,7 @@ def accuracy_of_fewer_pairs(result):
 def draw_state(results):
     plt, fig, axes = figure(2, 2, width=5)
     accuracies = {PAIRS: token_accuracy, FEWER_PAIRS: accuracy_of_fewer_pairs}
-    colors = [f"C{n}" for n in range(len(RECALLING))] + ["black", "gray"]
+    colors = [*plt.cm.tab10.colors[: len(RECALLING)], "black", "navy"]
     for axis, (pairs, accuracy) in zip(axes, accuracies.items()):
         axis.set_prop_cycle(color=colors)
         draw_series(axis, of_panel(results, f"{pairs} pairs"), accuracy, x_of=state_kilobytes)
@@ -229,8 +229,9 @@ def draw_state(results):
     tracking.set(title="state tracking, trained on 64 tokens: one layer of width 32 with an MLP")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     caption = (
-        f"MQAR: 256 tokens, trained with {PAIRS} pairs for 300 steps, the best of three learning "
-        "rates; 2 layers, a short convolution, no positions, 51,600 layer parameters"
+        f"MQAR: 256 tokens, trained with {PAIRS} pairs for at most 300 steps with a curriculum, the "
+        "best of three learning rates;\n2 layers, a short convolution, no positions, 51,600 layer "
+        "parameters"
     )
     return plt, fig, caption + BANDS + "; bars: mean, points: each seed"
 

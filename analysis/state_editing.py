@@ -133,6 +133,9 @@ def data_of_sizes(run):
     pairs = run.config.num_kv_pairs
     if not pairs:
         return run.data
+    path = run.settings.data.path
+    message = f"num_kv_pairs needs the task made in memory; this run's data comes from path={path}"
+    require(not path, message, "num_kv_pairs")
     sizes = []
     for n in pairs:
         length = max(run.data.seq_len, min_length(n, run.settings.data))

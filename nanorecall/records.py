@@ -161,14 +161,17 @@ def read_lines(path, kinds):
 class JsonlLog:
     """log.jsonl: a JSON object per line, {"kind": "train", "eval" or "memory", "step", ...}."""
 
-    def __init__(self, folder, step):
-        """Open for appending. Rows after `step` (of the checkpoint) go: they will be made again."""
+    def __init__(self, folder, step, evaluates=True):
+        """Open for appending. Rows after `step` (of the checkpoint) go: they will be made again.
+
+        evaluates: whether the run begins with an evaluation of this step, so that its row goes, too.
+        """
         self.path = os.path.join(folder, "log.jsonl")
         rows = read_log(folder) if os.path.exists(self.path) else []
         lines = []
         for row in rows:
-            # A resumed run begins with the evaluation of its first step.
-            if row["step"] < step or (row["step"] == step and row["kind"] != "eval"):
+            is_remade = evaluates and row["kind"] == "eval"
+            if row["step"] < step or (row["step"] == step and not is_remade):
                 lines.append(json.dumps(row).encode() + b"\n")
         atomic_write(self.path, lambda f: f.writelines(lines))
         self.file = open(self.path, "a", encoding="utf-8")

@@ -324,7 +324,8 @@ class Run:
             self.checkpoint = None
         with world.agree():
             if world.is_main:
-                self.jsonl = JsonlLog(self.folder, self.state["step"])
+                step = self.state["step"]
+                self.jsonl = JsonlLog(self.folder, step, self.evaluates_at(step))
         self.bar = tqdm(
             total=self.total_steps,
             initial=self.state["step"],
@@ -359,6 +360,11 @@ class Run:
     def seconds(self):
         """Time spent in the loop, earlier starts included."""
         return time.perf_counter() - self.start_time
+
+    def evaluates_at(self, step):
+        """Whether the loop evaluates the weights that have had `step` updates."""
+        interval = self.settings.train.eval_interval or self.steps_per_epoch
+        return step >= self.total_steps or (step % interval == 0 and step > 0)
 
     def evaluate(self, split, stop):
         """metrics.evaluate on a split, shared by the ranks; None if a signal cut it short."""

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import data_mqar
 import eval as eval_script
 import train
 from nanorecall import metrics, stats
@@ -124,12 +125,22 @@ def test_other_numbers_of_pairs_than_in_the_runs_own_test(runs, result):
     assert own["by_slice"]["num_kv_pairs"].keys() == {"4", "8"}
 
 
+def test_numbers_of_pairs_of_a_data_set_on_disk_are_its_own(tmp_path):
+    folder = str(tmp_path / "mqar")
+    sizes = "--num-samples 100 --seq-len 16 --num-kv-pairs 4 --vocab-size 1024 --num-copies 1"
+    data_mqar.main([*sizes.split(), f"--output-dir={folder}"])
+    toy = "--n_layers=1 --dim=8 --dk=4 --dv=4 --max_steps=1 --batch_size=4"
+    train.main([f"--path={folder}", *toy.split(), f"--log_dir={tmp_path}", "--run_name=disk"])
+    with pytest.raises(ConfigError, match="num_kv_pairs needs the task made in memory"):
+        eval_script.main([str(tmp_path / "disk"), "--num_kv_pairs=[2]"])
+
+
 def test_numbers_of_pairs_are_for_mqar(tmp_path):
     sizes = (
         "--n_layers=1 --dim=8 --dk=4 --dv=4 --n_val_examples=8 --n_test_examples=8 --max_steps=1"
     )
     train.main(["--data=data_track", *sizes.split(), f"--log_dir={tmp_path}", "--run_name=parity"])
-    with pytest.raises(ConfigError, match="num_kv_pairs is for runs of MQAR"):
+    with pytest.raises(ConfigError, match="num_kv_pairs is for runs of data_mqar.py, not of data_track.py"):
         eval_script.main([str(tmp_path / "parity"), "--num_kv_pairs=[2]"])
 
 

@@ -222,7 +222,8 @@ def shorten_evaluation(argv, name):
     if "consolidate" in argv:
         return [*argv, "--n_edits=[1,2]"]
     if "edit" not in argv or "--undo" in argv:
-        return argv
+        pairs = ["--num_kv_pairs=[2]"] if "--num_kv_pairs" in argv else []
+        return [*argv, *pairs]
     if "--portions" in argv:
         return [*argv, "--n_edits=[2]", "--portions=2"]
     if "runs/MQAR" in argv:

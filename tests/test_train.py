@@ -142,6 +142,15 @@ def test_run_names_follow_the_documents_grammar():
 # ---- resuming ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("end, steps", [(15, [10, 15, 20, 25]), (10, [10, 20, 25])])
+def test_a_resumed_run_keeps_each_evaluation_once(tmp_path, end, steps):
+    """The one at an end of the run that was no multiple of eval_interval is not made again."""
+    _, out = run(tmp_path, max_steps=end, eval_interval=10)
+    run(tmp_path, resume=True, max_steps=25)
+    rows = read_log(out)
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == steps
+
+
 def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
     _, out = run(tmp_path)
     assert run(tmp_path, resume=True, max_steps=70)[0] == 0
