@@ -108,7 +108,10 @@ FIGURES = {
     "state": Figure(
         mixers.state_points,
         mixers.draw_state,
-        ["all", "state", "slices.updated", "slices.input_seq_len", "result.metrics.accuracy"],
+        [
+            *("all.value", "state", "result.metrics.accuracy.value"),
+            *("slices.updated.*.value", "slices.input_seq_len.*.value"),
+        ],
         "every mixer: accuracy by state size at equal parameters, updates, state tracking",
         mixers.best_rates,
     ),

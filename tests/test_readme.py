@@ -292,7 +292,7 @@ def test_python_examples_work(name, workplace, tmp_path, monkeypatch):
 # ---- tables, figures and links -------------------------------------------------------------------
 
 
-NOT_DRAWN_YET = {"figures/state.png", "figures/plateau.png"}  # figures whose runs take hours
+NOT_DRAWN_YET = {"figures/plateau.png"}  # its runs take an hour
 
 
 def test_every_figure_is_shown():
