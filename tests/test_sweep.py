@@ -1,5 +1,7 @@
 """sweep.py: commands are valid, finished runs stay, stopped ones resume, figures are true."""
 
+import contextlib
+import functools
 import json
 import os
 import shlex
@@ -199,8 +201,14 @@ run_cli(lambda: sweep.main(sys.argv[1:]))
 """
 
 
+def kill_group(process):
+    """Leave no training behind if the test fails."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
-def test_a_sweep_that_is_interrupted_saves_the_runs_in_flight(toy, tmp_path):
+def test_a_sweep_that_is_interrupted_saves_the_runs_in_flight(toy, tmp_path, request):
     code = INTERRUPTED.format(args=f"{TOY} 1000000 --eval_interval 1000000 --log_interval 5")
     process = subprocess.Popen(
         [sys.executable, "-c", code, *toy, "--jobs=2"],
@@ -209,7 +217,10 @@ def test_a_sweep_that_is_interrupted_saves_the_runs_in_flight(toy, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # a Ctrl-C goes to all processes of a group
+        # Tests that run in the background of a shell ignore it, and children inherit that.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
+    request.addfinalizer(functools.partial(kill_group, process))
     logs = [tmp_path / "runs" / f"toy{n}_seed0" / "log.jsonl" for n in (2, 4)]
     deadline = time.monotonic() + 240
     while not all(log.exists() and log.stat().st_size for log in logs):
