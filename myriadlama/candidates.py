@@ -54,23 +54,41 @@ def find_results(folders, methods):
         message = f"{folder} has no table_*.json; name a folder of results of flex_generate.py"
         require(tables, message, None)
         for table in tables:
-            key = read_record(table, {"config": KEY})["config"]
+            record = read_record(table, {"config": KEY, "metrics": "dict"})
+            key = record["config"]
             first = first or (table, key)
             check_alike(table, key, *first)
             programs.add(str(key.get("program")))
-            templates = SimpleNamespace(num_manual=key["num_manual"], num_auto=key["num_auto"])
-            for method in methods:
-                path = os.path.join(folder, results.file_name(templates, method))
-                names = (*COMMON, *METHODS[method].settings)
-                settings = {name: key[name] for name in names if name in key}
-                is_new = (method, settings) not in [result[1:] for result in found]
-                if os.path.exists(path) and is_new:
-                    found.append(Result(path, method, settings))
+            for result in results_beside(table, record, methods):
+                is_new = result[1:] not in [other[1:] for other in found]
+                if is_new:
+                    found.append(result)
     message = f"there is no result of {', '.join(methods)} in {', '.join(folders)}"
     require(found, message, "methods")
     if len(programs) > 1:
         say(f"note: these results were made by {len(programs)} versions of flex_generate.py")
     return found, first[1]["path"]
+
+
+def results_beside(table, record, methods):
+    """[Result] of the feather files beside a table that have its settings.
+
+    A table names the methods that it has answers of. Files of others may be older than the table.
+    """
+    found, unnamed, key = [], [], record["config"]
+    templates = SimpleNamespace(num_manual=key["num_manual"], num_auto=key["num_auto"])
+    for method in methods:
+        path = os.path.join(os.path.dirname(table), results.file_name(templates, method))
+        names = (*COMMON, *METHODS[method].settings)
+        settings = {name: key[name] for name in names if name in key}
+        if method in record["metrics"] and os.path.exists(path):
+            found.append(Result(path, method, settings))
+        elif os.path.exists(path):
+            unnamed.append(method)
+    if unnamed:
+        names = ", ".join(unnamed)
+        say(f"note: {table} does not name {names}; their files there are left out")
+    return found
 
 
 def check_alike(table, key, first_table, first_key):
