@@ -44,10 +44,7 @@ class Result(NamedTuple):
 
 
 def find_results(folders, methods):
-    """-> [Result] of these methods, SHA-256 of the facts.
-
-    A method with the same settings in two folders counts once.
-    """
+    """-> [Result] of these methods, SHA-256 of the facts."""
     found, first, programs = [], None, set()
     for folder in folders:
         tables = sorted(glob.glob(os.path.join(glob.escape(folder), "table_*.json")))
@@ -59,10 +56,7 @@ def find_results(folders, methods):
             first = first or (table, key)
             check_alike(table, key, *first)
             programs.add(str(key.get("program")))
-            for result in results_beside(table, record, methods):
-                is_new = result[1:] not in [other[1:] for other in found]
-                if is_new:
-                    found.append(result)
+            found += results_beside(table, record, methods)
     message = f"there is no result of {', '.join(methods)} in {', '.join(folders)}"
     require(found, message, "methods")
     if len(programs) > 1:
@@ -116,13 +110,28 @@ def read_columns(result, uuids):
     """The checked columns of a feather file. uuids: of all facts."""
     path, columns = result.path, results.read_feather(result.path)
     check_kinds(columns, COLUMNS, path)
-    n_different = len(set(columns["uuid"]))
-    once = result.method == "per_prompt" or n_different == len(columns["uuid"])
+    once = result.method == "per_prompt" or n_facts(columns) == len(columns["uuid"])
     require(once, f"{path} answers a fact twice; delete it and run again", None)
     for uuid in columns["uuid"]:
         message = f"{path} answers {uuid!r}, which is none of the facts; delete it and run again"
         require(uuid in uuids, message, None)
     return columns
+
+
+def read_longest(found, uuids):
+    """-> [(Result, columns)]. A method with the same settings in two folders counts once: the file
+    with the most facts, of equals the first."""
+    kept, settings = {}, [(result.method, result.settings) for result in found]
+    for result in found:
+        columns = read_columns(result, uuids)
+        first = settings.index((result.method, result.settings))
+        if first not in kept or n_facts(columns) > n_facts(kept[first][1]):
+            kept[first] = result, columns
+    return list(kept.values())
+
+
+def n_facts(columns):
+    return len(set(columns["uuid"]))
 
 
 def open_results(folders, config):
@@ -138,17 +147,22 @@ def open_results(folders, config):
     own_sha256 = dataset_sha256(config.path or builtin_facts.__file__)
     require(facts_sha256 == own_sha256, message, "path")
     uuids = {fact["uuid"] for fact in facts}
-    tables = [read_columns(result, uuids) for result in found]
+    tables = read_longest(found, uuids)
 
-    answered = [set(columns["uuid"]) for columns in tables]
+    answered = [set(columns["uuid"]) for _, columns in tables]
     common, n_all = set.intersection(*answered), len(set.union(*answered))
     asked = [fact for fact in facts if fact["uuid"] in common]
     message = f"{', '.join(folders)}: a choice needs two facts that all of these methods answered"
     require(len(asked) > 1, message, None)
     if len(asked) < n_all:
-        say(f"note: {n_all - len(asked)} of {n_all} facts are left out: some methods lack them")
+        lacking = []
+        for result, columns in tables:
+            if n_facts(columns) < n_all:
+                lacking.append(f"{label_of(result, found)} lacks {n_all - n_facts(columns)}")
+        left_out = f"{n_all - len(asked)} of {n_all} facts are left out"
+        say(f"note: {left_out}: {', '.join(lacking)}")
     correct, alone = {}, {}
-    for result, columns in zip(found, tables):
+    for result, columns in tables:
         label = label_of(result, found)
         if result.method == "per_prompt":
             alone[label] = read_alone(result.path, columns, asked)

@@ -320,7 +320,21 @@ def test_facts_that_a_method_lacks_are_left_out(tmp_path, facts, capsys):
     folder = write_results(tmp_path / "m", facts, {**METHOD_ANSWERS, "max": "111111 1"})
     result = choose(folder, f"--path={facts}")
     assert result["metrics"]["methods"]["global"]["n"] == 7
-    assert "note: 3 of 10 facts are left out" in capsys.readouterr().out
+    assert "note: 3 of 10 facts are left out: max lacks 3\n" in capsys.readouterr().out
+
+
+def test_of_files_with_equal_settings_that_with_the_most_facts_counts(tmp_path, facts, capsys):
+    first = write_results(tmp_path / "first", facts, {"flex": "111", "avg": "111111 0000"})
+    second = write_results(tmp_path / "second", facts, {"flex": "000000 1111", "avg": "000000 000"})
+    metrics = choose(first, second, f"--path={facts}")["metrics"]
+    assert metrics["candidates"]["flex"]["n"] == 10
+    assert metrics["candidates"]["flex"]["value"] == 0.4
+    assert metrics["candidates"]["avg"]["value"] == 0.6
+    assert "left out" not in capsys.readouterr().out
+    # Of equals, the first one counts.
+    third = write_results(tmp_path / "third", facts, {"flex": "111111 1111"})
+    metrics = choose(second, third, f"--path={facts}", "--methods=flex")["metrics"]
+    assert metrics["candidates"]["flex"]["value"] == 0.4
 
 
 def test_results_of_flex_generate_are_read(tiny_llamas, tmp_path, facts, undrawn):
