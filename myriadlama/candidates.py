@@ -185,21 +185,29 @@ class Alone(NamedTuple):
 
 
 def read_alone(path, columns, facts):
-    """The columns of a per_prompt file -> Alone. A template has one number in all facts."""
+    """The columns of a per_prompt file -> Alone. A template has one number in all facts.
+
+    The paraphrases of whole questions are numbered by position, as in metrics.compare_templates.
+    """
     rows_of = {}
     for row, uuid in enumerate(columns["uuid"]):
         rows_of.setdefault(uuid, []).append(row)
     is_correct = results.correctness(columns)
     number_of, templates, words = {}, [], []
     for fact in facts:
-        unfilled = {prompts.fill(t, fact["subject"]): t for t in fact["manual"] + fact["auto"]}
+        name_of = {}  # of each filled template, what it is called in all facts
+        for position, template in enumerate(fact["manual"] + fact["auto"]):
+            # The text of a whole question belongs to one fact, so other facts cannot rank it.
+            is_question = fact["subject"] == ""
+            filled = prompts.fill(template, fact["subject"])
+            name_of[filled] = position if is_question else template
         templates.append([])
         words.append([])
         for row in rows_of[fact["uuid"]]:
             filled = "".join(columns["templates"][row][:1])
             message = f"{path}: {filled[:60]!r} is no template of fact {fact['uuid']!r}"
-            require(filled in unfilled, f"{message}; delete the file and run again", None)
-            templates[-1].append(number_of.setdefault(unfilled[filled], len(number_of)))
+            require(filled in name_of, f"{message}; delete the file and run again", None)
+            templates[-1].append(number_of.setdefault(name_of[filled], len(number_of)))
             words[-1].append(prompts.scored_words(fact, columns["generation"][row]))
     asked = np.zeros((len(facts), len(number_of)), bool)
     correct = np.zeros_like(asked)

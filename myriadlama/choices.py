@@ -48,6 +48,8 @@ def choices(args, config):
         same = np.flatnonzero(candidates.relation == number)
         by_relation[relation] = accuracies(candidates, picked, answered, same)
     say(findings(metrics))
+    if len(candidates.relations) == 1:
+        say("note: all facts are of one relation, so global, relation and nested choose alike")
     print_rules(metrics)
     print_relations(by_relation, next(iter(picked)))
     of_candidates = {}

@@ -275,7 +275,7 @@ def test_the_command_says_what_a_choice_reaches(tmp_path, facts, capsys):
     assert result["metrics"]["candidates"]["flex"]["value"] == 0.4
     printed = capsys.readouterr().out
     assert "global) reaches 0.6000, one for each 1.0000, in between (nested) 1.0000" in printed
-    assert "p < 0.05): none." in printed
+    assert "p < 0.05): none." in printed and "one relation" not in printed
     assert "templates" not in result["metrics"]
 
 
@@ -291,6 +291,20 @@ def test_the_best_templates_of_each_relation_vote(tmp_path, facts):
     assert "against origin" not in result["metrics"]["templates"]["nested"]
     only = choose(folder, f"--path={facts}", "--methods=avg")
     assert list(only["metrics"]) == ["methods", "candidates"]
+
+
+def test_paraphrases_of_whole_questions_are_ranked_by_position(tmp_path, capsys):
+    """Their texts differ from question to question. The second paraphrase is always right."""
+    rows = []
+    for number in range(5):
+        row = {"question": f"What is {number}?", "answers": ["q"]}
+        rows.append({**row, "paraphrases": [f"Tell me what {number} is."]})
+    facts = write_jsonl(tmp_path / "questions.jsonl", rows)
+    folder = write_results(tmp_path / "m", facts, {"per_prompt": "22222"})
+    metrics = choose(folder, f"--path={facts}")["metrics"]
+    assert metrics["candidates"]["per_prompt, vote of the 1 best"]["value"] == 1
+    note = "note: all facts are of one relation, so global, relation and nested choose alike"
+    assert note in capsys.readouterr().out
 
 
 def test_settings_of_several_folders_are_candidates(tmp_path, facts, capsys):
