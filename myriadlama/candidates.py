@@ -270,15 +270,21 @@ class Candidates:
         self.correct = np.zeros((len(self.labels), len(facts)))
         for row, is_correct in enumerate(correct.values()):
             self.correct[row] = is_correct
-        for i in range(len(facts)):
-            self.correct[:, i] = self.without(i)[:, i]
+        for j in range(len(facts)):
+            known = self.others(j)
+            for answers, rows in self.voters:
+                self.correct[rows, j] = votes_of_best(answers, j, known, len(rows))
+
+    def others(self, i):
+        """Numbers of the other facts of the relation of fact i."""
+        same = np.flatnonzero(self.relation == self.relation[i])
+        return same[same != i]
 
     def without(self, i):
         """`correct` (C, N) with templates that were ranked without fact i, too."""
-        correct = self.correct.copy()
-        same = np.flatnonzero(self.relation == self.relation[i])
+        correct, others = self.correct.copy(), self.others(i)
         for answers, rows in self.voters:
-            for j in same:
-                known = same[(same != i) & (same != j)]
+            for j in others:
+                known = others[others != j]
                 correct[rows, j] = votes_of_best(answers, j, known, len(rows))
         return correct

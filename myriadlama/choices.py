@@ -97,6 +97,8 @@ def choose(correct, relation, i, strengths):
     strengths: values of prior_facts. The one whose choices answer the most other facts is taken; of
     equals, the first.
     """
+    if len(strengths) == 1:
+        return leave_one_out(correct, relation, strengths[0])[i]
     others = np.arange(len(relation)) != i
     n_correct = []
     for prior_facts in strengths:
