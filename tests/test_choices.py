@@ -182,7 +182,7 @@ def test_no_choice_depends_on_the_fact_that_it_answers():
         )
         n_changed += (after.correct[:, i] != before.correct[:, i]).sum()
         found = choices.choose_all(after)
-        for family in picked:
+        for family in before.families:
             for rule in choices.RULES:
                 assert found[family][rule][i] == picked[family][rule][i]
     assert n_changed > len(relation)
@@ -266,7 +266,9 @@ def test_the_command_says_what_a_choice_reaches(tmp_path, facts, capsys):
     reached = {rule: cell["value"] for rule, cell in methods.items()}
     assert reached == {"global": 0.6, "relation": 1, "nested": 1, "hindsight": 1, "oracle": 1}
     assert result["metrics"]["origin"]["no choice"]["value"] == 0.3
-    assert methods["relation"]["against origin"] == mcnemar([1] * 10, [1] * 3 + [0] * 7)
+    test = mcnemar([1] * 10, [1] * 3 + [0] * 7)  # of three tests, two are as this one
+    assert methods["relation"]["against origin"] == {**test, "p_holm": 3 * test["p"]}
+    assert result["metrics"]["origin"]["no choice"]["chosen"] == {"origin": 10}
     assert methods["relation"]["against global"]["only_a"] == 4
     assert methods["relation"]["against global"]["p_holm"] == 2 * 2 / 2**4  # of two tests
     assert methods["relation"]["chosen"] == {"avg": 6, "flex": 4}
@@ -328,6 +330,15 @@ def test_files_of_earlier_settings_are_left_out(tmp_path, facts, capsys):
     printed = capsys.readouterr().out
     assert note in printed and printed.count("note:") == 1
     refused("there is no result of avg in", folder, f"--path={facts}", "--methods=avg")
+
+
+def test_of_several_origins_the_one_compared_with_is_named(tmp_path, facts, capsys):
+    first = write_results(tmp_path / "m", facts, METHOD_ANSWERS)
+    other = write_results(tmp_path / "mixed", facts, {"origin": "000000 0000"}, shots="mixed")
+    origin = choose(first, other, f"--path={facts}")["metrics"]["origin"]["no choice"]
+    assert origin["value"] == 0.3 and origin["chosen"] == {"origin (shots=relation)": 10}
+    row = next(line for line in capsys.readouterr().out.splitlines() if "no choice" in line)
+    assert row.rstrip().endswith("origin (shots=relation) (10 of 10)")
 
 
 def test_facts_that_a_method_lacks_are_left_out(tmp_path, facts, capsys):
