@@ -44,33 +44,45 @@ class Result(NamedTuple):
 
 
 def find_results(folders, methods):
-    """-> [Result] of these methods, SHA-256 of the facts.
-
-    A method with the same settings in two folders counts once.
-    """
+    """-> [Result] of these methods, SHA-256 of the facts."""
     found, first, programs = [], None, set()
     for folder in folders:
         tables = sorted(glob.glob(os.path.join(glob.escape(folder), "table_*.json")))
         message = f"{folder} has no table_*.json; name a folder of results of flex_generate.py"
         require(tables, message, None)
         for table in tables:
-            key = read_record(table, {"config": KEY})["config"]
+            record = read_record(table, {"config": KEY, "metrics": "dict"})
+            key = record["config"]
             first = first or (table, key)
             check_alike(table, key, *first)
             programs.add(str(key.get("program")))
-            templates = SimpleNamespace(num_manual=key["num_manual"], num_auto=key["num_auto"])
-            for method in methods:
-                path = os.path.join(folder, results.file_name(templates, method))
-                names = (*COMMON, *METHODS[method].settings)
-                settings = {name: key[name] for name in names if name in key}
-                is_new = (method, settings) not in [result[1:] for result in found]
-                if os.path.exists(path) and is_new:
-                    found.append(Result(path, method, settings))
+            found += results_beside(table, record, methods)
     message = f"there is no result of {', '.join(methods)} in {', '.join(folders)}"
     require(found, message, "methods")
     if len(programs) > 1:
         say(f"note: these results were made by {len(programs)} versions of flex_generate.py")
     return found, first[1]["path"]
+
+
+def results_beside(table, record, methods):
+    """[Result] of the feather files beside a table that have its settings.
+
+    A table names the methods that it has answers of. Files of others may be older than the table.
+    """
+    found, unnamed, key = [], [], record["config"]
+    templates = SimpleNamespace(num_manual=key["num_manual"], num_auto=key["num_auto"])
+    for method in methods:
+        path = os.path.join(os.path.dirname(table), results.file_name(templates, method))
+        names = (*COMMON, *METHODS[method].settings)
+        settings = {name: key[name] for name in names if name in key}
+        if method in record["metrics"] and os.path.exists(path):
+            found.append(Result(path, method, settings))
+        elif os.path.exists(path):
+            unnamed.append(method)
+    if unnamed:
+        names = ", ".join(unnamed)
+        say(f"note: {table} does not name {names}; their files there are left out")
+    return found
 
 
 def check_alike(table, key, first_table, first_key):
@@ -98,13 +110,28 @@ def read_columns(result, uuids):
     """The checked columns of a feather file. uuids: of all facts."""
     path, columns = result.path, results.read_feather(result.path)
     check_kinds(columns, COLUMNS, path)
-    n_different = len(set(columns["uuid"]))
-    once = result.method == "per_prompt" or n_different == len(columns["uuid"])
+    once = result.method == "per_prompt" or n_facts(columns) == len(columns["uuid"])
     require(once, f"{path} answers a fact twice; delete it and run again", None)
     for uuid in columns["uuid"]:
         message = f"{path} answers {uuid!r}, which is none of the facts; delete it and run again"
         require(uuid in uuids, message, None)
     return columns
+
+
+def read_longest(found, uuids):
+    """-> [(Result, columns)]. A method with the same settings in two folders counts once: the file
+    with the most facts, of equals the first."""
+    kept, settings = {}, [(result.method, result.settings) for result in found]
+    for result in found:
+        columns = read_columns(result, uuids)
+        first = settings.index((result.method, result.settings))
+        if first not in kept or n_facts(columns) > n_facts(kept[first][1]):
+            kept[first] = result, columns
+    return list(kept.values())
+
+
+def n_facts(columns):
+    return len(set(columns["uuid"]))
 
 
 def open_results(folders, config):
@@ -120,17 +147,22 @@ def open_results(folders, config):
     own_sha256 = dataset_sha256(config.path or builtin_facts.__file__)
     require(facts_sha256 == own_sha256, message, "path")
     uuids = {fact["uuid"] for fact in facts}
-    tables = [read_columns(result, uuids) for result in found]
+    tables = read_longest(found, uuids)
 
-    answered = [set(columns["uuid"]) for columns in tables]
+    answered = [set(columns["uuid"]) for _, columns in tables]
     common, n_all = set.intersection(*answered), len(set.union(*answered))
     asked = [fact for fact in facts if fact["uuid"] in common]
     message = f"{', '.join(folders)}: a choice needs two facts that all of these methods answered"
     require(len(asked) > 1, message, None)
     if len(asked) < n_all:
-        say(f"note: {n_all - len(asked)} of {n_all} facts are left out: some methods lack them")
+        lacking = []
+        for result, columns in tables:
+            if n_facts(columns) < n_all:
+                lacking.append(f"{label_of(result, found)} lacks {n_all - n_facts(columns)}")
+        left_out = f"{n_all - len(asked)} of {n_all} facts are left out"
+        say(f"note: {left_out}: {', '.join(lacking)}")
     correct, alone = {}, {}
-    for result, columns in zip(found, tables):
+    for result, columns in tables:
         label = label_of(result, found)
         if result.method == "per_prompt":
             alone[label] = read_alone(result.path, columns, asked)
@@ -153,21 +185,29 @@ class Alone(NamedTuple):
 
 
 def read_alone(path, columns, facts):
-    """The columns of a per_prompt file -> Alone. A template has one number in all facts."""
+    """The columns of a per_prompt file -> Alone. A template has one number in all facts.
+
+    The paraphrases of whole questions are numbered by position, as in metrics.compare_templates.
+    """
     rows_of = {}
     for row, uuid in enumerate(columns["uuid"]):
         rows_of.setdefault(uuid, []).append(row)
     is_correct = results.correctness(columns)
     number_of, templates, words = {}, [], []
     for fact in facts:
-        unfilled = {prompts.fill(t, fact["subject"]): t for t in fact["manual"] + fact["auto"]}
+        name_of = {}  # of each filled template, what it is called in all facts
+        for position, template in enumerate(fact["manual"] + fact["auto"]):
+            # The text of a whole question belongs to one fact, so other facts cannot rank it.
+            is_question = fact["subject"] == ""
+            filled = prompts.fill(template, fact["subject"])
+            name_of[filled] = position if is_question else template
         templates.append([])
         words.append([])
         for row in rows_of[fact["uuid"]]:
             filled = "".join(columns["templates"][row][:1])
             message = f"{path}: {filled[:60]!r} is no template of fact {fact['uuid']!r}"
-            require(filled in unfilled, f"{message}; delete the file and run again", None)
-            templates[-1].append(number_of.setdefault(unfilled[filled], len(number_of)))
+            require(filled in name_of, f"{message}; delete the file and run again", None)
+            templates[-1].append(number_of.setdefault(name_of[filled], len(number_of)))
             words[-1].append(prompts.scored_words(fact, columns["generation"][row]))
     asked = np.zeros((len(facts), len(number_of)), bool)
     correct = np.zeros_like(asked)
@@ -230,15 +270,21 @@ class Candidates:
         self.correct = np.zeros((len(self.labels), len(facts)))
         for row, is_correct in enumerate(correct.values()):
             self.correct[row] = is_correct
-        for i in range(len(facts)):
-            self.correct[:, i] = self.without(i)[:, i]
+        for j in range(len(facts)):
+            known = self.others(j)
+            for answers, rows in self.voters:
+                self.correct[rows, j] = votes_of_best(answers, j, known, len(rows))
+
+    def others(self, i):
+        """Numbers of the other facts of the relation of fact i."""
+        same = np.flatnonzero(self.relation == self.relation[i])
+        return same[same != i]
 
     def without(self, i):
         """`correct` (C, N) with templates that were ranked without fact i, too."""
-        correct = self.correct.copy()
-        same = np.flatnonzero(self.relation == self.relation[i])
+        correct, others = self.correct.copy(), self.others(i)
         for answers, rows in self.voters:
-            for j in same:
-                known = same[(same != i) & (same != j)]
+            for j in others:
+                known = others[others != j]
                 correct[rows, j] = votes_of_best(answers, j, known, len(rows))
         return correct

@@ -48,8 +48,10 @@ def choices(args, config):
         same = np.flatnonzero(candidates.relation == number)
         by_relation[relation] = accuracies(candidates, picked, answered, same)
     say(findings(metrics))
+    if len(candidates.relations) == 1:
+        say("note: all facts are of one relation, so global, relation and nested choose alike")
     print_rules(metrics)
-    print_relations(by_relation, next(iter(picked)))
+    print_relations(by_relation, next(iter(candidates.families)))
     of_candidates = {}
     for label, correct in zip(candidates.labels, candidates.correct):
         of_candidates[label] = clustered_proportion(correct, candidates.uuids)
@@ -95,6 +97,8 @@ def choose(correct, relation, i, strengths):
     strengths: values of prior_facts. The one whose choices answer the most other facts is taken; of
     equals, the first.
     """
+    if len(strengths) == 1:
+        return leave_one_out(correct, relation, strengths[0])[i]
     others = np.arange(len(relation)) != i
     n_correct = []
     for prior_facts in strengths:
@@ -118,9 +122,16 @@ def hindsight(correct, relation):
 
 
 def choose_all(candidates):
-    """-> {family: {rule: N rows of candidates.correct}}, what answers each fact."""
-    families = candidates.families
-    picked = {family: {rule: [] for rule in RULES} for family in families}
+    """-> {family: {rule: N rows of candidates.correct}}, what answers each fact.
+
+    The family "origin" is the first template alone, where it was asked. Of several, the first.
+    """
+    families, picked = candidates.families, {}
+    origins = [row for row, label in enumerate(candidates.labels) if label.startswith("origin")]
+    if origins:
+        picked["origin"] = {"no choice": origins[:1] * len(candidates.uuids)}
+    for family in families:
+        picked[family] = {rule: [] for rule in RULES}
     for i in progress(range(len(candidates.uuids)), "facts"):
         correct = candidates.without(i)
         for family, rows in families.items():
@@ -134,16 +145,13 @@ def choose_all(candidates):
 
 
 def answers_of(candidates, picked):
-    """-> {family: {rule, hindsight or oracle: is each fact answered correctly? (N,)}}, and the
-    family "origin", the first template alone, where it was asked."""
+    """-> {family: {rule, hindsight or oracle: is each fact answered correctly? (N,)}}"""
     correct, found = candidates.correct == 1, {}
-    origins = [row for row, label in enumerate(candidates.labels) if label.startswith("origin")]
-    if origins:
-        found["origin"] = {"no choice": correct[origins[0]]}
-    for family, rows in candidates.families.items():
+    for family, of_rules in picked.items():
         found[family] = {}
-        for rule, chosen in picked[family].items():
+        for rule, chosen in of_rules.items():
             found[family][rule] = correct[chosen, np.arange(len(chosen))]
+    for family, rows in candidates.families.items():
         found[family]["hindsight"] = hindsight(correct[rows], candidates.relation)
         found[family]["oracle"] = correct[rows].any(0)
     return found
@@ -152,14 +160,14 @@ def answers_of(candidates, picked):
 def accuracies(candidates, picked, answered, facts):
     """-> {family: {rule: cell}} of some facts, by number.
 
-    The cell of a rule has "chosen", {label: number of facts for which this candidate was chosen}.
+    The cell of a rule, and of origin, has "chosen": {label: number of facts that it answers}.
     """
     found, uuids = {}, [candidates.uuids[j] for j in facts]
     for family, of_rules in answered.items():
         found[family] = {}
         for rule, is_correct in of_rules.items():
             cell = found[family][rule] = clustered_proportion(is_correct[facts], uuids)
-            if rule in RULES:
+            if rule in picked[family]:
                 chosen = Counter(candidates.labels[picked[family][rule][j]] for j in facts)
                 cell["chosen"] = dict(chosen.most_common())
     return found
@@ -168,9 +176,9 @@ def accuracies(candidates, picked, answered, facts):
 def add_tests(metrics, answered):
     """Add McNemar's tests of each rule "against origin" and "against global" of its family.
 
-    The latter get Holm's correction for all of them.
+    Each of the two kinds gets Holm's correction for all of its tests.
     """
-    tests = []
+    against_origin, against_global = [], []
     for family, of_rules in answered.items():
         for rule in RULES:
             if rule not in of_rules:
@@ -178,10 +186,12 @@ def add_tests(metrics, answered):
             cell, is_correct = metrics[family][rule], of_rules[rule]
             if "origin" in answered:
                 cell["against origin"] = mcnemar(is_correct, answered["origin"]["no choice"])
+                against_origin.append(cell["against origin"])
             if rule != "global":
                 cell["against global"] = mcnemar(is_correct, of_rules["global"])
-                tests.append(cell["against global"])
-    add_holm(tests)
+                against_global.append(cell["against global"])
+    add_holm(against_origin)
+    add_holm(against_global)
 
 
 def findings(metrics):
@@ -205,11 +215,12 @@ def print_rules(metrics):
     for family, cells in metrics.items():
         for rule, cell in cells.items():
             row = [family, rule, *format_ci(cell)]
-            for test, p in (("against origin", "p"), ("against global", "p_holm")):
-                row.append(f"{cell[test][p]:.2g}" if test in cell else "")
+            for test in ("against origin", "against global"):
+                row.append(f"{cell[test]['p_holm']:.2g}" if test in cell else "")
             rows.append([*row, mostly_chosen(cell)])
-    head = ("candidates", "chosen by", "facts", "accuracy", "95% interval", "p against origin")
-    print_table((*head, "p against global (Holm)", "mostly"), rows)
+    head = ("candidates", "chosen by", "facts", "accuracy", "95% interval")
+    tests = ("p against origin (Holm)", "p against global (Holm)")
+    print_table((*head, *tests, "mostly"), rows)
 
 
 def print_relations(by_relation, family):
@@ -223,7 +234,7 @@ def print_relations(by_relation, family):
 
 
 def mostly_chosen(cell):
-    """The candidate that a rule chose for most facts, as text; "" without a rule."""
+    """The candidate that a rule chose for most facts, as text; "" where none was chosen."""
     if "chosen" not in cell:
         return ""
     label, n = next(iter(cell["chosen"].items()))

@@ -295,8 +295,7 @@ def add_p_values(summaries, columns):
     origin = correctness(columns["origin"])
     for name, summary in summaries.items():
         if name not in ("origin", "per_prompt"):  # per_prompt has several answers to a question
-            p = mcnemar(correctness(columns[name]), origin)["p"]
-            summary["p"] = f"{p:.2g}"
+            summary["p"] = mcnemar(correctness(columns[name]), origin)["p"]
 
 
 def findings(summaries, baseline):
@@ -311,7 +310,7 @@ def findings(summaries, baseline):
     compared = [name for name in summaries if "p" in summaries[name]]
     if not compared:
         return text
-    adjusted = holm([float(summaries[name]["p"]) for name in compared])
+    adjusted = holm([summaries[name]["p"] for name in compared])
     different = [name for name, p in zip(compared, adjusted) if p < 0.05]
     origin = values["origin"]
     text += f"\nThe first template alone (origin) reaches {origin:.4f}; different from it (McNemar,"
@@ -323,8 +322,9 @@ def print_results(summaries, baseline, methods):
     for name, summary in summaries.items():
         cost = f"{summary['seconds']:.3f}", f"{summary['tokens']:.0f}"
         accuracy = format_ci(summary["accuracy"])
+        p = f"{summary['p']:.2g}" if "p" in summary else ""
         label = name, summary["templates"], methods[name].fused_by
-        rows.append((*label, *accuracy, summary.get("p", ""), *cost))
+        rows.append((*label, *accuracy, p, *cost))
     label = "majority of the relation", "", "no model"
     rows.append((*label, *format_ci(baseline), "", "", ""))
     head = ("method", "templates", "fused by", "answers", "accuracy", "95% interval")

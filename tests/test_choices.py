@@ -182,7 +182,7 @@ def test_no_choice_depends_on_the_fact_that_it_answers():
         )
         n_changed += (after.correct[:, i] != before.correct[:, i]).sum()
         found = choices.choose_all(after)
-        for family in picked:
+        for family in before.families:
             for rule in choices.RULES:
                 assert found[family][rule][i] == picked[family][rule][i]
     assert n_changed > len(relation)
@@ -242,7 +242,8 @@ def write_results(folder, facts, methods, **changes):
         name = results.file_name(flex.Config(), method)
         results.write_feather(str(folder / name), columns)
     key = {**KEY, "path": sha256_file(facts), **changes}
-    (folder / "table_all_a5.json").write_text(json.dumps({"config": key}))
+    table = {"config": key, "metrics": {"majority": {}, **{method: {} for method in methods}}}
+    (folder / "table_all_a5.json").write_text(json.dumps(table))
     return str(folder)
 
 
@@ -265,7 +266,9 @@ def test_the_command_says_what_a_choice_reaches(tmp_path, facts, capsys):
     reached = {rule: cell["value"] for rule, cell in methods.items()}
     assert reached == {"global": 0.6, "relation": 1, "nested": 1, "hindsight": 1, "oracle": 1}
     assert result["metrics"]["origin"]["no choice"]["value"] == 0.3
-    assert methods["relation"]["against origin"] == mcnemar([1] * 10, [1] * 3 + [0] * 7)
+    test = mcnemar([1] * 10, [1] * 3 + [0] * 7)  # of three tests, two are as this one
+    assert methods["relation"]["against origin"] == {**test, "p_holm": 3 * test["p"]}
+    assert result["metrics"]["origin"]["no choice"]["chosen"] == {"origin": 10}
     assert methods["relation"]["against global"]["only_a"] == 4
     assert methods["relation"]["against global"]["p_holm"] == 2 * 2 / 2**4  # of two tests
     assert methods["relation"]["chosen"] == {"avg": 6, "flex": 4}
@@ -274,7 +277,7 @@ def test_the_command_says_what_a_choice_reaches(tmp_path, facts, capsys):
     assert result["metrics"]["candidates"]["flex"]["value"] == 0.4
     printed = capsys.readouterr().out
     assert "global) reaches 0.6000, one for each 1.0000, in between (nested) 1.0000" in printed
-    assert "p < 0.05): none." in printed
+    assert "p < 0.05): none." in printed and "one relation" not in printed
     assert "templates" not in result["metrics"]
 
 
@@ -292,6 +295,20 @@ def test_the_best_templates_of_each_relation_vote(tmp_path, facts):
     assert list(only["metrics"]) == ["methods", "candidates"]
 
 
+def test_paraphrases_of_whole_questions_are_ranked_by_position(tmp_path, capsys):
+    """Their texts differ from question to question. The second paraphrase is always right."""
+    rows = []
+    for number in range(5):
+        row = {"question": f"What is {number}?", "answers": ["q"]}
+        rows.append({**row, "paraphrases": [f"Tell me what {number} is."]})
+    facts = write_jsonl(tmp_path / "questions.jsonl", rows)
+    folder = write_results(tmp_path / "m", facts, {"per_prompt": "22222"})
+    metrics = choose(folder, f"--path={facts}")["metrics"]
+    assert metrics["candidates"]["per_prompt, vote of the 1 best"]["value"] == 1
+    note = "note: all facts are of one relation, so global, relation and nested choose alike"
+    assert note in capsys.readouterr().out
+
+
 def test_settings_of_several_folders_are_candidates(tmp_path, facts, capsys):
     """avg does not use the bias, so it counts once."""
     first = write_results(tmp_path / "m", facts, METHOD_ANSWERS)
@@ -303,11 +320,46 @@ def test_settings_of_several_folders_are_candidates(tmp_path, facts, capsys):
     assert "were made by 2 versions of flex_generate.py" in capsys.readouterr().out
 
 
+def test_files_of_earlier_settings_are_left_out(tmp_path, facts, capsys):
+    """flex_generate.py names in its table the methods that it has answers of with these settings.
+    Files of other methods may be older than the table."""
+    write_results(tmp_path / "m", facts, METHOD_ANSWERS)
+    folder = write_results(tmp_path / "m", facts, {"flex": "000000 1111"}, score_bias=0.0)
+    assert list(choose(folder, f"--path={facts}")["metrics"]["candidates"]) == ["flex"]
+    note = "table_all_a5.json does not name origin, avg; their files there are left out"
+    printed = capsys.readouterr().out
+    assert note in printed and printed.count("note:") == 1
+    refused("there is no result of avg in", folder, f"--path={facts}", "--methods=avg")
+
+
+def test_of_several_origins_the_one_compared_with_is_named(tmp_path, facts, capsys):
+    first = write_results(tmp_path / "m", facts, METHOD_ANSWERS)
+    other = write_results(tmp_path / "mixed", facts, {"origin": "000000 0000"}, shots="mixed")
+    origin = choose(first, other, f"--path={facts}")["metrics"]["origin"]["no choice"]
+    assert origin["value"] == 0.3 and origin["chosen"] == {"origin (shots=relation)": 10}
+    row = next(line for line in capsys.readouterr().out.splitlines() if "no choice" in line)
+    assert row.rstrip().endswith("origin (shots=relation) (10 of 10)")
+
+
 def test_facts_that_a_method_lacks_are_left_out(tmp_path, facts, capsys):
     folder = write_results(tmp_path / "m", facts, {**METHOD_ANSWERS, "max": "111111 1"})
     result = choose(folder, f"--path={facts}")
     assert result["metrics"]["methods"]["global"]["n"] == 7
-    assert "note: 3 of 10 facts are left out" in capsys.readouterr().out
+    assert "note: 3 of 10 facts are left out: max lacks 3\n" in capsys.readouterr().out
+
+
+def test_of_files_with_equal_settings_that_with_the_most_facts_counts(tmp_path, facts, capsys):
+    first = write_results(tmp_path / "first", facts, {"flex": "111", "avg": "111111 0000"})
+    second = write_results(tmp_path / "second", facts, {"flex": "000000 1111", "avg": "000000 000"})
+    metrics = choose(first, second, f"--path={facts}")["metrics"]
+    assert metrics["candidates"]["flex"]["n"] == 10
+    assert metrics["candidates"]["flex"]["value"] == 0.4
+    assert metrics["candidates"]["avg"]["value"] == 0.6
+    assert "left out" not in capsys.readouterr().out
+    # Of equals, the first one counts.
+    third = write_results(tmp_path / "third", facts, {"flex": "111111 1111"})
+    metrics = choose(second, third, f"--path={facts}", "--methods=flex")["metrics"]
+    assert metrics["candidates"]["flex"]["value"] == 0.4
 
 
 def test_results_of_flex_generate_are_read(tiny_llamas, tmp_path, facts, undrawn):

@@ -12,6 +12,7 @@ import torch
 
 import flex_generate as flex
 from myriadlama import hugging_face, metrics, prompts, results
+from myriadlama.methods import METHODS
 from nanorecall.files import only_writer
 from nanorecall.settings import ConfigError
 from toys_llama import Q_PROJ, change_weights
@@ -107,17 +108,35 @@ def test_a_table_says_what_it_finds():
 
     summaries = {
         "origin": {"accuracy": cell(0.5)},
-        "avg": {"accuracy": cell(0.8), "p": "0.001"},
-        "max": {"accuracy": cell(0.4), "p": "0.03"},
-        "flex": {"accuracy": cell(0.4), "p": "0.04"},
+        "avg": {"accuracy": cell(0.8), "p": 0.001},
+        "max": {"accuracy": cell(0.4), "p": 0.03},
+        "flex": {"accuracy": cell(0.4), "p": 0.04},
     }
     text = results.findings(summaries, cell(0.25))
     assert "Highest of 4 methods: avg: accuracy 0.8000 (95% interval 0.4000 - 0.8000)" in text
     assert text.endswith("p < 0.05): avg.")  # 0.03 * 2 is not below 0.05
-    summaries["avg"]["p"] = "1"
+    summaries["avg"]["p"] = 1.0
     assert results.findings(summaries, cell(0.25)).endswith("p < 0.05): none.")
     alone = results.findings({"flex": {"accuracy": cell(0.5)}}, cell(0.25))
     assert alone.startswith("flex: accuracy") and len(alone.splitlines()) == 1
+
+
+def test_p_values_are_rounded_where_they_are_printed_only(capsys):
+    """Seven questions that avg alone answers: p is 2 / 2**7."""
+
+    def columns(words):
+        return {"prediction": words, "answers": [["q"]] * len(words)}
+
+    answers = {"origin": columns(["z"] * 7), "avg": columns(["q"] * 7)}
+    cell = {"value": 0.5, "ci95": (0.4, 0.6), "n": 7}
+    summaries = {}
+    for name in answers:
+        summaries[name] = {"accuracy": cell, "templates": "1", "seconds": 0.0, "tokens": 0.0}
+    results.add_p_values(summaries, answers)
+    assert summaries["avg"]["p"] == 2 / 2**7 and "p" not in summaries["origin"]
+    results.print_results(summaries, cell, METHODS)
+    printed = capsys.readouterr().out
+    assert " 0.016 " in printed and "0.0156" not in printed
 
 
 def test_metrics_of_templates_by_hand():
