@@ -164,7 +164,7 @@ class JsonlLog:
     def __init__(self, folder, step, evaluates=True):
         """Open for appending. Rows after `step` (of the checkpoint) go: they will be made again.
 
-        evaluates: whether the run begins with an evaluation of this step, so that its row goes, too.
+        evaluates: whether the run begins with an evaluation of this step. Then its row goes, too.
         """
         self.path = os.path.join(folder, "log.jsonl")
         rows = read_log(folder) if os.path.exists(self.path) else []

@@ -140,7 +140,7 @@ def test_numbers_of_pairs_are_for_mqar(tmp_path):
         "--n_layers=1 --dim=8 --dk=4 --dv=4 --n_val_examples=8 --n_test_examples=8 --max_steps=1"
     )
     train.main(["--data=data_track", *sizes.split(), f"--log_dir={tmp_path}", "--run_name=parity"])
-    with pytest.raises(ConfigError, match="num_kv_pairs is for runs of data_mqar.py, not of data_track.py"):
+    with pytest.raises(ConfigError, match="is for runs of data_mqar.py, not of data_track.py"):
         eval_script.main([str(tmp_path / "parity"), "--num_kv_pairs=[2]"])
 
 
