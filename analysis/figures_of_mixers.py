@@ -230,8 +230,8 @@ def draw_state(results):
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     caption = (
         f"MQAR: 256 tokens, trained with {PAIRS} pairs for at most 300 steps with a curriculum, "
-        "the best of three learning rates;\n2 layers, a short convolution, no positions, 51,600 layer "
-        "parameters"
+        "the best of three learning rates;\n2 layers, a short convolution, no positions, "
+        "51,600 layer parameters"
     )
     return plt, fig, caption + BANDS + "; bars: mean, points: each seed"
 
