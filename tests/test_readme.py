@@ -250,7 +250,7 @@ SHORTENED = {  # scripts that need nothing but this repo, and how their commands
 
 
 def can_be_run(args):
-    needs_more = {"mine", "tokenizer.json", "--help", "BLOCKS", "choices"}
+    needs_more = {"mine", "tokenizer.json", "--help", "BLOCKS", "choices", "wandb"}
     return args[0] in SHORTENED and not needs_more.intersection(args)
 
 
