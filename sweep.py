@@ -70,9 +70,10 @@ class Config:
 
 
 # points() -> [Point]; draw({series: {x: [result of each seed]}}) -> pyplot, figure, caption.
-# parts: what draw needs of a result (see shown_results). choose({point: [result of each seed]}) ->
-# the points to draw, if they follow from the results of others.
-Figure = namedtuple("Figure", "points draw parts summary choose", defaults=[None])
+# parts: what draw needs of a result (see shown_results). Where the points to draw follow from the
+# results of others: tune({point: [result of each seed]}) -> further points to train, [] when there
+# are enough; then choose(the same) -> the points to draw.
+Figure = namedtuple("Figure", "points draw parts summary tune choose", defaults=[None, None])
 OF_EDITS = "result.by_slice.method, edits.*"
 IN_EDIT = (
     "result.metrics.edits",
@@ -113,6 +114,7 @@ FIGURES = {
             *("slices.updated.*.value", "slices.input_seq_len.*.value"),
         ],
         "every mixer: accuracy by state size at equal parameters, updates, state tracking",
+        mixers.next_rates,
         mixers.best_rates,
     ),
     "plateau": Figure(
@@ -173,10 +175,16 @@ def points_of(name, config):
     """-> the points that a figure shows, and all that are trained for it, as far as known."""
     figure = FIGURES[name]
     points = figure.points()
-    if not figure.choose or missing_runs(points, config):
+    if not figure.choose:
         return points, points
-    chosen = figure.choose(collect_results(points, config))
-    return chosen, points + chosen
+    while not missing_runs(points, config):
+        results = collect_results(points, config)
+        more = figure.tune(results)
+        if not more:
+            chosen = figure.choose(results)
+            return chosen, points + chosen
+        points = points + more
+    return points, points
 
 
 def trained_points(names, config):
@@ -187,11 +195,12 @@ def trained_points(names, config):
 
 
 def train_missing(names, config):
-    points = trained_points(names, config)
-    run_missing(points, config)
+    points = []
     more = trained_points(names, config)
-    if len(more) > len(points):  # their choice needed the results of the others
-        run_missing(more, config)
+    while len(more) > len(points):  # some points follow from the results of others
+        points = more
+        run_missing(points, config)
+        more = trained_points(names, config)
 
 
 # ---- drawing -------------------------------------------------------------------------------------

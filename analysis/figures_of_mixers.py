@@ -64,10 +64,12 @@ def tracking_model(name):
     return f"{model_args} --n_layers 1 --dim 32 --n_heads 4 --dk 8 --dv 8 --use_ffn 1"
 
 
-# ---- state: first each learning rate with one seed, then the best one with all -------------------
+# ---- state: first learning rates with one seed, then the best one with all -----------------------
 
-RATES = (0.01, 0.03, 0.06)  # for recall; additive memories want the higher ones
+GRID = (0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.2)  # of learning rates
+RATES = (0.01, 0.03, 0.06)  # the first to be tried, for recall
 TRACKING_RATES = (0.003, 0.01, 0.03)
+SOLVED = 0.995  # validation accuracy at which training stops
 PAIRS = 64  # in training
 FEWER_PAIRS = 32  # the same models are also tested with these
 WINDOWS = (16, 64, 256)  # of attention
@@ -84,29 +86,57 @@ Cell = namedtuple("Cell", "panel name x train_args rates", defaults=[RATES])
 
 
 def state_points():
-    """Each learning rate with one seed."""
+    """The first learning rates, with one seed."""
     points = []
     for cell in all_cells():
         points += [point_of(cell, lr, seeds=1) for lr in cell.rates]
     return points
 
 
+def next_rates(results):
+    """{point: [result of seed 0]} -> points with the next learning rate of GRID.
+
+    Only where the best rate so far is the lowest or highest one, as the next may be better.
+    """
+    points = []
+    for cell in all_cells():
+        qualities = qualities_of(cell, results)
+        accuracies = [accuracy for accuracy, _ in qualities.values()]
+        # Where all are at chance, or one is as good as can be, the rate decides nothing.
+        if max(accuracies) >= SOLVED or max(accuracies) - min(accuracies) < 0.01:
+            continue
+        best = max(qualities, key=qualities.get)
+        place = GRID.index(best)
+        for lr in GRID[max(place - 1, 0) : place + 2]:
+            if lr not in qualities:
+                points.append(point_of(cell, lr, seeds=1))
+    return points
+
+
 def best_rates(results):
-    """{point: [result of seed 0]} of state_points -> the points of the figure, with all seeds.
+    """{point: [result of seed 0]} -> the points of the figure, with all seeds.
 
     Each has the learning rate of highest validation accuracy. The lower validation loss decides
     between equal accuracies.
     """
     points = []
     for cell in all_cells():
-        qualities = {}
-        for lr in cell.rates:
-            qualities[lr] = quality(results[point_of(cell, lr, seeds=1)][0])
+        qualities = qualities_of(cell, results)
         point = point_of(cell, max(qualities, key=qualities.get))
         points.append(point)
         if cell.panel == f"{PAIRS} pairs":
             points.append(fewer_pairs(point))
     return points
+
+
+def qualities_of(cell, results):
+    """{learning rate: (accuracy, -loss) on validation} of those with a result."""
+    qualities = {}
+    for lr in GRID:
+        point = point_of(cell, lr, seeds=1)
+        if point in results:
+            qualities[lr] = quality(results[point][0])
+    return qualities
 
 
 def quality(result):
@@ -171,7 +201,7 @@ def recall_args(model_args, pairs):
         f"{model_args} --input_seq_len 256 --num_kv_pairs {pairs} "
         f'--curriculum "{curriculum}" --stage_loss 0.8 --infinite_data 1 '
         "--max_steps 300 --batch_size 16 --warmup_steps 20 --lr_schedule cosine "
-        "--eval_interval 50 --n_val_examples 100 --n_test_examples 300 --stop_accuracy 0.995"
+        f"--eval_interval 50 --n_val_examples 100 --n_test_examples 300 --stop_accuracy {SOLVED}"
     )
 
 
@@ -230,7 +260,7 @@ def draw_state(results):
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     caption = (
         f"MQAR: 256 tokens, trained with {PAIRS} pairs for at most 300 steps with a curriculum, "
-        "the best of three learning rates;\n2 layers, a short convolution, no positions, "
+        "the best of three or more learning rates;\n2 layers, a short convolution, no positions, "
         "51,600 layer parameters"
     )
     return plt, fig, caption + BANDS + "; bars: mean, points: each seed"
