@@ -14,7 +14,7 @@ from nanorecall import rng
 from nanorecall.fact_files import guess_baselines
 from nanorecall.files import sha256_file
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.settings import ConfigError
+from nanorecall.settings import ConfigError, RunError
 from toy_facts import SMALL, SPLITS, WHOLE_SPLITS, documents, small_data
 from toys import as_flags, tokenizer_json
 
@@ -326,8 +326,8 @@ def test_check_finds_the_masks_of_bytes_exact(capsys):
     assert capsys.readouterr().out.count("exact") == 4
 
 
-def test_check_fails_with_a_tokenizer_that_merges_digits(tmp_path, script):
+def test_check_says_why_a_tokenizer_does_not_fit(tmp_path, capsys):
     path = tokenizer_json(tmp_path, ["1 2"])
-    done = script("data_synth.py", "check", f"--tokenizer={path}")
-    assert done.returncode == 1 and "would not be exact" in done.stderr
-    assert "digits are merged" in done.stdout
+    with pytest.raises(RunError, match="masks of digits, qa, twohop would not be exact"):
+        data_synth.main(["check", f"--tokenizer={path}"])
+    assert "digits are merged" in capsys.readouterr().out

@@ -12,6 +12,9 @@ from nanorecall.records import read_json
 from nanorecall.saved_run import load_settings
 from toys import run
 
+# That a run draws its curves is tested in test_progress.py.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 MEMORY = dict(model="memory", mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8)
 
 

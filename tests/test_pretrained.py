@@ -17,6 +17,9 @@ from nanorecall.settings import ConfigError
 from nanorecall.tensors import select_prefix
 from toys import MEMORY_TOY, assert_same, flags, memory_model, run
 
+# That a run draws its curves is tested in test_progress.py.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def named(model):
     """{name: parameter}; a shared parameter has several names."""

@@ -20,6 +20,9 @@ from nanorecall.run_dir import run_label
 from nanorecall.settings import ConfigError, RunError
 from toys import contents, counts, flags, run
 
+# That a run draws its curves is tested in test_progress.py.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = os.path.dirname(train.__file__)
 
 
@@ -291,9 +294,12 @@ def test_a_mistake_exits_with_status_2_and_no_traceback(script):
     assert done.stderr == f"train.py: {sentence}\n"
 
 
-def test_help_shows_the_settings_of_all_parts(script):
-    done = script("train.py", "--help")
-    assert done.returncode == 0 and "--lr_gamma" in done.stdout and "--num_kv_pairs" in done.stdout
+def test_help_shows_the_settings_of_all_parts(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        train.main(["--help", "--model=memory"])
+    shown = capsys.readouterr().out
+    for setting in ("--lr_gamma", "--n_layers", "--mem_knn", "--num_kv_pairs"):
+        assert f"  {setting}=" in shown
 
 
 def test_a_fork_is_one_file(tmp_path, monkeypatch):
@@ -341,13 +347,13 @@ SLOW_IMPORTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["train", "eval"])
-def test_help_does_not_import_what_it_does_not_use(name):
+@pytest.mark.parametrize("name, flags", [("train", ["--model=delta"]), ("eval", [])])
+def test_help_does_not_import_what_it_does_not_use(name, flags):
     code = f"""
 import sys
 import {name} as script
 try:
-    script.main(["--help"])
+    script.main(["--help", *{flags}])
 except SystemExit:
     pass
 print(*sys.modules, file=sys.stderr)
