@@ -3,6 +3,7 @@
 import collections
 import os
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 
 import train
 from data_synth import Config
+from nanorecall.files import dataset_sha256
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
@@ -225,6 +227,17 @@ def test_two_answers_to_one_question_are_named(tmp_path):
     texts = ("12:3 ", "12:4 ", "13:4 ", "12:3 ")
     path = write_jsonl(tmp_path / "y.jsonl", [{"text": text} for text in texts])
     assert f"1, {path}:1 and {path}:2 for example" in own_data(path, label_mask="digits").notes[1]
+
+
+def test_the_checksum_of_a_folder_is_of_names_and_contents(folders, tmp_path_factory):
+    """A run is bound to its documents by it, wherever they lie."""
+    before = dataset_sha256(str(folders))
+    place = tmp_path_factory.mktemp("elsewhere") / "x"
+    assert dataset_sha256(shutil.copytree(folders, place)) == before
+    write_jsonl(place / "test" / "x.jsonl", NOTES[:9])
+    changed = dataset_sha256(place)
+    os.rename(place / "test" / "x.jsonl", place / "test" / "y.jsonl")
+    assert len({before, changed, dataset_sha256(place)}) == 3
 
 
 # ---- files of other programs ---------------------------------------------------------------------

@@ -402,9 +402,12 @@ def test_ranks_agree(tmp_path, on_ranks, parallel):
 
 
 def test_dummy_micro_batches_do_not_count_as_reads(tmp_path):
-    """One sequence of 64 tokens per step in four micro-batches: three are dummies."""
+    """Three sequences of 64 tokens per step in four micro-batches: one is a dummy, the first again.
+
+    With a single sequence, the fractions of reads would be the same if it counted.
+    """
     options = dict(MEMORY_TOY, model="memory", mem_balance_rate=0.01, mem_log_interval=1)
-    options |= dict(batch_size=4, num_kv_pairs=None, train_sizes="[(64,4)]")
+    options |= dict(batch_size=12, num_kv_pairs=None, train_sizes="[(64,4)]")
     options |= dict(max_steps=3, eval_interval=3)
     layers = []
     for n in (1, 4):

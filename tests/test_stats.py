@@ -206,13 +206,16 @@ def test_the_largest_sample_size_by_hand():
 
 
 def test_means_of_fractions_stay_between_0_and_1():
-    """And no interval is shorter than that of as many ones."""
+    """And no interval is shorter than that of as many ones, which is Wilson's."""
+    low, high = stats.wilson_interval(10, 10)
+    shortest = high - low
+    assert width(stats.mean_proportion([1.0] * 10)) == pytest.approx(shortest)
     for x in ([1.0] * 10, [0.0] * 10, [0.999] * 9 + [0.9], [0.5] * 10, [0.2, 0.9, 0.4] * 3 + [0.5]):
         cell = stats.mean_proportion(x)
         low, high = cell["ci95"]
         assert 0 <= low <= cell["value"] <= high <= 1
         assert cell["value"] == pytest.approx(np.mean(x))
-        assert width(cell) >= width(stats.mean_proportion([1.0] * 10)) - 1e-12
+        assert width(cell) >= shortest - 1e-12
     assert stats.mean_proportion([0.5])["value"] == 0.5
 
 
