@@ -76,6 +76,20 @@ def test_counts_of_two_batches():
     assert (second["correct"], second["labels"], second["loss"]) == (0, 2, 4)
 
 
+def test_a_target_slice_must_be_in_val_and_in_test():
+    def batch(split, step, indices):
+        values = {"val": [1, 2], "test": [1, 3]}[split]
+        return None, None, {"hops": np.array(values)}
+
+    data = SimpleNamespace(eval_groups=lambda split: [range(2)], batch=batch)
+    metrics.check_slice(data, "hops=1", 10)
+    message = "hops=2 is not among the slices of test: hops=1 hops=3"
+    with pytest.raises(ConfigError, match=message):
+        metrics.check_slice(data, "hops=2", 10)
+    with pytest.raises(ConfigError, match="among the slices of val: hops=1 hops=2"):
+        metrics.check_slice(data, "hops=3", 10)
+
+
 def test_counts_come_in_one_order():
     """Whatever PYTHONHASHSEED is: results of several ranks are compared byte by byte."""
     ones = np.ones(2)

@@ -288,11 +288,25 @@ def test_mistakes_are_named(args, message, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("qa --num_pairs=80", "qa-80-pairs"),
+        ("digits --rule=selfindex", "digits-2000-selfindex"),
+        ("twohop --num_relations=3 --phi=1.5", "twohop-100x3-phi1.5"),
+        ("hashhop --hops=[1,2]", "hashhop-1-2-256"),
+    ],
+)
+def test_a_data_set_is_named_by_its_settings(flags, name):
+    _, config = data_synth.parse(flags.split())
+    assert config.output_dir == name
+
+
 def test_a_command_line_is_read_without_running_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert data_synth.parse([]) == ("", None)
     command, config = data_synth.parse(["qa", "--num_pairs=80"])
-    assert command == "qa" and config.output_dir == "qa-80-pairs"
+    assert command == "qa" and config.num_pairs == 80
     command, config = data_synth.parse(["check", "--tokenizer=x.json"])
     assert command == "check" and config.tokenizer == "x.json"
     assert os.listdir(tmp_path) == []

@@ -652,6 +652,16 @@ def test_a_data_set_that_was_stopped_leaves_nothing(tmp_path, number):
     assert sorted(os.listdir(tmp_path)) == ["set", own.name]
 
 
+def test_a_data_set_is_finished_after_a_signal_that_nohup_ignores(tmp_path):
+    def hung_up():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with atomic_directory(str(tmp_path / "set")):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    assert exit_status(in_child(hung_up)) == 0
+    assert os.listdir(tmp_path) == ["set"]
+
+
 def test_data_sets_that_are_written_at_once_do_not_disturb_each_other(tmp_path):
     target = str(tmp_path / "set")
     with atomic_directory(target) as work:

@@ -21,7 +21,7 @@ import eval as eval_script
 import train
 from analysis import compare
 from analysis.sweep_runs import Point, is_finished
-from nanorecall import checkpoint, plots
+from nanorecall import plots
 from nanorecall.records import read_log
 from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError, RunError, printable
@@ -171,26 +171,6 @@ def test_a_setting_that_is_newer_than_the_run_has_its_default(runs, capsys):
     eval_script.main([str(runs / "r0")])
     says = "config.json has no max_skipped_steps; their defaults are taken"
     assert says in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        [1],
-        {"step": "3"},
-        {"epoch": 3, "tensors": {}},
-        {"step": 3, "tensors": 7},
-        {"step": 3, "shards": {"folder": "../x"}},
-    ],
-)
-def test_a_sealed_checkpoint_of_another_tool_is_refused_and_stays(runs, state):
-    rest = {"best": 0.0, "best_overall": 0.0, "bad_steps": 0, "seconds": 0.0}
-    state = {**rest, **state} if isinstance(state, dict) else state
-    checkpoint.save_checkpoint(str(runs / "r0"), "best", state)
-    before = (runs / "r0" / "best.pt").read_bytes()
-    with pytest.raises(ConfigError, match="best.pt.* it is no checkpoint of train.py"):
-        eval_script.main([str(runs / "r0")])
-    assert (runs / "r0" / "best.pt").read_bytes() == before
 
 
 def test_damaged_lines_of_a_log_are_left_out_and_counted(runs, capsys):

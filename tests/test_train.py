@@ -134,12 +134,25 @@ def test_the_commands_of_updatable_long_term_memory_print_their_counts(capsys, a
     assert f"params: {count} " in capsys.readouterr().out
 
 
-def test_run_names_follow_the_documents_grammar():
-    p = train.parse("--exp_group 6 --dk 48 --dv 48".split())
-    data = p.data_module.Data(p.data)
-    name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none"
-    name += "_data-128-32-2048_lr0.001"
-    assert run_label(p, build_model_config(p, data)) == name
+@pytest.mark.parametrize(
+    "flags, model",
+    [
+        ("--dk 48 --dv 48", "gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none"),
+        (
+            "--model unified_kv --du 32 --k_gated 1",
+            "unified_kv_L4-D64_FF0_OG0_H2_q-32-none-none-0_k-32-none-none-1_v-32-none",
+        ),
+        (
+            "--model memory --dk 16 --dv 8 --memory_layers [0,2]",
+            "memory_L4-D64_FF1_OG0_H2_q-16-none-none-0_k-16-none-none-0_v-8-none"
+            "_M0-2_S1024_H4_K8",
+        ),
+    ],
+)
+def test_run_names_follow_the_documents_grammar(flags, model):
+    p = train.parse(["--exp_group=6", *flags.split()])
+    config = build_model_config(p, p.data_module.Data(p.data))
+    assert run_label(p, config) == f"exp6_{model}_data-128-32-2048_lr0.001"
 
 
 # ---- resuming ------------------------------------------------------------------------------------
