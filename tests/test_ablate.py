@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from analysis import ablation, hooks, slot_results, swap_positions
 from analysis.trained_run import open_run, select
 from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.settings import ConfigError
+from nanorecall.stats import proportion
 from planted import N_SLOTS, VARIANTS, planted_facts
 from toys import ablation_model, as_flags, load_result, some_examples
 
@@ -34,21 +36,35 @@ MQAR = dict(
     vocab_size=32, input_seq_len=16, num_kv_pairs=2, n_val_examples=40, n_test_examples=40,
     infinite_data=1,
 )  # fmt: skip
+NEW = dict(max_steps=1, eval_interval=1)
 RUNS = {
     "two": {**FACTS, "memory_layers": "[0,1]"},
     "one": {**FACTS, "memory_layers": "[1]"},
+    "new_gpt": {**MQAR, **NEW},
+    "new_delta": {**MQAR, **NEW, "model": "delta"},
+}
+MQAR_RUNS = {
     "gpt": {**MQAR, "use_ffn": 1},
     "delta": {**MQAR, "model": "delta"},
 }
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Runs that answer some examples correctly: with two memory layers, with one, and MQAR."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, settings in RUNS.items():
+def train_all(folder, runs):
+    for name, settings in runs.items():
         train.main(as_flags({**SMALL, **settings, "run_name": name, "log_dir": folder}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs that store facts, in two memory layers and in one, and new ones without such layers."""
+    return train_all(tmp_path_factory.mktemp("runs"), RUNS)
+
+
+@pytest.fixture(scope="module")
+def all_runs(runs):
+    """The same, and runs that answer some examples of MQAR correctly."""
+    return train_all(runs, MQAR_RUNS)
 
 
 # ---- slots ---------------------------------------------------------------------------------------
@@ -145,35 +161,51 @@ def test_noise_has_the_length_of_the_keys():
     assert torch.equal(noise, ablation.noise_keys(layer, 1)) and not torch.equal(noise, other)
 
 
-def test_the_strongest_percent():
-    """Of 200 drops 0 to 199 the largest two are 198 and 199."""
-    columns = {
-        "ablation": np.full(200, "zero"),
-        "layer": np.zeros(200, int),
-        "control": np.zeros(200, bool),
-        "drop": np.arange(200.0),
-        "flip": np.zeros(200, bool),
-        "example": np.arange(200),
-        "reads_in_reach": np.ones(200, int),
+def slot_columns(n, **changes):
+    """n columns of measure_slots: zero ablation in layer 0 of a slot that example i reads.
+
+    The drops are 0 to n - 1, and no answer flips.
+    """
+    plain = {
+        "ablation": np.full(n, "zero"),
+        "layer": np.zeros(n, int),
+        "control": np.zeros(n, bool),
+        "drop": np.arange(float(n)),
+        "flip": np.zeros(n, bool),
+        "example": np.arange(n),
+        "reads_in_reach": np.ones(n, int),
     }
-    effects = ablate.summarize_slots(columns)
+    return plain | {name: np.array(values) for name, values in changes.items()}
+
+
+@pytest.mark.parametrize("n, strongest", [(200, (198 + 199) / 2), (99, 98)])
+def test_the_strongest_percent_is_one_at_least(n, strongest):
+    effects = ablate.summarize_slots(slot_columns(n))
     assert list(effects) == [("zero", "0")]
     cell = effects["zero", "0"]
-    assert cell["strongest"] == 198.5 and cell["drop"]["value"] == 99.5 and cell["n"] == 200
+    assert cell["strongest"] == strongest
+    assert cell["drop"]["value"] == (n - 1) / 2 and cell["n"] == n
 
 
 def test_layers_are_listed_by_number_and_controls_last():
-    columns = {
-        "ablation": np.full(3, "zero"),
-        "layer": np.array([10, 2, 2]),
-        "control": np.array([False, False, True]),
-        "drop": np.arange(3.0),
-        "flip": np.zeros(3, bool),
-        "example": np.arange(3),
-        "reads_in_reach": np.array([1, 1, 0]),
-    }
-    names = [layer for _, layer in ablate.summarize_slots(columns)]
+    changes = dict(layer=[10, 2, 2], control=[False, False, True], reads_in_reach=[1, 1, 0])
+    names = [layer for _, layer in ablate.summarize_slots(slot_columns(3, **changes))]
     assert names == ["2", "10", "control"]
+
+
+def test_the_most_and_the_least_harmful_ablation_are_named_without_controls():
+    lost = {("zero", "0"): 0.5, ("mean", "2"): 0.25, ("zero", "control"): 0.0}
+    effects = {key: {"flip": {"value": value}} for key, value in lost.items()}
+    words = "loses 50.00% of the answers (zero, layer 0) to 25.00% (mean, layer 2)"
+    assert ablate.ablations_in_words(effects).endswith(words)
+
+
+@pytest.mark.parametrize("name", ["force", "replace"])
+def test_slot_0_can_be_named_too(monkeypatch, name):
+    changed = []
+    monkeypatch.setattr(ablate, "change_slot", lambda run, name: changed.append(name))
+    getattr(ablate, name)(SimpleNamespace(config=ablate.AblateConfig(slot=0)))
+    assert changed == [name]
 
 
 # ---- parts of blocks and heads -------------------------------------------------------------------
@@ -282,6 +314,14 @@ def test_ablated_parts_equal_zero_weights(monkeypatch, command, what, by, name, 
     assert cell["drop"]["value"] > 0
 
 
+def test_what_leaves_95_percent_can_be_spared():
+    shares = {"0, mixer": 19, "1, mixer": 18, "2, memory": 2}
+    effects = {name: {"accuracy": proportion(n, 20)} for name, n in shares.items()}
+    sentence = ablate.describe_effects(effects)
+    assert sentence.startswith("the memory of layer 2 is needed most: without it 0.1000 (")
+    assert "; 1 of 3 can be spared one at a time, with 95% still correct" in sentence
+
+
 def test_the_head_that_an_answer_needs_most():
     """Ablation of L0H1 costs answer 7 the most, and that of L0H0 answer 5."""
     columns = {
@@ -303,7 +343,8 @@ def test_the_head_that_an_answer_needs_most():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, n_left_out", [("two", 0), ("gpt", 15), ("delta", 15)])
-def test_all_commands_and_their_report(runs, name, n_left_out):
+def test_all_commands_and_their_report(all_runs, name, n_left_out):
+    runs = all_runs
     settings = ["--n_examples=8", "--n_pairs=20", "--ablations=zero next_best"]
     ablate.main(["all", str(runs / name), *settings])
     end = "_n_examples-8_ablations-zero-next_best_n_pairs-20"
@@ -380,13 +421,13 @@ def test_controls_of_a_trained_run_change_nothing(runs):
         (["keys", "two", "--ablations=zero,next_best"], "with spaces between them: zero, next"),
         (["keys", "two", "--exposure_pairs=more_more"], "keys does not use it, only force"),
         (["swap", "two", "--exposure_pairs=less"], "exposure_pairs='less' is unknown"),
-        (["swap", "gpt"], "gpt has no memory layers"),
-        (["keys", "delta"], "delta has no memory layers"),
+        (["swap", "new_gpt"], "gpt has no memory layers"),
+        (["keys", "new_delta"], "delta has no memory layers"),
         (["impact", "fresh"], "ablate_keys.parquet does not exist; python ablate.py keys"),
         (["heads", "nowhere"], "is not a run directory"),
-        (["layer", "gpt", f"--seed={2**64}"], "takes a number below 2..63"),
-        (["layer", "gpt", "--device=meta"], "device='meta' cannot be used on this machine"),
-        (["layer", "gpt", "--device=hpu"], "device='hpu' cannot be used on this machine"),
+        (["layer", "new_gpt", f"--seed={2**64}"], "takes a number below 2..63"),
+        (["layer", "new_gpt", "--device=meta"], "device='meta' cannot be used on this machine"),
+        (["layer", "new_gpt", "--device=hpu"], "device='hpu' cannot be used on this machine"),
     ],
 )
 def test_mistakes_are_one_sentence(runs, args, message):

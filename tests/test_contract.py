@@ -16,6 +16,9 @@ from nanorecall.settings import Setting, build_config
 from nanorecall.source_files import import_source_file
 from toys import as_flags, assert_same
 
+# What is drawn is not part of the contract.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = {
     "vocab_size": 64,
     "input_seq_len": 32,

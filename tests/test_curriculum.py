@@ -13,6 +13,9 @@ from nanorecall.records import read_log
 from nanorecall.settings import ConfigError
 from toys import assert_same, contents, flags, run
 
+# That a run draws its curves is tested in test_progress.py.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # Half of the toy's first stage is enough for a loss of 2.5 nats; chance is 2.8.
 LEARNED = dict(curriculum="[(1,40),(2,40)]", stage_loss=2.5, max_steps=60, eval_interval=10)
 

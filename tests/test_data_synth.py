@@ -436,6 +436,11 @@ def test_packed_training_equals_unpacked(module, cls, task, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_an_epoch_that_is_too_long_is_refused():
+    with pytest.raises(ConfigError, match="an epoch of 180000000 documents is too long"):
+        Config(num_pairs=200, buckets=(10**6,)).check()
+
+
 def test_contexts_that_need_more_numbers_than_there_are_are_refused():
     sizes = dict(task="qa", num_digits=1, num_pairs=4, buckets=(2,), context_docs=50)
     with pytest.raises(ConfigError, match="needs 12 different numbers; num_digits=1 has 10"):

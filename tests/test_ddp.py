@@ -217,18 +217,6 @@ def test_frozen_weights_stay_and_have_no_optimizer_state(on_ranks, tmp_path, dro
     assert not any(name.startswith("optimizer.embed.") for name in after)
 
 
-def test_each_micro_batch_of_each_step_has_a_seed_of_its_own(tmp_path, monkeypatch):
-    manual_seed, seeds = torch.manual_seed, []
-
-    def note_seed(n):
-        seeds.append(n)
-        return manual_seed(n)
-
-    monkeypatch.setattr(torch, "manual_seed", note_seed)
-    run(tmp_path, "run", grad_accum_steps=4, **SHORT)
-    assert len(seeds) == len(set(seeds)) == 1 + 20 * 4  # the first one is of the weights
-
-
 def test_ddp_reduces_gradients_once_a_step(on_ranks, tmp_path, monkeypatch):
     """However many micro-batches the step has."""
     all_reduce, calls = torch.distributed.all_reduce, []

@@ -3,13 +3,16 @@
 import collections
 import os
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import train
 from data_synth import Config
+from nanorecall.files import dataset_sha256
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
@@ -226,6 +229,17 @@ def test_two_answers_to_one_question_are_named(tmp_path):
     assert f"1, {path}:1 and {path}:2 for example" in own_data(path, label_mask="digits").notes[1]
 
 
+def test_the_checksum_of_a_folder_is_of_names_and_contents(folders, tmp_path_factory):
+    """A run is bound to its documents by it, wherever they lie."""
+    before = dataset_sha256(str(folders))
+    place = tmp_path_factory.mktemp("elsewhere") / "x"
+    assert dataset_sha256(shutil.copytree(folders, place)) == before
+    write_jsonl(place / "test" / "x.jsonl", NOTES[:9])
+    changed = dataset_sha256(place)
+    os.rename(place / "test" / "x.jsonl", place / "test" / "y.jsonl")
+    assert len({before, changed, dataset_sha256(place)}) == 3
+
+
 # ---- files of other programs ---------------------------------------------------------------------
 
 
@@ -297,11 +311,11 @@ def test_a_bad_line_is_named(tmp_path, name):
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
 
-def test_bad_input_ends_a_run_with_a_sentence_and_leaves_nothing(tmp_path, script):
+def test_bad_input_ends_a_run_with_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "x.jsonl").write_text('{"text": "ab"}\n{"text": "a')
-    args = ["--data=data_synth", "--task=text", "--path=x.jsonl", "--log_dir=runs"]
-    done = script("train.py", *args, cwd=tmp_path)
-    assert done.returncode == 2 and "x.jsonl:2" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(ConfigError, match="x.jsonl:2: no JSON"):
+        train.main(["--data=data_synth", "--task=text", "--path=x.jsonl", "--log_dir=runs"])
     assert os.listdir(tmp_path) == ["x.jsonl"]
 
 

@@ -76,6 +76,31 @@ def test_counts_of_two_batches():
     assert (second["correct"], second["labels"], second["loss"]) == (0, 2, 4)
 
 
+def test_a_target_slice_must_be_in_val_and_in_test():
+    def batch(split, step, indices):
+        values = {"val": [1, 2], "test": [1, 3]}[split]
+        return None, None, {"hops": np.array(values)}
+
+    data = SimpleNamespace(eval_groups=lambda split: [range(2)], batch=batch)
+    metrics.check_slice(data, "hops=1", 10)
+    message = "hops=2 is not among the slices of test: hops=1 hops=3"
+    with pytest.raises(ConfigError, match=message):
+        metrics.check_slice(data, "hops=2", 10)
+    with pytest.raises(ConfigError, match="among the slices of val: hops=1 hops=2"):
+        metrics.check_slice(data, "hops=3", 10)
+
+
+def test_counts_come_in_one_order():
+    """Whatever PYTHONHASHSEED is: results of several ranks are compared byte by byte."""
+    ones = np.ones(2)
+    batch = dict(correct=ones > 0, loss=ones, example=ones, exact_match=ones > 0)
+    found = metrics.merge_batches([{**batch, "slices": {"z": ones, "a": ones}}] * 2)
+    order = ["correct", "labels", "exact_matches", "n_examples"]
+    order += ["correct_correct", "correct_labels", "labels_labels", "loss"]
+    assert list(found["all"]) == list(found["by_slice"]["z"][1]) == order
+    assert list(found["by_slice"]) == ["z", "a"]
+
+
 def test_the_accuracy_is_that_of_training(runs, result):
     status = json.loads((runs / "r1" / "status.json").read_text())
     assert result[0]["metrics"]["accuracy"]["value"] == status["test"]["accuracy"]
@@ -156,6 +181,23 @@ def test_an_example_of_numbers_is_printed(runs):
     assert example["example"] == 3
     assert example["prompt"].split()[-1].isdigit()
     assert 16 <= int(example["answer"]) < 32  # values are the upper half of the vocabulary
+
+
+def test_printed_examples_are_spread_over_the_whole_split():
+    data = SimpleNamespace(eval_groups=lambda split: [range(0, 4), range(4, 10)])
+    config = eval_script.EvalConfig(print_examples=4, example=7)
+    run = SimpleNamespace(data=data, config=config)
+    assert eval_script.indices_to_print(run) == [0, 3, 6, 9, 7]
+
+
+def test_accuracy_stands_beside_the_best_guess():
+    metrics = {
+        "accuracy": stats.proportion(9, 10),
+        "exact_match": stats.proportion(1, 2),
+        "without_knowledge": {"copy the key": 0.1, "majority digit": 0.25},
+    }
+    sentence = eval_script.describe_accuracy(metrics, "val")
+    assert sentence.endswith("the best guess without knowledge (majority digit) gets 25.0%")
 
 
 def test_bits_stored_by_hand():

@@ -14,7 +14,7 @@ from nanorecall import rng
 from nanorecall.fact_files import guess_baselines
 from nanorecall.files import sha256_file
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.settings import ConfigError
+from nanorecall.settings import ConfigError, RunError
 from toy_facts import SMALL, SPLITS, WHOLE_SPLITS, documents, small_data
 from toys import as_flags, tokenizer_json
 
@@ -288,11 +288,25 @@ def test_mistakes_are_named(args, message, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("qa --num_pairs=80", "qa-80-pairs"),
+        ("digits --rule=selfindex", "digits-2000-selfindex"),
+        ("twohop --num_relations=3 --phi=1.5", "twohop-100x3-phi1.5"),
+        ("hashhop --hops=[1,2]", "hashhop-1-2-256"),
+    ],
+)
+def test_a_data_set_is_named_by_its_settings(flags, name):
+    _, config = data_synth.parse(flags.split())
+    assert config.output_dir == name
+
+
 def test_a_command_line_is_read_without_running_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert data_synth.parse([]) == ("", None)
     command, config = data_synth.parse(["qa", "--num_pairs=80"])
-    assert command == "qa" and config.output_dir == "qa-80-pairs"
+    assert command == "qa" and config.num_pairs == 80
     command, config = data_synth.parse(["check", "--tokenizer=x.json"])
     assert command == "check" and config.tokenizer == "x.json"
     assert os.listdir(tmp_path) == []
@@ -326,8 +340,8 @@ def test_check_finds_the_masks_of_bytes_exact(capsys):
     assert capsys.readouterr().out.count("exact") == 4
 
 
-def test_check_fails_with_a_tokenizer_that_merges_digits(tmp_path, script):
+def test_check_says_why_a_tokenizer_does_not_fit(tmp_path, capsys):
     path = tokenizer_json(tmp_path, ["1 2"])
-    done = script("data_synth.py", "check", f"--tokenizer={path}")
-    assert done.returncode == 1 and "would not be exact" in done.stderr
-    assert "digits are merged" in done.stdout
+    with pytest.raises(RunError, match="masks of digits, qa, twohop would not be exact"):
+        data_synth.main(["check", f"--tokenizer={path}"])
+    assert "digits are merged" in capsys.readouterr().out

@@ -206,6 +206,24 @@ def test_a_signal_saves_and_says_how_to_continue(tmp_path, monkeypatch, capfd, n
     assert steps_of(out, "ckpt") == [10]
 
 
+def test_a_signal_that_nohup_ignores_does_not_stop_a_run(tmp_path, monkeypatch):
+    args, out = flags(tmp_path, "run"), str(tmp_path / "run")
+    batch = InMemoryMQAR.batch
+
+    def hang_up_in_step_9(self, split, step, rows):
+        if split == "train" and step == 9:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return batch(self, split, step, rows)
+
+    def work():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run_cli(lambda: train.main(args))
+
+    monkeypatch.setattr(InMemoryMQAR, "batch", hang_up_in_step_9)
+    assert exit_status(in_child(work)) == 0
+    assert status_of(out)["status"] == "finished" and status_of(out)["step"] == 60
+
+
 def test_after_a_signal_a_resumed_run_ends_bit_for_bit_the_same(tmp_path):
     settings = dict(log_interval=1, max_steps=10**6, eval_interval=10**5, lr_schedule="constant")
     process, out = start(tmp_path, "stopped", **settings), str(tmp_path / "stopped")
@@ -632,6 +650,16 @@ def test_a_data_set_that_was_stopped_leaves_nothing(tmp_path, number):
     with atomic_directory(target):
         pass
     assert sorted(os.listdir(tmp_path)) == ["set", own.name]
+
+
+def test_a_data_set_is_finished_after_a_signal_that_nohup_ignores(tmp_path):
+    def hung_up():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with atomic_directory(str(tmp_path / "set")):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    assert exit_status(in_child(hung_up)) == 0
+    assert os.listdir(tmp_path) == ["set"]
 
 
 def test_data_sets_that_are_written_at_once_do_not_disturb_each_other(tmp_path):

@@ -12,6 +12,9 @@ import train
 from nanorecall.build import resolve_model
 from nanorecall.settings import ConfigError
 
+# Figures of such models look like those of all others.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = """
 from dataclasses import dataclass
 import torch

@@ -1,6 +1,7 @@
 """Rules of imports: supporting code knows no script, a model file only models; no cycle."""
 
 import ast
+import functools
 import os
 import re
 
@@ -12,6 +13,7 @@ MODELS = ("model", "delta", "delta_variants", "linear", "ttt", "hybrid", "memory
 SUPPORT = ("attention", "ops", "second_order", "settings")
 
 
+@functools.cache
 def modules():
     """{dotted name: path} of every file of the project but tests and configs."""
     found = {}

@@ -12,6 +12,9 @@ from nanorecall.records import read_json
 from nanorecall.saved_run import load_settings
 from toys import run
 
+# That a run draws its curves is tested in test_progress.py.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 MEMORY = dict(model="memory", mem_n_keys=4, mem_heads=2, mem_knn=2, mem_k_dim=8)
 
 
@@ -49,6 +52,20 @@ def test_five_steps_by_hand(tmp_path, model):
     saved = checkpoint.load_checkpoint(out, "ckpt")["tensors"]
     for name, w in zip(names, weights):
         torch.testing.assert_close(saved[f"model.{name}"], w.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_each_micro_batch_of_each_step_and_run_has_a_seed_of_its_own(tmp_path, monkeypatch):
+    manual_seed, seeds = torch.manual_seed, []
+
+    def note_seed(n):
+        seeds.append(n)
+        return manual_seed(n)
+
+    monkeypatch.setattr(torch, "manual_seed", note_seed)
+    for seed in (0, 1):
+        run(tmp_path, f"run{seed}", seed=seed, grad_accum_steps=4, max_steps=3, eval_interval=3)
+    of_weights = 1
+    assert len(seeds) == len(set(seeds)) == 2 * (of_weights + 3 * 4)
 
 
 @pytest.fixture

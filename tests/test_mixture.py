@@ -15,6 +15,9 @@ from nanorecall.settings import ConfigError
 from toy_facts import small_data, write_jsonl
 from toys import as_flags, assert_same, contents, tokenizer_json
 
+# That a run draws its curves is tested in test_progress.py.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def settings(path, start, end, weight=1.0, seed=3):
     return SimpleNamespace(

@@ -466,41 +466,51 @@ def test_letters_that_a_tokenizer_lacks(runs):
     assert edit(runs, "t", [row])["examples"][0]["after"] == "Bonn"
 
 
-def test_what_cannot_be_edited(runs):
-    path = runs / "facts.jsonl"
+@pytest.fixture(scope="module")
+def others(folder, tmp_path_factory):
+    """The runs, three more that cannot be edited by name, and a file of edits."""
+    runs = shutil.copytree(folder, tmp_path_factory.mktemp("others") / "runs")
     write_jsonl(runs / "edits.jsonl", EDITS)
+    texts = write_jsonl(runs / "texts.jsonl", [{"text": f"note {i}"} for i in range(60)])
     one_step = dict(log_dir=runs, max_steps=1, eval_interval=1)
     gpt = dict(data="data_synth", n_layers=2, dim=16, dk=8, dv=8, num_threads=1, **one_step)
-    train.main(as_flags({**gpt, "task": "text", "path": path, "run_name": "gpt"}))
-    texts = write_jsonl(runs / "texts.jsonl", [{"text": f"note {i}"} for i in range(60)])
+    facts = runs / "facts.jsonl"
+    train.main(as_flags({**gpt, "task": "text", "path": facts, "run_name": "gpt"}))
     train.main(as_flags({**SMALL, **one_step, "task": "text", "path": texts, "run_name": "texts"}))
     train.main(as_flags({**SMALL, **one_step, "task": "twohop", "run_name": "twohop"}))
-    (runs / "edited").mkdir()
-    edits = str(runs / "edits.jsonl")
-    before = contents(runs)
-    for name, flags, message in (
-        ("gpt", ["--facts", edits], "gpt: editing needs a memory layer .*; editing an MLP needs"),
-        ("texts", ["--facts", edits], "texts: its documents hold no facts"),
-        ("twohop", ["--facts", edits], "twohop: it needs facts, task=qa, digits or text, not twoh"),
-        ("own", ["--facts", edits, "--save_as", "edited"], "edited exists; give another --save_as"),
-        ("own", ["--facts", edits, "--save_as", "a/b"], "save_as='a/b' becomes part of a director"),
-        ("own", ["--facts", str(runs / "none.jsonl")], "none.jsonl cannot be read: No such file"),
-        ("own", ["--facts", str(runs)], "is neither .jsonl nor .parquet"),
-        ("own", ["--facts", edits, "--editors", "closed"], "there is no editor 'closed'; separate"),
-        ("own", ["--facts", edits, "--editors", "all"], "editors='all' are .* --facts uses one"),
-        ("own", ["--save_as", "x"], "save_as='x' has no effect: there is no --facts FILE; leave"),
-        ("own", ["--facts", edits, "--undo", "1"], "no effect: undo takes an edit back"),
-        ("own", ["--undo", "1", "--checkpoint", "ckpt"], "no effect: undo takes an edit back"),
-        ("own", ["--undo", "1", "--save_as", "x"], "no effect: there is no --facts FILE"),
-        ("own", ["--facts", edits, "--dtype", "bfloat16"], "weights are edited in float32; leave"),
-        ("own", ["--facts", edits, "--split", "val"], "no effect: all facts of the run are asked"),
-        ("own", ["--facts", edits, "--n_edits", "[1]"], "no effect: facts names what to edit"),
-        ("own", ["--undo", "1"], "own has no edit to take back"),
-        ("own", [], "own: facts of your own are edited by name: give a file of them with --facts"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            evaluate.main(["edit", str(runs / name), *flags])
-        assert contents(runs) == before, name
+    return runs
+
+
+@pytest.mark.parametrize(
+    "name, flags, message",
+    [
+        ("gpt", "--facts EDITS", "gpt: editing needs a memory layer .*; editing an MLP needs"),
+        ("texts", "--facts EDITS", "texts: its documents hold no facts"),
+        ("twohop", "--facts EDITS", "twohop: it needs facts, task=qa, digits or text, not twohop"),
+        ("own", "--facts EDITS --save_as qa", "qa exists; give another --save_as"),
+        ("own", "--facts EDITS --save_as a/b", "save_as='a/b' becomes part of a directory"),
+        ("own", "--facts none.jsonl", "none.jsonl cannot be read: No such file"),
+        ("own", "--facts FOLDER", "is neither .jsonl nor .parquet"),
+        ("own", "--facts EDITS --editors closed", "there is no editor 'closed'; separate"),
+        ("own", "--facts EDITS --editors all", "editors='all' are .* --facts uses one"),
+        ("own", "--save_as x", "save_as='x' has no effect: there is no --facts FILE; leave"),
+        ("own", "--facts EDITS --undo 1", "no effect: undo takes an edit back"),
+        ("own", "--undo 1 --checkpoint ckpt", "no effect: undo takes an edit back"),
+        ("own", "--undo 1 --save_as x", "no effect: there is no --facts FILE"),
+        ("own", "--facts EDITS --dtype bfloat16", "weights are edited in float32; leave"),
+        ("own", "--facts EDITS --split val", "no effect: all facts of the run are asked"),
+        ("own", "--facts EDITS --n_edits [1]", "no effect: facts names what to edit"),
+        ("own", "--undo 1", "own has no edit to take back"),
+        ("own", "", "own: facts of your own are edited by name: give a file of them with --facts"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused_and_stays(others, name, flags, message):
+    places = {"EDITS": others / "edits.jsonl", "FOLDER": others}
+    words = [str(places.get(word, word)) for word in flags.split()]
+    before = contents(others)
+    with pytest.raises(ConfigError, match=message):
+        evaluate.main(["edit", str(others / name), *words])
+    assert contents(others) == before
 
 
 def test_several_processes_are_refused(runs):

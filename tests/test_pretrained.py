@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import pickle
 
 import pytest
 import torch
@@ -16,6 +15,9 @@ from nanorecall.build import build_model, build_model_config, load_and_freeze
 from nanorecall.settings import ConfigError
 from nanorecall.tensors import select_prefix
 from toys import MEMORY_TOY, assert_same, flags, memory_model, run
+
+# That a run draws its curves is tested in test_progress.py.
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def named(model):
@@ -305,31 +307,12 @@ def test_mistakes_leave_no_run_behind(tmp_path, options, message):
     assert not (tmp_path / "a").exists()
 
 
-class Bomb:
-    def __init__(self, fuse):
-        self.fuse = str(fuse)
-
-    def __reduce__(self):
-        return os.mkdir, (self.fuse,)
-
-
 def test_entries_of_shards_that_are_no_tensors_are_skipped(tmp_path, source):
     _, weights = source
     dcp.save({**weights, "train_state": {"step": 3}}, checkpoint_id=str(tmp_path / "step-1"))
     found, _ = pretrained.read_weights(str(tmp_path))
     assert_same(found, {name: weights[name] for name in found})
     assert found.keys() == weights.keys()
-
-
-def test_shards_are_read_without_running_code_in_them(tmp_path, source):
-    """The index of torch.distributed.checkpoint is a pickle."""
-    _, weights = source
-    dcp.save(dict(weights), checkpoint_id=str(tmp_path / "step-1"))
-    (tmp_path / "step-1" / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    message = "step-1 cannot be read as weights .*has no place in the index"
-    with pytest.raises(ConfigError, match=message):
-        pretrained.read_weights(str(tmp_path))
-    assert not (tmp_path / "exploded").exists()
 
 
 def test_two_tables_do_not_fit_in_a_shared_one(tmp_path):

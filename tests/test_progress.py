@@ -1,6 +1,7 @@
 """What a run shows while it works: its first screen, lines of progress, its curves."""
 
 import json
+import os
 import sys
 import time
 
@@ -52,6 +53,7 @@ def test_the_first_screen_names_what_is_not_the_default(tmp_path, capsys):
     assert len(before.splitlines()) <= 12
     line = next(line for line in printed.splitlines() if line.startswith("step 15/20: "))
     assert " ms per step, 00:00 left" in line
+    assert os.path.getsize(os.path.join(out, "curves.png")) > 5000
 
 
 def test_without_epochs_it_prints_modules_and_all_settings(capsys):

@@ -23,6 +23,9 @@ from toys import (
     run,
 )
 
+# That a run draws its curves is tested in test_progress.py.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # ---- the operator --------------------------------------------------------------------------------
 
 

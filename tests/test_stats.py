@@ -165,6 +165,72 @@ def test_clustered_proportion_covers_the_truth_as_often_as_it_says():
     assert 920 < n_covered < 975
 
 
+@pytest.mark.parametrize("size", [1, 6, 32])
+@pytest.mark.parametrize("each_in_its_own", [True, False])
+def test_intervals_are_shortest_where_all_is_correct(size, each_in_its_own):
+    """300 examples of `size` labels, with more and more errors.
+
+    Each error is in an example of its own, or all are in as few as hold them.
+    """
+    example = np.repeat(np.arange(300), size)
+    whole = stats.clustered_proportion(np.ones(len(example)), example)
+    assert whole["ci95"] == pytest.approx(stats.wilson_interval(300, 300))
+    before = whole
+    for n_errors in (1, 2, 3, 5, 9, 30, 100):
+        wrong = np.arange(n_errors)
+        if each_in_its_own:
+            wrong = wrong * size % len(example)
+        correct = np.ones(len(example), bool)
+        correct[wrong] = False
+        cell = stats.clustered_proportion(correct, example)
+        low, high = cell["ci95"]
+        assert 0 <= low <= cell["value"] <= high <= 1
+        assert width(cell) >= width(whole) - 1e-12
+        assert low <= before["ci95"][0] + 1e-12
+        inverse = stats.clustered_proportion(~correct, example)
+        assert [1 - x for x in inverse["ci95"]] == pytest.approx([high, low])
+        before = cell
+
+
+def test_the_largest_sample_size_by_hand():
+    """The interval of all correct in 100 examples is 3.8415 / 103.8415 long.
+
+    Just below 1 the bound gives an interval of that length. Far from 0 and 1 it does not matter.
+    """
+    assert stats.max_sample_size(1.0, 100) == pytest.approx(100) == stats.max_sample_size(0.0, 100)
+    for p in (0.99, 0.999, 0.9999):
+        n = stats.max_sample_size(p, 100)
+        low, high = stats.wilson_interval(p * n, n)
+        assert high - low == pytest.approx(3.841459 / 103.841459, rel=1e-5) and n > 100
+    assert stats.max_sample_size(0.5, 100) > 1000
+
+
+def test_means_of_fractions_stay_between_0_and_1():
+    """And no interval is shorter than that of as many ones, which is Wilson's."""
+    low, high = stats.wilson_interval(10, 10)
+    shortest = high - low
+    assert width(stats.mean_proportion([1.0] * 10)) == pytest.approx(shortest)
+    for x in ([1.0] * 10, [0.0] * 10, [0.999] * 9 + [0.9], [0.5] * 10, [0.2, 0.9, 0.4] * 3 + [0.5]):
+        cell = stats.mean_proportion(x)
+        low, high = cell["ci95"]
+        assert 0 <= low <= cell["value"] <= high <= 1
+        assert cell["value"] == pytest.approx(np.mean(x))
+        assert width(cell) >= shortest - 1e-12
+    assert stats.mean_proportion([0.5])["value"] == 0.5
+
+
+def test_the_interval_of_a_mean_of_fractions():
+    """Of zeros and ones it is Wilson's, but for n - 1."""
+    interval = stats.wilson_interval(80, 100)
+    zeros_and_ones = np.arange(100) < 80
+    assert stats.mean_proportion(zeros_and_ones)["ci95"] == pytest.approx(interval, abs=2e-3)
+    rng = np.random.default_rng(0)
+    n_covered = 0
+    for _ in range(1000):
+        n_covered += covers(stats.mean_proportion(rng.beta(2, 5, 50)), 2 / 7)
+    assert 930 < n_covered < 970
+
+
 def test_counts_of_batches_add_up_to_the_interval_of_all_examples():
     """Sums over batches give clustered_proportion of the whole."""
     rng = np.random.default_rng(1)

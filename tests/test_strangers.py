@@ -403,4 +403,6 @@ def test_a_sealed_checkpoint_of_another_tool(tmp_path, trained, how):
         readers.pop("inspect")()
     for read in readers.values():
         assert_refused(read)
+    if "tensors" not in how and how != "other shapes":
+        assert "it is no checkpoint of train.py" in assert_refused(readers["eval"])
     assert contents(folder) == before

@@ -36,7 +36,7 @@ def token_documents(draw):
 @pytest.mark.parametrize("kind", MASKS)
 @given(found=st.lists(token_documents(), max_size=6))
 @example(found=[BYTES.encode(" = 'k = 'v' = 'w'").astype(np.int64)])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_labels_of_packed_documents_are_those_of_each_alone(kind, found):
     alone = np.concatenate([NOTHING, *[naive_mask(ids, kind) for ids in found]])
     cu_seqlens = np.cumsum([0, *map(len, found)])
@@ -47,7 +47,7 @@ def test_labels_of_packed_documents_are_those_of_each_alone(kind, found):
 
 @pytest.mark.parametrize("kind", MASKS)
 @given(found=st.lists(token_documents(), max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_labels_of_padded_documents_are_those_of_each_alone(kind, found):
     longest = max(map(len, found), default=0) + 1
     tokens = np.full((len(found), longest), BYTES.pad)

@@ -20,6 +20,9 @@ from nanorecall.run_dir import run_label
 from nanorecall.settings import ConfigError, RunError
 from toys import contents, counts, flags, run
 
+# That a run draws its curves is tested in test_progress.py.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = os.path.dirname(train.__file__)
 
 
@@ -131,12 +134,25 @@ def test_the_commands_of_updatable_long_term_memory_print_their_counts(capsys, a
     assert f"params: {count} " in capsys.readouterr().out
 
 
-def test_run_names_follow_the_documents_grammar():
-    p = train.parse("--exp_group 6 --dk 48 --dv 48".split())
-    data = p.data_module.Data(p.data)
-    name = "exp6_gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none"
-    name += "_data-128-32-2048_lr0.001"
-    assert run_label(p, build_model_config(p, data)) == name
+@pytest.mark.parametrize(
+    "flags, model",
+    [
+        ("--dk 48 --dv 48", "gpt_L4-D64_FF0_OG0_H2_q-48-none-none-0_k-48-none-none-0_v-48-none"),
+        (
+            "--model unified_kv --du 32 --k_gated 1",
+            "unified_kv_L4-D64_FF0_OG0_H2_q-32-none-none-0_k-32-none-none-1_v-32-none",
+        ),
+        (
+            "--model memory --dk 16 --dv 8 --memory_layers [0,2]",
+            "memory_L4-D64_FF1_OG0_H2_q-16-none-none-0_k-16-none-none-0_v-8-none"
+            "_M0-2_S1024_H4_K8",
+        ),
+    ],
+)
+def test_run_names_follow_the_documents_grammar(flags, model):
+    p = train.parse(["--exp_group=6", *flags.split()])
+    config = build_model_config(p, p.data_module.Data(p.data))
+    assert run_label(p, config) == f"exp6_{model}_data-128-32-2048_lr0.001"
 
 
 # ---- resuming ------------------------------------------------------------------------------------
@@ -291,9 +307,12 @@ def test_a_mistake_exits_with_status_2_and_no_traceback(script):
     assert done.stderr == f"train.py: {sentence}\n"
 
 
-def test_help_shows_the_settings_of_all_parts(script):
-    done = script("train.py", "--help")
-    assert done.returncode == 0 and "--lr_gamma" in done.stdout and "--num_kv_pairs" in done.stdout
+def test_help_shows_the_settings_of_all_parts(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        train.main(["--help", "--model=memory"])
+    shown = capsys.readouterr().out
+    for setting in ("--lr_gamma", "--n_layers", "--mem_knn", "--num_kv_pairs"):
+        assert f"  {setting}=" in shown
 
 
 def test_a_fork_is_one_file(tmp_path, monkeypatch):
@@ -341,13 +360,13 @@ SLOW_IMPORTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["train", "eval"])
-def test_help_does_not_import_what_it_does_not_use(name):
+@pytest.mark.parametrize("name, flags", [("train", ["--model=delta"]), ("eval", [])])
+def test_help_does_not_import_what_it_does_not_use(name, flags):
     code = f"""
 import sys
 import {name} as script
 try:
-    script.main(["--help"])
+    script.main(["--help", *{flags}])
 except SystemExit:
     pass
 print(*sys.modules, file=sys.stderr)

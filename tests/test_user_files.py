@@ -1,0 +1,146 @@
+"""Model and data files of a user: what a run records of them is executed, and nothing else."""
+
+import json
+import os
+import py_compile
+import shutil
+import sys
+
+import pytest
+
+import ablate
+import eval as eval_script
+import train
+from nanorecall.files import sha256_file
+from nanorecall.settings import ConfigError
+from toys import flags, run
+
+SHORT = dict(max_steps=2, eval_interval=1, n_val_examples=10, n_test_examples=10)
+FORK = """
+from model import GPT, Config
+from my_helper import NAME
+
+class Model(GPT):
+    pass
+"""
+
+
+def forget_fork():
+    """As in a new process."""
+    for name in ("my_fork", "my_helper"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The working directory: a run "f", its model file, and a file beside it that this imports."""
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "my_fork.py").write_text(FORK)
+    (place / "my_helper.py").write_text("NAME = 'helper'\n")
+    monkeypatch.chdir(place)
+    train.main(flags(place, "f", model="my_fork", **SHORT))
+    forget_fork()
+    yield place
+    forget_fork()
+
+
+def test_a_fork_is_executed_as_recorded_and_announced(place, capsys):
+    paths = [place / "my_fork.py", place / "my_helper.py"]
+    files = json.loads((place / "f" / "config.json").read_text())["files"]
+    assert files == {str(path): sha256_file(path) for path in paths}
+    capsys.readouterr()
+    eval_script.main(["f"])
+    text = capsys.readouterr().err
+    for path in paths:
+        assert f"note: executing {path}, as the run recorded it" in text
+
+
+COMMANDS = {
+    "eval": lambda: eval_script.main(["f"]),
+    "resume": lambda: train.main(["--resume", "f"]),
+    "ablate": lambda: ablate.main(["layer", "f"]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", ["my_fork", "my_helper"])
+def test_a_fork_that_changed_is_not_executed(place, command, name):
+    with open(place / f"{name}.py", "a") as f:
+        f.write("raise SystemExit('was run')\n")
+    message = f"{name}.py is not executed: it has changed since the run began; put back"
+    with pytest.raises(ConfigError, match=message):
+        COMMANDS[command]()
+
+
+def test_a_fork_elsewhere_or_gone_is_not_executed(place, tmp_path, monkeypatch):
+    shutil.copytree(place, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    moved = f"the run used {place}/my_fork.py: put that file there"
+    with pytest.raises(ConfigError, match=f"the run did not record it; {moved}"):
+        eval_script.main(["f"])
+    os.remove(tmp_path / "copy" / "my_fork.py")
+    with pytest.raises(ConfigError, match=f"nor a file here; {moved}"):
+        eval_script.main(["f"])
+
+
+def test_compiled_copies_are_not_trusted(place):
+    """__pycache__ may hold the code of another source of the same size and time."""
+    source = place / "my_fork.py"
+    whole, about = source.read_text(), os.stat(source)
+    source.write_text("raise SystemExit('was run')".ljust(len(whole)))
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(source), invalidation_mode=unchecked)
+    source.write_text(whole)
+    os.utime(source, ns=(about.st_atime_ns, about.st_mtime_ns))
+    eval_script.main(["f"])
+
+
+# ---- names of other code -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of our own model and task."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(folder, **SHORT)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pwned", "json", "pwned.Model", "numpy", "configs"])
+def test_a_name_in_a_strangers_config_executes_nothing(trained, tmp_path, monkeypatch, name):
+    shutil.copytree(trained / "run", tmp_path / "f")
+    (tmp_path / f"{name.split('.')[0]}.py").write_text("import os\nos.mkdir('was_run')\n")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "f" / "config.json"
+    for part in ("model", "data"):
+        config = json.loads(path.read_text())
+        config["train"][part] = name
+        path.write_text(json.dumps(config))
+        for command in COMMANDS.values():
+            with pytest.raises(ConfigError):
+                command()
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_script_called_from_elsewhere_takes_its_own_files(trained, tmp_path, script):
+    for name in ("data_mqar", "model", "memory", "configs", "analysis"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('was run')")
+    done = script("eval.py", trained / "run", cwd=tmp_path)
+    assert done.returncode == 0 and "was run" not in done.stderr, done.stderr
+
+
+def test_a_file_of_your_own_that_fails_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "my_broken.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="my_broken.py:1 does not run \\(SyntaxError"):
+        train.parse(["--model=my_broken"])
+    (tmp_path / "json.py").write_text("")
+    with pytest.raises(ConfigError, match="json.py cannot be taken: Python has a module json, too"):
+        train.parse(["--model=json"])
+
+
+@pytest.mark.parametrize("name", ["model.GPTBlock", "model.RMSNorm", "memory.MemoryLayer"])
+def test_a_part_of_a_model_is_no_model(name):
+    with pytest.raises(ConfigError, match="a part of a model, no language model; choose from gpt"):
+        train.parse([f"--model={name}"])
