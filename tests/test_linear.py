@@ -525,9 +525,11 @@ def test_the_backend_is_described(monkeypatch):
     assert "even" in linear.why_no_fla(cuda, torch.bfloat16, 64, 87)
     assert linear.why_no_fla(cuda, torch.bfloat16, 64, 64) is None
     assert "its own chunks" in GLA.describe_backend(config(), cuda, torch.bfloat16)
-    assert MesaNet.describe_backend(config(), cuda, torch.bfloat16) == (
-        "least squares, chunks of 4 tokens"
-    )
+    for device in (cpu, cuda):
+        assert MesaNet.describe_backend(config(), device, torch.bfloat16) == (
+            "least squares, chunks of 4 tokens (flash-linear-attention's kernel solves by "
+            "conjugate gradients, so not exactly)"
+        )
     assert GLA.describe_backend(config(use_att=False), cpu, torch.float32).startswith("none")
 
 

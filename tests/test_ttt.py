@@ -436,9 +436,14 @@ def test_settings_that_do_not_fit_are_refused(flags, message):
 
 def test_short_names_and_what_runs():
     flags = [["--model", "ttt_linear"], ["--model", "ttt_mlp", "--inner_expand_factor", "2"]]
-    for own, cls, what in zip(flags, MODELS, ("a linear map", "an MLP")):
+    whats = "a linear map", "an MLP"
+    reasons = "kernel has a bias, other rates and another residual", "has no kernel for it"
+    for own, cls, what, reason in zip(flags, MODELS, whats, reasons):
         p = train.parse(own)
         assert p.model_class is cls
         c = build_model_config(p, p.data_module.Data(p.data))
-        backend = cls.describe_backend(c, torch.device("cpu"), torch.float32)
-        assert backend == f"test-time training of {what}, mini-batches of 16 tokens"
+        for device in ("cpu", "cuda"):
+            backend = cls.describe_backend(c, torch.device(device), torch.float32)
+            form, _, why = backend.partition(" (flash-linear-attention")
+            assert form == f"test-time training of {what}, mini-batches of 16 tokens"
+            assert why.endswith(f" {reason})")
