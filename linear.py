@@ -357,7 +357,6 @@ def least_squares_chunks(q, k, v, beta, state, sizes, ridge):
 
 def least_squares(q, k, v, beta, ridge, state=None, cu_seqlens=None, chunk_size=16):
     """The faster form for these inputs; arguments and results as in least_squares_recurrent."""
-    # flash-linear-attention's kernel solves by 30 steps of conjugate gradients, so not exactly.
     if q.shape[2] <= 1:
         return least_squares_recurrent(q, k, v, beta, ridge, state, cu_seqlens)
     return least_squares_chunkwise(q, k, v, beta, ridge, state, cu_seqlens, chunk_size)
@@ -487,7 +486,9 @@ class MesaNetLayer(LinearAttentionLayer):
 
     @classmethod
     def describe_backend(cls, c, device, dtype):
-        return f"{cls.memory_name}, chunks of {c.chunk_size} tokens"
+        # The kernel makes 30 steps. It takes values as wide as keys only.
+        problem = "flash-linear-attention's kernel solves by conjugate gradients, so not exactly"
+        return f"{cls.memory_name}, chunks of {c.chunk_size} tokens ({problem})"
 
 
 # ---- models --------------------------------------------------------------------------------------

@@ -234,6 +234,11 @@ class TTTLinearLayer(RecurrentLayer):
     """TTT-Linear in place of attention."""
 
     memory_name = "test-time training of a linear map"
+    # In fla-core 0.6.0, W has a bias that is trained, too. Token i reads writes at the rate of
+    # token i, not of the token that wrote, and W keeps those of a mini-batch at its last token's
+    # rate. What is read is z + LN(z) with z = W^T q, not q + LN(z). Packed documents have no
+    # backward pass.
+    why_no_fla = "flash-linear-attention's kernel has a bias, other rates and another residual"
 
     def __init__(self, c):
         super().__init__(c)
@@ -266,13 +271,15 @@ class TTTLinearLayer(RecurrentLayer):
 
     @classmethod
     def describe_backend(cls, c, device, dtype):
-        return f"{cls.memory_name}, mini-batches of {c.inner_batch_size} tokens"
+        form = f"{cls.memory_name}, mini-batches of {c.inner_batch_size} tokens"
+        return f"{form} ({cls.why_no_fla})"
 
 
 class TTTMLPLayer(TTTLinearLayer):
     """TTT-MLP in place of attention."""
 
     memory_name = "test-time training of an MLP"
+    why_no_fla = "flash-linear-attention has no kernel for it"
 
     @staticmethod
     def inner_sizes(c, K):

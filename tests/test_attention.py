@@ -237,6 +237,24 @@ def test_models_of_any_dtype_and_batches_without_sequences_tokens_or_labels(kind
     assert (ours - exact).abs().max() < 16 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("blockwise_length", [512, 0])
+def test_bfloat16_autocast_is_close_to_float32(monkeypatch, kind, blockwise_length):
+    """A window with one mask, and in blocks."""
+    monkeypatch.setattr(attention, "BLOCKWISE_LENGTH", blockwise_length)
+    model = build_kind(kind, dim=32).float()
+    tokens = torch.randint(V, (8, T), generator=torch.Generator().manual_seed(0))
+    exact, _, *grads = outcome(model, tokens, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        half, _, *half_grads = outcome(model, tokens, tokens)
+        decoded, _ = model.forward_cached(tokens)
+    assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    assert (decoded.flatten(0, 1).float() - exact).abs().max() < 0.05 * exact.abs().max()
+    for a, b in zip(half_grads, grads):
+        assert a.dtype == torch.float32
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.97
+
+
 CACHED = [
     (GPT, dict(n_kv_heads=1, conv_size=3)),
     (GPT, dict(k_kernel="taylor", q_kernel="taylor", v_kernel="exp", pos_emb="none", conv_size=1)),

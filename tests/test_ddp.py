@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import time
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import train
 from nanorecall import checkpoint, distributed, metrics
-from nanorecall.build import build_model, build_model_config
+from nanorecall.build import MODELS, build_data, build_model, build_model_config
 from nanorecall.files import lock_run_dir
 from nanorecall.records import read_json, read_log
 from nanorecall.rng import IGNORE_INDEX
@@ -36,6 +37,7 @@ from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError
 from nanorecall.training_checkpoint import load_training_state, training_state
 from toys import (
+    TOY,
     as_flags,
     assert_same,
     contents,
@@ -142,6 +144,35 @@ def test_fsdp_equals_ddp(on_ranks, tmp_path, model):
         results.append(metrics.evaluate(trained, data, "test", 7, torch.device("cpu")))
     a, b = results
     assert counts(a) == counts(b) and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_fsdp_gives_every_model_the_gradients_of_one_rank(on_ranks):
+    """One start of two ranks for all models: each computes half of the batch."""
+
+    def work(rank):
+        with distributed.process_group():
+            for name in MODELS:
+                p = train.parse(as_flags({**TOY, **model_flags(name)}))
+                data = build_data(p)
+                whole = build_model(p, build_model_config(p, data))
+                sharded = deepcopy(whole)
+                distributed.wrap_model(sharded, "fsdp", torch.device("cpu"))
+                tokens, targets, _ = data.batch("train", 0, range(8))
+                whole(tokens, targets)[1].backward()
+                mine = slice(4 * rank, 4 * rank + 4)
+                _, loss = sharded(tokens[mine], targets[mine])
+                (loss / 2).backward()  # FSDP sums over ranks
+                ours = {}
+                expected = {}
+                for key, parameter in sharded.named_parameters():
+                    assert distributed.is_dtensor(parameter), f"{name}: {key}"
+                    ours[f"{name}: {key}"] = distributed.full_tensor(parameter.grad)
+                for key, parameter in whole.named_parameters():
+                    expected[f"{name}: {key}"] = parameter.grad
+                assert_close(ours, expected)
+        return 0
+
+    assert on_ranks(2, work) == [0, 0]
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

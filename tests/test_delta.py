@@ -167,10 +167,10 @@ def test_long_sequences_of_nearly_parallel_keys_stay_exact(gated):
 
 
 @pytest.mark.parametrize("strong", [-60.0, -1e4, -math.inf])
-@pytest.mark.parametrize("every", [1, 5])
-def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(strong, every):
+@pytest.mark.parametrize("weak, every", [(0.0, 5), (-1e-6, 5), (-0.01, 5), (-0.01, 1)])
+def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(strong, weak, every):
     q, k, v, beta, _, S, _ = inputs(T=40)
-    decay = torch.full((2, H, 40), -0.01, dtype=torch.float64)
+    decay = torch.full((2, H, 40), weak, dtype=torch.float64)
     decay[:, :, ::every] = strong
     exact = outputs_and_gradients(delta_rule_recurrent, [q, k, v, beta, decay.requires_grad_(), S])
     single = with_gradients([q, k, v, beta, decay, S], torch.float32)

@@ -25,6 +25,7 @@ from delta_variants import (
     kda_fla,
     kda_recurrent,
 )
+from linear import recurrent_varlen
 from naive import fla_naive, naive_activation, naive_heads, naive_qkv
 from nanorecall.build import build_model_config, inference_state_bytes
 from nanorecall.settings import ConfigError
@@ -154,7 +155,7 @@ def test_first_and_second_derivatives_by_differences():
     assert torch.autograd.gradgradcheck(rule, arguments, fast_mode=True)
 
 
-@pytest.mark.parametrize("weak", [-1e-6, -0.01])
+@pytest.mark.parametrize("weak", [0.0, -1e-6, -0.01])
 @pytest.mark.parametrize("strong", [-9.0, -60.0, -1e4, -math.inf])
 def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(strong, weak):
     """In every other row of the state, at every fifth token."""
@@ -243,6 +244,49 @@ def test_a_token_is_the_product_of_its_steps(n):
                     state = state + strength * torch.outer(key, v[b, h, t, j])
                 torch.testing.assert_close(o[b, h, t], state.T @ q[b, h, t] / K**0.5)
             torch.testing.assert_close(last[b, h], state)
+
+
+def product_recurrent(q, k, v, beta, state, cu_seqlens=None):
+    """delta_product one step after another: each is one step of gradient descent."""
+    if cu_seqlens is not None:
+        return recurrent_varlen(product_recurrent, [q, k, v, beta], state, cu_seqlens)
+    outputs = [v[:, :, :0, 0]]  # of a document without tokens
+    for t in range(q.shape[2]):
+        for j in range(k.shape[3]):
+            key = k[:, :, t, j, :, None]  # (B, H, K, 1)
+            u = v[:, :, t, j, None] - key.mT @ state  # (B, H, 1, V)
+            state = state + beta[:, :, t, j, None, None] * key @ u
+        outputs.append(q[:, :, t, None] @ state / math.sqrt(q.shape[-1]))
+    return torch.cat(outputs, dim=2), state
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("documents", [False, True], ids=["batch", "documents"])
+def test_product_equals_its_steps_for_every_chunk_size(documents, n):
+    """In outputs, states and gradients, for sizes that divide 23 tokens and those that do not."""
+    arguments = product_inputs(n, documents=documents)
+    expected = outputs_and_gradients(product_recurrent, arguments)
+    for C in [*range(1, 13), 16, 22, 23, 24, 64]:
+        ours = outputs_and_gradients(delta_product, arguments, chunk_size=C)
+        assert_all_close(ours, expected, 1e-10)
+
+
+def test_long_products_of_nearly_parallel_keys_stay_exact():
+    """Two steps for each of 1,024 tokens; keys within 0.2 radians of each other, beta near 1."""
+    g = torch.Generator().manual_seed(0)
+    T, n = 1024, 2
+    k, v = (torch.randn(1, 1, T, n, 16, generator=g, dtype=torch.float64) for _ in range(2))
+    k = F.normalize(torch.ones(16, dtype=torch.float64) + 0.06 * k, dim=-1)
+    q = F.normalize(torch.randn(1, 1, T, 16, generator=g, dtype=torch.float64), dim=-1)
+    beta = 1 - 0.01 * torch.rand(1, 1, T, n, generator=g, dtype=torch.float64)
+    state = torch.randn(1, 1, 16, 16, generator=g, dtype=torch.float64)
+    arguments = with_gradients([q, k, v, beta, state], torch.float64)
+    exact = outputs_and_gradients(product_recurrent, arguments)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
+        rounded = with_gradients(arguments, dtype)
+        ours = outputs_and_gradients(delta_product, rounded, chunk_size=32)
+        assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
+        assert max(error(a, b) for a, b in zip(ours, exact, strict=True)) < tolerance
 
 
 def transpositions(permutation):

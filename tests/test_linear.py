@@ -22,6 +22,7 @@ from linear import (
     least_squares_chunkwise,
     least_squares_recurrent,
 )
+from model import FEATURE_MAPS
 from naive import fla_naive, naive_activation, naive_heads, naive_qkv, naive_rotation
 from nanorecall.build import build_model_config, inference_state_bytes
 from nanorecall.settings import ConfigError
@@ -147,7 +148,7 @@ def test_chunked_equals_loop_for_every_chunk_size(documents, kind):
     expected = outputs_and_gradients(recurrent, arguments)
     for C in [*range(1, 20), 24, 32, 37, 64, 69, 70, 71, 128]:
         ours = outputs_and_gradients(chunkwise, arguments, chunk_size=C)
-        assert_all_close(ours, expected, 1e-9)
+        assert_all_close(ours, expected, 1e-10)
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -183,10 +184,11 @@ def test_first_and_second_derivatives_by_differences(kind):
 
 
 @pytest.mark.parametrize("kind", ["decay of heads", "decay of rows"])
+@pytest.mark.parametrize("weak", [0.0, -1e-6, -0.01])
 @pytest.mark.parametrize("strong", [-9.0, -60.0, -1e4, -math.inf])
-def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(kind, strong):
+def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(kind, strong, weak):
     q, k, v, g, S, _ = inputs(kind, T=40)
-    g = torch.full_like(g.detach(), -0.01)
+    g = torch.full_like(g.detach(), weak)
     g[:, :, ::5] = strong
     arguments = with_gradients([q, k, v, g, S], torch.float64)
     exact = outputs_and_gradients(additive_recurrent, arguments)
@@ -315,6 +317,47 @@ def test_equals_the_naive_forms_of_flash_linear_attention(rule):
         arguments = inputs(kind, dtype=torch.float32)[:-1]
         expected = outputs_and_gradients(naive, arguments)
         assert_all_close(outputs_and_gradients(rule, arguments), expected, 2e-5)
+
+
+@pytest.mark.skipif(fla_naive("based") is None, reason="fla-core is not installed")
+@pytest.mark.parametrize("rule", [additive_recurrent, additive_chunkwise])
+def test_taylor_features_give_the_scores_of_based_in_flash_linear_attention(rule):
+    theirs = fla_naive("based")
+    tokens = inputs("no decay", T=32, dtype=torch.float32)[:3]
+
+    def ours(q, k, v):
+        q, k = FEATURE_MAPS["taylor"](q), FEATURE_MAPS["taylor"](k)
+        o, _ = rule(q, k, v)
+        return (o * math.sqrt(q.shape[-1]),)
+
+    def normalised(q, k, v):
+        """Divided by the sum of scores, which is the output for values of 1."""
+        (o,) = ours(q, k, torch.cat([v, torch.ones_like(v[..., :1])], dim=-1))
+        return (o[..., :-1] / o[..., -1:],)
+
+    def parallel(q, k, v):
+        return (theirs.naive_parallel_based(q, k, v, use_norm=False),)
+
+    def in_chunks_of_8(q, k, v):
+        return (theirs.naive_chunk_based(q, k, v, chunk_size=8),)
+
+    for form, naive in ((ours, parallel), (normalised, in_chunks_of_8)):
+        expected = outputs_and_gradients(naive, tokens)
+        assert_all_close(outputs_and_gradients(form, tokens), expected, 2e-5)
+
+
+@pytest.mark.skipif(fla_naive("based") is None, reason="fla-core is not installed")
+def test_a_layer_with_taylor_features_is_based_although_it_divides_by_no_sum():
+    torch.manual_seed(0)
+    plain = dict(v_kernel="none", q_norm="none", k_norm="none", conv_size=0)
+    c = config(q_kernel="taylor", k_kernel="taylor", **plain)
+    layer = linear.LinearAttentionLayer(c)
+    x = 5 * torch.randn(2, 20, 8)  # so large that the 1e-6 in the norm makes no difference
+    projections = layer.proj_q, layer.proj_k, layer.proj_v
+    q, k, v = (p(x).unflatten(-1, (2, -1)).transpose(1, 2) for p in projections)
+    o = fla_naive("based").naive_parallel_based(q, k, v)  # (B, H, T, V)
+    expected = layer.out_proj(layer.out_norm(o).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(fla_naive("mesa_net") is None, reason="fla-core is not installed")
@@ -482,9 +525,11 @@ def test_the_backend_is_described(monkeypatch):
     assert "even" in linear.why_no_fla(cuda, torch.bfloat16, 64, 87)
     assert linear.why_no_fla(cuda, torch.bfloat16, 64, 64) is None
     assert "its own chunks" in GLA.describe_backend(config(), cuda, torch.bfloat16)
-    assert MesaNet.describe_backend(config(), cuda, torch.bfloat16) == (
-        "least squares, chunks of 4 tokens"
-    )
+    for device in (cpu, cuda):
+        assert MesaNet.describe_backend(config(), device, torch.bfloat16) == (
+            "least squares, chunks of 4 tokens (flash-linear-attention's kernel solves by "
+            "conjugate gradients, so not exactly)"
+        )
     assert GLA.describe_backend(config(use_att=False), cpu, torch.float32).startswith("none")
 
 
