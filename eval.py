@@ -54,12 +54,13 @@ from analysis.repair import repair
 from analysis.routing import routing
 from analysis.significance import stats
 from analysis.state_editing import data_of_sizes, edit_pairs
-from analysis.stored_facts import predictions, stored_bits
+from analysis.stored_facts import stored_bits
 from analysis.trained_run import (
     AnalysisConfig,
     Command,
     concat,
     parse_command,
+    predictions,
     report,
     run_command,
     save_result,

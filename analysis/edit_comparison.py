@@ -30,8 +30,8 @@ from analysis.editors import (
 )
 from analysis.mlp_editing import check_mlp_editable
 from analysis.peak_memory import peak_memory_of
-from analysis.stored_facts import predictions, stored_bits
-from analysis.trained_run import correct_examples, require_facts, save_result
+from analysis.stored_facts import stored_bits
+from analysis.trained_run import correct_examples, predictions, require_facts, save_result
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import require, say

@@ -194,11 +194,7 @@ def map_batches(run, measure, batches=None, read=None):
         batch = SimpleNamespace(tokens=tokens, targets=targets, indices=indices, slices=slices)
         with autocast(run.device, run.dtype):
             parts.append(measure(batch))
-    parts_of_ranks = world.all_gather_object(parts)
-    in_order = []
-    for i in range(len(batches)):
-        in_order.append(parts_of_ranks[i % world.size][i // world.size])
-    return concat(in_order)
+    return concat(world.gather_in_order(parts))
 
 
 def concat(tables):
@@ -230,23 +226,22 @@ def require_facts(run, all_forms=False):
     require(all_forms or not has_forms, "it needs facts of one wording: train with forms=1", None)
 
 
+def predictions(run):
+    """What `iter_predictions` yields over the split, on all ranks: a list of batches."""
+    options = dict(dtype=run.dtype, show_progress=True, world=run.world)
+    split, batch_size = run.config.split, run.config.eval_batch_size
+    mine = iter_predictions(run.model, run.data, split, batch_size, run.device, **options)
+    # A rank without a batch in the last round has None.
+    return [batch for batch in run.world.gather_in_order(list(mine)) if batch]
+
+
 def correct_examples(run):
     """Indices of the examples of the split of which the model predicts every label correctly."""
-    split, batch_size = run.config.split, run.config.eval_batch_size
-    model, device, world = run.model, run.device, run.world
-    options = dict(dtype=run.dtype, show_progress=True, world=world)
     correct = []
-    for batch in iter_predictions(model, run.data, split, batch_size, device, **options):
-        # Where the ranks share a last round, some have no batch.
-        if batch is None:
-            correct.append(np.empty(0, int))
-            continue
+    for batch in predictions(run):
         wrong = batch["example"][~batch["correct"]]
         correct.append(np.setdiff1d(batch["example"], wrong))
-    in_order = []
-    for of_ranks in zip(*world.all_gather_object(correct)):
-        in_order += of_ranks
-    return np.concatenate(in_order)
+    return np.concatenate(correct)
 
 
 def label_positions(batch):

@@ -63,11 +63,15 @@ class World:
         """The main rank's value, on every rank."""
         return self.all_gather_object(value)[0]
 
+    def gather_in_order(self, mine):
+        """The items of all ranks, where rank r has number r, r + size, ... of them -> list."""
+        of_ranks = self.all_gather_object(mine)
+        n_items = sum(map(len, of_ranks))
+        return [of_ranks[i % self.size][i // self.size] for i in range(n_items)]
+
     def shared_map(self, function, items):
         """function(item) of each item, in their order: ranks share the work, and each gets all."""
-        mine = [function(item) for item in items[self.rank :: self.size]]
-        of_ranks = self.all_gather_object(mine)
-        return [of_ranks[i % self.size][i // self.size] for i in range(len(items))]
+        return self.gather_in_order([function(item) for item in items[self.rank :: self.size]])
 
     def all_gather(self, *numbers):
         """Collect a few numbers from every rank -> (size, n) float64, the same on every rank."""
