@@ -69,16 +69,21 @@ class Config:
         has_closed_quotes(self, "extra_args")
 
 
-# points() -> [Point]; draw({series: {x: [result of each seed]}}) -> pyplot, figure, caption.
-# parts: what draw needs of a result (see shown_results). choose({point: [result of each seed]}) ->
-# the points to draw, if they follow from the results of others.
+# What makes a figure:
+#   points() -> [Point]       the runs that it shows, or those from whose results it chooses
+#   draw(results) -> pyplot, figure, caption; results: {series: {x: [result of each seed]}}
+#   parts                     paths in a result to what draw needs (see shown_results)
+#   summary                   what it shows, for the list of figures
+#   choose({point: [result of each seed]}) -> [Point] to show; None: all of points()
 Figure = namedtuple("Figure", "points draw parts summary choose", defaults=[None])
-OF_EDITS = "result.by_slice.method, edits.*"
 IN_EDIT = (
     "result.metrics.edits",
     "result.metrics.stored.*.value",
-    f"{OF_EDITS}.method",
-    *(f"{OF_EDITS}.{metric}.value" for metric in (*weights.EDIT_METRICS, "retained")),
+    "result.by_slice.method, edits.*.method",
+    "result.by_slice.method, edits.*.efficacy.value",
+    "result.by_slice.method, edits.*.specificity.value",
+    "result.by_slice.method, edits.*.specificity, shown.value",
+    "result.by_slice.method, edits.*.retained.value",
 )
 FIGURES = {
     "lr": Figure(
@@ -170,7 +175,10 @@ FIGURES = {
 
 
 def points_of(name, config):
-    """-> the points that a figure shows, and all that are trained for it, as far as known."""
+    """-> the points that a figure shows, and all that are trained for it.
+
+    If it chooses its points by results that are missing, these are the points to choose from.
+    """
     figure = FIGURES[name]
     points = figure.points()
     if not figure.choose or missing_runs(points, config):
@@ -180,6 +188,7 @@ def points_of(name, config):
 
 
 def trained_points(names, config):
+    """All points that are trained for these figures, as far as they are known."""
     points = []
     for name in names:
         points += points_of(name, config)[1]
@@ -190,7 +199,7 @@ def train_missing(names, config):
     points = trained_points(names, config)
     run_missing(points, config)
     more = trained_points(names, config)
-    if len(more) > len(points):  # their choice needed the results of the others
+    if len(more) > len(points):  # points that are chosen by the results of the first
         run_missing(more, config)
 
 

@@ -13,12 +13,12 @@ import torch
 
 from analysis.hooks import (
     forward_from,
-    gather_labels,
     hook_output,
     hook_points,
     index_reads,
     logit_diff,
     run_with_cache,
+    select_positions,
 )
 from analysis.trained_run import concat, select
 from memory import SCORES, weighted_values
@@ -55,7 +55,7 @@ def measure(examples, clean, logits, about):
 
 @dataclass
 class SlotAblation:
-    """One slot to ablate in each of M copies of examples, and what may come in its place."""
+    """One slot to ablate in each of M copies of examples, and what may replace it."""
 
     memory: object  # the memory layer
     reads: dict  # slots and weights (M, T, H, k) of each copy
@@ -160,7 +160,8 @@ def key_zero_ablation(a):
 def key_noise_ablation(a):
     """A random key of the same length, half by half, in each head."""
     n = a.memory.config.mem_n_keys
-    first, second = a.noise[:, 0, a.slot // n], a.noise[:, 1, a.slot % n]  # (H, M, Q/2) each
+    first = a.noise[:, 0, a.slot // n]  # (H, M, Q/2)
+    second = a.noise[:, 1, a.slot % n]
     score = torch.einsum("mthq,hmq->mth", a.queries[..., 0, :], first)
     return a.rescored(score + torch.einsum("mthq,hmq->mth", a.queries[..., 1, :], second))
 
@@ -182,7 +183,7 @@ ABLATIONS = {  # SlotAblation -> reads
     "key_noise": key_noise_ablation,
 }
 KEY_ABLATIONS = ("key_zero", "key_noise")
-SELECTING_ABLATIONS = ("next_best", *KEY_ABLATIONS)  # they choose slots anew
+SELECTING_ABLATIONS = ("next_best", *KEY_ABLATIONS)  # after these, the layer chooses slots again
 
 
 # ---- slots ---------------------------------------------------------------------------------------
@@ -289,8 +290,8 @@ def memory_inputs(model, layer, clean, label_pos):
     reads = {name: clean.reads[layer][name] for name in ("slots", "weights")}
     if layer < len(model.layers) - 1:
         return resid, reads, label_pos
-    resid = gather_labels(resid, label_pos)
-    reads = {name: gather_labels(x, label_pos) for name, x in reads.items()}
+    resid = select_positions(resid, label_pos)
+    reads = {name: select_positions(x, label_pos) for name, x in reads.items()}
     return resid, reads, torch.arange(label_pos.shape[1], device=resid.device).expand_as(label_pos)
 
 

@@ -74,9 +74,9 @@ def logits(run):
         if values.ndim == 1:
             columns[name] = values
         if column.startswith(SLICE) and len(np.unique(values)) <= 24:
-            cells = by_slice[name] = {}
+            by_slice[name] = {}
             for value in np.unique(values):
-                cells[str(value)] = summarize(table, values == value)
+                by_slice[name][str(value)] = summarize(table, values == value)
     for i in range(table["top"].shape[1]):
         columns[f"top{i + 1}"] = table["top"][:, i]
     bins, error = calibration(table["confidence"], table["correct"], table["example"])
@@ -141,7 +141,7 @@ def print_summary(total, by_slice):
 
 
 def exact_match_of(table):
-    """Proportion of examples of which every label is correct."""
+    """Proportion of examples with every label correct."""
     counts = cluster_counts(table["correct"], table["example"])
     return proportion(counts["exact_matches"], counts["n_examples"])
 

@@ -66,8 +66,8 @@ ANSWER_KINDS = (
 def classify_error(text, decoded):
     """What a model decoded for the last query of a HashHop example -> one of ANSWER_KINDS.
 
-    The closing quote has no label, so no model learns to write it. Therefore as many letters are
-    decoded as the correct answer has.
+    The closing quote has no label, so no model learns to write it. `decoded` therefore has as many
+    letters as the correct answer.
 
     >>> text = "ab = cd\\ncd = 'ef'\\ngh = 'ij'\\n\\nCOMPLETION:\\n"
     >>> text += "Hops=2\\n\\nCoT=False\\n\\nab = 'ef'\\n"

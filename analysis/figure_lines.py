@@ -25,6 +25,10 @@ def draw_series(axis, results, measure, x_of=None):
         mean_and_range(axis, x, np.array(values).T, label=series)
 
 
+def token_accuracy(result):
+    return result["all"]["value"]
+
+
 def log_axis(axis, ticks):
     """A logarithmic x axis with these numbers as its only ticks."""
     axis.set_xscale("log")

@@ -1,6 +1,6 @@
-"""Figures that compare sequence mixers: by their state at equal layer parameters, and by the steps
-until recall appears (see sweep.py).
+"""Figures that compare sequence mixers (see sweep.py).
 
+They are compared by their state at equal layer parameters, and by the steps until recall appears.
 The state of a matrix memory is H matrices of K x V. Its projections have 4 H K D weights (K = V).
 So with H K fixed, the number of heads H changes the state and not the number of parameters.
 """
@@ -10,16 +10,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.figure_lines import BANDS, draw_series, log_axis
+from analysis.figure_lines import BANDS, draw_series, log_axis, token_accuracy
 from analysis.sweep_runs import Point
 from nanorecall.plots import figure
 
 # ---- mixers --------------------------------------------------------------------------------------
 
-# args: feature maps and norms as in the mixer's config in configs/. widths: of the residual stream
-# with 1, 2, 4 and 8 heads; a narrower one pays for what a mixer has beside its projections, so that
-# all models have as many layer parameters, within 1%. tracking: further args for state tracking.
-# product: number of heads times key width.
+# args      feature maps and norms, as in the mixer's config in configs/
+# widths    of the residual stream with 1, 2, 4 and 8 heads. Mixers with more than projections get
+#           a narrower one: all models have the same number of layer parameters, within 1%.
+# tracking  further args for state tracking
+# product   number of heads times key width
 Mixer = namedtuple("Mixer", "args widths tracking product", defaults=["", 96])
 HEADS = (1, 2, 4, 8)
 MEMORIES = {
@@ -55,7 +56,7 @@ def attention_args(kv_heads, window):
 
 
 def tracking_model(name):
-    """One layer of width 32 with an MLP. A token says all that its step needs: no convolution."""
+    """One layer of width 32 with an MLP. Each step needs one token alone, so no convolution."""
     model_args = ATTENTION
     if name != "attention":
         mixer = MEMORIES[name]
@@ -189,10 +190,6 @@ def run_name(*parts):
     return name.replace(", ", "_").replace(": ", "").replace(" ", "-")
 
 
-def token_accuracy(result):
-    return result["all"]["value"]
-
-
 def state_kilobytes(seeds):
     return seeds[0]["state"] / 1000
 
@@ -202,6 +199,7 @@ def accuracy_of_fewer_pairs(result):
 
 
 def draw_state(results):
+    """Recall against bytes of state with two numbers of pairs; bars for updates and tracking."""
     plt, fig, axes = figure(2, 2, width=5)
     accuracies = {PAIRS: token_accuracy, FEWER_PAIRS: accuracy_of_fewer_pairs}
     colors = [*plt.cm.tab10.colors[: len(RECALLING)], "black", "navy"]
@@ -295,6 +293,7 @@ LONG_MIXERS = {
 
 
 def plateau_points():
+    """Each recipe with and without its curriculum, and LONG_MIXERS on longer sequences."""
     points = []
     for name, config in RECIPES.items():
         for start, start_args in STARTS.items():
@@ -327,6 +326,7 @@ def steps_until(result, level):
 
 
 def draw_plateau(results):
+    """Steps until each of LEVELS, and the learning curves of LONG_MIXERS."""
     plt, fig, (steps, curves) = figure(1, 2, width=5)
     for number, start in enumerate(STARTS):
         panel = of_panel(results, start)
@@ -351,11 +351,8 @@ def draw_plateau(results):
     curves.set(title="MQAR, 128 pairs in 512 tokens, with a curriculum", xlabel="step")
     curves.set(ylabel="validation token accuracy", ylim=(-0.02, 1.02))
     curves.legend()
-    return (
-        plt,
-        fig,
-        "Model, learning rate and curriculum of configs/\npoints and lines: {seeds} seeds",
-    )
+    caption = "Model, learning rate and curriculum of configs/\npoints and lines: {seeds} seeds"
+    return plt, fig, caption
 
 
 def draw_steps(axis, seeds, height, color):

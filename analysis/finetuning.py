@@ -7,6 +7,7 @@ Letters: B facts, N labels, H heads, k slots that a head reads, t slots that are
 a value.
 """
 
+import itertools
 import math
 from collections import namedtuple
 
@@ -112,7 +113,7 @@ def fine_tune_lora(model, tokens, targets, kept, kept_targets, rank=4):
     def forward(tokens, targets):
         return functional_call(model, merged(), (tokens, targets))
 
-    parameters = [factor for pair in factors.values() for factor in pair]
+    parameters = list(itertools.chain.from_iterable(factors.values()))
     fine_tune(model, parameters, adam(parameters, 3e-3), [(tokens, targets)], forward)
     with torch.no_grad():
         for name, W in merged().items():
@@ -138,7 +139,7 @@ def count_reads(model, tokens, targets):
 
 def total_reads(model, tokens, targets, batch_size=100):
     """Reads of all these facts together. In batches, since a large table has many slots."""
-    counts = facts = 0
+    counts, facts = 0, 0
     for x, y in zip(tokens.split(batch_size), targets.split(batch_size)):
         reads = count_reads(model, x, y)
         counts = counts + reads.sum(0)

@@ -1,4 +1,4 @@
-"""Rewrite facts of one's own choice in a trained run, save the edited run, take an edit back.
+"""Rewrite chosen facts in a trained run, save the edited run, take an edit back.
 
     python eval.py edit runs/RUN --facts edits.jsonl                  # what would happen
     python eval.py edit runs/RUN --facts edits.jsonl --save_as NAME   # and write runs/NAME
@@ -31,7 +31,7 @@ from analysis.editors import (
     choose_editors,
     say_margin,
 )
-from analysis.trained_run import save_result
+from analysis.trained_run import require_single_process, save_result
 from nanorecall.dataset_files import has_data_suffix, read_rows
 from nanorecall.documents import validate_text
 from nanorecall.metrics import print_table
@@ -114,7 +114,7 @@ def choose_editor(run):
     ConfigError if it cannot change this model, or if the answers of the model cannot be decoded.
     """
     config = run.config
-    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+    require_single_process(run)
     require_decoding(run)
     chosen = choose_editors(config.editors or DEFAULT, config.top_slots, config.margin)
     message = f"editors={config.editors!r} are {len(chosen)} methods; --facts uses one"
@@ -205,7 +205,10 @@ def report_edits(run, edits, efficacy, specificity, probability):
         found += f"; {share * n:.0f} of {n} other known facts ({share:.1%}) keep theirs"
     run.finding(found)
     head = ("question", "before", "asked for", "after")
-    print_table(head, [[edit[name] for name in head] for edit in edits])
+    rows = []
+    for edit in edits:
+        rows.append([edit[name] for name in head])
+    print_table(head, rows)
 
 
 def report_changed(run, changed, answers):
@@ -221,7 +224,7 @@ def report_changed(run, changed, answers):
 
 def undo(run):
     """Take the latest edit of the run back, and print what it answers now."""
-    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+    require_single_process(run)
     edit = undo_latest_edit(run)
     n = len(edit["facts"])
     say(f"{run.folder}: took back the latest edit, of {n} facts by {edit['editor']!r}")

@@ -171,7 +171,7 @@ def whole_members(text, at, lost):
 def read_member(text, at, lost):
     """The value at text[at:] -> what is whole of it, and its end."""
     value, end, why = read_value(text, at)
-    # Else a quote was missing, and the string went on until the next one.
+    # If another quote was missing, the string has gone on until the next one.
     if not why and not MEMBER_END.match(text, end):
         why = "what follows is no member"
     opening = text[at : at + 1]

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from analysis.hooks import hooked
+from analysis.hooks import hooked, select_positions
 from nanorecall.metrics import autocast
 
 
@@ -44,7 +44,7 @@ class Edit:
     keys: torch.Tensor  # (B, n, tokens of a key)
     other_keys: torch.Tensor  # (B, n, tokens of a key), keys that the sequence does not hold
     block: int  # in which pairs are recalled
-    offset: int = 0  # cache: the entry of a pair is so many tokens after its value
+    offset: int = 0  # cache: tokens from a pair's value to its entry
     dtype: torch.dtype = torch.float32  # in which the model computes
 
     @property
@@ -178,11 +178,6 @@ def entry_name(of_block):
     return None
 
 
-def entries_at(entries, positions):
-    """entries (B, t, ...) of tokens, positions (B, n) -> (B, n, ...)"""
-    return entries[torch.arange(len(entries), device=entries.device)[:, None], positions]
-
-
 def put_entries(entries, positions, new):
     """entries (B, t, ...) with others, new (B, n, ...), at positions (B, n)."""
     entries = entries.clone()
@@ -194,7 +189,7 @@ def change_entries(edit, change, shift=0):
     """Put change(entries (B, n, ...) of the pairs) there, or `shift` tokens away from there."""
     name = entry_name(edit.of_block)
     entries, positions = edit.of_block[name], edit.value_pos + edit.offset
-    new = change(entries_at(entries, positions))
+    new = change(select_positions(entries, positions))
     entries = put_entries(entries, positions + shift, new)
     return changed(edit, edit.block, **{name: entries})
 
@@ -221,7 +216,7 @@ def overwrite_every_block(edit):
         entries = of_block[name]
         for offset in range(conv_width(edit.model)):
             positions = edit.value_pos + offset
-            new = entries_at(after[block][name], positions)
+            new = select_positions(after[block][name], positions)
             entries = put_entries(entries, positions, new)
         cache[block] = {**of_block, name: entries}
     return cache

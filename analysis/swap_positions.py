@@ -89,7 +89,7 @@ def position_effects(
         for relation in RELATIONS:
             for i in positions:
                 for j in targets:
-                    # At its own position an example reads what it reads.
+                    # From an example to itself, a move to the same position changes nothing.
                     if relation == RELATIONS[0] or i != j:
                         items.append((layer, relation, i, j))
     measure = partial(
@@ -332,7 +332,7 @@ def position_names(positions, labels):
 
 
 def write_values(axis, grid, most=8):
-    """Write the numbers into a small grid, of which small ones have about the same colour."""
+    """Write the numbers into a grid of few cells: colours do not tell small numbers apart."""
     if len(grid) > most:
         return
     for (row, column), value in np.ndenumerate(grid):

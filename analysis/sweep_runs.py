@@ -36,7 +36,7 @@ class Point:
     train_args: str = ""  # arguments of train.py; empty: nothing is trained
     eval_args: str = ""  # what to run after training: a script and its arguments
     result: str = ""  # the file that this writes into the run directory
-    seeds: int = 0  # how many, seeds 0, 1, ...; 0: as many as the command line says
+    seeds: int = 0  # number of seeds: 0, 1, ...; 0: that of the command line
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def changed_settings(folder, argv):
     return changed
 
 
-# ---- what a figure shows, as a file ----------------------------------------------------------
+# ---- what a figure shows, as a file --------------------------------------------------------------
 
 SHOWN = {"seeds": "size", "points": [{"series": "text", "x": "number", "results": ["dict"]}]}
 

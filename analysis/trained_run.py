@@ -72,7 +72,7 @@ class AnalysisConfig:
 
 @dataclass
 class TrainedRun:
-    """What an analysis gets."""
+    """A trained run, as every analysis gets it, and what the present command notes about it."""
 
     folder: str
     settings: object  # nanorecall.build.Settings, as the run was trained
@@ -85,10 +85,10 @@ class TrainedRun:
     world: object = SINGLE_PROCESS
     prefix: str = "eval"  # names of result files begin with it
     options: dict = field(default_factory=dict)  # {command: names of its settings}
-    suffixes_read: list = field(default_factory=list)  # of results that the present command read
-    figures: list = field(default_factory=list)  # paths of those that it wrote
-    findings: list = field(default_factory=list)  # sentences that it found
-    sample: str = ""  # which sequences it looked at, if not all of them
+    suffixes_read: list = field(default_factory=list)  # of results that the command has read
+    figures: list = field(default_factory=list)  # paths of those that it has written
+    findings: list = field(default_factory=list)  # its results in sentences
+    sample: str = ""  # which sequences it measures; empty: all of them
 
     @property
     def name(self):
@@ -110,7 +110,7 @@ class TrainedRun:
         }
 
     def finding(self, sentence):
-        """Print what a command found, in words. A report's section begins with it."""
+        """Print a result as a sentence. The command's section of a report begins with these."""
         say(sentence)
         self.findings.append(sentence)
 
@@ -158,7 +158,7 @@ def open_run(folder, config, world=SINGLE_PROCESS):
 
 
 def sample_batches(run):
-    """Indices in batches: of the whole split, or of n_examples, as many from each of its groups."""
+    """Indices in batches: of the whole split, or of n_examples, equally many from each group."""
     config = run.config
     groups = run.data.eval_groups(config.split)
     per_group = math.ceil(config.n_examples / len(groups))  # 0: all
@@ -211,7 +211,7 @@ def select(columns, mask):
 
 
 def combine_columns(columns, *names):
-    """ "value, value" (N,): the key in by_slice of each measurement."""
+    """The values of several columns, joined by ", ": the key in by_slice of each of N entries."""
     values = [columns[name].tolist() for name in names]
     return np.array([", ".join(map(str, combination)) for combination in zip(*values)])
 
@@ -233,6 +233,11 @@ def predictions(run):
     mine = iter_predictions(run.model, run.data, split, batch_size, run.device, **options)
     # A rank without a batch in the last round has None.
     return [batch for batch in run.world.gather_in_order(list(mine)) if batch]
+
+
+def require_single_process(run):
+    """ConfigError under torchrun with several ranks: an edit changes the weights of one process."""
+    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
 
 
 def correct_examples(run):
@@ -334,7 +339,7 @@ def decisive_settings(run, what):
     used = run.options.get(what.replace("_", "-"), run.options.get("slices"))
     names = list(DECISIVE)
     if what == "attention":
-        # Elsewhere it is an example to print, besides what is measured.
+        # In other commands it names an example to print, which changes no measurement.
         names.append("example")
     # A setting without effect decides nothing.
     unused = run.config.unused() if hasattr(run.config, "unused") else {}

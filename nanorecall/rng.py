@@ -1,5 +1,6 @@
-"""Random numbers for data files: each sequence is a pure function of a key and its own index, in
-whatever order and batches it is asked for.
+"""Random numbers for data files: each sequence is a pure function of a key and its own index.
+
+It is the same in every batch and order in which it is read.
 
 Letters: R rows (one for each sequence), n numbers drawn per row, m numbers to draw from, S slots.
 """

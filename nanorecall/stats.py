@@ -280,3 +280,12 @@ def add_holm(cells):
     """Add "p_holm" to each of several results with a "p"."""
     for cell, p in zip(cells, holm([cell["p"] for cell in cells])):
         cell["p_holm"] = p
+
+
+def correlation_lines(cells):
+    """Lines of a table of {name: what `correlation` returned}, which get a "p_holm" each."""
+    add_holm(cells.values())
+    lines = []
+    for name, cell in cells.items():
+        lines.append((name, *format_ci(cell), f"{cell['p']:.4f}", f"{cell['p_holm']:.4f}"))
+    return lines

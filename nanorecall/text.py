@@ -343,9 +343,9 @@ class DocumentEncoder:
         return flat, labels, cu_seqlens
 
     def batch(self, documents, packed):
-        """D documents -> tokens (B, T), targets (B, T), cu_seqlens (D + 1,) int32, and how many
-        labels each document has (D,).
+        """D documents -> tokens (B, T), targets (B, T), cu_seqlens (D + 1,), labels of each (D,).
 
+        tokens, targets and cu_seqlens are int32; labels of each: how many a document has.
         packed: all in one sequence, end to end; else one document in a sequence, with padding.
         """
         flat, labels, cu_seqlens = self.encode_and_label(documents)
@@ -390,8 +390,10 @@ def mark_answers(tokenizer, tokens, targets):
 
 
 def check_label_mask(tokenizer, kind, texts):
-    """What is wrong with the labels of texts under this tokenizer, as a sentence; "" if they spell
-    the answers that bytes spell, with a token for each digit."""
+    """What is wrong with the labels of texts under this tokenizer, as a sentence; "" if nothing is.
+
+    Labels must spell the same answers as with bytes, with a token for each digit.
+    """
     for text in texts:
         answer = "".join(answer_tokens(BYTES, kind, text))
         tokens = answer_tokens(tokenizer, kind, text)
@@ -406,8 +408,10 @@ def check_label_mask(tokenizer, kind, texts):
 
 
 def answer_tokens(tokenizer, kind, text):
-    """What the mask keeps of a text: a string for each token; if bytes may be parts of letters, one
-    string for all."""
+    """The labels of a text as strings: one for each token.
+
+    One for all if the text is not ASCII, because a token may be a part of a letter then.
+    """
     labels = label_mask(tokenizer.encode(text)[None], kind, tokenizer=tokenizer)[0]
     ids = labels[labels != IGNORE_INDEX]
     if text.isascii():
