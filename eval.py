@@ -114,9 +114,13 @@ class EvalConfig(AnalysisConfig):
         at_least(self, 0, "print_examples", "n_examples")
         at_least(self, -1, "example")
         message = f"n_edits={self.n_edits} needs numbers of at least 1"
-        require(self.n_edits and min(self.n_edits) >= 1, message, "n_edits")
-        message = f"num_kv_pairs={self.num_kv_pairs} needs numbers of at least 1"
-        require(min(self.num_kv_pairs, default=1) >= 1, message, "num_kv_pairs")
+        require(self.n_edits, message, "n_edits")
+        for name in ("n_edits", "num_kv_pairs"):
+            numbers = getattr(self, name)
+            message = f"{name}={numbers} needs numbers of at least 1"
+            require(min(numbers, default=1) >= 1, message, name)
+            message = f"{name}={numbers} names a number twice; name it once"
+            require(len(set(numbers)) == len(numbers), message, name)
         at_least(self, 1, "portions", "top_slots")
         message = f"portions={self.portions} needs n_edits of at least as many, not {self.n_edits}"
         require(self.portions <= min(self.n_edits), message, "portions")
@@ -125,10 +129,6 @@ class EvalConfig(AnalysisConfig):
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, BANDS, "band")
         fits_in_a_path(self, "save_as")
-        for name in ("n_edits", "num_kv_pairs"):
-            numbers = getattr(self, name)
-            message = f"{name}={numbers} names a number twice; name it once"
-            require(len(set(numbers)) == len(numbers), message, name)
         message = f"ask={self.ask!r} must be a question, or a JSON list of them"
         questions = self.ask if isinstance(self.ask, list) else [self.ask]
         is_text = all(isinstance(question, str) for question in questions)
@@ -211,8 +211,7 @@ def accuracy_by_slice(run):
     examples = [decode_example(run, index) for index in indices_to_print(run)]
     plot = None
     if drawn:  # without slices to compare, the table has all that a figure would show
-        title = f"{run.name}, {config.split}"
-        plot = functools.partial(plot_slices, by_slice=drawn, title=title)
+        plot = functools.partial(plot_slices, drawn, f"{run.name}, {config.split}")
     save_result(run, config.split, metrics, by_slice, examples, label_columns(batches), plot)
     print_examples(examples)
 
@@ -276,7 +275,7 @@ def indices_to_print(run):
     return indices
 
 
-def plot_slices(path, by_slice, title):
+def plot_slices(by_slice, title, path):
     """One panel for each slice: accuracy of each of its values, with intervals."""
     plt, fig, axes = figure(1, len(by_slice))
     lowest = 0.98

@@ -77,7 +77,7 @@ class SlotAblation:
         return {"slots": replaced, "weights": weights}
 
     def rescored(self, score):
-        """What the layer reads if the slot's score is score (M, T, H), and all others as before."""
+        """The layer's reads if the slot's score is score (M, T, H), and all others stay."""
         scores, slots = self.best
         scores = scores.masked_fill(self.matches(slots), -torch.inf)
         slot = self.slot[:, None, None, None].expand(score.unsqueeze(-1).shape)
@@ -255,7 +255,7 @@ def measure_ablation(model, layer, ablation, examples, before, inputs, pairs):
     about |= {"layer": layer, "ablation": ablation, "control": pairs["reads"] == 0}
     is_read = change.matches(change.reads["slots"])
     is_last = layer == len(model.layers) - 1
-    at_label, in_reach = count_reads(is_read, label_pos[i], is_last)
+    at_label, in_reach = reads_of_labels(is_read, label_pos[i], is_last)
     measured = {
         "reads_at_label": at_label,
         "reads_in_reach": in_reach,
@@ -267,12 +267,12 @@ def measure_ablation(model, layer, ablation, examples, before, inputs, pairs):
     return to_columns(examples.select(pairs["index"]), about, measured)
 
 
-def count_reads(is_read, label_pos, is_last):
-    """How often a slot is read at each label, and where each label can depend on it: (M, n) each.
+def reads_of_labels(is_read, label_pos, is_last):
+    """Reads of a slot at each label, and reads that the label can depend on: counts (M, n) each.
 
-    is_read (M, T, H, k) bool: is it this slot? label_pos (M, n). Attention carries what a block
-    reads to later positions, except from the last block on: there, a label depends on its own
-    position alone.
+    is_read (M, T, H, k) bool: is it this slot? label_pos (M, n). Attention of later blocks carries
+    a read on to later positions. After the last block there is none: there, a label depends on the
+    reads at its own position alone.
     """
     reads = is_read.sum((-1, -2))  # (M, T)
     at_label = reads.gather(1, label_pos)
@@ -282,7 +282,7 @@ def count_reads(is_read, label_pos, is_last):
 
 
 def memory_inputs(model, layer, clean, label_pos):
-    """What a forward pass from a memory layer on needs -> residual stream, reads, label_pos.
+    """The inputs of `forward_from` a memory layer -> residual stream, reads, label_pos.
 
     In the last block these are of the labels alone: no answer depends on other positions there.
     """

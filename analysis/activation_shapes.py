@@ -1,4 +1,4 @@
-"""Which shapes have the activations of a model, and at which module do two models part?
+"""Which shapes do the activations of a model have, and at which module do two models differ first?
 
     python memory.py inspect --trace runs/RUN                 # a run, or a config as it begins:
     python memory.py inspect --trace configs/qa_2k_memory.py
@@ -38,7 +38,7 @@ class Activation:
 
 
 def print_activations(paths):
-    """Print shape and dtype of the output of each module of one model or two, and where they part.
+    """Print shape and dtype of each module's output; of two models, also where they differ first.
 
     paths: run directories or override files (.py). Two models get the same sequences if their
     vocabularies and lengths are the same. If a module fails, the table ends there.
@@ -140,7 +140,7 @@ def shape_of(tensor):
 
 
 def describe_trace(model, trace, error):
-    """What one forward pass was like, as a sentence."""
+    """The number of activations of a forward pass, or where it failed, as a sentence."""
     if error is not None:
         failed = next(a for a in trace.values() if a.tensor is None)
         why = " ".join(str(error).split())
@@ -155,7 +155,7 @@ def describe_trace(model, trace, error):
 
 
 def describe_parting(a, b, has_values):
-    """Where two traces {name: Activation} part first, in shapes and in values, as sentences.
+    """Where two traces {name: Activation} differ first, in shapes and in values, as sentences.
 
     has_values: both are of the same tokens.
     """

@@ -87,7 +87,7 @@ def find_fact(facts, question):
 
 
 def complete_question(data, question):
-    """A question as Fact.question has it. Of qa and digits, the colon may be left out."""
+    """A question as Fact.question has it. In qa and digits, the user may leave out the colon."""
     question = normalize(question)
     is_number = data.config.task in ("qa", "digits") and question[-1:].isdigit()
     return question + ":" if is_number else question
@@ -181,7 +181,7 @@ def ask(model, run, fact):
     """
     data = run.data
     limit = data.config.max_bytes if has_end(data, fact) else len(fact.answer)
-    n, most = len(fact.prompt), positions(model)
+    n, most = len(fact.prompt), max_tokens(model)
     message = f"{fact.question!r} has {n} tokens; the model has positions for {most}"
     require(n <= most, message, None)
     # The last token of an answer is not read.
@@ -198,8 +198,8 @@ def ask(model, run, fact):
     return Answer(np.array(decoded), data.tokenizer.decode(decoded).strip(), probability)
 
 
-def positions(model):
-    """The most tokens that the model can read."""
+def max_tokens(model):
+    """The most tokens that the model can read: those for which it has positions."""
     if getattr(getattr(model, "config", None), "pos_emb", "none") == "none":
         return torch.iinfo(torch.int64).max
     return model.config.seq_len

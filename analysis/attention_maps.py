@@ -9,6 +9,7 @@ Letters: B examples, T tokens, H heads.
 import io
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -212,9 +213,7 @@ def attention(run):
     n = len(np.unique(table["example"]))
     title = f"{run.name}: attention maps of example {index}; roles of heads over {n} examples"
 
-    def plot(path):
-        plot_grid(path, maps, texts, roles, title)
-
+    plot = partial(plot_grid, maps, texts, roles, title)
     example = {"example": int(index), "tokens": texts, "weights": weights}
     save_result(run, "attention", {"n_examples": n}, {"head": by_head}, [example], table, plot)
     if run.world.is_main:
@@ -363,7 +362,7 @@ def draw_map(axis, weights, texts, title, n_named):
     return image
 
 
-def plot_grid(path, maps, texts, roles, title):
+def plot_grid(maps, texts, roles, title, path):
     """All maps {(layer, head): (T, T)}; the panels of a layer begin a new row."""
     n_heads = max(head for _, head in maps) + 1
     is_small = n_heads > MAX_LARGE

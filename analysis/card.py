@@ -279,8 +279,7 @@ def make_card(config):
     folder = os.path.join(config.log_dir, name)
 
     say(f"{name}: checks")
-    model_args = shlex.split(recall)
-    reference = shlex.split(recall_model(REFERENCE, ""))
+    model_args, reference = shlex.split(recall), shlex.split(recall_model(REFERENCE, ""))
     card = {"checks": check_model(model_args, name)}
     card |= {"parameters": layer_parameters(model_args), "state": state_bytes(model_args)}
     make_directory(folder)

@@ -177,8 +177,9 @@ def relative_cost(model_args, reference_args, repeats=3):
         for args in (model_args, reference_args):
             models.append(new_model([*args, f"--input_seq_len={T}"]))
         times = [[], []]
-        # In turn, so that other work on the machine slows both. The first round warms up.
-        for _ in range(repeats + 1):
+        for _ in range(
+            repeats + 1
+        ):  # the first one warms up; in turn, so that both see one machine
             for model, of_model in zip(models, times):
                 of_model.append(step_seconds(model, T))
         seconds, reference = (min(of_model[1:]) for of_model in times)

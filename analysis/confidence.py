@@ -5,6 +5,8 @@
 A table of scores has one entry for each label. Letters: N labels, V vocabulary.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -89,9 +91,7 @@ def logits(run):
     metrics = {**total, "exact_match": exact_match, "calibration error": error}
     metrics["calibration"] = bins
 
-    def plot(path):
-        plot_logits(path, by_slice, bins, error, run.name)
-
+    plot = partial(plot_logits, by_slice, bins, error, run.name)
     save_result(run, "logits", metrics, by_slice, score_examples(run, table), columns, plot)
 
 
@@ -169,7 +169,7 @@ def score_examples(run, table, n_examples=8):
         }
 
 
-def plot_logits(path, by_slice, bins, error, title):
+def plot_logits(by_slice, bins, error, title, path):
     """Probability of the correct token by slice; accuracy against confidence."""
     drawn = drawn_slices(by_slice)
     plt, fig, axes = figure(1, len(drawn) + 1)

@@ -3,8 +3,8 @@
     python eval.py consolidate runs/RUN                     # of configs/qa_in_context_memory.py
     python eval.py consolidate runs/RUN --n_edits "[8,32]"  # 8 facts, then 32
 
-The model reads new facts in its context, a few at a time, and is asked each of them there. What it
-answers, right or wrong, is written into the table (editing.py), without a gradient. Then it is
+The model reads new facts in its context, a few at a time, and is asked each of them there. Its
+answers, right or wrong, are written into the table (editing.py), without a gradient. Then it is
 asked without the context. True answers are used to measure, never to write.
 """
 
@@ -73,8 +73,11 @@ def consolidate(run):
 
 
 def consolidate_facts(run, new, protected, others):
-    """Lists of facts "key:value " -> METRICS and seconds of one consolidation; what was read and
-    what the model answers now, of each new fact."""
+    """Write the new facts into the table -> METRICS and seconds, [{"fact", "read", "alone"}].
+
+    new, protected, others: lists of facts "key:value ". "read" is the model's answer in the
+    context, before; "alone" its answer without the context, after.
+    """
     contexts = in_context(new, run.data.config.context_pairs)
     alone = [split_fact(fact) for fact in new]
     row = {
@@ -109,7 +112,7 @@ def in_context(facts, size):
 
 
 def answers(run, documents):
-    """What the model answers to each of the questions: texts, decoded greedily."""
+    """The model's answer to each document's question, decoded greedily: texts."""
     return [ask(run.model, run, fact).text for fact in find_facts(run.data, documents)]
 
 

@@ -7,7 +7,7 @@
     python eval.py edit runs/RUN --editors "closed form; sparse tf-idf"  # or all
 
 Efficacy: edited facts get their new answer. Specificity: other facts keep theirs. Facts with two
-wordings and two-hop questions are asked beyond what was edited (edit_reach.py).
+wordings and two-hop questions are also asked in ways that were not edited (edit_reach.py).
 """
 
 import functools
@@ -60,9 +60,12 @@ NUMBERS = {  # without an interval
     "growth": "norm of these weights over their norm before",
 }
 
-# What is edited and measured together. Facts are (tokens, targets): the edited ones with their new
-# answers; those that an editor may use; others; and all that are not edited, each with its group.
-# beyond: {metric of REACH: facts}.
+# Facts that are edited and measured together, as (tokens, targets) each:
+#   edited   with their new answers
+#   kept     that an editor may use
+#   unseen   that it may not use
+#   old      all that are not edited; groups (facts,): the group of each
+#   beyond   {metric of REACH: facts}
 Cell = namedtuple("Cell", "edited kept unseen old groups beyond")
 
 
@@ -273,7 +276,9 @@ def answer_alphabet(facts):
 
 def counterfactual(fact, alphabet, rng):
     """The fact "key:value " with another value: each character becomes another one of alphabet.
-    Of a fact "a>b ", the entity b does."""
+
+    In a two-hop fact "a>b ", the entity b becomes another one.
+    """
     if ">" in fact:
         _, _, entity = read_two_hop(fact)
         others = [x for x in alphabet if x != entity]

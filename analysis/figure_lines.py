@@ -1,4 +1,4 @@
-"""What the figures of sweep.py share: lines over seeds, logarithmic axes.
+"""Lines over seeds and logarithmic axes, for the figures of sweep.py.
 
 Drawing functions get results: {series: {x: [result of each seed]}}. A result is what
 analysis.sweep_runs.read_point returns. They return pyplot, the figure and its caption.

@@ -135,7 +135,7 @@ def methods_of(seeds):
 
 
 def edit_metric(seeds, method, n, metric):
-    """Of n facts edited with a method: [the metric for each seed]"""
+    """[the metric for each seed], of n facts edited together with this method"""
     name = f"{method}, {n}"
     return [r["result"]["by_slice"]["method, edits"][name][metric]["value"] for r in seeds]
 

@@ -35,7 +35,7 @@ MEMORIES = {
     "delta_product": Mixer("--chunk_size 16", (63, 63, 62, 61), "--allow_neg_eigval 1", 64),
     "ttt_linear": Mixer("--inner_lr 0.2", (57, 66, 71, 73), product=80),
 }
-# What is stored once needs one step a token, so delta_product stands in state tracking alone.
+# delta_product makes several steps a token. Recall needs one, so it is in state tracking only.
 RECALLING = [name for name in MEMORIES if name != "delta_product"]
 NO_FEATURE_MAP = "--q_kernel none --k_kernel none"
 ATTENTION = "--model gpt --conv_size 4 --pos_emb none --q_norm rms --k_norm rms --init_std 1.0"

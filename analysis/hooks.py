@@ -1,4 +1,4 @@
-"""Change what a model computes inside, and continue from there.
+"""Change activations of a model, and continue its forward pass from there.
 
 There are two ways. `forward_from` continues from a block's memory layer with cached activations, so
 that many ablated copies of an example cost only the layers after the change. `hooked` puts hooks on
@@ -146,7 +146,7 @@ def logit_diff(logits, answers):
     return of_answer - of_competitor, p, of_answer > of_competitor
 
 
-# ---- what a run must have ------------------------------------------------------------------------
+# ---- requirements --------------------------------------------------------------------------------
 
 
 def require_blocks(run):

@@ -9,6 +9,7 @@ Letters: B examples, T tokens, H heads, k slots that a head reads, S slots.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -111,10 +112,7 @@ def activations(run):
     n_examples = len(np.unique(reads["example"]))
     metrics = {"slots": size, "n_examples": n_examples, "reads": len(reads["slot"])}
     by_slice = {"layer": by_layer, "layer, position": by_position}
-
-    def plot(path):
-        plot_activations(path, reads, by_slice, size, run.name)
-
+    plot = partial(plot_activations, reads, by_slice, size, run.name)
     save_result(run, "activations", metrics, by_slice, read_examples(run, reads), reads, plot)
 
 
@@ -166,7 +164,7 @@ def positions_of(cells, layer):
     return {t: cell for (of_layer, t), cell in split.items() if of_layer == int(layer)}
 
 
-def plot_activations(path, reads, by_slice, size, title):
+def plot_activations(reads, by_slice, size, title, path):
     """Reads per slot in falling order, and the effective number of slots by position."""
     plt, fig, (left, right) = figure(1, 2)
     for layer in by_slice["layer"]:
@@ -218,10 +216,7 @@ def norms(run):
         if len(position_lines) <= 60:
             lines += position_lines
         print_table(("norm of", "n", "mean", "95% interval"), lines)
-
-    def plot(path):
-        plot_norms(path, tables, by_position, run.name)
-
+    plot = partial(plot_norms, tables, by_position, run.name)
     save_result(run, "norms", metrics, {"layer, position": by_position}, (), outputs, plot)
 
 
@@ -281,7 +276,7 @@ def value_norms(model, reads):
     return tables
 
 
-def plot_norms(path, tables, by_position, title):
+def plot_norms(tables, by_position, title, path):
     """Histograms of the norms of values, and the mean norm of the output by position."""
     plt, fig, (left, right) = figure(1, 2)
     for name, (lengths, used) in tables.items():
@@ -325,10 +320,7 @@ def track(run):
             print("no usage of slots in log.jsonl: train with --mem_log_interval 100")
     metrics = {"fraction of reads at a slot's most frequent token": by_layer}
     metrics["while training"] = log[-1]["layers"] if log else {}
-
-    def plot(path):
-        plot_track(path, log, purity, slots["layer"], run.name)
-
+    plot = partial(plot_track, log, purity, slots["layer"], run.name)
     save_result(run, "track", metrics, {}, (), columns, plot)
 
 
@@ -385,7 +377,7 @@ def sum_by_token(run, reads):
     return columns
 
 
-def plot_track(path, log, purity, layers, title):
+def plot_track(log, purity, layers, title, path):
     """A histogram of purity; with several rows of the log, usage of slots against steps, too."""
     has_history = len(log) > 1
     plt, fig, (purities, *usage) = figure(1, 3 if has_history else 1)

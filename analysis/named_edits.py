@@ -20,8 +20,8 @@ from analysis.asking import (
     encode_facts,
     known_facts,
     make_fact,
+    max_tokens,
     other_wording,
-    positions,
     require_decoding,
 )
 from analysis.edited_run import new_folder, save_edited_run, undo_latest_edit
@@ -52,7 +52,7 @@ def edit_named_facts(run):
     facts = known_facts(run)
     name, editor = choose_editor(run)
     folder = new_folder(run, config.save_as) if config.save_as else ""
-    known = select(facts, are_answered(model, run, facts))
+    known = facts_where(facts, are_answered(model, run, facts))
     new_facts = read_new_facts(run, facts, {fact.question for fact in known})
     reworded = in_other_wording(run, facts, new_facts)
     edited = {fact.question for fact in new_facts + reworded}
@@ -66,7 +66,7 @@ def edit_named_facts(run):
         probability = answer_probabilities(model, *encode_facts(run, new_facts)).mean().item()
         are_reached = are_answered(model, run, reworded)
         are_kept = are_answered(model, run, others)
-        changed = select(others, ~are_kept)
+        changed = facts_where(others, ~are_kept)
         changed_answers = [ask(model, run, fact) for fact in changed[:N_SHOWN]]
         if folder:
             save_edited_run(run, folder, weights, describe_edit(run, name, new_facts))
@@ -103,9 +103,9 @@ def in_other_wording(run, facts, new_facts):
     return found
 
 
-def select(facts, chosen):
-    """Some of the facts: chosen (n,) bool."""
-    return [fact for fact, is_chosen in zip(facts, chosen) if is_chosen]
+def facts_where(facts, mask):
+    """Some of n facts: mask (n,) bool."""
+    return [fact for fact, is_chosen in zip(facts, mask) if is_chosen]
 
 
 def choose_editor(run):
@@ -148,7 +148,7 @@ def read_new_facts(run, facts, known):
         message = f"{where}: the model does not know the answer to {question!r}"
         message += "; --add 1 also adds new facts"
         require(run.config.add or question in known, message, "facts")
-        length, most = len(fact.prompt) + len(fact.answer), positions(run.model)
+        length, most = len(fact.prompt) + len(fact.answer), max_tokens(run.model)
         message = f"{where}: {length} tokens with the answer; the model has positions for {most}"
         require(length <= most, message, "facts")
         new_facts.append(fact)
@@ -179,7 +179,7 @@ def describe_edit(run, editor, new_facts):
 
 
 def describe_answers(run, new_facts, before, after):
-    """What the model answered before and after, a dict for each of the new facts."""
+    """The model's answers before and after, a dict for each of the new facts."""
     edits = []
     for fact, old, new in zip(new_facts, before, after):
         edits.append(

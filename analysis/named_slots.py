@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from analysis.ablation import count_reads, memory_inputs, read_vector, to_columns
+from analysis.ablation import memory_inputs, read_vector, reads_of_labels, to_columns
 from analysis.hooks import (
     forward_from,
     logit_diff,
@@ -147,7 +147,7 @@ def replace_value(run, layer, examples, clean, vector):
     is_slot = reads["slots"] == run.config.slot
     logits = forward_with_vector(model, layer, inputs, is_slot, vector)
     is_last = layer == len(model.layers) - 1
-    _, in_reach = count_reads(is_slot, label_pos, is_last)
+    _, in_reach = reads_of_labels(is_slot, label_pos, is_last)
     about = {"layer": layer}
     return [measure_change(examples, clean, logits, about, reads_in_reach=in_reach)]
 
@@ -197,7 +197,7 @@ def effects_by(columns, *names):
 def answer_shares(columns, token):
     """How often each token is the answer, before and after: {"layer, token": {"before", "after"}}.
 
-    Of replace, only labels that depend on the slot count.
+    With replace, only labels that depend on the slot count.
     """
     if "read" in columns:
         columns = select(columns, columns["read"])

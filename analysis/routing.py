@@ -12,6 +12,7 @@ Letters: R entries of the table, T tokens, H heads, k slots that a head reads.
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -122,13 +123,10 @@ def routing(run):
         "consistency": consistencies,
     }
     columns = {**table, "slots": list(table["slots"])}
-
-    def plot(path):
-        n_tokens = len(table["kind"]) // len(similarities)
-        n_examples = len(np.unique(table["example"]))
-        title = f"{run.name}, {n_tokens} tokens of {n_examples} examples"
-        plot_routing(path, by_slice, similarities, consistencies, has_router, title)
-
+    n_tokens = len(table["kind"]) // len(similarities)
+    n_examples = len(np.unique(table["example"]))
+    title = f"{run.name}, {n_tokens} tokens of {n_examples} examples"
+    plot = partial(plot_routing, by_slice, similarities, consistencies, has_router, title)
     save_result(run, "routing", metrics, by_slice, (), columns, plot)
 
 
@@ -285,7 +283,7 @@ def print_routing(by_slice, consistencies, has_router, size):
 # ---- figure --------------------------------------------------------------------------------------
 
 
-def plot_routing(path, by_slice, similarities, consistencies, has_router, title):
+def plot_routing(by_slice, similarities, consistencies, has_router, title, path):
     """Routes by kind and layer, and by tenth; consistency; the similarity of kinds by layer."""
     layers = list(similarities)
     n_panels = 3 + len(layers)

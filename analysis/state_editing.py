@@ -161,7 +161,7 @@ def load_sequences(run, data, size, indices):
     label_pos = (targets != IGNORE_INDEX).nonzero()[:, 1].view(len(indices), size.pairs)
     answers = targets.gather(1, label_pos)
     t = size.storage_len
-    # A value stands behind its key. Of an updated key, this is the value that counts.
+    # A value follows its key. If a key has several values, the answer is the one that counts.
     is_value = tokens[:, None, 1:t] == answers[:, :, None]  # (B, N, t - 1)
     is_behind_key = tokens[:, None, : t - 1] == tokens.gather(1, label_pos)[:, :, None]
     value_pos = 1 + (is_value & is_behind_key).int().argmax(-1)
@@ -330,7 +330,7 @@ def key_cosines(run, sequences, cache, place):
     else:
         of_block = cache[place.block]
         stored = of_block["k"] if "k" in of_block else of_block[entry_name(of_block)]
-        # Of a pair whose entry has not been read yet, the last entry stands in.
+        # If the entry of a pair has not been read yet, the last entry takes its place.
         positions = (edit.value_pos + place.offset).clamp(max=sequences.stored_len - 1)
         n_heads = run.model.layers[place.block].att.n_kv_heads
         keys = select_positions(stored, positions).view(B, N, n_heads, -1).transpose(1, 2)

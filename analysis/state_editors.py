@@ -14,8 +14,8 @@ needs the rule by which S was written, so they fit every memory that is read lin
 q is the vector with which the model asks for a key. It is not one with which it stored the pair:
 with a short convolution, a model may store a pair at the value, up to conv_size - 1 tokens later,
 or a part of it at each of these, and seeds differ in that. A stored key may also be the opposite of
-the query, if what is stored under it is the opposite of what is to be read. For the same reason v*
-is no stored vector, but what q reads from a state that has seen this one pair alone, with its new
+the query, with the opposite of the value stored under it. For the same reason v* is no stored
+vector: it is the vector that q reads from a state that has seen this one pair alone, with its new
 value.
 
 **Cache.** The value vector (of unified_kv the vector that is key and value) of one token in one
@@ -125,7 +125,10 @@ def least_squares(S, q, wanted):
 
 
 def change_state(edit, change, keys=None):
-    """Let queries read change(what they read before, what they read alone), (B, H, n, V) each."""
+    """Let queries read change(before, alone) from the state, (B, H, n, V) each.
+
+    before: what they read now; alone: what they read after the pair alone, with its new value.
+    """
     q, alone = ask_alone(edit, edit.keys if keys is None else keys)
     S = edit.of_block["state"]
     wanted = change(q @ S, alone)
@@ -146,7 +149,7 @@ def overwrite_state_in_turn(edit):
 
 
 def overwrite_state_as_reread(edit):
-    """With what the queries read after the whole sequence, instead of after the pair alone."""
+    """With the vectors that queries read after the whole sequence, not after the pair alone."""
     q, _ = ask_alone(edit, edit.keys)
     wanted = q @ reread(edit)[edit.block]["state"]
     state = least_squares(edit.of_block["state"], q, wanted)
@@ -264,7 +267,7 @@ EDITORS = {
 
 
 def memory_kind(of_block):
-    """What a block's cache is to the editors: "state", "cache", or None."""
+    """The kind of a block's cache in EDITORS: "state", "cache", or None."""
     if "state" in of_block:
         return "state"
     return "cache" if entry_name(of_block) else None

@@ -221,7 +221,7 @@ def describe(layer, cells, exchange):
     control = cells["other position"]["control_answer"]
     low, high = cells["own - other"]["source_answer"]["ci95"]
     if own["ci95"][0] <= cells["own position"]["control_answer"]["value"]:
-        # Without an answer to follow, what is left is how much the base's own answers suffer.
+        # The source's answer does not come, so compare how much the base's answers suffer.
         drop = cells["own - other"]["drop"]
         _, value, interval = format_ci(drop)
         verdict = f"no answer goes along, and the drop differs by {value} logits ({interval})"

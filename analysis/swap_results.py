@@ -1,4 +1,4 @@
-"""What the interchanges did to answers: reads the results of `ablate.py force` and its neighbours.
+"""The effects of interchanges on answers, from the results of `ablate.py force`, inject, ...
 
     python ablate.py interchanges runs/RUN  # force, inject, replace, swap, swap-matrix in a figure
     python ablate.py swap-pred runs/RUN     # after swap-matrix: what does each digit turn into?

@@ -174,10 +174,10 @@ EVAL = ("step", "seconds", "accuracy", "loss")  # what is kept of an evaluation 
 
 
 def read_point(point, folder):
-    """What the figures need of one run.
+    """The result of one run of a point, as a dict for the figures.
 
-    Of a training, what analysis.compare.read_result returns, "slices" {slice: {value: metrics}} and
-    "evals", the evaluations in its log; "result" is the file that point.eval_args wrote.
+    For a training: what analysis.compare.read_result returns; "slices" {slice: {value: metrics}};
+    "evals", the evaluations in its log. "result" is the file that point.eval_args wrote.
     """
     result = {}
     if point.train_args:
@@ -207,7 +207,7 @@ def changed_settings(folder, argv):
     changed = []
     for part, config in (("train", now.train), ("data", now.data), ("model", model)):
         values = json.loads(json.dumps(asdict(config)))  # as in the file: lists, not tuples
-        # A run that is older than a setting was trained with what is its default now.
+        # A run that is older than a setting was trained as with its default of now.
         saved_values = json.loads(json.dumps(asdict(type(config)()))) | saved[part]
         for name in field_names(type(config)):
             is_path = part == "train" and name in ("log_dir", "resume")
@@ -222,7 +222,7 @@ SHOWN = {"seeds": "size", "points": [{"series": "text", "x": "number", "results"
 
 
 def shown_results(results, parts, seeds):
-    """Of each result the parts that a figure shows, as write_json takes it.
+    """The parts of each result that a figure shows, as write_json takes it.
 
     results: {point: [result of each seed]}; parts: paths in a result ("slices.query").
     """

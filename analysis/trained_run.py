@@ -398,7 +398,7 @@ def list_results(run, what):
         name, extension = os.path.splitext(file)
         if name.startswith(stem) and extension == ".parquet":
             suffix = name.removeprefix(stem)
-            # What one slot by name does (`force --slot`) is no input of another command.
+            # Results of a chosen slot (`force --slot`) are no input of other commands.
             of_one_slot = "_slot-" in suffix
             if not of_one_slot and (suffix == split or suffix.startswith(beginnings)):
                 suffixes.append(suffix)
@@ -409,7 +409,7 @@ def save_result(run, what, metrics, by_slice=None, examples=(), columns=None, pl
     """Write a result into the run. plot(path) draws its figure. Only the main rank writes."""
     if not run.world.is_main:
         return
-    # What was computed from other results is named like these.
+    # A result that was computed from others gets their suffixes.
     suffix = "".join(dict.fromkeys(run.suffixes_read)) or result_suffix(run, what)
     run.suffixes_read.clear()
     path = os.path.join(run.folder, f"{run.prefix}_{what}{suffix}")
@@ -499,15 +499,15 @@ def run_command(name, paths, config, commands, prefix="eval"):
                 if run.sample:
                     say(f"measured on {run.sample}; --n_examples 0 takes all")
         except ConfigError as e:
-            # What the run lacks has no setting at fault. A message that begins with a file of the
-            # run says the folder already.
+            # An error without a key is about the run, so name it. A message that begins with a file
+            # of the run does already.
             if e.key is not None or str(e).startswith(run.folder):
                 raise
             raise ConfigError(f"{run.folder}: {e}") from None
 
 
 def memory_advice(command):
-    """What to do when memory is full."""
+    """Advice for memory that is full, as text."""
     sizes = ("eval_batch_size", "n_examples", "n_pairs", "ablate_batch_size")
     used = [name for name in sizes if name in command.all_options()]
     return f"lower {' or '.join(used)}, or measure on the CPU with --device cpu"

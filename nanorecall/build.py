@@ -142,7 +142,7 @@ def build_data(settings):
 
 
 def build_model_config(settings, data):
-    """The model's Config: settings, and what is derived from the data."""
+    """The model's Config, from the settings; vocab_size and seq_len are those of the data."""
     sizes = {"vocab_size": data.vocab_size, "seq_len": data.seq_len}
     config = build_config(settings.model_module.Config, settings.assignments, **sizes)
     inactive = getattr(settings.model_class, "inactive_settings", {})
@@ -240,7 +240,7 @@ def enough_memory(advice):
 
 
 def training_advice(model, device):
-    """What to make smaller when training does not fit, as text.
+    """Advice for a training that does not fit in memory, as text.
 
     That is the batch, unless the model by itself takes half of the memory or more.
     """

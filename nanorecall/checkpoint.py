@@ -43,7 +43,7 @@ from nanorecall.settings import ConfigError, RunError, require, say
 from nanorecall.sharded_checkpoint import read_shards, shard_dir
 from nanorecall.tensors import plain_tensors, unreadable
 
-# What a checkpoint holds beside tensors: Run.state of run.py.
+# Kinds of the values of a checkpoint that are not tensors. They are Run.state of run.py.
 STATE = {
     "step": "count",
     "bad_steps": "count",

@@ -64,7 +64,7 @@ class World:
         return self.all_gather_object(value)[0]
 
     def gather_in_order(self, mine):
-        """The items of all ranks, where rank r has number r, r + size, ... of them -> list."""
+        """mine: this rank's items, numbers rank, rank + size, ... of a list -> the whole list."""
         of_ranks = self.all_gather_object(mine)
         n_items = sum(map(len, of_ranks))
         return [of_ranks[i % self.size][i // self.size] for i in range(n_items)]
@@ -386,7 +386,7 @@ def sum_sparse_gradients(model, world):
 def gather_rows(x, world):
     """x (n, ...) of every rank, each with its own n -> (sum of n, ...), in order of rank."""
     counts = world.all_gather(len(x)).long().flatten().tolist()
-    # What is gathered must have one shape.
+    # all_gather takes tensors of one shape.
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in counts]

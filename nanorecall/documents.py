@@ -255,7 +255,7 @@ def check_spelling(data, text, answer, where):
 
 
 def question_of(data, text, tokens, is_label):
-    """What a document asks, or ""."""
+    """The question of a document, normalized; "" if it has none."""
     if isinstance(text, tuple):
         return normalize(text[0])
     if data.kind in FACT_MASKS and is_label.any():

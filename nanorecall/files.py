@@ -352,7 +352,7 @@ def sha256_file(path):
 def dataset_sha256(path):
     """SHA-256 of a data set, a file or a directory.
 
-    Of a directory with metadata.json that file counts, for it holds the checksums of the others.
+    If the directory has a metadata.json, that file counts: it holds the checksums of the others.
     """
     if os.path.isfile(os.path.join(path, "metadata.json")):
         return sha256_file(os.path.join(path, "metadata.json"))

@@ -297,7 +297,7 @@ def column_sharded_embedding_bag(slots, values, weights):
     from torch.distributed.tensor import DTensor, Partial, Shard
 
     mesh, N = values.device_mesh, len(slots)
-    # What is exchanged must have one shape. A padded token has weights of 0.
+    # Tensors must have one shape to be exchanged. A padded token has weights of 0.
     longest = torch.tensor(N, device=slots.device)
     torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, mesh.get_group())
     padding = (0, 0, 0, int(longest) - N)

@@ -197,12 +197,12 @@ def refuse_compressed(path):
 
 
 def resolve_map(mapping, names):
-    """{target name: source name} that a map means, and what was overridden, as text or "".
+    """init_map -> {target name: source name}, and a note on entries that override others, or "".
 
-    names: those of the source. An empty map maps each name onto itself. Entries, source to target:
-    "0-5": "0-5" and "6": "10" (numbers of blocks), "layers.0.ffn": "layers.1.ffn" (a name, and all
-    under it), "*.memory.keys": "*.memory.keys" (a star on the right stands for what the one on the
-    left matched). Entries with names come after those with numbers, and override them.
+    names: those of the source. An empty map maps each name onto itself. An entry is source: target:
+    numbers of blocks ("0-5": "0-5", "6": "10"); a name, and all under it ("layers.0.ffn":
+    "layers.1.ffn"); or a pattern ("*.memory.keys": "*.memory.keys"), whose star on the right takes
+    the text that the star on the left matched. Names and patterns override numbers.
     """
     if not mapping:
         return {name: name for name in names}, ""

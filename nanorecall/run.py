@@ -1,4 +1,4 @@
-"""One training run: its data and model, and what the loop in train.py calls."""
+"""One training run: its data, its model, and the methods that the loop in train.py calls."""
 
 import contextlib
 import dataclasses
@@ -123,7 +123,7 @@ class Run:
         return cls(settings, world, world.broadcast(is_saved))
 
     def print_summary(self):
-        """Print the model's size, the device, and what the model needs when it decodes.
+        """Print the model's size, the device, and the size of its state when it decodes.
 
         With n_epochs=0, which ends here, also its modules and all settings.
         """

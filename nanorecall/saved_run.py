@@ -3,7 +3,7 @@
     settings, data, model, checkpoint = load_run("runs/RUN", TrainConfig)  # a trained run
     settings = load_settings("runs/RUN", TrainConfig)                      # -> Settings: build.py
 
-What a run was trained on and with must be the same now: each difference is one ConfigError.
+Its data files and its settings must be those of its training. Each difference is one ConfigError.
 """
 
 import dataclasses

@@ -30,7 +30,7 @@ def needs_twin():
 
 
 def twin_gradients(twin, ctx, inputs, *grads):
-    """What a backward returns, computed by the twin, so that it can be differentiated again.
+    """The gradients that a backward returns, computed by the twin, to be differentiated again.
 
     inputs: those of `forward`, as saved by ctx; grads: of its outputs.
     """

@@ -111,7 +111,7 @@ def run_override_file(path):
     namespace = {}
     try:
         tree = ast.parse(source, path)
-        # What the user's program prints must not get into our own standard output.
+        # The output of the user's program must not mix with our own on standard output.
         with contextlib.redirect_stdout(sys.stderr):
             exec(compile(tree, path, "exec"), namespace)
     except (Exception, SystemExit) as e:

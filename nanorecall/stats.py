@@ -126,7 +126,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 def mean_interval(values):
     """95% interval of the mean of a few runs (Student's t): (n, P) -> lower, upper end (P,).
 
-    Of a single run it is the value itself.
+    With a single run it is the value itself.
     """
     n, mean = len(values), values.mean(0)
     if n == 1:

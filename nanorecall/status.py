@@ -1,4 +1,4 @@
-"""status.json: how a run ended, and what the test of its best weights measured."""
+"""status.json: how a run ended, and the results of testing its best weights."""
 
 import contextlib
 import math

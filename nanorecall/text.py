@@ -372,7 +372,7 @@ def shift_labels(labels):
 
 
 def mark_answers(tokenizer, tokens, targets):
-    """The text of a document, lists of tokens and targets, with [] around what is scored."""
+    """A document, lists of tokens and targets, as text with [] around the scored tokens."""
     pieces, scored = [], False
     for i, token in enumerate(tokens):
         was_scored, scored = scored, i > 0 and targets[i - 1] != IGNORE_INDEX

@@ -24,7 +24,7 @@ PROJECT = "nanorecall"  # on wandb, unless WANDB_PROJECT names another
 
 
 class Tracker:
-    """What a run tells its tracker (main rank only).
+    """Sends the log of a run to its tracker (main rank only).
 
     If the tracker fails (full disk, no network), a note says so, and training goes on without it.
     """
@@ -76,7 +76,7 @@ def hyperparameters(run):
 def numbers_of(row):
     """A row of log.jsonl -> {"train/loss": 0.5, ...}: its finite numbers, and those of layers.
 
-    log.jsonl has null for what is not finite.
+    log.jsonl has null for numbers that are not finite.
     """
     kind = row.get("split", row["kind"])
     parts = {kind: row}
@@ -160,9 +160,10 @@ class Wandb:
             allow_val_change=True,  # a resumed run may have another max_steps
         )
         self.run.define_metric("*", step_metric="step")  # the x axis of all charts
-        # wandb numbers what it gets, and takes no number twice. Ours are those of the rows in
-        # log.jsonl: several rows may be of one step. A continued record has the first ones.
-        self.n_rows, self.first = 0, self.run.step
+        # wandb takes no step twice, and several rows of log.jsonl may be of one step. So the rows
+        # are numbered. A continued record already has those before self.first.
+        self.n_rows = 0
+        self.first = self.run.step
 
     def log(self, step, numbers):
         if self.n_rows >= self.first:
