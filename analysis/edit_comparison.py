@@ -136,7 +136,7 @@ def metrics_of(results):
 def make_cell(run, n, facts, slices, asked_beyond, rng):
     """Choose n facts to edit, and other facts to ask -> Cell.
 
-    facts: all that the model knows. slices: {name: (facts,)}; the first names their groups.
+    facts: all that the model knows. slices: {name: (facts,)}; the first, if any, has their groups.
     asked_beyond: see edit_reach.editable_facts.
     """
     if run.config.new_facts:
@@ -147,8 +147,10 @@ def make_cell(run, n, facts, slices, asked_beyond, rng):
         alphabet = answer_alphabet(facts)
         changed = [counterfactual(fact, alphabet, rng) for fact in facts[:n]]
     old = facts[n_edited:]
-    group, values = next(iter(slices.items()))  # exposures in synthetic QA
-    groups = [f"{group}={value}" for value in values[n_edited:]]
+    groups = ["all"] * len(old)
+    if slices:
+        name, values = next(iter(slices.items()))  # exposures in synthetic QA
+        groups = [f"{name}={value}" for value in values[n_edited:]]
     parts = (changed, old[:1000:2], old[1:1000:2], old)
     beyond = {}
     # What follows from all edits does not follow from a portion of them.

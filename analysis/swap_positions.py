@@ -78,6 +78,10 @@ def position_effects(
     these are lost; and for labels i, j with different answers, is_pair, source_answer and
     control_answer: is the prediction at j the source's answer at i, or a third one?
     """
+    answers = examples.answers.cpu().numpy()
+    # Otherwise no move to the same position could be seen, with which the others are compared.
+    differ = (answers[base] != answers[source]).any()
+    require(differ, "all pairs of examples have the same answers; raise n_examples", None)
     clean = run_with_cache(model, examples)
     labels = examples.label_pos[0].tolist()
     last = labels[-1]
