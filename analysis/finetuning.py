@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from analysis.editing import last_layer_reads
+from analysis.editing import last_layer_reads, parameter_name
 from nanorecall.metrics import correct_predictions, evaluating, in_eval_mode
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.sparse import SparseAdamW
@@ -193,7 +193,7 @@ def fine_tune_slots(model, score, optimizer, top_slots, tokens, targets, kept, k
     reads = reads_of_facts(model, tokens, targets)
     slots = choose_slots(score, reads, total_reads(model, kept, kept_targets), top_slots)
     values = model.layers[-1].memory.values
-    name = next(name for name, parameter in model.named_parameters() if parameter is values)
+    name = parameter_name(model, values)
     rows = values.detach()[slots].requires_grad_()  # (t, V)
 
     def forward(tokens, targets):
