@@ -148,12 +148,12 @@ def has_end(data, fact):
 
 def are_answered(model, run, facts):
     """Which facts the model answers to the last token: (n,) bool."""
-    found = [np.empty(0, bool)]
+    parts = [np.empty(0, bool)]
     size = run.config.eval_batch_size
     for first in range(0, len(facts), size):
         tokens, targets = encode_facts(run, facts[first : first + size])
-        found.append(answered(model, tokens, targets).cpu().numpy())
-    return np.concatenate(found)
+        parts.append(answered(model, tokens, targets).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def encode_facts(run, facts):

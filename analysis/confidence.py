@@ -112,8 +112,8 @@ def describe_probability(total):
     """How probable the correct tokens are, as a sentence."""
     probability, rank = total["probability"]["value"], total["rank"]["value"]
     perplexity = total["perplexity"]["value"]
-    found = f"the correct token has probability {probability:.3f} and rank {rank:.2f} on average"
-    return f"{found} (perplexity {perplexity:.2f})"
+    text = f"the correct token has probability {probability:.3f} and rank {rank:.2f} on average"
+    return f"{text} (perplexity {perplexity:.2f})"
 
 
 def describe_calibration(confidence, correct, error):

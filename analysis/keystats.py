@@ -95,9 +95,9 @@ def print_keystats(run, by_layer):
             line.append(text)
         lines.append((*line, *format_ci(against)[1:], f"{against['p']:.4f}"))
         for kind in ("keys", "values"):
-            found = cells[f"clusters of {kind}"]
-            numbers = (f"{found['silhouette']:.3f}", f"{found['by chance']:.3f}")
-            cluster_lines.append((layer, kind, *numbers, " ".join(map(str, found["sizes"]))))
+            clusters = cells[f"clusters of {kind}"]
+            numbers = (f"{clusters['silhouette']:.3f}", f"{clusters['by chance']:.3f}")
+            cluster_lines.append((layer, kind, *numbers, " ".join(map(str, clusters["sizes"]))))
     head = ("layer", "slots", "examples a slot", "variance of weight", "variance of effect")
     print_table((*head, "reads ~ effect", "95% interval", "p"), lines)
     print("Variances are means over the n slots with several measurements.")
@@ -116,10 +116,10 @@ def describe_keystats(layer, cells):
     else:
         text += "; how many examples read a slot says nothing about its effect"
     for kind in ("keys", "values"):
-        found = cells[f"clusters of {kind}"]
-        has_clusters = found["silhouette"] > max(0.25, found["by chance"])
+        clusters = cells[f"clusters of {kind}"]
+        has_clusters = clusters["silhouette"] > max(0.25, clusters["by chance"])
         text += f"; {kind} form {'' if has_clusters else 'no '}clusters"
-        text += f" (silhouette {found['silhouette']:.2f})"
+        text += f" (silhouette {clusters['silhouette']:.2f})"
     return text
 
 

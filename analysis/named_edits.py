@@ -95,12 +95,12 @@ def edit_named_facts(run):
 def in_other_wording(run, facts, new_facts):
     """The new facts in their other wording, where that is not edited itself -> [Fact]."""
     edited = {fact.question for fact in new_facts}
-    found = []
+    reworded = []
     for fact in new_facts:
         question = other_wording(run.data, fact.question)
         if question and question not in edited:
-            found.append(make_fact(run.data, facts, question, answer_text(run.data, fact)))
-    return found
+            reworded.append(make_fact(run.data, facts, question, answer_text(run.data, fact)))
+    return reworded
 
 
 def facts_where(facts, mask):
@@ -198,12 +198,12 @@ def describe_answers(run, new_facts, before, after):
 def report_edits(run, edits, efficacy, specificity, probability):
     """Print what became of the edited facts and, specificity, of the others."""
     n = len(edits)
-    found = f"{efficacy['value'] * n:.0f} of {n} facts have the new answer"
-    found += f" (mean probability {probability:.2g})"
+    text = f"{efficacy['value'] * n:.0f} of {n} facts have the new answer"
+    text += f" (mean probability {probability:.2g})"
     if specificity:
         share, n = specificity["value"], specificity["n"]
-        found += f"; {share * n:.0f} of {n} other known facts ({share:.1%}) keep theirs"
-    run.finding(found)
+        text += f"; {share * n:.0f} of {n} other known facts ({share:.1%}) keep theirs"
+    run.finding(text)
     head = ("question", "before", "asked for", "after")
     rows = []
     for edit in edits:

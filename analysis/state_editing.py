@@ -401,10 +401,10 @@ def describe_place(place, efficacies):
     where = f"the {place.kind} of block {place.block}"
     if place.kind == "cache":
         where += f", {place.offset} tokens after the value"
-    found = f"overwriting one pair in {where} gives its new answer in {efficacies[place]:.0%}"
+    text = f"overwriting one pair in {where} gives its new answer in {efficacies[place]:.0%}"
     if others:
-        found += f" of validation sequences; at any other place in {max(others):.0%} at most"
-    return found
+        text += f" of validation sequences; at any other place in {max(others):.0%} at most"
+    return text
 
 
 def describe_editors(results, cosines):

@@ -209,13 +209,13 @@ def chance_in_clusters(matrix, seed, draws=20):
     """
     rng = np.random.default_rng(seed)
     off = ~np.eye(len(matrix), dtype=bool)
-    found = []
+    n_in_clusters = []
     for _ in range(draws):
         permuted = np.eye(len(matrix))
         permuted[off] = rng.permutation(matrix[off])
         sizes = np.bincount(interchangeable(permuted))
-        found.append(sizes[sizes > 1].sum())
-    return float(np.mean(found))
+        n_in_clusters.append(sizes[sizes > 1].sum())
+    return float(np.mean(n_in_clusters))
 
 
 def likeness(memory, columns, slots):
@@ -298,20 +298,20 @@ def layer_statistics(table, matrix, slots, alike, seed):
 # ---- output --------------------------------------------------------------------------------------
 
 
-def describe_substitution(layer, found):
+def describe_substitution(layer, statistics):
     """Sentences on one layer."""
-    survival = found["survival"]
-    text = f"layer {layer}: of the answers that need one of {found['slots']} slots,"
+    survival = statistics["survival"]
+    text = f"layer {layer}: of the answers that need one of {statistics['slots']} slots,"
     text += f" {survival['another of them']['value']:.1%} survive if another of these slots is read"
     text += f" instead, {survival['a random slot']['value']:.1%} if a random one is; "
-    sizes = [len(of_cluster) for of_cluster in found["clusters"].values()]
+    sizes = [len(of_cluster) for of_cluster in statistics["clusters"].values()]
     if sizes:
         text += f"{sum(sizes)} slots are in clusters of interchangeable ones"
-        text += f" (by chance {found['slots in clusters by chance']:.1f})"
+        text += f" (by chance {statistics['slots in clusters by chance']:.1f})"
     else:
         text += f"no two stand in for each other in {SAME:.0%} of the cases"
     related = []
-    for name, cell in found["against"].items():
+    for name, cell in statistics["against"].items():
         if cell["p_holm"] < 0.05:
             related.append(f"the {name} (rho {cell['value']:.2f})")
     return f"{text}; survival goes with {' and '.join(related) or 'nothing that was compared'}"
@@ -319,19 +319,19 @@ def describe_substitution(layer, found):
 
 def print_substitution(run, by_layer):
     against = {}
-    for layer, found in by_layer.items():
-        for name, cell in found["against"].items():
+    for layer, statistics in by_layer.items():
+        for name, cell in statistics["against"].items():
             against[f"{layer}, {name}"] = cell
     correlations = correlation_lines(against)
-    for layer, found in by_layer.items():
-        run.finding(describe_substitution(layer, found))
-        for name, of_cluster in found["clusters"].items():
+    for layer, statistics in by_layer.items():
+        run.finding(describe_substitution(layer, statistics))
+        for name, of_cluster in statistics["clusters"].items():
             say(f"layer {layer}, cluster {name}: slots {' '.join(map(str, of_cluster))}")
     head = ("layer, survival against", "slots", "Spearman", "95% interval", "p (permutations)")
     print_table((*head, "Holm"), correlations)
     lines = []
-    for layer, found in by_layer.items():
-        for name, cell in found["survival"].items():
+    for layer, statistics in by_layer.items():
+        for name, cell in statistics["survival"].items():
             lines.append((f"{layer}, {name}", *format_ci(cell)))
     print_table(("layer, read instead", "examples", "answers that survive", "95% interval"), lines)
 

@@ -177,28 +177,28 @@ class Segments:
 
     def completes(self, text):
         """(N,) bool: does this token end `text`, in any way that the tokenizer may cut it?"""
-        found = np.zeros(len(self.ids), bool)
+        is_end = np.zeros(len(self.ids), bool)
         for tokens in tokenizations(self.tokenizer, text):
             matches = np.ones(len(self.ids), bool)
             for back, token in enumerate(reversed(tokens)):
                 inside = self.index - back >= self.start
                 matches &= (np.roll(self.ids, back) == token) & inside
-            found |= matches
-        return found
+            is_end |= matches
+        return is_end
 
 
 @functools.cache
 def tokenizations(tokenizer, text):
     """The token sequences that may stand for `text`: a tokenizer may cut it differently after a
     line break or a space."""
-    found = set()
+    sequences = set()
     for before in ("", "\n", "\n\n", " "):
         ids = tokenizer.encode(before + text).tolist()
         # Drop tokens in front as long as the rest still spells the text.
         while "".join(tokenizer.token_strings[i] for i in ids[1:]).strip().endswith(text):
             ids = ids[1:]
-        found.add(tuple(ids))
-    return found
+        sequences.add(tuple(ids))
+    return sequences
 
 
 def digits_mask(s):
@@ -397,10 +397,10 @@ def check_label_mask(tokenizer, kind, texts):
     for text in texts:
         answer = "".join(answer_tokens(BYTES, kind, text))
         tokens = answer_tokens(tokenizer, kind, text)
-        found = "".join(tokens)
-        if answer != found:
+        labelled = "".join(tokens)
+        if answer != labelled:
             problem = "a token spans the end of an answer"
-            return f"the mask of {text!r} gives {found!r}, not {answer!r}: {problem}"
+            return f"the mask of {text!r} gives {labelled!r}, not {answer!r}: {problem}"
         for token in tokens:
             if text.isascii() and sum(letter.isdigit() for letter in token) > 1:
                 return f"{token!r} in {text!r} is one token: digits are merged"

@@ -66,11 +66,11 @@ class Tracker:
 
 def hyperparameters(run):
     """{name: value} of all settings of a run, as numbers and text."""
-    found = {}
+    settings = {}
     for config in run.configs():
         for name, value in asdict(config).items():
-            found[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return found
+            settings[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return settings
 
 
 def numbers_of(row):
@@ -82,13 +82,13 @@ def numbers_of(row):
     parts = {kind: row}
     for layer, usage in row.get("layers", {}).items():
         parts[f"{kind}/{layer}"] = usage
-    found = {}
+    numbers = {}
     for part, values in parts.items():
         for name, value in values.items():
             is_number = isinstance(value, (int, float)) and math.isfinite(value)
             if is_number and name != "step":
-                found[f"{part}/{name}"] = value
-    return found
+                numbers[f"{part}/{name}"] = value
+    return numbers
 
 
 class TensorBoard:

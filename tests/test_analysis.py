@@ -16,7 +16,7 @@ import eval as eval_script
 import memory
 import train
 from analysis import confidence, memory_usage, routing, trained_run
-from nanorecall.distributed import SINGLE_PROCESS
+from nanorecall.distributed import SINGLE_PROCESS, World
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
 from toys import as_flags, load_result
@@ -101,6 +101,15 @@ def test_examples_of_a_run_are_as_many_of_each_group(runs):
     assert len(set(indices)) == len(indices)
     for group in run.data.eval_groups("test"):
         assert np.isin(indices, group).sum() == 2
+
+
+@pytest.mark.parametrize("n_items", [0, 2, 7])
+def test_items_that_ranks_took_in_turn_come_in_order(n_items):
+    class ThreeRanks(World):
+        def all_gather_object(self, value):
+            return [list(range(rank, n_items, 3)) for rank in range(3)]
+
+    assert ThreeRanks(size=3).gather_in_order(None) == list(range(n_items))
 
 
 def test_a_correct_example_has_no_wrong_label(monkeypatch):

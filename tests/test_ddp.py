@@ -469,18 +469,6 @@ def test_devices_of_ranks():
     assert device.type == "cpu" and line.startswith("ranks: 2")
 
 
-@pytest.mark.parametrize("n_items", [0, 2, 7])
-def test_what_ranks_computed_in_turn_comes_in_the_order_of_the_items(n_items):
-    class ThreeRanks(distributed.World):
-        def all_gather_object(self, value):
-            return [list(range(rank, n_items, 3)) for rank in range(3)]
-
-    assert ThreeRanks(size=3).gather_in_order(None) == list(range(n_items))
-    assert distributed.SINGLE_PROCESS.shared_map(str, range(n_items)) == list(
-        map(str, range(n_items))
-    )
-
-
 def test_torchrun_leaves_our_flags_alone():
     """Before Python 3.12.3 its parser refuses what begins two of its own flags, as --run would.
 
