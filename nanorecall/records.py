@@ -58,9 +58,9 @@ KINDS = {
 
 
 def parse_json(text):
-    """JSON as `write_json` and `JsonlLog` write it -> value; ValueError says what is wrong.
+    """JSON as `write_json` and `JsonlLog` write it -> value; ValueError says what else it is.
 
-    text: str or bytes. NaN, Infinity and deep nesting are refused, too.
+    text: str or bytes. Refused beside what is no JSON: NaN and Infinity, deep nesting.
     """
 
     def refuse(word):
