@@ -74,8 +74,10 @@ class Config:
 #   draw(results) -> pyplot, figure, caption; results: {series: {x: [result of each seed]}}
 #   parts                     paths in a result to what draw needs (see shown_results)
 #   summary                   what it shows, for the list of figures
-#   choose({point: [result of each seed]}) -> [Point] to show; None: all of points()
-Figure = namedtuple("Figure", "points draw parts summary choose", defaults=[None])
+# Where the points to draw follow from the results of others, {point: [result of each seed]}:
+#   tune(results) -> [Point]    further points to train; [] if there are enough
+#   choose(results) -> [Point]  the points to draw
+Figure = namedtuple("Figure", "points draw parts summary tune choose", defaults=[None, None])
 IN_EDIT = (
     "result.metrics.edits",
     "result.metrics.stored.*.value",
@@ -118,6 +120,7 @@ FIGURES = {
             *("slices.updated.*.value", "slices.input_seq_len.*.value"),
         ],
         "every mixer: accuracy by state size at equal parameters, updates, state tracking",
+        mixers.next_rates,
         mixers.best_rates,
     ),
     "plateau": Figure(
@@ -181,10 +184,16 @@ def points_of(name, config):
     """
     figure = FIGURES[name]
     points = figure.points()
-    if not figure.choose or missing_runs(points, config):
+    if not figure.choose:
         return points, points
-    chosen = figure.choose(collect_results(points, config))
-    return chosen, points + chosen
+    while not missing_runs(points, config):
+        results = collect_results(points, config)
+        more = figure.tune(results)
+        if not more:
+            chosen = figure.choose(results)
+            return chosen, points + chosen
+        points = points + more
+    return points, points
 
 
 def trained_points(names, config):
@@ -196,11 +205,12 @@ def trained_points(names, config):
 
 
 def train_missing(names, config):
-    points = trained_points(names, config)
-    run_missing(points, config)
+    points = []
     more = trained_points(names, config)
-    if len(more) > len(points):  # points that are chosen by the results of the first
-        run_missing(more, config)
+    while len(more) > len(points):  # some points follow from the results of others
+        points = more
+        run_missing(points, config)
+        more = trained_points(names, config)
 
 
 # ---- drawing -------------------------------------------------------------------------------------

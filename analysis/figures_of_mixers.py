@@ -65,10 +65,12 @@ def tracking_model(name):
     return f"{model_args} --n_layers 1 --dim 32 --n_heads 4 --dk 8 --dv 8 --use_ffn 1"
 
 
-# ---- state: first each learning rate with one seed, then the best one with all -------------------
+# ---- state: first learning rates with one seed, then the best one with all -----------------------
 
-RATES = (0.01, 0.03, 0.06)  # for recall; additive memories want the higher ones
+GRID = (0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.2)  # of learning rates
+RATES = (0.01, 0.03, 0.06)  # the first to be tried, for recall
 TRACKING_RATES = (0.003, 0.01, 0.03)
+SOLVED = 0.995  # validation accuracy at which training stops
 PAIRS = 64  # in training
 FEWER_PAIRS = 32  # the same models are also tested with these
 WINDOWS = (16, 64, 256)  # of attention
@@ -85,29 +87,57 @@ Cell = namedtuple("Cell", "panel name x train_args rates", defaults=[RATES])
 
 
 def state_points():
-    """Each learning rate with one seed."""
+    """The first learning rates, with one seed."""
     points = []
     for cell in all_cells():
         points += [point_of(cell, lr, seeds=1) for lr in cell.rates]
     return points
 
 
+def next_rates(results):
+    """{point: [result of seed 0]} -> points with the next learning rate of GRID.
+
+    Only where the best rate so far is the lowest or highest one, as the next may be better.
+    """
+    points = []
+    for cell in all_cells():
+        qualities = qualities_of(cell, results)
+        accuracies = [accuracy for accuracy, _ in qualities.values()]
+        # Where all are at chance, or one is as good as can be, the rate decides nothing.
+        if max(accuracies) >= SOLVED or max(accuracies) - min(accuracies) < 0.01:
+            continue
+        best = max(qualities, key=qualities.get)
+        place = GRID.index(best)
+        for lr in GRID[max(place - 1, 0) : place + 2]:
+            if lr not in qualities:
+                points.append(point_of(cell, lr, seeds=1))
+    return points
+
+
 def best_rates(results):
-    """{point: [result of seed 0]} of state_points -> the points of the figure, with all seeds.
+    """{point: [result of seed 0]} -> the points of the figure, with all seeds.
 
     Each has the learning rate of highest validation accuracy. The lower validation loss decides
     between equal accuracies.
     """
     points = []
     for cell in all_cells():
-        qualities = {}
-        for lr in cell.rates:
-            qualities[lr] = quality(results[point_of(cell, lr, seeds=1)][0])
+        qualities = qualities_of(cell, results)
         point = point_of(cell, max(qualities, key=qualities.get))
         points.append(point)
         if cell.panel == f"{PAIRS} pairs":
             points.append(fewer_pairs(point))
     return points
+
+
+def qualities_of(cell, results):
+    """{learning rate: (accuracy, -loss) on validation} of those with a result."""
+    qualities = {}
+    for lr in GRID:
+        point = point_of(cell, lr, seeds=1)
+        if point in results:
+            qualities[lr] = quality(results[point][0])
+    return qualities
 
 
 def quality(result):
@@ -172,7 +202,7 @@ def recall_args(model_args, pairs):
         f"{model_args} --input_seq_len 256 --num_kv_pairs {pairs} "
         f'--curriculum "{curriculum}" --stage_loss 0.8 --infinite_data 1 '
         "--max_steps 300 --batch_size 16 --warmup_steps 20 --lr_schedule cosine "
-        "--eval_interval 50 --n_val_examples 100 --n_test_examples 300 --stop_accuracy 0.995"
+        f"--eval_interval 50 --n_val_examples 100 --n_test_examples 300 --stop_accuracy {SOLVED}"
     )
 
 
@@ -228,7 +258,7 @@ def draw_state(results):
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     caption = (
         f"MQAR: 256 tokens, trained with {PAIRS} pairs for at most 300 steps with a curriculum, "
-        "the best of three learning rates;\n2 layers, a short convolution, no positions, "
+        "the best of three or more learning rates;\n2 layers, a short convolution, no positions, "
         "51,600 layer parameters"
     )
     return plt, fig, caption + BANDS + "; bars: mean, points: each seed"
@@ -281,8 +311,12 @@ RECIPES = {  # mixer: the config whose model and learning rate it has
     "gated_delta": "configs/mqar_gated_delta.py",
     "kda": "configs/mqar_kda.py",
     "ttt_linear": "configs/mqar_ttt.py",
+    "ttt_mlp": "configs/mqar_ttt.py --model ttt_mlp --dk 40 --dv 40 --inner_lr 0.1",
+    "delta rule, window": "configs/mqar_hybrid.py",
+    "Based": "configs/mqar_based.py",
 }
-STARTS = {"curriculum": "", "no curriculum": "--curriculum [] --stage_loss 0"}
+WITHOUT = "no curriculum"  # one seed: most stay near chance until the last step, which takes long
+STARTS = {"curriculum": "", WITHOUT: "--curriculum [] --stage_loss 0"}
 MAX_STEPS = 500
 LEVELS = (0.5, 0.95)  # of validation accuracy
 LONG = "512 tokens"
@@ -290,6 +324,7 @@ LONG_MIXERS = {
     "gated_delta": "--model gated_delta --chunk_size 32",
     "kda": "--model kda --chunk_size 16",
 }
+LONG_CURRICULUM = '--curriculum "[(2, 100), (8, 60), (32, 60)]" --stage_loss 0.8'
 
 
 def plateau_points():
@@ -299,19 +334,25 @@ def plateau_points():
         for start, start_args in STARTS.items():
             train_args = f"{config} {start_args} --max_steps {MAX_STEPS} --eval_interval 20 "
             train_args += "--n_val_examples 100 --n_test_examples 300 --stop_accuracy 0.95 "
+            train_args += "--target_accuracy 0"
             run = run_name("plateau", name, start)
-            points.append(Point(f"{start}: {name}", 0, run, train_args + "--target_accuracy 0"))
+            seeds = 1 if start == WITHOUT else 0
+            points.append(Point(f"{start}: {name}", 0, run, train_args, seeds=seeds))
     for name, model_args in LONG_MIXERS.items():
-        points.append(Point(f"{LONG}: {name}", 0, f"plateau_long_{name}", long_args(model_args)))
+        run = f"plateau_long_{name}"
+        train_args = f"{long_args(model_args)} {LONG_CURRICULUM}"
+        points.append(Point(f"{LONG}: {name}", 0, run, train_args))
+        train_args = f"{long_args(model_args)} {STARTS[WITHOUT]}"
+        series = f"{LONG}: {name}, {WITHOUT}"
+        points.append(Point(series, 0, run_name(run, WITHOUT), train_args, seeds=1))
     return points
 
 
 def long_args(model_args):
-    """The model and task of a rerun of Kimi Linear's MQAR, with a curriculum."""
+    """The model and task of a rerun of Kimi Linear's MQAR."""
     return (
         f"{model_args} {NO_FEATURE_MAP} --n_layers 2 --dim 128 --n_heads 2 --dk 128 --dv 128 "
         "--input_seq_len 512 --num_kv_pairs 128 --num_queries 64 --infinite_data 1 "
-        '--curriculum "[(2, 100), (8, 60), (32, 60)]" --stage_loss 0.8 '
         "--max_steps 600 --batch_size 8 --lr 0.005 --warmup_steps 20 --lr_schedule cosine "
         "--eval_interval 20 --n_val_examples 50 --n_test_examples 200 --stop_accuracy 0.95"
     )
@@ -342,17 +383,19 @@ def draw_plateau(results):
     steps.set(title="MQAR, 32 pairs in 128 tokens: validation accuracy reaches")
     steps.invert_yaxis()
     steps.legend()
-    for number, (name, points) in enumerate(of_panel(results, LONG).items()):
+    for name, points in of_panel(results, LONG).items():
+        color = "C0" if name.startswith("gated_delta") else "C1"
+        style = ":" if name.endswith(WITHOUT) else "-"
         for seed, result in enumerate(points[0]):
             x = [evaluation["step"] for evaluation in result["evals"]]
             y = [evaluation["accuracy"] for evaluation in result["evals"]]
             # One entry in the legend for all seeds.
-            curves.plot(x, y, lw=1, color=f"C{number}", label=name if seed == 0 else None)
-    curves.set(title="MQAR, 128 pairs in 512 tokens, with a curriculum", xlabel="step")
+            curves.plot(x, y, style, color=color, lw=1, label=name if seed == 0 else None)
+    curves.set(title="MQAR, 128 pairs in 512 tokens", xlabel="step")
     curves.set(ylabel="validation token accuracy", ylim=(-0.02, 1.02))
     curves.legend()
-    caption = "Model, learning rate and curriculum of configs/\npoints and lines: {seeds} seeds"
-    return plt, fig, caption
+    caption = "Model, learning rate and curriculum of configs/\n"
+    return plt, fig, caption + "points and lines: {seeds} seeds; without a curriculum 1"
 
 
 def draw_steps(axis, seeds, height, color):

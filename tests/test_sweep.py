@@ -181,7 +181,7 @@ def test_a_figure_whose_runs_cannot_be_used_does_not_hide_the_others(toy, monkey
     def choose(results):
         raise ConfigError("runs/a_seed0 was trained with another lr; delete it")
 
-    broken = sweep.Figure(lambda: [], draw_toy, ["steps"], "steps", choose)
+    broken = sweep.Figure(lambda: [], draw_toy, ["steps"], "steps", choose, choose)
     monkeypatch.setattr(sweep, "FIGURES", {"broken": broken, **sweep.FIGURES})
     sweep.main(toy[1:])
     *_, first, second = capsys.readouterr().out.splitlines()

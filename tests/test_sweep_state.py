@@ -84,6 +84,31 @@ def test_the_second_phase_has_the_best_learning_rate_of_each_cell():
     assert runs["32 pairs: kda", 4] == runs["64 pairs: kda", 4]
 
 
+def test_a_best_rate_at_the_edge_is_compared_with_the_next():
+    results = {point: evals(0.5) for point in state.state_points()}
+    assert not state.next_rates(results)  # the rate decides nothing
+    cells = {(cell.name, cell.x): cell for cell in state.recall_cells()}
+    low, middle, high = state.RATES
+    for cell, lr, accuracy in (
+        (cells["kda", 1], middle, 0.9),
+        (cells["kda", 2], high, 0.9),
+        (cells["kda", 4], low, 0.9),
+        (cells["kda", 8], low, 1.0),  # solved
+    ):
+        results[state.point_of(cell, lr, seeds=1)] = evals(accuracy)
+    higher = state.point_of(cells["kda", 2], 0.1, seeds=1)
+    lower = state.point_of(cells["kda", 4], 0.003, seeds=1)
+    assert state.next_rates(results) == [higher, lower]
+
+    # The lower one is better, and the next is still to be tried.
+    results[higher], results[lower] = evals(0.8), evals(0.95)
+    assert state.next_rates(results) == [state.point_of(cells["kda", 4], 0.001, seeds=1)]
+    results[state.point_of(cells["kda", 4], 0.001, seeds=1)] = evals(0.99)
+    assert not state.next_rates(results)  # GRID has no lower one
+    best = {(point.series, point.x): point for point in state.best_rates(results)}
+    assert best["64 pairs: kda", 4].train_args.endswith("--lr 0.001")
+
+
 def test_steps_until_an_accuracy():
     result = {"evals": []}
     for step, accuracy in ((20, 0.1), (40, 0.6), (60, 0.97), (80, 0.4)):
@@ -108,15 +133,22 @@ def draw_toy(results):
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A figure of two points, of which the better one gets all seeds -> arguments of the sweep."""
+    """A figure of points with 1 to 4 steps, one after another; the last gets all seeds.
+
+    -> arguments of the sweep
+    """
 
     def points():
-        return [Point("gpt", 0, f"toy{n}", f"{TOY} {n}", seeds=1) for n in (2, 4)]
+        return [Point("gpt", 0, f"toy{n}", f"{TOY} {n}", seeds=1) for n in (1, 2)]
 
     def choose(results):
         return [Point("gpt", 0, p.name, p.train_args) for p in results if p.name == "toy4"]
 
-    toy_figure = sweep.Figure(points, draw_toy, ["steps"], "steps", choose)
+    def tune(results):
+        steps = len(results) + 1
+        return [Point("gpt", 0, f"toy{steps}", f"{TOY} {steps}", seeds=1)] if steps < 5 else []
+
+    toy_figure = sweep.Figure(points, draw_toy, ["steps"], "steps", tune, choose)
     monkeypatch.setattr(sweep, "FIGURES", {"toy": toy_figure})
     return ["toy", f"--log_dir={tmp_path}/runs", f"--output={tmp_path}/figures", "--seeds=2"]
 
@@ -126,12 +158,15 @@ def test_points_chosen_by_results_are_trained_after_them(toy, tmp_path, capsys):
     with pytest.raises(ConfigError, match="2 runs are missing"):
         sweep.main([*toy, "--draw_only=1"])
     sweep.main(toy)
-    assert sorted(os.listdir(tmp_path / "runs")) == ["toy2_seed0", "toy4_seed0", "toy4_seed1"]
+    assert sorted(os.listdir(tmp_path / "runs")) == [
+        *("toy1_seed0", "toy2_seed0", "toy3_seed0"),
+        *("toy4_seed0", "toy4_seed1"),
+    ]
     shown = json.loads((tmp_path / "figures" / "toy.json").read_text())
     assert shown["points"] == [{"series": "gpt", "x": 0, "results": [{"steps": 4}] * 2}]
     capsys.readouterr()
     sweep.main(toy[1:])
-    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["toy", "3", "0"]
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["toy", "5", "0"]
 
     # Without the runs, the numbers beside the figure give the same figure.
     drawn = tmp_path / "figures" / "toy.png"
