@@ -15,10 +15,10 @@
                                              # keystats, position, repeats and corr
     python ablate.py corr runs/RUN           # which slots can stand in for which?
 
-Each writes ablate_<what>.json, .parquet and .png into the run; position, repeats and corr draw only
-what they find. Settings that decide what is measured and are not at their defaults are part of the
-name, as in ablate_swap_exposure_pairs-less_more.json. A command that needs the result of another
-takes the one with the same settings, or the only one.
+Each writes ablate_<what>.json, .parquet and .png into the run; position, repeats and corr draw a
+figure only if they find an effect. Settings that decide what is measured are part of the name if
+they are not the defaults: ablate_swap_exposure_pairs-less_more.json. A command that reads the
+result of another takes the one with the same settings, or the only one.
 
 Examples are those that the model answers correctly, balanced over exposures. Effects are measured
 as accuracy and as the drop in the logit difference of the answer.
@@ -143,14 +143,8 @@ def ablate_slots(run):
     examples = sample_correct_examples(run)
     columns = measure_slots(run.model, examples, ablations, c.ablate_batch_size, c.seed, run.world)
     effects = summarize_slots(columns)
-    lines = []
-    for (ablation, layer), effect in effects.items():
-        drop, flip = format_ci(effect["drop"])[1:], format_ci(effect["flip"])[1:]
-        lines.append((ablation, layer, effect["n"], *drop, f"{effect['strongest']:.3f}", *flip))
-    run.finding(ablations_in_words(effects))
-    head = ("ablation", "layer", "slot, label", "mean drop in logit diff", "95% interval", "top 1%")
-    print_table((*head, "answers lost", "95% interval"), lines)
-    print("Only labels that a read of the slot can reach; control: a slot that is not read.")
+    run.finding(describe_ablations(effects))
+    print_slot_effects(effects)
     if "zero" in ablations:
         print("zero is off-distribution: no example was trained with less weight.")
     by_slice = {"ablation, layer": {", ".join(key): effect for key, effect in effects.items()}}
@@ -159,7 +153,18 @@ def ablate_slots(run):
     save_result(run, "keys", metrics, by_slice, (), columns, plot)
 
 
-def ablations_in_words(effects):
+def print_slot_effects(effects):
+    """Print what `summarize_slots` returned."""
+    lines = []
+    for (ablation, layer), effect in effects.items():
+        drop, flip = format_ci(effect["drop"])[1:], format_ci(effect["flip"])[1:]
+        lines.append((ablation, layer, effect["n"], *drop, f"{effect['strongest']:.3f}", *flip))
+    head = ("ablation", "layer", "slot, label", "mean drop in logit diff", "95% interval", "top 1%")
+    print_table((*head, "answers lost", "95% interval"), lines)
+    print("Only labels that a read of the slot can reach; control: a slot that is not read.")
+
+
+def describe_ablations(effects):
     """One sentence on the result of `summarize_slots`: the least and the most harmful ablation."""
     lost = {}
     for (ablation, layer), effect in effects.items():
@@ -281,26 +286,30 @@ def summarize_by_answer(columns, token, most=24):
         drops = {}
         for name in dict.fromkeys(columns["name"].tolist()):
             mask = (columns["name"] == name) & (columns["answer"] == answer)
-            effect = by_answer[f"{token(answer)!r}, {name}"] = summarize(columns, mask)
+            effect = summarize(columns, mask)
+            by_answer[f"{token(answer)!r}, {name}"] = effect
             drops[name] = effect["drop"]["value"]
         most_needed[token(answer)] = max(drops, key=drops.get)
     return by_answer, most_needed
 
 
 def describe_effects(effects, spared=0.95):
-    """The finding: what is needed most, and how many can be spared."""
+    """What is needed most, and how many can be spared, as a sentence.
+
+    effects: what `summarize_by` returned, of layers or heads. spared: the accuracy without it.
+    """
 
     def accuracy(name):
         return effects[name]["accuracy"]["value"]
 
-    # Of a part the name is "layer, part".
     worst = min(effects, key=accuracy)
+    # Heads are named "L1H2", and parts of a block "layer, part".
     layer, _, part = worst.partition(", ")
-    name = f"the {part} of layer {layer}" if part else f"head {worst}"
+    needed = f"the {part} of layer {layer}" if part else f"head {worst}"
     _, value, interval = format_ci(effects[worst]["accuracy"])
     n_spared = sum(accuracy(name) >= spared for name in effects)
     return (
-        f"{name} is needed most: without it {value} ({interval}) of the answers are correct; "
+        f"{needed} is needed most: without it {value} ({interval}) of the answers are correct; "
         f"{n_spared} of {len(effects)} can be spared one at a time, with {spared:.0%} still correct"
     )
 

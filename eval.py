@@ -54,12 +54,13 @@ from analysis.repair import repair
 from analysis.routing import routing
 from analysis.significance import stats
 from analysis.state_editing import data_of_sizes, edit_pairs
-from analysis.stored_facts import predictions, stored_bits
+from analysis.stored_facts import stored_bits
 from analysis.trained_run import (
     AnalysisConfig,
     Command,
     concat,
     parse_command,
+    predictions,
     report,
     run_command,
     save_result,
@@ -113,9 +114,13 @@ class EvalConfig(AnalysisConfig):
         at_least(self, 0, "print_examples", "n_examples")
         at_least(self, -1, "example")
         message = f"n_edits={self.n_edits} needs numbers of at least 1"
-        require(self.n_edits and min(self.n_edits) >= 1, message, "n_edits")
-        message = f"num_kv_pairs={self.num_kv_pairs} needs numbers of at least 1"
-        require(min(self.num_kv_pairs, default=1) >= 1, message, "num_kv_pairs")
+        require(self.n_edits, message, "n_edits")
+        for name in ("n_edits", "num_kv_pairs"):
+            numbers = getattr(self, name)
+            message = f"{name}={numbers} needs numbers of at least 1"
+            require(min(numbers, default=1) >= 1, message, name)
+            message = f"{name}={numbers} names a number twice; name it once"
+            require(len(set(numbers)) == len(numbers), message, name)
         at_least(self, 1, "portions", "top_slots")
         message = f"portions={self.portions} needs n_edits of at least as many, not {self.n_edits}"
         require(self.portions <= min(self.n_edits), message, "portions")
@@ -124,10 +129,6 @@ class EvalConfig(AnalysisConfig):
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, BANDS, "band")
         fits_in_a_path(self, "save_as")
-        for name in ("n_edits", "num_kv_pairs"):
-            numbers = getattr(self, name)
-            message = f"{name}={numbers} names a number twice; name it once"
-            require(len(set(numbers)) == len(numbers), message, name)
         message = f"ask={self.ask!r} must be a question, or a JSON list of them"
         questions = self.ask if isinstance(self.ask, list) else [self.ask]
         is_text = all(isinstance(question, str) for question in questions)
@@ -185,51 +186,54 @@ def accuracy_by_slice(run):
         message = f"num_kv_pairs is for runs of data_mqar.py, not of {run.settings.train.data}.py"
         require(is_mqar, message, "num_kv_pairs")
         run = replace(run, data=data_of_sizes(run))
-    data = run.data
-    decodes = config.print_examples > 0 or config.example >= 0
-    message = "printing examples needs a model with a method `forward_cached`, as in model.py"
-    require(not decodes or hasattr(run.model, "forward_cached"), message, "print_examples")
-    last = data.eval_groups(config.split)[-1][-1]
-    message = f"example={config.example} is not in {config.split}; the last is {last}"
-    require(config.example <= last, message, "example")
+    require_printed_examples(run)
     batches = predictions(run)
     if not run.world.is_main:
         return
     result = merge_batches(batches)
-    total = slice_metrics(result["all"])
     by_slice = {}
     for name, values in result["by_slice"].items():
         by_slice[name] = {str(value): slice_metrics(counts) for value, counts in values.items()}
     metrics = {
         "accuracy": label_accuracy(result["all"]),
-        "exact_match": total["exact"],
+        "exact_match": slice_metrics(result["all"])["exact"],
         "loss": {"value": result["loss"], "n": result["labels"]},
-        "without_knowledge": getattr(data, "baselines", {}),
-        "stored": stored_bits(batches, data, run.model),
+        "without_knowledge": getattr(run.data, "baselines", {}),
+        "stored": stored_bits(batches, run.data, run.model),
     }
+    drawn = drawn_slices(by_slice)
     run.finding(describe_accuracy(metrics, config.split))
-    if drawn_slices(by_slice):
+    if drawn:
         run.finding(describe_widest(by_slice, "token accuracy"))
     print_slices(result)
     print_baselines(metrics["without_knowledge"])
-    for name, number in metrics["stored"].items():
+    print_stored(metrics["stored"])
+    examples = [decode_example(run, index) for index in indices_to_print(run)]
+    plot = None
+    if drawn:  # without slices to compare, the table has all that a figure would show
+        plot = functools.partial(plot_slices, drawn, f"{run.name}, {config.split}")
+    save_result(run, config.split, metrics, by_slice, examples, label_columns(batches), plot)
+    print_examples(examples)
+
+
+def label_columns(batches):
+    """Batches of `predictions` -> {column: (N,)}: example, correct and loss of labels, slices."""
+    tables = []
+    for batch in batches:
+        measured = {name: batch[name] for name in ("example", "correct", "loss")}
+        tables.append({**measured, **batch["slices"]})
+    return concat(tables)
+
+
+def print_stored(stored):
+    """Print what `stored_bits` returned."""
+    for name, number in stored.items():
         low, high = number["ci95"]
         say(f"{name}: {number['value']:.4g} (95% interval {low:.4g} - {high:.4g})")
 
-    examples = [decode_example(run, index) for index in indices_to_print(run)]
-    columns = []
-    for batch in batches:
-        measured = {name: batch[name] for name in ("example", "correct", "loss")}
-        columns.append({**measured, **batch["slices"]})
 
-    drawn = drawn_slices(by_slice)
-
-    def plot(path):
-        plot_slices(path, drawn, f"{run.name}, {config.split}")
-
-    # Without slices to compare, the table says it all.
-    plot = plot if drawn else None
-    save_result(run, config.split, metrics, by_slice, examples, concat(columns), plot)
+def print_examples(examples):
+    """Print what `decode_example` returned for each example."""
     for example in examples:
         say(f"example {example['example']}")
         for name in ("prompt", "answer", "model"):
@@ -239,16 +243,27 @@ def accuracy_by_slice(run):
 def describe_accuracy(metrics, split):
     """Accuracy beside the best guess without knowledge, as a sentence."""
     labels, examples = percent(metrics["accuracy"]), percent(metrics["exact_match"])
-    found = f"{labels} of the {split} labels are correct, and all of them in {examples} of examples"
+    text = f"{labels} of the {split} labels are correct, and all of them in {examples} of examples"
     guesses = metrics["without_knowledge"]
     if guesses:
         best = max(guesses, key=guesses.get)
-        found += f"; the best guess without knowledge ({best}) gets {guesses[best]:.1%}"
-    return found
+        text += f"; the best guess without knowledge ({best}) gets {guesses[best]:.1%}"
+    return text
+
+
+def require_printed_examples(run):
+    """ConfigError unless the examples that --print_examples and --example name can be decoded."""
+    config = run.config
+    decodes = config.print_examples > 0 or config.example >= 0
+    message = "printing examples needs a model with a method `forward_cached`, as in model.py"
+    require(not decodes or hasattr(run.model, "forward_cached"), message, "print_examples")
+    last = run.data.eval_groups(config.split)[-1][-1]
+    message = f"example={config.example} is not in {config.split}; the last is {last}"
+    require(config.example <= last, message, "example")
 
 
 def indices_to_print(run):
-    """print_examples indices, evenly spaced over the split, and that of --example."""
+    """Indices of --print_examples examples, evenly spaced over the split, and that of --example."""
     config = run.config
     indices = []
     if config.print_examples:
@@ -260,7 +275,7 @@ def indices_to_print(run):
     return indices
 
 
-def plot_slices(path, by_slice, title):
+def plot_slices(by_slice, title, path):
     """One panel for each slice: accuracy of each of its values, with intervals."""
     plt, fig, axes = figure(1, len(by_slice))
     lowest = 0.98
@@ -277,7 +292,7 @@ def plot_slices(path, by_slice, title):
 
 
 def edit(run):
-    """Rewrite the facts of --facts; or, --undo, take an edit back; or compare the ways to edit."""
+    """With --facts rewrite facts, with --undo take an edit back; else compare the ways to edit."""
     if run.config.undo:
         undo(run)
     elif run.config.facts:
@@ -311,9 +326,9 @@ def task_of(run):
 
 def accuracy_of_task(task, run):
     """accuracy_by_slice for a run of this task, and for HashHop its kinds of errors."""
-    found = task_of(run)
-    message = f"{run.folder} is a run of {found}, not of {task}"
-    require(found == task, f"{message}; run python eval.py {found} {run.folder}", None)
+    actual = task_of(run)
+    message = f"{run.folder} is a run of {actual}, not of {task}"
+    require(actual == task, f"{message}; run python eval.py {actual} {run.folder}", None)
     accuracy_by_slice(run)
     if task == "hashhop" and hasattr(run.model, "forward_cached"):
         hashhop_errors(run)
@@ -326,11 +341,11 @@ def run_all(run):
     report(run, "eval.py", COMMANDS, names, "report.md")
 
 
-def task_command(task, *of_task):
-    """of_task: names of settings that this task has alone."""
+def task_command(task, *own_options):
+    """The Command of a task. own_options: settings that no other task has."""
     return Command(
         functools.partial(accuracy_of_task, task),
-        ("print_examples", "ask", "example", *of_task),
+        ("print_examples", "ask", "example", *own_options),
         f"Accuracy of labels and of whole examples, for runs of {task}.",
     )
 
@@ -381,7 +396,10 @@ COMMANDS = {
         "Facts that the model reads in its context, written into its memory table.",
     ),
     "stats": Command(
-        stats, ("split",), "Intervals of every slice, and what correlates with the loss.", False
+        stats,
+        ("split",),
+        "Intervals of every slice, and what correlates with the loss.",
+        needs_model=False,
     ),
     "compare": Command(compare, ("output", "band"), "Runs side by side.", needs_model=False),
     "choices": Command(
@@ -390,7 +408,7 @@ COMMANDS = {
         "Method and templates chosen for each relation, from results of flex_generate.py.",
         needs_model=False,
     ),
-    "repair": Command(repair, (), "Every whole record of a damaged file.", False),
+    "repair": Command(repair, (), "Every whole record of a damaged file.", needs_model=False),
     "all": Command(
         run_all,
         ("print_examples", "example", "n_examples", "n_edits"),

@@ -69,17 +69,23 @@ class Config:
         has_closed_quotes(self, "extra_args")
 
 
-# points() -> [Point]; draw({series: {x: [result of each seed]}}) -> pyplot, figure, caption.
-# parts: what draw needs of a result (see shown_results). Where the points to draw follow from the
-# results of others: tune({point: [result of each seed]}) -> further points to train, [] when there
-# are enough; then choose(the same) -> the points to draw.
+# What makes a figure:
+#   points() -> [Point]       the runs that it shows, or those from whose results it chooses
+#   draw(results) -> pyplot, figure, caption; results: {series: {x: [result of each seed]}}
+#   parts                     paths in a result to what draw needs (see shown_results)
+#   summary                   what it shows, for the list of figures
+# Where the points to draw follow from the results of others, {point: [result of each seed]}:
+#   tune(results) -> [Point]    further points to train; [] if there are enough
+#   choose(results) -> [Point]  the points to draw
 Figure = namedtuple("Figure", "points draw parts summary tune choose", defaults=[None, None])
-OF_EDITS = "result.by_slice.method, edits.*"
 IN_EDIT = (
     "result.metrics.edits",
     "result.metrics.stored.*.value",
-    f"{OF_EDITS}.method",
-    *(f"{OF_EDITS}.{metric}.value" for metric in (*weights.EDIT_METRICS, "retained")),
+    "result.by_slice.method, edits.*.method",
+    "result.by_slice.method, edits.*.efficacy.value",
+    "result.by_slice.method, edits.*.specificity.value",
+    "result.by_slice.method, edits.*.specificity, shown.value",
+    "result.by_slice.method, edits.*.retained.value",
 )
 FIGURES = {
     "lr": Figure(
@@ -172,7 +178,10 @@ FIGURES = {
 
 
 def points_of(name, config):
-    """-> the points that a figure shows, and all that are trained for it, as far as known."""
+    """-> the points that a figure shows, and all that are trained for it.
+
+    If it chooses its points by results that are missing, these are the points to choose from.
+    """
     figure = FIGURES[name]
     points = figure.points()
     if not figure.choose:
@@ -188,6 +197,7 @@ def points_of(name, config):
 
 
 def trained_points(names, config):
+    """All points that are trained for these figures, as far as they are known."""
     points = []
     for name in names:
         points += points_of(name, config)[1]

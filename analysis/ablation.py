@@ -13,12 +13,12 @@ import torch
 
 from analysis.hooks import (
     forward_from,
-    gather_labels,
     hook_output,
     hook_points,
     index_reads,
     logit_diff,
     run_with_cache,
+    select_positions,
 )
 from analysis.trained_run import concat, select
 from memory import SCORES, weighted_values
@@ -55,7 +55,7 @@ def measure(examples, clean, logits, about):
 
 @dataclass
 class SlotAblation:
-    """One slot to ablate in each of M copies of examples, and what may come in its place."""
+    """One slot to ablate in each of M copies of examples, and what may replace it."""
 
     memory: object  # the memory layer
     reads: dict  # slots and weights (M, T, H, k) of each copy
@@ -77,7 +77,7 @@ class SlotAblation:
         return {"slots": replaced, "weights": weights}
 
     def rescored(self, score):
-        """What the layer reads if the slot's score is score (M, T, H), and all others as before."""
+        """The layer's reads if the slot's score is score (M, T, H), and all others stay."""
         scores, slots = self.best
         scores = scores.masked_fill(self.matches(slots), -torch.inf)
         slot = self.slot[:, None, None, None].expand(score.unsqueeze(-1).shape)
@@ -160,7 +160,8 @@ def key_zero_ablation(a):
 def key_noise_ablation(a):
     """A random key of the same length, half by half, in each head."""
     n = a.memory.config.mem_n_keys
-    first, second = a.noise[:, 0, a.slot // n], a.noise[:, 1, a.slot % n]  # (H, M, Q/2) each
+    first = a.noise[:, 0, a.slot // n]  # (H, M, Q/2)
+    second = a.noise[:, 1, a.slot % n]
     score = torch.einsum("mthq,hmq->mth", a.queries[..., 0, :], first)
     return a.rescored(score + torch.einsum("mthq,hmq->mth", a.queries[..., 1, :], second))
 
@@ -182,7 +183,7 @@ ABLATIONS = {  # SlotAblation -> reads
     "key_noise": key_noise_ablation,
 }
 KEY_ABLATIONS = ("key_zero", "key_noise")
-SELECTING_ABLATIONS = ("next_best", *KEY_ABLATIONS)  # they choose slots anew
+SELECTING_ABLATIONS = ("next_best", *KEY_ABLATIONS)  # after these, the layer chooses slots again
 
 
 # ---- slots ---------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def measure_ablation(model, layer, ablation, examples, before, inputs, pairs):
     about |= {"layer": layer, "ablation": ablation, "control": pairs["reads"] == 0}
     is_read = change.matches(change.reads["slots"])
     is_last = layer == len(model.layers) - 1
-    at_label, in_reach = count_reads(is_read, label_pos[i], is_last)
+    at_label, in_reach = reads_of_labels(is_read, label_pos[i], is_last)
     measured = {
         "reads_at_label": at_label,
         "reads_in_reach": in_reach,
@@ -266,12 +267,12 @@ def measure_ablation(model, layer, ablation, examples, before, inputs, pairs):
     return to_columns(examples.select(pairs["index"]), about, measured)
 
 
-def count_reads(is_read, label_pos, is_last):
-    """How often a slot is read at each label, and where each label can depend on it: (M, n) each.
+def reads_of_labels(is_read, label_pos, is_last):
+    """Reads of a slot at each label, and reads that the label can depend on: counts (M, n) each.
 
-    is_read (M, T, H, k) bool: is it this slot? label_pos (M, n). Attention carries what a block
-    reads to later positions, except from the last block on: there, a label depends on its own
-    position alone.
+    is_read (M, T, H, k) bool: is it this slot? label_pos (M, n). Attention of later blocks carries
+    a read on to later positions. After the last block there is none: there, a label depends on the
+    reads at its own position alone.
     """
     reads = is_read.sum((-1, -2))  # (M, T)
     at_label = reads.gather(1, label_pos)
@@ -281,7 +282,7 @@ def count_reads(is_read, label_pos, is_last):
 
 
 def memory_inputs(model, layer, clean, label_pos):
-    """What a forward pass from a memory layer on needs -> residual stream, reads, label_pos.
+    """The inputs of `forward_from` a memory layer -> residual stream, reads, label_pos.
 
     In the last block these are of the labels alone: no answer depends on other positions there.
     """
@@ -289,8 +290,8 @@ def memory_inputs(model, layer, clean, label_pos):
     reads = {name: clean.reads[layer][name] for name in ("slots", "weights")}
     if layer < len(model.layers) - 1:
         return resid, reads, label_pos
-    resid = gather_labels(resid, label_pos)
-    reads = {name: gather_labels(x, label_pos) for name, x in reads.items()}
+    resid = select_positions(resid, label_pos)
+    reads = {name: select_positions(x, label_pos) for name, x in reads.items()}
     return resid, reads, torch.arange(label_pos.shape[1], device=resid.device).expand_as(label_pos)
 
 

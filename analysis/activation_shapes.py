@@ -1,4 +1,4 @@
-"""Which shapes have the activations of a model, and at which module do two models part?
+"""Which shapes do the activations of a model have, and at which module do two models differ first?
 
     python memory.py inspect --trace runs/RUN                 # a run, or a config as it begins:
     python memory.py inspect --trace configs/qa_2k_memory.py
@@ -23,9 +23,7 @@ from train import parse as parse_training
 class Activation:
     """One tensor that a module returns, in the order in which the modules end."""
 
-    name: (
-        str  # of the module in the model; with "slots", "weights", ... for what memory layers read
-    )
+    name: str  # of the module; of the parts of a dict with their keys, as "layers.0.memory slots"
     kind: str  # its class
     inputs: str  # shapes of the module's inputs
     tensor: torch.Tensor = None  # None: it was called, but did not end
@@ -40,7 +38,7 @@ class Activation:
 
 
 def print_activations(paths):
-    """Print shape and dtype of the output of each module of one model or two, and where they part.
+    """Print shape and dtype of each module's output; of two models, also where they differ first.
 
     paths: run directories or override files (.py). Two models get the same sequences if their
     vocabularies and lengths are the same. If a module fails, the table ends there.
@@ -142,7 +140,7 @@ def shape_of(tensor):
 
 
 def describe_trace(model, trace, error):
-    """What one forward pass was like, as a sentence."""
+    """The number of activations of a forward pass, or where it failed, as a sentence."""
     if error is not None:
         failed = next(a for a in trace.values() if a.tensor is None)
         why = " ".join(str(error).split())
@@ -157,7 +155,7 @@ def describe_trace(model, trace, error):
 
 
 def describe_parting(a, b, has_values):
-    """Where two traces {name: Activation} part first, in shapes and in values, as sentences.
+    """Where two traces {name: Activation} differ first, in shapes and in values, as sentences.
 
     has_values: both are of the same tokens.
     """
@@ -166,7 +164,8 @@ def describe_parting(a, b, has_values):
         shapes = compare_shapes(a.get(name), b.get(name))
         if shapes and not places["shapes"]:
             places["shapes"] = f"{name}: {shapes}"
-        is_other = not shapes and has_values and difference(a[name], b[name]) > 0
+        # Not "> 0", which is false for nan.
+        is_other = not shapes and has_values and difference(a[name], b[name]) != 0
         if is_other and not places["values"]:
             places["values"] = f"{name}: {compare(a[name], b[name], has_values)}"
     sentences = []
@@ -188,7 +187,7 @@ def compare_shapes(a, b):
 
 
 def difference(a, b):
-    """The largest difference of two Activations; of whole numbers (slots), how many differ."""
+    """The largest difference of two Activations, nan if one is; of slots, how many differ."""
     if a.tensor is None:
         return 0.0
     if not a.tensor.is_floating_point():
@@ -199,8 +198,12 @@ def difference(a, b):
 def compare(a, b, has_values):
     """How two Activations differ, as text."""
     differ = compare_shapes(a, b)
-    if differ or not has_values:
-        return "shape or dtype" if " in A, " in differ else differ
+    if a is None or b is None:
+        return differ
+    if differ:
+        return "shape or dtype"
+    if not has_values:
+        return ""
     amount = difference(a, b)
     if isinstance(amount, int):
         return f"{amount} of {a.tensor.numel()} differ"

@@ -87,7 +87,7 @@ def find_fact(facts, question):
 
 
 def complete_question(data, question):
-    """A question as Fact.question has it. Of qa and digits, the colon may be left out."""
+    """A question as Fact.question has it. In qa and digits, the user may leave out the colon."""
     question = normalize(question)
     is_number = data.config.task in ("qa", "digits") and question[-1:].isdigit()
     return question + ":" if is_number else question
@@ -148,12 +148,12 @@ def has_end(data, fact):
 
 def are_answered(model, run, facts):
     """Which facts the model answers to the last token: (n,) bool."""
-    found = [np.empty(0, bool)]
+    parts = [np.empty(0, bool)]
     size = run.config.eval_batch_size
     for first in range(0, len(facts), size):
         tokens, targets = encode_facts(run, facts[first : first + size])
-        found.append(answered(model, tokens, targets).cpu().numpy())
-    return np.concatenate(found)
+        parts.append(answered(model, tokens, targets).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def encode_facts(run, facts):
@@ -181,7 +181,7 @@ def ask(model, run, fact):
     """
     data = run.data
     limit = data.config.max_bytes if has_end(data, fact) else len(fact.answer)
-    n, most = len(fact.prompt), positions(model)
+    n, most = len(fact.prompt), max_tokens(model)
     message = f"{fact.question!r} has {n} tokens; the model has positions for {most}"
     require(n <= most, message, None)
     # The last token of an answer is not read.
@@ -198,8 +198,8 @@ def ask(model, run, fact):
     return Answer(np.array(decoded), data.tokenizer.decode(decoded).strip(), probability)
 
 
-def positions(model):
-    """The most tokens that the model can read."""
+def max_tokens(model):
+    """The most tokens that the model can read: those for which it has positions."""
     if getattr(getattr(model, "config", None), "pos_emb", "none") == "none":
         return torch.iinfo(torch.int64).max
     return model.config.seq_len

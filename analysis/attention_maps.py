@@ -9,6 +9,7 @@ Letters: B examples, T tokens, H heads.
 import io
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def attention_maps(model, tokens, cu_seqlens=None):
         return recording
 
     mixers = [layer.att for layer in model.layers]
-    # A mixer may have an attention_fn of its own, besides that of its class.
+    # A recorder takes the place of attention_fn. Some mixers have their own, beside their class's.
     own = [vars(mixer).get("attention_fn") for mixer in mixers]
     try:
         for block, mixer in enumerate(mixers):
@@ -200,6 +201,32 @@ def attention(run):
     require_maps(run)
     index = example_to_draw(run)
     table = map_batches(run, lambda batch: score_heads(run, batch))
+    by_head, roles = summarize_heads(table)
+    maps, texts = maps_of_example(run, index)
+    folder = os.path.join(run.folder, "attention" + result_suffix(run, "attention"))
+    weights = f"{folder}/maps.npz"
+    if len(maps) * len(texts) ** 2 <= MAX_JSON:
+        weights = weights_as_lists(maps)
+    if run.world.is_main:
+        run.finding(describe_roles(by_head, roles))
+        print_heads(by_head)
+    n = len(np.unique(table["example"]))
+    title = f"{run.name}: attention maps of example {index}; roles of heads over {n} examples"
+
+    plot = partial(plot_grid, maps, texts, roles, title)
+    example = {"example": int(index), "tokens": texts, "weights": weights}
+    save_result(run, "attention", {"n_examples": n}, {"head": by_head}, [example], table, plot)
+    if run.world.is_main:
+        make_directory(folder)
+        save_maps(f"{folder}/maps.npz", maps)
+        plot_heads(folder, maps, texts, roles)
+
+
+def summarize_heads(table):
+    """Scores of `score_heads` -> means {"layer 0, head 0": {"role", pattern: cell or None}}, roles.
+
+    roles: {(layer, head): role}. A cell is None if no token could attend to the pattern.
+    """
     by_head, roles = {}, {}
     for layer, head in sorted(set(zip(table["layer"].tolist(), table["head"].tolist()))):
         mask = (table["layer"] == layer) & (table["head"] == head)
@@ -211,34 +238,19 @@ def attention(run):
             means[name] = cells[name]["value"] if len(x) else np.nan
         roles[layer, head] = head_role(means)
         by_head[f"layer {layer}, head {head}"] = {"role": roles[layer, head], **cells}
+    return by_head, roles
 
+
+def maps_of_example(run, index):
+    """One example of the split -> {(layer, head): map (T, T)}, its T tokens as text."""
     tokens, *_ = run.data.batch(run.config.split, 0, [index])
     n_tokens = int((tokens[0] != run.pad).sum())
     tokens = tokens[:, :n_tokens].to(run.device)
-    texts = [run.token(token) for token in tokens[0].tolist()]
     maps = {}
     for layer, maps_of_layer in attention_maps(run.model, tokens).items():
         for head, x in enumerate(maps_of_layer[0].cpu().numpy()):
             maps[layer, head] = x
-    folder = os.path.join(run.folder, "attention" + result_suffix(run, "attention"))
-    weights = f"{folder}/maps.npz"
-    if len(maps) * n_tokens**2 <= MAX_JSON:
-        weights = weights_as_lists(maps)
-    if run.world.is_main:
-        run.finding(describe_roles(by_head, roles))
-        print_heads(by_head)
-    n = len(np.unique(table["example"]))
-    title = f"{run.name}: attention maps of example {index}; roles of heads over {n} examples"
-
-    def plot(path):
-        plot_grid(path, maps, texts, roles, title)
-
-    example = {"example": int(index), "tokens": texts, "weights": weights}
-    save_result(run, "attention", {"n_examples": n}, {"head": by_head}, [example], table, plot)
-    if run.world.is_main:
-        make_directory(folder)
-        save_maps(f"{folder}/maps.npz", maps)
-        plot_heads(folder, maps, texts, roles)
+    return maps, [run.token(token) for token in tokens[0].tolist()]
 
 
 def weights_as_lists(maps):
@@ -350,7 +362,7 @@ def draw_map(axis, weights, texts, title, n_named):
     return image
 
 
-def plot_grid(path, maps, texts, roles, title):
+def plot_grid(maps, texts, roles, title, path):
     """All maps {(layer, head): (T, T)}; the panels of a layer begin a new row."""
     n_heads = max(head for _, head in maps) + 1
     is_small = n_heads > MAX_LARGE

@@ -57,7 +57,7 @@ def compare(args, config):
 
     different = [name for name in different_settings(runs) if name not in COLUMNS]
     groups = group_seeds(runs)
-    say(findings(groups))
+    say(describe_extremes(groups))
     print_runs(runs, different)
     columns = {}
     for name in ("series", *COLUMNS):
@@ -157,7 +157,10 @@ NOT_COMPARED = ("seed", "run_name", "log_dir", "exp_group", "device", "num_threa
 
 
 def read_result(folder):
-    """What compare shows of a finished run; ConfigError if it has no test result or is damaged."""
+    """The results of a finished run, as compare shows them -> dict.
+
+    ConfigError if it has no test result or is damaged.
+    """
     path = os.path.join(folder, "config.json")
     kinds = {"parameters": {"layers": "count"}, "train": "dict", "model": "dict", "data": "dict"}
     saved = read_record(path, kinds)
@@ -167,12 +170,7 @@ def read_result(folder):
     compared = {**saved["train"], **saved["model"], **saved["data"]}
     for name in NOT_COMPARED:
         compared.pop(name, None)
-    train_curve, curve = [], []
-    for record in read_log(folder):
-        if record["kind"] == "train":
-            train_curve.append((record["step"], or_nan(record["loss"])))
-        elif record["kind"] == "eval":
-            curve.append((record["step"], or_nan(record["loss"]), record["accuracy"]))
+    train_curve, curve = read_curves(folder)
     by_slice = {}
     for name, slices in test["by_slice"].items():
         by_slice[name] = {value: slice_metrics(c)["value"] for value, c in slices.items()}
@@ -202,6 +200,17 @@ def read_result(folder):
     }
 
 
+def read_curves(folder):
+    """log.jsonl -> [(step, loss)] of training, [(step, loss, accuracy)] of validation."""
+    train_curve, curve = [], []
+    for record in read_log(folder):
+        if record["kind"] == "train":
+            train_curve.append((record["step"], or_nan(record["loss"])))
+        elif record["kind"] == "eval":
+            curve.append((record["step"], or_nan(record["loss"]), record["accuracy"]))
+    return train_curve, curve
+
+
 # ---- settings that differ ------------------------------------------------------------------------
 
 
@@ -210,7 +219,11 @@ def different_settings(runs):
     names = {}
     for run in runs:
         names |= dict.fromkeys(run["settings"])
-    return [name for name in names if len({setting_text(run, name) for run in runs}) > 1]
+    different = []
+    for name in names:
+        if len({setting_text(run, name) for run in runs}) > 1:
+            different.append(name)
+    return different
 
 
 def setting_text(run, name):
@@ -237,19 +250,19 @@ def group_seeds(runs):
     return groups
 
 
-def findings(groups):
-    """Which settings are best and worst, in a sentence."""
+def describe_extremes(groups):
+    """Which settings are best and worst, as a sentence."""
     means = {}
     for label, seeds in groups.items():
         means[label] = np.mean([run["all"]["value"] for run in seeds])
     best, worst = max(means, key=means.get), min(means, key=means.get)
     if len(groups) == 1:
-        return f"Test accuracy: {describe(best, groups[best])}."
-    text = f"Highest test accuracy: {describe(best, groups[best])}"
-    return f"{text}; lowest: {describe(worst, groups[worst])}."
+        return f"Test accuracy: {describe_group(best, groups[best])}."
+    text = f"Highest test accuracy: {describe_group(best, groups[best])}"
+    return f"{text}; lowest: {describe_group(worst, groups[worst])}."
 
 
-def describe(label, seeds):
+def describe_group(label, seeds):
     values = [run["all"]["value"] for run in seeds]
     if len(seeds) == 1:
         return f"{values[0]:.4f} ({label})"

@@ -5,6 +5,8 @@ A group is {label: runs that differ in their seed only}; a run is what compare.r
 Letters: n runs, P points.
 """
 
+import itertools
+
 import numpy as np
 
 from nanorecall.plots import errorbars, figure, finish_figure
@@ -46,7 +48,7 @@ def mean_and_bar(axis, x, values, color, band):
 
 def plot_compare(path, groups, band="range"):
     """Loss and accuracy against steps; accuracy by slice and by size, if the runs have several."""
-    runs = [run for seeds in groups.values() for run in seeds]
+    runs = list(itertools.chain.from_iterable(groups.values()))
     slice_name, values = shared_slice(runs)
     size = "state" if len({run["state"] for run in runs}) > 1 else "params"
     has_sizes = len({run[size] for run in runs}) > 1

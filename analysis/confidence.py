@@ -5,6 +5,8 @@
 A table of scores has one entry for each label. Letters: N labels, V vocabulary.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -74,9 +76,9 @@ def logits(run):
         if values.ndim == 1:
             columns[name] = values
         if column.startswith(SLICE) and len(np.unique(values)) <= 24:
-            cells = by_slice[name] = {}
+            by_slice[name] = {}
             for value in np.unique(values):
-                cells[str(value)] = summarize(table, values == value)
+                by_slice[name][str(value)] = summarize(table, values == value)
     for i in range(table["top"].shape[1]):
         columns[f"top{i + 1}"] = table["top"][:, i]
     bins, error = calibration(table["confidence"], table["correct"], table["example"])
@@ -89,9 +91,7 @@ def logits(run):
     metrics = {**total, "exact_match": exact_match, "calibration error": error}
     metrics["calibration"] = bins
 
-    def plot(path):
-        plot_logits(path, by_slice, bins, error, run.name)
-
+    plot = partial(plot_logits, by_slice, bins, error, run.name)
     save_result(run, "logits", metrics, by_slice, score_examples(run, table), columns, plot)
 
 
@@ -112,8 +112,8 @@ def describe_probability(total):
     """How probable the correct tokens are, as a sentence."""
     probability, rank = total["probability"]["value"], total["rank"]["value"]
     perplexity = total["perplexity"]["value"]
-    found = f"the correct token has probability {probability:.3f} and rank {rank:.2f} on average"
-    return f"{found} (perplexity {perplexity:.2f})"
+    text = f"the correct token has probability {probability:.3f} and rank {rank:.2f} on average"
+    return f"{text} (perplexity {perplexity:.2f})"
 
 
 def describe_calibration(confidence, correct, error):
@@ -141,7 +141,7 @@ def print_summary(total, by_slice):
 
 
 def exact_match_of(table):
-    """Proportion of examples of which every label is correct."""
+    """Proportion of examples with every label correct."""
     counts = cluster_counts(table["correct"], table["example"])
     return proportion(counts["exact_matches"], counts["n_examples"])
 
@@ -169,7 +169,7 @@ def score_examples(run, table, n_examples=8):
         }
 
 
-def plot_logits(path, by_slice, bins, error, title):
+def plot_logits(by_slice, bins, error, title, path):
     """Probability of the correct token by slice; accuracy against confidence."""
     drawn = drawn_slices(by_slice)
     plt, fig, axes = figure(1, len(drawn) + 1)

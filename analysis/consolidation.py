@@ -1,10 +1,10 @@
 """Consolidation: move facts from the context into the memory table, in closed form.
 
     python eval.py consolidate runs/RUN                     # of configs/qa_in_context_memory.py
-    python eval.py consolidate runs/RUN --n_edits "[8,32]"  # so many facts
+    python eval.py consolidate runs/RUN --n_edits "[8,32]"  # 8 facts, then 32
 
-The model reads new facts in its context, a few at a time, and is asked each of them there. What it
-answers, right or wrong, is written into the table (editing.py), without a gradient. Then it is
+The model reads new facts in its context, a few at a time, and is asked each of them there. Its
+answers, right or wrong, are written into the table (editing.py), without a gradient. Then it is
 asked without the context. True answers are used to measure, never to write.
 """
 
@@ -16,7 +16,12 @@ from analysis.asking import ask, find_facts, require_decoding
 from analysis.edit_comparison import encode, unknown_facts
 from analysis.editing import check_editable, edit_facts
 from analysis.editors import n_correct, why_not
-from analysis.trained_run import correct_examples, require_facts, save_result
+from analysis.trained_run import (
+    correct_examples,
+    require_facts,
+    require_single_process,
+    save_result,
+)
 from data_synth import split_fact
 from nanorecall.metrics import print_table
 from nanorecall.settings import require
@@ -68,8 +73,11 @@ def consolidate(run):
 
 
 def consolidate_facts(run, new, protected, others):
-    """Lists of facts "key:value " -> METRICS and seconds of one consolidation; what was read and
-    what the model answers now, of each new fact."""
+    """Write the new facts into the table -> METRICS and seconds, [{"fact", "read", "alone"}].
+
+    new, protected, others: lists of facts "key:value ". "read" is the model's answer in the
+    context, before; "alone" its answer without the context, after.
+    """
     contexts = in_context(new, run.data.config.context_pairs)
     alone = [split_fact(fact) for fact in new]
     row = {
@@ -104,7 +112,7 @@ def in_context(facts, size):
 
 
 def answers(run, documents):
-    """What the model answers to each of the questions: texts, decoded greedily."""
+    """The model's answer to each document's question, decoded greedily: texts."""
     return [ask(run.model, run, fact).text for fact in find_facts(run.data, documents)]
 
 
@@ -131,4 +139,4 @@ def require_consolidation(run):
     require_decoding(run)
     no_table = why_not(check_editable, run.model)
     require(not no_table, no_table, None)
-    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+    require_single_process(run)

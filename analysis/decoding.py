@@ -1,10 +1,12 @@
-"""What a model writes when it decodes, and what kind of errors it makes on HashHop.
+"""Greedy decoding of examples, and the kinds of errors that a model makes on HashHop.
 
     python eval.py runs/RUN --print_examples 8
     python eval.py hashhop runs/RUN
 
 Letters: B examples, T tokens.
 """
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -66,8 +68,8 @@ ANSWER_KINDS = (
 def classify_error(text, decoded):
     """What a model decoded for the last query of a HashHop example -> one of ANSWER_KINDS.
 
-    The closing quote has no label, so no model learns to write it. Therefore as many letters are
-    decoded as the correct answer has.
+    The closing quote has no label, so no model learns to write it. `decoded` therefore has as many
+    letters as the correct answer.
 
     >>> text = "ab = cd\\ncd = 'ef'\\ngh = 'ij'\\n\\nCOMPLETION:\\n"
     >>> text += "Hops=2\\n\\nCoT=False\\n\\nab = 'ef'\\n"
@@ -120,10 +122,7 @@ def hashhop_errors(run):
         for level, cells in by_hops.items():
             lines += [(level, kind, *format_ci(cell)) for kind, cell in cells.items()]
         print_table(("hops", "answer", "examples", "proportion", "95% interval"), lines)
-
-    def plot(path):
-        plot_errors(path, by_hops, run.name)
-
+    plot = partial(plot_errors, by_hops, run.name)
     save_result(run, "hashhop", {}, {"hops": by_hops}, (), table, plot)
 
 
@@ -141,7 +140,7 @@ def describe_errors(by_hops):
 
 
 def decode_batch(run, batch):
-    """{"example", "hops", "answer"} (B,): number of hops, and the kind of what is decoded."""
+    """{"example", "hops", "answer"} (B,): the number of hops, and the kind of the answer."""
     data = run.data
     texts, slices = data.source.read(run.config.split, batch.indices)
     prompts, answers = [], []
@@ -162,7 +161,7 @@ def decode_batch(run, batch):
     return {"example": batch.indices, "hops": hops.astype("U8"), "answer": kinds}
 
 
-def plot_errors(path, by_hops, title):
+def plot_errors(by_hops, title, path):
     """One bar for each number of hops, divided by kind of answer."""
     plt, fig, (axis,) = figure(1, 1, width=6)
     x, bottom = np.arange(len(by_hops)), np.zeros(len(by_hops))

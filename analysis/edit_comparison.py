@@ -7,7 +7,7 @@
     python eval.py edit runs/RUN --editors "closed form; sparse tf-idf"  # or all
 
 Efficacy: edited facts get their new answer. Specificity: other facts keep theirs. Facts with two
-wordings and two-hop questions are asked beyond what was edited (edit_reach.py).
+wordings and two-hop questions are also asked in ways that were not edited (edit_reach.py).
 """
 
 import functools
@@ -30,8 +30,14 @@ from analysis.editors import (
 )
 from analysis.mlp_editing import check_mlp_editable
 from analysis.peak_memory import peak_memory_of
-from analysis.stored_facts import predictions, stored_bits
-from analysis.trained_run import correct_examples, require_facts, save_result
+from analysis.stored_facts import stored_bits
+from analysis.trained_run import (
+    correct_examples,
+    predictions,
+    require_facts,
+    require_single_process,
+    save_result,
+)
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import require, say
@@ -54,9 +60,12 @@ NUMBERS = {  # without an interval
     "growth": "norm of these weights over their norm before",
 }
 
-# What is edited and measured together. Facts are (tokens, targets): the edited ones with their new
-# answers; those that an editor may use; others; and all that are not edited, each with its group.
-# beyond: {metric of REACH: facts}.
+# Facts that are edited and measured together, as (tokens, targets) each:
+#   edited   with their new answers
+#   kept     that an editor may use
+#   unseen   that it may not use
+#   old      all that are not edited; groups (facts,): the group of each
+#   beyond   {metric of REACH: facts}
 Cell = namedtuple("Cell", "edited kept unseen old groups beyond")
 
 
@@ -92,7 +101,13 @@ def compare_editors(run):
                     results.append({"method": name, "edits": n, **row})
             finally:
                 model.load_state_dict(weights)
-    last = [r for r in results if r["portion"] == config.portions]
+    save_comparison(run, results, {"stored": stored, **before})
+
+
+def save_comparison(run, results, measured_before):
+    """Print, write and draw results, a dict for each portion of each editor and number of edits."""
+    n_edits, portions = run.config.n_edits, run.config.portions
+    last = [r for r in results if r["portion"] == portions]
     for sentence in [*describe_editors(last), *describe_reach(last)]:
         run.finding(sentence)
     metrics = metrics_of(results)
@@ -101,16 +116,14 @@ def compare_editors(run):
     for name in ("method", "edits", "portion", *metrics, *NUMBERS):
         values = [r[name] for r in results]
         columns[name] = [v["value"] for v in values] if name in metrics else values
-
-    def plot(path):
-        of_most = [r for r in results if r["edits"] == max(config.n_edits)]
-        plot_edits(path, of_most if config.portions > 1 else last, metrics, run.name)
-
     by_slice = {"method, edits": {f"{r['method']}, {r['edits']}": r for r in last}}
-    if config.portions > 1:
+    drawn = last
+    if portions > 1:
         keys = [f"{r['method']}, {r['edits']}, {r['portion']}" for r in results]
         by_slice["method, edits, portion"] = dict(zip(keys, results))
-    measured = {"edits": list(config.n_edits), "stored": stored, **before}
+        drawn = [r for r in results if r["edits"] == max(n_edits)]
+    plot = functools.partial(plot_edits, drawn, metrics, run.name)
+    measured = {"edits": list(n_edits), **measured_before}
     save_result(run, "edit", measured, by_slice, (), columns, plot)
 
 
@@ -121,18 +134,23 @@ def metrics_of(results):
 
 
 def make_cell(run, n, facts, slices, asked_beyond, rng):
-    """facts: all that the model knows. slices: {name: (facts,)}, of which the first has groups.
+    """Choose n facts to edit, and other facts to ask -> Cell.
 
+    facts: all that the model knows. slices: {name: (facts,)}; the first, if any, has their groups.
     asked_beyond: see edit_reach.editable_facts.
     """
     if run.config.new_facts:
-        changed, n_edited = unknown_facts(n, facts, run.data.source.texts, rng), 0
+        n_edited = 0
+        changed = unknown_facts(n, facts, run.data.source.texts, rng)
     else:
+        n_edited = n
         alphabet = answer_alphabet(facts)
-        changed, n_edited = [counterfactual(fact, alphabet, rng) for fact in facts[:n]], n
+        changed = [counterfactual(fact, alphabet, rng) for fact in facts[:n]]
     old = facts[n_edited:]
-    group, values = next(iter(slices.items()))  # exposures in synthetic QA
-    groups = [f"{group}={value}" for value in values[n_edited:]]
+    groups = ["all"] * len(old)
+    if slices:
+        name, values = next(iter(slices.items()))  # exposures in synthetic QA
+        groups = [f"{name}={value}" for value in values[n_edited:]]
     parts = (changed, old[:1000:2], old[1:1000:2], old)
     beyond = {}
     # What follows from all edits does not follow from a portion of them.
@@ -143,11 +161,10 @@ def make_cell(run, n, facts, slices, asked_beyond, rng):
 
 
 def edit_in_portions(model, editor, cell, portions):
-    """Edit the facts in portions, from the edited model each time -> measurements after each.
+    """Edit the facts in portions, each from the model edited so far -> a dict after each portion.
 
-    Editors may use earlier portions, as they may use the facts to keep.
-    METRICS and probability are of all facts edited so far, slots, bytes and growth of changes since
-    the first portion.
+    An editor may use earlier portions as facts to keep. METRICS and probability are of all facts
+    edited so far. slots, bytes and growth are of all changes since the first portion.
     """
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows, so_far = [], 0
@@ -167,9 +184,9 @@ def edit_in_portions(model, editor, cell, portions):
 
 
 def measure(model, edited, cell):
-    """-> METRICS, retained by group, those of REACH, and probability.
+    """-> METRICS, those of REACH, "retained_by" {group: retained}, and probability.
 
-    edited: (tokens, targets) so far.
+    edited: (tokens, targets) of the facts edited so far.
     """
     measured = {}
     asked = {"efficacy": edited, "specificity": cell.unseen, "specificity, shown": cell.kept}
@@ -227,23 +244,14 @@ def print_results(results, metrics):
         head += [metric, "95% interval"]
     lines, numbers = [], []
     for r in results:
-        begin = [r[name] for name in names]
-        line = list(begin)
+        which = [r[name] for name in names]
+        line = list(which)
         for metric in metrics:
             line += format_ci(r[metric])[1:]
         lines.append(line)
         memory = "-" if r["peak_memory"] is None else f"{r['peak_memory']:,}"
-        numbers.append(
-            [
-                *begin,
-                f"{r['probability']:.2g}",
-                f"{r['seconds']:.2f}",
-                memory,
-                f"{r['slots']:,}",
-                f"{r['bytes']:,}",
-                f"{r['growth']:.2f}",
-            ]
-        )
+        line = [*which, f"{r['probability']:.2g}", f"{r['seconds']:.2f}", memory]
+        numbers.append([*line, f"{r['slots']:,}", f"{r['bytes']:,}", f"{r['growth']:.2f}"])
     print_table(head, lines)
     print("; ".join(f"{metric}: {meaning}" for metric, meaning in metrics.items()))
     print_table([*names, *NUMBERS], numbers)
@@ -255,9 +263,10 @@ def require_editable(run):
     require_editable_facts(run)
     if run.config.new_facts:  # which are of one wording
         require_facts(run)
-    no_table, no_mlp = why_not(check_editable, run.model), why_not(check_mlp_editable, run.model)
+    no_table = why_not(check_editable, run.model)
+    no_mlp = why_not(check_mlp_editable, run.model)
     require(not no_table or not no_mlp, f"{no_table}; {no_mlp}", None)
-    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+    require_single_process(run)
 
 
 def answer_alphabet(facts):
@@ -269,7 +278,9 @@ def answer_alphabet(facts):
 
 def counterfactual(fact, alphabet, rng):
     """The fact "key:value " with another value: each character becomes another one of alphabet.
-    Of a fact "a>b ", the entity b does."""
+
+    In a two-hop fact "a>b ", the entity b becomes another one.
+    """
     if ">" in fact:
         _, _, entity = read_two_hop(fact)
         others = [x for x in alphabet if x != entity]
@@ -315,7 +326,7 @@ def encode(run, facts):
     return run.tensor(tokens), run.tensor(targets)
 
 
-def plot_edits(path, results, metrics, title):
+def plot_edits(results, metrics, title, path):
     """Metrics of each editor against the number of edited facts."""
     n_columns = min(3, len(metrics))
     plt, fig, axes = figure(math.ceil(len(metrics) / n_columns), n_columns, width=3.8)

@@ -1,4 +1,4 @@
-"""What does an edit reach beyond the text that was edited: another wording, a second hop?
+"""Does an edit reach beyond the text that was edited: to another wording, to a second hop?
 
 Generalisation: an edited fact gets its new answer in its other wording, too (qa with forms=2).
 Portability: a two-hop question gets the answer that follows from an edited fact (twohop). Both

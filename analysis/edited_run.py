@@ -15,6 +15,7 @@ from nanorecall.files import atomic_directory, only_writer, remove
 from nanorecall.metrics import evaluate
 from nanorecall.records import check_kinds, read_record, write_json
 from nanorecall.settings import ConfigError, require
+from nanorecall.tensors import select_prefix
 from nanorecall.training_checkpoint import training_state
 
 EDIT = {  # of config.json's "edits"
@@ -122,7 +123,7 @@ def save_edited_run(run, folder, before, edit):
     changes = {name: t.cpu() for name, t in changes.items()}
     config = read_record(os.path.join(run.folder, "config.json"), {"train": "dict"})
     config["train"]["run_name"] = os.path.basename(folder)
-    # Else a restart by torchrun would go on with this run.
+    # Otherwise a restart by torchrun would take this run for the one that it restarts.
     config |= {"launch": "", "edits": edits}
     status = edited_status(run, state)
     with atomic_directory(folder) as work:
@@ -167,20 +168,10 @@ def undo_latest_edit(run):
     file = f"edit_{len(edits)}"
     with only_writer(folder, "its weights"):
         changes = load_checkpoint(folder, file)["tensors"]
-        states = {}
-        for name in CHECKPOINTS:
-            state = load_checkpoint(folder, name)
-            weights = {}
-            for key, t in state["tensors"].items():
-                weights[key.removeprefix("model.")] = t
-            try:
-                weights = restore_rows(weights, changes)
-            except ConfigError as e:
-                raise ConfigError(f"{folder}: {name}.pt: {e}") from None
-            state["tensors"] = {f"model.{key}": t for key, t in weights.items()}
-            states[name] = state
-        run.model.load_state_dict(weights)
-        status = edited_status(run, state)
+        states = {name: state_before_edit(folder, name, changes) for name in CHECKPOINTS}
+        latest = states["ckpt"]
+        run.model.load_state_dict(select_prefix(latest["tensors"], "model"))
+        status = edited_status(run, latest)
         # A killed undo leaves some of these files as they were. The next one finds them in the
         # state before or after the edit, and completes them: config.json, which counts, is last.
         for name, state in states.items():
@@ -189,3 +180,13 @@ def undo_latest_edit(run):
         write_json(config_path, read_record(config_path, "dict") | {"edits": edits[:-1]})
         remove(os.path.join(folder, file + ".pt"))
     return edits[-1]
+
+
+def state_before_edit(folder, name, changes):
+    """A checkpoint of an edited run, with the weights that it had before the edit."""
+    state = load_checkpoint(folder, name)
+    try:
+        weights = restore_rows(select_prefix(state["tensors"], "model"), changes)
+    except ConfigError as e:
+        raise ConfigError(f"{folder}: {name}.pt: {e}") from None
+    return state | {"tensors": {f"model.{key}": t for key, t in weights.items()}}

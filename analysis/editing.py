@@ -60,7 +60,23 @@ def undo_edit(model, record):
     weight[rows] = record["values"]
 
 
-# ---- what both kinds of edits need ---------------------------------------------------------------
+def undo_edits(model, records):
+    """undo_edit of several edits, the latest of them first.
+
+    ValueError, and no change, if one of them cannot be undone.
+    """
+    undone = []
+    try:
+        for record in reversed(records):
+            undo_edit(model, record)
+            undone.append(record)
+    except ValueError:
+        for record in reversed(undone):
+            undo_edit(model, {**record, "values": record["written"], "written": record["values"]})
+        raise
+
+
+# ---- shared by edits of memory layers and MLPs ---------------------------------------------------
 
 
 def logit_head(model):
@@ -148,22 +164,6 @@ def parameter_name(model, parameter):
 # ---- memory layers -------------------------------------------------------------------------------
 
 
-def undo_edits(model, records):
-    """undo_edit of several edits, the latest of them first.
-
-    ValueError, and no change, if one of them cannot be undone.
-    """
-    undone = []
-    try:
-        for record in reversed(records):
-            undo_edit(model, record)
-            undone.append(record)
-    except ValueError:
-        for record in reversed(undone):
-            undo_edit(model, {**record, "values": record["written"], "written": record["values"]})
-        raise
-
-
 def check_editable(model):
     """ValueError unless values of the last block's memory act on the logits alone and linearly."""
     memory = last_block_part(model, "memory")
@@ -176,7 +176,7 @@ def check_editable(model):
 
 
 def last_layer_reads(model, tokens, targets):
-    """What the last block reads at each label, and what follows from it.
+    """The reads of the last block at each label, and the outputs that follow.
 
     -> slots (N, H * k), weights (N, H * k) times the router's, last hidden state before the final
     norm (N, D), logits (N, tokens), answers (N,)

@@ -1,4 +1,4 @@
-"""Ways to make a model answer facts anew, in a table: closed forms and fine-tuning.
+"""Ways to give facts new answers, in a table: closed forms and fine-tuning.
 
 An editor is a function f(model, tokens, targets, kept_tokens, kept_targets). It changes weights of
 the model in place, so that the model answers the facts (tokens, targets). It may use the kept

@@ -1,4 +1,4 @@
-"""What the figures of sweep.py share: lines over seeds, logarithmic axes.
+"""Lines over seeds and logarithmic axes, for the figures of sweep.py.
 
 Drawing functions get results: {series: {x: [result of each seed]}}. A result is what
 analysis.sweep_runs.read_point returns. They return pyplot, the figure and its caption.
@@ -23,6 +23,10 @@ def draw_series(axis, results, measure, x_of=None):
             x.append(x_of(seeds) if x_of else own_x)
             values.append([measure(result) for result in seeds])
         mean_and_range(axis, x, np.array(values).T, label=series)
+
+
+def token_accuracy(result):
+    return result["all"]["value"]
 
 
 def log_axis(axis, ticks):

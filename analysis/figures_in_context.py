@@ -2,7 +2,7 @@
 
 import math
 
-from analysis.figure_lines import BANDS, draw_series, log_axis
+from analysis.figure_lines import BANDS, draw_series, log_axis, token_accuracy
 from analysis.sweep_runs import Point
 from nanorecall.plots import figure
 
@@ -59,10 +59,6 @@ def width_points():
     return mqar_points("dim", WIDTHS)
 
 
-def token_accuracy(result):
-    return result["all"]["value"]
-
-
 def state_bytes(seeds):
     return seeds[0]["state"]
 
@@ -94,7 +90,7 @@ def draw_width(results):
     return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers, 600 steps" + BANDS
 
 
-# ---- how long it takes ---------------------------------------------------------------
+# ---- how long it takes ---------------------------------------------------------------------------
 
 RECIPES = ("mqar_gpt", "mqar_unified_kv", "mqar_conv", "mqar_delta", "mqar_gated_delta")
 
@@ -113,6 +109,7 @@ def seconds_to_99(result):
 
 
 def draw_time(results):
+    """Validation accuracy against seconds, and the seconds until 99%, for each config."""
     plt, fig, (curves, times) = figure(1, 2, width=4.5)
     for number, (config, points) in enumerate(results.items()):
         color, label = f"C{number}", config

@@ -4,6 +4,7 @@ import numpy as np
 
 from analysis.compare_figure import mean_and_range
 from analysis.figure_lines import BANDS, draw_series, log_axis
+from analysis.figures_in_context import RECIPES
 from analysis.sweep_runs import Point
 from nanorecall.plots import figure
 from nanorecall.settings import require
@@ -22,6 +23,7 @@ TRAINED_FOR_LONGER = ("MLP", "memory", "memory beside an MLP")
 
 
 def exposure_points():
+    """Every model for 300 steps, and the smaller ones for 1000."""
     points = []
     for series, (name, train_args) in QA_MODELS.items():
         points.append(Point(series, 300, name, train_args, *MEASURED))
@@ -33,6 +35,7 @@ def exposure_points():
 
 
 def draw_exposures(results):
+    """Exact match against exposures, a panel for each number of steps."""
     plt, fig, axes = figure(1, 2, width=4.5)
     exposures = list(results["MLP"][300][0]["slices"]["exposures"])
     for axis, steps in zip(axes, (300, 1000)):
@@ -77,6 +80,7 @@ def stored(name):
 
 
 def draw_table(results):
+    """Bits stored against slots of the table: in total, and for each parameter or value."""
     plt, fig, (total, relative) = figure(1, 2, width=4.5)
     draw_series(total, results, stored("bits stored"))
     for label, name in (("all", "parameter"), ("the table", "memory value")):
@@ -105,26 +109,45 @@ EDIT_METRICS = {  # name in eval_edit.json: label
 
 
 def draw_edits(results):
+    """A panel for each of EDIT_METRICS, a line for each method."""
     plt, fig, axes = figure(1, 3, width=3.8)
-    seeds = [result["result"] for result in results["memory"][0]]
-    n_edits = seeds[0]["metrics"]["edits"]
-    same = all(result["metrics"]["edits"] == n_edits for result in seeds)
+    seeds = results["memory"][0]
+    n_edits = numbers_of_edits(seeds[0])
+    same = all(numbers_of_edits(result) == n_edits for result in seeds)
     advice = "run `python eval.py edit` on each again"
     require(same, f"the runs of qa_2k_memory1 have different --n_edits; {advice}", None)
-    edits = [result["by_slice"]["method, edits"] for result in seeds]
-    methods = dict.fromkeys(edit["method"] for edit in edits[0].values())
     for axis, (metric, label) in zip(axes, EDIT_METRICS.items()):
-        for method in methods:
-            values = []
-            for of_seed in edits:
-                values.append([of_seed[f"{method}, {n}"][metric]["value"] for n in n_edits])
-            mean_and_range(axis, n_edits, np.array(values), label=method)
+        for method in methods_of(seeds):
+            draw_by_edits(axis, seeds, method, metric, label=method)
         axis.set(xlabel="facts edited", ylabel=label, ylim=(-0.02, 1.02))
         log_axis(axis, n_edits)
     return plt, fig, "Facts of a memory model edited (exact match)" + BANDS
 
 
-# ---- learning more ------------------------------------------------------------------------------
+def numbers_of_edits(result):
+    """The numbers of facts that were edited together."""
+    return result["result"]["metrics"]["edits"]
+
+
+def methods_of(seeds):
+    edits = seeds[0]["result"]["by_slice"]["method, edits"]
+    return dict.fromkeys(edit["method"] for edit in edits.values())
+
+
+def edit_metric(seeds, method, n, metric):
+    """[the metric for each seed], of n facts edited together with this method"""
+    name = f"{method}, {n}"
+    return [r["result"]["by_slice"]["method, edits"][name][metric]["value"] for r in seeds]
+
+
+def draw_by_edits(axis, seeds, method, metric, label):
+    """A line: the metric of one method against the number of facts edited together."""
+    n_edits = numbers_of_edits(seeds[0])
+    values = np.array([edit_metric(seeds, method, n, metric) for n in n_edits])
+    mean_and_range(axis, n_edits, values.T, label=label)
+
+
+# ---- learning more -------------------------------------------------------------------------------
 
 FORGETTING_EDITORS = (
     "closed form, protecting others",
@@ -138,6 +161,7 @@ FORGETTING_EDITORS = (
 
 
 def forgetting_points():
+    """Tables of three sizes, with three numbers of facts each, to which new facts are added."""
     eval_args = "eval.py edit {run} --new_facts 1 --n_edits [10,30,100]"
     eval_args += f' --editors "{"; ".join(FORGETTING_EDITORS)}"'
     result = "eval_edit_n_edits-10-30-100_new_facts-True"
@@ -160,7 +184,7 @@ def draw_forgetting(results):
     for points in results.values():
         cells += points.values()
     cells.sort(key=mean_load)
-    n_edits = cells[0][0]["result"]["metrics"]["edits"]
+    n_edits = numbers_of_edits(cells[0][0])
     for axis, n in zip(axes, (min(n_edits), max(n_edits))):
         for number, method in enumerate(methods_of(cells[0])):
             draw_retained(axis, cells, method, n, f"C{number}")
@@ -184,29 +208,18 @@ def mean_load(seeds):
     return np.mean([stored("bits stored per memory value")(result) for result in seeds])
 
 
-def methods_of(seeds):
-    edits = seeds[0]["result"]["by_slice"]["method, edits"]
-    return dict.fromkeys(edit["method"] for edit in edits.values())
-
-
-def edit_metric(seeds, method, n, metric):
-    """Of n facts edited with a method: [the metric for each seed]"""
-    name = f"{method}, {n}"
-    return [r["result"]["by_slice"]["method, edits"][name][metric]["value"] for r in seeds]
-
-
 # ---- in the context and in the weights: one update -----------------------------------------------
 
-IN_CONTEXT = ("mqar_gpt", "mqar_unified_kv", "mqar_conv", "mqar_delta", "mqar_gated_delta")
 IN_WEIGHTS = {"memory table": "qa_2k_memory1", "MLP": "qa_2k_gpt"}
-IN_TABLE, IN_MLP = "closed form, protecting others", "closed form in the MLP, protecting others"
+IN_TABLE = "closed form, protecting others"
+IN_MLP = "closed form in the MLP, protecting others"
 # What each kind of memory is edited with.
-CLOSED_FORMS = {**dict.fromkeys(IN_CONTEXT, "overwrite"), "memory table": IN_TABLE, "MLP": IN_MLP}
+CLOSED_FORMS = {**dict.fromkeys(RECIPES, "overwrite"), "memory table": IN_TABLE, "MLP": IN_MLP}
 
 
 def memory_points():
     points = []
-    for name in IN_CONTEXT:
+    for name in RECIPES:
         train_args = f"configs/{name}.py --target_accuracy 0"
         points.append(Point(name, 0, name, train_args, "eval.py edit {run}", "eval_edit.json"))
     eval_args = f'eval.py edit {{run}} --editors "{IN_TABLE}; {IN_MLP}"'
@@ -222,16 +235,10 @@ def draw_memories(results):
     plt, fig, axes = figure(1, 2, width=4.5)
     ticks = set()
     for series, points in results.items():
-        seeds = [result["result"] for result in points[0]]
-        cells = [result["by_slice"]["method, edits"] for result in seeds]
-        method = CLOSED_FORMS[series]
-        n_edits = seeds[0]["metrics"]["edits"]
-        ticks |= set(n_edits)
+        seeds = points[0]
+        ticks |= set(numbers_of_edits(seeds[0]))
         for axis, metric in zip(axes, ("efficacy", "specificity")):
-            values = []
-            for of_seed in cells:
-                values.append([of_seed[f"{method}, {n}"][metric]["value"] for n in n_edits])
-            mean_and_range(axis, n_edits, np.array(values), label=series)
+            draw_by_edits(axis, seeds, CLOSED_FORMS[series], metric, label=series)
             axis.set(xlabel="facts or pairs edited together", ylabel=metric, ylim=(-0.02, 1.02))
     for axis in axes:
         log_axis(axis, sorted(ticks))
@@ -239,7 +246,7 @@ def draw_memories(results):
     return plt, fig, caption + BANDS
 
 
-# ---- several hops -------------------------------------------------------------------------------
+# ---- several hops --------------------------------------------------------------------------------
 
 HOPS = ("twohop_gpt", "twohop_memory", "twohop_cot_gpt", "twohop_cot_memory")
 HOPS += ("hashhop_gpt", "hashhop_cot_gpt")

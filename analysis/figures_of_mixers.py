@@ -1,6 +1,6 @@
-"""Figures that compare sequence mixers: by their state at equal layer parameters, and by the steps
-until recall appears (see sweep.py).
+"""Figures that compare sequence mixers (see sweep.py).
 
+They are compared by their state at equal layer parameters, and by the steps until recall appears.
 The state of a matrix memory is H matrices of K x V. Its projections have 4 H K D weights (K = V).
 So with H K fixed, the number of heads H changes the state and not the number of parameters.
 """
@@ -10,16 +10,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.figure_lines import BANDS, draw_series, log_axis
+from analysis.figure_lines import BANDS, draw_series, log_axis, token_accuracy
 from analysis.sweep_runs import Point
 from nanorecall.plots import figure
 
 # ---- mixers --------------------------------------------------------------------------------------
 
-# args: feature maps and norms as in the mixer's config in configs/. widths: of the residual stream
-# with 1, 2, 4 and 8 heads; a narrower one pays for what a mixer has beside its projections, so that
-# all models have as many layer parameters, within 1%. tracking: further args for state tracking.
-# product: number of heads times key width.
+# args      feature maps and norms, as in the mixer's config in configs/
+# widths    of the residual stream with 1, 2, 4 and 8 heads. Mixers with more than projections get
+#           a narrower one: all models have the same number of layer parameters, within 1%.
+# tracking  further args for state tracking
+# product   number of heads times key width
 Mixer = namedtuple("Mixer", "args widths tracking product", defaults=["", 96])
 HEADS = (1, 2, 4, 8)
 MEMORIES = {
@@ -34,7 +35,7 @@ MEMORIES = {
     "delta_product": Mixer("--chunk_size 16", (63, 63, 62, 61), "--allow_neg_eigval 1", 64),
     "ttt_linear": Mixer("--inner_lr 0.2", (57, 66, 71, 73), product=80),
 }
-# What is stored once needs one step a token, so delta_product stands in state tracking alone.
+# delta_product makes several steps a token. Recall needs one, so it is in state tracking only.
 RECALLING = [name for name in MEMORIES if name != "delta_product"]
 NO_FEATURE_MAP = "--q_kernel none --k_kernel none"
 ATTENTION = "--model gpt --conv_size 4 --pos_emb none --q_norm rms --k_norm rms --init_std 1.0"
@@ -55,7 +56,7 @@ def attention_args(kv_heads, window):
 
 
 def tracking_model(name):
-    """One layer of width 32 with an MLP. A token says all that its step needs: no convolution."""
+    """One layer of width 32 with an MLP. Each step needs one token alone, so no convolution."""
     model_args = ATTENTION
     if name != "attention":
         mixer = MEMORIES[name]
@@ -219,10 +220,6 @@ def run_name(*parts):
     return name.replace(", ", "_").replace(": ", "").replace(" ", "-")
 
 
-def token_accuracy(result):
-    return result["all"]["value"]
-
-
 def state_kilobytes(seeds):
     return seeds[0]["state"] / 1000
 
@@ -232,6 +229,7 @@ def accuracy_of_fewer_pairs(result):
 
 
 def draw_state(results):
+    """Recall against bytes of state with two numbers of pairs; bars for updates and tracking."""
     plt, fig, axes = figure(2, 2, width=5)
     accuracies = {PAIRS: token_accuracy, FEWER_PAIRS: accuracy_of_fewer_pairs}
     colors = [*plt.cm.tab10.colors[: len(RECALLING)], "black", "navy"]
@@ -330,6 +328,7 @@ LONG_CURRICULUM = '--curriculum "[(2, 100), (8, 60), (32, 60)]" --stage_loss 0.8
 
 
 def plateau_points():
+    """Each recipe with and without its curriculum, and LONG_MIXERS on longer sequences."""
     points = []
     for name, config in RECIPES.items():
         for start, start_args in STARTS.items():
@@ -368,6 +367,7 @@ def steps_until(result, level):
 
 
 def draw_plateau(results):
+    """Steps until each of LEVELS, and the learning curves of LONG_MIXERS."""
     plt, fig, (steps, curves) = figure(1, 2, width=5)
     for number, start in enumerate(STARTS):
         panel = of_panel(results, start)
@@ -394,12 +394,8 @@ def draw_plateau(results):
     curves.set(title="MQAR, 128 pairs in 512 tokens", xlabel="step")
     curves.set(ylabel="validation token accuracy", ylim=(-0.02, 1.02))
     curves.legend()
-    return (
-        plt,
-        fig,
-        "Model, learning rate and curriculum of configs/\n"
-        "points and lines: {seeds} seeds; without a curriculum 1",
-    )
+    caption = "Model, learning rate and curriculum of configs/\n"
+    return plt, fig, caption + "points and lines: {seeds} seeds; without a curriculum 1"
 
 
 def draw_steps(axis, seeds, height, color):

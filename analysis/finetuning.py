@@ -7,6 +7,7 @@ Letters: B facts, N labels, H heads, k slots that a head reads, t slots that are
 a value.
 """
 
+import itertools
 import math
 from collections import namedtuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from analysis.editing import last_layer_reads
+from analysis.editing import last_layer_reads, parameter_name
 from nanorecall.metrics import correct_predictions, evaluating, in_eval_mode
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.sparse import SparseAdamW
@@ -112,7 +113,7 @@ def fine_tune_lora(model, tokens, targets, kept, kept_targets, rank=4):
     def forward(tokens, targets):
         return functional_call(model, merged(), (tokens, targets))
 
-    parameters = [factor for pair in factors.values() for factor in pair]
+    parameters = list(itertools.chain.from_iterable(factors.values()))
     fine_tune(model, parameters, adam(parameters, 3e-3), [(tokens, targets)], forward)
     with torch.no_grad():
         for name, W in merged().items():
@@ -121,13 +122,13 @@ def fine_tune_lora(model, tokens, targets, kept, kept_targets, rank=4):
 
 # ---- sparse memory fine-tuning -------------------------------------------------------------------
 
-# What facts read at their labels: how often they read each slot of the last block (slots,), how
-# many of them read it (slots,), and how many facts they are.
+# Reads of several facts at their labels. counts (slots,): of each slot of the last block; facts
+# (slots,): number of facts that read it; n_facts: number of facts.
 Reads = namedtuple("Reads", "counts facts n_facts")
 
 
 @in_eval_mode
-def count_reads(model, tokens, targets):
+def reads_of_facts(model, tokens, targets):
     """How often each fact reads each slot of the last block at its labels: (B, slots)"""
     slots, *_ = last_layer_reads(model, tokens, targets)  # (N, H * k)
     fact = (targets != IGNORE_INDEX).nonzero()[:, :1]  # (N, 1)
@@ -138,9 +139,9 @@ def count_reads(model, tokens, targets):
 
 def total_reads(model, tokens, targets, batch_size=100):
     """Reads of all these facts together. In batches, since a large table has many slots."""
-    counts = facts = 0
+    counts, facts = 0, 0
     for x, y in zip(tokens.split(batch_size), targets.split(batch_size)):
-        reads = count_reads(model, x, y)
+        reads = reads_of_facts(model, x, y)
         counts = counts + reads.sum(0)
         facts = facts + (reads > 0).sum(0)
     return Reads(counts, facts, len(tokens))
@@ -189,10 +190,10 @@ def fine_tune_slots(model, score, optimizer, top_slots, tokens, targets, kept, k
     This is sparse memory fine-tuning (Lin et al. 2025, arXiv 2510.15103). The last block's queries
     stay as they are, so its slots are chosen once.
     """
-    reads = count_reads(model, tokens, targets)
+    reads = reads_of_facts(model, tokens, targets)
     slots = choose_slots(score, reads, total_reads(model, kept, kept_targets), top_slots)
     values = model.layers[-1].memory.values
-    name = next(name for name, parameter in model.named_parameters() if parameter is values)
+    name = parameter_name(model, values)
     rows = values.detach()[slots].requires_grad_()  # (t, V)
 
     def forward(tokens, targets):

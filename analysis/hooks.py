@@ -1,4 +1,4 @@
-"""Change what a model computes inside, and continue from there.
+"""Change activations of a model, and continue its forward pass from there.
 
 There are two ways. `forward_from` continues from a block's memory layer with cached activations, so
 that many ablated copies of an example cost only the layers after the change. `hooked` puts hooks on
@@ -86,13 +86,13 @@ def load_examples(run, indices):
 
 
 def same_form(examples):
-    """Those examples whose labels stand at the positions of the first one's."""
+    """The examples whose labels are at the same positions as those of the first example."""
     same = (examples.label_pos == examples.label_pos[:1]).all(1)
     return examples.select(np.flatnonzero(same.cpu().numpy()))
 
 
 def in_largest_group(run, indices):
-    """Those indices that are in one eval group, the one with most of them."""
+    """The indices in one eval group, the one with most of them."""
     groups = run.data.eval_groups(run.config.split)
     indices_in = [indices[np.isin(indices, np.asarray(group))] for group in groups]
     return max(indices_in, key=len)
@@ -105,10 +105,11 @@ def sample_correct_examples(run):
     are fewer than 4.
     """
     c = run.config
-    all_correct = indices = correct_examples(run)
+    indices = correct_examples(run)
+    n_correct = len(indices)
     if run.pad < 0:  # without padding, only sequences of one length fit in a batch
-        indices = in_largest_group(run, all_correct)
-    n_other_groups = len(all_correct) - len(indices)
+        indices = in_largest_group(run, indices)
+    n_other_groups = n_correct - len(indices)
     message = f"only {len(indices)} examples of {c.split} are answered correctly, and 4 are needed"
     require(len(indices) >= 4, f"{message}; train it longer", None)
     order = np.random.default_rng(c.seed).permutation(len(indices))
@@ -145,7 +146,7 @@ def logit_diff(logits, answers):
     return of_answer - of_competitor, p, of_answer > of_competitor
 
 
-# ---- what a run must have ------------------------------------------------------------------------
+# ---- requirements --------------------------------------------------------------------------------
 
 
 def require_blocks(run):
@@ -211,10 +212,10 @@ def logits_at(model, tokens, positions, **options):
     x = model.embed_tokens(tokens)
     for layer in model.layers:
         x = layer(x, **options)
-    return model.lm_head(model.final_norm(gather_labels(x, positions)))
+    return model.lm_head(model.final_norm(select_positions(x, positions)))
 
 
-def gather_labels(x, positions):
+def select_positions(x, positions):
     """x (B, T, ...) at positions (B, n) -> (B, n, ...)"""
     example = torch.arange(len(x), device=x.device)[:, None]
     return x[example, positions]
@@ -241,7 +242,7 @@ def forward_from(model, block, resid_mid, reads, label_pos):
     if block == last:
         # No later block mixes positions, so the others are not needed.
         resid_mid = gather_positions(resid_mid, label_pos)
-        reads = {name: gather_labels(x, label_pos) for name, x in reads.items()}
+        reads = {name: select_positions(x, label_pos) for name, x in reads.items()}
     layer = model.layers[block]
     x = layer.add(resid_mid, layer.mlp_or_memory(layer.ffn_norm(resid_mid), reads=reads))
     for i in range(block + 1, last + 1):

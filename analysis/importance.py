@@ -42,14 +42,14 @@ def impact(run):
             by_read[f"{layer}, at the label"] = layer_impact(select(of_layer, is_here))
             by_read[f"{layer}, earlier only"] = layer_impact(select(of_layer, ~is_here))
     for layer, cell in by_layer.items():
-        run.finding(impact_in_words(layer, cell, ablation))
+        run.finding(describe_impact(layer, cell, ablation))
     print_impact(by_layer | by_read)
     is_of_ablation = table["ablation"] == ablation
     is_counted = is_of_ablation & (table["reads_in_reach"] > 0)
     left_out = 1 - is_counted.sum() / (is_of_ablation & ~table["control"]).sum()
     say(f"left out: labels that a read of the slot cannot reach, {left_out:.1%} of all measured")
-    # The ablation of a slot that is not read must change nothing: a check of the method. A key of
-    # another score may be chosen where it was not.
+    # A check of the method: the ablation of a slot that is not read must change nothing. Ablations
+    # of its key are no check, because with another score the slot may be read.
     control = np.abs(table["drop"][is_of_ablation & table["control"]])
     largest = float(control.max()) if len(control) else None
     if largest is not None and ablation not in KEY_ABLATIONS:
@@ -57,12 +57,7 @@ def impact(run):
     by_slice = {"layer": by_layer, "layer, where it is read": by_read}
     by_frequency = rare_and_frequent(columns)
     if by_frequency:
-        print("rare facts (at most the median of exposures) against frequent ones:")
-        lines = []
-        for name, cell in by_frequency.items():
-            lines.append((name, *format_ci(cell["rare"])[1:], *format_ci(cell["frequent"])[1:]))
-        head = ("measure", "rare", "95% interval", "frequent", "95% interval")
-        print_table(head, lines)
+        print_frequency(by_frequency)
         by_slice["rare, frequent"] = by_frequency
     metrics = {
         "ablation": ablation,
@@ -88,7 +83,7 @@ def layer_impact(columns):
         "std": float(drop.std()),
         "negligible": clustered_proportion(np.abs(drop) < NEGLIGIBLE, example),
         "flips": clustered_proportion(columns["flip"], example),
-        # None if none of them is read in both halves of the examples.
+        # None if no slot of the best 5% is read in both halves of the examples.
         "best 5% of slots": mean_ci(top) if len(top) else None,
         "ratio to a random slot": ratio,
     }
@@ -115,7 +110,7 @@ def top_and_all(columns):
     return np.concatenate(top), np.concatenate(every)
 
 
-def impact_in_words(layer, cell, ablation):
+def describe_impact(layer, cell, ablation):
     """One sentence on the result of `layer_impact`."""
     text = f"layer {layer}: without a slot ({ablation}), a label at which it is read loses"
     text += f" {cell['drop where it is read']['value']:.3f} logits on average;"
@@ -170,9 +165,19 @@ def rare_and_frequent(columns):
     return by_frequency
 
 
+def print_frequency(by_frequency):
+    """Print what `rare_and_frequent` returned."""
+    print("rare facts (at most the median of exposures) against frequent ones:")
+    lines = []
+    for name, cell in by_frequency.items():
+        lines.append((name, *format_ci(cell["rare"])[1:], *format_ci(cell["frequent"])[1:]))
+    print_table(("measure", "rare", "95% interval", "frequent", "95% interval"), lines)
+
+
 def plot_keys(columns, title, path):
     """Drops of all measurements in falling order, by layer and ablation; and the flips."""
-    ablations, layers = dict.fromkeys(columns["ablation"].tolist()), np.unique(columns["layer"])
+    ablations = dict.fromkeys(columns["ablation"].tolist())
+    layers = np.unique(columns["layer"])
     plt, fig, axes = figure(1, len(layers) + 1)
     flips = []
     for ablation in ablations:

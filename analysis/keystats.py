@@ -16,7 +16,7 @@ from analysis.memory_usage import require_slots, slot_reads
 from analysis.slot_results import DROP, first_ablation, load_table, slot_table
 from analysis.trained_run import map_batches, save_result, select
 from memory import slot_usage
-from nanorecall.metrics import print_table
+from nanorecall.metrics import eval_batches, print_table
 from nanorecall.plots import figure, finish_figure
 from nanorecall.stats import correlation, format_ci, mean_ci, proportion
 
@@ -29,7 +29,8 @@ def keystats(run, n_clusters=8):
     columns, ablation = first_ablation(load_table(run, "keys"))
     table = slot_table(columns)
     n_slots = len(table["slot"])
-    table["key_cluster"], table["value_cluster"] = np.zeros(n_slots, int), np.zeros(n_slots, int)
+    table["key_cluster"] = np.zeros(n_slots, int)
+    table["value_cluster"] = np.zeros(n_slots, int)
     by_layer, vectors_of = {}, {}
     for layer in np.unique(table["layer"]):
         in_layer = table["layer"] == layer
@@ -48,14 +49,15 @@ def keystats(run, n_clusters=8):
 def slot_vectors(memory, slots):
     """Keys (S, H * Q) and values (S, V) of slots (S,) as arrays. A key is that of all heads."""
     n = memory.config.mem_n_keys
-    first, second = memory.keys[:, 0, slots // n], memory.keys[:, 1, slots % n]  # (H, S, Q/2)
+    first = memory.keys[:, 0, slots // n]  # (H, S, Q/2)
+    second = memory.keys[:, 1, slots % n]
     keys = torch.cat([first, second], dim=-1).transpose(0, 1).flatten(1)
     vectors = {"key": keys, "value": memory.values[slots]}
     return {name: x.detach().float().cpu().numpy() for name, x in vectors.items()}
 
 
 def slot_statistics(slots, seed):
-    """What `keystats` says of one layer's slots, {column: (S,)} of `slot_table`, without clusters.
+    """Statistics of one layer's slots, {column: (S,)} of `slot_table` -> {name: measured number}.
 
     A variance is a mean over slots with more than one measurement.
     """
@@ -83,7 +85,7 @@ def find_clusters(vectors, n_clusters, seed):
 def print_keystats(run, by_layer):
     lines, cluster_lines = [], []
     for layer, cells in by_layer.items():
-        run.finding(keystats_in_words(layer, cells))
+        run.finding(describe_keystats(layer, cells))
         readers = cells["examples that read a slot"]
         against = cells["reads against effect (Spearman)"]
         line = [layer, readers["n"], f"{readers['value']:.1f}"]
@@ -93,16 +95,16 @@ def print_keystats(run, by_layer):
             line.append(text)
         lines.append((*line, *format_ci(against)[1:], f"{against['p']:.4f}"))
         for kind in ("keys", "values"):
-            found = cells[f"clusters of {kind}"]
-            numbers = (f"{found['silhouette']:.3f}", f"{found['by chance']:.3f}")
-            cluster_lines.append((layer, kind, *numbers, " ".join(map(str, found["sizes"]))))
+            clusters = cells[f"clusters of {kind}"]
+            numbers = (f"{clusters['silhouette']:.3f}", f"{clusters['by chance']:.3f}")
+            cluster_lines.append((layer, kind, *numbers, " ".join(map(str, clusters["sizes"]))))
     head = ("layer", "slots", "examples a slot", "variance of weight", "variance of effect")
     print_table((*head, "reads ~ effect", "95% interval", "p"), lines)
     print("Variances are means over the n slots with several measurements.")
     print_table(("layer", "of", "silhouette", "by chance", "slots in each cluster"), cluster_lines)
 
 
-def keystats_in_words(layer, cells):
+def describe_keystats(layer, cells):
     """One sentence on a layer."""
     readers = cells["examples that read a slot"]
     against = cells["reads against effect (Spearman)"]
@@ -114,10 +116,10 @@ def keystats_in_words(layer, cells):
     else:
         text += "; how many examples read a slot says nothing about its effect"
     for kind in ("keys", "values"):
-        found = cells[f"clusters of {kind}"]
-        has_clusters = found["silhouette"] > max(0.25, found["by chance"])
+        clusters = cells[f"clusters of {kind}"]
+        has_clusters = clusters["silhouette"] > max(0.25, clusters["by chance"])
         text += f"; {kind} form {'' if has_clusters else 'no '}clusters"
-        text += f" (silhouette {found['silhouette']:.2f})"
+        text += f" (silhouette {clusters['silhouette']:.2f})"
     return text
 
 
@@ -186,10 +188,8 @@ def count_slot_reads(run):
             times[layer] += np.bincount(of_layer, minlength=size)
         return {"example": batch.indices}
 
-    batches = []
-    for group in run.data.eval_groups(run.config.split):
-        for first in range(0, len(group), run.config.eval_batch_size):
-            batches.append(np.asarray(group[first : first + run.config.eval_batch_size]))
+    of_split = eval_batches(run.data, run.config.split, run.config.eval_batch_size)
+    batches = [np.asarray(indices) for indices in of_split]
     sequences = map_batches(run, count, batches)["example"]
     for layer in layers:
         counts = run.world.all_gather_object(times[layer])

@@ -5,10 +5,11 @@
     python eval.py track runs/RUN          # tokens at which each slot is read; usage in training
 
 A table of reads has one entry for each example, layer, position, head and slot.
-Letters: B examples, T tokens, H heads, k slots that a head reads.
+Letters: B examples, T tokens, H heads, k slots that a head reads, S slots.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ def slot_reads(run, batch):
     }
     tables = []
     for layer, reads in zip(run.model.memory_layers(), trace):
-        slots, weights = reads["slots"].cpu()[b, t], reads["weights"].cpu()[b, t]  # (tokens, H, k)
+        slots = reads["slots"].cpu()[b, t]  # (tokens, H, k)
+        weights = reads["weights"].cpu()[b, t]
         H, k = slots.shape[1:]
         table = {name: x.repeat_interleave(H * k) for name, x in of_token.items()}
         table["head"] = torch.arange(H).int().repeat_interleave(k).repeat(len(slots))
@@ -96,7 +98,8 @@ def activations(run):
     for layer in np.unique(reads["layer"]):
         in_layer = reads["layer"] == layer
         slots = reads["slot"][in_layer]
-        usage = by_layer[str(layer)] = usage_stats(slots, size)
+        usage = usage_stats(slots, size)
+        by_layer[str(layer)] = usage
         for t in np.unique(reads["position"][in_layer]):
             here = in_layer & (reads["position"] == t)
             by_position[f"{layer}, {t}"] = usage_stats(reads["slot"][here], size)
@@ -109,10 +112,7 @@ def activations(run):
     n_examples = len(np.unique(reads["example"]))
     metrics = {"slots": size, "n_examples": n_examples, "reads": len(reads["slot"])}
     by_slice = {"layer": by_layer, "layer, position": by_position}
-
-    def plot(path):
-        plot_activations(path, reads, by_slice, size, run.name)
-
+    plot = partial(plot_activations, reads, by_slice, size, run.name)
     save_result(run, "activations", metrics, by_slice, read_examples(run, reads), reads, plot)
 
 
@@ -150,7 +150,8 @@ def read_examples(run, reads, n_examples=4, n_slots=5):
             here = np.flatnonzero(here)
             slots = []
             for i in here[np.argsort(-reads["weight"][here])][:n_slots]:
-                slot, weight = int(reads["slot"][i]), round(float(reads["weight"][i]), 4)
+                slot = int(reads["slot"][i])
+                weight = round(float(reads["weight"][i]), 4)
                 slots.append((slot // n, slot % n, weight))
             top_slots.setdefault(f"layer {layer}", {})[f"position {t}"] = slots
         text = run.text(tokens[0].numpy())[-200:]
@@ -163,7 +164,7 @@ def positions_of(cells, layer):
     return {t: cell for (of_layer, t), cell in split.items() if of_layer == int(layer)}
 
 
-def plot_activations(path, reads, by_slice, size, title):
+def plot_activations(reads, by_slice, size, title, path):
     """Reads per slot in falling order, and the effective number of slots by position."""
     plt, fig, (left, right) = figure(1, 2)
     for layer in by_slice["layer"]:
@@ -204,7 +205,8 @@ def norms(run):
         for t in np.unique(outputs["position"]):
             x = outputs["norm"][(outputs["layer"] == layer) & (outputs["position"] == t)]
             if len(x):
-                cell = by_position[f"{layer}, {t}"] = {**mean_ci(x), "std": float(x.std())}
+                cell = {**mean_ci(x), "std": float(x.std())}
+                by_position[f"{layer}, {t}"] = cell
                 name = f"output of layer {layer}, position {t}"
                 position_lines.append((name, *format_ci(cell)))
     if run.world.is_main:
@@ -214,15 +216,12 @@ def norms(run):
         if len(position_lines) <= 60:
             lines += position_lines
         print_table(("norm of", "n", "mean", "95% interval"), lines)
-
-    def plot(path):
-        plot_norms(path, tables, by_position, run.name)
-
+    plot = partial(plot_norms, tables, by_position, run.name)
     save_result(run, "norms", metrics, {"layer, position": by_position}, (), outputs, plot)
 
 
 def describe_norms(metrics, by_position):
-    """Yield sentences: values that are read beside others, and where outputs are longest."""
+    """Yield sentences: norms of values that are read and not read, positions of longest outputs."""
     for name, cells in metrics.items():
         if len(cells) == 2:
             read, other = cells["read"]["value"], cells["never read"]["value"]
@@ -277,7 +276,7 @@ def value_norms(model, reads):
     return tables
 
 
-def plot_norms(path, tables, by_position, title):
+def plot_norms(tables, by_position, title, path):
     """Histograms of the norms of values, and the mean norm of the output by position."""
     plt, fig, (left, right) = figure(1, 2)
     for name, (lengths, used) in tables.items():
@@ -304,40 +303,56 @@ def track(run):
     """The tokens at which each slot is read, and the usage of slots in training (log.jsonl)."""
     require_slots(run)
     columns = sum_by_token(run, map_batches(run, lambda batch: reads_by_token(run, batch)))
-    size = run.model.config.mem_n_keys**2
-    layer, slot, token, times = (columns[name] for name in ("layer", "slot", "token", "times"))
-    columns["text"] = [run.token(t) for t in token]
-    # Purity: is a slot read at one token, or all over the text?
-    group, of_group = np.unique(layer * size + slot, return_inverse=True)
-    total, largest = np.bincount(of_group, times), np.zeros(len(group))
-    np.maximum.at(largest, of_group, times)
-    purity, layers = largest / total, group // size
-    by_layer = {str(n): mean_proportion(purity[layers == n]) for n in np.unique(layer)}
+    columns["text"] = [run.token(token) for token in columns["token"]]
+    # Purity: is a slot read at one token, or at many?
+    slots = slots_of_reads(columns)
+    purity = slots["largest"] / slots["total"]
+    by_layer = {}
+    for layer in np.unique(slots["layer"]):
+        by_layer[str(layer)] = mean_proportion(purity[slots["layer"] == layer])
     log = [record for record in read_log(run.folder) if record["kind"] == "memory"]
     if run.world.is_main:
-        for n, cell in by_layer.items():
-            mean, n_slots = f"{cell['value']:.1%}", cell["n"]
-            where = f"at one token (mean of {n_slots} slots)"
-            run.finding(f"layer {n}: {mean} of a slot's reads are {where}")
-        lines = []
-        for n in np.unique(layer):
-            of_layer = np.flatnonzero(layers == n)
-            for g in of_layer[np.argsort(-total[of_layer])][:5]:
-                cells = np.flatnonzero(of_group == g)
-                tokens = []
-                for i in cells[np.argsort(-times[cells])][:4]:
-                    tokens.append(f"{columns['text'][i]!r}:{times[i] / total[g]:.0%}")
-                lines.append((int(n), int(group[g] % size), int(total[g]), " ".join(tokens)))
-        print_table(("layer", "slot", "reads", "at these tokens"), lines)
+        for layer, cell in by_layer.items():
+            where = f"at one token (mean of {cell['n']} slots)"
+            run.finding(f"layer {layer}: {cell['value']:.1%} of a slot's reads are {where}")
+        print_busiest_slots(columns, slots)
         if not log:
             print("no usage of slots in log.jsonl: train with --mem_log_interval 100")
     metrics = {"fraction of reads at a slot's most frequent token": by_layer}
     metrics["while training"] = log[-1]["layers"] if log else {}
-
-    def plot(path):
-        plot_track(path, log, purity, layers, run.name)
-
+    plot = partial(plot_track, log, purity, slots["layer"], run.name)
     save_result(run, "track", metrics, {}, (), columns, plot)
+
+
+def slots_of_reads(columns):
+    """Reads by token -> {"layer", "slot", "total", "largest"} (S,), an entry for each slot read.
+
+    columns: what `sum_by_token` returned. total: reads of the slot; largest: at a single token.
+    """
+    n_slots = columns["slot"].max() + 1
+    # One number for each (layer, slot), because np.unique is slow on pairs.
+    key = columns["layer"] * n_slots + columns["slot"]
+    key, of_slot = np.unique(key, return_inverse=True)
+    layer, slot = np.divmod(key, n_slots)
+    largest = np.zeros(len(slot))
+    np.maximum.at(largest, of_slot, columns["times"])
+    total = np.bincount(of_slot, columns["times"])
+    return {"layer": layer, "slot": slot, "total": total, "largest": largest}
+
+
+def print_busiest_slots(columns, slots, n_slots=5, n_tokens=4):
+    """Print the slots of each layer that are read most, and the tokens at which they are."""
+    lines = []
+    for layer in np.unique(slots["layer"]):
+        of_layer = np.flatnonzero(slots["layer"] == layer)
+        for s in of_layer[np.argsort(-slots["total"][of_layer])][:n_slots]:
+            slot, total = slots["slot"][s], slots["total"][s]
+            here = np.flatnonzero((columns["layer"] == layer) & (columns["slot"] == slot))
+            tokens = []
+            for i in here[np.argsort(-columns["times"][here])][:n_tokens]:
+                tokens.append(f"{columns['text'][i]!r}:{columns['times'][i] / total:.0%}")
+            lines.append((int(layer), int(slot), int(total), " ".join(tokens)))
+    print_table(("layer", "slot", "reads", "at these tokens"), lines)
 
 
 def reads_by_token(run, batch):
@@ -347,8 +362,9 @@ def reads_by_token(run, batch):
 
 
 def sum_by_token(run, reads):
-    """Sums of "times" and "weight" -> {"layer", "slot", "token", "times", "weight"}, each layer,
-    slot and token once.
+    """Sums of "times" and "weight" of reads {column: (reads,)} that are of one slot and token.
+
+    -> {"layer", "slot", "token", "times", "weight"}
     """
     size = run.model.config.mem_n_keys**2
     shape = (int(reads["layer"].max()) + 1, size, run.data.vocab_size)
@@ -361,7 +377,7 @@ def sum_by_token(run, reads):
     return columns
 
 
-def plot_track(path, log, purity, layers, title):
+def plot_track(log, purity, layers, title, path):
     """A histogram of purity; with several rows of the log, usage of slots against steps, too."""
     has_history = len(log) > 1
     plt, fig, (purities, *usage) = figure(1, 3 if has_history else 1)

@@ -52,7 +52,7 @@ def check_mlp_editable(model):
 
 
 def last_mlp_keys(model, tokens, targets):
-    """What enters the last block's down projection at each label, and what follows from it.
+    """The inputs of the last block's down projection at each label, and the outputs that follow.
 
     -> keys (N, F) times the router's weight, last hidden state before the final norm (N, D),
     logits (N, tokens), answers (N,)

@@ -1,4 +1,4 @@
-"""Rewrite facts of one's own choice in a trained run, save the edited run, take an edit back.
+"""Rewrite chosen facts in a trained run, save the edited run, take an edit back.
 
     python eval.py edit runs/RUN --facts edits.jsonl                  # what would happen
     python eval.py edit runs/RUN --facts edits.jsonl --save_as NAME   # and write runs/NAME
@@ -20,8 +20,8 @@ from analysis.asking import (
     encode_facts,
     known_facts,
     make_fact,
+    max_tokens,
     other_wording,
-    positions,
     require_decoding,
 )
 from analysis.edited_run import new_folder, save_edited_run, undo_latest_edit
@@ -31,7 +31,7 @@ from analysis.editors import (
     choose_editors,
     say_margin,
 )
-from analysis.trained_run import save_result
+from analysis.trained_run import require_single_process, save_result
 from nanorecall.dataset_files import has_data_suffix, read_rows
 from nanorecall.documents import validate_text
 from nanorecall.metrics import print_table
@@ -52,7 +52,7 @@ def edit_named_facts(run):
     facts = known_facts(run)
     name, editor = choose_editor(run)
     folder = new_folder(run, config.save_as) if config.save_as else ""
-    known = select(facts, are_answered(model, run, facts))
+    known = facts_where(facts, are_answered(model, run, facts))
     new_facts = read_new_facts(run, facts, {fact.question for fact in known})
     reworded = in_other_wording(run, facts, new_facts)
     edited = {fact.question for fact in new_facts + reworded}
@@ -66,7 +66,7 @@ def edit_named_facts(run):
         probability = answer_probabilities(model, *encode_facts(run, new_facts)).mean().item()
         are_reached = are_answered(model, run, reworded)
         are_kept = are_answered(model, run, others)
-        changed = select(others, ~are_kept)
+        changed = facts_where(others, ~are_kept)
         changed_answers = [ask(model, run, fact) for fact in changed[:N_SHOWN]]
         if folder:
             save_edited_run(run, folder, weights, describe_edit(run, name, new_facts))
@@ -95,17 +95,17 @@ def edit_named_facts(run):
 def in_other_wording(run, facts, new_facts):
     """The new facts in their other wording, where that is not edited itself -> [Fact]."""
     edited = {fact.question for fact in new_facts}
-    found = []
+    reworded = []
     for fact in new_facts:
         question = other_wording(run.data, fact.question)
         if question and question not in edited:
-            found.append(make_fact(run.data, facts, question, answer_text(run.data, fact)))
-    return found
+            reworded.append(make_fact(run.data, facts, question, answer_text(run.data, fact)))
+    return reworded
 
 
-def select(facts, chosen):
-    """Some of the facts: chosen (n,) bool."""
-    return [fact for fact, is_chosen in zip(facts, chosen) if is_chosen]
+def facts_where(facts, mask):
+    """Some of n facts: mask (n,) bool."""
+    return [fact for fact, is_chosen in zip(facts, mask) if is_chosen]
 
 
 def choose_editor(run):
@@ -114,7 +114,7 @@ def choose_editor(run):
     ConfigError if it cannot change this model, or if the answers of the model cannot be decoded.
     """
     config = run.config
-    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+    require_single_process(run)
     require_decoding(run)
     chosen = choose_editors(config.editors or DEFAULT, config.top_slots, config.margin)
     message = f"editors={config.editors!r} are {len(chosen)} methods; --facts uses one"
@@ -148,7 +148,7 @@ def read_new_facts(run, facts, known):
         message = f"{where}: the model does not know the answer to {question!r}"
         message += "; --add 1 also adds new facts"
         require(run.config.add or question in known, message, "facts")
-        length, most = len(fact.prompt) + len(fact.answer), positions(run.model)
+        length, most = len(fact.prompt) + len(fact.answer), max_tokens(run.model)
         message = f"{where}: {length} tokens with the answer; the model has positions for {most}"
         require(length <= most, message, "facts")
         new_facts.append(fact)
@@ -179,7 +179,7 @@ def describe_edit(run, editor, new_facts):
 
 
 def describe_answers(run, new_facts, before, after):
-    """What the model answered before and after, a dict for each of the new facts."""
+    """The model's answers before and after, a dict for each of the new facts."""
     edits = []
     for fact, old, new in zip(new_facts, before, after):
         edits.append(
@@ -198,14 +198,17 @@ def describe_answers(run, new_facts, before, after):
 def report_edits(run, edits, efficacy, specificity, probability):
     """Print what became of the edited facts and, specificity, of the others."""
     n = len(edits)
-    found = f"{efficacy['value'] * n:.0f} of {n} facts have the new answer"
-    found += f" (mean probability {probability:.2g})"
+    text = f"{efficacy['value'] * n:.0f} of {n} facts have the new answer"
+    text += f" (mean probability {probability:.2g})"
     if specificity:
         share, n = specificity["value"], specificity["n"]
-        found += f"; {share * n:.0f} of {n} other known facts ({share:.1%}) keep theirs"
-    run.finding(found)
+        text += f"; {share * n:.0f} of {n} other known facts ({share:.1%}) keep theirs"
+    run.finding(text)
     head = ("question", "before", "asked for", "after")
-    print_table(head, [[edit[name] for name in head] for edit in edits])
+    rows = []
+    for edit in edits:
+        rows.append([edit[name] for name in head])
+    print_table(head, rows)
 
 
 def report_changed(run, changed, answers):
@@ -221,7 +224,7 @@ def report_changed(run, changed, answers):
 
 def undo(run):
     """Take the latest edit of the run back, and print what it answers now."""
-    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+    require_single_process(run)
     edit = undo_latest_edit(run)
     n = len(edit["facts"])
     say(f"{run.folder}: took back the latest edit, of {n} facts by {edit['editor']!r}")

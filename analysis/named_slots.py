@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from analysis.ablation import count_reads, memory_inputs, read_vector, to_columns
+from analysis.ablation import memory_inputs, read_vector, reads_of_labels, to_columns
 from analysis.hooks import (
     forward_from,
     logit_diff,
@@ -90,8 +90,8 @@ def change_slot(run, name):
     """force: one head at a time reads config.slot only. replace: the slot gets another value."""
     require_slots(run)
     c = run.config
-    has_defaults = c.exposure_pairs == "any"
-    require(has_defaults, "exposure_pairs chooses pairs, and --slot takes none", "exposure_pairs")
+    message = "exposure_pairs chooses pairs, and --slot takes none"
+    require(c.exposure_pairs == "any", message, "exposure_pairs")
     message = "replace --slot needs --pattern: zero, random, mean, slot or vector"
     require(name == "force" or c.pattern, message, "pattern")
     n_slots = run.model.config.mem_n_keys**2
@@ -111,8 +111,9 @@ def change_slot(run, name):
     names = ("layer", "head") if name == "force" else ("layer", "read")
     effects = effects_by(columns, *names)
     shares = answer_shares(columns, run.token)
-    for line in (force_in_words if name == "force" else replace_in_words)(c, effects, shares):
-        run.finding(line)
+    describe = describe_force if name == "force" else describe_replace
+    for sentence in describe(c, effects, shares):
+        run.finding(sentence)
     print_effects(", ".join(names), effects)
     by_slice = {", ".join(names): effects, "layer, answer": shares}
     plot = partial(plot_change, run, columns, effects, ", ".join(names)) if shares else None
@@ -120,7 +121,7 @@ def change_slot(run, name):
 
 
 def force_slot(run, layer, examples, clean, vector):
-    """One head at one label reads the vector with all of its weights -> tables of `measured`."""
+    """One head at one label reads the vector with all its weights -> `measure_change` by head."""
     model = run.model
     inputs = memory_inputs(model, layer, clean, examples.label_pos)
     _, reads, label_pos = inputs
@@ -134,20 +135,21 @@ def force_slot(run, layer, examples, clean, vector):
             of_labels = forward_with_vector(model, layer, inputs, is_forced, vector)
             logits.append(of_labels[:, answer_pos])
         about = {"layer": layer, "head": head}
-        tables.append(measured(examples, clean, torch.stack(logits, 1), about))
+        tables.append(measure_change(examples, clean, torch.stack(logits, 1), about))
     return tables
 
 
 def replace_value(run, layer, examples, clean, vector):
-    """Every read of config.slot gives the vector -> tables of `measured`, with reads_in_reach."""
+    """Every read of config.slot gives the vector -> [`measure_change`], with reads_in_reach."""
     model = run.model
     inputs = memory_inputs(model, layer, clean, examples.label_pos)
     _, reads, label_pos = inputs
     is_slot = reads["slots"] == run.config.slot
     logits = forward_with_vector(model, layer, inputs, is_slot, vector)
     is_last = layer == len(model.layers) - 1
-    _, in_reach = count_reads(is_slot, label_pos, is_last)
-    return [measured(examples, clean, logits, {"layer": layer}, reads_in_reach=in_reach)]
+    _, in_reach = reads_of_labels(is_slot, label_pos, is_last)
+    about = {"layer": layer}
+    return [measure_change(examples, clean, logits, about, reads_in_reach=in_reach)]
 
 
 CHANGES = {"force": force_slot, "replace": replace_value}
@@ -160,8 +162,11 @@ def forward_with_vector(model, layer, inputs, is_replaced, vector):
     return forward_from(model, layer, resid, changed, label_pos)
 
 
-def measured(examples, clean, logits, about, **further):
-    """-> columns of `to_columns`: drop, base_lost, the prediction before and after."""
+def measure_change(examples, clean, logits, about, **further):
+    """Logits (B, n, vocabulary) after a change, beside the clean ones -> columns of `to_columns`.
+
+    They are drop, base_lost, prediction, prediction_clean, and further ones {name: (B, n)}.
+    """
     before, _, _ = logit_diff(clean.logits, examples.answers)
     diff, _, correct = logit_diff(logits, examples.answers)
     columns = {
@@ -192,7 +197,7 @@ def effects_by(columns, *names):
 def answer_shares(columns, token):
     """How often each token is the answer, before and after: {"layer, token": {"before", "after"}}.
 
-    Of replace, only labels that depend on the slot count.
+    With replace, only labels that depend on the slot count.
     """
     if "read" in columns:
         columns = select(columns, columns["read"])
@@ -208,7 +213,7 @@ def answer_shares(columns, token):
 
 
 def largest_gain(shares, layer):
-    """The answer that is given more often than before by the most, in words."""
+    """The answer whose fraction rises most in a layer, as part of a sentence."""
     gains = {}
     for key, cell in shares.items():
         of_layer, _, token = key.partition(", ")
@@ -230,14 +235,14 @@ IN_WORDS = {
 }
 
 
-def described(config):
-    """The slot and its value, in words."""
+def describe_slot(config):
+    """The slot and its value, as part of a sentence."""
     if not config.pattern:
         return f"slot {config.slot}"
     return f"slot {config.slot} holding {IN_WORDS[config.pattern].format(config.value)}"
 
 
-def force_in_words(config, effects, shares):
+def describe_force(config, effects, shares):
     """Yield a sentence for each layer."""
     lost = {}
     for key, effect in effects.items():
@@ -246,17 +251,17 @@ def force_in_words(config, effects, shares):
     for layer, of_heads in lost.items():
         head = max(of_heads, key=of_heads.get)
         mean = np.mean(list(of_heads.values()))
-        text = f"layer {layer}: if one head reads only {described(config)}, {mean:.1%}"
+        text = f"layer {layer}: if one head reads only {describe_slot(config)}, {mean:.1%}"
         text += f" of the answers are lost (head {head}: {of_heads[head]:.1%})"
         yield f"{text}; {largest_gain(shares, layer)}"
 
 
-def replace_in_words(config, effects, shares):
+def describe_replace(config, effects, shares):
     """Yield a sentence for each layer."""
     for key, effect in effects.items():
         layer, is_read = key.split(", ")
         if is_read == "True":
-            text = f"layer {layer}: with {described(config)},"
+            text = f"layer {layer}: with {describe_slot(config)},"
             text += f" {effect['base_lost']['value']:.1%} of the answers that depend on it are lost"
             yield f"{text} (n = {effect['base_lost']['n']}); {largest_gain(shares, layer)}"
 
@@ -291,7 +296,8 @@ def plot_change(run, columns, effects, names, path, most=20):
         for i, answer_pos in enumerate(positions):
             here = select(part, part["answer_pos"] == answer_pos)
             for j, token in enumerate(tokens):
-                after, before = here["prediction"] == token, here["prediction_clean"] == token
+                before = here["prediction_clean"] == token
+                after = here["prediction"] == token
                 change[i, j] = after.mean() - before.mean()
         limit = max(0.01, np.abs(change).max())
         image = axis.imshow(change, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
@@ -299,4 +305,4 @@ def plot_change(run, columns, effects, names, path, most=20):
         axis.set_yticks(range(len(positions)), positions)
         axis.set(xlabel="answer of the model", ylabel="answer position", title=f"layer {layer}")
         fig.colorbar(image, ax=axis, label="change of its share of the answers")
-    finish_figure(fig, plt, path, f"{run.name}: {described(run.config)}, {n} examples")
+    finish_figure(fig, plt, path, f"{run.name}: {describe_slot(run.config)}, {n} examples")

@@ -71,10 +71,10 @@ def patch(run):
 
 
 def position_roles(run, examples):
-    """What each position is for the first answer: names (B, T), up to its label.
+    """The role of each position for the first answer: names (B, T), T up to its label.
 
-    Of a fact "key:value", the number of the key's digit, or the colon. Of MQAR, the asked key, its
-    value, the query, or another position.
+    In a fact "key:value" it is the number of the key's digit, or the colon. In MQAR it is the asked
+    key, its value, the query, or another position.
     """
     labels = examples.label_pos[:, 0].cpu().numpy()
     tokens = examples.tokens[:, : labels.max() + 1].cpu().numpy()
@@ -171,8 +171,8 @@ def describe(cells, n_examples):
 def corrupt(run, examples, seed):
     """Give examples another first answer -> clean, corrupted Examples.
 
-    Of text, a corrupted example is another one of the same form. Of MQAR, it is the same one with
-    another value under the first queried key. ConfigError if all first answers are the same.
+    With text, the corrupted example is another one of the same form. With MQAR, it is the same one
+    with another value under the first queried key. ConfigError if all first answers are the same.
     """
     rng = np.random.default_rng(seed)
     if hasattr(run.data, "tokenizer"):

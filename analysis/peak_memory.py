@@ -8,15 +8,15 @@ import torch
 
 
 def peak_memory_of(function, device):
-    """Call function() -> the bytes by which memory in use rises (None where nobody counts them),
-    and its seconds, without those of the counting.
+    """Call function() -> the bytes by which memory in use rises, and the seconds that it takes.
 
     On a GPU, it is memory that torch allocates. On Linux, it is the resident memory of the process.
+    Elsewhere it is not counted: None. The seconds are without those of the counting.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        torch.cuda.synchronize(device)  # or the clock would not see what still runs
+        torch.cuda.synchronize(device)  # work that was started before must not count
         seconds = seconds_of(function, functools.partial(torch.cuda.synchronize, device))
         return torch.cuda.max_memory_allocated(device) - before, seconds
     if not reset_peak():
@@ -35,12 +35,12 @@ def seconds_of(function, wait=lambda: None):
 
 
 def reset_peak():
-    """Let the peak of resident memory begin anew (Linux) -> whether that is possible."""
+    """Reset the peak of resident memory (Linux) -> whether that is possible."""
     try:
         with open("/proc/self/clear_refs", "w") as f:
             libc = ctypes.CDLL(None)
             if hasattr(libc, "malloc_trim"):
-                # Or function() may use again, uncounted, what was freed and not given back.
+                # Memory that was freed but not given back could be used without being counted.
                 libc.malloc_trim(0)
             f.write("5")
     except OSError:

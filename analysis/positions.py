@@ -17,7 +17,6 @@ from analysis.hooks import forward_from, load_examples, logit_diff, run_with_cac
 from analysis.memory_usage import require_slots
 from analysis.slot_results import (
     DROP,
-    correlation_lines,
     first_ablation,
     load_table,
     mean_drops,
@@ -31,6 +30,7 @@ from nanorecall.stats import (
     clustered_mean_ci,
     clustered_proportion,
     correlation,
+    correlation_lines,
     format_ci,
     mean_ci,
 )
@@ -53,8 +53,8 @@ def position(run):
     # Text of the same form has the same tokens at a position, up to digits.
     tokens = [run.token(token) for token in examples.tokens[0]]
     for layer in by_answer:
-        run.finding(position_in_words(layer, "answer position", by_answer[layer]))
-        run.finding(position_in_words(layer, "token position", by_token[layer], tokens))
+        run.finding(describe_positions(layer, "answer position", by_answer[layer]))
+        run.finding(describe_positions(layer, "token position", by_token[layer], tokens))
     print_positions(by_answer, f"answer position, one slot ablated ({ablation})")
     print_positions(by_token, "token position, nothing read there", tokens)
     differ = any_differs(by_answer) or any_differs(by_token)
@@ -99,7 +99,8 @@ def cells_by(columns, name):
     by_layer = {}
     for layer in np.unique(columns["layer"]):
         of_layer = select(columns, columns["layer"] == layer)
-        examples, positions = np.unique(of_layer["example"]), np.unique(of_layer[name])
+        examples = np.unique(of_layer["example"])
+        positions = np.unique(of_layer[name])
         # One mean for each example and position: examples were sampled, so they are the unit of
         # intervals and tests.
         drops = mean_drops(of_layer, examples, name, positions)
@@ -129,7 +130,7 @@ def any_differs(by_layer):
     return any(cell["p_holm"] < 0.05 for cell in flatten(by_layer).values())
 
 
-def position_in_words(layer, name, cells, tokens=None):
+def describe_positions(layer, name, cells, tokens=None):
     """One sentence on the positions of a layer."""
     if not any_differs({layer: cells}):
         return f"layer {layer}: no {name} matters more or less than the others"
@@ -221,7 +222,7 @@ def repeated_digits(run):
         for name, x in measures.items():
             cells[f"{outcome}, {name}"] = correlation(x, y, seed=run.config.seed)
     lines = correlation_lines(cells)
-    run.finding(repeats_in_words(cells))
+    run.finding(describe_repeats(cells))
     head = ("Spearman's correlation", "examples", "value", "95% interval")
     print_table((*head, "p (permutations)", "Holm"), lines)
     related = [name for name, cell in cells.items() if cell["p_holm"] < 0.05]
@@ -247,7 +248,7 @@ def digit_measures(run, examples):
     }
 
 
-def repeats_in_words(cells):
+def describe_repeats(cells):
     """One sentence on the correlations, {"outcome, measure": cell}."""
     related = []
     for name, cell in cells.items():

@@ -1,4 +1,4 @@
-"""Keep every whole record of a damaged result file, and say what was lost where.
+"""Keep every whole record of a damaged result file, and say where others were lost.
 
     python eval.py repair results.jsonl    # writes results.repaired.jsonl
 
@@ -79,14 +79,14 @@ def describe_lost(text, lost):
 
 
 # ---- from record to record -----------------------------------------------------------------------
-# What is lost is a list of (start, end, reason), to which these functions append.
+# `lost` is a list of (start, end, reason), to which these functions append.
 
 
 def whole_json(text):
-    """Text of a .json file -> what is whole of it (None: nothing), and what is lost.
+    """Text of a .json file -> its whole part (None: nothing), and what is lost.
 
-    Of lists, their whole elements. Of an object, its whole members; a member that is a list or an
-    object is treated likewise. Of several values one after another, a list of those that are whole.
+    A list keeps its whole elements. An object keeps its whole members, and the whole parts of
+    members that are lists or objects. Of several values in a row, the whole ones become a list.
 
     >>> whole_json('[{"a": 1}, {"a": 2,, "b": 3}, {"a": 4}]')[0]
     [{'a': 1}, {'a': 4}]
@@ -158,7 +158,7 @@ def whole_members(text, at, lost):
         if match:
             n_lost = len(lost)
             value, end = read_member(text, match.end(), lost)
-            # Of a damaged list or object, something may be whole.
+            # A damaged list or object may have a whole part.
             if len(lost) == n_lost or value:
                 members[json.loads(match[1], strict=False)] = value
         else:
@@ -169,9 +169,9 @@ def whole_members(text, at, lost):
 
 
 def read_member(text, at, lost):
-    """The value at text[at:] -> what is whole of it, and its end."""
+    """The value at text[at:] -> its whole part, and its end."""
     value, end, why = read_value(text, at)
-    # Else a quote was missing, and the string went on until the next one.
+    # If another quote was missing, the string has gone on until the next one.
     if not why and not MEMBER_END.match(text, end):
         why = "what follows is no member"
     opening = text[at : at + 1]

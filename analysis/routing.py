@@ -12,6 +12,7 @@ Letters: R entries of the table, T tokens, H heads, k slots that a head reads.
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from nanorecall.documents import documents_in
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.settings import require, say
+from nanorecall.settings import require
 from nanorecall.stats import clustered_mean_proportion, format_ci
 
 # ---- the table of routes -------------------------------------------------------------------------
@@ -113,7 +114,8 @@ def routing(run):
     consistencies = consistency(table)
     if run.world.is_main:
         for layer, similarity in similarities.items():
-            say(findings(layer, by_slice["layer, kind"], similarity, consistencies[layer]))
+            of_layer = by_slice["layer, kind"], similarity, consistencies[layer]
+            run.finding(describe_layer(layer, *of_layer))
         print_routing(by_slice, consistencies, has_router, size)
     metrics = {
         "what": "weight of memory" if has_router else "slots",
@@ -121,13 +123,10 @@ def routing(run):
         "consistency": consistencies,
     }
     columns = {**table, "slots": list(table["slots"])}
-
-    def plot(path):
-        n_tokens = len(table["kind"]) // len(similarities)
-        n_examples = len(np.unique(table["example"]))
-        title = f"{run.name}, {n_tokens} tokens of {n_examples} examples"
-        plot_routing(path, by_slice, similarities, consistencies, has_router, title)
-
+    n_tokens = len(table["kind"]) // len(similarities)
+    n_examples = len(np.unique(table["example"]))
+    title = f"{run.name}, {n_tokens} tokens of {n_examples} examples"
+    plot = partial(plot_routing, by_slice, similarities, consistencies, has_router, title)
     save_result(run, "routing", metrics, by_slice, (), columns, plot)
 
 
@@ -153,35 +152,33 @@ def cells_of(table, column, size):
     return cells
 
 
-def findings(layer, cells, similarity, pairs):
-    """What was found in one layer, in sentences."""
+def describe_layer(layer, cells, similarity, pairs):
+    """The extremes of one layer, as a sentence.
+
+    cells: `cells_of` kinds; similarity: `similarity_of_kinds`; pairs: `consistency` of the layer.
+    """
     weights = {}
     for key, cell in cells.items():
         if key.startswith(f"{layer}, ") and "value" in cell:
             weights[key.split(", ", 1)[1]] = cell["value"]
-    text = f"Layer {layer}: "
+    parts = []
     if weights:
         most, least = max(weights, key=weights.get), min(weights, key=weights.get)
-        text += f"memory has most weight at {most} ({weights[most]:.2f})"
-        text += f" and least at {least} ({weights[least]:.2f}). "
-    text += alike_and_unlike(*similarity)
+        text = f"memory has most weight at {most} ({weights[most]:.2f})"
+        parts.append(f"{text} and least at {least} ({weights[least]:.2f})")
+    kinds, cosine = similarity
+    kind_pairs = list(itertools.combinations(range(len(kinds)), 2))
+    if kind_pairs:
+        i, j = max(kind_pairs, key=lambda pair: cosine[pair])
+        text = f"{kinds[i]} and {kinds[j]} read the most similar slots (cosine {cosine[i, j]:.2f})"
+        i, j = min(kind_pairs, key=lambda pair: cosine[pair])
+        parts.append(f"{text}, {kinds[i]} and {kinds[j]} the least ({cosine[i, j]:.2f})")
     shared = []
     for name, measures in pairs.items():
         shared.append(f"{name} {measures['slots in common']['value']:.2f}")
     if shared:
-        text += f"Two tokens of two examples have these slots in common: {', '.join(shared)}."
-    return text.strip()
-
-
-def alike_and_unlike(kinds, cosine):
-    """The kinds whose slots are most and least similar, as a sentence."""
-    pairs = list(itertools.combinations(range(len(kinds)), 2))
-    if not pairs:
-        return ""
-    i, j = max(pairs, key=lambda pair: cosine[pair])
-    text = f"{kinds[i]} and {kinds[j]} read the most similar slots (cosine {cosine[i, j]:.2f}),"
-    i, j = min(pairs, key=lambda pair: cosine[pair])
-    return f"{text} {kinds[i]} and {kinds[j]} the least ({cosine[i, j]:.2f}). "
+        parts.append(f"slots that two tokens of two examples have in common: {', '.join(shared)}")
+    return f"layer {layer}: {'; '.join(parts) or 'too few tokens to compare kinds'}"
 
 
 def similarity_of_kinds(table, layer, size):
@@ -209,7 +206,7 @@ def consistency(table, n_pairs=2000):
     """
     rng = np.random.default_rng(0)
     example, has_router = table["example"], not np.isnan(table["memory"]).all()
-    found = {}
+    by_layer = {}
     for layer in np.unique(table["layer"]):
         in_layer = np.flatnonzero(table["layer"] == layer)
         # Two random tokens are rarely the same, so many more are drawn than are used.
@@ -221,7 +218,7 @@ def consistency(table, n_pairs=2000):
             "same kind": same_kind & ~same_token,
             "other kind": ~same_kind,
         }
-        cells = found[str(layer)] = {}
+        cells = {}
         for name, mask in pairs.items():
             i, j, cluster = a[mask][:n_pairs], b[mask][:n_pairs], partners[mask][:n_pairs]
             if len(i) < 20:  # too few for an interval
@@ -232,7 +229,8 @@ def consistency(table, n_pairs=2000):
                 difference = np.abs(table["memory"][i] - table["memory"][j])
                 mean = clustered_mean_proportion(difference, cluster)
                 cells[name]["difference of weights"] = mean
-    return found
+        by_layer[str(layer)] = cells
+    return by_layer
 
 
 def draw_pairs(rng, tokens, example, n):
@@ -285,7 +283,7 @@ def print_routing(by_slice, consistencies, has_router, size):
 # ---- figure --------------------------------------------------------------------------------------
 
 
-def plot_routing(path, by_slice, similarities, consistencies, has_router, title):
+def plot_routing(by_slice, similarities, consistencies, has_router, title, path):
     """Routes by kind and layer, and by tenth; consistency; the similarity of kinds by layer."""
     layers = list(similarities)
     n_panels = 3 + len(layers)

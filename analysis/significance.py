@@ -20,6 +20,7 @@ from nanorecall.stats import (
     add_holm,
     cluster_sums,
     correlation,
+    correlation_lines,
     format_ci,
     label_accuracy,
     mcnemar,
@@ -181,17 +182,14 @@ def one_run(examples, slices):
         values = examples[name]
         if np.issubdtype(values.dtype, np.number) and len(np.unique(values)) > 1:
             correlations[name] = correlation(values, examples["loss"] / examples["labels"])
-    add_holm(correlations.values())
+    correlation_rows = correlation_lines(correlations)
     if correlations:
         say(describe_correlations(correlations))
     head = ("slice", "labels", "accuracy", "95% interval", "examples", "exact", "95% interval")
     print_table((*head, "nats per label", "95% interval"), lines)
     if correlations:
-        lines = []
-        for name, cell in correlations.items():
-            lines.append((name, *format_ci(cell), f"{cell['p']:.4f}", f"{cell['p_holm']:.4f}"))
         head = ("Spearman's correlation with the loss", "examples", "value", "95% interval")
-        print_table((*head, "p (permutations)", "Holm"), lines)
+        print_table((*head, "p (permutations)", "Holm"), correlation_rows)
     metrics = {"all": by_slice.pop("all"), "correlation with loss": correlations}
     return {"metrics": metrics, "by_slice": by_slice}
 
@@ -205,16 +203,6 @@ def describe_correlations(correlations):
     if cell["p_holm"] >= 0.05:
         return f"the loss depends on no slice of numbers; most on {name} ({test})"
     return f"the loss {how} with {name} more than with any other slice ({test})"
-
-
-def describe_difference(cell):
-    """Which of two runs is more often right on all examples, as a sentence."""
-    test, (a, b) = cell["mcnemar"], cell["exact"]
-    values = f"exact match {a['value']:.4f} and {b['value']:.4f}, McNemar p {test['p']:.2g}"
-    if test["p"] >= 0.05:
-        return f"A and B do not differ in exact match ({values})"
-    better = "A" if a["value"] > b["value"] else "B"
-    return f"{better} is correct more often ({values})"
 
 
 def two_runs(a, b, slices):
@@ -247,6 +235,16 @@ def two_runs(a, b, slices):
     head = ("slice", "examples", "exact A", "exact B", "only A", "only B", "McNemar p", "Holm")
     print_table((*head, "labels B - A", "95% interval"), lines)
     return {"metrics": {"all": by_slice.pop("all")}, "by_slice": by_slice}
+
+
+def describe_difference(cell):
+    """Which of two runs is correct more often on all examples, as a sentence."""
+    test, (a, b) = cell["mcnemar"], cell["exact"]
+    values = f"exact match {a['value']:.4f} and {b['value']:.4f}, McNemar p {test['p']:.2g}"
+    if test["p"] >= 0.05:
+        return f"A and B do not differ in exact match ({values})"
+    better = "A" if a["value"] > b["value"] else "B"
+    return f"{better} is correct more often ({values})"
 
 
 def plot_stats(path, result, runs):

@@ -25,7 +25,6 @@ from analysis.trained_run import (
 )
 from nanorecall.records import read_record
 from nanorecall.settings import ConfigError, require
-from nanorecall.stats import add_holm, format_ci
 
 DROP = "drop in logit difference"  # in figures
 
@@ -164,12 +163,3 @@ def per_value_mean(key, values):
     """Means of values (N,) by key (N,) -> the different keys, ascending, and the mean of each."""
     keys, which = np.unique(key, return_inverse=True)
     return keys, np.bincount(which, values) / np.bincount(which)
-
-
-def correlation_lines(cells):
-    """Lines of a table of results of `correlation`, with p adjusted by Holm's method."""
-    add_holm(cells.values())
-    lines = []
-    for name, cell in cells.items():
-        lines.append((name, *format_ci(cell), f"{cell['p']:.4f}", f"{cell['p_holm']:.4f}"))
-    return lines

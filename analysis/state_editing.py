@@ -19,17 +19,23 @@ from functools import partial
 import numpy as np
 import torch
 
+from analysis.hooks import select_positions
 from analysis.state_editors import (
     EDITORS,
     Edit,
     ask_alone,
     conv_width,
-    entries_at,
     entry_name,
     memory_kind,
     read,
 )
-from analysis.trained_run import combine_columns, concat, save_result, select
+from analysis.trained_run import (
+    combine_columns,
+    concat,
+    require_single_process,
+    save_result,
+    select,
+)
 from data_mqar import min_length
 from nanorecall.metrics import autocast, evaluating, print_table
 from nanorecall.plots import errorbars, figure, finish_figure
@@ -54,7 +60,7 @@ class Sequences:
     label_pos: torch.Tensor  # (B, N)
     answers: torch.Tensor  # (B, N)
     value_pos: torch.Tensor  # (B, N), where these answers are stored
-    n_editable: int  # the first so many stored pairs may be edited
+    n_editable: int  # the number of pairs that may be edited: those that are stored first
 
     @property
     def stored(self):
@@ -67,7 +73,7 @@ class Place:
 
     kind: str  # of EDITORS: state or cache
     block: int
-    offset: int  # cache: the entry of a pair is so many tokens after its value
+    offset: int  # cache: tokens from a pair's value to its entry
 
 
 def edit_pairs(run):
@@ -85,7 +91,7 @@ def edit_pairs(run):
                 sequences = load_sequences(run, data, size, indices)
                 tables += measure_batch(run, sequences, place)
     columns = concat(tables)
-    results = summarise(columns)
+    results = summarize(columns)
     cosines = specificity_by_cosine(columns)
     for sentence in describe_editors(results, cosines):
         run.finding(sentence)
@@ -122,7 +128,7 @@ def require_editable(run):
     model = run.settings.train.model
     message = f"editing pairs needs a model with a method `forward_cached`, and {model} has none"
     require(hasattr(run.model, "forward_cached"), message, None)
-    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+    require_single_process(run)
 
 
 # ---- sequences -----------------------------------------------------------------------------------
@@ -150,11 +156,12 @@ def data_of_sizes(run):
 
 
 def load_sequences(run, data, size, indices):
+    """Sequences of one size (data_mqar.TaskSize) of the split -> Sequences."""
     tokens, targets, _ = data.batch(run.config.split, 0, indices)
     label_pos = (targets != IGNORE_INDEX).nonzero()[:, 1].view(len(indices), size.pairs)
     answers = targets.gather(1, label_pos)
     t = size.storage_len
-    # A value stands behind its key. Of an updated key, this is the value that counts.
+    # A value follows its key. If a key has several values, the answer is the one that counts.
     is_value = tokens[:, None, 1:t] == answers[:, :, None]  # (B, N, t - 1)
     is_behind_key = tokens[:, None, : t - 1] == tokens.gather(1, label_pos)[:, :, None]
     value_pos = 1 + (is_value & is_behind_key).int().argmax(-1)
@@ -172,7 +179,7 @@ def load_sequences(run, data, size, indices):
 
 
 def choose_edits(run, sequences, n):
-    """-> which pairs (B, n), their new values (B, n), and as many keys that are not stored."""
+    """-> which pairs (B, n), their new values (B, n), n keys that are not stored (B, n, tokens)."""
     c = run.settings.data
     chosen, values, other_keys = [], [], []
     for b, index in enumerate(sequences.indices):
@@ -191,9 +198,10 @@ def choose_edits(run, sequences, n):
 
 
 def make_edit(run, sequences, cache, place, chosen, values, other_keys):
+    """The Edit of what choose_edits returned; cache: after the pairs of the sequences."""
     value_pos = sequences.value_pos.gather(1, chosen)
     key_pos = value_pos[:, :, None] + torch.arange(-other_keys.shape[2], 0, device=run.device)
-    keys = entries_at(sequences.tokens, key_pos.flatten(1)).view_as(other_keys)
+    keys = select_positions(sequences.tokens, key_pos.flatten(1)).view_as(other_keys)
     pairs = value_pos, values, keys, other_keys
     where = dict(block=place.block, offset=place.offset)
     return Edit(run.model, sequences.stored, cache, *pairs, **where, dtype=run.dtype)
@@ -261,7 +269,7 @@ def answer(run, sequences, cache):
     rest = sequences.tokens[:, sequences.stored_len :]
     with autocast(run.device, run.dtype):
         logits, _ = run.model.forward_cached(rest, cache)
-    return entries_at(logits.argmax(-1), sequences.label_pos - sequences.stored_len)
+    return select_positions(logits.argmax(-1), sequences.label_pos - sequences.stored_len)
 
 
 def measure_batch(run, sequences, place):
@@ -322,10 +330,10 @@ def key_cosines(run, sequences, cache, place):
     else:
         of_block = cache[place.block]
         stored = of_block["k"] if "k" in of_block else of_block[entry_name(of_block)]
-        # Of a pair whose entry has not been read yet, the last entry stands in.
+        # If the entry of a pair has not been read yet, the last entry takes its place.
         positions = (edit.value_pos + place.offset).clamp(max=sequences.stored_len - 1)
         n_heads = run.model.layers[place.block].att.n_kv_heads
-        keys = entries_at(stored, positions).view(B, N, n_heads, -1).transpose(1, 2)
+        keys = select_positions(stored, positions).view(B, N, n_heads, -1).transpose(1, 2)
     keys = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     return (keys @ keys.mT).abs().mean(1)
 
@@ -343,8 +351,11 @@ def bytes_changed(before, after):
 # ---- results -------------------------------------------------------------------------------------
 
 
-def summarise(columns):
-    """-> [{"method", "edits", "num_kv_pairs", METRICS, "bytes", "seconds"}]"""
+def summarize(columns):
+    """Tables of `measure_batch` -> a dict for each editor and number of edits and pairs.
+
+    {"method", "edits", "num_kv_pairs", METRICS, "bytes", "seconds"}; the last two of a sequence.
+    """
     ways = combine_columns(columns, "num_kv_pairs", "edits", "method")
     results = []
     for way in dict.fromkeys(ways.tolist()):
@@ -353,12 +364,13 @@ def summarise(columns):
         message = "the model answers too few pairs correctly to measure the others; train it longer"
         require(others.any(), message, None)
         result = {name: table[name][0].item() for name in ("method", "edits", "num_kv_pairs")}
-        for metric, right, which in (
+        for metric, answer_is, labels in (
             ("efficacy", "new", edited),
             ("unchanged", "old", edited),
             ("specificity", "old", others),
         ):
-            result[metric] = clustered_proportion(table[right][which], table["example"][which])
+            is_given = table[answer_is][labels]
+            result[metric] = clustered_proportion(is_given, table["example"][labels])
         result["bytes"] = float(table["bytes"].mean())
         result["seconds"] = float(table["seconds"].mean())
         results.append(result)
@@ -389,10 +401,10 @@ def describe_place(place, efficacies):
     where = f"the {place.kind} of block {place.block}"
     if place.kind == "cache":
         where += f", {place.offset} tokens after the value"
-    found = f"overwriting one pair in {where} gives its new answer in {efficacies[place]:.0%}"
+    text = f"overwriting one pair in {where} gives its new answer in {efficacies[place]:.0%}"
     if others:
-        found += f" of validation sequences; at any other place in {max(others):.0%} at most"
-    return found
+        text += f" of validation sequences; at any other place in {max(others):.0%} at most"
+    return text
 
 
 def describe_editors(results, cosines):

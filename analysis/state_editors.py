@@ -14,8 +14,8 @@ needs the rule by which S was written, so they fit every memory that is read lin
 q is the vector with which the model asks for a key. It is not one with which it stored the pair:
 with a short convolution, a model may store a pair at the value, up to conv_size - 1 tokens later,
 or a part of it at each of these, and seeds differ in that. A stored key may also be the opposite of
-the query, if what is stored under it is the opposite of what is to be read. For the same reason v*
-is no stored vector, but what q reads from a state that has seen this one pair alone, with its new
+the query, with the opposite of the value stored under it. For the same reason v* is no stored
+vector: it is the vector that q reads from a state that has seen this one pair alone, with its new
 value.
 
 **Cache.** The value vector (of unified_kv the vector that is key and value) of one token in one
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from analysis.hooks import hooked
+from analysis.hooks import hooked, select_positions
 from nanorecall.metrics import autocast
 
 
@@ -44,7 +44,7 @@ class Edit:
     keys: torch.Tensor  # (B, n, tokens of a key)
     other_keys: torch.Tensor  # (B, n, tokens of a key), keys that the sequence does not hold
     block: int  # in which pairs are recalled
-    offset: int = 0  # cache: the entry of a pair is so many tokens after its value
+    offset: int = 0  # cache: tokens from a pair's value to its entry
     dtype: torch.dtype = torch.float32  # in which the model computes
 
     @property
@@ -125,7 +125,10 @@ def least_squares(S, q, wanted):
 
 
 def change_state(edit, change, keys=None):
-    """Let queries read change(what they read before, what they read alone), (B, H, n, V) each."""
+    """Let queries read change(before, alone) from the state, (B, H, n, V) each.
+
+    before: what they read now; alone: what they read after the pair alone, with its new value.
+    """
     q, alone = ask_alone(edit, edit.keys if keys is None else keys)
     S = edit.of_block["state"]
     wanted = change(q @ S, alone)
@@ -146,7 +149,7 @@ def overwrite_state_in_turn(edit):
 
 
 def overwrite_state_as_reread(edit):
-    """With what the queries read after the whole sequence, instead of after the pair alone."""
+    """With the vectors that queries read after the whole sequence, not after the pair alone."""
     q, _ = ask_alone(edit, edit.keys)
     wanted = q @ reread(edit)[edit.block]["state"]
     state = least_squares(edit.of_block["state"], q, wanted)
@@ -178,11 +181,6 @@ def entry_name(of_block):
     return None
 
 
-def entries_at(entries, positions):
-    """entries (B, t, ...) of tokens, positions (B, n) -> (B, n, ...)"""
-    return entries[torch.arange(len(entries), device=entries.device)[:, None], positions]
-
-
 def put_entries(entries, positions, new):
     """entries (B, t, ...) with others, new (B, n, ...), at positions (B, n)."""
     entries = entries.clone()
@@ -194,7 +192,7 @@ def change_entries(edit, change, shift=0):
     """Put change(entries (B, n, ...) of the pairs) there, or `shift` tokens away from there."""
     name = entry_name(edit.of_block)
     entries, positions = edit.of_block[name], edit.value_pos + edit.offset
-    new = change(entries_at(entries, positions))
+    new = change(select_positions(entries, positions))
     entries = put_entries(entries, positions + shift, new)
     return changed(edit, edit.block, **{name: entries})
 
@@ -221,7 +219,7 @@ def overwrite_every_block(edit):
         entries = of_block[name]
         for offset in range(conv_width(edit.model)):
             positions = edit.value_pos + offset
-            new = entries_at(after[block][name], positions)
+            new = select_positions(after[block][name], positions)
             entries = put_entries(entries, positions, new)
         cache[block] = {**of_block, name: entries}
     return cache
@@ -269,7 +267,7 @@ EDITORS = {
 
 
 def memory_kind(of_block):
-    """What a block's cache is to the editors: "state", "cache", or None."""
+    """The kind of a block's cache in EDITORS: "state", "cache", or None."""
     if "state" in of_block:
         return "state"
     return "cache" if entry_name(of_block) else None

@@ -27,12 +27,19 @@ from analysis.hooks import (
 )
 from analysis.keystats import slot_vectors
 from analysis.memory_usage import require_slots
-from analysis.slot_results import correlation_lines, first_ablation, load_table, per_value_mean
+from analysis.slot_results import first_ablation, load_table, per_value_mean
 from analysis.trained_run import concat, save_result, select, settings_suffix
 from nanorecall.metrics import print_table
 from nanorecall.plots import figure, finish_figure
 from nanorecall.settings import say
-from nanorecall.stats import clustered_mean_proportion, correlation, format_ci, pearson, rankdata
+from nanorecall.stats import (
+    clustered_mean_proportion,
+    correlation,
+    correlation_lines,
+    format_ci,
+    pearson,
+    rankdata,
+)
 
 SAME = 0.5  # slots of a cluster stand in for each other in at least this fraction of cases
 
@@ -54,8 +61,9 @@ def substitution(run):
         for (slot, other), cell in cells.items():
             by_slice["layer, slot, read instead"][f"{layer}, {slot}, {other}"] = cell
         alike = likeness(run.model.memory_layers()[layer], of_layer, slots)
-        found = describe(table, matrix, slots, alike, run.config.seed)
-        by_slice["layer"][str(layer)] = found
+        by_slice["layer"][str(layer)] = layer_statistics(
+            table, matrix, slots, alike, run.config.seed
+        )
         tables.append(table)
         order = np.argsort(interchangeable(matrix), kind="stable")
         panels.append((layer, slots, matrix, order, alike[0]))
@@ -161,8 +169,9 @@ def substitution_matrix(table, slots):
         for j, other in enumerate(slots.tolist()):
             if i != j:
                 inside = of_slot["read_instead"] == other
-                survives, example = of_slot["survives"][inside], of_slot["example"][inside]
-                cells[slot, other] = cell = clustered_mean_proportion(survives, example)
+                survives = of_slot["survives"][inside]
+                cell = clustered_mean_proportion(survives, of_slot["example"][inside])
+                cells[slot, other] = cell
                 matrix[i, j] = cell["value"]
     return matrix, cells
 
@@ -200,13 +209,13 @@ def chance_in_clusters(matrix, seed, draws=20):
     """
     rng = np.random.default_rng(seed)
     off = ~np.eye(len(matrix), dtype=bool)
-    found = []
+    n_in_clusters = []
     for _ in range(draws):
         permuted = np.eye(len(matrix))
         permuted[off] = rng.permutation(matrix[off])
         sizes = np.bincount(interchangeable(permuted))
-        found.append(sizes[sizes > 1].sum())
-    return float(np.mean(found))
+        n_in_clusters.append(sizes[sizes > 1].sum())
+    return float(np.mean(n_in_clusters))
 
 
 def likeness(memory, columns, slots):
@@ -252,8 +261,12 @@ def matrix_correlation(x, y, draws=2000, seed=0):
     return {"value": value, "ci95": ci95, "n": S, "p": float((1 + n_extreme) / (1 + draws))}
 
 
-def describe(table, matrix, slots, alike, seed):
-    """What `substitution` says of one layer."""
+def layer_statistics(table, matrix, slots, alike, seed):
+    """Survival, clusters, and what survival depends on, in one layer -> {name: ...}
+
+    table: what `measure_substitution` returned; matrix (S, S) of `substitution_matrix`; alike: what
+    `likeness` returned.
+    """
     by_pair, effect = alike
     is_random = table["is_random"]
     survival = {}
@@ -285,20 +298,20 @@ def describe(table, matrix, slots, alike, seed):
 # ---- output --------------------------------------------------------------------------------------
 
 
-def substitution_in_words(layer, found):
+def describe_substitution(layer, statistics):
     """Sentences on one layer."""
-    survival = found["survival"]
-    text = f"layer {layer}: of the answers that need one of {found['slots']} slots,"
+    survival = statistics["survival"]
+    text = f"layer {layer}: of the answers that need one of {statistics['slots']} slots,"
     text += f" {survival['another of them']['value']:.1%} survive if another of these slots is read"
     text += f" instead, {survival['a random slot']['value']:.1%} if a random one is; "
-    sizes = [len(of_cluster) for of_cluster in found["clusters"].values()]
+    sizes = [len(of_cluster) for of_cluster in statistics["clusters"].values()]
     if sizes:
         text += f"{sum(sizes)} slots are in clusters of interchangeable ones"
-        text += f" (by chance {found['slots in clusters by chance']:.1f})"
+        text += f" (by chance {statistics['slots in clusters by chance']:.1f})"
     else:
         text += f"no two stand in for each other in {SAME:.0%} of the cases"
     related = []
-    for name, cell in found["against"].items():
+    for name, cell in statistics["against"].items():
         if cell["p_holm"] < 0.05:
             related.append(f"the {name} (rho {cell['value']:.2f})")
     return f"{text}; survival goes with {' and '.join(related) or 'nothing that was compared'}"
@@ -306,19 +319,19 @@ def substitution_in_words(layer, found):
 
 def print_substitution(run, by_layer):
     against = {}
-    for layer, found in by_layer.items():
-        for name, cell in found["against"].items():
+    for layer, statistics in by_layer.items():
+        for name, cell in statistics["against"].items():
             against[f"{layer}, {name}"] = cell
     correlations = correlation_lines(against)
-    for layer, found in by_layer.items():
-        run.finding(substitution_in_words(layer, found))
-        for name, of_cluster in found["clusters"].items():
+    for layer, statistics in by_layer.items():
+        run.finding(describe_substitution(layer, statistics))
+        for name, of_cluster in statistics["clusters"].items():
             say(f"layer {layer}, cluster {name}: slots {' '.join(map(str, of_cluster))}")
     head = ("layer, survival against", "slots", "Spearman", "95% interval", "p (permutations)")
     print_table((*head, "Holm"), correlations)
     lines = []
-    for layer, found in by_layer.items():
-        for name, cell in found["survival"].items():
+    for layer, statistics in by_layer.items():
+        for name, cell in statistics["survival"].items():
             lines.append((f"{layer}, {name}", *format_ci(cell)))
     print_table(("layer, read instead", "examples", "answers that survive", "95% interval"), lines)
 

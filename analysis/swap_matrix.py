@@ -27,7 +27,8 @@ def interchange_reads(clean, examples, base, source):
     base, source (M,) -> {block: function of the reads}, as forward(intervene=) takes them.
     """
     m = torch.arange(len(base), device=base.device)[:, None]
-    base_pos, source_pos = examples.label_pos[base], examples.label_pos[source]  # (M, n)
+    base_pos = examples.label_pos[base]  # (M, n)
+    source_pos = examples.label_pos[source]
     interventions = {}
     for block, reads in clean.reads.items():
         source_reads = index_reads(reads, (source[:, None], source_pos))
@@ -91,8 +92,10 @@ def swap_all_reads(model, examples, clean, base, source, seed=0):
     control_answer_token is one of neither: how often does it come instead? -1 if there is none.
     """
     device = examples.tokens.device
-    b, s = torch.as_tensor(base, device=device), torch.as_tensor(source, device=device)
-    bases, source_answers = examples.select(base), examples.answers[s]  # answers (M, n)
+    b = torch.as_tensor(base, device=device)
+    s = torch.as_tensor(source, device=device)
+    bases = examples.select(base)
+    source_answers = examples.answers[s]  # (M, n)
     interventions = interchange_reads(clean, examples, b, s)
     p = run_with_hooks(model, bases, intervene=interventions).softmax(-1)  # (M, n, vocabulary)
     M, n = source_answers.shape

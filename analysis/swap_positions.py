@@ -78,6 +78,10 @@ def position_effects(
     these are lost; and for labels i, j with different answers, is_pair, source_answer and
     control_answer: is the prediction at j the source's answer at i, or a third one?
     """
+    answers = examples.answers.cpu().numpy()
+    # Otherwise no move to the same position could be seen, with which the others are compared.
+    differ = (answers[base] != answers[source]).any()
+    require(differ, "all pairs of examples have the same answers; raise n_examples", None)
     clean = run_with_cache(model, examples)
     labels = examples.label_pos[0].tolist()
     last = labels[-1]
@@ -89,7 +93,7 @@ def position_effects(
         for relation in RELATIONS:
             for i in positions:
                 for j in targets:
-                    # At its own position an example reads what it reads.
+                    # From an example to itself, a move to the same position changes nothing.
                     if relation == RELATIONS[0] or i != j:
                         items.append((layer, relation, i, j))
     measure = partial(
@@ -221,7 +225,7 @@ def describe(layer, cells, exchange):
     control = cells["other position"]["control_answer"]
     low, high = cells["own - other"]["source_answer"]["ci95"]
     if own["ci95"][0] <= cells["own position"]["control_answer"]["value"]:
-        # Without an answer to follow, what is left is how much the base's own answers suffer.
+        # The source's answer does not come, so compare how much the base's answers suffer.
         drop = cells["own - other"]["drop"]
         _, value, interval = format_ci(drop)
         verdict = f"no answer goes along, and the drop differs by {value} logits ({interval})"
@@ -332,7 +336,7 @@ def position_names(positions, labels):
 
 
 def write_values(axis, grid, most=8):
-    """Write the numbers into a small grid, of which small ones have about the same colour."""
+    """Write the numbers into a grid of few cells: colours do not tell small numbers apart."""
     if len(grid) > most:
         return
     for (row, column), value in np.ndenumerate(grid):

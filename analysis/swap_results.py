@@ -1,4 +1,4 @@
-"""What the interchanges did to answers: reads the results of `ablate.py force` and its neighbours.
+"""The effects of interchanges on answers, from the results of `ablate.py force`, inject, ...
 
     python ablate.py interchanges runs/RUN  # force, inject, replace, swap, swap-matrix in a figure
     python ablate.py swap-pred runs/RUN     # after swap-matrix: what does each digit turn into?
@@ -16,7 +16,7 @@ from analysis.slot_results import load_table
 from analysis.swap_matrix import DECODING, differing_answers
 from analysis.trained_run import list_results, require_facts, save_result, select
 from nanorecall.metrics import print_table
-from nanorecall.plots import figure, finish_figure
+from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import require
 from nanorecall.stats import clustered_proportion, format_ci
 
@@ -94,12 +94,10 @@ def plot_interchanges(cells, title, path):
     x = np.arange(len(cells))
     width = 0.8 / len(OUTCOMES)
     for i, (outcome, label) in enumerate(OUTCOMES.items()):
-        values = np.array([cell[outcome]["value"] for cell in cells.values()])
-        ends = np.array([cell[outcome]["ci95"] for cell in cells.values()])
-        # Rounding may put the value just outside its interval.
-        lengths = np.maximum(0, [values - ends[:, 0], ends[:, 1] - values])
-        place = x + (i - (len(OUTCOMES) - 1) / 2) * width
-        axis.bar(place, values, width, yerr=lengths, capsize=2, label=label)
+        of_outcome = [cell[outcome] for cell in cells.values()]
+        middle = x + (i - (len(OUTCOMES) - 1) / 2) * width
+        axis.bar(middle, [cell["value"] for cell in of_outcome], width, label=label)
+        errorbars(axis, middle, of_outcome, ls="none", marker="", color="black", capsize=2)
     names = []
     for name, cell in cells.items():
         names.append(f"{name.replace(' in ', chr(10))}\nn = {cell['source_answer']['n']}")

@@ -36,7 +36,7 @@ class Point:
     train_args: str = ""  # arguments of train.py; empty: nothing is trained
     eval_args: str = ""  # what to run after training: a script and its arguments
     result: str = ""  # the file that this writes into the run directory
-    seeds: int = 0  # how many, seeds 0, 1, ...; 0: as many as the command line says
+    seeds: int = 0  # number of seeds: 0, 1, ...; 0: that of the command line
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -174,10 +174,10 @@ EVAL = ("step", "seconds", "accuracy", "loss")  # what is kept of an evaluation 
 
 
 def read_point(point, folder):
-    """What the figures need of one run.
+    """The result of one run of a point, as a dict for the figures.
 
-    Of a training, what analysis.compare.read_result returns, "slices" {slice: {value: metrics}} and
-    "evals", the evaluations in its log; "result" is the file that point.eval_args wrote.
+    For a training: what analysis.compare.read_result returns; "slices" {slice: {value: metrics}};
+    "evals", the evaluations in its log. "result" is the file that point.eval_args wrote.
     """
     result = {}
     if point.train_args:
@@ -207,7 +207,7 @@ def changed_settings(folder, argv):
     changed = []
     for part, config in (("train", now.train), ("data", now.data), ("model", model)):
         values = json.loads(json.dumps(asdict(config)))  # as in the file: lists, not tuples
-        # A run that is older than a setting was trained with what is its default now.
+        # A run that is older than a setting was trained as with its default of now.
         saved_values = json.loads(json.dumps(asdict(type(config)()))) | saved[part]
         for name in field_names(type(config)):
             is_path = part == "train" and name in ("log_dir", "resume")
@@ -216,13 +216,13 @@ def changed_settings(folder, argv):
     return changed
 
 
-# ---- what a figure shows, as a file ----------------------------------------------------------
+# ---- what a figure shows, as a file --------------------------------------------------------------
 
 SHOWN = {"seeds": "size", "points": [{"series": "text", "x": "number", "results": ["dict"]}]}
 
 
 def shown_results(results, parts, seeds):
-    """Of each result the parts that a figure shows, as write_json takes it.
+    """The parts of each result that a figure shows, as write_json takes it.
 
     results: {point: [result of each seed]}; parts: paths in a result ("slices.query").
     """

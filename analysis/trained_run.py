@@ -72,7 +72,7 @@ class AnalysisConfig:
 
 @dataclass
 class TrainedRun:
-    """What an analysis gets."""
+    """A trained run, as every analysis gets it, and what the present command notes about it."""
 
     folder: str
     settings: object  # nanorecall.build.Settings, as the run was trained
@@ -85,10 +85,10 @@ class TrainedRun:
     world: object = SINGLE_PROCESS
     prefix: str = "eval"  # names of result files begin with it
     options: dict = field(default_factory=dict)  # {command: names of its settings}
-    suffixes_read: list = field(default_factory=list)  # of results that the present command read
-    figures: list = field(default_factory=list)  # paths of those that it wrote
-    findings: list = field(default_factory=list)  # sentences that it found
-    sample: str = ""  # which sequences it looked at, if not all of them
+    suffixes_read: list = field(default_factory=list)  # of results that the command has read
+    figures: list = field(default_factory=list)  # paths of those that it has written
+    findings: list = field(default_factory=list)  # its results in sentences
+    sample: str = ""  # which sequences it measures; empty: all of them
 
     @property
     def name(self):
@@ -110,7 +110,7 @@ class TrainedRun:
         }
 
     def finding(self, sentence):
-        """Print what a command found, in words. A report's section begins with it."""
+        """Print a result as a sentence. The command's section of a report begins with these."""
         say(sentence)
         self.findings.append(sentence)
 
@@ -158,7 +158,7 @@ def open_run(folder, config, world=SINGLE_PROCESS):
 
 
 def sample_batches(run):
-    """Indices in batches: of the whole split, or of n_examples, as many from each of its groups."""
+    """Indices in batches: of the whole split, or of n_examples, equally many from each group."""
     config = run.config
     groups = run.data.eval_groups(config.split)
     per_group = math.ceil(config.n_examples / len(groups))  # 0: all
@@ -194,11 +194,7 @@ def map_batches(run, measure, batches=None, read=None):
         batch = SimpleNamespace(tokens=tokens, targets=targets, indices=indices, slices=slices)
         with autocast(run.device, run.dtype):
             parts.append(measure(batch))
-    parts_of_ranks = world.all_gather_object(parts)
-    in_order = []
-    for i in range(len(batches)):
-        in_order.append(parts_of_ranks[i % world.size][i // world.size])
-    return concat(in_order)
+    return concat(world.gather_in_order(parts))
 
 
 def concat(tables):
@@ -215,7 +211,7 @@ def select(columns, mask):
 
 
 def combine_columns(columns, *names):
-    """ "value, value" (N,): the key in by_slice of each measurement."""
+    """The values of several columns, joined by ", ": the key in by_slice of each of N entries."""
     values = [columns[name].tolist() for name in names]
     return np.array([", ".join(map(str, combination)) for combination in zip(*values)])
 
@@ -230,23 +226,27 @@ def require_facts(run, all_forms=False):
     require(all_forms or not has_forms, "it needs facts of one wording: train with forms=1", None)
 
 
+def predictions(run):
+    """What `iter_predictions` yields over the split, on all ranks: a list of batches."""
+    options = dict(dtype=run.dtype, show_progress=True, world=run.world)
+    split, batch_size = run.config.split, run.config.eval_batch_size
+    mine = iter_predictions(run.model, run.data, split, batch_size, run.device, **options)
+    # A rank without a batch in the last round has None.
+    return [batch for batch in run.world.gather_in_order(list(mine)) if batch]
+
+
+def require_single_process(run):
+    """ConfigError under torchrun with several ranks: an edit changes the weights of one process."""
+    require(run.world.size == 1, "editing needs a single process; run it without torchrun", None)
+
+
 def correct_examples(run):
     """Indices of the examples of the split of which the model predicts every label correctly."""
-    split, batch_size = run.config.split, run.config.eval_batch_size
-    model, device, world = run.model, run.device, run.world
-    options = dict(dtype=run.dtype, show_progress=True, world=world)
     correct = []
-    for batch in iter_predictions(model, run.data, split, batch_size, device, **options):
-        # Where the ranks share a last round, some have no batch.
-        if batch is None:
-            correct.append(np.empty(0, int))
-            continue
+    for batch in predictions(run):
         wrong = batch["example"][~batch["correct"]]
         correct.append(np.setdiff1d(batch["example"], wrong))
-    in_order = []
-    for of_ranks in zip(*world.all_gather_object(correct)):
-        in_order += of_ranks
-    return np.concatenate(in_order)
+    return np.concatenate(correct)
 
 
 def label_positions(batch):
@@ -339,7 +339,7 @@ def decisive_settings(run, what):
     used = run.options.get(what.replace("_", "-"), run.options.get("slices"))
     names = list(DECISIVE)
     if what == "attention":
-        # Elsewhere it is an example to print, besides what is measured.
+        # In other commands it names an example to print, which changes no measurement.
         names.append("example")
     # A setting without effect decides nothing.
     unused = run.config.unused() if hasattr(run.config, "unused") else {}
@@ -398,7 +398,7 @@ def list_results(run, what):
         name, extension = os.path.splitext(file)
         if name.startswith(stem) and extension == ".parquet":
             suffix = name.removeprefix(stem)
-            # What one slot by name does (`force --slot`) is no input of another command.
+            # Results of a chosen slot (`force --slot`) are no input of other commands.
             of_one_slot = "_slot-" in suffix
             if not of_one_slot and (suffix == split or suffix.startswith(beginnings)):
                 suffixes.append(suffix)
@@ -409,7 +409,7 @@ def save_result(run, what, metrics, by_slice=None, examples=(), columns=None, pl
     """Write a result into the run. plot(path) draws its figure. Only the main rank writes."""
     if not run.world.is_main:
         return
-    # What was computed from other results is named like these.
+    # A result that was computed from others gets their suffixes.
     suffix = "".join(dict.fromkeys(run.suffixes_read)) or result_suffix(run, what)
     run.suffixes_read.clear()
     path = os.path.join(run.folder, f"{run.prefix}_{what}{suffix}")
@@ -499,15 +499,15 @@ def run_command(name, paths, config, commands, prefix="eval"):
                 if run.sample:
                     say(f"measured on {run.sample}; --n_examples 0 takes all")
         except ConfigError as e:
-            # What the run lacks has no setting at fault. A message that begins with a file of the
-            # run says the folder already.
+            # An error without a key is about the run, so name it. A message that begins with a file
+            # of the run does already.
             if e.key is not None or str(e).startswith(run.folder):
                 raise
             raise ConfigError(f"{run.folder}: {e}") from None
 
 
 def memory_advice(command):
-    """What to do when memory is full."""
+    """Advice for memory that is full, as text."""
     sizes = ("eval_batch_size", "n_examples", "n_pairs", "ablate_batch_size")
     used = [name for name in sizes if name in command.all_options()]
     return f"lower {' or '.join(used)}, or measure on the CPU with --device cpu"

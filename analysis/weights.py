@@ -43,7 +43,7 @@ def parse(argv):
         return print_config, (parse_training(rest),)
     is_traced = command == "inspect" and "--trace" in rest
     if is_traced:
-        # Else split_argv would take the path after it for its value.
+        # Otherwise split_argv would take the path after it for its value.
         rest = [word for word in rest if word != "--trace"]
     paths, settings = split_argv(rest)
     for setting in settings:
@@ -86,7 +86,8 @@ def print_parameters(model, settings):
         numbers = np.array([*numbers, training_bytes(model, name)])
         modules[module] = modules.get(module, 0) + numbers
         blocks[block] = blocks.get(block, 0) + numbers
-    total, active, _, in_training = modules["all"] = sum(modules.values())
+    modules["all"] = sum(modules.values())
+    total, active, _, in_training = modules["all"]
     weights, with_moments = BYTES_PER_NUMBER * total / 1e6, in_training / 1e6
     say(f"{active / total:.1%} of {total} parameters are active for a token")
     say(f"{weights:.3g} MB of weights; {with_moments:.3g} MB with gradients and AdamW's moments\n")

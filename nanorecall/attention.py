@@ -1,4 +1,4 @@
-"""Softmax attention, one function for all models, beside its naive twin; and rotary positions.
+"""Softmax attention, one function for all models, with its naive twin; and rotary positions.
 
 Letters: B batch, T tokens, n queried positions, H query heads, G key/value heads, K key width per
 head, V value width per head, C queries of a block.
@@ -26,7 +26,7 @@ except ImportError:
 def softmax_attention(q, k, v, query_pos=None, documents=None, window=0):
     """Causal softmax attention: o_t = sum_{s<=t} softmax_s(q_t.k_s / sqrt(K)) v_s.
 
-    The one function that all models call. q (B, H, n, K); k (B, G, T, K); v (B, G, T, V) with G
+    q (B, H, n, K); k (B, G, T, K); v (B, G, T, V) with G
     dividing H -> (B, H, n, V). query_pos (B, n) is the position of each query; None means n == T,
     in order. With documents (and no query_pos), B is 1 and no query sees beyond its own document.
     With a window, s > t - window: a query sees that many tokens, its own included.
@@ -103,8 +103,8 @@ def window_attention(q, k, v, window):
 def dot_product_attention(q, k, v, **options):
     """F.scaled_dot_product_attention; under torch.func in the one form with all derivatives.
 
-    Its fast forms refuse a second derivative in a sentence. For a model that needs one, use
-    torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+    Its fast forms raise an error at a second derivative. A model that needs one outside of
+    torch.func can use torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
     """
     with sdpa_kernel(SDPBackend.MATH) if transformed() else contextlib.nullcontext():
         return F.scaled_dot_product_attention(q, k, v, **options)
@@ -131,7 +131,7 @@ def flash_attention(q, k, v, documents=None, window=0):
     B, _, T, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*T, H or G, width)
     if documents:
-        # The kernel is not known to take a document without tokens, and none is needed for it.
+        # Empty documents are left out: the kernel is not known to take them.
         ends = documents.cu_seqlens.unique_consecutive().int()
         longest = documents.longest
     else:

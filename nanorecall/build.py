@@ -61,7 +61,7 @@ MODELS = {  # short names; anything else is file or file.Class
 }
 
 
-# ---- settings -> classes ------------------------------------------------------------------------
+# ---- settings -> classes -------------------------------------------------------------------------
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Settings:
 
 
 def resolve(assignments, train_config, recorded=None):
-    """[Setting] in order -> Settings; ConfigError for whatever is wrong with them.
+    """[Setting] in order -> Settings; ConfigError if one of them is wrong.
 
     recorded: the user's files that may be executed (see UserFiles).
     """
@@ -113,17 +113,19 @@ def resolve_model(name, user_files=None):
     message = f"model={name!r} must be file or file.Class, without .py"
     require(cls.isidentifier() and cls != "py", message, "model")
     module = import_source_file(file, "model", "Config", cls, user_files=user_files)
-    found = getattr(module, cls)
+    model_class = getattr(module, cls)
     message = f"model={name!r}: Config of {file}.py must be a dataclass (@dataclass)"
     require(dataclasses.is_dataclass(module.Config), message, "model")
-    is_module = isinstance(found, type) and issubclass(found, torch.nn.Module)
+    is_module = isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)
     require(is_module, f"model={name!r} is no torch.nn.Module", "model")
-    # A layer of one of our own models is refused; what a fork calls a model is its own affair.
-    is_whole = file not in REPO_FILES or issubclass(found, importlib.import_module("model").GPT)
+    # A layer from our own files is refused. Only the author of a fork knows what is a model there.
+    is_whole = True
+    if file in REPO_FILES:
+        is_whole = issubclass(model_class, importlib.import_module("model").GPT)
     choice = f"choose from {', '.join(MODELS)}"
     message = f"model={name!r} is a part of a model, no language model; {choice}"
     require(is_whole, message, "model")
-    return module, found
+    return module, model_class
 
 
 # ---- Settings -> data and model ------------------------------------------------------------------
@@ -140,7 +142,7 @@ def build_data(settings):
 
 
 def build_model_config(settings, data):
-    """The model's Config: settings, and what is derived from the data."""
+    """The model's Config, from the settings; vocab_size and seq_len are those of the data."""
     sizes = {"vocab_size": data.vocab_size, "seq_len": data.seq_len}
     config = build_config(settings.model_module.Config, settings.assignments, **sizes)
     inactive = getattr(settings.model_class, "inactive_settings", {})
@@ -165,7 +167,7 @@ def build_model(settings, config):
 def load_and_freeze(model, c, has_checkpoint):
     """Load and freeze the weights that settings name -> lines about it.
 
-    has_checkpoint: all weights will come from the run's own checkpoint, so init_from is done.
+    has_checkpoint: all weights will come from the run's own checkpoint, so init_from is skipped.
     """
     notes = []
     if c.init_from and not has_checkpoint:
@@ -210,7 +212,7 @@ def total_steps(c, data):
 
 
 def describe_size(model, bytes_each):
-    """The model's memory at so many bytes a parameter, and its largest tensor, as text."""
+    """The model's memory at bytes_each for each parameter, and its largest tensor, as text."""
     named = dict(model.named_parameters())
     count = sum(q.numel() for q in named.values())
     name = max(named, key=lambda n: named[n].numel())
@@ -238,7 +240,7 @@ def enough_memory(advice):
 
 
 def training_advice(model, device):
-    """What to make smaller when training does not fit, as text.
+    """Advice for a training that does not fit in memory, as text.
 
     That is the batch, unless the model by itself takes half of the memory or more.
     """

@@ -7,7 +7,7 @@ A run has ckpt.pt (latest), ckpt_prev.pt (the one before) and best.pt.
 
 A checkpoint is a dict of numbers and text and, under "tensors", a flat dict of tensors, named
 "model.<parameter>" and "optimizer.<parameter>.exp_avg". The names are those of the bare model,
-whatever wraps it. The file is what torch.save writes, so torch.load reads it. The comment of its
+also if DDP wraps it. The file is what torch.save writes, so torch.load reads it. The comment of its
 zip is the SHA-256 of everything before, so no changed byte goes unnoticed.
 
 A model sharded over ranks (FSDP) writes its tensors into shards/<name>-<step>/ (see
@@ -43,7 +43,7 @@ from nanorecall.settings import ConfigError, RunError, require, say
 from nanorecall.sharded_checkpoint import read_shards, shard_dir
 from nanorecall.tensors import plain_tensors, unreadable
 
-# What a checkpoint holds beside tensors: Run.state of run.py.
+# Kinds of the values of a checkpoint that are not tensors. They are Run.state of run.py.
 STATE = {
     "step": "count",
     "bad_steps": "count",
@@ -110,7 +110,7 @@ def remove_old_shards(folder):
             state = read_checkpoint(folder, name)
             if "shards" in state:
                 used.add(state["shards"]["folder"])
-        except Exception:  # it may need any of them
+        except Exception:  # the checkpoint that cannot be read may need any of the shards
             return
     for label in os.listdir(directory):
         ours = re.fullmatch(r"(ckpt|ckpt_prev|best)-\d+(-\d+)?", label)
@@ -188,10 +188,11 @@ def check_whole(folder, name):
 def verify_sha256(path):
     """Damaged unless the file is as append_sha256 left it."""
     if not os.path.isfile(path):
-        os.stat(path)  # a disk that does not answer looks like no file, too
+        os.stat(path)  # raises OSError if it is the disk that does not answer
         raise Damaged("it is no file")
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        left, digest = os.fstat(f.fileno()).st_size - 64, hashlib.sha256()
+        left = os.fstat(f.fileno()).st_size - 64
         while left > 0:
             block = f.read(min(left, 2**20))
             digest.update(block)
@@ -201,7 +202,10 @@ def verify_sha256(path):
 
 
 def verify_shards(folder, state):
-    """Damaged unless the shards that a checkpoint names, if it does, are there, unchanged."""
+    """Damaged unless the shards that a checkpoint names are there and unchanged.
+
+    A checkpoint in one file names none.
+    """
     if "shards" not in state:
         return
     for file, digest in state["shards"]["files"].items():
@@ -217,7 +221,7 @@ def verify_shards(folder, state):
 
 
 def quarantine(path):
-    """Rename a damaged file (or whatever is in its place); one damaged before makes room."""
+    """Rename a damaged file, or what is in its place, to *.damaged. It replaces an earlier one."""
     with contextlib.suppress(OSError):  # read-only: then it cannot be overwritten either
         remove(path + ".damaged")
         os.replace(path, path + ".damaged")

@@ -4,12 +4,13 @@ Which stage a step belongs to depends on the losses so far. So the steps at whic
 part of a run's state: they are written into checkpoints, and are the same on all ranks.
 """
 
-OLD, NEW = 0.7, 0.3  # weights in the running mean of the loss: about the last five steps count
+OLD = 0.7  # weights in the running mean of the loss: about the last five steps count
+NEW = 0.3
 LARGEST = 100.0  # nats; a loss that is NaN counts as this
 
 
 class Curriculum:
-    """Stages of at most so many steps; with max_loss, each ends when its loss is below that.
+    """Stages with a maximum of steps. With max_loss, a stage also ends when its loss is below that.
 
     The loss is a running mean over the steps of the stage, in nats.
     """
@@ -21,7 +22,10 @@ class Curriculum:
         self.state = {"ends": [], "mean_loss": LARGEST}
 
     def stage(self, step):
-        """A training step -> its stage, and its number within it. The task comes after them."""
+        """A training step -> its stage, and its number within that stage, both from 0.
+
+        The task itself is the stage after the last one.
+        """
         start = 0
         for stage, max_steps in enumerate(self.max_steps):
             end = start + max_steps
@@ -34,17 +38,18 @@ class Curriculum:
 
     def ends(self, last_step):
         """The steps before last_step with which another stage, or the task, began."""
-        found = list(self.state["ends"])
-        for max_steps in self.max_steps[len(found) :]:
-            found.append((found[-1] if found else 0) + max_steps)
-        return [end for end in found if end < last_step]
+        ends = list(self.state["ends"])
+        for max_steps in self.max_steps[len(ends) :]:
+            start = ends[-1] if ends else 0
+            ends.append(start + max_steps)
+        return [end for end in ends if end < last_step]
 
     def is_learning(self, step):
         """Does the end of this step's stage depend on its loss?"""
         return self.max_loss > 0 and self.stage(step)[0] < len(self.max_steps)
 
     def end_step(self, step, loss):
-        """Take in the loss of a step, in order; its stage may end with it."""
+        """Record the loss of a step, in nats. Its stage may end with it. Steps come in order."""
         stage, number = self.stage(step)
         if not loss < LARGEST:
             loss = LARGEST

@@ -1,7 +1,8 @@
-"""Data sets on disk: train/, validation/ and test/ hold .parquet or .jsonl shards, metadata.json
-their names, sizes and SHA-256. data_mqar.py and data_synth.py write and read them with this file.
+"""Data sets on disk, as data_mqar.py and data_synth.py write and read them.
 
-Every problem with a file is one ConfigError that names the file and the line (parquet: the row).
+train/, validation/ and test/ hold .parquet or .jsonl shards. metadata.json has the name, size and
+SHA-256 of each. Every problem with a file is one ConfigError that names the file and the line
+(parquet: the row).
 
 Letters: R rows of a file, T tokens in a row.
 """
@@ -36,12 +37,12 @@ def write_splits(
     parquet_options=None,
     json_separators=None,
 ):
-    """Write each split as shards into the directory `work`. -> "files" of metadata.json:
-    {directory: [{"name", "rows", "bytes", "sha256"}]}.
+    """Write each split as shards into the directory `work` -> "files" of metadata.json.
 
+    That is {directory: [{"name", "rows", "bytes", "sha256"}]}.
     n_rows: {split: number of rows}. read_columns(split, indices (R,)) -> {name: column}; a column
     is a list of R values or an integer array (R, T). file_format: "parquet" or "jsonl".
-    Memory is that of `chunk_rows` rows, however many there are.
+    Memory does not grow with the rows: `chunk_rows` of them are held at a time.
     """
     files = {}
     for split, directory in SPLIT_DIRS.items():
@@ -89,12 +90,12 @@ def write_parquet(chunks, options, f):
 
 
 def arrow_column(column):
-    """A list of values, or an array (R, T) as R lists. (From the flat array: far faster than
-    from Python lists.)"""
+    """A list of values, or an integer array (R, T), as a column of pyarrow; of R lists then."""
     import pyarrow as pa
 
     if not isinstance(column, np.ndarray):
         return pa.array(column)
+    # From the flat array, which is far faster than from Python lists.
     R, T = column.shape
     offsets = pa.array(np.arange(R + 1, dtype=np.int32) * T)
     return pa.ListArray.from_arrays(offsets, pa.array(column.ravel()))
@@ -120,8 +121,10 @@ def n_bytes(metadata):
 
 
 def read_metadata(path, hint):
-    """metadata.json of a data set -> (dict with dataset_type and format_version, its path). The
-    other keys are still to be checked. hint: how to write such a data set."""
+    """metadata.json of a data set -> dict with dataset_type and format_version, its path.
+
+    The caller checks the other keys. hint: how to write such a data set.
+    """
     file = os.path.join(path, "metadata.json")
     missing = f"path={path} holds no data set (no metadata.json there); {hint}"
     require(os.path.exists(file), missing, "path")
@@ -129,8 +132,10 @@ def read_metadata(path, hint):
 
 
 def verified_path(path, file):
-    """The path of a file of the data set, {"name", "sha256"} in its metadata.json; ConfigError
-    unless its checksum is right."""
+    """The path of a file of the data set, {"name", "sha256"} in its metadata.json.
+
+    ConfigError unless its checksum is right.
+    """
     full = os.path.join(path, file["name"])
     if not os.path.isfile(full) or sha256_file(full) != file["sha256"]:
         damaged = f"{full} is missing or damaged (its checksum differs); write the data set again"
@@ -141,7 +146,7 @@ def verified_path(path, file):
 # ---- reading rows --------------------------------------------------------------------------------
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what such a file begins with
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the first bytes of such a file
 
 
 def has_data_suffix(file):
@@ -157,6 +162,7 @@ def read_rows(path, columns=()):
 
 
 def read_jsonl(path, columns=()):
+    """read_rows of a .jsonl file. `columns` is not used: a line is read as a whole."""
     try:
         with open(path, "rb") as f:
             # readline with a limit: a file without line breaks must not fill the memory

@@ -63,11 +63,15 @@ class World:
         """The main rank's value, on every rank."""
         return self.all_gather_object(value)[0]
 
+    def gather_in_order(self, mine):
+        """mine: this rank's items, numbers rank, rank + size, ... of a list -> the whole list."""
+        of_ranks = self.all_gather_object(mine)
+        n_items = sum(map(len, of_ranks))
+        return [of_ranks[i % self.size][i // self.size] for i in range(n_items)]
+
     def shared_map(self, function, items):
         """function(item) of each item, in their order: ranks share the work, and each gets all."""
-        mine = [function(item) for item in items[self.rank :: self.size]]
-        of_ranks = self.all_gather_object(mine)
-        return [of_ranks[i % self.size][i // self.size] for i in range(len(items))]
+        return self.gather_in_order([function(item) for item in items[self.rank :: self.size]])
 
     def all_gather(self, *numbers):
         """Collect a few numbers from every rank -> (size, n) float64, the same on every rank."""
@@ -90,9 +94,9 @@ class World:
             yield
         except (ConfigError, RunError) as e:
             problem = type(e), str(e), getattr(e, "key", None)
-        for found in self.all_gather_object(problem):
-            if found:
-                kind, message, key = found
+        for of_rank in self.all_gather_object(problem):
+            if of_rank:
+                kind, message, key = of_rank
                 raise kind(message, key) if kind is ConfigError else kind(message)
 
 
@@ -153,11 +157,12 @@ def micro_batches(indices, world, grad_accum_steps):
     A micro-batch is empty if there are fewer examples than micro-batches.
     """
     count = world.size * grad_accum_steps
-    found = []
-    for i in range(world.rank * grad_accum_steps, (world.rank + 1) * grad_accum_steps):
+    first = world.rank * grad_accum_steps
+    mine = []
+    for i in range(first, first + grad_accum_steps):
         start, end = len(indices) * i // count, len(indices) * (i + 1) // count
-        found.append((i, indices[start:end]))
-    return found
+        mine.append((i, indices[start:end]))
+    return mine
 
 
 def describe_batch(batch_size, world, grad_accum_steps):
@@ -199,8 +204,8 @@ def autodetect_device(c, world=SINGLE_PROCESS):
         raise ConfigError(message, "device") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # A CPU takes many times as long for numbers below 1e-38, of which states that decay are full.
-    # They count as 0 in this thread, and in all that it starts from now on.
+    # States that decay are full of numbers below 1e-38, for which a CPU takes many times as long.
+    # Here they become 0, in this thread and in those that it starts from now on.
     torch.set_flush_denormal(True)
     dtype, why_dtype = autodetect_dtype(c.dtype, device)
     ranks = f"ranks: {world.size} ({world.backend}); " if world.size > 1 else ""
@@ -318,7 +323,7 @@ def shard_columns(model, device):
 
 
 def is_sharded(model):
-    """Has wrap_fsdp been here?"""
+    """Has wrap_fsdp sharded the model?"""
     return hasattr(model, "set_requires_gradient_sync")
 
 
@@ -332,7 +337,7 @@ def sync_gradients(model, enabled):
 
 
 def check_parallel(model, parallel, world):
-    """ConfigError if the model cannot be trained by this entry of PARALLEL on so many ranks."""
+    """ConfigError if the model cannot be trained by this entry of PARALLEL on the world's ranks."""
     for name, parameter in column_sharded_parameters(model).items():
         columns = parameter.shape[1]
         message = f"mem_shard_values=1: the {columns} columns of {name} do not divide by the"
@@ -346,9 +351,9 @@ def check_parallel(model, parallel, world):
 
 
 def named_by(model, method):
-    """{name: parameter}, with the ends that this method of a model returns, if it has the method.
+    """The parameters whose names end as this method of the model says -> {name: parameter}.
 
-    A shared parameter has several names.
+    {} if the model lacks the method. A shared parameter has several names.
     """
     ends = tuple(getattr(model, method)()) if hasattr(model, method) else ()
     named = model.named_parameters(remove_duplicate=False)
@@ -381,7 +386,7 @@ def sum_sparse_gradients(model, world):
 def gather_rows(x, world):
     """x (n, ...) of every rank, each with its own n -> (sum of n, ...), in order of rank."""
     counts = world.all_gather(len(x)).long().flatten().tolist()
-    # What is gathered must have one shape.
+    # all_gather takes tensors of one shape.
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in counts]
@@ -398,9 +403,9 @@ def clip_gradients(parameters, max_norm):
     parameters = [p for p in parameters if p.grad is not None]
     groups = {}  # gradients by how they are split over the ranks
     for p in parameters:
+        if p.grad.is_sparse:
+            p.grad = coalesce(p.grad)
         grad = p.grad
-        if grad.is_sparse:
-            grad = p.grad = coalesce(grad)
         placement = "sparse" if grad.is_sparse else getattr(grad, "placements", None)
         groups.setdefault(placement, []).append(grad.values() if grad.is_sparse else grad)
     if len(groups) <= 1 and "sparse" not in groups:

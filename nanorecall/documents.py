@@ -26,8 +26,10 @@ FACT_MASKS = ("qa", "digits", "twohop")  # masks that find the answer of a fact 
 
 
 def read_and_split(c):
-    """The documents of c.path (data_synth.Config) -> those that differ, the "file:line" of each,
-    {split: numbers of documents}: in "train" one for each copy, in "val" and "test" each once.
+    """Read c.path (c: data_synth.Config) -> documents that differ, the "file:line" of each, splits.
+
+    splits: {split: numbers of documents}. A document is in "train" once for each copy, in "val" and
+    "test" once.
     """
     texts, origins, splits = read_documents(c.path, c.max_bytes)
     facts = np.array([is_fact(text, c.label_mask) for text in texts], bool)
@@ -42,9 +44,9 @@ def read_and_split(c):
 
 
 def read_documents(path, max_bytes):
-    """Files with "text", or with "question" and "answer" -> documents that differ, the "file:line"
-    of each, {split: numbers of documents, one for each copy}.
+    """Files with "text", or with "question" and "answer" -> documents, their "file:line", splits.
 
+    The documents differ from each other. splits: {split: numbers of documents, one for each copy}.
     path: a .jsonl or .parquet file or a directory of them, all of it the split ""; or a directory
     with train/, validation/ and test/. ConfigError for a document of more than `max_bytes` tokens,
     counted as bytes and two for its ends.
@@ -154,6 +156,7 @@ def split_by_content(c, texts, facts, numbers):
     few = f"{c.path} has {len(others)} documents that differ"
     need = "training, validation and test need at least one each"
     require(stored or len(others) >= 3, f"{few}; {need}", "path")
+    # A twentieth each for val and test. All facts are in both: whether they are stored is measured.
     n = max(1, len(others) // 20) if len(others) >= 3 else 0
     untrained = concatenate(stored[:n_heldout] + others[: 2 * n])
     return {
@@ -191,8 +194,10 @@ def concatenate(groups):
 
 
 def check_answers(data):
-    """ConfigError if a split of data_synth.Data has nothing to score, or if its tokenizer cuts
-    answers so that their labels would not be exact."""
+    """ConfigError if a split of data_synth.Data has nothing to score, or if labels are not exact.
+
+    They are not if the tokenizer has tokens that span the end of an answer.
+    """
     source, mask = data.source, data.config.label_mask
     plain = []  # texts whose answers the mask has to find
     # A thousand documents of a split show whether a mask fits, and take no noticeable time.
@@ -213,10 +218,10 @@ def check_answers(data):
 
 
 def survey(data):
-    """Lines about the documents of data (data_synth.Data of task text): sizes of the splits, and
-    documents that a tokenizer alters or that contradict each other.
+    """Look at all documents of data (data_synth.Data of task text) -> lines about them.
 
-    ConfigError for an answer that the tokenizer cannot spell: something else would be scored.
+    They name the sizes of the splits, and documents that a tokenizer alters or that contradict each
+    other. ConfigError for an answer that the tokenizer cannot spell: another would be scored.
     """
     source = data.source
     answered, altered, questions = [], [], []
@@ -250,7 +255,7 @@ def check_spelling(data, text, answer, where):
 
 
 def question_of(data, text, tokens, is_label):
-    """What a document asks, or ""."""
+    """The question of a document, normalized; "" if it has none."""
     if isinstance(text, tuple):
         return normalize(text[0])
     if data.kind in FACT_MASKS and is_label.any():
@@ -260,7 +265,9 @@ def question_of(data, text, tokens, is_label):
 
 def describe_splits(source, answered):
     """One line: documents in each split, how many are trained on, and how many have no answer.
-    answered (n,) bool."""
+
+    answered (n,) bool: has the document labels?
+    """
     train = source.splits["train"]
     parts, unanswered = [], []
     for split in SPLITS:
@@ -309,6 +316,7 @@ def describe_several_answers(source, questions):
 
 
 def joined(text):
+    """A document as one text."""
     return text if isinstance(text, str) else "".join(text)
 
 

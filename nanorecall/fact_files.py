@@ -69,10 +69,14 @@ class FactDataset:
             self.splits[split] = np.asarray(self.subset(numbers, n), np.int32)
 
     def subset(self, numbers, n):
-        """At most n of the documents `numbers`, 0: all; equally many of each group, so that a large
-        group does not crowd out a small one."""
-        if not n or not len(numbers) or not self.slices:
-            return numbers[: n or None]
+        """At most n of the documents `numbers`; 0: all.
+
+        Equally many of each group, so that a large group does not crowd out a small one.
+        """
+        if n == 0:
+            return numbers
+        if not len(numbers) or not self.slices:
+            return numbers[:n]
         group = next(iter(self.slices.values()))[numbers]
         groups = np.unique(group)
         size = n if self.config.task == "hashhop" else max(1, n // len(groups))
@@ -170,8 +174,10 @@ NOT_STORED = ("output_dir", "path", "pack_documents", "tokenizer", "heldout_fact
 
 
 def write_facts(c, source, shard_rows=200_000):
-    """Write the first epoch of `source` (Fact- or GeneratedDataset), shuffled, as train/, and
-    validation/, test/ and metadata.json. -> the metadata."""
+    """Write train/, validation/, test/ and metadata.json of a source -> the metadata.
+
+    source: a FactDataset or GeneratedDataset. train/ is its first epoch, shuffled.
+    """
 
     def read_columns(split, indices):
         texts, slices = source.read(split, indices)

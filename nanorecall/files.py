@@ -4,8 +4,8 @@
     with atomic_directory(path) as work: ...        # a directory, likewise
     with only_writer(folder, "results"): ...        # no other process writes there meanwhile
 
-What is being written has a temporary name beside its own, and a lock that says that its writer
-lives. What a dead writer has left, the next one deletes.
+A file or directory that is being written has a temporary name. Its writer locks it, and the system
+ends the lock with the writer's process. The next writer deletes what has no lock.
 """
 
 import contextlib
@@ -86,7 +86,8 @@ def new_temporary(path):
         f = open(temporary_name(path), "x+b")
         if take_lock(f.fileno()) is not False and os.path.exists(f.name):
             return f
-        f.close()  # before it was locked, another process took it for a dead one's: make another
+        # Before it was locked, another process took it for a dead writer's. Make another one.
+        f.close()
 
 
 def remove_stale(pattern):
@@ -109,7 +110,7 @@ def remove_stale(pattern):
 def take_lock(handle):
     """Lock an open file -> True; False if another process has the lock; None if there are no locks.
 
-    The system releases a lock when its process ends, however it ends.
+    The system releases a lock when its process ends, also if it is killed.
     """
     if fcntl is None:
         return None
@@ -231,7 +232,7 @@ def signals_end_the_block():
 def lock_run_dir(folder, what="this run"):
     """Refuse a second process that writes into a directory -> the lock, for unlock.
 
-    The lock ends with this process, however it ends. It is None where directories cannot be opened
+    The lock ends with this process. It is None where directories cannot be opened
     (Windows). ConfigError if another process has it.
     """
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
@@ -284,7 +285,7 @@ def only_writer(folder, what):
 def reading(path):
     """Inside, errors of the disk or of memory become RunError.
 
-    They say nothing about what is in the file, so nobody may take it for damaged.
+    They say nothing about the contents of the file, which must not be taken for damaged.
     """
     try:
         yield
@@ -303,7 +304,7 @@ def from_system(error):
 
 
 def stamp(path):
-    """What changes when a file is replaced; None if there is none.
+    """Numbers that change when a file is replaced; None if there is no file.
 
     RunError if the disk does not answer.
     """
@@ -317,7 +318,7 @@ def stamp(path):
 
 
 def size_of_file(path):
-    """Bytes of a file that is one: a pipe would wait for ever. ValueError otherwise."""
+    """Bytes of a regular file. ValueError for another kind: reading a pipe might never end."""
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
         raise ValueError(f"{os.path.basename(path)} is no file")
@@ -325,7 +326,7 @@ def size_of_file(path):
 
 
 def is_inside(name):
-    """Does this name, which a file gives, mean a place in that file's folder?"""
+    """Is this name, read from a file, a path inside of that file's folder?"""
     if not isinstance(name, str) or not name.isprintable() or len(name) >= 256:
         return False
     path = os.path.normpath(name)
@@ -335,7 +336,7 @@ def is_inside(name):
 
 
 def inside(folder, name):
-    """<folder>/<name>, for a name that a file gives.
+    """<folder>/<name>, for a name that was read from a file there.
 
     ConfigError unless it is text and stays inside the folder.
     """
@@ -351,7 +352,7 @@ def sha256_file(path):
 def dataset_sha256(path):
     """SHA-256 of a data set, a file or a directory.
 
-    Of a directory with metadata.json that file counts, for it holds the checksums of the others.
+    If the directory has a metadata.json, that file counts: it holds the checksums of the others.
     """
     if os.path.isfile(os.path.join(path, "metadata.json")):
         return sha256_file(os.path.join(path, "metadata.json"))

@@ -17,6 +17,7 @@ LETTERS = np.array(list(string.ascii_letters))
 
 
 def check_hashhop(c):
+    """ConfigError if max_bytes has no room for the chains, or too few hashes differ."""
     problems = [(hops, c.num_queries) for hops in c.hops]
     problems += [(hops, 1) for hops in c.test_hops]
     for (hops, queries), length in itertools.product(problems, hash_lengths(c)):

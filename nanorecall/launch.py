@@ -14,13 +14,13 @@ def read_command_line(argv, train_config, doc, common=()):
     train_config: the class TrainConfig. --help prints doc and all settings, `common` first, and
     exits.
     """
-    words, assignments = read_argv(argv)
+    args, assignments = read_argv(argv)
     if wants_help(assignments):
         chosen = [s for s in assignments if s.key in ("model", "data")]
         settings = resolve(chosen, train_config)
         classes = (train_config, settings.model_module.Config, settings.data_module.Config)
         print_help(doc, *classes, common=common)
-    reject_args(words)
+    reject_args(args)
     resume = [s for s in assignments if s.key == "resume"]
     if not resume:
         settings = resolve(assignments, train_config)
@@ -30,9 +30,9 @@ def read_command_line(argv, train_config, doc, common=()):
     folder = str(resume[-1].value)
     require(folder, f"{resume[-1].source}: resume needs a run directory", "resume")
     changes = [s for s in assignments if s.key != "resume"]
+    allowed = ", ".join(RESUMABLE)
     for s in changes:
-        can = f"(only {', '.join(RESUMABLE)} can)"
-        message = f"{s.source}: {s.key} cannot change in the middle of a run {can}"
+        message = f"{s.source}: {s.key} cannot change in the middle of a run (only {allowed} can)"
         require(s.key in RESUMABLE, message, s.key)
     return load_settings(folder, train_config, changes)
 

@@ -135,10 +135,7 @@ def evaluate(
     if world.all_gather(len(stop)).any():
         return None
     # In the order of one process, because sums of losses depend on it in their last bits.
-    in_order = []
-    for of_ranks in zip(*world.all_gather_object(counts)):
-        in_order += filter(None, of_ranks)
-    return merge_counts(in_order)
+    return merge_counts(list(filter(None, world.gather_in_order(counts))))
 
 
 # ---- counts --------------------------------------------------------------------------------------

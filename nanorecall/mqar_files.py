@@ -122,8 +122,10 @@ def keys_disjoint(c):
 
 
 def make_disk_sequences(c, split, indices):
-    """Sequences `indices` (B,) of a split -> input_ids (B, T) int32, labels (B, T) int32, -100
-    except at the values of queries. c: DatasetConfig."""
+    """Sequences `indices` (B,) of a split -> input_ids, labels, both (B, T) int32.
+
+    Labels are -100 except at the values of queries. c: DatasetConfig.
+    """
     B, n = len(indices), c.num_kv_pairs
     N = c.seq_len // (4 * n)
     half = c.vocab_size // 2
@@ -215,7 +217,7 @@ def order_of_copy(c, copy):
 
 
 def rows_of_copies(c, indices):
-    """Places (R,) in all copies, one after another -> numbers of the rows there (R,)."""
+    """Indices (R,) into all copies, one copy after another -> numbers of the rows there (R,)."""
     copies = indices // c.num_samples
     rows = np.empty_like(indices)
     for copy in np.unique(copies):
@@ -225,6 +227,7 @@ def rows_of_copies(c, indices):
 
 
 def dataset_metadata(c, files):
+    """metadata.json without "orders". files: what write_splits returned."""
     half = c.vocab_size // 2
     settings = asdict(c)
     del settings["output_dir"]
@@ -316,12 +319,14 @@ def n_rows_of(metadata, directory):
 
 
 class StoredMQAR:
-    """A directory that write_dataset wrote, checked against its checksums when it is opened. A
-    split is read into memory when it is first used."""
+    """A directory that write_dataset wrote.
+
+    Its checksums are verified when it is opened. A split is read into memory when it is first used.
+    """
 
     def __init__(self, config):
         self.path = config.path
-        # at most, because evaluating 100,000 sequences takes minutes
+        # So many at most, because evaluating 100,000 sequences takes minutes.
         self.n_examples = {"val": config.n_val_examples, "test": config.n_test_examples}
         self.metadata = self.read_metadata()
         # All now: else a damaged test split would stop a run only after its training.
@@ -337,6 +342,7 @@ class StoredMQAR:
             self.epoch_orders = np.arange(n_rows_of(self.metadata, "train"))[None]
 
     def read_metadata(self):
+        """metadata.json, checked; ConfigError if it is no MQAR data set, or damaged."""
         hint = "`python data_mqar.py --output-dir DIR` makes one"
         metadata, file = read_metadata(self.path, hint)
         ours = metadata["dataset_type"] == "mqar" and metadata["format_version"] == 1
@@ -370,8 +376,10 @@ class StoredMQAR:
         return orders
 
     def load(self, split):
-        """-> tokens (rows, T) int32 and targets, the same, with each label moved to the
-        position that predicts it."""
+        """-> tokens and targets, (rows, T) int32 each.
+
+        In the targets, each label has moved to the position that predicts it.
+        """
         if split not in self.splits:
             name = SPLIT_DIRS[split]
             shards = self.metadata["files"][name]
@@ -449,8 +457,10 @@ class StoredMQAR:
             raise ConfigError(message, "path") from None
 
     def to_array(self, path, lengths, flat):
-        """All tokens of a column, row after row -> (R, T) int32; ConfigError for rows of another
-        length, or for values that are no tokens."""
+        """All tokens of a column, row after row -> (R, T) int32.
+
+        ConfigError for rows of another length, or for values that are no tokens.
+        """
         message = f"{path} has rows that are not of seq_len={self.seq_len} tokens"
         require((np.asarray(lengths) == self.seq_len).all(), message, "path")
         tokens = np.asarray(flat)

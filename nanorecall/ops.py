@@ -1,4 +1,4 @@
-"""Operators of the models: what exists for speed, each beside its naive twin.
+"""Fast operators of the models, each with its naive twin.
 
 From top to bottom: small helpers, labelled positions, norms, causal convolution, cross-entropy,
 rows of a table, packed documents; attention has a file of its own. A model calls them by name, so
@@ -60,7 +60,7 @@ def append_to_cache(cache, name, new, window=0):
 
     With a window, only the last window - 1 are stored: the next token sees no others.
     """
-    # torch.cat copies even the first: a view would keep all that was projected beside it
+    # torch.cat also copies the first: a view would keep the whole output of fused_linear in memory.
     seen = torch.cat([cache[name], new] if name in cache else [new], dim=1)
     cache[name] = seen
     if window and seen.shape[1] >= window:
@@ -68,7 +68,7 @@ def append_to_cache(cache, name, new, window=0):
     return seen
 
 
-# Sizes depend on the data, so compiled code would be made anew for every batch. (The public
+# Sizes depend on the data, so torch.compile would compile it again for every batch. (The public
 # torch.compiler.disable imports torch._dynamo at once, which takes a second of every --help.)
 @torch._disable_dynamo
 def labelled_positions(targets):
@@ -297,7 +297,7 @@ def column_sharded_embedding_bag(slots, values, weights):
     from torch.distributed.tensor import DTensor, Partial, Shard
 
     mesh, N = values.device_mesh, len(slots)
-    # What is exchanged must have one shape. A padded token has weights of 0.
+    # Tensors must have one shape to be exchanged. A padded token has weights of 0.
     longest = torch.tensor(N, device=slots.device)
     torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, mesh.get_group())
     padding = (0, 0, 0, int(longest) - N)

@@ -86,7 +86,7 @@ def draw_slice(axis, name, cells):
         labels, name = list(cells), f"{name} (n = {counts[0]} each)"
     else:
         labels = [f"{value}\nn={cell['n']}" for value, cell in cells.items()]
-    longest = max(len(line) for label in labels for line in label.split("\n"))
+    longest = max(map(len, "\n".join(labels).split("\n")))
     is_crowded = longest * len(labels) > 50  # letters that fit into a panel
     if is_crowded:
         labels = [label.replace("\n", ", ") for label in labels]

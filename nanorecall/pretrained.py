@@ -49,23 +49,23 @@ def our_name(name):
 
 
 def matching(pattern, names):
-    """The names that a pattern means.
+    """The names that a pattern matches: as a whole, or from their start up to a dot.
 
-    That is the name itself, all under it ("layers.0", "layers.0."), or by stars ("*.memory.keys").
+    "layers.0" and "layers.0." match all names under layers.0. Stars match any text.
     """
     pattern = pattern.rstrip(".")
-    found = []
+    matched = []
     for name in names:
         is_under = fnmatch.fnmatchcase(name, pattern + ".*")
         if name == pattern or fnmatch.fnmatchcase(name, pattern) or is_under:
-            found.append(name)
-    return found
+            matched.append(name)
+    return matched
 
 
 def nearest(pattern, names):
     """A few names like the pattern, as text for an error."""
-    found = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.3)
-    return ", ".join(found or list(names)[:3])
+    close = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.3)
+    return ", ".join(close or list(names)[:3])
 
 
 # ---- freezing ------------------------------------------------------------------------------------
@@ -88,11 +88,11 @@ def freeze(model, patterns):
     for pattern in patterns:
         message = f"freeze needs names or patterns, not {pattern!r}"
         require(isinstance(pattern, str) and pattern, message, "freeze")
-        found = matching(pattern, named) or matching(our_name(pattern), named)
+        matched = matching(pattern, named) or matching(our_name(pattern), named)
         near = nearest(our_name(pattern), named)
         message = f"freeze: {pattern!r} matches no parameter; near it: {near}"
-        require(found, message, "freeze")
-        frozen.update(named[name] for name in found)
+        require(matched, message, "freeze")
+        frozen.update(named[name] for name in matched)
     every = list(model.parameters())
     require(len(frozen) < len(every), "freeze leaves nothing to train", "freeze")
     for parameter in frozen:
@@ -197,12 +197,12 @@ def refuse_compressed(path):
 
 
 def resolve_map(mapping, names):
-    """{target name: source name} that a map means, and what was overridden, as text or "".
+    """init_map -> {target name: source name}, and a note on entries that override others, or "".
 
-    names: those of the source. An empty map maps each name onto itself. Entries, source to target:
-    "0-5": "0-5" and "6": "10" (numbers of blocks), "layers.0.ffn": "layers.1.ffn" (a name, and all
-    under it), "*.memory.keys": "*.memory.keys" (a star on the right stands for what the one on the
-    left matched). Entries with names come after those with numbers, and override them.
+    names: those of the source. An empty map maps each name onto itself. An entry is source: target:
+    numbers of blocks ("0-5": "0-5", "6": "10"); a name, and all under it ("layers.0.ffn":
+    "layers.1.ffn"); or a pattern ("*.memory.keys": "*.memory.keys"), whose star on the right takes
+    the text that the star on the left matched. Names and patterns override numbers.
     """
     if not mapping:
         return {name: name for name in names}, ""
@@ -213,19 +213,19 @@ def resolve_map(mapping, names):
         require(isinstance(source, str) and isinstance(target, str), message, "init_map")
         sources, targets = parse_blocks(source), parse_blocks(target)
         if sources is not None and targets is not None:
-            found = of_blocks
+            entries = of_blocks
             entry = map_blocks(source, target, sources, targets, names)
         else:
-            found = of_names
+            entries = of_names
             entry = map_names(source, target, names)
             if not entry:
                 entry = map_names(our_name(source), our_name(target), names)
         near = nearest(our_name(source), names)
         message = f"init_map: {source!r} matches nothing in the source; near it: {near}"
         require(entry, message, "init_map")
-        twice = set(entry) & set(found)
+        twice = set(entry) & set(entries)
         require(not twice, f"init_map gives {min(twice, default='')} two sources", "init_map")
-        found |= entry
+        entries.update(entry)
     return of_blocks | of_names, describe_overrides(of_blocks, of_names)
 
 

@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, elsewhere a line now and then."""
+"""The progress of long work: a bar on a terminal, elsewhere a line now and then."""
 
 import sys
 import time

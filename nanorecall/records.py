@@ -37,7 +37,7 @@ def write_json(path, value, indent=1):
 
 # ---- reading -------------------------------------------------------------------------------------
 
-DEEPEST = 40  # lists and dicts inside each other; what is written here has 6
+DEEPEST = 40  # lists and dicts inside each other; our own files have 6
 
 # Kinds of values in JSON: how a sentence names them, and whether a value is one.
 KINDS = {

@@ -1,5 +1,6 @@
-"""Random numbers for data files: each sequence is a pure function of a key and its own index, in
-whatever order and batches it is asked for.
+"""Random numbers for data files: each sequence is a pure function of a key and its own index.
+
+It is the same in every batch and order in which it is read.
 
 Letters: R rows (one for each sequence), n numbers drawn per row, m numbers to draw from, S slots.
 """
@@ -11,8 +12,8 @@ import numpy as np
 IGNORE_INDEX = -100  # the target of a position that is not scored
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
-# What a random stream is for: the number that follows the seed in its key. A new purpose takes a
-# new number; changing one changes the data of every seed.
+# Purpose of a random stream: the number after the seed in its key. A new purpose takes a new
+# number. To change one would change the data of every seed.
 STREAMS = {
     **SPLITS,  # the content of sequences
     "facts": 0,  # what a fact data set holds: pairs of numbers, keys, relations
@@ -118,5 +119,5 @@ def nth_not_in(x, taken):
 
 
 def micro_batch_seed(*key):
-    """Seed for what is random within a micro-batch, such as dropout. key: seed, step, number."""
+    """Seed of the random numbers in a micro-batch, as for dropout. key: seed, step, its number."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])

@@ -1,4 +1,4 @@
-"""One training run: its data and model, and what the loop in train.py calls."""
+"""One training run: its data, its model, and the methods that the loop in train.py calls."""
 
 import contextlib
 import dataclasses
@@ -114,16 +114,16 @@ class Run:
     @classmethod
     def resume(cls, settings, world):
         """The run in settings.resume. Its checkpoint is read by `running`."""
-        found = False
+        is_saved = False
         with world.agree():
             if world.is_main:
                 require_unedited(settings.resume)
                 check_data_unchanged(settings.resume, settings)
-                found = has_checkpoint(settings.resume)
-        return cls(settings, world, world.broadcast(found))
+                is_saved = has_checkpoint(settings.resume)
+        return cls(settings, world, world.broadcast(is_saved))
 
     def print_summary(self):
-        """Print the model's size, the device, and what the model needs when it decodes.
+        """Print the model's size, the device, and the size of its state when it decodes.
 
         With n_epochs=0, which ends here, also its modules and all settings.
         """
@@ -248,7 +248,7 @@ class Run:
             self.previous = load_settings(self.folder, type(c)).train
         start = {"step": step, "world_size": self.world.size, "launch": launch_id()}
         start["argv"] = sys.argv
-        # n_epochs and a few others may be new.
+        # Settings of RESUMABLE may be new.
         config |= {"train": dataclasses.asdict(c), "launch": launch_id()}
         config["resumed"] = [*config.get("resumed", []), start]
         return config
@@ -343,16 +343,16 @@ class Run:
         self.timed_from = self.state["step"], time.perf_counter()
 
     def note_new_schedule(self, learning_rate):
-        """Say so if the learning rate jumps, because a resumed run is to end at another step."""
+        """Print a note if the learning rate jumps because a resumed run has a new last step."""
         if not self.previous:
             return
-        c, step, each = self.settings.train, self.state["step"], self.steps_per_epoch
+        c, step, epoch = self.settings.train, self.state["step"], self.steps_per_epoch
         old_end, new_end = total_steps(self.previous, self.data), self.total_steps
         start = self.curriculum.decay_start(step)
-        new = learning_rate(c, step, each, new_end, start)
-        if learning_rate(c, step, each, old_end, start) != new:
+        new = learning_rate(c, step, epoch, new_end, start)
+        if learning_rate(c, step, epoch, old_end, start) != new:
             before = max(0, step - 1)
-            last = learning_rate(c, before, each, old_end, self.curriculum.decay_start(before))
+            last = learning_rate(c, before, epoch, old_end, self.curriculum.decay_start(before))
             end = f"the {c.lr_schedule} schedule now ends at step {new_end} instead of {old_end}"
             jump = f"the learning rate goes from {last:.3g} to {new:.3g}"
             self.world.print0(f"note: {end}: {jump}")
@@ -368,8 +368,10 @@ class Run:
 
     def evaluate(self, split, stop):
         """metrics.evaluate on a split, shared by the ranks; None if a signal cut it short."""
-        size, on = self.settings.train.eval_batch_size, (self.device, self.dtype)
-        return evaluate(self.model, self.data, split, size, *on, stop, self.world)
+        size = self.settings.train.eval_batch_size
+        return evaluate(
+            self.model, self.data, split, size, self.device, self.dtype, stop, self.world
+        )
 
     def save(self, name, optimizer=None):
         """Write <name>.pt, on all ranks together. Without an optimizer, the weights alone."""
@@ -401,8 +403,8 @@ class Run:
         self.write_log(kind="eval", step=step, split="val", seconds=self.seconds(), **result)
         where = f" of {name}" if name else ""
         exact, loss = result["exact_match"], result["loss"]
-        found = f"val accuracy{where} {accuracy:.4f}, exact match {exact:.4f}, loss {loss:.4f}"
-        self.print(f"step {step}: {found}")
+        text = f"val accuracy{where} {accuracy:.4f}, exact match {exact:.4f}, loss {loss:.4f}"
+        self.print(f"step {step}: {text}")
 
     def log_step(self, loss, lr, **row):
         """Log the step that was just made: a row of log.jsonl, and a line or the progress bar."""
@@ -418,7 +420,7 @@ class Run:
         """Milliseconds per step since the last line, and the time left, as text."""
         step, first_step, began = self.state["step"], *self.timed_from
         milliseconds = 1000 * (time.perf_counter() - began) / (step - first_step)
-        # Unlike these, the time left has evaluations and checkpoints in it.
+        # Unlike the milliseconds per step, the time left includes evaluations and checkpoints.
         steps_before, seconds_before = self.before
         seconds_per_step = (self.seconds() - seconds_before) / (step - steps_before)
         left = duration(seconds_per_step * (self.total_steps - step))
@@ -443,7 +445,7 @@ class Run:
         self.result = result
         if world.is_main:
             self.tracker.close(result)
-        # Else they stay caught: torchrun may repeat them until this process has ended.
+        # Otherwise they stay caught: torchrun may repeat them until this process has ended.
         if world.size == 1 and result["status"] != "preempted":
             self.restore_signals()
         exit_status = None

@@ -3,7 +3,7 @@
     settings, data, model, checkpoint = load_run("runs/RUN", TrainConfig)  # a trained run
     settings = load_settings("runs/RUN", TrainConfig)                      # -> Settings: build.py
 
-What a run was trained on and with must be the same now: each difference is one ConfigError.
+Its data files and its settings must be those of its training. Each difference is one ConfigError.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ RESUMABLE = (  # settings that may change when a run is resumed
     *("export_checkpoint", "device", "num_threads", "compile"),
 )
 
-# Where things are does not change the weights. What is in them, check_data_unchanged compares.
+# Where files lie does not change the weights. check_data_unchanged compares what they hold.
 PATHS = (
     *("log_dir", "run_name", "exp_group", "resume", "init_from", "path", "tokenizer"),
     "synthetic_dataset",
@@ -148,7 +148,7 @@ def fixed_settings_json(settings, config):
 def require_same_settings(folder, settings, config, checkpoint):
     """ConfigError if config.json is not what the checkpoint was trained with.
 
-    Older checkpoints do not say.
+    Older checkpoints have no settings, and pass.
     """
     if "settings" not in checkpoint:
         return

@@ -1,8 +1,8 @@
-"""What a fast operator leaves to its naive twin: second derivatives, and torch.func.
+"""Second derivatives and torch.func, for which a fast operator calls its naive twin.
 
-A backward written out by hand gives numbers without a graph, so a second derivative through it
-would be wrong without a word. Where a graph is wanted, the twin, in plain operations, takes over.
-A kernel without a twin refuses.
+A backward written by hand returns tensors without a graph. A second derivative through it would be
+wrong, without an error. Where a graph is wanted, the twin computes it in plain operations. A kernel
+without a twin raises an error.
 """
 
 import torch
@@ -30,7 +30,7 @@ def needs_twin():
 
 
 def twin_gradients(twin, ctx, inputs, *grads):
-    """What a backward returns, by way of the twin, so that it can be differentiated again.
+    """The gradients that a backward returns, computed by the twin, to be differentiated again.
 
     inputs: those of `forward`, as saved by ctx; grads: of its outputs.
     """
@@ -49,7 +49,10 @@ def twin_gradients(twin, ctx, inputs, *grads):
 
 
 class FirstOrder(torch.autograd.Function):
-    """The identity, behind a kernel whose own backward would be silent about second derivatives."""
+    """The identity; RuntimeError at a second derivative.
+
+    It follows a kernel whose own backward would give wrong ones without an error.
+    """
 
     @staticmethod
     def forward(ctx, x, name):

@@ -50,7 +50,7 @@ class Setting:
 
 
 def derived(default):
-    """A field that the program fills in (a model's vocabulary, from the data), never the user."""
+    """A field that the program sets, and never the user: a model's vocabulary, from the data."""
     return field(default=default, metadata={"derived": True})
 
 
@@ -111,7 +111,7 @@ def run_override_file(path):
     namespace = {}
     try:
         tree = ast.parse(source, path)
-        # What the user's program prints must not get into our own standard output.
+        # The output of the user's program must not mix with our own on standard output.
         with contextlib.redirect_stdout(sys.stderr):
             exec(compile(tree, path, "exec"), namespace)
     except (Exception, SystemExit) as e:
@@ -153,7 +153,7 @@ def field_names(cls):
     return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("derived")]
 
 
-OUR_SETTINGS = {  # what LLMonade's commands set: what does it here
+OUR_SETTINGS = {  # a setting of LLMonade's commands: the setting here that does the same
     "pretrained_layer_path": "init_from",
     "pretrained_layer_step": "init_step",
     "pretrained_layer_map": "init_map",
@@ -289,6 +289,11 @@ def convert(value, kind):
         if not isinstance(value, (bool, int, str)) or word not in words:
             raise ValueError(f"takes 0 or 1, not {shown}")
         return words[word]
+    return _convert_number(value, kind, shown)
+
+
+def _convert_number(value, kind, shown):
+    """kind: int or float. shown: the value as text, for errors."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"takes a number, not {shown}")
     try:
@@ -459,7 +464,8 @@ def help_text(doc, *classes, common=()):
 
     common: names of settings to show first. The others follow by dataclass and group.
     """
-    sections = {"the settings that one turns most": dict.fromkeys(common)}
+    most_used = dict.fromkeys(common)  # in this order
+    sections = {"most used settings": most_used}
     for cls in classes:
         file = os.path.basename(inspect.getsourcefile(cls))
         docs = field_docs(cls)
@@ -468,7 +474,7 @@ def help_text(doc, *classes, common=()):
                 continue
             group, comment = docs[f.name]
             title = f"settings of {file}, {group}" if group else f"settings of {file}"
-            section = sections["the settings that one turns most"]
+            section = most_used
             if f.name not in common:
                 section = sections.setdefault(title, {})
             default = f"{f.name}={f.default}"
@@ -492,9 +498,9 @@ def print_help(doc, *classes, common=()):
 
 
 class Screen:
-    """Standard output or error, which never raises: the work goes on without it.
+    """Standard output or error that never raises, so that a training does not end with its output.
 
-    Its reader may go (`... | head`), and its disk may be full.
+    The reader of a pipe may end before (`... | head`), or the disk may be full.
     """
 
     def __init__(self, stream):
@@ -529,7 +535,8 @@ def open_screens():
         try:
             os.fstat(number)
         except OSError:
-            # Takes the lowest free number. Else the next file gets it, and what a library prints.
+            # This takes the lowest free number. Otherwise the next file that is opened would get
+            # it, and with it what a library prints.
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")

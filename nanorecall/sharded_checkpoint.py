@@ -1,7 +1,7 @@
 """Tensors in shards: a directory to which every rank writes its part (FSDP).
 
 torch.distributed.checkpoint writes and reads it. Its index, .metadata, is a pickle, which could
-execute anything; it is read here by an unpickler that calls nothing, and made anew from what it
+execute anything. Here an unpickler that calls nothing reads it, and a new index is made of what it
 says of tensors.
 """
 
@@ -78,9 +78,9 @@ def shard_metadata(directory):
 
 
 def read_shards(directory, into=None):
-    """Fill the tensors of `into` {name: tensor or DTensor} from shards, of however many ranks;
-    without it, all, whole.
+    """Fill the tensors of `into` {name: tensor or DTensor} from shards, of any number of ranks.
 
+    into=None: read all tensors, whole. -> into
     ConfigError if they are not such shards; RunError if the disk or memory refuses.
     """
     import torch.distributed.checkpoint as dcp
@@ -132,10 +132,9 @@ def tensor_reader(directory, index):
 
 
 def read_index(directory):
-    """The index of a directory of torch.distributed.checkpoint, made anew from what it says of
-    tensors.
+    """A new index of what the index of a torch.distributed.checkpoint directory says of tensors.
 
-    What else a trainer keeps there is left out. ConfigError if it does not fit the files beside it.
+    Other entries are left out. ConfigError if it does not fit the files of the directory.
     """
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
@@ -197,7 +196,7 @@ def describe_tensor(stub):
 
 
 def find_chunk(index, info):
-    """An entry of the index, which part of a tensor is where -> the same in torch's own classes."""
+    """An entry of the index, where a part of a tensor is -> the same in torch's own classes."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import MetadataIndex
 

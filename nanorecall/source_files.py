@@ -144,7 +144,10 @@ def find_source_file(name):
 
 
 def import_repo_file(name, key, found):
-    """Import a file of this repo, whatever file of its name the working directory has (found)."""
+    """Import a file of this repo, also if the working directory has another one of its name.
+
+    found: the first file of this name.
+    """
     path = os.path.join(REPO, name + ".py")
     if not os.path.samefile(found, path) and is_main_rank():
         note = f"note: {name} is this project's own; {found} is not used: give it another name"
@@ -168,7 +171,8 @@ def import_user_file(name, key, path, user_files):
                 user_files.admit(file, f.read(), key)
         return module
     spec = AdmittedLoader(name, path, user_files, key).spec()
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     before = set(user_files.files)
     finder = SiblingFinder(os.path.dirname(os.path.realpath(path)), user_files, key)
     sys.meta_path.append(finder)

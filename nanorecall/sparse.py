@@ -1,4 +1,4 @@
-"""Sparse gradients of a large table, of which a step reads few rows, and their optimizer."""
+"""Sparse gradients, of a large table of which a step reads few rows, and their optimizer."""
 
 import torch
 from torch.optim.adamw import adamw
@@ -12,10 +12,10 @@ ROWS_AT_A_TIME = 4096
 class SparseAdamW(torch.optim.AdamW):
     """AdamW that takes dense and sparse gradients; a sparse one updates its own rows alone.
 
-    Other rows keep their values and moments. So a step costs what it has read, however large the
-    table is. A row with a gradient in every step changes as under AdamW. One that is read seldom
-    differs: AdamW would move it on by its old moments, and let these decay. The bias correction
-    counts the steps of the whole table. The state has AdamW's names and shapes.
+    Other rows keep their values and moments. So the cost of a step depends on the rows that it has
+    read, not on the size of the table. A row with a gradient in every step changes as under AdamW.
+    One that is read seldom differs: AdamW would move it on by its old moments, and let these decay.
+    The bias correction counts the steps of the whole table. The state has AdamW's names and shapes.
 
     torch.optim.SparseAdam treats rows in the same way. But it refuses dense gradients, has no
     weight decay, and adds eps to the root before the bias correction instead of after it.
@@ -31,6 +31,7 @@ class SparseAdamW(torch.optim.AdamW):
         super().step()
 
     def update_rows(self, parameter, grad, group):
+        """One AdamW update of the rows in grad, a coalesced sparse tensor (slots, V)."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
@@ -56,7 +57,7 @@ def coalesce(grad):
     if grad.is_coalesced():
         return grad
     rows = grad._indices()[0]
-    # torch forgets that a gradient is coalesced when it stores it. A look is cheaper than a sum.
+    # torch forgets that a gradient is coalesced when it stores it. To check costs less than to sum.
     if (rows[1:] > rows[:-1]).all():
         return sparse_rows(rows, grad._values(), grad.shape, is_coalesced=True)
     return grad.coalesce()

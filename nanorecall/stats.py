@@ -126,7 +126,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 def mean_interval(values):
     """95% interval of the mean of a few runs (Student's t): (n, P) -> lower, upper end (P,).
 
-    Of a single run it is the value itself.
+    With a single run it is the value itself.
     """
     n, mean = len(values), values.mean(0)
     if n == 1:
@@ -280,3 +280,12 @@ def add_holm(cells):
     """Add "p_holm" to each of several results with a "p"."""
     for cell, p in zip(cells, holm([cell["p"] for cell in cells])):
         cell["p_holm"] = p
+
+
+def correlation_lines(cells):
+    """Lines of a table of {name: what `correlation` returned}, which get a "p_holm" each."""
+    add_holm(cells.values())
+    lines = []
+    for name, cell in cells.items():
+        lines.append((name, *format_ci(cell), f"{cell['p']:.4f}", f"{cell['p_holm']:.4f}"))
+    return lines

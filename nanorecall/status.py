@@ -1,4 +1,4 @@
-"""status.json: how a run ended, and what the test of its best weights measured."""
+"""status.json: how a run ended, and the results of testing its best weights."""
 
 import contextlib
 import math
@@ -96,5 +96,5 @@ def accuracy_table(test):
 
 def table_row(counts):
     """Counts of a slice -> {"accuracy", "ci95", "n", ...}."""
-    found = slice_metrics(counts)
-    return {"accuracy": found.pop("value"), **found}
+    metrics = slice_metrics(counts)
+    return {"accuracy": metrics.pop("value"), **metrics}

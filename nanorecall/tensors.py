@@ -13,10 +13,11 @@ DTYPES |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, t
 
 
 def plain_tensors(found, path):
-    """What the file `path` calls weights, of any kind -> {name: tensor}, without attributes.
+    """What was read as weights from the file `path`, any object -> {name: tensor}.
 
-    ConfigError unless names are text that can be shown and tensors plain ones of real numbers. A
-    tensor may not have more numbers than the file has bytes: a stride of 0 makes 10^12 of one.
+    The tensors are without the attributes that others may have given them. ConfigError unless names
+    are printable text and tensors plain ones of real numbers. A tensor may not have more numbers
+    than the file has bytes: with a stride of 0, one number in the file would be 10^12 in memory.
     """
     size = os.path.getsize(path)
 

@@ -177,28 +177,28 @@ class Segments:
 
     def completes(self, text):
         """(N,) bool: does this token end `text`, in any way that the tokenizer may cut it?"""
-        found = np.zeros(len(self.ids), bool)
+        is_end = np.zeros(len(self.ids), bool)
         for tokens in tokenizations(self.tokenizer, text):
             matches = np.ones(len(self.ids), bool)
             for back, token in enumerate(reversed(tokens)):
                 inside = self.index - back >= self.start
                 matches &= (np.roll(self.ids, back) == token) & inside
-            found |= matches
-        return found
+            is_end |= matches
+        return is_end
 
 
 @functools.cache
 def tokenizations(tokenizer, text):
     """The token sequences that may stand for `text`: a tokenizer may cut it differently after a
     line break or a space."""
-    found = set()
+    sequences = set()
     for before in ("", "\n", "\n\n", " "):
         ids = tokenizer.encode(before + text).tolist()
         # Drop tokens in front as long as the rest still spells the text.
         while "".join(tokenizer.token_strings[i] for i in ids[1:]).strip().endswith(text):
             ids = ids[1:]
-        found.add(tuple(ids))
-    return found
+        sequences.add(tuple(ids))
+    return sequences
 
 
 def digits_mask(s):
@@ -343,9 +343,9 @@ class DocumentEncoder:
         return flat, labels, cu_seqlens
 
     def batch(self, documents, packed):
-        """D documents -> tokens (B, T), targets (B, T), cu_seqlens (D + 1,) int32, and how many
-        labels each document has (D,).
+        """D documents -> tokens (B, T), targets (B, T), cu_seqlens (D + 1,), labels of each (D,).
 
+        tokens, targets and cu_seqlens are int32; labels of each: how many a document has.
         packed: all in one sequence, end to end; else one document in a sequence, with padding.
         """
         flat, labels, cu_seqlens = self.encode_and_label(documents)
@@ -372,7 +372,7 @@ def shift_labels(labels):
 
 
 def mark_answers(tokenizer, tokens, targets):
-    """The text of a document, lists of tokens and targets, with [] around what is scored."""
+    """A document, lists of tokens and targets, as text with [] around the scored tokens."""
     pieces, scored = [], False
     for i, token in enumerate(tokens):
         was_scored, scored = scored, i > 0 and targets[i - 1] != IGNORE_INDEX
@@ -390,15 +390,17 @@ def mark_answers(tokenizer, tokens, targets):
 
 
 def check_label_mask(tokenizer, kind, texts):
-    """What is wrong with the labels of texts under this tokenizer, as a sentence; "" if they spell
-    the answers that bytes spell, with a token for each digit."""
+    """What is wrong with the labels of texts under this tokenizer, as a sentence; "" if nothing is.
+
+    Labels must spell the same answers as with bytes, with a token for each digit.
+    """
     for text in texts:
         answer = "".join(answer_tokens(BYTES, kind, text))
         tokens = answer_tokens(tokenizer, kind, text)
-        found = "".join(tokens)
-        if answer != found:
+        labelled = "".join(tokens)
+        if answer != labelled:
             problem = "a token spans the end of an answer"
-            return f"the mask of {text!r} gives {found!r}, not {answer!r}: {problem}"
+            return f"the mask of {text!r} gives {labelled!r}, not {answer!r}: {problem}"
         for token in tokens:
             if text.isascii() and sum(letter.isdigit() for letter in token) > 1:
                 return f"{token!r} in {text!r} is one token: digits are merged"
@@ -406,8 +408,10 @@ def check_label_mask(tokenizer, kind, texts):
 
 
 def answer_tokens(tokenizer, kind, text):
-    """What the mask keeps of a text: a string for each token; if bytes may be parts of letters, one
-    string for all."""
+    """The labels of a text as strings: one for each token.
+
+    One for all if the text is not ASCII, because a token may be a part of a letter then.
+    """
     labels = label_mask(tokenizer.encode(text)[None], kind, tokenizer=tokenizer)[0]
     ids = labels[labels != IGNORE_INDEX]
     if text.isascii():

@@ -24,7 +24,7 @@ PROJECT = "nanorecall"  # on wandb, unless WANDB_PROJECT names another
 
 
 class Tracker:
-    """What a run tells its tracker (main rank only).
+    """Sends the log of a run to its tracker (main rank only).
 
     If the tracker fails (full disk, no network), a note says so, and training goes on without it.
     """
@@ -66,29 +66,29 @@ class Tracker:
 
 def hyperparameters(run):
     """{name: value} of all settings of a run, as numbers and text."""
-    found = {}
+    settings = {}
     for config in run.configs():
         for name, value in asdict(config).items():
-            found[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return found
+            settings[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return settings
 
 
 def numbers_of(row):
     """A row of log.jsonl -> {"train/loss": 0.5, ...}: its finite numbers, and those of layers.
 
-    log.jsonl has null for what is not finite.
+    log.jsonl has null for numbers that are not finite.
     """
     kind = row.get("split", row["kind"])
     parts = {kind: row}
     for layer, usage in row.get("layers", {}).items():
         parts[f"{kind}/{layer}"] = usage
-    found = {}
+    numbers = {}
     for part, values in parts.items():
         for name, value in values.items():
             is_number = isinstance(value, (int, float)) and math.isfinite(value)
             if is_number and name != "step":
-                found[f"{part}/{name}"] = value
-    return found
+                numbers[f"{part}/{name}"] = value
+    return numbers
 
 
 class TensorBoard:
@@ -160,9 +160,10 @@ class Wandb:
             allow_val_change=True,  # a resumed run may have another max_steps
         )
         self.run.define_metric("*", step_metric="step")  # the x axis of all charts
-        # wandb numbers what it gets, and takes no number twice. Ours are those of the rows in
-        # log.jsonl: several rows may be of one step. A continued record has the first ones.
-        self.n_rows, self.first = 0, self.run.step
+        # wandb takes no step twice, and several rows of log.jsonl may be of one step. So the rows
+        # are numbered. A continued record already has those before self.first.
+        self.n_rows = 0
+        self.first = self.run.step
 
     def log(self, step, numbers):
         if self.n_rows >= self.first:

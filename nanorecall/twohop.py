@@ -86,7 +86,8 @@ def split_queries(c, rng, r1, r2, a, b):
     for i in rng.permutation(len(a)):
         if (~usable).sum() >= c.ood_frac * usable.size:
             break
-        usable[r1[i], a[i]] = usable[r2[i], b[i]] = False
+        usable[r1[i], a[i]] = False
+        usable[r2[i], b[i]] = False
     both = usable[r1, a] & usable[r2, b]
     neither = ~usable[r1, a] & ~usable[r2, b]
     inside = rng.permutation(np.flatnonzero(both))
@@ -99,7 +100,8 @@ def split_queries(c, rng, r1, r2, a, b):
     require(1 <= n_trained <= 0.9 * len(inside), message, "phi")
     trained, in_dist = np.split(inside, [n_trained])
     used = np.zeros_like(usable)
-    used[r1[trained], a[trained]] = used[r2[trained], b[trained]] = True
+    used[r1[trained], a[trained]] = True
+    used[r2[trained], b[trained]] = True
     in_dist = in_dist[used[r1[in_dist], a[in_dist]] & used[r2[in_dist], b[in_dist]]]
     return trained, in_dist, out_dist
 

@@ -45,6 +45,10 @@ def test_two_models_part_where_a_weight_was_changed():
         other.layers[1].att.out_proj.weight[3, 0] += 1
     sentences = describe_parting(a, trace_of(other)[0], True)
     assert sentences.startswith("no shapes differ\nvalues part at layers.1.att.out_proj: at most")
+    with torch.no_grad():
+        other.layers[0].ffn.down.weight[0, 0] = torch.nan
+    sentences = describe_parting(a, trace_of(other)[0], True)
+    assert "values part at layers.0.ffn.down: at most nan" in sentences
     wide = memory_model(mem_k_dim=8)
     sentences = describe_parting(a, trace_of(wide)[0], False)
     place = "layers.1.memory.query: (36, 12) in A, (36, 16) in B"

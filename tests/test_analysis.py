@@ -16,7 +16,7 @@ import eval as eval_script
 import memory
 import train
 from analysis import confidence, memory_usage, routing, trained_run
-from nanorecall.distributed import SINGLE_PROCESS
+from nanorecall.distributed import SINGLE_PROCESS, World
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
 from toys import as_flags, load_result
@@ -101,6 +101,15 @@ def test_examples_of_a_run_are_as_many_of_each_group(runs):
     assert len(set(indices)) == len(indices)
     for group in run.data.eval_groups("test"):
         assert np.isin(indices, group).sum() == 2
+
+
+@pytest.mark.parametrize("n_items", [0, 2, 7])
+def test_items_that_ranks_took_in_turn_come_in_order(n_items):
+    class ThreeRanks(World):
+        def all_gather_object(self, value):
+            return [list(range(rank, n_items, 3)) for rank in range(3)]
+
+    assert ThreeRanks(size=3).gather_in_order(None) == list(range(n_items))
 
 
 def test_a_correct_example_has_no_wrong_label(monkeypatch):
@@ -427,7 +436,7 @@ def test_findings_of_routing_name_the_extremes():
     cells = {"1, digit": {"value": 0.2}, "1, answer": {"value": 0.9}, "0, quote": {"value": 1}}
     cosine = np.array([[1, 0.5, 0.1], [0.5, 1, 0.7], [0.1, 0.7, 1]])
     pairs = {"same token": {"slots in common": {"value": 0.75}}}
-    text = routing.findings("1", cells, (["a", "b", "c"], cosine), pairs)
+    text = routing.describe_layer("1", cells, (["a", "b", "c"], cosine), pairs)
     assert "most weight at answer (0.90) and least at digit (0.20)" in text
     assert "b and c read the most similar slots (cosine 0.70), a and c the least (0.10)" in text
     assert "same token 0.75" in text
@@ -521,6 +530,9 @@ def test_a_report_of_everything(runs, name, n_figures):
     for command in ("logits", "attention", "stats", "edit"):
         assert f"## {command}\n" in report
     assert ("## routing\n" in report) == (name == "memory")
+    if name == "memory":
+        section = report.partition("## routing\n")[2].partition("```")[0]
+        assert "- layer 1: " in section and "read the most similar slots" in section
     lines = [line for line in report.splitlines() if line.startswith("![")]
     assert len(lines) >= n_figures
     for line in lines:

@@ -394,7 +394,7 @@ def test_many_heads_are_small_panels_with_roles(tmp_path, monkeypatch):
     roles = {(layer, head): "diffuse" for layer in range(2) for head in range(20)}
     roles[1, 3] = "induction"
     maps = dict.fromkeys(roles, np.eye(4))
-    attention_maps.plot_grid("x.png", maps, list("abcd"), roles, "title")
+    attention_maps.plot_grid(maps, list("abcd"), roles, "title", "x.png")
     axes = figures[0].axes
     assert len(axes) == 4 * 16 + 1 and axes[35].get_title() == "1.3"
     assert axes[35].spines["top"].get_edgecolor() != axes[34].spines["top"].get_edgecolor()

@@ -186,7 +186,7 @@ def test_help_shows_common_settings_first_then_groups():
     file = "settings of test_configs.py"
     assert help_text("Title.", Grouped, common=("decay", "no_such")).splitlines() == [
         *("Title.", ""),
-        *("the settings that one turns most:", f"  --{'decay=0.0':32s} and how slow", ""),
+        *("most used settings:", f"  --{'decay=0.0':32s} and how slow", ""),
         *(f"{file}:", f"  --{'steps=5':32s} how many", ""),
         *(f"{file}, optimizer:", f"  --{'lr=1.0':32s} how fast"),
     ]

@@ -126,7 +126,7 @@ def keys(facts):
     return {fact // 100 for fact in facts}
 
 
-def compare_without_a_model(monkeypatch, seeds, **settings):
+def compare_without_a_model(monkeypatch, seeds, has_slices=True, **settings):
     """compare_editors on 30 known facts, 4 of them edited -> RecordingEditor, facts, result."""
     texts = [f"{i:02}:{i * 7 % 97:02} " for i in range(30)]
     groups = np.arange(len(texts)) % 2
@@ -157,7 +157,8 @@ def compare_without_a_model(monkeypatch, seeds, **settings):
         monkeypatch.setattr(edit_comparison, name, fake)
 
     def read(split, indices):
-        return [texts[i] for i in indices], {"exposures": groups[indices]}
+        slices = {"exposures": groups[indices]} if has_slices else {}
+        return [texts[i] for i in indices], slices
 
     source = SimpleNamespace(read=read, texts=texts)
     config = dict(n_edits=(4,), split="test", new_facts=False, portions=1, editors="")
@@ -200,6 +201,11 @@ def test_results_count_edited_and_unseen_facts(monkeypatch):
     assert set(by_group) == {"exposures=0", "exposures=1"}
     assert sum(cell["n"] for cell in by_group.values()) == 26
     assert sorted(cell["value"] == 1 for cell in by_group.values()) == [False, True]
+
+
+def test_facts_without_slices_are_one_group(monkeypatch):
+    _, _, results = compare_without_a_model(monkeypatch, seeds=[0], has_slices=False)
+    assert results["method, edits"]["none, 4"]["retained_by"]["all"]["n"] == 26
 
 
 def test_the_seed_of_the_run_chooses_the_facts(monkeypatch):

@@ -17,7 +17,7 @@ import flex_generate
 import memory
 import nanorecall.run as run_module
 import train
-from analysis import stored_facts, trained_run
+from analysis import trained_run
 from nanorecall import build, checkpoint
 from nanorecall.distributed import SINGLE_PROCESS, all_finite
 from nanorecall.files import unlock
@@ -427,7 +427,7 @@ def test_memory_that_training_does_not_get_is_a_sentence(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "module, function", [(stored_facts, "iter_predictions"), (trained_run, "open_run")]
+    "module, function", [(trained_run, "iter_predictions"), (trained_run, "open_run")]
 )
 def test_memory_that_an_evaluation_does_not_get_is_a_sentence(
     tmp_path, monkeypatch, module, function

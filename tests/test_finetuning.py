@@ -5,7 +5,7 @@ import torch
 
 from analysis import finetuning
 from analysis.editors import EDITORS, answered
-from analysis.finetuning import Reads, choose_slots, count_reads, total_reads
+from analysis.finetuning import Reads, choose_slots, reads_of_facts, total_reads
 from memory import MemoryRouterGPT
 from toys import memory_model, random_tokens
 
@@ -30,7 +30,7 @@ def editable(**changes):
 def test_reads_are_counted_as_a_loop_counts_them():
     model = editable()
     tokens, targets = some_facts(0, n=5)
-    counted = count_reads(model, tokens, targets)
+    counted = reads_of_facts(model, tokens, targets)
     _, _, reads = model(tokens, targets, trace=True)
     by_hand = torch.zeros(5, 64)
     for fact in range(5):

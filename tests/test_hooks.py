@@ -128,7 +128,7 @@ def test_logit_diff_of_three_answers():
 def test_forward_from_a_block_equals_full_forward(model):
     examples = some_examples()
     clean = hooks.run_with_cache(model, examples)
-    logits = hooks.gather_labels(model(examples.tokens)[0], examples.label_pos)
+    logits = hooks.select_positions(model(examples.tokens)[0], examples.label_pos)
     torch.testing.assert_close(clean.logits, logits)
     for block, resid_mid in clean.resid_mid.items():
         reads = slots_and_weights(clean.reads[block])

@@ -6,6 +6,7 @@ import torch
 
 from analysis import hooks, swap_positions
 from analysis.interchange import draw_pairs
+from nanorecall.settings import ConfigError
 from planted import planted_positions
 from toys import ablation_model, some_examples
 
@@ -51,6 +52,13 @@ def test_content_that_depends_on_the_position(exchange):
 
 
 @torch.no_grad()
+def test_pairs_with_the_same_answers_are_refused():
+    model, examples = planted_positions(False)
+    pair = np.zeros(1, int)
+    with pytest.raises(ConfigError, match="have the same answers; raise n_examples"):
+        swap_positions.position_effects(model, examples, pair, pair, "output")
+
+
 def test_moves_equal_full_forwards():
     """One pair, in both memory layers: drops and predictions from the definition."""
     model, examples = ablation_model(mem_share_values=False), some_examples(B=2)
