@@ -1,6 +1,7 @@
 """sweep.py card: faults are found before anything is trained; a card says what its numbers say."""
 
 import json
+import re
 import shlex
 import sys
 
@@ -11,7 +12,7 @@ from torch import nn
 import sweep
 import train
 from analysis import card, card_checks, card_page
-from analysis.sweep_runs import is_finished, runs_of, training_command
+from analysis.sweep_runs import ROOT, is_finished, runs_of, training_command
 from nanorecall.settings import ConfigError
 
 TOY = ["--n_layers=1", "--dim=16", "--dk=8", "--dv=8"]
@@ -136,7 +137,7 @@ def user(tmp_path, monkeypatch):
     (tmp_path / "card_mine.py").write_text(MINE)
     monkeypatch.setattr(card, "STORED", str(tmp_path / "stored.json"))
     yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("card_mine")]:
+    for name in [name for name in sys.modules if name.startswith(("card_mine", "shiftmix"))]:
         del sys.modules[name]  # the next test has files of the same names
 
 
@@ -147,6 +148,31 @@ def test_a_mixer_that_looks_ahead_is_refused_and_nothing_is_trained(user, monkey
     with pytest.raises(ConfigError, match=message):
         sweep.main(["card", f"--mixer=card_mine.{name}"])
     assert not (user / "runs").exists()
+
+
+def test_the_mixers_of_the_guide(user, monkeypatch):
+    """One passes the checks and is trained, the other is refused before that."""
+    with open(f"{ROOT}/GUIDE.md", encoding="utf-8") as f:
+        text = f.read()
+    code = re.search(r"This `shiftmix.py` has.*?```python\n(.*?)```", text, re.S).group(1)
+    (user / "shiftmix.py").write_text(code)
+    model = card.model_file("shiftmix.ShiftAttention")
+    model_args = shlex.split(card.recall_model(model, ""))
+    found = card_checks.check_model(model_args, "mine")
+    assert found.pop("decoding").startswith("decoding needs a mixer with a cache")
+    assert not any(found.values())
+    # Keys are made from the token before, so the first token matters to all after it.
+    mixer = sys.modules["shiftmix"].ShiftAttention(card_checks.new_model(model_args).config)
+    x = torch.randn(1, 5, 64, requires_grad=True)
+    (dx,) = torch.autograd.grad(mixer(x)[0, 3].sum(), x)
+    assert (dx[0, :4].abs().sum(-1) > 0).all() and not dx[0, 4].any()
+    short = "--max_steps=2 --eval_interval=2 --batch_size=2 --n_test_examples=4 --n_val_examples=4"
+    argv = [*model_args, *short.split(), "--curriculum=[]", "--stage_loss=0", "--log_dir=r"]
+    assert train.main([*argv, "--input_seq_len=32", "--num_kv_pairs=4"]) == 0
+
+    monkeypatch.setattr(card, "run_missing", None)
+    with pytest.raises(ConfigError, match="shiftmix_Cheat fails causality: its logits at token 1 "):
+        sweep.main(["card", "--mixer=shiftmix.Cheat"])
 
 
 def test_a_mixer_that_does_not_run_is_refused_in_a_sentence(user):
