@@ -313,8 +313,12 @@ RECIPES = {  # mixer: the config whose model and learning rate it has
     "gated_delta": "configs/mqar_gated_delta.py",
     "kda": "configs/mqar_kda.py",
     "ttt_linear": "configs/mqar_ttt.py",
+    "ttt_mlp": "configs/mqar_ttt.py --model ttt_mlp --dk 40 --dv 40 --inner_lr 0.1",
+    "delta rule, window": "configs/mqar_hybrid.py",
+    "Based": "configs/mqar_based.py",
 }
-STARTS = {"curriculum": "", "no curriculum": "--curriculum [] --stage_loss 0"}
+WITHOUT = "no curriculum"  # one seed: most stay near chance until the last step, which takes long
+STARTS = {"curriculum": "", WITHOUT: "--curriculum [] --stage_loss 0"}
 MAX_STEPS = 500
 LEVELS = (0.5, 0.95)  # of validation accuracy
 LONG = "512 tokens"
@@ -322,6 +326,7 @@ LONG_MIXERS = {
     "gated_delta": "--model gated_delta --chunk_size 32",
     "kda": "--model kda --chunk_size 16",
 }
+LONG_CURRICULUM = '--curriculum "[(2, 100), (8, 60), (32, 60)]" --stage_loss 0.8'
 
 
 def plateau_points():
@@ -330,19 +335,25 @@ def plateau_points():
         for start, start_args in STARTS.items():
             train_args = f"{config} {start_args} --max_steps {MAX_STEPS} --eval_interval 20 "
             train_args += "--n_val_examples 100 --n_test_examples 300 --stop_accuracy 0.95 "
+            train_args += "--target_accuracy 0"
             run = run_name("plateau", name, start)
-            points.append(Point(f"{start}: {name}", 0, run, train_args + "--target_accuracy 0"))
+            seeds = 1 if start == WITHOUT else 0
+            points.append(Point(f"{start}: {name}", 0, run, train_args, seeds=seeds))
     for name, model_args in LONG_MIXERS.items():
-        points.append(Point(f"{LONG}: {name}", 0, f"plateau_long_{name}", long_args(model_args)))
+        run = f"plateau_long_{name}"
+        train_args = f"{long_args(model_args)} {LONG_CURRICULUM}"
+        points.append(Point(f"{LONG}: {name}", 0, run, train_args))
+        train_args = f"{long_args(model_args)} {STARTS[WITHOUT]}"
+        series = f"{LONG}: {name}, {WITHOUT}"
+        points.append(Point(series, 0, run_name(run, WITHOUT), train_args, seeds=1))
     return points
 
 
 def long_args(model_args):
-    """The model and task of a rerun of Kimi Linear's MQAR, with a curriculum."""
+    """The model and task of a rerun of Kimi Linear's MQAR."""
     return (
         f"{model_args} {NO_FEATURE_MAP} --n_layers 2 --dim 128 --n_heads 2 --dk 128 --dv 128 "
         "--input_seq_len 512 --num_kv_pairs 128 --num_queries 64 --infinite_data 1 "
-        '--curriculum "[(2, 100), (8, 60), (32, 60)]" --stage_loss 0.8 '
         "--max_steps 600 --batch_size 8 --lr 0.005 --warmup_steps 20 --lr_schedule cosine "
         "--eval_interval 20 --n_val_examples 50 --n_test_examples 200 --stop_accuracy 0.95"
     )
@@ -372,19 +383,22 @@ def draw_plateau(results):
     steps.set(title="MQAR, 32 pairs in 128 tokens: validation accuracy reaches")
     steps.invert_yaxis()
     steps.legend()
-    for number, (name, points) in enumerate(of_panel(results, LONG).items()):
+    for name, points in of_panel(results, LONG).items():
+        color = "C0" if name.startswith("gated_delta") else "C1"
+        style = ":" if name.endswith(WITHOUT) else "-"
         for seed, result in enumerate(points[0]):
             x = [evaluation["step"] for evaluation in result["evals"]]
             y = [evaluation["accuracy"] for evaluation in result["evals"]]
             # One entry in the legend for all seeds.
-            curves.plot(x, y, lw=1, color=f"C{number}", label=name if seed == 0 else None)
-    curves.set(title="MQAR, 128 pairs in 512 tokens, with a curriculum", xlabel="step")
+            curves.plot(x, y, style, color=color, lw=1, label=name if seed == 0 else None)
+    curves.set(title="MQAR, 128 pairs in 512 tokens", xlabel="step")
     curves.set(ylabel="validation token accuracy", ylim=(-0.02, 1.02))
     curves.legend()
     return (
         plt,
         fig,
-        "Model, learning rate and curriculum of configs/\npoints and lines: {seeds} seeds",
+        "Model, learning rate and curriculum of configs/\n"
+        "points and lines: {seeds} seeds; without a curriculum 1",
     )
 
 

@@ -1,6 +1,6 @@
 """MQAR with updates: 12 of 24 keys are stored again with a new value, and the last one counts.
 
-128 tokens; DeltaNet with the sizes and recipe of configs/mqar_delta.py. Two minutes on 2 CPU cores.
+128 tokens; DeltaNet of 4 layers with the size of configs/mqar_gpt.py. Two minutes on 2 CPU cores.
 Expected: test token accuracy of 0.97 or more, and higher on updated keys (the slice `updated`).
 
 The delta rule removes the old value as it writes the new one, so an updated key costs no capacity.

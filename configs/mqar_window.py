@@ -4,7 +4,7 @@
 lies 32 to 63 tokens before the query (slice distance=32), and about 0.57 over all labels, with any
 seed.
 
-Of the queries, 58% have their pair in the window, and these are answered. The others are not,
+Of the queries, 57% have their pair in the window, and these are answered. The others are not,
 since a layer looks back 63 tokens only. Four layers reach four times as far, but the lower ones
 would have to pass on all pairs, not knowing which will be queried. The cache takes 194 kB whatever
 the length, that of mqar_gpt.py 393 kB.

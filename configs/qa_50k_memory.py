@@ -4,7 +4,7 @@
 table can hold about 2.6. 7 minutes on 2 CPU cores. Expected: digit accuracy of 0.6 on pairs
 shown 128 times an epoch, and still rising. `python eval.py runs/RUN` prints the bits stored.
 
-As in configs/qa_50k_gpt.py, 1,100 steps pass before the first pairs are stored, and the run is 1.4
+1,100 steps pass before the first pairs are stored (configs/qa_50k_gpt.py: 1,200). The run is 1.4
 epochs. The number of steps is the limit, not the table.
 """
 
