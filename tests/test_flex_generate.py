@@ -55,6 +55,12 @@ def command_line(tiny_llamas, tmp_path, *more):
     ]
 
 
+def test_the_stored_figure_is_drawn_without_a_model(tmp_path):
+    shutil.copy(os.path.join(results.ROOT, "figures", "methods.json"), tmp_path)
+    flex.main(["--draw_table", str(tmp_path / "methods.json")])
+    assert (tmp_path / "methods.png").stat().st_size > 5000
+
+
 MEASURED = {"value": 0.5, "ci95": [0.4, 0.6], "n": 9}
 
 
