@@ -8,6 +8,7 @@
     python flex_generate.py --model models/qwen2.5 --chat  # in the model's chat format
     python flex_generate.py --path facts.jsonl --shots_path pool.jsonl
     python flex_generate.py --draw_mask --num_manual 3 --num_auto 2 --allow_manual_cross_attention
+    python flex_generate.py --draw_table figures/methods.json  # draw methods.png again, no model
     python flex_generate.py --lemmaize              # add lemmas to existing results
     python eval.py choices runs/myriadlama/MODEL    # then: does a method for each relation help?
     torchrun --standalone --nproc_per_node=2 flex_generate.py
@@ -89,6 +90,7 @@ class Config:
     batch_size: int = 8  # questions of one relation in a batch
     out_dir: str = "runs/myriadlama"  # results go into a directory named after the model in it
     lemmaize: bool = False  # add predict_lemma and answer_lemmas to existing results, and stop
+    draw_table: str = ""  # draw this table_*.json again, as the .png beside it, and stop
     draw_mask: bool = False  # print the attention mask, save it as mask_<scheme>.png, and stop
     seed: int = 0  # of the choice of examples, questions and automatic templates
     num_threads: int = 0  # CPU threads; 0: as torch chooses
@@ -380,6 +382,8 @@ def main(argv=None):
     config = parse(sys.argv[1:] if argv is None else argv)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    if config.draw_table:
+        return results.draw_table(config.draw_table)
     if config.draw_mask:
         return show_mask(config)
     if config.lemmaize:

@@ -7,7 +7,7 @@
     python sweep.py card --model mine      # a report card of one mixer (card --help)
 
 What a figure shows is also kept as numbers, in figures/NAME.json. --draw_only draws from that file
-where runs are missing.
+where runs are missing. It names the figures that have neither, and draws the others.
 
 A point of a figure is one run directory per seed in runs/sweep, which eval.py reads, too. Figures
 share runs. A finished run is never trained again, and a stopped one is resumed.
@@ -238,7 +238,7 @@ def save_figure(name, shown, config):
         plt, fig, caption = FIGURES[name].draw(by_series(shown))
     except (KeyError, IndexError, TypeError, ValueError) as e:
         problem = f"the results of its runs lack what it shows ({type(e).__name__}: {e})"
-        raise ConfigError(f"figure {name}: {problem}; run them again") from None
+        raise ConfigError(f"{problem}; run them again") from None
     if not any(axis.get_legend() for axis in fig.axes):
         handles, labels = fig.axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside upper center", ncols=5)
@@ -299,7 +299,7 @@ def main(argv=None):
         try:
             make_figure(name, config)
         except ConfigError as e:  # the other figures do not need these runs
-            errors.append(str(e))
+            errors.append(f"{name}: {e}")
     require(not errors, "\n".join(errors), None)
 
 

@@ -4,7 +4,7 @@
     python sweep.py card --mixer mine.Mixer       # a module (B, T, D) -> (B, T, D), from a Config
     python sweep.py card --model delta            # a mixer of this project
 
-It checks the model first, and refuses one that looks ahead. Then it trains ten small models, and
+It checks the model first, and refuses one that looks ahead. Then it trains twelve small models, and
 writes card.md, card.png and card.json into runs/card/NAME, beside the cards of this project's own
 mixers (figures/card.json). Its runs lie there too: a second call continues where the first stopped.
 A mixer gets 2 layers of width 64; --model_args has further settings (--model_args="--conv_size 4").
@@ -15,6 +15,7 @@ import shlex
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import train
 from analysis.card_checks import (
     LENGTHS,
     check_model,
@@ -22,9 +23,10 @@ from analysis.card_checks import (
     relative_cost,
     state_bytes,
 )
-from analysis.card_page import CARD, REFERENCE, draw, findings, page
+from analysis.card_page import BY_STATE, CARD, REFERENCE, draw, findings, page
 from analysis.figures_of_mixers import (
     MEMORIES,
+    WINDOWS,
     attention_args,
     memory_args,
     quality,
@@ -33,9 +35,9 @@ from analysis.figures_of_mixers import (
     tracking_model,
 )
 from analysis.sweep_runs import ROOT, Point, collect_results, missing_runs, run_missing
-from nanorecall.build import resolve_model
+from nanorecall.build import build_data, build_model_config, resolve_model
 from nanorecall.files import atomic_write, make_directory
-from nanorecall.records import read_record, write_json
+from nanorecall.records import check_kinds, read_record, write_json
 from nanorecall.settings import (
     ConfigError,
     RunError,
@@ -150,13 +152,55 @@ def parity_model(model, model_args):
 
 
 def known_args(model, **settings):
-    """Those of the settings that the model's file has, as arguments."""
-    module, _ = resolve_model(model)
+    """Those of the settings that the model has, as arguments."""
+    module, model_class = resolve_model(model)
+    inactive = getattr(model_class, "inactive_settings", {})
     args = ""
     for name, value in settings.items():
-        if name in module.Config.__dataclass_fields__:
+        if name in module.Config.__dataclass_fields__ and name not in inactive:
             args += f" --{name} {value}"
     return args
+
+
+# ---- sizes of its state --------------------------------------------------------------------------
+
+
+def sizes_of_state(model, recall, model_args):
+    """{bytes of the state after 256 tokens: arguments of train.py}, of the model and two others.
+
+    The others have as many layer parameters. If their state is as large, there is one size only.
+    """
+    sizes = {}
+    for args in (recall, *other_sizes(model, recall, model_args)):
+        # A model file of one's own may refuse other numbers of heads, with any error.
+        try:
+            size = state_bytes(shlex.split(args))["256"]
+        except Exception:
+            continue
+        if size is not None:
+            sizes.setdefault(size, args)
+    return sizes
+
+
+def other_sizes(model, recall, model_args):
+    """Arguments of train.py: the model with other windows, or with half and twice as many heads."""
+    if model == REFERENCE:
+        return [f"{recall} --window {window}" for window in WINDOWS[:-1]]
+    if model in MEMORIES and not model_args:
+        return [memory_args(model, heads) for heads in (1, 4)]
+    settings = train.parse(shlex.split(recall))
+    config = build_model_config(settings, build_data(settings))
+    now = getattr(config, "n_heads", 0)
+    sizes = []
+    for heads in (now // 2, 2 * now):
+        if heads == 0:
+            continue
+        # Heads times width stays the same, and with it the number of parameters.
+        widths = {}
+        for name in ("dk", "dv", "du"):
+            widths[name] = getattr(config, name, 0) * now // heads
+        sizes.append(recall + known_args(model, n_heads=heads, **widths))
+    return sizes
 
 
 # ---- the trainings -------------------------------------------------------------------------------
@@ -182,8 +226,11 @@ def first_points(recall, parity):
     return points
 
 
-def other_points(recall, lr):
-    """At the best learning rate: other numbers of pairs, longer sequences, keys stored again."""
+def other_points(recall, lr, states):
+    """At the best learning rate: other numbers of pairs, longer sequences, keys stored again.
+
+    states: see sizes_of_state.
+    """
     points = []
     for pairs in PAIRS:
         if pairs != 32:
@@ -191,6 +238,9 @@ def other_points(recall, lr):
     sizes = f'--test_sizes "{SIZES}" --n_val_examples 10 --n_test_examples 100'
     points.append(recall_point("lengths", 0, "lengths", recall, lr, more=sizes))
     points.append(recall_point("updates", 0, "updates", recall, lr, more="--num_updates 16"))
+    for size, args in states.items():
+        name = "pairs64" if args == recall else f"state{size}"
+        points.append(recall_point("by_state", size, name, args, lr, pairs=64))
     return points
 
 
@@ -224,19 +274,27 @@ def read_finished(points, runs):
     return results
 
 
-def measure_runs(recall, parity, runs):
-    """Train, and -> the parts of a card that trainings give: {part: {name: accuracy or None}}"""
+def measure_runs(recall, parity, states, runs):
+    """Train, and -> the parts of a card that trainings give: {part: {name: accuracy or None}}
+
+    states: see sizes_of_state.
+    """
     first = train_points(first_points(recall, parity), runs)
     lr = max(first["recall"], key=lambda rate: quality(first["recall"][rate]))
     best_parity = max(first["parity"].values(), key=quality)
-    others = train_points(other_points(recall, lr), runs)
+    others = train_points(other_points(recall, lr, states), runs)
     at_32 = first["recall"][lr]
     pairs = {}
     for n in PAIRS:
         pairs[str(n)] = token_accuracy(at_32 if n == 32 else others["pairs"].get(n))
     rates = {str(rate): token_accuracy(first["recall"].get(rate)) for rate in RATES}
+    by_state = []
+    for size in sorted(states):
+        accuracy = token_accuracy(others["by_state"].get(size))
+        by_state.append({"bytes": size, "accuracy": accuracy})
     return {
         "pairs": pairs,
+        "by_state": by_state,
         "rates": rates,
         "lengths": slice_accuracies(others["lengths"][0], "input_seq_len"),
         "updates": slice_accuracies(others["updates"][0], "updated"),
@@ -268,7 +326,11 @@ def parse(argv):
 def read_stored():
     if not os.path.exists(STORED):
         return {}
-    return read_record(STORED, {"*": CARD})
+    cards = read_record(STORED, {"*": CARD})
+    for name, card in cards.items():
+        card.setdefault("by_state", [])  # an older card has no such part
+        check_kinds(card["by_state"], BY_STATE, f"{STORED}: {name!r}: 'by_state'")
+    return cards
 
 
 def make_card(config):
@@ -285,9 +347,13 @@ def make_card(config):
     make_directory(folder)
     say(f"{name}: cost of a training step at {len(LENGTHS)} lengths")
     card["cost"] = relative_cost(model_args, reference)
+    # A model that cannot decode has no state that could be measured.
+    states = {}
+    if card["state"]["256"]:
+        states = sizes_of_state(model, recall, config.model_args)
     say(f"{name}: trainings")
     runs = SimpleNamespace(seeds=1, jobs=config.jobs, log_dir=folder, extra_args=config.extra_args)
-    card |= measure_runs(recall, parity, runs)
+    card |= measure_runs(recall, parity, states, runs)
 
     stored = read_stored()
     stored.pop(name, None)  # an earlier card of the same mixer

@@ -2,6 +2,7 @@
 
 import math
 
+from analysis.figure_lines import log_axis
 from nanorecall.plots import figure, finish_figure
 
 REFERENCE = "gpt"  # whose time the cost is relative to
@@ -15,6 +16,7 @@ def findings(card, stored):
         say_checks(card["checks"]),
         say_state(card["state"]),
         say_place(card, stored),
+        say_by_state(card["by_state"]),
         say_lengths(card["lengths"]),
         say_updates(card["updates"]),
         say_parity(card["parity"]),
@@ -48,6 +50,19 @@ def say_place(card, stored):
     n_better = sum(value > (card["pairs"]["64"] or 0) for value in others.values())
     best = max(others, key=others.get)
     return f"{text}: place {n_better + 1} beside {len(others)} others ({best}: {others[best]:.1%})."
+
+
+def say_by_state(sizes):
+    """sizes: the part "by_state" of a card."""
+    if not sizes:
+        return "Recall against state is unknown, since it cannot decode."
+    if len(sizes) == 1:
+        return "Its state does not depend on n_heads, so recall was measured with one size of it."
+    text = "With other sizes of the state and as many layer parameters, it recalls of 64 pairs"
+    parts = []
+    for size in sizes:
+        parts.append(f"{percent(size['accuracy'])} with {size['bytes'] / 1000:,.0f} kB")
+    return f"{text} {', '.join(parts)}."
 
 
 def say_lengths(lengths):
@@ -106,6 +121,7 @@ CARD = {  # the parts of card.json, and the numbers in them that are shown in wo
     "updates": {"0": "number", "1": "number"},
     "parity": {"64": "number", "256": "number"},
 }
+BY_STATE = [{"bytes": "size", "accuracy": NUMBER}]  # 64 pairs with several sizes of the state
 COLUMNS = {  # column of the table: a part of the card, which number, how it is written
     "state, kB": ("state", "256", lambda value: f"{value / 1000:,.0f}"),
     "64 pairs": ("pairs", "64", "{:.3f}".format),
@@ -122,6 +138,7 @@ PANELS = {  # part of the card: title, label of the x axis, label of the y axis
     "parity": ("parity, trained on 64 tokens", "tokens", "test accuracy"),
     "rates": ("32 pairs in 256 tokens", "learning rate", "test token accuracy"),
     "cost": ("training step of 4,096 tokens", "tokens in a sequence", f"time, {REFERENCE} = 1"),
+    "by_state": ("64 pairs, equal layer parameters", "kB of state", "test token accuracy"),
 }
 
 
@@ -129,9 +146,10 @@ def page(name, card, stored):
     """The card as markdown."""
     lines = [f"# {name}", ""]
     lines += [f"- {sentence}" for sentence in findings(card, stored)]
-    lines += ["", f"![Six panels: {name} beside other mixers](card.png)", ""]
-    lines.append("| mixer | layer parameters | " + " | ".join(COLUMNS) + " |")
-    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    lines += ["", f"![Seven panels: {name} beside other mixers](card.png)", ""]
+    columns = ["mixer", "layer parameters", *COLUMNS, "64 pairs by state, kB"]
+    lines.append(f"| {' | '.join(columns)} |")
+    lines.append("|---" * len(columns) + "|")
     lines.append(table_row(f"**{name}**", card))
     lines += [table_row(other, of_other) for other, of_other in stored.items()]
     lines += [
@@ -149,19 +167,32 @@ def table_row(name, card):
     for part, key, write in COLUMNS.values():
         value = card[part][key]
         cells.append("-" if value is None else write(value))
+    cells.append(write_by_state(card["by_state"]))
     return f"| {' | '.join(cells)} |"
 
 
+def write_by_state(sizes):
+    """sizes: the part "by_state" of a card -> "22: 0.801, 44: 0.900" """
+    cells = []
+    for size in sizes:
+        if size["accuracy"] is not None:  # else the run failed
+            cells.append(f"{size['bytes'] / 1000:,.0f}: {size['accuracy']:.3f}")
+    return ", ".join(cells) or "-"
+
+
 def draw(path, name, card, stored):
-    plt, fig, axes = figure(2, 3, width=4)
+    plt, fig, axes = figure(2, 4, width=4)
     for axis, (part, (title, xlabel, ylabel)) in zip(axes, PANELS.items()):
+        draw_part = draw_by_state if part == "by_state" else draw_line
         for other, of_other in stored.items():
-            draw_line(axis, of_other[part], lw=1, ms=3, alpha=0.6, label=other)
-        draw_line(axis, card[part], lw=2, ms=5, color="black", label=name)
+            draw_part(axis, of_other[part], lw=1, ms=3, alpha=0.6, label=other)
+        draw_part(axis, card[part], lw=2, ms=5, color="black", label=name)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         if part != "cost":
             axis.set_ylim(-0.02, 1.02)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    *_, empty = axes
+    empty.axis("off")
+    empty.legend(*axes[0].get_legend_handles_labels(), loc="center")
     finish_figure(fig, plt, path, "")
 
 
@@ -170,3 +201,11 @@ def draw_line(axis, values, **style):
     heights = [math.nan if value is None else value for value in values.values()]
     axis.plot(range(len(values)), heights, marker="o", **style)
     axis.set_xticks(range(len(values)), values)
+
+
+def draw_by_state(axis, sizes, **style):
+    """sizes: the part "by_state" of a card"""
+    kilobytes = [size["bytes"] / 1000 for size in sizes]
+    heights = [math.nan if size["accuracy"] is None else size["accuracy"] for size in sizes]
+    axis.plot(kilobytes, heights, marker="o", **style)
+    log_axis(axis, (10, 20, 50, 100, 200, 400))

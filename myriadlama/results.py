@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from myriadlama.file_checks import require_package
 from nanorecall.files import atomic_write, dataset_sha256, only_writer, sha256_file
 from nanorecall.metrics import print_table
 from nanorecall.plots import figure, write_figure
-from nanorecall.records import check_kinds, read_lines, write_json
+from nanorecall.records import check_kinds, read_lines, read_record, write_json
 from nanorecall.settings import ConfigError, require, say
 from nanorecall.stats import clustered_proportion, format_ci, holm, mcnemar, proportion
 
@@ -55,6 +56,7 @@ NOT_IN_KEY = (
     "device",
     "num_threads",
     "lemmaize",
+    "draw_table",
     "draw_mask",
 )
 
@@ -172,6 +174,8 @@ def is_record(line):
 
 # ---- tables --------------------------------------------------------------------------------------
 
+MEASURED = {"value": "number", "ci95": ["number"], "n": "size"}  # a proportion in table_*.json
+
 
 def write_results(config, folder, asked, facts, pool, key, chosen, methods):
     """Write a feather file for each chosen method, and a table of all methods with these templates.
@@ -216,7 +220,7 @@ def write_results(config, folder, asked, facts, pool, key, chosen, methods):
     table, reliability = f"table_{templates}", f"reliability_{templates}.png"
     write_json(os.path.join(folder, f"{table}.json"), result)
     written = [file_name(config, name) for name in chosen] + [f"{table}.json", reliability]
-    title = f"{config.model}: {len(asked)} questions, templates {templates}"
+    title = table_title(config.model, len(asked), templates)
     metrics.plot_reliability(os.path.join(folder, reliability), summaries, title)
     # Of one method a sentence says as much as a figure.
     if len(summaries) > 1:
@@ -333,6 +337,26 @@ def print_results(summaries, baseline, methods):
         print("words are compared as lemmas")
     else:
         print("words are compared as they are: pip install simplemma")
+
+
+def draw_table(path):
+    """Draw a table_*.json again, as the .png beside it, without a model."""
+    settings = {"model": "text", "num_manual": "number", "num_auto": "number"}
+    table = read_record(path, {"config": settings, "metrics": {"majority": MEASURED}})
+    summaries = dict(table["metrics"])
+    baseline = summaries.pop("majority")
+    check_kinds(summaries, {"*": {"accuracy": MEASURED}}, f"{path}: 'metrics'")
+    message = f"{path} has no method; a figure compares several"
+    require(summaries, message, "draw_table")
+    label = templates_label(SimpleNamespace(**table["config"]))
+    title = table_title(table["config"]["model"], baseline["n"], label)
+    figure_path = os.path.splitext(path)[0] + ".png"
+    plot_table(figure_path, summaries, baseline, title)
+    say(f"wrote {figure_path}")
+
+
+def table_title(model, n_questions, templates):
+    return f"{model}: {n_questions} questions, templates {templates}"
 
 
 def plot_table(path, summaries, baseline, title):

@@ -4,6 +4,9 @@
     python tests/bench.py --quick                 # all, in less than 3 minutes
     python tests/bench.py memory slots templates --figure figures/scaling.png  # how cost grows
     python tests/bench.py lengths --figure figures/lengths.png  # every mixer: one table
+    python tests/bench.py --figure figures/lengths.png --draw_only  # from figures/lengths.json
+
+A figure's numbers are kept beside it, as .json.
 
 Ours and the baseline are timed alternately, so that a busy machine slows both, and the ratio is
 the median over the rounds. Utilisation is relative to a 2048 x 2048 float32 matrix product timed
@@ -55,7 +58,9 @@ from nanorecall import distributed, metrics, ops, plots, text
 from nanorecall.attention import apply_rotary, rope_table, softmax_attention
 from nanorecall.build import build_model, build_model_config
 from nanorecall.ops import sparse_rows
+from nanorecall.records import read_record, write_json
 from nanorecall.run import Run
+from nanorecall.settings import require, run_cli
 from nanorecall.sparse import SparseAdamW
 
 
@@ -927,7 +932,11 @@ def parse(argv=None):
     parser.add_argument("--quick", action="store_true", help="3 rounds, in less than 3 minutes")
     help = "draw how cost grows with length, slots and templates, for the benchmarks that are run"
     parser.add_argument("--figure", help=help)
+    help = "measure nothing: draw the figure again from the .json beside it"
+    parser.add_argument("--draw_only", action="store_true", help=help)
     args = parser.parse_args(argv)
+    if args.draw_only and not args.figure:
+        parser.error("--draw_only needs --figure FILE.png, beside which FILE.json lies")
     if args.quick:
         args.rounds = 3
     return args
@@ -956,6 +965,10 @@ def print_result(result):
 
 def main():
     args = parse()
+    if args.draw_only:
+        draw_curves(args.figure, read_record(numbers_path(args.figure), SHOWN))
+        print(f"wrote {args.figure}")
+        return
     torch.set_num_threads(args.threads)
     machine = f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds"
     print(f"{machine}, commit {commit()}")
@@ -974,35 +987,70 @@ def main():
             if result.size is not None:
                 curves.setdefault(name, []).append(result)
     if args.figure:
-        draw_curves(args.figure, curves, args.rounds)
-        print(f"wrote {args.figure}")
+        lines = {name: curve_lines(name, results) for name, results in curves.items()}
+        shown = {"threads": args.threads, "rounds": args.rounds, "curves": lines}
+        draw_curves(args.figure, shown)
+        write_json(numbers_path(args.figure), shown)
+        print(f"wrote {args.figure}, {numbers_path(args.figure)}")
 
 
-def draw_curves(path, curves, rounds):
-    """{name of a benchmark: [Result with a size]} -> a panel for each."""
+# ---- the figure ----------------------------------------------------------------------------------
+
+# What a figure shows: for each benchmark {line: medians by size}.
+SHOWN = {
+    "threads": "size",
+    "rounds": "size",
+    "curves": {"*": {"*": [{"size": "size", "ms": "number"}]}},
+}
+
+
+def numbers_path(figure_path):
+    """The .json beside a figure."""
+    return os.path.splitext(figure_path)[0] + ".json"
+
+
+def curve_lines(name, results):
+    """Results with a size, of one benchmark -> {line: [{"size", "ms": the median}]}"""
+    _, ours_is = CURVES[name]
+    lines = {}
+    for result in results:
+        ours, baseline = milliseconds(result)
+        lines.setdefault(ours_is or result.what, {})[result.size] = ours
+        # One baseline may stand beside many of ours.
+        lines.setdefault(result.baseline, {})[result.size] = baseline
+    points = {}
+    for line, of_line in lines.items():
+        points[line] = [{"size": size, "ms": ms} for size, ms in of_line.items()]
+    return points
+
+
+def draw_curves(path, shown):
+    """shown: see SHOWN. A panel for each benchmark."""
     from matplotlib.ticker import LogLocator  # slow to import, and only --figure needs it
 
+    curves = shown["curves"]
+    unknown = ", ".join(set(curves) - set(CURVES))
+    require(not unknown, f"{numbers_path(path)}: no benchmark with a figure is {unknown}", None)
     n_columns = 2 if len(curves) > 1 else 1
     n_rows = math.ceil(len(curves) / n_columns)
     plt, fig, axes = plots.figure(max(1, n_rows), n_columns, width=4)
     for axis in axes[len(curves) :]:
         axis.remove()
-    for axis, (name, results) in zip(axes, curves.items()):
-        sizes_are, ours_is = CURVES[name]
-        lines = {}
-        for result in results:
-            ours, baseline = milliseconds(result)
-            lines.setdefault(ours_is or result.what, {})[result.size] = ours
-            lines.setdefault(result.baseline, {})[result.size] = baseline
+    for axis, (name, lines) in zip(axes, curves.items()):
+        highest = {}
+        for line, points in lines.items():
+            highest[line] = max(point["ms"] for point in points)
         # The highest line comes first in the legend.
-        for i, label in enumerate(sorted(lines, key=lambda label: -max(lines[label].values()))):
-            points = lines[label]
+        for i, line in enumerate(sorted(lines, key=highest.get, reverse=True)):
+            points = lines[line]
             if len(points) == 1:  # only in the table
                 continue
             style = "o-" if i < 10 else "s--"  # there are ten colours
-            axis.plot(list(points), list(points.values()), style, ms=3, lw=1, label=label)
-        axis.set(xscale="log", yscale="log", xlabel=sizes_are, ylabel="ms")
-        sizes = sorted({result.size for result in results})
+            sizes = [point["size"] for point in points]
+            times = [point["ms"] for point in points]
+            axis.plot(sizes, times, style, ms=3, lw=1, label=line)
+        axis.set(xscale="log", yscale="log", xlabel=CURVES[name][0], ylabel="ms")
+        sizes = sorted({point["size"] for points in lines.values() for point in points})
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axis.set_xticks([], minor=True)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
@@ -1011,12 +1059,11 @@ def draw_curves(path, curves, rounds):
         axis.legend()
         if len(lines) > 6:
             axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    threads = torch.get_num_threads()
-    unit = "thread" if threads == 1 else "threads"
-    caption = f"{threads} {unit}, medians of up to {rounds} interleaved rounds"
+    unit = "thread" if shown["threads"] == 1 else "threads"
+    caption = f"{shown['threads']} {unit}, medians of up to {shown['rounds']} interleaved rounds"
     fig.supxlabel(caption, fontsize=7)
     plots.finish_figure(fig, plt, path, "")
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -1,9 +1,16 @@
-"""The benchmark of mixers by length: every mixer makes a step, and the exponent is right."""
+"""The benchmark of mixers by length: every mixer makes a step, and the exponent is right.
+
+Figures are drawn again from their numbers.
+"""
+
+import json
+import sys
 
 import pytest
 
 import bench
 import hybrid
+from nanorecall.settings import ConfigError
 
 
 @pytest.mark.parametrize("kind", hybrid.KINDS)
@@ -33,3 +40,40 @@ def test_the_exponent_is_1_if_steps_take_as_long_and_2_if_they_grow_with_length(
     assert "2,048 tokens" in title and head.split() == ["mixer", "128", "512", "2,048", "exponent"]
     assert rows[0].split() == ["gpt", "128.0", "512.0", "2048.0", "2.00"]
     assert rows[1].split() == ["linear", "200.0", "200.0", "200.0", "1.00"]
+
+
+def run_bench(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
+    bench.main()
+
+
+def test_a_figure_is_drawn_again_from_its_numbers(tmp_path, monkeypatch):
+    def made_up(rounds):
+        for size in (128, 512):
+            yield bench.Result("linear", [3e-3, 9e-3, 1e-3], "gpt", [1e-5 * size], size=size)
+        yield bench.Result("without a size", [1.0], "gpt", [1.0])
+
+    monkeypatch.setitem(bench.BENCHES, "lengths", lambda rounds: list(made_up(rounds))[:2])
+    monkeypatch.setitem(bench.BENCHES, "slots", made_up)
+    path = tmp_path / "speed.png"
+    measure = ["lengths", "slots", "--threads=1", "--rounds=3", f"--figure={path}"]
+    run_bench(monkeypatch, *measure)
+    shown = json.loads((tmp_path / "speed.json").read_text())
+    assert (shown["threads"], shown["rounds"]) == (1, 3)
+    assert shown["curves"]["lengths"] == {
+        "linear": [{"size": 128, "ms": 3.0}, {"size": 512, "ms": 3.0}],
+        "gpt": [{"size": 128, "ms": pytest.approx(1.28)}, {"size": 512, "ms": pytest.approx(5.12)}],
+    }
+    # In this benchmark one line is ours, whatever was measured.
+    assert set(shown["curves"]["slots"]) == {"sparse gradients", "gpt"}
+    measured = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr(bench, "BENCHES", {})
+    run_bench(monkeypatch, f"--figure={path}", "--draw_only")
+    assert path.read_bytes() == measured
+
+    (tmp_path / "speed.json").write_text('{"threads": 1, "rounds": 3, "curves": {"a": {}}}')
+    with pytest.raises(ConfigError, match="speed.json: no benchmark with a figure is a"):
+        run_bench(monkeypatch, f"--figure={path}", "--draw_only")
+    with pytest.raises(SystemExit):
+        run_bench(monkeypatch, "--draw_only")

@@ -55,6 +55,35 @@ def command_line(tiny_llamas, tmp_path, *more):
     ]
 
 
+def test_the_stored_figure_is_drawn_without_a_model(tmp_path):
+    shutil.copy(os.path.join(results.ROOT, "figures", "methods.json"), tmp_path)
+    flex.main(["--draw_table", str(tmp_path / "methods.json")])
+    assert (tmp_path / "methods.png").stat().st_size > 5000
+
+
+MEASURED = {"value": 0.5, "ci95": [0.4, 0.6], "n": 9}
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        (None, "table.json cannot be read"),
+        ({"metrics": {}}, "table.json has no 'config'"),
+        ({"metrics": {"majority": MEASURED, "flex": {}}}, "'flex' has no 'accuracy'"),
+        ({"metrics": {"majority": MEASURED}}, "table.json has no method; a figure compares"),
+    ],
+)
+def test_tables_that_cannot_be_drawn(tmp_path, table, message):
+    path = tmp_path / "table.json"
+    if table:
+        if table["metrics"]:
+            table["config"] = {"model": "a", "num_manual": 1, "num_auto": -1}
+        path.write_text(json.dumps(table))
+    with pytest.raises(ConfigError, match=message):
+        flex.main([f"--draw_table={path}"])
+    assert not (tmp_path / "table.png").exists()
+
+
 def test_every_method_and_its_files(tiny_llamas, tmp_path, capsys):
     flex.main(command_line(tiny_llamas, tmp_path, "--method=all"))
     printed = capsys.readouterr().out
@@ -67,8 +96,12 @@ def test_every_method_and_its_files(tiny_llamas, tmp_path, capsys):
     assert all(len(templates) == 4 for templates in table["templates"])
     assert not any(" " in prediction for prediction in table["prediction"])
     assert len(feather.read_table(folder / "per_prompt_all_a5.feather")["uuid"]) == 16
-    assert (folder / "table_all_a5.png").stat().st_size > 5000
+    drawn = (folder / "table_all_a5.png").read_bytes()
+    assert len(drawn) > 5000
     table = json.loads((folder / "table_all_a5.json").read_text())
+    (tmp_path / "methods.json").write_text(json.dumps(table))
+    flex.main(["--draw_table", str(tmp_path / "methods.json")])
+    assert (tmp_path / "methods.png").read_bytes() == drawn
     assert table["metrics"]["per_prompt"]["accuracy"]["n"] == 16
     assert "p" in table["metrics"]["flex"] and "p" not in table["metrics"]["origin"]
     assert table["templates"]["oracle"]["n"] == 4

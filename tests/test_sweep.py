@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,27 @@ def test_a_figure_whose_runs_cannot_be_used_does_not_hide_the_others(toy, monkey
     *_, first, second = capsys.readouterr().out.splitlines()
     assert first.split()[:3] == ["broken", "-", "-"] and "trained with another lr" in first
     assert second.split()[:3] == ["toy", "2", "2"]
+
+
+def test_figures_that_cannot_be_drawn_are_named_and_the_others_drawn(tmp_path, capsys):
+    for name in ("pairs", "hops"):
+        sweep.write_json(tmp_path / f"{name}.json", made_up_results(name))
+    argv = ["all", "--draw_only=1", f"--log_dir={tmp_path}/runs", f"--output={tmp_path}"]
+    with pytest.raises(ConfigError) as error:
+        sweep.main(argv)
+    named = [line.partition(": ")[0] for line in str(error.value).splitlines()]
+    assert named == [name for name in sweep.FIGURES if name not in ("pairs", "hops")]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["hops.png", "pairs.png"]
+
+
+SHOWN = [name for name in sweep.FIGURES if os.path.exists(f"{sweep_runs.ROOT}/figures/{name}.json")]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_stored_figures_are_drawn_without_runs(name, tmp_path):
+    shutil.copy(f"{sweep_runs.ROOT}/figures/{name}.json", tmp_path)
+    sweep.main([name, "--draw_only=1", f"--log_dir={tmp_path}/runs", f"--output={tmp_path}"])
+    assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
 INTERRUPTED = """
@@ -424,7 +446,7 @@ def test_results_that_lack_what_a_figure_shows(tmp_path, name, series, edit):
     results = made_up_results(name)
     of_point = next(point for point in results["points"] if point["series"] == series)
     del of_point["results"][0]["result"]["by_slice"]["method, edits"][edit]
-    message = f"figure {name}: .* lack what it shows .*; run them again"
+    message = "the results of its runs lack what it shows .*; run them again"
     with pytest.raises(ConfigError, match=message):
         sweep.save_figure(name, results, config)
 
