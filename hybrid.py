@@ -5,11 +5,11 @@
 
 `blocks` lists the kinds of the first layers; the layers after them repeat the list. A kind is
 followed by settings of its blocks. Those that are left out have the defaults of that kind.
-Settings of the whole model are in Config below. A memory layer is not a kind of block, since it
-replaces an MLP: see memory.py.
+Settings of the whole model are in Config below. memory.py takes `blocks` too: there a memory layer
+replaces the MLP of such a block.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 import delta
 import delta_variants
@@ -21,6 +21,7 @@ from nanorecall.settings import (
     Setting,
     build_config,
     derived,
+    field_names,
     reject_unknown,
     reject_unused,
     require,
@@ -60,28 +61,36 @@ class Config:
 
     def check(self):
         require(self.blocks, f"blocks is empty; name kinds of {', '.join(KINDS)}", "blocks")
-        for text in self.blocks:
-            parse_block(text, self)
-        count = len(self.blocks)
-        message = f"blocks lists {count} blocks, more than n_layers={self.n_layers}; leave some out"
-        require(count <= self.n_layers, message, "blocks")
+        parse_blocks(self)
+
+
+def parse_blocks(c):
+    """[(model class, Config)] of all n_layers blocks: see parse_block."""
+    count = len(c.blocks)
+    kinds = [parse_block(text, c) for text in c.blocks]
+    message = f"blocks lists {count} blocks, more than n_layers={c.n_layers}; leave some out"
+    require(count <= c.n_layers, message, "blocks")
+    return [kinds[i % count] for i in range(c.n_layers)]
 
 
 def parse_block(text, c):
     """A kind and its settings, "gpt window=16" -> model class of the kind, Config of the block.
 
-    c: Config, whose settings hold for all blocks. ConfigError if the text or a setting is wrong.
+    c: the model's Config. Its settings that are also in Config above hold for all blocks.
+    ConfigError if the text or a setting is wrong.
     """
     kind, *words = text.split() or [""]
     message = f"block {text!r}: there is no kind {kind!r}; choose from {', '.join(KINDS)}"
     require(kind in KINDS, message, "blocks")
     config_class, model_class = KINDS[kind]
-    common = asdict(c)
+    common = {f.name: getattr(c, f.name) for f in fields(Config)}
+    # memory.py has settings of the whole model that no kind has.
+    not_of_kind = set(field_names(type(c))) - set(field_names(config_class))
     settings = []
     for word in words:
         name, _, value = word.partition("=")
         message = f"block {text!r}: {name} holds for the whole model; set it outside of blocks"
-        require(name not in common, message, "blocks")
+        require(name not in common and name not in not_of_kind, message, "blocks")
         settings.append(Setting(name, value, f"block {text!r}"))
     inactive = model_class.inactive_settings
     active = {name: value for name, value in common.items() if name not in inactive}
@@ -100,11 +109,7 @@ class Hybrid(model.GPT):
     inactive_settings = {}
 
     def make_layers(self, c):
-        layers = []
-        for i in range(c.n_layers):
-            model_class, config = parse_block(c.blocks[i % len(c.blocks)], c)
-            layers.append(model_class.block(config))
-        return layers
+        return [model_class.block(config) for model_class, config in parse_blocks(c)]
 
     @classmethod
     def describe_backend(cls, c, device, dtype):

@@ -2,6 +2,7 @@
 
     python train.py configs/qa_2k_memory.py            # memory: in place of the MLP of some blocks
     python train.py configs/qa_2k_router.py            # memory_router: both, weighted per token
+    python train.py configs/qa_2k_delta_memory.py      # memory layers in blocks of the delta rule
     python memory.py params configs/qa_2k_memory.py    # parameters, active ones, bytes, by block
     python memory.py params runs/RUN                   # and how sparse its activations are
     python memory.py inspect runs/A runs/B             # names and shapes of weights; differences
@@ -26,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+import hybrid
 import model
 from model import GPT, NORMS, GPTBlock
 from nanorecall.ops import (
@@ -36,12 +38,13 @@ from nanorecall.ops import (
     sparse_embedding_bag,
 )
 from nanorecall.second_order import transformed
-from nanorecall.settings import at_least, one_of, require, run_cli, within
+from nanorecall.settings import at_least, field_names, one_of, require, run_cli, within
 
 
 @dataclass
 class Config(model.Config):
     use_ffn: bool = True  # an MLP in blocks without a memory layer (memory_router: in all)
+    blocks: tuple[str, ...] = ()  # kinds of blocks with their settings, as for hybrid; empty: gpt
     memory_layers: tuple[int, ...] = (1,)  # blocks with a memory layer, counted from 0
     mem_n_keys: int = 32  # sub-keys per half of a query; the table has its square as slots
     mem_heads: int = 4  # lookups per token, whose values are summed
@@ -85,6 +88,15 @@ class Config(model.Config):
         message = f"memory_layers={layers} must lie in 0 to {self.n_layers - 1}, the blocks of"
         message += f" n_layers={self.n_layers}"
         require(min(layers) >= 0 and max(layers) < self.n_layers, message, "memory_layers")
+        if self.blocks:
+            hybrid.parse_blocks(self)
+
+    def unused(self):
+        reasons = super().unused()
+        if self.blocks:
+            names = set(field_names(model.Config)) - set(field_names(hybrid.Config))
+            reasons |= dict.fromkeys(names, "blocks gives each block settings of its own")
+        return reasons
 
 
 def softmax(scores):
@@ -316,10 +328,12 @@ def slot_usage(counts):
 class MemoryBlock(GPTBlock):
     """A GPT block in which a memory layer may replace the MLP, or share its work by a router."""
 
-    def __init__(self, c):
+    def __init__(self, c, mixer=None):
+        """mixer: class of the sequence mixer, made from c; None: attention."""
+        if mixer is not None:
+            self.mixer = mixer
         super().__init__(c)
         self.memory = self.router = self.layer_idx = None
-        self.top1 = c.mem_top1
 
     def forward(self, x, query_pos=None, trace=None, intervene=None, counted=None, **options):
         y = gather_positions(x, query_pos)
@@ -362,7 +376,7 @@ def counted_tokens(targets):
 
 
 class MemoryGPT(GPT):
-    """GPT with a memory layer in place of the MLP of some blocks.
+    """GPT, or blocks of other kinds, with a memory layer in place of the MLP of some blocks.
 
     forward(tokens, targets, cu_seqlens, trace=False, intervene=None): with trace, a third result
     lists the reads of each memory layer in order (see MemoryLayer); those of memory_router have
@@ -385,8 +399,20 @@ class MemoryGPT(GPT):
                 values = layer.memory.values
             if self.has_mlp:
                 layer.router = nn.Linear(config.dim, 2)
+                layer.top1 = config.mem_top1
             else:
                 layer.ffn = None
+
+    def make_layers(self, c):
+        if not c.blocks:
+            return super().make_layers(c)
+        return [self.block(config, kind.block.mixer) for kind, config in hybrid.parse_blocks(c)]
+
+    @classmethod
+    def describe_backend(cls, c, device, dtype):
+        if c.blocks:
+            return hybrid.Hybrid.describe_backend(c, device, dtype)
+        return super().describe_backend(c, device, dtype)
 
     def forward(self, tokens, targets=None, cu_seqlens=None, trace=False, intervene=None):
         reads = [] if trace else None

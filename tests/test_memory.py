@@ -350,13 +350,24 @@ def test_values_have_their_own_learning_rate_and_do_not_decay():
 
 # ---- runs ----------------------------------------------------------------------------------------
 
+# A block of the delta rule, then one of attention. Their settings take the place of the toy run's.
+BLOCKS = {
+    "blocks": "['delta dk=16 dv=16 conv_size=2', 'gpt dk=16 dv=16 conv_size=2']",
+    **dict.fromkeys(("dk", "dv", "conv_size")),
+}
+
 
 def memory_log(rows):
     return [row for row in rows if row["kind"] == "memory"]
 
 
 @pytest.mark.parametrize(
-    "name, changes", [("memory", {"mem_balance_rate": 0.01}), ("memory_router", {"mem_top1": 1})]
+    "name, changes",
+    [
+        ("memory", {"mem_balance_rate": 0.01}),
+        ("memory", BLOCKS),
+        ("memory_router", {"mem_top1": 1}),
+    ],
 )
 def test_a_run_learns_reports_and_resumes_exactly(tmp_path, name, changes):
     options = {**MEMORY_TOY, "model": name, **changes}
@@ -386,9 +397,10 @@ def test_values_that_learn_at_rate_0_stay(tmp_path, scale, stays):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_ranks_agree(tmp_path, on_ranks, parallel):
+@pytest.mark.parametrize("blocks", [{}, BLOCKS], ids=["attention", "delta, attention"])
+def test_ranks_agree(tmp_path, on_ranks, parallel, blocks):
     options = dict(MEMORY_TOY, model="memory", mem_balance_rate=0.01, mem_log_interval=2)
-    options |= dict(max_steps=10, eval_interval=10)
+    options |= dict(max_steps=10, eval_interval=10, **blocks)
     _, one = run(tmp_path, "one", grad_accum_steps=2, **options)
 
     def work(rank):
@@ -446,7 +458,12 @@ def test_edits_undone_in_any_order_are_right_or_refused(order):
 
 @pytest.mark.parametrize(
     "cls, options",
-    [(MemoryGPT, {}), (MemoryGPT, {"mem_v_dim": 24}), (MemoryRouterGPT, {})],
+    [
+        (MemoryGPT, {}),
+        (MemoryGPT, {"mem_v_dim": 24}),
+        (MemoryGPT, {"blocks": ("gated_delta",)}),
+        (MemoryRouterGPT, {}),
+    ],
 )
 def test_edits_are_answered_and_undone_to_the_bit(cls, options):
     m = memory_model(cls, mem_n_keys=16, dim=32, **options).eval()

@@ -25,6 +25,7 @@ MODELS = {
         delta.Config(**SMALL, chunk_size=5, use_out_norm=False)
     ),
     "memory": lambda: memory.MemoryGPT(memory.Config(**SMALL, **TABLE)),
+    "memory, delta": lambda: memory.MemoryGPT(memory.Config(**SMALL, **TABLE, blocks=("delta",))),
     "memory_router": lambda: memory.MemoryRouterGPT(memory.Config(**SMALL, **TABLE)),
 }
 
