@@ -53,8 +53,15 @@ class Edit:
 
 
 def conv_width(model):
-    """Tokens whose short convolution sees one and the same token; 1 without a convolution."""
-    return max(1, getattr(model.config, "conv_size", 0))
+    """Tokens whose short convolution sees one and the same token; 1 without a convolution.
+
+    Blocks may differ in it, and a mixer of somebody else may have no config.
+    """
+    widths = [1]
+    for block in model.blocks:
+        config = getattr(block.att, "config", None)
+        widths.append(getattr(config, "conv_size", 0))
+    return max(widths)
 
 
 def read(model, tokens, dtype=torch.float32):

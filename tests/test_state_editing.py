@@ -7,6 +7,7 @@ import torch
 
 import delta
 import eval as eval_script
+import hybrid
 import model
 import train
 from analysis import state_editing, state_editors
@@ -127,6 +128,15 @@ def test_an_editor_leaves_the_cache_before_it_as_it_was(name):
         after = editor(edit)
         assert_same(edit.cache, before)
         assert state_editing.bytes_changed(before, after) > 0
+
+
+@pytest.mark.parametrize(
+    "blocks, width",
+    [(("gpt", "gpt"), 1), (("gpt conv_size=3", "gpt"), 3), (("delta conv_size=0", "delta"), 4)],
+)
+def test_the_widest_convolution_of_all_blocks_counts(blocks, width):
+    config = hybrid.Config(vocab_size=16, block_size=8, dim=16, blocks=blocks)
+    assert state_editors.conv_width(hybrid.Hybrid(config)) == width
 
 
 @pytest.mark.parametrize("name", ["delta", "gated_delta"])
