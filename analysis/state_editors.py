@@ -58,7 +58,7 @@ def conv_width(model):
     Blocks may differ in it, and a mixer of somebody else may have no config.
     """
     widths = [1]
-    for block in model.blocks:
+    for block in model.layers:
         config = getattr(block.att, "config", None)
         widths.append(getattr(config, "conv_size", 0))
     return max(widths)

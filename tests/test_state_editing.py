@@ -135,7 +135,7 @@ def test_an_editor_leaves_the_cache_before_it_as_it_was(name):
     [(("gpt", "gpt"), 1), (("gpt conv_size=3", "gpt"), 3), (("delta conv_size=0", "delta"), 4)],
 )
 def test_the_widest_convolution_of_all_blocks_counts(blocks, width):
-    config = hybrid.Config(vocab_size=16, block_size=8, dim=16, blocks=blocks)
+    config = hybrid.Config(vocab_size=16, seq_len=8, dim=16, n_layers=2, blocks=blocks)
     assert state_editors.conv_width(hybrid.Hybrid(config)) == width
 
 
