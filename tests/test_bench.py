@@ -1,9 +1,11 @@
-"""The benchmark of mixers by length: every mixer makes a step, and the exponent is right."""
+"""The benchmarks: every mixer makes a step, the exponent is right, tokens are compared."""
 
 import pytest
+import torch
 
 import bench
 import hybrid
+from myriadlama import llama
 
 
 @pytest.mark.parametrize("kind", hybrid.KINDS)
@@ -33,3 +35,17 @@ def test_the_exponent_is_1_if_steps_take_as_long_and_2_if_they_grow_with_length(
     assert "2,048 tokens" in title and head.split() == ["mixer", "128", "512", "2,048", "exponent"]
     assert rows[0].split() == ["gpt", "128.0", "512.0", "2048.0", "2.00"]
     assert rows[1].split() == ["linear", "200.0", "200.0", "200.0", "1.00"]
+
+
+def test_fused_prompts_are_compared_with_transformers_token_by_token():
+    transformers = pytest.importorskip("transformers")
+    config = llama.Config(**bench.SMOLLM2, n_layers=1, intermediate_size=64)
+    model = llama.Llama(config).eval().requires_grad_(False)
+    theirs = bench.transformers_llama(transformers, model)
+    prefix, questions = [20, 30, 40], bench.animal_questions(2)
+    tokens = bench.make_fusion(model, prefix, questions)()
+    assert tokens.shape == (2, 4) and len(tokens.unique()) > 2
+    bench.check_tokens(model, theirs, prefix, questions)
+    torch.nn.init.normal_(model.layers[0].mlp.down_proj.weight)
+    with pytest.raises(SystemExit, match="ours decodes .*, transformers "):
+        bench.check_tokens(model, theirs, prefix, questions)
