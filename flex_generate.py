@@ -6,6 +6,7 @@
     python flex_generate.py --method all            # every method, one table
     python flex_generate.py --model llama3.2_3b_it  # or a local directory: Llama, Mistral, Qwen2, 3
     python flex_generate.py --model models/qwen2.5 --chat  # in the model's chat format
+    python flex_generate.py --model models/qwen2.5 --generation_config plain  # no penalty
     python flex_generate.py --path facts.jsonl --shots_path pool.jsonl
     python flex_generate.py --draw_mask --num_manual 3 --num_auto 2 --allow_manual_cross_attention
     python flex_generate.py --draw_table figures/methods.json  # draw methods.png again, no model
@@ -80,6 +81,7 @@ class Config:
     allow_manual_cross_attention: bool = False  # flex_myriadlama: manual ones see those before them
     template_positions: str = "restart"  # each right after the prefix; or sequential
     chat: bool = False  # ask in the model's chat format, as *_it models expect
+    generation_config: str = "strict"  # refuse a model that asks for penalties; plain: do without
     score_bias: float = -1.0  # times log(n): bias on n templates, else they outweigh the prefix
     ape_temperature: float = 0.9  # ape: scores of templates are divided by it
     ape_scale: float = 0.9  # ape: ape_scale * ape_temperature multiplies the scores' log-sum-exp
@@ -113,6 +115,7 @@ class Config:
         both = self.chat and self.template_positions == "sequential"
         message = "chat=True needs template_positions=restart: each template is a turn of the user"
         require(not both, message, "chat")
+        one_of(self, ("strict", "plain"), "generation_config")
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
 
     def unused(self):
@@ -287,13 +290,13 @@ def generate_in(folder, config, world, asked, facts, pool, examples):
     if open_facts:
         start = time.perf_counter()
         with world.agree():
-            model, tokenizer = loading.load(config.model, device, dtype)
+            model, tokenizer = loading.load(config.model, device, dtype, config.generation_config)
         seconds, size = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
         world.print0(f"{config.model}: {size:,} parameters in {seconds:.1f} s; {device_line}")
         n_answered = len(asked) - len(open_facts)
         if model.config.not_applied:
-            advice = ", ".join(model.config.not_applied)
-            world.print0(f"note: decoding is greedy; the model's files advise {advice}, too")
+            without = ", ".join(model.config.not_applied)
+            world.print0(f"note: answers are decoded greedily, without the model's {without}")
         note = f"{len(asked)} questions, {n_answered} of them answered already"
         world.print0(f"{note}; results go to {folder}")
         n_layers = model.config.n_layers

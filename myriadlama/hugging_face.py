@@ -46,28 +46,45 @@ NO_EFFECT = """
     task_specific_params tokenizer_class decoder_start_token_id is_llama_config
     max_sequence_length transformers.js_config unsloth_fixed unsloth_version model_max_length
 """.split()
-# Settings of generation that do not change which token is the most probable one.
+# Settings of generation that do not change which tokens greedy decoding gives.
 GENERATION = """
-    max_length max_new_tokens do_sample early_stopping temperature top_k top_p min_p typical_p
-    epsilon_cutoff eta_cutoff num_return_sequences length_penalty output_scores output_logits
-    return_dict_in_generate remove_invalid_values cache_implementation cache_config
-    _from_model_config
+    max_length max_new_tokens do_sample early_stopping temperature top_k top_p top_h min_p typical_p
+    epsilon_cutoff eta_cutoff num_return_sequences length_penalty renormalize_logits output_scores
+    output_logits return_dict_in_generate remove_invalid_values cache_implementation cache_config
+    max_cache_len prefill_chunk_size low_memory compile_config disable_compile
+    continuous_batching_config generation_kwargs is_assistant num_assistant_tokens
+    num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit
+    assistant_lookbehind assistant_ensemble_weight target_lookbehind prompt_lookup_num_tokens
+    max_matching_ngram_size speculation_type use_mtp _from_model_config
 """.split()
-# Settings of generation that do, unless they have this value. We decode greedily without them.
+# Settings of generation that do, unless they have this value or are empty.
 PENALTIES = {
     "min_length": 0,
+    "min_new_tokens": 0,
+    "max_time": None,
+    "stop_strings": None,
     "num_beams": 1,
     "num_beam_groups": 1,
     "diversity_penalty": 0,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "guidance_scale": 1,
     "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
     "bad_words_ids": None,
+    "force_words_ids": None,
+    "constraints": None,
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
+    "forced_decoder_ids": None,
     "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
+    "token_healing": False,
+    "watermarking_config": None,
 }
 ALLOWED_VALUES = {  # key of config.json -> values with which this model computes what is meant
     **dict.fromkeys([*READ_BELOW, *NO_EFFECT, *GENERATION, *PENALTIES], ANY),
@@ -147,8 +164,11 @@ ROPE_PARAMETERS = {  # rope_type -> the numbers that it needs
 YARN_OPTIONS = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
 
 
-def read_directory(path):
-    """-> Config, {parameter name: float32 tensor}, tokenizer"""
+def read_directory(path, generation_config="strict"):
+    """-> Config, {parameter name: float32 tensor}, tokenizer
+
+    generation_config: plain allows what check_generation refuses.
+    """
     require_package("safetensors", "this model needs a package: pip install safetensors")
     settings, where = read_json(path, "config.json"), os.path.join(path, "config.json")
     family = read_family(path, settings)
@@ -156,6 +176,8 @@ def read_directory(path):
     is_adapter = os.path.exists(os.path.join(path, "adapter_config.json"))
     require(not is_adapter, f"{path} holds an adapter; merge it into the weights first", "model")
     config = read_config(path, settings, where)
+    if generation_config == "strict":
+        check_generation(path, config.not_applied)
     tokenizer, config.bos_token_id = read_tokenizer(os.path.join(path, "tokenizer.json"))
     config.chat_template = read_chat_template(path)
     tensors = read_weights(path, config)
@@ -302,9 +324,16 @@ def read_generation(path, settings, vocab_size):
         ids = eos_ids(settings.get("eos_token_id", default), where, vocab_size)
     not_applied = []
     for key in sorted(found.keys() - {*READ_BELOW, *NO_EFFECT, *GENERATION}):
-        if found[key] not in (None, PENALTIES.get(key)):
+        if found[key] not in (None, [], {}, PENALTIES.get(key)):
             not_applied.append(f"{shown(key)} {shown(found[key])}")
     return ids, tuple(not_applied)
+
+
+def check_generation(path, not_applied):
+    """ConfigError if the files of a directory ask for more than greedy decoding."""
+    message = f"{path} asks for {', '.join(not_applied)} in generation_config.json or config.json"
+    hint = "answers here are decoded greedily without; to accept that, --generation_config plain"
+    require(not not_applied, f"{message}; {hint}", "model")
 
 
 def read_tokenizer(file):

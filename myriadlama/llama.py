@@ -45,7 +45,7 @@ class Config:
     mlp_bias: bool = False
     bos_token_id: int | None = None  # set if the tokenizer puts it before a prompt
     eos_token_ids: tuple[int, ...] = ()
-    not_applied: tuple[str, ...] = ()  # what the files advise for decoding and we do not do
+    not_applied: tuple[str, ...] = ()  # what the files ask for beyond greedy decoding
     chat_template: object = None  # a chat.ChatTemplate
 
 

@@ -32,16 +32,19 @@ MODELS = {  # short name -> where to get the model
 }
 
 
-def load(name, device="cpu", dtype=torch.float32):
+def load(name, device="cpu", dtype=torch.float32, generation_config="strict"):
     """A short name in MODELS, a GGUF file or a Hugging Face directory -> model, tokenizer.
 
     The model is a Llama in eval mode, the tokenizer a `tokenizers.Tokenizer`. ConfigError says what
-    is missing and where to get it, or which part of a file is not supported.
+    is missing and where to get it, or which part of a file is not supported. generation_config:
+    strict, or plain for a model whose files ask for more than greedy decoding.
     """
     require_package("tokenizers", "this model needs a package: pip install tokenizers")
     path = resolve_path(name)
-    read = gguf_files.read_gguf if path.endswith(".gguf") else hugging_face.read_directory
-    config, weights, tokenizer = read(path)
+    if path.endswith(".gguf"):
+        config, weights, tokenizer = gguf_files.read_gguf(path)
+    else:
+        config, weights, tokenizer = hugging_face.read_directory(path, generation_config)
     with torch.device("meta"):
         model = Llama(config)
     model.load_state_dict(weights, strict=False, assign=True)  # assign: no second copy in memory

@@ -61,7 +61,7 @@ class Prompted(NamedTuple):
 
 
 def make_batches(facts, config):
-    """Facts -> lists of Prompted with the same relation and numbers of templates."""
+    """Facts -> lists of Prompted with the same relation and number of templates."""
     groups = {}
     for fact in facts:
         rng = np.random.default_rng([config.seed, *fact["uuid"].encode()])
@@ -72,7 +72,7 @@ def make_batches(facts, config):
         require(templates, f"{message}; raise num_manual or num_auto", "num_auto")
         texts = [prompts.fill(template, fact["subject"]) for template in templates]
         priors = [prompts.without_subject(fact, template) for template in templates]
-        group = groups.setdefault((fact["relation"], is_manual.tobytes()), [])
+        group = groups.setdefault((fact["relation"], len(texts)), [])
         group.append(Prompted(fact, texts, is_manual, priors))
     batches = []
     for group in groups.values():

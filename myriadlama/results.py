@@ -53,6 +53,7 @@ NOT_IN_KEY = (
     "out_dir",
     "max_samples",
     "batch_size",
+    "generation_config",  # allows a model, changes no answer
     "device",
     "num_threads",
     "lemmaize",

@@ -795,8 +795,8 @@ def animal_questions(n):
     return questions
 
 
-def make_fusion(model, prefix, questions, max_new_tokens=4):
-    """A function that encodes the prefix and all templates, fuses those of a question, decodes."""
+def fusion_steps(model, prefix, questions, max_new_tokens=4):
+    """Three functions: () -> the prefix's keys and values -> cache of the templates -> tokens."""
     no_tokens = torch.tensor([], dtype=torch.long)
     never = decoding.StopCriteria(no_tokens, *torch.zeros(2, 49152, dtype=torch.bool))
     rows, members, next_pos, start = [], [], [], len(prefix)
@@ -805,14 +805,24 @@ def make_fusion(model, prefix, questions, max_new_tokens=4):
         rows += [(ids, range(start, start + len(ids))) for ids in templates]
         next_pos.append(start + max(map(len, templates)))
 
-    def function():
-        prefix_kv = fusion.prefill_prefix(model, prefix)
-        encoded = fusion.prefill(model, prefix_kv, rows)
-        cache = fusion.build_cache(prefix_kv, encoded, members, next_pos)
-        argmax = decoding.argmax_each
-        decoding.greedy_decode(model, cache, 7, argmax, never, max_new_tokens=max_new_tokens)
+    def encode_prefix():
+        return fusion.prefill_prefix(model, prefix)
 
-    return function
+    def encode_templates(prefix_kv):
+        encoded = fusion.prefill(model, prefix_kv, rows)
+        return fusion.build_cache(prefix_kv, encoded, members, next_pos)
+
+    def decode(cache):
+        argmax = decoding.argmax_each
+        return decoding.greedy_decode(model, cache, 7, argmax, never, max_new_tokens)[0]
+
+    return encode_prefix, encode_templates, decode
+
+
+def make_fusion(*args):
+    """A function that encodes the prefix and all templates, fuses those of a question, decodes."""
+    encode_prefix, encode_templates, decode = fusion_steps(*args)
+    return lambda: decode(encode_templates(encode_prefix()))
 
 
 def bench_flex(rounds):
@@ -820,7 +830,7 @@ def bench_flex(rounds):
 
     Baselines: the documented way, one at a time (each template with its own examples, a new mask
     for each token, no cache), and transformers' generate with its cache on the same tokens, as many
-    sequences at once as we answer questions.
+    sequences at once as we answer questions. Then the parts of our time.
     """
     model, prefix = small_llama()
     questions = animal_questions(16)
@@ -844,34 +854,69 @@ def bench_flex(rounds):
     own_examples = "no cache, own examples each"
     functions = {own_examples: documented}
     transformers = optional_import("transformers")
+    if transformers:
+        theirs = transformers_llama(transformers, model)
+        check_tokens(model, theirs, prefix, questions[:2])
     for n in (1, 8, 16):
         functions[n] = make_fusion(model, prefix, questions[:n])
+        encode_prefix, encode_templates, decode = fusion_steps(model, prefix, questions[:n])
+        prefix_kv = encode_prefix()
+        functions["prefix", n] = encode_prefix
+        functions["templates", n] = partial(encode_templates, prefix_kv)
+        functions["answers", n] = partial(decode, encode_templates(prefix_kv))
         if transformers:
-            functions[f"generate {n}"] = make_generate(transformers, prefix, questions[:n])
+            functions["generate", n] = make_generate(theirs, prefix, questions[:n])
     times = interleave(functions, max(1, rounds // 5))
     ours = scaled(times[8], 1 / 8)
     yield Result("a question fused, 8 at once", ours, own_examples, times[own_examples])
     for n in (1, 8, 16) if transformers else ():
-        what, theirs = f"a question fused, {n} at once", times[f"generate {n}"]
-        yield Result(what, scaled(times[n], 1 / n), "transformers generate", scaled(theirs, 1 / n))
+        what, generate = f"a question fused, {n} at once", scaled(times["generate", n], 1 / n)
+        yield Result(what, scaled(times[n], 1 / n), "transformers generate", generate)
+    for n in (1, 8, 16):
+        for part in ("prefix", "templates", "answers"):
+            seconds, whole = scaled(times[part, n], 1 / n), scaled(times[n], 1 / n)
+            yield Result(f"of these {part}, {n} at once", seconds, "all of a question", whole)
 
 
-def make_generate(transformers, prefix, questions):
-    """transformers' generate for questions of equal length, the templates one after another."""
+def transformers_llama(transformers, model):
+    """A random model of transformers, whose weights `model` gets."""
     config = transformers.LlamaConfig(
         vocab_size=SMOLLM2["vocab_size"],
         hidden_size=SMOLLM2["dim"],
-        num_hidden_layers=10,
+        num_hidden_layers=model.config.n_layers,
         num_attention_heads=SMOLLM2["n_heads"],
         num_key_value_heads=SMOLLM2["n_kv_heads"],
-        intermediate_size=1536,
+        intermediate_size=model.config.intermediate_size,
+        rms_norm_eps=model.config.norm_eps,
         tie_word_embeddings=True,
         eos_token_id=None,
     )
-    model = transformers.LlamaForCausalLM(config).eval()
+    theirs = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)  # with smaller weights every token would be the last one
+    weights = {name.removeprefix("model."): p.clone() for name, p in theirs.state_dict().items()}
+    llama.interleave_rotary_pairs(weights, model.config)
+    model.load_state_dict(weights)
+    return theirs
+
+
+def make_generate(theirs, prefix, questions):
+    """transformers' generate for questions of equal length, the templates one after another."""
     ids = torch.tensor([[*prefix, *sum(templates, []), 7] for templates in questions])
     options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
-    return partial(model.generate, ids, attention_mask=torch.ones_like(ids), **options)
+    return partial(theirs.generate, ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def check_tokens(model, theirs, prefix, questions):
+    """Exit unless we decode the same tokens as transformers.
+
+    All templates of a question are one here, as generate has no masks for several.
+    """
+    rows = [[sum(templates, [])] for templates in questions]
+    ours = make_fusion(model, prefix, rows)()
+    expected = make_generate(theirs, prefix, questions)()[:, -4:]
+    if not ours.equal(expected):
+        sys.exit(f"ours decodes {ours.tolist()}, transformers {expected.tolist()}")
 
 
 def bench_templates(rounds):

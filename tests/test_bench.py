@@ -1,4 +1,4 @@
-"""The benchmark of mixers by length: every mixer makes a step, and the exponent is right.
+"""The benchmarks: every mixer makes a step, the exponent is right, tokens are compared.
 
 Figures are drawn again from their numbers.
 """
@@ -7,9 +7,11 @@ import json
 import sys
 
 import pytest
+import torch
 
 import bench
 import hybrid
+from myriadlama import llama
 from nanorecall.settings import ConfigError
 
 
@@ -77,3 +79,17 @@ def test_a_figure_is_drawn_again_from_its_numbers(tmp_path, monkeypatch):
         run_bench(monkeypatch, f"--figure={path}", "--draw_only")
     with pytest.raises(SystemExit):
         run_bench(monkeypatch, "--draw_only")
+
+
+def test_fused_prompts_are_compared_with_transformers_token_by_token():
+    transformers = pytest.importorskip("transformers")
+    config = llama.Config(**bench.SMOLLM2, n_layers=1, intermediate_size=64)
+    model = llama.Llama(config).eval().requires_grad_(False)
+    theirs = bench.transformers_llama(transformers, model)
+    prefix, questions = [20, 30, 40], bench.animal_questions(2)
+    tokens = bench.make_fusion(model, prefix, questions)()
+    assert tokens.shape == (2, 4) and len(tokens.unique()) > 2
+    bench.check_tokens(model, theirs, prefix, questions)
+    torch.nn.init.normal_(model.layers[0].mlp.down_proj.weight)
+    with pytest.raises(SystemExit, match="ours decodes .*, transformers "):
+        bench.check_tokens(model, theirs, prefix, questions)

@@ -350,12 +350,20 @@ def test_bfloat16_runs(tiny_llamas, tmp_path):
     flex.main(command_line(tiny_llamas, tmp_path, "--method=all", "--dtype=bfloat16"))
 
 
-def test_advice_that_is_not_followed_is_printed(args, plain_llama, capsys):
-    text = json.dumps({"repetition_penalty": 1.1, "temperature": 0.7})
-    (plain_llama / "generation_config.json").write_text(text)
+def test_a_model_with_a_penalty_answers_only_when_asked_to_do_without(
+    args, plain_llama, tmp_path, capsys
+):
     flex.main(args)
-    note = "note: decoding is greedy; the model's files advise 'repetition_penalty' 1.1, too\n"
+    expected = read_results(tmp_path / "out" / "plain")
+    shutil.rmtree(tmp_path / "out")
+    text = json.dumps({"repetition_penalty": 1.05, "temperature": 0.7})
+    (plain_llama / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError, match="'repetition_penalty' 1.05 .* --generation_config plain"):
+        flex.main(args)
+    flex.main([*args, "--generation_config=plain"])
+    note = "note: answers are decoded greedily, without the model's 'repetition_penalty' 1.05\n"
     assert note in capsys.readouterr().out
+    assert read_results(tmp_path / "out" / "plain") == expected
 
 
 def test_result_file_names():

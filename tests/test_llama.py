@@ -353,25 +353,83 @@ def test_a_family_is_not_taken_for_another(other_families, tmp_path, model_type,
     assert_refused(folder, message)
 
 
-@pytest.mark.parametrize(
-    "generation, config, not_applied",
-    [
-        ({"repetition_penalty": 1.1, "temperature": 0.7, "top_k": 20}, {}, ("'repetition_pen",)),
-        ({"repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None}, {}, ()),
-        ({}, {"num_beams": 4}, ("'num_beams' 4",)),
-        ({"num_beams": 1}, {"num_beams": 4}, ()),
-        ({"sequence_bias": [1], "no_repeat_ngram_size": 2}, {}, ("'no_repeat", "'sequence")),
-    ],
-)
-def test_advice_for_decoding_that_is_not_followed_is_named(
-    plain_llama, generation, config, not_applied
-):
-    change_json(plain_llama / "config.json", **config)
-    (plain_llama / "generation_config.json").write_text(json.dumps(generation))
-    found = loading.load(str(plain_llama))[0].config.not_applied
-    assert len(found) == len(not_applied)
-    for text, start in zip(found, not_applied):
-        assert text.startswith(start)
+# Each changes which tokens transformers gives, or how long it goes on, without sampling.
+ASKS_FOR_MORE = {
+    "min_length": 5,
+    "min_new_tokens": 5,
+    "max_time": 3.0,
+    "stop_strings": ["."],
+    "num_beams": 4,
+    "num_beam_groups": 2,
+    "diversity_penalty": 0.5,
+    "penalty_alpha": 0.6,
+    "dola_layers": "high",
+    "guidance_scale": 1.5,
+    "repetition_penalty": 1.05,
+    "encoder_repetition_penalty": 1.1,
+    "no_repeat_ngram_size": 3,
+    "encoder_no_repeat_ngram_size": 3,
+    "bad_words_ids": [[7]],
+    "force_words_ids": [[7]],
+    "constraints": [7],
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 2,
+    "forced_decoder_ids": [[1, 7]],
+    "exponential_decay_length_penalty": [2, 1.5],
+    "sequence_bias": [[[7], -2.0]],
+    "suppress_tokens": [7],
+    "begin_suppress_tokens": [7],
+    "token_healing": True,
+    "watermarking_config": {"bias": 2.5},
+}
+NEUTRAL = {
+    "min_length": 0,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "suppress_tokens": [],
+    "bad_words_ids": None,
+    "token_healing": False,
+}
+SAMPLING = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 20,
+    "top_p": 0.8,
+    "min_p": 0.1,
+    "typical_p": 0.9,
+    "renormalize_logits": True,
+    "max_new_tokens": 2,
+}
+
+
+@pytest.mark.parametrize("key", ASKS_FOR_MORE)
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_more_than_greedy_decoding_is_refused_by_name(plain_llama, name, key):
+    change_json(plain_llama / name, **SAMPLING, **NEUTRAL | {key: ASKS_FOR_MORE[key]})
+    assert_refused(plain_llama, f"asks for '{key}' .* --generation_config plain")
+    model, _ = loading.load(str(plain_llama), generation_config="plain")
+    assert [text.split()[0] for text in model.config.not_applied] == [f"'{key}'"]
+
+
+def test_all_settings_that_change_greedy_decoding_are_tested():
+    assert hugging_face.PENALTIES.keys() == ASKS_FOR_MORE.keys()
+
+
+def test_an_unknown_setting_of_generation_is_refused(plain_llama):
+    change_json(plain_llama / "generation_config.json", unheard_of=1)
+    assert_refused(plain_llama, "asks for 'unheard_of' 1 ")
+
+
+def test_settings_of_sampling_are_not_refused(plain_llama):
+    change_json(plain_llama / "generation_config.json", **SAMPLING, **NEUTRAL)
+    assert loading.load(str(plain_llama))[0].config.not_applied == ()
+
+
+def test_a_value_in_generation_config_goes_before_one_in_config(plain_llama):
+    change_json(plain_llama / "config.json", num_beams=4)
+    change_json(plain_llama / "generation_config.json", num_beams=1)
+    assert loading.load(str(plain_llama))[0].config.not_applied == ()
 
 
 @pytest.mark.parametrize(

@@ -307,27 +307,134 @@ def test_ape_without_its_two_numbers_is_flex_without_bias():
     torch.testing.assert_close(confidence, plain_confidence, rtol=1e-3, atol=0)
 
 
-def test_hybrid_averages_the_fused_prompt_and_the_single_ones():
-    """The first token and its probability, without a cache."""
-    model, rng = random_llama(), np.random.default_rng(0)
-    prefix = random_ids(rng, 7)
-    questions = [random_question(rng, n=3) for _ in range(4)]
-    forward = our_forward(model)
-    texts, confidence, _ = methods.hybrid(batch_of(model, questions, prefix, 1))
+def fused_logits(model, prefix, question, sees, bias, positions, generated):
+    """Logits of the next token, with all tokens in one row and no cache -> (V,)
 
-    def log_probabilities(question, bias=0.0):
-        _, logits = naive_decode(forward, prefix, question, "isolated", "restart", bias)
-        return logits.log_softmax(-1)
+    sees(i, j): does template i attend to template j before it? bias: for each template, added to
+    the scores of answer tokens on it.
+    """
+    ids, position, owner = [*prefix], [*range(len(prefix))], ["prefix"] * len(prefix)
+    start = end = len(prefix)
+    for i, template in enumerate(question.templates):
+        is_last = i == len(question.templates) - 1
+        if positions == "sequential" and not is_last:
+            template = [*template, question.answer_start, *question.separator]
+        ids += template
+        position += range(start, start + len(template))
+        owner += [i] * len(template)
+        end = max(end, start + len(template))
+        if positions == "sequential":
+            start = end
+    answer = [question.answer_start, *generated]
+    ids += answer
+    position += range(end, end + len(answer))
+    owner += ["answer"] * len(answer)
+    scores = torch.full((len(ids), len(ids)), -torch.inf)
+    for q, querier in enumerate(owner):
+        for k, attended in enumerate(owner[: q + 1]):
+            if querier == attended or attended == "prefix":
+                scores[q, k] = 0
+            elif querier == "answer":
+                scores[q, k] = bias[attended]
+            elif sees(querier, attended):
+                scores[q, k] = 0
+    return our_forward(model)(torch.tensor([ids]), torch.tensor([position]), scores)[-1]
 
-    for q, text, got in zip(questions, texts, confidence):
-        single = []
-        for ids in q.templates:
-            alone = fusion.Question([ids], q.is_manual[:1], q.answer_start, q.separator)
-            single.append(log_probabilities(alone))
-        fused = log_probabilities(q, bias=-np.log(3))
-        expected = ((torch.stack(single).mean(0) + fused) / 2).softmax(-1)
-        assert text == str(int(expected.argmax()))
-        assert got.item() == pytest.approx(expected.max().item(), rel=1e-4)
+
+def mixed_batch(model, seed, n=4, **settings):
+    """A batch whose questions have different manual templates, not one after another."""
+    prefix, batch = random_batch(model, seed, n, **settings)
+    for i, question in enumerate(batch.questions):
+        question.is_manual = torch.arange(n) % (2 + i % 2) == 0
+    return prefix, batch
+
+
+def answers_and_logits(method, batch, monkeypatch):
+    """-> texts, logits (3, rows, V) of the last three decoded tokens"""
+    steps, of_model = [], batch.run.model.logits
+
+    def keep_logits(x):
+        steps.append(of_model(x))
+        return steps[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch.run.model, "logits", keep_logits)
+        texts = methods.METHODS[method].generate(batch).texts
+    return texts, torch.stack(steps[-3:])
+
+
+SEES = {  # template i of the query, j of the key, both manual -> bool
+    "flex": lambda i, j, both_manual: False,
+    "flex_myriadlama": lambda i, j, both_manual: False,
+    "flex_myriadlama_xattn": lambda i, j, both_manual: both_manual,
+    "flex_full": lambda i, j, both_manual: True,
+}
+
+
+@pytest.mark.parametrize("method", SEES)
+@pytest.mark.parametrize("positions", ["restart", "sequential"])
+@pytest.mark.parametrize("score_bias", [-1.0, 0.6])
+def test_fused_attention_in_one_row(method, positions, score_bias, monkeypatch):
+    model = random_llama()
+    settings = dict(template_positions=positions, score_bias=score_bias)
+    prefix, batch = mixed_batch(model, 11, **settings)
+    texts, logits = answers_and_logits(method, batch, monkeypatch)
+    for i, question in enumerate(batch.questions):
+        manual, tokens = question.is_manual.tolist(), []
+
+        def sees(q, k, manual=manual):
+            return SEES[method](q, k, manual[q] and manual[k])
+
+        for step in range(3):
+            bias = [score_bias * np.log(4)] * 4
+            expected = fused_logits(model, prefix, question, sees, bias, positions, tokens)
+            torch.testing.assert_close(logits[step, i], expected, atol=1e-3, rtol=1e-3)
+            tokens.append(int(expected.argmax()))
+        assert texts[i] == text_of(tokens)
+
+
+def test_weighted_attention_in_one_row(monkeypatch):
+    """Attention to a template is multiplied by its weight over the mean weight."""
+    model = random_llama()
+    prefix, batch = mixed_batch(model, 12)
+    texts, logits = answers_and_logits("flex_weighted", batch, monkeypatch)
+    for i, question in enumerate(batch.questions):
+        alone = [naive_alone(model, prefix, question, ids, 3)[1] for ids in question.templates]
+        bias, tokens = np.log(np.array(alone) / np.mean(alone) / 4), []
+        for step in range(3):
+            expected = fused_logits(
+                model, prefix, question, lambda q, k: False, bias, "restart", tokens
+            )
+            torch.testing.assert_close(logits[step, i], expected, atol=1e-3, rtol=1e-3)
+            tokens.append(int(expected.argmax()))
+        assert texts[i] == text_of(tokens)
+
+
+def test_hybrid_averages_the_fused_prompt_and_the_single_ones(monkeypatch):
+    model = random_llama()
+    prefix, batch = mixed_batch(model, 13, n=3)
+    texts, logits = answers_and_logits("hybrid", batch, monkeypatch)
+    confidence = methods.hybrid(batch).confidence
+    bias = [-np.log(3)] * 3
+    for i, question in enumerate(batch.questions):
+        tokens, steps = [], []
+        for step in range(3):
+            rows = []
+            for ids in question.templates:
+                whole = torch.tensor([[*prefix, *ids, question.answer_start, *tokens]])
+                rows.append(causal_logits(model, whole)[0, -1])
+            fused = fused_logits(
+                model, prefix, question, lambda q, k: False, bias, "restart", tokens
+            )
+            expected = torch.stack([*rows, fused])
+            own = logits[step, 4 * i : 4 * i + 4]
+            torch.testing.assert_close(own, expected, atol=1e-3, rtol=1e-3)
+            log_p = expected.log_softmax(-1)
+            p = ((log_p[:3].mean(0) + log_p[3]) / 2).softmax(0)
+            tokens.append(int(p.argmax()))
+            steps.append(float(p.max()))
+        assert texts[i] == text_of(tokens)
+        assert confidence[i].item() == pytest.approx(np.prod(steps[: 1 + i % 2]), rel=1e-3)
 
 
 def test_adaptive_takes_the_templates_with_the_highest_weight():

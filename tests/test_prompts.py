@@ -203,6 +203,20 @@ def test_templates_are_filled_with_the_subject_or_with_nothing():
     assert whole.priors == ["", ""]
 
 
+def test_questions_with_equally_many_templates_share_a_batch():
+    """Manual and automatic ones together: they are told apart for each question."""
+    asked = []
+    for uuid, n_manual, n_auto in (("a", 1, 2), ("b", 1, 1), ("c", 2, 1), ("d", 3, 0)):
+        fact = {"uuid": uuid, "relation": "r", "subject": "S"}
+        fact["manual"] = [f"m{i} [X] [Y]" for i in range(n_manual)]
+        fact["auto"] = [f"a{i} [X] [Y]" for i in range(n_auto)]
+        asked.append(fact)
+    batches = questions.make_batches(asked, flex_generate.Config(batch_size=2))
+    uuids = [[prompted.fact["uuid"] for prompted in batch] for batch in batches]
+    assert uuids == [["a", "c"], ["d"], ["b"]]
+    assert [prompted.is_manual.sum() for prompted in batches[0]] == [1, 2]
+
+
 def test_manual_templates_never_fill_up_automatic_ones():
     """Upstream's slip: with 3 manual ones asked for, the other two counted as automatic."""
     manual = [f"m{i} [X] [Y]" for i in range(5)]
