@@ -283,8 +283,10 @@ def read_stored():
 
 
 def make_card(config):
+    stored = read_stored()  # first, since it may be damaged
     model = config.model or model_file(config.mixer)
     name = config.name or (config.mixer or config.model).replace(".", "_")
+    stored.pop(name, None)  # an earlier card of the same mixer
     recall = recall_model(model, config.model_args)
     parity = parity_model(model, config.model_args)
     folder = os.path.join(config.log_dir, name)
@@ -302,8 +304,6 @@ def make_card(config):
     runs = SimpleNamespace(seeds=1, jobs=config.jobs, log_dir=folder, extra_args=config.extra_args)
     card |= measure_runs(recall, parity, runs)
 
-    stored = read_stored()
-    stored.pop(name, None)  # an earlier card of the same mixer
     for sentence in findings(card, stored):
         say(f"- {sentence}")
     text = page(name, card, stored).encode()

@@ -396,6 +396,12 @@ def test_stored_cards_that_are_damaged(user):
     del damaged["parity"]["256"]
     (user / "stored.json").write_text(json.dumps({"gpt": damaged}))
     with pytest.raises(ConfigError, match="stored.json: 'gpt': 'parity' has no '256'"):
+        sweep.main(["card", "--mixer=card_mine.Sum"])
+    assert not list(user.glob("*_blocks.py")), "it is found before anything else is done"
+    damaged = made_up_card(0.5)
+    damaged["cost"]["512"] = "cheap"  # which only the figure shows
+    (user / "stored.json").write_text(json.dumps({"gpt": damaged}))
+    with pytest.raises(ConfigError, match="'cost': '512' is 'cheap', not a number"):
         card.read_stored()
 
 

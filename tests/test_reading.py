@@ -22,7 +22,7 @@ from analysis import compare
 from analysis.sweep_runs import Point, is_finished
 from nanorecall import checkpoint, plots, stats
 from nanorecall.files import sha256_file
-from nanorecall.records import read_log
+from nanorecall.records import parse_json, read_log
 from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError, RunError, printable
 
@@ -96,6 +96,12 @@ def test_a_damaged_run_does_not_take_the_table_of_the_others_away(runs, file, od
     assert "r1" in text.out and str(runs / "r0") in text.err and "Traceback" not in text.err
     with pytest.raises(ConfigError, match="no run with a test result"):
         ev.main(["compare", str(runs / "r0")])
+
+
+def test_a_number_that_python_reads_as_infinity_is_damage():
+    assert parse_json("[1.5, -2e-3, 3]") == [1.5, -0.002, 3]
+    with pytest.raises(ValueError, match="1e999 is no number of JSON"):
+        parse_json('{"value": 1e999}')
 
 
 VALUES = ["7", "x", None, [], {}, -1, 1.5, True, 10**400, 1e300, [[1]], "\x1b[2J\ud800"]
