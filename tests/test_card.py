@@ -93,10 +93,22 @@ def test_a_leak_that_only_training_has_is_found(batch):
     assert "in training mode" in found
 
 
-def test_dropout_is_no_leak(batch):
+class RunningSum(nn.Module):
+    """Adds the mean of all earlier calls."""
+
+    total = 0
+
+    def forward(self, logits):
+        before = self.total
+        self.total = before + logits.detach().mean()
+        return logits + before
+
+
+@pytest.mark.parametrize("change", [nn.Dropout(0.1), RunningSum()])
+def test_what_training_adds_is_no_leak(batch, change):
     model, *inputs = batch
-    for check in (card_checks.causality, card_checks.independence, card_checks.contract):
-        assert check(Faulty(model, nn.Dropout(0.1), in_training=True).eval(), *inputs) == ""
+    for check in (card_checks.causality, card_checks.independence):
+        assert check(Faulty(model, change, in_training=True).eval(), *inputs) == ""
 
 
 def test_sequences_that_mix_are_found(batch):
