@@ -90,10 +90,9 @@ class Config:
         # with a probability of 0.001.
         n = len(token_elements(self))
         shortest = math.ceil(40 / math.log2(n))
-        message = f"{setting}: there are too few different sequences of {length} tokens"
-        message += f" to keep the splits apart; use at least {shortest}"
-        require(length >= shortest, message, setting)
-        require(length <= 2**20, f"{setting}: {length} tokens are more than {2**20}", setting)
+        message = f"{setting}={length} has too few different sequences to keep the splits apart"
+        require(length >= shortest, f"{message}; use at least {shortest}", setting)
+        require(length <= 2**20, f"{setting}={length} must be at most {2**20}", setting)
 
     def unused(self):
         reasons = {}

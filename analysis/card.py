@@ -15,10 +15,12 @@ import shlex
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import torch
+
 import train
 from analysis.card_checks import (
     LENGTHS,
-    check_model,
+    check_all,
     layer_parameters,
     relative_cost,
     state_bytes,
@@ -52,7 +54,7 @@ from nanorecall.settings import (
     split_argv,
     wants_help,
 )
-from nanorecall.source_files import find_source_file
+from nanorecall.source_files import find_source_file, require_free_name
 
 STORED = os.path.join(ROOT, "figures", "card.json")  # {name: card} of this project's mixers
 
@@ -90,11 +92,11 @@ class Config:
 MODEL_FILE = '''"""{name} in the blocks of model.py; written by `python sweep.py card`."""
 
 from model import GPT, Config, GPTBlock
-from {file} import {name}
+from {file} import {name} as Mixer
 
 
 class Block(GPTBlock):
-    mixer = {name}
+    mixer = Mixer
 
 
 class Model(GPT):
@@ -105,7 +107,9 @@ class Model(GPT):
 def model_file(mixer):
     """Write a model file with this mixer into the working directory -> its name, without .py"""
     file, name = mixer.split(".")
-    require(find_source_file(file), f"mixer={mixer}: there is no {file}.py here", "mixer")
+    found = find_source_file(file)
+    require(found, f"mixer={mixer}: there is no {file}.py here", "mixer")
+    require_free_name(file, "mixer", found)
     model = f"{file}_{name}_blocks"
     text = MODEL_FILE.format(file=file, name=name).encode()
     path = model + ".py"
@@ -116,9 +120,14 @@ def model_file(mixer):
         return model
     atomic_write(path, lambda f: f.write(text))
     try:
-        resolve_model(model)
-    except ConfigError:  # the mixer is not there, or does not run
+        module, _ = resolve_model(model)
+        found = module.Mixer
+        is_module = isinstance(found, type) and issubclass(found, torch.nn.Module)
+        require(is_module, f"{name} is no torch.nn.Module", "mixer")
+    except BaseException as e:  # the mixer is not there, or does not run
         os.remove(path)
+        if isinstance(e, ConfigError):
+            raise ConfigError(f"mixer={mixer}: {e}", "mixer") from None
         raise
     say(f"wrote {path}: {mixer} in the blocks of model.py")
     return model
@@ -145,9 +154,10 @@ def parity_model(model, model_args):
     else:
         # As in tracking_model. A model file that has not all of these settings keeps its own.
         args = f"--model {model}"
-        args += known_args(model, dim=32, n_layers=1, n_heads=4, dk=8, dv=8, conv_size=0)
+        args += known_args(model, dim=32, n_layers=1, n_heads=4, dk=8, dv=8, du=8)
         args += known_args(model, q_kernel="none", k_kernel="none", v_kernel="none")
-        args += known_args(model, pos_emb="none", use_ffn=1, init_std=1.0, allow_neg_eigval=1)
+        args += known_args(model, conv_size=0, pos_emb="none", use_ffn=1, init_std=1.0)
+        args += known_args(model, allow_neg_eigval=1)
     return f"{args} {model_args}"
 
 
@@ -334,16 +344,20 @@ def read_stored():
 
 
 def make_card(config):
+    stored = read_stored()  # first, since it may be damaged
     model = config.model or model_file(config.mixer)
     name = config.name or (config.mixer or config.model).replace(".", "_")
+    stored.pop(name, None)  # an earlier card of the same mixer
     recall = recall_model(model, config.model_args)
     parity = parity_model(model, config.model_args)
     folder = os.path.join(config.log_dir, name)
 
     say(f"{name}: checks")
     model_args, reference = shlex.split(recall), shlex.split(recall_model(REFERENCE, ""))
-    card = {"checks": check_model(model_args, name)}
-    card |= {"parameters": layer_parameters(model_args), "state": state_bytes(model_args)}
+    card = {"checks": check_all(model_args, shlex.split(parity), name)}
+    card |= {"parameters": layer_parameters(model_args), "state": dict.fromkeys(("256", "1024"))}
+    if not card["checks"]["decoding"]:
+        card["state"] = state_bytes(model_args)
     make_directory(folder)
     say(f"{name}: cost of a training step at {len(LENGTHS)} lengths")
     card["cost"] = relative_cost(model_args, reference)
@@ -355,8 +369,6 @@ def make_card(config):
     runs = SimpleNamespace(seeds=1, jobs=config.jobs, log_dir=folder, extra_args=config.extra_args)
     card |= measure_runs(recall, parity, states, runs)
 
-    stored = read_stored()
-    stored.pop(name, None)  # an earlier card of the same mixer
     for sentence in findings(card, stored):
         say(f"- {sentence}")
     text = page(name, card, stored).encode()

@@ -5,12 +5,16 @@ A check returns "" if the model passes, else what it does wrong, as the end of a
 Letters: B sequences, T tokens, V vocabulary, N labelled positions.
 """
 
+import copy
+import os
 import time
+import traceback
 
 import torch
 import torch.nn.functional as F
 
 import train
+from model import GPTBlock
 from nanorecall.build import (
     build_data,
     build_model,
@@ -19,12 +23,14 @@ from nanorecall.build import (
     inference_state_bytes,
 )
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.settings import ConfigError, printable, require
+from nanorecall.settings import ConfigError, RunError, printable, require
 
 # A later token must not change an earlier logit. Float32 sums differ by about 1e-6 of it.
 TOLERANCE = 1e-4
+# Tokens in the checks. A mixer may leak or fail in long sequences only; tests have up to 1,024.
+SHORT, LONG = 96, 1024
 # The tokens from here on are changed. Few are multiples of a chunk: a mixer may leak inside one.
-CUTS = (1, 2, 7, 16, 31, 50, 64, 95)
+CUTS = {SHORT: (1, 2, 7, 16, 31, 50, 64, 95), LONG: (1, 300, 777)}
 
 
 def new_model(argv):
@@ -33,7 +39,7 @@ def new_model(argv):
     return build_model(settings, build_model_config(settings, build_data(settings)))
 
 
-def example_batch(model_args, T=96):
+def example_batch(model_args, T=SHORT):
     """A new model, tokens (3, T), and targets (3, T) at about a third of the positions."""
     model = new_model([*model_args, f"--input_seq_len={T}", "--num_kv_pairs=4", "--vocab_size=64"])
     generator = torch.Generator().manual_seed(0)
@@ -55,11 +61,38 @@ def differs(a, b):
     return torch.where(is_equal, 0.0, difference.nan_to_num(nan=torch.inf))
 
 
+def shapes(model, tokens, targets):
+    """The mixer in a block of model.py returns what it takes."""
+
+    def check(mixer, inputs, output):
+        # Added to the residual stream, an output of (B, T, 1) would be one of (B, T, D).
+        expected = f"{inputs[0].dtype} {tuple(inputs[0].shape)}"
+        found = type(output).__name__
+        if torch.is_tensor(output):
+            found = f"{output.dtype} {tuple(output.shape)}"
+        message = f"the mixer takes {expected} and returns {found}"
+        require(found == expected, message, None)
+
+    for layer in getattr(model, "layers", ()):
+        # A block of its own may take other outputs.
+        if getattr(type(layer), "mix", None) is GPTBlock.mix and layer.att is not None:
+            layer.att.register_forward_hook(check)
+    try:
+        model(tokens)
+    except ConfigError as e:
+        return str(e)
+    return ""
+
+
 def contract(model, tokens, targets):
     """Logits (N, V) and mean loss at the labelled positions; every parameter has a gradient."""
     logits, loss = model(tokens)
     if logits.shape != (*tokens.shape, 64) or loss is not None:
         return f"without targets it returns {tuple(logits.shape)}, not logits (B, T, V) and None"
+    if not torch.isfinite(logits).all():
+        return "its logits are not finite"
+    if differs(model(tokens)[0], logits).any():
+        return "a second call with the same tokens gives other logits in eval mode"
     scored, loss = model(tokens, targets)
     is_label = targets != IGNORE_INDEX
     expected = logits[is_label]
@@ -69,51 +102,71 @@ def contract(model, tokens, targets):
         return "its loss is not the mean cross-entropy of the labels"
     loss.backward()
     for name, p in model.named_parameters():
-        if p.grad is None or not p.grad.abs().max() > 0:
+        if p.requires_grad and (p.grad is None or not p.grad.abs().max() > 0):
             return f"the parameter {name} gets no gradient"
     return ""
 
 
-@torch.no_grad()
+def logits_of(model, tokens, is_training):
+    """Logits (B, T, V) in training with targets, or in eval mode without.
+
+    The model is copied, since running statistics may change with every call.
+    """
+    torch.manual_seed(0)  # the same dropout in every call
+    model = copy.deepcopy(model).train(is_training)
+    if not is_training:
+        with torch.no_grad():
+            return model(tokens)[0]
+    next_tokens = tokens.roll(-1, 1)
+    return model(tokens, next_tokens)[0].unflatten(0, tokens.shape)
+
+
 def causality(model, tokens, targets):
     """No logit depends on a later token."""
-    logits, _ = model(tokens)
-    for cut in CUTS:
-        changed = tokens.clone()
-        changed[:, cut:] = (changed[:, cut:] + 1) % 64
-        change = differs(model(changed)[0], logits)[:, :cut].amax(0)  # of each earlier position
-        if change.any():
-            position = int(change.argmax()) + 1
-            size = f"its logits at token {position} change by {change.max():.2g}"
-            return f"{size} when only the tokens after token {cut} change"
+    for is_training in (False, True):
+        logits = logits_of(model, tokens, is_training)
+        for cut in CUTS[tokens.shape[1]]:
+            changed = tokens.clone()
+            changed[:, cut:] = (changed[:, cut:] + 1) % 64
+            change = differs(logits_of(model, changed, is_training), logits)
+            change = change[:, :cut].amax(0)  # of each earlier position
+            if change.any():
+                position = int(change.argmax()) + 1
+                size = f"its logits at token {position} change by {change.max():.2g}"
+                mode = " in training mode" if is_training else ""
+                return f"{size}{mode} when only the tokens after token {cut} change"
     return ""
 
 
-@torch.no_grad()
 def independence(model, tokens, targets):
     """No sequence depends on another one of the batch."""
     changed = tokens.clone()
     changed[1] = (changed[1] + 1) % 64
-    change = differs(model(changed)[0], model(tokens)[0])[[0, 2]]
-    if change.any():
-        return f"its logits change by {change.max():.2g} with another sequence of the batch"
+    for is_training in (False, True):
+        logits = [logits_of(model, x, is_training) for x in (changed, tokens)]
+        change = differs(*logits)[[0, 2]]
+        if change.any():
+            return f"its logits change by {change.max():.2g} with another sequence of the batch"
     return ""
 
 
 def decoding(model, tokens, targets):
-    """Half of the tokens at once, then one at a time, gives the logits of all at once."""
+    """Half of the tokens at once, then a quarter, then one at a time, as all at once."""
     if not hasattr(model, "forward_cached"):
         return "it has no forward_cached, so it cannot decode"
-    half = tokens.shape[1] // 2
-    try:
-        logits, cache = model.forward_cached(tokens[:, :half], None)
-        decoded = [logits]
-        for t in range(half, tokens.shape[1]):
-            logits, cache = model.forward_cached(tokens[:, t : t + 1], cache)
-            decoded.append(logits)
-    except ConfigError as e:  # a mixer without a cache
-        return str(e)
+    T = tokens.shape[1]
+    decoded = []
+    cache = None
     with torch.no_grad():
+        for piece in tokens.split([T // 2, T // 4, *[1] * (T - T // 2 - T // 4)], dim=1):
+            if len(decoded) == 1:
+                # The cache must stay as it was, so that other tokens can follow instead.
+                model.forward_cached((piece + 1) % 64, cache)
+            try:
+                logits, cache = model.forward_cached(piece, cache)
+            except ConfigError as e:  # a mixer without a cache
+                return str(e)
+            decoded.append(logits)
         change = differs(torch.cat(decoded, dim=1), model(tokens)[0])
     if change.any():
         position = int(change.amax(0).argmax()) + 1
@@ -122,32 +175,60 @@ def decoding(model, tokens, targets):
 
 
 # Those that are needed to compare results; the others are findings.
-NEEDED = {"contract": contract, "causality": causality, "independence": independence}
+NEEDED = {
+    "shapes": shapes,
+    "contract": contract,
+    "causality": causality,
+    "independence": independence,
+}
 CHECKS = {**NEEDED, "decoding": decoding}
 ADVICE = {
-    "contract": "see `python -m pytest tests/test_contract.py --model=...`",
-    "causality": "so it reads answers that come later; mask them",
-    "independence": "sequences must not mix; no statistics over the batch",
+    "shapes": "; its output must have the shape and dtype of its input, (B, T, D)",
+    "contract": "; see `python -m pytest tests/test_contract.py --model=...`",
+    "causality": "; so it reads answers that come later; mask them",
+    "independence": "; sequences must not mix; no statistics over the batch",
 }
 
 
-# What the code of a mixer raises that does not do what the checks ask for.
-WRONG_CODE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+def check_all(recall_args, parity_args, name):
+    """{check: "" or the first finding} in each situation of the trainings.
 
-
-def check_model(model_args, name):
-    """{check: "" or what is wrong}; ConfigError if a needed check fails."""
-    found = {}
-    for check, function in CHECKS.items():
-        try:
-            model, tokens, targets = example_batch(model_args)
-            found[check] = function(model.eval(), tokens, targets)
-        except WRONG_CODE as e:
-            found[check] = f"it ends in {type(e).__name__}: {printable(str(e))}"
-        if check in NEEDED:
-            message = f"{name} fails {check}: {found[check]}; {ADVICE[check]}"
-            require(not found[check], message, None)
+    ConfigError if a needed check fails.
+    """
+    situations = {
+        f"{SHORT} tokens": (recall_args, SHORT),
+        "the model for parity": (parity_args, SHORT),
+        f"{LONG:,} tokens": (recall_args, LONG),
+    }
+    found = dict.fromkeys(CHECKS, "")
+    for where, (model_args, T) in situations.items():
+        for check in CHECKS:
+            problem, advice = run_check(check, model_args, T)
+            message = f"{name} fails {check} with {where}: {problem}{advice}"
+            require(check not in NEEDED or not problem, message, None)
+            found[check] = found[check] or problem
     return found
+
+
+def run_check(check, model_args, T):
+    """-> "" or what is wrong, and what to do about it, both the ends of a sentence."""
+    try:
+        model, *inputs = example_batch(model_args, T)
+        return CHECKS[check](model.eval(), *inputs), ADVICE.get(check, "")
+    except (ConfigError, RunError):
+        raise
+    except (Exception, SystemExit) as e:  # the code of a mixer may raise anything
+        return f"it ends in {type(e).__name__} at {last_line(e)}: {printable(str(e))}", ""
+
+
+def last_line(error):
+    """File and line where an error comes from, outside of torch."""
+    torch_folder = os.path.dirname(torch.__file__)
+    lines = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith(torch_folder):
+            lines.append(f"{os.path.basename(frame.filename)}:{frame.lineno}")
+    return lines[-1]
 
 
 # ---- sizes and cost ------------------------------------------------------------------------------
@@ -177,9 +258,8 @@ def relative_cost(model_args, reference_args, repeats=3):
         for args in (model_args, reference_args):
             models.append(new_model([*args, f"--input_seq_len={T}"]))
         times = [[], []]
-        for _ in range(
-            repeats + 1
-        ):  # the first one warms up; in turn, so that both see one machine
+        # The first one warms up. They take turns, so that both see one machine.
+        for _ in range(repeats + 1):
             for model, of_model in zip(models, times):
                 of_model.append(step_seconds(model, T))
         seconds, reference = (min(of_model[1:]) for of_model in times)

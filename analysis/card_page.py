@@ -110,16 +110,16 @@ def percent(value):
 # ---- the page ------------------------------------------------------------------------------------
 
 NUMBER = "number or null"  # null: that run failed, or the model cannot decode
-CARD = {  # the parts of card.json, and the numbers in them that are shown in words or in the table
+CARD = {  # the parts of card.json; numbers of them that are in words or in the table have names
     "parameters": "count",
     "checks": {"decoding": "text"},
     "state": {"256": NUMBER, "1024": NUMBER},
-    "cost": {"128": "number", "1024": "number"},
-    "pairs": {"64": NUMBER},
+    "cost": {"128": "number", "1024": "number", "*": NUMBER},
+    "pairs": {"64": NUMBER, "*": NUMBER},
     "rates": {"*": NUMBER},
-    "lengths": {"256": "number", "1024": "number"},
-    "updates": {"0": "number", "1": "number"},
-    "parity": {"64": "number", "256": "number"},
+    "lengths": {"256": "number", "1024": "number", "*": NUMBER},
+    "updates": {"0": "number", "1": "number", "*": NUMBER},
+    "parity": {"64": "number", "256": "number", "*": NUMBER},
 }
 BY_STATE = [{"bytes": "size", "accuracy": NUMBER}]  # 64 pairs with several sizes of the state
 COLUMNS = {  # column of the table: a part of the card, which number, how it is written

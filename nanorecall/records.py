@@ -60,16 +60,20 @@ KINDS = {
 def parse_json(text):
     """JSON as `write_json` and `JsonlLog` write it -> value; ValueError says what else it is.
 
-    text: str or bytes. Refused beside what is no JSON: NaN and Infinity, deep nesting.
+    text: str or bytes. Refused beside what is no JSON: NaN, infinity (also as 1e999), deep nesting.
     """
 
     def refuse(word):
         raise ValueError(f"{word} is no number of JSON")
 
+    def finite(word):
+        number = float(word)
+        return number if math.isfinite(number) else refuse(word)
+
     try:
         if isinstance(text, bytes):
             text = text.decode()
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_float=finite, parse_constant=refuse)
         deep = is_deep(value)
     except UnicodeDecodeError as e:
         raise ValueError(f"byte {e.start + 1} is no UTF-8") from None

@@ -98,9 +98,11 @@ def load_settings(folder, train_config, changes=()):
 def note_new_settings(path, cls, saved):
     """Print which settings of the class are newer than the run and take their defaults.
 
-    Those that the checkpoint knows of are compared with it: see require_same_settings.
+    Those that the checkpoint knows of are compared with it: see require_same_settings. Those that
+    may change when a run is resumed, such as where its log goes, are not worth a note.
     """
-    new = [n for n in field_names(cls) if n not in saved and n not in DERIVED]
+    known = {*saved, *DERIVED, *RESUMABLE, *PATHS}
+    new = [name for name in field_names(cls) if name not in known]
     if new and is_main_rank():
         say(f"note: {path} has no {', '.join(new)}; their defaults are taken", file=sys.stderr)
 

@@ -17,9 +17,10 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from dataclasses import dataclass, field
 
-from nanorecall.settings import ConfigError, line_of, require, say
+from nanorecall.settings import ConfigError, require, say
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Files of this repo that a run may name.
@@ -160,10 +161,7 @@ def import_repo_file(name, key, found):
 
 def import_user_file(name, key, path, user_files):
     """Admit and execute a user's file, and those beside it that it imports -> module."""
-    taken = module_path(name)
-    is_free = taken in ("", path) or (os.path.isfile(taken) and os.path.samefile(taken, path))
-    message = f"{path} cannot be taken: Python has a module {name}, too ({taken})"
-    require(is_free, f"{message}; give yours another name", key)
+    require_free_name(name, key, path)
     if name in sys.modules:  # executed before in this process
         module = sys.modules[name]
         for file in getattr(module, "__executed__", [path]):
@@ -183,12 +181,32 @@ def import_user_file(name, key, path, user_files):
         raise
     except (Exception, SystemExit) as e:
         del sys.modules[name]
-        where = f"{path}:{line_of(e, path)}"
+        where = last_line(e, path, user_files.files)
         raise ConfigError(f"{where} does not run ({type(e).__name__}: {e})", key) from None
     finally:
         sys.meta_path.remove(finder)
     module.__executed__ = [file for file in user_files.files if file not in before]
     return module
+
+
+def require_free_name(name, key, path):
+    """ConfigError if Python takes another file than path for the module `name`."""
+    taken = module_path(name)
+    is_free = taken in ("", path) or (os.path.isfile(taken) and os.path.samefile(taken, path))
+    message = f"{path} cannot be taken: Python has a module {name}, too ({taken})"
+    require(is_free, f"{message}; give yours another name", key)
+
+
+def last_line(error, path, files):
+    """FILE:LINE, the last line of path or of these files that led to an error of importing path."""
+    files = {path, *files}
+    lines = [f"{path}:1"]
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename in files:
+            lines.append(f"{frame.filename}:{frame.lineno}")
+    if isinstance(error, SyntaxError) and error.filename in files:
+        lines.append(f"{error.filename}:{error.lineno or 1}")
+    return lines[-1]
 
 
 def module_path(name):

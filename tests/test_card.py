@@ -35,15 +35,16 @@ def test_our_models_pass(name, check):
 
 
 class Faulty(nn.Module):
-    """The logits of a model, changed by `fault`."""
+    """The logits of a model, changed by `fault`; in_training: in training mode only."""
 
-    def __init__(self, model, fault):
+    def __init__(self, model, fault, in_training=False):
         super().__init__()
-        self.model, self.fault = model, fault
+        self.model, self.fault, self.in_training = model, fault, in_training
 
     def forward(self, tokens, targets=None):
         logits, loss = self.model(tokens)
-        logits = self.fault(logits)
+        if self.training or not self.in_training:
+            logits = self.fault(logits)
         if targets is None:
             return logits, None
         is_label = targets != -100
@@ -77,10 +78,53 @@ def test_a_leak_is_found_wherever_it_is(batch):
     assert "its logits at token 50 change" in found and "after token 50 change" in found
 
 
+def test_a_leak_that_only_training_has_is_found(batch):
+    model, *inputs = batch
+    leaky = Faulty(model, leak_in_chunks, in_training=True).eval()
+    assert "in training mode" in card_checks.causality(leaky, *inputs)
+
+    class ReadsTargets(Faulty):
+        def forward(self, tokens, targets=None):
+            logits, loss = super().forward(tokens, targets)
+            if targets is None:
+                return logits, loss
+            return logits + nn.functional.one_hot(targets[targets != -100], 64), loss
+
+    found = card_checks.causality(ReadsTargets(model, lambda logits: logits).eval(), *inputs)
+    assert "in training mode" in found
+
+
+class RunningSum(nn.Module):
+    """Adds the mean of all earlier calls."""
+
+    total = 0
+
+    def forward(self, logits):
+        before = self.total
+        self.total = before + logits.detach().mean()
+        return logits + before
+
+
+@pytest.mark.parametrize("change", [nn.Dropout(0.1), RunningSum()])
+def test_what_training_adds_is_no_leak(batch, change):
+    model, *inputs = batch
+    for check in (card_checks.causality, card_checks.independence):
+        assert check(Faulty(model, change, in_training=True).eval(), *inputs) == ""
+
+
 def test_sequences_that_mix_are_found(batch):
     model, *inputs = batch
-    mixed = Faulty(model, lambda logits: logits + logits.mean(0))
-    assert "another sequence of the batch" in card_checks.independence(mixed, *inputs)
+    for in_training in (False, True):
+        mixed = Faulty(model, lambda logits: logits + logits.mean(0), in_training).eval()
+        assert "another sequence of the batch" in card_checks.independence(mixed, *inputs)
+
+
+def test_logits_that_cannot_be_compared_are_found(batch):
+    model, *inputs = batch
+    random = Faulty(model, lambda logits: logits + torch.randn(logits.shape))
+    assert "a second call with the same tokens" in card_checks.contract(random, *inputs)
+    infinite = Faulty(model, lambda logits: logits / 0)
+    assert card_checks.contract(infinite, *inputs) == "its logits are not finite"
 
 
 def test_decoding_that_differs_is_found(batch):
@@ -94,8 +138,37 @@ def test_decoding_that_differs_is_found(batch):
     assert "cannot decode" in card_checks.decoding(nn.Identity(), *inputs)
 
 
+class KeepsState(Faulty):
+    """The sum of the logits so far, in the model itself or in a cache that it changes in place."""
+
+    def __init__(self, model, in_cache):
+        super().__init__(model, None)
+        self.in_cache = in_cache
+
+    def forward(self, tokens, targets=None):
+        return self.model(tokens)[0].cumsum(1), None
+
+    def forward_cached(self, tokens, cache=None):
+        logits, of_model = self.model.forward_cached(tokens, cache and cache[0])
+        before = torch.zeros_like(logits[:, :1])
+        if cache:
+            before = cache[1] if self.in_cache else self.last
+        total = before + logits.cumsum(1)
+        self.last = total[:, -1:]
+        return total, (of_model, before.copy_(self.last))
+
+
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_a_cache_that_cannot_be_used_twice_is_found(batch, in_cache):
+    model, *inputs = batch
+    found = card_checks.decoding(KeepsState(model, in_cache), *inputs)
+    assert "decoded logits differ by" in found
+
+
 def test_a_parameter_without_a_gradient_is_found(batch):
     model, *inputs = batch
+    model.fixed = nn.Parameter(torch.zeros(3), requires_grad=False)
+    assert card_checks.contract(model, *inputs) == ""
     model.unused = nn.Parameter(torch.zeros(3))
     assert "the parameter unused gets no gradient" in card_checks.contract(model, *inputs)
 
@@ -119,6 +192,35 @@ class Mean(Sum):
 class Narrow(Sum):  # its output is too narrow for the residual stream
     def forward(self, x):
         return self.proj(x)[..., :-1]
+
+class Column(Sum):  # one feature, which the residual stream would add to each of its own
+    def forward(self, x):
+        return self.proj(x)[..., :1].cumsum(1)
+
+class Double(Sum):
+    def forward(self, x):
+        return self.proj(x).double()
+
+class Asserts(Sum):
+    def forward(self, x):
+        assert x.shape[1] % 64 == 0, "in 64s"
+
+class OnlyWide(Sum):
+    def __init__(self, config):
+        super().__init__(config)
+        if config.dim < 64:
+            raise SystemExit("too narrow")
+
+class Far(Sum):  # a token sees the one 200 after it
+    def forward(self, x):
+        y = self.proj(x)
+        if x.shape[1] > 200:
+            y = y + nn.functional.pad(y[:, 200:], (0, 0, 0, 200))
+        return y
+
+class GPTBlock(Sum):  # a name that the written model file has, too
+    def forward(self, x):
+        return self.proj(x).cumsum(1).cumsum(1) * torch.nan
 
 class Gated(Sum):  # looks ahead once its gate is no longer 0
     def __init__(self, config):
@@ -144,7 +246,8 @@ def user(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["Mean", "Gated"])
 def test_a_mixer_that_looks_ahead_is_refused_and_nothing_is_trained(user, monkeypatch, name):
     monkeypatch.setattr(card, "run_missing", None)
-    message = f"card_mine_{name} fails causality: its logits at token 1 change .* later; mask them"
+    where = "96 tokens: its logits at token 1 change"
+    message = f"card_mine_{name} fails causality with {where} .* later; mask them"
     with pytest.raises(ConfigError, match=message):
         sweep.main(["card", f"--mixer=card_mine.{name}"])
     assert not (user / "runs").exists()
@@ -173,18 +276,45 @@ def test_the_mixers_of_the_guide(user, monkeypatch):
     assert train.main([*argv, "--input_seq_len=32", "--num_kv_pairs=4"]) == 0
 
     monkeypatch.setattr(card, "run_missing", None)
-    with pytest.raises(ConfigError, match="shiftmix_Cheat fails causality: its logits at token 1 "):
+    with pytest.raises(ConfigError, match="shiftmix_Cheat fails causality with 96 tokens: its logits at token 1 "):
         sweep.main(["card", "--mixer=shiftmix.Cheat"])
 
 
-def test_a_mixer_that_does_not_run_is_refused_in_a_sentence(user):
-    with pytest.raises(ConfigError, match="Narrow fails contract: it ends in RuntimeError: "):
-        sweep.main(["card", "--mixer=card_mine.Narrow"])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("Narrow", "shapes .*: the mixer takes torch.float32 .3, 96, 64. and returns .* 63.;"),
+        ("Column", "shapes .* returns torch.float32 .3, 96, 1.; its output must have"),
+        ("Double", "shapes .* returns torch.float64 .3, 96, 64.; its output must have"),
+        ("Asserts", r"shapes .*: it ends in AssertionError at card_mine.py:\d+: in 64s$"),
+        ("OnlyWide", r"shapes with the model for parity: it ends in SystemExit at .*: too"),
+        ("Far", "causality with 1,024 tokens: its logits at token 1 change"),
+        ("GPTBlock", "contract with 96 tokens: its logits are not finite"),
+    ],
+)
+def test_a_mixer_that_does_not_fit_is_refused_in_a_sentence(user, monkeypatch, name, message):
+    monkeypatch.setattr(card, "run_missing", None)
+    with pytest.raises(ConfigError, match=f"card_mine_{name} fails {message}"):
+        sweep.main(["card", f"--mixer=card_mine.{name}"])
+    assert not (user / "runs").exists()
+
+
+def test_a_file_of_a_mixer_that_does_not_run_is_named(user):
+    (user / "card_mine_too.py").write_text("import nothing_here\n")
+    with pytest.raises(ConfigError, match=r"card_mine_too.py:1 does not run \(ModuleNotFound"):
+        sweep.main(["card", "--mixer=card_mine_too.Sum"])
+    # Ours would be measured in place of the user's.
+    (user / "linear.py").write_text("from torch.nn import Linear as LinearAttentionLayer")
+    with pytest.raises(ConfigError, match="Python has a module linear, too .* another name"):
+        sweep.main(["card", "--mixer=linear.LinearAttentionLayer"])
+    assert not list(user.glob("*_blocks.py"))
 
 
 def test_every_mixer_of_ours_has_a_model_of_the_card():
     for name in (card.REFERENCE, *card.MEMORIES):
         assert card.recall_model(name, "").startswith(f"--model {name} ")
+    train.parse(shlex.split(card.parity_model("unified_kv", "")))
+    assert " --du 8 " in card.parity_model("unified_kv", "")
     fork = card.parity_model("delta.GatedDeltaNet", "")
     assert "--allow_neg_eigval 1" in fork and "--conv_size 0" in fork
 
@@ -196,7 +326,8 @@ def test_every_mixer_of_ours_has_a_model_of_the_card():
         (["--model=gpt", "--mixer=a.B"], "and not both"),
         (["--mixer=mine.py"], "mixer=mine.py must be file.Class, without .py"),
         (["--mixer=nothing.Sum"], "mixer=nothing.Sum: there is no nothing.py here"),
-        (["--mixer=card_mine.Product"], "cannot import name 'Product'"),
+        (["--mixer=card_mine.Product"], "mixer=card_mine.Product: .* import name 'Product'"),
+        (["--mixer=card_mine.nn"], "mixer=card_mine.nn: nn is no torch.nn.Module"),
         (["--mixer=mine"], "mixer=mine must be file.Class, without .py"),
         (["--model=nothing"], "model='nothing' is neither one of"),
         (["--model=gpt", "--model_args=--heads 3"], "there is no setting 'heads'"),
@@ -331,6 +462,12 @@ def test_stored_cards_that_are_damaged(user):
     del damaged["parity"]["256"]
     (user / "stored.json").write_text(json.dumps({"gpt": damaged}))
     with pytest.raises(ConfigError, match="stored.json: 'gpt': 'parity' has no '256'"):
+        sweep.main(["card", "--mixer=card_mine.Sum"])
+    assert not list(user.glob("*_blocks.py")), "it is found before anything else is done"
+    damaged = made_up_card(0.5)
+    damaged["cost"]["512"] = "cheap"  # which only the figure shows
+    (user / "stored.json").write_text(json.dumps({"gpt": damaged}))
+    with pytest.raises(ConfigError, match="'cost': '512' is 'cheap', not a number"):
         card.read_stored()
 
 

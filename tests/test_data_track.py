@@ -139,8 +139,11 @@ def test_no_sequence_comes_twice_in_training_or_in_two_splits():
 
 
 def test_slices_are_the_length_and_the_position_rounded_down():
-    data = data_track.Data(config(task="s3", test_lengths=(20, 33), n_test_examples=4))
+    sizes = dict(n_val_examples=3, n_test_examples=4)
+    data = data_track.Data(config(task="s3", test_lengths=(20, 33), **sizes))
     assert data.seq_len == 64 and data.eval_groups("test") == [range(4), range(4, 8)]
+    assert data.eval_groups("val") == [range(3), range(3, 6)]
+    assert data_track.Data(config(task="s3", test_lengths=(20, 100))).seq_len == 100
     for group, length in zip(data.eval_groups("test"), (20, 33)):
         tokens, _, slices = data.batch("test", 0, group)
         assert tokens.shape == (4, length) and set(slices["input_seq_len"]) == {length}
@@ -205,10 +208,10 @@ def test_negative_eigenvalues_learn_parity_in_seconds(tmp_path, capsys):
     [
         (["--task=s4"], "choose from parity, mod_add"),
         (["--task=parity", "--input_seq_len=39"], "use at least 40"),
-        (["--test_lengths=[64,8]"], "test_lengths: .* too few .* of 8 tokens .* at least 16"),
+        (["--test_lengths=[64,8]"], "test_lengths=8 has too few .* use at least 16"),
         (["--elements=swaps", "--input_seq_len=19"], "use at least 20"),
         (["--test_lengths=[64,64]"], "names a length twice"),
-        (["--input_seq_len=2e6"], "more than 1048576"),
+        (["--input_seq_len=2e6"], "=2000000 must be at most 1048576"),
         (["--task=mod_add", "--modulus=1"], "modulus=1"),
         (["--modulus=3"], "no effect: task is s3"),
         (["--task=parity", "--elements=swaps"], "no effect: parity has no swaps"),

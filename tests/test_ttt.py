@@ -405,6 +405,17 @@ def test_gradients_of_many_models_at_once(cls):
             torch.testing.assert_close(together[name][i], grad, rtol=1e-7, atol=1e-9)
 
 
+def test_the_inner_net_starts_small_but_for_the_hidden_units():
+    expected = {TTTLinear: [(0.02, 16, 16)], TTTMLP: [(1.0, 16, 48), (0.02, 48, 16)]}
+    for cls, layers in expected.items():
+        c = ttt.Config(dk=16, dv=16, n_heads=20, inner_expand_factor=3)
+        torch.manual_seed(0)
+        weights = cls.block.mixer(c).inner_weights
+        assert len(weights) == len(layers)
+        for W, (std, *sizes) in zip(weights, layers):
+            assert [*W.shape] == [20, *sizes] and abs(W.std() / std - 1) < 0.05
+
+
 def test_weight_decay_leaves_the_inner_norm_alone():
     layer = ttt.TTTMLPLayer(config())
     optimizer = train.configure_optimizer(layer, train.TrainConfig(weight_decay=0.1))
