@@ -197,7 +197,7 @@ def test_the_most_and_the_least_harmful_ablation_are_named_without_controls():
     lost = {("zero", "0"): 0.5, ("mean", "2"): 0.25, ("zero", "control"): 0.0}
     effects = {key: {"flip": {"value": value}} for key, value in lost.items()}
     words = "loses 50.00% of the answers (zero, layer 0) to 25.00% (mean, layer 2)"
-    assert ablate.ablations_in_words(effects).endswith(words)
+    assert ablate.describe_ablations(effects).endswith(words)
 
 
 @pytest.mark.parametrize("name", ["force", "replace"])

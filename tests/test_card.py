@@ -276,7 +276,8 @@ def test_the_mixers_of_the_guide(user, monkeypatch):
     assert train.main([*argv, "--input_seq_len=32", "--num_kv_pairs=4"]) == 0
 
     monkeypatch.setattr(card, "run_missing", None)
-    with pytest.raises(ConfigError, match="shiftmix_Cheat fails causality with 96 tokens: its logits at token 1 "):
+    message = "shiftmix_Cheat fails causality with 96 tokens: its logits at token 1 "
+    with pytest.raises(ConfigError, match=message):
         sweep.main(["card", "--mixer=shiftmix.Cheat"])
 
 
