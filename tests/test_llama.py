@@ -599,6 +599,12 @@ def test_ends_of_answers_in_gguf_files(plain_llama, tmp_path):
     assert loading.load(file)[0].config.eos_token_ids == (2, 7, 9)
 
 
+def test_notes_in_a_gguf_file_are_no_settings(plain_llama, tmp_path):
+    """Whoever quantizes a file may leave keys of their own in it."""
+    fields = {"somebody.quantize_version": ("add_uint32", 2), "note": ("add_string", "mine")}
+    loading.load(save_gguf(tmp_path / "model.gguf", plain_llama, fields=fields))
+
+
 @pytest.mark.parametrize(
     "tensors, fields, message",
     [
