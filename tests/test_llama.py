@@ -527,6 +527,11 @@ def test_an_index_and_its_files_say_the_same(plain_llama):
     assert_refused(plain_llama, "holds both model.safetensors and model.safetensors.index.json")
 
 
+def test_weights_in_another_form(plain_llama):
+    (plain_llama / "model.safetensors").rename(plain_llama / "pytorch_model.bin")
+    assert_refused(plain_llama, "model.safetensors is missing, and there is no model.safetensors.i")
+
+
 def test_an_adapter_is_not_left_out(plain_llama):
     (plain_llama / "adapter_config.json").write_text("{}")
     assert_refused(plain_llama, "holds an adapter; merge it into the weights first")
