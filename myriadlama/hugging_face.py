@@ -440,7 +440,7 @@ def read_weights(path, config):
         file = os.path.join(path, file_name)
         message = f"{file} is missing; download all parts that {INDEX} names"
         if not os.path.exists(os.path.join(path, INDEX)):
-            message = f"{file} is missing, and there is no {INDEX}; weights in other forms are no use"
+            message = f"{file} is missing, and there is no {INDEX}; other forms are not read"
         require(os.path.exists(file), message, "model")
         for name, tensor in read_safetensors(file).items():
             if not name.startswith(("model.", "lm_head.")):

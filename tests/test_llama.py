@@ -858,15 +858,17 @@ def test_what_a_tokenizer_puts_before_a_text(plain_llama):
 @pytest.mark.parametrize(
     "name, found, message",
     [
-        ("tokenizer_config.json", {"added_tokens_decoder": {"256": {"content": "<s>"}}}, "'256' of"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "!"}}}, "'7' of '!'"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"7": 3}}, "has 3, in which there is no"),
-        ("tokenizer_config.json", {"added_tokens_decoder": [7]}, "is no JSON object"),
+        ("tokenizer_config.json", {"256": {"content": "<s>"}}, "make token '256' of '<s>'"),
+        ("tokenizer_config.json", {"7": {"content": "!"}}, "does not make token '7' of '!'"),
+        ("tokenizer_config.json", {"7": 3}, "has 3, in which there is no token"),
+        ("tokenizer_config.json", [7], "is no JSON object"),
         ("added_tokens.json", {"<s>": 256}, "does not make token 256 of '<s>'"),
     ],
 )
 def test_tokens_that_tokenizer_json_lacks(plain_llama, name, found, message):
     """transformers adds them. Text with them would be encoded letter by letter here."""
+    if name == "tokenizer_config.json":
+        found = {"added_tokens_decoder": found}
     (plain_llama / name).write_text(json.dumps(found))
     assert_refused(plain_llama, message)
 
