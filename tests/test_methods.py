@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import flex_generate as flex
 from myriadlama import decoding, fusion, llama, methods
-from myriadlama.batch import Answers, Batch
+from myriadlama.batch import Answers, Batch, CostMeter
 from naive import naive_decode
 from toys_llama import (
     V,
@@ -399,6 +399,23 @@ def test_shared_work_is_charged_to_each_method_once(reverse):
         assert tokens == expected[method] and seconds > 0
         if method == order[0]:
             assert seconds <= time.perf_counter() - start
+
+
+def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch):
+    clock = [0.0]
+
+    def synchronize(device):
+        clock[0] += 1.0  # the GPU was behind
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    meter = CostMeter(torch.device("cuda"))
+    meter.reset_cost()
+    meter.shared("work", lambda: None)
+    # Three waits after the start: one is the work's, two the method's own.
+    assert meter.results["work"][1] == 1 and meter.cost()[0] == 3
+    meter = CostMeter(torch.device("cpu"))
+    assert meter.cost()[0] == 0
 
 
 def test_the_confidence_is_that_of_what_is_scored(monkeypatch):
