@@ -9,6 +9,7 @@ Results of one number of templates share a key, progress files and a table. Thos
 lie beside them under other names.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -186,6 +187,10 @@ def write_results(config, folder, asked, facts, pool, key, chosen, methods):
     for record in read_progress(folder, templates, key)[0]:
         if record["uuid"] in fact_of:
             latest[record["method"], record["uuid"]] = record
+    table, reliability = f"table_{templates}", f"reliability_{templates}.png"
+    # A run that is killed now must not leave the table of older files beside new ones.
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, f"{table}.json"))
     columns, summaries = {}, {}
     for name, method in methods.items():
         if name in chosen:
@@ -213,7 +218,6 @@ def write_results(config, folder, asked, facts, pool, key, chosen, methods):
         "by_slice": {},
         "examples": [],
     }
-    table, reliability = f"table_{templates}", f"reliability_{templates}.png"
     write_json(os.path.join(folder, f"{table}.json"), result)
     written = [file_name(config, name) for name in chosen] + [f"{table}.json", reliability]
     title = f"{config.model}: {len(asked)} questions, templates {templates}"

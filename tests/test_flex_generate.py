@@ -276,6 +276,30 @@ def test_a_killed_run_continues_and_nothing_is_lost_or_doubled(tiny_llamas, tmp_
         flex.main([*args, "--max_new_tokens=2"])
 
 
+def test_a_killed_run_leaves_no_table_of_older_files(tiny_llamas, tmp_path, monkeypatch):
+    """It has written one file with other settings, and the table would speak of both."""
+    args = command_line(tiny_llamas, tmp_path)
+    folder = tmp_path / "out" / "plain"
+    for method in ("origin", "avg"):
+        flex.main([*args, f"--method={method}"])
+    os.remove(folder / "progress_all_a5.0.jsonl")
+    update_feather = results.update_feather
+
+    def update_one(path, columns):
+        if path.endswith("avg_all_a5.feather"):
+            raise KeyboardInterrupt
+        update_feather(path, columns)
+
+    monkeypatch.setattr(results, "update_feather", update_one)
+    with pytest.raises(KeyboardInterrupt):
+        flex.main([*args, "--method=all", "--max_new_tokens=2"])
+    assert not (folder / "table_all_a5.json").exists()
+    monkeypatch.undo()
+    flex.main([*args, "--method=all", "--max_new_tokens=2"])
+    table = json.loads((folder / "table_all_a5.json").read_text())
+    assert set(table["metrics"]) == {"majority", *METHODS}
+
+
 def test_two_processes_never_answer_in_one_directory(tiny_llamas, tmp_path):
     args = command_line(tiny_llamas, tmp_path)
     folder = tmp_path / "out" / "plain"
