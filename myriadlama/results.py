@@ -165,7 +165,11 @@ def is_record(line):
     }
     try:
         check_kinds(line, kinds, "")
-    except ConfigError:
+        json.dumps(line, ensure_ascii=False).encode()
+    except (ConfigError, UnicodeEncodeError):  # half a character fits into no feather file
+        return False
+    # A product of probabilities may be rounded to a little more than 1.
+    if not all(0 <= value < 1.01 for value in np.atleast_1d(line["confidence"])):
         return False
     n = len(line["templates"])
     return not per_template or len(line["generation"]) == len(line["confidence"]) == n

@@ -491,6 +491,9 @@ def test_the_key_of_a_result_has_all_files_of_a_sharded_model(plain_llama):
 NO_RECORDS = {
     "seconds as text": lambda record: {**record, "seconds": "1"},
     "seconds that are no number": lambda record: {**record, "seconds": float("nan")},
+    "a confidence above 1": lambda record: {**record, "confidence": 7.0},
+    "a confidence below 0": lambda record: {**record, "confidence": -1},
+    "half a character": lambda record: {**record, "generation": "\ud800"},
     "no generation": lambda record: {**record, "generation": None},
     "two generations": lambda record: {**record, "generation": ["q"]},
     "uuid a number": lambda record: {**record, "uuid": 3},
