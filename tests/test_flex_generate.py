@@ -156,6 +156,23 @@ def test_metrics_of_templates_by_hand():
     assert metrics.agreement("aabb") == pytest.approx(2 / 6)
 
 
+@pytest.mark.parametrize("is_right", [True, False])
+def test_metrics_of_templates_that_are_all_right_or_all_wrong(is_right):
+    """Of equal templates, the first is named. Wilson's interval of two out of two by hand."""
+    low = 2 / (2 + 1.959964**2)
+    table = metrics.compare_templates([[is_right] * 3] * 2, [["a"] * 3, ["b"] * 3])
+    for key in ("best", "worst", "oracle"):
+        assert table[key]["value"] == is_right
+        expected = [low, 1] if is_right else [0, 1 - low]
+        assert table[key]["ci95"] == pytest.approx(expected, abs=1e-6)
+    assert table["best"]["template"] == table["worst"]["template"] == 1
+    assert (table["range"], table["std"], table["consistency"]["value"]) == (0, 0, 1)
+    assert table["consistency"]["ci95"] == pytest.approx([low, 1], abs=1e-6)
+    over = metrics.measure_confidence([1.0, 1.0], [is_right] * 2, ["u", "v"])
+    assert over["overconfidence"]["value"] == over["calibration_error"] == 1 - is_right
+    assert over["confidence"]["ci95"] == pytest.approx([low, 1], abs=1e-6)
+
+
 def test_overconfidence_by_hand():
     """Two questions with two answers each: a question counts once, as one cluster."""
     table = metrics.measure_confidence([0.9, 0.7, 0.2, 0.6], [1, 0, 0, 1], ["u", "u", "v", "v"])
