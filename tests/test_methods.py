@@ -330,15 +330,16 @@ def test_hybrid_averages_the_fused_prompt_and_the_single_ones():
         assert got.item() == pytest.approx(expected.max().item(), rel=1e-4)
 
 
-def test_adaptive_takes_the_templates_with_the_highest_weight():
+@pytest.mark.parametrize("n, m", [(4, 2), (5, 3), (1, 1)])
+def test_adaptive_takes_the_half_of_the_templates_with_the_highest_weight(n, m):
     model, rng = random_llama(), np.random.default_rng(1)
-    prefix, q = random_ids(rng, 7), random_question(rng)
+    prefix, q = random_ids(rng, 7), random_question(rng, n)
     batch = batch_of(model, [q], prefix, 3)
     (text,) = methods.flex_adaptive(batch).texts
-    best = methods.separate_answers(batch).log_weight[0].topk(2).indices.sort().values.tolist()
+    best = methods.separate_answers(batch).log_weight[0].topk(m).indices.sort().values.tolist()
     templates = [q.templates[i] for i in best]
-    half = fusion.Question(templates, q.is_manual[:2], q.answer_start, q.separator)
-    bias = -np.log(2)
+    half = fusion.Question(templates, q.is_manual[:m], q.answer_start, q.separator)
+    bias = -np.log(m)
     tokens, _ = naive_decode(our_forward(model), prefix, half, "isolated", "restart", bias, 3)
     assert text == " ".join(map(str, tokens))
 
