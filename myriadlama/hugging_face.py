@@ -351,10 +351,18 @@ def read_tokenizer(file):
     return tokenizer, before[0] if before else None
 
 
+def token_ids(tokenizer, text):
+    """Token ids of a text, without those that the tokenizer puts around it."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as e:  # the package raises plain Exception
+        message = f"the tokenizer cannot encode {shown(text)} ({shown(str(e))})"
+        raise ConfigError(message, "model") from None
+
+
 def adds_space(tokenizer):
     """Does it put a space before a text, as SentencePiece does?"""
-    letter = tokenizer.encode("Q", add_special_tokens=False).ids
-    after_line_break = tokenizer.encode("\nQ", add_special_tokens=False).ids
+    letter, after_line_break = token_ids(tokenizer, "Q"), token_ids(tokenizer, "\nQ")
     return after_line_break[len(after_line_break) - len(letter) :] != letter
 
 
@@ -377,7 +385,7 @@ def check_tokenizer(path, tokenizer, found):
         require(valid, message, "model")
         number_of[entry["content"]] = number
     for text, number in number_of.items():
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = token_ids(tokenizer, text)
         message = f"{path}: tokenizer.json does not make token {shown(number)} of {shown(text)}"
         hint = f"as {TOKENIZER_CONFIG} or {ADDED_TOKENS} says; save the tokenizer again"
         require(str(number) in map(str, ids), f"{message}, {hint}", "model")

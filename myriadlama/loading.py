@@ -94,13 +94,10 @@ def encode(tokenizer, text, vocab_size, starts_prompt=False):
     is no such space, so we encode the text with a line break before it and drop the line break.
     ConfigError if a token id is not below vocab_size.
     """
-
-    def token_ids(text):
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    ids = token_ids(text)
+    ids = hugging_face.token_ids(tokenizer, text)
     if not starts_prompt and hugging_face.adds_space(tokenizer):
-        line_break, both = token_ids("\n"), token_ids("\n" + text)
+        line_break = hugging_face.token_ids(tokenizer, "\n")
+        both = hugging_face.token_ids(tokenizer, "\n" + text)
         merged = f"the tokenizer glues a line break to the text after it: {text[:40]!r}"
         require(both[: len(line_break)] == line_break, merged, "model")
         ids = both[len(line_break) :]

@@ -888,6 +888,13 @@ def test_whether_a_space_is_put_before_a_text(plain_llama, make):
     loading.load(str(plain_llama))
 
 
+def test_a_text_that_a_tokenizer_cannot_encode():
+    """A vocabulary of whole words, without a token for all others."""
+    with pytest.raises(ConfigError, match="the tokenizer cannot encode 'Q: x' .*UNK") as error:
+        loading.encode(Tokenizer(models.WordLevel({"x": 0}, unk_token="[UNK]")), "Q: x", 300)
+    assert "\n" not in str(error.value)
+
+
 def test_a_tokenizer_of_another_model():
     tokenizer = byte_level_tokenizer()
     tokenizer.add_tokens([AddedToken("Paris")])
