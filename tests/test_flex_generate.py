@@ -71,6 +71,8 @@ def test_every_method_and_its_files(tiny_llamas, tmp_path, capsys):
     table = json.loads((folder / "table_all_a5.json").read_text())
     assert table["metrics"]["per_prompt"]["accuracy"]["n"] == 16
     assert "p" in table["metrics"]["flex"] and "p" not in table["metrics"]["origin"]
+    counts = {name: cell.get("templates") for name, cell in table["metrics"].items()}
+    assert (counts["origin"], counts["flex_adaptive"], counts["flex"]) == ("1", "half of 4", "4")
     assert table["templates"]["oracle"]["n"] == 4
     assert "pairs of templates that agree" in printed and "minus accuracy" in printed
     assert (folder / "reliability_all_a5.png").stat().st_size > 5000

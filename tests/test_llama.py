@@ -129,6 +129,8 @@ VARIATIONS = [
     ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}),
     ("llama", {"rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 2.0}}),
     ("llama", {"rope_parameters": YARN | {"truncate": False}}),
+    # The last pair that is interpolated would lie beyond the last one.
+    ("llama", {"rope_parameters": YARN | {"beta_slow": 2e-4}}),
     ("llama", {"rope_parameters": YARN | {"original_max_position_embeddings": 4}}),
     ("mistral", {"sliding_window": None}),
     ("mistral", {"sliding_window": 101}),

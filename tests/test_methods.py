@@ -402,6 +402,18 @@ def test_shared_work_is_charged_to_each_method_once(reverse):
             assert seconds <= time.perf_counter() - start
 
 
+def test_a_method_that_uses_a_part_and_the_whole_pays_for_the_whole():
+    for fractions in ([1.0, 0.5], [0.5, 1.0]):
+        meter = CostMeter(torch.device("cpu"))
+
+        def work():
+            meter.tokens += 8
+
+        for fraction in fractions:
+            meter.shared("work", work, fraction)
+        assert meter.cost()[1] == 8
+
+
 def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch):
     clock = [0.0]
 
