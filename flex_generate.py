@@ -158,26 +158,23 @@ class Run:
 
     def prefix_ids(self, fact):
         """Token ids of instruction and examples."""
-        if self.config.chat:  # a chat template writes the first token itself
-            return self.encode(self.chat_parts(fact)[0], starts_prompt=True)
         examples, is_question = self.examples[fact["relation"]], not fact["subject"]
+        if self.config.chat:  # a chat template writes the first token itself
+            text = chat.beginning(self.model.config.chat_template, examples, is_question)
+            return self.encode(text, starts_prompt=True)
         text = prompts.few_shot_prefix(examples, is_question)
         bos = self.model.config.bos_token_id
         return ([] if bos is None else [bos]) + self.encode(text, starts_prompt=True)
-
-    def chat_parts(self, fact):
-        """See chat.prompt_parts."""
-        examples, is_question = self.examples[fact["relation"]], not fact["subject"]
-        return chat.prompt_parts(self.model.config.chat_template, examples, is_question)
 
     def template_ids(self, fact, texts):
         """Token ids of each filled template of a question, up to where the answer begins."""
         if not self.config.chat:
             return [self.encode(f"Q: {text}\nA:") for text in texts]
-        before, rest = self.chat_parts(fact)
+        examples, is_question = self.examples[fact["relation"]], not fact["subject"]
         prefix, templates = self.prefix_ids(fact), []
         for text in texts:
-            whole = before + rest.replace(chat.QUESTION, text)
+            # Rendered for each text: a template of a chat may strip or quote it.
+            whole = chat.prompt(self.model.config.chat_template, examples, is_question, text)
             ids = self.encode(whole, starts_prompt=True)
             glued = f"the tokenizer glues the chat format to the template after it: {text[:40]!r}"
             require(ids[: len(prefix)] == prefix, glued, "chat")

@@ -9,6 +9,13 @@ import torch
 from myriadlama import decoding, fusion, prompts
 
 
+def now(device):
+    """Seconds, once the device has done all that it was given: a GPU works behind our back."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class CostMeter:
     """Seconds and tokens of each method.
 
@@ -16,20 +23,21 @@ class CostMeter:
     method computed it first, so that costs do not depend on the order of the methods.
     """
 
-    def __init__(self):
+    def __init__(self, device):
+        self.device = device
         self.results = {}  # name of a shared result -> value, seconds, tokens, fractions of others
         self.reset_cost()
 
     def reset_cost(self):
         """Start counting for the next method."""
         self.tokens = 0
-        self.start = time.perf_counter()
+        self.start = now(self.device)
         self.seconds_sharing = 0.0  # spent on shared results since the start
         self.fractions = {}  # name of a shared result -> the fraction charged to this method
 
     def cost(self):
         """-> seconds, tokens of this method"""
-        seconds = time.perf_counter() - self.start - self.seconds_sharing
+        seconds = now(self.device) - self.start - self.seconds_sharing
         tokens = self.tokens
         for name, fraction in self.fractions.items():
             _, shared_seconds, shared_tokens, _ = self.results[name]
@@ -43,11 +51,11 @@ class CostMeter:
         fraction: the part of the cost to charge, for a method that needs only a part of the result.
         """
         if name not in self.results:
-            start, tokens_before = time.perf_counter(), self.tokens
+            start, tokens_before = now(self.device), self.tokens
             sharing_before = self.seconds_sharing
             fractions_before, self.fractions = self.fractions, {}
             value = compute()
-            seconds = time.perf_counter() - start
+            seconds = now(self.device) - start
             # compute() may have called shared(), whose time is charged under its own name
             nested_seconds = self.seconds_sharing - sharing_before
             own_tokens = self.tokens - tokens_before
@@ -81,7 +89,7 @@ class Batch:
         self.prefix_kv = prefix_kv
         self.prefix_length = prefix_kv[0][0].shape[2]
         self.n = len(questions[0].templates)
-        self.meter = CostMeter()
+        self.meter = CostMeter(prefix_kv[0][0].device)
 
     def encode(self, rows):
         """rows [(token ids, positions)] -> fusion.Encoded"""

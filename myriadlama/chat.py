@@ -9,6 +9,7 @@ turn, and so on. The last turn of the user is a template of the question.
 """
 
 import functools
+import json
 from dataclasses import dataclass
 
 from myriadlama import prompts
@@ -26,28 +27,32 @@ class ChatTemplate:
     eos_token: object = None
 
 
-def prompt_parts(chat, examples, is_question):
-    """Texts of a prompt -> before every template, and the rest with QUESTION in it.
+def beginning(chat, examples, is_question):
+    """The text of a prompt before every template.
 
     chat: a ChatTemplate. examples: facts. ConfigError if the template cannot be rendered.
     """
-    messages = []
-    for fact in examples:
-        shown = prompts.fill(prompts.first_template(fact), fact["subject"])
-        messages.append({"role": "user", "content": shown})
-        messages.append({"role": "assistant", "content": fact["answers"][0]})
-    messages.append({"role": "user", "content": QUESTION})
-    instruction = prompts.instruction(is_question)
-    messages[0]["content"] = f"{instruction}\n\n{messages[0]['content']}"
-    text = render(chat, messages)
+    text = prompt(chat, examples, is_question, QUESTION)
     message = "the chat template of this model changes or drops a message; leave out --chat"
     require(text.count(QUESTION) == 1, message, "chat")
     opens_thought = text.rstrip().endswith("<think>")
     message = "this model thinks before it answers, for longer than an answer may be"
     require(not opens_thought, f"{message}; leave out --chat", "chat")
     # A tokenizer joins a space to the word after it, so the space belongs to the template.
-    before = text[: text.index(QUESTION)].rstrip(" ")
-    return before, text[len(before) :]
+    return text[: text.index(QUESTION)].rstrip(" ")
+
+
+def prompt(chat, examples, is_question, template):
+    """The whole text of a prompt that ends with one filled template."""
+    messages = []
+    for fact in examples:
+        shown = prompts.fill(prompts.first_template(fact), fact["subject"])
+        messages.append({"role": "user", "content": shown})
+        messages.append({"role": "assistant", "content": fact["answers"][0]})
+    messages.append({"role": "user", "content": template})
+    instruction = prompts.instruction(is_question)
+    messages[0]["content"] = f"{instruction}\n\n{messages[0]['content']}"
+    return render(chat, messages)
 
 
 def render(chat, messages):
@@ -84,17 +89,33 @@ def default_source(chat):
 
 @functools.cache
 def compiled(source):
+    from jinja2 import nodes
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks what a model says, for training; the text stays the same."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
 
     def raise_exception(message):
         raise ValueError(message)
 
-    extensions = ["jinja2.ext.loopcontrols"]
+    def to_json(value, **options):
+        # Jinja's own filter escapes for HTML.
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     # No strftime_now: with today's date, results would depend on the day.
     environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = to_json
     return environment.from_string(source)
 
 

@@ -18,11 +18,12 @@ import json
 import os
 import re
 import tokenize
+from collections import Counter
 
 import numpy as np
 
 from myriadlama import facts as builtin
-from myriadlama.prompts import casefolded, normalise
+from myriadlama.prompts import casefolded, fill, normalise, split_words
 from nanorecall.dataset_files import read_rows
 from nanorecall.settings import ConfigError, convert, require
 
@@ -72,11 +73,16 @@ def read_csv(path):
 
 
 def parse_fact_rows(rows):
-    return reject_repeats((parse_fact(row, where), where) for row, where in rows)
+    facts = []
+    for number, (row, where) in enumerate(rows):
+        fact = parse_fact(row, where)
+        fact["uuid"] = fact["uuid"] or str(number)
+        facts.append((fact, where))
+    return reject_repeats(facts)
 
 
 def parse_fact(row, where):
-    """A row of the format "fact" -> fact."""
+    """A row of the format "fact" -> fact, whose uuid may be empty."""
 
     def first_given(*columns):
         for column in columns:
@@ -87,9 +93,9 @@ def parse_fact(row, where):
     for column in ("subject", "answers"):
         require(first_given(column), f'{where}: "{column}" is missing or empty', "path")
     fact = {
-        "uuid": parse_uuid(row, where) or where,
+        "uuid": parse_uuid(row, where),
         "relation": parse_text(first_given("relation", "rel_uri") or "", where, "relation"),
-        "subject": parse_text(row["subject"], where, "subject"),
+        "subject": parse_subject(row["subject"], where, "subject"),
         "answers": parse_answers(row["answers"], where, "answers"),
     }
     for kind in ("manual", "auto"):
@@ -107,7 +113,7 @@ def parse_myriadlama_rows(rows):
             given = row.get(column) not in (None, "")
             require(given, f'{where}: "{column}" is missing or empty', "path")
         relation = parse_text(row.get("rel_uri") or "", where, "rel_uri")
-        subject = parse_text(row["sub_ent"], where, "sub_ent")
+        subject = parse_subject(row["sub_ent"], where, "sub_ent")
         uuid = parse_uuid(row, where)
         require(uuid, f'{where}: "uuid" is missing or empty', "path")
         answers = parse_list(row["obj_aliases"], where, "obj_aliases")
@@ -167,9 +173,14 @@ def validate_fact(fact, where):
 
 def reject_repeats(facts_with_places):
     """(fact, where) pairs -> facts. Two facts with one uuid are a ConfigError, and so is a fact
-    that is there twice: it could become the example that gives its own answer away."""
+    that is there twice: it could become the example that gives its own answer away. A template that
+    is there twice would have two votes."""
     facts, place_of_uuid, place_of_content = [], {}, {}
     for fact, where in facts_with_places:
+        texts = Counter(fill(text, fact["subject"]) for text in fact["manual"] + fact["auto"])
+        text, n_times = texts.most_common(1)[0]
+        message = f"{where}: the template {text[:80]!r} is there {n_times} times; delete the others"
+        require(n_times == 1, message, "path")
         uuid = fact["uuid"]
         first = place_of_uuid.setdefault(uuid, where)
         message = f"{where}: uuid {uuid!r} is that of the fact at {first}, too"
@@ -221,6 +232,12 @@ def parse_text(value, where, column):
     has_surrogate = any("\ud800" <= letter <= "\udfff" for letter in text)
     message = f'{where}: "{column}" holds half a character (a lone surrogate)'
     require(not has_surrogate, message, "path")
+    return text
+
+
+def parse_subject(value, where, column):
+    text = parse_text(value, where, column)
+    require(split_words(text), f'{where}: "{column}" holds nothing that can be read', "path")
     return text
 
 

@@ -27,17 +27,17 @@ def shown(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def check_settings(found, allowed_values, where, harmless_prefixes=()):
+def check_settings(found, allowed_values, where):
     """Refuse the first setting that would change what the model computes.
 
     allowed_values: {key: ANY or a tuple of values}. An unknown key is refused too, unless its value
-    is None or it starts with one of harmless_prefixes.
+    is None.
     """
     for key, value in found.items():
         allowed = allowed_values.get(key)
         if allowed is ANY:
             continue
-        if allowed is None and (value is None or key.startswith(harmless_prefixes)):
+        if allowed is None and value is None:
             continue
         found_here = f"{where}: {key[:60]!r} is {shown(value)}"
         hint = "if it does not change what the model computes, take it out"

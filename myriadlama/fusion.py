@@ -122,8 +122,7 @@ class Question:
 def layout(question, prefix_length, scheme, positions):
     """Tokens and positions of one question -> rows, position of the answer start.
 
-    A row here is (token ids, positions, template number of each token), one for each group of
-    templates that attend to each other.
+    There is a row for each group of templates that attend to each other.
     """
     templates = [list(ids) for ids in question.templates]
     if positions == "sequential":
@@ -137,12 +136,11 @@ def layout(question, prefix_length, scheme, positions):
         answer_position = prefix_length + max(map(len, templates))
     rows = []
     for group in encode_groups(scheme, question.is_manual):
-        ids, row_positions, template_of_token = [], [], []
+        ids, row_positions = [], []
         for i in group:
             ids += templates[i]
             row_positions += range(starts[i], starts[i] + len(templates[i]))
-            template_of_token += [i] * len(templates[i])
-        rows.append((ids, row_positions, template_of_token))
+        rows.append((ids, row_positions))
     return rows, answer_position
 
 
@@ -185,15 +183,22 @@ def merge_beginnings(rows):
     return torch.tensor([ids]), torch.tensor([positions]), paths
 
 
-def path_mask(paths, P, T):
-    """(T, P + T) bool, query x key: a token attends to the prefix, itself and those before it."""
-    mask = torch.zeros(T, P + T, dtype=torch.bool)
-    mask[:, :P] = True
-    for path in paths:
-        path = torch.tensor(path)
-        # Numbers grow along a path.
-        mask[path[:, None], P + path] = path[:, None] >= path
-    return mask
+def path_masks(paths, T):
+    """For each block of the T tokens, yield the keys that it needs (n,) and a mask (tokens, n).
+
+    A token attends to itself and those before it in its row. One mask of all tokens would take a
+    gigabyte for 256 questions.
+    """
+    paths = [torch.tensor(path) for path in paths]
+    row, place = torch.zeros(T, dtype=torch.long), torch.zeros(T, dtype=torch.long)
+    for r, path in enumerate(paths):
+        row[path], place[path] = r, torch.arange(len(path))
+    padded = pad_sequence(paths, batch_first=True)  # (rows, longest row)
+    for tokens in torch.arange(T).split(BLOCK):
+        is_before = torch.arange(padded.shape[1]) <= place[tokens, None]
+        attended = torch.where(is_before, padded[row[tokens]], tokens[:, None])
+        keys, column = attended.unique(return_inverse=True)
+        yield keys, torch.zeros(len(tokens), len(keys), dtype=torch.bool).scatter(1, column, True)
 
 
 def prefill_blocks(model, prefix_kv, rows):
@@ -204,10 +209,10 @@ def prefill_blocks(model, prefix_kv, rows):
     """
     P, device = prefix_kv[0][0].shape[2], model.rope_table.device
     tokens, positions, paths = merge_beginnings(rows)
-    blocks = []  # numbers of keys, mask (queries of a block, these keys)
-    for mask in path_mask(paths, P, tokens.shape[1]).split(BLOCK):
-        keys = mask.any(0).nonzero().squeeze(1)
-        blocks.append((keys.to(device), mask[:, keys].to(device)))
+    blocks = []  # numbers of keys, mask (queries of a block, these keys); all see the prefix
+    for keys, mask in path_masks(paths, tokens.shape[1]):
+        keys = torch.cat([torch.arange(P), P + keys])
+        blocks.append((keys.to(device), F.pad(mask, (P, 0), value=True).to(device)))
 
     def attend(layer, q, k, v):
         prefix_k, prefix_v = prefix_kv[layer]
@@ -234,7 +239,10 @@ def prefill_flex(model, prefix_kv, rows, attention=None):
     P, device = prefix_kv[0][0].shape[2], model.rope_table.device
     tokens, positions, paths = merge_beginnings(rows)
     T = tokens.shape[1]
-    dense = path_mask(paths, P, T).to(device)
+    dense = torch.zeros(T, P + T, dtype=torch.bool, device=device)
+    dense[:, :P] = True
+    for rows_of_block, (keys, mask) in zip(dense.split(BLOCK), path_masks(paths, T)):
+        rows_of_block[:, P + keys.to(device)] = mask.to(device)
 
     def mask(b, h, q, kv):
         return dense[q, kv]

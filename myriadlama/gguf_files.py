@@ -65,8 +65,6 @@ ALLOWED_IN_ALL = {  # the same for keys that all architectures share
     "tokenizer.ggml.add_space_prefix": (False,),
     "tokenizer.ggml.remove_extra_whitespaces": (False,),
 }
-# Descriptions, how the file was quantized, and the tokenizer, which gguf_tokenizer checks.
-HARMLESS_PREFIXES = ("general.", "GGUF.", "quantize.", "split.", "tokenizer.")
 # Kinds of tokens in tokenizer.ggml.token_type.
 CONTROL, USER_DEFINED = 3, 4
 # Runs of letters, digits, marks and white space, as in GPT-4's tokenizer.
@@ -130,13 +128,22 @@ def gguf_name(parameter):
 def read_gguf(path):
     """-> Config, {parameter name: float32 tensor}, tokenizer"""
     require_package("gguf", "this model needs a package: pip install gguf")
+    from gguf import MODEL_ARCH_NAMES
+
     fields, tensors = read_contents(path)
     architecture = fields.get("general.architecture")
     found = f"{path} is of architecture {str(architecture)[:60]}"
     message = f"{found}; only {', '.join(ARCHITECTURES)} are computed here"
     require(architecture in ARCHITECTURES, message, "model")
     allowed = {f"{architecture}.{key}": values for key, values in ALLOWED_VALUES.items()}
-    check_settings(fields, allowed | ALLOWED_IN_ALL, path, HARMLESS_PREFIXES)
+    allowed |= ALLOWED_IN_ALL
+    settings = {}
+    for key, value in fields.items():
+        # Other keys are descriptions, notes of who made the file, and the tokenizer, which
+        # gguf_tokenizer checks.
+        if key in allowed or key.split(".")[0] in MODEL_ARCH_NAMES.values():
+            settings[key] = value
+    check_settings(settings, allowed, path)
     tokenizer, vocab_size = gguf_tokenizer(fields, path)
 
     def size(key, default=None):

@@ -28,6 +28,7 @@ from nanorecall.settings import ConfigError, require
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+ADDED_TOKENS = "added_tokens.json"
 
 READ_BELOW = """
     model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers
@@ -38,13 +39,18 @@ READ_BELOW = """
 NO_EFFECT = """
     pad_token_id unk_token_id sep_token_id _name_or_path name_or_path _commit_hash
     transformers_version dtype torch_dtype use_cache initializer_range attention_dropout
-    pretraining_tp hidden_dropout resid_pdrop attn_pdrop embd_pdrop use_bfloat16
-    gradient_checkpointing _attn_implementation attn_implementation _attn_implementation_autoset
-    _flash_attn_2_enabled experts_implementation return_dict output_attentions
-    output_hidden_states torchscript tf_legacy_loss chunk_size_feed_forward tie_encoder_decoder
-    is_decoder id2label label2id num_labels problem_type finetuning_task prefix
-    task_specific_params tokenizer_class decoder_start_token_id is_llama_config
-    max_sequence_length transformers.js_config unsloth_fixed unsloth_version model_max_length
+    pretraining_tp hidden_dropout residual_dropout embedding_dropout resid_pdrop attn_pdrop
+    embd_pdrop use_bfloat16 gradient_checkpointing _attn_implementation attn_implementation
+    _attn_implementation_autoset _flash_attn_2_enabled experts_implementation return_dict
+    output_attentions output_hidden_states torchscript tf_legacy_loss chunk_size_feed_forward
+    tie_encoder_decoder is_decoder id2label label2id num_labels problem_type finetuning_task prefix
+    task_specific_params tokenizer_class decoder_start_token_id is_llama_config max_sequence_length
+    transformers.js_config unsloth_fixed unsloth_version model_max_length
+    tokenizer_model_max_length tokenizer_padding_side bos_token eos_token pad_token unk_token
+    trust_remote_code low_cpu_mem_usage use_flash_attn use_flash_attention use_sdpa use_recompute
+    neftune_noise_alpha label_smoothing loss_type ignore_index keys_to_ignore_at_inference
+    base_model_tp_plan base_model_pp_plan initializer_cutoff_factor max_window_layers
+    output_router_logits router_aux_loss_coef output_past cross_attention_hidden_size
 """.split()
 # Settings of generation that do not change which tokens greedy decoding gives.
 GENERATION = """
@@ -122,6 +128,7 @@ class Family(NamedTuple):
     allowed_values: dict  # other than ALLOWED_VALUES
     explicit: tuple = ()  # keys whose default in transformers is another than Llama's
     eos_token_id: int | None = None  # the default
+    switches_window: bool = False  # without use_sliding_window, sliding_window means nothing
 
 
 FAMILIES = {
@@ -138,9 +145,9 @@ FAMILIES = {
             "attention_bias": (None, True),
             "sliding_window": ANY,
             "use_sliding_window": (None, False, True),
-            "max_window_layers": ANY,
         },
         ("num_key_value_heads", "max_position_embeddings"),
+        switches_window=True,
     ),
     "qwen3": Family(
         "Qwen3",
@@ -149,9 +156,9 @@ FAMILIES = {
             "use_qk_norm": (None, True),
             "sliding_window": ANY,
             "use_sliding_window": (None, False, True),
-            "max_window_layers": ANY,
         },
         ("num_key_value_heads", "head_dim", "max_position_embeddings"),
+        switches_window=True,
     ),
 }
 ROPE_PARAMETERS = {  # rope_type -> the numbers that it needs
@@ -179,7 +186,9 @@ def read_directory(path, generation_config="strict"):
     if generation_config == "strict":
         check_generation(path, config.not_applied)
     tokenizer, config.bos_token_id = read_tokenizer(os.path.join(path, "tokenizer.json"))
-    config.chat_template = read_chat_template(path)
+    tokenizer_config = read_json(path, TOKENIZER_CONFIG, {})
+    check_tokenizer(path, tokenizer, tokenizer_config)
+    config.chat_template = read_chat_template(path, tokenizer_config)
     tensors = read_weights(path, config)
     weights = match_weights(config, tensors, hugging_face_name, path)
     interleave_rotary_pairs(weights, config)
@@ -246,7 +255,8 @@ def read_window(settings, where):
     A sliding window changes nothing as long as all tokens fit into it, so this limits the length.
     """
     window = settings.get("sliding_window")
-    if settings.get("use_sliding_window") is False:
+    switches_window = FAMILIES[settings["model_type"]].switches_window
+    if switches_window and not settings.get("use_sliding_window"):
         window = None
     layer_types = settings.get("layer_types")
     known = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
@@ -254,6 +264,9 @@ def read_window(settings, where):
     valid = valid or isinstance(layer_types, list) and all(kind in known for kind in layer_types)
     message = f"{where}: 'layer_types' is {shown(layer_types)}"
     require(valid, f"{message}; only {' and '.join(known)} are computed here", "model")
+    n_layers = settings.get("num_hidden_layers")
+    message = f"{where}: layer_types names {len(layer_types or ())} layers, not {shown(n_layers)}"
+    require(layer_types is None or len(layer_types) == n_layers, message, "model")
     if window is None:
         return math.inf
     return whole_number(settings, "sliding_window", where, None, 1, 2**40)
@@ -272,6 +285,8 @@ def read_rope(settings, max_seq_len, where):
     allowed["partial_rotary_factor"] = (None, 1)
     if kind == "yarn":
         allowed |= dict.fromkeys(YARN_OPTIONS, ANY)
+    elif kind in ("linear", "dynamic"):
+        allowed["original_max_position_embeddings"] = ANY  # they do not use it
     check_settings(rope, allowed, where)
     base = positive_number(settings, "rope_theta", where, 10000.0)
     base = positive_number(rope, "rope_theta", where, base)
@@ -365,11 +380,48 @@ def read_tokenizer(file):
     return tokenizer, before[0] if before else None
 
 
-def read_chat_template(path):
-    """-> ChatTemplate; chat_template.jinja goes before the one in tokenizer_config.json."""
-    found = {}
-    if os.path.exists(os.path.join(path, TOKENIZER_CONFIG)):
-        found = read_json(path, TOKENIZER_CONFIG)
+def token_ids(tokenizer, text):
+    """Token ids of a text, without those that the tokenizer puts around it."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as e:  # the package raises plain Exception
+        message = f"the tokenizer cannot encode {shown(text)} ({shown(str(e))})"
+        raise ConfigError(message, "model") from None
+
+
+def adds_space(tokenizer):
+    """Does it put a space before a text, as SentencePiece does?"""
+    letter, after_line_break = token_ids(tokenizer, "Q"), token_ids(tokenizer, "\nQ")
+    return after_line_break[len(after_line_break) - len(letter) :] != letter
+
+
+def check_tokenizer(path, tokenizer, found):
+    """ConfigError if other files ask for another tokenizer than tokenizer.json.
+
+    found: tokenizer_config.json.
+    """
+    differs = found.get("add_prefix_space") is False and adds_space(tokenizer)
+    # Other classes of transformers do not read this setting.
+    differs = differs and str(found.get("tokenizer_class")).startswith("Llama")
+    message = f"{path}: {TOKENIZER_CONFIG} wants no space before a text, tokenizer.json puts one"
+    require(not differs, f"{message}; save the tokenizer again", "model")
+    number_of = read_json(path, ADDED_TOKENS, {})
+    decoder = found.get("added_tokens_decoder") or {}
+    require(isinstance(decoder, dict), f"{path}: added_tokens_decoder is no JSON object", "model")
+    for number, entry in decoder.items():
+        message = f"{path}: added_tokens_decoder has {shown(entry)}, in which there is no token"
+        valid = isinstance(entry, dict) and isinstance(entry.get("content"), str)
+        require(valid, message, "model")
+        number_of[entry["content"]] = number
+    for text, number in number_of.items():
+        ids = token_ids(tokenizer, text)
+        message = f"{path}: tokenizer.json does not make token {shown(number)} of {shown(text)}"
+        hint = f"as {TOKENIZER_CONFIG} or {ADDED_TOKENS} says; save the tokenizer again"
+        require(str(number) in map(str, ids), f"{message}, {hint}", "model")
+
+
+def read_chat_template(path, found):
+    """-> ChatTemplate; chat_template.jinja goes before the one in found, tokenizer_config.json."""
     source, file = found.get("chat_template"), os.path.join(path, CHAT_TEMPLATE)
     if os.path.exists(file):
         try:
@@ -424,6 +476,8 @@ def read_weights(path, config):
     for file_name in weight_files(path):
         file = os.path.join(path, file_name)
         message = f"{file} is missing; download all parts that {INDEX} names"
+        if not os.path.exists(os.path.join(path, INDEX)):
+            message = f"{file} is missing, and there is no {INDEX}; other forms are not read"
         require(os.path.exists(file), message, "model")
         for name, tensor in read_safetensors(file).items():
             if not name.startswith(("model.", "lm_head.")):
@@ -488,9 +542,11 @@ def read_safetensors(file):
     return tensors
 
 
-def read_json(path, name):
-    """The object in a JSON file of a directory."""
+def read_json(path, name, default=None):
+    """The object in a JSON file of a directory; of a file that is missing the default, if given."""
     file = os.path.join(path, name)
+    if default is not None and not os.path.exists(file):
+        return default
     try:
         with open(file, encoding="utf-8") as f:
             value = json.load(f)

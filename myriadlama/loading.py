@@ -62,7 +62,7 @@ def fingerprint(name):
     if path.endswith(".gguf"):
         return {f"file {os.path.basename(path)}": sha256_file(path)}
     names = {"config.json", "generation_config.json", "tokenizer.json", hugging_face.INDEX}
-    names |= {hugging_face.TOKENIZER_CONFIG, hugging_face.CHAT_TEMPLATE}
+    names |= {hugging_face.TOKENIZER_CONFIG, hugging_face.ADDED_TOKENS, hugging_face.CHAT_TEMPLATE}
     names.update(hugging_face.weight_files(path))
     found = {}
     try:
@@ -97,14 +97,10 @@ def encode(tokenizer, text, vocab_size, starts_prompt=False):
     is no such space, so we encode the text with a line break before it and drop the line break.
     ConfigError if a token id is not below vocab_size.
     """
-
-    def token_ids(text):
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    ids, letter, line_and_letter = token_ids(text), token_ids("Q"), token_ids("\nQ")
-    adds_space = line_and_letter[len(line_and_letter) - len(letter) :] != letter
-    if adds_space and not starts_prompt:
-        line_break, both = token_ids("\n"), token_ids("\n" + text)
+    ids = hugging_face.token_ids(tokenizer, text)
+    if not starts_prompt and hugging_face.adds_space(tokenizer):
+        line_break = hugging_face.token_ids(tokenizer, "\n")
+        both = hugging_face.token_ids(tokenizer, "\n" + text)
         merged = f"the tokenizer glues a line break to the text after it: {text[:40]!r}"
         require(both[: len(line_break)] == line_break, merged, "model")
         ids = both[len(line_break) :]

@@ -118,7 +118,7 @@ def decode_scheme(batch, scheme):
     for question in batch.questions:
         first = len(rows)
         new_rows, answer_position = fusion.layout(question, batch.prefix_length, scheme, positions)
-        rows += [(ids, row_positions) for ids, row_positions, _ in new_rows]
+        rows += new_rows
         members.append(range(first, len(rows)))
         next_pos.append(answer_position)
     encoded = batch.encode(rows)

@@ -31,7 +31,8 @@ QUESTION_INSTRUCTION = "Answer the question in a few words."  # for templates th
 
 
 def fill(template, subject):
-    return template.replace("[X]", subject).replace("[Y]", "[MASK]")
+    # The subject last: it may hold a slot itself.
+    return template.replace("[Y]", "[MASK]").replace("[X]", subject)
 
 
 def select_templates(fact, n_manual, n_auto, rng):

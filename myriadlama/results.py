@@ -9,6 +9,7 @@ Results of one number of templates share a key, progress files and a table. Thos
 lie beside them under other names.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -167,7 +168,11 @@ def is_record(line):
     }
     try:
         check_kinds(line, kinds, "")
-    except ConfigError:
+        json.dumps(line, ensure_ascii=False).encode()
+    except (ConfigError, UnicodeEncodeError):  # half a character fits into no feather file
+        return False
+    # A product of probabilities may be rounded to a little more than 1.
+    if not all(0 <= value < 1.01 for value in np.atleast_1d(line["confidence"])):
         return False
     n = len(line["templates"])
     return not per_template or len(line["generation"]) == len(line["confidence"]) == n
@@ -191,6 +196,10 @@ def write_results(config, folder, asked, facts, pool, key, chosen, methods):
     for record in read_progress(folder, templates, key)[0]:
         if record["uuid"] in fact_of:
             latest[record["method"], record["uuid"]] = record
+    table, reliability = f"table_{templates}", f"reliability_{templates}.png"
+    # A run that is killed now must not leave the table of older files beside new ones.
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, f"{table}.json"))
     columns, summaries = {}, {}
     for name, method in methods.items():
         if name in chosen:
@@ -218,7 +227,6 @@ def write_results(config, folder, asked, facts, pool, key, chosen, methods):
         "by_slice": {},
         "examples": [],
     }
-    table, reliability = f"table_{templates}", f"reliability_{templates}.png"
     write_json(os.path.join(folder, f"{table}.json"), result)
     written = [file_name(config, name) for name in chosen] + [f"{table}.json", reliability]
     title = table_title(config.model, len(asked), templates)

@@ -276,10 +276,14 @@ def naive_decode(forward, prefix, question, scheme, positions, bias=0.0, max_new
     ids = list(prefix)
     position = list(range(len(prefix)))
     template = [fusion.PREFIX] * len(prefix)
-    for row_ids, row_positions, row_templates in rows:
+    groups = fusion.encode_groups(scheme, question.is_manual)
+    for group, (row_ids, row_positions) in zip(groups, rows, strict=True):
         ids += row_ids
         position += map(int, row_positions)
-        template += row_templates
+        for i in group:
+            is_last = i == len(question.templates) - 1
+            n_after = 0 if positions == "restart" or is_last else 1 + len(question.separator)
+            template += [i] * (len(question.templates[i]) + n_after)
     ids.append(question.answer_start)
     position.append(answer_position)
     template.append(fusion.ANSWER)

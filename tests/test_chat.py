@@ -49,7 +49,18 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {%- if message.role == 'system' %}{{ raise_exception('no system') }}{% endif -%}
 {%- if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}
 {%- else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"""
-TEMPLATES = {"chatml": CHATML, "thinking": THINKING, "llama3": LLAMA3, "mistral": MISTRAL}
+JSON = """{% for message in messages %}{% set kind = message.role | upper %}
+{% generation %}
+{{ '<|im_start|>' + kind + ([1] | tojson(indent=1)) + (message | tojson) + ':' }}
+{% endgeneration %}
+{% endfor %}"""
+TEMPLATES = {
+    "chatml": CHATML,
+    "thinking": THINKING,
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+    "json": JSON,
+}
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", " Q"]
 
 EXAMPLES = [
@@ -57,7 +68,7 @@ EXAMPLES = [
     {"subject": "Basel", "manual": ["In [X], [Y]."], "auto": [], "answers": ["German"]},
 ]
 FACT = {"uuid": "u", "relation": "r", "subject": "Iowa", "answers": ["q"]}
-TEXTS = ["Iowa is in [MASK].", " [MASK] has Iowa"]
+TEXTS = ["Iowa is in [MASK].", " [MASK] has Iowa. ", 'What is "Iowa" & <b>? [MASK].']
 
 
 def chat_tokenizer():
@@ -107,15 +118,14 @@ def their_ids(template, texts, examples=EXAMPLES, is_question=False):
 @pytest.mark.parametrize("n_examples", [0, 2])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompts_are_those_of_transformers(name, n_examples):
-    examples, texts = EXAMPLES[:n_examples], TEXTS
-    if name == "llama3":
-        texts = [text.strip() for text in TEXTS]  # its template trims them
-    run, prompted = make_run(TEMPLATES[name], examples, texts)
+    """Also if a template strips messages, or quotes them as JSON."""
+    examples = EXAMPLES[:n_examples]
+    run, prompted = make_run(TEMPLATES[name], examples)
     question = run.make_question(prompted)
     got = []
     for template in question.templates:
         got.append(run.prefix_ids(FACT) + template + [question.answer_start])
-    assert got == their_ids(TEMPLATES[name], texts, examples)
+    assert got == their_ids(TEMPLATES[name], TEXTS, examples)
 
 
 def test_a_template_that_the_tokenizer_joins_to_the_format():
@@ -132,8 +142,7 @@ def test_a_template_that_the_tokenizer_joins_to_the_format():
 
 
 def test_whole_questions_have_their_own_instruction():
-    run, _ = make_run(CHATML)
-    before, _ = run.chat_parts(FACT | {"subject": ""})
+    before = chat.beginning(chat.ChatTemplate(CHATML), EXAMPLES, is_question=True)
     assert prompts.QUESTION_INSTRUCTION in before and prompts.INSTRUCTION not in before
 
 

@@ -104,6 +104,8 @@ def test_every_method_and_its_files(tiny_llamas, tmp_path, capsys):
     assert (tmp_path / "methods.png").read_bytes() == drawn
     assert table["metrics"]["per_prompt"]["accuracy"]["n"] == 16
     assert "p" in table["metrics"]["flex"] and "p" not in table["metrics"]["origin"]
+    counts = {name: cell.get("templates") for name, cell in table["metrics"].items()}
+    assert (counts["origin"], counts["flex_adaptive"], counts["flex"]) == ("1", "half of 4", "4")
     assert table["templates"]["oracle"]["n"] == 4
     assert "pairs of templates that agree" in printed and "minus accuracy" in printed
     assert (folder / "reliability_all_a5.png").stat().st_size > 5000
@@ -187,6 +189,23 @@ def test_metrics_of_templates_by_hand():
     assert table["oracle"]["value"] == pytest.approx(2 / 3)
     assert table["best"]["value"] == table["worst"]["value"] == pytest.approx(1 / 3)
     assert metrics.agreement("aabb") == pytest.approx(2 / 6)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_metrics_of_templates_that_are_all_right_or_all_wrong(is_right):
+    """Of equal templates, the first is named. Wilson's interval of two out of two by hand."""
+    low = 2 / (2 + 1.959964**2)
+    table = metrics.compare_templates([[is_right] * 3] * 2, [["a"] * 3, ["b"] * 3])
+    for key in ("best", "worst", "oracle"):
+        assert table[key]["value"] == is_right
+        expected = [low, 1] if is_right else [0, 1 - low]
+        assert table[key]["ci95"] == pytest.approx(expected, abs=1e-6)
+    assert table["best"]["template"] == table["worst"]["template"] == 1
+    assert (table["range"], table["std"], table["consistency"]["value"]) == (0, 0, 1)
+    assert table["consistency"]["ci95"] == pytest.approx([low, 1], abs=1e-6)
+    over = metrics.measure_confidence([1.0, 1.0], [is_right] * 2, ["u", "v"])
+    assert over["overconfidence"]["value"] == over["calibration_error"] == 1 - is_right
+    assert over["confidence"]["ci95"] == pytest.approx([low, 1], abs=1e-6)
 
 
 def test_overconfidence_by_hand():
@@ -307,6 +326,30 @@ def test_a_killed_run_continues_and_nothing_is_lost_or_doubled(tiny_llamas, tmp_
     message = "holds results with another max_new_tokens; give another --out_dir, or delete prog"
     with pytest.raises(ConfigError, match=message):
         flex.main([*args, "--max_new_tokens=2"])
+
+
+def test_a_killed_run_leaves_no_table_of_older_files(tiny_llamas, tmp_path, monkeypatch):
+    """It has written one file with other settings, and the table would speak of both."""
+    args = command_line(tiny_llamas, tmp_path)
+    folder = tmp_path / "out" / "plain"
+    for method in ("origin", "avg"):
+        flex.main([*args, f"--method={method}"])
+    os.remove(folder / "progress_all_a5.0.jsonl")
+    update_feather = results.update_feather
+
+    def update_one(path, columns):
+        if path.endswith("avg_all_a5.feather"):
+            raise KeyboardInterrupt
+        update_feather(path, columns)
+
+    monkeypatch.setattr(results, "update_feather", update_one)
+    with pytest.raises(KeyboardInterrupt):
+        flex.main([*args, "--method=all", "--max_new_tokens=2"])
+    assert not (folder / "table_all_a5.json").exists()
+    monkeypatch.undo()
+    flex.main([*args, "--method=all", "--max_new_tokens=2"])
+    table = json.loads((folder / "table_all_a5.json").read_text())
+    assert set(table["metrics"]) == {"majority", *METHODS}
 
 
 def test_two_processes_never_answer_in_one_directory(tiny_llamas, tmp_path):
@@ -508,6 +551,9 @@ def test_the_key_of_a_result_has_all_files_of_a_sharded_model(plain_llama):
 NO_RECORDS = {
     "seconds as text": lambda record: {**record, "seconds": "1"},
     "seconds that are no number": lambda record: {**record, "seconds": float("nan")},
+    "a confidence above 1": lambda record: {**record, "confidence": 7.0},
+    "a confidence below 0": lambda record: {**record, "confidence": -1},
+    "half a character": lambda record: {**record, "generation": "\ud800"},
     "no generation": lambda record: {**record, "generation": None},
     "two generations": lambda record: {**record, "generation": ["q"]},
     "uuid a number": lambda record: {**record, "uuid": 3},

@@ -61,34 +61,35 @@ def test_positions_by_hand():
     question = fusion.Question(templates, torch.tensor([True, True, False]), 7, [3])
     rows, answer_position = fusion.layout(question, 10, "manual_cross", "restart")
     assert rows == [
-        ([11, 12, 13], [10, 11, 10], [0, 0, 1]),
-        ([14, 15, 16], [10, 11, 12], [2, 2, 2]),
+        ([11, 12, 13], [10, 11, 10]),
+        ([14, 15, 16], [10, 11, 12]),
     ]
     assert answer_position == 13
     rows, answer_position = fusion.layout(question, 10, "isolated", "sequential")
     assert rows == [
-        ([11, 12, 7, 3], [10, 11, 12, 13], [0] * 4),
-        ([13, 7, 3], [14, 15, 16], [1] * 3),
-        ([14, 15, 16], [17, 18, 19], [2] * 3),
+        ([11, 12, 7, 3], [10, 11, 12, 13]),
+        ([13, 7, 3], [14, 15, 16]),
+        ([14, 15, 16], [17, 18, 19]),
     ]
     assert answer_position == 20
 
 
-def test_rows_with_one_beginning_by_hand():
-    """At other positions a token is another one, and so is one after another token."""
+def test_rows_with_one_beginning_by_hand(monkeypatch):
+    """At other positions a token is another one, and so is one after another token. The mask is
+    made in blocks, here of 3 tokens."""
+    monkeypatch.setattr(fusion, "BLOCK", 3)
     rows = [([5, 6, 7], range(2, 5)), ([5, 6, 8, 7], range(2, 6)), ([6, 7], [3, 4]), ([5], [2])]
     ids, positions, paths = fusion.merge_beginnings(rows)
     assert ids.tolist() == [[5, 6, 7, 8, 7, 6, 7]]
     assert positions.tolist() == [[2, 3, 4, 4, 5, 3, 4]]
     assert paths == [[0, 1, 2], [0, 1, 3, 4], [5, 6], [0]]
-    assert fusion.path_mask(paths, 1, 7).int().tolist() == [
-        [1, 1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 1, 0, 0, 0],
-        [1, 1, 1, 0, 1, 1, 0, 0],
-        [1, 0, 0, 0, 0, 0, 1, 0],
-        [1, 0, 0, 0, 0, 0, 1, 1],
+    blocks = []
+    for keys, mask in fusion.path_masks(paths, 7):
+        blocks.append((keys.tolist(), mask.int().tolist()))
+    assert blocks == [
+        ([0, 1, 2], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]),
+        ([0, 1, 3, 4, 5], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1]]),
+        ([5, 6], [[1, 1]]),
     ]
 
 
@@ -153,8 +154,7 @@ def test_flex_attention_encodes_the_same(scheme):
     prefix_kv = fusion.prefill_prefix(model, random_ids(rng, 5))
     rows = []
     for question in (random_question(rng), random_question(rng, n=3)):
-        for ids, positions, _ in fusion.layout(question, 5, scheme, "sequential")[0]:
-            rows.append((ids, positions))
+        rows += fusion.layout(question, 5, scheme, "sequential")[0]
     blocks = fusion.prefill_blocks(model, prefix_kv, rows)
     packed = fusion.prefill_flex(model, prefix_kv, rows, flex_attention)
     assert blocks.paths == packed.paths

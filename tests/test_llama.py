@@ -129,6 +129,8 @@ VARIATIONS = [
     ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}),
     ("llama", {"rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 2.0}}),
     ("llama", {"rope_parameters": YARN | {"truncate": False}}),
+    # The last pair that is interpolated would lie beyond the last one.
+    ("llama", {"rope_parameters": YARN | {"beta_slow": 2e-4}}),
     ("llama", {"rope_parameters": YARN | {"original_max_position_embeddings": 4}}),
     ("mistral", {"sliding_window": None}),
     ("mistral", {"sliding_window": 101}),
@@ -167,6 +169,8 @@ def test_logits_and_greedy_tokens_of_every_variation(tmp_path, model_type, chang
     "model_type, changes",
     [
         ("mistral", {"sliding_window": 32}),
+        # A Mistral's window has no switch.
+        ("mistral", {"sliding_window": 32, "use_sliding_window": False}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}),
     ],
 )
@@ -180,10 +184,36 @@ def test_prompts_end_where_a_sliding_window_begins_to_slide(tmp_path, model_type
         causal_logits(model, tokens)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_a_window_that_is_not_switched_on(other_families, tmp_path, model_type):
+    """Qwen's window means nothing without use_sliding_window, whose default is false."""
+    folder = shutil.copytree(other_families[model_type], tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["use_sliding_window"]
+    (folder / "config.json").write_text(json.dumps(settings | {"sliding_window": 32}))
+    assert logits_difference(folder, 100) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"residual_dropout": 0.1, "pad_token": "<pad>", "neftune_noise_alpha": 5},
+        {"output_router_logits": False, "router_aux_loss_coef": 0.01, "max_window_layers": 21},
+        {"keys_to_ignore_at_inference": ["past_key_values"], "pad_token_id": -1},
+        {"pretraining_tp": 2, "attention_dropout": 0.5, "torch_dtype": "float16"},
+    ],
+)
+def test_settings_of_no_effect(plain_llama, changes):
+    change_json(plain_llama / "config.json", **changes)
+    assert logits_difference(plain_llama, 100) < 1e-4
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"rope_parameters": {"rope_type": "default"}},
+        {"rope_parameters": LINEAR | {"original_max_position_embeddings": 32}},
+        {"rope_parameters": DYNAMIC | {"original_max_position_embeddings": 32}},
         {"rope_parameters": None, "rope_theta": 300.0},
         {
             "rope_parameters": None,
@@ -226,6 +256,11 @@ def test_rotary_settings_in_every_style(plain_llama, changes):
         ("partial_rotary_factor", 0.5),
         ("rope_interleaved", True),
         ("layer_types", ["sliding_attention", "full_attention"]),
+        ("scale_emb", 12),
+        ("query_pre_attn_scalar", 256),
+        ("quantization", {"bits": 4}),
+        ("rotary_pct", 0.5),
+        ("use_bias", True),
         ("clip_qkv", 8),
         ("scale_depth", 1.4),
         ("auto_map", {"AutoModelForCausalLM": "own.Model"}),
@@ -263,6 +298,8 @@ def test_settings_that_are_refused_by_name(plain_llama, key, value):
         ({"rope_parameters": {"attention_factor": 2}}, "'attention_factor' is 2, a setting that"),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4}}, "must be below high_freq_factor"),
         ({"rope_parameters": 3}, "its rotary settings are 3"),
+        ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, not 2"),
+        ({"layer_types": []}, "layer_types names 0 layers, not 2"),
         ({"vocab_size": "256"}, "vocab_size is '256', but must be a whole number"),
         ({"hidden_size": 10**30}, "hidden_size is 1000000"),
         ({"num_hidden_layers": 10**6}, "too few for 1000000 layers"),
@@ -550,6 +587,11 @@ def test_an_index_and_its_files_say_the_same(plain_llama):
     assert_refused(plain_llama, "holds both model.safetensors and model.safetensors.index.json")
 
 
+def test_weights_in_another_form(plain_llama):
+    (plain_llama / "model.safetensors").rename(plain_llama / "pytorch_model.bin")
+    assert_refused(plain_llama, "model.safetensors is missing, and there is no model.safetensors.i")
+
+
 def test_an_adapter_is_not_left_out(plain_llama):
     (plain_llama / "adapter_config.json").write_text("{}")
     assert_refused(plain_llama, "holds an adapter; merge it into the weights first")
@@ -620,6 +662,12 @@ def test_ends_of_answers_in_gguf_files(plain_llama, tmp_path):
     }
     file = save_gguf(tmp_path / "model.gguf", plain_llama, fields=fields)
     assert loading.load(file)[0].config.eos_token_ids == (2, 7, 9)
+
+
+def test_notes_in_a_gguf_file_are_no_settings(plain_llama, tmp_path):
+    """Whoever quantizes a file may leave keys of their own in it."""
+    fields = {"somebody.quantize_version": ("add_uint32", 2), "note": ("add_string", "mine")}
+    loading.load(save_gguf(tmp_path / "model.gguf", plain_llama, fields=fields))
 
 
 @pytest.mark.parametrize(
@@ -865,6 +913,46 @@ def test_what_a_tokenizer_puts_before_a_text(plain_llama):
     twice.post_processor = processors.TemplateProcessing("<s> <s> $A", special_tokens=[("<s>", 1)])
     twice.save(str(plain_llama / "tokenizer.json"))
     assert_refused(plain_llama, "puts 2 tokens before a text; at most one is known here")
+
+
+@pytest.mark.parametrize(
+    "name, found, message",
+    [
+        ("tokenizer_config.json", {"256": {"content": "<s>"}}, "make token '256' of '<s>'"),
+        ("tokenizer_config.json", {"7": {"content": "!"}}, "does not make token '7' of '!'"),
+        ("tokenizer_config.json", {"7": 3}, "has 3, in which there is no token"),
+        ("tokenizer_config.json", [7], "is no JSON object"),
+        ("added_tokens.json", {"<s>": 256}, "does not make token 256 of '<s>'"),
+    ],
+)
+def test_tokens_that_tokenizer_json_lacks(plain_llama, name, found, message):
+    """transformers adds them. Text with them would be encoded letter by letter here."""
+    if name == "tokenizer_config.json":
+        found = {"added_tokens_decoder": found}
+    (plain_llama / name).write_text(json.dumps(found))
+    assert_refused(plain_llama, message)
+
+
+@pytest.mark.parametrize("make", [sentencepiece, metaspace])
+def test_whether_a_space_is_put_before_a_text(plain_llama, make):
+    """Llama's classes of transformers follow tokenizer_config.json here."""
+    change_json(plain_llama / "config.json", vocab_size=300)
+    make().save(str(plain_llama / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": False}
+    added = {"added_tokens_decoder": {"1": {"content": "<s>"}}}
+    (plain_llama / "tokenizer_config.json").write_text(json.dumps(settings | added))
+    assert_refused(plain_llama, "wants no space before a text, tokenizer.json puts one")
+    byte_level_tokenizer().save(str(plain_llama / "tokenizer.json"))
+    change_json(plain_llama / "config.json", vocab_size=256)
+    (plain_llama / "tokenizer_config.json").write_text(json.dumps(settings))
+    loading.load(str(plain_llama))
+
+
+def test_a_text_that_a_tokenizer_cannot_encode():
+    """A vocabulary of whole words, without a token for all others."""
+    with pytest.raises(ConfigError, match="the tokenizer cannot encode 'Q: x' .*UNK") as error:
+        loading.encode(Tokenizer(models.WordLevel({"x": 0}, unk_token="[UNK]")), "Q: x", 300)
+    assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_of_another_model():

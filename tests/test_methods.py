@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import flex_generate as flex
 from myriadlama import decoding, fusion, llama, methods
-from myriadlama.batch import Answers, Batch
+from myriadlama.batch import Answers, Batch, CostMeter
 from naive import naive_decode
 from toys_llama import (
     V,
@@ -437,15 +437,16 @@ def test_hybrid_averages_the_fused_prompt_and_the_single_ones(monkeypatch):
         assert confidence[i].item() == pytest.approx(np.prod(steps[: 1 + i % 2]), rel=1e-3)
 
 
-def test_adaptive_takes_the_templates_with_the_highest_weight():
+@pytest.mark.parametrize("n, m", [(4, 2), (5, 3), (1, 1)])
+def test_adaptive_takes_the_half_of_the_templates_with_the_highest_weight(n, m):
     model, rng = random_llama(), np.random.default_rng(1)
-    prefix, q = random_ids(rng, 7), random_question(rng)
+    prefix, q = random_ids(rng, 7), random_question(rng, n)
     batch = batch_of(model, [q], prefix, 3)
     (text,) = methods.flex_adaptive(batch).texts
-    best = methods.separate_answers(batch).log_weight[0].topk(2).indices.sort().values.tolist()
+    best = methods.separate_answers(batch).log_weight[0].topk(m).indices.sort().values.tolist()
     templates = [q.templates[i] for i in best]
-    half = fusion.Question(templates, q.is_manual[:2], q.answer_start, q.separator)
-    bias = -np.log(2)
+    half = fusion.Question(templates, q.is_manual[:m], q.answer_start, q.separator)
+    bias = -np.log(m)
     tokens, _ = naive_decode(our_forward(model), prefix, half, "isolated", "restart", bias, 3)
     assert text == " ".join(map(str, tokens))
 
@@ -506,6 +507,35 @@ def test_shared_work_is_charged_to_each_method_once(reverse):
         assert tokens == expected[method] and seconds > 0
         if method == order[0]:
             assert seconds <= time.perf_counter() - start
+
+
+def test_a_method_that_uses_a_part_and_the_whole_pays_for_the_whole():
+    for fractions in ([1.0, 0.5], [0.5, 1.0]):
+        meter = CostMeter(torch.device("cpu"))
+
+        def work():
+            meter.tokens += 8
+
+        for fraction in fractions:
+            meter.shared("work", work, fraction)
+        assert meter.cost()[1] == 8
+
+
+def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch):
+    clock = [0.0]
+
+    def synchronize(device):
+        clock[0] += 1.0  # the GPU was behind
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    meter = CostMeter(torch.device("cuda"))
+    meter.reset_cost()
+    meter.shared("work", lambda: None)
+    # Three waits after the start: one is the work's, two the method's own.
+    assert meter.results["work"][1] == 1 and meter.cost()[0] == 3
+    meter = CostMeter(torch.device("cpu"))
+    assert meter.cost()[0] == 0
 
 
 def test_the_confidence_is_that_of_what_is_scored(monkeypatch):

@@ -63,8 +63,7 @@ def decode_fused(model, prefix, questions, scheme, positions, bias=0.0, max_new_
     for question in questions:
         first = len(rows)
         new_rows, answer_position = fusion.layout(question, len(prefix), scheme, positions)
-        for ids, row_positions, _ in new_rows:
-            rows.append((ids, row_positions))
+        rows += new_rows
         members.append(range(first, len(rows)))
         next_pos.append(answer_position)
     encoded = fusion.prefill(model, prefix_kv, rows)
