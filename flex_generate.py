@@ -5,8 +5,7 @@
     python flex_generate.py --allow_manual_cross_attention --num_manual 3 --num_auto 2
     python flex_generate.py --method all            # every method, one table
     python flex_generate.py --model llama3.2_3b_it  # or a local directory: Llama, Mistral, Qwen2, 3
-    python flex_generate.py --model models/qwen2.5 --chat  # in the model's chat format
-    python flex_generate.py --model models/qwen2.5 --generation_config plain  # no penalty
+    python flex_generate.py --model models/qwen2.5 --chat --generation_config plain  # chat format
     python flex_generate.py --path facts.jsonl --shots_path pool.jsonl
     python flex_generate.py --draw_mask --num_manual 3 --num_auto 2 --allow_manual_cross_attention
     python flex_generate.py --draw_table figures/methods.json  # draw methods.png again, no model

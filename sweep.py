@@ -78,15 +78,13 @@ class Config:
 #   tune(results) -> [Point]    further points to train; [] if there are enough
 #   choose(results) -> [Point]  the points to draw
 Figure = namedtuple("Figure", "points draw parts summary tune choose", defaults=[None, None])
-IN_EDIT = (
+IN_EDIT = [
     "result.metrics.edits",
     "result.metrics.stored.*.value",
     "result.by_slice.method, edits.*.method",
-    "result.by_slice.method, edits.*.efficacy.value",
-    "result.by_slice.method, edits.*.specificity.value",
-    "result.by_slice.method, edits.*.specificity, shown.value",
-    "result.by_slice.method, edits.*.retained.value",
-)
+]
+for _metric in (*weights.EDIT_METRICS, "retained"):
+    IN_EDIT.append(f"result.by_slice.method, edits.*.{_metric}.value")
 FIGURES = {
     "lr": Figure(
         context.lr_points,

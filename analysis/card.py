@@ -4,7 +4,7 @@
     python sweep.py card --mixer mine.Mixer       # a module (B, T, D) -> (B, T, D), from a Config
     python sweep.py card --model delta            # a mixer of this project
 
-It checks the model first, and refuses one that looks ahead. Then it trains twelve small models, and
+It checks the model first, and refuses one that looks ahead. Then it trains ten small models, and
 writes card.md, card.png and card.json into runs/card/NAME, beside the cards of this project's own
 mixers (figures/card.json). Its runs lie there too: a second call continues where the first stopped.
 A mixer gets 2 layers of width 64; --model_args has further settings (--model_args="--conv_size 4").
@@ -107,9 +107,9 @@ class Model(GPT):
 def model_file(mixer):
     """Write a model file with this mixer into the working directory -> its name, without .py"""
     file, name = mixer.split(".")
-    found = find_source_file(file)
-    require(found, f"mixer={mixer}: there is no {file}.py here", "mixer")
-    require_free_name(file, "mixer", found)
+    source = find_source_file(file)
+    require(source, f"mixer={mixer}: there is no {file}.py here", "mixer")
+    require_free_name(file, "mixer", source)
     model = f"{file}_{name}_blocks"
     text = MODEL_FILE.format(file=file, name=name).encode()
     path = model + ".py"
@@ -121,8 +121,8 @@ def model_file(mixer):
     atomic_write(path, lambda f: f.write(text))
     try:
         module, _ = resolve_model(model)
-        found = module.Mixer
-        is_module = isinstance(found, type) and issubclass(found, torch.nn.Module)
+        mixer_class = module.Mixer
+        is_module = isinstance(mixer_class, type) and issubclass(mixer_class, torch.nn.Module)
         require(is_module, f"{name} is no torch.nn.Module", "mixer")
     except BaseException as e:  # the mixer is not there, or does not run
         os.remove(path)
@@ -178,7 +178,8 @@ def known_args(model, **settings):
 def sizes_of_state(model, recall, model_args):
     """{bytes of the state after 256 tokens: arguments of train.py}, of the model and two others.
 
-    The others have as many layer parameters. If their state is as large, there is one size only.
+    The others have as many layer parameters. There is one size only if their states are as large,
+    or if the model refuses their number of heads.
     """
     sizes = {}
     for args in (recall, *other_sizes(model, recall, model_args)):
@@ -348,6 +349,10 @@ def make_card(config):
     model = config.model or model_file(config.mixer)
     name = config.name or (config.mixer or config.model).replace(".", "_")
     stored.pop(name, None)  # an earlier card of the same mixer
+    # The settings that a card gives to all models are refused beside blocks.
+    has_blocks = model.startswith("memory") and "--blocks" in config.model_args
+    message = "a card of memory layers is one of attention blocks; leave blocks out"
+    require(not has_blocks, message, "model_args")
     recall = recall_model(model, config.model_args)
     parity = parity_model(model, config.model_args)
     folder = os.path.join(config.log_dir, name)
@@ -361,7 +366,7 @@ def make_card(config):
     make_directory(folder)
     say(f"{name}: cost of a training step at {len(LENGTHS)} lengths")
     card["cost"] = relative_cost(model_args, reference)
-    # A model that cannot decode has no state that could be measured.
+    # Where decoding fails its check, the state was not measured.
     states = {}
     if card["state"]["256"]:
         states = sizes_of_state(model, recall, config.model_args)

@@ -218,10 +218,10 @@ def run_check(check, model_args, T):
     except (ConfigError, RunError):
         raise
     except (Exception, SystemExit) as e:  # the code of a mixer may raise anything
-        return f"it ends in {type(e).__name__} at {last_line(e)}: {printable(str(e))}", ""
+        return f"it ends in {type(e).__name__} at {raised_at(e)}: {printable(str(e))}", ""
 
 
-def last_line(error):
+def raised_at(error):
     """File and line where an error comes from, outside of torch."""
     torch_folder = os.path.dirname(torch.__file__)
     lines = []

@@ -35,7 +35,7 @@ def say_checks(checks):
 def say_state(state):
     short, long = state["256"], state["1024"]
     if short is None:
-        return "Its inference state is unknown, since it cannot decode."
+        return "Its inference state is unknown, since decoding fails its check."
     text = f"Its state takes {short / 1000:,.0f} kB after 256 tokens"
     if long == short:
         return f"{text}, and does not grow."
@@ -55,9 +55,9 @@ def say_place(card, stored):
 def say_by_state(sizes):
     """sizes: the part "by_state" of a card."""
     if not sizes:
-        return "Recall against state is unknown, since it cannot decode."
+        return "Recall against state is unknown, since decoding fails its check."
     if len(sizes) == 1:
-        return "Its state does not depend on n_heads, so recall was measured with one size of it."
+        return "Half and twice as many heads gave no other size of its state, so there is one size."
     text = "With other sizes of the state and as many layer parameters, it recalls of 64 pairs"
     parts = []
     for size in sizes:
@@ -109,7 +109,7 @@ def percent(value):
 
 # ---- the page ------------------------------------------------------------------------------------
 
-NUMBER = "number or null"  # null: that run failed, or the model cannot decode
+NUMBER = "number or null"  # null: that run failed, or decoding fails its check
 CARD = {  # the parts of card.json; numbers of them that are in words or in the table have names
     "parameters": "count",
     "checks": {"decoding": "text"},

@@ -4,7 +4,7 @@ import numpy as np
 
 from analysis.compare_figure import mean_and_range
 from analysis.figure_lines import BANDS, draw_series, log_axis
-from analysis.figures_in_context import RECIPES
+from analysis.figures_in_context import RECIPES as IN_CONTEXT
 from analysis.sweep_runs import Point
 from nanorecall.plots import figure
 from nanorecall.settings import require
@@ -214,12 +214,12 @@ IN_WEIGHTS = {"memory table": "qa_2k_memory1", "MLP": "qa_2k_gpt"}
 IN_TABLE = "closed form, protecting others"
 IN_MLP = "closed form in the MLP, protecting others"
 # What each kind of memory is edited with.
-CLOSED_FORMS = {**dict.fromkeys(RECIPES, "overwrite"), "memory table": IN_TABLE, "MLP": IN_MLP}
+CLOSED_FORMS = {**dict.fromkeys(IN_CONTEXT, "overwrite"), "memory table": IN_TABLE, "MLP": IN_MLP}
 
 
 def memory_points():
     points = []
-    for name in RECIPES:
+    for name in IN_CONTEXT:
         train_args = f"configs/{name}.py --target_accuracy 0"
         points.append(Point(name, 0, name, train_args, "eval.py edit {run}", "eval_edit.json"))
     eval_args = f'eval.py edit {{run}} --editors "{IN_TABLE}; {IN_MLP}"'

@@ -228,13 +228,14 @@ def require_linear_reads(run, cache):
             continue
         message = f"editing a state needs queries made as in delta.py; {run.settings.train.model}"
         message += " makes its own"
-        has_queries = all(hasattr(layer.att, name) for name in ("qkv", "split_heads", "head_dims"))
+        mixer = getattr(layer, "att", None)
+        has_queries = all(hasattr(mixer, name) for name in ("qkv", "split_heads", "head_dims"))
         require(has_queries, message, None)
-        c = layer.att.config
+        c = mixer.config
         # MesaNet's state also holds the sum of k k^T, which takes part in every read. That of
         # test-time training is a tuple: weights of a net.
         state = of_block["state"]
-        is_linear = torch.is_tensor(state) and state.shape[-1] == layer.att.head_dims(c)[1]
+        is_linear = torch.is_tensor(state) and state.shape[-1] == mixer.head_dims(c)[1]
         message = f"the state of {run.settings.train.model} is not read linearly"
         require(is_linear, f"{message}; edit a run of another model", None)
         message = "with pos_emb=rope a query depends on its position; train with pos_emb=none"

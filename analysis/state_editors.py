@@ -55,11 +55,11 @@ class Edit:
 def conv_width(model):
     """Tokens whose short convolution sees one and the same token; 1 without a convolution.
 
-    Blocks may differ in it, and a mixer of somebody else may have no config.
+    Blocks may differ in it. Those of somebody else's model may have no config.
     """
     widths = [1]
-    for block in model.layers:
-        config = getattr(block.att, "config", None)
+    for block in getattr(model, "layers", ()):
+        config = getattr(getattr(block, "att", None), "config", None)
         widths.append(getattr(config, "conv_size", 0))
     return max(widths)
 

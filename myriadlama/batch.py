@@ -13,6 +13,8 @@ def now(device):
     """Seconds, once the device has done all that it was given: a GPU works behind our back."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 

@@ -186,8 +186,7 @@ def merge_beginnings(rows):
 def path_masks(paths, T):
     """For each block of the T tokens, yield the keys that it needs (n,) and a mask (tokens, n).
 
-    A token attends to itself and those before it in its row. One mask of all tokens would take a
-    gigabyte for 256 questions.
+    A token attends to itself and those before it in its row.
     """
     paths = [torch.tensor(path) for path in paths]
     row, place = torch.zeros(T, dtype=torch.long), torch.zeros(T, dtype=torch.long)
@@ -205,7 +204,7 @@ def prefill_blocks(model, prefix_kv, rows):
     """Encode rows; each attends to the prefix and, causally, to itself -> Encoded.
 
     All tokens lie end to end, without padding. Blocks of them attend to the keys that some token of
-    the block needs.
+    the block needs: one mask of all tokens would take a gigabyte for 256 questions.
     """
     P, device = prefix_kv[0][0].shape[2], model.rope_table.device
     tokens, positions, paths = merge_beginnings(rows)
@@ -239,6 +238,7 @@ def prefill_flex(model, prefix_kv, rows, attention=None):
     P, device = prefix_kv[0][0].shape[2], model.rope_table.device
     tokens, positions, paths = merge_beginnings(rows)
     T = tokens.shape[1]
+    # The mask function below may be asked for any pair.
     dense = torch.zeros(T, P + T, dtype=torch.bool, device=device)
     dense[:, :P] = True
     for rows_of_block, (keys, mask) in zip(dense.split(BLOCK), path_masks(paths, T)):

@@ -138,10 +138,12 @@ def read_gguf(path):
     allowed = {f"{architecture}.{key}": values for key, values in ALLOWED_VALUES.items()}
     allowed |= ALLOWED_IN_ALL
     settings = {}
+    # An old package may not know this architecture by name.
+    architectures = {architecture, *MODEL_ARCH_NAMES.values()}
     for key, value in fields.items():
         # Other keys are descriptions, notes of who made the file, and the tokenizer, which
         # gguf_tokenizer checks.
-        if key in allowed or key.split(".")[0] in MODEL_ARCH_NAMES.values():
+        if key in allowed or key.split(".")[0] in architectures:
             settings[key] = value
     check_settings(settings, allowed, path)
     tokenizer, vocab_size = gguf_tokenizer(fields, path)

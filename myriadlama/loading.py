@@ -42,6 +42,8 @@ def load(name, device="cpu", dtype=torch.float32, generation_config="strict"):
     require_package("tokenizers", "this model needs a package: pip install tokenizers")
     path = resolve_path(name)
     if path.endswith(".gguf"):
+        message = "generation_config=plain has no effect: a GGUF file has no generation_config.json"
+        require(generation_config == "strict", message, "generation_config")
         config, weights, tokenizer = gguf_files.read_gguf(path)
     else:
         config, weights, tokenizer = hugging_face.read_directory(path, generation_config)

@@ -355,8 +355,9 @@ def draw_table(path):
     summaries = dict(table["metrics"])
     baseline = summaries.pop("majority")
     check_kinds(summaries, {"*": {"accuracy": MEASURED}}, f"{path}: 'metrics'")
-    message = f"{path} has no method; a figure compares several"
-    require(summaries, message, "draw_table")
+    require(summaries, f"{path} has no method to draw", "draw_table")
+    for cell in (baseline, *(summary["accuracy"] for summary in summaries.values())):
+        require(len(cell["ci95"]) == 2, f"{path}: 'ci95' must be two numbers", "draw_table")
     label = templates_label(SimpleNamespace(**table["config"]))
     title = table_title(table["config"]["model"], baseline["n"], label)
     figure_path = os.path.splitext(path)[0] + ".png"

@@ -68,7 +68,9 @@ def parse_json(text):
 
     def finite(word):
         number = float(word)
-        return number if math.isfinite(number) else refuse(word)
+        if not math.isfinite(number):
+            refuse(word)
+        return number
 
     try:
         if isinstance(text, bytes):

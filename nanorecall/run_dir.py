@@ -41,7 +41,7 @@ def run_label(settings, config):
 def model_label(model_class, c):
     """Sizes, then width, kernel, norm and gate of queries, keys and values, then memory layers.
 
-    Blocks with settings of their own show their kinds instead.
+    Blocks with settings of their own show their kinds instead, each kind once.
     """
     k, v = c.dk, c.dv
     if "dk" in getattr(model_class, "inactive_settings", {}):  # unified_kv
@@ -51,7 +51,8 @@ def model_label(model_class, c):
     keys = f"k-{k}-{c.k_kernel}-{c.k_norm}-{c.k_gated:d}"
     label = f"{blocks}_{queries}_{keys}_v-{v}-{c.v_kernel}"
     if getattr(c, "blocks", ()):
-        label = "_".join([f"L{c.n_layers}-D{c.dim}", *(text.split()[0] for text in c.blocks)])
+        kinds = dict.fromkeys(text.split()[0] for text in c.blocks)
+        label = "_".join([f"L{c.n_layers}-D{c.dim}_FF{c.use_ffn:d}", *kinds])
     if hasattr(c, "memory_layers"):
         layers = "-".join(map(str, c.memory_layers))
         label += f"_M{layers}_S{c.mem_n_keys**2}_H{c.mem_heads}_K{c.mem_knn}"

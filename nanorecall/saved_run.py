@@ -98,8 +98,9 @@ def load_settings(folder, train_config, changes=()):
 def note_new_settings(path, cls, saved):
     """Print which settings of the class are newer than the run and take their defaults.
 
-    Those that the checkpoint knows of are compared with it: see require_same_settings. Those that
-    may change when a run is resumed, such as where its log goes, are not worth a note.
+    Those that the checkpoint knows of are compared with it: see require_same_settings. There is no
+    note on those that may change when a run is resumed (RESUMABLE), nor on PATHS, whose default is
+    no file: their defaults cannot have changed the training.
     """
     known = {*saved, *DERIVED, *RESUMABLE, *PATHS}
     new = [name for name in field_names(cls) if name not in known]

@@ -1074,7 +1074,7 @@ def draw_curves(path, shown):
     from matplotlib.ticker import LogLocator  # slow to import, and only --figure needs it
 
     curves = shown["curves"]
-    unknown = ", ".join(set(curves) - set(CURVES))
+    unknown = ", ".join(sorted(set(curves) - set(CURVES)))
     require(not unknown, f"{numbers_path(path)}: no benchmark with a figure is {unknown}", None)
     n_columns = 2 if len(curves) > 1 else 1
     n_rows = math.ceil(len(curves) / n_columns)

@@ -554,12 +554,12 @@ def test_numbers_that_are_missing():
     numbers["state"] = {"256": None, "1024": None}
     text = card_page.page("mine", numbers, {})
     assert "it recalls nothing (the run failed)." in text
-    assert "unknown, since it cannot decode" in text
+    assert "unknown, since decoding fails its check" in text
     row = "| **mine** | 51,584 | - | - | 0.800 | 0.980 | 0.700 | 1.5 | 0.8 | 22: 0.500 |"
     assert row in text
     for sizes, sentence in (
-        ([], "unknown, since it cannot decode."),
-        ([{"bytes": 9000, "accuracy": 0.5}], "does not depend on n_heads"),
+        ([], "unknown, since decoding fails its check."),
+        ([{"bytes": 9000, "accuracy": 0.5}], "gave no other size of its state"),
     ):
         numbers["by_state"] = sizes
         assert f" {sentence}" in card_page.page("mine", numbers, {})

@@ -62,6 +62,7 @@ def test_the_stored_figure_is_drawn_without_a_model(tmp_path):
 
 
 MEASURED = {"value": 0.5, "ci95": [0.4, 0.6], "n": 9}
+HALF_AN_INTERVAL = {"accuracy": MEASURED | {"ci95": [0.4]}}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,8 @@ MEASURED = {"value": 0.5, "ci95": [0.4, 0.6], "n": 9}
         (None, "table.json cannot be read"),
         ({"metrics": {}}, "table.json has no 'config'"),
         ({"metrics": {"majority": MEASURED, "flex": {}}}, "'flex' has no 'accuracy'"),
-        ({"metrics": {"majority": MEASURED}}, "table.json has no method; a figure compares"),
+        ({"metrics": {"majority": MEASURED}}, "table.json has no method to draw"),
+        ({"metrics": {"majority": MEASURED, "flex": HALF_AN_INTERVAL}}, "must be two numbers"),
     ],
 )
 def test_tables_that_cannot_be_drawn(tmp_path, table, message):

@@ -146,10 +146,11 @@ def test_batches_with_caches_equal_one_question_without(scheme, positions, bias)
 
 
 @pytest.mark.parametrize("scheme", fusion.MASKS)
-def test_flex_attention_encodes_the_same(scheme):
+def test_flex_attention_encodes_the_same(monkeypatch, scheme):
     """The GPU path, uncompiled, on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    monkeypatch.setattr(fusion, "BLOCK", 16)  # several blocks
     model, rng = random_llama(), np.random.default_rng(2)
     prefix_kv = fusion.prefill_prefix(model, random_ids(rng, 5))
     rows = []

@@ -131,6 +131,6 @@ def test_mistakes_are_named(flags, message):
 
 def test_the_name_of_a_run_and_its_kernels_tell_the_kinds():
     c = memory.Config(blocks=("delta dk=6", "gpt window=4"), n_layers=2)
-    assert model_label(MemoryGPT, c) == "L2-D64_delta_gpt_M1_S1024_H4_K8"
+    assert model_label(MemoryGPT, c) == "L2-D64_FF1_delta_gpt_M1_S1024_H4_K8"
     line = MemoryGPT.describe_backend(c, torch.device("cpu"), torch.float32)
     assert "delta dk=6: delta rule" in line and "gpt window=4: scaled_dot_product" in line

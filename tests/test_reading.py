@@ -282,6 +282,8 @@ def test_no_escape_sequence_reaches_the_terminal(runs, tmp_path, capsys, script)
     notes.write_text(json.dumps({"\x1b[2Jkey": "a"}) + "\n")
     done = script("train.py", "--data=data_synth", "--task=text", f"--path={notes}", "--n_epochs=0")
     assert done.returncode == 2 and "\\x1b[2Jkey" in done.stderr and not CONTROL.search(done.stderr)
+    done = script("train.py", "--\x1b[2J=1")
+    assert done.returncode == 2 and not CONTROL.search(done.stderr)
 
 
 # ---- figures -------------------------------------------------------------------------------------

@@ -51,7 +51,6 @@ def test_content_that_depends_on_the_position(exchange):
     assert (columns["drop"][moved] > 0).all()
 
 
-@torch.no_grad()
 def test_pairs_with_the_same_answers_are_refused():
     model, examples = planted_positions(False)
     pair = np.zeros(1, int)
@@ -59,6 +58,7 @@ def test_pairs_with_the_same_answers_are_refused():
         swap_positions.position_effects(model, examples, pair, pair, "output")
 
 
+@torch.no_grad()
 def test_moves_equal_full_forwards():
     """One pair, in both memory layers: drops and predictions from the definition."""
     model, examples = ablation_model(mem_share_values=False), some_examples(B=2)
