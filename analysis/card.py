@@ -47,6 +47,7 @@ from nanorecall.settings import (
     fits_in_a_path,
     has_closed_quotes,
     print_help,
+    printable,
     reject_args,
     reject_unknown,
     require,
@@ -183,10 +184,11 @@ def sizes_of_state(model, recall, model_args):
     """
     sizes = {}
     for args in (recall, *other_sizes(model, recall, model_args)):
-        # A model file of one's own may refuse other numbers of heads, with any error.
         try:
             size = state_bytes(shlex.split(args))["256"]
-        except Exception:
+        except Exception as e:  # a model file of one's own may refuse other numbers of heads
+            why = f"{type(e).__name__}: {printable(str(e))}"
+            say(f"another size of the state was left out, since the model does not run ({why})")
             continue
         if size is not None:
             sizes.setdefault(size, args)

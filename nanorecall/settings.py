@@ -23,6 +23,7 @@ import re
 import shlex
 import sys
 import tokenize
+import traceback
 import types
 import typing
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def run_override_file(path):
             exec(compile(tree, path, "exec"), namespace)
     except (Exception, SystemExit) as e:
         why = f"this override file does not run ({type(e).__name__}: {e})"
-        raise ConfigError(f"{path}:{line_of(e, path)}: {why}") from None
+        raise ConfigError(f"{last_line(e, path)}: {why}") from None
     lines = _assigned_lines(tree)
     settings = []
     for key, value in namespace.items():
@@ -126,14 +127,16 @@ def run_override_file(path):
     return settings
 
 
-def line_of(error, path):
-    """The line of the file at which it raised an error, or cannot be parsed."""
-    line, traceback = getattr(error, "lineno", None) or 1, error.__traceback__
-    while traceback:
-        if traceback.tb_frame.f_code.co_filename == path:
-            line = traceback.tb_lineno
-        traceback = traceback.tb_next
-    return line
+def last_line(error, path, files=()):
+    """FILE:LINE, the last line of path or of these files that led to an error of running path."""
+    files = {path, *files}
+    lines = [f"{path}:1"]
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename in files:
+            lines.append(f"{frame.filename}:{frame.lineno}")
+    if isinstance(error, SyntaxError) and error.filename in files:
+        lines.append(f"{error.filename}:{error.lineno or 1}")
+    return lines[-1]
 
 
 def _assigned_lines(tree):

@@ -17,10 +17,9 @@ import importlib.util
 import os
 import re
 import sys
-import traceback
 from dataclasses import dataclass, field
 
-from nanorecall.settings import ConfigError, require, say
+from nanorecall.settings import ConfigError, last_line, require, say
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Files of this repo that a run may name.
@@ -195,18 +194,6 @@ def require_free_name(name, key, path):
     is_free = taken in ("", path) or (os.path.isfile(taken) and os.path.samefile(taken, path))
     message = f"{path} cannot be taken: Python has a module {name}, too ({taken})"
     require(is_free, f"{message}; give yours another name", key)
-
-
-def last_line(error, path, files):
-    """FILE:LINE, the last line of path or of these files that led to an error of importing path."""
-    files = {path, *files}
-    lines = [f"{path}:1"]
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename in files:
-            lines.append(f"{frame.filename}:{frame.lineno}")
-    if isinstance(error, SyntaxError) and error.filename in files:
-        lines.append(f"{error.filename}:{error.lineno or 1}")
-    return lines[-1]
 
 
 def module_path(name):

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 import delta
-from myriadlama import fusion
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.text import BYTES
 
@@ -266,38 +265,59 @@ def hash_answers(letters):
 # ---- fused decoding ------------------------------------------------------------------------------
 
 
-def naive_decode(forward, prefix, question, scheme, positions, bias=0.0, max_new_tokens=6):
-    """Decode one question without a cache, with a new dense mask for each token.
+# Does template i attend to template j before it? are_manual: are both manual templates?
+SEES = {
+    "isolated": lambda are_manual: False,
+    "manual_cross": lambda are_manual: are_manual,
+    "full": lambda are_manual: True,
+}
 
-    forward(ids (1, S), positions (1, S), bias on the scores (S, S)) -> logits (S, V).
-    Returns the tokens and the logits of the first one.
+
+def fused_logits(forward, prefix, question, scheme, positions, biases, generated):
+    """Logits of the next token, with all tokens in one row, a mask and no cache -> (V,)
+
+    forward(ids (1, S), positions (1, S), biases of the scores (S, S)) -> logits (S, V). biases: for
+    each template, added to the scores of answer tokens on it. generated: the tokens decoded so far.
     """
-    rows, answer_position = fusion.layout(question, len(prefix), scheme, positions)
-    ids = list(prefix)
-    position = list(range(len(prefix)))
-    template = [fusion.PREFIX] * len(prefix)
-    groups = fusion.encode_groups(scheme, question.is_manual)
-    for group, (row_ids, row_positions) in zip(groups, rows, strict=True):
-        ids += row_ids
-        position += map(int, row_positions)
-        for i in group:
-            is_last = i == len(question.templates) - 1
-            n_after = 0 if positions == "restart" or is_last else 1 + len(question.separator)
-            template += [i] * (len(question.templates[i]) + n_after)
-    ids.append(question.answer_start)
-    position.append(answer_position)
-    template.append(fusion.ANSWER)
+    ids, position, owner = [*prefix], [*range(len(prefix))], ["prefix"] * len(prefix)
+    start = end = len(prefix)
+    for i, template in enumerate(question.templates):
+        is_last = i == len(question.templates) - 1
+        if positions == "sequential" and not is_last:
+            template = [*template, question.answer_start, *question.separator]
+        ids += template
+        position += range(start, start + len(template))
+        owner += [i] * len(template)
+        end = max(end, start + len(template))
+        if positions == "sequential":
+            start = end
+    answer = [question.answer_start, *generated]
+    ids += answer
+    position += range(end, end + len(answer))
+    owner += ["answer"] * len(answer)
+    manual = question.is_manual.tolist()
+    scores = torch.full((len(ids), len(ids)), -torch.inf)
+    for q, querier in enumerate(owner):
+        for k, attended in enumerate(owner[: q + 1]):
+            if querier == attended or attended == "prefix":
+                scores[q, k] = 0
+            elif querier == "answer":
+                scores[q, k] = biases[attended]
+            elif SEES[scheme](manual[querier] and manual[attended]):
+                scores[q, k] = 0
+    return forward(torch.tensor([ids]), torch.tensor([position]), scores)[-1]
+
+
+def naive_decode(forward, prefix, question, scheme, positions, bias=0.0, max_new_tokens=6):
+    """Decode one question with fused_logits; one bias for all templates.
+
+    -> tokens, logits of the first one (V,)
+    """
+    biases = [bias] * len(question.templates)
     tokens, first_logits = [], None
     for _ in range(max_new_tokens):
-        number = torch.tensor(template)
-        mask = fusion.dense_mask(scheme, number, question.is_manual)
-        scores = torch.zeros(len(ids), len(ids)).masked_fill(~mask, -torch.inf)
-        scores += bias * ((number[:, None] == fusion.ANSWER) & (number[None] >= 0))
-        logits = forward(torch.tensor([ids]), torch.tensor([position]), scores)[-1]
+        logits = fused_logits(forward, prefix, question, scheme, positions, biases, tokens)
         if first_logits is None:
             first_logits = logits
         tokens.append(int(logits.argmax()))
-        ids.append(tokens[-1])
-        position.append(position[-1] + 1)
-        template.append(fusion.ANSWER)
     return tokens, first_logits

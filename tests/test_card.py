@@ -502,14 +502,16 @@ def test_the_state_changes_with_the_number_of_heads(user):
     assert [heads for heads, _, _ in sizes_of("delta", "--n_heads 4").values()] == [4, 2, 8]
 
 
-def test_a_state_that_does_not_depend_on_heads_has_one_size(user):
+def test_a_state_that_does_not_depend_on_heads_has_one_size(user, capsys):
     (user / "card_mine.py").write_text(FORK.format(file="model", name="GPT"))
     assert len(sizes_of("card_mine")) == 1
     refuses = "    def __init__(self, config):\n        assert config.n_heads == 2\n"
     refuses += "        super().__init__(config)\n"
     text = FORK.format(file="delta", name="DeltaNet").replace("    pass\n", refuses)
     (user / "card_mine2.py").write_text(text)
+    capsys.readouterr()
     assert len(sizes_of("card_mine2")) == 1
+    assert "was left out, since the model does not run (AssertionError: " in capsys.readouterr().out
     # Ours has windows instead.
     assert len(sizes_of("gpt")) == 3
 

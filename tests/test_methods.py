@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import flex_generate as flex
 from myriadlama import decoding, fusion, llama, methods
 from myriadlama.batch import Answers, Batch, CostMeter
-from naive import naive_decode
+from naive import fused_logits, naive_decode
 from toys_llama import (
     V,
     causal_logits,
@@ -307,40 +307,6 @@ def test_ape_without_its_two_numbers_is_flex_without_bias():
     torch.testing.assert_close(confidence, plain_confidence, rtol=1e-3, atol=0)
 
 
-def fused_logits(model, prefix, question, sees, bias, positions, generated):
-    """Logits of the next token, with all tokens in one row and no cache -> (V,)
-
-    sees(i, j): does template i attend to template j before it? bias: for each template, added to
-    the scores of answer tokens on it.
-    """
-    ids, position, owner = [*prefix], [*range(len(prefix))], ["prefix"] * len(prefix)
-    start = end = len(prefix)
-    for i, template in enumerate(question.templates):
-        is_last = i == len(question.templates) - 1
-        if positions == "sequential" and not is_last:
-            template = [*template, question.answer_start, *question.separator]
-        ids += template
-        position += range(start, start + len(template))
-        owner += [i] * len(template)
-        end = max(end, start + len(template))
-        if positions == "sequential":
-            start = end
-    answer = [question.answer_start, *generated]
-    ids += answer
-    position += range(end, end + len(answer))
-    owner += ["answer"] * len(answer)
-    scores = torch.full((len(ids), len(ids)), -torch.inf)
-    for q, querier in enumerate(owner):
-        for k, attended in enumerate(owner[: q + 1]):
-            if querier == attended or attended == "prefix":
-                scores[q, k] = 0
-            elif querier == "answer":
-                scores[q, k] = bias[attended]
-            elif sees(querier, attended):
-                scores[q, k] = 0
-    return our_forward(model)(torch.tensor([ids]), torch.tensor([position]), scores)[-1]
-
-
 def mixed_batch(model, seed, n=4, **settings):
     """A batch whose questions have different manual templates, not one after another."""
     prefix, batch = random_batch(model, seed, n, **settings)
@@ -363,15 +329,15 @@ def answers_and_logits(method, batch, monkeypatch):
     return texts, torch.stack(steps[-3:])
 
 
-SEES = {  # template i of the query, j of the key, both manual -> bool
-    "flex": lambda i, j, both_manual: False,
-    "flex_myriadlama": lambda i, j, both_manual: False,
-    "flex_myriadlama_xattn": lambda i, j, both_manual: both_manual,
-    "flex_full": lambda i, j, both_manual: True,
+SCHEMES = {
+    "flex": "isolated",
+    "flex_myriadlama": "isolated",
+    "flex_myriadlama_xattn": "manual_cross",
+    "flex_full": "full",
 }
 
 
-@pytest.mark.parametrize("method", SEES)
+@pytest.mark.parametrize("method", SCHEMES)
 @pytest.mark.parametrize("positions", ["restart", "sequential"])
 @pytest.mark.parametrize("score_bias", [-1.0, 0.6])
 def test_fused_attention_in_one_row(method, positions, score_bias, monkeypatch):
@@ -379,15 +345,12 @@ def test_fused_attention_in_one_row(method, positions, score_bias, monkeypatch):
     settings = dict(template_positions=positions, score_bias=score_bias)
     prefix, batch = mixed_batch(model, 11, **settings)
     texts, logits = answers_and_logits(method, batch, monkeypatch)
+    biases = [score_bias * np.log(4)] * 4
+    row = our_forward(model), prefix
     for i, question in enumerate(batch.questions):
-        manual, tokens = question.is_manual.tolist(), []
-
-        def sees(q, k, manual=manual):
-            return SEES[method](q, k, manual[q] and manual[k])
-
+        tokens = []
         for step in range(3):
-            bias = [score_bias * np.log(4)] * 4
-            expected = fused_logits(model, prefix, question, sees, bias, positions, tokens)
+            expected = fused_logits(*row, question, SCHEMES[method], positions, biases, tokens)
             torch.testing.assert_close(logits[step, i], expected, atol=1e-3, rtol=1e-3)
             tokens.append(int(expected.argmax()))
         assert texts[i] == text_of(tokens)
@@ -398,13 +361,12 @@ def test_weighted_attention_in_one_row(monkeypatch):
     model = random_llama()
     prefix, batch = mixed_batch(model, 12)
     texts, logits = answers_and_logits("flex_weighted", batch, monkeypatch)
+    row = our_forward(model), prefix
     for i, question in enumerate(batch.questions):
         alone = [naive_alone(model, prefix, question, ids, 3)[1] for ids in question.templates]
-        bias, tokens = np.log(np.array(alone) / np.mean(alone) / 4), []
+        biases, tokens = np.log(np.array(alone) / np.mean(alone) / 4), []
         for step in range(3):
-            expected = fused_logits(
-                model, prefix, question, lambda q, k: False, bias, "restart", tokens
-            )
+            expected = fused_logits(*row, question, "isolated", "restart", biases, tokens)
             torch.testing.assert_close(logits[step, i], expected, atol=1e-3, rtol=1e-3)
             tokens.append(int(expected.argmax()))
         assert texts[i] == text_of(tokens)
@@ -415,7 +377,8 @@ def test_hybrid_averages_the_fused_prompt_and_the_single_ones(monkeypatch):
     prefix, batch = mixed_batch(model, 13, n=3)
     texts, logits = answers_and_logits("hybrid", batch, monkeypatch)
     confidence = methods.hybrid(batch).confidence
-    bias = [-np.log(3)] * 3
+    biases = [-np.log(3)] * 3
+    row = our_forward(model), prefix
     for i, question in enumerate(batch.questions):
         tokens, steps = [], []
         for step in range(3):
@@ -423,9 +386,7 @@ def test_hybrid_averages_the_fused_prompt_and_the_single_ones(monkeypatch):
             for ids in question.templates:
                 whole = torch.tensor([[*prefix, *ids, question.answer_start, *tokens]])
                 rows.append(causal_logits(model, whole)[0, -1])
-            fused = fused_logits(
-                model, prefix, question, lambda q, k: False, bias, "restart", tokens
-            )
+            fused = fused_logits(*row, question, "isolated", "restart", biases, tokens)
             expected = torch.stack([*rows, fused])
             own = logits[step, 4 * i : 4 * i + 4]
             torch.testing.assert_close(own, expected, atol=1e-3, rtol=1e-3)

@@ -139,6 +139,13 @@ def test_the_widest_convolution_of_all_blocks_counts(blocks, width):
     assert state_editors.conv_width(hybrid.Hybrid(config)) == width
 
 
+def test_a_model_with_blocks_of_its_own_has_no_convolution_that_we_know():
+    fork = torch.nn.Module()
+    assert state_editors.conv_width(fork) == 1
+    fork.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    assert state_editors.conv_width(fork) == 1
+
+
 @pytest.mark.parametrize("name", ["delta", "gated_delta"])
 @torch.no_grad()
 def test_queries_read_from_the_edited_state_what_they_read_alone(name):
