@@ -18,7 +18,7 @@ from nanorecall.ops import labelled_positions
 
 @in_eval_mode
 def edit_facts(model, tokens, targets, keep=(), margin=2.0, ridge=1e-4, null_space=None):
-    """Change values of the last block so that the model answers `targets` -> record for undo_edit.
+    """Change values of the last block so that the model answers `targets`.
 
     tokens, targets (B, T): labels as in training; each prompt is read with its new answer. There
     are two closed forms and no gradients. First, for each label, the smallest change of the memory
@@ -38,42 +38,7 @@ def edit_facts(model, tokens, targets, keep=(), margin=2.0, ridge=1e-4, null_spa
     keys = hidden.new_zeros(len(slots), len(read_slots))  # (N, S)
     keys.scatter_add_(1, columns.view_as(slots), weights)
     moment = key_second_moment(model, keep, read_slots).to(keys) if keep else None
-    before = memory.values[read_slots]
     memory.values[read_slots] += solve_change(keys, updates, moment, ridge, null_space)
-    written = memory.values[read_slots]
-    weight = parameter_name(model, memory.values)
-    return {"weight": weight, "slots": read_slots, "values": before, "written": written}
-
-
-@torch.no_grad()
-def undo_edit(model, record):
-    """Restore the weights before an edit, to the last bit; undo the latest edit first.
-
-    ValueError, and no change, if these weights are not as that edit left them.
-    """
-    weight = model.get_parameter(record["weight"])
-    # An edit of an MLP has no slots: it changes the whole weight.
-    rows = record.get("slots", slice(None))
-    # Compare bytes, because nan differs from itself.
-    if not torch.equal(weight[rows].view(torch.uint8), record["written"].view(torch.uint8)):
-        raise ValueError("the weights are not as this edit left them; undo later edits first")
-    weight[rows] = record["values"]
-
-
-def undo_edits(model, records):
-    """undo_edit of several edits, the latest of them first.
-
-    ValueError, and no change, if one of them cannot be undone.
-    """
-    undone = []
-    try:
-        for record in reversed(records):
-            undo_edit(model, record)
-            undone.append(record)
-    except ValueError:
-        for record in reversed(undone):
-            undo_edit(model, {**record, "values": record["written"], "written": record["values"]})
-        raise
 
 
 # ---- shared by edits of memory layers and MLPs ---------------------------------------------------
@@ -154,11 +119,6 @@ def last_block_part(model, name):
     """The last block's `memory` or `ffn`; None if it has none, or the logits do not follow it."""
     has_all = all(hasattr(model, part) for part in ("layers", "final_norm", "lm_head"))
     return getattr(model.layers[-1], name, None) if has_all else None
-
-
-def parameter_name(model, parameter):
-    """Its name in the model: the first, if it has several."""
-    return next(name for name, p in model.named_parameters() if p is parameter)
 
 
 # ---- memory layers -------------------------------------------------------------------------------

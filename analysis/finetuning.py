@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from analysis.editing import last_layer_reads, parameter_name
+from analysis.editing import last_layer_reads
 from nanorecall.metrics import correct_predictions, evaluating, in_eval_mode
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.sparse import SparseAdamW
@@ -182,6 +182,11 @@ def choose_slots(score, reads, kept, top_slots):
     scores = score(reads, kept).masked_fill(reads == 0, -torch.inf)  # (B, slots)
     best, slots = scores.topk(min(top_slots, scores.shape[1]))
     return slots[best > -torch.inf].unique()
+
+
+def parameter_name(model, parameter):
+    """Its name in the model: the first, if it has several."""
+    return next(name for name, p in model.named_parameters() if p is parameter)
 
 
 def fine_tune_slots(model, score, optimizer, top_slots, tokens, targets, kept, kept_targets):

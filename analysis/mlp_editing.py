@@ -13,7 +13,6 @@ from torch import nn
 from analysis.editing import (
     last_block_part,
     logit_head,
-    parameter_name,
     solve_change,
     target_updates,
 )
@@ -24,7 +23,7 @@ from nanorecall.ops import labelled_positions
 
 @in_eval_mode
 def edit_mlp(model, tokens, targets, keep=(), margin=2.0, ridge=1e-8, null_space=None):
-    """edit_facts of the last block's down projection -> record for undo_edit.
+    """edit_facts of the last block's down projection.
 
     tokens, targets (B, T), keep, margin, ridge and null_space as for edit_facts.
     ValueError if the model has no such MLP.
@@ -37,11 +36,7 @@ def edit_mlp(model, tokens, targets, keep=(), margin=2.0, ridge=1e-8, null_space
     # In float64, with a small ridge: a router may make the key of one label 1000 times as small as
     # another's, and its answer needs a change that a larger ridge forbids.
     keys, updates = in_float64(keys), in_float64(updates)
-    change = solve_change(keys, updates, moment, ridge, null_space).T
-    before = weight.clone()
-    weight += change.to(weight)
-    name = parameter_name(model, weight)
-    return {"weight": name, "values": before, "written": weight.clone()}
+    weight += solve_change(keys, updates, moment, ridge, null_space).T.to(weight)
 
 
 def check_mlp_editable(model):

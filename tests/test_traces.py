@@ -4,6 +4,7 @@ Compared are weights, gradients, hooks, modes, counted reads and the states of r
 the bit.
 """
 
+import copy
 import random
 
 import numpy as np
@@ -170,12 +171,16 @@ def labelled():
     return x, y
 
 
-def edit_and_undo(model):
-    editing.undo_edit(model, editing.edit_facts(model, *labelled()))
+def edit_and_restore(model):
+    before = copy.deepcopy(model.state_dict())
+    editing.edit_facts(model, *labelled())
+    model.load_state_dict(before)
 
 
-def edit_mlp_and_undo(model):
-    editing.undo_edit(model, mlp_editing.edit_mlp(model, *labelled(), keep=[labelled()]))
+def edit_mlp_and_restore(model):
+    before = copy.deepcopy(model.state_dict())
+    mlp_editing.edit_mlp(model, *labelled(), keep=[labelled()])
+    model.load_state_dict(before)
 
 
 def run_without_a_mixer(model):
@@ -189,8 +194,8 @@ def exchange_all(model):
 
 
 FUNCTIONS = {
-    "edit and undo": edit_and_undo,
-    "edit of the MLP and undo": edit_mlp_and_undo,
+    "edit": edit_and_restore,
+    "edit of the MLP": edit_mlp_and_restore,
     "key_second_moment": lambda model: editing.key_second_moment(
         model, [labelled()], torch.arange(3)
     ),
@@ -276,53 +281,3 @@ def test_a_refused_freeze_freezes_nothing():
         with pytest.raises(ConfigError):
             pretrained.freeze(model, patterns)
         assert all(q.requires_grad for q in model.parameters())
-
-
-# ---- taking several edits back -------------------------------------------------------------------
-
-
-def two_edits(model):
-    """Two edits that share rows, and the weights before, between and after them."""
-    (x, y), values = labelled(), model.layers[-1].memory.values
-    tables, records = [values.detach().clone()], []
-    for answers in (y, torch.where(y >= 0, (y + 1) % 11, y)):
-        records.append(editing.edit_facts(model, x, answers))
-        tables.append(values.detach().clone())
-    return records, tables
-
-
-def test_edits_that_share_rows_are_undone_in_reverse_order_only():
-    model = memory_model(mem_n_keys=16, dim=32)
-    values = model.layers[-1].memory.values
-    (first, second), (start, between, end) = two_edits(model)
-    with pytest.raises(ValueError, match="this edit left them; undo later edits first"):
-        editing.undo_edit(model, first)
-    assert torch.equal(values, end)
-    editing.undo_edit(model, second)
-    assert torch.equal(values, between)
-    with pytest.raises(ValueError, match="undo later edits first"):  # a second time
-        editing.undo_edit(model, second)
-    editing.undo_edit(model, first)
-    assert torch.equal(values, start)
-
-
-def test_edits_of_different_rows_are_undone_in_any_order():
-    model = memory_model(mem_n_keys=32, dim=32, mem_heads=1, mem_knn=2)
-    values = model.layers[-1].memory.values
-    start = values.detach().clone()
-    x, y = labelled()
-    y[:, 4:] = -100  # one label each
-    records = [editing.edit_facts(model, x[i : i + 1], y[i : i + 1]) for i in (0, 1)]
-    assert not np.intersect1d(*(r["slots"] for r in records)).size
-    for record in records:
-        editing.undo_edit(model, record)
-    assert torch.equal(values, start)
-
-
-def test_an_edit_of_another_model_is_not_undone_here():
-    record = editing.edit_facts(memory_model(mem_n_keys=16, dim=32), *labelled())
-    other = memory_model(mem_n_keys=16, dim=32, seed=1)
-    before = state(other)
-    with pytest.raises(ValueError, match="not as this edit left them"):
-        editing.undo_edit(other, record)
-    assert_untouched(before, other, "undo")
