@@ -2,7 +2,7 @@
 
     python sweep.py                        # list the figures, their runs, and how many are missing
     python sweep.py lr                     # train what is missing, then draw figures/lr.png
-    python sweep.py lr width --jobs 2      # two runs at a time, one thread each
+    python sweep.py lr time --jobs 2       # two runs at a time, one thread each
     python sweep.py all --draw_only 1      # draw from the runs that exist, train nothing
     python sweep.py card --model mine      # a report card of one mixer (card --help)
 
@@ -13,7 +13,7 @@ A point of a figure is one run directory per seed in runs/sweep, which eval.py r
 share runs. A finished run is never trained again, and a stopped one is resumed.
 
 For a figure of your own, write a function that lists its points and one that draws their results
-(analysis/figures_in_*.py), and add a line to FIGURES.
+(analysis/figure*.py), and add a line to FIGURES.
 """
 
 import os
@@ -22,6 +22,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 
 from analysis import card
+from analysis import figure_of_zoology as zoology
 from analysis import figures_in_context as context
 from analysis import figures_in_prompts as prompts
 from analysis import figures_in_weights as weights
@@ -92,18 +93,6 @@ FIGURES = {
         ["all"],
         "MQAR: accuracy by learning rate",
     ),
-    "pairs": Figure(
-        context.pairs_points,
-        context.draw_pairs,
-        ["all"],
-        "MQAR: accuracy by number of pairs",
-    ),
-    "width": Figure(
-        context.width_points,
-        context.draw_width,
-        ["all", "state"],
-        "MQAR: accuracy by model width and by state size",
-    ),
     "time": Figure(
         context.time_points,
         context.draw_time,
@@ -120,6 +109,13 @@ FIGURES = {
         "every mixer: accuracy by state size at equal parameters, updates, state tracking",
         mixers.next_rates,
         mixers.best_rates,
+    ),
+    "zoology": Figure(
+        zoology.zoology_points,
+        zoology.draw_zoology,
+        ["slices.size.*.value"],
+        "every mixer: accuracy by model width at the four sizes of Zoology's figure",
+        choose=zoology.all_widths,
     ),
     "plateau": Figure(
         mixers.plateau_points,
@@ -186,7 +182,7 @@ def points_of(name, config):
         return points, points
     while not missing_runs(points, config):
         results = collect_results(points, config)
-        more = figure.tune(results)
+        more = figure.tune(results) if figure.tune else []
         if not more:
             chosen = figure.choose(results)
             return chosen, points + chosen

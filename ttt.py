@@ -1,7 +1,7 @@
 """Test-time training: the state is the weights of a small net, on model.py.
 
     python train.py configs/mqar_ttt.py              # TTT-Linear
-    python train.py configs/mqar_ttt.py --model ttt_mlp --dk 40 --dv 40 --inner_lr 0.1
+    python train.py configs/mqar_ttt_mlp.py
 
 The memory of one head is a net f with weights W that maps keys to values (Sun et al. 2024, arXiv
 2407.04620). Each token is a training example: W takes a gradient step that brings f(k_t) nearer to

@@ -4,10 +4,11 @@
     python sweep.py card --mixer mine.Mixer       # a module (B, T, D) -> (B, T, D), from a Config
     python sweep.py card --model delta            # a mixer of this project
 
-It checks the model first, and refuses one that looks ahead. Then it trains ten small models, and
-writes card.md, card.png and card.json into runs/card/NAME, beside the cards of this project's own
-mixers (figures/card.json). Its runs lie there too: a second call continues where the first stopped.
-A mixer gets 2 layers of width 64; --model_args has further settings (--model_args="--conv_size 4").
+It checks the model first, and refuses one that looks ahead. Then it trains a dozen small models,
+and writes card.md, card.png and card.json into runs/card/NAME, beside the cards of this project's
+own mixers (figures/card.json). Its runs lie there too: a second call continues where the first
+stopped. A mixer gets 2 layers of width 64; --model_args has further settings
+(--model_args="--conv_size 4").
 """
 
 import os
@@ -240,8 +241,9 @@ def first_points(recall, parity):
 
 
 def other_points(recall, lr, states):
-    """At the best learning rate: other numbers of pairs, longer sequences, keys stored again.
+    """At the best learning rate: other numbers of pairs, longer sequences, sizes of the state.
 
+    Some mixers want a lower learning rate for keys stored again, so the next lower one is tried.
     states: see sizes_of_state.
     """
     points = []
@@ -250,7 +252,10 @@ def other_points(recall, lr, states):
             points.append(recall_point("pairs", pairs, f"pairs{pairs}", recall, lr, pairs))
     sizes = f'--test_sizes "{SIZES}" --n_val_examples 10 --n_test_examples 100'
     points.append(recall_point("lengths", 0, "lengths", recall, lr, more=sizes))
-    points.append(recall_point("updates", 0, "updates", recall, lr, more="--num_updates 16"))
+    lower = RATES[max(RATES.index(lr) - 1, 0)]
+    for rate in dict.fromkeys((lr, lower)):
+        more = "--num_updates 16"
+        points.append(recall_point("updates", rate, "updates", recall, rate, more=more))
     for size, args in states.items():
         name = "pairs64" if args == recall else f"state{size}"
         points.append(recall_point("by_state", size, name, args, lr, pairs=64))
@@ -296,6 +301,7 @@ def measure_runs(recall, parity, states, runs):
     lr = max(first["recall"], key=lambda rate: quality(first["recall"][rate]))
     best_parity = max(first["parity"].values(), key=quality)
     others = train_points(other_points(recall, lr, states), runs)
+    best_updates = max(others["updates"].values(), key=quality)
     at_32 = first["recall"][lr]
     pairs = {}
     for n in PAIRS:
@@ -310,7 +316,7 @@ def measure_runs(recall, parity, states, runs):
         "by_state": by_state,
         "rates": rates,
         "lengths": slice_accuracies(others["lengths"][0], "input_seq_len"),
-        "updates": slice_accuracies(others["updates"][0], "updated"),
+        "updates": slice_accuracies(best_updates, "updated"),
         "parity": slice_accuracies(best_parity, "input_seq_len"),
     }
 

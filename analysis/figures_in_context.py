@@ -2,65 +2,35 @@
 
 import math
 
-from analysis.figure_lines import BANDS, draw_series, log_axis, token_accuracy
+from analysis.figure_lines import BANDS, draw_series, token_accuracy
 from analysis.sweep_runs import Point
 from nanorecall.plots import figure
 
-# ---- how much a model recalls --------------------------------------------------------------------
+# ---- learning rate -------------------------------------------------------------------------------
 
 # Each has 2 layers, 2 heads, a short convolution and no positions; parameters differ by 3% at most.
 MODELS = {
-    "gpt": "--model gpt --dk {qkv_dim} --dv {qkv_dim} --conv_size 4 --pos_emb none",
-    "unified_kv": "--model unified_kv --du {dim} --conv_size 4 --pos_emb none",
-    "delta": "--model delta --dk {qkv_dim} --dv {qkv_dim}",
-    "gated_delta": "--model gated_delta --dk {qkv_dim} --dv {qkv_dim}",
-}
-CURRICULA = {  # number of pairs: the stages (pairs, steps) before them
-    8: [(2, 60)],
-    16: [(2, 60), (8, 40)],
-    32: [(2, 60), (8, 40)],
-    64: [(2, 60), (8, 40), (32, 40)],
+    "gpt": "--model gpt --dk 48 --dv 48 --conv_size 4 --pos_emb none",
+    "unified_kv": "--model unified_kv --du 64 --conv_size 4 --pos_emb none",
+    "delta": "--model delta --dk 48 --dv 48",
+    "gated_delta": "--model gated_delta --dk 48 --dv 48",
 }
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
-PAIRS = (8, 16, 32, 64)
-WIDTHS = (16, 32, 48, 64)
-
-
-def mqar_point(model, x, pairs=32, dim=64, lr=0.01, steps=600):
-    """Steps of 4,096 tokens in sequences of 256. For every model lr 0.01 is best or close to it."""
-    model_args = MODELS[model].format(dim=dim, qkv_dim=dim * 3 // 4)
-    train_args = (
-        f"{model_args} --dim {dim} --n_layers 2 --lr {lr} --warmup_steps 30 --lr_schedule cosine "
-        f"--max_steps {steps} --batch_size 16 --input_seq_len 256 --num_kv_pairs {pairs} "
-        f'--curriculum "{CURRICULA[pairs]}" --infinite_data 1 '
-        "--eval_interval 100 --n_val_examples 200 --n_test_examples 1000"
-    )
-    return Point(model, x, f"{model}_pairs{pairs}_dim{dim}_lr{lr}_steps{steps}", train_args)
-
-
-def mqar_points(setting, values, **fixed):
-    """For each model, points with these values of one argument of mqar_point."""
-    points = []
-    for model in MODELS:
-        for value in values:
-            points.append(mqar_point(model, value, **{setting: value}, **fixed))
-    return points
 
 
 def lr_points():
-    return mqar_points("lr", LEARNING_RATES, steps=300)
-
-
-def pairs_points():
-    return mqar_points("pairs", PAIRS)
-
-
-def width_points():
-    return mqar_points("dim", WIDTHS)
-
-
-def state_bytes(seeds):
-    return seeds[0]["state"]
+    """Steps of 4,096 tokens in sequences of 256."""
+    points = []
+    for model, model_args in MODELS.items():
+        for lr in LEARNING_RATES:
+            train_args = (
+                f"{model_args} --dim 64 --n_layers 2 --lr {lr} --warmup_steps 30 "
+                "--lr_schedule cosine --max_steps 300 --batch_size 16 --input_seq_len 256 "
+                '--num_kv_pairs 32 --curriculum "[(2, 60), (8, 40)]" --infinite_data 1 '
+                "--eval_interval 100 --n_val_examples 200 --n_test_examples 1000"
+            )
+            points.append(Point(model, lr, f"lr_{model}_{lr}", train_args))
+    return points
 
 
 def draw_lr(results):
@@ -69,25 +39,6 @@ def draw_lr(results):
     axis.set(xscale="log", xlabel="learning rate (maximum of the schedule)")
     axis.set(ylabel="test token accuracy", ylim=(-0.02, 1.02))
     return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers of width 64, 300 steps" + BANDS
-
-
-def draw_pairs(results):
-    plt, fig, (axis,) = figure(1, 1, width=5)
-    draw_series(axis, results, token_accuracy)
-    log_axis(axis, PAIRS)
-    axis.set(xlabel="pairs in 256 tokens", ylabel="test token accuracy (axis cut)")
-    return plt, fig, "MQAR, 2 layers of width 64, 600 steps" + BANDS
-
-
-def draw_width(results):
-    plt, fig, (by_width, by_state) = figure(1, 2, width=4.5)
-    draw_series(by_width, results, token_accuracy)
-    draw_series(by_state, results, token_accuracy, x_of=state_bytes)
-    log_axis(by_width, WIDTHS)
-    by_width.set(xlabel="model width", ylabel="test token accuracy", ylim=(-0.02, 1.02))
-    by_state.set(xlabel="inference state after 256 tokens (bytes, float32)")
-    by_state.set(xscale="log", ylim=(-0.02, 1.02))
-    return plt, fig, "MQAR, 32 pairs in 256 tokens, 2 layers, 600 steps" + BANDS
 
 
 # ---- how long it takes ---------------------------------------------------------------------------

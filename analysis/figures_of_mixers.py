@@ -303,7 +303,7 @@ RECIPES = {  # mixer: the config whose model and learning rate it has
     "attention, convolution": "configs/mqar_conv.py",
     "unified_kv": "configs/mqar_unified_kv.py",
     "linear": "configs/mqar_linear.py",
-    "retnet": "configs/mqar_linear.py --model retnet",
+    "retnet": "configs/mqar_retnet.py",
     "mamba2": "configs/mqar_mamba2.py",
     "gla": "configs/mqar_gla.py",
     "mesa": "configs/mqar_mesa.py",
@@ -311,7 +311,7 @@ RECIPES = {  # mixer: the config whose model and learning rate it has
     "gated_delta": "configs/mqar_gated_delta.py",
     "kda": "configs/mqar_kda.py",
     "ttt_linear": "configs/mqar_ttt.py",
-    "ttt_mlp": "configs/mqar_ttt.py --model ttt_mlp --dk 40 --dv 40 --inner_lr 0.1",
+    "ttt_mlp": "configs/mqar_ttt_mlp.py",
     "delta rule, window": "configs/mqar_hybrid.py",
     "Based": "configs/mqar_based.py",
 }

@@ -350,7 +350,8 @@ def test_mistakes_on_the_command_line(user, flags, message):
 # What a planted run of accuracy 1 has in each slice: a number that no other slice has.
 BY_LENGTH = {"64": 0.1, "256": 0.2, "512": 0.3, "1024": 0.4}
 BY_UPDATE = {"0": 0.5, "1": 0.6}
-ACCURACIES = {("pairs", 16): 0.8, ("pairs", 64): 0.7, ("lengths", 0): 0.6, ("updates", 0): 0.4}
+ACCURACIES = {("pairs", 16): 0.8, ("pairs", 64): 0.7, ("lengths", 0): 0.6, ("updates", 0.003): 0.4}
+ACCURACIES |= {("updates", 0.01): 0.2}
 ACCURACIES |= {("by_state", 44000): 0.7, ("by_state", 8000): 0.3}
 
 
@@ -391,7 +392,10 @@ def test_the_other_runs_have_the_best_learning_rate(monkeypatch):
     }
     found = card.measure_runs("--model gpt", "--model gpt", states, None)
     others = [point for point in trained if point.series not in ("recall", "parity")]
-    assert len({point.name for point in trained}) == 12 and len(others) == 7
+    assert len({point.name for point in trained}) == 13 and len(others) == 8
+    rates = {point.x for point in others if point.series == "updates"}
+    assert rates == {0.01, 0.003}  # the best one and the next lower one
+    others = [point for point in others if point.series != "updates"]
     assert all("--lr 0.01" in point.train_args for point in others)
     assert found["rates"] == {"0.003": 0.5, "0.01": 0.9, "0.03": 0.5, "0.1": None}
     assert found["pairs"] == {"16": 0.8, "32": 0.9, "64": 0.7}

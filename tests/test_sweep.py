@@ -191,14 +191,14 @@ def test_a_figure_whose_runs_cannot_be_used_does_not_hide_the_others(toy, monkey
 
 
 def test_figures_that_cannot_be_drawn_are_named_and_the_others_drawn(tmp_path, capsys):
-    for name in ("pairs", "hops"):
+    for name in ("lr", "hops"):
         sweep.write_json(tmp_path / f"{name}.json", made_up_results(name))
     argv = ["all", "--draw_only=1", f"--log_dir={tmp_path}/runs", f"--output={tmp_path}"]
     with pytest.raises(ConfigError) as error:
         sweep.main(argv)
     named = [line.partition(": ")[0] for line in str(error.value).splitlines()]
-    assert named == [name for name in sweep.FIGURES if name not in ("pairs", "hops")]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["hops.png", "pairs.png"]
+    assert named == [name for name in sweep.FIGURES if name not in ("lr", "hops")]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["hops.png", "lr.png"]
 
 
 SHOWN = [name for name in sweep.FIGURES if os.path.exists(f"{sweep_runs.ROOT}/figures/{name}.json")]
@@ -259,7 +259,7 @@ def test_a_sweep_that_is_interrupted_saves_the_runs_in_flight(toy, tmp_path, req
 
 
 def test_a_figure_that_does_not_exist():
-    with pytest.raises(ConfigError, match="there is no figure lrs; choose from lr, pairs"):
+    with pytest.raises(ConfigError, match="there is no figure lrs; choose from lr, time"):
         sweep.main(["lrs"])
 
 
@@ -273,6 +273,7 @@ SLICES = {
     "hops": {"1": 0.15, "2": 0.16},
     "updated": {"0": 0.17, "1": 0.18},
     "input_seq_len": {"64": 0.19, "256": 0.2},
+    "size": {"64x4": 0.31, "128x8": 0.32, "256x16": 0.33, "512x64": 0.34},
 }
 STORED = {
     "bits stored": 0.21,
@@ -339,7 +340,7 @@ def made_up_results(name):
     return shown_results(results, figure.parts, seeds=3)
 
 
-@pytest.mark.parametrize("name", ["lr", "pairs", "width", "templates"])
+@pytest.mark.parametrize("name", ["lr", "templates"])
 def test_a_line_is_the_mean_over_seeds_in_a_band_of_their_range(name):
     results = made_up_results(name)
     plt, fig, _ = sweep.FIGURES[name].draw(by_series(results))
@@ -404,6 +405,14 @@ def test_updates_and_lengths_are_drawn_under_their_names():
     for label, heights in found.items():
         share = 0.19 if label.endswith(" 64 tokens") else 0.2
         np.testing.assert_allclose(heights, 0.5 * share)
+
+
+def test_a_panel_has_the_accuracy_at_its_size():
+    for axis, share in zip(draw("zoology"), (0.31, 0.32, 0.33, 0.34), strict=True):
+        assert len(axis.lines) == 12
+        for line in axis.lines:
+            assert list(line.get_xdata()) == [32, 64, 128]
+            np.testing.assert_allclose(line.get_ydata(), 0.5 * share)
 
 
 def test_edits_are_drawn_by_method_and_metric():

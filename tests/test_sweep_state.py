@@ -9,6 +9,7 @@ import pytest
 
 import sweep
 import train
+from analysis import figure_of_zoology as zoology
 from analysis import figures_of_mixers as state
 from analysis.sweep_runs import Point, pick_parts
 from nanorecall.build import (
@@ -107,6 +108,35 @@ def test_a_best_rate_at_the_edge_is_compared_with_the_next():
     assert not state.next_rates(results)  # GRID has no lower one
     best = {(point.series, point.x): point for point in state.best_rates(results)}
     assert best["64 pairs: kda", 4].train_args.endswith("--lr 0.001")
+
+
+def test_all_widths_get_the_rate_that_is_best_at_one():
+    results = {point: evals(0.5) for point in zoology.zoology_points()}
+    results[zoology.zoology_point("kda", 64, 0.03)] = evals(0.4, 0.6)
+    results[zoology.zoology_point("linear", 64, 0.01)] = evals(0.7)
+    points = {}
+    for point in zoology.all_widths(results):
+        points.setdefault(point.series, []).append(point)
+    assert points.keys() == set(zoology.MIXERS)
+    assert points["kda"] == [zoology.zoology_point("kda", D, 0.03) for D in (32, 64, 128)]
+    assert points["linear"] == [zoology.zoology_point("linear", D, 0.01) for D in (32, 64, 128)]
+
+
+def test_the_sizes_of_zoology_are_those_of_its_config():
+    settings = train.parse(["configs/mqar_zoology.py"])
+    assert settings.data.train_sizes == zoology.SIZES
+    assert settings.data.vocab_size == 8192
+
+
+@pytest.mark.parametrize("name", zoology.MIXERS)
+def test_a_mixer_of_zoology_has_one_head_of_the_width_of_the_model(name):
+    for width in zoology.WIDTHS:
+        config = build(zoology.zoology_point(name, width, 0.01)).config
+        assert config.dim == width
+        if name == "Based":
+            assert all(" n_heads=1 " in b and f" dv={width} " in b for b in config.blocks)
+        else:
+            assert config.n_heads == 1
 
 
 def test_steps_until_an_accuracy():
