@@ -4,6 +4,7 @@
     python flex_generate.py --max_samples 100       # 100 facts; all manual, 5 automatic templates
     python flex_generate.py --allow_manual_cross_attention --num_manual 3 --num_auto 2
     python flex_generate.py --method all            # every method, one table
+    python flex_generate.py --method origin,avg     # some of them
     python flex_generate.py --model llama3.2_3b_it  # or a local directory: Llama, Mistral, Qwen2, 3
     python flex_generate.py --model models/qwen2.5 --chat --generation_config plain  # chat format
     python flex_generate.py --path facts.jsonl --shots_path pool.jsonl
@@ -57,6 +58,7 @@ from nanorecall.settings import (
     print_help,
     reject_unknown,
     require,
+    require_known,
     run_cli,
     say,
     split_argv,
@@ -70,7 +72,7 @@ MEMORY_ADVICE = "lower batch_size, or take a smaller model"
 @dataclass
 class Config:
     model: str = "smollm2_135m_it"  # short name, GGUF file or Hugging Face directory
-    method: str = "flex_myriadlama"  # one of METHODS in myriadlama/methods.py, or all of them
+    method: str = "flex_myriadlama"  # of METHODS in myriadlama/methods.py: one, "avg,flex", or all
     path: str = ""  # facts (myriadlama/fact_files.py says in which forms); empty: the built-in ones
     shots_path: str = ""  # facts to show as examples; empty: some of the same relation
     num_shots: int = 5  # examples before the question
@@ -108,7 +110,8 @@ class Config:
         within(self, 0.01, 100, "ape_temperature")
         any_template = self.num_manual != 0 or self.num_auto != 0
         require(any_template, "num_manual=0 and num_auto=0 leave no template", "num_manual")
-        one_of(self, ("all", *METHODS), "method")
+        for name in named_methods(self):
+            require_known("method", name, METHODS)
         one_of(self, ("restart", "sequential"), "template_positions")
         one_of(self, ("relation", "mixed"), "shots")
         both = self.chat and self.template_positions == "sequential"
@@ -121,23 +124,28 @@ class Config:
         reasons = {}
         if self.num_shots == 0:
             reasons["shots"] = "num_shots is 0"
-        if self.method == "all":
-            reasons["allow_manual_cross_attention"] = "method all compares both"
-        else:
-            names = settings_of_others(self.method)
-            reasons |= dict.fromkeys(names, f"method is {self.method}")
+        methods = named_methods(self)
+        reasons |= dict.fromkeys(settings_of_others(methods), f"method is {self.method}")
+        if len(methods) > 1:
+            reasons["allow_manual_cross_attention"] = "it is method flex_myriadlama_xattn"
         return reasons
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def chosen_methods(config):
+def named_methods(config):
+    """The names that --method gives, each once."""
     if config.method == "all":
         return list(METHODS)
+    names = [name.strip() for name in config.method.split(",")]
+    return list(dict.fromkeys(names))
+
+
+def chosen_methods(config):
     if config.allow_manual_cross_attention:
         return ["flex_myriadlama_xattn"]
-    return [config.method]
+    return named_methods(config)
 
 
 @dataclass

@@ -333,9 +333,12 @@ METHODS = {
 }
 
 
-def settings_of_others(method):
-    """Settings that some methods have and this one has not, in the order of the table."""
+def settings_of_others(methods):
+    """Settings that some methods have and none of these has, in the order of the table."""
     names = {}
     for other in METHODS.values():
         names.update(dict.fromkeys(other.settings))
-    return [name for name in names if name not in METHODS[method].settings]
+    for method in methods:
+        for name in METHODS[method].settings:
+            names.pop(name, None)
+    return list(names)

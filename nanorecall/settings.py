@@ -383,11 +383,15 @@ def within(config, low, high, *names):
 def one_of(config, table, *names):
     """Every named setting is a key of `table`."""
     for name in names:
-        value = getattr(config, name)
-        if value not in table:
-            close = difflib.get_close_matches(value, list(table), n=1)
-            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(table)}"
-            raise ConfigError(f"{name}={value!r} is unknown; {hint}", name)
+        require_known(name, getattr(config, name), table)
+
+
+def require_known(name, value, table):
+    """Raise ConfigError if the value of a setting, or a part of it, is no key of `table`."""
+    if value not in table:
+        close = difflib.get_close_matches(value, list(table), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(table)}"
+        raise ConfigError(f"{name}={value!r} is unknown; {hint}", name)
 
 
 def fits_in_a_path(config, *names):

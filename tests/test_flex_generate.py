@@ -113,6 +113,38 @@ def test_every_method_and_its_files(tiny_llamas, tmp_path, capsys):
     assert (folder / "reliability_all_a5.png").stat().st_size > 5000
 
 
+def test_some_methods_in_one_run_answer_as_each_alone(tiny_llamas, tmp_path):
+    some = command_line(tiny_llamas, tmp_path, "--method=avg, origin,avg")
+    flex.main(some)
+    together = read_results(tmp_path / "out" / "plain")
+    assert together.keys() == {"avg_all_a5.feather", "origin_all_a5.feather"}
+    for method in ("avg", "origin"):
+        args = command_line(tiny_llamas, tmp_path, f"--method={method}")
+        flex.main([*args, f"--out_dir={tmp_path / method}"])
+        alone = read_results(tmp_path / method / "plain")
+        assert alone == {f"{method}_all_a5.feather": together[f"{method}_all_a5.feather"]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method=avg,fex"], "method='fex' is unknown; did you mean flex"),
+        (["--method=avg,"], "method='' is unknown; choose from origin"),
+        (["--method=all,avg"], "method='all' is unknown"),
+        (["--method=avg,origin", "--score_bias=0"], "method is avg,origin"),
+        (["--method=flex,avg", "--prior_weight=0.5"], "method is flex,avg"),
+        (["--method=flex,avg", "--allow_manual_cross_attention"], "it is method flex_m"),
+    ],
+)
+def test_mistakes_in_a_list_of_methods(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        flex.parse(flags)
+
+
+def test_a_setting_of_one_of_the_methods_counts():
+    assert flex.parse(["--method=avg,flex", "--score_bias=0"]).score_bias == 0
+
+
 def test_lines_of_the_document_lie_side_by_side(tiny_llamas, tmp_path, capsys):
     """MyriadLAMA FlexAttention: one method, and a file for each choice of templates."""
     cross = "--allow_manual_cross_attention"
@@ -462,7 +494,7 @@ def test_the_mask_draws_itself(tmp_path, capsys):
         (["--method=flex", "--score_bias=1e39"], "score_bias=1e[+]39 must be between -100 and 100"),
         (["--method=contrast", "--prior_weight=1e39"], "prior_weight=1e[+]39 must be between 0"),
         (["--method=flex", "--allow_manual_cross_attention"], "has no effect: method is flex"),
-        (["--method=all", "--allow_manual_cross_attention"], "method all compares both"),
+        (["--method=all", "--allow_manual_cross_attention"], "it is method flex_myriadlama_xattn"),
     ],
 )
 def test_mistakes_are_one_sentence(tiny_llamas, tmp_path, more, message):
