@@ -13,7 +13,7 @@ from nanorecall.plots import figure
 
 WIDTHS = (32, 64, 128)
 WIDTH_OF_RATES = 64  # at which the learning rate is chosen
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.01, 0.03)
 SIZES = ((64, 4), (128, 8), (256, 16), (512, 64))  # (tokens, pairs), of configs/mqar_zoology.py
 TRAINING = (
     f'--vocab_size 8192 --train_sizes "{list(SIZES)}" --infinite_data 1 '
