@@ -38,7 +38,13 @@ from nanorecall.metrics import check_slice, evaluate, print_baselines, print_sli
 from nanorecall.plots import plot_curves
 from nanorecall.progress import duration
 from nanorecall.records import JsonlLog, check_kinds, read_log, read_record, write_json
-from nanorecall.run_dir import create_run_dir, has_checkpoint, launch_id, run_metadata
+from nanorecall.run_dir import (
+    create_run_dir,
+    has_checkpoint,
+    is_under_torchrun,
+    launch_id,
+    run_metadata,
+)
 from nanorecall.saved_run import (
     check_data_unchanged,
     fixed_settings_json,
@@ -502,7 +508,8 @@ class Run:
         where = f" on {c.target_slice}" if c.target_slice else ""
         reached = slice_accuracy(test, c.target_slice)
         print(f"below target{where}: {reached:.4f} < {c.target_accuracy}", file=sys.stderr)
-        return 1
+        # torchrun would start the run again, which has ended. train.slurm reads status.json.
+        return 0 if is_under_torchrun() else 1
 
     # ---- for pandas ----
 

@@ -246,11 +246,13 @@ def test_torchrun_does_not_train_a_finished_run_again(on_ranks, tmp_path, monkey
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
     for restart_count in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart_count)
-        assert on_ranks(2, lambda rank: train.main(args)) == [1, 1]
+        # Another status would be a crash to torchrun, which would start the run a third time.
+        assert on_ranks(2, lambda rank: train.main(args)) == [0, 0]
     (name,) = os.listdir(tmp_path)
     text, error = capfd.readouterr()
     assert text.count("test accuracy") == error.count("below target:") == 2
     assert "started again by torchrun" in text and "has ended" in text
+    assert read_json(tmp_path / name / "status.json")["status"] == "below target"
     assert text.count("step 4: val accuracy") == 1
     assert "resumed" not in read_json(tmp_path / name / "config.json")
     assert os.path.exists(tmp_path / name / "curves.png")
@@ -308,6 +310,16 @@ def test_a_start_that_fails_before_it_trains_ends_the_job(job, ends, code):
 
 def test_a_queue_that_refuses_is_no_success(job):
     assert job(PREEMPTED, scontrol="exit 1") == (1, ["requeue 7"])
+
+
+def below_target(code):
+    return PREEMPTED.replace("preempted", "below target").replace("exit 1", f"exit {code}")
+
+
+def test_a_run_below_its_target_is_no_success_of_the_job(job):
+    assert job(below_target(0)) == (1, [])
+    assert job("exit 0") == (1, [])  # queued by hand: train.py reports it again
+    assert job(below_target(7)) == (7, [])
 
 
 def test_the_environment_beside_the_code_is_activated(job, tmp_path):
