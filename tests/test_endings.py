@@ -269,7 +269,7 @@ def job(tmp_path):
     (tmp_path / "runs" / "t-7").mkdir(parents=True)
     starts = []
 
-    def start(srun, scontrol="exit 0"):
+    def start(srun, scontrol="exit 0", args=(), **more):
         starts.append(1)
         notes = f'[ "$1" = show ] || echo "$@" >> {tmp_path}/asked'
         bodies = {"srun": srun, "scontrol": f"{notes}; {scontrol}"}
@@ -279,7 +279,8 @@ def job(tmp_path):
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
         env = {"PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NAME": "t"}
         env |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(len(starts) - 1)}
-        code = subprocess.run(["bash", "train.slurm"], cwd=tmp_path, env=env).returncode
+        command = ["bash", "train.slurm", *args]
+        code = subprocess.run(command, cwd=tmp_path, env=env | more).returncode
         asked = tmp_path / "asked"
         return code, asked.read_text().splitlines() if asked.exists() else []
 
@@ -320,6 +321,25 @@ def test_a_run_below_its_target_is_no_success_of_the_job(job):
     assert job(below_target(0)) == (1, [])
     assert job("exit 0") == (1, [])  # queued by hand: train.py reports it again
     assert job(below_target(7)) == (7, [])
+
+
+def test_the_folder_of_the_runs_is_a_variable_of_the_script(job, tmp_path):
+    folder = str(tmp_path / "else where")
+    os.makedirs(f"{folder}/t-7")
+    preempted = PREEMPTED.replace("runs/t-7", '"$LOG_DIR"/t-7')
+    preempted = preempted.replace("exit", 'echo "$@" > got; exit')
+    assert job(preempted, LOG_DIR=folder) == (0, ["requeue 7"])
+    assert (tmp_path / "got").read_text().endswith(f" --run_name t-7 --log_dir {folder}\n")
+    (tmp_path / "else where" / "t-7" / "config.json").write_text("{}")
+    assert job(preempted, LOG_DIR=folder) == (0, ["requeue 7"] * 2)
+    assert (tmp_path / "got").read_text().endswith(f" -- train.py --resume {folder}/t-7\n")
+
+
+@pytest.mark.parametrize("flag", ["--log_dir", "--run-name=x", "--resume=runs/x"])
+def test_what_the_script_sets_itself_is_refused(job, capfd, flag):
+    assert job("exit 0", args=["--lr=1", flag, "x"]) == (2, [])
+    name = flag.partition("=")[0]
+    assert f"train.slurm: leave out {name}, which the script sets itself;" in capfd.readouterr().err
 
 
 def test_the_environment_beside_the_code_is_activated(job, tmp_path):
