@@ -269,10 +269,10 @@ def job(tmp_path):
     (tmp_path / "runs" / "t-7").mkdir(parents=True)
     starts = []
 
-    def start(srun, scontrol="exit 0", args=(), **more):
+    def start(srun, scontrol="exit 0", python="exit 0", args=(), **more):
         starts.append(1)
         notes = f'[ "$1" = show ] || echo "$@" >> {tmp_path}/asked'
-        bodies = {"srun": srun, "scontrol": f"{notes}; {scontrol}"}
+        bodies = {"srun": srun, "scontrol": f"{notes}; {scontrol}", "python": python}
         for name, body in bodies.items():
             (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
             (tmp_path / "bin" / name).chmod(0o755)
@@ -340,6 +340,15 @@ def test_what_the_script_sets_itself_is_refused(job, capfd, flag):
     assert job("exit 0", args=["--lr=1", flag, "x"]) == (2, [])
     name = flag.partition("=")[0]
     assert f"train.slurm: leave out {name}, which the script sets itself;" in capfd.readouterr().err
+
+
+def test_a_mistake_in_the_settings_ends_the_job_before_torchrun(job, tmp_path, capfd):
+    python = f'shift; exec {sys.executable} {train.__file__} "$@"'
+    assert job("touch started", python=python, args=["--lr=-1"]) == (2, [])
+    assert capfd.readouterr().err.count("train.py: --lr: lr=-1.0 must be above 0") == 1
+    assert not (tmp_path / "started").exists()
+    assert job("touch started", python=python, args=["--n_train_examples=32"]) == (0, [])
+    assert (tmp_path / "started").exists() and not os.listdir(tmp_path / "runs" / "t-7")
 
 
 def test_the_environment_beside_the_code_is_activated(job, tmp_path):
