@@ -184,7 +184,7 @@ NEEDED = {
 CHECKS = {**NEEDED, "decoding": decoding}
 ADVICE = {
     "shapes": "; its output must have the shape and dtype of its input, (B, T, D)",
-    "contract": "; see `python -m pytest tests/test_contract.py --model=...`",
+    "contract": "; see `python -m pytest tests/test_contract.py --model={model}`",
     "causality": "; so it reads answers that come later; mask them",
     "independence": "; sequences must not mix; no statistics over the batch",
 }
@@ -201,9 +201,11 @@ def check_all(recall_args, parity_args, name):
         f"{LONG:,} tokens": (recall_args, LONG),
     }
     found = dict.fromkeys(CHECKS, "")
+    model = train.parse(recall_args).train.model
     for where, (model_args, T) in situations.items():
         for check in CHECKS:
             problem, advice = run_check(check, model_args, T)
+            advice = advice.format(model=model)
             message = f"{name} fails {check} with {where}: {problem}{advice}"
             require(check not in NEEDED or not problem, message, None)
             found[check] = found[check] or problem

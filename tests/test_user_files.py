@@ -52,8 +52,10 @@ def test_a_fork_is_executed_as_recorded_and_announced(place, capsys):
     capsys.readouterr()
     eval_script.main(["f"])
     text = capsys.readouterr().err
+    eval_script.main(["f"])  # once in a process
+    text += capsys.readouterr().err
     for path in paths:
-        assert f"note: executing {path}, as the run recorded it" in text
+        assert text.count(f"note: executing {path}, as the run recorded it") == 1
 
 
 COMMANDS = {
