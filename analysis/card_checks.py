@@ -20,6 +20,7 @@ from nanorecall.build import (
     build_model,
     build_model_config,
     count_parameters,
+    describe_output,
     inference_state_bytes,
 )
 from nanorecall.rng import IGNORE_INDEX
@@ -86,7 +87,11 @@ def shapes(model, tokens, targets):
 
 def contract(model, tokens, targets):
     """Logits (N, V) and mean loss at the labelled positions; every parameter has a gradient."""
-    logits, loss = model(tokens)
+    output = model(tokens)
+    is_pair = isinstance(output, (tuple, list)) and len(output) == 2
+    if not is_pair or not torch.is_tensor(output[0]):
+        return f"it returns {describe_output(output)}, not logits and loss"
+    logits, loss = output
     if logits.shape != (*tokens.shape, 64) or loss is not None:
         return f"without targets it returns {tuple(logits.shape)}, not logits (B, T, V) and None"
     if not torch.isfinite(logits).all():

@@ -16,10 +16,12 @@ from nanorecall.build import (
     build_data,
     build_model,
     build_model_config,
+    check_users_model,
     count_parameters,
     enough_memory,
     inference_state_bytes,
     load_and_freeze,
+    named_errors,
     total_steps,
     training_advice,
 )
@@ -95,8 +97,10 @@ class Run:
             if c.target_slice:
                 check_slice(self.data, c.target_slice, c.eval_batch_size)
         self.config = build_model_config(settings, self.data)
-        with world.agree():
+        with world.agree(), named_errors(settings):
             self.model = build_model(settings, self.config)
+        with world.agree():
+            check_users_model(self.model, settings, self.data, self.device, self.dtype)
         with world.agree():
             self.notes = load_and_freeze(self.model, c, has_checkpoint)
             check_parallel(self.model, c.parallel, world)

@@ -165,6 +165,13 @@ def test_a_cache_that_cannot_be_used_twice_is_found(batch, in_cache):
     assert "decoded logits differ by" in found
 
 
+@pytest.mark.parametrize("output", [torch.zeros(3), (1, 2, 3), [1, None]])
+def test_an_output_that_is_no_logits_and_loss_is_found(batch, output):
+    _, *inputs = batch
+    found = card_checks.contract(lambda *_: output, *inputs)
+    assert re.match("it returns a .*, not logits and loss", found)
+
+
 def test_a_parameter_without_a_gradient_is_found(batch):
     model, *inputs = batch
     model.fixed = nn.Parameter(torch.zeros(3), requires_grad=False)
