@@ -14,7 +14,8 @@ From Python: run = train.train_run(["configs/mqar_gpt.py", "--max_steps", "100"]
 It writes <log_dir>/<run>/: config.json (every setting and where it came from), log.jsonl, ckpt.pt
 and ckpt_prev.pt (to resume), best.pt (highest validation accuracy), status.json, curves.png.
 Exit status: 0 if the run ended at or above `target_accuracy`, 1 if below it or if it failed,
-2 for a mistake in the settings, 128 + signal number if it was stopped.
+2 for a mistake in the settings, 128 + signal number if it was stopped. Under torchrun a run that
+ended below it exits with 0, since torchrun would start it again; status.json says "below target".
 """
 
 import math
@@ -84,7 +85,7 @@ class TrainConfig:
     mem_log_interval: int = 0  # memory models: steps between log lines on the use of slots; 0: none
     track: str = ""  # where the log also goes: tensorboard or wandb; empty: nowhere
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
-    target_accuracy: float = 0.0  # exit with status 1 if test token accuracy ends below this
+    target_accuracy: float = 0.0  # test token accuracy to reach; below it, exit with status 1
     target_slice: str = ""  # slice=value that decides for these and best.pt; empty: all labels
     # -- weights to begin with
     init_from: str = ""  # load weights of this run, checkpoint file or torch.distributed folder

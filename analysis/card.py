@@ -292,15 +292,29 @@ def read_finished(points, runs):
     return results
 
 
-def measure_runs(recall, parity, states, runs):
+def number_of_runs(points):
+    """Points of one name share a run."""
+    return len({point.name for point in points})
+
+
+def measure_runs(recall, parity, states, runs, name):
     """Train, and -> the parts of a card that trainings give: {part: {name: accuracy or None}}
 
-    states: see sizes_of_state.
+    states: see sizes_of_state. name: of the card, for the screen.
     """
-    first = train_points(first_points(recall, parity), runs)
+    points = first_points(recall, parity)
+    n_first = number_of_runs(points)
+    # The lowest rate has no lower one to try, and so one training less.
+    n_most = n_first + number_of_runs(other_points(recall, RATES[-1], states))
+    say(f"{name}: trainings, first round: {n_first} of at most {n_most}", flush=True)
+    first = train_points(points, runs)
     lr = max(first["recall"], key=lambda rate: quality(first["recall"][rate]))
     best_parity = max(first["parity"].values(), key=quality)
-    others = train_points(other_points(recall, lr, states), runs)
+    points = other_points(recall, lr, states)
+    n_others = number_of_runs(points)
+    which = f"the other {n_others} of {n_first + n_others} (best learning rate: {lr})"
+    say(f"{name}: trainings, second round: {which}", flush=True)
+    others = train_points(points, runs)
     best_updates = max(others["updates"].values(), key=quality)
     at_32 = first["recall"][lr]
     pairs = {}
@@ -368,6 +382,8 @@ def make_card(config):
     say(f"{name}: checks")
     model_args, reference = shlex.split(recall), shlex.split(recall_model(REFERENCE, ""))
     card = {"checks": check_all(model_args, shlex.split(parity), name)}
+    if card["checks"]["decoding"]:
+        say(f"{name}: decoding fails: {card['checks']['decoding']}")
     card |= {"parameters": layer_parameters(model_args), "state": dict.fromkeys(("256", "1024"))}
     if not card["checks"]["decoding"]:
         card["state"] = state_bytes(model_args)
@@ -378,9 +394,8 @@ def make_card(config):
     states = {}
     if card["state"]["256"]:
         states = sizes_of_state(model, recall, config.model_args)
-    say(f"{name}: trainings")
     runs = SimpleNamespace(seeds=1, jobs=config.jobs, log_dir=folder, extra_args=config.extra_args)
-    card |= measure_runs(recall, parity, states, runs)
+    card |= measure_runs(recall, parity, states, runs, name)
 
     for sentence in findings(card, stored):
         say(f"- {sentence}")

@@ -20,6 +20,7 @@ from nanorecall.build import (
     build_model,
     build_model_config,
     count_parameters,
+    describe_output,
     inference_state_bytes,
 )
 from nanorecall.rng import IGNORE_INDEX
@@ -86,7 +87,11 @@ def shapes(model, tokens, targets):
 
 def contract(model, tokens, targets):
     """Logits (N, V) and mean loss at the labelled positions; every parameter has a gradient."""
-    logits, loss = model(tokens)
+    output = model(tokens)
+    is_pair = isinstance(output, (tuple, list)) and len(output) == 2
+    if not is_pair or not torch.is_tensor(output[0]):
+        return f"it returns {describe_output(output)}, not logits and loss"
+    logits, loss = output
     if logits.shape != (*tokens.shape, 64) or loss is not None:
         return f"without targets it returns {tuple(logits.shape)}, not logits (B, T, V) and None"
     if not torch.isfinite(logits).all():
@@ -184,7 +189,7 @@ NEEDED = {
 CHECKS = {**NEEDED, "decoding": decoding}
 ADVICE = {
     "shapes": "; its output must have the shape and dtype of its input, (B, T, D)",
-    "contract": "; see `python -m pytest tests/test_contract.py --model=...`",
+    "contract": "; see `python -m pytest tests/test_contract.py --model={model}`",
     "causality": "; so it reads answers that come later; mask them",
     "independence": "; sequences must not mix; no statistics over the batch",
 }
@@ -201,9 +206,11 @@ def check_all(recall_args, parity_args, name):
         f"{LONG:,} tokens": (recall_args, LONG),
     }
     found = dict.fromkeys(CHECKS, "")
+    model = train.parse(recall_args).train.model
     for where, (model_args, T) in situations.items():
         for check in CHECKS:
             problem, advice = run_check(check, model_args, T)
+            advice = advice.format(model=model)
             message = f"{name} fails {check} with {where}: {problem}{advice}"
             require(check not in NEEDED or not problem, message, None)
             found[check] = found[check] or problem

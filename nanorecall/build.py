@@ -17,12 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_leaves
 
-from nanorecall.metrics import evaluating
+from nanorecall.metrics import autocast, eval_batches, evaluating
 from nanorecall.pretrained import freeze, load_parts
+from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import (
     ConfigError,
     RunError,
     build_config,
+    last_line,
     reject_unknown,
     reject_unused,
     require,
@@ -162,6 +164,81 @@ def build_model(settings, config):
             sizes = describe_size(settings.model_class(config), 4)
         message = f"a model of these sizes does not fit in memory: {sizes}; make that smaller"
         raise ConfigError(message) from None
+
+
+# ---- the model file of a user --------------------------------------------------------------------
+
+CONTRACT = "Model(config) must take tokens and targets, both (B, T), and return logits"
+CONTRACT += " (N, vocab_size) of the N labelled positions and their mean cross-entropy"
+
+
+def is_users_model(settings):
+    return os.path.realpath(settings.model_module.__file__) in settings.files
+
+
+@contextlib.contextmanager
+def named_errors(settings):
+    """An error of a user's model in the block becomes a ConfigError that names file and line."""
+    try:
+        yield
+    except (ConfigError, RunError):
+        raise
+    except (Exception, SystemExit) as e:  # the user's code may raise anything
+        if is_out_of_memory(e) or not is_users_model(settings):
+            raise
+        where = last_line(e, settings.model_module.__file__, settings.files)
+        name = settings.train.model
+        message = f"{where}: {name} does not run ({type(e).__name__}: {e}); {CONTRACT}"
+        raise ConfigError(message, "model") from None
+
+
+def check_users_model(model, settings, data, device, dtype):
+    """ConfigError unless a user's model returns logits and loss for one sequence of val.
+
+    Training would end in an error of torch that does not say what a model must return.
+    """
+    # A sharded table may be too large for one device.
+    if not is_users_model(settings) or getattr(model, "column_sharded", tuple)():
+        return
+    indices = next(eval_batches(data, "val", 1))
+    tokens, targets, _, *cu_seqlens = data.batch("val", 0, indices)
+    inputs = [x.to(device) for x in (tokens, targets, *cu_seqlens)]
+    n_labels = int((targets != IGNORE_INDEX).sum())
+    with enough_memory(lambda: training_advice(model, device)), named_errors(settings):
+        model.to(device)
+        with evaluating(model), autocast(device, dtype):
+            output = model(*inputs)
+    problem = output_problem(output, n_labels, data.vocab_size)
+    file = settings.model_module.__file__
+    message = f"{file}: {settings.train.model} returns {problem}; {CONTRACT}"
+    require(not problem, message, "model")
+
+
+def output_problem(output, n_labels, vocab_size):
+    """"" or what a model returns in place of logits and loss, as a part of a sentence."""
+    if not isinstance(output, (tuple, list)) or len(output) != 2:
+        return describe_output(output)
+    logits, loss = output
+    # More logits than tokens are no error: some models pad their vocabulary.
+    is_floating = torch.is_tensor(logits) and logits.is_floating_point()
+    if not is_floating or logits.ndim != 2 or len(logits) != n_labels:
+        return f"as logits {describe_output(logits)} for {n_labels} labels"
+    if logits.shape[1] < vocab_size:
+        return f"logits of {logits.shape[1]} tokens with a vocab_size of {vocab_size}"
+    if not torch.is_tensor(loss) or not loss.is_floating_point() or loss.numel() != 1:
+        return f"as loss {describe_output(loss)}, not one number"
+    return "" if loss.requires_grad else "a loss that has no gradient"
+
+
+def describe_output(output):
+    if torch.is_tensor(output):
+        return f"a tensor {tuple(output.shape)} of {output.dtype}"
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {len(output)} items"
+    return f"a {type(output).__name__}"
+
+
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def load_and_freeze(model, c, has_checkpoint):

@@ -16,10 +16,12 @@ from nanorecall.build import (
     build_data,
     build_model,
     build_model_config,
+    check_users_model,
     count_parameters,
     enough_memory,
     inference_state_bytes,
     load_and_freeze,
+    named_errors,
     total_steps,
     training_advice,
 )
@@ -38,7 +40,13 @@ from nanorecall.metrics import check_slice, evaluate, print_baselines, print_sli
 from nanorecall.plots import plot_curves
 from nanorecall.progress import duration
 from nanorecall.records import JsonlLog, check_kinds, read_log, read_record, write_json
-from nanorecall.run_dir import create_run_dir, has_checkpoint, launch_id, run_metadata
+from nanorecall.run_dir import (
+    create_run_dir,
+    has_checkpoint,
+    is_under_torchrun,
+    launch_id,
+    run_metadata,
+)
 from nanorecall.saved_run import (
     check_data_unchanged,
     fixed_settings_json,
@@ -89,8 +97,10 @@ class Run:
             if c.target_slice:
                 check_slice(self.data, c.target_slice, c.eval_batch_size)
         self.config = build_model_config(settings, self.data)
-        with world.agree():
+        with world.agree(), named_errors(settings):
             self.model = build_model(settings, self.config)
+        with world.agree():
+            check_users_model(self.model, settings, self.data, self.device, self.dtype)
         with world.agree():
             self.notes = load_and_freeze(self.model, c, has_checkpoint)
             check_parallel(self.model, c.parallel, world)
@@ -502,7 +512,8 @@ class Run:
         where = f" on {c.target_slice}" if c.target_slice else ""
         reached = slice_accuracy(test, c.target_slice)
         print(f"below target{where}: {reached:.4f} < {c.target_accuracy}", file=sys.stderr)
-        return 1
+        # torchrun would start the run again, which has ended. train.slurm reads status.json.
+        return 0 if is_under_torchrun() else 1
 
     # ---- for pandas ----
 

@@ -112,6 +112,11 @@ def launch_id():
     return "" if name == "none" else name
 
 
+def is_under_torchrun():
+    """Did torchrun start this process? To it, every exit status but 0 means a crash."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def find_restarted_run(log_dir):
     """The run directory of this very launch if torchrun has started it again, else ""."""
     if not launch_id() or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":

@@ -128,9 +128,12 @@ def run_override_file(path):
 
 
 def last_line(error, path, files=()):
-    """FILE:LINE, the last line of path or of these files that led to an error of running path."""
+    """FILE:LINE, the last line of path or of these files that led to an error of running path.
+
+    It is path alone if none of their lines did.
+    """
     files = {path, *files}
-    lines = [f"{path}:1"]
+    lines = [path]
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename in files:
             lines.append(f"{frame.filename}:{frame.lineno}")

@@ -29,6 +29,9 @@ REPO_FILES = (
 )
 
 
+announced = set()  # paths of recorded files, each of which is announced once in a process
+
+
 def is_main_rank():
     """Before the process group exists: is this the rank that prints?"""
     return os.environ.get("RANK", "0") == "0"
@@ -67,7 +70,8 @@ class UserFiles:
             require(path in self.recorded, message, key)
             message = f"{refused} it has changed since the run began; put back the file that it was"
             require(self.recorded[path] == digest, message, key)
-            if path not in self.files and is_main_rank():
+            if path not in announced and is_main_rank():
+                announced.add(path)
                 say(f"note: executing {path}, as the run recorded it", file=sys.stderr)
         self.files[path] = digest
 

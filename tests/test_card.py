@@ -165,6 +165,13 @@ def test_a_cache_that_cannot_be_used_twice_is_found(batch, in_cache):
     assert "decoded logits differ by" in found
 
 
+@pytest.mark.parametrize("output", [torch.zeros(3), (1, 2, 3), [1, None]])
+def test_an_output_that_is_no_logits_and_loss_is_found(batch, output):
+    _, *inputs = batch
+    found = card_checks.contract(lambda *_: output, *inputs)
+    assert re.match("it returns a .*, not logits and loss", found)
+
+
 def test_a_parameter_without_a_gradient_is_found(batch):
     model, *inputs = batch
     model.fixed = nn.Parameter(torch.zeros(3), requires_grad=False)
@@ -290,7 +297,7 @@ def test_the_mixers_of_the_guide(user, monkeypatch):
         ("Asserts", r"shapes .*: it ends in AssertionError at card_mine.py:\d+: in 64s$"),
         ("OnlyWide", r"shapes with the model for parity: it ends in SystemExit at .*: too"),
         ("Far", "causality with 1,024 tokens: its logits at token 1 change"),
-        ("GPTBlock", "contract with 96 tokens: its logits are not finite"),
+        ("GPTBlock", "contract .*: its logits are not finite; .*=card_mine_GPTBlock_blocks`"),
     ],
 )
 def test_a_mixer_that_does_not_fit_is_refused_in_a_sentence(user, monkeypatch, name, message):
@@ -370,7 +377,7 @@ def planted(accuracy):
     }
 
 
-def test_the_other_runs_have_the_best_learning_rate(monkeypatch):
+def test_the_other_runs_have_the_best_learning_rate(monkeypatch, capsys):
     trained = []
 
     def train_points(points, runs):
@@ -390,7 +397,10 @@ def test_the_other_runs_have_the_best_learning_rate(monkeypatch):
         8000: "--model gpt --window 16",
         9000: "--model gpt --window 32",
     }
-    found = card.measure_runs("--model gpt", "--model gpt", states, None)
+    found = card.measure_runs("--model gpt", "--model gpt", states, None, "mine")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "mine: trainings, first round: 6 of at most 13"
+    assert second == "mine: trainings, second round: the other 7 of 13 (best learning rate: 0.01)"
     others = [point for point in trained if point.series not in ("recall", "parity")]
     assert len({point.name for point in trained}) == 13 and len(others) == 8
     rates = {point.x for point in others if point.series == "updates"}
@@ -412,6 +422,32 @@ def test_the_other_runs_have_the_best_learning_rate(monkeypatch):
     assert found["parity"] == shares(0.9, BY_LENGTH)
     for point in trained:
         train.parse(shlex.split(point.train_args))
+
+
+def test_at_the_lowest_rate_there_is_one_training_less(monkeypatch, capsys):
+    def train_points(points, runs):
+        results = {}
+        for point in points:
+            accuracy = 0.9 if "lr 0.003" in point.train_args else 0.5
+            results.setdefault(point.series, {})[point.x] = planted(accuracy)
+        return results
+
+    monkeypatch.setattr(card, "train_points", train_points)
+    card.measure_runs("--model gpt", "--model gpt", {}, None, "mine")
+    first, second = capsys.readouterr().out.splitlines()
+    assert "6 of at most 11" in first and "the other 4 of 10 (best learning rate: 0.003)" in second
+
+
+def test_a_failure_of_decoding_is_told_before_anything_is_trained(user, monkeypatch, capsys):
+    def measure_runs(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(card, "measure_runs", measure_runs)
+    monkeypatch.setattr(card, "relative_cost", lambda *_: {})
+    monkeypatch.setattr(card, "check_all", lambda *_: {"decoding": "it has no cache"})
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main(["card", "--mixer=card_mine.Sum"])
+    assert "card_mine_Sum: decoding fails: it has no cache\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow

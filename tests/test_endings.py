@@ -246,11 +246,13 @@ def test_torchrun_does_not_train_a_finished_run_again(on_ranks, tmp_path, monkey
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
     for restart_count in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart_count)
-        assert on_ranks(2, lambda rank: train.main(args)) == [1, 1]
+        # Another status would be a crash to torchrun, which would start the run a third time.
+        assert on_ranks(2, lambda rank: train.main(args)) == [0, 0]
     (name,) = os.listdir(tmp_path)
     text, error = capfd.readouterr()
     assert text.count("test accuracy") == error.count("below target:") == 2
     assert "started again by torchrun" in text and "has ended" in text
+    assert read_json(tmp_path / name / "status.json")["status"] == "below target"
     assert text.count("step 4: val accuracy") == 1
     assert "resumed" not in read_json(tmp_path / name / "config.json")
     assert os.path.exists(tmp_path / name / "curves.png")
@@ -267,17 +269,18 @@ def job(tmp_path):
     (tmp_path / "runs" / "t-7").mkdir(parents=True)
     starts = []
 
-    def start(srun, scontrol="exit 0"):
+    def start(srun, scontrol="exit 0", python="exit 0", args=(), **more):
         starts.append(1)
         notes = f'[ "$1" = show ] || echo "$@" >> {tmp_path}/asked'
-        bodies = {"srun": srun, "scontrol": f"{notes}; {scontrol}"}
+        bodies = {"srun": srun, "scontrol": f"{notes}; {scontrol}", "python": python}
         for name, body in bodies.items():
             (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
             (tmp_path / "bin" / name).chmod(0o755)
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
         env = {"PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NAME": "t"}
         env |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(len(starts) - 1)}
-        code = subprocess.run(["bash", "train.slurm"], cwd=tmp_path, env=env).returncode
+        command = ["bash", "train.slurm", *args]
+        code = subprocess.run(command, cwd=tmp_path, env=env | more).returncode
         asked = tmp_path / "asked"
         return code, asked.read_text().splitlines() if asked.exists() else []
 
@@ -308,6 +311,44 @@ def test_a_start_that_fails_before_it_trains_ends_the_job(job, ends, code):
 
 def test_a_queue_that_refuses_is_no_success(job):
     assert job(PREEMPTED, scontrol="exit 1") == (1, ["requeue 7"])
+
+
+def below_target(code):
+    return PREEMPTED.replace("preempted", "below target").replace("exit 1", f"exit {code}")
+
+
+def test_a_run_below_its_target_is_no_success_of_the_job(job):
+    assert job(below_target(0)) == (1, [])
+    assert job("exit 0") == (1, [])  # queued by hand: train.py reports it again
+    assert job(below_target(7)) == (7, [])
+
+
+def test_the_folder_of_the_runs_is_a_variable_of_the_script(job, tmp_path):
+    folder = str(tmp_path / "else where")
+    os.makedirs(f"{folder}/t-7")
+    preempted = PREEMPTED.replace("runs/t-7", '"$LOG_DIR"/t-7')
+    preempted = preempted.replace("exit", 'echo "$@" > got; exit')
+    assert job(preempted, LOG_DIR=folder) == (0, ["requeue 7"])
+    assert (tmp_path / "got").read_text().endswith(f" --run_name t-7 --log_dir {folder}\n")
+    (tmp_path / "else where" / "t-7" / "config.json").write_text("{}")
+    assert job(preempted, LOG_DIR=folder) == (0, ["requeue 7"] * 2)
+    assert (tmp_path / "got").read_text().endswith(f" -- train.py --resume {folder}/t-7\n")
+
+
+@pytest.mark.parametrize("flag", ["--log_dir", "--run-name=x", "--resume=runs/x"])
+def test_what_the_script_sets_itself_is_refused(job, capfd, flag):
+    assert job("exit 0", args=["--lr=1", flag, "x"]) == (2, [])
+    name = flag.partition("=")[0]
+    assert f"train.slurm: leave out {name}, which the script sets itself;" in capfd.readouterr().err
+
+
+def test_a_mistake_in_the_settings_ends_the_job_before_torchrun(job, tmp_path, capfd):
+    python = f'shift; exec {sys.executable} {train.__file__} "$@"'
+    assert job("touch started", python=python, args=["--lr=-1"]) == (2, [])
+    assert capfd.readouterr().err.count("train.py: --lr: lr=-1.0 must be above 0") == 1
+    assert not (tmp_path / "started").exists()
+    assert job("touch started", python=python, args=["--n_train_examples=32"]) == (0, [])
+    assert (tmp_path / "started").exists() and not os.listdir(tmp_path / "runs" / "t-7")
 
 
 def test_the_environment_beside_the_code_is_activated(job, tmp_path):

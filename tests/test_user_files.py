@@ -52,8 +52,10 @@ def test_a_fork_is_executed_as_recorded_and_announced(place, capsys):
     capsys.readouterr()
     eval_script.main(["f"])
     text = capsys.readouterr().err
+    eval_script.main(["f"])  # once in a process
+    text += capsys.readouterr().err
     for path in paths:
-        assert f"note: executing {path}, as the run recorded it" in text
+        assert text.count(f"note: executing {path}, as the run recorded it") == 1
 
 
 COMMANDS = {
@@ -138,6 +140,82 @@ def test_a_file_of_your_own_that_fails_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "json.py").write_text("")
     with pytest.raises(ConfigError, match="json.py cannot be taken: Python has a module json, too"):
         train.parse(["--model=json"])
+
+
+WRONG = """
+import torch
+from torch import nn
+from model import GPT, Config
+
+class Mixer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Linear(config.dim, config.dim)
+    def forward(self, x):
+        return self.proj(x)
+
+class TwoInputs(Mixer):
+    def forward(self, x, targets):
+        return self.proj(x)
+
+class Fails(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.head_size = config.head_size
+
+class Scale(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+    def forward(self, tokens, targets):
+        labels = targets[targets >= 0]
+        logits = self.gain * nn.functional.one_hot(labels, 32).float()
+        return self.wrong(logits, labels, nn.functional.cross_entropy(logits, labels))
+
+WRONG = {
+    "One": lambda self, logits, labels, loss: logits,
+    "Three": lambda self, logits, labels, loss: (logits, loss, loss),
+    "NoTensor": lambda self, logits, labels, loss: (logits.tolist(), loss),
+    "All": lambda self, logits, labels, loss: (logits.repeat(2, 1), loss),
+    "Few": lambda self, logits, labels, loss: (logits[:, :7], loss),
+    "Integers": lambda self, logits, labels, loss: (logits.long(), loss),
+    "NoLoss": lambda self, logits, labels, loss: (logits, None),
+    "Losses": lambda self, logits, labels, loss: (logits, loss.repeat(2)),
+    "Cut": lambda self, logits, labels, loss: (logits, loss.detach()),
+    "Padded": lambda self, logits, labels, loss: (nn.functional.pad(logits, (0, 9)), loss),
+}
+for name, wrong in WRONG.items():
+    globals()[name] = type(name, (Scale,), {"wrong": wrong})
+"""
+SENTENCES = {  # class of WRONG: what the sentence says after the name of the file
+    "Mixer": r": my_wrong.Mixer does not run \(TypeError: .*forward\(\) takes 2",
+    "TwoInputs": r":15: my_wrong.TwoInputs does not run \(RuntimeError: mat1 and mat2",
+    "Fails": r":20: my_wrong.Fails does not run \(AttributeError: .*head_size",
+    "One": r": my_wrong.One returns a tensor \(4, 32\) of torch.float32;",
+    "Three": ": my_wrong.Three returns a tuple of 3 items;",
+    "NoTensor": ": my_wrong.NoTensor returns as logits a list of 4 items for 4 labels;",
+    "All": r": my_wrong.All returns as logits a tensor \(8, 32\) of torch.float32 for 4 labels;",
+    "Few": ": my_wrong.Few returns logits of 7 tokens with a vocab_size of 32;",
+    "Integers": r": my_wrong.Integers returns as logits a tensor \(4, 32\) of torch.int64 for",
+    "NoLoss": ": my_wrong.NoLoss returns as loss a NoneType, not one number;",
+    "Losses": r": my_wrong.Losses returns as loss a tensor \(2,\) of .*, not one number;",
+    "Cut": ": my_wrong.Cut returns a loss that has no gradient;",
+}
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_a_model_that_returns_no_logits_and_loss_is_a_sentence(tmp_path, monkeypatch, name):
+    (tmp_path / "my_wrong.py").write_text(WRONG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_wrong", raising=False)
+    what = f"my_wrong.py{SENTENCES[name]}.* Model\\(config\\) must take tokens and targets, both"
+    try:
+        with pytest.raises(ConfigError, match=what):
+            run(tmp_path, model=f"my_wrong.{name}", **SHORT)
+        assert not (tmp_path / "run").exists()
+        assert run(tmp_path, model="my_wrong.Padded", **SHORT)[0] == 0
+    finally:
+        sys.modules.pop("my_wrong", None)
 
 
 @pytest.mark.parametrize("name", ["model.GPTBlock", "model.RMSNorm", "memory.MemoryLayer"])
