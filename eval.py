@@ -91,14 +91,14 @@ class EvalConfig(AnalysisConfig):
     ask: Json = ""  # print the model's answer to this question, or to each of a JSON list
     example: int = -1  # index of an example to print (attention: to draw); -1: none (the first)
     n_examples: int = 1000  # examples to analyse, equally many from each eval group; 0: all
-    data: str = ""  # routing: a .jsonl or .parquet file of texts, instead of the run's own data
+    data: str = ""  # routing: a .jsonl, .parquet or .csv of texts, instead of the run's own data
     n_edits: tuple[int, ...] = (1, 3, 10, 30, 100)  # edit, consolidate: facts written at once
     editors: str = ""  # edit: names of methods, separated by ';'; all; empty: a short list
     new_facts: bool = False  # edit: add facts with new keys, instead of rewriting known ones
     portions: int = 1  # edit: portions of the facts, edited one after the other
     top_slots: int = TOP_SLOTS  # edit: slots that sparse methods train for each fact
     margin: float = MARGIN  # logits by which closed forms aim to put an answer above other tokens
-    facts: str = ""  # edit: a .jsonl of facts to rewrite: {"question", "answer"}, the new answer
+    facts: str = ""  # edit: .jsonl, .parquet or .csv of facts to rewrite: question, new answer
     add: bool = False  # edit --facts: also write facts that the model does not know yet
     save_as: str = ""  # edit --facts: name of a run directory to write, with the edited weights
     undo: bool = False  # edit: take the latest edit of an edited run back

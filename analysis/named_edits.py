@@ -32,7 +32,7 @@ from analysis.editors import (
     say_margin,
 )
 from analysis.trained_run import require_single_process, save_result
-from nanorecall.dataset_files import has_data_suffix, read_rows
+from nanorecall.dataset_files import read_rows, require_data_suffix
 from nanorecall.documents import validate_text
 from nanorecall.metrics import print_table
 from nanorecall.settings import ConfigError, require, say
@@ -130,7 +130,7 @@ def read_new_facts(run, facts, known):
     facts: of the run. known: the questions that the model answers correctly.
     """
     path = run.config.facts
-    require(has_data_suffix(path), f"{path} is neither .jsonl nor .parquet", "facts")
+    require_data_suffix(path, "facts")
     first_line = {}  # of each question
     new_facts = []
     for row, where in read_rows(path, ("question", "answer")):

@@ -218,6 +218,14 @@ def test_new_facts_are_added_on_demand(runs):
     assert answers(runs, "edited", "Capital of Atlantis?") == ["Poseidonis"]
 
 
+def test_edits_may_be_csv(runs):
+    path = runs / "edits.csv"
+    path.write_text("question,answer\nCapital of olsO?,Québec\n", encoding="utf-8")
+    evaluate.main(["edit", str(runs / "own"), "--facts", str(path)])
+    (result,) = (runs / "own").glob("eval_edit_facts*.json")
+    assert json.loads(result.read_text())["examples"][0]["after"] == "Québec"
+
+
 def test_a_held_out_fact_is_not_known(runs):
     run = open_run(str(runs / "qa"), evaluate.EvalConfig())
     exposures = run.data.source.slices["exposures"]
@@ -490,7 +498,7 @@ def others(folder, tmp_path_factory):
         ("own", "--facts EDITS --save_as qa", "qa exists; give another --save_as"),
         ("own", "--facts EDITS --save_as a/b", "save_as='a/b' becomes part of a directory"),
         ("own", "--facts none.jsonl", "none.jsonl cannot be read: No such file"),
-        ("own", "--facts FOLDER", "is neither .jsonl nor .parquet"),
+        ("own", "--facts FOLDER", "is neither .jsonl, .parquet nor .csv"),
         ("own", "--facts EDITS --editors closed", "there is no editor 'closed'; separate"),
         ("own", "--facts EDITS --editors all", "editors='all' are .* --facts uses one"),
         ("own", "--save_as x", "save_as='x' has no effect: there is no --facts FILE; leave"),

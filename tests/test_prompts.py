@@ -102,7 +102,7 @@ def test_csv_files_of_other_programs(tmp_path):
     head = "subject,answers,manual_templates\n"
     (found,) = read(tmp_path, "\ufeff" + head + "S,A,[X] [Y]\n", "facts.csv")
     assert found["subject"] == "S"
-    with pytest.raises(ConfigError, match="facts.csv:2: more cells than the first line has names"):
+    with pytest.raises(ConfigError, match="facts.csv:2: more cells than the 3 names of the first"):
         read(tmp_path, head + "S,A,[X] is, [Y]\n", "facts.csv")
     with pytest.raises(ConfigError, match="two columns have the same name"):
         read(tmp_path, "subject,subject,answers\n", "facts.csv")
