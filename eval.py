@@ -99,7 +99,7 @@ class EvalConfig(AnalysisConfig):
     top_slots: int = TOP_SLOTS  # edit: slots that sparse methods train for each fact
     margin: float = MARGIN  # logits by which closed forms aim to put an answer above other tokens
     facts: str = ""  # edit: .jsonl, .parquet or .csv of facts to rewrite: question, new answer
-    add: bool = False  # edit --facts: also write facts that the model does not know yet
+    add: bool = False  # edit --facts: also write new facts, and known ones that it answers wrongly
     save_as: str = ""  # edit --facts: name of a run directory to write, with the edited weights
     undo: bool = False  # edit: take the latest edit of an edited run back
     num_kv_pairs: tuple[int, ...] = ()  # MQAR: pairs in a sequence; empty: as in the run's own test
