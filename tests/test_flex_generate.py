@@ -225,6 +225,21 @@ def test_metrics_of_templates_by_hand():
     assert metrics.agreement("aabb") == pytest.approx(2 / 6)
 
 
+def test_a_template_alone_has_the_interval_of_the_table_of_methods():
+    """Nine of ten questions. By hand, Wilson's interval with a sample size of 10 / (10 / 9) = 9:
+
+    q = 1.959964^2 / 9 = 0.426829; middle (0.9 + 0.213415) / 1.426829 = 0.780342; half
+    1.959964 * sqrt(0.09 / 9 + 0.426829 / 36) / 1.426829 = 0.203079.
+    """
+    table = metrics.compare_templates([[True, False]] * 9 + [[False, False]], [["a", "b"]] * 10)
+    for key in ("best", "oracle"):
+        assert table[key]["ci95"] == pytest.approx((0.577263, 0.983421), abs=2e-6)
+    records = [{"templates": ["a"], "confidence": 1.0, "seconds": 0, "tokens": 0}] * 10
+    columns = {"uuid": list(range(10)), "prediction": ["q"] * 9 + ["z"], "answers": [["q"]] * 10}
+    of_methods = results.summarize(METHODS["origin"], records, columns)["accuracy"]
+    assert {"template": 1, **of_methods} == table["best"]
+
+
 @pytest.mark.parametrize("is_right", [True, False])
 def test_metrics_of_templates_that_are_all_right_or_all_wrong(is_right):
     """Of equal templates, the first is named. Wilson's interval of two out of two by hand."""
