@@ -72,6 +72,17 @@ def test_fact_files_in_three_formats(tmp_path):
     assert found["subject"] == "Rome" and found["manual"] == ["[X] [Y]"]
 
 
+def test_the_facts_of_the_guide_can_be_read(tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with open(os.path.join(root, "GUIDE.md"), encoding="utf-8") as f:
+        lines = [line for line in f if '"manual_templates": [' in line]
+    lines += [line for line in flex_generate.__doc__.splitlines() if "manual_templates" in line]
+    assert len(lines) == 2
+    for line in lines:
+        (found,) = read(tmp_path, [json.loads(line)])
+        assert prompts.fill(found["manual"][0], "Peru") == "The capital of Peru is [MASK]."
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
