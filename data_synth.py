@@ -80,7 +80,7 @@ SETTINGS_OF = {  # task: the settings that not all tasks use
 @dataclass
 class Config:
     task: str = "qa"  # qa, digits, twohop, hashhop or text
-    path: str = ""  # a directory that data_synth.py wrote; text: .jsonl, .parquet or a directory
+    path: str = ""  # what data_synth.py wrote; text: .jsonl, .parquet, .csv or a directory
     num_pairs: int = 2000  # qa: pairs, with the held-out ones; digits: keys to train on
     num_digits: int = 6  # qa: digits in a number
     buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # qa: exposures in an epoch
@@ -142,7 +142,7 @@ class Config:
         require(unique, f"buckets={self.buckets} names a bucket twice", "buckets")
         require(max(*self.hops, *self.test_hops) <= 16, "hops and test_hops end at 16", "hops")
         if self.task == "text":
-            message = "--path FILE.jsonl, FILE.parquet or a directory"
+            message = "--path FILE.jsonl, .parquet, .csv or a directory"
             require(self.path, f"task=text needs the documents: {message}", "path")
         elif not self.path:
             CHECK[self.task](self)

@@ -14,6 +14,10 @@
     python eval.py choices runs/myriadlama/MODEL    # then: does a method for each relation help?
     torchrun --standalone --nproc_per_node=2 flex_generate.py
 
+A fact of --path, one line of jsonl: [X] is the subject, [Y] the answer.
+
+{"subject": "Japan", "answers": ["Tokyo"], "manual_templates": ["The capital of [X] is [Y]."]}
+
 Writes into <out_dir>/<model>/:
 
 - myriadlama_flex_<templates>[_xattn].feather, a row for each question answered so far: uuid,
@@ -69,12 +73,19 @@ from nanorecall.settings import (
 MEMORY_ADVICE = "lower batch_size, or take a smaller model"
 
 
+# What prints and stops uses these settings alone, beside its own.
+USED_BY = {
+    "draw_mask": ("method", "num_manual", "num_auto", "allow_manual_cross_attention", "out_dir"),
+    "draw_table": (),
+}
+
+
 @dataclass
 class Config:
     model: str = "smollm2_135m_it"  # short name, GGUF file or Hugging Face directory
     method: str = "flex_myriadlama"  # of METHODS in myriadlama/methods.py: one, "avg,flex", or all
     path: str = ""  # facts (myriadlama/fact_files.py says in which forms); empty: the built-in ones
-    shots_path: str = ""  # facts to show as examples; empty: some of the same relation
+    shots_path: str = ""  # facts to show as examples; empty: num_shots of each relation, not asked
     num_shots: int = 5  # examples before the question
     shots: str = "relation"  # examples of the question's relation; or mixed: of any relation
     num_manual: int = -1  # manual templates of a question; -1: all
@@ -128,6 +139,10 @@ class Config:
         reasons |= dict.fromkeys(settings_of_others(methods), f"method is {self.method}")
         if len(methods) > 1:
             reasons["allow_manual_cross_attention"] = "it is method flex_myriadlama_xattn"
+        for stop, used in USED_BY.items():
+            if getattr(self, stop):
+                others = [name for name in vars(self) if name not in (stop, *used)]
+                reasons |= dict.fromkeys(others, f"{stop} asks no question")
         return reasons
 
 
@@ -297,6 +312,10 @@ def generate_in(folder, config, world, asked, facts, pool, examples):
             model, tokenizer = loading.load(config.model, device, dtype, config.generation_config)
         seconds, size = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
         world.print0(f"{config.model}: {size:,} parameters in {seconds:.1f} s; {device_line}")
+        if config.num_shots and not config.shots_path:
+            split = f"{len(asked)} of {len(facts) + len(pool)} facts are asked"
+            advice = "to ask all, give examples with --shots_path"
+            world.print0(f"{split}, {len(pool)} are examples; {advice}")
         n_answered = len(asked) - len(open_facts)
         if model.config.not_applied:
             without = ", ".join(model.config.not_applied)
@@ -312,7 +331,11 @@ def generate_in(folder, config, world, asked, facts, pool, examples):
             if world.is_main:
                 make_directory(folder)
         run = Run(config, methods, examples, model, tokenizer, stop)
-        answer_all(run, folder, open_facts, missing, key, world)
+        try:
+            answer_all(run, folder, open_facts, missing, key, world)
+        except KeyboardInterrupt:
+            world.print0("stopped; the same command goes on with what is answered so far")
+            raise
         world.print0(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
     if world.is_main:
         results.write_results(config, folder, asked, facts, pool, key, methods, METHODS)

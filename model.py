@@ -227,6 +227,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = c
         self.n_heads = c.n_heads
+        if self.attention_fn:
+            attention.check_signature(self.attention_fn, c.window)
         # Fewer key/value heads than query heads make the cache smaller (grouped-query attention).
         self.n_kv_heads = c.n_kv_heads or c.n_heads
         self.add_projections(c)
@@ -367,6 +369,8 @@ class CausalSelfAttention(nn.Module):
 
     @classmethod
     def describe_backend(cls, c, device, dtype):
+        if cls.attention_fn is not attention.softmax_attention:
+            return attention.describe_function(cls.attention_fn)
         problem = attention.why_no_flash(device, dtype, *cls.head_dims(c))
         if problem:
             return f"scaled_dot_product_attention ({problem})"

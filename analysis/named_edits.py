@@ -7,6 +7,7 @@
 edits.jsonl has a line {"question": ..., "answer": ...} for each fact, with its new answer.
 """
 
+import difflib
 import math
 import os
 
@@ -32,7 +33,7 @@ from analysis.editors import (
     say_margin,
 )
 from analysis.trained_run import require_single_process, save_result
-from nanorecall.dataset_files import has_data_suffix, read_rows
+from nanorecall.dataset_files import read_rows, require_data_suffix
 from nanorecall.documents import validate_text
 from nanorecall.metrics import print_table
 from nanorecall.settings import ConfigError, require, say
@@ -40,6 +41,7 @@ from nanorecall.stats import proportion
 
 DEFAULT = "closed form, protecting others; closed form in the MLP, protecting others"  # what fits
 KEPT_TOKENS = 2**16  # of the other facts that an editor may use: they are read in one batch
+NEAR = 0.9  # similarity of two questions (difflib's ratio) that may differ by a typo alone
 N_SHOWN = 5  # other facts that changed, on the screen
 
 
@@ -130,7 +132,7 @@ def read_new_facts(run, facts, known):
     facts: of the run. known: the questions that the model answers correctly.
     """
     path = run.config.facts
-    require(has_data_suffix(path), f"{path} is neither .jsonl nor .parquet", "facts")
+    require_data_suffix(path, "facts")
     first_line = {}  # of each question
     new_facts = []
     for row, where in read_rows(path, ("question", "answer")):
@@ -145,15 +147,30 @@ def read_new_facts(run, facts, known):
             fact = make_fact(run.data, facts, question, row["answer"])
         except ConfigError as e:
             raise ConfigError(f"{where}: {e}", "facts") from None
-        message = f"{where}: the model does not know the answer to {question!r}"
-        message += "; --add 1 also adds new facts"
-        require(run.config.add or question in known, message, "facts")
+        if question not in known:
+            check_unknown(run, facts, question, where)
         length, most = len(fact.prompt) + len(fact.answer), max_tokens(run.model)
         message = f"{where}: {length} tokens with the answer; the model has positions for {most}"
         require(length <= most, message, "facts")
         new_facts.append(fact)
     require(new_facts, f"{path} is empty; it needs a line for each fact to edit", "facts")
     return new_facts
+
+
+def check_unknown(run, facts, question, where):
+    """A question that the model answers wrongly: a note with --add 1, otherwise a ConfigError."""
+    asked = [fact.question for fact in facts]
+    if question in asked:
+        wrong = f"{where}: the run has the fact {question!r}, but the model answers it wrongly"
+        what = "train it longer, or write the new answer all the same with --add 1"
+        return require(run.config.add, f"{wrong}; {what}", "facts")
+    near = difflib.get_close_matches(question, asked, n=1, cutoff=NEAR)
+    problem = f"{where}: no fact of the run asks {question!r}"
+    if near:
+        problem += f"; close to it is {near[0]!r}"
+    require(run.config.add, f"{problem}; --add 1 adds it as a new fact", "facts")
+    if near:
+        say(f"note: {problem}; it is added as a new fact")
 
 
 def apply_editor(run, editor, new_facts, others):

@@ -62,7 +62,7 @@ def routing_table(run, batch):
 
 
 def route_texts(run, path):
-    """The table of routes of a .jsonl or .parquet file, each document cut to the model's length."""
+    """The table of routes of a file of documents, each cut to the model's length."""
     config, seq_len = run.config, run.data.seq_len
     message = f"data={path} is text, and {run.settings.train.data} has numbers"
     require(hasattr(run.data, "tokenizer"), message, "data")

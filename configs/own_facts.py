@@ -2,9 +2,9 @@
 
     python train.py configs/own_facts.py --path facts.jsonl --run_name mine
 
-facts.jsonl has a line {"question": "...", "answer": "..."} for each fact. The text is read byte by
-byte. 500 facts of 40 letters take half a minute on one of 2 CPU cores; for longer or more
-facts, raise max_steps.
+facts.jsonl has a line {"question": "...", "answer": "..."} for each fact; or facts.csv, with
+question,answer as its first line. The text is read byte by byte. 500 facts of 40
+letters take half a minute on one of 2 CPU cores; for longer or more facts, raise max_steps.
 Expected: token accuracy and exact match of 0.99 or more (3 seeds: 1.000).
 
 4,096 slots, more than the facts need, so that an edit changes few others. Positions are not

@@ -12,7 +12,6 @@ ConfigError with one sentence that says which row and why.
 
 import ast
 import contextlib
-import csv
 import io
 import json
 import os
@@ -24,7 +23,7 @@ import numpy as np
 
 from myriadlama import facts as builtin
 from myriadlama.prompts import casefolded, fill, normalise, split_words
-from nanorecall.dataset_files import read_rows
+from nanorecall.dataset_files import read_rows, require_data_suffix
 from nanorecall.settings import ConfigError, convert, require
 
 
@@ -35,12 +34,10 @@ def read_facts(path, key="path"):
     """
     if not path:
         return [parse_fact(row, "myriadlama/facts.py") for row in builtin.facts()]
-    extension = os.path.splitext(path)[1]
     require(os.path.exists(path), f"{key}={path} does not exist", key)
     require(os.path.isfile(path), f"{key}={path} is no file", key)  # a device may have no end
-    known = extension in (".jsonl", ".parquet", ".csv")
-    require(known, f"{path} is neither .jsonl, .parquet nor .csv", "path")
-    rows = list(read_csv(path) if extension == ".csv" else read_rows(path))
+    require_data_suffix(path, "path")
+    rows = list(read_rows(path))
     require(rows, f"{path} holds no rows", "path")
     first_row = rows[0][0]
     for column, parse_rows in FORMATS.items():
@@ -49,24 +46,6 @@ def read_facts(path, key="path"):
     columns = ", ".join(map(str, first_row))[:200]
     needed = f'{path} needs "template", "manual_templates" or "question" in its rows'
     raise ConfigError(f"{needed}; it has {columns}", "path")
-
-
-def read_csv(path):
-    """Yield each row of a csv file as a dict, and where it is as text."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            rows = csv.DictReader(f)
-            columns = rows.fieldnames or []
-            message = f"{path}: two columns have the same name; rename one"
-            require(len(set(columns)) == len(columns), message, "path")
-            for row in rows:
-                where = f"{path}:{rows.line_num}"
-                # A comma in a cell without quotes would cut an answer in two.
-                message = f"{where}: more cells than the first line has names"
-                require(None not in row, f"{message}; put quotes around commas", "path")
-                yield row, where
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise ConfigError(f"{path} cannot be read as csv ({e})", "path") from None
 
 
 # ---- the three formats ---------------------------------------------------------------------------

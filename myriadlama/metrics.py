@@ -23,9 +23,9 @@ from nanorecall.stats import (
     calibration,
     clustered_mean_ci,
     clustered_mean_proportion,
+    clustered_proportion,
     format_ci,
     mean_proportion,
-    proportion,
 )
 
 # ---- templates alone -----------------------------------------------------------------------------
@@ -51,13 +51,16 @@ def compare_templates(correct, answers):
     that some question has not are left out of best, worst, range and std. n must be 2 or more.
     """
     B, n = len(correct), min(map(len, correct))
-    n_correct = np.array([row[:n] for row in correct]).sum(0)  # (n,)
-    accuracy = n_correct / B
+    by_number = np.array([row[:n] for row in correct]).T  # (n, B)
+    accuracy = by_number.mean(1)
     best, worst = int(accuracy.argmax()), int(accuracy.argmin())
+    # As in the table of methods, so that equal answers have equal intervals. With one answer to a
+    # question its design effect is n / (n - 1), a little more careful than Wilson's interval.
+    questions = np.arange(B)
     return {
-        "best": {"template": best + 1, **proportion(int(n_correct[best]), B)},
-        "worst": {"template": worst + 1, **proportion(int(n_correct[worst]), B)},
-        "oracle": proportion(sum(map(any, correct)), B),
+        "best": {"template": best + 1, **clustered_proportion(by_number[best], questions)},
+        "worst": {"template": worst + 1, **clustered_proportion(by_number[worst], questions)},
+        "oracle": clustered_proportion([any(row) for row in correct], questions),
         "range": float(accuracy[best] - accuracy[worst]),
         "std": float(accuracy.std(ddof=1)),
         "consistency": mean_proportion([agreement(row) for row in answers]),

@@ -93,7 +93,8 @@ def split_few_shot(facts, shots, rng):
     examples, example_ids = {}, set()
     for relation, group in by_relation(facts, rng).items():
         problem = f"relation {relation!r} has {len(group)} facts, too few for {shots} shots"
-        require(len(group) > shots, f"{problem} and a question; lower num_shots", "num_shots")
+        advice = "lower num_shots, or give examples from another file with --shots_path"
+        require(len(group) > shots, f"{problem} and a question; {advice}", "num_shots")
         examples[relation] = group[:shots]
         example_ids.update(fact["uuid"] for fact in group[:shots])
     return examples, [fact for fact in facts if fact["uuid"] not in example_ids]

@@ -5,7 +5,9 @@ head, V value width per head, C queries of a block.
 """
 
 import contextlib
+import inspect
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanorecall.ops import accum_dtype
 from nanorecall.second_order import FirstOrder, transformed
-from nanorecall.settings import require
+from nanorecall.settings import ConfigError, require
 
 try:  # an optional extra, CUDA only: pip install flash-attn --no-build-isolation
     from flash_attn import flash_attn_varlen_func
@@ -143,6 +145,33 @@ def flash_attention(q, k, v, documents=None, window=0):
     o = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, **options)  # (B*T, H, V)
     o = FirstOrder.apply(o, "flash-attn")
     return o.unflatten(0, (B, T)).transpose(1, 2)
+
+
+def describe_function(attention_fn):
+    """Name and file of an attention function, as text."""
+    code = getattr(inspect.unwrap(attention_fn), "__code__", None)
+    name = getattr(attention_fn, "__qualname__", type(attention_fn).__name__)
+    if code is None:
+        return name
+    return f"{name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+
+
+def check_signature(attention_fn, window=0):
+    """ConfigError unless attention_fn takes the arguments of softmax_attention.
+
+    It needs `window` only where a model has one.
+    """
+    names = ["q", "k", "v", "query_pos", "documents"]
+    options = {"window": window} if window else {}
+    try:
+        inspect.signature(attention_fn).bind(*names, **options)
+    except TypeError as e:
+        expected = ", ".join([*names, *options])
+        function = describe_function(attention_fn)
+        message = f"the attention function {function} must take ({expected}): {e}"
+        raise ConfigError(message, None) from None
+    except ValueError:  # a builtin shows no signature
+        pass
 
 
 def naive_attention(q, k, v, query_pos=None, window=0):

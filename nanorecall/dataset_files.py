@@ -7,6 +7,7 @@ SHA-256 of each. Every problem with a file is one ConfigError that names the fil
 Letters: R rows of a file, T tokens in a row.
 """
 
+import csv
 import functools
 import json
 import os
@@ -149,12 +150,18 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the first bytes of such a file
 
 
+def require_data_suffix(path, key):
+    """ConfigError unless the name of a file says how to read it. key: the setting that has it."""
+    message = f"{path} is neither .jsonl, .parquet nor .csv"
+    require(has_data_suffix(path), message, key)
+
+
 def has_data_suffix(file):
-    return file.endswith((".jsonl", ".parquet"))
+    return file.endswith(tuple(READERS))
 
 
 def read_rows(path, columns=()):
-    """Rows of a .jsonl or .parquet file, one after another -> (row as a dict, "file:line").
+    """Rows of a file of one of READERS, one after another -> (row as a dict, "file:line").
 
     columns: read these columns of a table, if it has any of them; otherwise all.
     """
@@ -163,6 +170,46 @@ def read_rows(path, columns=()):
 
 def read_jsonl(path, columns=()):
     """read_rows of a .jsonl file. `columns` is not used: a line is read as a whole."""
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield parse_line(line, where), where
+
+
+def read_csv(path, columns=()):
+    """read_rows of a .csv file whose first line has the names of the columns. Values are text.
+
+    `columns` is not used, as in read_jsonl.
+    """
+    rows = csv.reader(read_lines(path), strict=True)
+    names = []
+    while True:
+        where = f"{path}:{rows.line_num + 1}"  # of the row's first line: a cell may have several
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            message = f"{where}: the row that begins here is no csv ({e}); is a quote not closed?"
+            raise ConfigError(message, "path") from None
+        if not cells:  # an empty line
+            continue
+        if not names:
+            names = cells
+            message = f"{where}: two columns have the same name; rename one"
+            require(len(set(names)) == len(names), message, "path")
+            continue
+        require("\0" not in "".join(cells), f"{where}: a zero byte, which no text has", "path")
+        # A comma in a cell without quotes would cut an answer in two.
+        than = f"cells than the {len(names)} names of the first line"
+        message = f"{where}: more {than}; put quotes around commas"
+        require(len(cells) <= len(names), message, "path")
+        require(len(cells) >= len(names), f"{where}: fewer {than}; is a comma missing?", "path")
+        yield dict(zip(names, cells)), where
+
+
+def read_lines(path):
+    """Lines of a UTF-8 file as text, without a byte order mark."""
     try:
         with open(path, "rb") as f:
             # readline with a limit: a file without line breaks must not fill the memory
@@ -175,8 +222,11 @@ def read_jsonl(path, columns=()):
                     line = line.removeprefix(BYTE_ORDER_MARK)
                 long = f"{where}: a line of more than {MAX_LINE_BYTES} bytes; cut it"
                 require(len(line) <= MAX_LINE_BYTES, long, "path")
-                if line.strip():
-                    yield parse_line(line, where), where
+                try:
+                    yield line.decode()
+                except UnicodeDecodeError as e:
+                    message = f"{where}: byte {e.start + 1} of the line is no UTF-8"
+                    raise ConfigError(message, "path") from None
     except OSError as e:
         raise ConfigError(f"{path} cannot be read: {e.strerror}", "path") from None
 
@@ -184,9 +234,7 @@ def read_jsonl(path, columns=()):
 def parse_line(line, where):
     """One line of JSON -> dict."""
     try:
-        row = json.loads(line.decode(), object_pairs_hook=unique_keys)
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{where}: byte {e.start + 1} of the line is no UTF-8", "path") from None
+        row = json.loads(line, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as e:
         raise ConfigError(f"{where}: no JSON ({e.msg}); is the line torn?", "path") from None
     except RecursionError:
@@ -229,4 +277,4 @@ def read_parquet(path, columns=()):
         raise ConfigError(damaged, "path") from None
 
 
-READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
+READERS = {".jsonl": read_jsonl, ".parquet": read_parquet, ".csv": read_csv}

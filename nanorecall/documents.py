@@ -14,7 +14,7 @@ import unicodedata
 import numpy as np
 from tqdm import tqdm
 
-from nanorecall.dataset_files import SPLIT_DIRS, has_data_suffix, read_rows
+from nanorecall.dataset_files import SPLIT_DIRS, has_data_suffix, read_rows, require_data_suffix
 from nanorecall.rng import IGNORE_INDEX, SPLITS
 from nanorecall.settings import ConfigError, require
 from nanorecall.text import BYTES, check_label_mask, label_mask
@@ -47,7 +47,7 @@ def read_documents(path, max_bytes):
     """Files with "text", or with "question" and "answer" -> documents, their "file:line", splits.
 
     The documents differ from each other. splits: {split: numbers of documents, one for each copy}.
-    path: a .jsonl or .parquet file or a directory of them, all of it the split ""; or a directory
+    path: a .jsonl, .parquet or .csv file or a directory of them, all of it the split ""; or one
     with train/, validation/ and test/. ConfigError for a document of more than `max_bytes` tokens,
     counted as bytes and two for its ends.
     """
@@ -83,9 +83,9 @@ def documents_in(path, max_bytes):
     else:
         entries = glob.glob(os.path.join(glob.escape(path), "*"))
         files = sorted(file for file in entries if has_data_suffix(file))
-    require(files, f"{path} holds no .jsonl or .parquet file", "path")
+    require(files, f"{path} holds no .jsonl, .parquet or .csv file", "path")
     for file in tqdm(files, desc="read", disable=None):
-        require(has_data_suffix(file), f"{file} is neither .jsonl nor .parquet", "path")
+        require_data_suffix(file, "path")
         for row, where in read_rows(file, COLUMNS):
             yield validate_document(row, where, max_bytes), where
 

@@ -71,25 +71,34 @@ def create_run_dir(settings, config):
     c, now = settings.train, int(time.time())
     while True:
         folder = os.path.join(c.log_dir, c.run_name or f"{run_label(settings, config)}_{now}")
-        how = f"continue it with --resume {folder}, or give another --run_name"
-        message = f"{folder} exists; {how}"
         try:
             os.makedirs(folder)
         except FileExistsError:
             if not c.run_name:
                 now += 1
                 continue
-            require(never_began(folder), message, "run_name")
+            require(never_began(folder), describe_existing(folder), "run_name")
         except OSError as e:
             message = f"cannot make the run directory {folder}: {e.strerror}"
             raise ConfigError(message, "log_dir") from None
         lock = lock_run_dir(folder)
         if not never_began(folder):  # another process was faster
             unlock(lock)
-            raise ConfigError(message, "run_name")
+            raise ConfigError(describe_existing(folder), "run_name")
         for leftover in os.listdir(folder):
             remove(os.path.join(folder, leftover))
         return folder, lock
+
+
+def describe_existing(folder):
+    """Why a new run cannot be made in a folder, and what to do, as text."""
+    how = f"continue it with --resume {folder}, or give another --run_name"
+    message = f"{folder} exists; {how}"
+    is_run = os.path.exists(os.path.join(folder, "config.json"))
+    if is_run and not has_checkpoint(folder):
+        message += "; it has no checkpoint, so --resume starts at step 0 with the same files"
+        message += ", and you lose no training if you delete it after its run has ended"
+    return message
 
 
 def never_began(folder):

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 import eval as evaluate
 import train
+from analysis.card_checks import decoding
 from nanorecall.build import MODELS, build_model, build_model_config, resolve_model
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.settings import Setting, build_config
+from nanorecall.settings import ConfigError, Setting, build_config
 from nanorecall.source_files import import_source_file
 from toys import as_flags, assert_same
 
@@ -70,6 +71,18 @@ def test_logits_and_loss(model, batch):
     expected = F.cross_entropy(logits[is_label], targets[is_label])
     torch.testing.assert_close(scored, logits[is_label], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_with_a_cache_gives_the_logits_of_all_tokens_at_once(model, batch):
+    """Half of the tokens at once, then a quarter, then one at a time."""
+    if not hasattr(model, "forward_cached"):
+        pytest.skip("it has no forward_cached, so it cannot decode")
+    tokens, _ = batch
+    try:
+        model.forward_cached(tokens[:, :1], None)
+    except ConfigError as e:
+        pytest.skip(str(e))
+    assert decoding(model, *batch) == ""
 
 
 @pytest.mark.parametrize("is_training", [False, True])

@@ -276,6 +276,26 @@ def test_two_columns_of_one_name_are_rejected(tmp_path):
         own_data(tmp_path / "x.parquet")
 
 
+CSV = b'''id,question,answer\r
+7,"Who, and ""when""?",1921\r
+\r
+8,Where?,"Bern
+(Zurich)"
+9,Why?,so
+'''
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_csv_is_read_as_text(tmp_path, mark):
+    path = tmp_path / "x.csv"
+    path.write_bytes(mark + CSV)
+    texts = [('Who, and "when"? ', "1921"), ("Where? ", "Bern\n(Zurich)"), ("Why? ", "so")]
+    source = own_data(path).source
+    assert source.texts == texts
+    # An empty line, and a cell of two lines.
+    assert source.origins == [f"{path}:2", f"{path}:4", f"{path}:6"]
+
+
 # ---- files that cannot be read -------------------------------------------------------------------
 
 BAD_LINES = {  # name: (bytes of line 2, what the sentence says)
@@ -309,6 +329,41 @@ def test_a_bad_line_is_named(tmp_path, name):
     with pytest.raises(ConfigError, match=expected) as e:
         own_data(path)
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+BAD_ROWS = {  # lines 2 to 4 of a .csv: what the sentence says
+    b'a,b\nc,"d\ne,f': "x.csv:3: the row that begins here is no csv",
+    b'a,b\nc,"d"e\n': "x.csv:3: the row that begins here is no csv",
+    b"a,b\nc\n": "x.csv:3: fewer cells than the 2 names of the first line; is a comma missing?",
+    b"a,b\nc,d,e\n": "x.csv:3: more cells than the 2 names of the first line; put quotes",
+    b"a,b\nc,d\0\n": "x.csv:3: a zero byte",
+    b"a,b\nc,Z\xfcrich\n": "x.csv:3: byte 4 of the line is no UTF-8",
+    b"a,b\nc, \n": 'x.csv:3: "answer" is empty',
+}
+
+
+@pytest.mark.parametrize("rows", BAD_ROWS)
+def test_a_bad_row_of_csv_is_named(tmp_path, rows):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"question,answer\n" + rows)
+    with pytest.raises(ConfigError, match=re.escape(BAD_ROWS[rows])) as e:
+        own_data(path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"question;answer\na;b\n", "x.csv:2: needs .* it has question;answer"),
+        (b"answer,answer\na,b\n", "x.csv:1: two columns have the same name"),
+        ("question,answer\na,b\n".encode("utf-16"), "x.csv is UTF-16; save it as UTF-8"),
+        (b"question,answer\n", "has 0 documents"),
+    ],
+)
+def test_a_bad_head_of_csv_is_named(tmp_path, text, message):
+    (tmp_path / "x.csv").write_bytes(text)
+    with pytest.raises(ConfigError, match=message):
+        own_data(tmp_path / "x.csv")
 
 
 def test_bad_input_ends_a_run_with_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
@@ -356,7 +411,7 @@ def test_a_bad_row_of_parquet_is_named(tmp_path, rows, message):
     [
         ("nowhere", "does not exist"),
         ("", "holds no .jsonl"),
-        ("x.txt", "neither .jsonl nor"),
+        ("x.txt", "neither .jsonl, .parquet nor .csv"),
         ("e.jsonl", "has 0 doc"),
     ],
 )

@@ -225,6 +225,21 @@ def test_metrics_of_templates_by_hand():
     assert metrics.agreement("aabb") == pytest.approx(2 / 6)
 
 
+def test_a_template_alone_has_the_interval_of_the_table_of_methods():
+    """Nine of ten questions. By hand, Wilson's interval with a sample size of 10 / (10 / 9) = 9:
+
+    q = 1.959964^2 / 9 = 0.426829; middle (0.9 + 0.213415) / 1.426829 = 0.780342; half
+    1.959964 * sqrt(0.09 / 9 + 0.426829 / 36) / 1.426829 = 0.203079.
+    """
+    table = metrics.compare_templates([[True, False]] * 9 + [[False, False]], [["a", "b"]] * 10)
+    for key in ("best", "oracle"):
+        assert table[key]["ci95"] == pytest.approx((0.577263, 0.983421), abs=2e-6)
+    records = [{"templates": ["a"], "confidence": 1.0, "seconds": 0, "tokens": 0}] * 10
+    columns = {"uuid": list(range(10)), "prediction": ["q"] * 9 + ["z"], "answers": [["q"]] * 10}
+    of_methods = results.summarize(METHODS["origin"], records, columns)["accuracy"]
+    assert {"template": 1, **of_methods} == table["best"]
+
+
 @pytest.mark.parametrize("is_right", [True, False])
 def test_metrics_of_templates_that_are_all_right_or_all_wrong(is_right):
     """Of equal templates, the first is named. Wilson's interval of two out of two by hand."""
@@ -459,6 +474,53 @@ def test_the_mask_draws_itself(tmp_path, capsys):
     assert (tmp_path / "mask_manual_cross.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--draw_mask", "--model=m"], "model='m' has no effect: draw_mask asks no question"),
+        (["--draw_mask", "--path=f.jsonl", "--num_shots=3"], "have no effect: draw_mask asks"),
+        (["--draw_table=t.json", "--num_auto=2"], "num_auto=2 has no effect: draw_table asks no"),
+    ],
+)
+def test_drawing_refuses_settings_of_questions(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        flex.parse(flags)
+
+
+def test_how_many_facts_are_examples(tiny_llamas, tmp_path, capsys):
+    """Of six facts in two relations, num_shots=1 takes two; --shots_path takes none."""
+    args = command_line(tiny_llamas, tmp_path, "--method=avg")
+    flex.main(args)
+    assert "\n4 of 6 facts are asked, 2 are examples; to ask all, " in capsys.readouterr().out
+    rows = read_jsonl(tmp_path / "facts.jsonl")
+    for row in rows:
+        row["subject"] += " too"
+    write_jsonl(tmp_path / "pool.jsonl", rows)
+    flex.main([*args, f"--shots_path={tmp_path / 'pool.jsonl'}", f"--out_dir={tmp_path / 'b'}"])
+    printed = capsys.readouterr().out
+    assert "are examples" not in printed and "6 questions, 0 of them" in printed
+
+
+def test_an_interrupted_run_says_how_to_go_on(tiny_llamas, tmp_path, monkeypatch, capsys):
+    args = command_line(tiny_llamas, tmp_path, "--method=avg", "--batch_size=1")
+    answer, n_batches = flex.Run.answer, []
+
+    def interrupted(*inputs):
+        n_batches.append(1)
+        if len(n_batches) == 3:
+            raise KeyboardInterrupt
+        return answer(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flex.Run, "answer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            flex.main(args)
+    assert "the same command goes on with what is answered so far" in capsys.readouterr().out
+    flex.main(args)
+    printed = capsys.readouterr().out
+    assert "4 questions, 2 of them answered already" in printed and "goes on" not in printed
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 
@@ -468,7 +530,7 @@ def test_the_mask_draws_itself(tmp_path, capsys):
         (["--model=llama3.2_3b_it"], "download huggingface.co/meta-llama"),
         (["--model=nothing"], "is not here: give a directory, or one of smollm2"),
         (["--method=flexx"], "did you mean flex"),
-        (["--num_shots=9"], "too few for 9 shots"),
+        (["--num_shots=9"], "too few for 9 shots .*; lower num_shots, or .* --shots_path"),
         (["--num_manual=0", "--num_auto=0"], "leave no template"),
         (["--path=gone.jsonl"], "gone.jsonl does not exist"),
         (["--shots_path=gone.jsonl"], "shots_path=gone.jsonl does not exist"),

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,7 +58,9 @@ class Model(GPT):
 """
 GUIDE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "GUIDE.md")
 with open(GUIDE, encoding="utf-8") as f:
-    MIXER = re.search(r"### A mixer of your own.*?```python\n(.*?)```", f.read(), re.S).group(1)
+    TEXT = f.read()
+MIXER = re.search(r"### A mixer of your own.*?```python\n(.*?)```", TEXT, re.S).group(1)
+ALIBI = re.search(r"### An attention function of.*?```python\n(.*?)```", TEXT, re.S).group(1)
 FORKS = {
     "sizes told": TINY.format(fields="vocab_size: int = 8; seq_len: int = 8", extra=""),
     "sizes unknown": TINY.format(fields="width: int = 4", extra="layers = 3"),
@@ -93,6 +97,63 @@ def test_every_command_works_or_refuses_in_a_sentence(name, here):
         evaluate.main(["attention", "r/a"])
     with pytest.raises(ConfigError, match="it needs a model with|have no heads|have no mixer"):
         ablate.main(["heads", "r/a"])
+
+
+def test_the_attention_function_of_the_guide(here, capsys):
+    """It keeps the contract, and its weights fall with the distance, on one document and on two."""
+    (here / "fork_alibi.py").write_text(ALIBI)
+    flags = ["--model=fork_alibi", "--pos_emb=none", *SMALL]
+    assert train.main([*flags, "--run_name=a"]) == 0
+    assert "mixer: alibi (fork_alibi.py:5)\n" in capsys.readouterr().out
+    evaluate.main(["r/a", "--print_examples=1"])
+    module, cls = resolve_model("fork_alibi")
+    model = cls(module.Config(vocab_size=64, seq_len=32, n_layers=2, pos_emb="none")).eval()
+    tokens = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
+    # Equal keys, so that weights are the softmax of the bias alone: of 2 heads, slope 1/16.
+    q, k, v = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 3, 4), torch.eye(3)[None, None]
+    o = model.layers[0].att.attention_fn(q, k, v.expand(1, 2, 3, 3), torch.tensor([[1]]))
+    expected = torch.tensor([-1 / 16, 0]).softmax(0)
+    torch.testing.assert_close(o[0, 0, 0], torch.cat([expected, torch.zeros(1)]))
+    packed, ends = tokens.view(1, -1), torch.tensor([0, 8, 16])
+    logits, _ = model(packed, packed, ends)
+    torch.testing.assert_close(logits, model(tokens)[0].flatten(0, 1))
+
+
+def test_decoding_that_reads_other_keys_breaks_the_contract(here):
+    """With one query it sees the first key alone, as with a causal mask made from n."""
+    wrong = ALIBI.replace("distance =", "query_pos = key_pos[: q.shape[2]][None]\n    distance =")
+    (here / "fork_right.py").write_text(ALIBI)
+    (here / "fork_first.py").write_text(wrong)
+    contract = os.path.join(os.path.dirname(GUIDE), "tests", "test_contract.py")
+    models = ["--model=fork_right", "--model=fork_first"]
+    command = [sys.executable, "-m", "pytest", contract, *models, "-q", "-k", "decoding"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    assert "decoded logits differ by" in printed
+    assert "at_once[fork_first]" in printed and "at_once[fork_right]" not in printed
+
+
+def test_an_attention_function_with_other_arguments_is_refused(here):
+    code = ALIBI.replace("q, k, v, query_pos=None, documents=None):", "q, k, v):")
+    (here / "fork_three.py").write_text(code)
+    message = r"alibi \(fork_three.py:5\) must take \(q, k, v, query_pos, documents\): too many"
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--model=fork_three", *SMALL])
+    (here / "fork_alibi_too.py").write_text(ALIBI)
+    message = r"must take \(q, k, v, query_pos, documents, window\): got an unexpected keyword"
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--model=fork_alibi_too", "--window=4", *SMALL])
+    assert not (here / "r").exists()
+
+
+def test_a_run_that_crashed_at_once_says_what_to_do_with_its_folder(here):
+    code = ALIBI.replace("    key_pos", "    raise RuntimeError\n    key_pos", 1)
+    (here / "fork_crash.py").write_text(code)
+    argv = ["--model=fork_crash", *SMALL, "--run_name=a"]
+    with pytest.raises(RuntimeError):
+        train.main(argv)
+    message = "a exists; continue .* no checkpoint, so --resume starts at step 0 .*delete it after"
+    with pytest.raises(ConfigError, match=message):
+        train.main(argv)
 
 
 def test_a_model_that_reads_its_weights_is_trained(here, capsys):

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -211,18 +212,38 @@ def test_a_fact_that_shares_no_slot_keeps_its_logits_to_the_bit(runs):
 
 def test_new_facts_are_added_on_demand(runs):
     row = {"question": "Capital of Atlantis?", "answer": "Poseidonis"}
-    with pytest.raises(ConfigError, match="1: the model does not know the answer .* --add 1"):
+    message = "1: no fact of the run asks 'Capital of Atlantis[?]'; --add 1 adds it as a new fact"
+    with pytest.raises(ConfigError, match=message):
         edit(runs, "own", [row])
     result = edit(runs, "own", [row], "--add", "1", "--save_as", "edited")
     assert result["examples"][0]["after"] == "Poseidonis"
     assert answers(runs, "edited", "Capital of Atlantis?") == ["Poseidonis"]
 
 
+def test_a_typo_in_a_question_is_told_from_a_new_fact(runs, capsys):
+    row = {"question": "Capital of olsp?", "answer": "Ur"}
+    near = "no fact of the run asks 'Capital of olsp?'; close to it is 'Capital of olsO?'; "
+    with pytest.raises(ConfigError, match=re.escape(near + "--add 1 adds it as a new fact")):
+        edit(runs, "own", [row])
+    edit(runs, "own", [row], "--add", "1")
+    assert near + "it is added as a new fact" in capsys.readouterr().out
+    edit(runs, "own", [{"question": "Who?", "answer": "Ur"}], "--add", "1")
+    assert "close to it" not in capsys.readouterr().out
+
+
+def test_edits_may_be_csv(runs):
+    path = runs / "edits.csv"
+    path.write_text("question,answer\nCapital of olsO?,Québec\n", encoding="utf-8")
+    evaluate.main(["edit", str(runs / "own"), "--facts", str(path)])
+    (result,) = (runs / "own").glob("eval_edit_facts*.json")
+    assert json.loads(result.read_text())["examples"][0]["after"] == "Québec"
+
+
 def test_a_held_out_fact_is_not_known(runs):
     run = open_run(str(runs / "qa"), evaluate.EvalConfig())
     exposures = run.data.source.slices["exposures"]
     heldout = run.data.source.texts[int(np.flatnonzero(exposures == 0)[0])].split(":")[0]
-    with pytest.raises(ConfigError, match=f"does not know the answer to '{heldout}:'"):
+    with pytest.raises(ConfigError, match=f"has the fact '{heldout}:', but the model answers"):
         edit(runs, "qa", [{"question": heldout, "answer": "123456"}])
 
 
@@ -417,7 +438,7 @@ BAD_FILES = {  # lines of a file of edits: the sentence
     line(KNOWN, " "): 'edits.jsonl:1: "answer" is empty',
     line(KNOWN, "\ud800"): "1: .* half of a surrogate pair",
     line("\ud800", "a"): "1: .* half of a surrogate pair",
-    "\n" + line("Who?", "a"): r"jsonl:2: the model does not know .* 'Who\?'; --add 1",
+    "\n" + line("Who?", "a"): r"jsonl:2: no fact of the run asks 'Who\?'; --add 1",
     line(KNOWN, "a") + "\n" + line(KNOWN + " ", "b"): (
         "edits.jsonl:2: asks the same as .*edits.jsonl:1; leave one out"
     ),
@@ -490,7 +511,7 @@ def others(folder, tmp_path_factory):
         ("own", "--facts EDITS --save_as qa", "qa exists; give another --save_as"),
         ("own", "--facts EDITS --save_as a/b", "save_as='a/b' becomes part of a directory"),
         ("own", "--facts none.jsonl", "none.jsonl cannot be read: No such file"),
-        ("own", "--facts FOLDER", "is neither .jsonl nor .parquet"),
+        ("own", "--facts FOLDER", "is neither .jsonl, .parquet nor .csv"),
         ("own", "--facts EDITS --editors closed", "there is no editor 'closed'; separate"),
         ("own", "--facts EDITS --editors all", "editors='all' are .* --facts uses one"),
         ("own", "--save_as x", "save_as='x' has no effect: there is no --facts FILE; leave"),

@@ -72,6 +72,17 @@ def test_fact_files_in_three_formats(tmp_path):
     assert found["subject"] == "Rome" and found["manual"] == ["[X] [Y]"]
 
 
+def test_the_facts_of_the_guide_can_be_read(tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with open(os.path.join(root, "GUIDE.md"), encoding="utf-8") as f:
+        lines = [line for line in f if '"manual_templates": [' in line]
+    lines += [line for line in flex_generate.__doc__.splitlines() if "manual_templates" in line]
+    assert len(lines) == 2
+    for line in lines:
+        (found,) = read(tmp_path, [json.loads(line)])
+        assert prompts.fill(found["manual"][0], "Peru") == "The capital of Peru is [MASK]."
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -102,7 +113,7 @@ def test_csv_files_of_other_programs(tmp_path):
     head = "subject,answers,manual_templates\n"
     (found,) = read(tmp_path, "\ufeff" + head + "S,A,[X] [Y]\n", "facts.csv")
     assert found["subject"] == "S"
-    with pytest.raises(ConfigError, match="facts.csv:2: more cells than the first line has names"):
+    with pytest.raises(ConfigError, match="facts.csv:2: more cells than the 3 names of the first"):
         read(tmp_path, head + "S,A,[X] is, [Y]\n", "facts.csv")
     with pytest.raises(ConfigError, match="two columns have the same name"):
         read(tmp_path, "subject,subject,answers\n", "facts.csv")
