@@ -146,7 +146,9 @@ def test_an_attention_function_with_other_arguments_is_refused(here):
 
 
 def test_a_run_that_crashed_at_once_says_what_to_do_with_its_folder(here):
-    code = ALIBI.replace("    key_pos", "    raise RuntimeError\n    key_pos", 1)
+    # One sequence is tried before the run has a folder.
+    crash = "    if len(q) > 1:\n        raise RuntimeError\n    key_pos"
+    code = ALIBI.replace("    key_pos", crash, 1)
     (here / "fork_crash.py").write_text(code)
     argv = ["--model=fork_crash", *SMALL, "--run_name=a"]
     with pytest.raises(RuntimeError):
