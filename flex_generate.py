@@ -313,9 +313,8 @@ def generate_in(folder, config, world, asked, facts, pool, examples):
         seconds, size = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
         world.print0(f"{config.model}: {size:,} parameters in {seconds:.1f} s; {device_line}")
         if config.num_shots and not config.shots_path:
-            split = f"{len(asked)} of {len(facts) + len(pool)} facts are asked"
-            advice = "to ask all, give examples with --shots_path"
-            world.print0(f"{split}, {len(pool)} are examples; {advice}")
+            split = f"{len(pool)} of {len(facts) + len(pool)} facts are examples and are not asked"
+            world.print0(f"{split}; --shots_path takes examples from elsewhere")
         n_answered = len(asked) - len(open_facts)
         if model.config.not_applied:
             without = ", ".join(model.config.not_applied)
@@ -381,12 +380,10 @@ def show_mask(config):
     n_manual = 5 if config.num_manual < 0 else config.num_manual
     n_auto = 5 if config.num_auto < 0 else config.num_auto
     is_manual = torch.tensor([True] * n_manual + [False] * n_auto)
-    if chosen_methods(config) == ["flex_myriadlama_xattn"]:
-        scheme = "manual_cross"
-    elif config.method == "flex_full":
-        scheme = "full"
-    else:
-        scheme = "isolated"
+    methods = chosen_methods(config)
+    require(len(methods) == 1, "draw_mask draws the mask of one method", "method")
+    schemes = {"flex_myriadlama_xattn": "manual_cross", "flex_full": "full"}
+    scheme = schemes.get(methods[0], "isolated")
     make_directory(config.out_dir)
     path = os.path.join(config.out_dir, f"mask_{scheme}.png")
     print(

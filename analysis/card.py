@@ -4,10 +4,10 @@
     python sweep.py card --mixer mine.Mixer       # a module (B, T, D) -> (B, T, D), from a Config
     python sweep.py card --model delta            # a mixer of this project
 
-It checks the model first, and refuses one that looks ahead. Then it trains a dozen small models,
-and writes card.md, card.png and card.json into runs/card/NAME, beside the cards of this project's
-own mixers (figures/card.json). Its runs lie there too: a second call continues where the first
-stopped. A mixer gets 2 layers of width 64; --model_args has further settings
+It checks the model first, and refuses one that looks ahead. Then it trains ten to thirteen small
+models, and writes card.md, card.png and card.json into runs/card/NAME, beside the cards of this
+project's own mixers (figures/card.json). Its runs lie there too: a second call continues where the
+first stopped. A mixer gets 2 layers of width 64; --model_args has further settings
 (--model_args="--conv_size 4").
 """
 

@@ -158,19 +158,19 @@ def read_new_facts(run, facts, known):
 
 
 def check_unknown(run, facts, question, where):
-    """A question that the model answers wrongly: a note with --add 1, otherwise a ConfigError."""
+    """ConfigError for a question that the model answers wrongly, unless --add 1 is given."""
     asked = [fact.question for fact in facts]
     if question in asked:
         wrong = f"{where}: the run has the fact {question!r}, but the model answers it wrongly"
-        what = "train it longer, or write the new answer all the same with --add 1"
+        what = "train it longer (unless it was held out), or write the new answer with --add 1"
         return require(run.config.add, f"{wrong}; {what}", "facts")
-    near = difflib.get_close_matches(question, asked, n=1, cutoff=NEAR)
+    if run.config.add:
+        return
     problem = f"{where}: no fact of the run asks {question!r}"
+    near = difflib.get_close_matches(question, asked, n=1, cutoff=NEAR)
     if near:
         problem += f"; close to it is {near[0]!r}"
-    require(run.config.add, f"{problem}; --add 1 adds it as a new fact", "facts")
-    if near:
-        say(f"note: {problem}; it is added as a new fact")
+    raise ConfigError(f"{problem}; --add 1 adds it as a new fact", "facts")
 
 
 def apply_editor(run, editor, new_facts, others):

@@ -188,7 +188,8 @@ def named_errors(settings):
             raise
         where = last_line(e, settings.model_module.__file__, settings.files)
         name = settings.train.model
-        message = f"{where}: {name} does not run ({type(e).__name__}: {e}); {CONTRACT}"
+        error = " ".join(f"{type(e).__name__}: {e}".split())  # some have several lines
+        message = f"{where}: {name} does not run ({error}); {CONTRACT}"
         raise ConfigError(message, "model") from None
 
 
@@ -200,7 +201,8 @@ def check_users_model(model, settings, data, device, dtype):
     # A sharded table may be too large for one device.
     if not is_users_model(settings) or getattr(model, "column_sharded", tuple)():
         return
-    indices = next(eval_batches(data, "val", 1))
+    indices = next(eval_batches(data, "val", 1), None)
+    require(indices is not None, "the data has no group of examples in val", "data")
     tokens, targets, _, *cu_seqlens = data.batch("val", 0, indices)
     inputs = [x.to(device) for x in (tokens, targets, *cu_seqlens)]
     n_labels = int((targets != IGNORE_INDEX).sum())

@@ -146,6 +146,7 @@ def verified_path(path, file):
 
 # ---- reading rows --------------------------------------------------------------------------------
 
+csv.field_size_limit(MAX_LINE_BYTES)  # otherwise 131,072 letters
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the first bytes of such a file
 
@@ -181,7 +182,7 @@ def read_csv(path, columns=()):
 
     `columns` is not used, as in read_jsonl.
     """
-    rows = csv.reader(read_lines(path), strict=True)
+    rows = csv.reader(read_lines(path), strict=True, skipinitialspace=True)
     names = []
     while True:
         where = f"{path}:{rows.line_num + 1}"  # of the row's first line: a cell may have several
@@ -190,14 +191,16 @@ def read_csv(path, columns=()):
         except StopIteration:
             return
         except csv.Error as e:
-            message = f"{where}: the row that begins here is no csv ({e}); is a quote not closed?"
+            message = f"{where}: the row that begins here is no csv ({e}); is a quote not closed, "
+            message += "or are lines ended by a carriage return alone?"
             raise ConfigError(message, "path") from None
         if not cells:  # an empty line
             continue
         if not names:
-            names = cells
-            message = f"{where}: two columns have the same name; rename one"
-            require(len(set(names)) == len(names), message, "path")
+            names = [name.strip() for name in cells]
+            for name in names:
+                message = f"{where}: two columns have the same name {name!r}; rename one"
+                require(names.count(name) == 1, message, "path")
             continue
         require("\0" not in "".join(cells), f"{where}: a zero byte, which no text has", "path")
         # A comma in a cell without quotes would cut an answer in two.

@@ -96,8 +96,8 @@ def describe_existing(folder):
     message = f"{folder} exists; {how}"
     is_run = os.path.exists(os.path.join(folder, "config.json"))
     if is_run and not has_checkpoint(folder):
-        message += "; it has no checkpoint, so --resume starts at step 0 with the same files"
-        message += ", and you lose no training if you delete it after its run has ended"
+        message += "; it has no checkpoint, so --resume starts at step 0 with the same files; "
+        message += "if no process uses the folder, you may delete it"
     return message
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import train
 from data_synth import Config
+from nanorecall.dataset_files import read_rows
 from nanorecall.files import dataset_sha256
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
@@ -331,6 +332,14 @@ def test_a_bad_line_is_named(tmp_path, name):
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
 
+def test_csv_may_have_spaces_after_commas_and_long_cells(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text(f'question, answer\na, "b, c"\nd, {"e" * 200_000}\n')
+    rows = [row for row, _ in read_rows(str(path))]
+    assert rows[0] == {"question": "a", "answer": "b, c"}
+    assert rows[1] == {"question": "d", "answer": "e" * 200_000}
+
+
 BAD_ROWS = {  # lines 2 to 4 of a .csv: what the sentence says
     b'a,b\nc,"d\ne,f': "x.csv:3: the row that begins here is no csv",
     b'a,b\nc,"d"e\n': "x.csv:3: the row that begins here is no csv",
@@ -355,6 +364,8 @@ def test_a_bad_row_of_csv_is_named(tmp_path, rows):
     "text, message",
     [
         (b"question;answer\na;b\n", "x.csv:2: needs .* it has question;answer"),
+        (b"answer,a,b,,\na,b\n", "x.csv:1: two columns have the same name '';"),
+        (b"question,answer\rQ,A\r", "or are lines ended by a carriage return alone"),
         (b"answer,answer\na,b\n", "x.csv:1: two columns have the same name"),
         ("question,answer\na,b\n".encode("utf-16"), "x.csv is UTF-16; save it as UTF-8"),
         (b"question,answer\n", "has 0 documents"),

@@ -491,7 +491,7 @@ def test_how_many_facts_are_examples(tiny_llamas, tmp_path, capsys):
     """Of six facts in two relations, num_shots=1 takes two; --shots_path takes none."""
     args = command_line(tiny_llamas, tmp_path, "--method=avg")
     flex.main(args)
-    assert "\n4 of 6 facts are asked, 2 are examples; to ask all, " in capsys.readouterr().out
+    assert "\n2 of 6 facts are examples and are not asked; --shots_path " in capsys.readouterr().out
     rows = read_jsonl(tmp_path / "facts.jsonl")
     for row in rows:
         row["subject"] += " too"
