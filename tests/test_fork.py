@@ -153,7 +153,7 @@ def test_a_run_that_crashed_at_once_says_what_to_do_with_its_folder(here):
     argv = ["--model=fork_crash", *SMALL, "--run_name=a"]
     with pytest.raises(RuntimeError):
         train.main(argv)
-    message = "a exists; continue .* no checkpoint, so --resume starts at step 0 .*you may delete it"
+    message = "a exists; continue .* no checkpoint, so --resume starts at step 0 .*may delete it"
     with pytest.raises(ConfigError, match=message):
         train.main(argv)
 
