@@ -75,11 +75,10 @@ def draw_zoology(results):
     """A panel for each size, a line for each mixer."""
     plt, fig, axes = figure(1, len(SIZES), width=3.2)
     for axis, (tokens, pairs) in zip(axes, SIZES):
-        axis.set_prop_cycle(color=["black", "navy", "gray", *plt.cm.tab10.colors])
+        axis.set_prop_cycle(color=["black", "navy", "tab:cyan", *plt.cm.tab10.colors])
         draw_series(axis, results, accuracy_at(tokens, pairs))
         log_axis(axis, WIDTHS)
         axis.set(title=f"{tokens} tokens, {pairs} pairs", xlabel="model width")
         axis.set(ylabel="test token accuracy", ylim=(-0.02, 1.02))
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     caption = "MQAR, 2 layers, one head, a short convolution, no positions; one run for all sizes"
     return plt, fig, f"{caption}; learning rate chosen at width {WIDTH_OF_RATES}; 1 seed"
