@@ -301,6 +301,7 @@ def draw_bars(axis, bars):
 RECIPES = {  # mixer: the config whose model and learning rate it has
     "attention": "configs/mqar_gpt.py",
     "attention, convolution": "configs/mqar_conv.py",
+    "attention, window": "configs/mqar_window.py",
     "unified_kv": "configs/mqar_unified_kv.py",
     "linear": "configs/mqar_linear.py",
     "retnet": "configs/mqar_retnet.py",
@@ -310,6 +311,7 @@ RECIPES = {  # mixer: the config whose model and learning rate it has
     "delta": "configs/mqar_delta.py",
     "gated_delta": "configs/mqar_gated_delta.py",
     "kda": "configs/mqar_kda.py",
+    "delta_product": "configs/mqar_delta_product.py",
     "ttt_linear": "configs/mqar_ttt.py",
     "ttt_mlp": "configs/mqar_ttt_mlp.py",
     "delta rule, window": "configs/mqar_hybrid.py",

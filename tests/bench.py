@@ -155,6 +155,10 @@ def count_flop(step):
     return counter.get_total_flops()
 
 
+# The model of configs/mqar_gpt.py.
+MQAR_GPT = dict(dk=48, dv=48, init_std=1.0, q_norm="rms", k_norm="rms")
+
+
 def bench_train(rounds):
     """A step of configs/mqar_gpt.py on 32 pairs, against all logits and torch's default AdamW."""
     data = data_mqar.Data(data_mqar.Config(infinite_data=True))
@@ -169,7 +173,7 @@ def bench_train(rounds):
 
     def new_step(loss_of, compiled=False):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(dk=48, dv=48, init_std=1.0))
+        model = GPT(GPTConfig(**MQAR_GPT))
         if compiled:
             model.compile()
         return make_step(model, loss_of, fused=loss_of is loss_of_labels)
@@ -289,7 +293,7 @@ def bench_step(rounds):
     """
     data = data_mqar.Data(data_mqar.Config(infinite_data=True))
     tokens, targets, _ = data.batch("train", 0, data.batch_indices(0, 32))
-    model = GPT(GPTConfig(dk=48, dv=48, q_norm="rms", k_norm="rms"))
+    model = GPT(GPTConfig(**MQAR_GPT))
     step = make_step(model, lambda model: model(tokens, targets)[1])
     parts = step_parts()
     functions = {name: part.function for name, part in parts.items()}
