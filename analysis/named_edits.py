@@ -217,6 +217,9 @@ def report_edits(run, edits, efficacy, specificity, probability):
     n = len(edits)
     text = f"{efficacy['value'] * n:.0f} of {n} facts have the new answer"
     text += f" (mean probability {probability:.2g})"
+    n_before = sum(edit["before"] == edit["asked for"] for edit in edits)
+    if n_before:
+        text += f"; {n_before} of these had it before the edit"
     if specificity:
         share, n = specificity["value"], specificity["n"]
         text += f"; {share * n:.0f} of {n} other known facts ({share:.1%}) keep theirs"

@@ -121,6 +121,15 @@ def test_facts_get_the_new_answers_and_the_run_stays_as_it_is(runs, capsys):
     assert "2 of 2 facts have the new answer (mean probability 0.0" in capsys.readouterr().out
 
 
+def test_an_answer_that_the_model_gave_before_is_not_passed_off_as_an_edit(runs, capsys):
+    edit(runs, "own", [EDITS[0], PAIRS[2]])
+    printed = capsys.readouterr().out
+    assert "2 of 2 facts have the new answer" in printed
+    assert "; 1 of these had it before the edit" in printed
+    edit(runs, "own", EDITS)
+    assert "before the edit" not in capsys.readouterr().out
+
+
 def test_each_other_fact_is_measured_by_what_the_edited_run_answers(runs, capsys):
     """Six edits of sixteen facts, unprotected, so that some others change."""
     rows = [{"question": pair["question"], "answer": pair["answer"][::-1]} for pair in PAIRS[:6]]
