@@ -244,27 +244,31 @@ class Run:
         return questions
 
     def answer(self, prompted_facts, questions, methods):
-        """Answer one batch with each method -> records (see results.py)."""
+        """Answer one batch with each method -> records (see results.py).
+
+        A question is charged for the tokens of its own rows, and in proportion for the seconds of
+        the batch.
+        """
         facts = [prompted.fact for prompted in prompted_facts]
         batch = Batch(self, questions, facts, self.prefix_kv(facts[0]))
-        size, records = len(questions), []
+        records = []
         for method in methods:
             batch.meter.reset_cost()
             answers = METHODS[method].generate(batch)
             seconds, tokens = batch.meter.cost()
             message = "this model's logits are not finite; check its files, or try --dtype float32"
-            require(answers.confidence.isfinite().all(), message, "model")
-            confidences = answers.confidence.tolist()
-            for prompted, text, confidence in zip(prompted_facts, answers.texts, confidences):
+            columns = prompted_facts, answers.texts, answers.confidence, tokens.tolist()
+            for prompted, text, confidence, own_tokens in zip(*columns):
+                require(confidence.isfinite().all(), message, "model")
                 record = {
                     "uuid": prompted.fact["uuid"],
                     "templates": prompted.texts,
                     "answers": prompted.fact["answers"],
                     "generation": text,
-                    "confidence": confidence,
+                    "confidence": confidence.tolist(),
                     "method": method,
-                    "seconds": seconds / size,
-                    "tokens": tokens / size,
+                    "seconds": float(seconds * own_tokens / tokens.sum()),
+                    "tokens": own_tokens,
                 }
                 records.append(record)
         return records

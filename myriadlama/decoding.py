@@ -3,8 +3,10 @@
 Several rows may decode one answer together. Their logits are combined (`argmax_grouped`), or their
 hidden states (`fused_layers`).
 
-Letters: B caches or questions, n rows of a question, P tokens of the prefix, S tokens in a cache
-after it, H query heads, G key/value heads, K head_dim, D a layer's width, V vocabulary.
+The rows of a question lie next to each other. `sizes` says how many each question has.
+
+Letters: B caches, n rows of a question, P tokens of the prefix, S tokens in a cache after it, H
+query heads, G key/value heads, K head_dim, D a layer's width, V vocabulary.
 """
 
 import contextlib
@@ -87,13 +89,16 @@ def attend_to_cache(q, prefix_kv, k, v, weigh):
 
 @torch.no_grad()
 def greedy_decode(
-    model, cache, first_token, choose, stop, max_new_tokens=10, weigh=softmax_weights
+    model, cache, first_token, choose, stop, max_new_tokens=10, weigh=softmax_weights, forward=None
 ):
     """Decode greedily from B caches, after first_token.
 
     choose(logits (B, V)) -> tokens (B,), log of their probability (B,). Returns tokens (B, up to
     max_new_tokens), -1 after the end of an answer, and the log probability of each, as `choose`
     gives it, 0 after the end. The end has one, too. The cache is not changed.
+
+    forward(live, ...): a model call that must know which of the B rows are still computed, (rows,);
+    None is the plain call.
     """
     B, device = len(cache.next_pos), cache.next_pos.device
     P, S = cache.prefix_kv[0][0].shape[2], cache.k[0].shape[2]
@@ -121,7 +126,8 @@ def greedy_decode(
     for step in range(max_new_tokens):
         positions = (cache.next_pos[live] + step)[:, None]
         attention_fn = functools.partial(attend, S + step + 1)
-        x = model(token[live, None], positions, attention_fn)  # (rows, 1, D)
+        inputs = token[live, None], positions, attention_fn
+        x = model(*inputs) if forward is None else forward(live, *inputs)  # (rows, 1, D)
         live_logits = model.logits(x[:, -1]).float()
         logits = live_logits.new_zeros(B, live_logits.shape[1]).index_copy(0, live, live_logits)
         token, log_prob = choose(logits)
@@ -148,57 +154,64 @@ def argmax_each(logits):
     return token, logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
 
 
-def argmax_grouped(n, combine, weight=None):
-    """A `choose` for rows in groups of n that all take the same token.
+def argmax_grouped(sizes, combine, weights=None):
+    """A `choose` for questions of several rows, which all take the same token.
 
-    The token is the argmax of combine(logits (B, n, V), weight (B, n)) -> scores (B, V), the
-    log of a probability up to a constant.
+    The token is the argmax of combine(logits (n, V), weight (n,)) -> scores (V,), the log of a
+    probability up to a constant. weights: one for each question, or None if combine needs none.
     """
+    if weights is None:
+        weights = [None] * len(sizes)
 
     def choose(logits):
-        token, log_prob = argmax_each(combine(logits.unflatten(0, (-1, n)), weight))
-        return token.repeat_interleave(n), log_prob.repeat_interleave(n)
+        scores = []
+        for own_logits, weight in zip(logits.split(sizes), weights):
+            scores.append(combine(own_logits, weight))
+        token, log_prob = argmax_each(torch.stack(scores))
+        n_rows = torch.tensor(sizes, device=logits.device)
+        return token.repeat_interleave(n_rows), log_prob.repeat_interleave(n_rows)
 
     return choose
 
 
 # ---- combined logits -----------------------------------------------------------------------------
+#
+# logits (n, V) of the rows of one question, weight (n,) or None -> scores (V,)
 
 
 def mean_logits(logits, weight):
     """A product of experts: the geometric mean of the probabilities."""
-    return logits.mean(1)
+    return logits.mean(0)
 
 
 def mean_probability(logits, weight):
     """A mixture of experts: the mean of the probabilities."""
-    return logits.log_softmax(-1).logsumexp(1)
+    return logits.log_softmax(-1).logsumexp(0)
 
 
 def max_probability(logits, weight):
-    return logits.softmax(-1).amax(1).log()
+    return logits.softmax(-1).amax(0).log()
 
 
 def weighted_mean_logits(logits, weight):
-    weight = weight / weight.sum(1, keepdim=True)
-    return (logits * weight.unsqueeze(-1)).sum(1)
+    return (logits * (weight / weight.sum()).unsqueeze(-1)).sum(0)
 
 
 def highest_weight_logits(logits, weight):
     """The logits of the template with the highest weight."""
-    return logits[torch.arange(len(logits), device=logits.device), weight.argmax(1)]
+    return logits[weight.argmax()]
 
 
 def contrast_with_prior(logits, prior_weight):
     """Mean over templates of log p(token | template) - weight * log p(token | without subject).
 
-    logits (B, 2n, V): of the n templates, then of the same templates without their subject. Tokens
+    logits (2n, V): of the n templates, then of the same templates without their subject. Tokens
     that get less than a tenth of the highest mean are left out, as in contrastive decoding (Li et
     al. 2023, arXiv 2210.15097): the ratio of two tiny probabilities is noise.
     """
-    log_p, log_prior = logits.log_softmax(-1).chunk(2, dim=1)
-    log_p, log_prior = log_p.mean(1), log_prior.mean(1)  # (B, V)
-    is_plausible = log_p >= log_p.amax(-1, keepdim=True) - math.log(10)
+    log_p, log_prior = logits.log_softmax(-1).chunk(2)
+    log_p, log_prior = log_p.mean(0), log_prior.mean(0)  # (V,)
+    is_plausible = log_p >= log_p.max() - math.log(10)
     return (log_p - prior_weight * log_prior).masked_fill(~is_plausible, -torch.inf)
 
 
@@ -206,15 +219,15 @@ def contrast_with_prior(logits, prior_weight):
 
 
 @contextlib.contextmanager
-def fused_layers(model, first_layer, n, part, combine):
-    """While this is open, rows in groups of n share hidden states from a layer on.
+def fused_layers(model, first_layer, sizes, part, combine):
+    """While this is open, the rows of a question share hidden states from a layer on.
 
-    part: "layer_output", or "ffn_activation" for the input of down_proj. combine(x (B, n, 1, D))
-    -> (B, 1, D) is what each of the n rows goes on with.
+    part: "layer_output", or "ffn_activation" for the input of down_proj. combine(x (n, 1, D)) ->
+    (1, D) is what each of the n rows goes on with.
     """
 
-    def fuse(x):  # (B * n, 1, D)
-        return combine(x.unflatten(0, (-1, n))).repeat_interleave(n, 0)
+    def fuse(x):  # (rows, 1, D)
+        return torch.cat([combine(own).expand_as(own) for own in x.split(sizes)])
 
     hooks = []
     for layer in model.layers[first_layer:]:

@@ -299,7 +299,7 @@ def build_cache(prefix_kv, encoded, members, next_pos, bias=0.0):
     P = prefix_kv[0][0].shape[2]
     index, score_bias = [], []
     for b, cache_rows in enumerate(members):
-        cache_bias = bias if np.ndim(bias) == 0 else bias[b]
+        cache_bias = bias if np.isscalar(bias) else bias[b]
         row_bias = np.broadcast_to(cache_bias, len(cache_rows)).tolist()
         numbers, token_bias = [], [0.0] * P
         for r, one_bias in zip(cache_rows, row_bias):

@@ -17,6 +17,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from myriadlama import decoding, fusion, prompts
@@ -25,58 +26,69 @@ from myriadlama.batch import Answers
 # ---- parts of methods ----------------------------------------------------------------------------
 
 
-def separate_cache(batch, template=None):
-    """A cache for each template alone, or for one template number of each question."""
-    encoded = batch.encode_separately(1.0 if template is None else 1 / batch.n)
-    members, next_pos = [], []
-    for r, path in enumerate(encoded.paths):
-        if template is None or r % batch.n == template:
-            members.append([r])
-            next_pos.append(batch.prefix_length + len(path))
-    return fusion.build_cache(batch.prefix_kv, encoded, members, next_pos)
+def cache_after_prefix(batch, encoded, members, bias=0.0):
+    """Caches of rows that all begin right after the prefix; the answer begins after the longest.
+
+    members, bias: see fusion.build_cache.
+    """
+    next_pos = []
+    for rows in members:
+        next_pos.append(batch.prefix_length + max(len(encoded.paths[r]) for r in rows))
+    return fusion.build_cache(batch.prefix_kv, encoded, members, next_pos, bias)
+
+
+def separate_cache(batch):
+    """A cache for each template alone."""
+    encoded = batch.encode_separately()
+    return cache_after_prefix(batch, encoded, [[r] for r in range(len(encoded.paths))])
+
+
+def fused_cache(batch, chosen=None, bias=0.0):
+    """Templates that were encoded alone, in one cache per question.
+
+    chosen: for each question rows of its templates, or None for all. bias: on their attention
+    scores, see fusion.build_cache.
+    """
+    rows = batch.template_rows if chosen is None else chosen
+    return cache_after_prefix(batch, batch.encode_separately(), rows, bias)
 
 
 def separate_answers(batch):
-    """Answer each template alone -> Answers (B, n)."""
+    """Answer each template alone -> Answers, lists of n."""
 
     def compute():
-        texts, confidence, log_weight = batch.decode(separate_cache(batch))
-        n = batch.n
-        texts = [texts[i : i + n] for i in range(0, len(texts), n)]
-        return Answers(texts, confidence.view(-1, n), log_weight.view(-1, n))
+        return batch.decode_rows(separate_cache(batch), batch.counts)
 
     return batch.meter.shared("separate_answers", compute)
 
 
 def relative_weights(batch):
-    """The weights of the templates (B, n), divided by the highest one of their question.
+    """For each question the weights of its templates (n,), divided by the highest one.
 
     The probability of a long answer is too small for float32.
     """
-    log_weight = separate_answers(batch).log_weight
-    return (log_weight - log_weight.amax(1, keepdim=True)).exp()
+    return [(own - own.max()).exp() for own in separate_answers(batch).log_weight]
 
 
-def decode_together(batch, cache, n, combine, weight=None):
-    """Decode n rows a question in parallel; their logits together choose each token.
+def decode_together(batch, cache, sizes, combine, weights=None, **options):
+    """Decode several rows a question in parallel; their logits together choose each token.
 
-    combine: see decoding.argmax_grouped.
+    combine, weights: see decoding.argmax_grouped. options: see Batch.decode_rows.
     """
-    rows = batch.decode(cache, decoding.argmax_grouped(n, combine, weight))
-    # All rows of a question have the same answer.
-    return Answers(rows.texts[::n], rows.confidence[::n])
+    choose = decoding.argmax_grouped(sizes, combine, weights)
+    return batch.decode(cache, sizes, choose=choose, **options)
 
 
-def decode_ensemble(batch, combine, weight=None):
+def decode_ensemble(batch, combine, weights=None):
     """Decode all templates in parallel, see decode_together."""
-    return decode_together(batch, separate_cache(batch), batch.n, combine, weight)
+    return decode_together(batch, separate_cache(batch), batch.counts, combine, weights)
 
 
 def count_votes(batch, weights):
     """The answer that most templates give when they are asked alone; of equals the first one.
 
-    weights (B, n): how much the vote of each template counts. Answers are equal if what is scored
-    of them is. The confidence is the share of the votes.
+    weights: for each question (n,), how much the vote of each template counts. Answers are equal
+    if what is scored of them is. The confidence is the share of the votes.
     """
     winners, shares = [], []
     for fact, texts, own_weights in zip(batch.facts, separate_answers(batch).texts, weights):
@@ -91,26 +103,10 @@ def count_votes(batch, weights):
     return Answers(winners, torch.tensor(shares, dtype=torch.float64))
 
 
-def fused_cache(batch, chosen=None, bias=0.0):
-    """Templates that were encoded alone, in one cache per question.
-
-    chosen: numbers of templates (B, m), or None for all. bias: on their attention scores, a number
-    or (B, m).
-    """
-    encoded = batch.encode_separately()
-    if chosen is None:
-        chosen = [range(batch.n)] * len(batch.questions)
-    members, next_pos = [], []
-    for i, templates in enumerate(chosen):
-        cache_rows = [i * batch.n + j for j in templates]
-        members.append(cache_rows)
-        next_pos.append(batch.prefix_length + max(len(encoded.paths[r]) for r in cache_rows))
-    return fusion.build_cache(batch.prefix_kv, encoded, members, next_pos, bias)
-
-
 def decode_scheme(batch, scheme):
     """Put all templates into one cache per question under an attention scheme and decode."""
-    positions, bias = batch.run.config.template_positions, batch.score_bias(batch.n)
+    positions = batch.run.config.template_positions
+    bias = [batch.score_bias(n) for n in batch.counts]
     if scheme == "isolated" and positions == "restart":
         # The templates are encoded as if they were alone.
         return batch.decode(fused_cache(batch, bias=bias))
@@ -121,7 +117,7 @@ def decode_scheme(batch, scheme):
         rows += new_rows
         members.append(range(first, len(rows)))
         next_pos.append(answer_position)
-    encoded = batch.encode(rows)
+    encoded = batch.encode(rows, [len(cache_rows) for cache_rows in members])
     return batch.decode(fusion.build_cache(batch.prefix_kv, encoded, members, next_pos, bias))
 
 
@@ -134,8 +130,15 @@ def decode_fused_layers(batch, part, combine):
     if first_layer < 0:
         first_layer = model.config.n_layers * 3 // 4
     cache = separate_cache(batch)  # the templates themselves are encoded without sharing
-    with decoding.fused_layers(model, first_layer, batch.n, part, combine):
-        return decode_together(batch, cache, batch.n, decoding.mean_logits)
+
+    def forward(live, *inputs):
+        live = live.tolist()
+        # All rows of a question end at the same token, so the first one speaks for them.
+        sizes = [len(own) for own in batch.template_rows if own[0] in live]
+        with decoding.fused_layers(model, first_layer, sizes, part, combine):
+            return model(*inputs)
+
+    return decode_together(batch, cache, batch.counts, decoding.mean_logits, forward=forward)
 
 
 # ---- templates alone -----------------------------------------------------------------------------
@@ -143,17 +146,19 @@ def decode_fused_layers(batch, part, combine):
 
 def origin(batch):
     """The first template alone."""
-    return batch.decode(separate_cache(batch, template=0))
+    encoded = batch.encode_separately(1 / np.array(batch.counts))
+    first_rows = [own[:1] for own in batch.template_rows]
+    return batch.decode(cache_after_prefix(batch, encoded, first_rows))
 
 
 def per_prompt(batch):
-    """Each template alone: n answers to each question."""
+    """Each template alone: as many answers to a question as it has templates."""
     return separate_answers(batch)
 
 
 def vote(batch):
     """The most frequent answer of the templates, each asked alone."""
-    return count_votes(batch, torch.ones(len(batch.facts), batch.n))
+    return count_votes(batch, [torch.ones(n) for n in batch.counts])
 
 
 def weighted_vote(batch):
@@ -189,21 +194,18 @@ def contrast(batch):
     priors = []
     for question in batch.questions:
         priors += question.priors
-    encoded = fusion.join(batch.encode_separately(), batch.encode(batch.rows(priors)))
-    members, next_pos = [], []
-    for first in range(0, len(priors), batch.n):
-        end = first + batch.n
-        templates = range(first, end)
-        their_priors = range(len(priors) + first, len(priors) + end)
-        for r in (*templates, *their_priors):
-            members.append([r])
-            next_pos.append(batch.prefix_length + len(encoded.paths[r]))
-    cache = fusion.build_cache(batch.prefix_kv, encoded, members, next_pos)
+    encoded_priors = batch.encode(batch.rows(priors), batch.counts)
+    encoded = fusion.join(batch.encode_separately(), encoded_priors)
+    members = []
+    for own in batch.template_rows:
+        members += [[r] for r in own]
+        members += [[len(priors) + r] for r in own]
+    cache = cache_after_prefix(batch, encoded, members)
 
     def combine(logits, weight):
         return decoding.contrast_with_prior(logits, batch.run.config.prior_weight)
 
-    return decode_together(batch, cache, 2 * batch.n, combine)
+    return decode_together(batch, cache, [2 * n for n in batch.counts], combine)
 
 
 # ---- hidden states -------------------------------------------------------------------------------
@@ -211,17 +213,17 @@ def contrast(batch):
 
 def layer_output_avg(batch):
     """The mean of what each layer puts out."""
-    return decode_fused_layers(batch, "layer_output", lambda x: x.mean(1))
+    return decode_fused_layers(batch, "layer_output", lambda x: x.mean(0))
 
 
 def ffn_activation_avg(batch):
     """The mean of the activations within each MLP."""
-    return decode_fused_layers(batch, "ffn_activation", lambda x: x.mean(1))
+    return decode_fused_layers(batch, "ffn_activation", lambda x: x.mean(0))
 
 
 def ffn_activation_max(batch):
     """The maximum of the activations within each MLP."""
-    return decode_fused_layers(batch, "ffn_activation", lambda x: x.amax(1))
+    return decode_fused_layers(batch, "ffn_activation", lambda x: x.amax(0))
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -234,9 +236,13 @@ def flex(batch):
 
 def flex_adaptive(batch):
     """The half of the templates with the highest weight, in one cache."""
-    m = (batch.n + 1) // 2
-    best = separate_answers(batch).log_weight.topk(m, dim=1).indices.sort(dim=1).values
-    return batch.decode(fused_cache(batch, best.tolist(), batch.score_bias(m)))
+    chosen, bias = [], []
+    for own, log_weight in zip(batch.template_rows, separate_answers(batch).log_weight):
+        m = (len(own) + 1) // 2
+        best = log_weight.topk(m).indices.sort().values
+        chosen.append([own[j] for j in best.tolist()])
+        bias.append(batch.score_bias(m))
+    return batch.decode(fused_cache(batch, chosen, bias))
 
 
 def flex_weighted(batch):
@@ -244,9 +250,10 @@ def flex_weighted(batch):
 
     The factors of a question have mean 1.
     """
-    log_weight = separate_answers(batch).log_weight
-    log_mean = log_weight.logsumexp(1, keepdim=True) - math.log(batch.n)
-    bias = (log_weight - log_mean).numpy(force=True) + batch.score_bias(batch.n)
+    bias = []
+    for n, log_weight in zip(batch.counts, separate_answers(batch).log_weight):
+        log_mean = log_weight.logsumexp(0) - math.log(n)
+        bias.append((log_weight - log_mean).numpy(force=True) + batch.score_bias(n))
     return batch.decode(fused_cache(batch, bias=bias))
 
 
@@ -261,23 +268,18 @@ def ape(batch):
 
 def hybrid(batch):
     """Average the fused prompt's log probabilities with the mean of the single prompts'."""
-    encoded = batch.encode_separately()
-    n, members, next_pos, bias = batch.n, [], [], []
-    for first in range(0, len(encoded.paths), n):
-        paths = encoded.paths[first : first + n]
-        ends = [batch.prefix_length + len(path) for path in paths]
-        for i in range(n):
-            members.append([first + i])
-        members.append(range(first, first + n))
-        next_pos += [*ends, max(ends)]
-        bias += [0.0] * n + [batch.score_bias(n)]
+    members, bias = [], []
+    for own in batch.template_rows:
+        members += [[r] for r in own]
+        members.append(own)
+        bias += [0.0] * len(own) + [batch.score_bias(len(own))]
 
     def combine(logits, weight):
-        log_probs = logits.log_softmax(-1)  # (B, n + 1, V)
-        return (log_probs[:, :n].mean(1) + log_probs[:, n]) / 2
+        log_probs = logits.log_softmax(-1)  # (n + 1, V)
+        return (log_probs[:-1].mean(0) + log_probs[-1]) / 2
 
-    cache = fusion.build_cache(batch.prefix_kv, encoded, members, next_pos, bias)
-    return decode_together(batch, cache, n + 1, combine)
+    cache = cache_after_prefix(batch, batch.encode_separately(), members, bias)
+    return decode_together(batch, cache, [n + 1 for n in batch.counts], combine)
 
 
 def flex_full(batch):

@@ -61,7 +61,11 @@ class Prompted(NamedTuple):
 
 
 def make_batches(facts, config):
-    """Facts -> lists of Prompted with the same relation and number of templates."""
+    """Facts -> lists of up to batch_size Prompted. Those in a list have the same prefix.
+
+    A prefix is of a relation, and of whole questions or of templates with a subject. Numbers of
+    templates may differ.
+    """
     groups = {}
     for fact in facts:
         rng = np.random.default_rng([config.seed, *fact["uuid"].encode()])
@@ -72,7 +76,8 @@ def make_batches(facts, config):
         require(templates, f"{message}; raise num_manual or num_auto", "num_auto")
         texts = [prompts.fill(template, fact["subject"]) for template in templates]
         priors = [prompts.without_subject(fact, template) for template in templates]
-        group = groups.setdefault((fact["relation"], len(texts)), [])
+        is_question = fact["subject"] == ""
+        group = groups.setdefault((fact["relation"], is_question), [])
         group.append(Prompted(fact, texts, is_manual, priors))
     batches = []
     for group in groups.values():

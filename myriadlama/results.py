@@ -2,8 +2,9 @@
 
 A record is what one method answered to one question: {"uuid", "method", "templates", "answers",
 "generation", "confidence", "seconds", "tokens"}. Generation and confidence are a text and a number,
-or with per_prompt lists with one for each template. A key is what results depend on: settings and
-SHA-256 of files.
+or with per_prompt lists with one for each template. Tokens are those of the question's own rows;
+seconds are those of its batch, in proportion to the tokens. A key is what results depend on:
+settings and SHA-256 of files.
 
 Results of one number of templates share a key, progress files and a table. Those of another number
 lie beside them under other names.

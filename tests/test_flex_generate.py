@@ -125,6 +125,42 @@ def test_some_methods_in_one_run_answer_as_each_alone(tiny_llamas, tmp_path):
         assert alone == {f"{method}_all_a5.feather": together[f"{method}_all_a5.feather"]}
 
 
+def test_questions_of_unequal_numbers_of_templates_in_one_batch(tiny_llamas, tmp_path, monkeypatch):
+    """They are answered, and cost as many tokens, as in batches of one question."""
+    args = command_line(tiny_llamas, tmp_path, "--method=all", "--num_auto=-1")
+    path = tmp_path / "facts.jsonl"
+    rows = read_jsonl(path)
+    for i, row in enumerate(rows):
+        row["auto_templates"] = [f"{letter} [X] [Y]." for letter in "defgh"[:i]]
+    write_jsonl(path, rows)
+    answer, n_questions, runs = flex.Run.answer, [], []
+
+    def note_size(run, batch, *inputs):
+        n_questions.append(len(batch))
+        return answer(run, batch, *inputs)
+
+    monkeypatch.setattr(flex.Run, "answer", note_size)
+    for batch_size in (1, 8):
+        out_dir = tmp_path / f"batches_of_{batch_size}"
+        flex.main([*args, f"--batch_size={batch_size}", f"--out_dir={out_dir}"])
+        lines = (out_dir / "plain" / "progress_all_all.0.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines if '"uuid"' in line]
+        runs.append({(record["uuid"], record["method"]): record for record in records})
+    assert n_questions == [1, 1, 1, 1, 2, 2]
+    alone, together = runs
+    assert alone.keys() == together.keys() and len(alone) == 4 * len(METHODS)
+    for key, record in together.items():
+        assert record["generation"] == alone[key]["generation"]
+        assert record["confidence"] == pytest.approx(alone[key]["confidence"], rel=1e-3)
+        assert record["tokens"] == pytest.approx(alone[key]["tokens"])
+    rates = {}  # of each batch and method, what a token costs
+    for (uuid, method), record in together.items():
+        batch = int(uuid[1:]) % 2
+        rates.setdefault((batch, method), []).append(record["seconds"] / record["tokens"])
+    for first, second in rates.values():
+        assert first == pytest.approx(second) and first > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

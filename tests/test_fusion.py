@@ -231,9 +231,9 @@ def test_answers_stop_at_a_line_break_once_they_have_begun():
     assert out.tolist() == [[1, 40, -1], [50, -1, -1], [60, -1, -1]]
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_rows_that_end_early_change_nothing(n):
-    """Rows in groups of n end at any step; each group is then decoded alone."""
+@pytest.mark.parametrize("sizes", [[1] * 48, [3] * 16, [4, 1, 3] * 6])
+def test_rows_that_end_early_change_nothing(sizes):
+    """Groups of rows end at any step; each group is then decoded alone."""
     model, rng = random_llama(), np.random.default_rng(7)
     prefix = random_ids(rng, 9)
     rows = [(random_ids(rng, length), range(9, 9 + length)) for length in rng.integers(2, 9, 48)]
@@ -241,38 +241,41 @@ def test_rows_that_end_early_change_nothing(n):
     encoded = fusion.prefill_blocks(model, prefix_kv, rows)
     nothing = torch.zeros(V, dtype=torch.bool)
     stop = decoding.StopCriteria(torch.tensor([2, 4, 6, 19, 23]), nothing, nothing)
-    choose = decoding.argmax_grouped(n, decoding.mean_logits)
 
-    def decode(first, end):
+    def decode(first, end, sizes):
         ends = [9 + len(ids) for ids, _ in rows[first:end]]
         members = [[r] for r in range(first, end)]
         cache = fusion.build_cache(prefix_kv, encoded, members, ends)
+        choose = decoding.argmax_grouped(sizes, decoding.mean_logits)
         return decoding.greedy_decode(model, cache, 7, choose, stop, 8)
 
-    together, log_probs = decode(0, 48)
-    for first in range(0, 48, n):
-        alone, own_log_probs = decode(first, first + n)
-        shown = together[first : first + n]
+    together, log_probs = decode(0, 48, sizes)
+    for end, n in zip(np.cumsum(sizes), sizes):
+        first = end - n
+        alone, own_log_probs = decode(first, end, [n])
+        shown = together[first:end]
         assert shown[:, : alone.shape[1]].equal(alone) and shown[:, alone.shape[1] :].eq(-1).all()
-        torch.testing.assert_close(log_probs.sum(1)[first : first + n], own_log_probs.sum(1))
+        torch.testing.assert_close(log_probs.sum(1)[first:end], own_log_probs.sum(1))
     lengths = (together >= 0).sum(1)
     assert len(lengths.unique()) > 3
 
 
 def test_ensembles_by_hand():
-    logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 2.0, 1.5]]])
-    weight = torch.tensor([[0.2, 0.6]])
-    assert decoding.mean_logits(logits, None).tolist() == [[1.0, 1.0, 1.25]]
+    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 2.0, 1.5]])
+    weight = torch.tensor([0.2, 0.6])
+    assert decoding.mean_logits(logits, None).tolist() == [1.0, 1.0, 1.25]
     probabilities = logits.softmax(-1)
     largest = decoding.max_probability(logits, None).exp()
-    torch.testing.assert_close(largest, probabilities.max(1).values)
+    torch.testing.assert_close(largest, probabilities.max(0).values)
     mean = decoding.mean_probability(logits, None).softmax(-1)
-    torch.testing.assert_close(mean, probabilities.mean(1))
+    torch.testing.assert_close(mean, probabilities.mean(0))
     weighted = decoding.weighted_mean_logits(logits, weight)
-    torch.testing.assert_close(weighted, torch.tensor([[0.5, 1.5, 1.375]]))
-    assert decoding.highest_weight_logits(logits, weight).tolist() == [[0.0, 2.0, 1.5]]
-    choose = decoding.argmax_grouped(2, decoding.mean_logits)
-    assert choose(logits.flatten(0, 1))[0].tolist() == [2, 2]
+    torch.testing.assert_close(weighted, torch.tensor([0.5, 1.5, 1.375]))
+    assert decoding.highest_weight_logits(logits, weight).tolist() == [0.0, 2.0, 1.5]
+    choose = decoding.argmax_grouped([2, 1], decoding.mean_logits)
+    tokens, log_p = choose(torch.cat([logits, logits[:1]]))
+    assert tokens.tolist() == [2, 2, 0]
+    torch.testing.assert_close(log_p[2], logits[0].log_softmax(0)[0])
 
 
 def test_smollm2_fuses_as_transformers_does(smollm2):

@@ -219,18 +219,22 @@ def test_templates_are_filled_with_the_subject_or_with_nothing():
     assert whole.priors == ["", ""]
 
 
-def test_questions_with_equally_many_templates_share_a_batch():
-    """Manual and automatic ones together: they are told apart for each question."""
+def test_questions_with_the_same_prefix_share_a_batch():
+    """However many templates they have. Manual ones are told apart for each question."""
     asked = []
-    for uuid, n_manual, n_auto in (("a", 1, 2), ("b", 1, 1), ("c", 2, 1), ("d", 3, 0)):
-        fact = {"uuid": uuid, "relation": "r", "subject": "S"}
+    for uuid, n_manual, n_auto in (("a", 1, 2), ("b", 1, 1), ("q", 1, 0), ("c", 2, 5), ("d", 3, 0)):
+        # The instruction before a whole question is another one.
+        fact = {"uuid": uuid, "relation": "r", "subject": "" if uuid == "q" else "S"}
         fact["manual"] = [f"m{i} [X] [Y]" for i in range(n_manual)]
         fact["auto"] = [f"a{i} [X] [Y]" for i in range(n_auto)]
         asked.append(fact)
     batches = questions.make_batches(asked, flex_generate.Config(batch_size=2))
     uuids = [[prompted.fact["uuid"] for prompted in batch] for batch in batches]
-    assert uuids == [["a", "c"], ["d"], ["b"]]
-    assert [prompted.is_manual.sum() for prompted in batches[0]] == [1, 2]
+    assert uuids == [["a", "b"], ["c", "d"], ["q"]]
+    assert [prompted.is_manual.tolist() for prompted in batches[1]] == [
+        [True, True, False, False, False, False, False],
+        [True, True, True],
+    ]
 
 
 def test_manual_templates_never_fill_up_automatic_ones():
