@@ -133,7 +133,7 @@ def decode_fused_layers(batch, part, combine):
 
     def forward(live, *inputs):
         live = live.tolist()
-        # All rows of a question end at the same token, so the first one speaks for them.
+        # All rows of a question end at the same token, so its first row is enough.
         sizes = [len(own) for own in batch.template_rows if own[0] in live]
         with decoding.fused_layers(model, first_layer, sizes, part, combine):
             return model(*inputs)
