@@ -4,10 +4,11 @@
 lies 32 to 63 tokens before the query (slice distance=32), and about 0.57 over all labels, with any
 seed.
 
-Of the queries, 57% have their pair in the window, and these are answered. The others are not,
-since a layer looks back 63 tokens only. Four layers reach four times as far, but the lower ones
-would have to pass on all pairs, not knowing which will be queried. The cache takes 194 kB whatever
-the length, that of mqar_gpt.py 393 kB.
+Of the queries, 57% have their pair in the window, and these are answered first: there the config
+stops. The others take longer, since a layer looks back 63 tokens only. Four layers reach four times
+as far, but the lower ones must pass on all pairs, not knowing which will be queried. With
+--target_slice "" --max_steps 500 --stop_accuracy 0.95 two of three seeds learn it in 280 steps. The
+cache takes 194 kB whatever the length, that of mqar_gpt.py 393 kB.
 """
 
 model = "gpt"
