@@ -1,7 +1,7 @@
 """HashHop with GPT, trained on one hop: follow a chain of hashes within the sequence.
 
 2 minutes on one of 2 CPU cores.
-Expected: letter accuracy of 0.99 or more on one hop, and close to 0 on two, three and four.
+Expected: letter accuracy of 0.99 or more on one hop, and exact match near 0 on two and more.
 
 The short convolution has width 12 to see a hash, " = '" and all letters of the answer so far. With
 width 8 it does not see the first letters of the hash where the last letters of the answer are

@@ -1,6 +1,6 @@
 """MQAR with Gated DeltaNet: the task and recipe of configs/mqar_delta.py.
 
-dv is 86, to pay for the projection of the decay. Half a minute on 2 CPU cores.
+dv is 86, to pay for the projection of the decay. Less than a minute on 2 CPU cores.
 Expected: test token accuracy of 0.99 or more.
 
 In this task nothing should be forgotten, so the model must first unlearn its decay.

@@ -1,7 +1,7 @@
 """MQAR with UnifiedKV: one vector per head and token is both key and value.
 
 The task and recipe of configs/mqar_gpt.py, and the same 98,560 layer parameters (du 64 instead of
-dk = dv = 48). The cache has two thirds of the size of GPT's. Twenty seconds on 2 CPU cores.
+dk = dv = 48). The cache has two thirds of the size of GPT's. A quarter of a minute on 2 CPU cores.
 Expected: test token accuracy of 0.99 or more.
 
 The learning rate is lower than in mqar_gpt.py, and the first stage of the curriculum may be longer:
