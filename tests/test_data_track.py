@@ -188,7 +188,9 @@ def test_negative_eigenvalues_learn_parity_in_seconds(tmp_path, capsys):
     """And eval.py reads the run: accuracy by slice, and confidence."""
     settings = dict(data="data_track", task="parity", model="delta", allow_neg_eigval=1)
     settings |= dict(n_layers=1, dim=32, dk=16, dv=16, use_ffn=1, input_seq_len=40)
-    settings |= dict(test_lengths="(40,80)", lr=1e-2, max_steps=120, eval_interval=60)
+    settings |= dict(test_lengths="(40,80)", lr=1e-2, max_steps=500, eval_interval=60, seed=1)
+    # When it is learned depends on the seed and on how a machine rounds.
+    settings |= dict(stop_accuracy=0.99)
     settings |= dict(n_val_examples=20, n_test_examples=20, num_threads=1)
     settings |= dict(target_accuracy=0.9, log_dir=tmp_path, run_name="run")
     assert train.main(as_flags(settings)) == 0
