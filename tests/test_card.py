@@ -610,6 +610,6 @@ def test_numbers_that_are_missing():
 def test_the_stored_cards_are_of_our_mixers():
     """And each one has what the table shows."""
     stored = card.read_stored()
-    assert {"gpt", "delta"} <= set(stored) <= {card.REFERENCE, *card.MEMORIES}
+    assert {"gpt", "delta"} <= set(stored) <= {card.REFERENCE, "unified_kv", *card.MEMORIES}
     text = card_page.page("mine", made_up_card(0.6), stored)
     assert text.count("\n| ") == 2 + len(stored)
