@@ -121,7 +121,7 @@ FIGURES = {
         mixers.plateau_points,
         mixers.draw_plateau,
         ["evals"],
-        "17 models: steps until recall appears, with and without a curriculum",
+        f"{len(mixers.RECIPES)} models: steps until recall appears, with and without a curriculum",
     ),
     "exposures": Figure(
         weights.exposure_points,

@@ -155,14 +155,23 @@ def count_flop(step):
     return counter.get_total_flops()
 
 
-# The model of configs/mqar_gpt.py.
-MQAR_GPT = dict(dk=48, dv=48, init_std=1.0, q_norm="rms", k_norm="rms")
+def mqar_gpt_settings(*flags):
+    """Of configs/mqar_gpt.py, without its curriculum: all sequences have 128 tokens."""
+    config = os.path.join(ROOT, "configs", "mqar_gpt.py")
+    return train.parse([config, "--curriculum=[]", "--stage_loss=0", *flags])
+
+
+def mqar_gpt():
+    """-> a new model of configs/mqar_gpt.py, tokens and targets of a batch, both (32, 128)."""
+    settings = mqar_gpt_settings()
+    data = data_mqar.Data(settings.data)
+    tokens, targets, _ = data.batch("train", 0, data.batch_indices(0, 32))
+    return build_model(settings, build_model_config(settings, data)), tokens, targets
 
 
 def bench_train(rounds):
     """A step of configs/mqar_gpt.py on 32 pairs, against all logits and torch's default AdamW."""
-    data = data_mqar.Data(data_mqar.Config(infinite_data=True))
-    tokens, targets, _ = data.batch("train", 0, data.batch_indices(0, 32))
+    _, tokens, targets = mqar_gpt()
 
     def loss_of_labels(model):
         return model(tokens, targets)[1]
@@ -172,8 +181,7 @@ def bench_train(rounds):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     def new_step(loss_of, compiled=False):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(**MQAR_GPT))
+        model, _, _ = mqar_gpt()
         if compiled:
             model.compile()
         return make_step(model, loss_of, fused=loss_of is loss_of_labels)
@@ -291,9 +299,7 @@ def bench_step(rounds):
 
     That is the rate of a large matrix product, or a copy of as many numbers as it must move.
     """
-    data = data_mqar.Data(data_mqar.Config(infinite_data=True))
-    tokens, targets, _ = data.batch("train", 0, data.batch_indices(0, 32))
-    model = GPT(GPTConfig(**MQAR_GPT))
+    model, tokens, targets = mqar_gpt()
     step = make_step(model, lambda model: model(tokens, targets)[1])
     parts = step_parts()
     functions = {name: part.function for name, part in parts.items()}
@@ -380,8 +386,7 @@ def rank_loop(rank, size, threads, port, orders):
     if size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    config = os.path.join(ROOT, "configs", "mqar_gpt.py")
-    settings = train.parse([config, "--curriculum=[]", "--stage_loss=0", "--device=cpu"])
+    settings = mqar_gpt_settings("--device=cpu")
     with distributed.process_group() as world:
         runs = {"step": Run.create(settings, world)}
         runs["step without exchange"] = Run.create(settings, world)
