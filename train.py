@@ -415,7 +415,6 @@ def train_run(argv):
             run.load_best()
         else:
             run.finish(train(run, stop), stop)
-            run.restore_signals()
     run.model.eval()
     return run
 

@@ -164,14 +164,19 @@ class Run:
     def running(self):
         """Hold the run directory and train in the block -> stop, a list of the signals caught.
 
-        In this order: make or lock the directory, read the last checkpoint, write config.json,
-        move the model to its device, catch signals. An error in the block is recorded in
+        In this order: catch signals, make or lock the directory, read the last checkpoint, write
+        config.json, move the model to its device. An error in the block is recorded in
         status.json. If the run has ended already (has_ended), only the lock is taken.
         """
-        lock = self.lock_folder()
+        # First, since a run with a directory must end as "preempted": moving and wrapping a large
+        # model take a while, and train.slurm does not queue a job again that just died.
+        stop = self.stop_on_signals()
+        lock = None
         try:
+            lock = self.lock_folder()
             self.read_last_checkpoint()
             if self.has_ended:
+                self.restore_signals()
                 yield []
                 return
             self.write_config()
@@ -187,12 +192,14 @@ class Run:
                     self.model.compile(dynamic=True)
                 self.parallel_model = wrap_model(self.model, c.parallel, self.device)
                 with self.status_on_error():
-                    yield self.stop_on_signals()
+                    yield stop
         finally:
             # Even if an error holds a reference to the run: see distributed.shutdown.
             self.parallel_model = None
-            if self.world.is_main:
-                unlock(lock)
+            unlock(lock)
+            # Ranks keep them: torchrun may repeat a signal until this process has ended.
+            if self.world.size == 1:
+                self.restore_signals()
 
     def lock_folder(self):
         """Make the directory of a new run, or lock a resumed one's -> the main rank's lock."""
@@ -455,9 +462,8 @@ class Run:
         self.result = result
         if world.is_main:
             self.tracker.close(result)
-        # Otherwise they stay caught: torchrun may repeat them until this process has ended.
         if world.size == 1 and result["status"] != "preempted":
-            self.restore_signals()
+            self.restore_signals()  # Ctrl-C stops the drawing at once
         exit_status = None
         with world.agree():
             if world.is_main:

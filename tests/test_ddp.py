@@ -27,6 +27,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+import nanorecall.run as run_module
 import train
 from nanorecall import checkpoint, distributed, metrics
 from nanorecall.build import MODELS, build_data, build_model, build_model_config
@@ -548,6 +549,24 @@ def test_a_signal_to_one_rank_stops_all_on_one_step(on_ranks, tmp_path, rank):
     assert on_ranks(2, work) == [128 + signal.SIGTERM] * 2
     status = status_of(tmp_path / "run")
     assert status["status"] == "preempted" and status["step"] == 10
+
+
+def test_a_signal_to_one_rank_before_the_first_step_stops_all_after_it(on_ranks, tmp_path):
+    args = flags(tmp_path, "run", **SHORT)
+    wrap_model = run_module.wrap_model
+
+    def work(me):
+        def kill_and_wrap(*inputs):
+            if me == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return wrap_model(*inputs)
+
+        run_module.wrap_model = kill_and_wrap
+        return train.main(args)
+
+    assert on_ranks(2, work) == [128 + signal.SIGTERM] * 2
+    status = status_of(tmp_path / "run")
+    assert status["status"] == "preempted" and status["step"] == 1
 
 
 def wait_for_run(folder, process):

@@ -20,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
+import nanorecall.run as run_module
 import train
 from nanorecall import checkpoint, files
 from nanorecall.files import (
@@ -238,14 +239,26 @@ def test_after_a_signal_a_resumed_run_ends_bit_for_bit_the_same(tmp_path):
     assert_same(contents(out), contents(whole))
 
 
-@pytest.fixture
-def signals():
-    """A run in this process that a signal stopped leaves its handlers behind."""
+def test_a_signal_before_the_first_step_saves_too(tmp_path, monkeypatch):
+    """And a run in this process leaves the handlers as they were."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
+    wrap_model = run_module.wrap_model
+
+    def wrap_slowly(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return wrap_model(*args)
+
+    monkeypatch.setattr(run_module, "wrap_model", wrap_slowly)
+    for start in range(2):
+        status, out = run(tmp_path, resume=start > 0)
+        assert status == 128 + signal.SIGTERM
+        # A step that is evaluated is evaluated again after the resume; others are made first.
+        assert status_of(out)["status"] == "preempted" and status_of(out)["step"] == start + 1
+        assert steps_of(out, "ckpt") == [start + 1]
+        assert [signal.getsignal(number) for number in numbers] == before
+    monkeypatch.setattr(run_module, "wrap_model", wrap_model)
+    assert run(tmp_path, resume=True)[0] == 0
 
 
 def signal_in_batch(monkeypatch, wanted_split, number):
@@ -263,7 +276,7 @@ def signal_in_batch(monkeypatch, wanted_split, number):
     return splits
 
 
-def test_a_signal_cuts_the_last_evaluation_short_too(tmp_path, monkeypatch, signals):
+def test_a_signal_cuts_the_last_evaluation_short_too(tmp_path, monkeypatch):
     splits = signal_in_batch(monkeypatch, "test", 1)
     status, out = run(tmp_path, eval_batch_size=10)
     assert status == 128 + signal.SIGTERM and splits.count("test") == 1
@@ -271,7 +284,7 @@ def test_a_signal_cuts_the_last_evaluation_short_too(tmp_path, monkeypatch, sign
     assert run(tmp_path, resume=True)[0] == 0
 
 
-def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch, signals):
+def test_a_signal_cuts_an_evaluation_short(tmp_path, monkeypatch):
     """It is done again after the resume, so nothing is lost and nobody waits for its end."""
     settings = dict(max_steps=30, eval_interval=10, eval_batch_size=10)
     _, whole = run(tmp_path, "whole", **settings)
