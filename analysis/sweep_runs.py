@@ -3,9 +3,11 @@
 In this file, config is sweep.py's Config.
 """
 
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +83,51 @@ def training_command(point, seed, folder, config):
     return f"train.py {point.train_args} {config.extra_args} {flags}"
 
 
-def run_point(point, seed, folder, config):
+class Children:
+    """The processes that this one has started and waits for, each in a thread of its own."""
+
+    def __init__(self):
+        self.running = set()
+        self.stopped_by = None  # the number of the signal that stopped this process
+
+    def run(self, argv):
+        """Run Python with these arguments -> exit status, standard error."""
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen([sys.executable, *argv], env=env, **options) as process:
+            self.running.add(process)
+            if self.stopped_by:  # while it was being started
+                process.send_signal(self.stopped_by)
+            _, error = process.communicate()
+            self.running.remove(process)
+        return process.returncode, error
+
+    @contextlib.contextmanager
+    def stopped_with_this_process(self):
+        """In the block, SIGTERM and SIGHUP go to the children, too, and raise SystemExit here.
+
+        Ctrl-C needs no help: a terminal sends it to all of them.
+        """
+
+        def stop(number, frame):
+            self.stopped_by = number
+            for process in list(self.running):
+                process.send_signal(number)
+            raise SystemExit(128 + number)
+
+        old_handlers = {}
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                old_handlers[number] = signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
+
+
+def run_point(point, seed, folder, config, children):
     """Train and measure one run -> "", or the command that failed and the end of its output."""
     commands = []
     if point.train_args and not is_trained(folder):
@@ -94,17 +140,16 @@ def run_point(point, seed, folder, config):
     for command in commands:
         # Scripts and configs are those of this folder, wherever the sweep is started.
         argv = [os.path.join(ROOT, a) if a.endswith(".py") else a for a in shlex.split(command)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *argv], env=env, text=True, capture_output=True)
-        if done.returncode:
-            return f"python {command}\n{done.stderr.strip()[-500:]}"
+        exit_status, error = children.run(argv)
+        if exit_status:
+            return f"python {command}\n{error.strip()[-500:]}"
     return ""
 
 
-def run_points(points, seed, folder, config):
+def run_points(points, *args):
     """run_point of several points with the same training -> "", or the first error."""
     for point in points:
-        error = run_point(point, seed, folder, config)
+        error = run_point(point, *args)
         if error:
             return error
     return ""
@@ -118,10 +163,12 @@ def run_missing(points, config):
         if not is_finished(point, folder):
             todo.setdefault((folder, seed), {})[point.eval_args] = point
     errors = []
-    with ThreadPoolExecutor(config.jobs) as pool:
+    children = Children()
+    with ThreadPoolExecutor(config.jobs) as pool, children.stopped_with_this_process():
         pending = {}
         for (folder, seed), of_run in todo.items():
-            pending[folder] = pool.submit(run_points, of_run.values(), seed, folder, config)
+            args = of_run.values(), seed, folder, config, children
+            pending[folder] = pool.submit(run_points, *args)
         bar = tqdm(pending.items(), desc="runs", disable=None)  # None: on terminals only
         try:
             for number, (folder, future) in enumerate(bar, 1):
@@ -130,7 +177,7 @@ def run_missing(points, config):
                     errors.append(error)
                 if bar.disable:
                     say(f"{number}/{len(todo)} {folder}", flush=True)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             # The runs got the same signal, and save a checkpoint.
             pool.shutdown(cancel_futures=True)
             say("stopped: the runs are saved; the same command goes on with them", flush=True)

@@ -97,7 +97,7 @@ def test_figures_share_runs_of_the_same_arguments_only():
 def test_a_run_is_measured_for_every_figure(monkeypatch, tmp_path):
     measured = []
 
-    def run_point(point, seed, folder, config):
+    def run_point(point, seed, folder, config, children):
         measured.append((point.eval_args, seed))
         return ""
 
@@ -230,7 +230,9 @@ def kill_group(process):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_interrupted_saves_the_runs_in_flight(toy, tmp_path, request):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_sweep_that_is_stopped_saves_the_runs_in_flight(toy, tmp_path, request, number):
+    """Ctrl-C goes to all processes of a terminal, `kill` to this one."""
     code = INTERRUPTED.format(args=f"{TOY} 1000000 --eval_interval 1000000 --log_interval 5")
     process = subprocess.Popen(
         [sys.executable, "-c", code, *toy, "--jobs=2"],
@@ -238,9 +240,9 @@ def test_a_sweep_that_is_interrupted_saves_the_runs_in_flight(toy, tmp_path, req
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # a Ctrl-C goes to all processes of a group
+        start_new_session=True,
         # Tests that run in the background of a shell ignore it, and children inherit that.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=functools.partial(signal.signal, number, signal.SIG_DFL),
     )
     request.addfinalizer(functools.partial(kill_group, process))
     logs = [tmp_path / "runs" / f"toy{n}_seed0" / "log.jsonl" for n in (2, 4)]
@@ -248,10 +250,11 @@ def test_a_sweep_that_is_interrupted_saves_the_runs_in_flight(toy, tmp_path, req
     while not all(log.exists() and log.stat().st_size for log in logs):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    send = os.killpg if number == signal.SIGINT else os.kill
+    send(process.pid, number)
     out, err = process.communicate(timeout=240)
-    assert process.returncode == 130 and "the same command goes on with them" in out
-    assert "interrupted" in err and "Traceback" not in err
+    assert process.returncode == 128 + number and "the same command goes on with them" in out
+    assert ("interrupted" in err) == (number == signal.SIGINT) and "Traceback" not in err
     for name in ("toy2", "toy4"):
         assert read_status(tmp_path, name)["status"] == "preempted"
         assert (tmp_path / "runs" / f"{name}_seed0" / "ckpt.pt").exists()
