@@ -299,6 +299,7 @@ class CausalSelfAttention(nn.Module):
         # The attention function of a fork need not know windows.
         options = {"window": c.window} if c.window else {}
         o = self.attention_fn(q, k, v, query_pos, documents, **options)  # (B, H, n, V)
+        attention.check_output(self.attention_fn, o, q, v)
         o = o.transpose(1, 2).flatten(2)  # (B, n, H*V)
         if query_pos is None:
             o = ops.gather_positions(o, output_pos)
@@ -431,6 +432,13 @@ def takes(module, option):
     return option in inspect.signature(module.forward).parameters
 
 
+def check_mixer_output(mixer, y, x):
+    """ConfigError unless the output y of a mixer is a tensor of the shape of its input x."""
+    found = f"a tensor {tuple(y.shape)}" if torch.is_tensor(y) else f"a {type(y).__name__}"
+    message = f"the mixer {type(mixer).__name__} takes (B, T, D) = {tuple(x.shape)}"
+    require(torch.is_tensor(y) and y.shape == x.shape, f"{message} and returns {found}", None)
+
+
 class GPTBlock(nn.Module):
     """Pre-norm block: x + att(norm x), then x + ffn(norm x), each optional.
 
@@ -467,7 +475,10 @@ class GPTBlock(nn.Module):
         if self.att_takes_query_pos:
             return self.att(x, query_pos, **options)
         # A plain mixer computes all positions: the same result, only slower in the last block.
-        return ops.gather_positions(self.att(x, **options), query_pos)
+        y = self.att(x, **options)
+        # Added to the residual stream, an output of (B, T, 1) would pass for one of (B, T, D).
+        check_mixer_output(self.att, y, x)
+        return ops.gather_positions(y, query_pos)
 
     def add(self, x, change):
         # residual_mul is an experiment: each feature of x scales the change that is added to it

@@ -13,6 +13,7 @@ first stopped. A mixer gets 2 layers of width 64; --model_args has further setti
 
 import os
 import shlex
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -56,7 +57,7 @@ from nanorecall.settings import (
     split_argv,
     wants_help,
 )
-from nanorecall.source_files import find_source_file, require_free_name
+from nanorecall.source_files import find_source_file, import_source_file, require_free_name
 
 STORED = os.path.join(ROOT, "figures", "card.json")  # {name: card} of this project's mixers
 
@@ -107,11 +108,15 @@ class Model(GPT):
 
 
 def model_file(mixer):
-    """Write a model file with this mixer into the working directory -> its name, without .py"""
+    """Write a model file with this mixer into the working directory -> its name, is it new?"""
     file, name = mixer.split(".")
     source = find_source_file(file)
     require(source, f"mixer={mixer}: there is no {file}.py here", "mixer")
     require_free_name(file, "mixer", source)
+    mixer_class = getattr(import_source_file(file, "mixer", name), name)
+    del sys.modules[file]  # so that the file below imports it, and records it
+    is_module = isinstance(mixer_class, type) and issubclass(mixer_class, torch.nn.Module)
+    require(is_module, f"mixer={mixer}: {name} is no torch.nn.Module", "mixer")
     model = f"{file}_{name}_blocks"
     text = MODEL_FILE.format(file=file, name=name).encode()
     path = model + ".py"
@@ -119,20 +124,9 @@ def model_file(mixer):
         with open(path, "rb") as f:
             message = f"{path} is not what the card would write there; rename it"
             require(f.read() == text, message, "mixer")
-        return model
+        return model, False
     atomic_write(path, lambda f: f.write(text))
-    try:
-        module, _ = resolve_model(model)
-        mixer_class = module.Mixer
-        is_module = isinstance(mixer_class, type) and issubclass(mixer_class, torch.nn.Module)
-        require(is_module, f"{name} is no torch.nn.Module", "mixer")
-    except BaseException as e:  # the mixer is not there, or does not run
-        os.remove(path)
-        if isinstance(e, ConfigError):
-            raise ConfigError(f"mixer={mixer}: {e}", "mixer") from None
-        raise
-    say(f"wrote {path}: {mixer} in the blocks of model.py")
-    return model
+    return model, True
 
 
 def recall_model(model, model_args):
@@ -368,7 +362,9 @@ def read_stored():
 
 def make_card(config):
     stored = read_stored()  # first, since it may be damaged
-    model = config.model or model_file(config.mixer)
+    model, is_new = config.model, False
+    if config.mixer:
+        model, is_new = model_file(config.mixer)
     name = config.name or (config.mixer or config.model).replace(".", "_")
     stored.pop(name, None)  # an earlier card of the same mixer
     # The settings that a card gives to all models are refused beside blocks.
@@ -380,8 +376,16 @@ def make_card(config):
     folder = os.path.join(config.log_dir, name)
 
     say(f"{name}: checks")
-    model_args, reference = shlex.split(recall), shlex.split(recall_model(REFERENCE, ""))
-    card = {"checks": check_all(model_args, shlex.split(parity), name)}
+    try:
+        model_args, reference = shlex.split(recall), shlex.split(recall_model(REFERENCE, ""))
+        card = {"checks": check_all(model_args, shlex.split(parity), name)}
+    except BaseException:
+        if is_new:  # a refused mixer leaves nothing
+            os.remove(model + ".py")
+        raise
+    if is_new:
+        command = f"python train.py configs/mqar_gpt.py --model {model}"
+        say(f"wrote {model}.py: {config.mixer} in the blocks of model.py; to train it: {command}")
     if card["checks"]["decoding"]:
         say(f"{name}: decoding fails: {card['checks']['decoding']}")
     card |= {"parameters": layer_parameters(model_args), "state": dict.fromkeys(("256", "1024"))}

@@ -6,6 +6,8 @@ Letters: B sequences, T tokens, V vocabulary, N labelled positions.
 """
 
 import copy
+import functools
+import inspect
 import os
 import time
 import traceback
@@ -16,12 +18,14 @@ import torch.nn.functional as F
 import train
 from model import GPTBlock
 from nanorecall.build import (
+    PACKING_ADVICE,
     build_data,
     build_model,
     build_model_config,
     count_parameters,
     describe_output,
     inference_state_bytes,
+    packing_problem,
 )
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, RunError, printable, require
@@ -41,16 +45,24 @@ def new_model(argv):
 
 
 def example_batch(model_args, T=SHORT):
-    """A new model, tokens (3, T), and targets (3, T) at about a third of the positions."""
+    """A new model, and example_inputs."""
     model = new_model([*model_args, f"--input_seq_len={T}", "--num_kv_pairs=4", "--vocab_size=64"])
+    return model, *example_inputs(model, T)
+
+
+def example_inputs(model, T=SHORT):
+    """Tokens (3, T) of 64, and targets (3, T) at about a third of the positions.
+
+    The model's weights get some noise: a part that starts at zero would hide what it does until it
+    is trained.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(64, (3, T), generator=generator)
     is_label = torch.rand(tokens.shape, generator=generator) < 0.3
-    # A part that starts at zero would hide what it does until it is trained.
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn(p.shape, generator=generator)
-    return model, tokens, torch.where(is_label, tokens.flip(1), IGNORE_INDEX)
+    return tokens, torch.where(is_label, tokens.flip(1), IGNORE_INDEX)
 
 
 def differs(a, b):
@@ -155,6 +167,23 @@ def independence(model, tokens, targets):
     return ""
 
 
+def documents(model, tokens, targets):
+    """Documents packed into one sequence have the logits that each has alone, or are refused."""
+    if "cu_seqlens" not in inspect.signature(model.forward).parameters:
+        return ""
+    T = tokens.shape[1]
+    lengths = (T // 2, T // 3, T - T // 2 - T // 3)
+    pieces, ends = [], [0]
+    for row, length in zip(tokens, lengths):
+        pieces.append(row[:length])
+        ends.append(ends[-1] + length)
+    try:
+        with torch.no_grad():
+            return packing_problem(model, torch.cat(pieces)[None], ends, TOLERANCE)
+    except (ConfigError, NotImplementedError):  # it does not take packed documents, and says so
+        return ""
+
+
 def decoding(model, tokens, targets):
     """Half of the tokens at once, then a quarter, then one at a time, as all at once."""
     if not hasattr(model, "forward_cached"):
@@ -185,6 +214,7 @@ NEEDED = {
     "contract": contract,
     "causality": causality,
     "independence": independence,
+    "documents": documents,
 }
 CHECKS = {**NEEDED, "decoding": decoding}
 ADVICE = {
@@ -192,6 +222,7 @@ ADVICE = {
     "contract": "; see `python -m pytest tests/test_contract.py --model={model}`",
     "causality": "; so it reads answers that come later; mask them",
     "independence": "; sequences must not mix; no statistics over the batch",
+    "documents": f"; {PACKING_ADVICE}; or raise NotImplementedError if there are documents",
 }
 
 
@@ -209,23 +240,26 @@ def check_all(recall_args, parity_args, name):
     model = train.parse(recall_args).train.model
     for where, (model_args, T) in situations.items():
         for check in CHECKS:
-            problem, advice = run_check(check, model_args, T)
-            advice = advice.format(model=model)
-            message = f"{name} fails {check} with {where}: {problem}{advice}"
+            problem = run_check(check, functools.partial(example_batch, model_args, T), model)
+            message = f"{name} fails {check} with {where}: {problem}"
             require(check not in NEEDED or not problem, message, None)
             found[check] = found[check] or problem
     return found
 
 
-def run_check(check, model_args, T):
-    """-> "" or what is wrong, and what to do about it, both the ends of a sentence."""
+def run_check(check, make_example, name):
+    """Check what make_example() returns: a model, tokens and targets.
+
+    -> "" or what is wrong and what to do about it, as the end of a sentence. name: of the model.
+    """
     try:
-        model, *inputs = example_batch(model_args, T)
-        return CHECKS[check](model.eval(), *inputs), ADVICE.get(check, "")
+        model, *inputs = make_example()
+        problem = CHECKS[check](model.eval(), *inputs)
     except (ConfigError, RunError):
         raise
     except (Exception, SystemExit) as e:  # the code of a mixer may raise anything
-        return f"it ends in {type(e).__name__} at {raised_at(e)}: {printable(str(e))}", ""
+        return f"it ends in {type(e).__name__} at {raised_at(e)}: {printable(str(e))}"
+    return problem and problem + ADVICE.get(check, "").format(model=name)
 
 
 def raised_at(error):

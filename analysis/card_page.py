@@ -14,6 +14,7 @@ def findings(card, stored):
     """What the numbers of a card say, as sentences. stored: {name: card} of other mixers."""
     return [
         say_checks(card["checks"]),
+        say_size(card, stored),
         say_state(card["state"]),
         say_place(card, stored),
         say_by_state(card["by_state"]),
@@ -30,6 +31,21 @@ def say_checks(checks):
     if checks["decoding"]:
         return f"{text}. Decoding fails: {checks['decoding']}."
     return f"{text}. Decoding token by token equals the parallel form."
+
+
+def say_size(card, stored):
+    """The table compares mixers of equal size, which a fork need not have."""
+    parameters = card["parameters"]
+    text = f"Its layers have {parameters:,} parameters"
+    others = [of_other["parameters"] for of_other in stored.values()]
+    if not others:
+        return f"{text}."
+    low, high = min(others), max(others)
+    text += f", those of the others {low:,} to {high:,}"
+    if 0.98 * low <= parameters <= 1.02 * high:
+        return f"{text}."
+    size = "larger" if parameters > high else "smaller"
+    return f"{text}: it is {size}, so its place is not one among equals; change its widths."
 
 
 def say_state(state):

@@ -169,9 +169,22 @@ def check_signature(attention_fn, window=0):
         expected = ", ".join([*names, *options])
         function = describe_function(attention_fn)
         message = f"the attention function {function} must take ({expected}): {e}"
+        if inspect.ismethod(attention_fn):
+            message += "; as a method it gets self first: write attention_fn = staticmethod(...)"
         raise ConfigError(message, None) from None
     except ValueError:  # a builtin shows no signature
         pass
+
+
+def check_output(attention_fn, o, q, v):
+    """ConfigError unless attention_fn returned a tensor (B, H, n, V) for q (B, H, n, K)."""
+    expected = (*q.shape[:3], v.shape[-1])
+    if torch.is_tensor(o) and o.shape == expected:
+        return
+    found = f"a tensor {tuple(o.shape)}" if torch.is_tensor(o) else f"a {type(o).__name__}"
+    function = describe_function(attention_fn)
+    message = f"the attention function {function} returns {found}, not (B, H, n, V) = {expected}"
+    raise ConfigError(message, None)
 
 
 def naive_attention(q, k, v, query_pos=None, window=0):

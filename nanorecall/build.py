@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_leaves
 
+from nanorecall.hook_names import check_hook_names
 from nanorecall.metrics import autocast, eval_batches, evaluating
 from nanorecall.pretrained import freeze, load_parts
 from nanorecall.rng import IGNORE_INDEX
@@ -114,8 +115,14 @@ def resolve_model(name, user_files=None):
     cls = cls or "Model"
     message = f"model={name!r} must be file or file.Class, without .py"
     require(cls.isidentifier() and cls != "py", message, "model")
-    module = import_source_file(file, "model", "Config", cls, user_files=user_files)
+    module = import_source_file(file, "model", cls, user_files=user_files)
     model_class = getattr(module, cls)
+    message = f"{file}.py has no Config, so it is no file for model"
+    if "." in name:
+        card = f"python sweep.py card --mixer {name}"
+        message += f"; a mixer is trained in a block (GUIDE.md, A mixer of your own): `{card}`"
+        message += " checks it and writes a model file around it"
+    require(hasattr(module, "Config"), message, "model")
     message = f"model={name!r}: Config of {file}.py must be a dataclass (@dataclass)"
     require(dataclasses.is_dataclass(module.Config), message, "model")
     is_module = isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)
@@ -127,6 +134,9 @@ def resolve_model(name, user_files=None):
     choice = f"choose from {', '.join(MODELS)}"
     message = f"model={name!r} is a part of a model, no language model; {choice}"
     require(is_whole, message, "model")
+    # A run that was trained is opened as it is.
+    if file not in REPO_FILES and not (user_files and user_files.recorded is not None):
+        check_hook_names(module, module.__executed__)
     return module, model_class
 
 
@@ -214,6 +224,37 @@ def check_users_model(model, settings, data, device, dtype):
     file = settings.model_module.__file__
     message = f"{file}: {settings.train.model} returns {problem}; {CONTRACT}"
     require(not problem, message, "model")
+    # Data that packs documents does so in training only.
+    two = list(data.batch_indices(0, 2))[:2]
+    tokens, _, _, *cu_seqlens = data.batch("train", 0, two)
+    if not cu_seqlens:
+        return
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    with named_errors(settings), evaluating(model), autocast(device, dtype):
+        problem = packing_problem(model, tokens.to(device), cu_seqlens[0].tolist(), tolerance)
+    message = f"{file}: {settings.train.model} mixes packed documents: {problem}"
+    require(not problem, f"{message}; {PACKING_ADVICE}", "model")
+
+
+PACKING_ADVICE = "no token may see another document (doc_id of `documents` says which is whose)"
+
+
+def packing_problem(model, tokens, ends, tolerance):
+    """How packed documents differ from each of them alone, as a part of a sentence; "" if not.
+
+    tokens (1, T); document d is tokens ends[d] to ends[d + 1]. tolerance: of logits of size 1.
+    """
+    # A token is its own target, so all positions are scored.
+    packed, _ = model(tokens, tokens, torch.tensor(ends, device=tokens.device))
+    for number, (start, end) in enumerate(zip(ends, ends[1:]), 1):
+        document = tokens[:, start:end]
+        alone, _ = model(document, document)
+        difference = (packed[start:end] - alone).abs().max()
+        # Not ">", which is false for a NaN.
+        if not difference <= tolerance * max(1.0, float(alone.abs().max())):
+            found = f"the logits of document {number} of {len(ends) - 1} packed ones differ by"
+            return f"{found} {difference:.2g} from those of the same document alone"
+    return ""
 
 
 def output_problem(output, n_labels, vocab_size):

@@ -32,6 +32,21 @@ def pytest_addoption(parser):
     parser.addoption("--data", action="append", help="test_contract.py: check this data file only")
 
 
+def pytest_configure(config):
+    """A --model or --data that is none ends the tests before they begin, in one sentence."""
+    from nanorecall.build import resolve_model
+    from nanorecall.settings import ConfigError
+    from nanorecall.source_files import import_source_file
+
+    try:
+        for name in config.getoption("--model") or ():
+            resolve_model(name)
+        for name in config.getoption("--data") or ():
+            import_source_file(name, "data", "Config", "Data")
+    except ConfigError as e:
+        raise pytest.UsageError(str(e)) from None
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """What a test draws does not depend on the tests before it."""

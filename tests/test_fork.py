@@ -11,6 +11,7 @@ import torch
 import ablate
 import eval as evaluate
 import train
+from analysis import card_checks
 from nanorecall.build import resolve_model
 from nanorecall.settings import ConfigError
 
@@ -128,8 +129,112 @@ def test_decoding_that_reads_other_keys_breaks_the_contract(here):
     models = ["--model=fork_right", "--model=fork_first"]
     command = [sys.executable, "-m", "pytest", contract, *models, "-q", "-k", "decoding"]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
-    assert "decoded logits differ by" in printed
-    assert "at_once[fork_first]" in printed and "at_once[fork_right]" not in printed
+    assert "fork_first fails decoding: decoded logits differ by" in printed
+    assert printed.count("FAILED ") == 1 and "fork_right" not in printed
+
+
+def test_an_attention_function_that_ignores_documents_is_found(here):
+    """By the contract, by the card, and by a training on packed documents."""
+    lines = ALIBI.splitlines()
+    kept = [line for line in lines if "documents:" not in line and "documents.doc_id" not in line]
+    assert len(kept) == len(lines) - 2
+    (here / "fork_mixes.py").write_text("\n".join(kept))
+    message = "fork_mixes fails documents with 96 tokens: the logits of document 2 of 3 packed"
+    message += " ones differ by .* no token may see another document"
+    flags = ["--model=fork_mixes", "--pos_emb=none"]
+    with pytest.raises(ConfigError, match=message):
+        card_checks.check_all(flags, flags, "fork_mixes")
+    contract = os.path.join(os.path.dirname(GUIDE), "tests", "test_contract.py")
+    command = [sys.executable, "-m", "pytest", contract, "--model=fork_mixes", "-q", "-rN"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    assert "fork_mixes fails documents: the logits of document 2 of 3" in printed
+    assert printed.count(" fails ") == 1
+    packed = ["--data=data_synth", "--pack_documents=1", "--max_steps=2"]
+    with pytest.raises(ConfigError, match="mixes packed documents: the logits of document 2 of 2"):
+        train.main([*flags, *packed, "--num_threads=1", "--log_dir=r"])
+    assert not (here / "r").exists()
+
+
+MISSPELT = {  # what is replaced in ALIBI: by what, the sentence
+    "attention_fn = ": ("attn_fn = ", "reads Attention.attn_fn of .*; did you mean attention_fn?"),
+    "mixer = ": ("attention = ", "reads Block.attention of fork_.*; Block has mixer"),
+    "block = ": ("blok = ", "reads Model.blok of fork_.*; did you mean block?"),
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_a_hook_that_nothing_reads_is_refused(here, name):
+    wrong, sentence = MISSPELT[name]
+    file = f"fork_{wrong.split()[0]}"
+    assert ALIBI.count(name) == 1
+    (here / f"{file}.py").write_text(ALIBI.replace(name, wrong))
+    with pytest.raises(ConfigError, match=f"nothing {sentence}".replace("?", r"\?")):
+        train.main([f"--model={file}", "--pos_emb=none", *SMALL])
+
+
+def test_names_of_a_forks_own_are_taken(here):
+    own = ALIBI.replace("block = Block", "block = Block\n    norm = torch.nn.LayerNorm")
+    own += """
+    version = 2
+    def generate(self, tokens):
+        return self.norm(tokens)
+    def lr_scales(self):
+        return {}
+"""
+    (here / "fork_own.py").write_text(own)
+    assert train.main(["--model=fork_own", "--pos_emb=none", *SMALL, "--run_name=a"]) == 0
+    misspelt = own.replace("lr_scales", "lr_scale")
+    (here / "fork_method.py").write_text(misspelt)
+    with pytest.raises(ConfigError, match="nothing reads Model.lr_scale .*did you mean lr_scales"):
+        resolve_model("fork_method")
+
+
+OUTPUTS = {  # what is returned in place of attention's output: what the sentence says of it
+    "None": "a NoneType",
+    "v[..., :1]": r"a tensor \(1, 2, 32, 1\)",
+    "q.transpose(1, 2)": r"a tensor \(1, 32, 2, 64\)",
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_an_attention_function_of_another_shape_is_refused(here, output):
+    lines = ALIBI.splitlines()
+    (line,) = [i for i, line in enumerate(lines) if "return F.scaled_dot" in line]
+    lines[line] = f"    return {output}"
+    file = f"fork_shape{list(OUTPUTS).index(output)}"
+    (here / f"{file}.py").write_text("\n".join(lines))
+    message = rf"alibi \({file}.py:5\) returns {OUTPUTS[output]}, not \(B, H, n, V\) = \(1, 2, 32"
+    with pytest.raises(ConfigError, match=message):
+        train.main([f"--model={file}", "--pos_emb=none", *SMALL])
+
+
+def test_a_mixer_of_another_shape_is_refused(here):
+    """(B, T, 1) would be added to each feature, without an error."""
+    whole = "self.proj_out(self.proj_in(x).cumsum(1))"
+    for file, result, found in (
+        ("fork_thin", f"{whole}[..., :1]", r"a tensor \(1, 32, 1\)"),
+        ("fork_none", "None", "a NoneType"),
+    ):
+        (here / f"{file}.py").write_text(MIXER.replace(whole, result))
+        message = rf"the mixer Mixer takes \(B, T, D\) = \(1, 32, 64\) and returns {found}"
+        with pytest.raises(ConfigError, match=message):
+            train.main([f"--model={file}", *SMALL])
+
+
+def test_a_mixer_in_place_of_a_model_says_how_it_is_trained(here):
+    (here / "fork_bare.py").write_text(MIXER.split("class Block")[0].replace("Config, ", ""))
+    message = "no Config.*: `python sweep.py card --mixer fork_bare.Mixer` checks it and writes"
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--model=fork_bare.Mixer", *SMALL])
+
+
+def test_a_fork_that_is_not_there_ends_the_contract_in_one_sentence(here):
+    contract = os.path.join(os.path.dirname(GUIDE), "tests", "test_contract.py")
+    command = [sys.executable, "-m", "pytest", contract, "--model=fork_gone", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 4 and not done.stdout.strip()
+    assert "ERROR: model='fork_gone' is neither one of" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_an_attention_function_with_other_arguments_is_refused(here):
@@ -143,6 +248,13 @@ def test_an_attention_function_with_other_arguments_is_refused(here):
     with pytest.raises(ConfigError, match=message):
         train.main(["--model=fork_alibi_too", "--window=4", *SMALL])
     assert not (here / "r").exists()
+
+
+def test_an_attention_function_that_is_no_staticmethod_is_refused(here):
+    (here / "fork_method_fn.py").write_text(ALIBI.replace("staticmethod(alibi)", "alibi"))
+    message = r"too many positional arguments; as a method it gets self first: .*staticmethod"
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--model=fork_method_fn", *SMALL])
 
 
 def test_a_run_that_crashed_at_once_says_what_to_do_with_its_folder(here):

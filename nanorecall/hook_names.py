@@ -1,0 +1,94 @@
+"""Names in the classes of a fork that nothing would read, such as a misspelt hook.
+
+    class Attention(CausalSelfAttention):
+        attn_fn = staticmethod(mine)  # attention_fn is meant
+
+Python takes any name. Without this check, GPT would be trained without a word.
+"""
+
+import ast
+import difflib
+import inspect
+import sys
+
+from torch import nn
+
+from nanorecall.settings import require
+
+# Methods that model.GPT has not, but that are called where a model has them (see build.py).
+OPTIONAL = ("lr_scales", "sparse_gradients", "column_sharded", "on_step_end")
+OPTIONAL += ("correct_predictions",)
+
+
+def check_hook_names(module, files):
+    """ConfigError if a class in a user's module sets a hook that nothing reads.
+
+    files: paths of the user's files that were executed. Only a class that is made from another
+    model, block or mixer has hooks.
+    """
+    read = names_read(files)
+    for cls in vars(module).values():
+        if not inspect.isclass(cls) or not is_of_files(cls, files):
+            continue
+        known = inherited_names(cls)
+        for name, value in vars(cls).items():
+            if not known or name.startswith("_") or name in known or name in read:
+                continue
+            close = close_name(name, value, known)
+            is_replaced = isinstance(value, staticmethod) or is_module_class(value)
+            hint = f"did you mean {close}?" if close else f"{cls.__name__} has {hooks(cls)}"
+            message = f"nothing reads {cls.__name__}.{name} of {module.__name__}.py; {hint}"
+            require(not (close or is_replaced), message, "model")
+
+
+def names_read(files):
+    """All names that the source of these files reads, also as text (getattr)."""
+    names = set()
+    for path in files:
+        with open(path, "rb") as f:
+            tree = ast.parse(f.read())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                names.add(node.id)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names.add(node.value)
+    return names
+
+
+def is_of_files(cls, files):
+    module = sys.modules.get(cls.__module__)
+    return getattr(module, "__file__", None) in files
+
+
+def inherited_names(cls):
+    """What a class may replace: names of its bases up to nn.Module; none if that is the first."""
+    bases = [base for base in cls.__mro__[1:] if base not in nn.Module.__mro__]
+    if not bases or not issubclass(cls, nn.Module):
+        return set()
+    names = {"forward", *OPTIONAL}
+    for base in bases:
+        names |= vars(base).keys()
+    return names
+
+
+def close_name(name, value, known):
+    """The hook of a similar name, or "". A method of one's own may well have a similar one."""
+    cutoff = 0.8 if inspect.isfunction(value) else 0.6
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
+    return close[0] if close else ""
+
+
+def is_module_class(value):
+    return inspect.isclass(value) and issubclass(value, nn.Module)
+
+
+def hooks(cls):
+    """The names of modules and functions that a class takes from its bases, as text."""
+    names = []
+    for base in cls.__mro__[1:]:
+        for name, value in vars(base).items():
+            if is_module_class(value) or name == "attention_fn":
+                names.append(name)
+    return ", ".join(dict.fromkeys(names)) or "no hook"
