@@ -245,10 +245,10 @@ def packing_problem(model, tokens, ends, tolerance):
     tokens (1, T); document d is tokens ends[d] to ends[d + 1]. tolerance: of logits of size 1.
     """
     # A token is its own target, so all positions are scored.
-    packed, _ = model(tokens, tokens, torch.tensor(ends, device=tokens.device))
+    packed = model(tokens, tokens, torch.tensor(ends, device=tokens.device))[0].detach()
     for number, (start, end) in enumerate(zip(ends, ends[1:]), 1):
         document = tokens[:, start:end]
-        alone, _ = model(document, document)
+        alone = model(document, document)[0].detach()
         difference = (packed[start:end] - alone).abs().max()
         # Not ">", which is false for a NaN.
         if not difference <= tolerance * max(1.0, float(alone.abs().max())):

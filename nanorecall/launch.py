@@ -1,10 +1,23 @@
 """How train.py starts: with new settings, with those of a run to resume, or again by torchrun."""
 
+import os
+
 from nanorecall.build import resolve
 from nanorecall.files import lock_run_dir, unlock
+from nanorecall.records import read_record
+from nanorecall.run import LOWER_LR
 from nanorecall.run_dir import find_restarted_run
 from nanorecall.saved_run import RESUMABLE, load_settings
-from nanorecall.settings import print_help, read_argv, reject_args, require, wants_help
+from nanorecall.settings import (
+    ConfigError,
+    RunError,
+    print_help,
+    read_argv,
+    reject_args,
+    reject_unknown,
+    require,
+    wants_help,
+)
 from nanorecall.training_checkpoint import convert_checkpoints
 
 
@@ -30,11 +43,21 @@ def read_command_line(argv, train_config, doc, common=()):
     folder = str(resume[-1].value)
     require(folder, f"{resume[-1].source}: resume needs a run directory", "resume")
     changes = [s for s in assignments if s.key != "resume"]
-    allowed = ", ".join(RESUMABLE)
-    for s in changes:
-        message = f"{s.source}: {s.key} cannot change in the middle of a run (only {allowed} can)"
-        require(s.key in RESUMABLE, message, s.key)
+    refuse_fixed(changes, folder, train_config)
     return load_settings(folder, train_config, changes)
+
+
+def refuse_fixed(changes, folder, train_config):
+    """ConfigError for a setting that does not exist, or that a run cannot change."""
+    fixed = [s for s in changes if s.key not in RESUMABLE]
+    if not fixed:
+        return
+    saved = load_settings(folder, train_config)
+    reject_unknown(fixed, train_config, saved.model_module.Config, type(saved.data))
+    first, *_ = fixed
+    allowed = ", ".join(RESUMABLE)
+    what = f"{first.source}: {first.key} cannot change in the middle of a run"
+    raise ConfigError(f"{what} (only {allowed} can)", first.key)
 
 
 def after_restart(settings, world):
@@ -49,8 +72,21 @@ def after_restart(settings, world):
     restarted = world.broadcast(restarted)
     if settings.resume or not restarted:
         return settings
+    with world.agree():
+        if world.is_main:
+            refuse_repetition(restarted)
     world.print0(f"started again by torchrun: going on with {restarted}")
     return load_settings(restarted, type(settings.train))
+
+
+def refuse_repetition(folder):
+    """RunError if a run failed by its numbers, as it would again. A crash may be tried again."""
+    path = os.path.join(folder, "status.json")
+    if not os.path.exists(path):
+        return
+    status = read_record(path, {"status": "text"})
+    if status["status"] == "failed" and "error" not in status:
+        raise RunError(f"{folder}: numbers were not finite, and would be so again; {LOWER_LR}")
 
 
 def export_checkpoints(settings, world):

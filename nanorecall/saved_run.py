@@ -77,6 +77,8 @@ def load_settings(folder, train_config, changes=()):
             name = os.path.basename(os.path.normpath(folder))
             how = f"start it again as before, with --run_name {name}"
             why = f"{why}: the run was stopped before it began; {how}"
+        elif os.path.exists(os.path.join("runs", folder, "config.json")):
+            why = f"{why}; did you mean {os.path.join('runs', folder)}?"
         raise ConfigError(f"{folder} is not a run directory: {why}")
     saved = read_record(path, SAVED_CONFIG)
     model = {k: v for k, v in saved["model"].items() if k not in DERIVED}

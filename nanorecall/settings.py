@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import tokenize
 import traceback
 import types
@@ -108,7 +109,8 @@ def run_override_file(path):
         with open(path, encoding="utf-8") as f:
             source = f.read()
     except (OSError, UnicodeDecodeError, ValueError) as e:
-        raise ConfigError(f"{path}: cannot read this override file ({e})") from None
+        message = f"{path}: cannot read this override file ({e})"
+        raise ConfigError(message + nearest_config(path)) from None
     namespace = {}
     try:
         tree = ast.parse(source, path)
@@ -125,6 +127,19 @@ def run_override_file(path):
         if is_setting and not isinstance(value, types.ModuleType):
             settings.append(Setting(key, value, f"{path}:{lines.get(key, 1)}"))
     return settings
+
+
+def nearest_config(path):
+    """The config of this project that a path that is not there may mean, as the end of a sentence.
+
+    It is "" if there is none in the working directory.
+    """
+    folder = "configs"
+    if os.path.exists(path) or not os.path.isdir(folder):
+        return ""
+    names = [name for name in os.listdir(folder) if name.endswith(".py")]
+    close = difflib.get_close_matches(os.path.basename(path), names, n=1)
+    return f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
 
 
 def last_line(error, path, files=()):
@@ -556,6 +571,19 @@ def open_screens():
         setattr(sys, name, Screen(stream))
 
 
+def tell_torchrun(error):
+    """Let torchrun's report, which follows on the screen, show a sentence (torch elastic, errors).
+
+    Without it the report says "To enable traceback see ...". A rank that stops because another one
+    has ended says nothing: the report shows the first error.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not error.__cause__:
+        message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(path, "w") as f:
+            json.dump({"message": message}, f)
+
+
 def run_cli(main):
     """Run main() and exit with the status that it returns.
 
@@ -568,6 +596,7 @@ def run_cli(main):
     except (ConfigError, RunError) as e:
         if os.environ.get("RANK", "0") == "0":
             say(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        tell_torchrun(e)
         sys.exit(2 if isinstance(e, ConfigError) else 1)
     except KeyboardInterrupt:
         say(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)

@@ -24,7 +24,7 @@ from nanorecall.files import unlock
 from nanorecall.records import read_json, read_log, write_json
 from nanorecall.run_dir import create_run_dir
 from nanorecall.settings import ConfigError, RunError
-from toys import assert_same, contents, flags, run
+from toys import assert_same, contents, flags, run, torchrun
 
 pytestmark = pytest.mark.slow  # whole runs from start to end
 
@@ -258,6 +258,32 @@ def test_torchrun_does_not_train_a_finished_run_again(on_ranks, tmp_path, monkey
     assert os.path.exists(tmp_path / name / "curves.png")
 
 
+def test_torchrun_does_not_repeat_what_is_not_finite(on_ranks, tmp_path, monkeypatch, capfd):
+    """But a run that crashed, it does."""
+    args = flags(tmp_path, None, **{**SHORT, "lr": 1e38, "eval_interval": 0})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
+    for restart_count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart_count)
+        assert on_ranks(2, lambda rank: train.main(args)) == [1, 1]
+    (name,) = os.listdir(tmp_path)
+    printed = capfd.readouterr()
+    assert printed.out.count("n_train_steps") == 1
+    again = f"{tmp_path / name}: numbers were not finite, and would be so again; lower lr or raise"
+    assert printed.err.count(again) == 1
+    write_json(tmp_path / name / "status.json", {"status": "failed", "error": "OSError: no disk"})
+    assert on_ranks(2, lambda rank: train.main(args)) == [1, 1]
+    assert "started again by torchrun" in capfd.readouterr().out
+
+
+def test_torchruns_report_shows_our_sentence(tmp_path):
+    process = torchrun(2, *flags(tmp_path, "run", batch_size=3, **SHORT))
+    _, error = process.communicate()
+    sentence = "batch_size=3 does not divide into 2 ranks x 1 micro-batches; a multiple of 2 does"
+    # Ours, then those of the two ranks in the report.
+    assert process.returncode == 1 and error.count(sentence) == 3
+    assert "To enable traceback" not in error
+
+
 # ---- the queue of a cluster ----------------------------------------------------------------------
 
 
@@ -343,7 +369,7 @@ def test_what_the_script_sets_itself_is_refused(job, capfd, flag):
 
 
 def test_a_mistake_in_the_settings_ends_the_job_before_torchrun(job, tmp_path, capfd):
-    python = f'shift; exec {sys.executable} {train.__file__} "$@"'
+    python = f'[ "$1" = -c ] && exit; shift; exec {sys.executable} {train.__file__} "$@"'
     assert job("touch started", python=python, args=["--lr=-1"]) == (2, [])
     assert capfd.readouterr().err.count("train.py: --lr: lr=-1.0 must be above 0") == 1
     assert not (tmp_path / "started").exists()
@@ -355,6 +381,12 @@ def test_the_environment_beside_the_code_is_activated(job, tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text("export FROM_VENV=3\n")
     assert job("exit ${FROM_VENV:-1}")[0] == 3
+
+
+def test_a_job_without_its_environment_ends_at_once(job, tmp_path, capfd):
+    assert job("touch started", python='echo "$@" >&2; exit 127') == (1, [])
+    assert "import torch\ntrain.slurm: no Python with torch here; " in capfd.readouterr().err
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_result_of_an_earlier_start_stays(job, tmp_path):

@@ -175,6 +175,8 @@ def test_resume_keeps_the_settings_and_changes_only_what_may_change(tmp_path):
     assert config["train"]["max_steps"] == 70
     with pytest.raises(ConfigError, match="--lr: lr cannot change"):
         run(tmp_path, resume=True, lr=1)
+    with pytest.raises(ConfigError, match="--max_step: .* did you mean max_steps"):
+        run(tmp_path, resume=True, max_step=1)
     with pytest.raises(ConfigError, match="exists; continue it with --resume"):
         run(tmp_path)
 
@@ -283,11 +285,13 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
         (["--device=cuda:77"], "cannot be used on this machine"),
         (["--run_name=../x"], "letters, digits"),
         (["configs/none.py"], "cannot read this override file"),
+        (["config/mqar_gtp.py"], "or directory: 'config/mqar_gtp.py'); did you mean configs/mqar"),
         (["mqar_gpt"], "neither an override file"),
         (["--dk=5"], "must be even"),
     ],
 )
-def test_a_mistake_is_one_sentence(args, message, tmp_path):
+def test_a_mistake_is_one_sentence(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError) as error:
         train.main([*args, f"--log_dir={tmp_path}"])
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -298,6 +302,14 @@ def test_a_run_that_is_not_there_is_one_sentence():
     with pytest.raises(ConfigError) as error:
         train.main(["--resume=nowhere"])
     assert "no config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_of_runs_is_proposed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("runs", "mine", max_steps=2)
+    message = "mine is not a run directory: it has no config.json; did you mean runs/mine?"
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        train.main(["--resume=mine"])
 
 
 def test_a_mistake_exits_with_status_2_and_no_traceback(script):
