@@ -36,7 +36,7 @@ def check_hook_names(module, files):
                 continue
             close = close_name(name, value, known)
             is_replaced = isinstance(value, staticmethod) or is_module_class(value)
-            hint = f"did you mean {close}?" if close else f"{cls.__name__} has {hooks(cls)}"
+            hint = f"did you mean {close}?" if close else f"its hooks are: {hooks(cls)}"
             message = f"nothing reads {cls.__name__}.{name} of {module.__name__}.py; {hint}"
             require(not (close or is_replaced), message, "model")
 
@@ -91,4 +91,4 @@ def hooks(cls):
         for name, value in vars(base).items():
             if is_module_class(value) or name == "attention_fn":
                 names.append(name)
-    return ", ".join(dict.fromkeys(names)) or "no hook"
+    return ", ".join(dict.fromkeys(names)) or "none"

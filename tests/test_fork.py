@@ -157,7 +157,7 @@ def test_an_attention_function_that_ignores_documents_is_found(here):
 
 MISSPELT = {  # what is replaced in ALIBI: by what, the sentence
     "attention_fn = ": ("attn_fn = ", "reads Attention.attn_fn of .*; did you mean attention_fn?"),
-    "mixer = ": ("attention = ", "reads Block.attention of fork_.*; Block has mixer"),
+    "mixer = ": ("attention = ", "reads Block.attention of fork_.*; its hooks are: mixer"),
     "block = ": ("blok = ", "reads Model.blok of fork_.*; did you mean block?"),
 }
 
