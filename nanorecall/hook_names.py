@@ -34,7 +34,8 @@ def check_hook_names(module, files):
         for name, value in vars(cls).items():
             if not known or name.startswith("_") or name in known or name in read:
                 continue
-            close = close_name(name, value, known)
+            # A hook that the class has under its right name, too, is not the one that was meant.
+            close = close_name(name, value, known - vars(cls).keys())
             is_replaced = isinstance(value, staticmethod) or is_module_class(value)
             hint = f"did you mean {close}?" if close else f"its hooks are: {hooks(cls)}"
             message = f"nothing reads {cls.__name__}.{name} of {module.__name__}.py; {hint}"

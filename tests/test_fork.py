@@ -180,10 +180,12 @@ def test_names_of_a_forks_own_are_taken(here):
         return self.norm(tokens)
     def lr_scales(self):
         return {}
+    def lr_scales2(self):
+        return {}
 """
     (here / "fork_own.py").write_text(own)
     assert train.main(["--model=fork_own", "--pos_emb=none", *SMALL, "--run_name=a"]) == 0
-    misspelt = own.replace("lr_scales", "lr_scale")
+    misspelt = own.replace("lr_scales(", "lr_scale(").replace("lr_scales2", "other")
     (here / "fork_method.py").write_text(misspelt)
     with pytest.raises(ConfigError, match="nothing reads Model.lr_scale .*did you mean lr_scales"):
         resolve_model("fork_method")
