@@ -70,11 +70,13 @@ def after_restart(settings, world):
         if world.is_main:
             restarted = find_restarted_run(settings.train.log_dir)
     restarted = world.broadcast(restarted)
-    if settings.resume or not restarted:
+    if not restarted:
         return settings
     with world.agree():
         if world.is_main:
             refuse_repetition(restarted)
+    if settings.resume:
+        return settings
     world.print0(f"started again by torchrun: going on with {restarted}")
     return load_settings(restarted, type(settings.train))
 

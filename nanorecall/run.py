@@ -54,7 +54,14 @@ from nanorecall.saved_run import (
     require_same_settings,
     require_unedited,
 )
-from nanorecall.settings import RunError, changed_settings, printable, require, say
+from nanorecall.settings import (
+    RunError,
+    changed_settings,
+    printable,
+    require,
+    say,
+    tell_torchrun,
+)
 from nanorecall.status import (
     accuracy_table,
     describe_test,
@@ -503,6 +510,7 @@ class Run:
         if result["status"] == "failed":
             if "test" in result:
                 print(f"failed: the loss of the test is not finite; {LOWER_LR}", flush=True)
+            tell_torchrun(f"the run failed, since numbers were not finite; {LOWER_LR}")
             return 1
         test = result["test"]
         summary = summarize_test(test, c.target_slice)

@@ -571,15 +571,14 @@ def open_screens():
         setattr(sys, name, Screen(stream))
 
 
-def tell_torchrun(error):
+def tell_torchrun(sentence):
     """Let torchrun's report, which follows on the screen, show a sentence (torch elastic, errors).
 
-    Without it the report says "To enable traceback see ...". A rank that stops because another one
-    has ended says nothing: the report shows the first error.
+    Without it the report says "To enable traceback see ...". Of several ranks it shows the first.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and not error.__cause__:
-        message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+    if path:
+        message = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError), open(path, "w") as f:
             json.dump({"message": message}, f)
 
@@ -596,7 +595,8 @@ def run_cli(main):
     except (ConfigError, RunError) as e:
         if os.environ.get("RANK", "0") == "0":
             say(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
-        tell_torchrun(e)
+        if not e.__cause__:  # else it stops because another rank has, which says why
+            tell_torchrun(str(e))
         sys.exit(2 if isinstance(e, ConfigError) else 1)
     except KeyboardInterrupt:
         say(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)

@@ -265,11 +265,14 @@ def test_torchrun_does_not_repeat_what_is_not_finite(on_ranks, tmp_path, monkeyp
     for restart_count in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart_count)
         assert on_ranks(2, lambda rank: train.main(args)) == [1, 1]
+    # A run that is resumed is not trained again, either.
     (name,) = os.listdir(tmp_path)
+    resume = [f"--resume={tmp_path / name}"]
+    assert on_ranks(2, lambda rank: train.main(resume)) == [1, 1]
     printed = capfd.readouterr()
     assert printed.out.count("n_train_steps") == 1
     again = f"{tmp_path / name}: numbers were not finite, and would be so again; lower lr or raise"
-    assert printed.err.count(again) == 1
+    assert printed.err.count(again) == 2
     write_json(tmp_path / name / "status.json", {"status": "failed", "error": "OSError: no disk"})
     assert on_ranks(2, lambda rank: train.main(args)) == [1, 1]
     assert "started again by torchrun" in capfd.readouterr().out
@@ -282,6 +285,11 @@ def test_torchruns_report_shows_our_sentence(tmp_path):
     # Ours, then those of the two ranks in the report.
     assert process.returncode == 1 and error.count(sentence) == 3
     assert "To enable traceback" not in error
+    # One that ends as failed, too.
+    process = torchrun(1, *flags(tmp_path, "nan", **{**SHORT, "lr": 1e38, "eval_interval": 0}))
+    _, error = process.communicate()
+    assert "the run failed, since numbers were not finite; lower lr or raise" in error
+    assert process.returncode == 1 and "To enable traceback" not in error
 
 
 # ---- the queue of a cluster ----------------------------------------------------------------------
@@ -293,6 +301,7 @@ def job(tmp_path):
     (tmp_path / "bin").mkdir()
     shutil.copy(os.path.join(os.path.dirname(train.__file__), "train.slurm"), tmp_path)
     (tmp_path / "runs" / "t-7").mkdir(parents=True)
+    (tmp_path / "train.py").touch()
     starts = []
 
     def start(srun, scontrol="exit 0", python="exit 0", args=(), **more):
@@ -326,6 +335,24 @@ def test_only_a_start_that_was_preempted_queues_the_job_again(job):
     assert job("exit 1") == (1, ["requeue 7"] * 2)
 
 
+def test_a_start_that_is_stopped_before_it_has_a_status_queues_the_job_again(job, tmp_path):
+    """SIGTERM goes to each process of the step, so also to the shell that waits for torchrun."""
+    torchrun = 'case "$*" in *distributed.run*) {} ;; esac'
+    stopped = dict(srun='exec "$@"', python=torchrun.format("kill -TERM $PPID; exit 1"))
+    crashed = dict(srun='exec "$@"', python=torchrun.format("exit 1"))
+    status = tmp_path / "runs" / "t-7" / "status.json"
+    for before in ("", "preempted", "running"):
+        if before:
+            status.write_text(f'{{\n "status": "{before}"\n}}')
+        assert job(**stopped)[0] == 0 and not status.exists()
+        assert job(**crashed)[0] == 1
+    assert (tmp_path / "asked").read_text() == "requeue 7\n" * 3
+    write = f'echo \'{{ "status": "failed" }}\' > {status}; kill -TERM $PPID; exit 1'
+    assert job(**{**stopped, "python": torchrun.format(write)})[0] == 1
+    assert (tmp_path / "asked").read_text() == "requeue 7\n" * 3
+    assert not list((tmp_path / "runs").glob(".*"))
+
+
 CODES = [("exit 2", 2), ("exit 1", 1), ("kill -9 $$", 137), ("exit 0", 0)]
 
 
@@ -335,8 +362,9 @@ def test_a_start_that_fails_before_it_trains_ends_the_job(job, ends, code):
     assert job(ends) == (code, ["requeue 7"])
 
 
-def test_a_queue_that_refuses_is_no_success(job):
+def test_a_queue_that_refuses_is_no_success(job, capfd):
     assert job(PREEMPTED, scontrol="exit 1") == (1, ["requeue 7"])
+    assert "goes on with: python train.py --resume runs/t-7\n" in capfd.readouterr().err
 
 
 def below_target(code):
@@ -377,15 +405,30 @@ def test_a_mistake_in_the_settings_ends_the_job_before_torchrun(job, tmp_path, c
     assert (tmp_path / "started").exists() and not os.listdir(tmp_path / "runs" / "t-7")
 
 
-def test_the_environment_beside_the_code_is_activated(job, tmp_path):
+def test_the_environment_beside_the_code_is_activated_where_torch_is_missing(job, tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text("export FROM_VENV=3\n")
-    assert job("exit ${FROM_VENV:-1}")[0] == 3
+    assert job("exit ${FROM_VENV:-1}")[0] == 1
+    # Also beside an environment of conda without torch.
+    needs_venv = '[ "$1" = -c ] && [ -z "$FROM_VENV" ] && exit 1; exit 0'
+    assert job("exit ${FROM_VENV:-1}", python=needs_venv, CONDA_PREFIX="base")[0] == 3
+
+
+def test_all_cores_of_the_job_go_to_the_ranks(job):
+    assert job("exit ${SRUN_CPUS_PER_TASK-7}", SLURM_CPUS_PER_TASK="5")[0] == 5
+    assert job("exit ${SRUN_CPUS_PER_TASK-7}")[0] == 7
+
+
+def test_a_job_from_another_folder_is_refused(job, tmp_path, capfd):
+    (tmp_path / "train.py").unlink()
+    assert job("touch started") == (1, [])
+    assert "call sbatch from the folder of train.py" in capfd.readouterr().err
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_job_without_its_environment_ends_at_once(job, tmp_path, capfd):
     assert job("touch started", python='echo "$@" >&2; exit 127') == (1, [])
-    assert "import torch\ntrain.slurm: no Python with torch here; " in capfd.readouterr().err
+    assert "import torch\ntrain.slurm: no Python with torch; " in capfd.readouterr().err
     assert not (tmp_path / "started").exists()
 
 
