@@ -27,7 +27,7 @@ from analysis.card_checks import (
     relative_cost,
     state_bytes,
 )
-from analysis.card_page import BY_STATE, CARD, REFERENCE, draw, findings, page
+from analysis.card_page import BY_STATE, CARD, REFERENCE, draw, findings, page, say_size
 from analysis.figures_of_mixers import (
     MEMORIES,
     WINDOWS,
@@ -384,13 +384,13 @@ def make_card(config):
             os.remove(model + ".py")
         raise
     if is_new:
-        command = f"python train.py configs/mqar_gpt.py --model {model}"
-        say(f"wrote {model}.py: {config.mixer} in the blocks of model.py; to train it: {command}")
+        say(f"wrote {model}.py: {config.mixer} in the blocks of model.py")
     if card["checks"]["decoding"]:
         say(f"{name}: decoding fails: {card['checks']['decoding']}")
     card |= {"parameters": layer_parameters(model_args), "state": dict.fromkeys(("256", "1024"))}
     if not card["checks"]["decoding"]:
         card["state"] = state_bytes(model_args)
+    say(f"{name}: {say_size(card, stored)}")
     make_directory(folder)
     say(f"{name}: cost of a training step at {len(LENGTHS)} lengths")
     card["cost"] = relative_cost(model_args, reference)
@@ -408,6 +408,8 @@ def make_card(config):
     draw(os.path.join(folder, "card.png"), name, card, stored)
     write_json(os.path.join(folder, "card.json"), card)
     say(f"wrote {folder}/card.md, card.png, card.json")
+    best = max(card["rates"], key=lambda rate: card["rates"][rate] or 0)
+    say(f"to train it yourself: python train.py configs/mqar_gpt.py --model {model} --lr {best}")
     if config.store:
         write_json(STORED, {**stored, name: card})
         say(f"added {name} to {STORED}")

@@ -219,7 +219,6 @@ NEEDED = {
 CHECKS = {**NEEDED, "decoding": decoding}
 ADVICE = {
     "shapes": "; its output must have the shape and dtype of its input, (B, T, D)",
-    "contract": "; see `python -m pytest tests/test_contract.py --model={model}`",
     "causality": "; so it reads answers that come later; mask them",
     "independence": "; sequences must not mix; no statistics over the batch",
     "documents": f"; {PACKING_ADVICE}; or raise NotImplementedError if there are documents",
@@ -237,20 +236,19 @@ def check_all(recall_args, parity_args, name):
         f"{LONG:,} tokens": (recall_args, LONG),
     }
     found = dict.fromkeys(CHECKS, "")
-    model = train.parse(recall_args).train.model
     for where, (model_args, T) in situations.items():
         for check in CHECKS:
-            problem = run_check(check, functools.partial(example_batch, model_args, T), model)
+            problem = run_check(check, functools.partial(example_batch, model_args, T))
             message = f"{name} fails {check} with {where}: {problem}"
             require(check not in NEEDED or not problem, message, None)
             found[check] = found[check] or problem
     return found
 
 
-def run_check(check, make_example, name):
+def run_check(check, make_example):
     """Check what make_example() returns: a model, tokens and targets.
 
-    -> "" or what is wrong and what to do about it, as the end of a sentence. name: of the model.
+    -> "" or what is wrong and what to do about it, as the end of a sentence.
     """
     try:
         model, *inputs = make_example()
@@ -259,7 +257,7 @@ def run_check(check, make_example, name):
         raise
     except (Exception, SystemExit) as e:  # the code of a mixer may raise anything
         return f"it ends in {type(e).__name__} at {raised_at(e)}: {printable(str(e))}"
-    return problem and problem + ADVICE.get(check, "").format(model=name)
+    return problem and problem + ADVICE.get(check, "")
 
 
 def raised_at(error):

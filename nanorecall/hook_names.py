@@ -38,7 +38,7 @@ def check_hook_names(module, files):
             close = close_name(name, value, known - vars(cls).keys())
             is_replaced = isinstance(value, staticmethod) or is_module_class(value)
             hint = f"did you mean {close}?" if close else f"its hooks are: {hooks(cls)}"
-            message = f"nothing reads {cls.__name__}.{name} of {module.__name__}.py; {hint}"
+            message = f"nothing reads {cls.__name__}.{name} of {cls.__module__}.py; {hint}"
             require(not (close or is_replaced), message, "model")
 
 

@@ -27,7 +27,12 @@ REPO_FILES = (
     *("model", "delta", "delta_variants", "linear", "ttt", "hybrid", "memory"),
     *("data_mqar", "data_synth", "data_track"),
 )
-
+# All that lies beside them and is this repo's own, too.
+OURS = (
+    *REPO_FILES,
+    *("train", "eval", "ablate", "flex_generate", "sweep"),
+    *("nanorecall", "analysis", "myriadlama", "tests"),
+)
 
 announced = set()  # paths of recorded files, each of which is announced once in a process
 
@@ -100,19 +105,24 @@ class AdmittedLoader(importlib.machinery.SourceFileLoader):
 class SiblingFinder:
     """Finds modules in the folder of a user's file, and admits them like that file.
 
-    It is last in sys.meta_path, so Python's own modules, installed ones and ours come first.
+    It is first in sys.meta_path: where the folder is on sys.path, as that of the scripts is, Python
+    would import them without a record. What Python finds elsewhere is Python's, and ours is ours.
     """
 
     def __init__(self, folder, user_files, key):
         self.folder, self.user_files, self.key = folder, user_files, key
 
     def find_spec(self, name, path=None, target=None):
+        first = name.partition(".")[0]
+        if first in sys.stdlib_module_names or self.folder == REPO and first in OURS:
+            return None
         base = os.path.join(self.folder, *name.split("."))
-        package, module = os.path.join(base, "__init__.py"), base + ".py"
-        if os.path.isfile(package):
-            return AdmittedLoader(name, package, self.user_files, self.key).spec([])
-        if os.path.isfile(module):
-            return AdmittedLoader(name, module, self.user_files, self.key).spec()
+        for file, subfolders in ((os.path.join(base, "__init__.py"), []), (base + ".py", None)):
+            if os.path.isfile(file):
+                found = importlib.machinery.PathFinder.find_spec(name, path)
+                if found and found.origin and not os.path.samefile(found.origin, file):
+                    return None
+                return AdmittedLoader(name, file, self.user_files, self.key).spec(subfolders)
         return None
 
 
@@ -176,7 +186,7 @@ def import_user_file(name, key, path, user_files):
     sys.modules[name] = module
     before = set(user_files.files)
     finder = SiblingFinder(os.path.dirname(os.path.realpath(path)), user_files, key)
-    sys.meta_path.append(finder)
+    sys.meta_path.insert(0, finder)
     try:
         spec.loader.exec_module(module)
     except ConfigError:

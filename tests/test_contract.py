@@ -55,7 +55,7 @@ def test_the_model_passes(model_name, check):
         return model, *example_inputs(model)
 
     try:
-        problem = run_check(check, make_example, model_name)
+        problem = run_check(check, make_example)
     except ConfigError as e:
         problem = str(e)
     # These two are refusals. A model need not decode.

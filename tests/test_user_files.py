@@ -58,6 +58,18 @@ def test_a_fork_is_executed_as_recorded_and_announced(place, capsys):
         assert text.count(f"note: executing {path}, as the run recorded it") == 1
 
 
+def test_a_file_that_python_would_find_by_itself_is_recorded_too(place, monkeypatch):
+    """The folder of the scripts is on sys.path, and forks may lie there."""
+    monkeypatch.syspath_prepend(str(place))
+    train.main(flags(place, "on_path", model="my_fork", **SHORT))
+    files = json.loads((place / "on_path" / "config.json").read_text())["files"]
+    assert set(files) == {str(place / "my_fork.py"), str(place / "my_helper.py")}
+    forget_fork()
+    (place / "my_helper.py").write_text("NAME = 'other'\n")
+    with pytest.raises(ConfigError, match="my_helper.py is not executed: it has changed"):
+        eval_script.main(["on_path"])
+
+
 COMMANDS = {
     "eval": lambda: eval_script.main(["f"]),
     "resume": lambda: train.main(["--resume", "f"]),
