@@ -45,7 +45,8 @@ def say_size(card, stored):
     if 0.98 * low <= parameters <= 1.02 * high:
         return f"{text}."
     size = "larger" if parameters > high else "smaller"
-    return f"{text}: it is {size}, so its place is not one among equals; change its widths."
+    place = f"it is {size}, so its place is not one among equals"
+    return f"{text}: {place}; change its widths (--model_args)."
 
 
 def say_state(state):

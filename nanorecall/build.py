@@ -224,16 +224,40 @@ def check_users_model(model, settings, data, device, dtype):
     file = settings.model_module.__file__
     message = f"{file}: {settings.train.model} returns {problem}; {CONTRACT}"
     require(not problem, message, "model")
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    with named_errors(settings), evaluating(model), autocast(device, dtype):
+        problem = causality_problem(model, inputs[0][:1], data.vocab_size, tolerance)
+    message = f"{file}: {settings.train.model} reads tokens that come later: {problem}"
+    require(not problem, f"{message}; mask them", "model")
     # Data that packs documents does so in training only.
     two = list(data.batch_indices(0, 2))[:2]
     tokens, _, _, *cu_seqlens = data.batch("train", 0, two)
     if not cu_seqlens:
         return
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
     with named_errors(settings), evaluating(model), autocast(device, dtype):
         problem = packing_problem(model, tokens.to(device), cu_seqlens[0].tolist(), tolerance)
     message = f"{file}: {settings.train.model} mixes packed documents: {problem}"
     require(not problem, f"{message}; {PACKING_ADVICE}", "model")
+
+
+def causality_problem(model, tokens, vocab_size, tolerance):
+    """How logits of the first half of tokens (1, T) depend on the second, as a part of a sentence.
+
+    "" if they do not. The report card looks more closely. tolerance: of logits of size 1.
+    """
+    half = tokens.shape[1] // 2
+    changed = tokens.clone()
+    # Not a permutation, which a mean over all tokens would not show.
+    changed[:, half:] = (tokens[:, half:] + 1) % vocab_size
+    # A token is its own target, so all positions are scored.
+    logits, after = (model(x, x)[0][:half].detach() for x in (tokens, changed))
+    change = (after - logits).abs().amax(-1)
+    is_changed = ~(change <= tolerance * max(1.0, float(logits.abs().max())))  # true for a NaN
+    if not is_changed.any():
+        return ""
+    position = int(is_changed.nonzero()[0]) + 1
+    size = float(change[position - 1])
+    return f"its logits at token {position} change by {size:.2g} when only those after {half} do"
 
 
 PACKING_ADVICE = "no token may see another document (doc_id of `documents` says which is whose)"

@@ -13,7 +13,7 @@ import sys
 
 from torch import nn
 
-from nanorecall.settings import require
+from nanorecall.settings import require, say
 
 # Methods that model.GPT has not, but that are called where a model has them (see build.py).
 OPTIONAL = ("lr_scales", "sparse_gradients", "column_sharded", "on_step_end")
@@ -31,6 +31,10 @@ def check_hook_names(module, files):
         if not inspect.isclass(cls) or not is_of_files(cls, files):
             continue
         known = inherited_names(cls)
+        # Several models may share a file; a block or mixer is there to be used.
+        if known and "block" not in known and cls.__name__ not in read:
+            note = f"note: nothing uses the class {cls.__name__} of {cls.__module__}.py"
+            say(note, file=sys.stderr)
         for name, value in vars(cls).items():
             if not known or name.startswith("_") or name in known or name in read:
                 continue
@@ -76,7 +80,7 @@ def inherited_names(cls):
 
 def close_name(name, value, known):
     """The hook of a similar name, or "". A method of one's own may well have a similar one."""
-    cutoff = 0.8 if inspect.isfunction(value) else 0.6
+    cutoff = 0.72 if inspect.isfunction(value) else 0.6
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
     return close[0] if close else ""
 

@@ -172,6 +172,33 @@ def test_a_hook_that_nothing_reads_is_refused(here, name):
         train.main([f"--model={file}", "--pos_emb=none", *SMALL])
 
 
+def test_a_class_that_nothing_uses_is_noted(here, capsys):
+    """Else it would be GPT under the name of the fork."""
+    (here / "fork_unused.py").write_text(ALIBI.replace("    mixer = Attention", "    pass"))
+    resolve_model("fork_unused")
+    note = "note: nothing uses the class Attention of fork_unused.py\n"
+    assert capsys.readouterr().err == note
+
+
+def test_a_model_that_reads_later_tokens_is_not_trained(here):
+    (here / "fork_future.py").write_text(
+        MIXER.replace(".cumsum(1)", ".mean(1, keepdim=True) + 0 * x")
+    )
+    message = "reads tokens that come later: its logits at token 1 change by .* mask them"
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--model=fork_future", *SMALL])
+    assert not (here / "r").exists()
+
+
+def test_a_misspelt_method_is_refused(here):
+    code = ALIBI.replace(
+        "attention_fn = staticmethod(alibi)", "def attn_fn(self, *args):\n        pass"
+    )
+    (here / "fork_attn.py").write_text(code)
+    with pytest.raises(ConfigError, match="Attention.attn_fn .* did you mean attention_fn"):
+        resolve_model("fork_attn")
+
+
 def test_names_of_a_forks_own_are_taken(here):
     own = ALIBI.replace("block = Block", "block = Block\n    norm = torch.nn.LayerNorm")
     own += """
