@@ -246,6 +246,8 @@ def causality_problem(model, tokens, vocab_size, tolerance):
     "" if they do not. The report card looks more closely. tolerance: of logits of size 1.
     """
     half = tokens.shape[1] // 2
+    if half == 0:
+        return ""
     changed = tokens.clone()
     # Not a permutation, which a mean over all tokens would not show.
     changed[:, half:] = (tokens[:, half:] + 1) % vocab_size

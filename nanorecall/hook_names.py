@@ -14,6 +14,7 @@ import sys
 from torch import nn
 
 from nanorecall.settings import require, say
+from nanorecall.source_files import is_main_rank
 
 # Methods that model.GPT has not, but that are called where a model has them (see build.py).
 OPTIONAL = ("lr_scales", "sparse_gradients", "column_sharded", "on_step_end")
@@ -32,7 +33,8 @@ def check_hook_names(module, files):
             continue
         known = inherited_names(cls)
         # Several models may share a file; a block or mixer is there to be used.
-        if known and "block" not in known and cls.__name__ not in read:
+        is_used = "block" in known or cls.__name__ in read
+        if known and not is_used and is_main_rank():
             note = f"note: nothing uses the class {cls.__name__} of {cls.__module__}.py"
             say(note, file=sys.stderr)
         for name, value in vars(cls).items():
