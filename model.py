@@ -489,6 +489,9 @@ class UnifiedKVBlock(GPTBlock):
     mixer = CausalSelfAttentionUnifiedKV
 
 
+NEEDS_DOCUMENTS = "packed documents need a mixer that keeps them apart"
+
+
 class GPT(nn.Module):
     """Embedding, blocks, norm, output head.
 
@@ -531,7 +534,7 @@ class GPT(nn.Module):
             # it would also have to wait for all work queued before.
             query_pos, label_index, labels = ops.labelled_positions(targets)
         if cu_seqlens is not None:
-            self.require_mixers("documents", "packed documents need a mixer that keeps them apart")
+            self.require_mixers("documents", NEEDS_DOCUMENTS)
             documents = options["documents"] = ops.PackedDocuments(cu_seqlens, tokens)
         x = self.embed_tokens(tokens, documents=documents)  # (B, T, D)
         for layer in self.layers[:-1]:

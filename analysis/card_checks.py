@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from model import GPTBlock
+from model import NEEDS_DOCUMENTS, GPTBlock
 from nanorecall.build import (
     PACKING_ADVICE,
     build_data,
@@ -180,8 +180,10 @@ def documents(model, tokens, targets):
     try:
         with torch.no_grad():
             return packing_problem(model, torch.cat(pieces)[None], ends, TOLERANCE)
-    except (ConfigError, NotImplementedError):  # it does not take packed documents, and says so
+    except NotImplementedError:  # it does not take packed documents, and says so
         return ""
+    except ConfigError as e:  # so does a mixer without them; anything else is a fault
+        return "" if str(e).startswith(NEEDS_DOCUMENTS) else str(e)
 
 
 def decoding(model, tokens, targets):

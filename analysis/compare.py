@@ -78,7 +78,7 @@ def print_runs(runs, different):
     lines = []
     for run in runs:
         _, accuracy, interval = format_ci(run["all"])
-        values = [run[name] for name in COLUMNS]
+        values = ["unknown" if run[name] is None else run[name] for name in COLUMNS]
         values += [setting_text(run, name) for name in shown]
         lines.append((*values, accuracy, interval))
     print_table((*COLUMNS.values(), *shown, "accuracy", "95% interval"), lines)
@@ -176,11 +176,11 @@ def read_result(folder):
         by_slice[name] = {value: slice_metrics(c)["value"] for value, c in slices.items()}
 
     config = saved_model_config(folder, settings)
-    state_bytes, shape = 0, ""
+    state_bytes, shape = None, ""
     # A forked model file may lack seq_len, dim or n_layers.
     if hasattr(config, "seq_len"):
         model = settings.model_class(config)
-        state_bytes = inference_state_bytes(model, config.seq_len) or 0
+        state_bytes = inference_state_bytes(model, config.seq_len)  # None: it cannot decode
     if hasattr(config, "dim") and hasattr(config, "n_layers"):
         shape = f"D{config.dim} L{config.n_layers}"
     return {

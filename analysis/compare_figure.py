@@ -50,7 +50,8 @@ def plot_compare(path, groups, band="range"):
     """Loss and accuracy against steps; accuracy by slice and by size, if the runs have several."""
     runs = list(itertools.chain.from_iterable(groups.values()))
     slice_name, values = shared_slice(runs)
-    size = "state" if len({run["state"] for run in runs}) > 1 else "params"
+    states = {run["state"] for run in runs}
+    size = "state" if len(states) > 1 and None not in states else "params"
     has_sizes = len({run[size] for run in runs}) > 1
     n_panels = 2 + bool(slice_name) + has_sizes
     n_columns = 2 if n_panels % 2 == 0 else 3

@@ -13,7 +13,7 @@ import sweep
 import train
 from analysis import card, card_checks, card_page
 from analysis.sweep_runs import ROOT, is_finished, runs_of, training_command
-from nanorecall.settings import ConfigError
+from nanorecall.settings import ConfigError, require
 
 TOY = ["--n_layers=1", "--dim=16", "--dk=8", "--dv=8"]
 
@@ -151,6 +151,9 @@ def test_packed_documents_that_mix_are_found(batch):
     found = card_checks.documents(MixesDocuments(model), *inputs)
     assert found.startswith("the logits of document 2 of 3 packed ones differ by ")
     assert card_checks.documents(RefusesDocuments(model), *inputs) == ""
+    broken = RefusesDocuments(model)
+    broken.packed = lambda *_: require(False, "a wrong shape", None)
+    assert card_checks.documents(broken, *inputs) == "a wrong shape"
     assert card_checks.documents(Faulty(model, lambda logits: logits), *inputs) == ""
 
 

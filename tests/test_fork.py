@@ -81,13 +81,14 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FORKS)
-def test_every_command_works_or_refuses_in_a_sentence(name, here):
+def test_every_command_works_or_refuses_in_a_sentence(name, here, capsys):
     fork = f"fork_{name}".replace(" ", "_")
     (here / f"{fork}.py").write_text(FORKS[name])
     assert train.main([f"--model={fork}", *SMALL, "--run_name=a"]) == 0
     assert train.main(["--resume", "r/a", "--max_steps", "3"]) == 0
     for args in (["r/a"], ["logits", "r/a", "--n_examples=8"], ["compare", "r/*"]):
         evaluate.main(args)
+    assert "  unknown  " in capsys.readouterr().out  # the bytes of its state: it cannot decode
     for path in ("r/a/eval_test.json", "r/a/eval_logits_n_examples-8.json", "r/compare.png"):
         assert os.path.exists(path)
     ablate.main(["all", "r/a", "--n_examples=8"])
