@@ -49,6 +49,7 @@ from nanorecall.settings import (
     print_help,
     reject_unknown,
     require,
+    require_known,
     run_cli,
     say,
     split_argv,
@@ -255,12 +256,14 @@ def parse(argv):
     args, settings = split_argv(argv)
     if wants_help(settings):
         print_help(__doc__, Config)
+    names = list(FIGURES) if args == ["all"] else args
+    # First: a misspelt `card` has settings that figures have not.
+    for name in names:
+        require_known("figure", name, [*FIGURES, "all", "card"])
+        message = f"{name} stands alone, before its settings: python sweep.py {name}"
+        require(name in FIGURES, message, None)
     reject_unknown(settings, Config)
     config = build_config(Config, settings)
-    names = list(FIGURES) if args == ["all"] else args
-    unknown = " ".join(name for name in names if name not in FIGURES)
-    choice = f"choose from {', '.join(FIGURES)}, or all"
-    require(not unknown, f"there is no figure {unknown}; {choice}", None)
     return names, config
 
 

@@ -374,6 +374,9 @@ def make_card(config):
     recall = recall_model(model, config.model_args)
     parity = parity_model(model, config.model_args)
     folder = os.path.join(config.log_dir, name)
+    runs = SimpleNamespace(seeds=1, jobs=config.jobs, log_dir=folder, extra_args=config.extra_args)
+    # Before minutes of checks: the runs of an earlier call may be those of another model.
+    read_finished(first_points(recall, parity), runs)
 
     say(f"{name}: checks")
     try:
@@ -398,7 +401,6 @@ def make_card(config):
     states = {}
     if card["state"]["256"]:
         states = sizes_of_state(model, recall, config.model_args)
-    runs = SimpleNamespace(seeds=1, jobs=config.jobs, log_dir=folder, extra_args=config.extra_args)
     card |= measure_runs(recall, parity, states, runs, name)
 
     for sentence in findings(card, stored):

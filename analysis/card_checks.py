@@ -18,15 +18,13 @@ import torch.nn.functional as F
 import train
 from model import NEEDS_DOCUMENTS, GPTBlock
 from nanorecall.build import (
-    PACKING_ADVICE,
     build_data,
     build_model,
     build_model_config,
     count_parameters,
-    describe_output,
     inference_state_bytes,
-    packing_problem,
 )
+from nanorecall.model_checks import PACKING_ADVICE, describe_output, packing_problem
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, RunError, printable, require
 

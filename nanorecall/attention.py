@@ -169,11 +169,19 @@ def check_signature(attention_fn, window=0):
         expected = ", ".join([*names, *options])
         function = describe_function(attention_fn)
         message = f"the attention function {function} must take ({expected}): {e}"
-        if inspect.ismethod(attention_fn):
+        if inspect.ismethod(attention_fn) and takes(attention_fn.__func__, names, options):
             message += "; as a method it gets self first: write attention_fn = staticmethod(...)"
         raise ConfigError(message, None) from None
     except ValueError:  # a builtin shows no signature
         pass
+
+
+def takes(function, names, options):
+    try:
+        inspect.signature(function).bind(*names, **options)
+    except TypeError:
+        return False
+    return True
 
 
 def check_output(attention_fn, o, q, v):
@@ -185,6 +193,36 @@ def check_output(attention_fn, o, q, v):
     function = describe_function(attention_fn)
     message = f"the attention function {function} returns {found}, not (B, H, n, V) = {expected}"
     raise ConfigError(message, None)
+
+
+def check_window(attention_fn, layer):
+    """ConfigError if attention_fn lets a query see more tokens than layer.config.window.
+
+    layer: the attention layer that calls it. A function may take `window` and forget it.
+    """
+    c = layer.config
+    T = c.window + 1
+    if not c.window or T > c.seq_len:
+        return
+    generator = torch.Generator().manual_seed(0)
+    device = layer.out_proj.weight.device
+
+    def random(heads, width):
+        return torch.randn(1, heads, T, width, generator=generator).to(device)
+
+    K, V = layer.head_dims(c)
+    q, k, v = random(layer.n_heads, K), random(layer.n_kv_heads, K), random(layer.n_kv_heads, V)
+    # The first token is the only one that the last query must not see.
+    is_first = torch.arange(T, device=device)[:, None] == 0
+    o = attention_fn(q, k, v, None, None, window=c.window)
+    k, v = (torch.where(is_first, x + 1, x) for x in (k, v))
+    changed = attention_fn(q, k, v, None, None, window=c.window)
+    # Not ">", which is false for a NaN.
+    if (changed - o)[:, :, -1].abs().max() <= 1e-5 * o.abs().max():
+        return
+    function = describe_function(attention_fn)
+    message = f"the attention function {function} lets a query see more than its window of"
+    raise ConfigError(f"{message} {c.window} tokens; mask those before it", None)
 
 
 def naive_attention(q, k, v, query_pos=None, window=0):

@@ -10,6 +10,7 @@ A model is a short name of MODELS, file or file.Class; a task is a file (see sou
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import math
 import os
 from dataclasses import dataclass
@@ -18,14 +19,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from nanorecall.hook_names import check_hook_names
-from nanorecall.metrics import autocast, eval_batches, evaluating
+from nanorecall.metrics import evaluating
 from nanorecall.pretrained import freeze, load_parts
-from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import (
     ConfigError,
     RunError,
     build_config,
-    last_line,
     reject_unknown,
     reject_unused,
     require,
@@ -115,13 +114,16 @@ def resolve_model(name, user_files=None):
     cls = cls or "Model"
     message = f"model={name!r} must be file or file.Class, without .py"
     require(cls.isidentifier() and cls != "py", message, "model")
-    module = import_source_file(file, "model", cls, user_files=user_files)
+    module = import_source_file(file, "model", user_files=user_files)
+    mixers = own_mixers(module)
+    message = f"{file}.py has no {cls}, so it is no file for model"
+    message += card_advice([f"{file}.{mixer}" for mixer in mixers])
+    require(hasattr(module, cls), message, "model")
     model_class = getattr(module, cls)
+    message = f"model={name!r} is a function; GUIDE.md, An attention function of your own, says how"
+    require(not inspect.isfunction(model_class), f"{message} a model calls it", "model")
     message = f"{file}.py has no Config, so it is no file for model"
-    if "." in name:
-        card = f"python sweep.py card --mixer {name}"
-        message += f"; a mixer is trained in a block (GUIDE.md, A mixer of your own): `{card}`"
-        message += " checks it and writes a model file around it"
+    message += card_advice([name] if cls in mixers else [])
     require(hasattr(module, "Config"), message, "model")
     message = f"model={name!r}: Config of {file}.py must be a dataclass (@dataclass)"
     require(dataclasses.is_dataclass(module.Config), message, "model")
@@ -138,6 +140,25 @@ def resolve_model(name, user_files=None):
     if file not in REPO_FILES and not (user_files and user_files.recorded is not None):
         check_hook_names(module, module.__executed__)
     return module, model_class
+
+
+def own_mixers(module):
+    """Names of the classes in a file that may be mixers: those made from nn.Module itself."""
+    names = []
+    for name, value in vars(module).items():
+        is_own = inspect.isclass(value) and value.__module__ == module.__name__
+        if is_own and torch.nn.Module in value.__bases__:
+            names.append(name)
+    return names
+
+
+def card_advice(mixers):
+    """How to train one of these mixers (file.Class), as the end of a sentence; "" without one."""
+    if not mixers:
+        return ""
+    cards = " or ".join(f"`python sweep.py card --mixer {mixer}`" for mixer in mixers)
+    where = "a mixer is trained in a block (GUIDE.md, A mixer of your own)"
+    return f"; {where}: {cards} checks it and writes a model file around it"
 
 
 # ---- Settings -> data and model ------------------------------------------------------------------
@@ -174,137 +195,6 @@ def build_model(settings, config):
             sizes = describe_size(settings.model_class(config), 4)
         message = f"a model of these sizes does not fit in memory: {sizes}; make that smaller"
         raise ConfigError(message) from None
-
-
-# ---- the model file of a user --------------------------------------------------------------------
-
-CONTRACT = "Model(config) must take tokens and targets, both (B, T), and return logits"
-CONTRACT += " (N, vocab_size) of the N labelled positions and their mean cross-entropy"
-
-
-def is_users_model(settings):
-    return os.path.realpath(settings.model_module.__file__) in settings.files
-
-
-@contextlib.contextmanager
-def named_errors(settings):
-    """An error of a user's model in the block becomes a ConfigError that names file and line."""
-    try:
-        yield
-    except (ConfigError, RunError):
-        raise
-    except (Exception, SystemExit) as e:  # the user's code may raise anything
-        if is_out_of_memory(e) or not is_users_model(settings):
-            raise
-        where = last_line(e, settings.model_module.__file__, settings.files)
-        name = settings.train.model
-        error = " ".join(f"{type(e).__name__}: {e}".split())  # some have several lines
-        message = f"{where}: {name} does not run ({error}); {CONTRACT}"
-        raise ConfigError(message, "model") from None
-
-
-def check_users_model(model, settings, data, device, dtype):
-    """ConfigError unless a user's model returns logits and loss for one sequence of val.
-
-    Training would end in an error of torch that does not say what a model must return.
-    """
-    # A sharded table may be too large for one device.
-    if not is_users_model(settings) or getattr(model, "column_sharded", tuple)():
-        return
-    indices = next(eval_batches(data, "val", 1), None)
-    require(indices is not None, "the data has no group of examples in val", "data")
-    tokens, targets, _, *cu_seqlens = data.batch("val", 0, indices)
-    inputs = [x.to(device) for x in (tokens, targets, *cu_seqlens)]
-    n_labels = int((targets != IGNORE_INDEX).sum())
-    with enough_memory(lambda: training_advice(model, device)), named_errors(settings):
-        model.to(device)
-        with evaluating(model), autocast(device, dtype):
-            output = model(*inputs)
-    problem = output_problem(output, n_labels, data.vocab_size)
-    file = settings.model_module.__file__
-    message = f"{file}: {settings.train.model} returns {problem}; {CONTRACT}"
-    require(not problem, message, "model")
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
-    with named_errors(settings), evaluating(model), autocast(device, dtype):
-        problem = causality_problem(model, inputs[0][:1], data.vocab_size, tolerance)
-    message = f"{file}: {settings.train.model} reads tokens that come later: {problem}"
-    require(not problem, f"{message}; mask them", "model")
-    # Data that packs documents does so in training only.
-    two = list(data.batch_indices(0, 2))[:2]
-    tokens, _, _, *cu_seqlens = data.batch("train", 0, two)
-    if not cu_seqlens:
-        return
-    with named_errors(settings), evaluating(model), autocast(device, dtype):
-        problem = packing_problem(model, tokens.to(device), cu_seqlens[0].tolist(), tolerance)
-    message = f"{file}: {settings.train.model} mixes packed documents: {problem}"
-    require(not problem, f"{message}; {PACKING_ADVICE}", "model")
-
-
-def causality_problem(model, tokens, vocab_size, tolerance):
-    """How logits of the first half of tokens (1, T) depend on the second, as a part of a sentence.
-
-    "" if they do not. The report card looks more closely. tolerance: of logits of size 1.
-    """
-    half = tokens.shape[1] // 2
-    if half == 0:
-        return ""
-    changed = tokens.clone()
-    # Not a permutation, which a mean over all tokens would not show.
-    changed[:, half:] = (tokens[:, half:] + 1) % vocab_size
-    # A token is its own target, so all positions are scored.
-    logits, after = (model(x, x)[0][:half].detach() for x in (tokens, changed))
-    change = (after - logits).abs().amax(-1)
-    is_changed = ~(change <= tolerance * max(1.0, float(logits.abs().max())))  # true for a NaN
-    if not is_changed.any():
-        return ""
-    position = int(is_changed.nonzero()[0]) + 1
-    size = float(change[position - 1])
-    return f"its logits at token {position} change by {size:.2g} when only those after {half} do"
-
-
-PACKING_ADVICE = "no token may see another document (doc_id of `documents` says which is whose)"
-
-
-def packing_problem(model, tokens, ends, tolerance):
-    """How packed documents differ from each of them alone, as a part of a sentence; "" if not.
-
-    tokens (1, T); document d is tokens ends[d] to ends[d + 1]. tolerance: of logits of size 1.
-    """
-    # A token is its own target, so all positions are scored.
-    packed = model(tokens, tokens, torch.tensor(ends, device=tokens.device))[0].detach()
-    for number, (start, end) in enumerate(zip(ends, ends[1:]), 1):
-        document = tokens[:, start:end]
-        alone = model(document, document)[0].detach()
-        difference = (packed[start:end] - alone).abs().max()
-        # Not ">", which is false for a NaN.
-        if not difference <= tolerance * max(1.0, float(alone.abs().max())):
-            found = f"the logits of document {number} of {len(ends) - 1} packed ones differ by"
-            return f"{found} {difference:.2g} from those of the same document alone"
-    return ""
-
-
-def output_problem(output, n_labels, vocab_size):
-    """"" or what a model returns in place of logits and loss, as a part of a sentence."""
-    if not isinstance(output, (tuple, list)) or len(output) != 2:
-        return describe_output(output)
-    logits, loss = output
-    # More logits than tokens are no error: some models pad their vocabulary.
-    is_floating = torch.is_tensor(logits) and logits.is_floating_point()
-    if not is_floating or logits.ndim != 2 or len(logits) != n_labels:
-        return f"as logits {describe_output(logits)} for {n_labels} labels"
-    if logits.shape[1] < vocab_size:
-        return f"logits of {logits.shape[1]} tokens with a vocab_size of {vocab_size}"
-    if not torch.is_tensor(loss) or not loss.is_floating_point() or loss.numel() != 1:
-        return f"as loss {describe_output(loss)}, not one number"
-    return "" if loss.requires_grad else "a loss that has no gradient"
-
-
-def describe_output(output):
-    if torch.is_tensor(output):
-        return f"a tensor {tuple(output.shape)} of {output.dtype}"
-    if isinstance(output, (tuple, list)):
-        return f"a {type(output).__name__} of {len(output)} items"
-    return f"a {type(output).__name__}"
 
 
 # ---- weights -------------------------------------------------------------------------------------

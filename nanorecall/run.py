@@ -16,12 +16,10 @@ from nanorecall.build import (
     build_data,
     build_model,
     build_model_config,
-    check_users_model,
     count_parameters,
     enough_memory,
     inference_state_bytes,
     load_and_freeze,
-    named_errors,
     total_steps,
     training_advice,
 )
@@ -37,6 +35,7 @@ from nanorecall.distributed import (
 )
 from nanorecall.files import lock_run_dir, unlock
 from nanorecall.metrics import check_slice, evaluate, print_baselines, print_slices, slice_accuracy
+from nanorecall.model_checks import check_users_model, named_errors
 from nanorecall.plots import plot_curves
 from nanorecall.progress import duration
 from nanorecall.records import JsonlLog, check_kinds, read_log, read_record, write_json
@@ -292,6 +291,8 @@ class Run:
         size = self.settings.train.eval_batch_size
         n_val_steps = sum(math.ceil(len(s) / size) for s in self.data.eval_groups("val"))
         print0(f"### LOGDIR: {self.folder}")
+        if self.settings.resume:
+            print0(f"goes on after step {self.state['step']}")
         print0(textwrap.fill(f"not defaults: {words}", 100, break_on_hyphens=False))
         print0(self.batch_line)
         print0(f">>> n_train_steps = {self.steps_per_epoch}, n_val_steps = {n_val_steps}")

@@ -256,6 +256,35 @@ def test_a_mixer_in_place_of_a_model_says_how_it_is_trained(here):
     message = "no Config.*: `python sweep.py card --mixer fork_bare.Mixer` checks it and writes"
     with pytest.raises(ConfigError, match=message):
         train.main(["--model=fork_bare.Mixer", *SMALL])
+    message = "fork_bare.py has no Model, .*: `python sweep.py card --mixer fork_bare.Mixer` checks"
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--model=fork_bare", *SMALL])
+
+
+def test_an_attention_function_in_place_of_a_model_is_refused(here):
+    (here / "fork_function.py").write_text(ALIBI)
+    message = "model='fork_function.alibi' is a function; GUIDE.md, An attention function of your"
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--model=fork_function.alibi", *SMALL])
+    assert "### An attention function of your own" in TEXT
+
+
+@pytest.mark.parametrize("part", ["nn.Parameter(torch.ones(64))", "nn.LayerNorm(64)"])
+def test_a_parameter_outside_of_the_model_is_refused(here, part):
+    """The optimizer would never change it."""
+    uses = "OUTSIDE(x)" if "Norm" in part else "OUTSIDE * x"
+    code = MIXER.replace("self.proj_in(x)", f"self.proj_in({uses})", 1)
+    code = code.replace("class Mixer", f"import torch\n\nOUTSIDE = {part}\n\n\nclass Mixer", 1)
+    file = "fork_outside_" + re.sub(r"\W", "", part.split("(")[0])
+    (here / f"{file}.py").write_text(code)
+    message = f"{file}.py: OUTSIDE is no part of the model, .* not be trained; make it in __init__"
+    with pytest.raises(ConfigError, match=message):
+        train.main([f"--model={file}", *SMALL])
+    assert not (here / "r").exists()
+    init = "super().__init__()\n"
+    inside = code.replace(init, f"{init}        self.outside = OUTSIDE\n", 1)
+    (here / f"{file}_inside.py").write_text(inside)
+    assert train.main([f"--model={file}_inside", *SMALL]) == 0
 
 
 def test_a_fork_that_is_not_there_ends_the_contract_in_one_sentence(here):
@@ -285,6 +314,61 @@ def test_an_attention_function_that_is_no_staticmethod_is_refused(here):
     message = r"too many positional arguments; as a method it gets self first: .*staticmethod"
     with pytest.raises(ConfigError, match=message):
         train.main(["--model=fork_method_fn", *SMALL])
+
+
+FORGETS_WINDOW = """
+import torch
+import model
+
+Config = model.Config
+
+
+def attend(q, k, v, query_pos=None, documents=None, window=0):
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+    if query_pos is not None:
+        distance = query_pos[:, None, :, None] - torch.arange(k.shape[2])
+    hidden = distance < 0
+    scores = (q @ k.transpose(-1, -2)).masked_fill(hidden, -1e9)
+    return scores.softmax(-1) @ v
+
+
+class Attention(model.CausalSelfAttention):
+    attention_fn = staticmethod(attend)
+
+
+class Block(model.GPTBlock):
+    mixer = Attention
+
+
+class Model(model.GPT):
+    block = Block
+"""
+
+
+def test_an_attention_function_that_forgets_its_window_is_refused(here):
+    (here / "fork_forgets.py").write_text(FORGETS_WINDOW)
+    message = r"attend \(fork_forgets.py:8\) lets a query see more than its window of 4 tokens"
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--model=fork_forgets", "--window=4", *SMALL])
+    hides = "hidden = (distance < 0) | (distance >= window)"
+    code = FORGETS_WINDOW.replace("hidden = distance < 0", hides)
+    (here / "fork_wide.py").write_text(code.replace(">= window", "> window"))
+    with pytest.raises(ConfigError, match="fork_wide.py"):
+        train.main(["--model=fork_wide", "--window=4", *SMALL])
+    assert not (here / "r").exists()
+    (here / "fork_window.py").write_text(code)
+    train.main(["--model=fork_window", "--window=4", *SMALL])
+    # Without a window there is nothing to forget.
+    train.main(["--model=fork_forgets", *SMALL])
+
+
+def test_a_method_without_a_window_is_not_told_to_be_static(here):
+    method = "    def attention_fn(self, q, k, v, query_pos=None, documents=None): return v\n"
+    code = FORGETS_WINDOW.replace("    attention_fn = staticmethod(attend)\n", method)
+    (here / "fork_no_window.py").write_text(code)
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'window'") as e:
+        train.main(["--model=fork_no_window", "--window=4", *SMALL])
+    assert "staticmethod" not in str(e.value)
 
 
 def test_a_run_that_crashed_at_once_says_what_to_do_with_its_folder(here):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -262,8 +263,16 @@ def test_a_sweep_that_is_stopped_saves_the_runs_in_flight(toy, tmp_path, request
 
 
 def test_a_figure_that_does_not_exist():
-    with pytest.raises(ConfigError, match="there is no figure lrs; choose from lr, time"):
-        sweep.main(["lrs"])
+    for argv, message in (
+        (["lrs"], "figure='lrs' is unknown; did you mean lr?"),
+        (["xyz"], "figure='xyz' is unknown; choose from lr, time"),
+        (["lr", "all"], "all stands alone"),
+        # The name is wrong, not the setting that only a card has.
+        (["crad", "--model", "mine"], "figure='crad' is unknown; did you mean card?"),
+        (["--jobs=2", "card"], "card stands alone, before its settings: python sweep.py card"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            sweep.main(argv)
 
 
 # ---- figures -------------------------------------------------------------------------------------
