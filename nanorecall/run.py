@@ -526,7 +526,10 @@ class Run:
             return 0
         where = f" on {c.target_slice}" if c.target_slice else ""
         reached = slice_accuracy(test, c.target_slice)
-        print(f"below target{where}: {reached:.4f} < {c.target_accuracy}", file=sys.stderr)
+        missed = f"below target{where}: {reached:.4f} < {c.target_accuracy}"
+        if result["step"] == self.total_steps:
+            missed += f"; a new run with --max_steps {2 * self.total_steps} may reach it"
+        print(missed, file=sys.stderr)
         # torchrun would start the run again, which has ended. train.slurm reads status.json.
         return 0 if is_under_torchrun() else 1
 

@@ -111,8 +111,15 @@ def test_steps_of_an_evaluation_are_counted_size_by_size(tmp_path, capsys):
 
 def test_below_its_target_a_run_fails(tmp_path, capsys):
     status, out = run(tmp_path, target_accuracy=0.999, max_steps=2)
-    assert status == 1 and "below target" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert status == 1 and "< 0.999; a new run with --max_steps 4 may reach it" in printed
     assert status_of(out)["status"] == "below target"
+
+
+def test_more_steps_are_not_advised_to_a_run_that_stopped_early(tmp_path, capsys):
+    stops = {"stop_accuracy": 1e-9, "eval_interval": 1, "max_steps": 5}
+    status, out = run(tmp_path, target_accuracy=1, **stops)
+    assert status == 1 and capsys.readouterr().err.endswith("< 1.0\n")
 
 
 def test_stop_accuracy_ends_a_run_early(tmp_path):
