@@ -132,11 +132,19 @@ def process_group(device="auto"):
         shutdown()
         raise
     except RuntimeError as e:
-        if world.size > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
-            message = "another rank has ended, so this one stops too; its own message says why"
-            raise RunError(message) from e
+        if has_lost_rank(world, e):
+            raise RunError(LOST_RANK) from e
         raise
     shutdown()
+
+
+LOST_RANK = "another rank has ended, so this one stops too; its own message says why"
+
+
+def has_lost_rank(world, error):
+    """Does this error say that another rank is gone?"""
+    is_of_ranks = isinstance(error, dist.DistError) or "gloo" in str(error)
+    return world.size > 1 and isinstance(error, RuntimeError) and is_of_ranks
 
 
 def shutdown():

@@ -26,9 +26,11 @@ from nanorecall.build import (
 from nanorecall.checkpoint import STATE, first_valid_checkpoint, read_checkpoint
 from nanorecall.curriculum import Curriculum
 from nanorecall.distributed import (
+    LOST_RANK,
     autodetect_device,
     check_parallel,
     describe_batch,
+    has_lost_rank,
     is_dtensor,
     shard_columns,
     wrap_model,
@@ -305,7 +307,10 @@ class Run:
             yield
         except BaseException as e:
             if self.world.is_main and self.result is None:
-                status = {"status": "failed", "error": f"{type(e).__name__}: {e}"}
+                error = f"{type(e).__name__}: {e}"
+                if has_lost_rank(self.world, e):
+                    error = LOST_RANK
+                status = {"status": "failed", "error": error}
                 with contextlib.suppress(RunError):  # what failed may be the disk
                     write_json(os.path.join(self.folder, "status.json"), status)
             raise

@@ -612,7 +612,8 @@ def test_a_rank_that_dies_takes_the_others_with_it(on_ranks, tmp_path, capfd):
     assert on_ranks(2, work) == [1, -signal.SIGKILL]
     assert time.time() - began < 30
     assert "another rank has ended" in capfd.readouterr().err
-    assert status_of(tmp_path / "run")["status"] == "failed"
+    status = status_of(tmp_path / "run")
+    assert status["status"] == "failed" and status["error"].startswith("another rank has ended")
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
