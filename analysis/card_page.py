@@ -159,6 +159,9 @@ PANELS = {  # part of the card: title, label of the x axis, label of the y axis
 }
 
 
+N_COLOURS = 10  # then matplotlib takes the first one again
+
+
 def page(name, card, stored):
     """The card as markdown."""
     lines = [f"# {name}", ""]
@@ -202,8 +205,10 @@ def draw(path, name, card, stored):
     plt, fig, axes = figure(2, 4, width=4)
     for axis, (part, (title, xlabel, ylabel)) in zip(axes, PANELS.items()):
         draw_part = draw_by_state if part == "by_state" else draw_line
-        for other, of_other in stored.items():
-            draw_part(axis, of_other[part], lw=1, ms=3, alpha=0.6, label=other)
+        for number, (other, of_other) in enumerate(stored.items()):
+            dashes = "-" if number < N_COLOURS else "--"
+            style = {"ls": dashes, "lw": 1, "ms": 3, "alpha": 0.6}
+            draw_part(axis, of_other[part], **style, label=other)
         draw_part(axis, card[part], lw=2, ms=5, color="black", label=name)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         if part != "cost":
