@@ -1,11 +1,11 @@
 """Synthetic QA, 50,000 pairs, with a memory layer in place of the last MLP.
 
 16,384 slots of 64 numbers: 45,000 trained pairs of 19.9 bits are 0.86 bits for each value, where a
-table can hold about 2.6. 7 minutes on 2 CPU cores. Expected: digit accuracy of 0.6 on pairs
+table can hold about 2.6. 19 minutes on one of 2 CPU cores. Expected: digit accuracy of 0.6 on pairs
 shown 128 times an epoch, and still rising. `python eval.py runs/RUN` prints the bits stored.
 
-1,100 steps pass before the first pairs are stored (configs/qa_50k_gpt.py: 1,200). The run is 1.4
-epochs. The number of steps is the limit, not the table.
+The run is 1.4 epochs. After 1,000 steps 0.22 of these digits are right, and chance is 0.1. The
+number of steps is the limit, not the table.
 """
 
 model = "memory"
