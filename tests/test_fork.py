@@ -358,8 +358,12 @@ def test_an_attention_function_that_forgets_its_window_is_refused(here):
     assert not (here / "r").exists()
     (here / "fork_window.py").write_text(code)
     train.main(["--model=fork_window", "--window=4", *SMALL])
-    # Without a window there is nothing to forget.
+    # Without a window there is nothing to forget. A mixer of another kind is left alone.
     train.main(["--model=fork_forgets", *SMALL])
+    init = "super().__init__()\n"
+    code = MIXER.replace(init, f"{init}        self.attention_fn = len\n", 1)
+    (here / "fork_other_kind.py").write_text(code)
+    train.main(["--model=fork_other_kind", "--window=4", *SMALL])
 
 
 def test_a_method_without_a_window_is_not_told_to_be_static(here):
