@@ -77,7 +77,7 @@ class Config:
         require(self.jobs >= 1, f"jobs={self.jobs} must be at least 1", "jobs")
         message = "give --model FILE or --mixer FILE.CLASS, and not both"
         require(bool(self.model) != bool(self.mixer), message, "model")
-        message = f"mixer={self.mixer} must be file.Class, without .py"
+        message = f"mixer={self.mixer} must be file.Class, such as mine.Mixer, without .py"
         parts = self.mixer.split(".")
         is_class = len(parts) == 2 and all(part.isidentifier() for part in parts)
         is_class = is_class and parts[1] != "py"

@@ -29,7 +29,13 @@ from nanorecall.settings import (
     reject_unused,
     require,
 )
-from nanorecall.source_files import REPO_FILES, UserFiles, find_source_file, import_source_file
+from nanorecall.source_files import (
+    REPO_FILES,
+    UserFiles,
+    close_name,
+    find_source_file,
+    import_source_file,
+)
 
 # A model file needs Config and Model (see GUIDE.md, Your own model or data file).
 # A model class may also have
@@ -117,7 +123,8 @@ def resolve_model(name, user_files=None):
     module = import_source_file(file, "model", user_files=user_files)
     mixers = own_mixers(module)
     message = f"{file}.py has no {cls}, so it is no file for model"
-    message += card_advice([f"{file}.{mixer}" for mixer in mixers])
+    hint = close_name(cls, module)
+    message += hint or card_advice([f"{file}.{mixer}" for mixer in mixers])
     require(hasattr(module, cls), message, "model")
     model_class = getattr(module, cls)
     message = f"model={name!r} is a function; GUIDE.md, An attention function of your own, says how"

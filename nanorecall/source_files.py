@@ -10,6 +10,7 @@ run directory from somebody else must not be able to name other code, and a file
 since would be another model.
 """
 
+import difflib
 import hashlib
 import importlib
 import importlib.machinery
@@ -144,8 +145,16 @@ def import_source_file(name, key, *needed, user_files=None):
         module = import_user_file(name, key, found, user_files)
     missing = [n for n in needed if not hasattr(module, n)]
     lacks = " and no ".join(missing)
-    require(not missing, f"{name}.py has no {lacks}, so it is no file for {key}", key)
+    hint = close_name(missing[0], module) if missing else ""
+    require(not missing, f"{name}.py has no {lacks}, so it is no file for {key}{hint}", key)
     return module
+
+
+def close_name(name, module):
+    """A name of the module that is like this one, as the end of a sentence; "" if none is."""
+    names = {known.lower(): known for known in vars(module) if not known.startswith("_")}
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def find_source_file(name):

@@ -362,11 +362,11 @@ def test_every_mixer_of_ours_has_a_model_of_the_card():
     [
         ([], "give --model FILE or --mixer FILE.CLASS, and not both"),
         (["--model=gpt", "--mixer=a.B"], "and not both"),
-        (["--mixer=mine.py"], "mixer=mine.py must be file.Class, without .py"),
+        (["--mixer=mine.py"], "mixer=mine.py must be file.Class, such as mine.Mixer, without .py"),
         (["--mixer=nothing.Sum"], "mixer=nothing.Sum: there is no nothing.py here"),
         (["--mixer=card_mine.Product"], "card_mine.py has no Product, so it is no file for mixer"),
         (["--mixer=card_mine.nn"], "mixer=card_mine.nn: nn is no torch.nn.Module"),
-        (["--mixer=mine"], "mixer=mine must be file.Class, without .py"),
+        (["--mixer=mine"], "mixer=mine must be file.Class, such as mine.Mixer, without .py"),
         (["--model=nothing"], "model='nothing' is neither one of"),
         (["--model=gpt", "--model_args=--heads 3"], "there is no setting 'heads'"),
         (["--model=gpt", "--jobs=0"], "jobs=0 must be at least 1"),
