@@ -24,6 +24,7 @@ from analysis.card_checks import (
     LENGTHS,
     check_all,
     layer_parameters,
+    new_model,
     relative_cost,
     state_bytes,
 )
@@ -360,6 +361,19 @@ def read_stored():
     return cards
 
 
+def own_training(model, config, recall, lr):
+    """Arguments of train.py that train the model at the learning rate that the card found.
+
+    Those of the card are many. A config is short, but some models refuse its settings.
+    """
+    args = f"configs/mqar_gpt.py --model {model} {config.model_args}".strip()
+    try:
+        new_model(shlex.split(args))
+    except Exception:  # the code of a user's model may raise anything
+        args = recall_args(recall, pairs=32)
+    return f"{args} --lr {lr}"
+
+
 def make_card(config):
     stored = read_stored()  # first, since it may be damaged
     model, is_new = config.model, False
@@ -371,15 +385,15 @@ def make_card(config):
     has_blocks = model.startswith("memory") and "--blocks" in config.model_args
     message = "a card of memory layers is one of attention blocks; leave blocks out"
     require(not has_blocks, message, "model_args")
-    recall = recall_model(model, config.model_args)
-    parity = parity_model(model, config.model_args)
     folder = os.path.join(config.log_dir, name)
     runs = SimpleNamespace(seeds=1, jobs=config.jobs, log_dir=folder, extra_args=config.extra_args)
-    # Before minutes of checks: the runs of an earlier call may be those of another model.
-    read_finished(first_points(recall, parity), runs)
 
     say(f"{name}: checks")
     try:
+        recall = recall_model(model, config.model_args)
+        parity = parity_model(model, config.model_args)
+        # Before minutes of checks: the runs of an earlier call may be those of another model.
+        read_finished(first_points(recall, parity), runs)
         model_args, reference = shlex.split(recall), shlex.split(recall_model(REFERENCE, ""))
         card = {"checks": check_all(model_args, shlex.split(parity), name)}
     except BaseException:
@@ -399,7 +413,7 @@ def make_card(config):
     card["cost"] = relative_cost(model_args, reference)
     # Where decoding fails its check, the state was not measured.
     states = {}
-    if card["state"]["256"]:
+    if card["state"]["256"] is not None:
         states = sizes_of_state(model, recall, config.model_args)
     card |= measure_runs(recall, parity, states, runs, name)
 
@@ -411,7 +425,7 @@ def make_card(config):
     write_json(os.path.join(folder, "card.json"), card)
     say(f"wrote {folder}/card.md, card.png, card.json")
     best = max(card["rates"], key=lambda rate: card["rates"][rate] or 0)
-    say(f"to train it yourself: python train.py configs/mqar_gpt.py --model {model} --lr {best}")
+    say(f"to train it yourself: python train.py {own_training(model, config, recall, best)}")
     if config.store:
         write_json(STORED, {**stored, name: card})
         say(f"added {name} to {STORED}")

@@ -1,6 +1,6 @@
 """Two-hop queries with GPT, 400 facts (25 entities, 16 relations): can it combine stored facts?
 
-A minute and a half on one of 2 CPU cores. Expected: 0.99 or more on trained queries, near chance on
+Two minutes on one of 2 CPU cores. Expected: 0.99 or more on trained queries, near chance on
 in-distribution ones (both facts occur in trained queries) and on out-of-distribution ones. The
 model stores each trained query as one more fact.
 

@@ -167,16 +167,17 @@ def check_signature(attention_fn, window=0):
         inspect.signature(attention_fn).bind(*names, **options)
     except TypeError as e:
         expected = ", ".join([*names, *options])
-        function = describe_function(attention_fn)
-        message = f"the attention function {function} must take ({expected}): {e}"
-        if inspect.ismethod(attention_fn) and takes(attention_fn.__func__, names, options):
+        described = describe_function(attention_fn)
+        message = f"the attention function {described} must take ({expected}): {e}"
+        function = getattr(attention_fn, "__func__", None)  # of a method
+        if function and takes_arguments(function, names, options):
             message += "; as a method it gets self first: write attention_fn = staticmethod(...)"
         raise ConfigError(message, None) from None
     except ValueError:  # a builtin shows no signature
         pass
 
 
-def takes(function, names, options):
+def takes_arguments(function, names, options):
     try:
         inspect.signature(function).bind(*names, **options)
     except TypeError:

@@ -145,7 +145,7 @@ def resolve_model(name, user_files=None):
     require(is_whole, message, "model")
     # A run that was trained is opened as it is.
     if file not in REPO_FILES and not (user_files and user_files.recorded is not None):
-        check_hook_names(module, module.__executed__)
+        check_hook_names(module, model_class, module.__executed__)
     return module, model_class
 
 

@@ -3,12 +3,14 @@
     class Attention(CausalSelfAttention):
         attn_fn = staticmethod(mine)  # attention_fn is meant
 
-Python takes any name. Without this check, GPT would be trained without a word.
+Python takes any name. Without this check the fork would be trained as plain GPT, and nothing would
+say so.
 """
 
 import ast
 import difflib
 import inspect
+import os
 import sys
 
 from torch import nn
@@ -21,11 +23,11 @@ OPTIONAL = ("lr_scales", "sparse_gradients", "column_sharded", "on_step_end")
 OPTIONAL += ("correct_predictions",)
 
 
-def check_hook_names(module, files):
+def check_hook_names(module, model_class, files):
     """ConfigError if a class in a user's module sets a hook that nothing reads.
 
-    files: paths of the user's files that were executed. Only a class that is made from another
-    model, block or mixer has hooks.
+    model_class: what will be trained. files: paths of the user's files that were executed. Only a
+    class that is made from another model, block or mixer has hooks.
     """
     read = names_read(files)
     for cls in vars(module).values():
@@ -33,7 +35,7 @@ def check_hook_names(module, files):
             continue
         known = inherited_names(cls)
         # Several models may share a file; a block or mixer is there to be used.
-        is_used = "block" in known or cls.__name__ in read
+        is_used = cls is model_class or "block" in known or cls.__name__ in read
         if known and not is_used and is_main_rank():
             note = f"note: nothing uses the class {cls.__name__} of {cls.__module__}.py"
             say(note, file=sys.stderr)
@@ -41,7 +43,7 @@ def check_hook_names(module, files):
             if not known or name.startswith("_") or name in known or name in read:
                 continue
             # A hook that the class has under its right name, too, is not the one that was meant.
-            close = close_name(name, value, known - vars(cls).keys())
+            close = close_hook(name, value, known - vars(cls).keys())
             is_replaced = isinstance(value, staticmethod) or is_module_class(value)
             hint = f"did you mean {close}?" if close else f"its hooks are: {hooks(cls)}"
             message = f"nothing reads {cls.__name__}.{name} of {cls.__module__}.py; {hint}"
@@ -59,6 +61,8 @@ def names_read(files):
                 names.add(node.attr)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 names.add(node.id)
+            elif isinstance(node, ast.alias) and node.asname:  # import ... as
+                names.add(node.name)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names.add(node.value)
     return names
@@ -66,7 +70,7 @@ def names_read(files):
 
 def is_of_files(cls, files):
     module = sys.modules.get(cls.__module__)
-    return getattr(module, "__file__", None) in files
+    return os.path.realpath(getattr(module, "__file__", None) or "") in files
 
 
 def inherited_names(cls):
@@ -80,7 +84,7 @@ def inherited_names(cls):
     return names
 
 
-def close_name(name, value, known):
+def close_hook(name, value, known):
     """The hook of a similar name, or "". A method of one's own may well have a similar one."""
     cutoff = 0.72 if inspect.isfunction(value) else 0.6
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)

@@ -45,10 +45,7 @@ def named_errors(settings):
 
 
 def check_users_model(model, settings, data, device, dtype):
-    """ConfigError unless a user's model returns logits and loss for one sequence of val.
-
-    Training would end in an error of torch that does not say what a model must return.
-    """
+    """ConfigError unless a user's model returns logits and loss, and sees what it may see."""
     # A sharded table may be too large for one device.
     if not is_users_model(settings) or getattr(model, "column_sharded", tuple)():
         return
@@ -91,7 +88,7 @@ def check_parameters(model, files):
     """
     known = {id(p) for p in model.parameters()}
     for module in list(sys.modules.values()):
-        if getattr(module, "__file__", None) not in files:
+        if os.path.realpath(getattr(module, "__file__", None) or "") not in files:
             continue
         for name, value in vars(module).items():
             parameters = [value] if isinstance(value, torch.nn.Parameter) else []

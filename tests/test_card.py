@@ -290,6 +290,27 @@ def test_a_mixer_that_looks_ahead_is_refused_and_nothing_is_trained(user, monkey
     assert [path.name for path in user.glob("*") if path.name != "__pycache__"] == ["card_mine.py"]
 
 
+def test_a_misspelt_hook_of_a_mixer_leaves_no_file(user):
+    """It is found before the checks begin."""
+    code = "from model import CausalSelfAttention\n\nclass Mixer(CausalSelfAttention):\n"
+    (user / "card_mine_hook.py").write_text(code + "    attn_fn = staticmethod(print)\n")
+    with pytest.raises(ConfigError, match="nothing reads Mixer.attn_fn"):
+        sweep.main(["card", "--mixer=card_mine_hook.Mixer"])
+    assert not (user / "card_mine_hook_Mixer_blocks.py").exists()
+
+
+@pytest.mark.parametrize("model, more", [("unified_kv", ""), ("gpt", "--conv_size 3")])
+def test_the_command_that_a_card_tells_is_taken(model, more):
+    """The settings of mqar_gpt.py are not for every model."""
+    config = card.Config(model=model, model_args=more)
+    recall = card.recall_model(model, config.model_args)
+    command = shlex.split(card.own_training(model, config, recall, 0.01))
+    settings = train.parse(command)
+    assert settings.train.model == model and settings.train.lr == 0.01
+    built = card_checks.new_model(command).config
+    assert built.conv_size == (3 if more else 4)
+
+
 def test_the_mixers_of_the_guide(user, monkeypatch):
     """One passes the checks and is trained, the other is refused before that."""
     with open(f"{ROOT}/GUIDE.md", encoding="utf-8") as f:

@@ -191,6 +191,39 @@ def test_a_model_that_reads_later_tokens_is_not_trained(here):
     assert not (here / "r").exists()
 
 
+def test_a_misspelt_hook_is_refused_in_a_linked_file(here):
+    (here / "forks").mkdir()
+    (here / "forks" / "fork_linked.py").write_text(ALIBI.replace("attention_fn = ", "attn_fn = "))
+    os.symlink(here / "forks" / "fork_linked.py", here / "fork_linked.py")
+    with pytest.raises(ConfigError, match="nothing reads Attention.attn_fn"):
+        resolve_model("fork_linked")
+
+
+def test_a_class_with_two_names_and_the_model_itself_are_used(here, capsys):
+    (here / "fork_named.py").write_text(ALIBI)
+    code = """
+from fork_named import Attention as Mixer, Config
+from model import GPT, GPTBlock
+import torch
+
+class Block(GPTBlock):
+    mixer = Mixer
+
+class Base(torch.nn.Module):
+    pass
+
+class Model(Base):
+    def __init__(self, config):
+        super().__init__()
+        self.model = GPT(config)
+"""
+    (here / "fork_renames.py").write_text(code)
+    resolve_model("fork_renames")
+    assert "Attention" not in capsys.readouterr().err
+    resolve_model("fork_renames.Model")
+    assert "class Model" not in capsys.readouterr().err
+
+
 def test_a_misspelt_method_is_refused(here):
     code = ALIBI.replace(
         "attention_fn = staticmethod(alibi)", "def attn_fn(self, *args):\n        pass"
