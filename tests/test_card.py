@@ -633,7 +633,7 @@ def test_findings_are_computed_from_the_numbers():
     for part in (
         "Decoding token by token equals the parallel form.",
         "Its state takes 44 kB after 256 tokens, and does not grow.",
-        "it recalls 60.0%: place 3 beside 3 others (gpt: 99.0%).",
+        "it recalls 60.0%: place 3 of 4 (best other: gpt, 99.0%).",
         "it recalls of 64 pairs 50.0% with 22 kB, 60.0% with 44 kB.",
         "it recalls 97.0% there and 80.0% in sequences of 1,024.",
         "stored again are recalled in 98.0% of the cases, others in 91.0%.",
