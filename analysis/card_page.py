@@ -66,7 +66,8 @@ def say_place(card, stored):
         return f"{text}."
     n_better = sum(value > (card["pairs"]["64"] or 0) for value in others.values())
     best = max(others, key=others.get)
-    return f"{text}: place {n_better + 1} of {len(others) + 1} (best other: {best}, {others[best]:.1%})."
+    place = f"place {n_better + 1} of {len(others) + 1}"
+    return f"{text}: {place} (best other: {best}, {others[best]:.1%})."
 
 
 def say_by_state(sizes):
