@@ -151,8 +151,12 @@ def import_source_file(name, key, *needed, user_files=None):
 
 
 def close_name(name, module):
-    """A name of the module that is like this one, as the end of a sentence; "" if none is."""
-    names = {known.lower(): known for known in vars(module) if not known.startswith("_")}
+    """A class or function of the file that is like this one, as the end of a sentence; or ""."""
+    names = {}
+    for known, value in vars(module).items():
+        # What the file imports is not meant: Module of torch is like Model.
+        if getattr(value, "__module__", None) == module.__name__:
+            names[known.lower()] = known
     close = difflib.get_close_matches(name.lower(), names, n=1)
     return f"; did you mean {names[close[0]]}?" if close else ""
 

@@ -292,6 +292,9 @@ def test_a_mixer_in_place_of_a_model_says_how_it_is_trained(here):
     message = "fork_bare.py has no mixer, so it is no file for model; did you mean Mixer?"
     with pytest.raises(ConfigError, match=re.escape(message)):
         train.main(["--model=fork_bare.mixer", *SMALL])
+    with open(here / "fork_bare.py", "a") as f:
+        f.write("import model\nfrom torch.nn import Module\n")  # not what is meant by Model
+    sys.modules.pop("fork_bare")
     message = "fork_bare.py has no Model, .*: `python sweep.py card --mixer fork_bare.Mixer` checks"
     with pytest.raises(ConfigError, match=message):
         train.main(["--model=fork_bare", *SMALL])
