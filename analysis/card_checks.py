@@ -24,7 +24,15 @@ from nanorecall.build import (
     count_parameters,
     inference_state_bytes,
 )
-from nanorecall.model_checks import PACKING_ADVICE, describe_output, packing_problem
+from nanorecall.model_checks import (
+    INDEPENDENCE_ADVICE,
+    PACKING_ADVICE,
+    causality_problem,
+    describe_output,
+    differences,
+    independence_problem,
+    packing_problem,
+)
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, RunError, printable, require
 
@@ -63,15 +71,6 @@ def example_inputs(model, T=SHORT):
     return tokens, torch.where(is_label, tokens.flip(1), IGNORE_INDEX)
 
 
-def differs(a, b):
-    """The largest difference of logits a and b (..., V) at each position (...), 0 if tolerated."""
-    scale = max(1.0, float(b.detach().abs().max()))
-    difference = (a - b).detach().abs().amax(-1)
-    # Not ">", which is false for a NaN on either side.
-    is_equal = difference <= TOLERANCE * scale
-    return torch.where(is_equal, 0.0, difference.nan_to_num(nan=torch.inf))
-
-
 def shapes(model, tokens, targets):
     """The mixer in a block of model.py returns what it takes."""
 
@@ -106,12 +105,12 @@ def contract(model, tokens, targets):
         return f"without targets it returns {tuple(logits.shape)}, not logits (B, T, V) and None"
     if not torch.isfinite(logits).all():
         return "its logits are not finite"
-    if differs(model(tokens)[0], logits).any():
+    if differences(model(tokens)[0], logits, TOLERANCE).any():
         return "a second call with the same tokens gives other logits in eval mode"
     scored, loss = model(tokens, targets)
     is_label = targets != IGNORE_INDEX
     expected = logits[is_label]
-    if scored.shape != expected.shape or differs(scored, expected).any():
+    if scored.shape != expected.shape or differences(scored, expected, TOLERANCE).any():
         return "with targets, its logits are not those of the labelled positions in order"
     if (loss - F.cross_entropy(expected, targets[is_label])).abs() > TOLERANCE * 10:
         return "its loss is not the mean cross-entropy of the labels"
@@ -136,33 +135,24 @@ def logits_of(model, tokens, is_training):
     return model(tokens, next_tokens)[0].unflatten(0, tokens.shape)
 
 
+def in_each_mode(find_problem, model, tokens, *args):
+    """What find_problem(logits_of, tokens, 64, TOLERANCE, *args) says, in eval mode if in both."""
+    for is_training in (False, True):
+        logits = functools.partial(logits_of, model, is_training=is_training)
+        problem = find_problem(logits, tokens, 64, TOLERANCE, *args)
+        if problem:
+            return f"in training mode {problem}" if is_training else problem
+    return ""
+
+
 def causality(model, tokens, targets):
     """No logit depends on a later token."""
-    for is_training in (False, True):
-        logits = logits_of(model, tokens, is_training)
-        for cut in CUTS[tokens.shape[1]]:
-            changed = tokens.clone()
-            changed[:, cut:] = (changed[:, cut:] + 1) % 64
-            change = differs(logits_of(model, changed, is_training), logits)
-            change = change[:, :cut].amax(0)  # of each earlier position
-            if change.any():
-                position = int(change.argmax()) + 1
-                size = f"its logits at token {position} change by {change.max():.2g}"
-                mode = " in training mode" if is_training else ""
-                return f"{size}{mode} when only the tokens after token {cut} change"
-    return ""
+    return in_each_mode(causality_problem, model, tokens, CUTS[tokens.shape[1]])
 
 
 def independence(model, tokens, targets):
     """No sequence depends on another one of the batch."""
-    changed = tokens.clone()
-    changed[1] = (changed[1] + 1) % 64
-    for is_training in (False, True):
-        logits = [logits_of(model, x, is_training) for x in (changed, tokens)]
-        change = differs(*logits)[[0, 2]]
-        if change.any():
-            return f"its logits change by {change.max():.2g} with another sequence of the batch"
-    return ""
+    return in_each_mode(independence_problem, model, tokens)
 
 
 def documents(model, tokens, targets):
@@ -201,7 +191,7 @@ def decoding(model, tokens, targets):
             except ConfigError as e:  # a mixer without a cache
                 return str(e)
             decoded.append(logits)
-        change = differs(torch.cat(decoded, dim=1), model(tokens)[0])
+        change = differences(torch.cat(decoded, dim=1), model(tokens)[0], TOLERANCE)
     if change.any():
         position = int(change.amax(0).argmax()) + 1
         return f"decoded logits differ by {change.max():.2g} at token {position} from those at once"
@@ -220,7 +210,7 @@ CHECKS = {**NEEDED, "decoding": decoding}
 ADVICE = {
     "shapes": "; its output must have the shape and dtype of its input, (B, T, D)",
     "causality": "; so it reads answers that come later; mask them",
-    "independence": "; sequences must not mix; no statistics over the batch",
+    "independence": f"; {INDEPENDENCE_ADVICE}",
     "documents": f"; {PACKING_ADVICE}; or raise NotImplementedError if there are documents",
 }
 

@@ -1,4 +1,4 @@
-"""A user's model is tried on one sequence before it is trained.
+"""A user's model is tried on two sequences before it is trained.
 
 Training would end in an error of torch that does not say what a model must return, or in a number
 that is too good: of a model that reads the answers.
@@ -64,10 +64,26 @@ def check_users_model(model, settings, data, device, dtype):
     message = f"{file}: {settings.train.model} returns {problem}; {CONTRACT}"
     require(not problem, message, "model")
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
-    with named_errors(settings), evaluating(model), autocast(device, dtype):
-        problem = causality_problem(model, inputs[0][:1], data.vocab_size, tolerance)
-    message = f"{file}: {settings.train.model} reads tokens that come later: {problem}"
-    require(not problem, f"{message}; mask them", "model")
+
+    def logits_of(tokens):
+        # All positions are scored. The targets are next tokens: who reads them reads ahead.
+        return model(tokens, tokens.roll(-1, 1))[0].detach().unflatten(0, tokens.shape)
+
+    one = inputs[0][:1]
+    two = torch.cat([one, (one + 1) % data.vocab_size])
+    tried = logits_of, two, data.vocab_size, tolerance
+    with (
+        named_errors(settings),
+        evaluating(model),
+        autocast(device, dtype),
+        raise_small_parameters(model),
+    ):
+        leak = causality_problem(*tried, cuts(one.shape[1]))
+        mixing = independence_problem(*tried)
+    message = f"{file}: {settings.train.model} reads tokens that come later: {leak}"
+    require(not leak, f"{message}; mask them", "model")
+    message = f"{file}: {settings.train.model} mixes sequences: {mixing}"
+    require(not mixing, f"{message}; {INDEPENDENCE_ADVICE}", "model")
     with named_errors(settings), evaluating(model), autocast(device, dtype):
         check_windows(model)
     # Data that packs documents does so in training only.
@@ -110,26 +126,78 @@ def check_windows(model):
             check_window(layer.attention_fn, layer)
 
 
-def causality_problem(model, tokens, vocab_size, tolerance):
-    """How logits of the first half of tokens (1, T) depend on the second, as a part of a sentence.
+@contextlib.contextmanager
+def raise_small_parameters(model, size=0.02):
+    """In this context, trained parameters that are near 0 are between 0 and `size`.
 
-    "" if they do not. The report card looks more closely. tolerance: of logits of size 1.
+    A gate that starts at 0 hides what is behind it until it is trained. Others stay as they are.
     """
-    half = tokens.shape[1] // 2
-    if half == 0:
-        return ""
+    generator = torch.Generator().manual_seed(0)
+    kept = []
+    try:
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad and p.is_floating_point() and not (p.abs() >= size).any():
+                    kept.append((p, p.clone()))
+                    p.copy_(size * torch.rand(p.shape, generator=generator))
+        yield
+    finally:
+        with torch.no_grad():
+            for p, values in kept:
+                p.copy_(values)
+
+
+def cuts(T):
+    """Where to change later tokens. Few are multiples of a chunk, inside of which a model may leak.
+
+    All are of sequences of length T, so none is 0 or T.
+    """
+    return sorted({1, T // 3, T // 2, T - 1} - {0, T})
+
+
+def causality_problem(logits_of, tokens, vocab_size, tolerance, cuts):
+    """How logits depend on later tokens, as the end of a sentence; "" if they do not.
+
+    logits_of: tokens (B, T) -> logits (B, T, V). cuts: the tokens from there on are changed.
+    tolerance: of logits of size 1.
+    """
+    logits = logits_of(tokens)
+    for cut in cuts:
+        changed = tokens.clone()
+        # Not a permutation, which a mean over all tokens would not show.
+        changed[:, cut:] = (changed[:, cut:] + 1) % vocab_size
+        change = differences(logits_of(changed), logits, tolerance)[:, :cut].amax(0)
+        if change.any():
+            position = int(change.argmax()) + 1
+            size = f"its logits at token {position} change by {change.max():.2g}"
+            return f"{size} when only the tokens after token {cut} change"
+    return ""
+
+
+INDEPENDENCE_ADVICE = "sequences must not mix; no statistics over the batch"
+
+
+def independence_problem(logits_of, tokens, vocab_size, tolerance):
+    """How logits depend on the second sequence of the batch (see causality_problem)."""
     changed = tokens.clone()
-    # Not a permutation, which a mean over all tokens would not show.
-    changed[:, half:] = (tokens[:, half:] + 1) % vocab_size
-    # A token is its own target, so all positions are scored.
-    logits, after = (model(x, x)[0][:half].detach() for x in (tokens, changed))
-    change = (after - logits).abs().amax(-1)
-    is_changed = ~(change <= tolerance * max(1.0, float(logits.abs().max())))  # true for a NaN
-    if not is_changed.any():
-        return ""
-    position = int(is_changed.nonzero()[0]) + 1
-    size = float(change[position - 1])
-    return f"its logits at token {position} change by {size:.2g} when only those after {half} do"
+    changed[1:2] = (changed[1:2] + 1) % vocab_size
+    change = differences(logits_of(changed), logits_of(tokens), tolerance)
+    change[1:2] = 0
+    if change.any():
+        return f"its logits change by {change.max():.2g} with another sequence of the batch"
+    return ""
+
+
+def differences(a, b, tolerance):
+    """The largest difference of logits a and b (..., V) at each position (...), 0 if tolerated.
+
+    tolerance: of logits of size 1.
+    """
+    scale = max(1.0, float(b.detach().abs().max()))
+    difference = (a - b).detach().abs().amax(-1)
+    # Not ">", which is false for a NaN on either side.
+    is_equal = difference <= tolerance * scale
+    return torch.where(is_equal, 0.0, difference.nan_to_num(nan=torch.inf))
 
 
 PACKING_ADVICE = "no token may see another document (doc_id of `documents` says which is whose)"
@@ -145,9 +213,8 @@ def packing_problem(model, tokens, ends, tolerance):
     for number, (start, end) in enumerate(zip(ends, ends[1:]), 1):
         document = tokens[:, start:end]
         alone = model(document, document)[0].detach()
-        difference = (packed[start:end] - alone).abs().max()
-        # Not ">", which is false for a NaN.
-        if not difference <= tolerance * max(1.0, float(alone.abs().max())):
+        difference = differences(packed[start:end], alone, tolerance).max()
+        if difference > 0:
             found = f"the logits of document {number} of {len(ends) - 1} packed ones differ by"
             return f"{found} {difference:.2g} from those of the same document alone"
     return ""

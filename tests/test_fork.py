@@ -1,5 +1,6 @@
 """Forks with the least that the contract asks: each command works, or refuses in one sentence."""
 
+import copy
 import os
 import re
 import subprocess
@@ -12,7 +13,8 @@ import ablate
 import eval as evaluate
 import train
 from analysis import card_checks
-from nanorecall.build import resolve_model
+from nanorecall.build import build_data, build_model, build_model_config, resolve_model
+from nanorecall.model_checks import check_users_model
 from nanorecall.settings import ConfigError
 
 # Figures of such models look like those of all others.
@@ -181,14 +183,59 @@ def test_a_class_that_nothing_uses_is_noted(here, capsys):
     assert capsys.readouterr().err == note
 
 
-def test_a_model_that_reads_later_tokens_is_not_trained(here):
-    (here / "fork_future.py").write_text(
-        MIXER.replace(".cumsum(1)", ".mean(1, keepdim=True) + 0 * x")
-    )
-    message = "reads tokens that come later: its logits at token 1 change by .* mask them"
+CAUSAL = "self.proj_out(self.proj_in(x).cumsum(1))"
+CHUNKS = "unflatten(1, (-1, 16)).mean(2, keepdim=True).expand(-1, -1, 16, -1).flatten(1, 2)"
+# A mixer that reads what it must not: what it returns in place of CAUSAL, and what is said of it.
+READERS = {
+    "later": ("x.mean(1, keepdim=True) + 0 * x", "reads tokens that come later: .* at token 1 ch"),
+    "in its chunk": (f"x.{CHUNKS}", "reads tokens that come later: its logits at token 1 change"),
+    # Its gate starts at 0, and opens in training.
+    "gated": (f"self.gate * x.flip(1) + {CAUSAL}", "reads tokens that come later: .* at token 1 "),
+    "batch": (f"x.mean(0) + {CAUSAL}", "mixes sequences: its logits change by .* over the batch"),
+    "causal": (CAUSAL, None),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_model_that_reads_what_it_must_not_is_not_trained(here, name):
+    returned, message = READERS[name]
+    assert MIXER.count(CAUSAL) == 1
+    gate = "super().__init__()\n        self.gate = nn.Parameter(torch.zeros(()))"
+    code = MIXER.replace(CAUSAL, returned).replace("super().__init__()", gate)
+    file = "fork_reads_" + name.replace(" ", "_")
+    (here / f"{file}.py").write_text("import torch\n" + code)
+    command = [f"--model={file}", *SMALL]
+    if message is None:
+        assert train.main(command) == 0
+        return
     with pytest.raises(ConfigError, match=message):
-        train.main(["--model=fork_future", *SMALL])
+        train.main(command)
     assert not (here / "r").exists()
+
+
+def test_a_model_that_reads_its_targets_is_not_trained(here):
+    code = TINY.format(fields="width: int = 4", extra="")
+    reads = "logits = logits + F.one_hot(targets.clamp(min=0), 64)\n        some = "
+    code = code.replace("some = ", reads)
+    (here / "fork_targets.py").write_text(code)
+    with pytest.raises(ConfigError, match="reads tokens that come later: its logits at token 1"):
+        train.main(["--model=fork_targets", *SMALL])
+
+
+def test_a_model_is_tried_and_stays_as_it_was(here):
+    """Weights that begin at 0 are trained from 0."""
+    start = "super().__init__()\n        self.gate = nn.Parameter(torch.zeros(3))"
+    code = MIXER.replace("super().__init__()", start)
+    (here / "fork_zero.py").write_text("import torch\n" + code)
+    settings = train.parse(["--model=fork_zero", *SMALL])
+    data = build_data(settings)
+    model = build_model(settings, build_model_config(settings, data))
+    before = copy.deepcopy(model.state_dict())
+    check_users_model(model, settings, data, torch.device("cpu"), torch.float32)
+    assert before["layers.0.att.gate"].tolist() == [0, 0, 0]
+    assert before.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_a_misspelt_hook_is_refused_in_a_linked_file(here):
@@ -415,8 +462,8 @@ def test_a_method_without_a_window_is_not_told_to_be_static(here):
 
 
 def test_a_run_that_crashed_at_once_says_what_to_do_with_its_folder(here):
-    # One sequence is tried before the run has a folder.
-    crash = "    if len(q) > 1:\n        raise RuntimeError\n    key_pos"
+    # Two sequences are tried before the run has a folder.
+    crash = "    if len(q) > 2:\n        raise RuntimeError\n    key_pos"
     code = ALIBI.replace("    key_pos", crash, 1)
     (here / "fork_crash.py").write_text(code)
     argv = ["--model=fork_crash", *SMALL, "--run_name=a"]
