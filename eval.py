@@ -62,6 +62,7 @@ from analysis.trained_run import (
     parse_command,
     predictions,
     report,
+    require_decoding,
     run_command,
     save_result,
 )
@@ -254,9 +255,8 @@ def describe_accuracy(metrics, split):
 def require_printed_examples(run):
     """ConfigError unless the examples that --print_examples and --example name can be decoded."""
     config = run.config
-    decodes = config.print_examples > 0 or config.example >= 0
-    message = "printing examples needs a model with a method `forward_cached`, as in model.py"
-    require(not decodes or hasattr(run.model, "forward_cached"), message, "print_examples")
+    if config.print_examples > 0 or config.example >= 0:
+        require_decoding(run, "printing examples", "print_examples")
     last = run.data.eval_groups(config.split)[-1][-1]
     message = f"example={config.example} is not in {config.split}; the last is {last}"
     require(config.example <= last, message, "example")

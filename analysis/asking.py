@@ -16,6 +16,7 @@ import torch
 
 from analysis.edited_run import recorded_edits
 from analysis.editors import answered
+from analysis.trained_run import require_decoding
 from nanorecall.documents import normalize
 from nanorecall.fact_files import FactDataset
 from nanorecall.metrics import in_eval_mode
@@ -205,14 +206,9 @@ def max_tokens(model):
     return model.config.seq_len
 
 
-def require_decoding(run):
-    message = "answering needs a model with a method `forward_cached`, as in model.py"
-    require(hasattr(run.model, "forward_cached"), message, None)
-
-
 def answer_questions(run):
     """Print the model's answer to each question of --ask, and its probability. Writes nothing."""
-    require_decoding(run)
+    require_decoding(run, "answering")
     facts = known_facts(run)
     asked = run.config.ask
     for question in [asked] if isinstance(asked, str) else asked:

@@ -28,6 +28,7 @@ from nanorecall.model_checks import (
     INDEPENDENCE_ADVICE,
     PACKING_ADVICE,
     causality_problem,
+    decoding_problem,
     describe_output,
     differences,
     independence_problem,
@@ -178,24 +179,10 @@ def decoding(model, tokens, targets):
     """Half of the tokens at once, then a quarter, then one at a time, as all at once."""
     if not hasattr(model, "forward_cached"):
         return "it has no forward_cached, so it cannot decode"
-    T = tokens.shape[1]
-    decoded = []
-    cache = None
-    with torch.no_grad():
-        for piece in tokens.split([T // 2, T // 4, *[1] * (T - T // 2 - T // 4)], dim=1):
-            if len(decoded) == 1:
-                # The cache must stay as it was, so that other tokens can follow instead.
-                model.forward_cached((piece + 1) % 64, cache)
-            try:
-                logits, cache = model.forward_cached(piece, cache)
-            except ConfigError as e:  # a mixer without a cache
-                return str(e)
-            decoded.append(logits)
-        change = differences(torch.cat(decoded, dim=1), model(tokens)[0], TOLERANCE)
-    if change.any():
-        position = int(change.amax(0).argmax()) + 1
-        return f"decoded logits differ by {change.max():.2g} at token {position} from those at once"
-    return ""
+    try:
+        return decoding_problem(model, tokens, 64, TOLERANCE)
+    except ConfigError as e:  # a mixer without a cache
+        return str(e)
 
 
 # Those that are needed to compare results; the others are findings.

@@ -12,12 +12,13 @@ import time
 
 import numpy as np
 
-from analysis.asking import ask, find_facts, require_decoding
+from analysis.asking import ask, find_facts
 from analysis.edit_comparison import encode, unknown_facts
 from analysis.editing import check_editable, edit_facts
 from analysis.editors import n_correct, why_not
 from analysis.trained_run import (
     correct_examples,
+    require_decoding,
     require_facts,
     require_single_process,
     save_result,
@@ -136,7 +137,7 @@ def require_consolidation(run):
     is_trained = getattr(run.settings.data, "context_docs", 0) > 0
     require(is_trained, f"{message}, as configs/qa_in_context_memory.py", None)
     require_facts(run)
-    require_decoding(run)
+    require_decoding(run, "answering")
     no_table = why_not(check_editable, run.model)
     require(not no_table, no_table, None)
     require_single_process(run)

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from analysis.trained_run import map_batches, save_result
+from analysis.trained_run import map_batches, require_decoding, save_result
 from nanorecall.metrics import print_table
 from nanorecall.plots import figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
@@ -108,6 +108,7 @@ def classify_error(text, decoded):
 
 def hashhop_errors(run):
     """What kind the answers are, by number of hops, decoded token by token."""
+    require_decoding(run, "decoding")
     table = map_batches(run, lambda batch: decode_batch(run, batch))
     by_hops = {}
     levels = np.unique(table["hops"]).tolist()

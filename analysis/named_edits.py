@@ -23,7 +23,6 @@ from analysis.asking import (
     make_fact,
     max_tokens,
     other_wording,
-    require_decoding,
 )
 from analysis.edited_run import new_folder, save_edited_run, undo_latest_edit
 from analysis.editors import (
@@ -32,7 +31,7 @@ from analysis.editors import (
     choose_editors,
     say_margin,
 )
-from analysis.trained_run import require_single_process, save_result
+from analysis.trained_run import require_decoding, require_single_process, save_result
 from nanorecall.dataset_files import read_rows, require_data_suffix
 from nanorecall.documents import validate_text
 from nanorecall.metrics import print_table
@@ -117,7 +116,7 @@ def choose_editor(run):
     """
     config = run.config
     require_single_process(run)
-    require_decoding(run)
+    require_decoding(run, "answering")
     chosen = choose_editors(config.editors or DEFAULT, config.top_slots, config.margin)
     message = f"editors={config.editors!r} are {len(chosen)} methods; --facts uses one"
     require(not config.editors or len(chosen) == 1, message, "editors")

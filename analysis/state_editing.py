@@ -32,6 +32,7 @@ from analysis.state_editors import (
 from analysis.trained_run import (
     combine_columns,
     concat,
+    require_decoding,
     require_single_process,
     save_result,
     select,
@@ -125,9 +126,7 @@ def require_editable(run):
     message = "editing pairs needs a query for every pair, and values of one token; this run has"
     message += f" num_queries={data.num_queries}, value_tokens={data.value_tokens}"
     require(not data.num_queries and data.value_tokens == 1, message, None)
-    model = run.settings.train.model
-    message = f"editing pairs needs a model with a method `forward_cached`, and {model} has none"
-    require(hasattr(run.model, "forward_cached"), message, None)
+    require_decoding(run, "editing pairs")
     require_single_process(run)
 
 

@@ -29,6 +29,7 @@ from nanorecall.build import enough_memory
 from nanorecall.distributed import SINGLE_PROCESS, autodetect_device, process_group
 from nanorecall.files import atomic_write, dataset_sha256
 from nanorecall.metrics import autocast, iter_predictions
+from nanorecall.model_checks import check_decoding
 from nanorecall.progress import progress
 from nanorecall.records import write_json
 from nanorecall.rng import IGNORE_INDEX
@@ -214,6 +215,13 @@ def combine_columns(columns, *names):
     """The values of several columns, joined by ", ": the key in by_slice of each of N entries."""
     values = [columns[name].tolist() for name in names]
     return np.array([", ".join(map(str, combination)) for combination in zip(*values)])
+
+
+def require_decoding(run, purpose, key=None):
+    """ConfigError unless the model can decode. purpose: "answering"; key: the setting that asks."""
+    message = f"{purpose} needs a model with a method `forward_cached`, as in model.py"
+    require(hasattr(run.model, "forward_cached"), message, key)
+    check_decoding(run.model, run.settings, run.data, run.device)
 
 
 def require_facts(run, all_forms=False):

@@ -1,7 +1,8 @@
-"""A user's model is tried on two sequences before it is trained.
+"""A user's model is tried on two sequences before it is trained, and before it decodes.
 
 Training would end in an error of torch that does not say what a model must return, or in a number
-that is too good: of a model that reads the answers.
+that is too good: of a model that reads the answers. Decoding would write what the model did not
+learn.
 
 Letters: B sequences, T tokens, N labelled positions.
 """
@@ -15,7 +16,7 @@ import torch
 
 from nanorecall.attention import check_window, softmax_attention
 from nanorecall.build import enough_memory, is_out_of_memory, training_advice
-from nanorecall.metrics import autocast, eval_batches, evaluating
+from nanorecall.metrics import autocast, eval_batches, evaluating, in_eval_mode
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, RunError, last_line, require
 
@@ -97,6 +98,19 @@ def check_users_model(model, settings, data, device, dtype):
     require(not problem, f"{message}; {PACKING_ADVICE}", "model")
 
 
+def check_decoding(model, settings, data, device):
+    """ConfigError if a user's model decodes other logits than those of all tokens at once."""
+    if not is_users_model(settings):
+        return
+    tokens = data.batch("val", 0, next(eval_batches(data, "val", 1)))[0].to(device)
+    with named_errors(settings):
+        # Trained weights enlarge what rounding changes.
+        problem = decoding_problem(model, tokens, data.vocab_size, 1e-3, most=32)
+    file = settings.model_module.__file__
+    message = f"{file}: forward_cached of {settings.train.model} is no decoding: {problem}"
+    require(not problem, message, None)
+
+
 def check_parameters(model, files):
     """ConfigError if a global variable of a user's file is a parameter that the model has not.
 
@@ -171,6 +185,31 @@ def causality_problem(logits_of, tokens, vocab_size, tolerance, cuts):
             position = int(change.argmax()) + 1
             size = f"its logits at token {position} change by {change.max():.2g}"
             return f"{size} when only the tokens after token {cut} change"
+    return ""
+
+
+@in_eval_mode
+def decoding_problem(model, tokens, vocab_size, tolerance, most=None):
+    """How decoded logits differ from those of all tokens (B, T) at once (see causality_problem).
+
+    Half of the tokens are read at once, then the others but the last quarter, and these one at a
+    time; at most `most`.
+    """
+    T = tokens.shape[1]
+    n_single = T // 4 if most is None else min(T // 4, most)
+    sizes = [T // 2, T - T // 2 - n_single, *[1] * n_single]
+    pieces = tokens.split([size for size in sizes if size > 0], dim=1)
+    decoded, cache = [], None
+    for piece in pieces:
+        if len(decoded) == 1:
+            # The cache must stay as it was, so that other tokens can follow instead.
+            model.forward_cached((piece + 1) % vocab_size, cache)
+        logits, cache = model.forward_cached(piece, cache)
+        decoded.append(logits)
+    change = differences(torch.cat(decoded, dim=1), model(tokens)[0], tolerance)
+    if change.any():
+        position = int(change.amax(0).argmax()) + 1
+        return f"decoded logits differ by {change.max():.2g} at token {position} from those at once"
     return ""
 
 

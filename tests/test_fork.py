@@ -136,6 +136,21 @@ def test_decoding_that_reads_other_keys_breaks_the_contract(here):
     assert printed.count("FAILED ") == 1 and "fork_right" not in printed
 
 
+def test_what_a_model_did_not_learn_is_not_decoded(here):
+    """Its answers would be those of another model: every command that decodes refuses it."""
+    wrong = ALIBI.replace("distance =", "query_pos = key_pos[: q.shape[2]][None]\n    distance =")
+    (here / "fork_decodes.py").write_text(ALIBI)
+    (here / "fork_misreads.py").write_text(wrong)
+    message = "fork_misreads.py: forward_cached of fork_misreads is no decoding: decoded logits"
+    for fork in ("fork_decodes", "fork_misreads"):
+        argv = [f"--model={fork}", "--pos_emb=none", *SMALL, f"--run_name={fork}"]
+        assert train.main(argv) == 0
+    for command in (["mqar", "--print_examples=1"], ["edit", "--n_edits=[1]"]):
+        evaluate.main([command[0], "r/fork_decodes", *command[1:]])
+        with pytest.raises(ConfigError, match=message):
+            evaluate.main([command[0], "r/fork_misreads", *command[1:]])
+
+
 def test_an_attention_function_that_ignores_documents_is_found(here):
     """By the contract, by the card, and by a training on packed documents."""
     lines = ALIBI.splitlines()
