@@ -465,7 +465,8 @@ def plot_edits(results, cosines, title, path):
         errorbars(axes[2], drawn, cells, label=f"{n} edits")
     axes[2].set_xticks(range(len(labels)), labels)
     axes[2].set(xlabel="largest |cosine| with an edited key", ylabel="specificity of overwrite")
-    axes[2].legend()
+    if cosines:  # none if each bin has fewer than 20 pairs
+        axes[2].legend()
     if len(loads) > 1:
         for n in sorted({r["edits"] for r in results}):
             of_n = [r for r in results if r["edits"] == n and r["method"] == "overwrite"]
