@@ -22,6 +22,8 @@ from nanorecall.settings import ConfigError, RunError, last_line, require
 
 CONTRACT = "Model(config) must take tokens and targets, both (B, T), and return logits"
 CONTRACT += " (N, vocab_size) of the N labelled positions and their mean cross-entropy"
+# How much logits of size 1 may differ by rounding, in the dtypes of training.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 def is_users_model(settings):
@@ -64,38 +66,55 @@ def check_users_model(model, settings, data, device, dtype):
     check_parameters(model, settings.files)
     message = f"{file}: {settings.train.model} returns {problem}; {CONTRACT}"
     require(not problem, message, "model")
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
-
-    def logits_of(tokens):
-        # All positions are scored. The targets are next tokens: who reads them reads ahead.
-        return model(tokens, tokens.roll(-1, 1))[0].detach().unflatten(0, tokens.shape)
-
-    one = inputs[0][:1]
-    two = torch.cat([one, (one + 1) % data.vocab_size])
-    tried = logits_of, two, data.vocab_size, tolerance
-    with (
-        named_errors(settings),
-        evaluating(model),
-        autocast(device, dtype),
-        raise_small_parameters(model),
-    ):
-        leak = causality_problem(*tried, cuts(one.shape[1]))
-        mixing = independence_problem(*tried)
-    message = f"{file}: {settings.train.model} reads tokens that come later: {leak}"
-    require(not leak, f"{message}; mask them", "model")
-    message = f"{file}: {settings.train.model} mixes sequences: {mixing}"
-    require(not mixing, f"{message}; {INDEPENDENCE_ADVICE}", "model")
-    with named_errors(settings), evaluating(model), autocast(device, dtype):
+    check_logits(model, settings, inputs[0][:1], data.vocab_size, device, dtype)
+    with trial(model, settings, device, dtype):
         check_windows(model)
     # Data that packs documents does so in training only.
-    two = list(data.batch_indices(0, 2))[:2]
-    tokens, _, _, *cu_seqlens = data.batch("train", 0, two)
+    indices = list(data.batch_indices(0, 2))[:2]
+    tokens, _, _, *cu_seqlens = data.batch("train", 0, indices)
     if not cu_seqlens:
         return
-    with named_errors(settings), evaluating(model), autocast(device, dtype):
-        problem = packing_problem(model, tokens.to(device), cu_seqlens[0].tolist(), tolerance)
+    with trial(model, settings, device, dtype):
+        ends = cu_seqlens[0].tolist()
+        problem = packing_problem(model, tokens.to(device), ends, TOLERANCES[dtype])
     message = f"{file}: {settings.train.model} mixes packed documents: {problem}"
     require(not problem, f"{message}; {PACKING_ADVICE}", "model")
+
+
+@contextlib.contextmanager
+def trial(model, settings, device, dtype):
+    """Eval mode in this context; a user's error becomes a ConfigError."""
+    with named_errors(settings), evaluating(model), autocast(device, dtype):
+        yield
+
+
+def check_logits(model, settings, tokens, vocab_size, device, dtype):
+    """ConfigError if logits of tokens (1, T) depend on what they must not, or are out of order."""
+
+    def logits_of(tokens):
+        """Logits (1, T, V) of the first sequence."""
+        # The targets are next tokens: a model that reads them reads ahead.
+        targets = tokens.roll(-1, 1)
+        targets[1:] = IGNORE_INDEX
+        return model(tokens, targets)[0].detach()[None]
+
+    tolerance = TOLERANCES[dtype]
+    other = (tokens + 1) % vocab_size
+    two = torch.cat([tokens, other])
+    number = torch.arange(two.numel(), device=device).view_as(two)
+    # Other positions in each of the sequences.
+    targets = torch.where(number % 7 % 3 == 1, two, IGNORE_INDEX)
+    with trial(model, settings, device, dtype), raise_small_parameters(model):
+        where = cuts(tokens.shape[1])
+        leak = causality_problem(logits_of, tokens, vocab_size, tolerance, where)
+        mixing = independence_problem(logits_of, two, vocab_size, tolerance)
+        logits = torch.cat([logits_of(tokens), logits_of(other)])
+        problem = labels_problem(model(two, targets)[0], logits, targets, tolerance)
+    name = f"{settings.model_module.__file__}: {settings.train.model}"
+    require(not leak, f"{name} reads tokens that come later: {leak}; mask them", "model")
+    message = f"{name} mixes sequences: {mixing}; {INDEPENDENCE_ADVICE}"
+    require(not mixing, message, "model")
+    require(not problem, f"{name} {problem}; {CONTRACT}", "model")
 
 
 def check_decoding(model, settings, data, device):
@@ -172,7 +191,7 @@ def cuts(T):
 def causality_problem(logits_of, tokens, vocab_size, tolerance, cuts):
     """How logits depend on later tokens, as the end of a sentence; "" if they do not.
 
-    logits_of: tokens (B, T) -> logits (B, T, V). cuts: the tokens from there on are changed.
+    logits_of: tokens (B, T) -> their logits (B, T, V). cuts: the tokens from there on are changed.
     tolerance: of logits of size 1.
     """
     logits = logits_of(tokens)
@@ -185,6 +204,17 @@ def causality_problem(logits_of, tokens, vocab_size, tolerance, cuts):
             position = int(change.argmax()) + 1
             size = f"its logits at token {position} change by {change.max():.2g}"
             return f"{size} when only the tokens after token {cut} change"
+    return ""
+
+
+def labels_problem(scored, logits, targets, tolerance):
+    """How the logits that a model returns with targets (B, T) differ from logits (B, T, V).
+
+    As the end of a sentence; "" if they are those of the labelled positions.
+    """
+    expected = logits[targets != IGNORE_INDEX]
+    if scored.shape != expected.shape or differences(scored, expected, tolerance).any():
+        return "returns logits that are not those of the labelled positions in order"
     return ""
 
 
@@ -217,7 +247,7 @@ INDEPENDENCE_ADVICE = "sequences must not mix; no statistics over the batch"
 
 
 def independence_problem(logits_of, tokens, vocab_size, tolerance):
-    """How logits depend on the second sequence of the batch (see causality_problem)."""
+    """How logits of others depend on the second sequence of the batch (see causality_problem)."""
     changed = tokens.clone()
     changed[1:2] = (changed[1:2] + 1) % vocab_size
     change = differences(logits_of(changed), logits_of(tokens), tolerance)

@@ -136,9 +136,27 @@ def test_decoding_that_reads_other_keys_breaks_the_contract(here):
     assert printed.count("FAILED ") == 1 and "fork_right" not in printed
 
 
+def test_logits_of_other_positions_are_not_trained(here):
+    """An attention function that takes n queries for the first n; logits by columns."""
+    by_number = "query_pos = key_pos[: q.shape[2]][None]\n    distance ="
+    forks = {"fork_number": ALIBI.replace("distance =", by_number)}
+    code = TINY.format(fields="width: int = 4", extra="")
+    kept = "logits[some]"
+    assert code.count(kept) == 2
+    code = code.replace(kept, "logits.transpose(0, 1)[some.T]")
+    forks["fork_columns"] = code.replace("targets[some]", "targets.T[some.T]")
+    message = "returns logits that are not those of the labelled positions in order"
+    for fork, code in forks.items():
+        (here / f"{fork}.py").write_text(code)
+        flags = ["--pos_emb=none"] if fork == "fork_number" else []
+        with pytest.raises(ConfigError, match=f"{fork} {message}"):
+            train.main([f"--model={fork}", *flags, *SMALL])
+
+
 def test_what_a_model_did_not_learn_is_not_decoded(here):
     """Its answers would be those of another model: every command that decodes refuses it."""
-    wrong = ALIBI.replace("distance =", "query_pos = key_pos[: q.shape[2]][None]\n    distance =")
+    first_key = "if q.shape[2] == 1:\n        query_pos = query_pos * 0\n    distance ="
+    wrong = ALIBI.replace("distance =", first_key)
     (here / "fork_decodes.py").write_text(ALIBI)
     (here / "fork_misreads.py").write_text(wrong)
     message = "fork_misreads.py: forward_cached of fork_misreads is no decoding: decoded logits"
