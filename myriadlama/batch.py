@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from myriadlama import decoding, fusion, prompts
+from myriadlama.hugging_face import decoded
 
 
 def now(device):
@@ -178,10 +179,10 @@ class Batch:
 
     def scored_text(self, fact, ids):
         """-> text of an answer, the number of its first tokens that what is scored consists of"""
-        text = self.run.tokenizer.decode(ids).strip()
+        text = decoded(self.run.tokenizer, ids).strip()
         scored = prompts.prediction(fact, text)
         for n in range(len(ids)):
-            if prompts.prediction(fact, self.run.tokenizer.decode(ids[:n])) == scored:
+            if prompts.prediction(fact, decoded(self.run.tokenizer, ids[:n])) == scored:
                 return text, n
         return text, len(ids)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from myriadlama.hugging_face import decoded
 from nanorecall.ops import accum_dtype
 
 
@@ -32,7 +33,7 @@ class StopCriteria:
     def from_tokenizer(cls, tokenizer, eos, vocab_size, device):
         has_line_break, is_blank = [], []
         for token in range(vocab_size):
-            text = tokenizer.decode([token], skip_special_tokens=False)
+            text = decoded(tokenizer, [token], skip_special_tokens=False)
             has_line_break.append("\n" in text)
             is_blank.append(not text.strip())
         return cls(

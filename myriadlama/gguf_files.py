@@ -205,6 +205,9 @@ def read_contents(path):
     try:
         reader = BoundedReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
+        # Many tensors of the same bytes would fill the memory.
+        if sum(int(tensor.n_bytes) for tensor in reader.tensors) > len(reader.data):
+            raise ValueError("its tensors overlap")
         tensors = {}
         for tensor in reader.tensors:
             values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)

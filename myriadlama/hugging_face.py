@@ -25,6 +25,7 @@ from myriadlama.file_checks import (
 )
 from myriadlama.llama import Config, interleave_rotary_pairs, rope_inv_freq
 from nanorecall.settings import ConfigError, require
+from nanorecall.text import refusal
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -188,6 +189,7 @@ def read_directory(path, generation_config="strict"):
     tokenizer, config.bos_token_id = read_tokenizer(os.path.join(path, "tokenizer.json"))
     tokenizer_config = read_json(path, TOKENIZER_CONFIG, {})
     check_tokenizer(path, tokenizer, tokenizer_config)
+    check_added_tokens(path, tokenizer_config, config.bos_token_id is not None)
     config.chat_template = read_chat_template(path, tokenizer_config)
     tensors = read_weights(path, config)
     weights = match_weights(config, tensors, hugging_face_name, path)
@@ -366,17 +368,16 @@ def read_tokenizer(file):
             tokenizer.model.dropout = None
         ids = tokenizer.encode("x").ids
         bare_ids = tokenizer.encode("x", add_special_tokens=False).ids
-    except Exception as e:  # the package raises plain Exception
-        reason = " ".join(str(e).split())[:80]
-        message = f"{file} cannot be read as a tokenizer.json ({reason})"
-        raise ConfigError(message, "model") from None
-    before = []
-    for start in range(len(ids)):
-        if ids[start : start + len(bare_ids)] == bare_ids:
-            before = ids[:start]
-            break
+    except BaseException as e:
+        raise refusal(e, f"{file} cannot be read as a tokenizer.json", "model") from None
+    n = len(bare_ids)
+    starts = [i for i in range(len(ids) - n + 1) if ids[i : i + n] == bare_ids]
+    require(starts, f"{file} puts other tokens in place of those of a text", "model")
+    before, after = ids[: starts[0]], ids[starts[0] + n :]
     message = f"{file} puts {len(before)} tokens before a text; at most one is known here"
     require(len(before) <= 1, message, "model")
+    message = f"{file} puts {len(after)} tokens after a text, where the answer is to follow"
+    require(not after, message, "model")
     return tokenizer, before[0] if before else None
 
 
@@ -384,15 +385,43 @@ def token_ids(tokenizer, text):
     """Token ids of a text, without those that the tokenizer puts around it."""
     try:
         return tokenizer.encode(text, add_special_tokens=False).ids
-    except Exception as e:  # the package raises plain Exception
-        message = f"the tokenizer cannot encode {shown(text)} ({shown(str(e))})"
-        raise ConfigError(message, "model") from None
+    except BaseException as e:
+        raise refusal(e, f"the tokenizer cannot encode {shown(text)}", "model") from None
+
+
+def decoded(tokenizer, ids, **options):
+    """The text of token ids."""
+    try:
+        return tokenizer.decode(ids, **options)
+    except BaseException as e:
+        raise refusal(e, f"the tokenizer cannot decode {shown(ids)}", "model") from None
 
 
 def adds_space(tokenizer):
     """Does it put a space before a text, as SentencePiece does?"""
     letter, after_line_break = token_ids(tokenizer, "Q"), token_ids(tokenizer, "\nQ")
     return after_line_break[len(after_line_break) - len(letter) :] != letter
+
+
+def check_added_tokens(path, found, has_bos):
+    """ConfigError if tokenizer_config.json asks for other tokens around a text.
+
+    found: this file. Where it has one of the settings, transformers follows both, and not
+    tokenizer.json, which puts a BOS token if has_bos, and no EOS token.
+    """
+    if "add_bos_token" not in found and "add_eos_token" not in found:
+        return
+    for name, is_put in (("bos", has_bos), ("eos", False)):
+        setting = f"add_{name}_token"
+        is_asked = found.get(setting) is not None and true_or_false(found, setting, path)
+        token = f"{name}_token"
+        if is_asked and token not in found:  # another file has it, or its class
+            continue
+        # A token that is null is put nowhere.
+        is_asked = is_asked and bool(found[token])
+        asks = f"{TOKENIZER_CONFIG} asks for {'one' if is_asked else 'no'} {name.upper()} token"
+        message = f"{path}: {asks}, tokenizer.json puts {'one' if is_put else 'none'}"
+        require(is_asked == is_put, f"{message}; save the tokenizer again", "model")
 
 
 def check_tokenizer(path, tokenizer, found):

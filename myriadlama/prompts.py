@@ -63,13 +63,26 @@ def without_subject(fact, template):
 
 def exclude(pool, facts):
     """The facts of a pool that are not among `facts`. An example must not give an answer away."""
+    asked = set()
+    for fact in facts:
+        asked |= identities(fact)
+    return [fact for fact in pool if asked.isdisjoint(identities(fact))]
 
-    def identity(fact):
-        # A subject in other templates is the same fact. A question has no subject.
-        return casefolded(fact["relation"]), casefolded(fact["subject"] or fact["manual"][0])
 
-    asked = set(map(identity, facts))
-    return [fact for fact in pool if identity(fact) not in asked]
+def identities(fact):
+    """{(relation, text)}: a fact with any of these is the same one, in other templates or words."""
+    # A question has no subject.
+    texts = [fact["subject"]] if fact["subject"] else fact["manual"]
+    return {(casefolded(fact["relation"]), casefolded(text)) for text in texts}
+
+
+def answered_identities(fact):
+    """identities, those of a subject with each answer.
+
+    A file may leave out the relation. Japan's capital and currency then differ in the answer alone.
+    """
+    answers = set(map(casefolded, fact["answers"])) if fact["subject"] else {""}
+    return {(*identity, answer) for identity in identities(fact) for answer in answers}
 
 
 def casefolded(text):
@@ -88,16 +101,23 @@ def by_relation(facts, rng):
 def split_few_shot(facts, shots, rng):
     """Take `shots` random facts of each relation as examples -> {relation: examples}, other facts.
 
-    The other facts keep their order.
+    The other facts keep their order. A fact may have several rows, in other templates: none of them
+    is among the others if one is an example.
     """
-    examples, example_ids = {}, set()
+    examples, shown = {}, set()
     for relation, group in by_relation(facts, rng).items():
-        problem = f"relation {relation!r} has {len(group)} facts, too few for {shots} shots"
+        chosen = []
+        for fact in group:
+            if len(chosen) < shots and shown.isdisjoint(answered_identities(fact)):
+                chosen.append(fact)
+                shown |= answered_identities(fact)
+        n_different = sum(shown.isdisjoint(answered_identities(fact)) for fact in group)
+        problem = f"relation {relation!r} has {len(chosen) + n_different} different facts, too few"
         advice = "lower num_shots, or give examples from another file with --shots_path"
-        require(len(group) > shots, f"{problem} and a question; {advice}", "num_shots")
-        examples[relation] = group[:shots]
-        example_ids.update(fact["uuid"] for fact in group[:shots])
-    return examples, [fact for fact in facts if fact["uuid"] not in example_ids]
+        message = f"{problem} for {shots} shots and a question; {advice}"
+        require(len(chosen) == shots and n_different > 0, message, "num_shots")
+        examples[relation] = chosen
+    return examples, [fact for fact in facts if shown.isdisjoint(answered_identities(fact))]
 
 
 def sample_few_shot(pool, relations, shots, rng):

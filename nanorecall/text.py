@@ -81,8 +81,11 @@ class FileTokenizer:
 
     def decode(self, ids):
         ids = [i for i in np.asarray(ids).tolist() if i < self.pad]
-        # A text may spell a special token of the file's, so these are not skipped.
-        return self.inner.decode(ids, skip_special_tokens=False)
+        try:
+            # A text may spell a special token of the file's, so these are not skipped.
+            return self.inner.decode(ids, skip_special_tokens=False)
+        except BaseException as e:
+            raise refusal(e, f"{self.name} cannot decode {str(ids)[:40]}") from None
 
 
 def read_json_tokenizer(path):
@@ -99,14 +102,16 @@ def read_json_tokenizer(path):
         raise refusal(e, f"{path} cannot be read as a tokenizer.json") from None
 
 
-def refusal(error, what):
+def refusal(error, what, key="tokenizer"):
     """The ConfigError for an error of the `tokenizers` package; any other error is returned as is.
+
+    key: the setting that names the tokenizer.
 
     The package raises plain Exception. Where its Rust code fails it raises a PanicException, which
     is not a subclass of Exception.
     """
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-        return ConfigError(f"{what} ({' '.join(str(error).split())[:80]})", "tokenizer")
+        return ConfigError(f"{what} ({' '.join(str(error).split())[:80]})", key)
     return error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from myriadlama import fact_files, fusion, gguf_files, hugging_face, loading, prompts
+from myriadlama import decoding, fact_files, fusion, gguf_files, hugging_face, loading, prompts
 from nanorecall.settings import ConfigError
 from toys_llama import (
     LLAMA3,
@@ -831,6 +831,19 @@ def test_end_tokens_that_a_gguf_file_does_not_name(pre):
     assert gguf_files.gguf_bos(begins, "file", 500) == (None if expected else 5)
 
 
+def test_tensors_of_the_same_bytes_in_a_gguf_file(plain_llama, tmp_path):
+    """A small file of very many would fill the memory."""
+    gguf = pytest.importorskip("gguf")
+    file = save_gguf(tmp_path / "model.gguf", plain_llama)
+    reader = gguf.GGUFReader(file, "r+")
+    for tensor in reader.tensors:
+        tensor.field.parts[-1][0] = 0  # its place
+    reader.data.flush()
+    with open(file, "r+b") as f:
+        f.truncate(int(reader.data_offset + max(t.n_bytes for t in reader.tensors)))
+    assert_refused(file, r"cannot be read as GGUF \(its tensors overlap\)")
+
+
 def test_a_length_beyond_the_end_of_a_gguf_file(plain_llama, tmp_path):
     """A list of 10^12 tokens is refused at once."""
     file = save_gguf(tmp_path / "model.gguf", plain_llama)
@@ -946,6 +959,70 @@ def test_whether_a_space_is_put_before_a_text(plain_llama, make):
     change_json(plain_llama / "config.json", vocab_size=256)
     (plain_llama / "tokenizer_config.json").write_text(json.dumps(settings))
     loading.load(str(plain_llama))
+
+
+@pytest.mark.parametrize(
+    ("file_puts", "settings", "message"),
+    [
+        (False, {"add_bos_token": True, "bos_token": "<s>"}, "asks for one BOS token"),
+        (True, {"add_bos_token": False, "bos_token": "<s>"}, "for no BOS token, .* puts one"),
+        # Where one of the settings is there, the other is false by default.
+        (True, {"add_eos_token": False}, "asks for no BOS token"),
+        (False, {"add_eos_token": True, "eos_token": "</s>"}, "for one EOS token, .* puts none"),
+        (False, {"add_bos_token": "yes"}, "add_bos_token is 'yes', not true or false"),
+        (True, {"add_bos_token": True, "bos_token": "<s>"}, ""),
+        (True, {"add_bos_token": True}, ""),
+        (False, {"add_bos_token": True, "bos_token": None}, ""),
+        (False, {"add_bos_token": None}, ""),
+        (True, {"bos_token": "<s>"}, ""),
+    ],
+)
+def test_whether_a_token_is_put_before_a_text(plain_llama, file_puts, settings, message):
+    """transformers follows tokenizer_config.json where it says so, else tokenizer.json."""
+    tokenizer = byte_level_tokenizer()
+    if file_puts:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="! $A", special_tokens=[("!", 0)]
+        )
+    tokenizer.save(str(plain_llama / "tokenizer.json"))
+    change_json(plain_llama / "config.json", vocab_size=256)
+    (plain_llama / "tokenizer_config.json").write_text(json.dumps(settings))
+    if message:
+        assert_refused(plain_llama, message)
+    else:
+        assert loading.load(str(plain_llama))[0].config.bos_token_id == (0 if file_puts else None)
+
+
+def test_a_tokenizer_that_puts_tokens_after_a_text(plain_llama):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A !", special_tokens=[("!", 0)]
+    )
+    tokenizer.save(str(plain_llama / "tokenizer.json"))
+    assert_refused(plain_llama, "puts 1 tokens after a text, where the answer is to follow")
+
+
+PANICS = {  # parts of a tokenizer.json with which the package ends in a PanicException
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [],
+        "special_tokens": {},
+    },
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    "decoder": {"type": "Strip", "content": "!", "start": 1, "stop": 1},
+}
+
+
+@pytest.mark.parametrize("part", PANICS)
+def test_a_tokenizer_with_which_its_package_panics(plain_llama, part):
+    change_json(plain_llama / "tokenizer.json", **{part: PANICS[part]})
+    with pytest.raises(ConfigError, match="cannot be read as a tokenizer.json|cannot decode"):
+        tokenizer = loading.load(str(plain_llama))[1]
+        decoding.StopCriteria.from_tokenizer(tokenizer, [], 256, torch.device("cpu"))
 
 
 def test_a_text_that_a_tokenizer_cannot_encode():

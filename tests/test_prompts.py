@@ -306,6 +306,32 @@ def test_a_shot_in_other_templates_or_letters_gives_the_answer_away(tmp_path):
     assert [f["manual"] for f in prompts.exclude(pool, asked)] == [["Where?"]]
 
 
+def test_a_fact_in_several_rows_is_no_example_of_itself(tmp_path):
+    """One row for each template. Facts without a relation are the same if they share an answer."""
+    rows = []
+    for subject, answer in (("Japan", "Tokyo"), ("France", "Paris"), ("Italy", "Rome")):
+        for text in ("[X] has the capital [Y]", "[X]'s capital is [Y]", "[X] is ruled from [Y]"):
+            rows.append(fact(subject=subject, answers=[answer], manual_templates=[text]))
+    rows.append(fact(subject="Japan", answers=["yen"], manual_templates=["[X] pays in [Y]"]))
+    facts = read(tmp_path, rows)
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        examples, asked = prompts.split_few_shot(facts, 2, rng)
+        shown = {(f["subject"], *f["answers"]) for f in examples[""]}
+        left = {(f["subject"], *f["answers"]) for f in asked}
+        assert len(shown) == 2 and len(left) == 2 and not shown & left
+    with pytest.raises(ConfigError, match="'' has 4 different facts, too few for 4 shots and a q"):
+        prompts.split_few_shot(facts, 4, np.random.default_rng(0))
+
+
+def test_a_paraphrase_of_a_question_is_no_example_of_it(tmp_path):
+    asked = read(tmp_path, [question("Who wrote Hamlet?")])
+    other = question("Who is the author of Hamlet?", paraphrases=["who wrote  Hamlet?"])
+    pool = read(tmp_path, [other, question("Where?")], "pool.jsonl")
+    assert [f["manual"] for f in prompts.exclude(pool, asked)] == [["Where?"]]
+    assert prompts.answered_identities(other | asked[0]) == {("", "who wrote hamlet?", "")}
+
+
 # ---- what is correct -----------------------------------------------------------------------------
 
 
