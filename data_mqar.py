@@ -46,6 +46,7 @@ from nanorecall.curriculum import Curriculum
 from nanorecall.mqar_files import (
     DatasetConfig,  # noqa: F401 (in the example above)
     StoredMQAR,
+    log2_permutations,
     parse_dataset,
     show_columns,
     show_on_disk,  # noqa: F401 (in the example above)
@@ -197,6 +198,19 @@ class TaskSize:
     @property
     def n_query_slots(self):
         return max(0, self.length - self.storage_len) // self.pair_len
+
+    @property
+    def log2_sequences(self):
+        """log2 of how many different sequences there are, not counting where the queries are."""
+        c, n = self.config, self.pairs
+        n_values = c.vocab_size - c.vocab_size // 2
+        n_keys = self.alphabet**c.key_tokens if c.key_tokens > 1 else c.vocab_size // 2 - 1
+        keys = log2_permutations(n_keys, n)
+        if c.value_tokens == 1:
+            values = log2_permutations(n_values, n)
+        else:
+            values = n * c.value_tokens * math.log2(n_values)
+        return keys + values + log2_permutations(n, self.queries)
 
     def check(self, setting):
         """ConfigError, which names this setting, if such sequences cannot be made."""
@@ -407,7 +421,8 @@ def next_token_targets(tokens, targets):
 class Data:
     """The task as train.py and eval.py use it: made in memory, or read from config.path.
 
-    .vocab_size, .seq_len (of the longest sequence), .curriculum, and the methods below.
+    .vocab_size, .seq_len (of the longest sequence), .curriculum, .notes (lines for the start of a
+    training), and the methods below.
     """
 
     def __init__(self, config):
@@ -416,6 +431,7 @@ class Data:
         self.vocab_size = self.source.vocab_size
         self.seq_len = self.source.seq_len
         self.curriculum = getattr(self.source, "curriculum", None)
+        self.notes = getattr(self.source, "notes", ())
 
     def batch_indices(self, step, batch_size):
         """The indices of the sequences of a training step, over all ranks: a range."""
@@ -451,6 +467,21 @@ class InMemoryMQAR:
         sizes = self.train_sizes + self.test_sizes + self.stage_sizes
         self.seq_len = max(size.length for size in sizes)
         self.fixed_sets = {}  # TaskSize -> its training set, made at its first use
+        self.notes = self.repeated_sequences()
+
+    def repeated_sequences(self):
+        """Sentences about test sequences that are likely to be trained on, in very small tasks."""
+        n = self.config.n_train_examples / len(self.train_sizes)
+        trained = {(size.length, size.pairs) for size in self.train_sizes}
+        notes = []
+        for size in self.test_sizes:
+            share = -math.expm1(-n * 2.0**-size.log2_sequences)
+            if (size.length, size.pairs) in trained and share > 1e-3:
+                what = f"test sequences of {size.pairs} pairs in {size.length} tokens"
+                text = f"note: up to {share:.1%} of the {what} are trained on, too: there are"
+                text += f" {2**size.log2_sequences:,.0f}, not counting where the queries are; raise"
+                notes.append(f"{text} vocab_size or num_kv_pairs")
+        return notes
 
     def size_of_step(self, step):
         """A training step -> its TaskSize, its number among the steps of that size, and whether

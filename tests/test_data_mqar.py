@@ -697,6 +697,36 @@ def test_impossible_data_sets_are_refused_in_one_sentence(flags, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("length", "pairs", "vocab", "number", "least", "most"),
+    [(8, 2, 12, "1,200", 0.99, 1), (12, 3, 20, "2,177,280", 0.01, 0.03), (32, 4, 64, "", 0, 1e-4)],
+)
+def test_test_sequences_that_are_trained_on_are_noted(length, pairs, vocab, number, least, most):
+    """In tasks so small that there are few different sequences."""
+    c = config(input_seq_len=length, num_kv_pairs=pairs, vocab_size=vocab, n_test_examples=3000)
+    size = data_mqar.TaskSize(length, pairs, c)
+    tokens, *_ = data_mqar.make_sequences(size, "train", np.arange(40_000))
+    trained = {row.tobytes() for row in tokens}
+    tested, *_ = data_mqar.make_sequences(size, "test", np.arange(3000))
+    assert least <= np.mean([row.tobytes() in trained for row in tested]) <= most
+    notes = data_mqar.Data(c).notes
+    assert len(notes) == bool(number) and number in "".join(notes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "number"),
+    [
+        (["--num_queries=1"], 4 * 3 * 5 * 4 * 2),  # keys, values, which of them is asked
+        (["--value_tokens=2", "--input_seq_len=12"], 4 * 3 * 5**4 * 2),
+        (["--key_tokens=2", "--input_seq_len=12"], 4 * 3 * 5 * 4 * 2),  # of 4 keys of 2 tokens
+    ],
+)
+def test_the_number_of_different_sequences(flags, number):
+    size = ["--input_seq_len=8", "--num_kv_pairs=2", "--vocab_size=10"]
+    notes = data_mqar.Data(config(*size, *flags)).notes
+    assert f"there are {number:,}, not" in notes[0]
+
+
 def test_without_arguments_it_explains_itself(capsys):
     data_mqar.main([])
     shown = capsys.readouterr().out
