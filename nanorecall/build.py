@@ -103,11 +103,26 @@ def resolve(assignments, train_config, recorded=None):
         raise ConfigError(f"{source}: {e}" if source else str(e)) from None
     reject_unknown(assignments, train_config, model_module.Config, data_module.Config)
     c = build_config(train_config, assignments)
+    check_length(c, {s.key: s.source for s in assignments})
     message = f"mem_log_interval={c.mem_log_interval} has no effect: {c.model} has no memory layers"
     has_memory = hasattr(model_class, "on_step_end")
     require(not c.mem_log_interval or has_memory, message, "mem_log_interval")
     data = build_config(data_module.Config, assignments)
     return Settings(c, model_module, model_class, data_module, data, assignments, user_files.files)
+
+
+def check_length(c, source_of):
+    """ConfigError for a flag n_epochs beside max_steps, which goes before it.
+
+    A config may have it: then a flag max_steps shortens the run. source_of: {setting: who set it}.
+    """
+    is_flag = source_of.get("n_epochs", "").startswith("--")
+    limit = f"max_steps={c.max_steps}"
+    if not source_of.get("max_steps", "--").startswith("--"):
+        limit += f" ({source_of['max_steps']})"
+    message = f"n_epochs={c.n_epochs} has no effect: {limit} ends the training; change that instead"
+    # With 0 epochs nothing is trained.
+    require(not (c.max_steps and c.n_epochs and is_flag), message, "n_epochs")
 
 
 def resolve_model(name, user_files=None):

@@ -349,12 +349,13 @@ def sha256_file(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def dataset_sha256(path):
+def dataset_sha256(path, is_verified=False):
     """SHA-256 of a data set, a file or a directory.
 
-    If the directory has a metadata.json, that file counts: it holds the checksums of the others.
+    is_verified: whoever reads the directory compares its files with the checksums in its
+    metadata.json, so this file alone counts.
     """
-    if os.path.isfile(os.path.join(path, "metadata.json")):
+    if is_verified and os.path.isfile(os.path.join(path, "metadata.json")):
         return sha256_file(os.path.join(path, "metadata.json"))
     if os.path.isfile(path):
         return sha256_file(path)

@@ -50,6 +50,7 @@ from nanorecall.run_dir import (
 )
 from nanorecall.saved_run import (
     check_data_unchanged,
+    check_saved_settings,
     fixed_settings_json,
     load_settings,
     require_same_settings,
@@ -105,6 +106,7 @@ class Run:
             if c.target_slice:
                 check_slice(self.data, c.target_slice, c.eval_batch_size)
         self.config = build_model_config(settings, self.data)
+        check_saved_settings(settings, self.config)
         with world.agree(), named_errors(settings):
             self.model = build_model(settings, self.config)
         with world.agree():
@@ -497,8 +499,8 @@ class Run:
 
     def report_again(self):
         """Report on a run that has_ended, as finish did -> exit status."""
-        advice = "to train it longer, raise --n_epochs or --max_steps"
-        advice += "; if it stopped early, also --stop_accuracy"
+        setting = "max_steps" if self.settings.train.max_steps else "n_epochs"
+        advice = f"to train it longer, raise --{setting}; if it stopped early, also --stop_accuracy"
         self.world.print0(f"{self.folder} has ended; {advice}")
         exit_status = None
         with self.world.agree():

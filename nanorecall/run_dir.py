@@ -18,7 +18,14 @@ import numpy as np
 import torch
 
 from nanorecall.build import count_parameters
-from nanorecall.files import dataset_sha256, lock_run_dir, reading, remove, unlock
+from nanorecall.files import (
+    dataset_sha256,
+    lock_run_dir,
+    reading,
+    remove,
+    temporary_names,
+    unlock,
+)
 from nanorecall.records import read_record
 from nanorecall.settings import ConfigError, require
 from nanorecall.source_files import REPO
@@ -105,7 +112,8 @@ def never_began(folder):
     """Was a run stopped here before its config.json was written? Then nothing else is there."""
     if not os.path.isdir(folder):
         return False
-    return all("config.json" in name and name != "config.json" for name in os.listdir(folder))
+    leftovers = glob.glob(temporary_names(os.path.join(folder, "config.json")))
+    return len(leftovers) == len(os.listdir(folder))
 
 
 def has_checkpoint(folder):
@@ -162,9 +170,19 @@ def run_metadata(run):
         "world_size": run.world.size,
         "launch": launch_id(),
         "parameters": count_parameters(run.model),
-        "data_sha256": {key: dataset_sha256(path) for key, path in data_paths(settings).items()},
+        "data_sha256": {
+            key: data_sha256(settings, key, path) for key, path in data_paths(settings).items()
+        },
         "files": settings.files,
     }
+
+
+def data_sha256(settings, key, path):
+    """SHA-256 of what a run reads from the path of the setting `key`."""
+    is_ours = os.path.realpath(settings.data_module.__file__) not in settings.files
+    # Documents of any origin are read without a look at metadata.json.
+    is_verified = is_ours and key == "path" and getattr(settings.data, "task", "") != "text"
+    return dataset_sha256(path, is_verified)
 
 
 def data_paths(settings):

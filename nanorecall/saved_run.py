@@ -11,13 +11,13 @@ import json
 import os
 import sys
 import types
+import typing
 
 from nanorecall.build import build_model, build_model_config, resolve
 from nanorecall.checkpoint import load_checkpoint
-from nanorecall.files import dataset_sha256
 from nanorecall.records import check_kinds, nan_to_null, parse_json, read_record
-from nanorecall.run_dir import data_paths, never_began
-from nanorecall.settings import ConfigError, Setting, field_names, require, say
+from nanorecall.run_dir import data_paths, data_sha256, never_began
+from nanorecall.settings import ConfigError, Setting, convert, field_names, require, say
 from nanorecall.source_files import is_main_rank
 from nanorecall.tensors import require_same_shapes, select_prefix
 
@@ -122,6 +122,36 @@ def saved_model_config(folder, settings):
     return build_model_config(settings, types.SimpleNamespace(**derived))
 
 
+def check_saved_settings(settings, config):
+    """ConfigError unless the settings of a user's files come back from config.json as they are.
+
+    Else the run could be trained and never be opened again. config: the model's.
+    """
+    if not settings.files:
+        return
+    values, class_of = {}, {}
+    for part in (settings.train, config, settings.data):
+        cls = type(part)
+        hints = typing.get_type_hints(cls)
+        for name in field_names(cls):
+            if part is config and name in DERIVED:
+                continue
+            value = getattr(part, name)
+            first = values.setdefault(name, value)
+            other = class_of.setdefault(name, cls)
+            message = f"{name} is {first!r} in {other.__module__}.{other.__name__} and {value!r} in"
+            message += f" {cls.__module__}.{cls.__name__}; give one of them another name"
+            require(first == value, message, name)
+            try:
+                same = convert(json.loads(json.dumps(value)), hints[name]) == value
+                problem = "is not the same when it is read again"
+            except (TypeError, ValueError) as e:
+                same, problem = False, str(e)
+            message = f"{cls.__module__}.{cls.__name__}: {name} {problem}; its type must be bool,"
+            message += f" int, float, str or a tuple of them, and its default, {value!r}, of that"
+            require(same, message, name)
+
+
 # ---- is it still the same? -----------------------------------------------------------------------
 
 
@@ -136,7 +166,7 @@ def check_data_unchanged(folder, settings, *except_for):
             require(os.path.exists(path), message, key)
             how = "put that one back, or start a new run"
             message = f"{key}={path} is another one than {folder} was trained on; {how}"
-            require(dataset_sha256(path) == before[key], message, key)
+            require(data_sha256(settings, key, path) == before[key], message, key)
 
 
 def fixed_settings_json(settings, config):

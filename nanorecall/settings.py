@@ -242,6 +242,10 @@ def build_config(cls, settings, **derived_values):
     for key, value in derived_values.items():
         if key in hints:  # a model file need not have a field for it
             values[key] = value
+    for f in dataclasses.fields(cls):
+        has_value = f.name in values or not f.init
+        has_value |= f.default is not f.default_factory  # both are MISSING
+        require(has_value, f"{f.name} has no default; set --{f.name}", f.name)
     config = cls(**values)
     try:
         if hasattr(config, "check"):

@@ -10,6 +10,7 @@ run directory from somebody else must not be able to name other code, and a file
 since would be another model.
 """
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -190,10 +191,14 @@ def import_user_file(name, key, path, user_files):
     require_free_name(name, key, path)
     if name in sys.modules:  # executed before in this process
         module = sys.modules[name]
-        for file in getattr(module, "__executed__", [path]):
-            with open(file, "rb") as f:
-                user_files.admit(file, f.read(), key)
-        return module
+        executed = getattr(module, "__executed__", {})
+        if executed and all(sha256_of(file) == executed[file] for file in executed):
+            for file in executed:
+                with open(file, "rb") as f:
+                    user_files.admit(file, f.read(), key)
+            return module
+        # In a notebook, a file is edited between two runs.
+        forget({os.path.realpath(path), *executed})
     spec = AdmittedLoader(name, path, user_files, key).spec()
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -211,8 +216,61 @@ def import_user_file(name, key, path, user_files):
         raise ConfigError(f"{where} does not run ({type(e).__name__}: {e})", key) from None
     finally:
         sys.meta_path.remove(finder)
-    module.__executed__ = [file for file in user_files.files if file not in before]
+    for file in imported_siblings(path, finder):
+        if file not in user_files.files:
+            with open(file, "rb") as f:
+                user_files.admit(file, f.read(), key)
+    files = [file for file in user_files.files if file not in before]
+    files += imported_siblings(path, finder)
+    module.__executed__ = {file: user_files.files[file] for file in files}
     return module
+
+
+def imported_siblings(path, finder):
+    """Paths of the files beside a user's file that it imports, and of those that these import.
+
+    Also imports in functions, which are executed later, and of what was imported before.
+    """
+    found, waiting = [], [path]
+    while waiting:
+        with open(waiting.pop(), "rb") as f:
+            tree = ast.parse(f.read())
+        for name in imported_names(tree):
+            spec = finder.find_spec(name)
+            file = spec and os.path.realpath(spec.origin)
+            if file and file not in found and file != os.path.realpath(path):
+                found.append(file)
+                waiting.append(file)
+    return found
+
+
+def imported_names(tree):
+    """Names of the modules that a parsed file may import: a, a.b, a.b.c for `from a.b import c`."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    for name in list(names):
+        parts = name.split(".")
+        names |= {".".join(parts[:n]) for n in range(1, len(parts))}
+    return sorted(names)
+
+
+def sha256_of(path):
+    """SHA-256 of a file; "" if it is gone."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def forget(files):
+    """Take the modules of these files (real paths) out of Python's table, to execute them anew."""
+    for name, module in list(sys.modules.items()):
+        if os.path.realpath(getattr(module, "__file__", None) or "") in files:
+            del sys.modules[name]
 
 
 def require_free_name(name, key, path):

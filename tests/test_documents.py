@@ -13,8 +13,9 @@ import pytest
 import train
 from data_synth import Config
 from nanorecall.dataset_files import read_rows
-from nanorecall.files import dataset_sha256
+from nanorecall.files import dataset_sha256, sha256_file
 from nanorecall.rng import IGNORE_INDEX
+from nanorecall.run_dir import data_sha256
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
 from toy_facts import SPLITS, counts, documents, own_data, scored_texts, write_jsonl
@@ -239,6 +240,21 @@ def test_the_checksum_of_a_folder_is_of_names_and_contents(folders, tmp_path_fac
     changed = dataset_sha256(place)
     os.rename(place / "test" / "x.jsonl", place / "test" / "y.jsonl")
     assert len({before, changed, dataset_sha256(place)}) == 3
+
+
+def test_documents_beside_a_metadata_json_are_compared(folders, tmp_path_factory):
+    """Unlike those of a data set whose reader compares them with it."""
+    place = tmp_path_factory.mktemp("with_metadata") / "x"
+    shutil.copytree(folders, place)
+    (place / "metadata.json").write_text("{}")
+    settings = train.parse(["--data=data_synth", "--task=text", f"--path={place}"])
+    sums = set()
+    for n in (8, 9):
+        write_jsonl(place / "test" / "x.jsonl", NOTES[:n])
+        sums.add(data_sha256(settings, "path", str(place)))
+    assert len(sums) == 2
+    facts = train.parse(["--data=data_synth", "--task=qa", f"--path={place}"])
+    assert data_sha256(facts, "path", str(place)) == sha256_file(place / "metadata.json")
 
 
 # ---- files of other programs ---------------------------------------------------------------------

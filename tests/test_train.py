@@ -141,6 +141,30 @@ def test_the_commands_of_updatable_long_term_memory_print_their_counts(capsys, a
     assert f"params: {count} " in capsys.readouterr().out
 
 
+
+def test_epochs_beside_a_number_of_steps_have_no_effect(tmp_path):
+    """A flag; a config may have both, whose steps a flag may shorten."""
+    (tmp_path / "c.py").write_text("n_epochs = 5\nmax_steps = 7\n")
+    config = str(tmp_path / "c.py")
+    message = r"n_epochs=9 has no effect: max_steps=7 \(.*c.py:2\) ends the training"
+    with pytest.raises(ConfigError, match=message):
+        train.parse([config, "--n_epochs=9"])
+    with pytest.raises(ConfigError, match="n_epochs=9 has no effect: max_steps=3 ends the tr"):
+        train.parse(["--n_epochs=9", "--max_steps=3"])
+    for argv in ([config, "--max_steps=3"], ["--n_epochs=9"], [config, "--n_epochs=0"]):
+        train.parse(argv)
+    train.parse([config, "--n_epochs=9", "--max_steps=0"])
+
+
+def test_a_folder_of_notes_is_no_run_that_was_stopped(tmp_path):
+    """Only the temporary file of a config.json may be deleted."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.bak").write_text("mine")
+    with pytest.raises(ConfigError, match="run exists; continue it with --resume"):
+        run(tmp_path, max_steps=1)
+    assert (tmp_path / "run" / "config.json.bak").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     "flags, model",
     [

@@ -1,5 +1,6 @@
 """Model and data files of a user: what a run records of them is executed, and nothing else."""
 
+import importlib
 import json
 import os
 import py_compile
@@ -12,6 +13,7 @@ import ablate
 import eval as eval_script
 import train
 from nanorecall.files import sha256_file
+from nanorecall.saved_run import load_run
 from nanorecall.settings import ConfigError
 from toys import flags, run
 
@@ -21,7 +23,7 @@ from model import GPT, Config
 from my_helper import NAME
 
 class Model(GPT):
-    pass
+    inner_name = NAME
 """
 
 
@@ -85,6 +87,68 @@ def test_a_fork_that_changed_is_not_executed(place, command, name):
     message = f"{name}.py is not executed: it has changed since the run began; put back"
     with pytest.raises(ConfigError, match=message):
         COMMANDS[command]()
+
+
+def test_a_file_that_was_edited_in_between_is_executed_anew(place):
+    """In one process, as in a notebook: what a run records is what it ran."""
+    assert load_run("f", train.TrainConfig)[2].inner_name == "helper"
+    for name, text in (("my_helper", "NAME = 'second'\n"), ("my_fork", FORK + "\n    third = 3\n")):
+        (place / f"{name}.py").write_text(text)
+        with pytest.raises(ConfigError, match="changed since the run began"):
+            load_run("f", train.TrainConfig)
+        train.main(flags(place, name, model="my_fork", **SHORT))
+        files = json.loads((place / name / "config.json").read_text())["files"]
+        assert files == {str(p): sha256_file(p) for p in place.glob("*.py")}
+        model = load_run(name, train.TrainConfig)[2]
+        assert model.inner_name == "second" and hasattr(model, "third") == (name == "my_fork")
+
+
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_imports_in_functions_are_recorded(place, monkeypatch, is_imported):
+    """They are executed later, or were executed for another file before."""
+    monkeypatch.syspath_prepend(str(place))
+    (place / "my_late.py").write_text("import my_later\n")
+    (place / "my_later.py").write_text("LATE = True\n")
+    late = "class Model(GPT):\n    def late(self):\n        import my_late\n\n"
+    (place / "my_fork.py").write_text(FORK.replace("class Model(GPT):\n", late))
+    if is_imported:
+        importlib.import_module("my_late")
+    train.main(flags(place, "late", model="my_fork", **SHORT, n_epochs=0))
+    settings = train.parse(flags(place, "late2", model="my_fork", **SHORT))
+    names = {os.path.basename(path) for path in settings.files}
+    assert names == {"my_fork.py", "my_helper.py", "my_late.py", "my_later.py"}
+    for name in ("my_late", "my_later"):
+        sys.modules.pop(name, None)
+
+
+SETTINGS = {  # a setting of a fork, and why its run could not be opened again
+    "hidden: int | None = None": "hidden takes a number, not None",
+    "parts: list = field(default_factory=list)": "parts takes a number, not",
+    "alpha: int = 0.5": "alpha takes a whole number, not 0.5",
+    "reach: float = math.inf": "reach takes a finite number, not inf",
+    "names: tuple[str, ...] = (1,)": "names ",
+    "beta1: float = 0.5": "beta1 is 0.9 in train.TrainConfig and 0.5 in my_fork.Config; give one",
+    "hidden: int": "hidden has no default; set --hidden",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_that_could_not_be_read_again_are_refused(place, setting):
+    code = "import math\nfrom dataclasses import dataclass, field\nfrom model import Config as Ours"
+    code += FORK + f"\n@dataclass(kw_only=True)\nclass Config(Ours):\n    {setting}\n"
+    (place / "my_fork.py").write_text(code)
+    with pytest.raises(ConfigError, match=SETTINGS[setting]):
+        train.main(flags(place, "g", model="my_fork", **SHORT))
+    assert not (place / "g").exists()
+
+
+def test_settings_that_can_be_read_again(place):
+    code = "from dataclasses import dataclass\nfrom model import Config as Ours"
+    code += FORK + "\n@dataclass\nclass Config(Ours):\n    pairs: tuple[tuple[int, float], ...] = "
+    code += "((1, 0.5),)\n    name: str = ''\n    seed: int = 0\n    scale: float = 1\n"
+    (place / "my_fork.py").write_text(code)
+    train.main(flags(place, "g", model="my_fork", **SHORT))
+    eval_script.main(["g"])
 
 
 def test_a_fork_elsewhere_or_gone_is_not_executed(place, tmp_path, monkeypatch):
@@ -181,7 +245,7 @@ class Scale(nn.Module):
         self.gain = nn.Parameter(torch.ones(()))
     def forward(self, tokens, targets):
         labels = targets[targets >= 0]
-        logits = self.gain * nn.functional.one_hot(labels, 32).float()
+        logits = self.gain * nn.functional.one_hot(tokens[targets >= 0], 32).float()
         return self.wrong(logits, labels, nn.functional.cross_entropy(logits, labels))
 
 WRONG = {
