@@ -30,6 +30,7 @@ from nanorecall.files import (
     inside,
     is_inside,
     reading,
+    refuse_compressed,
     remove,
     remove_stale,
     sha256_file,
@@ -236,6 +237,7 @@ def read_checkpoint(folder, name):
     path = os.path.join(folder, name + ".pt")
     with reading(path):
         try:
+            refuse_compressed(path)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as e:  # damaged files and those of strangers fail in many ways
             if from_system(e):

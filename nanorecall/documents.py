@@ -212,9 +212,14 @@ def check_answers(data):
     message = f"label_mask={mask} has no effect: all documents have an answer field"
     require(plain or mask == "text", message, "label_mask")
     if data.tokenizer is not BYTES and data.kind != "text":
-        problem = check_label_mask(data.tokenizer, data.kind, plain[:300])
-        message = f"tokenizer={data.config.tokenizer} does not suit these documents: {problem}"
-        require(not problem, message, "tokenizer")
+        require_exact_labels(data, plain)
+
+
+def require_exact_labels(data, texts):
+    """ConfigError if the tokenizer gives texts other labels than their bytes have."""
+    problem = check_label_mask(data.tokenizer, data.kind, texts)
+    message = f"tokenizer={data.config.tokenizer} does not suit these documents: {problem}"
+    require(not problem, message, "tokenizer")
 
 
 def survey(data):
@@ -227,6 +232,8 @@ def survey(data):
     answered, altered, questions = [], [], []
     for first in range(0, len(source.texts), 1000):
         texts = source.texts[first : first + 1000]
+        if data.tokenizer is not BYTES and data.kind != "text":
+            require_exact_labels(data, [text for text in texts if isinstance(text, str)])
         flat, labels, cu_seqlens = data.encoder.encode_and_label(texts)
         for i, text in enumerate(texts):
             document = slice(cu_seqlens[i], cu_seqlens[i + 1])

@@ -20,6 +20,7 @@ import signal
 import stat
 import sys
 import threading
+import zipfile
 
 from nanorecall.settings import ConfigError, RunError, require, say
 
@@ -323,6 +324,18 @@ def size_of_file(path):
     if not stat.S_ISREG(about.st_mode):
         raise ValueError(f"{os.path.basename(path)} is no file")
     return about.st_size
+
+
+def refuse_compressed(path):
+    """ValueError for a zip that holds more bytes than the file has.
+
+    torch.save compresses nothing. A zip bomb would fill the memory.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z:
+            size = sum(entry.file_size for entry in z.infolist())
+        if size > os.path.getsize(path):
+            raise ValueError(f"it expands to {size} bytes")
 
 
 def is_inside(name):

@@ -318,6 +318,24 @@ def n_rows_of(metadata, directory):
     return metadata["num_samples"]
 
 
+def check_row_count(path, n_rows):
+    """ConfigError if a shard cannot have n_rows. Memory for them is taken before they are read."""
+    message = f"{path} has not the {n_rows} rows of metadata.json"
+    if path.endswith(".jsonl"):
+        require(n_rows <= os.path.getsize(path), message, "path")
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found = pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as e:
+        reason = " ".join(str(e).split())[:80]
+        message = f"{path} cannot be read as rows of an MQAR data set ({reason})"
+        raise ConfigError(message, "path") from None
+    require(found == n_rows, message, "path")
+
+
 class StoredMQAR:
     """A directory that write_dataset wrote.
 
@@ -331,7 +349,7 @@ class StoredMQAR:
         self.metadata = self.read_metadata()
         # All now: else a damaged test split would stop a run only after its training.
         for shard in itertools.chain.from_iterable(self.metadata["files"].values()):
-            verified_path(self.path, shard)
+            check_row_count(verified_path(self.path, shard), shard["rows"])
         self.vocab_size = self.metadata["vocab_size"]
         self.seq_len = self.metadata["seq_len"]
         self.splits = {}
@@ -370,7 +388,8 @@ class StoredMQAR:
         except (OSError, ValueError, EOFError) as e:
             raise ConfigError(f"{path} cannot be read: {e}", "path") from None
         n = self.metadata["num_samples"]
-        integers = orders.ndim == 2 and orders.size > 0 and orders.dtype.kind in "iu"
+        is_array = isinstance(orders, np.ndarray)  # or an archive of some
+        integers = is_array and orders.ndim == 2 and orders.size > 0 and orders.dtype.kind in "iu"
         valid = integers and 0 <= orders.min() and orders.max() < n
         require(valid, f"{path} holds no numbers of {n} rows; write the data set again", "path")
         return orders
@@ -463,9 +482,15 @@ class StoredMQAR:
         """
         message = f"{path} has rows that are not of seq_len={self.seq_len} tokens"
         require((np.asarray(lengths) == self.seq_len).all(), message, "path")
-        tokens = np.asarray(flat)
-        integers = tokens.size == 0 or tokens.dtype.kind in "iu" and abs(tokens).max() < 2**31
-        require(integers, f"{path} holds something else than tokens", "path")
+        message = f"{path} holds something else than tokens"
+        try:
+            tokens = np.asarray(flat)
+        except ValueError:  # lists among numbers
+            raise ConfigError(message, "path") from None
+        integers = tokens.size == 0 or tokens.dtype.kind in "iu"
+        # Not their absolute value: that of -2^63 is negative.
+        integers = integers and -(2**31) < tokens.min(initial=0) <= tokens.max(initial=0) < 2**31
+        require(integers, message, "path")
         return tokens.astype(np.int32).reshape(-1, self.seq_len)
 
     # The data contract; see data_mqar.Data.

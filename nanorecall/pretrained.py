@@ -16,12 +16,11 @@ import fnmatch
 import glob
 import os
 import re
-import zipfile
 
 import torch
 
 from nanorecall.checkpoint import load_checkpoint
-from nanorecall.files import reading
+from nanorecall.files import reading, refuse_compressed
 from nanorecall.settings import ConfigError, require
 from nanorecall.sharded_checkpoint import read_shards
 from nanorecall.tensors import plain_tensors, select_prefix, unreadable
@@ -182,18 +181,6 @@ def read_file(path):
     tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     require(tensors, f"{path} holds no named tensors", "init_from")
     return plain_tensors(tensors, path)
-
-
-def refuse_compressed(path):
-    """ValueError for a zip that holds more bytes than the file has.
-
-    torch.save compresses nothing. A zip bomb would fill the memory.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z:
-            size = sum(entry.file_size for entry in z.infolist())
-        if size > os.path.getsize(path):
-            raise ValueError(f"it expands to {size} bytes")
 
 
 def resolve_map(mapping, names):

@@ -12,9 +12,10 @@ import json
 import math
 import os
 import re
+import reprlib
 import sys
 
-from nanorecall.files import atomic_write, is_inside
+from nanorecall.files import atomic_write, is_inside, size_of_file
 from nanorecall.settings import ConfigError, RunError, say
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -105,10 +106,7 @@ def check_kinds(value, kinds, where):
     if isinstance(kinds, str):
         name, fits = KINDS[kinds]
         if not fits(value):
-            shown = repr(value)
-            if len(shown) > 40:
-                shown = shown[:37] + "..."
-            raise ConfigError(f"{where} is {shown}, not {name}")
+            raise ConfigError(f"{where} is {bounded(value)}, not {name}")
         return
     check_kinds(value, "list" if isinstance(kinds, list) else "dict", where)
     if isinstance(kinds, list):
@@ -123,9 +121,19 @@ def check_kinds(value, kinds, where):
             check_kinds(value[k], kind, f"{where}: {k!r}")
 
 
+def bounded(value):
+    """repr(value) of at most 40 characters. A list may hold itself, many times over."""
+    if isinstance(value, (list, tuple, dict, set)):
+        shown = reprlib.repr(value)
+    else:
+        shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
 def read_json(path):
     """A JSON file of this project -> value; ConfigError if it is missing, unreadable or damaged."""
     try:
+        size_of_file(path)
         with open(path, "rb") as f:
             return parse_json(f.read())
     except OSError as e:
@@ -146,6 +154,7 @@ def read_lines(path, kinds):
     cut off is one of these."""
     rows, others = [], 0
     try:
+        size_of_file(path)
         with open(path, "rb") as f:
             for line in f:
                 if not line.strip():
@@ -158,6 +167,8 @@ def read_lines(path, kinds):
                     others += 1
     except OSError as e:
         raise ConfigError(f"{path} cannot be read: {e.strerror}") from None
+    except ValueError as e:
+        raise ConfigError(f"{path} cannot be read: {e}") from None
     return rows, others
 
 

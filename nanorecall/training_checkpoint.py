@@ -37,7 +37,12 @@ def load_training_state(folder, state, model, optimizer=None):
         shapes = {name: t.shape for name, t in state["tensors"].items()}
     require_same_shapes(folder, select_prefix(shapes, "model"), model, "resume")
     if optimizer:
-        make_optimizer_state(folder, select_prefix(shapes, "optimizer"), model, optimizer)
+        of_optimizer = select_prefix(shapes, "optimizer")
+        # Before the first step there is nothing to keep.
+        message = f"the checkpoint in {folder} has no state of the optimizer, as best.pt has none"
+        how = f"start a new run with --init_from {folder}"
+        require(of_optimizer or state["step"] == 0, f"{message}; {how}", "resume")
+        make_optimizer_state(folder, of_optimizer, model, optimizer)
     into = training_state(model, optimizer)
     with torch.no_grad():
         if sharded:

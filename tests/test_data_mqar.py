@@ -15,6 +15,7 @@ import torch
 import data_mqar
 from naive import loop_sequences
 from nanorecall import mqar_files, rng
+from nanorecall.files import sha256_file
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, build_config, split_argv
 
@@ -595,6 +596,63 @@ def test_a_damaged_order_or_metadata_is_refused(tmp_path, form, name):
     if name == "metadata.json":
         message = "metadata.json is damaged, or not of this project"
     with pytest.raises(ConfigError, match=message):
+        data_mqar.Data(config("--path", str(folder)))
+
+
+def seal(folder, **changes):
+    """Give metadata.json the checksums of its files, as a stranger could."""
+    metadata = json.loads((folder / "metadata.json").read_text()) | changes
+    files = [*sum(metadata["files"].values(), []), metadata["orders"]]
+    for file in files:
+        file["sha256"] = sha256_file(folder / file["name"])
+    metadata.pop("metadata_sha256", None)
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+
+
+def list_among_numbers(folder):
+    row = {"input_ids": [1, [5], *[1] * 46], "labels": [1] * 48}
+    file = folder / "train" / "part-00000.jsonl"
+    file.write_text(json.dumps(row) + "\n" + "".join(file.read_text().splitlines(True)[1:]))
+
+
+def very_negative(folder):
+    file = folder / "train" / "part-00000.jsonl"
+    row = json.loads(file.read_text().splitlines()[0])
+    row["input_ids"][0] = -(2**63)
+    file.write_text(json.dumps(row) + "\n" + "".join(file.read_text().splitlines(True)[1:]))
+
+
+def archive_of_orders(folder):
+    with open(folder / "orders" / "train.npy", "wb") as f:
+        np.savez(f, a=np.zeros((1, 4)))
+
+
+ODD_SETS = {  # how a stranger changed a data set, and what the sentence says
+    list_among_numbers: "part-00000.jsonl holds something else than tokens",
+    very_negative: "part-00000.jsonl holds something else than tokens",
+    archive_of_orders: "train.npy holds no numbers of",
+}
+
+
+@pytest.mark.parametrize("change", ODD_SETS)
+def test_odd_contents_with_the_right_checksums(tmp_path, change):
+    folder = write(tmp_path, output_format="jsonl")
+    change(folder)
+    seal(folder)
+    with pytest.raises(ConfigError, match=ODD_SETS[change]):
+        data_mqar.Data(config("--path", str(folder))).batch("train", 0, [0])
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_number_of_rows_that_would_fill_the_memory(tmp_path, form):
+    folder = write(tmp_path, output_format=form)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    files = metadata["files"]
+    for shards in files.values():
+        shards[0]["rows"] = 10**10
+        del shards[1:]
+    seal(folder, num_samples=10**10, files=files)
+    with pytest.raises(ConfigError, match="has not the 10000000000 rows of metadata.json"):
         data_mqar.Data(config("--path", str(folder)))
 
 

@@ -368,6 +368,50 @@ def test_a_compressed_file_is_refused(tmp_path):
     assert "expands to" in assert_refused(lambda: memory.main(args))
 
 
+def test_a_compressed_checkpoint_of_a_run_is_refused(tmp_path):
+    _, out = run(tmp_path)
+    path = os.path.join(out, "best.pt")
+    state = checkpoint.read_checkpoint(out, "best")
+    torch.save({**state, "note": "a" * 10**7}, path)
+    with zipfile.ZipFile(path) as z:
+        files = {name: z.read(name) for name in z.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as small:
+        for name, content in files.items():
+            small.writestr(name, content)
+    with open(path, "r+b") as f:
+        checkpoint.append_sha256(f)
+    assert "expands to" in assert_refused(lambda: evaluate.main([out]))
+
+
+def test_weights_without_their_optimizer_are_not_trained_on(tmp_path):
+    """AdamW would begin again in the middle of a run."""
+    _, out = run(tmp_path)
+    shutil.copy(os.path.join(out, "best.pt"), os.path.join(out, "ckpt.pt"))
+    text = assert_refused(lambda: train.main([f"--resume={out}", "--max_steps=99"]))
+    assert f"has no state of the optimizer, as best.pt has none; start a new run with {out}" in (
+        text.replace("--init_from ", "")
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, name):
+    _, out = run(tmp_path)
+    os.remove(os.path.join(out, name))
+    os.mkfifo(os.path.join(out, name))
+    readers = {"resume": lambda: train.main([f"--resume={out}", "--max_steps=99"])}
+    if name == "config.json":
+        readers["eval"] = lambda: evaluate.main([out])
+    for read in readers.values():
+        assert "is no file" in assert_refused(read)
+
+
+def lists_of_themselves(n=40):
+    value = []
+    for _ in range(n):
+        value = [value, value]
+    return value
+
+
 STATES = {
     "a list": lambda s: [s],
     "text": lambda s: "checkpoint",
@@ -375,6 +419,7 @@ STATES = {
     "a step of text": lambda s: {**s, "step": "4"},
     "a step below 0": lambda s: {**s, "step": -1},
     "a step that is a tensor": lambda s: {**s, "step": torch.ones(2)},
+    "a step of 2^40 lists": lambda s: {**s, "step": lists_of_themselves()},
     "a best of text": lambda s: {**s, "best": "x"},
     "tensors in a list": lambda s: {**s, "tensors": list(s["tensors"].values())},
     "no tensors": lambda s: {**s, "tensors": {}},
