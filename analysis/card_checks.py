@@ -13,7 +13,6 @@ import time
 import traceback
 
 import torch
-import torch.nn.functional as F
 
 import train
 from model import NEEDS_DOCUMENTS, GPTBlock
@@ -33,6 +32,7 @@ from nanorecall.model_checks import (
     differences,
     independence_problem,
     labels_problem,
+    loss_problem,
     packing_problem,
 )
 from nanorecall.rng import IGNORE_INDEX
@@ -113,9 +113,9 @@ def contract(model, tokens, targets):
     problem = labels_problem(scored, logits, targets, TOLERANCE)
     if problem:
         return f"with targets, it {problem}"
-    is_label = targets != IGNORE_INDEX
-    if (loss - F.cross_entropy(logits[is_label], targets[is_label])).abs() > TOLERANCE * 10:
-        return "its loss is not the mean cross-entropy of the labels"
+    problem = loss_problem(scored, loss, targets, 64, TOLERANCE)
+    if problem:
+        return f"it {problem}"
     loss.backward()
     for name, p in model.named_parameters():
         if p.requires_grad and (p.grad is None or not p.grad.abs().max() > 0):

@@ -8,17 +8,21 @@ Letters: B sequences, T tokens, N labelled positions.
 """
 
 import contextlib
+import copy
+import functools
 import importlib
 import os
 import sys
 
 import torch
+import torch.nn.functional as F
 
 from nanorecall.attention import check_window, softmax_attention
 from nanorecall.build import enough_memory, is_out_of_memory, training_advice
 from nanorecall.metrics import autocast, eval_batches, evaluating, in_eval_mode
 from nanorecall.rng import IGNORE_INDEX
-from nanorecall.settings import ConfigError, RunError, last_line, require
+from nanorecall.settings import ConfigError, RunError, last_line, require, say
+from nanorecall.source_files import is_main_rank
 
 CONTRACT = "Model(config) must take tokens and targets, both (B, T), and return logits"
 CONTRACT += " (N, vocab_size) of the N labelled positions and their mean cross-entropy"
@@ -89,32 +93,64 @@ def trial(model, settings, device, dtype):
 
 
 def check_logits(model, settings, tokens, vocab_size, device, dtype):
-    """ConfigError if logits of tokens (1, T) depend on what they must not, or are out of order."""
+    """ConfigError if logits of tokens (1, T) depend on what they must not, or are out of order.
 
-    def logits_of(tokens):
-        """Logits (1, T, V) of the first sequence."""
-        # The targets are next tokens: a model that reads them reads ahead.
-        targets = tokens.roll(-1, 1)
-        targets[1:] = IGNORE_INDEX
-        return model(tokens, targets)[0].detach()[None]
-
+    Also in training mode: a norm over the batch lets the loss depend on later tokens.
+    """
+    name = f"{settings.model_module.__file__}: {settings.train.model}"
     tolerance = TOLERANCES[dtype]
     other = (tokens + 1) % vocab_size
     two = torch.cat([tokens, other])
+    where = cuts(tokens.shape[1])
+    with trial(model, settings, device, dtype):
+        modes = (False, True) if is_repeatable(model, tokens, tolerance) else (False,)
+    for is_training in modes:
+        logits_of = functools.partial(first_logits, model, is_training=is_training)
+        with trial(model, settings, device, dtype), raise_small_parameters(model):
+            leak = causality_problem(logits_of, tokens, vocab_size, tolerance, where)
+            mixing = independence_problem(logits_of, two, vocab_size, tolerance)
+        mode = "in training mode " if is_training else ""
+        message = f"{name} reads tokens that come later: {mode}{leak}; mask them"
+        require(not leak, message, "model")
+        message = f"{name} mixes sequences: {mode}{mixing}; {INDEPENDENCE_ADVICE}"
+        require(not mixing, message, "model")
     number = torch.arange(two.numel(), device=device).view_as(two)
     # Other positions in each of the sequences.
     targets = torch.where(number % 7 % 3 == 1, two, IGNORE_INDEX)
-    with trial(model, settings, device, dtype), raise_small_parameters(model):
-        where = cuts(tokens.shape[1])
-        leak = causality_problem(logits_of, tokens, vocab_size, tolerance, where)
-        mixing = independence_problem(logits_of, two, vocab_size, tolerance)
-        logits = torch.cat([logits_of(tokens), logits_of(other)])
-        problem = labels_problem(model(two, targets)[0], logits, targets, tolerance)
-    name = f"{settings.model_module.__file__}: {settings.train.model}"
-    require(not leak, f"{name} reads tokens that come later: {leak}; mask them", "model")
-    message = f"{name} mixes sequences: {mixing}; {INDEPENDENCE_ADVICE}"
-    require(not mixing, message, "model")
+    with trial(model, settings, device, dtype):
+        logits = torch.cat([first_logits(model, tokens), first_logits(model, other)])
+        scored, loss = model(two, targets)
+        problem = labels_problem(scored, logits, targets, tolerance)
+        of_loss = loss_problem(scored, loss, targets, vocab_size, tolerance)
     require(not problem, f"{name} {problem}; {CONTRACT}", "model")
+    if of_loss and is_main_rank():
+        use = "log.jsonl, curves.png and stage_loss take the loss, evaluations the logits"
+        say(f"note: {name} {of_loss}; {use}", file=sys.stderr)
+
+
+def is_repeatable(model, tokens, tolerance):
+    """Does it give the same logits twice in training mode? One with random numbers of NumPy not."""
+    try:
+        once, again = (first_logits(model, tokens, is_training=True) for _ in range(2))
+    except TypeError:  # a part that cannot be copied
+        return False
+    return not differences(once, again, tolerance).any()
+
+
+def first_logits(model, tokens, is_training=False):
+    """Logits (1, T, V) of the first sequence of tokens (B, T).
+
+    In training mode those of a copy, whose statistics may change, with the same dropout each time.
+    """
+    # The targets are next tokens: a model that reads them reads ahead.
+    targets = tokens.roll(-1, 1)
+    targets[1:] = IGNORE_INDEX
+    if not is_training:
+        return model(tokens, targets)[0].detach()[None]
+    devices = [tokens.device] if tokens.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        return copy.deepcopy(model).train()(tokens, targets)[0].detach()[None]
 
 
 def check_decoding(model, settings, data, device):
@@ -216,6 +252,19 @@ def labels_problem(scored, logits, targets, tolerance):
     if scored.shape != expected.shape or differences(scored, expected, tolerance).any():
         return "returns logits that are not those of the labelled positions in order"
     return ""
+
+
+def loss_problem(logits, loss, targets, vocab_size, tolerance):
+    """How a loss differs from the mean cross-entropy of logits (N, V), as the end of a sentence."""
+    logits, loss = logits.detach(), loss.detach()
+    # A model may pad its vocabulary, and its loss leave the padding out.
+    for V in (vocab_size, logits.shape[1]):
+        expected = F.cross_entropy(logits[:, :V].float(), targets[targets != IGNORE_INDEX])
+        # Not ">", which is false for a NaN.
+        if (loss - expected).abs() <= 10 * tolerance * max(1.0, float(expected)):
+            return ""
+    found = f"returns a loss of {float(loss):.4g} where the mean cross-entropy of its labels is"
+    return f"{found} {float(expected):.4g}"
 
 
 @in_eval_mode

@@ -19,6 +19,7 @@ from nanorecall.run_dir import data_sha256
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
 from toy_facts import SPLITS, counts, documents, own_data, scored_texts, write_jsonl
+from toys import tokenizer_json
 
 NOTES = [{"text": f"note {i}"} for i in range(100)]
 FACTS = []  # 200 questions with an answer, sorted by first name
@@ -229,6 +230,15 @@ def test_two_answers_to_one_question_are_named(tmp_path):
     texts = ("12:3 ", "12:4 ", "13:4 ", "12:3 ")
     path = write_jsonl(tmp_path / "y.jsonl", [{"text": text} for text in texts])
     assert f"1, {path}:1 and {path}:2 for example" in own_data(path, label_mask="digits").notes[1]
+
+
+def test_the_labels_of_every_document_are_exact(tmp_path):
+    """A merge of two digits may occur in the last one only."""
+    texts = [f"{n}:{n % 7}" for n in range(100, 1500) if "98" not in str(n)]
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in (*texts, "3:98")])
+    tokenizer = tokenizer_json(tmp_path, ["9 8"])
+    with pytest.raises(ConfigError, match="'98' in '3:98' is one token: digits are merged"):
+        own_data(path, label_mask="qa", tokenizer=tokenizer)
 
 
 def test_the_checksum_of_a_folder_is_of_names_and_contents(folders, tmp_path_factory):

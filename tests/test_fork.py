@@ -225,6 +225,9 @@ READERS = {
     # Its gate starts at 0, and opens in training.
     "gated": (f"self.gate * x.flip(1) + {CAUSAL}", "reads tokens that come later: .* at token 1 "),
     "batch": (f"x.mean(0) + {CAUSAL}", "mixes sequences: its logits change by .* over the batch"),
+    "norm": (f"self.norm({CAUSAL}.transpose(1, 2)).transpose(1, 2)", "later: in training mode "),
+    "dropout": (f"nn.functional.dropout({CAUSAL}, 0.5, self.training)", None),
+    "random": (f"{CAUSAL} * (1 + self.training * numpy.random.rand())", None),
     "causal": (CAUSAL, None),
 }
 
@@ -233,10 +236,11 @@ READERS = {
 def test_a_model_that_reads_what_it_must_not_is_not_trained(here, name):
     returned, message = READERS[name]
     assert MIXER.count(CAUSAL) == 1
-    gate = "super().__init__()\n        self.gate = nn.Parameter(torch.zeros(()))"
-    code = MIXER.replace(CAUSAL, returned).replace("super().__init__()", gate)
+    parts = "super().__init__()\n        self.gate = nn.Parameter(torch.zeros(()))\n"
+    parts += "        self.norm = nn.BatchNorm1d(config.dim)"
+    code = MIXER.replace(CAUSAL, returned).replace("super().__init__()", parts)
     file = "fork_reads_" + name.replace(" ", "_")
-    (here / f"{file}.py").write_text("import torch\n" + code)
+    (here / f"{file}.py").write_text("import numpy\nimport torch\n" + code)
     command = [f"--model={file}", *SMALL]
     if message is None:
         assert train.main(command) == 0
@@ -253,6 +257,19 @@ def test_a_model_that_reads_its_targets_is_not_trained(here):
     (here / "fork_targets.py").write_text(code)
     with pytest.raises(ConfigError, match="reads tokens that come later: its logits at token 1"):
         train.main(["--model=fork_targets", *SMALL])
+
+
+def test_a_loss_that_is_no_mean_is_noted(here, capsys):
+    """log.jsonl calls the sum nats per label."""
+    code = TINY.format(fields="width: int = 4", extra="")
+    code = code.replace("targets[some])", "targets[some], reduction='sum')")
+    (here / "fork_sum.py").write_text(code)
+    assert train.main(["--model=fork_sum", *SMALL]) == 0
+    note = "note: .*fork_sum.py: fork_sum returns a loss of .* where the mean cross-entropy of its"
+    assert len(re.findall(note, capsys.readouterr().err)) == 1
+    (here / "fork_mean.py").write_text(TINY.format(fields="width: int = 4", extra=""))
+    assert train.main(["--model=fork_mean", *SMALL]) == 0
+    assert "returns a loss" not in capsys.readouterr().err
 
 
 def test_a_model_is_tried_and_stays_as_it_was(here):
