@@ -17,6 +17,7 @@ import sys
 import numpy as np
 
 from analysis.compare_figure import plot_compare
+from analysis.edited_run import recorded_edits
 from analysis.trained_run import write_parquet
 from nanorecall.build import inference_state_bytes
 from nanorecall.metrics import print_table, slice_metrics
@@ -162,7 +163,8 @@ def read_result(folder):
     ConfigError if it has no test result or is damaged.
     """
     path = os.path.join(folder, "config.json")
-    kinds = {"parameters": {"layers": "count"}, "train": "dict", "model": "dict", "data": "dict"}
+    kinds = {"parameters": {"layers": "count"}, **dict.fromkeys(("train", "model", "data"), "dict")}
+    kinds["data_sha256"] = {"*": "hash"}
     saved = read_record(path, kinds)
     status, test = read_test(folder)
     settings = load_settings(folder, TrainConfig)
@@ -170,6 +172,10 @@ def read_result(folder):
     compared = {**saved["train"], **saved["model"], **saved["data"]}
     for name in NOT_COMPARED:
         compared.pop(name, None)
+    if recorded_edits(folder):  # else an edited run would be another seed of its original
+        compared["edits"] = str(len(recorded_edits(folder)))
+    for key, digest in saved["data_sha256"].items():
+        compared[f"{key}_sha256"] = digest[:8]
     train_curve, curve = read_curves(folder)
     by_slice = {}
     for name, slices in test["by_slice"].items():
@@ -246,7 +252,12 @@ def group_seeds(runs):
         values = ", ".join(f"{key}={setting_text(seeds[0], key)}" for key in different)
         if len(values) > 60:
             values = seeds[0]["run"][-40:]
-        groups[f"{name}, {values}" if values else name] = seeds
+        label = base = f"{name}, {values}" if values else name
+        n = 1
+        while label in groups:  # runs of one name in several folders
+            n += 1
+            label = f"{base} ({n})"
+        groups[label] = seeds
     return groups
 
 

@@ -192,7 +192,7 @@ class CleanRun:
 
 @in_eval_mode
 def run_with_cache(model, examples):
-    """Examples -> CleanRun."""
+    """Examples -> CleanRun. ConfigError for a fork whose forward pass is another one than here."""
     resid_mid = {}
 
     def cache(block, module, inputs):
@@ -204,7 +204,22 @@ def run_with_cache(model, examples):
     options = {"trace": reads} if blocks else {}
     with hooked(hooks):
         logits = logits_at(model, examples.tokens, examples.label_pos, **options)
-    return CleanRun(resid_mid, dict(zip(blocks, reads)), logits)
+    clean = CleanRun(resid_mid, dict(zip(blocks, reads)), logits)
+    check_forward(model, examples, clean)
+    return clean
+
+
+def check_forward(model, examples, clean):
+    """ConfigError unless the blocks, and forward_from each memory layer, give its logits."""
+    label_pos = examples.label_pos[:1]
+    expected = select_positions(model(examples.tokens[:1])[0], label_pos)
+    found = [clean.logits[:1]]
+    for block, reads in clean.reads.items():
+        reads = {name: x[:1] for name, x in reads.items()}
+        found.append(forward_from(model, block, clean.resid_mid[block][:1], reads, label_pos))
+    same = all(torch.allclose(logits, expected, 1e-3, 1e-3) for logits in found)
+    message = "its blocks, computed one after another as in memory.py, do not give its logits"
+    require(same, message, None)
 
 
 def logits_at(model, tokens, positions, **options):

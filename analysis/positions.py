@@ -7,6 +7,7 @@ A drop is always that in the logit difference of the answer.
 Letters: N measurements, E examples, B examples, T tokens, n labels of an example.
 """
 
+import math
 from functools import partial
 
 import numpy as np
@@ -104,7 +105,11 @@ def cells_by(columns, name):
         # One mean for each example and position: examples were sampled, so they are the unit of
         # intervals and tests.
         drops = mean_drops(of_layer, examples, name, positions)
-        p = position_permutation_test(drops[~np.isnan(drops).any(1)])
+        complete = drops[~np.isnan(drops).any(1)]
+        # Where no example has a drop at every position, positions cannot be exchanged.
+        p = np.full(len(positions), np.nan)
+        if len(complete):
+            p = position_permutation_test(complete)
         by_layer[str(layer)] = {}
         for i, value in enumerate(positions.tolist()):
             here = select(of_layer, of_layer[name] == value)
@@ -113,7 +118,10 @@ def cells_by(columns, name):
                 "flips": clustered_proportion(here["flip"], here["example"]),
                 "p": float(p[i]),
             }
-    add_holm(list(flatten(by_layer).values()))
+    cells = list(flatten(by_layer).values())
+    for cell in cells:
+        cell["p_holm"] = math.nan
+    add_holm([cell for cell in cells if not math.isnan(cell["p"])])
     return by_layer
 
 
@@ -132,6 +140,8 @@ def any_differs(by_layer):
 
 def describe_positions(layer, name, cells, tokens=None):
     """One sentence on the positions of a layer."""
+    if all(math.isnan(cell["p"]) for cell in cells.values()):
+        return f"layer {layer}: no example has a drop at every {name}, so there is no test"
     if not any_differs({layer: cells}):
         return f"layer {layer}: no {name} matters more or less than the others"
     ends = []

@@ -12,6 +12,7 @@ import os
 import numpy as np
 
 from analysis.trained_run import BOOLEAN, NUMBER, WHOLE, read_parquet
+from nanorecall.checkpoint import read_checkpoint
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.records import read_record, write_json
@@ -69,8 +70,24 @@ def read_labels(path, split):
     else:
         file = os.path.splitext(path)[0] + ".parquet"
     columns = read_parquet(file, LABELS, f"python eval.py {path} --split {split} writes it")
+    require_current(file)
     order = np.argsort(columns["example"], kind="stable")
     return {name: values[order] for name, values in columns.items()}
+
+
+def require_current(file):
+    """ConfigError if a result is of another step than the checkpoint of its run is now."""
+    path = os.path.splitext(file)[0] + ".json"
+    folder = os.path.dirname(file)
+    if not os.path.exists(path):
+        return
+    config = read_record(path, {"config": {"step": "count", "checkpoint": "text"}})["config"]
+    name = config["checkpoint"]
+    if name not in ("best", "ckpt") or not os.path.exists(os.path.join(folder, name + ".pt")):
+        return
+    step = read_checkpoint(folder, name)["step"]
+    message = f"{file} is of step {config['step']}, and {name}.pt of step {step}"
+    require(config["step"] == step, f"{message}; run python eval.py {folder} again", None)
 
 
 def per_example(labels):

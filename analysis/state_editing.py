@@ -209,6 +209,18 @@ def make_edit(run, sequences, cache, place, chosen, values, other_keys):
 # ---- measuring -----------------------------------------------------------------------------------
 
 
+def read_stored(run, sequences):
+    """The cache after the pairs of the sequences. ConfigError if a window has left some out."""
+    cache = read(run.model, sequences.stored, run.dtype)
+    for block, of_block in enumerate(cache):
+        if memory_kind(of_block) == "cache":
+            n = of_block[entry_name(of_block)].shape[1]
+            message = f"editing pairs needs all {sequences.stored_len} stored tokens in the cache;"
+            message += f" that of block {block} holds {n}, because of its window"
+            require(n == sequences.stored_len, message, None)
+    return cache
+
+
 def places_of(run, cache):
     """Every Place that this model may recall pairs from."""
     places = []
@@ -249,7 +261,7 @@ def find_place(run):
     sequences = load_sequences(val, run.data, size, group[: run.config.eval_batch_size])
     message = "no pair can be edited, for its convolution sees a value beyond the first query"
     require(sequences.n_editable > 0, message, None)
-    cache = read(run.model, sequences.stored, run.dtype)
+    cache = read_stored(run, sequences)
     require_linear_reads(run, cache)
     places = places_of(run, cache)
     message = f"the cache of {run.settings.train.model} holds neither a state nor values of tokens"
@@ -274,7 +286,7 @@ def answer(run, sequences, cache):
 
 def measure_batch(run, sequences, place):
     """Edit these sequences in every way -> a table of their labels for each way."""
-    cache = read(run.model, sequences.stored, run.dtype)
+    cache = read_stored(run, sequences)
     is_known = answer(run, sequences, cache) == sequences.answers  # (B, N)
     message = "the model answers no pair of a batch correctly, so there is nothing to edit"
     require(is_known.any(), message, None)

@@ -555,6 +555,15 @@ def left_out_line(left_out):
     return f"\nLeft out: {'; '.join(parts)}.\n"
 
 
+def accuracy_result(run):
+    """What `eval.py stats` reads of the run: of this checkpoint and dtype, on this split."""
+    split = run.config.split
+    suffix = result_suffix(run, split)
+    if not suffix:
+        return run.folder
+    return os.path.join(run.folder, f"{run.prefix}_{split}{suffix}.json")
+
+
 def report_section(run, script, name, command):
     """Run one command -> its section of the report, without the heading, or ConfigError."""
     start = time.perf_counter()
@@ -567,7 +576,7 @@ def report_section(run, script, name, command):
         if command.needs_model:
             command.function(run)
         elif run.world.is_main:
-            figure = command.function([run.folder], run.config)
+            figure = command.function([accuracy_result(run)], run.config)
             run.figures += [figure] if figure else []
     printed = output.getvalue()
     print(printed, end="", flush=True)

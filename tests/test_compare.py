@@ -57,6 +57,34 @@ def test_runs_that_differ_in_their_seed_are_one_line(runs):
     assert [len(seeds) for seeds in groups.values()] == [2]
 
 
+def test_an_edited_run_and_one_of_other_data_are_no_seeds(runs, tmp_path):
+    for name in ("r1", "edited", "other"):
+        shutil.copytree(runs / "r1", tmp_path / name)
+    edit = {"run": "r1", "checkpoint": "best", "step": 4, "editor": "x", "facts": []}
+    for name, key, value in (
+        ("edited", "edits", [edit]),
+        ("other", "data_sha256", {"path": 64 * "a"}),
+    ):
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    results = [compare.read_result(str(tmp_path / name)) for name in ("r1", "edited", "other")]
+    groups = compare.group_seeds(results).values()
+    assert [[run["run"] for run in seeds] for seeds in groups] == [["r1"], ["edited"], ["other"]]
+
+
+def test_groups_of_one_name_are_all_shown():
+    """Runs of several folders, with more settings that differ than a label holds."""
+    runs = []
+    for i, value in enumerate((0.5, 0.99, 0.7)):
+        settings = {f"a_setting_with_a_long_name_{n}": i for n in range(9)}
+        run = result_of("gpt", 0.1, []) | {"settings": settings}
+        runs.append(run | {"all": {"value": value}})
+    groups = compare.group_seeds(runs)
+    assert list(groups) == ["gpt, gpt", "gpt, gpt (2)", "gpt, gpt (3)"]
+    text = compare.describe_extremes(groups)
+    assert text.startswith("Highest test accuracy: 0.9900") and "lowest: 0.5000" in text
+
+
 def test_compare_counts_the_parameters_of_the_layers(runs):
     layers = train.load_run(str(runs / "r1"))[2].layers
     n_params = sum(p.numel() for p in layers.parameters())

@@ -100,6 +100,30 @@ def test_samples_are_drawn_by_the_seed():
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+class BoundedBlock(memory.MemoryBlock):
+    def forward(self, *args, **options):
+        return super().forward(*args, **options).tanh()
+
+
+class BoundedModel(memory.MemoryGPT):
+    def forward(self, *args, **options):
+        logits, *others = super().forward(*args, **options)
+        return 0.5 * (2 * logits).tanh(), *others
+
+
+def test_a_fork_with_another_forward_pass_is_not_ablated():
+    """What would be measured is not its model."""
+    hooks.run_with_cache(ablation_model(), some_examples())
+    message = "its blocks, computed one after another as in memory.py, do not give its logits"
+    with pytest.raises(ConfigError, match=message):
+        hooks.run_with_cache(ablation_model(BoundedModel), some_examples())
+    for block in (0, 2):
+        model = ablation_model()
+        model.layers[block].__class__ = BoundedBlock
+        with pytest.raises(ConfigError, match=message):
+            hooks.run_with_cache(model, some_examples())
+
+
 def test_samples_are_of_one_eval_group(capsys):
     """Sequences of two lengths do not fit in one batch. 9 of 12 correct ones are in group 1."""
     run = planted_run([0] * 4 + [1] * 9, n_examples=5, wrong=[2])

@@ -1,6 +1,7 @@
 """What is made of the results of keys: tables by hand, effects that were put there, slow twins."""
 
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -305,6 +306,25 @@ def test_permuted_vectors_keep_their_columns():
 
 
 # ---- examples ------------------------------------------------------------------------------------
+
+
+def test_positions_that_no_two_examples_share_are_not_tested():
+    """Each example has a drop at one position of its own: none can be exchanged with another."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "layer": np.zeros(40, int),
+        "example": np.arange(40),
+        "token_pos": np.arange(40) % 16,
+        "drop": rng.normal(size=40),
+        "flip": np.zeros(40, bool),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cells = positions.cells_by(columns, "token_pos")
+    assert all(np.isnan(cell["p"]) and np.isnan(cell["p_holm"]) for cell in cells["0"].values())
+    text = positions.describe_positions("0", "token_pos", cells["0"])
+    assert text == "layer 0: no example has a drop at every token_pos, so there is no test"
+    assert not positions.any_differs(cells)
 
 
 def test_a_position_that_differs_is_found():

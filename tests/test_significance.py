@@ -1,11 +1,17 @@
 """significance.py: results read back, statistics of one run and of two, by hand."""
 
+import os
+
 import numpy as np
 import pytest
 
+import eval as eval_script
+import train
 from analysis import significance
 from analysis.trained_run import write_parquet
 from nanorecall import stats
+from nanorecall.settings import ConfigError
+from toys import run
 
 # Two examples of two labels, one of one. `kind` is of an example, `answer_pos` of a label.
 LABELS = {
@@ -91,3 +97,21 @@ def correlation(seed):
 def test_the_seed_decides_what_is_drawn(function):
     assert function(1) == function(1)
     assert function(1)["ci95"] != function(2)["ci95"]
+
+
+def test_statistics_are_those_of_the_checkpoint(tmp_path):
+    """Of that which a report names, and not of an earlier step."""
+    _, out = run(tmp_path, max_steps=2, eval_interval=1)
+    eval_script.main([out])
+    eval_script.main(["stats", out])
+    os.remove(os.path.join(out, "eval_stats.json"))
+    eval_script.main(["all", out, "--checkpoint=ckpt"])
+    written = [name for name in os.listdir(out) if name.startswith("eval_stats")]
+    assert "eval_stats_checkpoint-ckpt.json" in written and "eval_stats.json" not in written
+    # The best weights are now those of a later step.
+    train.main([f"--resume={out}", "--max_steps=60"])
+    message = "eval_test.parquet is of step .*, and best.pt of step .*; run python eval.py .* again"
+    with pytest.raises(ConfigError, match=message):
+        eval_script.main(["stats", out])
+    eval_script.main([out])
+    eval_script.main(["stats", out])

@@ -267,6 +267,9 @@ def test_a_model_that_recalls_nothing_is_not_edited(tmp_path):
     assert not list((tmp_path / "a").glob("eval_edit*"))
 
 
+MIXED = dict(model="hybrid", blocks="['delta dk=8 dv=8', 'gpt window=4']")
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -275,6 +278,12 @@ def test_a_model_that_recalls_nothing_is_not_edited(tmp_path):
         (dict(model="mesa"), "the state of mesa is not read linearly"),
         (dict(model="ttt_linear"), "the state of ttt_linear is not read linearly"),
         (dict(model="retnet", pos_emb="rope"), "train with pos_emb=none"),
+        # 8 tokens of pairs: an entry of the cache is not where its token is.
+        (dict(model="gpt", window=8), "needs all 8 stored tokens in the cache; .* block 0 holds 7"),
+        (
+            dict(MIXED, dk=None, dv=None, conv_size=None),
+            "needs all 8 stored tokens in the cache; that of block 1 holds 3, because of its",
+        ),
     ],
 )
 def test_pairs_that_no_query_reads_from_a_state_are_refused(tmp_path, changes, message):
