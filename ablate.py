@@ -210,10 +210,12 @@ def summarize_slots(columns):
 def ablate_layers(run):
     """Ablate what each block adds: attention or another mixer, MLP, memory; its values or keys."""
     require_blocks(run)
+    ablations = part_ablations(run.model, run.config.seed)
+    require(ablations, "its blocks have no att, ffn or memory, which could be ablated", None)
     examples = sample_correct_examples(run)
     clean = logit_diff(run_with_cache(run.model, examples).logits, examples.answers)
     tables = []
-    for (layer, what), (hooks, intervene) in part_ablations(run.model, run.config.seed).items():
+    for (layer, what), (hooks, intervene) in ablations.items():
         logits = run_with_hooks(run.model, examples, hooks, intervene)
         tables.append(measure(examples, clean, logits, {"layer": layer, "what": what}))
     columns = concat(tables)

@@ -90,6 +90,10 @@ def check_table(run, path, columns, advice):
     if "layer" in columns:
         known = np.isin(columns["layer"], list(memory_layers)).all()
         require(known, f"{path} names layers without a memory; {advice}", None)
+    if "example" in columns:
+        last = run.data.eval_groups(run.config.split)[-1][-1]
+        known = (columns["example"] >= 0).all() and (columns["example"] <= last).all()
+        require(known, f"{path} names examples that {run.config.split} has not; {advice}", None)
     if "slot" in columns:
         size = min(len(memory.values) for memory in memory_layers.values())
         known = (columns["slot"] >= 0).all() and (columns["slot"] < size).all()

@@ -101,6 +101,9 @@ def test_every_command_works_or_refuses_in_a_sentence(name, here, capsys):
         evaluate.main(["attention", "r/a"])
     with pytest.raises(ConfigError, match="it needs a model with|have no heads|have no mixer"):
         ablate.main(["heads", "r/a"])
+    if name == "block":
+        with pytest.raises(ConfigError, match="its blocks have no att, ffn or memory, which could"):
+            ablate.main(["layer", "r/a"])
 
 
 def test_the_attention_function_of_the_guide(here, capsys):
