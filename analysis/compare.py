@@ -163,8 +163,7 @@ def read_result(folder):
     ConfigError if it has no test result or is damaged.
     """
     path = os.path.join(folder, "config.json")
-    kinds = {"parameters": {"layers": "count"}, **dict.fromkeys(("train", "model", "data"), "dict")}
-    kinds["data_sha256"] = {"*": "hash"}
+    kinds = {"parameters": {"layers": "count"}, "train": "dict", "model": "dict", "data": "dict"}
     saved = read_record(path, kinds)
     status, test = read_test(folder)
     settings = load_settings(folder, TrainConfig)
@@ -172,9 +171,12 @@ def read_result(folder):
     compared = {**saved["train"], **saved["model"], **saved["data"]}
     for name in NOT_COMPARED:
         compared.pop(name, None)
-    if recorded_edits(folder):  # else an edited run would be another seed of its original
-        compared["edits"] = str(len(recorded_edits(folder)))
-    for key, digest in saved["data_sha256"].items():
+    edits = recorded_edits(folder)
+    if edits:  # else an edited run would be another seed of its original
+        compared["edits"] = str(len(edits))
+    digests = saved.get("data_sha256", {})
+    check_kinds(digests, {"*": "hash"}, f"{path}: 'data_sha256'")
+    for key, digest in digests.items():
         compared[f"{key}_sha256"] = digest[:8]
     train_curve, curve = read_curves(folder)
     by_slice = {}

@@ -21,6 +21,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 
+from nanorecall.files import sha256_file
 from nanorecall.settings import ConfigError, last_line, require, say
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -192,7 +193,7 @@ def import_user_file(name, key, path, user_files):
     if name in sys.modules:  # executed before in this process
         module = sys.modules[name]
         executed = getattr(module, "__executed__", {})
-        if executed and all(sha256_of(file) == executed[file] for file in executed):
+        if executed and all(is_still(file, executed[file]) for file in executed):
             for file in executed:
                 with open(file, "rb") as f:
                     user_files.admit(file, f.read(), key)
@@ -216,12 +217,12 @@ def import_user_file(name, key, path, user_files):
         raise ConfigError(f"{where} does not run ({type(e).__name__}: {e})", key) from None
     finally:
         sys.meta_path.remove(finder)
-    for file in imported_siblings(path, finder):
+    siblings = imported_siblings(path, finder)
+    for file in siblings:
         if file not in user_files.files:
             with open(file, "rb") as f:
                 user_files.admit(file, f.read(), key)
-    files = [file for file in user_files.files if file not in before]
-    files += imported_siblings(path, finder)
+    files = [file for file in user_files.files if file not in before or file in siblings]
     module.__executed__ = {file: user_files.files[file] for file in files}
     return module
 
@@ -258,12 +259,9 @@ def imported_names(tree):
     return sorted(names)
 
 
-def sha256_of(path):
-    """SHA-256 of a file; "" if it is gone."""
-    if not os.path.isfile(path):
-        return ""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+def is_still(path, digest):
+    """Is the file there, with this SHA-256?"""
+    return os.path.isfile(path) and sha256_file(path) == digest
 
 
 def forget(files):
