@@ -232,6 +232,8 @@ READERS = {
     "dropout": (f"nn.functional.dropout({CAUSAL}, 0.5, self.training)", None),
     "random": (f"{CAUSAL} * (1 + self.training * numpy.random.rand())", None),
     "causal": (CAUSAL, None),
+    # torch does not copy such a tensor, nor the model.
+    "kept": (f"setattr(self, 'last', {CAUSAL}) or self.last", None),
 }
 
 
