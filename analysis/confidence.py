@@ -24,11 +24,12 @@ from nanorecall.rng import IGNORE_INDEX
 from nanorecall.stats import (
     calibration,
     cluster_counts,
-    clustered_mean_ci,
-    clustered_mean_proportion,
     clustered_proportion,
     format_ci,
+    label_mean_ci,
+    label_mean_proportion,
     proportion,
+    totals,
 )
 
 SLICE = "slice "  # columns of the table of scores that begin so are slices
@@ -98,12 +99,12 @@ def logits(run):
 def summarize(table, mask):
     """Accuracy, probability, rank and perplexity of the labels in mask (N,) bool."""
     example = table["example"][mask]
-    nll = clustered_mean_ci(table["nll"][mask], example)
+    nll = label_mean_ci(*totals(table["nll"][mask], example))
     perplexity = {"value": float(np.exp(nll["value"])), "ci95": np.exp(nll["ci95"]).tolist()}
     return {
         "accuracy": clustered_proportion(table["correct"][mask], example),
-        "probability": clustered_mean_proportion(table["probability"][mask], example),
-        "rank": clustered_mean_ci(table["rank"][mask], example),
+        "probability": label_mean_proportion(*totals(table["probability"][mask], example)),
+        "rank": label_mean_ci(*totals(table["rank"][mask], example)),
         "perplexity": {**perplexity, "n": nll["n"]},
     }
 

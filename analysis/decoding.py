@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from analysis.trained_run import map_batches, require_decoding, save_result
-from nanorecall.metrics import print_table
+from nanorecall.metrics import eval_batches, print_table
 from nanorecall.plots import figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.stats import format_ci, proportion
@@ -109,7 +109,9 @@ def classify_error(text, decoded):
 def hashhop_errors(run):
     """What kind the answers are, by number of hops, decoded token by token."""
     require_decoding(run, "decoding")
-    table = map_batches(run, lambda batch: decode_batch(run, batch))
+    # All examples, as the accuracy that is printed above.
+    batches = list(eval_batches(run.data, run.config.split, run.config.eval_batch_size))
+    table = map_batches(run, lambda batch: decode_batch(run, batch), batches)
     by_hops = {}
     levels = np.unique(table["hops"]).tolist()
     for level in sorted(levels, key=lambda level: (int(level.split()[0]), level)):

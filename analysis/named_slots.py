@@ -61,15 +61,20 @@ def vector_pattern(memory, config):
     """The vector in config.value: numbers, or a .npy file."""
     try:
         if os.path.exists(config.value):
-            numbers = np.load(config.value, allow_pickle=False).astype(np.float32)
+            # Not np.load, which also opens archives.
+            with open(config.value, "rb") as f:
+                numbers = np.lib.format.read_array(f, allow_pickle=False).astype(np.float32)
         else:
             numbers = np.array(config.value.replace(",", " ").split(), np.float32)
-    except (ValueError, OSError, EOFError) as e:
-        message = f"value={config.value!r} is neither a .npy file nor a list of numbers ({e})"
+    except (ValueError, TypeError, OSError, EOFError, MemoryError) as e:
+        why = " ".join(str(e).split())[:120]
+        message = f"value={config.value!r} is neither a .npy file nor a list of numbers ({why})"
         raise ConfigError(message, "value") from None
     V = memory.values.shape[1]
     message = f"value={config.value!r} has shape {numbers.shape}; the values have {V} numbers"
     require(numbers.shape == (V,), message, "value")
+    message = f"value={config.value!r} has numbers that are not finite"
+    require(np.isfinite(numbers).all(), message, "value")
     return torch.from_numpy(numbers).to(memory.values)
 
 

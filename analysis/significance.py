@@ -24,8 +24,8 @@ from nanorecall.stats import (
     correlation_lines,
     format_ci,
     label_accuracy,
+    label_mean_ci,
     mcnemar,
-    mean_ci,
     paired_bootstrap,
     proportion,
 )
@@ -191,7 +191,7 @@ def one_run(examples, slices):
         n_labels, loss = examples["labels"][mask], examples["loss"][mask]
         accuracy = label_accuracy(cluster_sums(n_labels, examples["correct"][mask]))
         exact = exact_match(examples, mask)
-        nll = mean_ci(loss / n_labels)
+        nll = label_mean_ci(loss, n_labels)
         by_slice[name] = {**accuracy, "exact": exact, "nll": nll}
         lines.append((name, *format_ci(accuracy), *format_ci(exact), *format_ci(nll)[1:]))
     correlations = {}

@@ -67,17 +67,23 @@ def load_table(run, what):
         require(len(present) == 1, message, None)
         suffix = present[0]
         run.world.print0(f"reading ablate_{what}{suffix}")
+    is_own = suffix == result_suffix(run, what)
     run.suffixes_read.append(suffix)
     path = os.path.join(run.folder, f"ablate_{what}{suffix}")
     again = f"run it again: python ablate.py {command} {run.folder}"
     advice = f"python ablate.py {command} {run.folder} writes it"
     columns = read_parquet(path + ".parquet", COLUMNS[what], advice)
-    check_table(run, path, columns, again)
+    config = check_table(run, path, columns, again)
+    if not is_own:
+        run.settings_read |= {name: config[name] for name in DECISIVE if name in config}
     return columns
 
 
 def check_table(run, path, columns, advice):
-    """ConfigError unless the table (path without extension) is of this checkpoint and its slots."""
+    """-> the settings of a table (path without extension).
+
+    ConfigError unless it is of this checkpoint, and of its slots and examples.
+    """
     try:
         record = read_record(path + ".json", {"config": {"step": "count"}})
     except ConfigError as e:
@@ -98,6 +104,7 @@ def check_table(run, path, columns, advice):
         size = min(len(memory.values) for memory in memory_layers.values())
         known = (columns["slot"] >= 0).all() and (columns["slot"] < size).all()
         require(known, f"{path} names slots that do not exist; {advice}", None)
+    return record["config"]
 
 
 def first_ablation(columns):

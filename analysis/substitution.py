@@ -31,7 +31,7 @@ from analysis.slot_results import first_ablation, load_table, per_value_mean
 from analysis.trained_run import concat, save_result, select, settings_suffix
 from nanorecall.metrics import print_table
 from nanorecall.plots import figure, finish_figure
-from nanorecall.settings import say
+from nanorecall.settings import require, say
 from nanorecall.stats import (
     clustered_mean_proportion,
     correlation,
@@ -112,6 +112,9 @@ def measure_substitution(run, layer, examples, slots, cases, n_random=8):
     -> {column: (N,)}: those of the cases, layer, read_instead, is_random, survives.
     """
     model, batch_size = run.model, run.config.ablate_batch_size
+    message = "the result of keys names labels that its examples have not; run keys again"
+    positions = cases["answer_pos"]
+    require(0 <= positions.min() <= positions.max() < examples.label_pos.shape[1], message, None)
     clean = run_with_cache(model, examples)
     inputs = memory_inputs(model, layer, clean, examples.label_pos)
     n_slots = len(model.memory_layers()[layer].values)

@@ -87,6 +87,7 @@ class TrainedRun:
     prefix: str = "eval"  # names of result files begin with it
     options: dict = field(default_factory=dict)  # {command: names of its settings}
     suffixes_read: list = field(default_factory=list)  # of results that the command has read
+    settings_read: dict = field(default_factory=dict)  # theirs, where they are not the command's
     figures: list = field(default_factory=list)  # paths of those that it has written
     findings: list = field(default_factory=list)  # its results in sentences
     sample: str = ""  # which sequences it measures; empty: all of them
@@ -385,12 +386,13 @@ def settings_suffix(run, names):
 def short_value(name, value):
     """A setting's value as part of a file name; a path with the beginning of its checksum."""
     text = str(value)
-    is_path = name in ("data", "facts")
+    is_path = name in ("data", "facts") or (name == "value" and os.path.isfile(text))
     shown = os.path.basename(os.path.normpath(text)) if is_path else text
     shown = re.sub(r"[^\w.]+", "-", shown).strip("-.")
     if is_path:
         return f"{shown[:40]}-{dataset_sha256(text)[:8]}"
-    if len(shown) > 40:
+    # Vectors that differ in signs alone would have one name.
+    if len(shown) > 40 or (name == "value" and shown != text):
         return f"{shown[:24]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return shown
 
@@ -419,10 +421,12 @@ def save_result(run, what, metrics, by_slice=None, examples=(), columns=None, pl
         return
     # A result that was computed from others gets their suffixes.
     suffix = "".join(dict.fromkeys(run.suffixes_read)) or result_suffix(run, what)
+    config = run.provenance() | decisive_settings(run, what) | run.settings_read
     run.suffixes_read.clear()
+    run.settings_read.clear()
     path = os.path.join(run.folder, f"{run.prefix}_{what}{suffix}")
     result = {
-        "config": run.provenance() | decisive_settings(run, what),
+        "config": config,
         "metrics": metrics,
         "by_slice": by_slice or {},
         "examples": list(examples),
@@ -570,6 +574,7 @@ def report_section(run, script, name, command):
     run.figures.clear()
     run.findings.clear()
     run.suffixes_read.clear()
+    run.settings_read.clear()
     run.sample = ""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):

@@ -24,6 +24,7 @@ SPLIT_DIRS = {"train": "train", "val": "validation", "test": "test"}
 SHARD = {"name": "path inside", "rows": "count", "sha256": "hash"}
 SHARDS = {name: [SHARD] for name in SPLIT_DIRS.values()}  # kinds of "files" in metadata.json
 MAX_LINE_BYTES = 2**20
+MAX_BATCH_BYTES = 2**30  # of a column of parquet, read at once
 
 # ---- writing -------------------------------------------------------------------------------------
 
@@ -270,14 +271,36 @@ def read_parquet(path, columns=()):
             require(not twice, f"{path} has two columns named {twice[:1]}; leave one out", "path")
             # Other columns may be of types that Python has no values for, so they are not read.
             wanted = [name for name in columns if name in names] or None
-            for batch in file.iter_batches(10_000, columns=wanted):
+            for batch in file.iter_batches(rows_at_once(file.metadata), columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
-                    yield row, f"{path}: row {number}"
+                    where = f"{path}: row {number}"
+                    for name, value in row.items():
+                        long = f"{where}: {name!r} has more than {MAX_LINE_BYTES} letters; cut it"
+                        require(not is_long_text(value), long, "path")
+                    yield row, where
     except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
         reason = " ".join(str(e).split())[:120]
         damaged = f"{path}: damaged after row {number}, or no parquet ({reason})"
         raise ConfigError(damaged, "path") from None
+
+
+def rows_at_once(metadata):
+    """How many rows of a parquet file may be in memory at a time, 1 to 1,000.
+
+    A text that many rows share is stored once, but has memory in each of the rows that are read.
+    No text is longer than its column chunk.
+    """
+    largest = 1
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        for j in range(group.num_columns):
+            largest = max(largest, group.column(j).total_uncompressed_size)
+    return min(max(MAX_BATCH_BYTES // largest, 1), 1000)
+
+
+def is_long_text(value):
+    return isinstance(value, str) and len(value) > MAX_LINE_BYTES
 
 
 READERS = {".jsonl": read_jsonl, ".parquet": read_parquet, ".csv": read_csv}

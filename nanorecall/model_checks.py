@@ -30,25 +30,40 @@ CONTRACT += " (N, vocab_size) of the N labelled positions and their mean cross-e
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
+def is_users_file(module, files):
+    """Is a module one of the user's own? files: their paths."""
+    return os.path.realpath(module.__file__) in files
+
+
 def is_users_model(settings):
-    return os.path.realpath(settings.model_module.__file__) in settings.files
+    return is_users_file(settings.model_module, settings.files)
 
 
 @contextlib.contextmanager
-def named_errors(settings):
-    """An error of a user's model in the block becomes a ConfigError that names file and line."""
+def users_errors(module, files, name, contract, key):
+    """An error of a user's module in the block becomes a ConfigError that names file and line.
+
+    name: the module in the user's words. contract: what it must do. key: the setting that has it.
+    """
     try:
         yield
     except (ConfigError, RunError):
         raise
     except (Exception, SystemExit) as e:  # the user's code may raise anything
-        if is_out_of_memory(e) or not is_users_model(settings):
+        if is_out_of_memory(e) or not is_users_file(module, files):
             raise
-        where = last_line(e, settings.model_module.__file__, settings.files)
-        name = settings.train.model
+        where = last_line(e, module.__file__, files)
         error = " ".join(f"{type(e).__name__}: {e}".split())  # some have several lines
-        message = f"{where}: {name} does not run ({error}); {CONTRACT}"
-        raise ConfigError(message, "model") from None
+        message = f"{where}: {name} does not run ({error}); {contract}"
+        raise ConfigError(message, key) from None
+
+
+@contextlib.contextmanager
+def named_errors(settings):
+    """users_errors of the model."""
+    name = settings.train.model
+    with users_errors(settings.model_module, settings.files, name, CONTRACT, "model"):
+        yield
 
 
 def check_users_model(model, settings, data, device, dtype):

@@ -25,6 +25,7 @@ from nanorecall.build import (
 )
 from nanorecall.checkpoint import STATE, first_valid_checkpoint, read_checkpoint
 from nanorecall.curriculum import Curriculum
+from nanorecall.data_checks import check_users_data, named_data_errors
 from nanorecall.distributed import (
     LOST_RANK,
     autodetect_device,
@@ -98,8 +99,9 @@ class Run:
         with world.agree():
             self.device, self.dtype, self.device_line = autodetect_device(c, world)
         self.batch_line = describe_batch(c.batch_size, world, c.grad_accum_steps)
-        with world.agree():
+        with world.agree(), named_data_errors(settings):
             self.data = build_data(settings)
+            check_users_data(self.data, settings)
         for note in getattr(self.data, "notes", ()):
             world.print0(note)
         with world.agree():
@@ -271,6 +273,10 @@ class Run:
             began = f"{config['world_size']} ranks of {config['num_threads']} threads"
             note = f"note: the run began with {began}; with other numbers its last bits will differ"
             self.world.print0(note)
+        dtype = str(self.dtype).removeprefix("torch.")
+        if config.get("dtype", dtype) != dtype:  # dtype=auto on another device
+            note = f"note: the run began in {config['dtype']} and goes on in {dtype}"
+            self.world.print0(f"{note}; --device chooses between them")
         if self.checkpoint:
             self.previous = load_settings(self.folder, type(c)).train
         start = {"step": step, "world_size": self.world.size, "launch": launch_id()}

@@ -15,6 +15,7 @@ import typing
 
 from nanorecall.build import build_model, build_model_config, resolve
 from nanorecall.checkpoint import load_checkpoint
+from nanorecall.data_checks import named_data_errors
 from nanorecall.records import check_kinds, nan_to_null, parse_json, read_record
 from nanorecall.run_dir import data_paths, data_sha256, never_began
 from nanorecall.settings import ConfigError, Setting, convert, field_names, require, say
@@ -53,7 +54,8 @@ def load_run(folder, train_config, which="best"):
     settings = load_settings(folder, train_config)
     # The synthetic data set was mixed into training only, and may be gone.
     check_data_unchanged(folder, settings, "synthetic_dataset")
-    data = settings.data_module.Data(settings.data)
+    with named_data_errors(settings):
+        data = settings.data_module.Data(settings.data)
     config = saved_model_config(folder, settings)
     model = build_model(settings, config)
     names = ("best",) if which == "best" else ("ckpt", "ckpt_prev")

@@ -142,6 +142,35 @@ def clustered_mean_ci(x, cluster):
     return mean_ci(cluster_means(x, cluster))
 
 
+def label_mean_ci(sums, n_labels):
+    """{"value", "ci95", "n"} of the mean of labels, from their sums and numbers by cluster (G,).
+
+    The interval is 1.96 standard errors of a ratio of two sums (Cochran 1977, 6.3). With as many
+    labels in each cluster it is `mean_ci` of cluster means.
+    """
+    value, error = label_mean(sums, n_labels)
+    ci95 = [value - Z95 * error, value + Z95 * error]
+    return {"value": value, "ci95": ci95, "n": int(np.sum(n_labels))}
+
+
+def label_mean_proportion(sums, n_labels):
+    """`label_mean_ci` of labels between 0 and 1, with an interval as that of `mean_proportion`."""
+    sums = np.clip(sums, 0, n_labels)  # rounding may leave [0, 1]
+    p, error = label_mean(sums, n_labels)
+    size = p * (1 - p) / error**2 if 0 < error < math.inf else math.inf
+    size = min(size, max_sample_size(p, len(sums)))
+    return {"value": p, "ci95": list(wilson_interval(p * size, size)), "n": int(np.sum(n_labels))}
+
+
+def label_mean(sums, n_labels):
+    """-> the mean of labels, and its standard error (see `label_mean_ci`)."""
+    sums, n_labels = np.asarray(sums, float), np.asarray(n_labels)
+    G, n = len(sums), n_labels.sum()
+    value = float(sums.sum() / n)
+    squares = float(((sums - value * n_labels) ** 2).sum())
+    return value, math.sqrt(squares * G / (G - 1)) / n if G > 1 else math.inf
+
+
 def mean_proportion(x):
     """{"value", "ci95", "n"} of the mean of independent measurements (n,) between 0 and 1.
 
@@ -162,8 +191,14 @@ def clustered_mean_proportion(x, cluster):
 
 def cluster_means(x, cluster):
     """Means (G,) of the measurements x (N,) of each cluster."""
+    sums, n = totals(x, cluster)
+    return sums / n
+
+
+def totals(x, cluster):
+    """-> sums and numbers (G,) of the measurements x (N,) of each cluster."""
     _, index = np.unique(cluster, return_inverse=True)
-    return np.bincount(index, x) / np.bincount(index)
+    return np.bincount(index, x), np.bincount(index)
 
 
 def calibration(confidence, correct, example):

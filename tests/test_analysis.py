@@ -15,7 +15,7 @@ import torch
 import eval as eval_script
 import memory
 import train
-from analysis import confidence, memory_usage, routing, trained_run
+from analysis import confidence, decoding, memory_usage, routing, trained_run
 from nanorecall.distributed import SINGLE_PROCESS, World
 from nanorecall.settings import ConfigError
 from nanorecall.text import BYTES
@@ -204,19 +204,19 @@ def test_a_confidence_of_1_is_in_the_last_bin():
     assert error == pytest.approx(0.475)
 
 
-def test_means_are_over_examples():
-    """Example 0 has two labels, example 1 has one. Each example counts once."""
+def test_means_are_over_labels_and_exact_match_over_examples():
+    """Example 0 has two labels, example 1 has one."""
     table = {
         "example": np.array([0, 0, 1, 2]),
         "correct": np.array([True, False, True, False]),
         "rank": np.array([1, 3, 1, 9]),
         "probability": np.array([0.5, 0.1, 0.9, 0.0]),
-        "nll": np.log([2.0, 8.0, 1.0, 99.0]),
+        "nll": np.log([2.0, 4.0, 1.0, 99.0]),
     }
     cell = confidence.summarize(table, table["example"] < 2)
     assert cell["accuracy"]["value"] == pytest.approx(2 / 3)
-    assert cell["rank"]["value"] == 1.5
-    assert cell["probability"]["value"] == pytest.approx(0.6)
+    assert cell["rank"]["value"] == pytest.approx(5 / 3)
+    assert cell["probability"]["value"] == pytest.approx(0.5)
     assert cell["perplexity"]["value"] == pytest.approx(2)
     assert confidence.exact_match_of(table)["value"] == pytest.approx(1 / 3)
 
@@ -520,6 +520,13 @@ def test_correct_answers_of_hashhop_are_those_that_slices_count(runs, capsys):
     example = plain["examples"][0]
     assert example["example"] == 2 and "COMPLETION:" in example["prompt"]
     assert "  model " in capsys.readouterr().out
+
+
+def test_kinds_of_errors_are_of_all_examples(runs, capsys):
+    decoding.hashhop_errors(open_run(runs, "hops", n_examples=2))
+    result, columns = load_result(runs / "hops", "eval_hashhop_n_examples-2")
+    plain = json.loads((runs / "hops" / "eval_test.json").read_text())
+    assert len(columns["example"]) == plain["metrics"]["exact_match"]["n"] > 2
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 
 import train
 from data_synth import Config
-from nanorecall.dataset_files import read_rows
+from nanorecall.dataset_files import read_rows, rows_at_once
 from nanorecall.files import dataset_sha256, sha256_file
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.run_dir import data_sha256
@@ -293,6 +293,16 @@ def test_null_stands_for_what_a_row_lacks_and_other_columns_are_left_out(tmp_pat
     pq.write_table(table, tmp_path / "x.parquet")
     found = own_data(tmp_path / "x.parquet").source.texts
     assert set(found) == {"ab", ("Who? ", "me"), "cd", "ef"}
+
+
+def test_a_text_that_many_rows_of_parquet_share_does_not_fill_the_memory(tmp_path):
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), ["a" * 2**23])
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": shared}), path, store_schema=False)
+    assert os.path.getsize(path) < 2**20
+    assert 1 <= rows_at_once(pq.read_metadata(path)) <= 2**30 // 2**23
+    with pytest.raises(ConfigError, match="row 1: 'text' has more than 1048576 letters"):
+        own_data(path)
 
 
 def test_two_columns_of_one_name_are_rejected(tmp_path):

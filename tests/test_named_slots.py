@@ -1,5 +1,6 @@
 """analysis/named_slots.py on a model of which the slot of each fact is known."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 import ablate
 from analysis import hooks, named_slots
-from analysis.trained_run import list_results
+from analysis.trained_run import list_results, short_value
 from nanorecall.settings import ConfigError
 from planted import planted_facts
 from toys import ablation_model, some_examples
@@ -88,6 +89,48 @@ def test_a_vector_from_a_file(tmp_path):
     np.save(path, np.arange(16))
     config = ablate.AblateConfig(slot=1, pattern="vector", value=path)
     assert named_slots.vector_pattern(memory, config).tolist() == list(range(16))
+
+
+def save_npz(path, vector):
+    np.savez(path, v=vector)
+    os.replace(f"{path}.npz", path)
+
+
+def save_torn(path, vector):
+    np.save(path, vector)
+    os.replace(f"{path}.npy", path)
+    os.truncate(path, 150)
+
+
+def save_infinite(path, vector):
+    with open(path, "wb") as f:
+        np.save(f, vector / 0.0)
+
+
+def save_names(path, vector):
+    with open(path, "wb") as f:
+        np.save(f, np.array(["a"] * 16))
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+@pytest.mark.parametrize("save", [save_npz, save_torn, save_infinite, save_names])
+def test_a_file_of_no_vector_is_refused(tmp_path, save):
+    memory = ablation_model().memory_layers()[0]
+    path = str(tmp_path / "v")
+    save(path, np.arange(16.0))
+    config = ablate.AblateConfig(slot=1, pattern="vector", value=path)
+    with pytest.raises(ConfigError, match="neither a .npy file|not finite") as caught:
+        named_slots.vector_pattern(memory, config)
+    assert "\n" not in str(caught.value)
+
+
+def test_results_of_other_vectors_have_other_names(tmp_path):
+    path = tmp_path / "v.npy"
+    names = set()
+    for sign in (1, -1):
+        np.save(path, sign * np.arange(16))
+        names |= {short_value("value", str(path)), short_value("value", f"{sign} 2")}
+    assert len(names) == 4 and short_value("value", "12") == "12"
 
 
 @torch.no_grad()

@@ -383,6 +383,8 @@ def test_a_command_reads_what_was_measured_with_its_settings(facts, tmp_path, ca
     capsys.readouterr()
     ablate.main(["impact", str(run)])  # one result of keys is there
     assert "reading ablate_keys_n_examples-12_ablations-zero" in capsys.readouterr().out
+    result = json.loads((run / "ablate_impact_n_examples-12_ablations-zero.json").read_text())
+    assert result["config"]["n_examples"] == 12 and result["config"]["ablations"] == "zero"
     ablate.main(["keys", str(run), "--n_examples=12", "--ablations=mean"])
     both = ", ".join(f"ablate_keys_n_examples-12_ablations-{name}" for name in ("mean", "zero"))
     with pytest.raises(ConfigError, match=f"has {both}; name one"):
@@ -393,6 +395,31 @@ def test_a_command_reads_what_was_measured_with_its_settings(facts, tmp_path, ca
     missing = "ablate_keys_n_examples-12_ablations-random.parquet"
     with pytest.raises(ConfigError, match=f"{missing} does not exist"):
         ablate.main(["keystats", str(run), "--n_examples=12", "--ablations=random"])
+
+
+ODD_NUMBERS = [
+    ("example", 10**6, "names examples that test has not"),
+    ("example", -1, "names examples that test has not"),
+    ("slot", 10**6, "names slots that do not exist"),
+    ("layer", 7, "names layers without a memory"),
+    ("answer_pos", 99, "names labels that its examples have not"),
+    ("answer_pos", -1, "names labels that its examples have not"),
+]
+
+
+@pytest.mark.parametrize("column, value, message", ODD_NUMBERS)
+def test_a_table_of_other_examples_or_slots_is_refused(column, value, message, facts, tmp_path):
+    without_results = shutil.ignore_patterns("eval_*", "ablate_*")
+    run = shutil.copytree(facts, tmp_path / "m", ignore=without_results)
+    ablate.main(["keys", str(run), "--n_examples=12", "--ablations=zero"])
+    (path,) = run.glob("ablate_keys*.parquet")
+    table = pq.read_table(path).to_pydict()
+    table[column] = [value] * len(table[column])
+    # Every label needs each of its slots, so that `corr` looks at all of them.
+    table["flip"] = [True] * len(table[column])
+    pq.write_table(pa.table(table), path)
+    with pytest.raises(ConfigError, match=message):
+        ablate.main(["corr", str(run)])
 
 
 def test_tables_and_statistics_of_other_runs_stay(runs):

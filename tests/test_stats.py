@@ -130,6 +130,30 @@ def test_the_mean_by_hand():
     assert stats.format_ci(stats.mean_ci([5.0])) == (1, "5.0000", "")
 
 
+def test_the_mean_of_labels_by_hand():
+    """Two clusters, 1 label of 3 and 3 of 1: the mean is 6 / 4, the residuals 3 - 1.5 and 3 - 4.5.
+
+    Their squares sum to 4.5, so the standard error is sqrt(4.5 * 2) / 4.
+    """
+    cell = stats.label_mean_ci([3, 3], [1, 3])
+    half = 1.959964 * 3 / 4
+    assert cell == {"value": 1.5, "ci95": pytest.approx([1.5 - half, 1.5 + half]), "n": 4}
+    assert stats.label_mean_ci([5.0], [2])["ci95"] == [-np.inf, np.inf]
+
+
+def test_means_of_clusters_with_as_many_labels_are_means_of_cluster_means():
+    rng = np.random.default_rng(0)
+    x, cluster = rng.random(60), np.repeat(np.arange(20), 3)
+    totals = stats.totals(x, cluster)
+    pairs = {stats.label_mean_ci: stats.clustered_mean_ci}
+    pairs[stats.label_mean_proportion] = stats.clustered_mean_proportion
+    for of_labels, of_clusters in pairs.items():
+        cell, expected = of_labels(*totals), of_clusters(x, cluster)
+        assert cell["value"] == pytest.approx(expected["value"])
+        assert cell["ci95"] == pytest.approx(expected["ci95"])
+    assert stats.label_mean_proportion([2.0, 3.0], [2, 3])["ci95"][1] == 1
+
+
 @pytest.mark.parametrize("correct, n", [([1, 1, 0, 0, 1, 0], 3), ([1, 0, 0, 1, 1, 0], 6)])
 def test_effective_sample_size_by_hand(correct, n):
     """Three clusters of two labels with 2, 0 and 1 correct: p = 1/2, squared distances 1 + 1 + 0.

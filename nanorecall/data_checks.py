@@ -1,0 +1,83 @@
+"""A user's data file is tried on one sequence of each split before a run trains on it.
+
+Training would end in an error of torch, or only at its first evaluation.
+
+Letters: B sequences, T tokens, N labelled positions.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+
+from nanorecall.metrics import eval_batches
+from nanorecall.model_checks import describe_output, is_users_file, users_errors
+from nanorecall.rng import IGNORE_INDEX
+from nanorecall.settings import require
+
+CONTRACT = "see class Data of data_mqar.py for what a data file must have"
+SPLITS = ("train", "val", "test")
+
+
+@contextlib.contextmanager
+def named_data_errors(settings):
+    """An error of a user's data file in the block becomes a ConfigError of file and line."""
+    name = settings.train.data
+    with users_errors(settings.data_module, settings.files, name, CONTRACT, "data"):
+        yield
+
+
+def check_users_data(data, settings):
+    """ConfigError unless a user's Data has sequences, labels and slices in each split."""
+    if not is_users_file(settings.data_module, settings.files):
+        return
+    file, batch_size = settings.data_module.__file__, settings.train.batch_size
+    with named_data_errors(settings):
+        problem = sizes_problem(data, batch_size)
+        for split in SPLITS:
+            problem = problem or split_problem(data, split, batch_size)
+    require(not problem, f"{file}: {problem}; {CONTRACT}", "data")
+
+
+def sizes_problem(data, batch_size):
+    """What is wrong with the numbers of a data set, as a sentence; "" if nothing."""
+    numbers = {
+        "vocab_size": data.vocab_size,
+        "seq_len": data.seq_len,
+        f"steps_per_epoch({batch_size})": data.steps_per_epoch(batch_size),
+    }
+    for name, value in numbers.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            return f"{name} is {value!r}, not a whole number of at least 1"
+    return ""
+
+
+def split_problem(data, split, batch_size):
+    """What is wrong with the first sequence of a split, as a sentence; "" if nothing."""
+    if split == "train":
+        indices = data.batch_indices(0, batch_size)[:1]
+    else:
+        indices = next(eval_batches(data, split, 1), ())
+    if len(indices) == 0:
+        return f"{split} has no sequences"
+    tokens, targets, slices, *_ = data.batch(split, 0, indices)
+    for name, value in {"tokens": tokens, "targets": targets}.items():
+        if not torch.is_tensor(value) or value.ndim != 2 or value.dtype != torch.long:
+            return f"{name} of {split} are {describe_output(value)}, not (B, T) of torch.int64"
+    if tokens.shape != targets.shape:
+        return f"tokens of {split} are {tuple(tokens.shape)}, targets {tuple(targets.shape)}"
+    if tokens.shape[1] > data.seq_len:
+        return f"{split} has a sequence of {tokens.shape[1]} tokens; seq_len is {data.seq_len}"
+    labels = targets[targets != IGNORE_INDEX]
+    if len(labels) == 0:
+        return f"the first sequence of {split} has no labels: all targets are {IGNORE_INDEX}"
+    for name, ids in {"tokens": tokens, "labels": labels}.items():
+        if ids.min() < 0 or ids.max() >= data.vocab_size:
+            found = f"{name} of {split} are {ids.min()} to {ids.max()}"
+            return f"{found}; with this vocab_size, 0 to {data.vocab_size - 1}"
+    if split == "train":
+        return ""
+    for name, values in slices.items():
+        if len(values) != len(labels):
+            return f"slice {name!r} of {split} has {len(values)} values for {len(labels)} labels"
+    return ""

@@ -1,0 +1,96 @@
+"""Data files of a user's own: trained on, or refused in one sentence before training."""
+
+import json
+import sys
+
+import pytest
+
+import eval as evaluate
+import train
+from nanorecall.settings import ConfigError
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+# Repeat the token before. The lines of the contract are apart, so that a test can change one.
+COPY = """
+from dataclasses import dataclass
+import numpy as np
+import torch
+
+@dataclass
+class Config:
+    length: int = 8
+
+class Data:
+    def __init__(self, config):
+        self.vocab_size = 16
+        self.seq_len = config.length
+
+    def steps_per_epoch(self, batch_size):
+        return 4
+
+    def batch_indices(self, step, batch_size):
+        return range(step * batch_size, (step + 1) * batch_size)
+
+    def eval_groups(self, split):
+        return [range(6), range(6, 9)]
+
+    def batch(self, split, step, indices):
+        rng = np.random.default_rng([len(split), step, *indices])
+        tokens = torch.from_numpy(rng.integers(0, 16, (len(indices), self.seq_len)))
+        targets = tokens.clone()
+        targets[:, :2] = -100
+        n_labels = int((targets != -100).sum())
+        return tokens, targets, {"half": np.arange(n_labels) % 2}
+"""
+FLAGS = ["--data=fork_copy", "--dim=16", "--n_heads=2", "--batch_size=8", "--max_steps=2"]
+FLAGS += ["--log_dir=r", "--run_name=a", "--num_threads=1"]
+SENTENCES = {
+    "return 4": {"return 0": r"steps_per_epoch\(8\) is 0, not a whole number"},
+    "self.vocab_size = 16": {
+        "pass": r"fork_copy does not run \(AttributeError: .*vocab_size",
+        "self.vocab_size = 8": "tokens of train are .* with this vocab_size, 0 to 7",
+        "raise KeyError('x')": r"fork_copy.py:12: .* does not run \(KeyError: 'x'\)",
+    },
+    "[range(6), range(6, 9)]": {
+        "[range(6)] if split == 'val' else []": "test has no sequences",
+        "{'val': [range(6)]}[split]": r"fork_copy.py:22: .* does not run \(KeyError: 'test'\)",
+    },
+    "targets = tokens.clone()": {
+        "targets = tokens[:, 1:]": r"tokens of train are \(1, 8\), targets \(1, 7\)",
+        "targets = tokens.int()": "targets of train are a tensor .* of torch.int32",
+        "targets = tokens.clone() if split != 'test' else tokens * 0 - 100": "first sequence of "
+        "test has no labels",
+        "targets = tokens - 1": "labels of .* are -1 to",
+    },
+    "self.seq_len = config.length": {"self.seq_len = 8.0": "seq_len is 8.0, not a whole number"},
+    "np.arange(n_labels) % 2": {"np.zeros(1)": "slice 'half' of val has 1 values for 6 labels"},
+}
+CASES = []
+for line, changes in SENTENCES.items():
+    CASES += [(line, change, sentence) for change, sentence in changes.items()]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("fork_copy", None)  # the next test has another file of this name
+
+
+def test_a_data_file_that_keeps_the_contract(here):
+    (here / "fork_copy.py").write_text(COPY)
+    assert train.main(FLAGS) == 0
+    evaluate.main(["r/a"])
+    result = json.loads((here / "r/a/eval_test.json").read_text())
+    assert set(result["by_slice"]["half"]) == {"0", "1"}
+
+
+@pytest.mark.parametrize("line, change, sentence", CASES)
+def test_one_that_does_not_is_refused_before_training(line, change, sentence, here):
+    assert COPY.count(line) == 1
+    (here / "fork_copy.py").write_text(COPY.replace(line, change))
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        train.main(FLAGS)
+    assert "fork_copy.py" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (here / "r").exists()
