@@ -478,7 +478,10 @@ class InMemoryMQAR:
             share = -math.expm1(-n * 2.0**-size.log2_sequences)
             if (size.length, size.pairs) in trained and share > 1e-3:
                 what = f"test sequences of {size.pairs} pairs in {size.length} tokens"
-                text = f"note: up to {share:.1%} of the {what} are trained on, too: there are"
+                text = f"note: up to {share:.1%} of the {what} are trained on, too"
+                # Each epoch has new sequences, and this share again.
+                text += ", in each epoch" if self.config.infinite_data else ""
+                text += ": there are"
                 text += f" {2**size.log2_sequences:,.0f}, not counting where the queries are; raise"
                 notes.append(f"{text} vocab_size or num_kv_pairs")
         return notes

@@ -7,6 +7,7 @@ SHA-256 of each. Every problem with a file is one ConfigError that names the fil
 Letters: R rows of a file, T tokens in a row.
 """
 
+import collections
 import csv
 import functools
 import json
@@ -24,6 +25,7 @@ SPLIT_DIRS = {"train": "train", "val": "validation", "test": "test"}
 SHARD = {"name": "path inside", "rows": "count", "sha256": "hash"}
 SHARDS = {name: [SHARD] for name in SPLIT_DIRS.values()}  # kinds of "files" in metadata.json
 MAX_LINE_BYTES = 2**20
+MAX_CELL = 1000  # values of a list in parquet, on average
 MAX_BATCH_BYTES = 2**30  # of a column of parquet, read at once
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -167,6 +169,8 @@ def read_rows(path, columns=()):
 
     columns: read these columns of a table, if it has any of them; otherwise all.
     """
+    # A pipe might never end.
+    require(not os.path.exists(path) or os.path.isfile(path), f"{path} is no file", "path")
     return READERS[os.path.splitext(path)[1]](path, columns)
 
 
@@ -199,9 +203,9 @@ def read_csv(path, columns=()):
             continue
         if not names:
             names = [name.strip() for name in cells]
-            for name in names:
-                message = f"{where}: two columns have the same name {name!r}; rename one"
-                require(names.count(name) == 1, message, "path")
+            twice = repeated(names)
+            message = f"{where}: two columns have the same name {twice!r}; rename one"
+            require(twice is None, message, "path")
             continue
         require("\0" not in "".join(cells), f"{where}: a zero byte, which no text has", "path")
         # A comma in a cell without quotes would cut an answer in two.
@@ -253,10 +257,15 @@ def unique_keys(pairs):
     """A JSON object as a dict; ValueError if a name comes twice, where json would take the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = repeated(name for name, _ in pairs)
         raise ValueError(f"the name {twice!r} comes twice")
     return row
+
+
+def repeated(names):
+    """The first of the names that comes twice; None if there is none."""
+    counts = collections.Counter(names)
+    return next((name for name, n in counts.items() if n > 1), None)
 
 
 def read_parquet(path, columns=()):
@@ -267,8 +276,10 @@ def read_parquet(path, columns=()):
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
-            twice = [name for name in names if names.count(name) > 1]
-            require(not twice, f"{path} has two columns named {twice[:1]}; leave one out", "path")
+            twice = repeated(names)
+            require(twice is None, f"{path} has two columns named {twice!r}; leave one out", "path")
+            large = f"{path}: cells of more than {MAX_CELL} values"
+            require(not has_large_cells(file.metadata), large, "path")
             # Other columns may be of types that Python has no values for, so they are not read.
             wanted = [name for name in columns if name in names] or None
             for batch in file.iter_batches(rows_at_once(file.metadata), columns=wanted):
@@ -297,6 +308,16 @@ def rows_at_once(metadata):
         for j in range(group.num_columns):
             largest = max(largest, group.column(j).total_uncompressed_size)
     return min(max(MAX_BATCH_BYTES // largest, 1), 1000)
+
+
+def has_large_cells(metadata):
+    """Has a parquet file lists that are long? A million equal numbers take a few bytes in it."""
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        for j in range(group.num_columns):
+            if group.column(j).num_values > MAX_CELL * max(group.num_rows, 1):
+                return True
+    return False
 
 
 def is_long_text(value):

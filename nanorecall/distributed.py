@@ -307,6 +307,15 @@ def wrap_model(model, parallel, device):
     return PARALLEL[parallel](model, device) if dist.is_initialized() else model
 
 
+def unsharded_notes(model, parallel, world):
+    """Sentences about settings that shard something, where one process keeps everything."""
+    if world.size > 1:
+        return []
+    names = ["parallel=fsdp"] if parallel == "fsdp" else []
+    names += ["mem_shard_values=1"] if column_sharded_parameters(model) else []
+    return [f"note: {name} shards nothing on one process; start it with torchrun" for name in names]
+
+
 def shard_columns(model, device):
     """Keep this rank's columns of the parameters that the model's column_sharded() names.
 

@@ -38,6 +38,8 @@ from nanorecall.settings import (
 )
 from nanorecall.text import MASKS, check_label_mask, read_tokenizer
 
+MAX_SLICE_VALUE = 200  # letters
+
 
 class FactDataset:
     """A fixed list of documents, the splits that each is in, and their slices.
@@ -59,6 +61,9 @@ class FactDataset:
             valid = values.shape == (len(texts),) and values.dtype.kind in "biufU"
             message = f"path={c.path}: the slice {name!r} needs a number or a text in each row"
             require(valid, message, "path")
+            finite = values.dtype.kind != "f" or np.isfinite(values).all()
+            message = f"path={c.path}: the slice {name!r} has numbers that are not finite"
+            require(finite, message, "path")
         # Before n_val_examples and n_test_examples.
         self.sizes = {split: len(numbers) for split, numbers in splits.items()}
         self.splits = {"train": np.asarray(splits["train"], np.int32)}
@@ -242,6 +247,10 @@ def read_facts(c, tasks):
                 if text not in number_of:
                     number_of[text] = len(number_of)
                     for name, value in row.items():
+                        # NumPy gives every row as much memory as the longest.
+                        is_long = isinstance(value, str) and len(value) > MAX_SLICE_VALUE
+                        message = f"{where}: {name!r} has more than {MAX_SLICE_VALUE} letters"
+                        require(not is_long, message, "path")
                         slices.setdefault(name, []).append(value)
                 numbers.append(number_of[text])
             n_rows = len(numbers) - n_before

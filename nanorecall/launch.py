@@ -44,6 +44,10 @@ def read_command_line(argv, train_config, doc, common=()):
     require(folder, f"{resume[-1].source}: resume needs a run directory", "resume")
     changes = [s for s in assignments if s.key != "resume"]
     refuse_fixed(changes, folder, train_config)
+    others = [s for s in changes if s.key != "export_checkpoint"]
+    if others and len(others) < len(changes):
+        message = f"{others[0].source} has no effect: --export_checkpoint does not train"
+        raise ConfigError(f"{message}; leave one of them out", others[0].key)
     return load_settings(folder, train_config, changes)
 
 

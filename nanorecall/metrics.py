@@ -164,7 +164,8 @@ def count_batch(batch):
     total["n_examples"] = len(batch["exact_match"])
     by_slice = {}
     for name, values in batch["slices"].items():
-        by_slice[name] = {value.item(): count(values == value) for value in np.unique(values)}
+        known = np.unique(values[values == values])  # NaN stands for no value
+        by_slice[name] = {value.item(): count(values == value) for value in known}
     return {"all": total, "by_slice": by_slice}
 
 

@@ -318,13 +318,11 @@ def n_rows_of(metadata, directory):
     return metadata["num_samples"]
 
 
-def check_row_count(path, n_rows):
-    """ConfigError if a shard cannot have n_rows. Memory for them is taken before they are read.
+def check_row_count(path, n_rows, T):
+    """ConfigError if a shard cannot have n_rows of T tokens, for which memory is taken soon.
 
-    Fewer than 2^20 need little, and load compares them with what it has read.
+    load compares them with what it has read.
     """
-    if n_rows < 2**20:
-        return
     message = f"{path} has not the {n_rows} rows of metadata.json"
     if path.endswith(".jsonl"):
         require(n_rows <= os.path.getsize(path), message, "path")
@@ -333,12 +331,18 @@ def check_row_count(path, n_rows):
     import pyarrow.parquet as pq
 
     try:
-        found = pq.read_metadata(path).num_rows
+        metadata = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as e:
         reason = " ".join(str(e).split())[:80]
         message = f"{path} cannot be read as rows of an MQAR data set ({reason})"
         raise ConfigError(message, "path") from None
-    require(found == n_rows, message, "path")
+    require(metadata.num_rows == n_rows, message, "path")
+    # A million equal tokens take a few bytes in a file.
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        for j in range(group.num_columns):
+            is_right = group.column(j).num_values == group.num_rows * T
+            require(is_right, f"{path} has rows that are not of seq_len={T} tokens", "path")
 
 
 class StoredMQAR:
@@ -352,11 +356,11 @@ class StoredMQAR:
         # So many at most, because evaluating 100,000 sequences takes minutes.
         self.n_examples = {"val": config.n_val_examples, "test": config.n_test_examples}
         self.metadata = self.read_metadata()
+        self.seq_len = self.metadata["seq_len"]
         # All now: else a damaged test split would stop a run only after its training.
         for shard in itertools.chain.from_iterable(self.metadata["files"].values()):
-            check_row_count(verified_path(self.path, shard), shard["rows"])
+            check_row_count(verified_path(self.path, shard), shard["rows"], self.seq_len)
         self.vocab_size = self.metadata["vocab_size"]
-        self.seq_len = self.metadata["seq_len"]
         self.splits = {}
         if "orders" in self.metadata:
             orders = verified_path(self.path, self.metadata["orders"])

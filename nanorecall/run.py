@@ -34,6 +34,7 @@ from nanorecall.distributed import (
     has_lost_rank,
     is_dtensor,
     shard_columns,
+    unsharded_notes,
     wrap_model,
 )
 from nanorecall.files import lock_run_dir, unlock
@@ -72,6 +73,7 @@ from nanorecall.status import (
     summarize_test,
     tested_weights,
 )
+from nanorecall.tensors import tensors_sha256
 from nanorecall.tracking import Tracker, require_package
 from nanorecall.training_checkpoint import load_training_state, training_state, write_checkpoint
 
@@ -116,7 +118,12 @@ class Run:
         with world.agree():
             self.notes = load_and_freeze(self.model, c, has_checkpoint)
             check_parallel(self.model, c.parallel, world)
+            self.notes += unsharded_notes(self.model, c.parallel, world)
             require_package(c.track)
+        # A run that is killed before its first checkpoint must begin with the same weights again.
+        self.initial_sha256 = None
+        if c.init_from and not has_checkpoint:
+            self.initial_sha256 = tensors_sha256(self.model.state_dict())
         self.steps_per_epoch = self.data.steps_per_epoch(c.batch_size)
         self.total_steps = total_steps(c, self.data)
         self.fixed_settings = fixed_settings_json(settings, self.config)  # goes into checkpoints
@@ -273,6 +280,10 @@ class Run:
             began = f"{config['world_size']} ranks of {config['num_threads']} threads"
             note = f"note: the run began with {began}; with other numbers its last bits will differ"
             self.world.print0(note)
+        message = f"init_from={c.init_from} holds other weights than when {self.folder} began"
+        weights = (self.initial_sha256, config.get("initial_sha256"))
+        is_same = None in weights or weights[0] == weights[1]
+        require(is_same, f"{message}; start a new run", None)
         dtype = str(self.dtype).removeprefix("torch.")
         if config.get("dtype", dtype) != dtype:  # dtype=auto on another device
             note = f"note: the run began in {config['dtype']} and goes on in {dtype}"

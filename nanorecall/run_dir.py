@@ -141,7 +141,10 @@ def find_restarted_run(log_dir):
     paths = glob.glob(os.path.join(glob.escape(log_dir), "*", "config.json"))
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         with contextlib.suppress(ConfigError):  # another run's may be damaged
-            if read_record(path, {"launch": "text"})["launch"] == launch_id():
+            config = read_record(path, {"launch": "text", "argv": "list"})
+            starts = [config, *config.get("resumed", [])]
+            # --rdzv_id may name two launches alike.
+            if config["launch"] == launch_id() and starts[-1].get("argv") == sys.argv:
                 return os.path.dirname(path)
     return ""
 
@@ -174,6 +177,7 @@ def run_metadata(run):
             key: data_sha256(settings, key, path) for key, path in data_paths(settings).items()
         },
         "files": settings.files,
+        "initial_sha256": run.initial_sha256,
     }
 
 

@@ -241,7 +241,12 @@ def mcnemar(a, b):
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n
+    # Whole numbers, each n over k from the one before.
+    term, total = 1, 1
+    for k in range(fewer):
+        term = term * (n - k) // (k + 1)
+        total += term
+    tail = total / 2**n
     return {"only_a": only_a, "only_b": only_b, "p": min(1.0, 2 * tail)}
 
 

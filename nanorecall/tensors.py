@@ -1,5 +1,6 @@
 """{name: tensor} from a file that anyone may have made: checked before it is used as weights."""
 
+import hashlib
 import os
 
 import torch
@@ -42,6 +43,16 @@ def unreadable(path, error):
     """The ConfigError for a file of which torch or pickle has raised `error`."""
     why = " ".join(str(error).split())[:120] or type(error).__name__
     return ConfigError(f"{path} cannot be read as weights ({why})", "init_from")
+
+
+def tensors_sha256(named):
+    """SHA-256 of tensors {name: tensor}: of names, kinds, shapes and numbers."""
+    hasher = hashlib.sha256()
+    for name in sorted(named):
+        tensor = named[name].detach().cpu().contiguous()
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()
 
 
 def require_same_shapes(folder, shapes, model, key=None):

@@ -16,6 +16,7 @@ import json
 
 import numpy as np
 
+from nanorecall.files import size_of_file
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, require
 
@@ -96,6 +97,7 @@ def read_json_tokenizer(path):
         message = f"tokenizer={path} needs a package: pip install tokenizers"
         raise ConfigError(message, "tokenizer") from None
     try:
+        size_of_file(path)
         with open(path, encoding="utf-8-sig") as f:
             return Tokenizer.from_str(f.read())
     except BaseException as e:

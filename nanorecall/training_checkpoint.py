@@ -102,8 +102,10 @@ CHECKPOINT_FORMATS = {"file": False, "shards": True}
 def convert_checkpoints(folder, form, world):
     """Rewrite the checkpoints of a run in the given form, `file` or `shards`."""
     sharded = CHECKPOINT_FORMATS[form]
-    for name in ("ckpt", "ckpt_prev", "best"):
-        path = os.path.join(folder, name + ".pt")
+    paths = {name: os.path.join(folder, f"{name}.pt") for name in ("ckpt", "ckpt_prev", "best")}
+    there_is_one = any(map(os.path.exists, paths.values()))
+    require(there_is_one, f"{folder} has no checkpoint to export", "export_checkpoint")
+    for name, path in paths.items():
         if os.path.exists(path):
             state = load_checkpoint(folder, name)
             tensors = state.pop("tensors")

@@ -9,6 +9,8 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -653,6 +655,17 @@ def test_a_number_of_rows_that_would_fill_the_memory(tmp_path, form):
         del shards[1:]
     seal(folder, num_samples=10**10, files=files)
     with pytest.raises(ConfigError, match="has not the 10000000000 rows of metadata.json"):
+        data_mqar.Data(config("--path", str(folder)))
+
+
+def test_long_rows_of_parquet_are_not_read(tmp_path):
+    """A million equal tokens take a few bytes in the file."""
+    folder = write(tmp_path)
+    file = folder / "train" / "part-00000.parquet"
+    table = pa.table({name: [[1] * 10**6] * 25 for name in ("input_ids", "labels")})
+    pq.write_table(table, file)
+    seal(folder)
+    with pytest.raises(ConfigError, match="part-00000.parquet has rows that are not of seq_len="):
         data_mqar.Data(config("--path", str(folder)))
 
 

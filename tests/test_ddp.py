@@ -437,6 +437,21 @@ def test_export_needs_a_run():
         train.main(["--export_checkpoint=file"])
 
 
+def test_export_of_nothing_or_with_other_settings_is_refused(tmp_path):
+    _, out = run(tmp_path, **SHORT)
+    with pytest.raises(ConfigError, match="--max_steps has no effect"):
+        train.main([f"--resume={out}", "--export_checkpoint=file", "--max_steps=9"])
+    for name in ("ckpt", "best"):
+        os.remove(os.path.join(out, f"{name}.pt"))
+    with pytest.raises(ConfigError, match="has no checkpoint to export"):
+        train.main([f"--resume={out}", "--export_checkpoint=file"])
+
+
+def test_what_is_not_sharded_is_said(tmp_path, capsys):
+    run(tmp_path, parallel="fsdp", **SHORT)
+    assert "note: parallel=fsdp shards nothing on one process" in capsys.readouterr().out
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 

@@ -305,6 +305,27 @@ def test_a_text_that_many_rows_of_parquet_share_does_not_fill_the_memory(tmp_pat
         own_data(path)
 
 
+def test_long_lists_of_parquet_do_not_fill_the_memory(tmp_path):
+    zeros = pa.ListArray.from_arrays(pa.array([0, 10**6], pa.int32()), pa.nulls(10**6, pa.int8()))
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": ["a"], "zeros": zeros}), path)
+    assert os.path.getsize(path) < 2**12
+    with pytest.raises(ConfigError, match="cells of more than 1000 values"):
+        own_data(path)
+
+
+def test_a_pipe_is_no_file_of_documents(tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(ConfigError, match="x.jsonl is no file"):
+        own_data(tmp_path)
+
+
+def test_thousands_of_columns_are_compared_at_once(tmp_path):
+    (tmp_path / "x.csv").write_text(",".join(f"c{i}" for i in range(10**5)) + ",c7\n")
+    with pytest.raises(ConfigError, match="two columns have the same name 'c7'"):
+        own_data(tmp_path / "x.csv")
+
+
 def test_two_columns_of_one_name_are_rejected(tmp_path):
     columns = [pa.array(["a"]), pa.array(["b"])]
     table = pa.Table.from_arrays(columns, names=["text", "text"])

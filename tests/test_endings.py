@@ -22,7 +22,7 @@ from nanorecall import build, checkpoint
 from nanorecall.distributed import SINGLE_PROCESS, all_finite
 from nanorecall.files import unlock
 from nanorecall.records import read_json, read_log, write_json
-from nanorecall.run_dir import create_run_dir
+from nanorecall.run_dir import create_run_dir, find_restarted_run
 from nanorecall.settings import ConfigError, RunError
 from toys import assert_same, contents, flags, run, torchrun
 
@@ -256,6 +256,17 @@ def test_torchrun_does_not_train_a_finished_run_again(on_ranks, tmp_path, monkey
     assert text.count("step 4: val accuracy") == 1
     assert "resumed" not in read_json(tmp_path / name / "config.json")
     assert os.path.exists(tmp_path / name / "curves.png")
+
+
+def test_a_launch_of_the_same_name_with_other_arguments_is_another(tmp_path, monkeypatch):
+    """`torchrun --rdzv_id=1` may name many launches alike."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "a.py"])
+    train.main(flags(tmp_path, "run", **SHORT))
+    assert find_restarted_run(str(tmp_path)) == str(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["train.py", "b.py"])
+    assert find_restarted_run(str(tmp_path)) == ""
 
 
 def test_torchrun_does_not_repeat_what_is_not_finite(on_ranks, tmp_path, monkeypatch, capfd):

@@ -11,8 +11,9 @@ import pytest
 import data_synth
 from data_synth import Config
 from nanorecall import rng
-from nanorecall.fact_files import guess_baselines
+from nanorecall.fact_files import FactDataset, guess_baselines
 from nanorecall.files import sha256_file
+from nanorecall.metrics import count_batch
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, RunError
 from toy_facts import SMALL, SPLITS, WHOLE_SPLITS, documents, small_data
@@ -59,6 +60,20 @@ def test_of_equally_frequent_digits_the_smallest_is_guessed():
     for answer, accuracy in (("3", 1), ("7", 0)):
         found = guess_baselines(["1", "1", "1"], ["7", "3", answer], trained)
         assert found["majority digit"] == accuracy
+
+
+def test_slices_that_are_no_numbers_or_too_long_are_refused(tmp_path):
+    splits = dict.fromkeys(("train", "val", "test"), np.arange(2))
+    for odd in (np.nan, np.inf):
+        with pytest.raises(ConfigError, match="slice 'x' has numbers that are not finite"):
+            FactDataset(Config(), "qa", ["1:2 ", "3:4 "], splits, {"x": [1.0, odd]})
+
+
+def test_nan_is_no_value_of_a_slice():
+    batch = {"correct": np.ones(3, bool), "loss": np.ones(3), "example": np.arange(3)}
+    batch |= {"exact_match": np.ones(3, bool), "slices": {"x": np.array([1.0, np.nan, 2.0])}}
+    counts = count_batch(batch)["by_slice"]["x"]
+    assert {value: count["labels"] for value, count in counts.items()} == {1.0: 1, 2.0: 1}
 
 
 def test_without_facts_to_compare_there_is_no_baseline():

@@ -236,6 +236,21 @@ def source(tmp_path_factory):
     return folder, weights
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_with_the_same_weights(tmp_path, source):
+    folder, weights = source
+    torch.save(weights, tmp_path / "w.pt")
+    settings = dict(model="memory", **MEMORY_TOY, max_steps=4, init_from=tmp_path / "w.pt")
+    _, out = run(tmp_path, "a", **settings)
+    for name in ("ckpt.pt", "best.pt", "status.json"):
+        os.remove(os.path.join(out, name))
+    assert train.main([f"--resume={out}"]) == 0
+    for name in ("ckpt.pt", "best.pt", "status.json"):
+        os.remove(os.path.join(out, name))
+    torch.save({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match="holds other weights than when .* began"):
+        train.main([f"--resume={out}"])
+
+
 @pytest.mark.parametrize("kind", ["run", "file.pt", "exp"])
 def test_a_source_may_be_a_run_a_file_or_a_folder_of_shards(tmp_path, source, kind):
     folder, weights = source

@@ -25,6 +25,8 @@ def test_mcnemar_by_hand():
     b = np.repeat([False, True, True, False], [1, 10, 30, 7])
     assert stats.mcnemar(a, b) == {"only_a": 1, "only_b": 10, "p": pytest.approx(2 * 12 / 2**11)}
     assert stats.mcnemar(a, a)["p"] == 1
+    many = np.arange(20000) < 10100  # p of a normal with the variance n / 4: 0.157
+    assert stats.mcnemar(many, ~many)["p"] == pytest.approx(0.157, abs=3e-3)
 
 
 def test_holm_by_hand():
