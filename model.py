@@ -575,7 +575,7 @@ class GPT(nn.Module):
         # Mixers put new tensors in and change none in place, so copies of the dicts are enough.
         cache = [dict(of_layer) for of_layer in cache]
         end = cache[0]["seen"] + tokens.shape[1]
-        if end > self.config.seq_len and self.config.pos_emb != "none":
+        if end > self.config.seq_len and self.has_positions():
             known = f"the model has positions for {self.config.seq_len} tokens"
             raise ValueError(f"{known}, not for {end}")
         x = self.embed_tokens(tokens, cache[0])
@@ -583,6 +583,11 @@ class GPT(nn.Module):
             x = layer(x, cache=of_layer)
             of_layer["seen"] = end  # only now, since the layer takes its positions from it
         return self.lm_head(self.final_norm(x)), cache
+
+    def has_positions(self):
+        """Does the embedding or any mixer tell positions apart, up to seq_len?"""
+        turns = (name.endswith("rope") for name, _ in self.named_buffers())
+        return self.pos_embed is not None or any(turns)
 
     def require_mixers(self, option, why):
         """ConfigError unless every mixer takes this option.

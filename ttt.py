@@ -175,7 +175,8 @@ def ttt(q, k, v, rate, weights, norm, state=None, cu_seqlens=None, inner_batch_s
     with no_autocast(q):  # steps of a gradient descent, rounded to bfloat16, would get lost
         norm = [x.to(dtype) for x in norm]
         if state is None:
-            start = now = [W.to(dtype).expand(len(q), -1, -1, -1) for W in weights]
+            # Copies: the state must not change with the parameters.
+            start = now = [W.to(dtype, copy=True).expand(len(q), -1, -1, -1) for W in weights]
             filled = 0
         else:
             start, now, filled = state

@@ -51,26 +51,31 @@ def previous_tokens(ids):
     return torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
 
 
-def pattern_scores(weights, ids, real):
+def pattern_scores(weights, ids, real, window=0):
     """The fraction of its attention that a head gives to each pattern, and its entropy.
 
-    weights (B, H, T, T), ids (B, T), real (B, T) bool: no padding -> {pattern: (B, H)}, the mean
-    over tokens that have the pattern to attend to; nan where there are none. "entropy" is divided
-    by that of even attention: 1 for a head that attends to all tokens equally.
+    weights (B, H, T, T), ids (B, T), real (B, T) bool: tokens that count, window: how many tokens a
+    head sees, 0: all -> {pattern: (B, H)}, the mean over tokens that see the pattern; nan where
+    there are none. "entropy" is divided by that of even attention: 1 for a head that attends
+    equally to all tokens that it sees.
     """
     t = torch.arange(ids.shape[1], device=ids.device)
     # Rows sum to 1 with softmax; other attention functions may have any sum.
     total = weights.sum(-1, keepdim=True)
     weights = torch.where((total - 1).abs() < 1e-4, weights, weights / total.clamp(min=1e-30))
+    n_seen = (t + 1).clamp(max=window or len(t))  # (T,)
+    is_seen = t[None] > (t - n_seen)[:, None]  # (T, T)
     scores = {}
     for name, pattern in PATTERNS.items():
-        in_pattern = pattern(ids, t[:, None], t[None]).expand(len(ids), -1, -1)  # (B, T, T)
+        in_pattern = pattern(ids, t[:, None], t[None]) & is_seen
+        in_pattern = in_pattern.expand(len(ids), -1, -1)  # (B, T, T)
         # The first token has nothing to choose from.
         possible = in_pattern.any(-1) & real & (t > 0)  # (B, T)
         attention = (weights * in_pattern[:, None]).sum(-1)  # (B, H, T)
         scores[name] = (attention * possible[:, None]).sum(-1) / possible.sum(-1)[:, None]
     entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)[:, :, 1:]  # (B, H, T - 1)
-    entropy = entropy / (t[1:] + 1.0).log()
+    # One token alone leaves no choice. Its entropy is 0, and log(2) is any number above 0.
+    entropy = entropy / n_seen[1:].clamp(min=2).log()
     counted = real[:, None, 1:]
     scores["entropy"] = (entropy * counted).sum(-1) / counted.sum(-1)
     return scores
@@ -296,10 +301,21 @@ def score_heads(run, batch):
                 "layer": np.full(B * H, layer),
                 "head": np.tile(np.arange(H), B),
             }
-            for name, x in pattern_scores(weights, ids, ids != run.pad).items():
+            att = run.model.layers[layer].att
+            window = getattr(getattr(att, "config", None), "window", 0)
+            for name, x in pattern_scores(weights, ids, real_tokens(run, ids), window).items():
                 table[name] = x.flatten().cpu().numpy()
             tables.append(table)
     return concat(tables)
+
+
+def real_tokens(run, ids):
+    """Which of the tokens ids (B, T) are no padding, and in MQAR no blanks (token 0).
+
+    Every blank but the first has an earlier copy, which would count as a pattern to attend to.
+    """
+    real = ids != run.pad
+    return real & (ids != 0) if run.settings.train.data == "data_mqar" else real
 
 
 def examples_at_a_time(model, T):

@@ -4,8 +4,9 @@ Generalisation: an edited fact gets its new answer in its other wording, too (qa
 Portability: a two-hop question gets the answer that follows from an edited fact (twohop). Both
 terms are those of Yao et al. 2023, arXiv 2305.13172.
 
-A question is asked after an edit only if the model answered it before. So each answer that does
-not follow is due to the edit.
+A question is asked after an edit only if the model answered it before. So a lost answer is due to
+the edit. Only with another first hop may the cause be older: the question then goes on from the new
+entity, and the model need not have composed that fact before.
 """
 
 from functools import partial

@@ -112,7 +112,7 @@ def top_and_all(columns):
 
 def describe_impact(layer, cell, ablation):
     """One sentence on the result of `layer_impact`."""
-    text = f"layer {layer}: without a slot ({ablation}), a label at which it is read loses"
+    text = f"layer {layer}: without a slot ({ablation}), a label that its reads can reach loses"
     text += f" {cell['drop where it is read']['value']:.3f} logits on average;"
     text += f" {cell['flips']['value']:.2%} of these answers are lost"
     if not math.isnan(cell["ratio to a random slot"]):

@@ -114,7 +114,7 @@ def describe_keystats(layer, cells):
         more = "more" if against["value"] > 0 else "less"
         text += f"; slots that more examples read matter {more} (rho {against['value']:.2f})"
     else:
-        text += "; how many examples read a slot says nothing about its effect"
+        text += "; no relation of the number of examples that read a slot to its effect is seen"
     for kind in ("keys", "values"):
         clusters = cells[f"clusters of {kind}"]
         has_clusters = clusters["silhouette"] > max(0.25, clusters["by chance"])

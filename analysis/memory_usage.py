@@ -14,14 +14,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from analysis.trained_run import map_batches, sample_batches, save_result
+from analysis.trained_run import map_batches, sample_batches, save_result, select
 from memory import slot_usage
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.records import read_log
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import require
-from nanorecall.stats import format_ci, mean_ci, mean_proportion
+from nanorecall.stats import format_ci, label_mean_proportion, mean_ci
 
 
 def require_slots(run):
@@ -309,12 +309,17 @@ def track(run):
     purity = slots["largest"] / slots["total"]
     by_layer = {}
     for layer in np.unique(slots["layer"]):
-        by_layer[str(layer)] = mean_proportion(purity[slots["layer"] == layer])
+        of_layer = select(slots, slots["layer"] == layer)
+        # Over reads: a slot that is read once is read at one token.
+        cell = label_mean_proportion(of_layer["largest"], of_layer["total"])
+        is_layer = columns["layer"] == layer
+        reads = {name: columns[name][is_layer] for name in ("token", "times")}
+        by_layer[str(layer)] = {**cell, "by chance": purity_by_chance(reads, of_layer["total"])}
     log = [record for record in read_log(run.folder) if record["kind"] == "memory"]
     if run.world.is_main:
         for layer, cell in by_layer.items():
-            where = f"at one token (mean of {cell['n']} slots)"
-            run.finding(f"layer {layer}: {cell['value']:.1%} of a slot's reads are {where}")
+            text = f"layer {layer}: {cell['value']:.1%} of the reads are at their slot's most"
+            run.finding(f"{text} frequent token; by chance {cell['by chance']:.1%}")
         print_busiest_slots(columns, slots)
         if not log:
             print("no usage of slots in log.jsonl: train with --mem_log_interval 100")
@@ -338,6 +343,17 @@ def slots_of_reads(columns):
     np.maximum.at(largest, of_slot, columns["times"])
     total = np.bincount(of_slot, columns["times"])
     return {"layer": layer, "slot": slot, "total": total, "largest": largest}
+
+
+def purity_by_chance(reads, totals, seed=0):
+    """The fraction of reads at their slot's most frequent token if slots were drawn at random.
+
+    reads: the columns of one layer. totals (S,): the number of reads of each slot.
+    """
+    _, token = np.unique(reads["token"], return_inverse=True)
+    share = np.bincount(token, reads["times"]) / reads["times"].sum()
+    rng = np.random.default_rng(seed)
+    return float(sum(rng.multinomial(n, share).max() for n in totals) / totals.sum())
 
 
 def print_busiest_slots(columns, slots, n_slots=5, n_tokens=4):

@@ -74,12 +74,12 @@ def position_roles(run, examples):
     """The role of each position for the first answer: names (B, T), T up to its label.
 
     In a fact "key:value" it is the number of the key's digit, or the colon. In MQAR it is the asked
-    key, its value, the query, or another position.
+    key, its value, a pair that it replaced, the query, or another position.
     """
     labels = examples.label_pos[:, 0].cpu().numpy()
     tokens = examples.tokens[:, : labels.max() + 1].cpu().numpy()
     if not hasattr(run.data, "tokenizer"):
-        return mqar_roles(tokens, labels)
+        return mqar_roles(tokens, labels, getattr(run.settings.data, "key_tokens", 1))
     roles = []
     n_digits = 0
     for token in tokens[0]:
@@ -91,21 +91,31 @@ def position_roles(run, examples):
     return np.tile(roles, (len(tokens), 1))
 
 
-MQAR_ROLES = ["asked key", "its value", "others", "query"]
+MQAR_ROLES = ["asked key", "its value", "old pair", "others", "query"]
 
 
-def mqar_roles(tokens, labels):
+def mqar_roles(tokens, labels, key_tokens=1):
     """tokens (B, T), labels (B,): positions of the query -> names (B, T).
+
+    key_tokens: the number of tokens of a key. The last one of a query has the label.
 
     >>> mqar_roles(np.array([[3, 9, 4, 8, 3]]), np.array([4])).tolist()
     [['asked key', 'its value', 'others', 'others', 'query']]
+    >>> mqar_roles(np.array([[3, 9, 3, 7, 3]]), np.array([4])).tolist()
+    [['old pair', 'old pair', 'asked key', 'its value', 'query']]
     """
     roles = np.full(tokens.shape, "others", "<U9")
     for b, label in enumerate(labels):
-        for t in np.flatnonzero(tokens[b, :label] == tokens[b, label]):
-            roles[b, t] = "asked key"
-            roles[b, t + 1] = "its value"
-        roles[b, label] = "query"
+        query = slice(label + 1 - key_tokens, label + 1)
+        stored = np.lib.stride_tricks.sliding_window_view(tokens[b, : query.start], key_tokens)
+        starts = np.flatnonzero((stored == tokens[b, query]).all(1))
+        for start in starts:
+            roles[b, start : start + key_tokens + 1] = "old pair"
+        # Only the last value counts, and the corrupted example has another one there alone.
+        for start in starts[-1:]:
+            roles[b, start : start + key_tokens] = "asked key"
+            roles[b, start + key_tokens] = "its value"
+        roles[b, query] = "query"
     return roles
 
 

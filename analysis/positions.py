@@ -143,7 +143,7 @@ def describe_positions(layer, name, cells, tokens=None):
     if all(math.isnan(cell["p"]) for cell in cells.values()):
         return f"layer {layer}: no example has a drop at every {name}, so there is no test"
     if not any_differs({layer: cells}):
-        return f"layer {layer}: no {name} matters more or less than the others"
+        return f"layer {layer}: no {name} is seen to matter more or less than the others"
     ends = []
     for choose in (max, min):
         value = choose(cells, key=lambda value: cells[value]["drop"]["value"])
@@ -270,7 +270,7 @@ def describe_repeats(cells):
         return "; ".join(related)
     smallest = min(cell["p_holm"] for cell in cells.values())
     return (
-        "neither the effect of slots nor their number depends on repeated digits"
+        "no dependence of the effect of slots, or of their number, on repeated digits is seen"
         f" (smallest p {smallest:.2f}, Holm)"
     )
 

@@ -218,7 +218,7 @@ def describe_correlations(correlations):
     how = "falls" if cell["value"] < 0 else "rises"
     test = f"Spearman's correlation {cell['value']:.2f}, p {cell['p_holm']:.2g}"
     if cell["p_holm"] >= 0.05:
-        return f"the loss depends on no slice of numbers; most on {name} ({test})"
+        return f"no dependence of the loss on a slice is seen; the strongest is {name} ({test})"
     return f"the loss {how} with {name} more than with any other slice ({test})"
 
 
@@ -259,7 +259,9 @@ def describe_difference(cell):
     test, (a, b) = cell["mcnemar"], cell["exact"]
     values = f"exact match {a['value']:.4f} and {b['value']:.4f}, McNemar p {test['p']:.2g}"
     if test["p"] >= 0.05:
-        return f"A and B do not differ in exact match ({values})"
+        change = cell["accuracy difference"]
+        text = f"no difference in exact match is seen ({values}); accuracy of B less that of A: "
+        return f"{text}{change['value']:.4f} ({change['ci95'][0]:.4f} - {change['ci95'][1]:.4f})"
     better = "A" if a["value"] > b["value"] else "B"
     return f"{better} is correct more often ({values})"
 

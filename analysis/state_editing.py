@@ -145,8 +145,7 @@ def data_of_sizes(run):
     for n in pairs:
         length = max(run.data.seq_len, min_length(n, run.settings.data))
         message = f"num_kv_pairs={n} needs {length} tokens, and the model has positions for"
-        has_positions = getattr(run.model.config, "pos_emb", "none") != "none"
-        fits = length <= run.data.seq_len or not has_positions
+        fits = length <= run.data.seq_len or not run.model.has_positions()
         require(fits, f"{message} {run.data.seq_len}", "num_kv_pairs")
         sizes.append((length, n))
     config = replace(run.settings.data, test_sizes=tuple(sizes))

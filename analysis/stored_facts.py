@@ -9,8 +9,9 @@ def stored_bits(batches, data, model):
     """Bits of the trained facts that the model stores, as {name: {"value", "ci95", "n"}}.
 
     batches: what `predictions` returns. A fact counts with the bits of its answer minus its loss,
-    and with 0 if that is negative (Allen-Zhu and Li 2024, arXiv 2404.05405). The mean over the
-    facts that were measured, with its interval, is multiplied by the number of all trained facts.
+    and with 0 if that is negative. (The bound of Allen-Zhu and Li 2024, arXiv 2404.05405, is of the
+    mean loss, so facts that are wrong with confidence lower it.) The mean over the facts that were
+    measured, with its interval, is multiplied by the number of all trained facts.
     {} if the task has no facts to store.
     """
     capacity = getattr(getattr(data, "source", None), "capacity", {})

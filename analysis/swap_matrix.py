@@ -134,7 +134,7 @@ def describe(columns, decoding, token):
     text = f"{decoding}: with the source's reads, its answer comes in {value} ({interval})"
     text += f", a control answer in {is_control.mean():.3f}"
     if rate["ci95"][0] <= is_control.mean():
-        return f"{text}: reads carry no answer"
+        return f"{text}: reads are not seen to carry an answer"
     return (
         f"{text}; {best!r} comes most easily ({fractions[best]:.2f}), "
         f"{worst!r} least ({fractions[worst]:.2f})"

@@ -77,7 +77,7 @@ def describe(cells):
         if outcomes["source_answer"]["ci95"][0] <= outcomes["control_answer"]["value"]:
             idle.append(name)
     if len(idle) == len(cells):
-        return "no interchange brings the source's answer more often than a control answer"
+        return "no interchange is seen to bring the source's answer more often than a control one"
     best = max(cells, key=rate)
     _, value, interval = format_ci(cells[best]["source_answer"])
     control = cells[best]["control_answer"]["value"]

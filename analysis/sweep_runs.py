@@ -83,6 +83,11 @@ def training_command(point, seed, folder, config):
     return f"train.py {point.train_args} {config.extra_args} {flags}"
 
 
+def split_command(command):
+    """Words of a command, with paths of our own files, wherever the sweep is started."""
+    return [os.path.join(ROOT, a) if a.endswith(".py") else a for a in shlex.split(command)]
+
+
 class Children:
     """The processes that this one has started and waits for, each in a thread of its own."""
 
@@ -138,9 +143,7 @@ def run_point(point, seed, folder, config, children):
     if point.eval_args:
         commands.append(point.eval_args.format(run=shlex.quote(folder), seed=seed))
     for command in commands:
-        # Scripts and configs are those of this folder, wherever the sweep is started.
-        argv = [os.path.join(ROOT, a) if a.endswith(".py") else a for a in shlex.split(command)]
-        exit_status, error = children.run(argv)
+        exit_status, error = children.run(split_command(command))
         if exit_status:
             return f"python {command}\n{error.strip()[-500:]}"
     return ""
@@ -209,7 +212,7 @@ def collect_results(points, config):
     results = {}
     for point, seed, folder in runs_of(points, config):
         if point.train_args:
-            argv = shlex.split(training_command(point, seed, folder, config))[1:]
+            argv = split_command(training_command(point, seed, folder, config))[1:]
             changed = ", ".join(changed_settings(folder, argv))
             message = f"{folder} was trained with another {changed}"
             require(not changed, f"{message}; delete it, or use another --log_dir", "log_dir")

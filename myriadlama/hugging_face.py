@@ -470,13 +470,14 @@ def weight_files(path):
     index_file, single_file = os.path.join(path, INDEX), os.path.join(path, "model.safetensors")
     if not os.path.exists(index_file):
         return ["model.safetensors"]
-    message = f"{path} holds both model.safetensors and {INDEX}; delete the one that is not meant"
-    require(not os.path.exists(single_file), message, "model")
     weight_map = read_json(path, INDEX).get("weight_map")
     valid = isinstance(weight_map, dict) and weight_map
     valid = valid and all(isinstance(name, str) for name in weight_map.values())
     require(valid, f"{index_file} has no weight_map of file names", "model")
     names = sorted(set(weight_map.values()))
+    message = f"{path} holds model.safetensors and an {INDEX} of other files; keep what is meant"
+    is_one = "model.safetensors" in names or not os.path.exists(single_file)
+    require(is_one, message, "model")
     for name in names:
         message = f"{path}: {INDEX} names {shown(name)}, outside it"
         require(is_in_directory(path, name), message, "model")

@@ -21,7 +21,8 @@ from collections import Counter
 
 import numpy as np
 
-from nanorecall.settings import require
+from nanorecall.settings import require, say
+from nanorecall.source_files import is_main_rank
 
 INSTRUCTION = "Predict the [MASK] in the sentence in one word."
 QUESTION_INSTRUCTION = "Answer the question in a few words."  # for templates that are questions
@@ -62,11 +63,25 @@ def without_subject(fact, template):
 
 
 def exclude(pool, facts):
-    """The facts of a pool that are not among `facts`. An example must not give an answer away."""
-    asked = set()
+    """The facts of a pool that are not among `facts`. An example must not give an answer away.
+
+    Two files may name a relation otherwise, so a subject with one of its answers is enough.
+    """
+    asked, answered = set(), set()
     for fact in facts:
         asked |= identities(fact)
-    return [fact for fact in pool if asked.isdisjoint(identities(fact))]
+        answered |= answers_of(fact)
+    left = []
+    for fact in pool:
+        if asked.isdisjoint(identities(fact)) and answered.isdisjoint(answers_of(fact)):
+            left.append(fact)
+    return left
+
+
+def answers_of(fact):
+    """{(subject or question, answer)}, of any relation."""
+    answers = list(map(casefolded, fact["answers"]))
+    return {(text, answer) for _, text in identities(fact) for answer in answers}
 
 
 def identities(fact):
@@ -121,14 +136,24 @@ def split_few_shot(facts, shots, rng):
 
 
 def sample_few_shot(pool, relations, shots, rng):
-    """{relation: `shots` facts of a pool}. A relation without facts in the pool gets any facts."""
+    """{relation: `shots` facts of a pool}. Where it has too few of one, others fill up."""
     problem = f"the pool has {len(pool)} facts that are not asked, too few for {shots} shots"
     require(len(pool) >= shots, problem, "shots_path")
     groups = by_relation(pool, rng)
     shuffled = []
     for group in groups.values():
         shuffled += group
-    return {relation: groups.get(relation, shuffled)[:shots] for relation in relations}
+    examples, filled = {}, []
+    for relation in relations:
+        own = groups.get(relation, [])
+        others = [fact for fact in shuffled if fact["relation"] != relation]
+        examples[relation] = [*own, *others][:shots]
+        if len(own) < shots:
+            filled.append(repr(relation))
+    if filled and is_main_rank():
+        names = ", ".join(filled[:5]) + (" ..." if len(filled) > 5 else "")
+        say(f"note: the pool has fewer than {shots} facts of {names}; others fill up")
+    return examples
 
 
 def instruction(is_question):

@@ -97,6 +97,8 @@ def result_key(config, dtype):
     key = {name: value for name, value in vars(config).items() if name not in NOT_IN_KEY}
     key["path"] = dataset_sha256(config.path or builtin_facts.__file__)
     key["shots_path"] = dataset_sha256(config.shots_path) if config.shots_path else ""
+    # The same directory in other words; the fingerprint is that of its files.
+    key["model"] = os.path.basename(os.path.abspath(config.model))
     key["dtype"] = str(dtype).removeprefix("torch.")
     hashes = [sha256_file(os.path.join(ROOT, name)) for name in PROGRAM]
     key["program"] = hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -425,6 +427,9 @@ def read_feather(path):
         raise ConfigError(message) from None
 
 
+LEMMATIZED = {"prediction": ["text"], "answers": [["text"]]}
+
+
 def add_lemmas(config, methods):
     """Add the columns predict_lemma and answer_lemmas to the feather files of these methods."""
     require_package("simplemma", "--lemmaize needs a package: pip install simplemma")
@@ -437,6 +442,7 @@ def add_lemmas(config, methods):
         require(paths, message, "out_dir")
         for path in paths:
             columns = read_feather(path)
+            check_kinds(columns, {"uuid": ["text"], **LEMMATIZED}, path)
             columns["predict_lemma"] = list(map(prompts.normalise, columns["prediction"]))
             columns["answer_lemmas"] = []
             for answers in columns["answers"]:

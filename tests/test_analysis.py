@@ -333,12 +333,17 @@ def test_purity_is_the_share_of_the_most_frequent_token(runs):
     result, table = load_result(runs / "memory", "eval_track")
     in_layer = table["layer"] == 1
     slots, times = table["slot"][in_layer], table["times"][in_layer]
-    fractions = []
-    for slot in set(slots):
-        of_slot = times[slots == slot]
-        fractions.append(of_slot.max() / of_slot.sum())
+    largest = sum(times[slots == slot].max() for slot in set(slots))
     purity = result["metrics"]["fraction of reads at a slot's most frequent token"]["1"]
-    assert purity["value"] == pytest.approx(np.mean(fractions)) and purity["n"] == len(fractions)
+    assert purity["value"] == pytest.approx(largest / times.sum()) and purity["n"] == times.sum()
+    assert 0 < purity["by chance"] < 1
+
+
+def test_purity_by_chance():
+    """Slots that are read often are read at the more frequent of two tokens in 3 of 4 cases."""
+    reads = {"token": np.array([7, 9]), "times": np.array([30, 10])}
+    assert memory_usage.purity_by_chance(reads, np.array([10**6])) == pytest.approx(0.75, abs=0.01)
+    assert memory_usage.purity_by_chance(reads, np.ones(5, int)) == 1
 
 
 def test_norms_of_values_and_of_outputs(runs):

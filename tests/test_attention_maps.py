@@ -232,6 +232,33 @@ def test_the_entropy_of_even_and_of_sharp_attention():
     assert float(even["first token"]) == pytest.approx(np.mean([1 / 3, 1 / 4, 1 / 5]))
 
 
+@pytest.mark.parametrize("window", [1, 3, 8, 16])
+def test_even_attention_in_a_window_is_diffuse(window):
+    T = 64
+    weights = torch.ones(1, 1, T, T).tril().triu(1 - window)
+    weights = weights / weights.sum(-1, keepdim=True)
+    ids = torch.randint(4, (1, T), generator=torch.Generator().manual_seed(0))
+    scores = attention_maps.pattern_scores(weights, ids, all_real(ids), window)
+    means = {name: float(x) for name, x in scores.items()}
+    if window == 1:
+        assert means["itself"] == 1 and means["entropy"] == 0
+        return
+    assert means["entropy"] == pytest.approx(1)
+    assert attention_maps.head_role(means) == "diffuse"
+    # Token 1 has it as its previous token, and those from `window` on do not see it.
+    expected = [1 / (t + 1) for t in range(2, window)]
+    if expected:
+        assert means["first token"] == pytest.approx(np.mean(expected))
+
+
+def test_blanks_of_mqar_do_not_count():
+    ids = torch.tensor([[5, 9, 0, 0, 5, 0]])
+    for data, expected in (("data_mqar", ids != 0), ("data_track", ids == ids)):
+        settings = SimpleNamespace(train=SimpleNamespace(data=data))
+        run = SimpleNamespace(pad=-1, settings=settings)
+        assert torch.equal(attention_maps.real_tokens(run, ids), expected)
+
+
 def naive_pattern(name, ids, t, s):
     if name == "previous token":
         return s == t - 1

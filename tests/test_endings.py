@@ -339,6 +339,14 @@ PREEMPTED = """echo '{
 }' > runs/t-7/status.json; exit 1"""
 
 
+def test_a_job_of_an_array_queues_itself_and_has_its_number_as_seed(job, tmp_path):
+    """The first job has the array's own id, which would queue all of them."""
+    shows_arguments = 'echo "$@" > arguments; ' + PREEMPTED
+    of_array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    assert job(shows_arguments, **of_array) == (0, ["requeue 7_2"])
+    assert "--seed 2" in (tmp_path / "arguments").read_text()
+
+
 def test_only_a_start_that_was_preempted_queues_the_job_again(job):
     assert job(PREEMPTED) == (0, ["requeue 7"])
     assert job(PREEMPTED) == (0, ["requeue 7"] * 2)

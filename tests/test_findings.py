@@ -80,9 +80,12 @@ def test_the_first_editor_stands_beside_the_best_of_the_others():
     assert second.startswith("10 facts edited together, best of the other editors, c:")
 
 
-@pytest.mark.parametrize("p, words", [(0.2, "do not differ"), (0.01, "B is correct more often")])
+@pytest.mark.parametrize(
+    "p, words", [(0.2, "no difference in exact match is seen"), (0.01, "B is correct more often")]
+)
 def test_two_runs_in_words(p, words):
     cell = {"mcnemar": {"p": p}, "exact": [{"value": 0.5}, {"value": 0.6}]}
+    cell["accuracy difference"] = {"value": 0.1, "ci95": [-0.1, 0.3]}
     assert words in significance.describe_difference(cell)
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.feather as feather
 import pytest
 import torch
@@ -384,6 +385,9 @@ def test_lemmas_are_added_to_the_tables(tiny_llamas, tmp_path, monkeypatch):
     flex.main(args)  # all is answered, so the lemmas stay
     assert feather.read_table(file).to_pydict() == table
     assert table["predict_lemma"] == [prompts.normalise(text) for text in table["prediction"]]
+    feather.write_feather(pa.table({"uuid": ["a"], "answers": [["q"]]}), file)
+    with pytest.raises(ConfigError, match="avg_all_a5.feather.*prediction"):
+        flex.main([*args, "--lemmaize"])
 
 
 def test_a_killed_run_continues_and_nothing_is_lost_or_doubled(tiny_llamas, tmp_path, capsys):

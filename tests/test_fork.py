@@ -231,6 +231,7 @@ READERS = {
     "norm": (f"self.norm({CAUSAL}.transpose(1, 2)).transpose(1, 2)", "later: in training mode "),
     "dropout": (f"nn.functional.dropout({CAUSAL}, 0.5, self.training)", None),
     "random": (f"{CAUSAL} * (1 + self.training * numpy.random.rand())", None),
+    "always": (f"nn.functional.dropout({CAUSAL}, 0.5)", "other logits .* in eval mode; dropout"),
     "causal": (CAUSAL, None),
     # torch does not copy such a tensor, nor the model.
     "kept": (f"setattr(self, 'last', {CAUSAL}) or self.last", None),
@@ -253,6 +254,44 @@ def test_a_model_that_reads_what_it_must_not_is_not_trained(here, name):
     with pytest.raises(ConfigError, match=message):
         train.main(command)
     assert not (here / "r").exists()
+
+
+HIDDEN = {
+    "self.parts = [nn.Linear(4, 4)]": "parts holds weights that would not be trained",
+    "self.parts = {'a': (nn.Linear(4, 4),)}": "parts holds weights that would not be trained",
+    "self.scale = torch.ones(3, requires_grad=True)": "scale holds weights that would not be tr",
+    "self.parts = nn.ModuleList([nn.Linear(4, 4)])": None,
+    "self.kept = [self.proj_in]": None,
+    "self.table = [torch.ones(3)]": None,
+}
+
+
+@pytest.mark.parametrize("line", HIDDEN)
+def test_weights_that_the_optimizer_would_not_see_are_refused(here, line):
+    file = f"fork_hidden{list(HIDDEN).index(line)}"
+    return_line = "    def forward(self, x):"
+    assert MIXER.count(return_line) == 1
+    code = MIXER.replace(return_line, f"        {line}\n{return_line}")
+    (here / f"{file}.py").write_text("import torch\n" + code)
+    if HIDDEN[line] is None:
+        assert train.main([f"--model={file}", *SMALL]) == 0
+        return
+    with pytest.raises(ConfigError, match=HIDDEN[line]):
+        train.main([f"--model={file}", *SMALL])
+
+
+def test_helpers_for_a_notebook_are_no_hooks(here):
+    helpers = """
+    def attention_map(self, x):
+        return x
+    def forward_step(self, x):
+        return x
+    @staticmethod
+    def from_run(folder):
+        return folder
+"""
+    (here / "fork_helpers.py").write_text(MIXER + helpers)
+    resolve_model("fork_helpers")
 
 
 def test_a_model_that_reads_its_targets_is_not_trained(here):

@@ -113,6 +113,18 @@ def test_positions_hold_for_all_blocks_that_have_them():
     assert learned.pos_embed is not None and not hasattr(learned.layers[1].att, "rope")
 
 
+@pytest.mark.parametrize("kind, has_positions", [("delta", False), ("gpt", True)])
+def test_blocks_without_positions_decode_any_number_of_tokens(kind, has_positions):
+    model = hybrid.Hybrid(hybrid.Config((kind,), **SIZES)).eval()
+    assert model.has_positions() == has_positions
+    tokens = torch.zeros(1, T + 1, dtype=torch.long)
+    if has_positions:
+        with pytest.raises(ValueError, match="has positions for 12 tokens, not for 13"):
+            model.forward_cached(tokens)
+    else:
+        torch.testing.assert_close(model.forward_cached(tokens)[0], model(tokens)[0])
+
+
 @pytest.mark.parametrize(
     "flag, message",
     [

@@ -245,7 +245,7 @@ def test_interchanges_beside_each_other(monkeypatch):
     assert findings[0].endswith("no more than the control: force in layer 0")
     del tables["inject"]
     swap_results.interchanges(run)
-    assert findings[1].startswith("no interchange brings the source's answer more often")
+    assert findings[1].startswith("no interchange is seen to bring the source's answer")
     tables.clear()
     with pytest.raises(ConfigError, match="r has no result of force, replace, swap, inject or"):
         swap_results.interchanges(run)

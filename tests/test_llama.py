@@ -584,7 +584,14 @@ def test_an_index_and_its_files_say_the_same(plain_llama):
     (plain_llama / hugging_face.INDEX).write_text(json.dumps({"weight_map": [1]}))
     assert_refused(plain_llama, "has no weight_map of file names")
     (plain_llama / "copy").rename(plain_llama / "model.safetensors")
-    assert_refused(plain_llama, "holds both model.safetensors and model.safetensors.index.json")
+    assert_refused(plain_llama, "has no weight_map of file names")
+    index = {"weight_map": {Q_PROJ: "part.safetensors"}}
+    (plain_llama / hugging_face.INDEX).write_text(json.dumps(index))
+    assert_refused(plain_llama, "holds model.safetensors and an .* of other files")
+    # MLX writes an index beside the only file.
+    index = {"weight_map": {"a": "model.safetensors"}}
+    (plain_llama / hugging_face.INDEX).write_text(json.dumps(index))
+    assert hugging_face.weight_files(plain_llama) == ["model.safetensors"]
 
 
 def test_weights_in_another_form(plain_llama):

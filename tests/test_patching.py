@@ -42,12 +42,18 @@ def test_roles_of_positions():
     roles = patching.mqar_roles(tokens, np.array([5, 4]))
     assert roles[0].tolist() == ["others", "others", "asked key", "its value", "others", "query"]
     assert roles[1].tolist() == ["asked key", "its value", "others", "others", "query", "others"]
+    # Keys of two tokens, of which another pair has the second: 3 4 is stored twice.
+    tokens = np.array([[3, 4, 9, 5, 4, 8, 3, 4, 7, 0, 3, 4]])
+    (found,) = patching.mqar_roles(tokens, np.array([11]), key_tokens=2).tolist()
+    others, old, key = ["others"] * 3, ["old pair"] * 3, ["asked key"] * 2
+    assert found == [*old, *others, *key, "its value", "others", "query", "query"]
     clean = SimpleNamespace(indices=np.arange(2))
     fractions = (roles == "its value").T.astype(float)
     columns = patching.patch_columns({("mixer", 0): fractions}, clean, roles)
     cells = patching.recovered_by_role(columns)
     values = {role: cell["value"] for role, cell in cells.items()}
-    assert list(values) == [f"mixer, 0, {role}" for role in patching.MQAR_ROLES]
+    there = [role for role in patching.MQAR_ROLES if role != "old pair"]
+    assert list(values) == [f"mixer, 0, {role}" for role in there]
     assert list(values.values()) == [0, 1, 0, 0]
     assert cells["mixer, 0, others"]["n"] == 2
     cells["resid_pre, 0, query"] = cells["mixer, 0, query"]

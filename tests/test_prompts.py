@@ -255,7 +255,7 @@ def test_no_question_is_among_its_own_shots():
     pool = []
     for i, subject in enumerate("abc"):
         shot = {"uuid": f"p{i}", "relation": "r", "subject": subject}
-        pool.append({**shot, "manual": ["[X] [Y]"], "auto": []})
+        pool.append({**shot, "manual": ["[X] [Y]"], "auto": [], "answers": [subject]})
     left = prompts.exclude(pool, [{**pool[1], "uuid": "other"}])
     assert [f["subject"] for f in left] == ["a", "c"]
     message = "the pool has 2 facts that are not asked, too few for 3 shots"
@@ -304,6 +304,25 @@ def test_a_shot_in_other_templates_or_letters_gives_the_answer_away(tmp_path):
     asked = read(tmp_path, [question("Who?")])
     pool = read(tmp_path, [question("who? "), question("Where?")], "pool.jsonl")
     assert [f["manual"] for f in prompts.exclude(pool, asked)] == [["Where?"]]
+
+
+def test_a_shot_under_another_name_of_the_relation_gives_the_answer_away(tmp_path):
+    asked = read(tmp_path, [fact(subject="Japan", relation="capital", answers=["Tokyo"])])
+    pool = [fact(subject="Japan", relation="P36", answers=["Kyoto", "tokyo"])]
+    pool.append(fact(subject="Japan", relation="P38", answers=["yen"]))
+    left = prompts.exclude(read(tmp_path, pool, "pool.jsonl"), asked)
+    assert [f["answers"] for f in left] == [["yen"]]
+
+
+def test_others_fill_up_where_a_pool_has_too_few_of_a_relation(tmp_path, capsys):
+    pool = [fact(subject=f"s{i}", relation="a", answers=[str(i)]) for i in range(5)]
+    pool.append(fact(subject="t", relation="b", answers=["t"]))
+    pool = read(tmp_path, pool, "pool.jsonl")
+    examples = prompts.sample_few_shot(pool, ["a", "b", "c"], 3, np.random.default_rng(0))
+    relations = {name: [f["relation"] for f in shots] for name, shots in examples.items()}
+    assert relations == {"a": ["a"] * 3, "b": ["b", "a", "a"], "c": relations["c"]}
+    assert len({f["subject"] for f in examples["c"]}) == 3
+    assert "fewer than 3 facts of 'b', 'c'; others fill up" in capsys.readouterr().out
 
 
 def test_a_fact_in_several_rows_is_no_example_of_itself(tmp_path):

@@ -24,7 +24,13 @@ from analysis import sweep_runs
 from analysis.figure_lines import draw_series
 from analysis.figures_in_context import seconds_to_99
 from analysis.figures_in_weights import CLOSED_FORMS
-from analysis.sweep_runs import Point, by_series, shown_results, training_command
+from analysis.sweep_runs import (
+    Point,
+    by_series,
+    shown_results,
+    split_command,
+    training_command,
+)
 from analysis.trained_run import result_suffix
 from nanorecall.plots import figure
 from nanorecall.settings import ConfigError, RunError
@@ -65,6 +71,13 @@ MEASURED = {f"{point.name}, {point.result}": point for point in ALL_POINTS}
 
 
 PARSERS = {"eval.py": evaluate.parse, "flex_generate.py": flex_generate.parse}
+
+
+def test_configs_are_those_of_this_folder_wherever_a_sweep_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    point = next(point for point in ALL_POINTS if "configs/" in point.train_args)
+    command = training_command(point, 0, "r/run", sweep.Config())
+    assert train.parse(split_command(command)[1:]).train.run_name == "run"
 
 
 @pytest.mark.parametrize("point", MEASURED.values(), ids=MEASURED)

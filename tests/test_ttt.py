@@ -350,6 +350,19 @@ def test_pieces_with_a_cache_equal_one_forward_pass(cls, changes):
 
 
 @pytest.mark.parametrize("cls", MODELS)
+def test_a_cache_does_not_change_with_the_parameters(cls):
+    """Fewer tokens than a mini-batch, so that the weights are still those it starts with."""
+    model, tokens = build(cls), random_tokens(3)
+    _, cache = model.forward_cached(tokens[:, :2])
+    before = [W.clone() for W in cache[0]["state"][0]]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    for W, kept in zip(cache[0]["state"][0], before):
+        assert torch.equal(W, kept)
+
+
+@pytest.mark.parametrize("cls", MODELS)
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_state_bytes_is_the_size_of_the_cache_of_any_length(cls, changes):
     """Per layer and head two sets of weights, 6 x 6 or 6 x 24 and 24 x 6 numbers."""
