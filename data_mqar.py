@@ -73,7 +73,7 @@ class Config:
     num_kv_pairs: int = 32  # pairs in a sequence, each queried at most once
     num_queries: int = 0  # pairs that are queried, the others are distractors; 0: all are queried
     vocab_size: int = 2048  # token 0 is blank, keys are 1..V/2-1, values V/2..V-1
-    power_a: float = 0.01  # query slot s has weight s^(a-1); 1: uniform; 0.01: mostly early slots
+    power_a: float = 0.01  # s-th query position: weight s^(a-1); 1: uniform; 0.01: mostly early
     random_non_queries: bool = False  # fill blanks with random tokens, never keys of the sequence
     n_train_examples: int = 40000  # sequences in the training set, and in an epoch
     n_val_examples: int = 1000  # validation sequences per size; with path, at most this many
@@ -184,7 +184,7 @@ class TaskSize:
         return self.config.key_tokens + self.config.value_tokens
 
     @property
-    def alphabet(self):
+    def alphabet_size(self):
         """Tokens that keys are made of: one per key; for longer keys the fewest that give one key
         more than there are pairs, so that each token is in many keys."""
         if self.config.key_tokens == 1:
@@ -204,7 +204,7 @@ class TaskSize:
         """log2 of how many different sequences there are, not counting where the queries are."""
         c, n = self.config, self.pairs
         n_values = c.vocab_size - c.vocab_size // 2
-        n_keys = self.alphabet**c.key_tokens if c.key_tokens > 1 else c.vocab_size // 2 - 1
+        n_keys = self.alphabet_size**c.key_tokens if c.key_tokens > 1 else c.vocab_size // 2 - 1
         keys = log2_permutations(n_keys, n)
         if c.value_tokens == 1:
             values = log2_permutations(n_values, n)
@@ -222,11 +222,11 @@ class TaskSize:
         require(self.n_query_slots >= self.queries, f"{message}, not {T}", setting)
         require(T <= 2**20, f"{setting}: {T} tokens are more than {2**20}", setting)
         n_values = n + self.updates if c.value_tokens == 1 else 1
-        smallest = 2 * max(self.alphabet + 1, n_values)
+        smallest = 2 * max(self.alphabet_size + 1, n_values)
         message = f"vocab_size={V} is too small for {n} pairs: half of it are keys, half values"
         require(V >= smallest, f"{message}; use at least {smallest}", "vocab_size")
         require(V <= 2**24, f"vocab_size={V} is larger than {2**24}", "vocab_size")
-        n_keys = self.alphabet**c.key_tokens if c.key_tokens <= 20 else math.inf
+        n_keys = self.alphabet_size**c.key_tokens if c.key_tokens <= 20 else math.inf
         message = f"key_tokens={c.key_tokens} is too long: there are more than {2**20} such keys"
         require(n_keys <= 2**20, message, "key_tokens")
 
@@ -289,7 +289,7 @@ def draw_uniforms(size, split, indices):
     """
     c, T, n, u = size.config, size.length, size.pairs, size.updates
     n_draws = {
-        "alphabet": size.alphabet,
+        "alphabet": size.alphabet_size,
         "keys": n if c.key_tokens > 1 else 0,
         "values": (n + u) * c.value_tokens,
         "updates": u,
@@ -314,8 +314,8 @@ def draw_keys(size, draws):
     if n_key == 1:
         return alphabet, alphabet[:, :, None]
     # different numbers, written with key_tokens digits of base `alphabet`
-    numbers = sample_without_replacement(draws["keys"], size.alphabet**n_key)  # (B, n)
-    digits = numbers[:, :, None] // size.alphabet ** np.arange(n_key) % size.alphabet
+    numbers = sample_without_replacement(draws["keys"], size.alphabet_size**n_key)  # (B, n)
+    digits = numbers[:, :, None] // size.alphabet_size ** np.arange(n_key) % size.alphabet_size
     b = np.arange(len(alphabet))[:, None, None]
     return alphabet, alphabet[b, digits]
 
@@ -340,7 +340,7 @@ def draw_filler(size, draws, alphabet):
     tokens = np.zeros((len(alphabet), T), np.int32)
     if c.max_noise or c.random_non_queries:
         # A key of the sequence among the noise would be one more query, or one more pair.
-        noise = (draws["filler"] * (c.vocab_size - size.alphabet)).astype(np.int64)
+        noise = (draws["filler"] * (c.vocab_size - size.alphabet_size)).astype(np.int64)
         noise_len = T if c.random_non_queries else size.storage_len
         tokens[:, :noise_len] = nth_not_in(noise, alphabet)[:, :noise_len]
     return tokens

@@ -94,7 +94,7 @@ class Config:
     template_positions: str = "restart"  # each right after the prefix; or sequential
     chat: bool = False  # ask in the model's chat format, as *_it models expect
     generation_config: str = "strict"  # refuse a model that asks for penalties; plain: do without
-    score_bias: float = -1.0  # times log(n): bias on n templates, else they outweigh the prefix
+    score_bias: float = -1.0  # times log(n): added to scores of n templates, which win at 0
     ape_temperature: float = 0.9  # ape: scores of templates are divided by it
     ape_scale: float = 0.9  # ape: ape_scale * ape_temperature multiplies the scores' log-sum-exp
     prior_weight: float = 1.0  # contrast: times log p without subject, subtracted

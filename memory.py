@@ -16,7 +16,7 @@ computes 2 n + k * k scores instead of n * n (Lample et al. 2019, arXiv 1907.052
 2024, arXiv 2412.09764, replace MLPs by it). Options are those of LLMonade.
 
 Letters: N tokens, D model width, H heads, n sub-keys per half, n * n slots, k slots that a head
-reads, Q width of a query, V width of a value.
+reads, R slots read for a token by all heads (H * k), Q width of a query, V width of a value.
 """
 
 import sys

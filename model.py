@@ -54,7 +54,7 @@ class Config:
     tie_weights: bool = False  # the output head shares the embedding's weight
     init_std: float = 0.02  # of the initial embedding; projections start as torch makes them
     chunk_size: int = 16  # delta, linear: tokens per chunk of the parallel form
-    lr_temp: float = 1.0  # delta models: temperature of the write strength sigmoid(z / lr_temp)
+    lr_temp: float = 1.0  # delta models: a token is written with strength sigmoid(z / lr_temp)
     vocab_size: int = derived(2048)
     seq_len: int = derived(128)
 

@@ -86,7 +86,7 @@ class TrainConfig:
     track: str = ""  # where the log also goes: tensorboard or wandb; empty: nowhere
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
     target_accuracy: float = 0.0  # test token accuracy to reach; below it, exit with status 1
-    target_slice: str = ""  # slice=value that decides for these and best.pt; empty: all labels
+    target_slice: str = ""  # slice=value that both and best.pt look at; empty: all labels
     # -- weights to begin with
     init_from: str = ""  # load weights of this run, checkpoint file or torch.distributed folder
     init_step: int = -1  # which of its steps; -1: the latest
@@ -108,7 +108,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
     compile: bool = False  # torch.compile: 10-60 s at the start, then 1.1 times as fast on a CPU
-    num_threads: int = 0  # CPU threads; 0: torch decides. Sums are then added in another order
+    num_threads: int = 0  # CPU threads; 0: torch decides. Another number changes last bits
 
     def check(self):
         at_least(self, 0, "n_epochs", "max_steps", "warmup_steps", "weight_decay", "clip_grad")
@@ -200,7 +200,8 @@ def train(run, stop):
         step = state["step"]
 
         # Set the learning rate. It is a function of the settings and the step, so a resumed run
-        # needs no state of a scheduler.
+        # needs no state of a scheduler. If stages end by their loss, cosine and linear decay begin
+        # with the task itself.
         start = run.curriculum.decay_start(step)
         lr = learning_rate(c, step, run.steps_per_epoch, run.total_steps, start)
         for group in optimizer.param_groups:
@@ -386,7 +387,7 @@ def configure_optimizer(model, c):
             "weight_decay": c.weight_decay if is_matrix and not has_own_scale else 0.0,
             "lr_scale": scale if has_own_scale else 1.0,
         }
-        # Matrices come first in a sorted order of the keys.
+        # Sorted by key, so matrices are the first group.
         groups.setdefault((has_own_scale, not is_matrix), group)["params"].append(p)
     groups = [groups[key] for key in sorted(groups)]
     optimizer_class = SparseAdamW if sparse_parameters(model) else torch.optim.AdamW

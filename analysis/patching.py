@@ -1,4 +1,4 @@
-"""Activation patching: which activation, put into a corrupted run, brings the answer back?
+"""Activation patching: which activation, put into a corrupted run, restores the answer?
 
     python ablate.py patch runs/RUN
 
@@ -34,7 +34,7 @@ from nanorecall.stats import clustered_mean_ci, format_ci, mean_ci
 
 @torch.no_grad()
 def patch(run):
-    """Which activation, put into a corrupted run, brings the answer of the clean run back?
+    """Which activation, put into a corrupted run, restores the answer of the clean run?
 
     For each hook point, block and position: the fraction of the logit difference recovered.
     """
@@ -172,7 +172,8 @@ def describe(cells, n_examples):
                 _, value, interval = format_ci(cells[key])
                 findings.append(f"{name} of layer {layer} at {role!r} {value} ({interval})")
     listed = ", ".join(findings)
-    return f"one activation brings back, of the logit difference: {listed}; n = {n_examples}"
+    fraction = "fraction of the logit difference that one activation restores"
+    return f"{fraction}: {listed}; n = {n_examples}"
 
 
 # ---- patching ------------------------------------------------------------------------------------

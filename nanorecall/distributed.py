@@ -231,7 +231,7 @@ def autodetect_dtype(name, device):
         return torch.float32, "asked for"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
         return torch.bfloat16, "fast on this GPU"
-    return torch.float32, "the exact choice"
+    return torch.float32, "default"
 
 
 # ---- models --------------------------------------------------------------------------------------
