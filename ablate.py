@@ -362,22 +362,14 @@ EXAMPLES = ("n_examples", "seed")
 BATCH = ("ablate_batch_size",)
 
 
-def force(run):
-    """One head reads one slot only: --slot, or the source's strongest."""
-    if run.config.slot >= 0:
-        change_slot(run, "force")
-    else:
-        interchange.interchange(run, "force")
+def force_or_replace(run, name):
+    """With --slot, change it in every example; without, the strongest slots of pairs."""
+    change = change_slot if run.config.slot >= 0 else interchange.interchange
+    change(run, name)
 
 
-def replace(run):
-    """One slot gets another value: --slot that of --pattern, or a pair's that of the source."""
-    if run.config.slot >= 0:
-        change_slot(run, "replace")
-    else:
-        interchange.interchange(run, "replace")
-
-
+force = partial(force_or_replace, name="force")
+replace = partial(force_or_replace, name="replace")
 inject = partial(interchange.interchange, name="inject")
 swap = partial(interchange.interchange, name="swap")
 

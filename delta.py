@@ -78,7 +78,8 @@ def delta_rule_recurrent(q, k, v, beta, log_decay=None, state=None, cu_seqlens=N
     """
     cu_seqlens = check_shapes(q, k, v, beta, log_decay, state, cu_seqlens)
     if cu_seqlens is not None:
-        return recurrent_varlen(q, k, v, beta, log_decay, state, cu_seqlens)
+        S = zero_state(q, v, len(cu_seqlens) - 1) if state is None else state
+        return recurrent_varlen(delta_rule_recurrent, [q, k, v, beta, log_decay], S, cu_seqlens)
     dtype = accum_dtype(q)
     S = zero_state(q, v) if state is None else state.to(dtype)
     outputs = []
@@ -94,14 +95,13 @@ def delta_rule_recurrent(q, k, v, beta, log_decay=None, state=None, cu_seqlens=N
     return torch.stack(outputs, dim=2).to(v.dtype), S
 
 
-def recurrent_varlen(q, k, v, beta, log_decay, state, cu_seqlens):
-    """delta_rule_recurrent over one document after another."""
+def recurrent_varlen(rule, tokens, state, cu_seqlens, **options):
+    """rule(*tokens, state) over one document after another."""
     outputs = []
     states = []
     for d, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        tokens = [None if x is None else x[:, :, start:end] for x in (q, k, v, beta, log_decay)]
-        before = zero_state(q, v) if state is None else state[d : d + 1]
-        o, after = delta_rule_recurrent(*tokens, before)
+        of_document = [None if x is None else x[:, :, start:end] for x in tokens]
+        o, after = rule(*of_document, state=state[d : d + 1], **options)
         outputs.append(o)
         states.append(after)
     return torch.cat(outputs, dim=2), torch.cat(states)

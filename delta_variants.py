@@ -45,8 +45,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import delta
-from delta import DeltaNet, DeltaNetLayer, delta_rule, without_empty
-from linear import check_inputs, decay_to_end, in_chunks, recurrent_varlen, scores_of_rows
+from delta import DeltaNet, DeltaNetLayer, delta_rule, recurrent_varlen, without_empty
+from linear import check_inputs, decay_to_end, in_chunks, scores_of_rows
 from model import GPTBlock
 from nanorecall.ops import accum_dtype
 from nanorecall.second_order import FirstOrder, transformed

@@ -57,7 +57,6 @@ width of the residual stream.
 """
 
 import functools
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -66,7 +65,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
-from delta import BatchChunks, DocumentChunks, RecurrentLayer, check_shapes, scale, zero_state
+from delta import (
+    BatchChunks,
+    DocumentChunks,
+    RecurrentLayer,
+    check_shapes,
+    recurrent_varlen,
+    scale,
+    zero_state,
+)
 from model import GPT, GPTBlock
 from nanorecall.ops import (
     accum_dtype,
@@ -116,18 +123,6 @@ def check_inputs(q, k, v, log_decay, state, cu_seqlens, beta=None):
         n_states = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
         return cu_seqlens, zero_state(q, v, n_states)
     return cu_seqlens, state.to(accum_dtype(q))
-
-
-def recurrent_varlen(rule, tokens, state, cu_seqlens, **options):
-    """rule(*tokens, state) over one document after another."""
-    outputs = []
-    states = []
-    for d, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        of_document = [None if x is None else x[:, :, start:end] for x in tokens]
-        o, after = rule(*of_document, state=state[d : d + 1], **options)
-        outputs.append(o)
-        states.append(after)
-    return torch.cat(outputs, dim=2), torch.cat(states)
 
 
 @torch._disable_dynamo  # traced, the scan would be unrolled into a copy for each chunk

@@ -99,12 +99,8 @@ class Config(model.Config):
         return reasons
 
 
-def softmax(scores):
-    return scores.softmax(-1)
-
-
 SCORES = {  # scores (N, H, k) -> weights
-    "softmax": softmax,
+    "softmax": lambda scores: scores.softmax(-1),
     "sigmoid": torch.sigmoid,  # slots do not compete, as in sigma-MoE (arXiv 2310.10837)
 }
 

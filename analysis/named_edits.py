@@ -158,13 +158,13 @@ def read_new_facts(run, facts, known):
 
 def check_unknown(run, facts, question, where):
     """ConfigError for a question that the model answers wrongly, unless --add 1 is given."""
+    if run.config.add:
+        return
     asked = [fact.question for fact in facts]
     if question in asked:
         wrong = f"{where}: the run has the fact {question!r}, but the model answers it wrongly"
         what = "train it longer (unless it was held out), or write the new answer with --add 1"
-        return require(run.config.add, f"{wrong}; {what}", "facts")
-    if run.config.add:
-        return
+        raise ConfigError(f"{wrong}; {what}", "facts")
     problem = f"{where}: no fact of the run asks {question!r}"
     near = difflib.get_close_matches(question, asked, n=1, cutoff=NEAR)
     if near:

@@ -16,18 +16,13 @@ import torch
 from analysis.ablation import measure, memory_inputs
 from analysis.hooks import forward_from, load_examples, logit_diff, run_with_cache
 from analysis.memory_usage import require_slots
-from analysis.slot_results import (
-    DROP,
-    first_ablation,
-    load_table,
-    mean_drops,
-    per_value_mean,
-)
+from analysis.slot_results import DROP, first_ablation, load_table, mean_drops
 from analysis.trained_run import concat, require_facts, save_result, select
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.stats import (
     add_holm,
+    cluster_means,
     clustered_mean_ci,
     clustered_proportion,
     correlation,
@@ -222,7 +217,8 @@ def repeated_digits(run):
     require_slots(run)
     require_facts(run)
     columns, ablation = first_ablation(load_table(run, "keys"))
-    examples, drop = per_value_mean(columns["example"], columns["drop"])
+    examples = np.unique(columns["example"])
+    drop = cluster_means(columns["drop"], columns["example"])
     pairs = np.unique(np.stack([columns["example"], columns["layer"], columns["slot"]]), axis=1)
     _, n_slots = np.unique(pairs[0], return_counts=True)
     outcomes = {"effect": drop, "slots read": n_slots}

@@ -168,9 +168,3 @@ def mean_drops(columns, examples, name, values):
     np.add.at(sums, (row, column), columns["drop"][mask])
     np.add.at(counts, (row, column), 1)
     return np.where(counts > 0, sums / np.maximum(1, counts), np.nan)
-
-
-def per_value_mean(key, values):
-    """Means of values (N,) by key (N,) -> the different keys, ascending, and the mean of each."""
-    keys, which = np.unique(key, return_inverse=True)
-    return keys, np.bincount(which, values) / np.bincount(which)

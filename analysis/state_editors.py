@@ -86,17 +86,17 @@ def pairs_alone(edit, keys):
     return torch.cat([keys, values, blanks], dim=1)
 
 
-def changed(edit, block, **tensors):
-    """The cache with other tensors in one block."""
+def changed(edit, **tensors):
+    """The cache with other tensors in the block in which pairs are recalled."""
     cache = list(edit.cache)
-    cache[block] = {**edit.cache[block], **tensors}
+    cache[edit.block] = {**edit.of_block, **tensors}
     return cache
 
 
-def random_like(x, dims):
-    """A random x whose norm over these dimensions is that of x."""
+def random_like(x):
+    """Random vectors whose lengths are those of x, over the last dimension."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    return noise * x.norm(dim=dims, keepdim=True) / noise.norm(dim=dims, keepdim=True)
+    return noise * x.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
 
 
 # ---- state ---------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def change_state(edit, change, keys=None):
     q, alone = ask_alone(edit, edit.keys if keys is None else keys)
     S = edit.of_block["state"]
     wanted = change(q @ S, alone)
-    return changed(edit, edit.block, state=least_squares(S, q, wanted))
+    return changed(edit, state=least_squares(S, q, wanted))
 
 
 def overwrite_state(edit):
@@ -152,7 +152,7 @@ def overwrite_state_in_turn(edit):
     state = edit.of_block["state"]
     for i in range(q.shape[2]):
         state = least_squares(state, q[:, :, i : i + 1], alone[:, :, i : i + 1])
-    return changed(edit, edit.block, state=state)
+    return changed(edit, state=state)
 
 
 def overwrite_state_as_reread(edit):
@@ -160,7 +160,7 @@ def overwrite_state_as_reread(edit):
     q, _ = ask_alone(edit, edit.keys)
     wanted = q @ reread(edit)[edit.block]["state"]
     state = least_squares(edit.of_block["state"], q, wanted)
-    return changed(edit, edit.block, state=state)
+    return changed(edit, state=state)
 
 
 def erase_state(edit):
@@ -169,7 +169,7 @@ def erase_state(edit):
 
 def random_state(edit):
     """Random values of the same norm."""
-    return change_state(edit, lambda before, alone: random_like(alone, -1))
+    return change_state(edit, lambda before, alone: random_like(alone))
 
 
 def other_key_in_state(edit):
@@ -201,7 +201,7 @@ def change_entries(edit, change, shift=0):
     entries, positions = edit.of_block[name], edit.value_pos + edit.offset
     new = change(select_positions(entries, positions))
     entries = put_entries(entries, positions + shift, new)
-    return changed(edit, edit.block, **{name: entries})
+    return changed(edit, **{name: entries})
 
 
 def entries_alone(edit):
@@ -241,7 +241,7 @@ def random_entry(edit):
 
     def change(old):
         difference = (entries_alone(edit) - old).flatten(2)
-        return old + random_like(difference, -1).view_as(old)
+        return old + random_like(difference).view_as(old)
 
     return change_entries(edit, change)
 

@@ -27,12 +27,13 @@ from analysis.hooks import (
 )
 from analysis.keystats import slot_vectors
 from analysis.memory_usage import require_slots
-from analysis.slot_results import first_ablation, load_table, per_value_mean
+from analysis.slot_results import first_ablation, load_table
 from analysis.trained_run import concat, save_result, select, settings_suffix
 from nanorecall.metrics import print_table
 from nanorecall.plots import figure, finish_figure
 from nanorecall.settings import require, say
 from nanorecall.stats import (
+    cluster_means,
     clustered_mean_proportion,
     correlation,
     correlation_lines,
@@ -229,7 +230,7 @@ def likeness(memory, columns, slots):
     vectors = slot_vectors(memory, slots)
     keys, values = normalize(vectors["key"]), normalize(vectors["value"])
     of_slots = select(columns, np.isin(columns["slot"], slots))
-    _, effect = per_value_mean(of_slots["slot"], of_slots["drop"])
+    effect = cluster_means(of_slots["drop"], of_slots["slot"])
     distance = np.abs(effect[:, None] - effect[None, :])
     return {"keys": keys @ keys.T, "values": values @ values.T, "effects": -distance}, effect
 

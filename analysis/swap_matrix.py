@@ -73,7 +73,7 @@ def swap_matrix(run):
     by_slice = {}
     lines = []
     for decoding in DECODING:
-        rates = match_rates(columns, decoding, "source_answer_token", "answer_pos")
+        rates = match_rates(columns, decoding)
         by_slice[f"{decoding}, answer_pos"] = rates
         by_slice[f"{decoding}, base answer, source answer"] = answer_pairs(columns, decoding, run)
         for answer_pos, cell in rates.items():
@@ -146,17 +146,14 @@ def differing_answers(columns):
     return select(columns, columns["answer"] != columns["source_answer_token"])
 
 
-def match_rates(columns, predictions, answers, by):
-    """How often one column equals another, by values of a third -> {value: proportion}.
-
-    Only labels at which base and source have different answers count.
-    """
-    matches = columns[predictions] == columns[answers]
-    differ = columns["answer"] != columns["source_answer_token"]
+def match_rates(columns, decoding):
+    """How often the source's answer comes, by answer position -> {position: proportion}."""
+    columns = differing_answers(columns)
+    matches = columns[decoding] == columns["source_answer_token"]
     rates = {}
-    for value in np.unique(columns[by][differ]):
-        inside = differ & (columns[by] == value)
-        rates[str(value)] = clustered_proportion(matches[inside], columns["example"][inside])
+    for position in np.unique(columns["answer_pos"]):
+        here = columns["answer_pos"] == position
+        rates[str(position)] = clustered_proportion(matches[here], columns["example"][here])
     return rates
 
 

@@ -24,7 +24,7 @@ from myriadlama import loading, metrics, prompts
 from myriadlama.file_checks import require_package
 from nanorecall.files import atomic_write, dataset_sha256, only_writer, sha256_file
 from nanorecall.metrics import print_table
-from nanorecall.plots import figure, write_figure
+from nanorecall.plots import errorbars, figure, write_figure
 from nanorecall.records import check_kinds, read_lines, read_record, write_json
 from nanorecall.settings import ConfigError, require, say
 from nanorecall.stats import clustered_proportion, format_ci, holm, mcnemar, proportion
@@ -376,23 +376,18 @@ def plot_table(path, summaries, baseline, title):
     plt, fig, (axis,) = figure(1, 1, width=6)
     fig.set_size_inches(6.4, 1.6 + 0.28 * len(summaries))
     accuracies = [summary["accuracy"] for summary in summaries.values()]
-    x = np.array([accuracy["value"] for accuracy in accuracies])
-    low, high = np.array([accuracy["ci95"] for accuracy in accuracies]).T
-    y = np.arange(len(summaries))[::-1]
-    errors = np.maximum(0, [x - low, high - x])
-    axis.errorbar(x, y, xerr=errors, fmt="o", ms=4, capsize=3)
+    height = np.arange(len(summaries))[::-1]
+    errorbars(axis, height, accuracies, horizontal=True, ls="none")
     label = "majority answer of the relation"
     axis.axvline(baseline["value"], ls="--", color="gray", lw=1, label=label)
     names = []
     for name, accuracy in zip(summaries, accuracies):
         names.append(f"{name}, n = {accuracy['n']}")
-    axis.set_yticks(y, names, fontsize=7)
+    axis.set_yticks(height, names)
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set(xlabel="accuracy of the first word (95% interval)", xlim=(-0.02, 1.02), title=title)
-    axis.title.set_fontsize(8)
     # Below the axis: inside, it would cover points near 0.
-    fig.legend(fontsize=7, loc="outside lower right")
-    axis.grid(alpha=0.3)
+    fig.legend(loc="outside lower right")
     write_figure(fig, plt, path)
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from nanorecall.metrics import eval_batches
-from nanorecall.model_checks import describe_output, is_users_file, users_errors
+from nanorecall.model_checks import describe_output, users_errors
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import require
+from nanorecall.source_files import is_users_file
 
 CONTRACT = "see class Data of data_mqar.py for what a data file must have"
 SPLITS = ("train", "val", "test")

@@ -10,17 +10,15 @@ say so.
 import ast
 import difflib
 import inspect
-import os
 import sys
 
 from torch import nn
 
 from nanorecall.settings import require, say
-from nanorecall.source_files import is_main_rank
+from nanorecall.source_files import is_main_rank, is_users_file
 
 # Methods that model.GPT has not, but that are called where a model has them (see build.py).
-OPTIONAL = ("lr_scales", "sparse_gradients", "column_sharded", "on_step_end")
-OPTIONAL += ("correct_predictions",)
+OPTIONAL = ("lr_scales", "sparse_gradients", "column_sharded", "on_step_end", "correct_predictions")
 
 
 def check_hook_names(module, model_class, files):
@@ -31,7 +29,7 @@ def check_hook_names(module, model_class, files):
     """
     read = names_read(files)
     for cls in vars(module).values():
-        if not inspect.isclass(cls) or not is_of_files(cls, files):
+        if not inspect.isclass(cls) or not is_users_file(sys.modules.get(cls.__module__), files):
             continue
         known = inherited_names(cls)
         # Several models may share a file; a block or mixer is there to be used.
@@ -69,11 +67,6 @@ def names_read(files):
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names.add(node.value)
     return names
-
-
-def is_of_files(cls, files):
-    module = sys.modules.get(cls.__module__)
-    return os.path.realpath(getattr(module, "__file__", None) or "") in files
 
 
 def inherited_names(cls):

@@ -208,9 +208,7 @@ def slice_metrics(counts):
 
 
 def slice_counts(result, name):
-    """Counts from what `merge_counts` returned: of the slice "name=value"; "": of all."""
-    if not name:
-        return result["all"]
+    """Counts of the slice "name=value" from what `merge_counts` returned."""
     slice_name, _, value = name.partition("=")
     return next(c for v, c in result["by_slice"][slice_name].items() if str(v) == value)
 

@@ -14,6 +14,7 @@ import os
 
 import numpy as np
 
+from nanorecall.build import total_steps
 from nanorecall.dataset_files import MAX_LINE_BYTES
 from nanorecall.records import read_record
 from nanorecall.rng import STREAMS, rng_for
@@ -64,7 +65,7 @@ class Mixture:
         require(not learns, message, "stage_loss")
         self.vocab_size = max(primary.vocab_size, synthetic.vocab_size)
         self.seq_len = max(primary.seq_len, synthetic.seq_len)
-        steps = c.max_steps or c.n_epochs * primary.steps_per_epoch(c.batch_size)
+        steps = total_steps(c, primary)
         start = c.synthetic_start_step
         late = f"synthetic_start_step={start} lies after the last of {steps} steps"
         require(start < steps or not c.n_epochs, late, "synthetic_start_step")

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import importlib
-import os
 import sys
 
 import torch
@@ -22,17 +21,12 @@ from nanorecall.build import enough_memory, is_out_of_memory, training_advice
 from nanorecall.metrics import autocast, eval_batches, evaluating, in_eval_mode
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, RunError, last_line, require, say
-from nanorecall.source_files import is_main_rank
+from nanorecall.source_files import is_main_rank, is_users_file
 
 CONTRACT = "Model(config) must take tokens and targets, both (B, T), and return logits"
 CONTRACT += " (N, vocab_size) of the N labelled positions and their mean cross-entropy"
 # How much logits of size 1 may differ by rounding, in the dtypes of training.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-
-
-def is_users_file(module, files):
-    """Is a module one of the user's own? files: their paths."""
-    return os.path.realpath(module.__file__) in files
 
 
 def is_users_model(settings):
@@ -200,7 +194,7 @@ def check_parameters(model, files):
             advice = "saved; put modules into nn.ModuleList or nn.ModuleDict, tensors into"
             require(not hidden, f"{message} {advice} nn.Parameter", "model")
     for module in list(sys.modules.values()):
-        if os.path.realpath(getattr(module, "__file__", None) or "") not in files:
+        if not is_users_file(module, files):
             continue
         for name, value in vars(module).items():
             parameters = [value] if isinstance(value, torch.nn.Parameter) else []

@@ -496,11 +496,7 @@ class Run:
             self.tracker.close(result)
         if world.size == 1 and result["status"] != "preempted":
             self.restore_signals()  # Ctrl-C stops the drawing at once
-        exit_status = None
-        with world.agree():
-            if world.is_main:
-                exit_status = self.report(stop)
-        return world.broadcast(exit_status)
+        return self.report(stop)
 
     def load_best(self):
         """Load the weights to be tested -> {"weights": "best" or "last", "step", "why" if last}."""
@@ -519,13 +515,17 @@ class Run:
         setting = "max_steps" if self.settings.train.max_steps else "n_epochs"
         advice = f"to train it longer, raise --{setting}; if it stopped early, also --stop_accuracy"
         self.world.print0(f"{self.folder} has ended; {advice}")
+        return self.report()
+
+    def report(self, stop=()):
+        """report_on_main on the main rank -> exit status, the same on every rank."""
         exit_status = None
         with self.world.agree():
             if self.world.is_main:
-                exit_status = self.report()
+                exit_status = self.report_on_main(stop)
         return self.world.broadcast(exit_status)
 
-    def report(self, stop=()):
+    def report_on_main(self, stop):
         """Print how the run ended, and draw curves.png if it was tested -> exit status."""
         result, c = self.result, self.settings.train
         if result["status"] == "preempted":

@@ -28,7 +28,7 @@ from nanorecall.files import (
 )
 from nanorecall.records import read_record
 from nanorecall.settings import ConfigError, require
-from nanorecall.source_files import REPO
+from nanorecall.source_files import REPO, is_users_file
 
 # ---- its name ------------------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ def run_metadata(run):
 
 def data_sha256(settings, key, path):
     """SHA-256 of what a run reads from the path of the setting `key`."""
-    is_ours = os.path.realpath(settings.data_module.__file__) not in settings.files
+    is_ours = not is_users_file(settings.data_module, settings.files)
     # Documents of any origin are read without a look at metadata.json.
     is_verified = is_ours and key == "path" and getattr(settings.data, "task", "") != "text"
     return dataset_sha256(path, is_verified)

@@ -45,6 +45,11 @@ def is_main_rank():
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_users_file(module, files):
+    """Is a module (or None) one of the user's own? files: their real paths."""
+    return os.path.realpath(getattr(module, "__file__", None) or "") in files
+
+
 @dataclass
 class UserFiles:
     """The files that a user brings and that a run executes.
@@ -267,7 +272,7 @@ def is_still(path, digest):
 def forget(files):
     """Take the modules of these files (real paths) out of Python's table, to execute them anew."""
     for name, module in list(sys.modules.items()):
-        if os.path.realpath(getattr(module, "__file__", None) or "") in files:
+        if is_users_file(module, files):
             del sys.modules[name]
 
 

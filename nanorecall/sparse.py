@@ -45,7 +45,7 @@ class SparseAdamW(torch.optim.AdamW):
             mean = state["exp_avg"][rows]
             square = state["exp_avg_sq"][rows]
             step = state["step"].clone()  # adamw adds 1 to it
-            adamw(*([values], [row_grads], [mean], [square], [], [step]), amsgrad=False, **options)
+            adamw([values], [row_grads], [mean], [square], [], [step], amsgrad=False, **options)
             parameter[rows] = values
             state["exp_avg"][rows] = mean
             state["exp_avg_sq"][rows] = square

@@ -11,7 +11,7 @@ from model import GPT, CausalSelfAttention, Config, UnifiedKV
 from nanorecall import attention
 from nanorecall.build import inference_state_bytes
 from nanorecall.rng import IGNORE_INDEX
-from toys import T, V, build_gpt
+from toys import T, V, build_gpt, outcome
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -165,12 +165,6 @@ def build_kind(kind, **changes):
         return build_gpt(cls, **{**options, **changes})
     torch.manual_seed(0)
     return cls(config_class(**{**sizes, **options, **changes})).double()
-
-
-def outcome(model, *inputs):
-    """[logits, loss, gradients]"""
-    logits, loss = model(*inputs)
-    return [logits, loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -46,6 +46,7 @@ from toys import (
     flags,
     run,
     spread_labels_unevenly,
+    status_of,
     torchrun,
     wait_for_step,
 )
@@ -72,10 +73,6 @@ def resume_on(on_ranks, size, out, **changes):
 
 def tensors(out, name="ckpt"):
     return checkpoint.load_checkpoint(out, name)["tensors"]
-
-
-def status_of(out):
-    return read_json(os.path.join(out, "status.json"))
 
 
 def train_log(out, column):

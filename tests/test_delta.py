@@ -16,6 +16,14 @@ from naive import fla_naive, naive_delta_layer
 from nanorecall.build import build_model_config, inference_state_bytes
 from nanorecall.ops import CausalConv1d, Normalize
 from nanorecall.settings import ConfigError
+from rules import (
+    assert_all_close,
+    detached,
+    error,
+    outputs_and_gradients,
+    random_tokens,
+    with_gradients,
+)
 
 H, K, V = 2, 6, 5
 DOCUMENTS = [0, 5, 5, 30, 37, 69, 70]  # one is empty, one is a single token
@@ -35,29 +43,6 @@ def inputs(T=70, documents=False, gated=False, dtype=torch.float64, B=2, beta_ma
     state = torch.randn(n_states, H, K, V, generator=g, dtype=dtype)
     arguments = with_gradients([q, F.normalize(k, dim=-1), v, beta, decay, state])
     return [*arguments, torch.tensor(DOCUMENTS) if documents else None]
-
-
-def detached(arguments):
-    return [x if x is None else x.detach() for x in arguments]
-
-
-def with_gradients(arguments, dtype=None):
-    """Copies of tensors, in another dtype if one is given, that want gradients."""
-    return [x if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in arguments]
-
-
-def outputs_and_gradients(rule, arguments, **options):
-    """[o, state, gradient of every input that has one] for one fixed gradient of o and state."""
-    wanted = [x for x in arguments if x is not None and x.requires_grad]
-    results = rule(*arguments, **options)
-    g = torch.Generator().manual_seed(7)
-    grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in results]
-    return [x.detach() for x in results] + list(torch.autograd.grad(results, wanted, grads))
-
-
-def assert_all_close(ours, expected, tolerance):
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---- the rule ------------------------------------------------------------------------------------
@@ -132,10 +117,6 @@ def test_documents_do_not_mix():
         o, state = delta_rule_recurrent(*(x[:, :, a:b] for x in (q, k, v, beta, g)), S[d : d + 1])
         torch.testing.assert_close(whole[:, :, a:b], o)
         torch.testing.assert_close(states[d], state[0])
-
-
-def error(ours, exact):
-    return ((ours.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
@@ -496,10 +477,6 @@ VARIANTS = [
     dict(conv_size=0, use_ffn=True, residual_mul=True),
     dict(att_use_output_gate=True, tie_weights=True, conv_size=1),
 ]
-
-
-def random_tokens(B):
-    return torch.randint(19, (B, 12), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("cls", [delta.DeltaNet, delta.GatedDeltaNet])

@@ -16,6 +16,7 @@ import data_track
 import delta
 import delta_variants
 import train
+from delta import recurrent_varlen
 from delta_variants import (
     KDA,
     DeltaProduct,
@@ -25,10 +26,17 @@ from delta_variants import (
     kda_fla,
     kda_recurrent,
 )
-from linear import recurrent_varlen
 from naive import fla_naive, naive_activation, naive_heads, naive_qkv
 from nanorecall.build import build_model_config, inference_state_bytes
 from nanorecall.settings import ConfigError
+from rules import (
+    assert_all_close,
+    detached,
+    error,
+    outputs_and_gradients,
+    random_tokens,
+    with_gradients,
+)
 from toys import assert_same
 
 H, K, V = 2, 6, 5
@@ -58,33 +66,6 @@ def product_inputs(n, T=23, documents=False, dtype=torch.float64):
     ends = torch.tensor([0, 5, 5, 22, 23]) if documents else None
     state = torch.cat([state] * 4) if documents else state
     return [*with_gradients([q[:, :, :T], k, v, beta, state], dtype), ends]
-
-
-def with_gradients(arguments, dtype):
-    """Copies of tensors in a dtype that want gradients."""
-    return [x.detach().to(dtype).requires_grad_() for x in arguments]
-
-
-def detached(arguments):
-    return [x if x is None else x.detach() for x in arguments]
-
-
-def outputs_and_gradients(rule, arguments, **options):
-    """[o, state, gradient of every input that has one] for one fixed gradient of o and state."""
-    wanted = [x for x in arguments if x is not None and x.requires_grad]
-    results = rule(*arguments, **options)
-    g = torch.Generator().manual_seed(7)
-    grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in results]
-    return [x.detach() for x in results] + list(torch.autograd.grad(results, wanted, grads))
-
-
-def assert_all_close(ours, expected, tolerance):
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def error(ours, exact):
-    return ((ours.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 # ---- a decay for each row ------------------------------------------------------------------------
@@ -504,10 +485,6 @@ def build(cls, **changes):
     c = config(**changes)
     c.check()
     return cls(c).double()
-
-
-def random_tokens(B):
-    return torch.randint(19, (B, 12), generator=torch.Generator().manual_seed(0))
 
 
 def naive_layer(layer, x):

@@ -24,15 +24,11 @@ from nanorecall.files import unlock
 from nanorecall.records import read_json, read_log, write_json
 from nanorecall.run_dir import create_run_dir, find_restarted_run
 from nanorecall.settings import ConfigError, RunError
-from toys import assert_same, contents, flags, run, torchrun
+from toys import assert_same, contents, flags, run, status_of, torchrun
 
 pytestmark = pytest.mark.slow  # whole runs from start to end
 
 SHORT = dict(max_steps=4, eval_interval=2, log_interval=1, n_val_examples=8, n_test_examples=8)
-
-
-def status_of(out):
-    return read_json(os.path.join(out, "status.json"))
 
 
 # ---- nobody reads the output ---------------------------------------------------------------------

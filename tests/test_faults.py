@@ -43,6 +43,7 @@ from toys import (
     flags,
     last_logged_step,
     run,
+    status_of,
     wait_for_step,
 )
 
@@ -50,10 +51,6 @@ pytestmark = pytest.mark.slow  # runs are killed and resumed
 
 InMemoryMQAR = train.parse([]).data_module.InMemoryMQAR
 resource = pytest.importorskip("resource", reason="kills and signals are tested on POSIX only")
-
-
-def status_of(out):
-    return read_json(os.path.join(out, "status.json"))
 
 
 def steps_of(out, *names):

@@ -80,8 +80,6 @@ def test_tables_by_hand():
     assert slots["n_examples"].tolist() == [2, 1]
     assert slots["mean"].tolist() == [2.5, 7] and slots["median"].tolist() == [2.5, 7]
     assert slots["max"].tolist() == [4, 7] and slots["flips"].tolist() == [0.25, 0]
-    examples, drops = slot_results.per_value_mean(columns["example"], columns["drop"])
-    assert examples.tolist() == [0, 1, 2] and drops.tolist() == [1.5, 3.5, 7]
 
 
 def test_the_first_ablation_without_controls_is_chosen():

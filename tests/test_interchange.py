@@ -169,7 +169,7 @@ def test_match_rates_count_where_base_and_source_differ():
         "source_answer_token": np.array([3, 5, 4, 5]),
         "predicted": np.array([3, 5, 3, 5]),
     }
-    rates = swap_matrix.match_rates(columns, "predicted", "source_answer_token", "answer_pos")
+    rates = swap_matrix.match_rates(columns, "predicted")
     assert rates.keys() == {"0", "1"}
     assert (rates["0"]["value"], rates["0"]["n"]) == (0, 1)
     assert (rates["1"]["value"], rates["1"]["n"]) == (1, 1)

@@ -26,6 +26,7 @@ from model import FEATURE_MAPS
 from naive import fla_naive, naive_activation, naive_heads, naive_qkv, naive_rotation
 from nanorecall.build import build_model_config, inference_state_bytes
 from nanorecall.settings import ConfigError
+from rules import assert_all_close, error, random_tokens, with_gradients
 
 H, K, V = 2, 6, 5
 DOCUMENTS = [0, 5, 5, 30, 37, 69, 70]  # one is empty, one is a single token
@@ -62,11 +63,6 @@ def inputs(kind, T=70, documents=False, B=2, dtype=torch.float64, seed=0):
     return [*with_gradients(tokens, dtype), torch.tensor(DOCUMENTS) if documents else None]
 
 
-def with_gradients(arguments, dtype):
-    """Copies of tensors in a dtype that want gradients."""
-    return [x if x is None else x.detach().to(dtype).requires_grad_() for x in arguments]
-
-
 def outputs_and_gradients(rule, arguments, **options):
     """[o, state, gradient of every input that has one] for one fixed gradient of o and state.
 
@@ -81,11 +77,6 @@ def outputs_and_gradients(rule, arguments, **options):
         Z, S = found[-1].split([K, V], dim=-1)
         found[-1] = torch.cat([Z + Z.mT, S], dim=-1)
     return [x.detach() for x in results] + found
-
-
-def assert_all_close(ours, expected, tolerance):
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---- the rules -----------------------------------------------------------------------------------
@@ -200,10 +191,6 @@ def test_strong_decay_between_weak_ones_neither_overflows_nor_cancels(kind, stro
         # The gradient of a strong decay is small, and its neighbours must not round it away.
         a, b = ours[5][:, :, ::5].double(), exact[5][:, :, ::5]
         assert strong < -50 or ((a - b).abs() < 1e-4 * b.abs() + 1e-9).all()
-
-
-def error(ours, exact):
-    return ((ours.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -549,10 +536,6 @@ def build(cls, **changes):
     c = config(**changes)
     c.check()
     return cls(c).double()
-
-
-def random_tokens(B):
-    return torch.randint(19, (B, 12), generator=torch.Generator().manual_seed(0))
 
 
 def naive_layer(layer, x):

@@ -14,7 +14,7 @@ from nanorecall.build import build_model_config
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.run_dir import model_label
 from nanorecall.settings import ConfigError
-from toys import memory_model, random_tokens
+from toys import memory_model, outcome, random_tokens
 
 # Of every kind, and of two kinds in turn.
 BLOCKS = [(kind,) for kind in hybrid.KINDS]
@@ -32,12 +32,6 @@ def batch():
     tokens, targets = random_tokens(3, 12), random_tokens(3, 12, seed=1)
     is_label = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)) < 0.3
     return tokens, torch.where(is_label, targets, IGNORE_INDEX)
-
-
-def outcome(model, *inputs):
-    """[logits, loss, gradients]"""
-    logits, loss = model(*inputs)
-    return [logits, loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
 # ---- the model -----------------------------------------------------------------------------------

@@ -18,16 +18,12 @@ from nanorecall.build import build_model_config
 from nanorecall.records import read_json, read_log
 from nanorecall.run_dir import run_label
 from nanorecall.settings import ConfigError, RunError
-from toys import contents, counts, flags, run
+from toys import contents, counts, flags, run, status_of
 
 # That a run draws its curves is tested in test_progress.py.
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 ROOT = os.path.dirname(train.__file__)
-
-
-def status_of(out):
-    return read_json(os.path.join(out, "status.json"))
 
 
 # ---- whole runs ----------------------------------------------------------------------------------

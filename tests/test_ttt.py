@@ -11,6 +11,7 @@ import ttt
 from naive import fla_naive, naive_activation, naive_heads, naive_qkv, naive_rotation
 from nanorecall.build import build_model_config, inference_state_bytes
 from nanorecall.settings import ConfigError
+from rules import assert_all_close, random_tokens
 from ttt import TTTMLP, TTTLinear, ttt_recurrent
 
 H, K, HIDDEN = 2, 5, 7
@@ -54,11 +55,6 @@ def outputs_and_gradients(form, q, k, v, rate, weights, norm, inner_batch_size):
     grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in results]
     found = torch.autograd.grad(results, [q, k, v, rate, *weights, *norm], grads)
     return [x.detach() for x in results] + list(found)
-
-
-def assert_all_close(ours, expected, tolerance):
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---- the rule ------------------------------------------------------------------------------------
@@ -248,10 +244,6 @@ def build(cls, **changes):
     c = config(**changes)
     c.check()
     return cls(c).double()
-
-
-def random_tokens(B):
-    return torch.randint(19, (B, 12), generator=torch.Generator().manual_seed(0))
 
 
 def naive_answer(weights, norm, x):

@@ -16,7 +16,7 @@ import model
 import train
 from analysis.hooks import Examples
 from nanorecall import checkpoint
-from nanorecall.records import read_log
+from nanorecall.records import read_json, read_log
 from nanorecall.rng import IGNORE_INDEX
 
 # ---- a run of seconds ----------------------------------------------------------------------------
@@ -107,6 +107,10 @@ def wait_for_step(out, step, process):
 
 
 # ---- results compared ----------------------------------------------------------------------------
+
+
+def status_of(out):
+    return read_json(os.path.join(out, "status.json"))
 
 
 def contents(out):
@@ -207,6 +211,12 @@ def memory_model(cls=memory.MemoryGPT, seed=0, **changes):
     table = dict(mem_n_keys=5, mem_heads=2, mem_knn=3, mem_k_dim=6)
     torch.manual_seed(seed)
     return cls(memory.Config(**{**sizes, **table, **changes}))
+
+
+def outcome(model, *inputs):
+    """[logits, loss, gradients]"""
+    logits, loss = model(*inputs)
+    return [logits, loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
 def random_tokens(*shape, seed=0):
