@@ -43,13 +43,7 @@ from analysis import (
     swap_positions,
     swap_results,
 )
-from analysis.ablation import (
-    ABLATIONS,
-    SELECTING_ABLATIONS,
-    measure,
-    measure_slots,
-    part_ablations,
-)
+from analysis.ablation import ABLATIONS, SELECTING_ABLATIONS, measure, measure_slots, part_ablations
 from analysis.hooks import (
     ablate_head,
     hook_points,

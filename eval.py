@@ -67,22 +67,9 @@ from analysis.trained_run import (
     save_result,
 )
 from myriadlama.choices import choices
-from nanorecall.metrics import (
-    merge_batches,
-    print_baselines,
-    print_slices,
-    slice_metrics,
-)
+from nanorecall.metrics import merge_batches, print_baselines, print_slices, slice_metrics
 from nanorecall.plots import draw_slice, drawn_slices, figure, finish_figure, large_cells
-from nanorecall.settings import (
-    Json,
-    at_least,
-    fits_in_a_path,
-    one_of,
-    require,
-    run_cli,
-    say,
-)
+from nanorecall.settings import Json, at_least, fits_in_a_path, one_of, require, run_cli, say
 from nanorecall.stats import label_accuracy
 
 

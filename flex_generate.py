@@ -298,16 +298,7 @@ def generate_in(folder, config, world, asked, facts, pool, examples):
         if world.is_main:
             key = results.result_key(config, dtype)
     key = world.broadcast(key)
-    templates = results.templates_label(config)
-    with world.agree():
-        records, n_other_lines = results.read_progress(folder, templates, key)
-    if n_other_lines:
-        files = results.progress_file(folder, templates, "*")
-        note = f"note: {n_other_lines} lines of {files} are no records"
-        world.print0(f"{note}; their questions are asked again")
-    uuids = [fact["uuid"] for fact in asked]
-    answered = {(record["uuid"], record["method"]) for record in records}
-    missing = set(product(uuids, methods)) - answered
+    missing = find_missing(folder, config, world, asked, methods, key)
     missing_uuids = {uuid for uuid, _ in missing}
     open_facts = [fact for fact in asked if fact["uuid"] in missing_uuids]
     if open_facts:
@@ -342,6 +333,20 @@ def generate_in(folder, config, world, asked, facts, pool, examples):
         world.print0(f"peak memory {peak_memory(device) / 2**20:,.0f} MiB")
     if world.is_main:
         results.write_results(config, folder, asked, facts, pool, key, methods, METHODS)
+
+
+def find_missing(folder, config, world, asked, methods, key):
+    """{(uuid, method)} of the answers that no earlier run has left in the folder."""
+    templates = results.templates_label(config)
+    with world.agree():
+        records, n_other_lines = results.read_progress(folder, templates, key)
+    if n_other_lines:
+        files = results.progress_file(folder, templates, "*")
+        note = f"note: {n_other_lines} lines of {files} are no records"
+        world.print0(f"{note}; their questions are asked again")
+    uuids = [fact["uuid"] for fact in asked]
+    answered = {(record["uuid"], record["method"]) for record in records}
+    return set(product(uuids, methods)) - answered
 
 
 def answer_all(run, folder, facts, missing, key, world):

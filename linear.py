@@ -75,10 +75,7 @@ from delta import (
     zero_state,
 )
 from model import GPT, GPTBlock
-from nanorecall.ops import (
-    accum_dtype,
-    no_autocast,
-)
+from nanorecall.ops import accum_dtype, no_autocast
 from nanorecall.second_order import FirstOrder, transformed
 
 # ---- the additive memory -------------------------------------------------------------------------

@@ -41,15 +41,7 @@ from nanorecall.launch import after_restart, export_checkpoints, read_command_li
 from nanorecall.metrics import autocast, slice_accuracy
 from nanorecall.rng import IGNORE_INDEX, micro_batch_seed
 from nanorecall.run import LOWER_LR, Run
-from nanorecall.settings import (
-    Json,
-    at_least,
-    fits_in_a_path,
-    one_of,
-    require,
-    run_cli,
-    within,
-)
+from nanorecall.settings import Json, at_least, fits_in_a_path, one_of, require, run_cli, within
 from nanorecall.sparse import SparseAdamW
 from nanorecall.tracking import TRACKERS
 from nanorecall.training_checkpoint import CHECKPOINT_FORMATS

@@ -12,14 +12,7 @@ import torch
 
 from analysis.trained_run import label_positions, map_batches, save_result
 from nanorecall.metrics import print_table
-from nanorecall.plots import (
-    draw_slice,
-    drawn_slices,
-    errorbars,
-    figure,
-    finish_figure,
-    large_cells,
-)
+from nanorecall.plots import draw_slice, drawn_slices, errorbars, figure, finish_figure, large_cells
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.stats import (
     calibration,

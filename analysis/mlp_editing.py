@@ -10,12 +10,7 @@ Letters: B facts, T tokens, N labels, D model width, F hidden width of the MLP.
 
 from torch import nn
 
-from analysis.editing import (
-    last_block_part,
-    logit_head,
-    solve_change,
-    target_updates,
-)
+from analysis.editing import last_block_part, logit_head, solve_change, target_updates
 from memory import in_float64
 from nanorecall.metrics import in_eval_mode
 from nanorecall.ops import labelled_positions

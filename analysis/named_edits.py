@@ -25,12 +25,7 @@ from analysis.asking import (
     other_wording,
 )
 from analysis.edited_run import new_folder, save_edited_run, undo_latest_edit
-from analysis.editors import (
-    answer_probabilities,
-    applicable_editors,
-    choose_editors,
-    say_margin,
-)
+from analysis.editors import answer_probabilities, applicable_editors, choose_editors, say_margin
 from analysis.trained_run import require_decoding, require_single_process, save_result
 from nanorecall.dataset_files import read_rows, require_data_suffix
 from nanorecall.documents import validate_text

@@ -17,12 +17,7 @@ import numpy as np
 import torch
 
 from analysis.ablation import memory_inputs, read_vector, reads_of_labels, to_columns
-from analysis.hooks import (
-    forward_from,
-    logit_diff,
-    run_with_cache,
-    sample_correct_examples,
-)
+from analysis.hooks import forward_from, logit_diff, run_with_cache, sample_correct_examples
 from analysis.memory_usage import require_slots
 from analysis.trained_run import combine_columns, concat, save_result, select
 from nanorecall.metrics import print_table

@@ -18,13 +18,7 @@ import torch
 
 from analysis.ablation import SlotAblation, memory_inputs, random_ablation
 from analysis.clustering import normalize
-from analysis.hooks import (
-    forward_from,
-    index_reads,
-    load_examples,
-    logit_diff,
-    run_with_cache,
-)
+from analysis.hooks import forward_from, index_reads, load_examples, logit_diff, run_with_cache
 from analysis.keystats import slot_vectors
 from analysis.memory_usage import require_slots
 from analysis.slot_results import first_ablation, load_table

@@ -98,10 +98,9 @@ def plot_mask(mask, names, title, path):
 
     plt, fig, (axis,) = figure(1, 1, width=4.5)
     axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.4)
-    axis.set_xticks(range(len(names)), names, fontsize=7)
-    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="key (P: prefix)", ylabel="query", title=title)
-    axis.title.set_fontsize(8)
     write_figure(fig, plt, path)
 
 

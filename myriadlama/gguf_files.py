@@ -147,6 +147,16 @@ def read_gguf(path):
             settings[key] = value
     check_settings(settings, allowed, path)
     tokenizer, vocab_size = gguf_tokenizer(fields, path)
+    config = gguf_config(fields, tensors, architecture, vocab_size, path)
+    weights = match_weights(config, tensors, gguf_name, path)
+    # Files of a Llama have rotary pairs side by side; the others have them as Hugging Face.
+    if architecture != "llama":
+        interleave_rotary_pairs(weights, config)
+    return config, weights, tokenizer
+
+
+def gguf_config(fields, tensors, architecture, vocab_size, path):
+    """-> Config. Removes rope_freqs.weight from tensors, see gguf_rope_scaling."""
 
     def size(key, default=None):
         return whole_number(fields, f"{architecture}.{key}", path, default)
@@ -183,11 +193,7 @@ def read_gguf(path):
         chat_template=gguf_chat_template(fields),
     )
     check_sizes(config, path)
-    weights = match_weights(config, tensors, gguf_name, path)
-    # Files of a Llama have rotary pairs side by side; the others have them as Hugging Face.
-    if architecture != "llama":
-        interleave_rotary_pairs(weights, config)
-    return config, weights, tokenizer
+    return config
 
 
 def read_contents(path):

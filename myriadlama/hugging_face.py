@@ -503,10 +503,11 @@ def read_weights(path, config):
     lm_head. These must agree with it and are then dropped.
     """
     tensors = {}
+    has_index = os.path.exists(os.path.join(path, INDEX))
     for file_name in weight_files(path):
         file = os.path.join(path, file_name)
         message = f"{file} is missing; download all parts that {INDEX} names"
-        if not os.path.exists(os.path.join(path, INDEX)):
+        if not has_index:
             message = f"{file} is missing, and there is no {INDEX}; other forms are not read"
         require(os.path.exists(file), message, "model")
         for name, tensor in read_safetensors(file).items():
@@ -518,7 +519,7 @@ def read_weights(path, config):
             message = f"{file}: {shown(name)} is of type {kind}; only floats are known here"
             require(is_float, message, "model")
             tensors[name] = tensor.float()
-    if INDEX in os.listdir(path):
+    if has_index:
         listed = read_json(path, INDEX)["weight_map"]
         absent = [n for n in listed if n not in tensors and f"model.{n}" not in tensors]
         message = f"{path}: no file holds {shown(absent[:3])}, which {INDEX} names"

@@ -69,7 +69,12 @@ NOT_IN_KEY = (
 
 def results_folder(config):
     """<out_dir>/<name of the model>"""
-    return os.path.join(config.out_dir, os.path.basename(os.path.normpath(config.model)))
+    return os.path.join(config.out_dir, model_name(config))
+
+
+def model_name(config):
+    """The last part of its path, however that is written."""
+    return os.path.basename(os.path.abspath(config.model))
 
 
 def templates_label(config):
@@ -97,8 +102,7 @@ def result_key(config, dtype):
     key = {name: value for name, value in vars(config).items() if name not in NOT_IN_KEY}
     key["path"] = dataset_sha256(config.path or builtin_facts.__file__)
     key["shots_path"] = dataset_sha256(config.shots_path) if config.shots_path else ""
-    # The same directory in other words; the fingerprint is that of its files.
-    key["model"] = os.path.basename(os.path.abspath(config.model))
+    key["model"] = model_name(config)  # with the fingerprint of its files
     key["dtype"] = str(dtype).removeprefix("torch.")
     hashes = [sha256_file(os.path.join(ROOT, name)) for name in PROGRAM]
     key["program"] = hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -232,7 +236,7 @@ def write_results(config, folder, asked, facts, pool, key, chosen, methods):
     }
     write_json(os.path.join(folder, f"{table}.json"), result)
     written = [file_name(config, name) for name in chosen] + [f"{table}.json", reliability]
-    title = table_title(config.model, len(asked), templates)
+    title = table_title(key["model"], len(asked), templates)
     metrics.plot_reliability(os.path.join(folder, reliability), summaries, title)
     # Of one method a sentence says as much as a figure.
     if len(summaries) > 1:

@@ -81,7 +81,7 @@ def window_attention(q, k, v, window):
     A block of C queries sees C + window - 1 keys, those before the first token masked. Blocks as
     long as the window mask half of their scores; much shorter ones are many small products.
     """
-    B, H, T, _ = q.shape
+    B, _, T, _ = q.shape
     C = max(window, 32)
     n_blocks = -(-T // C)
     n_after = n_blocks * C - T

@@ -58,14 +58,7 @@ from nanorecall.saved_run import (
     require_same_settings,
     require_unedited,
 )
-from nanorecall.settings import (
-    RunError,
-    changed_settings,
-    printable,
-    require,
-    say,
-    tell_torchrun,
-)
+from nanorecall.settings import RunError, changed_settings, printable, require, say, tell_torchrun
 from nanorecall.status import (
     accuracy_table,
     describe_test,

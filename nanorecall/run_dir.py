@@ -18,14 +18,7 @@ import numpy as np
 import torch
 
 from nanorecall.build import count_parameters
-from nanorecall.files import (
-    dataset_sha256,
-    lock_run_dir,
-    reading,
-    remove,
-    temporary_names,
-    unlock,
-)
+from nanorecall.files import dataset_sha256, lock_run_dir, reading, remove, temporary_names, unlock
 from nanorecall.records import read_record
 from nanorecall.settings import ConfigError, require
 from nanorecall.source_files import REPO, is_users_file

@@ -17,15 +17,7 @@ from nanorecall import twohop as twohop_file
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError
 from nanorecall.twohop import build_twohop
-from toy_facts import (
-    SMALL,
-    SPLITS,
-    WHOLE_SPLITS,
-    documents,
-    scored_texts,
-    small_data,
-    write_jsonl,
-)
+from toy_facts import SMALL, SPLITS, WHOLE_SPLITS, documents, scored_texts, small_data, write_jsonl
 
 
 @pytest.mark.parametrize("module", [data_synth, text_file, twohop_file])

@@ -23,16 +23,7 @@ from nanorecall.records import read_log
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.saved_run import load_settings
 from nanorecall.settings import ConfigError
-from toys import (
-    MEMORY_TOY,
-    TOY,
-    as_flags,
-    assert_same,
-    contents,
-    memory_model,
-    random_tokens,
-    run,
-)
+from toys import MEMORY_TOY, TOY, as_flags, assert_same, contents, memory_model, random_tokens, run
 
 # That a run draws its curves is tested in test_progress.py.
 pytestmark = pytest.mark.usefixtures("undrawn")

@@ -13,15 +13,7 @@ from nanorecall import distributed, sparse
 from nanorecall.ops import sparse_embedding_bag, sparse_rows
 from nanorecall.settings import ConfigError
 from nanorecall.sparse import SparseAdamW
-from toys import (
-    MEMORY_TOY,
-    assert_same,
-    contents,
-    flags,
-    memory_model,
-    random_tokens,
-    run,
-)
+from toys import MEMORY_TOY, assert_same, contents, flags, memory_model, random_tokens, run
 
 # That a run draws its curves is tested in test_progress.py.
 pytestmark = pytest.mark.usefixtures("undrawn")
