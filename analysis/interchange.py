@@ -26,7 +26,7 @@ from analysis.trained_run import combine_columns, concat, require_facts, save_re
 from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.metrics import print_table
 from nanorecall.settings import require
-from nanorecall.stats import clustered_proportion, format_ci
+from nanorecall.stats import crossed_proportion, format_ci
 
 # ---- pairs of examples ---------------------------------------------------------------------------
 
@@ -264,7 +264,8 @@ def outcomes_by(columns, *names):
         part = select(columns, keys == key)
         cells[key] = {}
         for outcome in OUTCOMES:
-            cells[key][outcome] = clustered_proportion(part[outcome], part["example"])
+            pairs = part["example"], part["source_example"]
+            cells[key][outcome] = crossed_proportion(part[outcome], *pairs)
     return cells
 
 

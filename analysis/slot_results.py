@@ -30,7 +30,7 @@ DROP = "drop in logit difference"  # in figures
 
 # The columns that are read here of each table, and their kinds.
 INTERCHANGE = {
-    **dict.fromkeys(("example", "layer", "answer_pos"), WHOLE),
+    **dict.fromkeys(("example", "source_example", "layer", "answer_pos"), WHOLE),
     "drop": NUMBER,
     **dict.fromkeys(("source_answer", "control_answer", "base_lost"), BOOLEAN),
 }
@@ -43,7 +43,7 @@ COLUMNS = {
     },
     **dict.fromkeys(("force", "inject", "replace", "swap"), INTERCHANGE),
     "swap_matrix": {
-        **dict.fromkeys(("example", "answer_pos", "answer"), WHOLE),
+        **dict.fromkeys(("example", "source_example", "answer_pos", "answer"), WHOLE),
         **dict.fromkeys(("source_answer_token", "control_answer_token", *DECODING), WHOLE),
     },
 }

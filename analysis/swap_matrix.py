@@ -15,7 +15,7 @@ from analysis.interchange import control_answers, sample_pairs
 from analysis.trained_run import concat, save_result, select
 from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.plots import figure, finish_figure
-from nanorecall.stats import clustered_proportion, format_ci
+from nanorecall.stats import crossed_proportion, format_ci
 
 # Teacher forcing shows the base's answers so far, which speak against those of the source.
 DECODING = ("teacher-forced", "token by token")
@@ -125,7 +125,7 @@ def describe(columns, decoding, token):
     columns = differing_answers(columns)
     is_source = columns[decoding] == columns["source_answer_token"]
     is_control = columns[decoding] == columns["control_answer_token"]
-    rate = clustered_proportion(is_source, columns["example"])
+    rate = crossed_proportion(is_source, columns["example"], columns["source_example"])
     _, value, interval = format_ci(rate)
     fractions = {}
     for answer in np.unique(columns["source_answer_token"]):
@@ -153,7 +153,8 @@ def match_rates(columns, decoding):
     rates = {}
     for position in np.unique(columns["answer_pos"]):
         here = columns["answer_pos"] == position
-        rates[str(position)] = clustered_proportion(matches[here], columns["example"][here])
+        pairs = columns["example"][here], columns["source_example"][here]
+        rates[str(position)] = crossed_proportion(matches[here], *pairs)
     return rates
 
 
@@ -164,7 +165,8 @@ def answer_pairs(columns, decoding, run):
     cells = {}
     for pair in np.unique(pairs, axis=1).T:
         inside = (pairs == pair[:, None]).all(0)
-        cell = clustered_proportion(matches[inside], columns["example"][inside])
+        examples = columns["example"][inside], columns["source_example"][inside]
+        cell = crossed_proportion(matches[inside], *examples)
         cell["p_source"] = float(columns["p_source"][inside].mean())
         cells[f"{run.token(pair[0])}, {run.token(pair[1])}"] = cell
     return cells

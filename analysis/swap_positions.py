@@ -31,7 +31,7 @@ from nanorecall.distributed import SINGLE_PROCESS
 from nanorecall.metrics import in_eval_mode, print_table
 from nanorecall.plots import figure, finish_figure
 from nanorecall.settings import require, say
-from nanorecall.stats import cluster_means, clustered_mean_ci, clustered_proportion, format_ci
+from nanorecall.stats import cluster_means, clustered_mean_ci, crossed_proportion, format_ci
 
 EXCHANGES = {  # what is moved: function of the reads of base and source at one position
     "output": inject,  # slots and weights; a gated layer applies the base's gate
@@ -195,11 +195,11 @@ def summarize_positions(columns):
 
 
 def outcomes(columns):
-    """{"source_answer", "control_answer": proportion, "drop": mean}; intervals over bases."""
+    """{"source_answer", "control_answer": proportion, "drop": mean over bases}"""
     example = columns["example"]
     cells = {"drop": clustered_mean_ci(columns["drop"], example)}
     for name in ("source_answer", "control_answer"):
-        cells[name] = clustered_proportion(columns[name], example)
+        cells[name] = crossed_proportion(columns[name], example, columns["source_example"])
     return cells
 
 

@@ -18,7 +18,7 @@ from analysis.trained_run import list_results, require_facts, save_result, selec
 from nanorecall.metrics import print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.settings import require
-from nanorecall.stats import clustered_proportion, format_ci
+from nanorecall.stats import crossed_proportion, format_ci
 
 # ---- all interchanges ----------------------------------------------------------------------------
 
@@ -57,13 +57,14 @@ def interchanges(run):
 
 def matrix_outcomes(columns):
     """Outcomes of swap-matrix, teacher-forced as the others are -> {outcome: proportion}"""
-    prediction, example = columns[DECODING[0]], columns["example"]
+    prediction = columns[DECODING[0]]
+    pairs = columns["example"], columns["source_example"]
     outcomes = {
         "source_answer": prediction == columns["source_answer_token"],
         "control_answer": prediction == columns["control_answer_token"],
         "base_lost": prediction != columns["answer"],
     }
-    return {name: clustered_proportion(x, example) for name, x in outcomes.items()}
+    return {name: crossed_proportion(x, *pairs) for name, x in outcomes.items()}
 
 
 def describe(cells):
@@ -142,7 +143,8 @@ def swap_outcomes(columns, decoding, token):
         "another digit": is_digit & ~is_base & ~is_source,
         "no digit": ~is_digit & ~is_base & ~is_source,
     }
-    return {name: clustered_proportion(x, columns["example"]) for name, x in outcomes.items()}
+    pairs = columns["example"], columns["source_example"]
+    return {name: crossed_proportion(x, *pairs) for name, x in outcomes.items()}
 
 
 def are_digits(tokens, token):
@@ -156,8 +158,9 @@ def digit_transitions(columns, decoding, token):
     transitions = {}
     for before in np.unique(columns["answer"]):
         of_digit = select(columns, columns["answer"] == before)
+        pairs = of_digit["example"], of_digit["source_example"]
         for after in np.unique(of_digit[decoding]):
-            cell = clustered_proportion(of_digit[decoding] == after, of_digit["example"])
+            cell = crossed_proportion(of_digit[decoding] == after, *pairs)
             transitions[f"{token(before)} to {token(after)}"] = cell
     return transitions
 

@@ -157,9 +157,35 @@ def label_mean_proportion(sums, n_labels):
     """`label_mean_ci` of labels between 0 and 1, with an interval as that of `mean_proportion`."""
     sums = np.clip(sums, 0, n_labels)  # rounding may leave [0, 1]
     p, error = label_mean(sums, n_labels)
-    size = p * (1 - p) / error**2 if 0 < error < math.inf else math.inf
-    size = min(size, max_sample_size(p, len(sums)))
-    return {"value": p, "ci95": list(wilson_interval(p * size, size)), "n": int(np.sum(n_labels))}
+    return proportion_of_variance(p, error**2, len(sums), int(np.sum(n_labels)))
+
+
+def crossed_proportion(correct, first, second):
+    """{"value", "ci95", "n"} of labels: correct (N,) bool, two kinds of clusters (N,) each.
+
+    Pairs of examples share their first or their second one. The variance is that over each kind of
+    clusters less that over their intersections (Cameron, Gelbach and Miller 2011, 10.1198/
+    jbes.2010.07136), and at least that of one kind.
+    """
+    correct = np.asarray(correct, float)
+    _, pair = np.unique(np.stack([first, second]), axis=1, return_inverse=True)
+    variances, sizes = [], []
+    for cluster in (first, second, pair.ravel()):
+        sums, n_labels = totals(correct, cluster)
+        p, error = label_mean(sums, n_labels)
+        variances.append(error**2)
+        sizes.append(len(sums))
+    of_first, of_second, of_pairs = variances
+    both = of_first + of_second - of_pairs if math.isfinite(of_pairs) else math.inf
+    variance = max(of_first, of_second, both)
+    return proportion_of_variance(p, variance, min(sizes), len(correct))
+
+
+def proportion_of_variance(p, variance, G, n):
+    """{"value", "ci95", "n"} of a proportion p of n labels in G clusters: Wilson's interval."""
+    size = p * (1 - p) / variance if 0 < variance < math.inf else math.inf
+    size = min(size, max_sample_size(p, G))
+    return {"value": p, "ci95": list(wilson_interval(p * size, size)), "n": n}
 
 
 def label_mean(sums, n_labels):

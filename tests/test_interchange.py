@@ -164,6 +164,7 @@ def test_effects_of_inject_equal_full_forwards():
 def test_match_rates_count_where_base_and_source_differ():
     columns = {
         "example": np.array([0, 0, 1, 1]),
+        "source_example": np.array([1, 1, 0, 0]),
         "answer_pos": np.array([0, 1, 0, 1]),
         "answer": np.array([3, 4, 3, 5]),
         "source_answer_token": np.array([3, 5, 4, 5]),
@@ -199,6 +200,7 @@ def test_what_a_digit_turns_into(monkeypatch):
     """The last digit is the same in base and source, so it cannot be told apart."""
     columns = {
         "example": np.array([0, 1, 2, 3, 4]),
+        "source_example": np.array([1, 2, 3, 4, 0]),
         "answer": np.array([1, 1, 1, 2, 2]),
         "source_answer_token": np.array([2, 2, 2, 1, 2]),
         "teacher-forced": np.array([2, 2, 3, 2, 2]),
@@ -224,6 +226,7 @@ def test_interchanges_beside_each_other(monkeypatch):
     """inject always gives the source's answer; force gives it as often as a control answer."""
     n = 40
     columns = {"example": np.arange(n), "layer": np.zeros(n, int), "answer_pos": np.zeros(n, int)}
+    columns["source_example"] = np.arange(n)[::-1]
     carried = {"source_answer": np.ones(n, bool), "control_answer": np.zeros(n, bool)}
     half = np.arange(n) % 2 == 0
     idle = {"source_answer": half, "control_answer": ~half}
@@ -254,6 +257,7 @@ def test_interchanges_beside_each_other(monkeypatch):
 def test_what_is_no_digit_is_counted_apart():
     columns = {
         "example": np.arange(4),
+        "source_example": np.arange(4)[::-1],
         "answer": np.array([1, 1, 1, 1]),
         "source_answer_token": np.array([2, 2, 2, 2]),
         "teacher-forced": np.array([1, 2, 3, 50]),

@@ -143,6 +143,21 @@ def test_the_mean_of_labels_by_hand():
     assert stats.label_mean_ci([5.0], [2])["ci95"] == [-np.inf, np.inf]
 
 
+def test_pairs_of_examples_share_their_first_or_their_second_one():
+    """The outcome of a pair is an effect of each of its two examples: 95% of intervals cover it."""
+    rng = np.random.default_rng(0)
+    first, second = np.divmod(np.arange(30 * 30), 30)
+    n_covered, n_naive = 0, 0
+    for _ in range(400):
+        effect = rng.normal(size=30)[first] + rng.normal(size=30)[second]
+        correct = effect + rng.normal(size=900) > 0
+        n_covered += covers(stats.crossed_proportion(correct, first, second), 0.5)
+        n_naive += covers(stats.clustered_proportion(correct, first), 0.5)
+    assert 366 <= n_covered <= 394 and n_naive < 360
+    one = stats.crossed_proportion(np.ones(900), first, second)
+    assert one["value"] == 1 and one["ci95"][1] == 1
+
+
 def test_means_of_clusters_with_as_many_labels_are_means_of_cluster_means():
     rng = np.random.default_rng(0)
     x, cluster = rng.random(60), np.repeat(np.arange(20), 3)
