@@ -2,6 +2,7 @@
 
 2,304 slots of 64 numbers, shared by both blocks. 4 minutes on one of 2 CPU cores.
 Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch.
+Values learn 4 times as fast as other weights: qa_2k_memory.py says why.
 """
 
 model = "memory"

@@ -5,7 +5,8 @@ Expected: digit accuracy of 0.99 or more on pairs shown 128 times an epoch.
 
 1,800 pairs of 19.9 bits are 35,880 bits: 0.55 for each of the 65,536 values. Such a table can hold
 about 2.6 per value, so here the number of steps is the limit. `python eval.py runs/RUN` prints how
-many bits are stored.
+many bits are stored. A value learns only where it is read, so values have 4 times the learning rate
+of other weights: with the same rate, digit accuracy is 0.955 in place of 0.99 (seed 0).
 """
 
 model = "memory"

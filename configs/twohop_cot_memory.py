@@ -2,6 +2,7 @@
 
 3 minutes on one of 2 CPU cores.
 Expected: 0.98 or more of the digits on in-distribution queries.
+Values learn 4 times as fast as other weights: qa_2k_memory.py says why.
 """
 
 model = "memory"
