@@ -35,6 +35,7 @@ from nanorecall.model_checks import (
     labels_problem,
     loss_problem,
     packing_problem,
+    same_random_numbers,
 )
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, RunError, printable, require
@@ -132,15 +133,15 @@ def logits_of(model, tokens, is_training):
     if not is_training:
         with torch.no_grad():
             return model(tokens)[0]
-    torch.manual_seed(0)  # the same dropout in every call
-    model = copy.deepcopy(model).train()
-    next_tokens = tokens.roll(-1, 1)
-    return model(tokens, next_tokens)[0].unflatten(0, tokens.shape)
+    with same_random_numbers(tokens.device):
+        model = copy.deepcopy(model).train()
+        next_tokens = tokens.roll(-1, 1)
+        return model(tokens, next_tokens)[0].unflatten(0, tokens.shape)
 
 
 def in_each_mode(find_problem, model, tokens, *args):
     """What find_problem(logits_of, tokens, 64, TOLERANCE, *args) says, in eval mode if in both."""
-    # Random numbers of Python or NumPy would look like a change.
+    # A random source of its own would look like a change.
     modes = (False, True) if is_repeatable(model, tokens, TOLERANCE) else (False,)
     for is_training in modes:
         logits = functools.partial(logits_of, model, is_training=is_training)

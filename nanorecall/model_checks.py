@@ -11,8 +11,10 @@ import contextlib
 import copy
 import functools
 import importlib
+import random
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -143,7 +145,7 @@ def check_logits(model, settings, tokens, vocab_size, device, dtype):
 
 
 def is_repeatable(model, tokens, tolerance):
-    """Does it give the same logits twice in training mode? One with random numbers of NumPy not."""
+    """Does it give the same logits twice in training mode? Not with a random source of its own."""
     try:
         once, again = (first_logits(model, tokens, is_training=True) for _ in range(2))
     except (TypeError, RuntimeError):  # it cannot be copied: it keeps an activation, for example
@@ -161,10 +163,23 @@ def first_logits(model, tokens, is_training=False):
     targets[1:] = IGNORE_INDEX
     if not is_training:
         return model(tokens, targets)[0].detach()[None]
-    devices = [tokens.device] if tokens.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+    with same_random_numbers(tokens.device):
         return copy.deepcopy(model).train()(tokens, targets)[0].detach()[None]
+
+
+@contextlib.contextmanager
+def same_random_numbers(device):
+    """In this context, torch, NumPy and Python draw the same numbers each time."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def check_decoding(model, settings, data, device):

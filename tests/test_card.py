@@ -1,6 +1,7 @@
 """sweep.py card: faults are found before anything is trained; a card says what its numbers say."""
 
 import json
+import random
 import re
 import shlex
 import sys
@@ -92,6 +93,24 @@ def test_a_leak_that_only_training_has_is_found(batch):
 
     found = card_checks.causality(ReadsTargets(model, lambda logits: logits).eval(), *inputs)
     assert "in training mode" in found
+
+
+def test_random_numbers_of_python_are_no_leak(batch):
+    """As in LayerDrop."""
+    model, *inputs = batch
+
+    class Drops(Faulty):
+        def forward(self, tokens, targets=None):
+            logits, loss = super().forward(tokens, targets)
+            is_dropped = self.training and random.random() < 0.5
+            return logits * (0.1 if is_dropped else 1.0), loss
+
+    drops = Drops(model, lambda logits: logits).eval()
+    state = random.getstate()
+    for _ in range(5):
+        assert card_checks.causality(drops, *inputs) == ""
+        random.random()
+    random.setstate(state)
 
 
 class RunningSum(nn.Module):
