@@ -438,7 +438,7 @@ def test_export_of_nothing_or_with_other_settings_is_refused(tmp_path):
     _, out = run(tmp_path, **SHORT)
     with pytest.raises(ConfigError, match="--max_steps has no effect"):
         train.main([f"--resume={out}", "--export_checkpoint=file", "--max_steps=9"])
-    for name in ("ckpt", "best"):
+    for name in ("ckpt", "ckpt_prev", "best"):
         os.remove(os.path.join(out, f"{name}.pt"))
     with pytest.raises(ConfigError, match="has no checkpoint to export"):
         train.main([f"--resume={out}", "--export_checkpoint=file"])
