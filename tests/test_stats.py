@@ -133,13 +133,12 @@ def test_the_mean_by_hand():
 
 
 def test_the_mean_of_labels_by_hand():
-    """Two clusters, 1 label of 3 and 3 of 1: the mean is 6 / 4, the residuals 3 - 1.5 and 3 - 4.5.
+    """Two clusters, 1 label of 3 and 3 that sum to 1: the mean is 4 / 4, residuals 3 - 1 and 1 - 3.
 
-    Their squares sum to 4.5, so the standard error is sqrt(4.5 * 2) / 4.
+    Their squares sum to 8, so the standard error is sqrt(8 * 2) / 4.
     """
-    cell = stats.label_mean_ci([3, 3], [1, 3])
-    half = 1.959964 * 3 / 4
-    assert cell == {"value": 1.5, "ci95": pytest.approx([1.5 - half, 1.5 + half]), "n": 4}
+    cell = stats.label_mean_ci([3, 1], [1, 3])
+    assert cell == {"value": 1, "ci95": pytest.approx([1 - 1.959964, 1 + 1.959964]), "n": 4}
     assert stats.label_mean_ci([5.0], [2])["ci95"] == [-np.inf, np.inf]
 
 
