@@ -145,7 +145,9 @@ def data_of_sizes(run):
     for n in pairs:
         length = max(run.data.seq_len, min_length(n, run.settings.data))
         message = f"num_kv_pairs={n} needs {length} tokens, and the model has positions for"
-        fits = length <= run.data.seq_len or not run.model.has_positions()
+        # A fork need not be made from model.GPT.
+        has_positions = getattr(run.model, "has_positions", bool)()
+        fits = length <= run.data.seq_len or not has_positions
         require(fits, f"{message} {run.data.seq_len}", "num_kv_pairs")
         sizes.append((length, n))
     config = replace(run.settings.data, test_sizes=tuple(sizes))

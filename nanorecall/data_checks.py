@@ -1,4 +1,4 @@
-"""A user's data file is tried on one sequence of each split before a run trains on it.
+"""A user's data file is tried on a few sequences of each split before a run trains on it.
 
 Training would end in an error of torch, or only at its first evaluation.
 
@@ -18,6 +18,7 @@ from nanorecall.source_files import is_users_file
 
 CONTRACT = "see class Data of data_mqar.py for what a data file must have"
 SPLITS = ("train", "val", "test")
+N_SEQUENCES = 8  # of each split; single ones may well have no labels
 
 
 @contextlib.contextmanager
@@ -54,11 +55,11 @@ def sizes_problem(data, batch_size):
 
 
 def split_problem(data, split, batch_size):
-    """What is wrong with the first sequence of a split, as a sentence; "" if nothing."""
+    """What is wrong with the first sequences of a split, as a sentence; "" if nothing."""
     if split == "train":
-        indices = data.batch_indices(0, batch_size)[:1]
+        indices = data.batch_indices(0, batch_size)[:N_SEQUENCES]
     else:
-        indices = next(eval_batches(data, split, 1), ())
+        indices = next(eval_batches(data, split, N_SEQUENCES), ())
     if len(indices) == 0:
         return f"{split} has no sequences"
     tokens, targets, slices, *_ = data.batch(split, 0, indices)
@@ -71,7 +72,7 @@ def split_problem(data, split, batch_size):
         return f"{split} has a sequence of {tokens.shape[1]} tokens; seq_len is {data.seq_len}"
     labels = targets[targets != IGNORE_INDEX]
     if len(labels) == 0:
-        return f"the first sequence of {split} has no labels: all targets are {IGNORE_INDEX}"
+        return f"the first sequences of {split} have no labels: all targets are {IGNORE_INDEX}"
     for name, ids in {"tokens": tokens, "labels": labels}.items():
         if ids.min() < 0 or ids.max() >= data.vocab_size:
             found = f"{name} of {split} are {ids.min()} to {ids.max()}"

@@ -278,11 +278,11 @@ def read_parquet(path, columns=()):
             names = file.schema_arrow.names
             twice = repeated(names)
             require(twice is None, f"{path} has two columns named {twice!r}; leave one out", "path")
-            large = f"{path}: cells of more than {MAX_CELL} values"
-            require(not has_large_cells(file.metadata), large, "path")
             # Other columns may be of types that Python has no values for, so they are not read.
-            wanted = [name for name in columns if name in names] or None
-            for batch in file.iter_batches(rows_at_once(file.metadata), columns=wanted):
+            wanted = [name for name in columns if name in names] or names
+            large = f"{path}: cells of more than {MAX_CELL} values"
+            require(not has_large_cells(file.metadata, wanted), large, "path")
+            for batch in file.iter_batches(rows_at_once(file.metadata, wanted), columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     where = f"{path}: row {number}"
@@ -296,28 +296,30 @@ def read_parquet(path, columns=()):
         raise ConfigError(damaged, "path") from None
 
 
-def rows_at_once(metadata):
+def column_chunks(metadata, names):
+    """Yield (rows, column chunk) of these columns of a parquet file, also of lists in them."""
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        for j in range(group.num_columns):
+            chunk = group.column(j)
+            if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names):
+                yield group.num_rows, chunk
+
+
+def rows_at_once(metadata, names):
     """How many rows of a parquet file may be in memory at a time, 1 to 1,000.
 
     A text that many rows share is stored once, but has memory in each of the rows that are read.
     No text is longer than its column chunk.
     """
-    largest = 1
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        for j in range(group.num_columns):
-            largest = max(largest, group.column(j).total_uncompressed_size)
-    return min(max(MAX_BATCH_BYTES // largest, 1), 1000)
+    sizes = [chunk.total_uncompressed_size for _, chunk in column_chunks(metadata, names)]
+    return min(max(MAX_BATCH_BYTES // max(sizes, default=1), 1), 1000)
 
 
-def has_large_cells(metadata):
-    """Has a parquet file lists that are long? A million equal numbers take a few bytes in it."""
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        for j in range(group.num_columns):
-            if group.column(j).num_values > MAX_CELL * max(group.num_rows, 1):
-                return True
-    return False
+def has_large_cells(metadata, names):
+    """Are lists in these columns long? A million equal numbers take a few bytes in a file."""
+    chunks = column_chunks(metadata, names)
+    return any(chunk.num_values > MAX_CELL * max(n_rows, 1) for n_rows, chunk in chunks)
 
 
 def is_long_text(value):

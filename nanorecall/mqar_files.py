@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nanorecall.dataset_files import (
     SHARDS,
     SPLIT_DIRS,
+    column_chunks,
     n_bytes,
     read_metadata,
     verified_path,
@@ -338,11 +339,9 @@ def check_row_count(path, n_rows, T):
         raise ConfigError(message, "path") from None
     require(metadata.num_rows == n_rows, message, "path")
     # A million equal tokens take a few bytes in a file.
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        for j in range(group.num_columns):
-            is_right = group.column(j).num_values == group.num_rows * T
-            require(is_right, f"{path} has rows that are not of seq_len={T} tokens", "path")
+    for rows, chunk in column_chunks(metadata, ("input_ids", "labels")):
+        message = f"{path} has rows that are not of seq_len={T} tokens"
+        require(chunk.num_values == rows * T, message, "path")
 
 
 class StoredMQAR:

@@ -300,7 +300,7 @@ def test_a_text_that_many_rows_of_parquet_share_does_not_fill_the_memory(tmp_pat
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": shared}), path, store_schema=False)
     assert os.path.getsize(path) < 2**20
-    assert 1 <= rows_at_once(pq.read_metadata(path)) <= 2**30 // 2**23
+    assert 1 <= rows_at_once(pq.read_metadata(path), ["text"]) <= 2**30 // 2**23
     with pytest.raises(ConfigError, match="row 1: 'text' has more than 1048576 letters"):
         own_data(path)
 
@@ -308,10 +308,22 @@ def test_a_text_that_many_rows_of_parquet_share_does_not_fill_the_memory(tmp_pat
 def test_long_lists_of_parquet_do_not_fill_the_memory(tmp_path):
     zeros = pa.ListArray.from_arrays(pa.array([0, 10**6], pa.int32()), pa.nulls(10**6, pa.int8()))
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"text": ["a"], "zeros": zeros}), path)
+    pq.write_table(pa.table({"text": zeros}), path)
     assert os.path.getsize(path) < 2**12
     with pytest.raises(ConfigError, match="cells of more than 1000 values"):
         own_data(path)
+    # Such as an embedding beside the text, which is not read.
+    pq.write_table(pa.table({"text": ["a" * 9], "zeros": zeros}), path)
+    assert rows_at_once(pq.read_metadata(path), ["text"]) == 1000
+    assert list(read_rows(str(path), ("text",))) == [({"text": "a" * 9}, f"{path}: row 1")]
+
+
+def test_a_pipe_is_no_tokenizer(tmp_path):
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    write_jsonl(tmp_path / "x.jsonl", NOTES)
+    os.mkfifo(tmp_path / "t.json")
+    with pytest.raises(ConfigError, match="cannot be read as a tokenizer.json .t.json is no file"):
+        own_data(tmp_path / "x.jsonl", tokenizer=str(tmp_path / "t.json"))
 
 
 def test_a_pipe_is_no_file_of_documents(tmp_path):

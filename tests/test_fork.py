@@ -88,7 +88,9 @@ def test_every_command_works_or_refuses_in_a_sentence(name, here, capsys):
     (here / f"{fork}.py").write_text(FORKS[name])
     assert train.main([f"--model={fork}", *SMALL, "--run_name=a"]) == 0
     assert train.main(["--resume", "r/a", "--max_steps", "3"]) == 0
-    for args in (["r/a"], ["logits", "r/a", "--n_examples=8"], ["compare", "r/*"]):
+    more_pairs = ["r/a", "--num_kv_pairs=[4,16]"]  # longer sequences; none has positions
+    logits = ["logits", "r/a", "--n_examples=8"]
+    for args in (["r/a"], more_pairs, logits, ["compare", "r/*"]):
         evaluate.main(args)
     assert "  unknown  " in capsys.readouterr().out  # the bytes of its state: it cannot decode
     for path in ("r/a/eval_test.json", "r/a/eval_logits_n_examples-8.json", "r/compare.png"):

@@ -57,14 +57,14 @@ SENTENCES = {
         "{'val': [range(6)]}[split]": r"fork_copy.py:22: .* does not run \(KeyError: 'test'\)",
     },
     "targets = tokens.clone()": {
-        "targets = tokens[:, 1:]": r"tokens of train are \(1, 8\), targets \(1, 7\)",
+        "targets = tokens[:, 1:]": r"tokens of train are \(8, 8\), targets \(8, 7\)",
         "targets = tokens.int()": "targets of train are a tensor .* of torch.int32",
-        "targets = tokens.clone() if split != 'test' else tokens * 0 - 100": "first sequence of "
-        "test has no labels",
+        "targets = tokens.clone() if split != 'test' else tokens * 0 - 100": "first sequences "
+        "of test have no labels",
         "targets = tokens - 1": "labels of .* are -1 to",
     },
     "self.seq_len = config.length": {"self.seq_len = 8.0": "seq_len is 8.0, not a whole number"},
-    "np.arange(n_labels) % 2": {"np.zeros(1)": "slice 'half' of val has 1 values for 6 labels"},
+    "np.arange(n_labels) % 2": {"np.zeros(1)": "slice 'half' of val has 1 values for 36 labels"},
 }
 CASES = []
 for line, changes in SENTENCES.items():
@@ -84,6 +84,13 @@ def test_a_data_file_that_keeps_the_contract(here):
     evaluate.main(["r/a"])
     result = json.loads((here / "r/a/eval_test.json").read_text())
     assert set(result["by_slice"]["half"]) == {"0", "1"}
+
+
+def test_single_sequences_may_have_no_labels(here):
+    unlabelled = "targets[0 if len(indices) > 1 else 1:][:1] = -100"
+    code = COPY.replace("        n_labels =", f"        {unlabelled}\n        n_labels =")
+    (here / "fork_copy.py").write_text(code)
+    assert train.main(FLAGS) == 0
 
 
 @pytest.mark.parametrize("line, change, sentence", CASES)
