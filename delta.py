@@ -42,6 +42,7 @@ above is `decay` in the code.
 """
 
 import functools
+import importlib.util
 import itertools
 import math
 from dataclasses import dataclass
@@ -448,7 +449,28 @@ def load_fla():
     return chunk_delta_rule, chunk_gated_delta_rule
 
 
-def why_no_fla(device, dtype, key_width):
+@functools.cache
+def why_no_decay_of_heads():
+    """Why flash-linear-attention's kernels with one decay a head cannot train here, or None.
+
+    If Triton 3.4 to 3.7.0 compiles their backward pass for a Hopper GPU (H100, H200), its results
+    are wrong, and it raises an error (issue 640 of flash-linear-attention).
+    """
+    from fla import utils
+
+    is_wrong = (
+        utils.IS_NVIDIA_HOPPER
+        and utils.TRITON_ABOVE_3_4_0
+        and not utils.TRITON_ABOVE_3_7_1
+        and importlib.util.find_spec("tilelang") is None
+    )
+    if not is_wrong:
+        return None
+    need = "Triton 3.7.1 or the package tilelang"
+    return f"flash-linear-attention's kernel of a decay a head needs {need} on a Hopper GPU"
+
+
+def why_no_fla(device, dtype, key_width, decay_of_heads=False):
     """Why flash-linear-attention's kernel cannot be used here, as text, or None if it can."""
     if device.type != "cuda":
         return "flash-linear-attention runs on CUDA only"
@@ -456,7 +478,9 @@ def why_no_fla(device, dtype, key_width):
         return "flash-linear-attention takes bfloat16 or float16 only"
     if key_width > 256:
         return "flash-linear-attention takes keys of a width up to 256"
-    return load_fla() if isinstance(load_fla(), str) else None
+    if isinstance(load_fla(), str):
+        return load_fla()
+    return why_no_decay_of_heads() if decay_of_heads else None
 
 
 def delta_rule_fla(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None):
@@ -496,7 +520,8 @@ def delta_rule(q, k, v, beta, log_decay=None, state=None, cu_seqlens=None, chunk
     """The fastest form for these inputs; arguments and results as in delta_rule_recurrent."""
     if q.shape[2] <= 1:
         return delta_rule_recurrent(q, k, v, beta, log_decay, state, cu_seqlens)
-    if why_no_fla(v.device, v.dtype, k.shape[-1]) is None and not transformed():
+    problem = why_no_fla(v.device, v.dtype, k.shape[-1], log_decay is not None)
+    if problem is None and not transformed():
         return delta_rule_fla(q, k, v, beta, log_decay, state, cu_seqlens)
     return delta_rule_chunkwise(q, k, v, beta, log_decay, state, cu_seqlens, chunk_size)
 
@@ -622,6 +647,8 @@ class GatedDeltaNetLayer(DeltaNetLayer):
     Each head has a decay of its own. Parametrisation and initial values are those of the paper's
     code, which takes them from Mamba-2. The paper's output gate is att_use_output_gate=1.
     """
+
+    why_no_fla = staticmethod(functools.partial(why_no_fla, decay_of_heads=True))
 
     def __init__(self, c):
         super().__init__(c)

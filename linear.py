@@ -72,6 +72,7 @@ from delta import (
     check_shapes,
     recurrent_varlen,
     scale,
+    why_no_decay_of_heads,
     zero_state,
 )
 from model import GPT, GPTBlock
@@ -239,7 +240,7 @@ def load_fla():
     return chunk_simple_gla, chunk_gla
 
 
-def why_no_fla(device, dtype, key_width, value_width):
+def why_no_fla(device, dtype, key_width, value_width, decay_of_heads=False):
     """Why flash-linear-attention's kernels cannot be used here, as text, or None if they can."""
     if device.type != "cuda":
         return "flash-linear-attention runs on CUDA only"
@@ -247,7 +248,9 @@ def why_no_fla(device, dtype, key_width, value_width):
         return "flash-linear-attention is used in bfloat16 or float16 only"
     if key_width % 2 or value_width % 2:
         return "flash-linear-attention takes keys and values of even width only"
-    return load_fla() if isinstance(load_fla(), str) else None
+    if isinstance(load_fla(), str):
+        return load_fla()
+    return why_no_decay_of_heads() if decay_of_heads else None
 
 
 def additive_fla(q, k, v, log_decay=None, state=None, cu_seqlens=None):
@@ -278,7 +281,8 @@ def additive(q, k, v, log_decay=None, state=None, cu_seqlens=None, chunk_size=16
         return additive_recurrent(q, k, v, log_decay, state, cu_seqlens)
     # A kernel may not know documents without tokens.
     has_empty = cu_seqlens is not None and bool((cu_seqlens.diff() == 0).any())
-    problem = why_no_fla(v.device, v.dtype, k.shape[-1], v.shape[-1])
+    decay_of_heads = log_decay is not None and log_decay.shape[-1] == 1
+    problem = why_no_fla(v.device, v.dtype, k.shape[-1], v.shape[-1], decay_of_heads)
     if problem is None and not has_empty and not transformed():
         return additive_fla(q, k, v, log_decay, state, cu_seqlens)
     return additive_chunkwise(q, k, v, log_decay, state, cu_seqlens, chunk_size)
@@ -384,6 +388,7 @@ class LinearAttentionLayer(RecurrentLayer):
     """
 
     memory_name = "additive memory"
+    decay_of_heads = False  # does each head have one decay for all of its state?
 
     def __init__(self, c):
         super().__init__(c)
@@ -396,7 +401,7 @@ class LinearAttentionLayer(RecurrentLayer):
 
     @classmethod
     def describe_backend(cls, c, device, dtype):
-        problem = why_no_fla(device, dtype, *cls.head_dims(c))
+        problem = why_no_fla(device, dtype, *cls.head_dims(c), cls.decay_of_heads)
         if problem:
             return f"{cls.memory_name}, chunks of {c.chunk_size} tokens ({problem})"
         return f"{cls.memory_name}, flash-linear-attention, its own chunks"
@@ -404,6 +409,8 @@ class LinearAttentionLayer(RecurrentLayer):
 
 class RetNetLayer(LinearAttentionLayer):
     """The state of head h decays by 1 - 2^(-5-h) per token, to a half in 22 * 2^h tokens."""
+
+    decay_of_heads = True
 
     def log_decay(self, x):
         h = torch.arange(self.n_heads, dtype=accum_dtype(x), device=x.device)
@@ -418,6 +425,8 @@ class Mamba2Layer(LinearAttentionLayer):
     skip D v. In the paper all heads share q and k, which have no norm (q_norm = k_norm = none), and
     the gate (att_use_output_gate=1) comes before the norm of the output.
     """
+
+    decay_of_heads = True
 
     def __init__(self, c):
         super().__init__(c)

@@ -250,24 +250,27 @@ class MemoryLayer(nn.Module):
 
     def count_reads(self):
         """How often each head has read each slot in this training step: (H, n * n) long."""
-        c, size = self.config, self.config.mem_n_keys**2
-        if self.read_counts is None:
-            zeros = torch.zeros(c.mem_heads, size, dtype=torch.long, device=self.keys.device)
-            self.read_counts = zeros
+        c, size, device = self.config, self.config.mem_n_keys**2, self.keys.device
+        counts = self.read_counts
+        if counts is None:
+            counts = torch.zeros(c.mem_heads, size, dtype=torch.long)
+        # The model may have been moved since it read.
+        self.read_counts = counts.to(device)
         for slots in self.slots_read:
-            self.read_counts += count_per_head(slots, size)
+            self.read_counts += count_per_head(slots.to(device), size)
         self.slots_read = []
         return self.read_counts
 
     def count_half_reads(self):
         """How often each head has read slots of each sub-key in this step: (H, 2, n) long."""
-        n = self.config.mem_n_keys
-        counts = torch.zeros(self.config.mem_heads, 2, n, dtype=torch.long, device=self.keys.device)
+        n, device = self.config.mem_n_keys, self.keys.device
+        counts = torch.zeros(self.config.mem_heads, 2, n, dtype=torch.long, device=device)
         for slots in self.slots_read:
+            slots = slots.to(device)  # the model may have been moved since it read
             counts[:, 0] += count_per_head(slots // n, n)
             counts[:, 1] += count_per_head(slots % n, n)
         if self.read_counts is not None:
-            table = self.read_counts.unflatten(1, (n, n))
+            table = self.read_counts.to(device).unflatten(1, (n, n))
             counts += torch.stack([table.sum(2), table.sum(1)], dim=1)
         return counts
 

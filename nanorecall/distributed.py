@@ -199,7 +199,8 @@ def autodetect_device(c, world=SINGLE_PROCESS):
         name, why = "cpu", "no GPU found"
     message = f"device={name!r} would put all {world.size} ranks on one GPU; use cuda"
     require(world.size == 1 or ":" not in name, message, "device")
-    if world.size > 1 and name == "cuda":
+    if name == "cuda":
+        # set_device refuses a device without a number
         name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
