@@ -249,11 +249,14 @@ def prefill_flex(model, prefix_kv, rows, attention=None):
     if attention is None:
         attention = torch.compile(flex_attention)
     block_mask = create_block_mask(mask, None, None, T, P + T, device=device)
+    # For fewer than 128 queries torch takes its kernel for decoding. If query heads share keys, no
+    # variant of that fits the blocks of the mask, and compiling fails.
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
 
     def attend(layer, q, k, v):
         prefix_k, prefix_v = prefix_kv[layer]
         k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
-        return attention(q, k, v, block_mask=block_mask, enable_gqa=True)
+        return attention(q, k, v, block_mask=block_mask, enable_gqa=True, kernel_options=options)
 
     return Encoded(model.encode(tokens.to(device), positions.to(device), attend), paths)
 
@@ -268,10 +271,14 @@ def join(first, second):
     return Encoded(kv, first.paths + paths)
 
 
+FLEX_MIN_WIDTH = 16  # FlexAttention's kernel takes no narrower keys
+
+
 def prefill(model, prefix_kv, rows):
     """Encode rows after the prefix -> Encoded."""
     on_gpu = model.rope_table.device.type == "cuda"
-    return (prefill_flex if on_gpu else prefill_blocks)(model, prefix_kv, rows)
+    use_flex = on_gpu and model.config.head_dim >= FLEX_MIN_WIDTH
+    return (prefill_flex if use_flex else prefill_blocks)(model, prefix_kv, rows)
 
 
 # ---- caches --------------------------------------------------------------------------------------

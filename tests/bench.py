@@ -79,7 +79,6 @@ class Result:
 # Benchmarks with sizes: what these are, and what is compared with the baseline (None: `what`).
 CURVES = {
     "lengths": ("tokens in a sequence (of as many in a step)", None),
-    "gpu": ("tokens in a sequence (of as many in a step, on a GPU)", None),
     "memory": ("slots in the table (lookup)", "product keys, ours"),
     "slots": ("slots in the table (training step)", "sparse gradients"),
     "templates": ("templates of a question", "fused, ours"),
@@ -339,39 +338,7 @@ def bench_lengths(rounds):
             yield Result(name, seconds, "gpt", times["gpt", T], size=T)
 
 
-def bench_gpu(rounds):
-    """bench_lengths on a GPU, of a wider block in bfloat16, with the kernels that are installed."""
-    if not torch.cuda.is_available():
-        print("(no GPU: python tests/bench.py gpu needs one)", file=sys.stderr)
-        return
-    print(torch.cuda.get_device_name())
-    lengths = (512, 2048, 8192, 32768)
-    sizes = dict(dim=512, n_heads=4, head_width=128, device="cuda")
-    steps = {}
-    for kind, (config_class, model_class) in hybrid.KINDS.items():
-        c = config_class(dk=128, dv=128, du=128)
-        backend = model_class.describe_backend(c, torch.device("cuda"), torch.bfloat16)
-        print(f"{kind}: {backend}")
-        for T in lengths:
-            steps[kind, T] = on_gpu(mixer_step(kind, T, max(lengths), **sizes))
-    times = interleave(steps, min(rounds, 5))
-    for (kind, T), seconds in times.items():
-        if kind != "gpt":
-            yield Result(kind, seconds, "gpt", times["gpt", T], size=T)
-
-
-def on_gpu(step):
-    """step as train.py runs it on a GPU, until its last kernel has ended."""
-
-    def function():
-        with torch.autocast("cuda", torch.bfloat16):
-            step()
-        torch.cuda.synchronize()
-
-    return function
-
-
-def mixer_step(kind, T, n_tokens, dim=64, n_heads=2, head_width=48, device="cpu", **options):
+def mixer_step(kind, T, n_tokens, **options):
     """A function that makes a step of one block with a mixer, on n_tokens in sequences of T.
 
     All mixers have the same width, heads and convolution, and their default chunk size. Every token
@@ -379,11 +346,10 @@ def mixer_step(kind, T, n_tokens, dim=64, n_heads=2, head_width=48, device="cpu"
     most of the time is the mixer's.
     """
     config_class, model_class = hybrid.KINDS[kind]
-    sizes = dict(n_layers=1, dim=dim, n_heads=n_heads, conv_size=4, vocab_size=256, seq_len=T)
-    widths = dict.fromkeys(("dk", "dv", "du"), head_width)
+    sizes = dict(n_layers=1, dk=48, dv=48, du=48, conv_size=4, vocab_size=256, seq_len=T)
     torch.manual_seed(0)
-    model = model_class(config_class(**sizes, **widths, **options)).to(device)
-    tokens = torch.randint(256, (n_tokens // T, T), device=device)
+    model = model_class(config_class(**sizes, **options))
+    tokens = torch.randint(256, (n_tokens // T, T))
     return make_step(model, lambda model: model(tokens, tokens)[1])
 
 
@@ -393,8 +359,6 @@ def print_lengths(results):
     The exponent p, from the two longest: the time of one sequence grows as T^p.
     """
     rows = {}
-    if not results:
-        return
     for result in results:
         ours, baseline = milliseconds(result)
         rows.setdefault(result.baseline, {})[result.size] = baseline
@@ -1006,7 +970,6 @@ BENCHES = {
     "kda": bench_kda,
     "ttt": bench_ttt,
     "lengths": bench_lengths,
-    "gpu": bench_gpu,
     "ranks": bench_ranks,
 }
 
@@ -1069,12 +1032,11 @@ def main():
     curves = {}
     for name in args.names or BENCHES:
         results = BENCHES[name](args.rounds)
-        is_by_length = name in ("lengths", "gpu")
-        if is_by_length:
+        if name == "lengths":
             results = list(results)
             print_lengths(results)
         for result in results:
-            if not is_by_length:
+            if name != "lengths":
                 print_result(result)
             if result.size is not None:
                 curves.setdefault(name, []).append(result)

@@ -501,6 +501,24 @@ def test_devices_of_ranks():
     assert device.type == "cpu" and line.startswith("ranks: 2")
 
 
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_gpu_has_the_number_that_set_device_needs(monkeypatch, local_rank):
+    """set_device raises ValueError for torch.device("cuda"). Here it is a stand-in."""
+    numbers = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: numbers.append(device.index))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, device: zeros(n))
+    world = distributed.World(local_rank, 1 + local_rank, local_rank)
+    for name, why in (("auto", "found"), ("cuda", "asked for")):
+        config = train.TrainConfig(device=name)
+        device, dtype, line = distributed.autodetect_device(config, world)
+        assert device == torch.device("cuda", local_rank) and dtype == torch.bfloat16
+        assert f"device: cuda:{local_rank} ({why})" in line
+    assert numbers == [local_rank, local_rank]
+
+
 def test_torchrun_leaves_our_flags_alone():
     """Before Python 3.12.3 its parser refuses what begins two of its own flags, as --run would.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import delta
+import linear
 import train
 from delta import delta_rule, delta_rule_chunkwise, delta_rule_fla, delta_rule_recurrent
 from model import GPT, NORMS, RMSNorm, ShortConvolution
@@ -409,6 +410,67 @@ def test_the_kernel_is_chosen_only_where_it_works(monkeypatch):
     assert "its own chunks" in backend
     backend = delta.DeltaNet.describe_backend(config(), cpu, torch.bfloat16)
     assert "chunks of 4 tokens (flash-linear-attention runs on" in backend
+
+
+@pytest.fixture
+def pretend_hardware(monkeypatch):
+    """pretend_hardware(hopper=..., triton=...): what flash-linear-attention finds on a machine."""
+
+    def pretend(hopper, triton):
+        found = types.SimpleNamespace(
+            IS_NVIDIA_HOPPER=hopper,
+            TRITON_ABOVE_3_4_0=triton >= (3, 4, 0),
+            TRITON_ABOVE_3_7_1=triton >= (3, 7, 1),
+        )
+        monkeypatch.setitem(sys.modules, "fla", types.SimpleNamespace(utils=found))
+        monkeypatch.setitem(sys.modules, "tilelang", None)
+        for module in (delta, linear):
+            monkeypatch.setattr(module, "load_fla", lambda: (object(), object()))
+        delta.why_no_decay_of_heads.cache_clear()
+
+    yield pretend
+    delta.why_no_decay_of_heads.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "hopper, triton, is_wrong",
+    [
+        (True, (3, 6, 0), True),
+        (True, (3, 4, 0), True),
+        (True, (3, 3, 1), False),
+        (True, (3, 7, 1), False),
+        (False, (3, 6, 0), False),
+    ],
+)
+def test_a_kernel_that_triton_compiles_wrongly_is_not_chosen(
+    pretend_hardware, hopper, triton, is_wrong
+):
+    pretend_hardware(hopper, triton)
+    cuda = torch.device("cuda")
+    of_heads = delta.GatedDeltaNet, linear.RetNet, linear.Mamba2
+    others = delta.DeltaNet, linear.LinearAttention, linear.GLA
+    for model_class in of_heads + others:
+        backend = model_class.describe_backend(config(), cuda, torch.bfloat16)
+        assert ("Triton 3.7.1" in backend) == (is_wrong and model_class in of_heads)
+        assert ("its own chunks" in backend) != ("Triton 3.7.1" in backend)
+
+
+@pytest.mark.parametrize("name", ["no decay", "decay of heads", "decay of rows"])
+def test_the_rules_ask_for_the_kernel_of_their_decay(monkeypatch, name):
+    asked = []
+
+    def why_not(*arguments):
+        asked.append(arguments[-1])
+        return "a reason"
+
+    monkeypatch.setattr(delta, "why_no_fla", why_not)
+    monkeypatch.setattr(linear, "why_no_fla", why_not)
+    q, k, v, beta, g, _, _ = inputs(gated=True)
+    decay = {"no decay": None, "decay of heads": g[..., None], "decay of rows": g[..., None] * k**2}
+    linear.additive(q, k, v, decay[name])
+    if name != "decay of rows":
+        delta.delta_rule(q, k, v, beta, None if name == "no decay" else g)
+    assert set(asked) == {name == "decay of heads"}
 
 
 def test_without_the_extra_the_reason_is_said(monkeypatch):

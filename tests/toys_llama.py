@@ -51,9 +51,9 @@ def causal_logits(model, tokens):
     return model.logits(model(tokens, positions, llama.causal_attention))
 
 
-def never_stop(vocab_size):
-    nothing = torch.zeros(vocab_size, dtype=torch.bool)
-    return decoding.StopCriteria(torch.tensor([], dtype=torch.long), nothing, nothing)
+def never_stop(vocab_size, device="cpu"):
+    nothing = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    return decoding.StopCriteria(nothing[:0].long(), nothing, nothing)
 
 
 def decode_fused(model, prefix, questions, scheme, positions, bias=0.0, max_new_tokens=6):
@@ -73,7 +73,7 @@ def decode_fused(model, prefix, questions, scheme, positions, bias=0.0, max_new_
         cache,
         questions[0].answer_start,
         decoding.argmax_each,
-        never_stop(model.config.vocab_size),
+        never_stop(model.config.vocab_size, model.rope_table.device),
         max_new_tokens,
     )
     return tokens.tolist()
