@@ -454,7 +454,7 @@ def why_no_decay_of_heads():
     """Why flash-linear-attention's kernels with one decay a head cannot train here, or None.
 
     If Triton 3.4 to 3.7.0 compiles their backward pass for a Hopper GPU (H100, H200), its results
-    are wrong, and it raises an error (issue 640 of flash-linear-attention).
+    would be wrong, so the library refuses to run it (its issue 640).
     """
     from fla import utils
 

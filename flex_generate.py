@@ -307,6 +307,9 @@ def generate_in(folder, config, world, asked, facts, pool, examples):
             model, tokenizer = loading.load(config.model, device, dtype, config.generation_config)
         seconds, size = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
         world.print0(f"{config.model}: {size:,} parameters in {seconds:.1f} s; {device_line}")
+        problem = fusion.why_no_flex(model)
+        how = f"masked blocks ({problem})" if problem else "a compiled FlexAttention mask"
+        world.print0(f"attention of templates: {how}")
         if config.num_shots and not config.shots_path:
             split = f"{len(pool)} of {len(facts) + len(pool)} facts are examples and are not asked"
             world.print0(f"{split}; --shots_path takes examples from elsewhere")

@@ -222,6 +222,7 @@ class CausalSelfAttention(nn.Module):
     """
 
     attention_fn = staticmethod(attention.softmax_attention)  # `eval.py attention` wraps it
+    has_positions = property(lambda self: "rope" in self._buffers)
 
     def __init__(self, c):
         super().__init__()
@@ -585,9 +586,12 @@ class GPT(nn.Module):
         return self.lm_head(self.final_norm(x)), cache
 
     def has_positions(self):
-        """Does the embedding or any mixer tell positions apart, up to seq_len?"""
-        turns = (name.endswith("rope") for name, _ in self.named_buffers())
-        return self.pos_embed is not None or any(turns)
+        """Does the embedding or any mixer tell positions apart, up to seq_len?
+
+        A mixer of one's own with a table of positions says so: has_positions = True.
+        """
+        mixers = (getattr(layer, "att", layer) for layer in self.layers)
+        return self.pos_embed is not None or any(getattr(m, "has_positions", False) for m in mixers)
 
     def require_mixers(self, option, why):
         """ConfigError unless every mixer takes this option.

@@ -78,7 +78,7 @@ class TrainConfig:
     track: str = ""  # where the log also goes: tensorboard or wandb; empty: nowhere
     stop_accuracy: float = 0.0  # stop early once val token accuracy is at least this; 0: never
     target_accuracy: float = 0.0  # test token accuracy to reach; below it, exit with status 1
-    target_slice: str = ""  # slice=value that both and best.pt look at; empty: all labels
+    target_slice: str = ""  # slice=value whose accuracy the two above and best.pt take; empty: all
     # -- weights to begin with
     init_from: str = ""  # load weights of this run, checkpoint file or torch.distributed folder
     init_step: int = -1  # which of its steps; -1: the latest

@@ -19,7 +19,7 @@ from analysis.editors import answered
 from analysis.trained_run import require_decoding
 from nanorecall.documents import normalize
 from nanorecall.fact_files import FactDataset
-from nanorecall.metrics import in_eval_mode
+from nanorecall.metrics import autocast, in_eval_mode
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import require, say
 
@@ -219,6 +219,7 @@ def answer_questions(run):
             # With any answer of the right length: the model does not see it.
             any_answer = answer_text(run.data, facts[0])
             fact = make_fact(run.data, facts, question, any_answer)
-        answer = ask(run.model, run, fact)
+        with autocast(run.device, run.dtype):
+            answer = ask(run.model, run, fact)
         if run.world.is_main:
             say(f"{question} {answer.text}  (probability {answer.probability:.3g}{note})")

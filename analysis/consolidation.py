@@ -11,6 +11,7 @@ asked without the context. True answers are used to measure, never to write.
 import time
 
 import numpy as np
+import torch
 
 from analysis.asking import ask, find_facts
 from analysis.edit_comparison import encode, unknown_facts
@@ -44,6 +45,7 @@ def consolidate(run):
     Half of up to 1000 other facts that the model knows are protected.
     """
     require_consolidation(run)
+    run.dtype = torch.float32  # that of the edits
     source, model, config = run.data.source, run.model, run.config
     rng = np.random.default_rng(run.settings.train.seed)
     known = rng.permutation(correct_examples(run))

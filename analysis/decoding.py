@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from analysis.trained_run import map_batches, require_decoding, save_result
-from nanorecall.metrics import eval_batches, print_table
+from nanorecall.metrics import autocast, eval_batches, print_table
 from nanorecall.plots import figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.stats import format_ci, proportion
@@ -43,7 +43,8 @@ def decode_example(run, index):
     start = labelled[0]
     answer = labelled[labelled - np.arange(len(labelled)) == start]
     prompt = tokens[:, : start + 1]
-    decoded = greedy_decode(run.model, prompt.to(run.device), len(answer))
+    with autocast(run.device, run.dtype):
+        decoded = greedy_decode(run.model, prompt.to(run.device), len(answer))
     return {
         "example": int(index),
         "prompt": run.text(prompt[0]),
@@ -157,7 +158,8 @@ def decode_batch(run, batch):
     for size in np.unique(sizes, axis=0):
         same_size = np.flatnonzero((sizes == size).all(1))
         tokens = run.tensor(np.stack([prompts[i] for i in same_size]))
-        decoded = greedy_decode(run.model, tokens, int(size[1])).cpu()
+        with autocast(run.device, run.dtype):
+            decoded = greedy_decode(run.model, tokens, int(size[1])).cpu()
         for i, ids in zip(same_size, decoded):
             kinds[i] = classify_error(texts[i], run.text(ids))
     hops = slices["hops_cot"] if "hops_cot" in slices else slices["hops"]

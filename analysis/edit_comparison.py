@@ -75,6 +75,8 @@ def compare_editors(run):
     Of up to 1000 other facts that the model knows, editors may use one half, and not the other.
     """
     require_editable(run)
+    # As the edits: a fact that is right in bfloat16 alone would count as lost by the first of them.
+    run.dtype = torch.float32
     data, model, config = run.data, run.model, run.config
     chosen = choose_editors(config.editors, config.top_slots, config.margin)
     editors, left_out = applicable_editors(model, chosen)

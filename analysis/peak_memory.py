@@ -1,10 +1,11 @@
 """How long a computation takes, and how much memory it needs beyond what is in use before it."""
 
 import ctypes
-import functools
 import time
 
 import torch
+
+from nanorecall.distributed import synchronize
 
 
 def peak_memory_of(function, device):
@@ -16,21 +17,21 @@ def peak_memory_of(function, device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        torch.cuda.synchronize(device)  # work that was started before must not count
-        seconds = seconds_of(function, functools.partial(torch.cuda.synchronize, device))
+        seconds = seconds_of(function, device)
         return torch.cuda.max_memory_allocated(device) - before, seconds
     if not reset_peak():
-        return None, seconds_of(function)
+        return None, seconds_of(function, device)
     before = resident_peak()
-    seconds = seconds_of(function)
+    seconds = seconds_of(function, device)
     return resident_peak() - before, seconds
 
 
-def seconds_of(function, wait=lambda: None):
-    """wait: what returns when the device has done all that function() asked it to do."""
+def seconds_of(function, device):
+    """Call function() -> the seconds until the device has done all that it asks for."""
+    synchronize(device)  # work that was started before must not count
     start = time.perf_counter()
     function()
-    wait()
+    synchronize(device)
     return time.perf_counter() - start
 
 

@@ -38,6 +38,7 @@ from analysis.trained_run import (
     select,
 )
 from data_mqar import min_length
+from nanorecall.distributed import synchronize
 from nanorecall.metrics import autocast, evaluating, print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
@@ -304,8 +305,10 @@ def measure_batch(run, sequences, place):
         wanted = sequences.answers.scatter(1, chosen, edit.values)
         cosine = cosines.masked_fill(~is_edited[:, None], 0).amax(-1)  # (B, N)
         for method, editor in EDITORS[place.kind].items():
+            synchronize(run.device)
             start = time.perf_counter()
             after = editor(edit)
+            synchronize(run.device)
             seconds = time.perf_counter() - start
             predicted = answer(run, sequences, after)
             of_labels = {

@@ -80,7 +80,8 @@ def training_command(point, seed, folder, config):
     """The script and the arguments that train a run of the point, as text."""
     flags = f"--seed {seed} --num_threads 1 --log_dir {shlex.quote(config.log_dir)}"
     flags += f" --run_name {os.path.basename(folder)}"
-    return f"train.py {point.train_args} {config.extra_args} {flags}"
+    # A GPU would take bfloat16, and what is compared would depend on the machine.
+    return f"train.py --dtype float32 {point.train_args} {config.extra_args} {flags}"
 
 
 def split_command(command):

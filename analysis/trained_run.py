@@ -31,7 +31,7 @@ from nanorecall.files import atomic_write, dataset_sha256
 from nanorecall.metrics import autocast, iter_predictions
 from nanorecall.model_checks import check_decoding
 from nanorecall.progress import progress
-from nanorecall.records import write_json
+from nanorecall.records import read_record, write_json
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import (
     ConfigError,
@@ -109,6 +109,7 @@ class TrainedRun:
             "checkpoint": self.config.checkpoint,
             "step": self.step,
             "model": self.settings.train.model,
+            "precision": str(self.dtype).removeprefix("torch."),
         }
 
     def finding(self, sentence):
@@ -146,11 +147,13 @@ def open_run(folder, config, world=SINGLE_PROCESS):
     with torch.random.fork_rng(devices=[]):
         settings, data, model, state = load_run(folder, config.checkpoint)
     # ablate.py has no dtype: its effects are too small for bfloat16.
-    dtype = getattr(config, "dtype", "float32")
+    dtype, why_dtype = getattr(config, "dtype", "float32"), "asked for"
     if dtype == "auto":
-        dtype = settings.train.dtype
+        # What "auto" was where the run was trained may be another one here.
+        saved = read_record(os.path.join(folder, "config.json"), {})
+        dtype, why_dtype = saved.get("dtype", settings.train.dtype), "as in training"
     wanted = SimpleNamespace(device=config.device, dtype=dtype)
-    device, dtype, description = autodetect_device(wanted, world)
+    device, dtype, description = autodetect_device(wanted, world, why_dtype)
     step = state["step"]
     world.print0(f"{folder}: {config.checkpoint}.pt of step {step}; {description}")
     return TrainedRun(folder, settings, data, model.to(device), step, device, dtype, config, world)

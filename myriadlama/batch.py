@@ -11,14 +11,12 @@ import torch
 
 from myriadlama import decoding, fusion, prompts
 from myriadlama.hugging_face import decoded
+from nanorecall.distributed import synchronize
 
 
 def now(device):
-    """Seconds, once the device has done all that it was given: a GPU works behind our back."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    """Seconds, once the device has done all that it was given."""
+    synchronize(device)
     return time.perf_counter()
 
 

@@ -16,6 +16,7 @@ Letters: B caches, n templates of a question, P tokens of the prefix, T tokens o
 in a cache after the prefix, G key/value heads, K head_dim.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -271,14 +272,21 @@ def join(first, second):
     return Encoded(kv, first.paths + paths)
 
 
-FLEX_MIN_WIDTH = 16  # FlexAttention's kernel takes no narrower keys
+def why_no_flex(model):
+    """Why prompts are not encoded by FlexAttention, as text, or None if they are."""
+    if model.rope_table.device.type != "cuda":
+        return "FlexAttention is used on CUDA only"
+    if model.config.head_dim < 16:
+        return "FlexAttention's kernel takes keys of a width of at least 16"
+    if importlib.util.find_spec("triton") is None:
+        return "FlexAttention needs the package triton"
+    return None
 
 
 def prefill(model, prefix_kv, rows):
     """Encode rows after the prefix -> Encoded."""
-    on_gpu = model.rope_table.device.type == "cuda"
-    use_flex = on_gpu and model.config.head_dim >= FLEX_MIN_WIDTH
-    return (prefill_flex if use_flex else prefill_blocks)(model, prefix_kv, rows)
+    encode = prefill_blocks if why_no_flex(model) else prefill_flex
+    return encode(model, prefix_kv, rows)
 
 
 # ---- caches --------------------------------------------------------------------------------------

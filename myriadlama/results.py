@@ -426,9 +426,6 @@ def read_feather(path):
         raise ConfigError(message) from None
 
 
-LEMMATIZED = {"prediction": ["text"], "answers": [["text"]]}
-
-
 def add_lemmas(config, methods):
     """Add the columns predict_lemma and answer_lemmas to the feather files of these methods."""
     require_package("simplemma", "--lemmaize needs a package: pip install simplemma")
@@ -441,7 +438,8 @@ def add_lemmas(config, methods):
         require(paths, message, "out_dir")
         for path in paths:
             columns = read_feather(path)
-            check_kinds(columns, {"uuid": ["text"], **LEMMATIZED}, path)
+            kinds = {"uuid": ["text"], "prediction": ["text"], "answers": [["text"]]}
+            check_kinds(columns, kinds, path)
             columns["predict_lemma"] = list(map(prompts.normalise, columns["prediction"]))
             columns["answer_lemmas"] = []
             for answers in columns["answers"]:

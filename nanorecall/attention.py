@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanorecall.ops import accum_dtype
+from nanorecall.ops import accum_dtype, no_autocast
 from nanorecall.second_order import FirstOrder, transformed
 from nanorecall.settings import ConfigError, require
 
 try:  # an optional extra, CUDA only: pip install flash-attn --no-build-isolation
     from flash_attn import flash_attn_varlen_func
-except ImportError:
+except ImportError as e:
     flash_attn_varlen_func = None
+    is_missing = isinstance(e, ModuleNotFoundError)
+    NO_FLASH = "flash-attn is not installed" if is_missing else f"flash-attn fails to load: {e}"
 
 # ---- attention -----------------------------------------------------------------------------------
 
@@ -117,7 +119,7 @@ def why_no_flash(device, dtype, key_width, value_width):
     if device.type != "cuda":
         return "flash-attn runs on CUDA only"
     if flash_attn_varlen_func is None:
-        return "flash-attn is not installed"
+        return NO_FLASH
     if dtype not in (torch.bfloat16, torch.float16):
         return "flash-attn takes bfloat16 or float16 only"
     if key_width != value_width or key_width > 256:
@@ -208,8 +210,12 @@ def check_window(attention_fn, layer):
     generator = torch.Generator().manual_seed(0)
     device = layer.out_proj.weight.device
 
+    dtype = torch.float32
+    if torch.is_autocast_enabled(device.type):  # it may know the dtype of training only
+        dtype = torch.get_autocast_dtype(device.type)
+
     def random(heads, width):
-        return torch.randn(1, heads, T, width, generator=generator).to(device)
+        return torch.randn(1, heads, T, width, generator=generator).to(device, dtype)
 
     K, V = layer.head_dims(c)
     q, k, v = random(layer.n_heads, K), random(layer.n_kv_heads, K), random(layer.n_kv_heads, V)
@@ -252,8 +258,9 @@ def attention_weights(q, k, documents=None, window=0):
         visible &= documents.doc_id[:, None] == documents.doc_id
     if window:
         visible = visible.triu(1 - window)
-    scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(K)
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    with no_autocast(q):
+        scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(K)
+        return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
 
 # ---- rotary positions ----------------------------------------------------------------------------
@@ -283,6 +290,7 @@ def apply_rotary(x, table, positions=None):
         turn = table[: x.shape[1], None]  # (n, 1, K/2, 2)
     else:
         turn = table[positions].unsqueeze(2)  # (B, n, 1, K/2, 2)
-    pairs = x.to(accum_dtype(x)).unflatten(-1, (-1, 2))
+    # Complex numbers need rows that begin at even places, which a part of a wider row may not.
+    pairs = x.to(accum_dtype(x)).contiguous().unflatten(-1, (-1, 2))
     turned = torch.view_as_complex(pairs) * torch.view_as_complex(turn)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_leaves
 
+from nanorecall.distributed import is_out_of_memory, local_tensor
 from nanorecall.hook_names import check_hook_names
 from nanorecall.metrics import evaluating
 from nanorecall.pretrained import freeze, load_parts
@@ -279,13 +280,6 @@ def describe_size(model, bytes_each):
     return f"{count:,} parameters need {bytes_each * count / 2**30:.3g} GiB, {part}"
 
 
-def is_out_of_memory(error):
-    """Does this error of torch, numpy or Python mean that memory is full?"""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "allocate memory" in str(error)
-
-
 @contextlib.contextmanager
 def enough_memory(advice):
     """RunError if the block runs out of memory. advice() says what to do."""
@@ -303,7 +297,8 @@ def training_advice(model, device):
     That is the batch, unless the model by itself takes half of the memory or more.
     """
     bytes_each = 16  # float32: weight, gradient, and AdamW's two moments
-    if 2 * bytes_each * count_parameters(model)["total"] < memory_size(device):
+    n_here = sum(local_tensor(q).numel() for q in model.parameters())
+    if 2 * bytes_each * n_here < memory_size(device):
         return "raise grad_accum_steps or lower batch_size or eval_batch_size"
     sizes = describe_size(model, bytes_each)
     return f"with gradients and AdamW's moments the model is too large: {sizes}; make that smaller"

@@ -6,6 +6,7 @@ Letters: B sequences, T tokens, N labelled positions.
 """
 
 import contextlib
+import itertools
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from nanorecall.source_files import is_users_file
 
 CONTRACT = "see class Data of data_mqar.py for what a data file must have"
 SPLITS = ("train", "val", "test")
-N_SEQUENCES = 8  # of each split; single ones may well have no labels
+N_SEQUENCES = 8  # looked at together
+MOST_SEQUENCES = 1000  # of a split, until one has a label
 
 
 @contextlib.contextmanager
@@ -56,24 +58,44 @@ def sizes_problem(data, batch_size):
 
 def split_problem(data, split, batch_size):
     """What is wrong with the first sequences of a split, as a sentence; "" if nothing."""
-    if split == "train":
-        indices = data.batch_indices(0, batch_size)[:N_SEQUENCES]
-    else:
-        indices = next(eval_batches(data, split, N_SEQUENCES), ())
-    if len(indices) == 0:
+    n_seen = 0
+    for step, indices in first_batches(data, split, batch_size):
+        batch = data.batch(split, step, indices)
+        problem = batch_problem(data, split, *batch)
+        if problem or (batch[1] != IGNORE_INDEX).any():
+            return problem
+        n_seen += len(indices)
+    if n_seen == 0:
         return f"{split} has no sequences"
-    tokens, targets, slices, *_ = data.batch(split, 0, indices)
+    return f"the first {n_seen} sequences of {split} have no labels: all targets are {IGNORE_INDEX}"
+
+
+def first_batches(data, split, batch_size):
+    """Yield steps and indices of a few sequences of a split, MOST_SEQUENCES in all."""
+    most = MOST_SEQUENCES // N_SEQUENCES
+    if split == "train":
+        for step in range(min(most, data.steps_per_epoch(batch_size))):
+            yield step, data.batch_indices(step, batch_size)[:N_SEQUENCES]
+    else:
+        for indices in itertools.islice(eval_batches(data, split, N_SEQUENCES), most):
+            yield 0, indices
+
+
+def batch_problem(data, split, tokens, targets, slices, cu_seqlens=None):
+    """What is wrong with a batch of a split, as a sentence; "" if nothing."""
     for name, value in {"tokens": tokens, "targets": targets}.items():
         if not torch.is_tensor(value) or value.ndim != 2 or value.dtype != torch.long:
             return f"{name} of {split} are {describe_output(value)}, not (B, T) of torch.int64"
     if tokens.shape != targets.shape:
         return f"tokens of {split} are {tuple(tokens.shape)}, targets {tuple(targets.shape)}"
-    if tokens.shape[1] > data.seq_len:
-        return f"{split} has a sequence of {tokens.shape[1]} tokens; seq_len is {data.seq_len}"
+    # A packed sequence holds several documents, each of which has positions of its own.
+    longest = tokens.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
+    if longest > data.seq_len:
+        return f"{split} has a sequence of {longest} tokens; seq_len is {data.seq_len}"
     labels = targets[targets != IGNORE_INDEX]
-    if len(labels) == 0:
-        return f"the first sequences of {split} have no labels: all targets are {IGNORE_INDEX}"
     for name, ids in {"tokens": tokens, "labels": labels}.items():
+        if ids.numel() == 0:
+            continue
         if ids.min() < 0 or ids.max() >= data.vocab_size:
             found = f"{name} of {split} are {ids.min()} to {ids.max()}"
             return f"{found}; with this vocab_size, 0 to {data.vocab_size - 1}"

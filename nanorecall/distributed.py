@@ -129,16 +129,25 @@ def process_group(device="auto"):
     try:
         yield world
     except (ConfigError, RunError):
-        shutdown()
+        # nccl would wait for the other ranks, which may wait for this one: its message would be
+        # printed after ten minutes. gloo does not wait.
+        if "nccl" not in world.backend:
+            shutdown()
         raise
     except RuntimeError as e:
         if has_lost_rank(world, e):
-            raise RunError(LOST_RANK) from e
+            raise RunError(lost_rank(e)) from e
         raise
     shutdown()
 
 
 LOST_RANK = "another rank has ended, so this one stops too; its own message says why"
+
+
+def lost_rank(error):
+    """LOST_RANK, and what nccl says: a network that is set up wrong ends all ranks alike."""
+    lines = [line for line in str(error).splitlines() if "NCCL" in line]
+    return f"{LOST_RANK} ({lines[0].strip()})" if lines else LOST_RANK
 
 
 def has_lost_rank(world, error):
@@ -187,8 +196,11 @@ def describe_batch(batch_size, world, grad_accum_steps):
 # ---- device --------------------------------------------------------------------------------------
 
 
-def autodetect_device(c, world=SINGLE_PROCESS):
-    """-> torch.device, compute dtype, and one line on why. c.device, c.dtype: "auto" or a name."""
+def autodetect_device(c, world=SINGLE_PROCESS, why_dtype="asked for"):
+    """-> torch.device, compute dtype, and one line on why. c.device, c.dtype: "auto" or a name.
+
+    why_dtype: where a dtype that is not "auto" comes from.
+    """
     if c.device != "auto":
         name, why = c.device, "asked for"
     elif torch.cuda.is_available():
@@ -205,18 +217,23 @@ def autodetect_device(c, world=SINGLE_PROCESS):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" makes tensors, but they hold no numbers
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        hint = "leave it out or use cpu"
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
+        reason = f"{e}".splitlines()[0] if str(e) else type(e).__name__
+        if is_out_of_memory(e):  # another program has it, and may end
+            raise RunError(f"device={name!r} has no free memory ({reason})") from None
+        hint = "use --device cpu" if c.device == "auto" else "leave it out or use cpu"
         if ":" in name and world.size > 1:
             hint = "start no more ranks than it has GPUs"
-        message = f"device={name!r} cannot be used on this machine; {hint}"
+        message = f"device={name!r} cannot be used on this machine; {hint} ({reason})"
         raise ConfigError(message, "device") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # Some systems set TF32, which keeps 10 of the 23 digits of a float32, for all programs.
+        torch.set_float32_matmul_precision("highest")
     # States that decay are full of numbers below 1e-38, for which a CPU takes many times as long.
     # Here they become 0, in this thread and in those that it starts from now on.
     torch.set_flush_denormal(True)
-    dtype, why_dtype = autodetect_dtype(c.dtype, device)
+    dtype, why_dtype = autodetect_dtype(c.dtype, device, why_dtype)
     ranks = f"ranks: {world.size} ({world.backend}); " if world.size > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     dtype_name = str(dtype).removeprefix("torch.")
@@ -224,12 +241,34 @@ def autodetect_device(c, world=SINGLE_PROCESS):
     return device, dtype, line
 
 
-def autodetect_dtype(name, device):
-    """The setting dtype on this device -> compute dtype, and why."""
+def is_out_of_memory(error):
+    """Does this error of torch, numpy or Python mean that memory is full?"""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # As a CPU, CUDA and cuBLAS say it.
+    texts = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return any(text in str(error) for text in texts)
+
+
+def synchronize(device):
+    """Wait until a GPU has done all that it was given. It works behind our back, and a clock that
+    is read before measures the giving alone.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def autodetect_dtype(name, device, why):
+    """The setting dtype on this device -> compute dtype, and why.
+
+    why: the reason for a name that is not "auto".
+    """
     if name == "bfloat16":
-        return torch.bfloat16, "asked for"
+        return torch.bfloat16, why
     if name != "auto":
-        return torch.float32, "asked for"
+        return torch.float32, why
     if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
         return torch.bfloat16, "fast on this GPU"
     return torch.float32, "default"
@@ -301,6 +340,11 @@ def wrap_fsdp(model, device):
 
 
 PARALLEL = {"ddp": wrap_ddp, "fsdp": wrap_fsdp}
+
+
+def will_shard(parallel):
+    """Will wrap_model keep a part of each parameter on each rank?"""
+    return parallel == "fsdp" and dist.is_initialized()
 
 
 def wrap_model(model, parallel, device):

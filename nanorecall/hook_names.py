@@ -15,7 +15,7 @@ import sys
 from torch import nn
 
 from nanorecall.settings import require, say
-from nanorecall.source_files import is_main_rank, is_users_file
+from nanorecall.source_files import is_main_rank, is_users_file, syntax_tree
 
 # Methods that model.GPT has not, but that are called where a model has them (see build.py).
 OPTIONAL = ("lr_scales", "sparse_gradients", "column_sharded", "on_step_end", "correct_predictions")
@@ -49,15 +49,15 @@ def check_hook_names(module, model_class, files):
             message = f"nothing reads {cls.__name__}.{name} of {cls.__module__}.py; {hint}"
             way_out = f"else write `{cls.__name__}.{name}` below the class, which reads it"
             require(not (close or is_replaced), f"{message}; {way_out}", "model")
+            if is_own and is_main_rank():
+                say(f"note: {message}", file=sys.stderr)
 
 
 def names_read(files):
     """All names that the source of these files reads, also as text (getattr)."""
     names = set()
     for path in files:
-        with open(path, "rb") as f:
-            tree = ast.parse(f.read())
-        for node in ast.walk(tree):
+        for node in ast.walk(syntax_tree(path)):
             if isinstance(node, ast.Attribute):
                 names.add(node.attr)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):

@@ -100,6 +100,8 @@ def export_checkpoints(settings, world):
     message = "export needs a single process; run it without torchrun"
     require(world.size == 1, message, "export_checkpoint")
     lock = lock_run_dir(settings.resume)
-    convert_checkpoints(settings.resume, settings.train.export_checkpoint, world)
-    unlock(lock)
+    try:
+        convert_checkpoints(settings.resume, settings.train.export_checkpoint, world)
+    finally:
+        unlock(lock)
     return 0

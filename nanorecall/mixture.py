@@ -34,10 +34,7 @@ def mix(primary, c):
 
 def open_dataset(path, seed, tokenizer=""):
     """The Data of a directory that data_mqar.py or data_synth.py wrote, or of other documents."""
-    metadata = os.path.join(path, "metadata.json")
-    kind = "text"
-    if os.path.exists(metadata):
-        kind = read_record(metadata, {"dataset_type": "text"})["dataset_type"]
+    kind = dataset_type(path)
     values = {"path": path, "seed": seed}
     if kind == "mqar":
         data_file = "data_mqar"
@@ -49,6 +46,14 @@ def open_dataset(path, seed, tokenizer=""):
     settings = [Setting(key, value, "synthetic_dataset") for key, value in values.items()]
     module = importlib.import_module(data_file)  # by name: nanorecall imports no data file
     return module.Data(build_config(module.Config, settings))
+
+
+def dataset_type(path):
+    """The kind of data in a directory: mqar, a task of data_synth.py, or text (other documents)."""
+    metadata = os.path.join(path, "metadata.json")
+    if not os.path.exists(metadata):
+        return "text"
+    return read_record(metadata, {"dataset_type": "text"})["dataset_type"]
 
 
 class Mixture:

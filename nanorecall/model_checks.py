@@ -17,9 +17,11 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from nanorecall.attention import check_window, softmax_attention
-from nanorecall.build import enough_memory, is_out_of_memory, training_advice
+from nanorecall.build import enough_memory, training_advice
+from nanorecall.distributed import is_out_of_memory
 from nanorecall.metrics import autocast, eval_batches, evaluating, in_eval_mode
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, RunError, last_line, require, say
@@ -156,15 +158,34 @@ def is_repeatable(model, tokens, tolerance):
 def first_logits(model, tokens, is_training=False):
     """Logits (1, T, V) of the first sequence of tokens (B, T).
 
-    In training mode those of a copy, whose statistics may change, with the same dropout each time.
+    In training mode those of a copy, whose statistics may change, without dropout.
     """
     # The targets are next tokens: a model that reads them reads ahead.
     targets = tokens.roll(-1, 1)
     targets[1:] = IGNORE_INDEX
     if not is_training:
         return model(tokens, targets)[0].detach()[None]
-    with same_random_numbers(tokens.device):
+    with same_random_numbers(tokens.device), WithoutDropout():
         return copy.deepcopy(model).train()(tokens, targets)[0].detach()[None]
+
+
+DROPOUTS = (
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout),
+    *(F.alpha_dropout, F.feature_alpha_dropout),
+)
+
+
+class WithoutDropout(TorchFunctionMode):
+    """A context in which dropout, in training mode too, returns its input.
+
+    The same seed does not give the same masks if tokens decide where they go, as to one of several
+    experts: one that goes elsewhere takes the random numbers of the next.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -196,7 +217,7 @@ def check_decoding(model, settings, data, device):
 
 
 def check_parameters(model, files):
-    """ConfigError if a user's file has weights outside of the model, or a module has in a list.
+    """ConfigError if a user's file has weights outside of the model, or a module in a plain list.
 
     The optimizer would never see them. files: paths of the user's files.
     """

@@ -320,7 +320,7 @@ def n_rows_of(metadata, directory):
 
 
 def check_row_count(path, n_rows, T):
-    """ConfigError if a shard cannot have n_rows of T tokens, for which memory is taken soon.
+    """ConfigError if a shard cannot have n_rows of T tokens. The caller reserves memory for them.
 
     load compares them with what it has read.
     """

@@ -170,7 +170,8 @@ class CausalConv1d(Twinned):
         if needs_twin():
             return twin_gradients(naive_causal_conv1d, ctx, (x, w), dy)
         dx = torch.empty_like(dy)
-        dw = torch.zeros_like(w)
+        # In bfloat16, a sum of many parts would stop growing long before the last of them.
+        dw = torch.zeros_like(w, dtype=accum_dtype(w))
         # A few sequences at a time, which stay in a core's cache over all shifts.
         T, C = x.shape[1:]
         n = max(1, CONV_BLOCK // max(1, T * C))
@@ -179,8 +180,8 @@ class CausalConv1d(Twinned):
             for j in range(min(len(w), T)):
                 if j:
                     dx_n[:, :-j].addcmul_(dy_n[:, j:], w[j])
-                dw[j] += (dy_n[:, j:] * x_n[:, : T - j]).sum((0, 1))
-        return dx, dw
+                dw[j] += (dy_n[:, j:] * x_n[:, : T - j]).sum((0, 1), dtype=dw.dtype)
+        return dx, dw.to(w.dtype)
 
 
 def causal_conv1d(x, w):

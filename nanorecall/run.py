@@ -27,14 +27,15 @@ from nanorecall.checkpoint import STATE, first_valid_checkpoint, read_checkpoint
 from nanorecall.curriculum import Curriculum
 from nanorecall.data_checks import check_users_data, named_data_errors
 from nanorecall.distributed import (
-    LOST_RANK,
     autodetect_device,
     check_parallel,
     describe_batch,
     has_lost_rank,
     is_dtensor,
+    lost_rank,
     shard_columns,
     unsharded_notes,
+    will_shard,
     wrap_model,
 )
 from nanorecall.files import lock_run_dir, unlock
@@ -197,7 +198,8 @@ class Run:
                 c = self.settings.train
                 # Before the whole table would have to fit on one device.
                 shard_columns(self.model, self.device)
-                self.model.to(self.device)
+                if not will_shard(c.parallel):  # that moves a block at a time, and keeps a part
+                    self.model.to(self.device)
                 if c.compile:
                     self.world.print0(COMPILE_NOTE)
                     # dynamic: else it is compiled again when the curriculum changes sizes.
@@ -321,7 +323,7 @@ class Run:
             if self.world.is_main and self.result is None:
                 error = f"{type(e).__name__}: {e}"
                 if has_lost_rank(self.world, e):
-                    error = LOST_RANK
+                    error = lost_rank(e)
                 status = {"status": "failed", "error": error}
                 with contextlib.suppress(RunError):  # what failed may be the disk
                     write_json(os.path.join(self.folder, "status.json"), status)

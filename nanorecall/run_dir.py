@@ -19,7 +19,8 @@ import torch
 
 from nanorecall.build import count_parameters
 from nanorecall.files import dataset_sha256, lock_run_dir, reading, remove, temporary_names, unlock
-from nanorecall.records import read_record
+from nanorecall.mixture import dataset_type
+from nanorecall.records import check_kinds, read_record
 from nanorecall.settings import ConfigError, require
 from nanorecall.source_files import REPO, is_users_file
 
@@ -136,6 +137,7 @@ def find_restarted_run(log_dir):
         with contextlib.suppress(ConfigError):  # another run's may be damaged
             config = read_record(path, {"launch": "text", "argv": "list"})
             starts = [config, *config.get("resumed", [])]
+            check_kinds(starts, ["dict"], path)
             # --rdzv_id may name two launches alike.
             if config["launch"] == launch_id() and starts[-1].get("argv") == sys.argv:
                 return os.path.dirname(path)
@@ -176,8 +178,10 @@ def run_metadata(run):
 
 def data_sha256(settings, key, path):
     """SHA-256 of what a run reads from the path of the setting `key`."""
-    is_ours = not is_users_file(settings.data_module, settings.files)
     # Documents of any origin are read without a look at metadata.json.
+    if key == "synthetic_dataset":
+        return dataset_sha256(path, dataset_type(path) != "text")
+    is_ours = not is_users_file(settings.data_module, settings.files)
     is_verified = is_ours and key == "path" and getattr(settings.data, "task", "") != "text"
     return dataset_sha256(path, is_verified)
 

@@ -243,8 +243,8 @@ def build_config(cls, settings, **derived_values):
         if key in hints:  # a model file need not have a field for it
             values[key] = value
     for f in dataclasses.fields(cls):
-        has_value = f.name in values or not f.init
-        has_value |= f.default is not f.default_factory  # both are MISSING
+        has_default = {f.default, f.default_factory} != {dataclasses.MISSING}
+        has_value = f.name in values or not f.init or has_default
         require(has_value, f"{f.name} has no default; set --{f.name}", f.name)
     config = cls(**values)
     try:
@@ -341,7 +341,9 @@ def _convert_number(value, kind, shown):
 
 
 def _convert_json(value):
-    if isinstance(value, (dict, list, tuple)):
+    if isinstance(value, tuple):
+        return list(value)  # as it comes back from JSON
+    if isinstance(value, (dict, list)):
         return value
     if not isinstance(value, str):
         raise ValueError(f"takes text, a list or a dict, not {_short(value)}")

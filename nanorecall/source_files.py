@@ -95,14 +95,21 @@ class AdmittedLoader(importlib.machinery.SourceFileLoader):
     Python's own loader may take a compiled copy in __pycache__, which may be of another source.
     """
 
-    def __init__(self, name, path, user_files, key):
+    def __init__(self, name, path, finder):
         super().__init__(name, path)
-        self.user_files, self.key = user_files, key
+        self.finder = finder
 
     def get_code(self, name):
         source = self.get_data(self.path)
-        self.user_files.admit(self.path, source, self.key)
+        self.finder.user_files.admit(self.path, source, self.finder.key)
         return self.source_to_code(source, self.path)
+
+    def exec_module(self, module):
+        super().exec_module(module)
+        known = self.finder.user_files.files
+        files = [os.path.realpath(self.path), *imported_siblings(self.path, self.finder)]
+        # With what it imports: it holds the modules that these files were.
+        module.__executed__ = {file: known.get(file) or sha256_file(file) for file in files}
 
     def spec(self, subfolders=None):
         return importlib.util.spec_from_file_location(
@@ -125,12 +132,14 @@ class SiblingFinder:
         if first in sys.stdlib_module_names or self.folder == REPO and first in OURS:
             return None
         base = os.path.join(self.folder, *name.split("."))
+        if path is None and "." in name:
+            path = [os.path.dirname(base)]
         for file, subfolders in ((os.path.join(base, "__init__.py"), []), (base + ".py", None)):
             if os.path.isfile(file):
                 found = importlib.machinery.PathFinder.find_spec(name, path)
                 if found and found.origin and not os.path.samefile(found.origin, file):
                     return None
-                return AdmittedLoader(name, file, self.user_files, self.key).spec(subfolders)
+                return AdmittedLoader(name, file, self).spec(subfolders)
         return None
 
 
@@ -195,21 +204,26 @@ def import_repo_file(name, key, found):
 def import_user_file(name, key, path, user_files):
     """Admit and execute a user's file, and those beside it that it imports -> module."""
     require_free_name(name, key, path)
-    if name in sys.modules:  # executed before in this process
-        module = sys.modules[name]
-        executed = getattr(module, "__executed__", {})
-        if executed and all(is_still(file, executed[file]) for file in executed):
-            for file in executed:
-                with open(file, "rb") as f:
-                    user_files.admit(file, f.read(), key)
-            return module
-        # In a notebook, a file is edited between two runs.
-        forget({os.path.realpath(path), *executed})
-    spec = AdmittedLoader(name, path, user_files, key).spec()
+    finder = SiblingFinder(os.path.dirname(os.path.realpath(path)), user_files, key)
+    module = sys.modules.get(name)
+    # It may have been executed before in this process, also as one that another file imports.
+    if module is None or not is_current(module):
+        module = execute(name, path, finder)
+    for file in module.__executed__:
+        if file not in user_files.files:
+            with open(file, "rb") as f:
+                user_files.admit(file, f.read(), key)
+    return module
+
+
+def execute(name, path, finder):
+    """Execute a user's file as the module `name` -> module."""
+    sys.modules.pop(name, None)
+    # In a notebook, files are edited between two runs.
+    forget_changed(imported_siblings(path, finder))
+    spec = AdmittedLoader(name, path, finder).spec()
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    before = set(user_files.files)
-    finder = SiblingFinder(os.path.dirname(os.path.realpath(path)), user_files, key)
     sys.meta_path.insert(0, finder)
     try:
         spec.loader.exec_module(module)
@@ -218,17 +232,10 @@ def import_user_file(name, key, path, user_files):
         raise
     except (Exception, SystemExit) as e:
         del sys.modules[name]
-        where = last_line(e, path, user_files.files)
-        raise ConfigError(f"{where} does not run ({type(e).__name__}: {e})", key) from None
+        where = last_line(e, path, finder.user_files.files)
+        raise ConfigError(f"{where} does not run ({type(e).__name__}: {e})", finder.key) from None
     finally:
         sys.meta_path.remove(finder)
-    siblings = imported_siblings(path, finder)
-    for file in siblings:
-        if file not in user_files.files:
-            with open(file, "rb") as f:
-                user_files.admit(file, f.read(), key)
-    files = [file for file in user_files.files if file not in before or file in siblings]
-    module.__executed__ = {file: user_files.files[file] for file in files}
     return module
 
 
@@ -237,11 +244,11 @@ def imported_siblings(path, finder):
 
     Also imports in functions, which are executed later, and of what was imported before.
     """
-    found, waiting = [], [path]
+    found, waiting = [], [os.path.realpath(path)]
     while waiting:
-        with open(waiting.pop(), "rb") as f:
-            tree = ast.parse(f.read())
-        for name in imported_names(tree):
+        importer = waiting.pop()
+        package = os.path.relpath(os.path.dirname(importer), finder.folder)
+        for name in imported_names(syntax_tree(importer), package):
             spec = finder.find_spec(name)
             file = spec and os.path.realpath(spec.origin)
             if file and file not in found and file != os.path.realpath(path):
@@ -250,14 +257,30 @@ def imported_siblings(path, finder):
     return found
 
 
-def imported_names(tree):
-    """Names of the modules that a parsed file may import: a, a.b, a.b.c for `from a.b import c`."""
+def syntax_tree(path):
+    """The parsed source of a file. An empty one if it cannot be parsed: then it cannot run."""
+    with open(path, "rb") as f:
+        try:
+            return ast.parse(f.read())
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return ast.Module([], [])
+
+
+def imported_names(tree, package):
+    """Names of the modules that a parsed file may import: a, a.b, a.b.c for `from a.b import c`.
+
+    package: the folder of the file, relative to that of the user's file; "." if it is the same.
+    """
+    folders = [] if package == os.curdir else package.split(os.sep)
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # from . import c: one dot is the folder of the file, two are the one above.
+            above = folders[: len(folders) - node.level + 1] if node.level else []
+            start = [*above, *([node.module] if node.module else [])]
+            names |= {".".join([*start, alias.name]) for alias in node.names}
     for name in list(names):
         parts = name.split(".")
         names |= {".".join(parts[:n]) for n in range(1, len(parts))}
@@ -269,10 +292,21 @@ def is_still(path, digest):
     return os.path.isfile(path) and sha256_file(path) == digest
 
 
-def forget(files):
-    """Take the modules of these files (real paths) out of Python's table, to execute them anew."""
+def is_current(module):
+    """Was it executed by a run of this process, and are its file and what that imports the same?"""
+    executed = getattr(module, "__executed__", {})
+    return bool(executed) and all(is_still(file, executed[file]) for file in executed)
+
+
+def forget_changed(files):
+    """Take modules of these files (real paths) that have changed out of Python's table.
+
+    Those that have not stay, so that two files which import one share its module. So do those that
+    Python itself has imported, for a notebook.
+    """
     for name, module in list(sys.modules.items()):
-        if is_users_file(module, files):
+        was_executed = hasattr(module, "__executed__") and is_users_file(module, files)
+        if was_executed and not is_current(module):
             del sys.modules[name]
 
 

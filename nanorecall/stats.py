@@ -146,7 +146,7 @@ def label_mean_ci(sums, n_labels):
     """{"value", "ci95", "n"} of the mean of labels, from their sums and numbers by cluster (G,).
 
     The interval is 1.96 standard errors of a ratio of two sums (Cochran 1977, 6.3). With as many
-    labels in each cluster it is `mean_ci` of cluster means.
+    labels in each cluster it is the interval of `mean_ci` of cluster means.
     """
     value, error = label_mean(sums, n_labels)
     ci95 = [value - Z95 * error, value + Z95 * error]

@@ -261,6 +261,10 @@ def test_a_launch_of_the_same_name_with_other_arguments_is_another(tmp_path, mon
     monkeypatch.setattr(sys, "argv", ["train.py", "a.py"])
     train.main(flags(tmp_path, "run", **SHORT))
     assert find_restarted_run(str(tmp_path)) == str(tmp_path / "run")
+    (tmp_path / "damaged").mkdir()
+    damaged = {"launch": "launch", "argv": ["train.py", "a.py"], "resumed": [3]}
+    write_json(tmp_path / "damaged" / "config.json", damaged)
+    assert find_restarted_run(str(tmp_path)) == str(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["train.py", "b.py"])
     assert find_restarted_run(str(tmp_path)) == ""
 
@@ -525,6 +529,16 @@ def test_a_device_without_float64_leaves_it_to_the_cpu():
     here = torch.arange(3)
     there = SimpleNamespace(device=SimpleNamespace(type="mps"), cpu=lambda: here)
     assert memory.in_float64(there).dtype == memory.in_float64(here).dtype == torch.float64
+
+
+FULL = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when", "can't allocate memory: 9"
+
+
+@pytest.mark.parametrize("text", FULL)
+def test_full_memory_of_a_device_is_recognised(text):
+    with pytest.raises(RunError, match="memory is full; lower it"):
+        with build.enough_memory(lambda: "lower it"):
+            raise RuntimeError(text)
 
 
 def test_full_memory_names_what_is_too_large(monkeypatch):

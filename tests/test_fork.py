@@ -268,6 +268,39 @@ HIDDEN = {
 }
 
 
+EXPERTS = """
+import torch
+from torch import nn
+from model import GPT, Config, GPTBlock
+
+class Experts(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.router = nn.Linear(config.dim, 2)
+        self.experts = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(2))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        y, chosen = torch.zeros_like(x), self.router(x).argmax(-1)
+        for number, expert in enumerate(self.experts):
+            mine = chosen == number
+            y[mine] = self.dropout(expert(x[mine]))
+        return y
+
+class Block(GPTBlock):
+    mixer = Experts
+
+class Model(GPT):
+    block = Block
+"""
+
+
+def test_dropout_in_experts_reads_no_later_token(here):
+    """A token that goes to another expert changes the masks of all tokens after it."""
+    (here / "fork_experts.py").write_text(EXPERTS)
+    assert train.main(["--model=fork_experts", *SMALL, "--run_name=a"]) == 0
+
+
 @pytest.mark.parametrize("line", HIDDEN)
 def test_weights_that_the_optimizer_would_not_see_are_refused(here, line):
     file = f"fork_hidden{list(HIDDEN).index(line)}"
@@ -294,6 +327,19 @@ def test_helpers_for_a_notebook_are_no_hooks(here):
 """
     (here / "fork_helpers.py").write_text(MIXER + helpers)
     resolve_model("fork_helpers")
+
+
+@pytest.mark.parametrize("value", ["staticmethod(lambda q, k, v: v)", "staticmethod(own)"])
+def test_a_static_method_that_nothing_reads_is_noted(here, capsys, value):
+    """It may be for a notebook, or stand where attention_fn is meant."""
+    code = ALIBI.replace("attention_fn = staticmethod(alibi)", f"attend = {value}")
+    own = "    @staticmethod\n    def own(q, k, v):\n        return v\n\n    attend"
+    code = code.replace("    attend", own) if "own" in value else code
+    name = f"fork_static_{len(value)}"
+    (here / f"{name}.py").write_text(code)
+    assert train.main([f"--model={name}", "--pos_emb=none", *SMALL, "--run_name=a"]) == 0
+    noted = capsys.readouterr().err
+    assert f"note: nothing reads Attention.attend of {name}.py; its hooks are: " in noted
 
 
 def test_a_model_that_reads_its_targets_is_not_trained(here):

@@ -59,8 +59,8 @@ SENTENCES = {
     "targets = tokens.clone()": {
         "targets = tokens[:, 1:]": r"tokens of train are \(8, 8\), targets \(8, 7\)",
         "targets = tokens.int()": "targets of train are a tensor .* of torch.int32",
-        "targets = tokens.clone() if split != 'test' else tokens * 0 - 100": "first sequences "
-        "of test have no labels",
+        "targets = tokens.clone() if split != 'test' else tokens * 0 - 100": "the first 9 "
+        "sequences of test have no labels",
         "targets = tokens - 1": "labels of .* are -1 to",
     },
     "self.seq_len = config.length": {"self.seq_len = 8.0": "seq_len is 8.0, not a whole number"},
@@ -91,6 +91,30 @@ def test_single_sequences_may_have_no_labels(here):
     code = COPY.replace("        n_labels =", f"        {unlabelled}\n        n_labels =")
     (here / "fork_copy.py").write_text(code)
     assert train.main(FLAGS) == 0
+
+
+def test_most_sequences_may_have_no_labels(here):
+    lonely = "targets[np.asarray(indices) != 8] = -100"  # the last one of val and of test
+    sets = COPY.replace("        n_labels =", f"        {lonely}\n        n_labels =")
+    (here / "fork_copy.py").write_text(sets.replace("range(6, 9)", "range(8, 9)"))
+    assert train.main(FLAGS) == 0
+
+
+PACKED = """
+import data_synth
+
+class Config(data_synth.Config):
+    pass
+
+class Data(data_synth.Data):
+    pass
+"""
+
+
+def test_a_fork_of_ours_may_pack_documents(here):
+    (here / "fork_copy.py").write_text(PACKED)
+    packing = ["--task=qa", "--num_pairs=40", "--pack_documents=1"]
+    assert train.main([*FLAGS, *packing]) == 0
 
 
 @pytest.mark.parametrize("line, change, sentence", CASES)

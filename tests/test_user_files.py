@@ -132,6 +132,83 @@ SETTINGS = {  # a setting of a fork, and why its run could not be opened again
 }
 
 
+@pytest.mark.parametrize("source", ["def half(:\n", b"\xff\xfe = 1\n", "x = 1\0\n"])
+def test_a_file_that_never_runs_may_be_broken(place, source):
+    (place / "my_fork.py").write_text(FORK + "\ndef plots():\n    import my_scratch\n")
+    (place / "my_scratch.py").write_bytes(source if isinstance(source, bytes) else source.encode())
+    assert train.main(flags(place, "broken", model="my_fork", **SHORT)) == 0
+    recorded = json.loads((place / "broken" / "config.json").read_text())["files"]
+    assert str(place / "my_scratch.py") in recorded
+
+
+DATA = """
+import data_mqar
+
+TABLE = []
+
+class Config(data_mqar.Config):
+    pass
+
+class Data(data_mqar.Data):
+    def __init__(self, config):
+        super().__init__(config)
+        TABLE.append(config.vocab_size)
+"""
+
+
+def test_model_and_data_share_the_files_that_both_import(place):
+    """Each file is executed once, and anew when it was edited: in a notebook, between two runs."""
+    names = "my_data", "my_fork", "my_helper"
+    (place / "my_fork.py").write_text("import my_data\n" + FORK)
+    (place / "my_data.py").write_text("import my_helper\n" + DATA)
+    args = flags(place, None, model="my_fork", data="my_data", **SHORT)
+    try:
+        train.main([*args, "--run_name=g"])
+        first = [sys.modules[name] for name in names]
+        assert first[0].TABLE == [32] and first[1].my_data is first[0]
+        (place / "my_helper.py").write_text("NAME = 'another'\n")
+        train.main([*args, "--run_name=h"])
+        data, fork, helper = (sys.modules[name] for name in names)
+        assert data is not first[0] and data.TABLE == [32]
+        assert fork.my_data is data and data.my_helper is helper and fork.NAME == "another"
+        train.main([*args, "--run_name=i"])
+        assert data is sys.modules["my_data"] and data.TABLE == [32, 32]
+    finally:
+        sys.modules.pop("my_data", None)
+
+
+def test_files_in_folders_are_recorded(place, monkeypatch):
+    """With imports in functions, and relative ones."""
+    lib = place / "my_lib"
+    (lib / "deep").mkdir(parents=True)
+    for path in (lib / "__init__.py", lib / "deep" / "__init__.py"):
+        path.write_text("")
+    (lib / "model.py").write_text("from . import units\n")  # also the name of a file of ours
+    (lib / "units.py").write_text("def f():\n    from .deep.below import x\n")
+    (lib / "deep" / "below.py").write_text("from ..above import x\n")
+    (lib / "above.py").write_text("x = 1\n")
+    late = "\ndef late():\n    from my_lib.model import units\n"
+    (place / "my_fork.py").write_text(FORK + late)
+    train.main(flags(place, "g", model="my_fork", **SHORT))
+    recorded = json.loads((place / "g" / "config.json").read_text())["files"]
+    names = {os.path.relpath(path, place) for path in recorded}
+    parts = "__init__", "model", "units", "above", "deep/__init__", "deep/below"
+    assert names == {"my_fork.py", "my_helper.py", *(f"my_lib/{name}.py" for name in parts)}
+    (lib / "above.py").write_text("x = 2\n")
+    forget_fork()
+    with pytest.raises(ConfigError, match="above.py is not executed: it has changed"):
+        eval_script.main(["g"])
+
+
+def test_a_tuple_for_a_setting_that_takes_json(place):
+    (place / "override.py").write_text('freeze = ("embed.*", "layers.0.*")\n')
+    args = ["override.py", *flags(place, "g", model="my_fork", **SHORT)]
+    assert train.main(args) == 0
+    forget_fork()
+    assert train.main(["--resume=g", "--max_steps=3"]) == 0
+
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_that_could_not_be_read_again_are_refused(place, setting):
     code = "import math\nfrom dataclasses import dataclass, field\nfrom model import Config as Ours"
