@@ -17,12 +17,13 @@ from nanorecall.ops import accum_dtype, no_autocast
 from nanorecall.second_order import FirstOrder, transformed
 from nanorecall.settings import ConfigError, require
 
+NO_FLASH = "flash-attn is not installed"
 try:  # an optional extra, CUDA only: pip install flash-attn --no-build-isolation
     from flash_attn import flash_attn_varlen_func
 except ImportError as e:
     flash_attn_varlen_func = None
-    is_missing = isinstance(e, ModuleNotFoundError)
-    NO_FLASH = "flash-attn is not installed" if is_missing else f"flash-attn fails to load: {e}"
+    if not isinstance(e, ModuleNotFoundError):  # it was built for another version of torch
+        NO_FLASH = f"flash-attn fails to load: {e}"
 
 # ---- attention -----------------------------------------------------------------------------------
 

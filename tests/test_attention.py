@@ -1,5 +1,9 @@
 """Attention against its definition: queried positions, packed documents, the cache, positions."""
 
+import importlib.util
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,6 +93,50 @@ def test_flash_is_chosen_only_where_it_works(monkeypatch):
     assert "one width" in attention.why_no_flash(cuda, torch.bfloat16, 64, 32)
     assert attention.why_no_flash(cuda, torch.bfloat16, 512, 512) is not None
     assert attention.why_no_flash(cuda, torch.bfloat16, 64, 64) is None
+
+
+def test_a_flash_attn_that_fails_to_load_says_so(monkeypatch):
+    for module, problem in (
+        (None, "flash-attn is not installed"),
+        (types.ModuleType("flash_attn"), "flash-attn fails to load: cannot import name"),
+    ):
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        spec = importlib.util.spec_from_file_location("another_attention", attention.__file__)
+        another = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(another)
+        found = another.why_no_flash(torch.device("cuda"), torch.bfloat16, 64, 64)
+        assert found.startswith(problem)
+
+
+def test_a_function_of_one_dtype_is_tried_in_it():
+    """Kernels of half precision take nothing else; in training, autocast gives them that."""
+    windows = []
+
+    def attend(q, k, v, query_pos=None, documents=None, window=0):
+        assert v.dtype == torch.bfloat16, "only bfloat16"
+        windows.append(window)
+        return attention.softmax_attention(q, k, v, window=window)
+
+    layer = CausalSelfAttention(Config(dim=8, dk=4, dv=4, window=3, seq_len=9))
+    with torch.autocast("cpu", torch.bfloat16):
+        attention.check_window(attend, layer)
+    assert windows == [3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_odd_width_are_rotated(dtype):
+    """A row of queries, keys and values may be odd, as with one head of 8 and values of 33."""
+    torch.manual_seed(0)
+    model = GPT(Config(dim=8, n_heads=1, dk=8, dv=33, n_layers=1, vocab_size=V, seq_len=T))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        _, loss = model(*random_batch())
+    loss.backward()
+    assert loss.isfinite()
+
+
+def random_batch():
+    tokens = torch.arange(2 * T).view(2, T) % V
+    return tokens, tokens.flip(1)
 
 
 def test_rotary_scores_depend_on_distance_only():

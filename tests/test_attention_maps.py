@@ -389,6 +389,22 @@ def test_the_attention_of_a_run(tmp_path):
     assert np.allclose(saved, weights, atol=1e-4)
 
 
+def test_maps_are_in_float32_also_under_autocast():
+    g = torch.Generator().manual_seed(0)
+    q, k = (4 * torch.randn(1, 2, 40, 16, generator=g).bfloat16() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = attention_weights(q, k)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, attention_weights(q.float(), k.float()))
+
+
+def test_the_attention_of_a_run_in_bfloat16(tmp_path):
+    _, out = train_toy(tmp_path, "mqar", max_steps=5, dtype="bfloat16")
+    eval_script.main(["attention", out])
+    saved = json.loads((tmp_path / "mqar" / "eval_attention.json").read_text())
+    assert saved["config"]["precision"] == "bfloat16"
+
+
 def test_few_maps_are_held_at_a_time(tmp_path, monkeypatch):
     """The scores are the same; a large map is not written as text."""
     _, out = train_toy(tmp_path, "mqar", max_steps=5, n_test_examples=6)

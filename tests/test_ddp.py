@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 import nanorecall.run as run_module
@@ -35,7 +36,7 @@ from nanorecall.files import lock_run_dir
 from nanorecall.records import read_json, read_log
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.saved_run import load_settings
-from nanorecall.settings import ConfigError
+from nanorecall.settings import ConfigError, RunError
 from nanorecall.training_checkpoint import load_training_state, training_state
 from toys import (
     TOY,
@@ -440,8 +441,9 @@ def test_export_of_nothing_or_with_other_settings_is_refused(tmp_path):
         train.main([f"--resume={out}", "--export_checkpoint=file", "--max_steps=9"])
     for name in ("ckpt", "ckpt_prev", "best"):
         os.remove(os.path.join(out, f"{name}.pt"))
-    with pytest.raises(ConfigError, match="has no checkpoint to export"):
-        train.main([f"--resume={out}", "--export_checkpoint=file"])
+    for _ in range(2):  # the first one leaves no lock behind
+        with pytest.raises(ConfigError, match="has no checkpoint to export"):
+            train.main([f"--resume={out}", "--export_checkpoint=file"])
 
 
 def test_what_is_not_sharded_is_said(tmp_path, capsys):
@@ -517,6 +519,41 @@ def test_a_gpu_has_the_number_that_set_device_needs(monkeypatch, local_rank):
         assert device == torch.device("cuda", local_rank) and dtype == torch.bfloat16
         assert f"device: cuda:{local_rank} ({why})" in line
     assert numbers == [local_rank, local_rank]
+
+
+@pytest.mark.parametrize(
+    "text, kind, message",
+    [
+        ("no kernel\nfor this", ConfigError, r"cannot be used .*; use --device cpu \(no kernel\)"),
+        ("CUDA error: out of memory", RunError, "has no free memory .CUDA error: out of memory."),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_says_why(monkeypatch, text, kind, message):
+    """A full one may be free at the next start, which exit status 2 would rule out."""
+
+    def zeros(*_, **__):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(kind, match=message):
+        distributed.autodetect_device(train.TrainConfig())
+
+
+@pytest.mark.parametrize("backend, ended", [("gloo", 1), ("cpu:gloo,cuda:nccl", 0)])
+def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, backend, ended):
+    """nccl's end waits for all ranks, of which one may wait for this one."""
+    ends = []
+    world = distributed.World(0, 2, 0, backend)
+    monkeypatch.setattr(distributed, "init_process_group", lambda device: world)
+    monkeypatch.setattr(distributed, "shutdown", lambda: ends.append(1))
+    with pytest.raises(RunError, match="the disk is full"):
+        with distributed.process_group():
+            raise RunError("the disk is full")
+    assert len(ends) == ended
+    with pytest.raises(RunError, match=r"another rank has ended.*\(NCCL error: Duplicate GPU"):
+        with distributed.process_group():
+            raise dist.DistBackendError("in init\nNCCL error: Duplicate GPU detected\nat line 3")
 
 
 def test_torchrun_leaves_our_flags_alone():

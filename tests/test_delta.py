@@ -14,6 +14,7 @@ import train
 from delta import delta_rule, delta_rule_chunkwise, delta_rule_fla, delta_rule_recurrent
 from model import GPT, NORMS, RMSNorm, ShortConvolution
 from naive import fla_naive, naive_delta_layer
+from nanorecall import ops
 from nanorecall.build import build_model_config, inference_state_bytes
 from nanorecall.ops import CausalConv1d, Normalize
 from nanorecall.settings import ConfigError
@@ -326,6 +327,19 @@ def test_equals_the_naive_forms_of_flash_linear_attention(rule):
     ):
         expected = outputs_and_gradients(naive, arguments)
         assert_all_close(outputs_and_gradients(ours, arguments), expected, 2e-5)
+
+
+def test_the_gradient_of_a_convolution_is_summed_in_float32(monkeypatch):
+    """In bfloat16, a sum of 2048 parts would not grow beyond a few hundred of them."""
+    monkeypatch.setattr(ops, "CONV_BLOCK", 1)  # a part for each sequence
+    g = torch.Generator().manual_seed(0)
+    x = (1 + 0.1 * torch.randn(2048, 8, 4, generator=g)).bfloat16()
+    w = torch.randn(3, 4, generator=g).bfloat16().requires_grad_()
+    exact = w.detach().double().requires_grad_()
+    ours, expected = ops.causal_conv1d(x, w), ops.naive_causal_conv1d(x.double(), exact)
+    (dw,) = torch.autograd.grad(ours, w, torch.ones_like(ours))
+    (expected_dw,) = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+    assert dw.dtype == torch.bfloat16 and error(dw, expected_dw) < 0.005
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])

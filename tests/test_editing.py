@@ -13,7 +13,7 @@ import torch
 
 import eval as eval_script
 import train
-from analysis import edit_comparison, peak_memory
+from analysis import consolidation, edit_comparison, peak_memory
 from analysis.asking import ask, find_facts
 from analysis.editors import EDITORS, answer_probabilities, answered
 from analysis.peak_memory import peak_memory_of
@@ -47,6 +47,27 @@ def results(facts):
 def read_results(path):
     results = json.loads(path.read_text())["by_slice"]["method, edits"].values()
     return {(result["method"], result["edits"]): result for result in results}
+
+
+def test_facts_are_known_in_the_precision_of_the_edits(facts, monkeypatch):
+    run = open_run(str(facts), eval_script.EvalConfig())
+    run.dtype = torch.bfloat16
+
+    class Seen(Exception):
+        pass
+
+    def look(run):
+        raise Seen(run.dtype)
+
+    for module, command in (
+        (edit_comparison, edit_comparison.compare_editors),
+        (consolidation, consolidation.consolidate),
+    ):
+        monkeypatch.setattr(module, "correct_examples", look)
+        monkeypatch.setattr(module, "require_consolidation", bool, raising=False)
+        with pytest.raises(Seen) as seen:
+            command(run)
+        assert seen.value.args == (torch.float32,)
 
 
 def test_every_editor_is_measured_and_drawn(facts, results):

@@ -12,7 +12,7 @@ import torch
 import data_mqar
 import eval as eval_script
 import train
-from nanorecall import metrics, stats
+from nanorecall import distributed, metrics, stats
 from nanorecall.settings import ConfigError
 from toys import run as train_toy
 
@@ -33,6 +33,30 @@ def result(runs):
     saved = json.loads((runs / "r1" / "eval_test.json").read_text())
     columns = pq.read_table(runs / "r1" / "eval_test.parquet").to_pydict()
     return saved, {name: np.array(values) for name, values in columns.items()}
+
+
+@pytest.mark.parametrize("trained, auto", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_auto_is_the_precision_of_training(tmp_path, capsys, monkeypatch, trained, auto):
+    """Not what `auto` would be on this machine."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    autodetect_dtype = distributed.autodetect_dtype
+
+    def elsewhere(name):
+        def choose(asked, *others):
+            return (dtypes[name], "there") if asked == "auto" else autodetect_dtype(asked, *others)
+
+        return choose
+
+    monkeypatch.setattr(distributed, "autodetect_dtype", elsewhere(trained))
+    _, out = train_toy(tmp_path, "r", max_steps=2)
+    monkeypatch.setattr(distributed, "autodetect_dtype", elsewhere(auto))
+    capsys.readouterr()
+    for asked, used, why in (("auto", trained, "as in training"), (auto, auto, "asked for")):
+        eval_script.main([out, f"--dtype={asked}"])
+        assert f"dtype: {used} ({why})" in capsys.readouterr().out
+    for suffix, used in (("", trained), (f"_dtype-{auto}", auto)):
+        saved = json.loads((tmp_path / "r" / f"eval_test{suffix}.json").read_text())
+        assert saved["config"]["precision"] == used
 
 
 # ---- accuracy by slice ---------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """fusion.py: masks, positions and caches, against decoding with a dense mask and no cache."""
 
+import importlib.util
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -329,3 +332,17 @@ def test_attention_to_a_shared_prefix_is_attention_to_a_copied_one(dtype, tolera
     expected = F.scaled_dot_product_attention(q.double(), whole_k, whole_v, enable_gqa=True)
     error = (out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error < tolerance
+
+
+def test_flex_attention_is_used_where_it_works(monkeypatch):
+    model = random_llama()
+    assert "CUDA only" in fusion.why_no_flex(model)
+    table = SimpleNamespace(device=torch.device("cuda"))
+    on_gpu = SimpleNamespace(rope_table=table, config=SimpleNamespace(head_dim=8))
+    assert "at least 16" in fusion.why_no_flex(on_gpu)
+    on_gpu.config.head_dim = 16
+    found = {"triton": None}
+    monkeypatch.setattr(importlib.util, "find_spec", found.get)
+    assert "triton" in fusion.why_no_flex(on_gpu)
+    found["triton"] = object()
+    assert fusion.why_no_flex(on_gpu) is None

@@ -158,3 +158,18 @@ def test_a_block_has_the_defaults_of_its_kind():
     _, gpt_config = hybrid.parse_block("gpt", config)
     assert delta_config == hybrid.KINDS["delta"][0](dk=6, vocab_size=V, seq_len=T)
     assert gpt_config == hybrid.KINDS["gpt"][0](vocab_size=V, seq_len=T)
+
+
+def test_a_mixer_of_ones_own_says_that_it_has_positions():
+    class Table(torch.nn.Module):
+        has_positions = True
+
+        def forward(self, x, cache=None):
+            return x
+
+    model = hybrid.Hybrid(hybrid.Config(("delta",), **SIZES))
+    assert not model.has_positions()
+    model.layers[0].att = Table()
+    assert model.has_positions()
+    with pytest.raises(ValueError, match=f"positions for {T} tokens, not for {T + 1}"):
+        model.forward_cached(torch.zeros(1, T + 1, dtype=torch.long))

@@ -153,6 +153,27 @@ def test_a_run_with_a_synthetic_start_resumes_exactly(tmp_path, stored):
     assert_same(whole["tensors"], resumed["tensors"])
 
 
+def test_a_file_beside_a_synthetic_data_set_changes_nothing(tmp_path, stored):
+    """Who reads it compares its files with metadata.json. Other documents count as a whole."""
+    for name in ("digits", "notes"):
+        dataset = tmp_path / name
+        if name == "digits":
+            shutil.copytree(stored / name, dataset)
+        else:
+            dataset.mkdir()
+            shutil.copy(stored / "notes.jsonl", dataset)
+        assert train.main(flags(tmp_path, f"with_{name}", dataset, max_steps=8)) == 0
+        resume = [f"--resume={tmp_path / f'with_{name}'}", "--max_steps=9"]
+        if name == "digits":
+            (dataset / "README.md").write_text("ten digits\n")
+            assert train.main(resume) == 0
+            (dataset / "metadata.json").write_text('{"dataset_type": "digits"}')
+        else:
+            write_jsonl(dataset / "more.jsonl", [{"text": "another note"}])
+        with pytest.raises(ConfigError, match="is another one than"):
+            train.main(resume)
+
+
 def test_a_synthetic_start_changes_the_weights(tmp_path, stored):
     assert train.main(flags(tmp_path, "mixed", stored / "digits")) == 0
     assert train.main(flags(tmp_path, "plain", None, **dict.fromkeys(WINDOW))) == 0

@@ -77,6 +77,7 @@ def test_configs_are_those_of_this_folder_wherever_a_sweep_is_started(tmp_path, 
     monkeypatch.chdir(tmp_path)
     point = next(point for point in ALL_POINTS if "configs/" in point.train_args)
     command = training_command(point, 0, "r/run", sweep.Config())
+    assert "--dtype float32 " in command  # on a GPU, too
     assert train.parse(split_command(command)[1:]).train.run_name == "run"
 
 
