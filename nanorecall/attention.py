@@ -291,13 +291,7 @@ def apply_rotary(x, table, positions=None):
         turn = table[: x.shape[1], None]  # (n, 1, K/2, 2)
     else:
         turn = table[positions].unsqueeze(2)  # (B, n, 1, K/2, 2)
-    turned = as_complex(x.to(accum_dtype(x))) * torch.view_as_complex(turn)
+    # Complex numbers need rows that begin at even places, which a part of a wider row may not.
+    pairs = x.to(accum_dtype(x)).contiguous().unflatten(-1, (-1, 2))
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(turn)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-
-
-def as_complex(x):
-    """Pairs of neighbouring numbers as complex ones: (..., K) -> (..., K/2)."""
-    # Those must lie at even places in memory, which a part of a wider row may not.
-    if any(place % 2 for place in (*x.stride()[:-1], x.storage_offset())):
-        x = x.contiguous()
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
