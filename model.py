@@ -590,8 +590,8 @@ class GPT(nn.Module):
 
         A mixer of one's own with a table of positions says so: has_positions = True.
         """
-        mixers = (getattr(layer, "att", layer) for layer in self.layers)
-        return self.pos_embed is not None or any(getattr(m, "has_positions", False) for m in mixers)
+        parts = (part for layer in self.layers for part in layer.modules())
+        return self.pos_embed is not None or any(getattr(p, "has_positions", False) for p in parts)
 
     def require_mixers(self, option, why):
         """ConfigError unless every mixer takes this option.

@@ -11,7 +11,6 @@ asked without the context. True answers are used to measure, never to write.
 import time
 
 import numpy as np
-import torch
 
 from analysis.asking import ask, find_facts
 from analysis.edit_comparison import encode, unknown_facts
@@ -19,6 +18,7 @@ from analysis.editing import check_editable, edit_facts
 from analysis.editors import n_correct, why_not
 from analysis.trained_run import (
     correct_examples,
+    in_float32,
     require_decoding,
     require_facts,
     require_single_process,
@@ -39,13 +39,13 @@ METRICS = {
 }
 
 
+@in_float32
 def consolidate(run):
     """Write n facts read in the context, for each n of n_edits, and measure METRICS.
 
     Half of up to 1000 other facts that the model knows are protected.
     """
     require_consolidation(run)
-    run.dtype = torch.float32  # that of the edits
     source, model, config = run.data.source, run.model, run.config
     rng = np.random.default_rng(run.settings.train.seed)
     known = rng.permutation(correct_examples(run))
@@ -138,6 +138,8 @@ def require_consolidation(run):
     message = "consolidation needs a run that was trained with context_docs"
     is_trained = getattr(run.settings.data, "context_docs", 0) > 0
     require(is_trained, f"{message}, as configs/qa_in_context_memory.py", None)
+    message = f"dtype={run.config.dtype} has no effect: facts are written in float32; leave it out"
+    require(run.config.dtype in ("auto", "float32"), message, "dtype")
     require_facts(run)
     require_decoding(run, "answering")
     no_table = why_not(check_editable, run.model)

@@ -33,6 +33,7 @@ from analysis.peak_memory import peak_memory_of
 from analysis.stored_facts import stored_bits
 from analysis.trained_run import (
     correct_examples,
+    in_float32,
     predictions,
     require_facts,
     require_single_process,
@@ -69,14 +70,14 @@ NUMBERS = {  # without an interval
 Cell = namedtuple("Cell", "edited kept unseen old groups beyond")
 
 
+# A fact that is right in bfloat16 alone would count as lost by the first edit.
+@in_float32
 def compare_editors(run):
     """Edit n facts, for each n of n_edits, with every editor, and measure METRICS and NUMBERS.
 
     Of up to 1000 other facts that the model knows, editors may use one half, and not the other.
     """
     require_editable(run)
-    # As the edits: a fact that is right in bfloat16 alone would count as lost by the first of them.
-    run.dtype = torch.float32
     data, model, config = run.data, run.model, run.config
     chosen = choose_editors(config.editors, config.top_slots, config.margin)
     editors, left_out = applicable_editors(model, chosen)

@@ -12,6 +12,7 @@ Letters: B examples in a batch, T tokens, N labels in a batch.
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import io
 import math
@@ -157,6 +158,20 @@ def open_run(folder, config, world=SINGLE_PROCESS):
     step = state["step"]
     world.print0(f"{folder}: {config.checkpoint}.pt of step {step}; {description}")
     return TrainedRun(folder, settings, data, model.to(device), step, device, dtype, config, world)
+
+
+def in_float32(command):
+    """A command whose forward passes run in float32, as the edits that it measures."""
+
+    @functools.wraps(command)
+    def wrapped(run):
+        dtype, run.dtype = run.dtype, torch.float32
+        try:
+            command(run)
+        finally:
+            run.dtype = dtype
+
+    return wrapped
 
 
 # ---- batches -------------------------------------------------------------------------------------

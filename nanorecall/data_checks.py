@@ -71,14 +71,21 @@ def split_problem(data, split, batch_size):
 
 
 def first_batches(data, split, batch_size):
-    """Yield steps and indices of a few sequences of a split, MOST_SEQUENCES in all."""
+    """Yield steps and indices of a few sequences of a split, about MOST_SEQUENCES in all."""
     most = MOST_SEQUENCES // N_SEQUENCES
     if split == "train":
-        for step in range(min(most, data.steps_per_epoch(batch_size))):
-            yield step, data.batch_indices(step, batch_size)[:N_SEQUENCES]
+        batches = training_batches(data, batch_size)
     else:
-        for indices in itertools.islice(eval_batches(data, split, N_SEQUENCES), most):
-            yield 0, indices
+        batches = ((0, indices) for indices in eval_batches(data, split, N_SEQUENCES))
+    yield from itertools.islice(batches, most)
+
+
+def training_batches(data, batch_size):
+    """Yield steps and indices of N_SEQUENCES at a time, of the first epoch."""
+    for step in range(data.steps_per_epoch(batch_size)):
+        indices = data.batch_indices(step, batch_size)
+        for first in range(0, len(indices), N_SEQUENCES):
+            yield step, indices[first : first + N_SEQUENCES]
 
 
 def batch_problem(data, split, tokens, targets, slices, cu_seqlens=None):

@@ -129,6 +129,8 @@ def check_logits(model, settings, tokens, vocab_size, device, dtype):
             mixing = independence_problem(logits_of, two, vocab_size, tolerance)
         mode = "in training mode " if is_training else ""
         message = f"{name} reads tokens that come later: {mode}{leak}; mask them"
+        if is_training:
+            message += ", or draw the same random numbers for any tokens"
         require(not leak, message, "model")
         message = f"{name} mixes sequences: {mode}{mixing}; {INDEPENDENCE_ADVICE}"
         require(not mixing, message, "model")
@@ -158,7 +160,7 @@ def is_repeatable(model, tokens, tolerance):
 def first_logits(model, tokens, is_training=False):
     """Logits (1, T, V) of the first sequence of tokens (B, T).
 
-    In training mode those of a copy, whose statistics may change, without dropout.
+    In training mode those of a copy, whose statistics may change, without dropout of vectors.
     """
     # The targets are next tokens: a model that reads them reads ahead.
     targets = tokens.roll(-1, 1)
@@ -176,10 +178,11 @@ DROPOUTS = (
 
 
 class WithoutDropout(TorchFunctionMode):
-    """A context in which dropout, in training mode too, returns its input.
+    """A context in which dropout of vectors, in training mode too, returns its input.
 
     The same seed does not give the same masks if tokens decide where they go, as to one of several
-    experts: one that goes elsewhere takes the random numbers of the next.
+    experts: one that goes elsewhere takes the random numbers of the next. Dropout of attention
+    takes as many numbers for any tokens, so it may stay.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

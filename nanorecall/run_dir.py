@@ -136,8 +136,9 @@ def find_restarted_run(log_dir):
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         with contextlib.suppress(ConfigError):  # another run's may be damaged
             config = read_record(path, {"launch": "text", "argv": "list"})
-            starts = [config, *config.get("resumed", [])]
-            check_kinds(starts, ["dict"], path)
+            resumed = config.get("resumed", [])
+            check_kinds(resumed, ["dict"], path)
+            starts = [config, *resumed]
             # --rdzv_id may name two launches alike.
             if config["launch"] == launch_id() and starts[-1].get("argv") == sys.argv:
                 return os.path.dirname(path)

@@ -16,6 +16,7 @@ import typing
 from nanorecall.build import build_model, build_model_config, resolve
 from nanorecall.checkpoint import load_checkpoint
 from nanorecall.data_checks import named_data_errors
+from nanorecall.files import dataset_sha256
 from nanorecall.records import check_kinds, nan_to_null, parse_json, read_record
 from nanorecall.run_dir import data_paths, data_sha256, never_began
 from nanorecall.settings import ConfigError, Setting, convert, field_names, require, say
@@ -168,7 +169,9 @@ def check_data_unchanged(folder, settings, *except_for):
             require(os.path.exists(path), message, key)
             how = "put that one back, or start a new run"
             message = f"{key}={path} is another one than {folder} was trained on; {how}"
-            require(data_sha256(settings, key, path) == before[key], message, key)
+            is_same = before[key] == data_sha256(settings, key, path)
+            # Older runs have recorded all files of a directory.
+            require(is_same or before[key] == dataset_sha256(path), message, key)
 
 
 def fixed_settings_json(settings, config):

@@ -105,10 +105,12 @@ class AdmittedLoader(importlib.machinery.SourceFileLoader):
         return self.source_to_code(source, self.path)
 
     def exec_module(self, module):
-        super().exec_module(module)
         known = self.finder.user_files.files
+        before = set(known)
+        super().exec_module(module)
+        # With what it imports, as its source says it and otherwise: it holds these modules.
         files = [os.path.realpath(self.path), *imported_siblings(self.path, self.finder)]
-        # With what it imports: it holds the modules that these files were.
+        files += [file for file in known if file not in before]
         module.__executed__ = {file: known.get(file) or sha256_file(file) for file in files}
 
     def spec(self, subfolders=None):
@@ -218,9 +220,10 @@ def import_user_file(name, key, path, user_files):
 
 def execute(name, path, finder):
     """Execute a user's file as the module `name` -> module."""
-    sys.modules.pop(name, None)
     # In a notebook, files are edited between two runs.
-    forget_changed(imported_siblings(path, finder))
+    executed = getattr(sys.modules.pop(name, None), "__executed__", {})
+    changed = [file for file in executed if not is_still(file, executed[file])]
+    forget_changed(imported_siblings(path, finder), changed)
     spec = AdmittedLoader(name, path, finder).spec()
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -298,16 +301,21 @@ def is_current(module):
     return bool(executed) and all(is_still(file, executed[file]) for file in executed)
 
 
-def forget_changed(files):
-    """Take modules of these files (real paths) that have changed out of Python's table.
+def forget_changed(siblings, changed):
+    """Take modules of files (real paths) that have changed out of Python's table.
 
-    Those that have not stay, so that two files which import one share its module. So do those that
-    Python itself has imported, for a notebook.
+    siblings: those of which we have executed an older version, or of what they import. The others
+    stay, so that two files which import one share its module. changed: all, also those that Python
+    itself has imported, as in a function.
     """
     for name, module in list(sys.modules.items()):
-        was_executed = hasattr(module, "__executed__") and is_users_file(module, files)
-        if was_executed and not is_current(module):
+        is_sibling = is_users_file(module, siblings) and hasattr(module, "__executed__")
+        if is_users_file(module, changed) or is_sibling and not is_current(module):
             del sys.modules[name]
+            # `from package import name` takes the package's own reference first.
+            package, _, last = name.rpartition(".")
+            if package in sys.modules:
+                vars(sys.modules[package]).pop(last, None)
 
 
 def require_free_name(name, key, path):

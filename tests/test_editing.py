@@ -67,7 +67,7 @@ def test_facts_are_known_in_the_precision_of_the_edits(facts, monkeypatch):
         monkeypatch.setattr(module, "require_consolidation", bool, raising=False)
         with pytest.raises(Seen) as seen:
             command(run)
-        assert seen.value.args == (torch.float32,)
+        assert seen.value.args == (torch.float32,) and run.dtype == torch.bfloat16
 
 
 def test_every_editor_is_measured_and_drawn(facts, results):
@@ -193,6 +193,7 @@ def compare_without_a_model(monkeypatch, seeds, has_slices=True, **settings):
             settings=SimpleNamespace(train=SimpleNamespace(seed=seed)),
             data=SimpleNamespace(source=source),
             name="x",
+            dtype=torch.float32,
             finding=print,
         )
         edit_comparison.compare_editors(run)

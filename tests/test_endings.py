@@ -262,9 +262,10 @@ def test_a_launch_of_the_same_name_with_other_arguments_is_another(tmp_path, mon
     train.main(flags(tmp_path, "run", **SHORT))
     assert find_restarted_run(str(tmp_path)) == str(tmp_path / "run")
     (tmp_path / "damaged").mkdir()
-    damaged = {"launch": "launch", "argv": ["train.py", "a.py"], "resumed": [3]}
-    write_json(tmp_path / "damaged" / "config.json", damaged)
-    assert find_restarted_run(str(tmp_path)) == str(tmp_path / "run")
+    for resumed in ([3], 3, None):
+        damaged = {"launch": "launch", "argv": ["train.py", "a.py"], "resumed": resumed}
+        write_json(tmp_path / "damaged" / "config.json", damaged)
+        assert find_restarted_run(str(tmp_path)) == str(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["train.py", "b.py"])
     assert find_restarted_run(str(tmp_path)) == ""
 

@@ -173,3 +173,8 @@ def test_a_mixer_of_ones_own_says_that_it_has_positions():
     assert model.has_positions()
     with pytest.raises(ValueError, match=f"positions for {T} tokens, not for {T + 1}"):
         model.forward_cached(torch.zeros(1, T + 1, dtype=torch.long))
+    model.layers[0].att = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    assert not model.has_positions()
+    inner = hybrid.Hybrid(hybrid.Config(("gpt",), **SIZES)).layers[0].att
+    model.layers[0].att.append(inner)  # one of ours, with rotary positions, in a mixer of one's own
+    assert model.has_positions()

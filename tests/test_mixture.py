@@ -11,6 +11,8 @@ import data_mqar
 import data_synth
 import train
 from nanorecall import checkpoint, mixture
+from nanorecall.files import dataset_sha256
+from nanorecall.records import read_json, write_json
 from nanorecall.settings import ConfigError
 from toy_facts import small_data, write_jsonl
 from toys import as_flags, assert_same, contents, tokenizer_json
@@ -167,6 +169,11 @@ def test_a_file_beside_a_synthetic_data_set_changes_nothing(tmp_path, stored):
         if name == "digits":
             (dataset / "README.md").write_text("ten digits\n")
             assert train.main(resume) == 0
+            config = tmp_path / "with_digits" / "config.json"  # as an older run recorded it
+            recorded = read_json(config)
+            recorded["data_sha256"] = {"synthetic_dataset": dataset_sha256(dataset)}
+            write_json(config, recorded)
+            assert train.main([*resume[:1], "--max_steps=10"]) == 0
             (dataset / "metadata.json").write_text('{"dataset_type": "digits"}')
         else:
             write_jsonl(dataset / "more.jsonl", [{"text": "another note"}])

@@ -100,6 +100,13 @@ def test_most_sequences_may_have_no_labels(here):
     assert train.main(FLAGS) == 0
 
 
+def test_one_sequence_of_a_batch_may_have_all_labels(here):
+    lonely = "targets[np.asarray(indices) % 32 != 31] = -100"
+    sets = COPY.replace("        n_labels =", f"        {lonely}\n        n_labels =")
+    (here / "fork_copy.py").write_text(sets.replace("range(6, 9)", "range(31, 32)"))
+    assert train.main([*FLAGS, "--batch_size=32"]) == 0
+
+
 PACKED = """
 import data_synth
 

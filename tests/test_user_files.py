@@ -177,6 +177,53 @@ def test_model_and_data_share_the_files_that_both_import(place):
         sys.modules.pop("my_data", None)
 
 
+LATE = """
+import importlib
+from model import GPT, Config
+from my_lib import units
+DYNAMIC = importlib.import_module("my_helper")
+
+class Model(GPT):
+    pass
+
+def late():
+    import my_late
+    return my_late.x
+"""
+
+
+@pytest.mark.parametrize("name", ["my_lib/units", "my_late", "my_helper"])
+def test_what_is_recorded_was_executed(place, monkeypatch, name):
+    """However a file is imported. It is edited between two runs of one process."""
+    monkeypatch.syspath_prepend(place)
+    (place / "my_lib").mkdir()
+    (place / "my_lib" / "__init__.py").write_text("")
+    for file in ("my_lib/units", "my_late", "my_helper"):
+        (place / f"{file}.py").write_text("x = 1\n")
+    (place / "my_fork.py").write_text(LATE)
+    path, modules = place / f"{name}.py", ("my_lib", "my_lib.units", "my_late")
+
+    def values():
+        fork = sys.modules["my_fork"]
+        return {"my_lib/units": fork.units.x, "my_late": fork.late(), "my_helper": fork.DYNAMIC.x}
+
+    try:
+        for number in (1, 2, 2):
+            path.write_text(f"x = {number}\n")
+            out = f"r{len(os.listdir(place))}"
+            train.main(flags(place, out, model="my_fork", **SHORT))
+            recorded = json.loads((place / out / "config.json").read_text())["files"]
+            assert values()[name] == number and recorded[str(path)] == sha256_file(path)
+        config = json.loads((place / out / "config.json").read_text())
+        del config["files"][str(path)]
+        (place / out / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match="is not executed: the run did not record it"):
+            load_run(out, train.TrainConfig)
+    finally:
+        for module in modules:
+            sys.modules.pop(module, None)
+
+
 def test_files_in_folders_are_recorded(place, monkeypatch):
     """With imports in functions, and relative ones."""
     lib = place / "my_lib"
@@ -206,7 +253,6 @@ def test_a_tuple_for_a_setting_that_takes_json(place):
     assert train.main(args) == 0
     forget_fork()
     assert train.main(["--resume=g", "--max_steps=3"]) == 0
-
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
