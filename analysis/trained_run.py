@@ -50,6 +50,7 @@ from nanorecall.settings import (
     split_argv,
     wants_help,
 )
+from nanorecall.source_files import is_users_file
 from train import load_run
 
 # ---- a trained run -------------------------------------------------------------------------------
@@ -247,8 +248,11 @@ def require_facts(run, all_forms=False):
     """ConfigError unless the examples are facts "key:value" of digits; with all_forms, they may
     have a second wording."""
     task = getattr(run.settings.data, "task", run.settings.train.data)
-    message = f"it needs facts of digits, task=qa or digits, not {task}"
-    require(task in ("qa", "digits"), message, None)
+    if task not in ("qa", "digits"):
+        message = f"it needs facts of digits, task=qa or digits, not {task}"
+        if is_users_file(run.settings.data_module, run.settings.files):
+            message += "; a data file of your own is none of our tasks to an analysis"
+        raise ConfigError(message)
     has_forms = "form" in run.data.source.slices
     require(all_forms or not has_forms, "it needs facts of one wording: train with forms=1", None)
 

@@ -139,7 +139,7 @@ def resolve_model(name, user_files=None):
     module = import_source_file(file, "model", user_files=user_files)
     mixers = own_mixers(module)
     message = f"{file}.py has no {cls}, so it is no file for model"
-    hint = close_name(cls, module)
+    hint = close_name(cls, module) or own_models(module)
     message += hint or card_advice([f"{file}.{mixer}" for mixer in mixers])
     require(hasattr(module, cls), message, "model")
     model_class = getattr(module, cls)
@@ -163,6 +163,16 @@ def resolve_model(name, user_files=None):
     if file not in REPO_FILES and not (user_files and user_files.recorded is not None):
         check_hook_names(module, model_class, module.__executed__)
     return module, model_class
+
+
+def own_models(module):
+    """The classes in a file that are made from model.GPT, as the end of a sentence; or ""."""
+    gpt, names = importlib.import_module("model").GPT, []
+    for name, value in vars(module).items():
+        is_own = inspect.isclass(value) and value.__module__ == module.__name__
+        if is_own and issubclass(value, gpt):
+            names.append(f"{module.__name__}.{name}")
+    return f"; its models are {', '.join(names)}" if names else ""
 
 
 def own_mixers(module):

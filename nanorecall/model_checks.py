@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import random
 import sys
 
@@ -74,6 +75,7 @@ def check_users_model(model, settings, data, device, dtype):
     tokens, targets, _, *cu_seqlens = data.batch("val", 0, indices)
     inputs = [x.to(device) for x in (tokens, targets, *cu_seqlens)]
     n_labels = int((targets != IGNORE_INDEX).sum())
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
     with enough_memory(lambda: training_advice(model, device)), named_errors(settings):
         model.to(device)
         with evaluating(model), autocast(device, dtype):
@@ -86,16 +88,32 @@ def check_users_model(model, settings, data, device, dtype):
     check_logits(model, settings, inputs[0][:1], data.vocab_size, device, dtype)
     with trial(model, settings, device, dtype):
         check_windows(model)
+    new = {name for name, t in model.state_dict().items() if shapes.get(name) != t.shape}
+    message = f"{file}: {settings.train.model} makes or changes {', '.join(sorted(new))} in forward"
+    advice = "so no checkpoint would fit a new model; make it in __init__, or with persistent=False"
+    require(not new, f"{message}, {advice}", "model")
     # Data that packs documents does so in training only.
     indices = list(data.batch_indices(0, 2))[:2]
     tokens, _, _, *cu_seqlens = data.batch("train", 0, indices)
     if not cu_seqlens:
         return
+    message = f"{file}: {settings.train.model} cannot be trained on packed documents: its forward"
+    advice = "must take (tokens, targets, cu_seqlens); or leave out pack_documents"
+    require(takes_documents(model), f"{message} {advice}", "model")
     with trial(model, settings, device, dtype):
         ends = cu_seqlens[0].tolist()
         problem = packing_problem(model, tokens.to(device), ends, TOLERANCES[dtype])
     message = f"{file}: {settings.train.model} mixes packed documents: {problem}"
     require(not problem, f"{message}; {PACKING_ADVICE}", "model")
+
+
+def takes_documents(model):
+    """Can forward be called with tokens, targets and the ends of packed documents?"""
+    try:
+        inspect.signature(model.forward).bind("tokens", "targets", "cu_seqlens")
+    except TypeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -121,7 +139,12 @@ def check_logits(model, settings, tokens, vocab_size, device, dtype):
         message = f"{name} gives other logits for the same tokens in eval mode; dropout must not be"
         message += " applied there: F.dropout(x, p, self.training)"
         require(not is_random, message, "model")
-        modes = (False, True) if is_repeatable(model, tokens, tolerance) else (False,)
+        modes = (False, True)
+        if not is_repeatable(model, tokens, tolerance):
+            modes = (False,)
+            if is_main_rank():
+                note = "in training mode it is random, so only eval mode was tried on later tokens"
+                say(f"note: {name}: {note}", file=sys.stderr)
     for is_training in modes:
         logits_of = functools.partial(first_logits, model, is_training=is_training)
         with trial(model, settings, device, dtype), raise_small_parameters(model):
@@ -167,8 +190,18 @@ def first_logits(model, tokens, is_training=False):
     targets[1:] = IGNORE_INDEX
     if not is_training:
         return model(tokens, targets)[0].detach()[None]
-    with same_random_numbers(tokens.device), WithoutDropout():
-        return copy.deepcopy(model).train()(tokens, targets)[0].detach()[None]
+    with same_random_numbers(tokens.device), WithoutNoise():
+        return copy_of(model).train()(tokens, targets)[0].detach()[None]
+
+
+def copy_of(model):
+    """A copy of the model, also if it keeps activations, which torch does not copy."""
+    kept = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if torch.is_tensor(value) and not value.is_leaf:
+                kept[id(value)] = value.detach()
+    return copy.deepcopy(model, kept)
 
 
 DROPOUTS = (
@@ -177,8 +210,11 @@ DROPOUTS = (
 )
 
 
-class WithoutDropout(TorchFunctionMode):
-    """A context in which dropout of vectors, in training mode too, returns its input.
+CONSTANT = {torch.rand: 0.5, torch.rand_like: 0.5, torch.randn: 0.0, torch.randn_like: 0.0}
+
+
+class WithoutNoise(TorchFunctionMode):
+    """A context in which dropout of vectors returns its input, and random numbers are constant.
 
     The same seed does not give the same masks if tokens decide where they go, as to one of several
     experts: one that goes elsewhere takes the random numbers of the next. Dropout of attention
@@ -186,9 +222,11 @@ class WithoutDropout(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
+        return torch.full_like(result, CONSTANT[func]) if func in CONSTANT else result
 
 
 @contextlib.contextmanager
@@ -224,6 +262,9 @@ def check_parameters(model, files):
 
     The optimizer would never see them. files: paths of the user's files.
     """
+    for name, p in model.named_parameters():
+        advice = "keep its real and imaginary parts as a real one, for torch.view_as_complex"
+        require(not p.is_complex(), f"{type(model).__name__}: {name} is complex; {advice}", "model")
     known = {id(p) for p in model.parameters()}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -360,7 +401,10 @@ def decoding_problem(model, tokens, vocab_size, tolerance, most=None):
             model.forward_cached((piece + 1) % vocab_size, cache)
         logits, cache = model.forward_cached(piece, cache)
         decoded.append(logits)
-    change = differences(torch.cat(decoded, dim=1), model(tokens)[0], tolerance)
+    at_once = model(tokens)[0]
+    for logits in (decoded[0], at_once):  # one rounding of them is no difference
+        tolerance = max(tolerance, torch.finfo(logits.dtype).eps)
+    change = differences(torch.cat(decoded, dim=1), at_once, tolerance)
     if change.any():
         position = int(change.amax(0).argmax()) + 1
         return f"decoded logits differ by {change.max():.2g} at token {position} from those at once"

@@ -232,11 +232,24 @@ READERS = {
     "batch": (f"x.mean(0) + {CAUSAL}", "mixes sequences: its logits change by .* over the batch"),
     "norm": (f"self.norm({CAUSAL}.transpose(1, 2)).transpose(1, 2)", "later: in training mode "),
     "dropout": (f"nn.functional.dropout({CAUSAL}, 0.5, self.training)", None),
+    "norm kept": (
+        f"setattr(self, 'last', self.norm({CAUSAL}.transpose(1, 2)).transpose(1, 2)) or self.last",
+        "later: in training mode ",
+    ),
     "random": (f"{CAUSAL} * (1 + self.training * numpy.random.rand())", None),
     "always": (f"nn.functional.dropout({CAUSAL}, 0.5)", "other logits .* in eval mode; dropout"),
     "causal": (CAUSAL, None),
     # torch does not copy such a tensor, nor the model.
     "kept": (f"setattr(self, 'last', {CAUSAL}) or self.last", None),
+    "new buffer": (
+        f"self.register_buffer('seen', torch.ones(x.shape[1])) or {CAUSAL}",
+        "makes or changes layers.0.att.seen, layers.1.att.seen, .* in forward, so no checkpoint",
+    ),
+    "new not saved": (
+        f"self.register_buffer('seen', torch.ones(x.shape[1]), persistent=False) or {CAUSAL}",
+        None,
+    ),
+    "complex": (f"{CAUSAL} * self.phase.real", "layers.0.att.phase is complex; keep its real"),
 }
 
 
@@ -246,6 +259,8 @@ def test_a_model_that_reads_what_it_must_not_is_not_trained(here, name):
     assert MIXER.count(CAUSAL) == 1
     parts = "super().__init__()\n        self.gate = nn.Parameter(torch.zeros(()))\n"
     parts += "        self.norm = nn.BatchNorm1d(config.dim)"
+    if name == "complex":
+        parts += "\n        self.phase = nn.Parameter(torch.ones((), dtype=torch.cfloat))"
     code = MIXER.replace(CAUSAL, returned).replace("super().__init__()", parts)
     file = "fork_reads_" + name.replace(" ", "_")
     (here / f"{file}.py").write_text("import numpy\nimport torch\n" + code)
@@ -295,10 +310,76 @@ class Model(GPT):
 """
 
 
-def test_dropout_in_experts_reads_no_later_token(here):
+BY_HAND = "(y := expert(x[mine])) * (torch.rand_like(y) > 0.5 * self.training)"
+
+
+@pytest.mark.parametrize("name", ["dropout", "by hand"])
+def test_dropout_in_experts_reads_no_later_token(here, name):
     """A token that goes to another expert changes the masks of all tokens after it."""
-    (here / "fork_experts.py").write_text(EXPERTS)
-    assert train.main(["--model=fork_experts", *SMALL, "--run_name=a"]) == 0
+    file = "fork_experts_" + name.replace(" ", "_")
+    code = EXPERTS
+    if name == "by hand":
+        assert EXPERTS.count("self.dropout(expert(x[mine]))") == 1
+        code = EXPERTS.replace(
+            "y[mine] = self.dropout(expert(x[mine]))", f"z = {BY_HAND}\n            out[mine] = z"
+        )
+        code = code.replace("y, chosen =", "out, chosen =").replace("return y", "return out")
+    (here / f"{file}.py").write_text(code)
+    assert train.main([f"--model={file}", *SMALL, "--run_name=a"]) == 0
+
+
+RANDOM = """
+import torch
+from model import GPT, Config
+
+SOURCE = torch.Generator()
+
+class Model(GPT):
+    def forward(self, *args, **options):
+        logits, loss = super().forward(*args, **options)
+        noise = torch.empty(()).normal_(generator=SOURCE) if self.training else 0
+        return logits + noise, loss
+"""
+
+
+def test_what_cannot_be_tried_in_training_mode_is_said(here, capsys):
+    (here / "fork_source.py").write_text(RANDOM)
+    assert train.main(["--model=fork_source", *SMALL]) == 0
+    assert "fork_source: in training mode it is random, so only" in capsys.readouterr().err
+
+
+HALF = """
+from model import GPT, Config
+
+class Model(GPT):
+    def forward(self, tokens, targets=None):
+        logits, loss = super().forward(tokens, targets)
+        return logits.bfloat16(), loss
+"""
+
+
+def test_rounded_logits_are_decoded_and_packing_is_refused_by_name(here):
+    (here / "fork_half.py").write_text(HALF)
+    assert train.main(["--model=fork_half", *SMALL, "--run_name=a"]) == 0
+    evaluate.main(["r/a", "--print_examples=1"])
+    packing = [
+        "--data=data_synth",
+        "--task=qa",
+        "--num_pairs=40",
+        "--pack_documents=1",
+        "--log_dir=r",
+        "--max_steps=2",
+    ]
+    message = r"cannot be trained on packed documents: its forward must take \(tokens, targets, cu"
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--model=fork_half", "--dim=16", *packing])
+
+
+def test_a_file_of_models_names_them(here):
+    code = "from model import GPT, Config\n\nclass Wide(GPT):\n    pass\n"
+    (here / "fork_wide.py").write_text(code)
+    with pytest.raises(ConfigError, match="has no Model, .*; its models are fork_wide.Wide$"):
+        train.main(["--model=fork_wide", *SMALL])
 
 
 @pytest.mark.parametrize("line", HIDDEN)
