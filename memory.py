@@ -251,11 +251,10 @@ class MemoryLayer(nn.Module):
     def count_reads(self):
         """How often each head has read each slot in this training step: (H, n * n) long."""
         c, size, device = self.config, self.config.mem_n_keys**2, self.keys.device
-        counts = self.read_counts
-        if counts is None:
-            counts = torch.zeros(c.mem_heads, size, dtype=torch.long)
+        if self.read_counts is None:
+            self.read_counts = torch.zeros(c.mem_heads, size, dtype=torch.long, device=device)
         # The model may have been moved since it read.
-        self.read_counts = counts.to(device)
+        self.read_counts = self.read_counts.to(device)
         for slots in self.slots_read:
             self.read_counts += count_per_head(slots.to(device), size)
         self.slots_read = []

@@ -228,7 +228,7 @@ def autodetect_device(c, world=SINGLE_PROCESS, why_dtype="asked for"):
         raise ConfigError(message, "device") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Some systems set TF32, which keeps 10 of the 23 digits of a float32, for all programs.
+        # Some systems set TF32 for all programs: products with 10 of the 23 bits of a fraction.
         torch.set_float32_matmul_precision("highest")
     # States that decay are full of numbers below 1e-38, for which a CPU takes many times as long.
     # Here they become 0, in this thread and in those that it starts from now on.
