@@ -5,7 +5,6 @@ A check returns "" if the model passes, else what it does wrong, as the end of a
 Letters: B sequences, T tokens, V vocabulary, N labelled positions.
 """
 
-import copy
 import functools
 import inspect
 import os
@@ -35,7 +34,7 @@ from nanorecall.model_checks import (
     labels_problem,
     loss_problem,
     packing_problem,
-    same_random_numbers,
+    training_copy,
 )
 from nanorecall.rng import IGNORE_INDEX
 from nanorecall.settings import ConfigError, RunError, printable, require
@@ -126,17 +125,12 @@ def contract(model, tokens, targets):
 
 
 def logits_of(model, tokens, is_training):
-    """Logits (B, T, V) in training with targets, or in eval mode without.
-
-    In training it is a copy, since running statistics may change with every call.
-    """
+    """Logits (B, T, V) in training with targets, or in eval mode without."""
     if not is_training:
         with torch.no_grad():
             return model(tokens)[0]
-    with same_random_numbers(tokens.device):
-        model = copy.deepcopy(model).train()
-        next_tokens = tokens.roll(-1, 1)
-        return model(tokens, next_tokens)[0].unflatten(0, tokens.shape)
+    with training_copy(model, tokens.device) as training:
+        return training(tokens, tokens.roll(-1, 1))[0].unflatten(0, tokens.shape)
 
 
 def in_each_mode(find_problem, model, tokens, *args):

@@ -1,11 +1,10 @@
 """How long a computation takes, and how much memory it needs beyond what is in use before it."""
 
 import ctypes
-import time
 
 import torch
 
-from nanorecall.distributed import synchronize
+from nanorecall.distributed import now
 
 
 def peak_memory_of(function, device):
@@ -28,11 +27,9 @@ def peak_memory_of(function, device):
 
 def seconds_of(function, device):
     """Call function() -> the seconds until the device has done all that it asks for."""
-    synchronize(device)  # work that was started before must not count
-    start = time.perf_counter()
+    start = now(device)
     function()
-    synchronize(device)
-    return time.perf_counter() - start
+    return now(device) - start
 
 
 def reset_peak():

@@ -12,7 +12,6 @@ answered correctly keep their answer.
 Letters: B sequences, T tokens, t tokens up to the first query, N pairs of a sequence, n edited.
 """
 
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -38,7 +37,7 @@ from analysis.trained_run import (
     select,
 )
 from data_mqar import min_length
-from nanorecall.distributed import synchronize
+from nanorecall.distributed import now
 from nanorecall.metrics import autocast, evaluating, print_table
 from nanorecall.plots import errorbars, figure, finish_figure
 from nanorecall.rng import IGNORE_INDEX
@@ -305,11 +304,9 @@ def measure_batch(run, sequences, place):
         wanted = sequences.answers.scatter(1, chosen, edit.values)
         cosine = cosines.masked_fill(~is_edited[:, None], 0).amax(-1)  # (B, N)
         for method, editor in EDITORS[place.kind].items():
-            synchronize(run.device)
-            start = time.perf_counter()
+            start = now(run.device)
             after = editor(edit)
-            synchronize(run.device)
-            seconds = time.perf_counter() - start
+            seconds = now(run.device) - start
             predicted = answer(run, sequences, after)
             of_labels = {
                 "example": torch.from_numpy(sequences.indices)[:, None].expand(B, N),

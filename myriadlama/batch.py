@@ -3,7 +3,6 @@
 Letters: B questions, n templates of a question.
 """
 
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +10,7 @@ import torch
 
 from myriadlama import decoding, fusion, prompts
 from myriadlama.hugging_face import decoded
-from nanorecall.distributed import synchronize
-
-
-def now(device):
-    """Seconds, once the device has done all that it was given."""
-    synchronize(device)
-    return time.perf_counter()
+from nanorecall.distributed import now
 
 
 class CostMeter:

@@ -15,6 +15,7 @@ import contextlib
 import gc
 import inspect
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
@@ -250,14 +251,13 @@ def is_out_of_memory(error):
     return any(text in str(error) for text in texts)
 
 
-def synchronize(device):
-    """Wait until a GPU has done all that it was given. It works behind our back, and a clock that
-    is read before measures the giving alone.
-    """
+def now(device):
+    """Seconds, once the device has done all that it was given: a GPU works behind our back."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+    return time.perf_counter()
 
 
 def autodetect_dtype(name, device, why):

@@ -190,18 +190,23 @@ def first_logits(model, tokens, is_training=False):
     targets[1:] = IGNORE_INDEX
     if not is_training:
         return model(tokens, targets)[0].detach()[None]
-    with same_random_numbers(tokens.device), WithoutNoise():
-        return copy_of(model).train()(tokens, targets)[0].detach()[None]
+    with training_copy(model, tokens.device) as training:
+        return training(tokens, targets)[0].detach()[None]
 
 
-def copy_of(model):
-    """A copy of the model, also if it keeps activations, which torch does not copy."""
-    kept = {}
+@contextlib.contextmanager
+def training_copy(model, device):
+    """A copy of the model in training mode, in a context without random numbers.
+
+    Running statistics change with every call, but not those of the model.
+    """
+    kept = {}  # activations that a module keeps, which torch does not copy
     for module in model.modules():
         for value in vars(module).values():
             if torch.is_tensor(value) and not value.is_leaf:
                 kept[id(value)] = value.detach()
-    return copy.deepcopy(model, kept)
+    with same_random_numbers(device), WithoutNoise():
+        yield copy.deepcopy(model, kept).train()
 
 
 DROPOUTS = (

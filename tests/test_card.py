@@ -124,11 +124,39 @@ class RunningSum(nn.Module):
         return logits + before
 
 
-@pytest.mark.parametrize("change", [nn.Dropout(0.1), RunningSum()])
+class DropoutInExperts(nn.Module):
+    """A token that goes elsewhere takes the random numbers of the next one there."""
+
+    def forward(self, logits):
+        chosen, out = logits[..., 0] > 0, torch.zeros_like(logits)
+        for mine in (chosen, ~chosen):
+            out[mine] = nn.functional.dropout(logits[mine], 0.5)
+        return out
+
+
+@pytest.mark.parametrize("change", [nn.Dropout(0.1), RunningSum(), DropoutInExperts()])
 def test_what_training_adds_is_no_leak(batch, change):
     model, *inputs = batch
     for check in (card_checks.causality, card_checks.independence):
         assert check(Faulty(model, change, in_training=True).eval(), *inputs) == ""
+
+
+class KeepsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(64)
+
+    def forward(self, logits):
+        self.last = logits  # for a notebook; torch does not copy it
+        return self.norm(logits.transpose(1, 2)).transpose(1, 2)
+
+
+def test_a_leak_is_found_also_in_a_model_that_keeps_activations(batch):
+    model, *inputs = batch
+    keeps = Faulty(model, KeepsInput(), in_training=True)
+    keeps(inputs[0], inputs[0])
+    assert not keeps.fault.last.is_leaf
+    assert "in training mode" in card_checks.causality(keeps.eval(), *inputs)
 
 
 def test_sequences_that_mix_are_found(batch):

@@ -15,12 +15,12 @@ import delta_variants
 import hybrid
 import linear
 import memory
-from myriadlama import fusion, llama
+from myriadlama import fusion
 from nanorecall import attention
 from nanorecall.ops import PackedDocuments
 from rules import error
 from toys import assert_same, contents, run
-from toys_llama import decode_fused, random_ids, random_question
+from toys_llama import decode_fused, random_ids, random_llama, random_question
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; CUDA_VISIBLE_DEVICES=0 shows one to tests"
@@ -341,29 +341,12 @@ def test_a_resumed_run_repeats_the_whole_one(tmp_path, name, dtype, capsys):
 # ---- MyriadLAMA ----------------------------------------------------------------------------------
 
 
-def wide_llama():
-    """random_llama with heads wide enough for FlexAttention's kernel."""
-    torch.manual_seed(0)
-    config = llama.Config(
-        vocab_size=61,
-        dim=64,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=16,
-        intermediate_size=96,
-        max_seq_len=512,
-        tie_weights=False,
-    )
-    model = llama.Llama(config).eval().requires_grad_(False)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return model
+HEAD_DIM = 16  # wide enough for FlexAttention's kernel
 
 
 @pytest.mark.parametrize("scheme", fusion.MASKS)
 def test_the_compiled_mask_equals_blocks(scheme):
-    model, rng = wide_llama(), np.random.default_rng(2)
+    model, rng = random_llama(head_dim=HEAD_DIM), np.random.default_rng(2)
     prefix = random_ids(rng, 5)
     rows = []
     for question in (random_question(rng), random_question(rng, n=3)):
@@ -381,7 +364,7 @@ def test_the_compiled_mask_equals_blocks(scheme):
 def test_fused_answers_are_the_same_on_a_gpu(scheme):
     answers = []
     for device in ("cpu", CUDA):
-        model, rng = wide_llama().to(device), np.random.default_rng(3)
+        model, rng = random_llama(head_dim=HEAD_DIM).to(device), np.random.default_rng(3)
         prefix = random_ids(rng, 9)
         questions = [random_question(rng) for _ in range(4)]
         answers.append(decode_fused(model, prefix, questions, scheme, "restart"))

@@ -15,17 +15,17 @@ from myriadlama import decoding, fusion, gguf_files, llama, loading
 V = 61  # vocabulary of random_llama
 
 
-def random_llama(n_layers=2):
+def random_llama(n_layers=2, head_dim=8):
     """A Llama without files."""
     torch.manual_seed(0)
     config = llama.Config(
         vocab_size=V,
-        dim=32,
+        dim=4 * head_dim,
         n_layers=n_layers,
         n_heads=4,
         n_kv_heads=2,
-        head_dim=8,
-        intermediate_size=48,
+        head_dim=head_dim,
+        intermediate_size=6 * head_dim,
         max_seq_len=512,
         tie_weights=False,
     )
